@@ -1,0 +1,79 @@
+"""The console script: weightmill VERB [key=value ...] is python -m jobs.VERB, and completes in the shell."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = ("run", "plan", "verify", "inspect", "diff", "clean", "bench")
+SCRIPT = """\
+_weightmill() {{
+    local line="${{COMP_LINE:0:$COMP_POINT}}"
+    COMPREPLY=($(weightmill _complete "$line" 2>/dev/null))
+    [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *[=.] ]] && compopt -o nospace
+    local prefix="${{COMP_WORDS[COMP_CWORD]}}"
+    [[ $COMP_WORDBREAKS == *=* && $line == *=* && $line != *' ' ]] && COMPREPLY=("${{COMPREPLY[@]#*=}}")
+}}
+{load}complete -o default -F _weightmill weightmill
+"""
+SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verb = given[0] if given else "--help"
+    if verb in VERBS:
+        found = importlib.import_module(f"jobs.{verb}")
+        status: int = found.main(given[1:])
+        return status
+    if verb == "completion" and given[1:2] and given[1] in SHELLS:
+        print(SCRIPT.format(load=SHELLS[given[1]]))
+        return 0
+    if verb == "_complete":
+        print("\n".join(completions(" ".join(given[1:]))))
+        return 0
+    if verb in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"weightmill {version('weightmill')}")
+        return 0
+    print(f"weightmill: no such verb: {verb}; known: {', '.join(VERBS)}, completion", file=sys.stderr)
+    return 2
+
+
+def overview() -> str:
+    """All verbs, a line each."""
+    rows = [f"  {verb:12} {importlib.import_module(f'jobs.{verb}').VERB.summary}" for verb in VERBS]
+    rows.append(f'  {"completion":12} Complete in your shell: eval "$(weightmill completion bash)" (or zsh).')
+    return "\n".join(["usage: weightmill VERB [key=value ...]   (or python -m jobs.VERB; VERB --help)", "", *rows])
+
+
+def completions(line: str) -> list[str]:
+    """What may stand at the end of a command line: a verb, a group and its choices, a setting."""
+    words = line.split(" ")[1:]
+    if len(words) <= 1:
+        return [v for v in (*VERBS, "completion") if v.startswith(words[0] if words else "")]
+    if words[0] not in VERBS:
+        return []
+    from jobs.compose import choices_of
+    from jobs.help import settings_of
+
+    verb = importlib.import_module(f"jobs.{words[0]}").VERB
+    word = words[-1]
+    group, equals, start = word.partition("=")
+    choices = choices_of(verb.config or verb.name)
+    if equals:
+        *before, last = start.split(",")
+        lead = "".join(f"{b}," for b in before)
+        return [f"{group}={lead}{option}" for option in choices.get(group, ()) if option.startswith(last)]
+    keys = [f"{key}=" for key in (*choices, *settings_of(verb.spec))]
+    return sorted(key for key in keys if key.startswith(word))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

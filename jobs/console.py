@@ -1,0 +1,168 @@
+"""What every verb shares: taking a request from the command line, saying what came of it, the exit status."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from jobs.compose import Request, check, compose, sweep, take_apart
+from loaders.errors import BadSpec, WeightmillError
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+S = TypeVar("S", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a verb has to say: a document for machines, a text for people, and whether all is well."""
+
+    document: dict[str, Any]
+    text: RenderableType
+    status: int = DONE
+
+
+@dataclass(frozen=True)
+class Verb(Generic[S]):
+    """A command. `positional` names the keys that bare arguments fill, in order."""
+
+    name: str
+    summary: str
+    spec: type[S]
+    act: Callable[[S], Said]
+    examples: tuple[tuple[str, str], ...]
+    positional: tuple[str, ...] = ()
+    can_sweep: bool = False
+    config: str = ""
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run the command; returns the exit status."""
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        as_json = "format=json" in given
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
+        try:
+            return self._main(self._named(given), as_json)
+        except BadSpec as error:
+            return _complain(WRONG, error.problems, as_json)
+        except WeightmillError as error:
+            return _complain(FAILED, [str(error)], as_json)
+        except KeyboardInterrupt as error:
+            return _complain(INTERRUPTED, [str(error) or "interrupted"], as_json)
+        except BrokenPipeError:
+            sys.stdout = None
+            return FAILED
+
+    def _named(self, given: list[str]) -> list[str]:
+        """Bare arguments under the names of their keys."""
+        names = list(self.positional)
+        return [f"{names.pop(0)}={a}" if names and "=" not in a and not a.startswith(("-", "~")) else a for a in given]
+
+    def _main(self, given: list[str], as_json: bool) -> int:
+        request = take_apart(self.config or self.name, given)
+        if request.wants_help:
+            from jobs.help import help_text
+
+            print(help_text(self))
+            return DONE
+        if request.is_sweep:
+            return self._sweep(request)
+        if request.flags:
+            raise BadSpec(f"{request.flags[0]}: unknown option; options are key=value, and --help{self._sweep_hint}")
+        return say(self.act(compose(self.config or self.name, self.spec, request)), as_json)
+
+    @property
+    def _sweep_hint(self) -> str:
+        return ", -m" if self.can_sweep else ""
+
+    def _sweep(self, request: Request) -> int:
+        if not self.can_sweep:
+            raise BadSpec(f"-m: {self.name} does one thing at a time; only run sweeps")
+        others = [flag for flag in request.flags if flag not in ("-m", "--multirun")]
+        if others:
+            raise BadSpec(f"{others[0]}: unknown option")
+        outcomes = Outcomes()
+
+        def one(values: dict[str, Any], suffix: str) -> float | None:
+            output = values.get("output")
+            if suffix and isinstance(output, dict) and output.get("path") is None:
+                values = {**values, "output": {**output, "suffix": suffix}}
+            return outcomes.add(lambda: self.act(check(self.spec, values)), values.get("format") == "json")
+
+        sweep(self.config or self.name, request, one)
+        return outcomes.finish()
+
+
+@dataclass
+class Outcomes:
+    """What came of a sweep's jobs, one after another: one that fails does not end the others."""
+
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    status: int = DONE
+    as_json: bool = False
+
+    def add(self, act: Callable[[], Said], as_json: bool) -> float | None:
+        self.as_json = as_json
+        try:
+            said = act()
+        except BadSpec as error:
+            return self._failed(WRONG, error.problems)
+        except WeightmillError as error:
+            return self._failed(FAILED, [str(error)])
+        self.documents.append(said.document)
+        self.status = max(self.status, said.status)
+        if not as_json:
+            say(said, False)
+        objective = (said.document.get("totals") or {}).get("bits_per_weight")
+        return float(objective) if objective is not None else None
+
+    def _failed(self, status: int, problems: Sequence[str]) -> float | None:
+        self.documents.append({"status": "failed", "exit_status": status, "problems": list(problems)})
+        self.status = max(self.status, status)
+        if not self.as_json:
+            _complain(status, problems, False)
+        return None
+
+    def finish(self) -> int:
+        if self.as_json:
+            print(json.dumps({"jobs": self.documents}, indent=2))
+        return self.status
+
+
+def note(text: str) -> None:
+    """Something worth knowing now, on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text))
+
+
+def show(text: RenderableType) -> None:
+    """Something for people, on standard error: standard output is kept for the result."""
+    Console(stderr=True, highlight=False).print(text)
+
+
+def say(said: Said, as_json: bool) -> int:
+    """Print a verb's result on standard output."""
+    if as_json:
+        print(json.dumps(said.document, indent=2, ensure_ascii=False))
+    else:
+        width = None if sys.stdout.isatty() else 160
+        Console(highlight=False, width=width).print(said.text)
+    return said.status
+
+
+def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"status": "failed", "exit_status": status, "problems": list(problems)}, indent=2))
+    lead = {WRONG: "this cannot be done", INTERRUPTED: "stopped"}.get(status, "failed")
+    if len(problems) == 1:
+        print(f"weightmill: {lead}: {problems[0]}", file=sys.stderr)
+    else:
+        print(f"weightmill: {lead}, {len(problems)} problems:", file=sys.stderr)
+        for problem in problems:
+            print(f"  {problem}", file=sys.stderr)
+    return status

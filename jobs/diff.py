@@ -1,0 +1,43 @@
+"""Compare two checkpoints tensor by tensor, quantized ones decoded: python -m jobs.diff A B."""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import Field
+
+from jobs.console import Said, Verb
+from jobs.spec import Format, Spec
+
+
+class DiffSpec(Spec):
+    """What to compare."""
+
+    a: str = Field(description="the first checkpoint's folder: errors are relative to it")
+    b: str = Field(description="the second checkpoint's folder")
+    tensors: str = Field(pattern="^(different|all)$", description="which tensors to list: different, or all")
+    format: Format = Field(description="text, or json: one document on standard output")
+
+
+def act(spec: DiffSpec) -> Said:
+    """Compare."""
+    from jobs.comparing import compare_checkpoints
+
+    return compare_checkpoints(spec.a, spec.b, all_tensors=spec.tensors == "all")
+
+
+VERB = Verb(
+    "diff",
+    "Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded.",
+    DiffSpec,
+    act,
+    (
+        ("A B", "the tensors that differ"),
+        ("A B tensors=all", "all of them"),
+    ),
+    positional=("a", "b"),
+)
+main = VERB.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""A job from its spec to its report: plan, check, run what is not done, gate, publish, track."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from jobs import report
+from jobs.console import FAILED, Said, note, show
+from jobs.execution import Cluster, UnitFailed, choose
+from jobs.journal import Record
+from jobs.planning import Unit
+from jobs.prepare import TARGET, Planned, check_space, notes_of, plan_job, strategy_of
+from jobs.progress import Meter
+from jobs.publish import complete, is_published, publish
+from jobs.spec import JobSpec
+from jobs.tracking import Run, open_run
+from jobs.unit import Gate, UnitTask
+from loaders.checkpoint import OUR_REPORT, read_json
+from loaders.errors import BadSpec, StorageError, VerifyFailed
+from loaders.memory import PeakMemory
+
+
+def run_job(spec: JobSpec) -> Said:
+    """Do a job, or what is left of it.
+
+    Raises:
+        WeightmillError: see the message; what was finished stays for the next attempt.
+        KeyboardInterrupt: likewise.
+    """
+    planned = plan_job(spec)
+    show(report.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
+    journal = planned.journal
+    with journal.hold({"key": journal.key, "output": str(journal.output), "request": spec.resolved()}):
+        if journal.output.exists() and not spec.output.overwrite and not is_published(journal):
+            raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
+        run = _open_run(planned)
+        try:
+            document = _published(planned) if is_published(journal) else _run(planned, run)
+            _track(run, document)
+        except BaseException as error:
+            _close(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if not journal.has_records():
+                journal.remove()
+            elif isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(_how_to_go_on(planned)) from None
+            raise
+        untracked = _close(run, "FINISHED")
+        said = _said(planned, document, run.address, untracked)
+        journal.remove()
+    return said
+
+
+def _run(planned: Planned, run: Run) -> dict[str, Any]:
+    """Run the units that have no record, pass the gate, publish. Gives the report."""
+    began, started = time.perf_counter(), time.time()
+    records = resume(planned)
+    resumed = len(records)
+    if resumed:
+        note(f"{resumed} of {len(planned.plan.units)} units were done before; going on with the rest")
+    check_space(planned, sum(record.size for record in records.values()))
+    strategy, _ = strategy_of(planned)
+    with PeakMemory() as memory, _cluster(planned) as cluster:
+        fresh, retries = _execute(planned, cluster, strategy, records, run)
+        where = cluster.description
+    results = report.Results(tuple((records | fresh)[unit.id] for unit in planned.plan.units))
+    _pass_gate(planned, results)
+    aux = complete(planned.plan, planned.target, planned.journal, results.records)
+    wall, load = time.perf_counter() - began, results.load
+    document = report.document(
+        planned.spec,
+        planned.plan,
+        planned.target,
+        results,
+        aux,
+        {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "wall_s": wall,
+            "throughput_gbps": sum(record.load.bytes for record in fresh.values()) / wall / 1e9,
+            "read_s": load.read_s,
+            "encode_s": load.encode_s,
+            "measure_s": load.measure_s,
+            "write_s": load.write_s,
+            "bytes": load.bytes,
+            "files": len(planned.plan.checkpoint.files),
+            "tensors": load.tensors,
+            "peak_anonymous_bytes": max(memory.peak_bytes, load.peak_anonymous_bytes),
+            "units": len(planned.plan.units),
+            "units_resumed": resumed,
+            "retries": retries,
+            "strategy": strategy,
+            "cluster": where,
+            "nodes": sorted({record.node for record in results.records}),
+            "python": platform.python_version(),
+        },
+    )
+    publish(planned.journal, document, overwrite=planned.spec.output.overwrite)
+    return document
+
+
+def resume(planned: Planned) -> dict[str, Record]:
+    """The valid records of earlier attempts, by unit."""
+    found = {unit.id: planned.journal.done(unit, TARGET) for unit in planned.plan.units}
+    return {unit: record for unit, record in found.items() if record is not None}
+
+
+@contextmanager
+def _cluster(planned: Planned) -> Iterator[Cluster]:
+    cluster, why = choose(planned.spec.cluster)
+    if why and planned.spec.cluster.kind == "auto" and not cluster.is_local:
+        note(f"units run on {cluster.description}: {why}")
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _execute(
+    planned: Planned, cluster: Cluster, strategy: str, records: Mapping[str, Record], run: Run
+) -> tuple[dict[str, Record], int]:
+    """Run the units without a record; their records, and how many attempts were repeated.
+
+    Raises:
+        VerifyFailed: a tensor must not leave.
+        StorageError: a unit could not be run.
+    """
+    tasks = [_task(planned, cluster, strategy, unit) for unit in planned.plan.units if unit.id not in records]
+    cluster.check(tasks)
+    fresh: dict[str, Record] = {}
+    retries = 0
+    with (
+        Meter("quantizing", sum(task.unit.source_bytes for task in tasks)) as meter,
+        closing(cluster.run(tasks, meter.add)) as outcomes,
+    ):
+        for outcome in outcomes:
+            run.check()
+            if isinstance(outcome, UnitFailed):
+                raise StorageError(f"{outcome.unit}: {outcome.reason}")
+            if TARGET in outcome.failures:
+                raise VerifyFailed(f"not published: {outcome.failures[TARGET]}")
+            fresh[outcome.unit] = outcome.records[TARGET]
+            retries += outcome.attempts - 1
+    return fresh, retries
+
+
+def _task(planned: Planned, cluster: Cluster, strategy: str, unit: Unit) -> UnitTask:
+    spec = planned.spec
+    gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
+    journals = {TARGET: (planned.journal.output, planned.journal.key)}
+    return UnitTask(unit, planned.plan.checkpoint.root, journals, strategy, spec.backend.kind, cluster.threads, gate)
+
+
+def _pass_gate(planned: Planned, results: report.Results) -> None:
+    """The gate once more, over all records: those of earlier attempts may have passed a wider one.
+
+    Raises:
+        VerifyFailed: naming the worst tensor.
+    """
+    gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
+    schemes = {d.recipe.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
+    faults = [
+        (t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name].error_limit)) for t in results.tensors
+    ]
+    found = [(error, fault) for error, fault in faults if fault]
+    if found:
+        raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")
+
+
+def _published(planned: Planned) -> dict[str, Any]:
+    note(f"{planned.journal.output} was published before the job was interrupted; finishing what is left")
+    return read_json(planned.journal.output / OUR_REPORT)
+
+
+def _how_to_go_on(planned: Planned) -> str:
+    done = len(resume(planned))
+    return (
+        f"interrupted; {done} of {len(planned.plan.units)} units are done and kept: the same command goes on from"
+        " there, python -m jobs.clean forgets them"
+    )
+
+
+# --- tracking and the report
+
+
+def _open_run(planned: Planned) -> Run:
+    spec = planned.spec
+    params = {key: value for key, value in report.flat(spec.resolved()) if value is not None}
+    tags = {
+        "weightmill.kind": "job",
+        "weightmill.source": planned.plan.checkpoint.fingerprint,
+        "weightmill.git_commit": _git_commit(),
+        **{f"weightmill.version.{name}": version for name, version in report.versions().items()},
+    }
+    name = spec.output_path.name
+    return open_run(spec.tracking, Path(spec.output.root), name, params, tags, planned.journal.key)
+
+
+def _git_commit() -> str:
+    """The commit of this checkout of weightmill, or "none" for an installed one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return "none"
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "none"
+
+
+def _track(run: Run, document: Mapping[str, Any]) -> None:
+    """Log the report."""
+    if not run.is_tracked:
+        return
+    run.metrics(report.metrics(document))
+    run.series(
+        "layer/relative_error", [(layer, e.relative_error) for layer, e in report.error_by_layer(document).items()]
+    )
+    run.table("tensors.json", report.table_columns(document))
+    run.document(OUR_REPORT, document)
+    run.figures(lambda folder: report.plots(document, folder))
+
+
+def _close(run: Run, status: str) -> str:
+    """End the run; why it does not hold everything, if so."""
+    try:
+        run.close(status)
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+def _said(planned: Planned, document: Mapping[str, Any], address: str | None, untracked: str) -> Said:
+    output = planned.journal.output
+    found = {"status": "done", "output": str(output), "tracked": address, **document}
+    lines = [Text(f"output: {output}", style="bold green")]
+    lines += [Text(f"run: {address}")] if address else []
+    lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
+    return Said(found, Group(report.result_text(document), *lines), FAILED if untracked else 0)

@@ -1,0 +1,211 @@
+"""The journal: a folder beside the output where a job leaves what it has finished, and finds it again.
+
+.NAME.KEY.weightmill/        KEY names the plan: another plan for the same output has its own folder
+    job.json                 what the job is
+    lock                     held by the process that works on it
+    parts/                   files being written, one an attempt
+    files/                   finished weight files; with config, index and aux files it becomes the output
+    records/unit-00001.json  one a finished unit, written last: a unit without a valid record is done again
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.planning import FORMAT, Unit
+from loaders.atomic import exclusive, holder, write_file
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
+from loaders.integrity import hash_file
+from loaders.stats import CompressionStats, ErrorSums, LoadStats
+
+SUFFIX = ".weightmill"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """What became of one tensor. `stored` maps the written tensors' names to (dtype, shape, bytes, xxh3-64)."""
+
+    name: str
+    role: str
+    action: str
+    dtype: str
+    shape: tuple[int, ...]
+    source_bytes: int
+    stored: Mapping[str, tuple[str, tuple[int, ...], int, str]]
+    error: ErrorSums
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(size for _, _, size, _ in self.stored.values())
+
+    @property
+    def stats(self) -> CompressionStats:
+        return CompressionStats(1, self.error.numel, self.source_bytes, self.output_bytes, self.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a unit left for a target: its file, its tensors, and what it took."""
+
+    unit: str
+    key: str
+    file: str | None
+    size: int
+    xxh3: str
+    tensors: tuple[TensorRecord, ...]
+    load: LoadStats
+    node: str
+    attempt: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+
+def record_from(document: Mapping[str, Any]) -> Record:
+    """Back from JSON.
+
+    Raises:
+        BadCheckpoint: of another format version, or not a record.
+    """
+    if document.get("format") != FORMAT:
+        raise BadCheckpoint(
+            f"a record of format {document.get('format')}, this weightmill reads {FORMAT};"
+            " finish the job with the version that began it, or remove its folder (python -m jobs.clean)"
+        )
+    try:
+        tensors = tuple(
+            TensorRecord(
+                **{
+                    **row,
+                    "shape": tuple(row["shape"]),
+                    "stored": {name: (d, tuple(s), n, x) for name, (d, s, n, x) in row["stored"].items()},
+                    "error": ErrorSums(**row["error"]),
+                }
+            )
+            for row in document["tensors"]
+        )
+        rest = {key: value for key, value in document.items() if key not in ("format", "tensors", "load")}
+        return Record(**rest, tensors=tensors, load=LoadStats(**document["load"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadCheckpoint(f"not a record ({type(error).__name__}: {error})") from None
+
+
+class Journal:
+    """The folder of one job and target."""
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.output = output
+        self.key = key
+        self.root = output.parent / f".{output.name}.{key[:12]}{SUFFIX}"
+        self.files = self.root / "files"
+        self.parts = self.root / "parts"
+        self.records = self.root / "records"
+
+    @contextmanager
+    def hold(self, job: Mapping[str, Any]) -> Iterator[None]:
+        """Make the folder and keep other processes out of it.
+
+        Raises:
+            BadSpec: another process works on this job, or another version began it.
+            StorageError: the folder cannot be made.
+        """
+        with io_errors("making", self.root):
+            for folder in (self.files, self.parts, self.records):
+                folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.root / "lock") as is_held:
+            if not is_held:
+                raise BadSpec(
+                    f"output.path: another process ({holder(self.root / 'lock')}) is writing {self.output} right now;"
+                    " wait for it, or choose another path"
+                )
+            self._check_version()
+            write_file(self.root / "job.json", json.dumps({"format": FORMAT, **job}, indent=2).encode())
+            self._remove_leftovers()
+            yield
+
+    def _check_version(self) -> None:
+        path = self.root / "job.json"
+        if not path.exists():
+            return
+        with suppress(ValueError, AttributeError):
+            found = json.loads(path.read_bytes()).get("format")
+            if found != FORMAT:
+                raise BadSpec(
+                    f"output.path: {self.root} is of format {found}, this weightmill writes {FORMAT}; finish it with"
+                    " the version that began it, or remove it (python -m jobs.clean)"
+                )
+
+    def _remove_leftovers(self) -> None:
+        for path in self.parts.iterdir():
+            with io_errors("removing", path):
+                path.unlink()
+
+    def add(self, record: Record) -> None:
+        """A unit's last act: from now on it is done."""
+        document = json.dumps(record.to_json(), separators=(",", ":")).encode()
+        write_file(self.records / f"{record.unit}.json", document)
+
+    def done(self, unit: Unit, target: str) -> Record | None:
+        """The unit's record, if it is of this work and its file is there, byte for byte.
+
+        Raises:
+            BadCheckpoint: the record is of another format version.
+        """
+        path = self.records / f"{unit.id}.json"
+        if not path.exists():
+            return None
+        try:
+            document = json.loads(path.read_bytes())
+        except ValueError:
+            return None
+        record = record_from(document)
+        if record.key != unit.key(target):
+            return None
+        if record.file is not None:
+            file = self.files / record.file
+            if not file.is_file() or file.stat().st_size != record.size or hash_file(file) != record.xxh3:
+                return None
+        return record
+
+    def has_records(self) -> bool:
+        return self.records.is_dir() and any(self.records.iterdir())
+
+    def remove(self) -> None:
+        """Forget the job."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.root)
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A journal's folder that no process holds."""
+
+    path: Path
+    size_bytes: int
+    units_done: int
+    age_s: float
+    output: str
+
+
+def find_journals(folder: Path) -> list[Path]:
+    """Journals of outputs in a folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.startswith(".") and p.name.endswith(SUFFIX) and p.is_dir())
+
+
+def is_held(journal: Path) -> bool:
+    """Whether a process works on it now."""
+    if not (journal / "lock").exists():
+        return False
+    try:
+        with exclusive(journal / "lock") as was_free:
+            return not was_free
+    except StorageError:
+        return True

@@ -1,0 +1,194 @@
+"""A unit's file for one target, from its first byte to its record.
+
+What is measured is what leaves: every piece that measuring reads back is hashed, and when the finished file is hashed
+in order, the same pieces must hash the same and cover every tensor whole.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from jobs.journal import Journal, TensorRecord
+from jobs.planning import Placement, UnitOutput
+from loaders.atomic import sync_folder
+from loaders.containers.safetensors import ShardWriter
+from loaders.errors import VerifyFailed, io_errors
+from loaders.quantization.scheme import Block
+from loaders.recipes import Recipe
+from loaders.scratch import Scratch
+from loaders.specs import storage_of
+from loaders.stats import ErrorSums
+
+HASH_BLOCK = 4 << 20
+Piece = tuple[int, int]  # bytes [start, stop) of a tensor
+
+
+class Timer:
+    """Seconds by phase, summed over threads."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(("read", "reread", "encode", "measure", "write", "finish"), 0.0)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def phase(self, name: str, weight: int = 1) -> Iterator[None]:
+        """Count a block's time, `weight` times for so many threads at work in it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = (time.perf_counter() - began) * weight
+            with self._lock:
+                self._seconds[name] += spent
+
+    def seconds(self) -> Mapping[str, float]:
+        """read_s, encode_s, measure_s, write_s: encoding and measuring without the reading and writing inside them."""
+        spent = self._seconds
+        return {
+            "read_s": spent["read"] + spent["reread"],
+            "encode_s": max(0.0, spent["encode"] - spent["read"] - spent["write"]),
+            "measure_s": max(0.0, spent["measure"] - spent["reread"]),
+            "write_s": spent["write"] + spent["finish"],
+        }
+
+
+class TensorPart:
+    """The slots of one tensor: takes what a scheme stores, gives it back. See `Sink` and `Stored`."""
+
+    def __init__(self, writer: ShardWriter, placement: Placement, scratch: Scratch, timer: Timer) -> None:
+        self._writer = writer
+        self._slots = placement.slots
+        self._scratch = scratch
+        self._timer = timer
+        self.pieces: dict[str, dict[Piece, str]] = {slot.name: {} for slot in placement.slots.values()}
+        for role, data in placement.constants.items():
+            slot = placement.slots[role]
+            writer.write(slot, 0, memoryview(data))
+            self.pieces[slot.name][0, len(data)] = xxhash.xxh3_64_hexdigest(data)
+
+    def write(self, role: str, start: int, data: Block) -> None:
+        with self._timer.phase("write"):
+            raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+            self._writer.write(self._slots[role], start * data.itemsize, raw)
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        slot = self._slots[role]
+        storage = storage_of(slot.dtype)
+        first, last = start * storage.itemsize, min(stop * storage.itemsize, slot.size)
+        buffer = self._scratch.array(f"back {role}", last - first, np.uint8)
+        buffer = buffer[: self._writer.read(slot, first, buffer.data)]
+        self.pieces[slot.name][first, first + buffer.size] = xxhash.xxh3_64_hexdigest(buffer.data)
+        return buffer.view(storage)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One tensor, encoded and measured."""
+
+    recipe: Recipe
+    action: str
+    placement: Placement
+    error: ErrorSums
+
+
+class PartFile:
+    """A file under way, in the journal's folder of parts."""
+
+    def __init__(self, journal: Journal, name: str, output: UnitOutput, timer: Timer) -> None:
+        assert output.file is not None
+        self._journal = journal
+        self._file = output.file
+        self._timer = timer
+        self._scratch = Scratch()
+        self._pieces: dict[str, dict[Piece, str]] = {}
+        self._writer = ShardWriter(journal.parts / name, output.file)
+
+    def tensor(self, placement: Placement) -> TensorPart:
+        """Begin a tensor."""
+        part = TensorPart(self._writer, placement, self._scratch, self._timer)
+        self._pieces.update(part.pieces)
+        return part
+
+    def finish(self, measured: list[Measured]) -> tuple[int, str, tuple[TensorRecord, ...]]:
+        """Make the file whole and durable and move it among the finished ones: its size, its xxh3-128, its tensors.
+
+        Raises:
+            VerifyFailed: a tensor's bytes are not those that were measured.
+        """
+        with self._timer.phase("finish"):
+            sizes = self._writer.seal()
+            digest, hashes = self._hash(sizes)
+            with io_errors("finishing", self._journal.files / self._file.name):
+                self._writer.close()
+                self._writer.path.replace(self._journal.files / self._file.name)
+                sync_folder(self._journal.files)
+        tensors = tuple(_tensor_record(each, sizes, hashes) for each in measured)
+        return self._file.header_bytes + sum(sizes.values()), digest, tensors
+
+    def _hash(self, sizes: Mapping[str, int]) -> tuple[str, dict[str, str]]:
+        whole, hashes = xxhash.xxh3_128(), {}
+        with io_errors("reading back", self._writer.path), self._writer.path.open("rb", buffering=0) as file:
+            whole.update(file.read(self._file.header_bytes))
+            for slot in self._file.slots:
+                start = file.tell()
+                pieces = self._pieces[slot.name]
+                hasher = xxhash.xxh3_64()
+
+                def take(data: memoryview, hasher: xxhash.xxh3_64 = hasher) -> None:
+                    whole.update(data)
+                    hasher.update(data)
+
+                if not _check_in_order(file, sizes[slot.name], pieces, take):
+                    raise VerifyFailed(
+                        f"{slot.name}: its bytes in {self._file.name} are not those that were measured;"
+                        " something changed them on the way to the disk: suspect memory or storage"
+                    )
+                file.seek(start + sizes[slot.name])
+                hashes[slot.name] = hasher.hexdigest()
+        return whole.hexdigest(), hashes
+
+    def abort(self) -> None:
+        """Remove the file, unless it is finished."""
+        self._writer.abort()
+
+
+def _check_in_order(file, size: int, pieces: Mapping[Piece, str], take: Callable[[memoryview], None]) -> bool:  # type: ignore[no-untyped-def]
+    """Hand a tensor's bytes to `take`, in order; whether they are all covered by pieces that hash as recorded."""
+    start, ordered, end = file.tell(), sorted(pieces.items()), 0
+    tiles = all(
+        piece[0] == before for (piece, _), before in zip(ordered, [0, *(p[1] for p, _ in ordered)], strict=False)
+    )
+    if tiles and (ordered[-1][0][1] if ordered else 0) == size:
+        for (first, last), digest in ordered:
+            data = file.read(last - first)
+            take(memoryview(data))
+            if xxhash.xxh3_64_hexdigest(data) != digest:
+                return False
+        return True
+    for at in range(0, size, HASH_BLOCK):
+        take(memoryview(file.read(min(HASH_BLOCK, size - at))))
+    for (first, last), digest in ordered:
+        if first > end:
+            return False
+        end = max(end, last)
+        file.seek(start + first)
+        if xxhash.xxh3_64_hexdigest(file.read(last - first)) != digest:
+            return False
+    return end == size
+
+
+def _tensor_record(each: Measured, sizes: Mapping[str, int], hashes: Mapping[str, str]) -> TensorRecord:
+    recipe, stored = each.recipe, {}
+    for slot in each.placement.slots.values():
+        shape = slot.shape if not slot.is_bound else (sizes[slot.name] // slot.dtype.item_bytes,)
+        stored[slot.name] = (slot.dtype.name, shape, sizes[slot.name], hashes[slot.name])
+    return TensorRecord(
+        recipe.name, recipe.role, each.action, recipe.dtype.name, recipe.shape, recipe.source_bytes, stored, each.error
+    )

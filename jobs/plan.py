@@ -1,0 +1,44 @@
+"""Say exactly what a job would do: python -m jobs.plan, with the overrides of jobs.run. Writes nothing."""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import Field
+
+from jobs.console import Said, Verb
+from jobs.spec import JobSpec
+
+
+class PlanSpec(JobSpec):
+    """A job, and how much of its plan to show."""
+
+    tensors: str = Field(default="summary", pattern="^(summary|all)$", description="summary, or all to list each one")
+
+
+def act(spec: PlanSpec) -> Said:
+    """Plan the job."""
+    from jobs import prepare, report
+
+    planned = prepare.plan_job(spec)
+    notes = prepare.notes_of(planned)
+    text = report.plan_text(spec, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
+    return Said(prepare.plan_document(planned, notes), text)
+
+
+VERB = Verb(
+    "plan",
+    "Say exactly what jobs.run would do with the same overrides; writes nothing.",
+    PlanSpec,
+    act,
+    (
+        ("model.path=DIR quant=nf4", "files, bytes, which tensors by which rule"),
+        ("model.path=DIR quant=nf4 tensors=all", "and every tensor"),
+        ("model.path=DIR quant=nf4 format=json", "for a program"),
+    ),
+    config="run",
+)
+main = VERB.main
+
+if __name__ == "__main__":
+    sys.exit(main())

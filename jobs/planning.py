@@ -1,0 +1,290 @@
+"""Plans: from a checkpoint's headers and the wanted targets to units of work and the place of every output byte.
+
+Pure data from pure functions. Units are cut from the source and its family alone, so any set of targets over one
+checkpoint has the same units, and a sweep and a single job can resume each other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jobs.spec import MB
+from loaders.checkpoint import Checkpoint
+from loaders.containers import safetensors
+from loaders.errors import BadSpec
+from loaders.integrity import text_digest
+from loaders.layouts import Placed, hf
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Scheme
+from loaders.recipes import Recipe, Sources, recipes_of
+from loaders.rules import Decision, Rule, decide
+from loaders.specs import DType, OutputFile, Slot, TensorSpec
+from loaders.storage.local import FileTag
+from loaders.work import RANGE
+
+FORMAT = 1  # of plans and records: another version's are refused
+TargetId = str
+THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One wanted result."""
+
+    id: TargetId
+    scheme: Scheme
+    rules: tuple[Rule, ...] = ()
+    compute_dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What becomes of one recipe, and the bytes that its results fill."""
+
+    recipe: str
+    action: str
+    scheme: Scheme
+    cast: DType | None
+    slots: Mapping[str, Slot]
+    constants: Mapping[str, bytes]
+
+    def encoded_spec(self, recipe: Recipe) -> TensorSpec:
+        """What the scheme sees: the recipe's weights after the cast."""
+        return recipe.spec if self.cast is None else replace(recipe.spec, dtype=self.cast)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitOutput:
+    """A unit's share of a target: one file, or none if all its tensors are dropped."""
+
+    file: OutputFile | None
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A run of whole blocks, read once for all targets."""
+
+    id: str
+    sources: tuple[FileTag, ...]
+    recipes: tuple[Recipe, ...]
+    outputs: Mapping[TargetId, UnitOutput]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(recipe.source_bytes for recipe in self.recipes)
+
+    def key(self, target: TargetId) -> str:
+        """Names the work that this unit is for a target: a record with another key is of other work."""
+        output = self.outputs[target]
+        return text_digest(f"{FORMAT} {self.sources!r} {self.recipes!r} {output!r}")
+
+    def memory_bytes(self, threads: int) -> int:
+        """What running it holds at most, beyond the libraries."""
+        recipes = {recipe.name: recipe for recipe in self.recipes}
+        state = max(
+            (
+                p.scheme.state_bytes(p.encoded_spec(recipes[p.recipe]))
+                for output in self.outputs.values()
+                for p in output.placements
+            ),
+            default=0,
+        )
+        return threads * THREAD_BYTES + state
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """A target, decided: what becomes of each tensor, and every file of its output but the aux files."""
+
+    target: Target
+    decisions: tuple[Decision, ...]
+    files: tuple[OutputFile, ...]
+    stored: Mapping[str, tuple[Slot, ...]]  # by tensor
+    config: Mapping[str, Any] | None
+    warnings: tuple[str, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all stored tensors, or at most so many where a length depends on values."""
+        return sum(file.data_bytes for file in self.files)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def slack_bytes(self) -> int:
+        """By how much the files may be smaller than planned: tensors whose length depends on values."""
+        return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
+
+
+SLACK = 24  # a number of a few to as many characters
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole pass over one checkpoint."""
+
+    checkpoint: Checkpoint
+    sources: Sources
+    units: tuple[Unit, ...]
+    targets: Mapping[TargetId, TargetPlan]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(unit.source_bytes for unit in self.units)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all float weights."""
+        return sum(r.spec.numel for r in self.sources.recipes if r.dtype.is_float)
+
+
+def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
+    """Plan a pass.
+
+    Raises:
+        BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
+    """
+    check_not_quantized(checkpoint, targets)
+    sources = recipes_of(checkpoint, decode=False)
+    groups = cut_units(sources.recipes, unit_mb * MB)
+    plans: dict[TargetId, TargetPlan] = {}
+    outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
+    for target in targets:
+        decisions = decide(sources.recipes, target.scheme, target.rules)
+        placed = {p.recipe.name: p for p in hf.place(decisions, checkpoint.config)}
+        shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
+        count = sum(bool(share) for share in shares)
+        if not count:
+            raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
+        number = 0
+        for index, share in enumerate(shares):
+            number += bool(share)
+            outputs[index][target.id] = _unit_output(share, number, count)
+        files = tuple(o[target.id].file for o in outputs)
+        config = None
+        if checkpoint.config:
+            config = hf.config_json(checkpoint.config, decisions, checkpoint.family, target.compute_dtype)
+        plans[target.id] = TargetPlan(
+            target,
+            decisions,
+            tuple(file for file in files if file is not None),
+            {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
+            config,
+            tuple(_warnings(checkpoint, decisions, config)),
+        )
+    tags = {tag.name: tag for tag in checkpoint.files}
+    units = tuple(
+        Unit(f"unit-{index:05d}", _files_of(group, tags), tuple(group), output)
+        for index, (group, output) in enumerate(zip(groups, outputs, strict=True), 1)
+    )
+    return Plan(checkpoint, sources, units, plans)
+
+
+def check_not_quantized(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
+    """Raises BadSpec: an already quantized source may be copied, nothing else."""
+    block = checkpoint.config.get("quantization_config")
+    if block is None:
+        return
+    method = block.get("quant_method", "an unknown method") if isinstance(block, dict) else "an unknown method"
+    if any(target.scheme != Plain() for target in targets):
+        raise BadSpec(
+            f"model.path: expected plain weights, found a checkpoint already quantized ({method}); it can be copied"
+            " (quant=none), inspected and compared; give the original to quantize it"
+        )
+
+
+def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
+    """Runs of whole blocks of at most `unit_bytes` of source, or one block. Recipes come sorted by block."""
+    blocks: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        blocks.setdefault(recipe.block, []).append(recipe)
+    units: list[list[Recipe]] = []
+    size = math.inf
+    for block in blocks.values():
+        block_bytes = sum(recipe.source_bytes for recipe in block)
+        if size + block_bytes > unit_bytes:
+            units.append([])
+            size = 0
+        units[-1].extend(block)
+        size += block_bytes
+    return units
+
+
+def _unit_output(share: Sequence[Placed], number: int, count: int) -> UnitOutput:
+    if not share:
+        return UnitOutput(None, ())
+    name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    file = safetensors.lay_out(name, [tensor for placed in share for tensor in placed.stored.values()])
+    slots = {slot.name: slot for slot in file.slots}
+    placements = tuple(
+        Placement(
+            placed.recipe.name,
+            placed.action,
+            placed.scheme,
+            placed.cast,
+            {role: slots[tensor.name] for role, tensor in placed.stored.items()},
+            {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
+        )
+        for placed in share
+    )
+    return UnitOutput(file, placements)
+
+
+def _files_of(recipes: Iterable[Recipe], tags: Mapping[str, FileTag]) -> tuple[FileTag, ...]:
+    return tuple(sorted({tags[spec.file] for recipe in recipes for _, spec in recipe.stored}))
+
+
+def weight_index(files: Sequence[OutputFile], sizes: Mapping[str, int]) -> dict[str, Any] | None:
+    """model.safetensors.index.json of several files, or None for one. `sizes` are the stored tensors' bytes."""
+    if len(files) == 1:
+        return None
+    weight_map = {slot.name: file.name for file in files for slot in file.slots}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def json_bytes(document: Any) -> bytes:
+    """As transformers writes JSON files."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# --- what is said aloud
+
+
+def _warnings(checkpoint: Checkpoint, decisions: Sequence[Decision], config: Mapping[str, Any] | None) -> list[str]:
+    said = []
+    quantized = [d for d in decisions if d.action == "quantize"]
+    scheme = quantized[0].scheme if quantized else None
+    experts = [d for d in decisions if d.recipe.role == "expert"]
+    kept = [d for d in experts if d.action != "quantize"]
+    if scheme is not None and kept:
+        total = sum(d.recipe.source_bytes for d in decisions)
+        share = sum(d.recipe.source_bytes for d in kept) / total
+        said.append(
+            f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
+            f" {kept[0].recipe.dtype.torch}. {kept[0].rule.why[0].upper()}{kept[0].rule.why[1:]}."
+            " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
+        )
+    if scheme is not None and any(d.action == "quantize" for d in experts):
+        said.append(
+            "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
+            " transformers 5 fuses experts and fails on such names with a size mismatch"
+        )
+    if scheme is not None and checkpoint.family.is_generic:
+        model_type = checkpoint.config.get("model_type", "none")
+        said.append(
+            f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
+            " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
+        )
+    if scheme is not None and config is None:
+        said.append("the source has no config.json: the engine will need one with a quantization_config")
+    if scheme is not None and not any(d.action == "quantize" for d in decisions):
+        said.append("nothing is quantized")
+    return said

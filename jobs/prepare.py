@@ -1,0 +1,155 @@
+"""Before a job runs: what it would do, exactly, and everything cheap that can be wrong with it. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import report
+from jobs.execution import LocalCluster
+from jobs.journal import Journal, find_journals
+from jobs.planning import Plan, Target, TargetPlan, make_plan
+from jobs.publish import check_replaceable
+from jobs.spec import Bnb4Quant, JobSpec
+from loaders.backends import kernels_of
+from loaders.checkpoint import OUR_REPORT, open_checkpoint
+from loaders.errors import BadSpec, StorageError
+from loaders.integrity import text_digest
+from loaders.storage.local import free_bytes
+from loaders.strategies import auto
+
+TARGET = "target"  # a single job's
+SPARE_BYTES = 16 << 20  # for config, index, records
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A job and its plan."""
+
+    spec: JobSpec
+    plan: Plan
+    journal: Journal
+
+    @property
+    def target(self) -> TargetPlan:
+        return self.plan.targets[TARGET]
+
+
+def plan_job(spec: JobSpec) -> Planned:
+    """Everything cheap: headers, rules, sizes, the output's place. Nothing is written.
+
+    Raises:
+        BadSpec: it cannot be done; every fault of one kind at once.
+        BadCheckpoint: the source is damaged.
+    """
+    output = spec.output_path
+    _check_place(spec, output)
+    if spec.model.path is None:
+        raise BadSpec(
+            f"model.path: missing; fetch {spec.model.hub_id} into a folder (hf download {spec.model.hub_id}"
+            " --local-dir DIR) and give model.path=DIR: reading from the Hub is not built yet"
+        )
+    kernels_of(spec.backend.kind)
+    checkpoint = open_checkpoint(spec.model.path, spec.source.container)
+    compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
+    target = Target(TARGET, spec.scheme, spec.own_rules, compute_dtype)
+    plan = make_plan(checkpoint, [target], spec.source.unit_mb)
+    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str(plan.targets[TARGET].config))
+    return Planned(spec, plan, Journal(output, key))
+
+
+def _check_place(spec: JobSpec, output: Path) -> None:
+    source = Path(spec.model.path).resolve() if spec.model.path is not None else None
+    real = output.resolve()
+    if source is not None and (real == source or real.is_relative_to(source) or source.is_relative_to(real)):
+        raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
+    if output.exists() and spec.output.overwrite:
+        check_replaceable(output)
+    elif (output.exists() or output.is_symlink()) and not _left_over(output):
+        raise BadSpec(f"output.path: {output} exists; output.overwrite=true replaces it, or choose another path")
+
+
+def _left_over(output: Path) -> bool:
+    """Whether an interrupted job has published this output and only not cleaned up behind itself."""
+    prefix = f".{output.name}."
+    return (output / OUR_REPORT).is_file() and any(p.name.startswith(prefix) for p in find_journals(output.parent))
+
+
+# --- plan
+
+
+def plan_document(planned: Planned, notes: Sequence[str]) -> dict[str, Any]:
+    """The plan for machines."""
+    plan, target = planned.plan, planned.target
+    return {
+        "status": "planned",
+        "source": {**report.source_document(plan), "parameters": plan.parameters, "bytes": plan.source_bytes},
+        "output": {
+            "path": str(planned.spec.output_path),
+            "quant": planned.spec.quant.name,
+            "tensor_bytes": target.tensor_bytes,
+            "file_bytes": target.weight_bytes,
+            "slack_bytes": target.slack_bytes,
+            "ratio": plan.source_bytes / target.tensor_bytes,
+            "bits_per_weight": target.tensor_bytes * 8 / max(1, plan.parameters),
+            "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.slots)} for file in target.files],
+        },
+        "rules": report.decision_rows(target),
+        "tensors": [
+            {
+                "name": d.recipe.name,
+                "role": d.recipe.role,
+                "action": d.action,
+                "why": d.rule.why,
+                "dtype": d.recipe.dtype.name,
+                "shape": list(d.recipe.shape),
+                "source_bytes": d.recipe.source_bytes,
+                "stored": [
+                    {"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape), "bytes": s.size}
+                    for s in target.stored.get(d.recipe.name, ())
+                ],
+            }
+            for d in target.decisions
+        ],
+        "units": [
+            {"id": unit.id, "source_bytes": unit.source_bytes, "tensors": len(unit.recipes)} for unit in plan.units
+        ],
+        "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
+        "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings],
+        "notes": list(notes),
+    }
+
+
+def strategy_of(planned: Planned) -> tuple[str, str]:
+    """The strategy to read with, and why."""
+    kind = planned.spec.strategy.kind
+    if kind != "auto":
+        return kind, "as asked"
+    return auto.choose(planned.plan.checkpoint.root, [tag.name for tag in planned.plan.checkpoint.files])
+
+
+def notes_of(planned: Planned) -> list[str]:
+    """What will be used, and what it will need."""
+    strategy, why = strategy_of(planned)
+    cluster = LocalCluster(planned.spec.cluster)
+    memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units)
+    free = free_bytes(planned.spec.output_path.parent)
+    return [
+        f"read by {strategy}: {why}",
+        f"memory: up to {report.size(memory)} a unit of {cluster.threads} threads;"
+        f" disk: {report.size(planned.target.weight_bytes)} of {report.size(free)} free",
+    ]
+
+
+def check_space(planned: Planned, done_bytes: int) -> None:
+    """Raises StorageError when the output cannot fit."""
+    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.checkpoint.aux)
+    need = planned.target.weight_bytes - done_bytes + aux + SPARE_BYTES
+    free = free_bytes(planned.spec.output_path.parent)
+    if need > free:
+        raise StorageError(
+            f"output.path: {planned.spec.output_path} needs {report.size(need)}, {report.size(free)} are free there;"
+            " make room, or choose another path"
+        )

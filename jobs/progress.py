@@ -1,0 +1,65 @@
+"""Progress by bytes: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+FIRST_LINE_S = 2.0
+LINE_S = 10.0
+
+
+class Meter:
+    """Counts bytes from any thread while it is open."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what = what
+        self._total = max(1, total)
+        self._done = 0
+        self._began = self._said = time.monotonic()
+        self._lock = threading.Lock()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(what, total=self._total)
+
+    def __enter__(self) -> Meter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def add(self, count: int) -> None:
+        """So many bytes more; fewer when an attempt is begun again."""
+        with self._lock:
+            self._done += count
+            if self._bar:
+                self._bar.update(self._task, completed=self._done)
+                return
+            now = time.monotonic()
+            pause = FIRST_LINE_S if self._said == self._began else LINE_S
+            if now - self._said >= pause:
+                self._said = now
+                self._line(now)
+
+    def _line(self, now: float) -> None:
+        rate = self._done / (now - self._began)
+        left = f", about {(self._total - self._done) / rate:.0f} s left" if rate > 0 else ""
+        print(
+            f"{self._what}: {self._done / self._total:.0%} of {self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s{left}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()

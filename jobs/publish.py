@@ -1,0 +1,140 @@
+"""Making an output visible: aux files, index and config beside the weights, then one rename of the folder.
+
+A checkpoint exists once its folder has its name. Until then it is the journal's `files/`; what stood there before, if
+it may be replaced, changes places with it in one step where the system can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.journal import Journal, Record
+from jobs.planning import Plan, TargetPlan, json_bytes, weight_index
+from loaders.atomic import sync_folder, write_file
+from loaders.checkpoint import OUR_REPORT
+from loaders.errors import BadSpec, VerifyFailed, io_errors
+from loaders.integrity import hash_file
+
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+PENDING = "published.json"  # the journal's copy of the report, written before the output has its name
+
+
+def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence[Record]) -> dict[str, str]:
+    """Put everything but the report beside the finished weight files; the xxh3-128 of each file so made.
+
+    Raises:
+        VerifyFailed: a weight file is not what its record says.
+        StorageError: ...
+    """
+    _check_files(target, journal, records)
+    made: dict[str, bytes] = {}
+    sizes = {name: size for record in records for t in record.tensors for name, (_, _, size, _) in t.stored.items()}
+    index = weight_index(target.files, sizes)
+    if index is not None:
+        made["model.safetensors.index.json"] = json_bytes(index)
+    if target.config is not None:
+        made["config.json"] = json_bytes(target.config)
+    copied = [name for name in plan.checkpoint.aux if name not in made]
+    for name in copied:
+        _copy(plan.checkpoint.root / name, journal.files / name)
+    _remove_others(journal.files, {*made, *copied, *(file.name for file in target.files), OUR_REPORT})
+    for name, data in made.items():
+        write_file(journal.files / name, data)
+    return {name: hash_file(journal.files / name) for name in (*copied, *made)}
+
+
+def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]) -> None:
+    """Every planned file is there, as long as its record says (records of earlier runs were hashed when taken up)."""
+    sizes = {record.file: record.size for record in records}
+    for file in target.files:
+        path = journal.files / file.name
+        size = path.stat().st_size if path.is_file() else None
+        slack = file.size - (size or 0)
+        if size is None or size != sizes.get(file.name) or slack < 0:
+            raise VerifyFailed(
+                f"{path}: expected {sizes.get(file.name)} bytes, found {size}; run the same command again"
+            )
+
+
+def _copy(source: Path, target: Path) -> None:
+    with io_errors("copying", source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.copyfile(source, temporary)
+        shutil.copymode(source, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+
+
+def _remove_others(folder: Path, wanted: set[str]) -> None:
+    """What an interrupted attempt left."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
+            with io_errors("removing", path):
+                path.unlink()
+
+
+def publish(journal: Journal, report: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Give the output its name.
+
+    Raises:
+        BadSpec: something else stands there by now.
+        StorageError: it cannot be renamed.
+    """
+    document = json_bytes(report)
+    write_file(journal.files / OUR_REPORT, document)
+    for folder in [journal.files, *(p for p in journal.files.rglob("*") if p.is_dir())]:
+        sync_folder(folder)
+    write_file(journal.root / PENDING, document)
+    with io_errors("publishing", journal.output):
+        if not journal.output.exists():
+            journal.files.rename(journal.output)
+        elif overwrite:
+            check_replaceable(journal.output)
+            _exchange(journal.files, journal.output)
+        else:
+            raise BadSpec(f"output.path: {journal.output} came into being while the job ran; output.overwrite=true")
+        sync_folder(journal.output.parent)
+
+
+def is_published(journal: Journal) -> bool:
+    """Whether this very journal's output has its name already: only cleaning up was left."""
+    pending, report = journal.root / PENDING, journal.output / OUR_REPORT
+    return pending.is_file() and report.is_file() and pending.read_bytes() == report.read_bytes()
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises BadSpec: only an empty folder or an earlier output is ever replaced."""
+    if output.is_symlink() or not output.is_dir():
+        raise BadSpec(f"output.path: {output} is no folder; choose another path")
+    if any(output.iterdir()) and not (output / OUR_REPORT).is_file():
+        raise BadSpec(
+            f"output.path: {output} holds files that weightmill did not write (there is no {OUR_REPORT});"
+            " output.overwrite=true replaces only its own outputs; choose another path"
+        )
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step, or, where the system cannot, in two."""
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2"):
+            done = libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
+            if done == 0:
+                return
+            if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    aside = new.with_name("replaced")
+    if aside.exists():
+        shutil.rmtree(aside)
+    old.rename(aside)
+    new.rename(old)

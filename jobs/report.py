@@ -1,0 +1,367 @@
+"""What a job came to: the document that stays with the output, the tables people read, the numbers that are tracked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jobs.journal import Record, TensorRecord
+from jobs.planning import FORMAT, Plan, TargetPlan
+from jobs.spec import JobSpec
+from loaders.stats import CompressionStats, ErrorSums, LoadStats, finite
+
+WORST = 5
+LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|blk)\.(\d+)(?:\.|$)")
+VERSIONS = ("weightmill", "numpy", "numba", "xxhash")
+NOT_OF_THE_RESULT = ("output", "strategy", "cluster", "tracking", "format")
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The records of one finished target, added up."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorRecord, ...]:
+        return tuple(tensor for record in self.records for tensor in record.tensors)
+
+    @property
+    def load(self) -> LoadStats:
+        return sum((record.load for record in self.records), LoadStats())
+
+    def stats(self, *actions: str) -> CompressionStats:
+        """Over all tensors, or over those with one of the actions."""
+        return sum((t.stats for t in self.tensors if not actions or t.action in actions), CompressionStats())
+
+
+# --- the document
+
+
+def document(
+    spec: JobSpec, plan: Plan, target: TargetPlan, results: Results, aux: Mapping[str, str], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """weightmill.json: everything but `run` is the same however often and wherever the job runs."""
+    resolved = spec.resolved()
+    return {
+        "format": FORMAT,
+        "job": {key: value for key, value in resolved.items() if key not in NOT_OF_THE_RESULT},
+        "source": source_document(plan),
+        "totals": totals(results),
+        "files": [{"name": r.file, "bytes": r.size, "xxh3": r.xxh3} for r in results.records if r.file is not None],
+        "aux": dict(sorted(aux.items())),
+        "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
+        "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings],
+        "tensors": [tensor_document(tensor) for tensor in results.tensors],
+        "versions": versions(),
+        "run": {**run, "request": resolved},
+    }
+
+
+def source_document(plan: Plan) -> dict[str, Any]:
+    checkpoint = plan.checkpoint
+    return {
+        "path": str(checkpoint.root),
+        "fingerprint": checkpoint.fingerprint,
+        "container": checkpoint.container,
+        "model_type": checkpoint.config.get("model_type"),
+        "family": checkpoint.family.name,
+        "files": [{"name": tag.name, "bytes": tag.size} for tag in checkpoint.files],
+    }
+
+
+def totals(results: Results) -> dict[str, Any]:
+    """Sizes and errors of the whole, and of what was quantized or cast."""
+    changed = results.stats("quantize", "cast")
+    return {**results.stats().to_json(), "changed": changed.to_json() if changed.tensors else None}
+
+
+def tensor_document(tensor: TensorRecord) -> dict[str, Any]:
+    error = tensor.error
+    return {
+        "name": tensor.name,
+        "role": tensor.role,
+        "action": tensor.action,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "source_bytes": tensor.source_bytes,
+        "output_bytes": tensor.output_bytes,
+        "relative_error": finite(error.relative_error),
+        "sqnr_db": finite(error.sqnr_db),
+        "cosine": error.cosine,
+        "max_error": error.max_error,
+        "sums": asdict(error),
+        "stored": {
+            name: {"dtype": dtype, "shape": list(shape), "bytes": size, "xxh3": digest}
+            for name, (dtype, shape, size, digest) in tensor.stored.items()
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the bytes."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+# --- tables
+
+
+def size(count: float) -> str:
+    """1_234_567 -> "1.23 MB"."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def plan_text(
+    spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence[str], *, all_tensors: bool
+) -> RenderableType:
+    """What would be done."""
+    checkpoint = plan.checkpoint
+    head = Table.grid(padding=(0, 2))
+    head.add_row("source", f"{checkpoint.root}")
+    head.add_row(
+        "",
+        f"{checkpoint.family.name} family, {checkpoint.container}, {len(checkpoint.files)} file(s),"
+        f" {len(plan.sources.recipes)} tensors, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
+    )
+    head.add_row("output", str(spec.output_path))
+    head.add_row(
+        "",
+        f"{spec.quant.name}, {len(target.files)} file(s), {target.weight_bytes:,} bytes"
+        + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
+        + f": {plan.source_bytes / target.tensor_bytes:.2f} times smaller,"
+        f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
+    )
+    head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
+    for note in notes:
+        head.add_row("", note)
+    parts: list[RenderableType] = [head, _decision_table(target)]
+    if len(target.files) > 1:
+        parts.append(_file_table(target))
+    if all_tensors:
+        parts.append(_tensor_table(target))
+    parts += [Text(f"note: {note}", style="cyan") for note in (*checkpoint.notes, *plan.sources.notes)]
+    parts += [
+        Text(f"note: {dropped} is tied to {kept}: written once", style="cyan") for kept, dropped in plan.sources.tied
+    ]
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in target.warnings]
+    return Group(*parts)
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _decision_table(target: TargetPlan) -> Table:
+    table = _table("action", "tensors", "source", "output", "which", "why", right=("tensors", "source", "output"))
+    for row in decision_rows(target):
+        which = row["rule"] if row["own"] else f"{row['rule']}"
+        table.add_row(
+            row["action"], str(row["tensors"]), size(row["source_bytes"]), size(row["output_bytes"]), which, row["why"]
+        )
+    return table
+
+
+def decision_rows(target: TargetPlan) -> list[dict[str, Any]]:
+    """All rules that applied, in their order, and what each took."""
+    sizes = output_sizes(target)
+    rows: dict[int, dict[str, Any]] = {}
+    order = {id(rule): index for index, rule in enumerate(dict.fromkeys(d.rule for d in target.decisions))}
+    for decision in target.decisions:
+        row = rows.setdefault(
+            id(decision.rule),
+            {
+                "action": decision.action,
+                "rule": str(decision.rule),
+                "own": bool(decision.rule.label),
+                "why": decision.rule.why,
+                "tensors": 0,
+                "source_bytes": 0,
+                "output_bytes": 0,
+            },
+        )
+        row["tensors"] += 1
+        row["source_bytes"] += decision.recipe.source_bytes
+        row["output_bytes"] += sizes.get(decision.recipe.name, 0)
+    return [rows[key] for key in sorted(rows, key=lambda key: (rows[key]["action"] != "quantize", order.get(key, 0)))]
+
+
+def output_sizes(target: TargetPlan) -> dict[str, int]:
+    """Planned bytes by tensor."""
+    return {name: sum(slot.size for slot in slots) for name, slots in target.stored.items()}
+
+
+def _file_table(target: TargetPlan) -> Table:
+    table = _table("file", "bytes", "tensors", right=("bytes", "tensors"))
+    for file in target.files:
+        table.add_row(file.name, f"{file.size:,}", str(len(file.slots)))
+    return table
+
+
+def _tensor_table(target: TargetPlan) -> Table:
+    table = _table("tensor", "role", "dtype", "shape", "action", "bytes", right=("bytes",))
+    sizes = output_sizes(target)
+    for d in target.decisions:
+        shape = "x".join(map(str, d.recipe.shape))
+        table.add_row(
+            d.recipe.name, d.recipe.role, d.recipe.dtype.torch, shape, d.action, f"{sizes.get(d.recipe.name, 0):,}"
+        )
+    return table
+
+
+def result_text(document: Mapping[str, Any]) -> RenderableType:
+    """What was done, from weightmill.json."""
+    run, total = document["run"], document["totals"]
+    changed = total["changed"]
+    table = _table("", "before", "after", "", right=("before", "after"))
+    table.add_row(
+        "weights", size(total["source_bytes"]), size(total["output_bytes"]), f"{total['ratio']:.2f} times smaller"
+    )
+    before = total["source_bytes"] * 8 / max(1, total["parameters"])
+    table.add_row(
+        "bits a weight", f"{before:.2f}", f"{total['bits_per_weight']:.2f}", f"{total['parameters']:,} parameters"
+    )
+    parts: list[RenderableType] = [table]
+    if changed:
+        parts.append(
+            Text(
+                f"{changed['tensors']} tensors changed: relative error {changed['relative_error']:.5f}"
+                + (f" (SQNR {changed['sqnr_db']:.2f} dB)" if changed["sqnr_db"] is not None else "")
+                + f", cosine {changed['cosine']:.6f}; {total['tensors'] - changed['tensors']} copied bit by bit"
+            )
+        )
+        worst = _table(
+            "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
+        )
+        for row in worst_rows(document):
+            sqnr = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
+            error = "inf" if row["relative_error"] is None else f"{row['relative_error']:.5f}"
+            worst.add_row(row["name"], error, sqnr, f"{row['max_error']:.4g}")
+        parts.append(worst)
+    speed = _table(
+        "seconds", "GB/s", "read", "encode", "measure", "write", "peak memory", "units", right=("seconds", "GB/s")
+    )
+    speed.add_row(
+        f"{run['wall_s']:.2f}", f"{run['throughput_gbps']:.2f}",
+        *(f"{run[f'{phase}_s']:.2f}" for phase in ("read", "encode", "measure", "write")),
+        size(run["peak_anonymous_bytes"]), f"{run['units']} ({run['units_resumed']} done before)",
+    )  # fmt: skip
+    parts.append(speed)
+    return Group(*parts)
+
+
+def worst_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tensors with the greatest relative error among those that are not copies."""
+    changed = [t for t in document["tensors"] if t["action"] != "keep"]
+    changed.sort(key=lambda t: -(t["relative_error"] if t["relative_error"] is not None else float("inf")))
+    return changed[:WORST]
+
+
+# --- tracking
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"quant": {"group_size": 64}} -> ("quant.group_size", 64)."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def metrics(document: Mapping[str, Any]) -> dict[str, float]:
+    """What compares between runs."""
+    total, run = document["totals"], document["run"]
+    changed = total["changed"] or {}
+    worst = worst_rows(document)
+    found = {
+        "size/source_bytes": total["source_bytes"],
+        "size/output_bytes": total["output_bytes"],
+        "size/ratio": total["ratio"],
+        "size/bits_per_weight": total["bits_per_weight"],
+        "size/parameters": total["parameters"],
+        "error/relative": changed.get("relative_error", 0.0),
+        "error/sqnr_db": changed.get("sqnr_db"),
+        "error/cosine": changed.get("cosine", 1.0),
+        "error/worst": worst[0]["relative_error"] if worst else 0.0,
+        "error/max": max((t["max_error"] for t in document["tensors"]), default=0.0),
+        "time/wall_s": run["wall_s"],
+        **{f"time/{phase}_s": run[f"{phase}_s"] for phase in ("read", "encode", "measure", "write")},
+        "load/gigabytes_per_second": run["throughput_gbps"],
+        "load/bytes": run["bytes"],
+        "load/files": run["files"],
+        "load/tensors": run["tensors"],
+        "load/peak_anonymous_bytes": run["peak_anonymous_bytes"],
+        "units/total": run["units"],
+        "units/resumed": run["units_resumed"],
+        "units/retries": run["retries"],
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def table_columns(document: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The per-tensor table, by column."""
+    names = [key for key in document["tensors"][0] if key not in ("sums", "stored")]
+    rows = [{**t, "shape": "x".join(map(str, t["shape"]))} for t in document["tensors"]]
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def error_by_layer(document: Mapping[str, Any]) -> dict[int, ErrorSums]:
+    """Sums over the quantized or cast tensors of each layer."""
+    layers: dict[int, ErrorSums] = {}
+    for tensor in document["tensors"]:
+        match = LAYER.search(tensor["name"])
+        if match and tensor["action"] != "keep":
+            layers[int(match[1])] = layers.get(int(match[1]), ErrorSums()) + ErrorSums(**tensor["sums"])
+    return dict(sorted(layers.items()))
+
+
+def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Error by layer, and size before and after by role, as PNG files in a folder."""
+    from matplotlib.figure import Figure
+
+    made = []
+    name = document["job"]["quant"]["name"]
+    layers = error_by_layer(document)
+    if layers:
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(list(layers), [error.relative_error for error in layers.values()], marker="o", markersize=3)
+        axes.set(xlabel="layer", ylabel="relative error", title=f"{name}: error by layer", ylim=(0, None))
+        made.append(folder / "error_by_layer.png")
+        figure.savefig(made[-1], dpi=120)
+    roles: dict[str, tuple[float, float]] = {}
+    for tensor in document["tensors"]:
+        before, after = roles.get(tensor["role"], (0.0, 0.0))
+        roles[tensor["role"]] = (before + tensor["source_bytes"] / 1e6, after + tensor["output_bytes"] / 1e6)
+    names = sorted(roles, key=lambda role: roles[role])
+    figure = Figure(figsize=(8, 1.5 + 0.5 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(names))
+    axes.barh([p + 0.2 for p in places], [roles[n][0] for n in names], 0.4, color="tab:gray", label="before")
+    axes.barh([p - 0.2 for p in places], [roles[n][1] for n in names], 0.4, color="tab:blue", label="after")
+    axes.set_yticks(list(places), names)
+    axes.set(xlabel="MB", title=f"{name}: size by role")
+    axes.legend()
+    made.append(folder / "size.png")
+    figure.savefig(made[-1], dpi=120)
+    return made

@@ -1,0 +1,259 @@
+"""What a job is: a frozen tree of checked values. Whoever holds a `JobSpec` need not check it again.
+
+The names are those of conf/; every field's description is shown by `--help`. Paths are absolute here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from loaders.families import ROLES
+from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.ternary import Ternary
+from loaders.rules import Rule
+from loaders.specs import DTYPES
+
+MB = 1_000_000
+FloatName = Literal["float32", "float16", "bfloat16"]
+Format = Literal["text", "json"]
+
+
+class Spec(BaseModel):
+    """Strict, closed and frozen."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ModelSpec(Spec):
+    """conf/model: where the checkpoint is."""
+
+    name: str | None = Field(description="names the output; the folder's name by default")
+    path: str | None = Field(description="the folder of the checkpoint")
+    hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
+    revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[\w.\-]+", name):
+            raise ValueError("letters, digits, '.', '_' and '-' only: it becomes a folder's name")
+        return name
+
+
+class SourceSpec(Spec):
+    """conf/source: how it is read and cut."""
+
+    container: Literal["auto", "safetensors", "pytorch"] = Field(description="which weight files to read")
+    unit_mb: float = Field(
+        gt=0,
+        description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
+    )
+
+
+class NoneQuant(Spec):
+    """quant=none."""
+
+    kind: Literal["none"]
+    name: str
+    dtype: FloatName | None = Field(description="cast float weights to this dtype; null copies them")
+
+
+class Bnb4Quant(Spec):
+    """quant=nf4, quant=fp4."""
+
+    kind: Literal["bnb4"]
+    name: str
+    table: Literal["nf4", "fp4"] = Field(description="the sixteen values of a code")
+    group_size: int = Field(description=f"weights sharing one scale: {', '.join(map(str, GROUP_SIZES))}")
+    double_quant: bool = Field(description="quantize the scales too (about 0.4 bits a weight less)")
+    storage_dtype: str = Field(description=f"the dtype the packed codes are stored as: {', '.join(STORAGE_DTYPES)}")
+    compute_dtype: FloatName | None = Field(description="what the engine computes in; the model's dtype by default")
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_is_known(cls, size: int) -> int:
+        if size not in GROUP_SIZES:
+            raise ValueError(f"expected one of {', '.join(map(str, GROUP_SIZES))}")
+        return size
+
+    @field_validator("storage_dtype")
+    @classmethod
+    def _storage_is_known(cls, name: str) -> str:
+        if name not in STORAGE_DTYPES:
+            raise ValueError(f"expected one of {', '.join(STORAGE_DTYPES)}")
+        return name
+
+
+class TernaryQuant(Spec):
+    """quant=ternary."""
+
+    kind: Literal["ternary"]
+    name: str
+    linear_class: Literal["bitlinear", "autobitlinear"] = Field(
+        description="transformers' module; it decides the meaning of weight_scale"
+    )
+
+
+QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant, Field(discriminator="kind")]
+
+
+class RuleSpec(Spec):
+    """One of `rules`: all conditions given must hold; the first rule that matches a tensor decides."""
+
+    action: Literal["quantize", "keep", "cast", "drop"]
+    name: str | None = Field(default=None, description="a regular expression, searched in the tensor's name")
+    shape: tuple[int | None, ...] | None = Field(default=None, description="one entry a dimension, null for any")
+    dtype: str | None = Field(default=None, description="a dtype such as bfloat16")
+    role: str | None = Field(default=None, description=f"one of {', '.join(ROLES)}")
+    cast_to: FloatName | None = Field(default=None, description="with action cast: the new dtype")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_pattern(cls, name: str | None) -> str | None:
+        try:
+            re.compile(name or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return name
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype_is_known(cls, dtype: str | None) -> str | None:
+        if dtype is not None and not any(dtype in (d.name, d.torch) for d in DTYPES.values()):
+            raise ValueError(f"unknown dtype; known: {', '.join(d.torch for d in DTYPES.values())}")
+        return dtype
+
+    @field_validator("role")
+    @classmethod
+    def _role_is_known(cls, role: str | None) -> str | None:
+        if role is not None and role not in ROLES:
+            raise ValueError(f"unknown role; known: {', '.join(ROLES)}")
+        return role
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> RuleSpec:
+        if self.name is None and self.shape is None and self.dtype is None and self.role is None:
+            raise ValueError("expected at least one of name, shape, dtype, role: this would match everything")
+        if (self.action == "cast") != (self.cast_to is not None):
+            raise ValueError("cast_to belongs to action cast, and to no other")
+        return self
+
+    def rule(self, label: str) -> Rule:
+        dtype = next((d.name for d in DTYPES.values() if self.dtype in (d.name, d.torch)), None)
+        cast_to = next((d.name for d in DTYPES.values() if d.torch == self.cast_to), None)
+        return Rule(
+            self.action,
+            "your rule",
+            name=self.name,
+            shape=self.shape,
+            dtype=None if dtype is None else (dtype,),
+            role=None if self.role is None else (self.role,),
+            cast_to=cast_to,
+            label=label,
+        )
+
+
+class OutputSpec(Spec):
+    """conf/output: what is written, and where."""
+
+    root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
+    path: str | None = Field(description="the output's folder; root / model-quant by default")
+    layout: Literal["auto", "hf"] = Field(description="names and config of which consumer; auto: the scheme's engine")
+    container: Literal["auto", "safetensors"] = Field(description="the kind of weight files; auto: the engine's")
+    overwrite: bool = Field(description="replace an earlier output of weightmill at this path")
+    suffix: str = Field(default="", description="added to the default name; a sweep sets it")
+
+
+class StrategySpec(Spec):
+    """conf/strategy: how source bytes are read."""
+
+    kind: Literal["auto", "lazy", "read"]
+
+
+class BackendSpec(Spec):
+    """conf/backend: where encoders run."""
+
+    kind: Literal["cpu", "cuda", "mps"]
+
+
+class ClusterSpec(Spec):
+    """conf/cluster: where units run."""
+
+    kind: Literal["auto", "local", "ray"]
+    address: str | None = Field(default=None, description="the Ray cluster to join; null starts one here")
+    threads: int | None = Field(default=None, ge=1, description="threads a unit; by default what the CPUs suggest")
+    units_at_once: int | None = Field(
+        default=None, ge=1, description="units in flight; by default what the CPUs suggest"
+    )
+    ship_code: bool = Field(default=True, description="send weightmill to a joined cluster's workers")
+
+
+class TrackingSpec(Spec):
+    """conf/tracking: where the numbers go."""
+
+    kind: Literal["mlflow", "none"]
+    uri: str | None = Field(default=None, description="a tracking server or database; sqlite in output.root by default")
+    experiment: str = Field(default="weightmill", description="the MLflow experiment")
+
+
+class VerifySpec(Spec):
+    """conf/verify: the gate."""
+
+    allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
+    max_relative_error: float | None = Field(
+        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; the scheme's own limit by default"
+    )
+
+
+class JobSpec(Spec):
+    """A whole job."""
+
+    model: ModelSpec
+    source: SourceSpec
+    quant: QuantSpec
+    rules: tuple[RuleSpec, ...] = Field(description="what becomes of which tensors, before the engine's own rules")
+    output: OutputSpec
+    strategy: StrategySpec
+    backend: BackendSpec
+    cluster: ClusterSpec
+    tracking: TrackingSpec
+    verify: VerifySpec
+    format: Format = Field(description="text for people; json: one document on standard output")
+
+    @property
+    def source_path(self) -> Path:
+        assert self.model.path is not None
+        return Path(self.model.path)
+
+    @property
+    def model_name(self) -> str:
+        return self.model.name or self.source_path.name
+
+    @property
+    def output_path(self) -> Path:
+        if self.output.path is not None:
+            return Path(self.output.path)
+        return Path(self.output.root) / f"{self.model_name}-{self.quant.name}{self.output.suffix}"
+
+    @property
+    def scheme(self) -> Scheme:
+        quant = self.quant
+        if isinstance(quant, Bnb4Quant):
+            return Bnb4(quant.table, quant.group_size, quant.double_quant, quant.storage_dtype)
+        if isinstance(quant, TernaryQuant):
+            return Ternary(quant.linear_class)
+        return Plain(next((d.name for d in DTYPES.values() if d.torch == quant.dtype), None))
+
+    @property
+    def own_rules(self) -> tuple[Rule, ...]:
+        return tuple(rule.rule(f"rules[{index}]") for index, rule in enumerate(self.rules))
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, for records and tracking."""
+        return self.model_dump(mode="json")

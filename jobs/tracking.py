@@ -1,0 +1,262 @@
+"""One MLflow run a job. The only file that imports mlflow, and only when tracking is asked for.
+
+The driver alone talks to MLflow. A new sqlite store is made under a lock, once: two processes that make one at the
+same time leave it broken for good. Runs are opened and closed by the client itself, so that a job that failed or was
+stopped says so; the module-level API would close it as finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+
+from jobs.spec import TrackingSpec
+from loaders.errors import StorageError
+
+LOCK_S = 120
+LONGEST_PARAM = 6000
+METRICS_AT_ONCE = 1000
+PARAMS_AT_ONCE = 100
+BEAT_S = 30.0
+
+
+class Run(Protocol):
+    """Where a job's numbers go."""
+
+    is_tracked: bool
+
+    @property
+    def address(self) -> str | None:
+        """Where to find it."""
+        ...
+
+    def check(self) -> None:
+        """Raises StorageError when the store turned out not to be usable."""
+        ...
+
+    def metrics(self, values: Mapping[str, float]) -> None: ...
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
+        """One metric with a value for each step."""
+        ...
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
+        """Files that `draw` makes in a folder, as artifacts."""
+        ...
+
+    def document(self, name: str, value: Any) -> None:
+        """A JSON artifact."""
+        ...
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
+
+    def close(self, status: str) -> None:
+        """End as FINISHED, FAILED or KILLED."""
+        ...
+
+
+class NoRun:
+    """tracking=none."""
+
+    is_tracked = False
+    address = None
+
+    def check(self) -> None: ...
+
+    def metrics(self, values: Mapping[str, float]) -> None: ...
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None: ...
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None: ...
+
+    def document(self, name: str, value: Any) -> None: ...
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+def open_run(
+    spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str
+) -> Run:
+    """Begin a run, or go on with the one of the same key that a stopped job left. Returns at once: mlflow is slow to
+    import and its first store slow to make, so that happens beside the job; errors come out when it is closed.
+    """
+    if spec.kind == "none":
+        return NoRun()
+    return BackgroundRun(spec, root, name, params, tags, key)
+
+
+class BackgroundRun:
+    """Hands everything, in order, to one thread that talks to MLflow."""
+
+    is_tracked = True
+
+    def __init__(
+        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str
+    ) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._errors: list[BaseException] = []
+        self._opened: Future[MlflowRun] = self._pool.submit(MlflowRun, spec, root, name, params, tags, key)
+
+    def check(self) -> None:
+        if self._opened.done() and (failed := self._opened.exception()) is not None:
+            raise StorageError(f"tracking.uri: cannot be used ({_first_line(failed)}); tracking=none runs without")
+
+    def _later(self, method: str, *arguments: Any) -> None:
+        def call() -> None:
+            if self._opened.exception() is None and not self._errors:
+                try:
+                    getattr(self._opened.result(), method)(*arguments)
+                except Exception as error:  # whatever a store may raise: it must not end the job
+                    self._errors.append(error)
+
+        self._pool.submit(call)
+
+    @property
+    def address(self) -> str | None:
+        return self._opened.result().address if self._opened.exception() is None else None
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self._later("metrics", dict(values))
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
+        self._later("series", name, list(values))
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
+        self._later("figures", draw)
+
+    def document(self, name: str, value: Any) -> None:
+        self._later("document", name, value)
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._later("table", name, columns)
+
+    def close(self, status: str) -> None:
+        """Raises StorageError when something could not be logged."""
+        self._later("close", status)
+        self._pool.shutdown(wait=True)
+        failed = self._opened.exception() or (self._errors[0] if self._errors else None)
+        if failed is not None:
+            raise StorageError(f"tracking: not everything was logged: {_first_line(failed)}") from failed
+
+
+class MlflowRun:
+    """One run, through the client. Made and used on one thread."""
+
+    def __init__(
+        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str
+    ) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("DO_NOT_TRACK", "true")
+        uri = spec.uri or default_uri(root)
+        with _store_lock(uri):
+            from mlflow.tracking import MlflowClient
+
+            for chatty in ("mlflow", "alembic"):
+                logging.getLogger(chatty).setLevel(logging.WARNING)
+            self._client = MlflowClient(uri)
+            self._experiment = _experiment(self._client, spec.experiment, uri, root)
+        self._uri = uri
+        self._run = self._find(key) or self._new(name, {**tags, "weightmill.key": key})
+        self.address = f"{uri} run {self._run}"
+        self._log_params(params)
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, name="mlflow-heartbeat", daemon=True).start()
+
+    def _find(self, key: str) -> str | None:
+        """A run of this job that did not end: its process was killed."""
+        found = self._client.search_runs(
+            [self._experiment], f"tags.`weightmill.key` = '{key}' and attributes.status != 'FINISHED'", max_results=1
+        )
+        if not found:
+            return None
+        run_id: str = found[0].info.run_id
+        self._client.update_run(run_id, status="RUNNING")
+        self._client.set_tag(run_id, "weightmill.resumed", "true")
+        return run_id
+
+    def _new(self, name: str, tags: Mapping[str, str]) -> str:
+        here = {"weightmill.host": socket.gethostname(), "weightmill.pid": str(os.getpid())}
+        run = self._client.create_run(self._experiment, run_name=name, tags={**tags, **here})
+        return str(run.info.run_id)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with suppress(Exception):
+                self._client.set_tag(self._run, "weightmill.heartbeat", str(int(time.time())))
+
+    def _log_params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self._run).data.params
+        logged = [Param(k, str(v)[:LONGEST_PARAM]) for k, v in params.items() if k not in known]
+        for start in range(0, len(logged), PARAMS_AT_ONCE):
+            self._client.log_batch(self._run, params=logged[start : start + PARAMS_AT_ONCE])
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self._log([(name, value, 0) for name, value in values.items()])
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
+        self._log([(name, value, step) for step, value in values])
+
+    def _log(self, points: Sequence[tuple[str, float, int]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for name, value, step in points]
+        for start in range(0, len(metrics), METRICS_AT_ONCE):
+            self._client.log_batch(self._run, metrics=metrics[start : start + METRICS_AT_ONCE])
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in draw(Path(folder)):
+                self._client.log_artifact(self._run, str(path))
+
+    def document(self, name: str, value: Any) -> None:
+        self._client.log_dict(self._run, value, name)
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        rows = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
+        self._client.log_dict(self._run, rows, name)
+
+    def close(self, status: str) -> None:
+        self._stop.set()
+        self._client.set_terminated(self._run, status)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def default_uri(root: Path) -> str:
+    """The sqlite store in the folder of outputs."""
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+def _store_lock(uri: str) -> AbstractContextManager[object]:
+    """Held while a sqlite file may have to be made."""
+    if not uri.startswith("sqlite:///"):
+        return nullcontext()
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_S)
+
+
+def _experiment(client: Any, name: str, uri: str, root: Path) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    local = (root / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    return str(client.create_experiment(name, artifact_location=local))

@@ -1,0 +1,242 @@
+"""One unit: read its tensors once, and for each target encode, measure, finish the file, leave a record.
+
+The same function runs on a thread of this process and in a Ray task; it knows of neither. Tensors of a few MiB run
+side by side, a thread each; large ones one after another, on all of the unit's threads.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.journal import Journal, Record, TensorRecord
+from jobs.parts import Measured, PartFile, TensorPart, Timer
+from jobs.planning import Placement, TargetId, Unit
+from loaders.backends import kernels_of
+from loaders.errors import StorageError, VerifyFailed
+from loaders.memory import PeakMemory
+from loaders.quantization.measure import measure
+from loaders.quantization.scheme import Block, View
+from loaders.recipes import Recipe
+from loaders.stats import ErrorSums, LoadStats
+from loaders.strategies import Reader, loader
+from loaders.views import CastView, view_of
+from loaders.work import RANGE, ThreadedWork
+
+SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
+Finished = tuple[int, str, tuple[TensorRecord, ...]]  # a file's size, xxh3-128, tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a tensor must satisfy to leave. `max_relative_error` replaces the scheme's own limit."""
+
+    allow_nonfinite: bool = False
+    max_relative_error: float | None = None
+
+    def fault(self, name: str, error: ErrorSums, scheme_limit: float) -> str | None:
+        """Why a tensor must not leave, or None."""
+        if error.nonfinite and not self.allow_nonfinite:
+            return (
+                f"{name}: the source holds {error.nonfinite} NaN or infinite weights; mend it, or let them pass with"
+                " verify.allow_nonfinite=true"
+            )
+        if error.nonfinite_decoded:
+            count = error.nonfinite_decoded
+            return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
+        limit = scheme_limit if self.max_relative_error is None or scheme_limit == 0 else self.max_relative_error
+        if not error.relative_error <= limit:
+            return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTask:
+    """Everything a worker needs to run a unit: small, and only paths."""
+
+    unit: Unit
+    root: Path
+    journals: Mapping[TargetId, tuple[Path, str]]  # (output, key)
+    strategy: str
+    backend: str
+    threads: int
+    gate: Gate
+
+    @property
+    def memory_bytes(self) -> int:
+        """What running it holds at most, beyond the libraries."""
+        return self.unit.memory_bytes(self.threads)
+
+    def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
+        return run_unit(self, on_bytes, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What came of an attempt: a record for each target that is done, the reason for each that failed."""
+
+    unit: str
+    records: Mapping[TargetId, Record]
+    failures: Mapping[TargetId, str]
+    load: LoadStats
+    attempts: int = 1
+
+
+def run_unit(
+    task: UnitTask,
+    on_bytes: Callable[[int], None],
+    stop: threading.Event,
+) -> UnitReport:
+    """Run a unit for all targets of the task.
+
+    Raises:
+        TransientIOError: worth another attempt.
+        WeightmillError: the source cannot be read, or an output not be written.
+    """
+    unit, began = task.unit, time.perf_counter()
+    attempt, timer = uuid.uuid4().hex[:12], Timer()
+    specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
+    with (
+        PeakMemory() as memory,
+        loader(task.strategy).open(task.root, specs) as reader,
+        ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
+    ):
+        work = ThreadedWork(kernels_of(task.backend), pool, stop)
+        runs = {target: TargetRun(task, target, attempt, timer) for target in task.journals}
+        try:
+            passes = UnitPass(task, reader, work, runs, timer, on_bytes)
+            for recipe in (r for r in unit.recipes if r.source_bytes > SMALL):
+                passes.tensor(recipe, task.threads)
+            work.each([r for r in unit.recipes if r.source_bytes <= SMALL], passes.tensor)
+            for run in runs.values():
+                work.check()
+                run.finish()
+        finally:
+            for run in runs.values():
+                run.abort()
+        load = LoadStats(
+            files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
+            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **timer.seconds(),
+        )  # fmt: skip
+    records = {target: run.record(load) for target, run in runs.items() if not run.faults}
+    return UnitReport(unit.id, records, {t: run.failure for t, run in runs.items() if run.faults}, load)
+
+
+class TargetRun:
+    """One target's share of a unit: its file, and what was found wrong."""
+
+    def __init__(self, task: UnitTask, target: TargetId, attempt: str, timer: Timer) -> None:
+        path, key = task.journals[target]
+        self._task = task
+        self._journal = Journal(path, key)
+        if not self._journal.parts.is_dir():
+            raise StorageError(
+                f"{self._journal.root}: not found on {socket.gethostname()}; on several machines the output must lie on"
+                " a filesystem that all of them share"
+            )
+        self._target = target
+        self._attempt = attempt
+        output = task.unit.outputs[target]
+        self.placements = {placement.recipe: placement for placement in output.placements}
+        self.faults: list[tuple[float, str]] = []
+        self._measured: dict[str, Measured] = {}
+        self._finished: Finished = (0, "", ())
+        name = f"{task.unit.id}.{attempt}"
+        self._file = PartFile(self._journal, name, output, timer) if output.file is not None else None
+
+    def begin(self, placement: Placement) -> TensorPart:
+        assert self._file is not None
+        return self._file.tensor(placement)
+
+    def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
+        self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
+        fault = self._task.gate.fault(recipe.name, error, placement.scheme.error_limit)
+        if fault:
+            self.faults.append((error.relative_error, fault))
+
+    def finish(self) -> None:
+        """Make the file whole, unless something is wrong with it."""
+        if self._file is None or self.faults:
+            return
+        try:
+            self._finished = self._file.finish([self._measured[name] for name in self.placements])
+        except VerifyFailed as error:
+            self.faults.append((math.inf, str(error)))
+
+    @property
+    def failure(self) -> str:
+        """The worst fault, and how many there are."""
+        worst = max(self.faults)[1]
+        return worst if len(self.faults) == 1 else f"{worst} (the worst of {len(self.faults)} in {self._task.unit.id})"
+
+    def record(self, load: LoadStats) -> Record:
+        """Leave the record: the unit is done for this target."""
+        size, digest, tensors = self._finished
+        file = self._task.unit.outputs[self._target].file
+        record = Record(
+            self._task.unit.id, self._task.unit.key(self._target), None if file is None else file.name, size, digest,
+            tensors, load, socket.gethostname(), self._attempt,
+        )  # fmt: skip
+        self._journal.add(record)
+        return record
+
+    def abort(self) -> None:
+        if self._file is not None:
+            self._file.abort()
+
+
+class UnitPass:
+    """One pass over a unit's tensors, each for all targets while it is hot."""
+
+    def __init__(
+        self, task: UnitTask, reader: Reader, work: ThreadedWork, runs: Mapping[TargetId, TargetRun], timer: Timer,
+        on_bytes: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self._reader = reader
+        self._work = work
+        self._runs = runs
+        self._timer = timer
+        self._on_bytes = on_bytes
+
+    def tensor(self, recipe: Recipe, threads: int = 1) -> None:
+        """Encode and measure one tensor, with so many threads at work on it."""
+        plain = view_of(recipe, self._reader, self._work)
+        view = TimedView(plain, self._timer, "read")
+        for run in self._runs.values():
+            placement = run.placements.get(recipe.name)
+            if placement is None:  # dropped
+                self._on_bytes(recipe.source_bytes)
+                continue
+            seen = view if placement.cast is None else CastView(view, placement.cast)
+            part = run.begin(placement)
+            try:
+                with self._timer.phase("encode", threads):
+                    placement.scheme.encode(seen, part, self._work)
+            except VerifyFailed as error:
+                run.faults.append((math.inf, str(error)))
+                continue
+            with self._timer.phase("measure", threads):
+                again = TimedView(plain, self._timer, "reread")
+                error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
+            run.measured(recipe, placement, error_sums)
+
+
+class TimedView:
+    """A view whose reading is timed."""
+
+    def __init__(self, view: View, timer: Timer, phase: str) -> None:
+        self.spec = view.spec
+        self._view = view
+        self._timer = timer
+        self._phase = phase
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        with self._timer.phase(self._phase):
+            return self._view.read(start, stop, slot)

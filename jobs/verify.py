@@ -1,0 +1,56 @@
+"""Verify an output again, later: python -m jobs.verify output.path=OUT [model.path=DIR]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pydantic import Field
+
+from jobs.console import Said, Verb
+from jobs.spec import ClusterSpec, Format, Spec, StrategySpec
+
+
+class SourcePlace(Spec):
+    """Where the source is now."""
+
+    path: str | None = Field(description="the source's folder, if it is not where it was")
+
+
+class OutputPlace(Spec):
+    """What to verify."""
+
+    path: str = Field(description="the output to verify")
+
+
+class VerifyRequest(Spec):
+    """What to verify, against what."""
+
+    output: OutputPlace
+    model: SourcePlace
+    strategy: StrategySpec
+    cluster: ClusterSpec
+    format: Format = Field(description="text, or json: one document on standard output")
+
+
+def act(spec: VerifyRequest) -> Said:
+    """Verify."""
+    from jobs.verifying import verify_output
+
+    return verify_output(Path(spec.output.path), spec.model.path, spec.cluster, spec.strategy)
+
+
+VERB = Verb(
+    "verify",
+    "Verify an output again: every file's hash, and every tensor decoded and compared with its source.",
+    VerifyRequest,
+    act,
+    (
+        ("output.path=OUT", "against the source it was made from"),
+        ("output.path=OUT model.path=DIR", "the source has moved to DIR"),
+    ),
+)
+main = VERB.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Verifying an output again: the same units, nothing encoded.
+
+Every file must hash as its report says; every tensor, decoded and compared with the source, must pass the gate and come
+to the very sums that were recorded when it was written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from jobs.console import FAILED, Said
+from jobs.execution import UnitFailed, choose
+from jobs.planning import FORMAT, Placement, Plan, Target, Unit, json_bytes, make_plan, weight_index
+from jobs.prepare import TARGET
+from jobs.progress import Meter
+from jobs.spec import ClusterSpec, JobSpec, StrategySpec
+from jobs.unit import SMALL, Gate
+from loaders.backends import kernels_of
+from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_json
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
+from loaders.integrity import BLOCK, hash_file
+from loaders.quantization.measure import measure
+from loaders.specs import WeightSpec
+from loaders.stats import ErrorSums
+from loaders.strategies import auto, loader
+from loaders.views import StoredRoles, view_of
+from loaders.work import ThreadedWork
+
+SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyTask:
+    """A unit to look at again: where its source and its output are, and what was recorded of it. See `Task`."""
+
+    unit: Unit
+    root: Path
+    output: Path
+    weights: Mapping[str, WeightSpec]  # of the output, by name
+    file: Mapping[str, Any] | None  # name, bytes, xxh3
+    recorded: Mapping[str, Mapping[str, Any]]  # by tensor
+    strategy: str
+    threads: int
+    gate: Gate
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.unit.memory_bytes(self.threads)
+
+    def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
+        faults = [] if self.file is None else _file_faults(self)
+        recipes = {recipe.name: recipe for recipe in self.unit.recipes}
+        sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
+        with (
+            loader(self.strategy).open(self.root, sources) as source,
+            loader(self.strategy).open(self.output, list(self.weights.values())) as written,
+            ThreadPoolExecutor(self.threads) as pool,
+        ):
+            work = ThreadedWork(kernels_of("cpu"), pool, stop)
+
+            def look(placement: Placement) -> list[str]:
+                recipe = recipes[placement.recipe]
+                view, encoded = view_of(recipe, source, work), placement.encoded_spec(recipe)
+                stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
+                error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
+                fault = self.gate.fault(recipe.name, error, placement.scheme.error_limit)
+                found = [fault] if fault else []
+                if error != ErrorSums(**self.recorded[recipe.name]["sums"]):
+                    found.append(f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded")
+                return found
+
+            placements = self.unit.outputs[TARGET].placements
+            large = [p for p in placements if recipes[p.recipe].source_bytes > SMALL]
+            small = [p for p in placements if recipes[p.recipe].source_bytes <= SMALL]
+            faults += [fault for p in large for fault in look(p)]
+            faults += [fault for found in work.each(small, look) for fault in found]
+        return VerifyReport(self.unit.id, tuple(faults), len(placements))
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What is wrong with a unit's output."""
+
+    unit: str
+    faults: tuple[str, ...]
+    tensors: int
+    attempts: int = 1
+
+
+def _file_faults(task: VerifyTask) -> list[str]:
+    """Tensors whose bytes are not those recorded, or the file as a whole."""
+    assert task.file is not None
+    path = task.output / task.file["name"]
+    if hash_file(path) == task.file["xxh3"]:
+        return []
+    digests = {name: each["xxh3"] for row in task.recorded.values() for name, each in row["stored"].items()}
+    faults = []
+    with io_errors("reading", path), path.open("rb") as file:
+        for spec in task.weights.values():
+            file.seek(spec.offset)
+            hasher = xxhash.xxh3_64()
+            for at in range(0, spec.size, BLOCK):
+                hasher.update(file.read(min(BLOCK, spec.size - at)))
+            if hasher.hexdigest() != digests[spec.name]:
+                faults.append(f"{path.name}: {spec.name}: its bytes are not those that were written")
+    return faults or [f"{path.name}: its header is not the one that was written"]
+
+
+def verify_output(output: Path, source: str | None, cluster_spec: ClusterSpec, strategy_spec: StrategySpec) -> Said:
+    """Verify an output against its source, which may have moved.
+
+    Raises:
+        BadSpec: it is no output of weightmill, of another version, or the source is not the one it was made from.
+        BadCheckpoint: a file of either is damaged beyond reading.
+    """
+    report = read_report(output)
+    spec = _recorded_spec(report, source)
+    plan = _plan_again(spec, report)
+    written = open_checkpoint(output)
+    faults = _list_faults(plan, written, report)
+    checked = 0
+    if not faults:
+        cluster, _ = choose(cluster_spec)
+        strategy: str = strategy_spec.kind
+        if strategy == "auto":
+            strategy, _ = auto.choose(plan.checkpoint.root, [tag.name for tag in plan.checkpoint.files])
+        tasks = _tasks(plan, written, report, spec, output, strategy, cluster.threads)
+        try:
+            cluster.check(tasks)
+            with Meter("verifying", plan.source_bytes) as meter, closing(cluster.run(tasks, meter.add)) as outcomes:
+                for outcome in outcomes:
+                    if isinstance(outcome, UnitFailed):
+                        raise StorageError(f"{outcome.unit}: {outcome.reason}")
+                    faults += outcome.faults
+                    checked += outcome.tensors
+        finally:
+            cluster.close()
+    return _said(output, plan, checked, faults)
+
+
+def read_report(output: Path) -> dict[str, Any]:
+    """weightmill.json of an output.
+
+    Raises:
+        BadSpec: there is none, or it is of another format version.
+    """
+    if not (output / OUR_REPORT).is_file():
+        raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
+    report = read_json(output / OUR_REPORT)
+    if report.get("format") != FORMAT:
+        raise BadSpec(
+            f"output.path: {OUR_REPORT} is of format {report.get('format')}, this weightmill reads {FORMAT};"
+            " use the version that wrote it"
+        )
+    return report
+
+
+def _recorded_spec(report: Mapping[str, Any], source: str | None) -> JobSpec:
+    try:
+        spec = JobSpec.model_validate({**report["run"]["request"], **report["job"]}, strict=False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
+    if source is None:
+        source = spec.model.path
+        if source is None or not Path(source).is_dir():
+            raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"path": source})})
+
+
+def _plan_again(spec: JobSpec, report: Mapping[str, Any]) -> Plan:
+    checkpoint = open_checkpoint(spec.source_path, spec.source.container)
+    if checkpoint.fingerprint != report["source"]["fingerprint"]:
+        raise BadSpec(
+            f"model.path: {checkpoint.root} is not the checkpoint that the output was made from: expected fingerprint"
+            f" {report['source']['fingerprint']}, found {checkpoint.fingerprint}"
+        )
+    return make_plan(checkpoint, [Target(TARGET, spec.scheme, spec.own_rules)], spec.source.unit_mb)
+
+
+def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> list[str]:
+    """What names, shapes, dtypes, the index and the aux files already tell."""
+    wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
+    found = {spec.name: spec for spec in written.weights}
+    faults = [f"{name}: missing from the output" for name in sorted(set(wanted) - set(found))]
+    faults += [f"{name}: in the output, but not planned" for name in sorted(set(found) - set(wanted))]
+    for name in sorted(set(wanted) & set(found)):
+        slot, spec = wanted[name], found[name]
+        fits = spec.size <= slot.size if slot.is_bound else spec.shape == slot.shape
+        if spec.dtype != slot.dtype or not fits:
+            found_is = f"{spec.dtype} {list(spec.shape)} in {spec.file}"
+            faults.append(f"{name}: expected {slot.dtype} {list(slot.shape)}, found {found_is}")
+    for name, digest in report["aux"].items():
+        path = written.root / name
+        if not path.is_file():
+            faults.append(f"{name}: missing from the output")
+        elif hash_file(path) != digest:
+            faults.append(f"{name}: it is not as it was written")
+    index = weight_index(plan.targets[TARGET].files, {name: spec.size for name, spec in found.items()})
+    path = written.root / "model.safetensors.index.json"
+    if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
+        faults.append(f"{path.name}: it does not say what the files hold")
+    return faults
+
+
+def _tasks(
+    plan: Plan, written: Checkpoint, report: Mapping[str, Any], spec: JobSpec, output: Path, strategy: str, threads: int
+) -> list[VerifyTask]:
+    weights = {spec.name: spec for spec in written.weights}
+    files = {file["name"]: file for file in report["files"]}
+    recorded = {row["name"]: row for row in report["tensors"]}
+    gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
+    tasks = []
+    for unit in plan.units:
+        share = unit.outputs[TARGET]
+        names = [slot.name for p in share.placements for slot in p.slots.values()]
+        tasks.append(
+            VerifyTask(
+                unit,
+                plan.checkpoint.root,
+                output,
+                {name: weights[name] for name in names},
+                None if share.file is None else files[share.file.name],
+                {p.recipe: recorded[p.recipe] for p in share.placements},
+                strategy,
+                threads,
+                gate,
+            )
+        )
+    return tasks
+
+
+def _said(output: Path, plan: Plan, checked: int, faults: list[str]) -> Said:
+    document = {
+        "status": "failed" if faults else "verified",
+        "output": str(output),
+        "source": str(plan.checkpoint.root),
+        "tensors": checked,
+        "faults": faults,
+    }
+    if not faults:
+        return Said(document, f"verified: {output}: {checked} tensors, every byte and every error as recorded")
+    lines = [f"NOT right: {output}: {len(faults)} fault(s)", *(f"  {fault}" for fault in faults[:SHOWN])]
+    lines += [f"  ... and {len(faults) - SHOWN} more (format=json lists all)"] if len(faults) > SHOWN else []
+    return Said(document, "\n".join(lines), FAILED)

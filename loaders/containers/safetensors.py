@@ -1,0 +1,226 @@
+"""safetensors: eight bytes of header length, a JSON header, then the tensors without gaps.
+
+Reading trusts nothing: lengths, offsets, shapes, dtypes and names are checked against the file's real size before any
+weight is read. Writing puts the header last, at its planned place and length, since a tensor whose length depends on
+values (`Slot.is_bound`, always at the end of the file) is known only then.
+
+Format: https://github.com/huggingface/safetensors, "Format"; the reading limits are those of its Rust code.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from loaders.errors import BadCheckpoint, StorageError, io_errors
+from loaders.specs import DType, OutputFile, Slot, StoredTensor, WeightSpec, dtype_named
+
+HEADER_LIMIT = 100_000_000
+METADATA = {"format": "pt"}
+
+
+def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
+    """The tensors of one file, in the order of their bytes.
+
+    Raises:
+        BadCheckpoint: truncated, overlapping, out of range, unknown dtype, absurd lengths, ...
+    """
+    header, data_start, data_size = _read_header(root, file)
+    specs = []
+    for name, entry in header.items():
+        try:
+            specs.append(_spec(name, entry, file, data_start, data_size))
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{file}: {name!r}: {error}") from None
+    specs.sort(key=lambda spec: (spec.offset, spec.size))
+    _check_cover(specs, file, data_start, data_size)
+    return tuple(specs)
+
+
+def _read_header(root: Path, file: str) -> tuple[dict[str, Any], int, int]:
+    path = root / file
+    with io_errors("reading", path), path.open("rb") as handle:
+        size = path.stat().st_size
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise BadCheckpoint(
+                f"{file}: header of {length} bytes in a file of {size}"
+                f" (at most {HEADER_LIMIT} allowed); not safetensors, or truncated: fetch it again"
+            )
+        raw = handle.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{file}: the header is not JSON ({error}); fetch the file again") from None
+    if not isinstance(header, dict):
+        raise BadCheckpoint(f"{file}: the header is not a JSON object; fetch the file again")
+    header.pop("__metadata__", None)
+    return header, 8 + length, size - 8 - length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> WeightSpec:
+    try:
+        dtype, shape, (start, stop) = dtype_named(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise BadCheckpoint(f"its header entry lacks dtype, shape or data_offsets: {str(entry)[:200]}") from None
+    if not all(type(count) is int and count >= 0 for count in (*shape, start, stop)):
+        raise BadCheckpoint(f"shape {shape} and offsets {[start, stop]} must be whole numbers from 0")
+    if not start <= stop <= data_size:
+        raise BadCheckpoint(
+            f"its bytes [{start}, {stop}) leave the {data_size} that the file holds; truncated? fetch it again"
+        )
+    size = dtype.size(tuple(shape))
+    if stop - start != size:
+        raise BadCheckpoint(f"{dtype} {shape} takes {size} bytes, its offsets hold {stop - start}")
+    return WeightSpec(name, dtype, tuple(shape), file, data_start + start, size)
+
+
+def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_size: int) -> None:
+    end = data_start
+    for spec in specs:
+        if spec.offset != end:
+            what = "overlaps the tensor before it" if spec.offset < end else f"leaves {spec.offset - end} bytes unused"
+            raise BadCheckpoint(f"{file}: {spec.name!r} {what}: starts at byte {spec.offset}, expected {end}")
+        end += spec.size
+    if end != data_start + data_size:
+        raise BadCheckpoint(f"{file}: {data_start + data_size - end} bytes after the last tensor; fetch the file again")
+
+
+# --- writing
+
+
+def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
+    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last."""
+    ordered = sorted(tensors, key=lambda t: (t.spec.is_bound, -t.spec.dtype.item_bytes, t.name))
+    slots, offset = [], 0
+    for tensor in ordered:
+        slots.append(Slot(tensor.name, tensor.spec.dtype, tensor.spec.shape, offset, tensor.spec.is_bound))
+        offset += tensor.spec.size
+    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}))
+    return OutputFile(file, header_bytes, offset, tuple(slots))
+
+
+def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], room: int = 0) -> bytes:
+    """The first bytes of a file: name -> (dtype, shape, offset among the data), padded to `room` and to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": METADATA}
+    for name, (dtype, shape, offset) in tensors.items():
+        stop = offset + dtype.size(shape)
+        entries[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, stop]}
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    length = max(-(-(8 + len(raw)) // 8) * 8, room) - 8
+    return length.to_bytes(8, "little") + raw.ljust(length)
+
+
+class ShardWriter:
+    """Writes one planned file, in any order, from any threads; `finish` makes it whole, durable and known.
+
+    The file is made new at `path`, which must not exist, with all its room taken at once: a disk that is too full says
+    so before any work. Whoever owns the path renames it when it is finished.
+    """
+
+    def __init__(self, path: Path, file: OutputFile) -> None:
+        self.path = path
+        self.file = file
+        self._bound: dict[str, bytes] = {}
+        with io_errors("creating", path):
+            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        try:
+            with io_errors(f"taking {file.size} bytes for", path):
+                allocate(self._descriptor, file.size)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, slot: Slot, offset: int, data: memoryview) -> None:
+        """Put bytes at `offset` of a tensor.
+
+        Raises:
+            StorageError: the disk is full, ...
+        """
+        assert offset + len(data) <= slot.size, f"{slot.name}: {offset} + {len(data)} exceeds {slot.size}"
+        if slot.is_bound:
+            assert offset == 0
+            self._bound[slot.name] = bytes(data)
+            return
+        at = self.file.header_bytes + slot.offset + offset
+        with io_errors("writing", self.path):
+            while data:
+                count = os.pwrite(self._descriptor, data, at)
+                at, data = at + count, data[count:]
+
+    def read(self, slot: Slot, offset: int, out: memoryview) -> int:
+        """Read back bytes from `offset` of a tensor as the file has them; how many there were."""
+        if slot.is_bound:
+            found = self._bound[slot.name][offset : offset + len(out)]
+            out[: len(found)] = found
+            return len(found)
+        at, left = self.file.header_bytes + slot.offset + offset, out
+        with io_errors("reading back", self.path):
+            while left:
+                count = os.preadv(self._descriptor, [left], at)
+                if count == 0:
+                    raise StorageError(f"reading back {self.path}: it ends at byte {at}; something cut it short")
+                at, left = at + count, left[count:]
+        return len(out)
+
+    def seal(self) -> dict[str, int]:
+        """Write what comes last, tensors of bound length and the header, durably. Gives every tensor's bytes."""
+        sizes, offset = {}, 0
+        entries: dict[str, tuple[DType, tuple[int, ...], int]] = {}
+        for slot in self.file.slots:
+            size, shape = slot.size, slot.shape
+            if slot.is_bound:
+                data = self._bound[slot.name]
+                size, shape = len(data), (len(data) // slot.dtype.item_bytes,)
+                self._put(data, self.file.header_bytes + offset)
+            entries[slot.name] = (slot.dtype, shape, offset)
+            sizes[slot.name] = size
+            offset += size
+        head = header(entries, self.file.header_bytes)
+        assert len(head) == self.file.header_bytes, (len(head), self.file.header_bytes)
+        self._put(head, 0)
+        with io_errors("writing", self.path):
+            os.ftruncate(self._descriptor, self.file.header_bytes + offset)
+            os.fsync(self._descriptor)
+        return sizes
+
+    def _put(self, data: bytes, at: int) -> None:
+        with io_errors("writing", self.path):
+            os.pwrite(self._descriptor, data, at)
+
+    def close(self) -> None:
+        """Let go of the file; it stays."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def abort(self) -> None:
+        """Remove the file."""
+        self.close()
+        with suppress(OSError):
+            self.path.unlink()
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Take a file's room where the filesystem can; else only set its length."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)

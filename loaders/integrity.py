@@ -1,0 +1,35 @@
+"""Checksums: xxh3 of files and ranges. They find accidents, not attackers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from loaders.errors import io_errors
+
+BLOCK = 4 << 20
+
+
+def digest(data: bytes | np.ndarray) -> str:
+    """xxh3-64 of bytes or of a contiguous array, 16 hex digits."""
+    return xxhash.xxh3_64_hexdigest(data if isinstance(data, bytes) else data.data)
+
+
+def text_digest(text: str) -> str:
+    """xxh3-128 of a text, 32 hex digits: names a plan, a job, a source."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def hash_file(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """xxh3-128 of a file, 32 hex digits, through one reused buffer."""
+    hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(BLOCK))
+    with io_errors("reading", path), Path(path).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+            on_bytes(count)
+    return hasher.hexdigest()

@@ -1,0 +1,135 @@
+"""The layout of transformers: a tensor's parts beside it by suffix, and a quantization_config in config.json.
+
+The blocks are those that transformers 5.23 writes for the same settings (utils/quantization_config.py,
+BitsAndBytesConfig and BitNetQuantConfig); which modules its loader converts is `should_convert_module`
+(quantizers/quantizers_utils.py) over the skip list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from loaders.errors import BadSpec
+from loaders.families import Family, load_dtype
+from loaders.layouts import Placed
+from loaders.quantization.bnb4 import Bnb4
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.ternary import Ternary
+from loaders.recipes import stored_name
+from loaders.rules import LINEAR, Decision
+from loaders.specs import DTYPES, StoredTensor
+
+DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
+
+
+def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Placed, ...]:
+    """Name what will be stored. Weights to be quantized are first cast as transformers would cast them on loading."""
+    wanted = load_dtype(config)
+    placed = []
+    for decision in decisions:
+        recipe, scheme = decision.recipe, decision.scheme
+        if scheme is None:
+            continue
+        cast = wanted if decision.action == "quantize" and wanted != recipe.dtype else None
+        spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+        stored = {
+            role: StoredTensor(stored_name(recipe.name, role), part) for role, part in scheme.stored(spec).items()
+        }
+        placed.append(Placed(recipe, decision.action, scheme, cast, stored))
+    return tuple(placed)
+
+
+# --- config.json
+
+
+def config_json(
+    config: Mapping[str, Any], decisions: Sequence[Decision], family: Family, compute_dtype: str | None
+) -> dict[str, Any]:
+    """The source's config.json with what the engine must know of the quantization.
+
+    Raises:
+        BadSpec: the engine's skip list cannot say which modules are quantized.
+    """
+    made = dict(config)
+    schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
+    casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
+    if not schemes:
+        if len(casts) == 1 and (dtype := next(iter(casts))) is not None:
+            key = "torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"
+            made[key] = DTYPES[dtype].torch
+        return made
+    [scheme] = schemes
+    skip = skip_list(decisions, family)
+    made["quantization_config"] = quantization_config(scheme, skip, compute_dtype or _model_dtype(config, decisions))
+    return made
+
+
+def _model_dtype(config: Mapping[str, Any], decisions: Sequence[Decision]) -> str:
+    dtype = load_dtype(config) or next(d.recipe.dtype for d in decisions if d.action == "quantize")
+    return dtype.torch if dtype.name != "F64" else "float32"
+
+
+def quantization_config(scheme: Scheme, skip: list[str] | None, compute_dtype: str) -> dict[str, Any]:
+    """The block of an engine. `skip` is None where its own defaults say the same."""
+    if isinstance(scheme, Bnb4):
+        return {
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": scheme.storage,
+            "bnb_4bit_quant_type": scheme.table,
+            "bnb_4bit_use_double_quant": scheme.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": skip,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "quant_method": "bitsandbytes",
+        }
+    assert isinstance(scheme, Ternary), scheme
+    return {
+        "quant_method": "bitnet",
+        "linear_class": scheme.linear_class,
+        "quantization_mode": "offline",
+        "modules_to_not_convert": ["lm_head"] if skip is None else skip,
+    }
+
+
+def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None:
+    """The linear modules that stay as they are, by exact name; None where the engine's defaults cover them.
+
+    A list given replaces the defaults, so the head is named too.
+    """
+    quantized = {_module(d) for d in decisions if d.action == "quantize"}
+    kept = {_module(d) for d in decisions if d.action in ("keep", "cast") and _is_linear(d)}
+    heads = {_module(d) for d in decisions if d.recipe.role in DEFAULT_HEADS and len(d.recipe.shape) == 2}
+    if kept == heads - quantized and not heads & quantized and not family.is_generic:
+        return None
+    skip = sorted(kept)
+    caught = [module for module in sorted(quantized) if is_skipped(module, skip)]
+    if caught:
+        raise BadSpec(
+            f"quant.rules: {caught[0]} is quantized, but transformers would skip it, since the name of a kept module"
+            f" ends or begins like it; keep both or neither ({', '.join(caught[:4])})"
+        )
+    return skip
+
+
+def is_skipped(module: str, patterns: Sequence[str]) -> bool:
+    """Whether transformers leaves a module alone: a pattern is its beginning, a regular expression, or its end."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{p}){boundary}", module) or module.endswith(p) for p in patterns)
+
+
+def _module(decision: Decision) -> str:
+    return decision.recipe.name.removesuffix(".weight")
+
+
+def _is_linear(decision: Decision) -> bool:
+    recipe = decision.recipe
+    return recipe.role in (*LINEAR, "head") and len(recipe.shape) == 2 and recipe.name.endswith(".weight")

@@ -1,0 +1,52 @@
+"""How much memory a piece of work held: anonymous memory, which the kernel cannot take back as it can mapped files."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+
+STATUS = Path("/proc/self/status")
+INTERVAL_S = 0.02
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process now; the peak of all resident memory where the system has no better."""
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PeakMemory:
+    """Samples while it is open; `peak_bytes` is the most that was held beyond what there was at the start."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._start = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._start = anonymous_bytes()
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, anonymous_bytes() - self._start)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()

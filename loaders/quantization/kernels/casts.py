@@ -1,0 +1,40 @@
+"""Between float dtypes, rounding to nearest even as torch does; bfloat16 travels as its bits (uint16)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loaders.quantization.kernels.lanes import kernel
+
+
+@kernel
+def _round_to_bf16(x, out):  # type: ignore[no-untyped-def]
+    for i in range(x.size):
+        bits = np.uint32(x[i])
+        rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32((bits >> np.uint32(16)) & np.uint32(1)))
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded >> np.uint32(16))
+
+
+def to_float32(block: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of raw weights of a float dtype ("BF16", "F16", "F32", "F64")."""
+    if dtype == "BF16":
+        return (block.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return block.astype(np.float32, copy=False)
+
+
+def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Raw weights of one float dtype as another; values beyond a narrower range become infinite."""
+    if source == target:
+        return block
+    with np.errstate(over="ignore", invalid="ignore"):
+        if target == "F64" and source != "BF16":
+            return block.astype(np.float64)
+        if target == "F16" and source != "BF16":
+            return block.astype(np.float16)
+        values = to_float32(block, source)
+        if target == "BF16":
+            out = np.empty(values.size, np.uint16)
+            _round_to_bf16(values.view(np.uint32), out)
+            return out
+        return values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[target], copy=False)

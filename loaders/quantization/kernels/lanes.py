@@ -1,0 +1,199 @@
+"""Vector code for the inner block of a kernel, on any machine: a thin layer over LLVM's vector types.
+
+numba compiles the loop over blocks; the body of a block is written with `Lanes`, as values of several lanes, so that
+its speed does not hang on what the autovectorizer makes of a loop. The code says nothing of a machine: LLVM cuts the
+vectors to the registers there are (AVX2, AVX-512, NEON). One operation has a second form, `lookup`: a table of sixteen
+floats is a register permutation on x86 with AVX2 and a tree of selections elsewhere, with the same result.
+
+Arrays carry raw bits, and their numpy dtype says what the bits are: uint16 is bfloat16, int16 is float16 (numba has no
+float16 arrays on a CPU), float32 is itself.
+
+numba's disk cache watches only the file of the cached function: after a change to this file, clear `__pycache__`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, config, types
+from numba.extending import intrinsic
+
+# error_model: a division by zero gives infinity as in C; nogil: threads run side by side
+kernel = njit(nogil=True, cache=True, error_model="numpy")
+
+I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+F32 = ir.FloatType()
+NAMES = {I8: "i8", I16: "i16", I32: "i32", F32: "f32"}
+Value = Any  # an llvmlite value; llvmlite has no types
+
+
+def host_has(feature: str) -> bool:
+    """Whether the code being compiled may use a CPU feature; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are respected."""
+    name, features = getattr(config, "CPU_NAME", None), getattr(config, "CPU_FEATURES", None)
+    if features is not None:
+        return f"+{feature}" in features.split(",")
+    if name not in (None, "host"):
+        return False
+    return bool(llvm.get_host_cpu_features().get(feature))
+
+
+class Lanes:
+    """Builds vector values; `b` is the llvmlite builder for the plain integer and float operations."""
+
+    def __init__(self, context: Any, builder: Any) -> None:
+        self.context = context
+        self.b = builder
+
+    # values
+
+    def const(self, kind: Value, value: Any) -> Value:
+        """One number in every lane, or a number for each."""
+        if isinstance(kind, ir.VectorType):
+            items = list(value) if np.ndim(value) else [value] * kind.count
+            return ir.Constant(kind, [self.const(kind.element, item) for item in items])
+        return ir.Constant(kind, float(value) if kind is F32 else int(value))
+
+    def splat(self, scalar: Value, count: int) -> Value:
+        """A scalar in every lane."""
+        empty = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
+        return self.shuffle(self.b.insert_element(empty, scalar, ir.Constant(I32, 0)), [0] * count)
+
+    def shuffle(self, first: Value, positions: Sequence[int], second: Value | None = None) -> Value:
+        second = ir.Constant(first.type, ir.Undefined) if second is None else second
+        return self.b.shuffle_vector(first, second, self.const(ir.VectorType(I32, len(positions)), positions))
+
+    def part(self, value: Value, index: int, count: int) -> Value:
+        """Lanes [index * count, (index + 1) * count)."""
+        return self.shuffle(value, range(index * count, (index + 1) * count))
+
+    def join(self, parts: Sequence[Value]) -> Value:
+        """Vectors of one kind, a power of two of them, end to end."""
+        while len(parts) > 1:
+            width = range(2 * parts[0].type.count)
+            parts = [self.shuffle(a, width, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    def op(self, name: str, value: Value, number: float) -> Value:
+        """A builder's operation with a constant."""
+        return getattr(self.b, name)(value, self.const(value.type, number))
+
+    def call(self, name: str, result: Value, *arguments: Value) -> Value:
+        signature = ir.FunctionType(result, [a.type for a in arguments])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, signature, name), arguments)  # type: ignore[no-untyped-call]
+
+    def reduce(self, name: str, value: Value) -> Value:
+        kind = value.type
+        return self.call(f"llvm.vector.reduce.{name}.v{kind.count}{NAMES[kind.element]}", kind.element, value)
+
+    def absolute(self, value: Value) -> Value:
+        return self.call(f"llvm.fabs.v{value.type.count}f32", value.type, value)
+
+    def larger(self, a: Value, b: Value) -> Value:
+        """C's `a > b ? a : b`: a NaN in `a` leaves `b`."""
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    # memory
+
+    def load(self, array: Array, at: Value, count: int) -> Value:
+        return self.b.load(array.pointer(at, ir.VectorType(array.element, count)), align=1)
+
+    def store(self, value: Value, array: Array, at: Value) -> None:
+        self.b.store(value, array.pointer(at, value.type), align=1)
+
+    def floats(self, array: Array, at: Value, count: int) -> Value:
+        """`count` weights as float32, exactly."""
+        raw = self.load(array, at, count)
+        if array.holds == types.uint16:
+            return self.from_bf16(raw)
+        return self.from_f16(raw) if array.holds == types.int16 else raw
+
+    def from_bf16(self, bits: Value) -> Value:
+        wide = self.op("shl", self.b.zext(bits, ir.VectorType(I32, bits.type.count)), 16)
+        return self.b.bitcast(wide, ir.VectorType(F32, bits.type.count))
+
+    def from_f16(self, bits: Value) -> Value:
+        """By integers and one exact product, since not every CPU has the conversion: half exponents are 112 lower."""
+        kind = ir.VectorType(I32, bits.type.count)
+        wide = self.b.zext(bits, kind)
+        small = self.op("shl", self.op("and_", wide, 0x7FFF), 13)
+        scaled = self.b.fmul(
+            self.b.bitcast(small, ir.VectorType(F32, kind.count)), self.const(ir.VectorType(F32, kind.count), 2.0**112)
+        )
+        special = self.b.icmp_unsigned(">=", small, self.const(kind, 0x7C00 << 13))
+        magnitude = self.b.select(special, self.op("or_", small, 0x7F800000), self.b.bitcast(scaled, kind))
+        sign = self.op("shl", self.op("and_", wide, 0x8000), 16)
+        return self.b.bitcast(self.b.or_(magnitude, sign), ir.VectorType(F32, kind.count))
+
+    # tables
+
+    def lookup(self, table: Sequence[float], codes: Value) -> Value:
+        """table[code] for sixteen float32 entries and int32 codes 0 to 15."""
+        if host_has("avx2"):
+            eights = [self._permuted(table, self.part(codes, i, 8)) for i in range(codes.type.count // 8)]
+            return self.join(eights)
+        return self.choose([self.const(ir.VectorType(F32, codes.type.count), entry) for entry in table], codes)
+
+    def _permuted(self, table: Sequence[float], codes: Value) -> Value:
+        kind = ir.VectorType(F32, 8)
+        low, high = (
+            self.call("llvm.x86.avx2.permps", kind, self.const(kind, half), codes) for half in (table[:8], table[8:])
+        )
+        return self.b.select(self.b.icmp_signed(">", codes, self.const(codes.type, 7)), high, low)
+
+    def choose(self, entries: Sequence[Value], codes: Value) -> Value:
+        """entries[code], lane by lane, for sixteen vectors: a tree of selections."""
+        for bit in range(4):
+            is_set = self.b.icmp_unsigned("!=", self.op("and_", codes, 1 << bit), self.const(codes.type, 0))
+            entries = [self.b.select(is_set, b, a) for a, b in zip(entries[::2], entries[1::2], strict=True)]
+        return entries[0]
+
+
+class Array:
+    """An array argument: its numba dtype (`holds`), the LLVM type of an element, and the address of its data."""
+
+    def __init__(self, lanes: Lanes, kind: types.Array, value: Value) -> None:
+        self.lanes = lanes
+        self.holds = kind.dtype
+        self.element = lanes.context.get_data_type(kind.dtype)
+        self.data = lanes.context.make_array(kind)(lanes.context, lanes.b, value).data
+
+    def pointer(self, at: Value, kind: Value) -> Value:
+        """The address of element `at`, as that of a `kind`."""
+        return self.lanes.b.bitcast(self.lanes.b.gep(self.data, [at]), kind.as_pointer())
+
+
+def vector(result: Any) -> Callable[[Callable[..., Value]], Any]:
+    """Make a function over `Lanes` callable from kernels; arrays arrive as `Array`, numbers as LLVM scalars."""
+
+    def wrap(body: Callable[..., Value]) -> Any:
+        def typing(typingctx: Any, *arguments: Any) -> Any:
+            def lower(context: Any, builder: Any, signature: Any, values: Any) -> Value:
+                lanes = Lanes(context, builder)
+                given = [
+                    Array(lanes, kind, value) if isinstance(kind, types.Array) else value
+                    for kind, value in zip(arguments, values, strict=True)
+                ]
+                made = body(lanes, *given)
+                return context.get_dummy_value() if made is None else made
+
+            return result(*arguments), lower
+
+        context = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        own = list(inspect.signature(body).parameters.values())[1:]
+        typing.__signature__ = inspect.Signature([context, *own])  # type: ignore[attr-defined]
+        typing.__name__ = body.__name__
+        return intrinsic(typing)
+
+    return wrap
+
+
+@vector(types.float32)
+def bf16_value(lanes: Lanes, bits: Value) -> Value:
+    """A bfloat16's bits, as a float32."""
+    return lanes.b.bitcast(lanes.op("shl", lanes.b.zext(bits, I32), 16), F32)

@@ -1,0 +1,54 @@
+"""How far what was stored lies from its source: decode the stored bytes, compare with the view, add up.
+
+Works for every scheme by its `decode` alone, and shares nothing with its encoder. A plain copy is compared bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from loaders.quantization.kernels import compare, cpu
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Scheme, Stored, View, Work
+from loaders.specs import WEIGHT_DTYPES, TensorSpec
+from loaders.stats import ErrorSums
+
+INNER = 1 << 17  # weights decoded at once: they stay in the cache until they are compared
+
+
+def measure(
+    view: View, scheme: Scheme, spec: TensorSpec, stored: Stored, work: Work, on_bytes: Callable[[int], None]
+) -> ErrorSums:
+    """Sums over one tensor. `spec` is what the scheme encoded: the view's, or its cast."""
+    is_number = view.spec.dtype.name in WEIGHT_DTYPES
+    align = scheme.align(spec)
+    inner = -(-INNER // align) * align
+
+    def compare_range(start: int, stop: int) -> np.ndarray:
+        sums = compare.new_sums()
+        block = view.read(start, stop)
+        if isinstance(scheme, Plain) and scheme.dtype in (None, view.spec.dtype.name):
+            _compare_copy(block, stored.read("weight", start, stop), view.spec.dtype.name, sums, is_number)
+        else:
+            for at in range(start, stop, inner):
+                end = min(at + inner, stop)
+                decoded = work.array("decoded", end - at, np.float32)
+                scheme.decode(spec, stored, at, end, decoded, work)
+                cpu.compare_into(block[at - start : end - start], view.spec.dtype.name, decoded, sums)
+        on_bytes(block.nbytes)
+        return sums
+
+    total = compare.new_sums()
+    for sums in work.sweep(view.spec.num_items, align, compare_range):
+        compare.merge(total, sums)
+    return ErrorSums.of(view.spec.numel, total)
+
+
+def _compare_copy(block: np.ndarray, copy: np.ndarray, dtype: str, sums: np.ndarray, is_number: bool) -> None:
+    """A copy is exact or wrong: then its error is infinite."""
+    if not np.array_equal(block.view(np.uint8), copy.view(np.uint8)):
+        sums[compare.ERROR2] = sums[compare.MAX_ERROR] = np.inf
+    elif is_number:
+        cpu.scan_into(block, dtype, sums)

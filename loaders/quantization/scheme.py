@@ -1,0 +1,97 @@
+"""The contract of a quantization scheme, and the three things it works with.
+
+A scheme is a function from a view to a sink. It reads flat ranges of weights where and as often as it wants, holds a
+few MiB of them, and writes what its engine stores. It knows exactly which tensors those are before it has read any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+from loaders.quantization.kernels import Kernels
+from loaders.specs import StoredSpec, TensorSpec
+
+Block = np.ndarray  # raw weights: bfloat16 as uint16
+T = TypeVar("T")
+
+
+class View(Protocol):
+    """A tensor's weights."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        """Flat items [start, stop), raw. Valid until this thread reads into the same slot again."""
+        ...
+
+
+class Stored(Protocol):
+    """What a scheme has stored for one tensor, to be read back."""
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        """Flat items [start, stop) of a role. Valid until this thread reads the same role again."""
+        ...
+
+
+class Sink(Protocol):
+    """Takes what a scheme stores for one tensor."""
+
+    def write(self, role: str, start: int, data: Block) -> None:
+        """Put items at flat item `start` of a role. Threads may write at once; a bound role is written in one go."""
+        ...
+
+
+class Work(Protocol):
+    """A scheme's tools: kernels of the backend, this thread's reusable arrays, and loops over ranges."""
+
+    @property
+    def kernels(self) -> Kernels: ...
+
+    def array(self, name: str, count: int, dtype: Any) -> np.ndarray:
+        """An uninitialized array; the same memory whenever this thread asks for the name again."""
+        ...
+
+    def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
+        """Call body(start, stop) for ranges that cut [0, count) at multiples of `align`; results in range order.
+
+        The cut depends on the arguments alone; which threads run the ranges, and when, is open.
+        """
+        ...
+
+
+class Scheme(Protocol):
+    """A quantization method with its parameters: a frozen value."""
+
+    kind: ClassVar[str]
+    engine: ClassVar[str]  # whose format it writes: decides default rules and the config block
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        """Why this tensor cannot be stored, or None."""
+        ...
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        """By role, exactly (or at most) what will be stored. Roles are the suffixes that the engine uses."""
+        ...
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        """Memory held between ranges while a tensor is encoded."""
+        ...
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None: ...
+
+    def align(self, spec: TensorSpec) -> int:
+        """Items at whose multiples `decode` may start."""
+        ...
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        """The float32 values of items [start, stop), into out (stop - start,)."""
+        ...
+
+    @property
+    def error_limit(self) -> float:
+        """The greatest relative error, sqrt(sum e^2 / sum x^2), that a right encoding can have."""
+        ...

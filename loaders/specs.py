@@ -1,0 +1,206 @@
+"""What a tensor is, known without its weights: dtypes, stored tensors, logical tensors.
+
+Dtype names are those of safetensors. Raw weights travel as numpy arrays of a dtype's `storage`: bfloat16 and the eight
+bit floats, which numpy lacks, as unsigned integers. A dtype of less than a byte travels as bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from loaders.errors import BadCheckpoint
+
+Shape = tuple[int, ...]
+
+
+def row_major(shape: Shape) -> Shape:
+    """The strides of a contiguous tensor, in elements."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def is_contiguous(shape: Shape, stride: Shape) -> bool:
+    """Whether the elements lie in row-major order without gaps; dimensions of one do not count."""
+    wanted = row_major(shape)
+    return all(n == 1 or s == w for n, s, w in zip(shape, stride, wanted, strict=True)) or 0 in shape
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A number format: its safetensors name, size in bits, the name torch uses, and how numpy holds it."""
+
+    name: str
+    bits: int
+    torch: str
+    storage: str
+    is_float: bool = False
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one storage item: of a number, or 1 where a number is less than a byte."""
+        return max(1, self.bits // 8)
+
+    def size(self, shape: Shape) -> int:
+        """Bytes of a tensor of this dtype.
+
+        Raises:
+            BadCheckpoint: the tensor would end within a byte.
+        """
+        bits = math.prod(shape) * self.bits
+        if bits % 8:
+            raise BadCheckpoint(f"{self.name} {list(shape)} does not fill whole bytes")
+        return bits // 8
+
+    def __str__(self) -> str:
+        return self.name
+
+
+DTYPES = {
+    dtype.name: dtype
+    for dtype in (
+        DType("BOOL", 8, "bool", "uint8"),
+        DType("U8", 8, "uint8", "uint8"),
+        DType("I8", 8, "int8", "int8"),
+        DType("U16", 16, "uint16", "uint16"),
+        DType("I16", 16, "int16", "int16"),
+        DType("U32", 32, "uint32", "uint32"),
+        DType("I32", 32, "int32", "int32"),
+        DType("U64", 64, "uint64", "uint64"),
+        DType("I64", 64, "int64", "int64"),
+        DType("F64", 64, "float64", "float64", True),
+        DType("F32", 32, "float32", "float32", True),
+        DType("F16", 16, "float16", "float16", True),
+        DType("BF16", 16, "bfloat16", "uint16", True),
+        DType("C64", 64, "complex64", "complex64"),
+        DType("F8_E4M3", 8, "float8_e4m3fn", "uint8"),
+        DType("F8_E5M2", 8, "float8_e5m2", "uint8"),
+        DType("F8_E4M3FNUZ", 8, "float8_e4m3fnuz", "uint8"),
+        DType("F8_E5M2FNUZ", 8, "float8_e5m2fnuz", "uint8"),
+        DType("F8_E8M0", 8, "float8_e8m0fnu", "uint8"),
+        DType("F6_E2M3", 6, "float6_e2m3fn", "uint8"),
+        DType("F6_E3M2", 6, "float6_e3m2fn", "uint8"),
+        DType("F4", 4, "float4_e2m1fn_x2", "uint8"),
+    )
+}
+BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")  # what a quantizer takes
+
+
+def dtype_named(name: str) -> DType:
+    """Look up a dtype by its safetensors or torch name ("BF16", "bfloat16").
+
+    Raises:
+        BadCheckpoint: no such dtype.
+    """
+    found = DTYPES.get(name) or BY_TORCH_NAME.get(name.removeprefix("torch."))
+    if found is None:
+        raise BadCheckpoint(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A logical tensor: name, dtype, shape."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.size(self.shape)
+
+    @property
+    def num_items(self) -> int:
+        """Storage items: what ranges of a view count."""
+        return self.size // self.dtype.item_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A stored tensor, known from headers alone.
+
+    `offset` and `size` are the bytes it spans in `file` (relative to the checkpoint). `stride` counts elements and is
+    None for row-major; `alias` names the tensor whose bytes it shares (PyTorch files only).
+    """
+
+    name: str
+    dtype: DType
+    shape: Shape
+    file: str
+    offset: int
+    size: int
+    stride: Shape | None = None
+    alias: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSpec:
+    """A tensor that a scheme stores for a weight.
+
+    `constant` holds its bytes where they do not depend on weights. `is_bound` marks a length that depends on values:
+    the shape is then the greatest.
+    """
+
+    dtype: DType
+    shape: Shape
+    constant: bytes | None = None
+    is_bound: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.dtype.size(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that an output will hold: the name its engine looks for, and what it is."""
+
+    name: str
+    spec: StoredSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a stored tensor among a file's data, in bytes; at the latest there, if lengths before it vary."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+    offset: int
+    is_bound: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.dtype.size(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file of an output, exactly: the bytes before its data, its data, and every tensor's slot in order."""
+
+    name: str
+    header_bytes: int
+    data_bytes: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes, or at most so many where a slot is bound."""
+        return self.header_bytes + self.data_bytes
+
+
+def storage_of(dtype: DType) -> np.dtype:
+    """The numpy dtype that holds raw weights of `dtype`."""
+    return np.dtype(dtype.storage)

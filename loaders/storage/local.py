@@ -1,0 +1,80 @@
+"""Files of a folder: what they are, where they lie, what of them is in memory already."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loaders.errors import io_errors
+
+NETWORK = ("nfs", "lustre", "ceph", "cifs", "smb", "gpfs", "beegfs", "glusterfs", "9p", "afs", "orangefs", "fuse.")
+LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FileTag:
+    """What tells that a file is still the one that was planned for."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+def tag(root: Path, name: str) -> FileTag:
+    """Raises StorageError when the file is not there."""
+    with io_errors("looking at", root / name):
+        status = (root / name).stat()
+    return FileTag(name, status.st_size, status.st_mtime_ns)
+
+
+def filesystem(path: Path) -> str:
+    """The type of the filesystem a path lies on ("ext4", "nfs4"); "unknown" where the system does not tell."""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    real = os.path.realpath(path)
+    best, kind = "", "unknown"
+    for line in mounts:
+        _, point, name = line.split(" ")[:3]
+        point = point.encode().decode("unicode_escape")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, name
+    return kind
+
+
+def is_network(kind: str) -> bool:
+    """Whether a filesystem type is served by another machine, where a map of a file is slow."""
+    return kind.startswith(NETWORK) and kind not in LOCAL_FUSE
+
+
+def cached_share(path: Path) -> float | None:
+    """The share of a file's pages that are in the page cache; None where the system does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    size = path.stat().st_size
+    if size == 0:
+        return 1.0
+    pages = -(-size // mmap.PAGESIZE)
+    seen = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        anchor = ctypes.c_char.from_buffer(view)  # a private map: only its address is used
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), seen)
+        del anchor
+    return None if failed else float((np.frombuffer(bytes(seen), np.uint8) & 1).mean())
+
+
+def free_bytes(path: Path) -> int:
+    """Free space where `path` lies or would be made."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,99 @@
+"""Views: a logical tensor's weights through its recipe, any range, any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Block, Scheme, View, Work
+from loaders.recipes import Recipe, Window
+from loaders.specs import DType, TensorSpec, WeightSpec, is_contiguous, storage_of
+from loaders.strategies import Reader
+
+
+class StoredView:
+    """Plain weights of one stored tensor. See `View`."""
+
+    def __init__(self, reader: Reader, spec: TensorSpec, stored: WeightSpec, window: Window) -> None:
+        self.spec = spec
+        self._reader = reader
+        self._stored = stored
+        self._window = window
+        self._storage = storage_of(spec.dtype)
+        self._in_place = spec.dtype.bits < 8 or is_contiguous(spec.shape, window.stride)
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        item = self._storage.itemsize
+        if self._in_place:
+            first = self._window.offset * item
+            return self._reader.read(self._stored, first + start * item, first + stop * item, slot).view(self._storage)
+        return self._gather(start, stop)
+
+    def _gather(self, start: int, stop: int) -> Block:
+        """Elements that do not lie in order are picked from a map, whole rows of the first dimension at a time."""
+        item, shape, window = self._storage.itemsize, self.spec.shape, self._window
+        data = self._reader.mapped(self._stored)[window.offset * item :]
+        data = data[: data.size // item * item].view(self._storage)
+        strides = tuple(step * item for step in window.stride)
+        whole = np.lib.stride_tricks.as_strided(data, shape, strides, writeable=False)
+        row = max(1, self.spec.numel // shape[0])
+        first, last = start // row, -(-stop // row)
+        return np.ascontiguousarray(whole[first:last]).reshape(-1)[start - first * row : stop - first * row]
+
+
+class CastView:
+    """Another view's weights in another float dtype."""
+
+    def __init__(self, view: View, dtype: DType) -> None:
+        self.spec = TensorSpec(view.spec.name, dtype, view.spec.shape)
+        self._view = view
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        return casts.cast(self._view.read(start, stop, slot), self._view.spec.dtype.name, self.spec.dtype.name)
+
+
+class StoredRoles:
+    """What a scheme stored for a tensor, in a checkpoint. See `Stored`."""
+
+    def __init__(self, reader: Reader, roles: dict[str, WeightSpec]) -> None:
+        self._reader = reader
+        self._roles = roles
+        self._slots = {role: 100 + index for index, role in enumerate(roles)}
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        spec = self._roles[role]
+        storage = storage_of(spec.dtype)
+        first, last = start * storage.itemsize, min(stop * storage.itemsize, spec.size)
+        return self._reader.read(spec, first, last, self._slots[role]).view(storage)
+
+
+class DecodedView:
+    """A quantized tensor's weights, decoded on the way in and rounded to its dtype. Ranges start at `align`."""
+
+    def __init__(self, spec: TensorSpec, stored: StoredRoles, scheme: Scheme, work: Work) -> None:
+        self.spec = spec
+        self._stored = stored
+        self._scheme = scheme
+        self._work = work
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        align = self._scheme.align(self.spec)
+        first = start // align * align
+        last = min(-(-stop // align) * align, self.spec.numel)
+        values = self._work.array(f"decoded {slot}", last - first, np.float32)
+        self._scheme.decode(self.spec, self._stored, first, last, values, self._work)
+        return casts.cast(values[start - first : stop - first], "F32", self.spec.dtype.name)
+
+
+def view_of(recipe: Recipe, reader: Reader, work: Work) -> View:
+    """A recipe's weights through an open reader."""
+    if recipe.decode is not None:
+        return DecodedView(recipe.spec, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work)
+    [(_, stored)] = recipe.stored
+    assert recipe.window is not None
+    return StoredView(reader, recipe.spec, stored, recipe.window)
+
+
+Progress = Callable[[int], None]
