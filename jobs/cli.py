@@ -75,5 +75,12 @@ def completions(line: str) -> list[str]:
     return sorted(key for key in keys if key.startswith(word))
 
 
+def script() -> None:
+    """The console script."""
+    from jobs.console import leave
+
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -27,6 +27,7 @@ from loaders.errors import BadSpec
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEMO = Path(__file__).resolve().parent / "demo"
 PATHS = ("model.path", "output.root", "output.path", "a", "b")  # relative to the user's working directory
+MISSING = "???"  # as conf/ marks what must be given
 # What people call things elsewhere
 SYNONYMS = {
     "blocksize": "group_size", "block_size": "group_size", "compress_statistics": "double_quant",
@@ -61,6 +62,7 @@ def take_apart(verb: str, arguments: Sequence[str]) -> Request:
     request = Request(flags=[a for a in arguments if a.startswith("-")])
     for override in (a for a in arguments if not a.startswith("-")):
         prepared, problem = _prepared(verb, override, is_sweep=request.is_sweep)
+        problem = problem or _grammar(override, prepared)
         if problem:
             request.problems.append(problem)
         else:
@@ -82,6 +84,18 @@ def _prepared(verb: str, override: str, *, is_sweep: bool) -> tuple[str, str | N
     if bare in PATHS and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return f"++{bare}={value}" if not key.startswith("~") else override, None
+
+
+def _grammar(override: str, prepared: str) -> str | None:
+    """What Hydra's grammar has against an override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(prepared)
+    except HydraException as error:
+        return f"{override}: cannot be read: {_said_by_hydra(error)}; quote values with special characters"
+    return None
 
 
 def _choice(verb: str, override: str, group: str, value: str) -> tuple[str, str | None]:
@@ -156,14 +170,21 @@ def check(spec: type[S], values: dict[str, Any], problems: Sequence[str] = ()) -
     Raises:
         BadSpec: every fault, those given first.
     """
-    found = [*problems, *_make_absolute(values)]
+    found = [*problems, *_missing(values), *_make_absolute(values)]
     try:
         made = spec.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        found += [_problem(spec, fault) for fault in error.errors()]
+        found += [_problem(spec, values, fault) for fault in error.errors() if fault["input"] != MISSING]
     if found:
         raise BadSpec(found)
     return made
+
+
+def _missing(values: Any, name: str = "") -> list[str]:
+    """What conf/ requires and nobody gave."""
+    if isinstance(values, dict):
+        return [problem for key, value in values.items() for problem in _missing(value, f"{name}.{key}".lstrip("."))]
+    return [f"{name}: missing; give {name}=..."] if values == MISSING else []
 
 
 def _make_absolute(values: dict[str, Any]) -> list[str]:
@@ -174,7 +195,7 @@ def _make_absolute(values: dict[str, Any]) -> list[str]:
         for parent in parents:
             holder = holder.get(parent) if isinstance(holder, dict) else None
         value = holder.get(leaf) if isinstance(holder, dict) else None
-        if not isinstance(value, str) or value == "???":
+        if not isinstance(value, str) or value == MISSING:
             continue
         if value == "demo://":
             holder[leaf] = str(DEMO)
@@ -186,20 +207,18 @@ def _make_absolute(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _problem(spec: type[BaseModel], fault: Any) -> str:
+def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
     """One line: where, what is expected, what was found."""
     location = _without_tags(spec, fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     kind, found = fault["type"], fault["input"]
     if kind == "extra_forbidden":
-        known = list(_fields(spec, location[:-1]))
+        known = list(_fields(spec, values, location[:-1]))
         meant = SYNONYMS.get(str(location[-1]))
         hint = f"; did you mean {meant!r}?" if meant in known else _near(str(location[-1]), known)
         return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
     if kind == "missing":
         return f"{name}: missing"
-    if found == "???":
-        return f"{name}: missing; give {name}=..."
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{name}: {message}; found {json.dumps(found, default=str)}"
@@ -241,8 +260,14 @@ def _at(spec: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]
     return models
 
 
-def _fields(spec: type[BaseModel], location: Sequence[Any]) -> dict[str, None]:
-    return {name: None for model in _at(spec, location) for name in model.model_fields}
+def _fields(spec: type[BaseModel], values: Any, location: Sequence[Any]) -> dict[str, None]:
+    """What may stand at a place: of several models, in the one whose kind was chosen."""
+    for part in location:
+        values = values[part]
+    kind = values.get("kind") if isinstance(values, dict) else None
+    models = _at(spec, location)
+    chosen = [m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)]
+    return {name: None for model in chosen or models for name in model.model_fields}
 
 
 def _tags(spec: type[BaseModel], location: Sequence[Any]) -> set[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TextIO, TypeVar
 
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
@@ -27,6 +28,7 @@ class Said:
     document: dict[str, Any]
     text: RenderableType
     status: int = DONE
+    then: Callable[[], None] = lambda: None  # the very last act, after all is said
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Verb(Generic[S]):
         except BrokenPipeError:
             sys.stdout = None
             return FAILED
+        except OSError as error:
+            return _complain(FAILED, [str(error)], as_json)
 
     def _named(self, given: list[str]) -> list[str]:
         """Bare arguments under the names of their keys."""
@@ -119,6 +123,8 @@ class Outcomes:
         self.status = max(self.status, said.status)
         if not as_json:
             say(said, False)
+        else:
+            said.then()
         objective = (said.document.get("totals") or {}).get("bits_per_weight")
         return float(objective) if objective is not None else None
 
@@ -142,7 +148,7 @@ def note(text: str) -> None:
 
 def show(text: RenderableType) -> None:
     """Something for people, on standard error: standard output is kept for the result."""
-    Console(stderr=True, highlight=False).print(text)
+    Console(stderr=True, highlight=False, width=_width(sys.stderr)).print(text)
 
 
 def say(said: Said, as_json: bool) -> int:
@@ -150,9 +156,23 @@ def say(said: Said, as_json: bool) -> int:
     if as_json:
         print(json.dumps(said.document, indent=2, ensure_ascii=False))
     else:
-        width = None if sys.stdout.isatty() else 160
-        Console(highlight=False, width=width).print(said.text)
+        Console(highlight=False, width=_width(sys.stdout)).print(said.text)
+    sys.stdout.flush()
+    said.then()
     return said.status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process now. All work is done and synced; taking the interpreter down would only take a while longer,
+    in which a kill would make a finished job look unfinished."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _width(stream: TextIO) -> int | None:
+    """A terminal's own; elsewhere wide enough that nothing is folded."""
+    return None if stream.isatty() else 240
 
 
 def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:

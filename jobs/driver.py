@@ -18,7 +18,7 @@ from jobs.console import FAILED, Said, note, show
 from jobs.execution import Cluster, UnitFailed, choose
 from jobs.journal import Record
 from jobs.planning import Unit
-from jobs.prepare import TARGET, Planned, check_space, notes_of, plan_job, strategy_of
+from jobs.prepare import TARGET, Planned, check_space, notes_of, plan_document, plan_job, strategy_of
 from jobs.progress import Meter
 from jobs.publish import complete, is_published, publish
 from jobs.spec import JobSpec
@@ -45,7 +45,7 @@ def run_job(spec: JobSpec) -> Said:
         run = _open_run(planned)
         try:
             document = _published(planned) if is_published(journal) else _run(planned, run)
-            _track(run, document)
+            _track(planned, run, document)
         except BaseException as error:
             _close(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             if not journal.has_records():
@@ -54,9 +54,7 @@ def run_job(spec: JobSpec) -> Said:
                 raise KeyboardInterrupt(_how_to_go_on(planned)) from None
             raise
         untracked = _close(run, "FINISHED")
-        said = _said(planned, document, run.address, untracked)
-        journal.remove()
-    return said
+    return _said(planned, document, run.address, untracked)
 
 
 def _run(planned: Planned, run: Run) -> dict[str, Any]:
@@ -212,7 +210,7 @@ def _git_commit() -> str:
     return done.stdout.strip() or "none"
 
 
-def _track(run: Run, document: Mapping[str, Any]) -> None:
+def _track(planned: Planned, run: Run, document: Mapping[str, Any]) -> None:
     """Log the report."""
     if not run.is_tracked:
         return
@@ -221,6 +219,7 @@ def _track(run: Run, document: Mapping[str, Any]) -> None:
         "layer/relative_error", [(layer, e.relative_error) for layer, e in report.error_by_layer(document).items()]
     )
     run.table("tensors.json", report.table_columns(document))
+    run.document("plan.json", plan_document(planned, notes_of(planned)))
     run.document(OUR_REPORT, document)
     run.figures(lambda folder: report.plots(document, folder))
 
@@ -240,4 +239,5 @@ def _said(planned: Planned, document: Mapping[str, Any], address: str | None, un
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
-    return Said(found, Group(report.result_text(document), *lines), FAILED if untracked else 0)
+    text = Group(report.result_text(document), *lines)
+    return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)

@@ -96,7 +96,7 @@ def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co 
             on_bytes(-counted)
             if number == ATTEMPTS or stop.wait(FIRST_PAUSE_S * 2 ** (number - 1)):
                 return UnitFailed(task.unit.id, f"{error} (after {number} attempts)")
-        except WeightmillError as error:
+        except (WeightmillError, OSError) as error:
             return UnitFailed(task.unit.id, str(error))
     raise AssertionError("unreachable")
 

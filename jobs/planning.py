@@ -269,7 +269,7 @@ def _warnings(checkpoint: Checkpoint, decisions: Sequence[Decision], config: Map
         share = sum(d.recipe.source_bytes for d in kept) / total
         said.append(
             f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
-            f" {kept[0].recipe.dtype.torch}. {kept[0].rule.why[0].upper()}{kept[0].rule.why[1:]}."
+            f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         )
     if scheme is not None and any(d.action == "quantize" for d in experts):

@@ -51,7 +51,7 @@ class Meter:
 
     def _line(self, now: float) -> None:
         rate = self._done / (now - self._began)
-        left = f", about {(self._total - self._done) / rate:.0f} s left" if rate > 0 else ""
+        left = f", about {(self._total - self._done) / rate:.0f} s left" if self._done > self._total / 50 else ""
         print(
             f"{self._what}: {self._done / self._total:.0%} of {self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s{left}",
             file=sys.stderr,

@@ -191,16 +191,22 @@ class _Flights:
     def __init__(self, ray: Any, threads: int) -> None:
         self._ray = ray
         self._flights: list[_Flight] = []
-        self._remote = ray.remote(run_remotely).options(
-            num_cpus=threads, num_returns="streaming", max_retries=WORKER_DEATHS, scheduling_strategy="SPREAD"
-        )
+        self._threads = threads
+        self._remote = ray.remote(run_remotely)
 
     def __len__(self) -> int:
         return len(self._flights)
 
     def launch(self, task: Task[Any]) -> None:
-        stream = self._remote.options(memory=_memory(task), name=task.unit.id).remote(task)
-        self._flights.append(_Flight(task, stream))
+        remote = self._remote.options(
+            num_cpus=self._threads,
+            memory=_memory(task),
+            name=task.unit.id,
+            num_returns="streaming",
+            max_retries=WORKER_DEATHS,
+            scheduling_strategy="SPREAD",
+        )
+        self._flights.append(_Flight(task, remote.remote(task)))
 
     def advance(self, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
         """Wait a moment for messages; the outcomes among them."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from jobs.console import Said, Verb
+from jobs.console import Said, Verb, leave
 from jobs.spec import JobSpec
 
 
@@ -33,4 +31,4 @@ VERB = Verb(
 main = VERB.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

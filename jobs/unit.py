@@ -48,7 +48,7 @@ class Gate:
                 f"{name}: the source holds {error.nonfinite} NaN or infinite weights; mend it, or let them pass with"
                 " verify.allow_nonfinite=true"
             )
-        if error.nonfinite_decoded:
+        if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
             count = error.nonfinite_decoded
             return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
         limit = scheme_limit if self.max_relative_error is None or scheme_limit == 0 else self.max_relative_error

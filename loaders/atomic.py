@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from loaders.errors import io_errors
 
@@ -48,16 +49,23 @@ def exclusive(path: Path) -> Iterator[bool]:
 
     A flock: it goes with its process, however that ends. On a network filesystem it may hold on one host only.
     """
-    with io_errors("locking", path), path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
-        file.flush()
-        yield True
+    with io_errors("locking", path):
+        file = path.open("a+")
+    with file:
+        with io_errors("locking", path):
+            is_held = _lock(file)
+        yield is_held
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
+    file.flush()
+    return True
 
 
 def holder(path: Path) -> str:

@@ -185,7 +185,7 @@ def _encode_group(x, start, group, bounds, is_fp4, ranks, packed):  # type: igno
     top = np.float32(0)
     for at in range(start, start + group, STEP):
         largest = _largest(x, at)
-        top = largest if not largest <= top else top
+        top = largest if largest > top or np.isnan(largest) else top
     inverse = np.float32(1) / (np.float32(1e-38) if top < np.float32(1e-38) else top)
     for at in range(start, start + group, STEP):
         _rank_values(x, at, inverse, bounds, ranks)
@@ -232,7 +232,7 @@ def group_absmax(x, group, absmax):  # type: ignore[no-untyped-def]
         top = np.float32(0)
         for at in range(g * group, (g + 1) * group, STEP):
             largest = _largest(x, at)
-            top = largest if not largest <= top else top
+            top = largest if largest > top or np.isnan(largest) else top
         absmax[g] = top
 
 

@@ -1,0 +1,56 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.making import write_checkpoint
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def weightmill(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ran]:
+    """Runs a verb in this process, in an empty folder, as the console script would."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def run(verb: str, *arguments: Any) -> Ran:
+        from jobs.cli import main
+
+        capsys.readouterr()
+        given: Sequence[str] = [str(a) for a in arguments]
+        if verb == "run" and not any(a.startswith("tracking") for a in given):
+            given = [*given, "tracking=none"]
+        status = main([verb, *given])
+        said = capsys.readouterr()
+        return Ran(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small sharded Llama in bfloat16."""
+    return write_checkpoint(tmp_path / "source", shards=3)

@@ -1,0 +1,148 @@
+"""From the command line to a checked request: every fault at once, with its place, and no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import VERBS, completions
+from jobs.compose import CONF, choices_of, compose, take_apart
+from jobs.spec import JobSpec
+from loaders.errors import BadSpec
+
+GROUPS = choices_of("run")
+
+
+def spec_of(*arguments: str) -> JobSpec:
+    return compose("run", JobSpec, take_apart("run", arguments))
+
+
+def problems_of(*arguments: str) -> tuple[str, ...]:
+    with pytest.raises(BadSpec) as caught:
+        spec_of(*arguments)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options if g != "experiment"]
+)
+def test_every_choice_makes_a_job(group: str, option: str) -> None:
+    spec_of(f"{group}={option}")
+
+
+@pytest.mark.parametrize("quant", GROUPS["quant"])
+@pytest.mark.parametrize("output", GROUPS["output"])
+@pytest.mark.parametrize("cluster", GROUPS["cluster"])
+def test_choices_go_together(quant: str, output: str, cluster: str) -> None:
+    assert spec_of(f"quant={quant}", f"output={output}", f"cluster={cluster}").quant.name == quant
+
+
+def test_the_default_is_the_demo_model_to_nf4() -> None:
+    spec = spec_of()
+    assert spec.model_name == "demo"
+    assert spec.output_path == Path.cwd() / "weightmill" / "demo-nf4"
+    assert (spec.source_path / "config.json").is_file()
+
+
+def test_a_model_is_named_by_its_folder_or_its_preset(tmp_path: Path) -> None:
+    assert spec_of(f"model.path={tmp_path}/my-model/").model_name == "my-model"
+    assert spec_of("model=llama70b", f"model.path={tmp_path}/x").output_path.name == "llama70b-nf4"
+
+
+def test_paths_are_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = spec_of("model.path=../a b,c (1)", "output.path=out=1/'x'")
+    assert spec.source_path == tmp_path.parent / "a b,c (1)"
+    assert spec.output_path == tmp_path / "out=1" / "'x'"
+
+
+def test_all_faults_are_told_at_once_with_their_place() -> None:
+    found = problems_of("quant=nf5", "qunat=fp4", "source.unit_mb=-1", "+x=1", "verify.allow_nonfinite=maybe", "loose")
+    assert len(found) == 6
+    text = "\n".join(found)
+    assert "quant: unknown choice 'nf5'; did you mean 'nf4'?" in text
+    assert "qunat: unknown key; did you mean 'quant'?" in text
+    assert "source.unit_mb: input should be greater than 0; found -1" in text
+    assert "x: unknown key" in text
+    assert "verify.allow_nonfinite: input should be a valid boolean" in text
+    assert "loose: expected key=value" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("quant.blocksize=64", "did you mean 'group_size'?"),
+        ("quant.group_sice=64", "did you mean 'group_size'?"),
+        ("quant.group_size=48", "quant.group_size: expected one of 32, 64"),
+        ("quant.group_size=64.0", "quant.group_size: input should be a valid integer"),
+        ("quant.storage_dtype=int8", "quant.storage_dtype: expected one of uint8"),
+        ("quant.double_quant=1", "quant.double_quant: input should be a valid boolean"),
+        ("rules=[{name: '['}]", "rules[0].action: missing"),
+        ("rules=[{action: keep}]", "this would match everything"),
+        ("rules=[{action: keep, name: '('}]", "rules[0].name: not a regular expression"),
+        ("rules=[{action: cast, name: x}]", "cast_to belongs to action cast"),
+        ("rules=[{action: keep, role: nrom}]", "rules[0].role: unknown role"),
+        ("model.name=../x", "letters, digits"),
+        ("model.path=s3://bucket/x", "s3:// is not read or written yet"),
+        ("cluster.threads=0", "greater than or equal to 1"),
+        ("tracking.port=3", "tracking.port: unknown key"),
+        ("quant.group_size=[", "quant.group_size"),
+        ("~model", "model: missing"),
+    ],
+)
+def test_a_fault_says_where_and_what(argument: str, said: str) -> None:
+    assert said in "\n".join(problems_of(argument))
+
+
+def test_known_keys_are_those_of_the_chosen_scheme() -> None:
+    [problem] = problems_of("quant=ternary", "quant.group_size=64")
+    assert problem == "quant.group_size: unknown key; known: kind, name, linear_class"
+
+
+def test_a_job_cannot_be_changed() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        spec_of().model = None  # type: ignore[assignment, misc]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_help_worth_reading(verb: str, weightmill: Any) -> None:
+    ran = weightmill(verb, "--help")
+    assert ran.status == 0
+    assert "usage: python -m jobs." in ran.out
+    assert "examples:" in ran.out
+    assert "exit status:" in ran.out
+
+
+def test_help_lists_every_choice_with_what_it_says_of_itself(weightmill: Any) -> None:
+    said = weightmill("run", "--help").out
+    for group, options in GROUPS.items():
+        for option in options:
+            first = [
+                line for line in (CONF / group / f"{option}.yaml").read_text().splitlines() if line.startswith("# ")
+            ]
+            assert first[-1 if "@package" in first[0] else 0][2:] in said
+
+
+def test_the_shell_completes_verbs_groups_choices_and_settings() -> None:
+    assert completions("weightmill in") == ["inspect"]
+    assert "quant=" in completions("weightmill run qu")
+    assert completions("weightmill run quant=n") == ["quant=nf4", "quant=none"]
+    assert completions("weightmill run quant=nf4,f") == ["quant=nf4,fp4"]
+    assert "quant.group_size=" in completions("weightmill run model=demo quant.g")
+    assert completions("weightmill nonsense x") == []
+
+
+def test_an_unknown_verb_and_option_are_refused(weightmill: Any) -> None:
+    assert weightmill("quantise").status == 2
+    ran = weightmill("run", "--force")
+    assert ran.status == 2
+    assert "--force: unknown option" in ran.err
+
+
+def test_errors_are_a_document_too(weightmill: Any) -> None:
+    ran = weightmill("run", "quant=nf5", "format=json")
+    assert ran.status == 2
+    assert ran.document["exit_status"] == 2
+    assert "nf5" in ran.document["problems"][0]

@@ -1,0 +1,102 @@
+"""On Ray: the same bytes, and nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.making import snapshot, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REPORT = "weightmill.json"
+MARK = "WEIGHTMILL_TEST_MARK"
+
+
+def start(source: Path, out: Path, *extra: str, mark: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.run", f"model.path={source}", f"output.path={out}", "tracking=none",
+               "source.unit_mb=0.05", *extra]  # fmt: skip
+    environment = {**os.environ, MARK: mark}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def marked(mark: str) -> list[str]:
+    """Processes that carry a mark in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text().replace("\0", " ")[:100])
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_ray_and_this_process_give_the_same_bytes(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    found = []
+    for cluster in ("local", "ray"):
+        process = start(source, tmp_path / cluster, f"cluster={cluster}", mark="same")
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        report = json.loads((tmp_path / cluster / REPORT).read_text())
+        assert ("Ray, started here" in report["run"]["cluster"]) == (cluster == "ray")
+        del report["run"]
+        found.append((snapshot(tmp_path / cluster, ignore=[REPORT]), report))
+    assert found[0] == found[1]
+    time.sleep(3)
+    assert marked("same") == []
+
+
+@pytest.mark.slow
+def test_a_gate_fails_on_ray_as_it_does_here(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    process = start(source, tmp_path / "out", "cluster=ray", "verify.max_relative_error=0.001")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "not published" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_more_threads_than_any_machine_has_are_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    process = start(source, tmp_path / "out", "cluster=ray", "cluster.threads=1000")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert "a unit needs 1000 CPUs" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_process_and_no_half_file(number: signal.Signals, tmp_path: Path) -> None:
+    from jobs.journal import find_journals
+
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    mark = f"stop{int(number)}"
+    process = start(source, tmp_path / "out", "cluster=ray", "source.unit_mb=0.001", mark=mark)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(list((j / "records").glob("*.json")) for j in find_journals(tmp_path)):
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    time.sleep(3)
+    assert marked(mark) == []
+    [journal] = find_journals(tmp_path)
+    assert list((journal / "parts").iterdir()) == []
+    process = start(source, tmp_path / "out", "cluster=local", "source.unit_mb=0.001")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err

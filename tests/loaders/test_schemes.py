@@ -1,0 +1,337 @@
+"""What every scheme must satisfy, and the bytes of each."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loaders.work
+from loaders.backends import kernels_of
+from loaders.errors import VerifyFailed
+from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
+from loaders.quantization.kernels import dynamic
+from loaders.quantization.measure import measure
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Block, Scheme
+from loaders.quantization.ternary import Ternary
+from loaders.specs import DTYPES, TensorSpec, storage_of
+from loaders.stats import ErrorSums
+from loaders.work import ThreadedWork
+from tests import reference
+from tests.making import Raw, values_of, weights
+
+SCHEMES: dict[str, Scheme] = {
+    "nf4": Bnb4("nf4"),
+    "nf4 g128": Bnb4("nf4", 128),
+    "nf4 double": Bnb4("nf4", double_quant=True),
+    "nf4 bf16 storage": Bnb4("nf4", storage="bfloat16"),
+    "fp4": Bnb4("fp4"),
+    "fp4 double": Bnb4("fp4", double_quant=True),
+    "ternary": Ternary(),
+    "ternary auto": Ternary("autobitlinear"),
+    "bf16": Plain("BF16"),
+    "copy": Plain(),
+}
+DTYPE_NAMES = ("BF16", "F16", "F32")
+
+
+class MemoryView:
+    """A view over an array."""
+
+    def __init__(self, raw: Raw, name: str = "w.weight") -> None:
+        self.spec = TensorSpec(name, DTYPES[raw.dtype], raw.data.shape)
+        self._flat = raw.data.reshape(-1)
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        block = self._flat[start:stop].copy()
+        block.flags.writeable = False
+        return block
+
+
+class MemorySink:
+    """Takes and gives back what a scheme stores."""
+
+    def __init__(self, scheme: Scheme, spec: TensorSpec) -> None:
+        self.stored = {}
+        for role, part in scheme.stored(spec).items():
+            data = np.full(part.size, 0xEE, np.uint8).view(storage_of(part.dtype))
+            self.stored[role] = data if part.constant is None else np.frombuffer(part.constant, data.dtype)
+        self.bound = {role for role, part in scheme.stored(spec).items() if part.is_bound}
+
+    def write(self, role: str, start: int, data: Block) -> None:
+        if role in self.bound:
+            self.stored[role] = np.array(data)
+            return
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        at = start * data.dtype.itemsize
+        self.stored[role].view(np.uint8)[at : at + raw.size] = raw
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        return self.stored[role][start:stop].copy()
+
+    def as_bytes(self) -> dict[str, bytes]:
+        return {role: data.tobytes() for role, data in self.stored.items()}
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[ThreadedWork]:
+    with ThreadPoolExecutor(2) as pool:
+        yield ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+
+
+@pytest.fixture
+def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of a few hundred weights, so that small tensors have many."""
+    monkeypatch.setattr(loaders.work, "RANGE", 300)
+
+
+def encode(scheme: Scheme, raw: Raw, work: ThreadedWork) -> tuple[MemorySink, ErrorSums]:
+    view = MemoryView(raw)
+    sink = MemorySink(scheme, view.spec)
+    scheme.encode(view, sink, work)
+    return sink, measure(view, scheme, view.spec, sink, work, lambda count: None)
+
+
+def decode(scheme: Scheme, raw: Raw, sink: MemorySink, work: ThreadedWork) -> np.ndarray:
+    spec = MemoryView(raw).spec
+    out = np.empty(spec.numel, np.float32)
+    scheme.decode(spec, sink, 0, spec.numel, out, work)
+    return out.reshape(spec.shape)
+
+
+def tensors_of(scheme: Scheme, sink: MemorySink, raw: Raw) -> dict[str, Raw]:
+    """As they would stand in a file, for the reference decoders."""
+    spec = MemoryView(raw).spec
+    return {
+        "w." + role: Raw(part.dtype.name, sink.stored[role].reshape(part.shape if not part.is_bound else -1))
+        for role, part in scheme.stored(spec).items()
+    }
+
+
+def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Raw:
+    return weights(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 0.03, dtype)
+
+
+# --- every scheme
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut(
+    name: str, dtype: str, work: ThreadedWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = random((72, 68), dtype)
+    found = []
+    for step in (1 << 21, 300, 1):
+        monkeypatch.setattr(loaders.work, "RANGE", step if step > 1 or "double" not in name else 300)
+        sink, error = encode(SCHEMES[name], raw, work)
+        found.append(sink.as_bytes())
+        assert error.relative_error <= SCHEMES[name].error_limit
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_zeros_stay_zeros(name: str, dtype: str, work: ThreadedWork) -> None:
+    raw = weights(np.zeros((64, 65), np.float32), dtype)
+    sink, error = encode(SCHEMES[name], raw, work)
+    assert not decode(SCHEMES[name], raw, sink, work).any()
+    assert error.relative_error == 0
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_an_all_zero_group_among_others_decodes_to_zeros(name: str, work: ThreadedWork) -> None:
+    values = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
+    values[10:14] = 0
+    raw = weights(values, "BF16")
+    sink, _ = encode(SCHEMES[name], raw, work)
+    assert not decode(SCHEMES[name], raw, sink, work)[10:14].any()
+
+
+@pytest.mark.usefixtures("small_ranges")
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: ThreadedWork) -> None:
+    scheme, raw = SCHEMES[name], random((52, 66), "F32", seed=3)
+    sink, error = encode(scheme, raw, work)
+    tensors = tensors_of(scheme, sink, raw)
+    if isinstance(scheme, Bnb4):
+        decoded = reference.decode_bnb4(tensors, "w.weight")
+    elif isinstance(scheme, Ternary):
+        decoded = reference.decode_ternary(tensors, "w.weight", scheme.linear_class)
+    else:
+        decoded = values_of(tensors["w.weight"])
+    source = values_of(raw)
+    # float32 sums of at most 4096 squares, each within 2^-24 of itself: the quotient's root is good to 1e-5
+    assert error.relative_error == pytest.approx(reference.relative_error(source, decoded), rel=1e-5, abs=1e-12)
+    assert error.max_error == pytest.approx(float(np.abs(source - decoded).max()), rel=1e-6, abs=1e-12)
+    assert np.array_equal(decode(scheme, raw, sink, work), decoded)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_what_is_stored_is_what_was_planned(name: str, work: ThreadedWork) -> None:
+    raw = random((48, 40), "F16")
+    sink, _ = encode(SCHEMES[name], raw, work)
+    for role, part in SCHEMES[name].stored(MemoryView(raw).spec).items():
+        size = sink.stored[role].nbytes
+        assert part.size - 24 <= size <= part.size if part.is_bound else size == part.size
+
+
+finite = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=4, max_side=24).map(lambda s: (s[0] // 4 * 4, s[1])),
+    elements=st.floats(-(2.0**66), 2.0**66, width=32, allow_subnormal=True),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=finite, name=st.sampled_from(sorted(n for n in SCHEMES if "double" not in n and "storage" not in n)))
+def test_no_finite_weights_come_back_worse_than_the_scheme_admits(values: np.ndarray, name: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+        raw = weights(values, "F32")
+        _, error = encode(SCHEMES[name], raw, work)
+    tiny = np.abs(values).max() < 1e-30  # there float32's own steps are coarse
+    assert tiny or name == "bf16" or error.relative_error <= SCHEMES[name].error_limit
+    assert error.nonfinite == error.nonfinite_decoded == 0
+
+
+# --- bitsandbytes' four bits
+
+
+@pytest.mark.parametrize("group", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("shape", [(64, 64), (67, 61), (1, 3), (5, 1)])
+def test_nf4_is_the_arithmetic_written_out(shape: tuple[int, int], dtype: str, group: int, work: ThreadedWork) -> None:
+    raw = random(shape, dtype, seed=group)
+    sink, _ = encode(Bnb4("nf4", group), raw, work)
+    packed, absmax = reference.encode_nf4(values_of(raw), group)
+    assert np.array_equal(sink.stored["weight"], packed)
+    assert np.array_equal(sink.stored["weight.absmax"], absmax)
+
+
+@pytest.mark.parametrize(
+    "scale", [2.0**e for e in (-126, -110, -101, -100, -99, -30, 0, 14, 15, 16, 17, 60, 124, 125, 126)]
+)
+@pytest.mark.parametrize("table", ["nf4", "fp4"])
+def test_bfloat16s_fast_form_gives_the_bytes_of_the_general_one(table: Any, scale: float, work: ThreadedWork) -> None:
+    """At every mantissa of the largest magnitude, with every other magnitude below it; where it does not hold, too."""
+    mantissas = np.arange(128, dtype=np.uint32)
+    tops = ((np.uint32(127) << 23) | (mantissas << 16)).view(np.float32) * np.float32(scale)
+    parts = []
+    for top in tops:
+        bits = np.random.default_rng(int(top.view(np.uint32))).integers(0, (int(top.view(np.uint32)) >> 16) + 1, 63)
+        signs = np.random.default_rng(7).integers(0, 2, 63) << 15
+        parts.append(np.append(bits | signs, int(top.view(np.uint32)) >> 16).astype(np.uint16))
+    blocks = np.stack(parts)
+    fast, _ = encode(Bnb4(table), Raw("BF16", blocks), work)
+    general, _ = encode(Bnb4(table), Raw("F32", (blocks.astype(np.uint32) << 16).view(np.float32)), work)
+    assert np.array_equal(fast.stored["weight"], general.stored["weight"])
+    assert np.array_equal(fast.stored["weight.absmax"], general.stored["weight.absmax"])
+
+
+def test_nf4_of_nf4_is_stable(work: ThreadedWork) -> None:
+    scheme = Bnb4("nf4")
+    first, _ = encode(scheme, random((64, 64), "F32"), work)
+    again, error = encode(scheme, Raw("F32", decode(scheme, random((64, 64), "F32"), first, work)), work)
+    assert first.as_bytes() == again.as_bytes()
+    assert error.relative_error < 1e-7
+
+
+def test_the_quant_state_is_spelled_as_bitsandbytes_spells_it(work: ThreadedWork) -> None:
+    sink, _ = encode(Bnb4("nf4"), random((4, 32), "BF16"), work)
+    state = sink.stored["weight.quant_state.bitsandbytes__nf4"].tobytes().decode()
+    assert state == '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [4, 32]}'
+    sink, _ = encode(Bnb4("fp4", double_quant=True), random((4, 32), "F16"), work)
+    state = sink.stored["weight.quant_state.bitsandbytes__fp4"].tobytes().decode()
+    offset = json.loads(state)["nested_offset"]
+    assert state == (
+        '{"quant_type": "fp4", "blocksize": 64, "dtype": "float16", "shape": [4, 32], "nested_blocksize": 256,'
+        f' "nested_dtype": "float32", "nested_offset": {offset}}}'
+    )
+    assert np.float32(offset) == offset
+
+
+def test_double_quantization_takes_the_exact_mean_of_the_scales(work: ThreadedWork) -> None:
+    raw = random((300, 257), "F32")
+    sink, _ = encode(Bnb4("nf4", double_quant=True), raw, work)
+    _, absmax = reference.encode_nf4(values_of(raw), 64)
+    state = json.loads(sink.stored["weight.quant_state.bitsandbytes__nf4"].tobytes())
+    offset = np.float32(absmax.astype(np.float64).mean())
+    assert state["nested_offset"] == float(offset)
+    codes, tops = dynamic.encode(absmax - offset)
+    assert np.array_equal(sink.stored["weight.absmax"], codes)
+    assert np.array_equal(sink.stored["weight.nested_absmax"], tops)
+
+
+@pytest.mark.parametrize("scheme", [Bnb4("nf4", double_quant=True), Ternary()])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_schemes_with_one_scale_for_all_refuse_weights_that_are_not_finite(
+    scheme: Scheme, bad: float, work: ThreadedWork
+) -> None:
+    values = np.ones((64, 64), np.float32)
+    values[3, 3] = bad
+    with pytest.raises(VerifyFailed, match="it holds NaN or infinities"):
+        encode(scheme, weights(values, "F32"), work)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_weights_that_are_not_finite_are_counted_and_stay_in_their_group(dtype: str, work: ThreadedWork) -> None:
+    values = np.full((64, 64), 0.5, np.float32)
+    values[3, 3], values[5, 0], values[9, 9] = np.nan, np.inf, -np.inf
+    for scheme in (Bnb4("nf4"), Plain()):
+        _, error = encode(scheme, weights(values, dtype), work)
+        assert error.nonfinite == 3
+    decoded = decode(Bnb4("nf4"), weights(values, dtype), encode(Bnb4("nf4"), weights(values, dtype), work)[0], work)
+    assert np.isfinite(np.delete(decoded, [3, 5, 9], axis=0)).all()
+
+
+# --- ternary
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("shape", [(4, 1), (8, 5), (64, 96), (12, 1000)])
+@pytest.mark.usefixtures("small_ranges")
+def test_ternary_is_the_arithmetic_written_out(shape: tuple[int, int], dtype: str, work: ThreadedWork) -> None:
+    raw = random(shape, dtype, seed=2)
+    values = values_of(raw)
+    mean = max(np.float32(np.abs(values.astype(np.float64)).mean()), np.float32(1e-5))
+    codes = (np.clip(np.rint(values * (np.float32(1) / mean)), -1, 1) + 1).astype(np.uint8)
+    quarters = codes.reshape(4, -1)
+    packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+    for scheme, scale in ((Ternary(), np.float32(1) / mean), (Ternary("autobitlinear"), mean)):
+        sink, _ = encode(scheme, raw, work)
+        assert np.array_equal(sink.stored["weight"], packed)
+        assert np.array_equal(sink.stored["weight_scale"], weights(np.array([scale]), dtype).data)
+
+
+def test_the_dynamic_map_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert np.array_equal(dynamic.dynamic_map(), functional.create_dynamic_map().numpy())
+
+
+@pytest.mark.engine
+def test_scales_are_coded_as_bitsandbytes_codes_them() -> None:
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("bitsandbytes.functional")
+    rng = np.random.default_rng(0)
+    for values in (
+        rng.standard_normal(10_000),
+        rng.standard_normal(300) * 1e-6,
+        np.zeros(257),
+        np.full(256, 0.5),
+        np.ones(1),
+    ):
+        x = values.astype(np.float32)
+        codes, state = functional.quantize_blockwise(torch.from_numpy(x.copy()), blocksize=256)
+        mine, tops = dynamic.encode(x)
+        assert np.array_equal(mine, codes.numpy())
+        assert np.array_equal(tops, state.absmax.numpy())

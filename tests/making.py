@@ -1,0 +1,163 @@
+"""Small real checkpoints for tests, written without the code under test."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+class Raw:
+    """Bits with a safetensors dtype: numpy has no bfloat16."""
+
+    def __init__(self, dtype: str, data: np.ndarray) -> None:
+        self.dtype = dtype
+        self.data = np.ascontiguousarray(data)
+
+
+def weights(values: np.ndarray, dtype: str) -> Raw:
+    """float32 values rounded to a dtype, nearest even."""
+    values = np.asarray(values, np.float32)
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return Raw("BF16", np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16))
+    return Raw(dtype, values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]))
+
+
+def values_of(raw: Raw) -> np.ndarray:
+    """Back to float32."""
+    if raw.dtype == "BF16":
+        return (raw.data.astype(np.uint32) << 16).view(np.float32)
+    return raw.data.astype(np.float32)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Raw]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, raw in tensors.items():
+        header[name] = {
+            "dtype": raw.dtype,
+            "shape": list(raw.data.shape),
+            "data_offsets": [offset, offset + raw.data.nbytes],
+        }
+        offset += raw.data.nbytes
+    write_header(path, header, b"".join(raw.data.tobytes() for raw in tensors.values()))
+
+
+def write_header(path: Path, header: Any, data: bytes) -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    raw += b" " * (-(8 + len(raw)) % 8)
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def read_safetensors(folder: Path) -> dict[str, Raw]:
+    """All tensors of a folder, by the plainest code there is."""
+    found = {}
+    kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8,
+             "I64": np.int64, "BOOL": np.uint8, "F8_E4M3": np.uint8, "I32": np.int32}  # fmt: skip
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        [length] = struct.unpack("<Q", data[:8])
+        for name, entry in json.loads(data[8 : 8 + length]).items():
+            if name != "__metadata__":
+                start, stop = (8 + length + o for o in entry["data_offsets"])
+                array = np.frombuffer(data[start:stop], kinds[entry["dtype"]]).reshape(entry["shape"])
+                found[name] = Raw(entry["dtype"], array)
+    return found
+
+
+def llama_tensors(dtype: str = "BF16", *, tied: bool = False, seed: int = 0, layers: int = 2) -> dict[str, Raw]:
+    """A Llama of LLAMA's sizes with random weights."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(rows: int, columns: int) -> Raw:
+        return weights(rng.standard_normal((rows, columns)).astype(np.float32) * 0.05, dtype)
+
+    def ones() -> Raw:
+        return weights(np.ones(64, np.float32), dtype)
+
+    tensors = {"model.embed_tokens.weight": matrix(96, 64)}
+    for layer in range(layers):
+        name = f"model.layers.{layer}."
+        tensors[name + "self_attn.q_proj.weight"] = matrix(64, 64)
+        tensors[name + "self_attn.k_proj.weight"] = matrix(32, 64)
+        tensors[name + "self_attn.v_proj.weight"] = matrix(32, 64)
+        tensors[name + "self_attn.o_proj.weight"] = matrix(64, 64)
+        tensors[name + "mlp.gate_proj.weight"] = matrix(128, 64)
+        tensors[name + "mlp.up_proj.weight"] = matrix(128, 64)
+        tensors[name + "mlp.down_proj.weight"] = matrix(64, 128)
+        tensors[name + "input_layernorm.weight"] = ones()
+        tensors[name + "post_attention_layernorm.weight"] = ones()
+    tensors["model.norm.weight"] = ones()
+    if not tied:
+        tensors["lm_head.weight"] = matrix(96, 64)
+    return tensors
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Raw] | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    shards: int = 1,
+    index: bool = True,
+) -> Path:
+    """A folder as transformers writes it, with a tokenizer and a template beside the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = llama_tensors() if tensors is None else dict(tensors)
+    names = sorted(tensors)
+    if config is None:
+        dtype = TORCH_NAMES[tensors[names[0]].dtype]
+        config = {**LLAMA, "dtype": dtype, "tie_word_embeddings": "lm_head.weight" not in tensors}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "extra").mkdir(exist_ok=True)
+    (folder / "extra" / "modeling.py").write_text("raise SystemExit('remote code must never run')\n")
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", {n: tensors[n] for n in names})
+        return folder
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        write_safetensors(folder / file, {n: tensors[n] for n in part})
+        weight_map.update(dict.fromkeys(part, file))
+    if index:
+        total = sum(raw.data.nbytes for raw in tensors.values())
+        write_index(folder, weight_map, total)
+    return folder
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total: int = 0) -> None:
+    document = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(document))
+
+
+def snapshot(folder: Path, ignore: Sequence[str] = ()) -> dict[str, bytes]:
+    """Every file of a folder by its relative path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ignore
+    }

@@ -1,0 +1,68 @@
+"""Slow, obvious decoders and encoders, sharing nothing with the code under test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from tests.making import Raw, values_of
+
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32
+)  # fmt: skip
+
+
+def decode_bnb4(tensors: Mapping[str, Raw], name: str) -> np.ndarray:
+    """A 4-bit weight of bitsandbytes, float32, by the tables that stand beside it."""
+    [state_name] = [n for n in tensors if n.startswith(f"{name}.quant_state.bitsandbytes__")]
+    state = json.loads(tensors[state_name].data.tobytes())
+    codes = []
+    for byte in tensors[name].data.view(np.uint8).reshape(-1):
+        codes += [byte >> 4, byte & 15]
+    numel = int(np.prod(state["shape"]))
+    absmax = tensors[f"{name}.absmax"].data.reshape(-1)
+    if "nested_offset" in state:
+        nested = tensors[f"{name}.nested_absmax"].data
+        table = tensors[f"{name}.nested_quant_map"].data
+        absmax = np.array(
+            [table[code] * nested[i // state["nested_blocksize"]] for i, code in enumerate(absmax)], np.float32
+        ) + np.float32(state["nested_offset"])
+    table = tensors[f"{name}.quant_map"].data
+    values = [table[code] * absmax[i // state["blocksize"]] for i, code in enumerate(codes[:numel])]
+    return np.array(values, np.float32).reshape(state["shape"])
+
+
+def encode_nf4(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (ceil(n/2),), float32 (groups,): bitsandbytes' arithmetic, one weight at a time."""
+    flat = values.astype(np.float32).reshape(-1)
+    bounds = (NF4[1:] + NF4[:-1]) / np.float32(2)
+    codes, tops = [], []
+    for start in range(0, flat.size, group):
+        part = flat[start : start + group]
+        top = np.abs(part).max()
+        if part.size == group:
+            scaled = part * (np.float32(1) / max(top, np.float32(1e-38)))
+        else:
+            top = max(top, np.float32(1e-38))
+            scaled = part / top
+        tops.append(top)
+        codes += [int((bounds < v).sum()) for v in np.clip(scaled, -1, 1)]
+    codes += [7] if len(codes) % 2 else []
+    return np.array([a << 4 | b for a, b in zip(codes[::2], codes[1::2], strict=True)], np.uint8), np.array(tops)
+
+
+def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> np.ndarray:
+    """A BitNet weight, float32."""
+    packed, scale = tensors[name].data, values_of(tensors[f"{name}_scale"])[0]
+    quarters = [((packed >> (2 * k)) & 3).astype(np.float32) - 1 for k in range(4)]
+    factor = 1 / scale if linear_class == "bitlinear" else scale
+    return np.concatenate(quarters) * np.float32(factor)
+
+
+def relative_error(source: np.ndarray, decoded: np.ndarray) -> float:
+    x, y = source.astype(np.float64), decoded.astype(np.float64)
+    return float(np.sqrt(((x - y) ** 2).sum() / (x**2).sum()))
