@@ -164,7 +164,8 @@ def say(said: Said, as_json: bool) -> int:
 
 def leave(status: int) -> NoReturn:
     """End the process now. All work is done and synced; taking the interpreter down would only take a while longer,
-    in which a kill would make a finished job look unfinished."""
+    in which a kill would make a finished job look unfinished.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -18,7 +18,7 @@ from jobs.console import FAILED, Said, note, show
 from jobs.execution import Cluster, UnitFailed, choose
 from jobs.journal import Record
 from jobs.planning import Unit
-from jobs.prepare import TARGET, Planned, check_space, notes_of, plan_document, plan_job, strategy_of
+from jobs.prepare import TARGET, Planned, check_space, notes_of, plan_document, plan_job
 from jobs.progress import Meter
 from jobs.publish import complete, is_published, publish
 from jobs.spec import JobSpec
@@ -65,7 +65,7 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
     if resumed:
         note(f"{resumed} of {len(planned.plan.units)} units were done before; going on with the rest")
     check_space(planned, sum(record.size for record in records.values()))
-    strategy, _ = strategy_of(planned)
+    strategy, _ = planned.strategy
     with PeakMemory() as memory, _cluster(planned) as cluster:
         fresh, retries = _execute(planned, cluster, strategy, records, run)
         where = cluster.description

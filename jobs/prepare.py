@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ TARGET = "target"  # a single job's
 SPARE_BYTES = 16 << 20  # for config, index, records
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Planned:
     """A job and its plan."""
 
@@ -35,6 +36,14 @@ class Planned:
     @property
     def target(self) -> TargetPlan:
         return self.plan.targets[TARGET]
+
+    @cached_property
+    def strategy(self) -> tuple[str, str]:
+        """The strategy to read with, and why."""
+        kind = self.spec.strategy.kind
+        if kind != "auto":
+            return kind, "as asked"
+        return auto.choose(self.plan.checkpoint.root, [tag.name for tag in self.plan.checkpoint.files])
 
 
 def plan_job(spec: JobSpec) -> Planned:
@@ -122,17 +131,9 @@ def plan_document(planned: Planned, notes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def strategy_of(planned: Planned) -> tuple[str, str]:
-    """The strategy to read with, and why."""
-    kind = planned.spec.strategy.kind
-    if kind != "auto":
-        return kind, "as asked"
-    return auto.choose(planned.plan.checkpoint.root, [tag.name for tag in planned.plan.checkpoint.files])
-
-
 def notes_of(planned: Planned) -> list[str]:
     """What will be used, and what it will need."""
-    strategy, why = strategy_of(planned)
+    strategy, why = planned.strategy
     cluster = LocalCluster(planned.spec.cluster)
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units)
     free = free_bytes(planned.spec.output_path.parent)

@@ -23,7 +23,7 @@ class CpuKernels:
     ) -> None:
         code, is_fp4 = fourbit.table(table), table == "fp4"
         x = kernel_input(x, dtype)
-        if dtype == "BF16":
+        if dtype == "BF16" and group % fourbit.WIDE == 0:
             fourbit.encode_bf16(
                 x, group, code.bounds, is_fp4, code.rows, code.directions, code.lowest, code.highest, packed, absmax
             )

@@ -21,6 +21,7 @@ from numba.core import types
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, bf16_value, kernel, vector
 
 STEP = 32  # weights coded at once
+WIDE = 64  # bfloat16s coded at once, by their bits
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -29,7 +30,8 @@ NF4 = (
 )  # fmt: skip
 _FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 FP4 = (*_FP4, 0.0, *(-value for value in _FP4[1:]))
-# torch.argsort(FP4), ties as bitsandbytes meets them: rank -> code
+# rank -> code; FP4's is torch.argsort(FP4), its two zeros as bitsandbytes meets them
+NF4_ORDER = tuple(range(16))
 FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
@@ -57,7 +59,7 @@ class Table:
 def table(name: str) -> Table:
     """The table called "nf4" or "fp4"."""
     values = np.array({"nf4": NF4, "fp4": FP4}[name], np.float32)
-    order = np.array(range(16) if name == "nf4" else FP4_ORDER, np.uint8)
+    order = np.array(NF4_ORDER if name == "nf4" else FP4_ORDER, np.uint8)
     ranked = values[order]
     bounds = ((ranked[:-1] + ranked[1:]) / np.float32(2)).astype(np.float32)
     # A bound at zero (FP4) tells the least positive weight from zero: its product must not round to zero.
@@ -93,26 +95,21 @@ def _thresholds(bounds: np.ndarray) -> np.ndarray:
     return rows
 
 
-# --- encoding: STEP weights at a time
+# --- encoding
 
 
-def _magnitude_bits(lanes: Lanes, x: Array, at: Value) -> Value:
+def _magnitude_bits(lanes: Lanes, x: Array, at: Value, count: int) -> Value:
+    """The bits of the largest of `count` magnitudes: they sort as integers, NaN last."""
+    bits = lanes.load(x, at, count)
     if x.element is F32:
-        bits = lanes.b.bitcast(lanes.load(x, at, STEP), ir.VectorType(I32, STEP))
-        return lanes.reduce("umax", lanes.op("and_", bits, 0x7FFFFFFF))
-    return lanes.reduce("umax", lanes.op("and_", lanes.load(x, at, STEP), 0x7FFF))
-
-
-@vector(types.uint16)
-def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The bits of the largest magnitude: magnitudes sort as integers, NaN last."""
-    return _magnitude_bits(lanes, x, at)
+        return lanes.reduce("umax", lanes.op("and_", lanes.b.bitcast(bits, ir.VectorType(I32, count)), 0x7FFFFFFF))
+    return lanes.reduce("umax", lanes.op("and_", bits, 0x7FFF))
 
 
 @vector(types.float32)
 def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The largest magnitude, NaN if there is one."""
-    bits = _magnitude_bits(lanes, x, at)
+    """The largest of STEP magnitudes, NaN if there is one."""
+    bits = _magnitude_bits(lanes, x, at, STEP)
     if x.element is F32:
         return lanes.b.bitcast(bits, F32)
     one = lanes.splat(bits, 1)
@@ -120,38 +117,84 @@ def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
     return lanes.b.extract_element(value, ir.Constant(I32, 0))
 
 
-def _count(lanes: Lanes, comparisons: list[Value], kind: Value) -> Value:
-    """How many of the comparisons hold, lane by lane, as bytes."""
-    total = lanes.const(kind, 0)
-    for holds in comparisons:
-        total = lanes.b.sub(total, lanes.b.sext(holds, kind))
-    return lanes.b.trunc(total, ir.VectorType(I8, kind.count))
+@vector(types.uint16)
+def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
+    return _magnitude_bits(lanes, x, at, WIDE)
 
 
-@vector(types.void)
-def _rank_values(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: Array, ranks: Array) -> None:
-    """Ranks of x * inverse among the bounds, NaN above them all; no clamp needed, all bounds lie inside (-1, 1)."""
-    zero = ir.Constant(at.type, 0)
-    limits = lanes.load(bounds, zero, 16)
-    splat = [lanes.splat(lanes.b.extract_element(limits, ir.Constant(I32, i)), 16) for i in range(15)]
-    parts = []
-    for half in range(STEP // 16):
-        scaled = lanes.b.fmul(lanes.floats(x, lanes.op("add", at, 16 * half), 16), lanes.splat(inverse, 16))
-        above = [lanes.b.fcmp_unordered(">", scaled, bound) for bound in splat]
-        parts.append(_count(lanes, above, ir.VectorType(I32, 16)))
-    lanes.store(lanes.join(parts), ranks, zero)
+def _pack(lanes: Lanes, ranks: Value, order: tuple[int, ...], packed: Array, at: Value) -> None:
+    """Ranks (int16) to codes, two to a byte, the first high, for the weights that begin at `at`."""
+    codes, half = ranks, ranks.type.count // 2
+    if order != NF4_ORDER:
+        narrow = ir.VectorType(I8, ranks.type.count)
+        chosen = lanes.choose([lanes.const(narrow, code) for code in order], lanes.b.trunc(ranks, narrow))
+        codes = lanes.b.zext(chosen, ranks.type)
+    pairs = lanes.b.bitcast(codes, ir.VectorType(I32, half))
+    both = lanes.b.or_(lanes.op("shl", pairs, 4), lanes.op("lshr", pairs, 16))
+    lanes.store(lanes.b.trunc(both, ir.VectorType(I8, half)), packed, lanes.op("lshr", at, 1))
 
 
-@vector(types.void)
-def _rank_bits(lanes: Lanes, x: Array, at: Value, thresholds: Array, ranks: Array) -> None:
-    """Ranks of bfloat16 bits among the group's thresholds, all of them 16-bit integers."""
-    zero, kind = ir.Constant(at.type, 0), ir.VectorType(I16, STEP)
-    bits = lanes.load(x, at, STEP)
+def _ranks_of_values(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: Array) -> Value:
+    """Ranks of STEP weights times `inverse` among the bounds, NaN above them all.
+
+    Nothing needs to be clamped: all bounds lie inside (-1, 1).
+    """
+    limits, parts = lanes.entries(bounds, 15, 16), []
+    for part in range(STEP // 16):
+        values = lanes.floats(x, lanes.op("add", at, 16 * part), 16)
+        parts.append(_search(lanes, lanes.b.fmul(values, lanes.splat(inverse, 16)), limits))
+    return lanes.join(parts)
+
+
+def _search(lanes: Lanes, values: Value, bounds: list[Value]) -> Value:
+    """How many of fifteen rising bounds lie below each lane, as int16: a binary search by selections."""
+    pick = lanes.b.select
+
+    def level(found: list[Value], middle: int, step: int) -> Value:
+        """The bound to compare with next, after the comparisons so far."""
+        if not found:
+            return bounds[middle]
+        return pick(found[0], level(found[1:], middle + step, step // 2), level(found[1:], middle - step, step // 2))
+
+    bits: list[Value] = []
+    for _ in range(4):
+        bits.append(lanes.b.fcmp_unordered(">", values, level(bits, 7, 4)))
+    kind = ir.VectorType(I32, 16)
+    rank = lanes.const(kind, 0)
+    for weight, is_set in zip((8, 4, 2, 1), bits, strict=True):
+        rank = lanes.b.or_(rank, pick(is_set, lanes.const(kind, weight), lanes.const(kind, 0)))
+    return lanes.b.trunc(rank, ir.VectorType(I16, 16))
+
+
+def _ranks_of_bits(lanes: Lanes, x: Array, at: Value, thresholds: Array) -> Value:
+    """Ranks of WIDE bfloat16s among the group's thresholds: all of them 16-bit integers, every comparison counted."""
+    kind = ir.VectorType(I16, WIDE)
+    bits = lanes.load(x, at, WIDE)
     sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, 15), 0x7FFF))
-    limits = lanes.load(thresholds, zero, 16)
-    splat = [lanes.splat(lanes.b.extract_element(limits, ir.Constant(I32, i)), STEP) for i in range(15)]
-    above = [lanes.b.icmp_signed(">", sortable, bound) for bound in splat]
-    lanes.store(_count(lanes, above, kind), ranks, zero)
+    total = lanes.const(kind, 0)
+    for bound in lanes.entries(thresholds, 15, WIDE):
+        total = lanes.b.sub(total, lanes.b.sext(lanes.b.icmp_signed(">", sortable, bound), kind))
+    return total
+
+
+@vector(types.void)
+def _code_nf4(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: Array, packed: Array) -> None:
+    _pack(lanes, _ranks_of_values(lanes, x, at, inverse, bounds), NF4_ORDER, packed, at)
+
+
+@vector(types.void)
+def _code_fp4(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: Array, packed: Array) -> None:
+    _pack(lanes, _ranks_of_values(lanes, x, at, inverse, bounds), FP4_ORDER, packed, at)
+
+
+@vector(types.void)
+def _code_bits_nf4(lanes: Lanes, x: Array, at: Value, thresholds: Array, packed: Array) -> None:
+    _pack(lanes, _ranks_of_bits(lanes, x, at, thresholds), NF4_ORDER, packed, at)
+
+
+@vector(types.void)
+def _code_bits_fp4(lanes: Lanes, x: Array, at: Value, thresholds: Array, packed: Array) -> None:
+    _pack(lanes, _ranks_of_bits(lanes, x, at, thresholds), FP4_ORDER, packed, at)
 
 
 @vector(types.void)
@@ -164,23 +207,8 @@ def _move_thresholds(
     lanes.store(lanes.b.add(lanes.load(rows, lanes.op("shl", row, 4), 16), moved), thresholds, zero)
 
 
-@vector(types.void)
-def _map_fp4(lanes: Lanes, ranks: Array, at: Value) -> None:
-    kind = ir.VectorType(I8, STEP)
-    codes = lanes.choose([lanes.const(kind, code) for code in FP4_ORDER], lanes.load(ranks, at, STEP))
-    lanes.store(codes, ranks, at)
-
-
-@vector(types.void)
-def _pack(lanes: Lanes, codes: Array, packed: Array, at: Value) -> None:
-    """STEP codes to STEP / 2 bytes, the first of a pair high."""
-    pairs = lanes.b.bitcast(lanes.load(codes, ir.Constant(at.type, 0), STEP), ir.VectorType(I16, STEP // 2))
-    both = lanes.b.or_(lanes.op("shl", pairs, 4), lanes.op("lshr", pairs, 8))
-    lanes.store(lanes.b.trunc(both, ir.VectorType(I8, STEP // 2)), packed, at)
-
-
 @kernel
-def _encode_group(x, start, group, bounds, is_fp4, ranks, packed):  # type: ignore[no-untyped-def]
+def _encode_group(x, start, group, bounds, is_fp4, packed):  # type: ignore[no-untyped-def]
     """One full group by the definition above; returns its largest magnitude."""
     top = np.float32(0)
     for at in range(start, start + group, STEP):
@@ -188,41 +216,39 @@ def _encode_group(x, start, group, bounds, is_fp4, ranks, packed):  # type: igno
         top = largest if largest > top or np.isnan(largest) else top
     inverse = np.float32(1) / (np.float32(1e-38) if top < np.float32(1e-38) else top)
     for at in range(start, start + group, STEP):
-        _rank_values(x, at, inverse, bounds, ranks)
         if is_fp4:
-            _map_fp4(ranks, 0)
-        _pack(ranks, packed, at // 2)
+            _code_fp4(x, at, inverse, bounds, packed)
+        else:
+            _code_nf4(x, at, inverse, bounds, packed)
     return top
 
 
 @kernel
 def encode(x, group, bounds, is_fp4, packed, absmax):  # type: ignore[no-untyped-def]
     """Code full groups. x: (n,), n = len(absmax) * group; packed: uint8 (n / 2,); absmax: float32."""
-    ranks = np.empty(STEP, np.uint8)
     for g in range(absmax.size):
-        absmax[g] = _encode_group(x, g * group, group, bounds, is_fp4, ranks, packed)
+        absmax[g] = _encode_group(x, g * group, group, bounds, is_fp4, packed)
 
 
 @kernel
 def encode_bf16(x, group, bounds, is_fp4, rows, directions, lowest, highest, packed, absmax):  # type: ignore[no-untyped-def]
-    """`encode` for bfloat16 bits, the same bytes: compares twice as many weights at once, as 16-bit integers."""
-    ranks = np.empty(STEP, np.uint8)
+    """`encode` for bfloat16 bits in groups of a multiple of WIDE: the same bytes, twice as many weights at once."""
     thresholds = np.empty(16, np.int16)
     for g in range(absmax.size):
         start = g * group
         top = np.uint16(0)
-        for at in range(start, start + group, STEP):
+        for at in range(start, start + group, WIDE):
             top = max(top, _largest_bits(x, at))
         if top < lowest or top > highest:
-            absmax[g] = _encode_group(x, start, group, bounds, is_fp4, ranks, packed)
+            absmax[g] = _encode_group(x, start, group, bounds, is_fp4, packed)
             continue
         absmax[g] = bf16_value(top)
         _move_thresholds(rows, top & 127, directions, (top & ~127) - 0x3F80, thresholds)
-        for at in range(start, start + group, STEP):
-            _rank_bits(x, at, thresholds, ranks)
+        for at in range(start, start + group, WIDE):
             if is_fp4:
-                _map_fp4(ranks, 0)
-            _pack(ranks, packed, at // 2)
+                _code_bits_fp4(x, at, thresholds, packed)
+            else:
+                _code_bits_nf4(x, at, thresholds, packed)
 
 
 @kernel

@@ -103,6 +103,14 @@ class Lanes:
     def load(self, array: Array, at: Value, count: int) -> Value:
         return self.b.load(array.pointer(at, ir.VectorType(array.element, count)), align=1)
 
+    def entries(self, array: Array, entries: int, count: int) -> list[Value]:
+        """The first entries of an array, each in `count` lanes."""
+        found = []
+        for index in range(entries):
+            at = self.b.gep(array.data, [ir.Constant(ir.IntType(64), index)])
+            found.append(self.splat(self.b.load(at), count))
+        return found
+
     def store(self, value: Value, array: Array, at: Value) -> None:
         self.b.store(value, array.pointer(at, value.type), align=1)
 

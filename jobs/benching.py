@@ -1,0 +1,352 @@
+"""Timing in rotation: every lap runs every case once, so that a change in the machine's speed touches all alike.
+
+GB/s are 1e9 bytes of bfloat16 input a second (2 bytes a weight), whatever form a case takes its input in. A peer that
+is not installed, or does not work, is a row that says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+
+from jobs.console import Said, note
+from jobs.execution import usable_cpus
+from loaders.checkpoint import open_checkpoint
+from loaders.containers import safetensors
+from loaders.errors import BadSpec, io_errors
+from loaders.integrity import hash_file
+from loaders.quantization.kernels import compare, cpu, fourbit
+from loaders.specs import DTYPES, StoredSpec, StoredTensor
+
+INNER = 1 << 20
+WARM_UP = 1
+
+
+@dataclass
+class Case:
+    """Something to time: `call` runs it once (and gives its seconds, if it times itself); `missing`: why it cannot."""
+
+    name: str
+    call: Callable[[], object] | None
+    missing: str = ""
+    beside: str = ""  # the case that this one is a peer of
+    seconds: list[float] = field(default_factory=list)
+
+
+def rotate(cases: list[Case], repeats: int) -> None:
+    """Time the cases in turn; one that raises becomes a row that says so."""
+    for lap in range(-WARM_UP, repeats):
+        for case in cases:
+            if case.call is None:
+                continue
+            began = time.perf_counter()
+            try:
+                own = case.call()
+            except Exception as error:  # whatever a peer may raise is a result
+                case.call, case.missing = None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+                continue
+            if lap >= 0:
+                case.seconds.append(own if isinstance(own, float) else time.perf_counter() - began)
+
+
+# --- kernels
+
+
+def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
+    """Encoders and decoders on one bfloat16 weight."""
+    weight = _random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
+    cases = [*_ours(weight, threads), *_peers(weight, threads)]
+    note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
+    rotate(cases, repeats)
+    return _said(cases, weight.nbytes, {"shape": [rows, columns], "threads": threads, "repeats": repeats})
+
+
+def _random_bf16(rng: np.random.Generator, count: int) -> np.ndarray:
+    values = rng.standard_normal(count, np.float32) * np.float32(0.02)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
+    flat, host = weight.reshape(-1), cpu.CpuKernels()
+    packed, absmax = np.empty(flat.size // 2, np.uint8), np.empty(flat.size // 64, np.float32)
+    half = ((flat.astype(np.uint32) << 16).view(np.float32)).astype(np.float16)
+    single, target = half.astype(np.float32), np.empty_like(flat)
+    quarter = flat.size // 4
+    thirds = np.empty(quarter, np.uint8)
+
+    def spread(body: Callable[[int, int], object], count: int) -> None:
+        edges = [count * i // threads // 64 * 64 for i in range(threads)] + [count]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(body, edges[:-1], edges[1:]))
+
+    def four(x: np.ndarray, dtype: str, table: str) -> Callable[[], None]:
+        def part(a: int, b: int) -> None:
+            host.encode_fourbit(x[a:b], dtype, table, 64, packed[a // 2 : b // 2], absmax[a // 64 : b // 64])
+
+        return lambda: spread(part, x.size)
+
+    def measure() -> None:
+        def part(a: int, b: int) -> None:
+            decoded, sums = np.empty(INNER, np.float32), compare.new_sums()
+            for at in range(a, b, INNER):
+                end = min(at + INNER, b)
+                out = decoded[: end - at]
+                fourbit.decode(packed[at // 2 : end // 2], absmax[at // 64 : end // 64], 64, False, out)
+                cpu.compare_into(flat[at:end], "BF16", out, sums)
+
+        spread(part, flat.size)
+
+    def three() -> None:
+        total: list[float] = []
+        spread(lambda a, b: total.append(host.magnitude_sum(flat[a:b], "BF16")), flat.size)
+        inverse = flat.size / sum(total)
+
+        def part(a: int, b: int) -> None:
+            runs = tuple(flat[k * quarter + a : k * quarter + b] for k in range(4))
+            host.pack_ternary(runs, "BF16", inverse, thirds[a:b])  # type: ignore[arg-type]
+
+        spread(part, quarter)
+
+    yield Case("copy (np.copyto)", lambda: spread(lambda a, b: np.copyto(target[a:b], flat[a:b]), flat.size))
+    yield Case("nf4, bf16", four(flat, "BF16", "nf4"))
+    yield Case("nf4, fp16", four(half, "F16", "nf4"))
+    yield Case("nf4, fp32", four(single, "F32", "nf4"))
+    yield Case("fp4, bf16", four(flat, "BF16", "fp4"))
+    yield Case("nf4 decode + compare (measuring)", measure)
+    yield Case("ternary, bf16", three)
+
+
+def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
+    torch = _library("torch")
+    tensor: Any = torch.from_numpy(weight).view(torch.bfloat16) if torch else None
+    if torch:
+        torch.set_num_threads(threads)
+    functional: Any = _library("bitsandbytes.functional") if torch and importlib.util.find_spec("bitsandbytes") else None
+    for table, beside in (("nf4", "nf4, bf16"), ("fp4", "fp4, bf16")):
+        call = None
+        if functional:
+            call = lambda table=table: functional.quantize_4bit(tensor, blocksize=64, quant_type=table)  # noqa: E731
+        yield Case(f"bitsandbytes {table}, bf16", call, "" if call else "not installed: bitsandbytes", beside)
+    state: list[Any] = []
+
+    def measure() -> Any:
+        if not state:
+            state.append(functional.quantize_4bit(tensor, blocksize=64, quant_type="nf4"))
+        back = functional.dequantize_4bit(*state[0])
+        error = tensor.float() - back.float()
+        flat = (tensor.float().flatten(), back.float().flatten())
+        return error.square().mean(), error.abs().max(), torch.nn.functional.cosine_similarity(*flat, dim=0)
+
+    beside = "nf4 decode + compare (measuring)"
+    missing = "" if functional else "not installed: bitsandbytes"
+    yield Case("bitsandbytes dequantize + torch errors", measure if functional else None, missing, beside)
+
+    def three() -> Any:
+        values = tensor.float()
+        codes = (values * (1 / values.abs().mean().clamp(min=1e-5))).round().clamp(-1, 1).to(torch.int8) + 1
+        quarters = codes.to(torch.uint8).reshape(4, -1)
+        return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+
+    missing = "" if torch else "not installed: torch"
+    yield Case("torch, ternary by its definition", three if torch else None, missing, "ternary, bf16")
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+# --- a whole job
+
+
+def job(path: str | None, gb: float, quant: str, peer: str | None, folder: str | None, repeats: int) -> Said:
+    """A whole command, from the page cache, beside copying the same files and beside another tool's command.
+
+    Raises:
+        BadSpec: the peer's command lacks its places, or the source is no checkpoint.
+    """
+    if peer is not None and not ("{source}" in peer and "{output}" in peer):
+        raise BadSpec("peer: expected a command with {source} and {output} in it")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="weightmill-bench-") as work:
+        if path is None:
+            source = Path(work) / "source"
+            note(f"making a random Llama of {gb:g} GB in {source}")
+            make_llama(source, gb)
+        else:
+            source = Path(path)
+        checkpoint = open_checkpoint(source)
+        files = [source / tag.name for tag in checkpoint.files]
+        ours = [
+            sys.executable,
+            "-m",
+            "jobs.run",
+            f"model.path={source}",
+            f"quant={quant}",
+            "tracking=none",
+            "cluster=local",
+        ]
+        name, work_path = f"weightmill {quant}", Path(work)
+        cases = [
+            Case("copy the weight files, and sync", _Command(None, files, work_path)),
+            Case(name, _Command([*ours, "output.path={output}"], files, work_path)),
+        ]
+        if peer is None:
+            cases.append(Case("another tool", None, "not given: peer='TOOL {source} {output}'"))
+        else:
+            command = [part.replace("{source}", str(source)) for part in shlex.split(peer)]
+            cases.append(Case(f"peer: {peer}", _Command(command, files, work_path), beside=name))
+        note(f"timing {len(cases)} cases, {repeats} laps each, the source read into the page cache before each")
+        rotate(cases, repeats)
+        about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
+        return _said(cases, checkpoint.size, about)
+
+
+class _Command:
+    """A process that reads the source and writes an output, which is removed after; None copies and syncs."""
+
+    def __init__(self, command: list[str] | None, files: list[Path], work: Path) -> None:
+        self.peak_bytes = 0
+        self._command = command
+        self._files = files
+        self._work = work
+
+    def __call__(self) -> float:
+        """Run it once; the seconds it took."""
+        for file in self._files:
+            hash_file(file)  # into the page cache
+        output = self._work / "output"
+        try:
+            began = time.perf_counter()
+            if self._command is None:
+                self._copy(output)
+            else:
+                self._run([part.replace("{output}", str(output)) for part in self._command])
+            return time.perf_counter() - began
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+
+    def _copy(self, output: Path) -> None:
+        output.mkdir()
+        for file in self._files:
+            with io_errors("copying", file):
+                shutil.copyfile(file, output / file.name)
+                with (output / file.name).open("rb+") as copy:
+                    os.fsync(copy.fileno())
+
+    def _run(self, command: list[str]) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "PYTHONPATH": path})
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                said.seek(0)
+                lines = said.read().strip().splitlines() or ["no message"]
+                raise RuntimeError(f"exit status {process.returncode}: {lines[-1]}")
+        self.peak_bytes = max(self.peak_bytes, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
+    """A Llama-shaped checkpoint of random bfloat16 weights of about so many gigabytes."""
+    hidden, inner, vocabulary = 2048, 5632, 32000
+    layer = 4 * hidden * hidden + 3 * hidden * inner
+    layers = max(1, round((gb * 1e9 / 2 - 2 * vocabulary * hidden) / layer))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "lm_head.weight": (vocabulary, hidden),
+    }
+    for index in range(layers):
+        name = f"model.layers.{index}."
+        shapes |= {f"{name}self_attn.{part}_proj.weight": (hidden, hidden) for part in "qkvo"}
+        shapes |= {f"{name}mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
+        shapes |= {f"{name}mlp.down_proj.weight": (hidden, inner)}
+        shapes |= {f"{name}{part}_layernorm.weight": (hidden,) for part in ("input", "post_attention")}
+    shapes["model.norm.weight"] = (hidden,)
+    folder.mkdir(parents=True)
+    pool = _random_bf16(np.random.default_rng(0), vocabulary * hidden)
+    names = sorted(shapes)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        laid = safetensors.lay_out(file, [StoredTensor(n, StoredSpec(DTYPES["BF16"], shapes[n])) for n in part])
+        writer = safetensors.ShardWriter(folder / file, laid)
+        for slot in laid.slots:
+            start = hash(slot.name) % 4096 * 64
+            data = np.roll(pool[: slot.size // 2], start)
+            writer.write(slot, 0, data.view(np.uint8).data)
+        writer.seal()
+        writer.close()
+        weight_map.update(dict.fromkeys(part, file))
+    document = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(document))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+# --- what is said
+
+
+def _said(cases: list[Case], size: int, about: Mapping[str, Any]) -> Said:
+    rows = [_row(case, size, {c.name: c for c in cases}) for case in cases]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    numbers = ("best s", "median s", "GB/s best", "GB/s median", "ours is faster", "peak RSS MB")
+    for column in ("case", *numbers):
+        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
+    for row in rows:
+        if row["missing"]:
+            table.add_row(row["case"], row["missing"])
+            continue
+        faster = f"{row['times_faster']:.1f} x" if row["times_faster"] else ""
+        peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else ""
+        table.add_row(
+            row["case"], f"{row['best_s']:.4g}", f"{row['median_s']:.4g}", f"{row['gbps_best']:.3g}",
+            f"{row['gbps_median']:.3g}", faster, peak,
+        )  # fmt: skip
+    here = f"{platform.machine()}, {usable_cpus()} CPUs, Python {platform.python_version()}"
+    lines = ", ".join(f"{key} {value}" for key, value in about.items())
+    text = Group(f"{here}; {lines}", table, "faster: median over median, of this run")
+    return Said({"status": "done", "machine": here, **about, "rows": rows}, text)
+
+
+def _row(case: Case, size: int, cases: Mapping[str, Case]) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": case.name, "missing": case.missing, "times_faster": None, "peak_bytes": 0}
+    if case.missing or not case.seconds:
+        return {**row, "missing": case.missing or "not run"}
+    best, median = min(case.seconds), statistics.median(case.seconds)
+    ours = cases.get(case.beside)
+    return {
+        **row,
+        "best_s": best,
+        "median_s": median,
+        "gbps_best": size / best / 1e9,
+        "gbps_median": size / median / 1e9,
+        "times_faster": median / statistics.median(ours.seconds) if ours and ours.seconds else None,
+        "peak_bytes": getattr(case.call, "peak_bytes", 0),
+    }
