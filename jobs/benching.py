@@ -38,7 +38,6 @@ from loaders.quantization.kernels import compare, cpu, fourbit
 from loaders.specs import DTYPES, StoredSpec, StoredTensor
 
 INNER = 1 << 20
-WARM_UP = 1
 
 
 @dataclass
@@ -52,9 +51,9 @@ class Case:
     seconds: list[float] = field(default_factory=list)
 
 
-def rotate(cases: list[Case], repeats: int) -> None:
-    """Time the cases in turn; one that raises becomes a row that says so."""
-    for lap in range(-WARM_UP, repeats):
+def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
+    """Time the cases in turn, after laps that do not count; one that raises becomes a row that says so."""
+    for lap in range(-warm_up, repeats):
         for case in cases:
             if case.call is None:
                 continue
@@ -140,7 +139,9 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
     tensor: Any = torch.from_numpy(weight).view(torch.bfloat16) if torch else None
     if torch:
         torch.set_num_threads(threads)
-    functional: Any = _library("bitsandbytes.functional") if torch and importlib.util.find_spec("bitsandbytes") else None
+    functional: Any = (
+        _library("bitsandbytes.functional") if torch and importlib.util.find_spec("bitsandbytes") else None
+    )
     for table, beside in (("nf4", "nf4, bf16"), ("fp4", "fp4, bf16")):
         call = None
         if functional:
@@ -217,7 +218,7 @@ def job(path: str | None, gb: float, quant: str, peer: str | None, folder: str |
             command = [part.replace("{source}", str(source)) for part in shlex.split(peer)]
             cases.append(Case(f"peer: {peer}", _Command(command, files, work_path), beside=name))
         note(f"timing {len(cases)} cases, {repeats} laps each, the source read into the page cache before each")
-        rotate(cases, repeats)
+        rotate(cases, repeats, warm_up=0)
         about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
         return _said(cases, checkpoint.size, about)
 

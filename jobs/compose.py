@@ -26,7 +26,16 @@ from loaders.errors import BadSpec
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEMO = Path(__file__).resolve().parent / "demo"
-PATHS = ("model.path", "output.root", "output.path", "a", "b")  # relative to the user's working directory
+PATHS = (
+    "model.path",
+    "output.root",
+    "output.path",
+    "a",
+    "b",
+    "path",
+    "folder",
+)  # relative to the user's working directory
+VERBATIM = (*PATHS, "peer")  # taken as they are typed, whatever characters they hold
 MISSING = "???"  # as conf/ marks what must be given
 # What people call things elsewhere
 SYNONYMS = {
@@ -81,7 +90,7 @@ def _prepared(verb: str, override: str, *, is_sweep: bool) -> tuple[str, str | N
         return override, None
     if bare in choices_of(verb):
         return _choice(verb, override, bare, value)
-    if bare in PATHS and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
+    if bare in VERBATIM and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return f"++{bare}={value}" if not key.startswith("~") else override, None
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, TextIO, TypeVar
 
@@ -76,30 +77,33 @@ class Verb(Generic[S]):
             print(help_text(self))
             return DONE
         if request.is_sweep:
-            return self._sweep(request)
+            return self._sweep(request, as_json)
         if request.flags:
             raise BadSpec(f"{request.flags[0]}: unknown option; options are key=value, and --help{self._sweep_hint}")
-        return say(self.act(compose(self.config or self.name, self.spec, request)), as_json)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print, too
+            said = self.act(compose(self.config or self.name, self.spec, request))
+        return say(said, as_json)
 
     @property
     def _sweep_hint(self) -> str:
         return ", -m" if self.can_sweep else ""
 
-    def _sweep(self, request: Request) -> int:
+    def _sweep(self, request: Request, as_json: bool) -> int:
         if not self.can_sweep:
             raise BadSpec(f"-m: {self.name} does one thing at a time; only run sweeps")
         others = [flag for flag in request.flags if flag not in ("-m", "--multirun")]
         if others:
             raise BadSpec(f"{others[0]}: unknown option")
-        outcomes = Outcomes()
+        outcomes = Outcomes(as_json=as_json)
 
         def one(values: dict[str, Any], suffix: str) -> float | None:
             output = values.get("output")
             if suffix and isinstance(output, dict) and output.get("path") is None:
                 values = {**values, "output": {**output, "suffix": suffix}}
-            return outcomes.add(lambda: self.act(check(self.spec, values)), values.get("format") == "json")
+            return outcomes.add(lambda: self.act(check(self.spec, values)))
 
-        sweep(self.config or self.name, request, one)
+        with redirect_stdout(sys.stderr) if outcomes.as_json else nullcontext():
+            sweep(self.config or self.name, request, one)
         return outcomes.finish()
 
 
@@ -107,12 +111,11 @@ class Verb(Generic[S]):
 class Outcomes:
     """What came of a sweep's jobs, one after another: one that fails does not end the others."""
 
+    as_json: bool
     documents: list[dict[str, Any]] = field(default_factory=list)
     status: int = DONE
-    as_json: bool = False
 
-    def add(self, act: Callable[[], Said], as_json: bool) -> float | None:
-        self.as_json = as_json
+    def add(self, act: Callable[[], Said]) -> float | None:
         try:
             said = act()
         except BadSpec as error:
@@ -121,10 +124,10 @@ class Outcomes:
             return self._failed(FAILED, [str(error)])
         self.documents.append(said.document)
         self.status = max(self.status, said.status)
-        if not as_json:
-            say(said, False)
-        else:
+        if self.as_json:
             said.then()
+        else:
+            say(said, False)
         objective = (said.document.get("totals") or {}).get("bits_per_weight")
         return float(objective) if objective is not None else None
 

@@ -73,6 +73,11 @@ class TensorPart:
             writer.write(slot, 0, memoryview(data))
             self.pieces[slot.name][0, len(data)] = xxhash.xxh3_64_hexdigest(data)
 
+    def done(self) -> None:
+        """The tensor is whole and measured."""
+        for slot in self._slots.values():
+            self._writer.start_syncing(slot)
+
     def write(self, role: str, start: int, data: Block) -> None:
         with self._timer.phase("write"):
             raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data

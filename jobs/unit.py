@@ -226,6 +226,7 @@ class UnitPass:
                 again = TimedView(plain, self._timer, "reread")
                 error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
             run.measured(recipe, placement, error_sums)
+            part.done()
 
 
 class TimedView:

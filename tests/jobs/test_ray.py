@@ -100,3 +100,36 @@ def test_an_interrupt_leaves_no_process_and_no_half_file(number: signal.Signals,
     process = start(source, tmp_path / "out", "cluster=local", "source.unit_mb=0.001")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+
+
+def _runs_a_unit(process: Path, mark: str) -> bool:
+    is_unit = b"ray::unit" in (process / "cmdline").read_bytes()
+    return is_unit and f"{MARK}={mark}".encode() in (process / "environ").read_bytes()
+
+
+def kill_a_worker(mark: str, process: subprocess.Popen[str]) -> bool:
+    """SIGKILL the first process that is running a unit."""
+    while process.poll() is None:
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and _runs_a_unit(folder, mark):
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    return True
+            except OSError:
+                continue
+        time.sleep(0.002)
+    return False
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_one_unit(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=2)
+    process = start(source, tmp_path / "here", "cluster=local")
+    assert process.communicate(timeout=60)
+    assert process.returncode == 0
+    process = start(source, tmp_path / "there", "cluster=ray", "cluster.threads=1", mark="killed")
+    assert kill_a_worker("killed", process)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, (out, err)
+    found = [snapshot(tmp_path / name, ignore=[REPORT]) for name in ("here", "there")]
+    assert found[0] == found[1]
