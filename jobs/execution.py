@@ -1,4 +1,4 @@
-"""Where units run: in this process, on threads; or on Ray (jobs/ray_cluster.py). What a unit does is the same."""
+"""Running units: the contract of a cluster, what an attempt is, and this process as the simplest cluster."""
 
 from __future__ import annotations
 
@@ -135,17 +135,6 @@ class LocalCluster:
 
     def close(self) -> None:
         pass
-
-
-def choose(spec: ClusterSpec) -> tuple[Cluster, str]:
-    """The cluster that a spec asks for, and the reason where it leaves the choice open."""
-    address = spec.address or os.environ.get("RAY_ADDRESS")
-    if spec.kind == "ray" or (spec.kind == "auto" and address):
-        from jobs.ray_cluster import RayCluster
-
-        why = "" if spec.kind == "ray" else f"an address is given ({address})"
-        return RayCluster(spec, address), why
-    return LocalCluster(spec), "" if spec.kind == "local" else "no Ray address is given"
 
 
 def usable_cpus() -> int:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Protocol, get_args
 
 from pydantic import BaseModel
 
 from jobs.compose import CONF, at_field, choices_of
-
-if TYPE_CHECKING:
-    from jobs.console import Verb
 
 STATUSES = (
     "0 done, 1 the job failed (a gate, an I/O error, a damaged checkpoint), 2 the request is wrong, 130 interrupted"
@@ -19,7 +16,26 @@ STATUSES = (
 WIDTH = 116
 
 
-def help_text(verb: Verb[Any]) -> str:
+class Described(Protocol):
+    """What the help needs to know of a verb."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def spec(self) -> type[BaseModel]: ...
+    @property
+    def examples(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def positional(self) -> tuple[str, ...]: ...
+    @property
+    def can_sweep(self) -> bool: ...
+    @property
+    def config(self) -> str: ...
+
+
+def help_text(verb: Described) -> str:
     """The whole page."""
     config = verb.config or verb.name
     usage = " ".join(["python -m jobs." + verb.name, *(name.upper() for name in verb.positional), "[key=value ...]"])

@@ -18,12 +18,12 @@ class PlanSpec(JobSpec):
 
 def act(spec: PlanSpec) -> Said:
     """Plan the job."""
-    from jobs import prepare, report
+    from jobs import preparing, report
 
-    planned = prepare.plan_job(spec)
-    notes = prepare.notes_of(planned)
+    planned = preparing.plan_job(spec)
+    notes = preparing.notes_of(planned)
     text = report.plan_text(spec, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
-    return Said(prepare.plan_document(planned, notes), text)
+    return Said(preparing.plan_document(planned, notes), text)
 
 
 VERB = Verb(

@@ -8,7 +8,7 @@ from jobs.spec import JobSpec
 
 def act(spec: JobSpec) -> Said:
     """Do the job."""
-    from jobs.driver import run_job
+    from jobs.running import run_job
 
     return run_job(spec)
 

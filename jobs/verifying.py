@@ -16,10 +16,11 @@ from typing import Any
 
 import xxhash
 
+from jobs.clusters import choose
 from jobs.console import FAILED, Said
-from jobs.execution import UnitFailed, choose
+from jobs.execution import UnitFailed
 from jobs.planning import FORMAT, Placement, Plan, Target, Unit, json_bytes, make_plan, weight_index
-from jobs.prepare import TARGET
+from jobs.preparing import TARGET
 from jobs.progress import Meter
 from jobs.spec import ClusterSpec, JobSpec, StrategySpec
 from jobs.unit import SMALL, Gate

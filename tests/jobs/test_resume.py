@@ -75,7 +75,7 @@ def test_a_finished_part_that_was_damaged_since_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.driver.complete", no)
+        patch.setattr("jobs.running.complete", no)
         assert weightmill("run", *arguments(source, out)).status == 130
     [root] = find_journals(tmp_path)
     path = min((root / "files").iterdir())
@@ -96,7 +96,7 @@ def test_another_job_for_the_same_output_keeps_its_own_journal(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.driver.complete", no)
+        patch.setattr("jobs.running.complete", no)
         assert weightmill("run", *arguments(source, out)).status == 130
     assert weightmill("run", *arguments(source, out), "quant=fp4").status == 0
     assert len(find_journals(tmp_path)) == 1
@@ -104,7 +104,7 @@ def test_another_job_for_the_same_output_keeps_its_own_journal(
 
 def test_two_processes_do_not_write_one_output(source: Path, tmp_path: Path, weightmill: Any) -> None:
     from jobs.compose import compose, take_apart
-    from jobs.prepare import plan_job
+    from jobs.preparing import plan_job
     from jobs.spec import JobSpec
 
     given = arguments(source, tmp_path / "out")
@@ -117,7 +117,7 @@ def test_two_processes_do_not_write_one_output(source: Path, tmp_path: Path, wei
 
 def test_a_journal_of_another_version_is_refused_with_a_sentence(source: Path, tmp_path: Path, weightmill: Any) -> None:
     from jobs.compose import compose, take_apart
-    from jobs.prepare import plan_job
+    from jobs.preparing import plan_job
     from jobs.spec import JobSpec
 
     given = arguments(source, tmp_path / "out")

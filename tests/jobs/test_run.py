@@ -69,17 +69,14 @@ def test_the_default_output_lies_in_a_folder_of_our_own_name(source: Path, weigh
     assert [p.name for p in Path.cwd().iterdir()] == ["weightmill"]
 
 
-@pytest.mark.parametrize("quant", ["nf4", "fp4", "ternary", "none"])
-@pytest.mark.parametrize("extra", [(), ("quant.double_quant=true",), ("quant.dtype=float16",)])
-def test_the_plan_is_what_the_run_writes(
-    quant: str, extra: tuple[str, ...], source: Path, tmp_path: Path, weightmill: Any
-) -> None:
-    if (extra and "double" in extra[0] and quant not in ("nf4", "fp4")) or (
-        extra and "dtype" in extra[0] and quant != "none"
-    ):
-        pytest.skip("not a setting of this scheme")
+@pytest.mark.parametrize(
+    "settings",
+    ["quant=nf4", "quant=nf4 quant.double_quant=true", "quant=fp4 quant.group_size=128", "quant=ternary", "quant=none",
+     "quant=none quant.dtype=float16"],
+)  # fmt: skip
+def test_the_plan_is_what_the_run_writes(settings: str, source: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
-    given = (f"model.path={source}", f"output.path={out}", f"quant={quant}", "source.unit_mb=0.05", *extra)
+    given = (f"model.path={source}", f"output.path={out}", *settings.split(), "source.unit_mb=0.05")
     planned = weightmill("plan", *given, "format=json").document
     assert not out.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "source"]
@@ -139,7 +136,7 @@ def test_an_unwritable_output_is_one_clear_error(source: Path, tmp_path: Path, w
 def test_a_disk_without_room_is_found_before_the_work(
     source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.prepare.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("jobs.preparing.free_bytes", lambda path: 1000)
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
     assert "are free there" in ran.err

@@ -88,7 +88,7 @@ def test_a_job_that_is_stopped_says_so_and_its_run_goes_on_when_it_does(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.driver.complete", no)
+        patch.setattr("jobs.running.complete", no)
         ran, killed = run(store, weightmill, source, tmp_path / "stopped")
     assert ran.status == 130
     assert killed.info.status == "KILLED"

@@ -14,11 +14,12 @@ from rich.console import Group
 from rich.text import Text
 
 from jobs import report
+from jobs.clusters import choose
 from jobs.console import FAILED, Said, note, show
-from jobs.execution import Cluster, UnitFailed, choose
+from jobs.execution import Cluster, UnitFailed
 from jobs.journal import Record
 from jobs.planning import Unit
-from jobs.prepare import TARGET, Planned, check_space, notes_of, plan_document, plan_job
+from jobs.preparing import TARGET, Planned, check_space, notes_of, plan_document, plan_job
 from jobs.progress import Meter
 from jobs.publish import complete, is_published, publish
 from jobs.spec import JobSpec

@@ -1,0 +1,19 @@
+"""Where units run is a choice: in this process, or on Ray. What a unit does is not."""
+
+from __future__ import annotations
+
+import os
+
+from jobs.execution import Cluster, LocalCluster
+from jobs.spec import ClusterSpec
+
+
+def choose(spec: ClusterSpec) -> tuple[Cluster, str]:
+    """The cluster that a spec asks for, and the reason where it leaves the choice open."""
+    address = spec.address or os.environ.get("RAY_ADDRESS")
+    if spec.kind == "ray" or (spec.kind == "auto" and address):
+        from jobs.ray_cluster import RayCluster
+
+        why = "" if spec.kind == "ray" else f"an address is given ({address})"
+        return RayCluster(spec, address), why
+    return LocalCluster(spec), "" if spec.kind == "local" else "no Ray address is given"
