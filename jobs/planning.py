@@ -124,6 +124,7 @@ class TargetPlan:
         return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
 
 
+CPU_ROWS = 32  # bitsandbytes' CPU kernel takes blocks of so many rows
 SLACK = 24  # a number of a few to as many characters
 
 
@@ -178,7 +179,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             tuple(file for file in files if file is not None),
             {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
-            tuple(_warnings(checkpoint, decisions, config)),
+            tuple(_warnings(checkpoint, target.scheme, decisions, config)),
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
@@ -258,13 +259,18 @@ def json_bytes(document: Any) -> bytes:
 # --- what is said aloud
 
 
-def _warnings(checkpoint: Checkpoint, decisions: Sequence[Decision], config: Mapping[str, Any] | None) -> list[str]:
+def _warnings(
+    checkpoint: Checkpoint, scheme: Scheme, decisions: Sequence[Decision], config: Mapping[str, Any] | None
+) -> list[str]:
+    if isinstance(scheme, Plain):
+        return []
     said = []
     quantized = [d for d in decisions if d.action == "quantize"]
-    scheme = quantized[0].scheme if quantized else None
+    if not quantized:
+        said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
     experts = [d for d in decisions if d.recipe.role == "expert"]
     kept = [d for d in experts if d.action != "quantize"]
-    if scheme is not None and kept:
+    if kept:
         total = sum(d.recipe.source_bytes for d in decisions)
         share = sum(d.recipe.source_bytes for d in kept) / total
         said.append(
@@ -272,19 +278,24 @@ def _warnings(checkpoint: Checkpoint, decisions: Sequence[Decision], config: Map
             f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         )
-    if scheme is not None and any(d.action == "quantize" for d in experts):
+    if len(kept) < len(experts):
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
         )
-    if scheme is not None and checkpoint.family.is_generic:
+    odd = [d.recipe for d in quantized if scheme.engine == "bitsandbytes" and d.recipe.shape[0] % CPU_ROWS]
+    if odd:
+        said.append(
+            f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)} first):"
+            " GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be divisible by"
+            " block_n); keep them by a rule if such a CPU is to run the output"
+        )
+    if checkpoint.family.is_generic:
         model_type = checkpoint.config.get("model_type", "none")
         said.append(
             f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
             " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
         )
-    if scheme is not None and config is None:
+    if config is None:
         said.append("the source has no config.json: the engine will need one with a quantization_config")
-    if scheme is not None and not any(d.action == "quantize" for d in decisions):
-        said.append("nothing is quantized")
     return said
