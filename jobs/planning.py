@@ -286,9 +286,9 @@ def _warnings(
     odd = [d.recipe for d in quantized if scheme.engine == "bitsandbytes" and d.recipe.shape[0] % CPU_ROWS]
     if odd:
         said.append(
-            f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)} first):"
-            " GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be divisible by"
-            " block_n); keep them by a rule if such a CPU is to run the output"
+            f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"
+            " first): GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be"
+            " divisible by block_n); keep them by a rule if such a CPU is to run the output"
         )
     if checkpoint.family.is_generic:
         model_type = checkpoint.config.get("model_type", "none")
