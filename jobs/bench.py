@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.console import Said, Verb
-from jobs.spec import Format, Spec
+from jobs.strict import Format, Spec
 
 
 class BenchSpec(Spec):

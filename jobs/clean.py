@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from jobs.console import Said, Verb
-from jobs.spec import Format, Spec
+from jobs.strict import Format, Spec
 
 
 class Place(Spec):

@@ -20,7 +20,8 @@ from loaders.backends import kernels_of
 from loaders.checkpoint import open_checkpoint
 from loaders.quantization.kernels import casts, compare, cpu
 from loaders.quantization.scheme import View
-from loaders.recipes import Recipe, recipes_of
+from loaders.recipes import Recipe
+from loaders.sources import recipes_of
 from loaders.specs import WEIGHT_DTYPES
 from loaders.stats import ErrorSums, finite
 from loaders.strategies import loader

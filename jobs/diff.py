@@ -7,7 +7,7 @@ import sys
 from pydantic import Field
 
 from jobs.console import Said, Verb
-from jobs.spec import Format, Spec
+from jobs.strict import Format, Spec
 
 
 class DiffSpec(Spec):

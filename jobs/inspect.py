@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import Field
 
 from jobs.console import Said, Verb
-from jobs.spec import Format, ModelSpec, SourceSpec, Spec
+from jobs.spec import ModelSpec, SourceSpec
+from jobs.strict import Format, Spec
 
 
 class InspectSpec(Spec):
@@ -27,8 +28,9 @@ def act(spec: InspectSpec) -> Said:
 
     from jobs.report import size
     from loaders.checkpoint import open_checkpoint
+    from loaders.decoding import method_of
     from loaders.errors import BadSpec
-    from loaders.recipes import recipes_of
+    from loaders.sources import recipes_of
 
     if spec.model.path is None:
         raise BadSpec(f"model.path: missing; give the folder that holds {spec.model.hub_id}")
@@ -53,7 +55,7 @@ def act(spec: InspectSpec) -> Said:
         "container": checkpoint.container,
         "model_type": checkpoint.config.get("model_type"),
         "family": checkpoint.family.name,
-        "quantization": (checkpoint.config.get("quantization_config") or {}).get("quant_method"),
+        "quantization": method_of(checkpoint),
         "parameters": sum(r.spec.numel for r in sources.recipes if r.dtype.is_float),
         "bytes": checkpoint.size,
         "fingerprint": checkpoint.fingerprint,

@@ -113,6 +113,8 @@ class PartFile:
         self._timer = timer
         self._scratch = Scratch()
         self._pieces: dict[str, dict[Piece, str]] = {}
+        slots = (slot for placement in output.placements for slot in placement.slots.values())
+        self._slots = sorted(slots, key=lambda slot: slot.offset)
         self._writer = ShardWriter(journal.parts / name, output.file)
 
     def tensor(self, placement: Placement) -> TensorPart:
@@ -141,8 +143,12 @@ class PartFile:
         whole, hashes = xxhash.xxh3_128(), {}
         with io_errors("reading back", self._writer.path), self._writer.path.open("rb", buffering=0) as file:
             whole.update(file.read(self._file.header_bytes))
-            for slot in self._file.slots:
+            for slot in self._slots:
                 start = file.tell()
+                if not slot.is_bound and start < self._file.header_bytes + slot.offset:  # what aligns it
+                    whole.update(file.read(self._file.header_bytes + slot.offset - start))
+                    start = file.tell()
+                size = sizes.get(slot.name, slot.size)
                 pieces = self._pieces[slot.name]
                 hasher = xxhash.xxh3_64()
 
@@ -150,12 +156,12 @@ class PartFile:
                     whole.update(data)
                     hasher.update(data)
 
-                if not _check_in_order(file, sizes[slot.name], pieces, take):
+                if not _check_in_order(file, size, pieces, take):
                     raise VerifyFailed(
                         f"{slot.name}: its bytes in {self._file.name} are not those that were measured;"
                         " something changed them on the way to the disk: suspect memory or storage"
                     )
-                file.seek(start + sizes[slot.name])
+                file.seek(start + size)
                 hashes[slot.name] = hasher.hexdigest()
         return whole.hexdigest(), hashes
 
@@ -193,7 +199,7 @@ def _tensor_record(each: Measured, sizes: Mapping[str, int], hashes: Mapping[str
     recipe, stored = each.recipe, {}
     for slot in each.placement.slots.values():
         shape = slot.shape if not slot.is_bound else (sizes[slot.name] // slot.dtype.item_bytes,)
-        stored[slot.name] = (slot.dtype.name, shape, sizes[slot.name], hashes[slot.name])
+        stored[slot.name] = (slot.dtype.name, shape, sizes.get(slot.name, slot.size), hashes[slot.name])
     return TensorRecord(
         recipe.name, recipe.role, each.action, recipe.dtype.name, recipe.shape, recipe.source_bytes, stored, each.error
     )

@@ -15,14 +15,16 @@ from typing import Any
 from jobs.spec import MB
 from loaders.checkpoint import Checkpoint
 from loaders.containers import safetensors
+from loaders.decoding import check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
-from loaders.layouts import Placed, hf
+from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
-from loaders.recipes import Recipe, Sources, recipes_of
-from loaders.rules import Decision, Rule, decide
-from loaders.specs import DType, OutputFile, Slot, TensorSpec
+from loaders.recipes import Recipe
+from loaders.rules import Decision, Mix, Rule, decide
+from loaders.sources import Sources, recipes_of
+from loaders.specs import DType, OutputFile, Slot, StoredTensor, TensorSpec
 from loaders.storage.local import FileTag
 from loaders.work import RANGE
 
@@ -39,6 +41,13 @@ class Target:
     scheme: Scheme
     rules: tuple[Rule, ...] = ()
     compute_dtype: str | None = None
+    mix: Mix | None = None
+    layout_name: str = "auto"
+
+    @property
+    def layout(self) -> Layout:
+        """What its consumer expects: the one asked for, or that of the scheme's engine."""
+        return LAYOUTS[BY_ENGINE[self.scheme.engine] if self.layout_name == "auto" else self.layout_name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +162,14 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    check_not_quantized(checkpoint, targets)
-    sources = recipes_of(checkpoint, decode=False)
+    sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets))
     groups = cut_units(sources.recipes, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
-        decisions = decide(sources.recipes, target.scheme, target.rules)
-        placed = {p.recipe.name: p for p in hf.place(decisions, checkpoint.config)}
+        engine_rules = None if target.mix is None else target.mix.rules(sources.recipes, checkpoint.config)
+        decisions = decide(sources.recipes, target.scheme, target.rules, engine_rules)
+        placed = {p.recipe.name: p for p in target.layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
         count = sum(bool(share) for share in shares)
         if not count:
@@ -170,9 +179,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             number += bool(share)
             outputs[index][target.id] = _unit_output(share, number, count)
         files = tuple(o[target.id].file for o in outputs)
-        config = None
-        if checkpoint.config:
-            config = hf.config_json(checkpoint.config, decisions, checkpoint.family, target.compute_dtype)
+        config = target.layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
             target,
             decisions,
@@ -189,17 +196,22 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     return Plan(checkpoint, sources, units, plans)
 
 
-def check_not_quantized(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
-    """Raises BadSpec: an already quantized source may be copied, nothing else."""
-    block = checkpoint.config.get("quantization_config")
-    if block is None:
-        return
-    method = block.get("quant_method", "an unknown method") if isinstance(block, dict) else "an unknown method"
-    if any(target.scheme != Plain() for target in targets):
+def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
+    """Whether an already quantized source is decoded on the way in, rather than copied as it is stored.
+
+    Raises:
+        BadSpec: its quantization is not known, or some targets want it decoded and others copied.
+    """
+    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in ("auto", "hf")]
+    if len(copies) == len(targets) or not is_quantized(checkpoint):
+        return False
+    if copies:
         raise BadSpec(
-            f"model.path: expected plain weights, found a checkpoint already quantized ({method}); it can be copied"
-            " (quant=none), inspected and compared; give the original to quantize it"
+            "quant: the source is already quantized; quant=none copies it as it is stored, the others decode it: run"
+            " quant=none apart, or give it a quant.dtype"
         )
+    check_decodable(checkpoint)
+    return True
 
 
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
@@ -224,14 +236,14 @@ def _unit_output(share: Sequence[Placed], number: int, count: int) -> UnitOutput
         return UnitOutput(None, ())
     name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
     file = safetensors.lay_out(name, [tensor for placed in share for tensor in placed.stored.values()])
-    slots = {slot.name: slot for slot in file.slots}
+    places = {slot.name: slot for slot in file.slots}
     placements = tuple(
         Placement(
             placed.recipe.name,
             placed.action,
             placed.scheme,
             placed.cast,
-            {role: slots[tensor.name] for role, tensor in placed.stored.items()},
+            {role: _slot(places[tensor.name], tensor) for role, tensor in placed.stored.items()},
             {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
         )
         for placed in share
@@ -239,16 +251,16 @@ def _unit_output(share: Sequence[Placed], number: int, count: int) -> UnitOutput
     return UnitOutput(file, placements)
 
 
+def _slot(place: Slot, tensor: StoredTensor) -> Slot:
+    """A stored tensor's own place: its file's, or a part of that."""
+    if tensor.whole is None:
+        return place
+    name, at = f"{place.name}@{tensor.offset}", place.offset + tensor.offset
+    return Slot(name, tensor.spec.dtype, tensor.spec.shape, at, within=(place.name, tensor.offset))
+
+
 def _files_of(recipes: Iterable[Recipe], tags: Mapping[str, FileTag]) -> tuple[FileTag, ...]:
     return tuple(sorted({tags[spec.file] for recipe in recipes for _, spec in recipe.stored}))
-
-
-def weight_index(files: Sequence[OutputFile], sizes: Mapping[str, int]) -> dict[str, Any] | None:
-    """model.safetensors.index.json of several files, or None for one. `sizes` are the stored tensors' bytes."""
-    if len(files) == 1:
-        return None
-    weight_map = {slot.name: file.name for file in files for slot in file.slots}
-    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def json_bytes(document: Any) -> bytes:

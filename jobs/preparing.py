@@ -13,7 +13,8 @@ from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
 from jobs.planning import Plan, Target, TargetPlan, make_plan
 from jobs.publish import check_replaceable
-from jobs.spec import Bnb4Quant, JobSpec
+from jobs.quants import Bnb4Quant
+from jobs.spec import JobSpec
 from loaders.backends import kernels_of
 from loaders.checkpoint import OUR_REPORT, open_checkpoint
 from loaders.errors import BadSpec, StorageError
@@ -62,11 +63,23 @@ def plan_job(spec: JobSpec) -> Planned:
         )
     kernels_of(spec.backend.kind)
     checkpoint = open_checkpoint(spec.model.path, spec.source.container)
-    compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
-    target = Target(TARGET, spec.scheme, spec.own_rules, compute_dtype)
+    target = target_of(spec)
     plan = make_plan(checkpoint, [target], spec.source.unit_mb)
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str(plan.targets[TARGET].config))
     return Planned(spec, plan, Journal(output, key))
+
+
+def target_of(spec: JobSpec) -> Target:
+    """The result that a job wants.
+
+    Raises:
+        BadSpec: its scheme does not run on the backend.
+    """
+    scheme, backend = spec.quant.scheme, spec.backend.kind
+    if backend not in scheme.backends:
+        raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
+    compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
+    return Target(TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout)
 
 
 def _check_place(spec: JobSpec, output: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.journal import Journal, Record
-from jobs.planning import Plan, TargetPlan, json_bytes, weight_index
+from jobs.planning import Plan, TargetPlan, json_bytes
 from loaders.atomic import sync_folder, write_file
 from loaders.checkpoint import OUR_REPORT
 from loaders.errors import BadSpec, VerifyFailed, io_errors
@@ -36,8 +36,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     """
     _check_files(target, journal, records)
     made: dict[str, bytes] = {}
-    sizes = {name: size for record in records for t in record.tensors for name, (_, _, size, _) in t.stored.items()}
-    index = weight_index(target.files, sizes)
+    index = target.target.layout.index(target.files, sum(t.output_bytes for record in records for t in record.tensors))
     if index is not None:
         made["model.safetensors.index.json"] = json_bytes(index)
     if target.config is not None:

@@ -7,27 +7,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from jobs.quants import Quant, QuantSpec
+from jobs.strict import FloatName, Format, Spec
 from loaders.families import ROLES
-from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
-from loaders.quantization.plain import Plain
-from loaders.quantization.scheme import Scheme
-from loaders.quantization.ternary import Ternary
 from loaders.rules import Rule
 from loaders.specs import DTYPES
 
 MB = 1_000_000
-FloatName = Literal["float32", "float16", "bfloat16"]
-Format = Literal["text", "json"]
-
-
-class Spec(BaseModel):
-    """Strict, closed and frozen."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class ModelSpec(Spec):
@@ -56,53 +46,6 @@ class SourceSpec(Spec):
     )
 
 
-class NoneQuant(Spec):
-    """quant=none."""
-
-    kind: Literal["none"]
-    name: str
-    dtype: FloatName | None = Field(description="cast float weights to this dtype; null copies them")
-
-
-class Bnb4Quant(Spec):
-    """quant=nf4, quant=fp4."""
-
-    kind: Literal["bnb4"]
-    name: str
-    table: Literal["nf4", "fp4"] = Field(description="the sixteen values of a code")
-    group_size: int = Field(description=f"weights sharing one scale: {', '.join(map(str, GROUP_SIZES))}")
-    double_quant: bool = Field(description="quantize the scales too (about 0.4 bits a weight less)")
-    storage_dtype: str = Field(description=f"the dtype the packed codes are stored as: {', '.join(STORAGE_DTYPES)}")
-    compute_dtype: FloatName | None = Field(description="what the engine computes in; the model's dtype by default")
-
-    @field_validator("group_size")
-    @classmethod
-    def _group_size_is_known(cls, size: int) -> int:
-        if size not in GROUP_SIZES:
-            raise ValueError(f"expected one of {', '.join(map(str, GROUP_SIZES))}")
-        return size
-
-    @field_validator("storage_dtype")
-    @classmethod
-    def _storage_is_known(cls, name: str) -> str:
-        if name not in STORAGE_DTYPES:
-            raise ValueError(f"expected one of {', '.join(STORAGE_DTYPES)}")
-        return name
-
-
-class TernaryQuant(Spec):
-    """quant=ternary."""
-
-    kind: Literal["ternary"]
-    name: str
-    linear_class: Literal["bitlinear", "autobitlinear"] = Field(
-        description="transformers' module; it decides the meaning of weight_scale"
-    )
-
-
-QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant, Field(discriminator="kind")]
-
-
 class RuleSpec(Spec):
     """One of `rules`: all conditions given must hold; the first rule that matches a tensor decides."""
 
@@ -112,6 +55,9 @@ class RuleSpec(Spec):
     dtype: str | None = Field(default=None, description="a dtype such as bfloat16")
     role: str | None = Field(default=None, description=f"one of {', '.join(ROLES)}")
     cast_to: FloatName | None = Field(default=None, description="with action cast: the new dtype")
+    quant: dict[str, Any] | None = Field(
+        default=None, description="with action quantize: settings of quant that differ for these tensors"
+    )
 
     @field_validator("name")
     @classmethod
@@ -142,9 +88,11 @@ class RuleSpec(Spec):
             raise ValueError("expected at least one of name, shape, dtype, role: this would match everything")
         if (self.action == "cast") != (self.cast_to is not None):
             raise ValueError("cast_to belongs to action cast, and to no other")
+        if self.quant is not None and self.action != "quantize":
+            raise ValueError("quant belongs to action quantize, and to no other")
         return self
 
-    def rule(self, label: str) -> Rule:
+    def rule(self, label: str, quant: Quant) -> Rule:
         dtype = next((d.name for d in DTYPES.values() if self.dtype in (d.name, d.torch)), None)
         cast_to = next((d.name for d in DTYPES.values() if d.torch == self.cast_to), None)
         return Rule(
@@ -156,6 +104,7 @@ class RuleSpec(Spec):
             role=None if self.role is None else (self.role,),
             cast_to=cast_to,
             label=label,
+            scheme=None if self.quant is None else quant.varied(self.quant),
         )
 
 
@@ -226,6 +175,16 @@ class JobSpec(Spec):
     verify: VerifySpec
     format: Format = Field(description="text for people; json: one document on standard output")
 
+    @model_validator(mode="after")
+    def _rules_fit_the_quant(self) -> JobSpec:
+        for index, rule in enumerate(self.rules):
+            try:
+                rule.rule("", self.quant)
+            except ValidationError as error:
+                faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+                raise ValueError(f"rules[{index}].quant: {'; '.join(faults)}") from None
+        return self
+
     @property
     def source_path(self) -> Path:
         assert self.model.path is not None
@@ -242,17 +201,8 @@ class JobSpec(Spec):
         return Path(self.output.root) / f"{self.model_name}-{self.quant.name}{self.output.suffix}"
 
     @property
-    def scheme(self) -> Scheme:
-        quant = self.quant
-        if isinstance(quant, Bnb4Quant):
-            return Bnb4(quant.table, quant.group_size, quant.double_quant, quant.storage_dtype)
-        if isinstance(quant, TernaryQuant):
-            return Ternary(quant.linear_class)
-        return Plain(next((d.name for d in DTYPES.values() if d.torch == quant.dtype), None))
-
-    @property
     def own_rules(self) -> tuple[Rule, ...]:
-        return tuple(rule.rule(f"rules[{index}]") for index, rule in enumerate(self.rules))
+        return tuple(rule.rule(f"rules[{index}]", self.quant) for index, rule in enumerate(self.rules))
 
     def resolved(self) -> dict[str, Any]:
         """Plain values, for records and tracking."""

@@ -23,11 +23,11 @@ from loaders.backends import kernels_of
 from loaders.errors import StorageError, VerifyFailed
 from loaders.memory import PeakMemory
 from loaders.quantization.measure import measure
-from loaders.quantization.scheme import Block, View
+from loaders.quantization.scheme import Block, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, loader
-from loaders.views import CastView, view_of
+from loaders.views import encoded_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
@@ -204,21 +204,26 @@ class UnitPass:
         self._runs = runs
         self._timer = timer
         self._on_bytes = on_bytes
+        self._groups: dict[str, list[Recipe]] = {}
+        for recipe in (r for r in task.unit.recipes if r.group is not None):
+            self._groups.setdefault(str(recipe.group), []).append(recipe)
+        self._shared: dict[tuple[TargetId, str], Scheme] = {}
+        self._sharing = threading.Lock()
 
     def tensor(self, recipe: Recipe, threads: int = 1) -> None:
         """Encode and measure one tensor, with so many threads at work on it."""
         plain = view_of(recipe, self._reader, self._work)
         view = TimedView(plain, self._timer, "read")
-        for run in self._runs.values():
+        for target, run in self._runs.items():
             placement = run.placements.get(recipe.name)
             if placement is None:  # dropped
                 self._on_bytes(recipe.source_bytes)
                 continue
-            seen = view if placement.cast is None else CastView(view, placement.cast)
+            seen = encoded_view(view, placement.cast)
             part = run.begin(placement)
             try:
                 with self._timer.phase("encode", threads):
-                    placement.scheme.encode(seen, part, self._work)
+                    self._knowing(target, recipe, placement.scheme).encode(seen, part, self._work)
             except VerifyFailed as error:
                 run.faults.append((math.inf, str(error)))
                 continue
@@ -227,6 +232,24 @@ class UnitPass:
                 error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
             run.measured(recipe, placement, error_sums)
             part.done()
+
+    def _knowing(self, target: TargetId, recipe: Recipe, scheme: Scheme) -> Scheme:
+        """The scheme with what it shares over the tensor's fused group, found once a group."""
+        if not isinstance(scheme, Sharing):
+            return scheme
+        partners = self._groups[recipe.group] if recipe.group is not None else [recipe]
+        with self._sharing:
+            key = (target, recipe.group or recipe.name)
+            if key not in self._shared:
+                placements = self._runs[target].placements
+                mine = [(r, placements[r.name]) for r in partners if r.name in placements]
+                views = [
+                    encoded_view(TimedView(view_of(r, self._reader, self._work), self._timer, "read"), p.cast)
+                    for r, p in mine
+                    if p.scheme == scheme
+                ]
+                self._shared[key] = scheme.share(views, self._work)
+            return self._shared[key]
 
 
 class TimedView:

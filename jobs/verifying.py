@@ -19,8 +19,8 @@ import xxhash
 from jobs.clusters import choose
 from jobs.console import FAILED, Said
 from jobs.execution import UnitFailed
-from jobs.planning import FORMAT, Placement, Plan, Target, Unit, json_bytes, make_plan, weight_index
-from jobs.preparing import TARGET
+from jobs.planning import FORMAT, Placement, Plan, Unit, json_bytes, make_plan
+from jobs.preparing import TARGET, target_of
 from jobs.progress import Meter
 from jobs.spec import ClusterSpec, JobSpec, StrategySpec
 from jobs.unit import SMALL, Gate
@@ -29,7 +29,7 @@ from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_jso
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
 from loaders.integrity import BLOCK, hash_file
 from loaders.quantization.measure import measure
-from loaders.specs import WeightSpec
+from loaders.specs import Slot, WeightSpec
 from loaders.stats import ErrorSums
 from loaders.strategies import auto, loader
 from loaders.views import StoredRoles, view_of
@@ -183,7 +183,7 @@ def _plan_again(spec: JobSpec, report: Mapping[str, Any]) -> Plan:
             f"model.path: {checkpoint.root} is not the checkpoint that the output was made from: expected fingerprint"
             f" {report['source']['fingerprint']}, found {checkpoint.fingerprint}"
         )
-    return make_plan(checkpoint, [Target(TARGET, spec.scheme, spec.own_rules)], spec.source.unit_mb)
+    return make_plan(checkpoint, [target_of(spec)], spec.source.unit_mb)
 
 
 def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> list[str]:
@@ -204,7 +204,8 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
             faults.append(f"{name}: missing from the output")
         elif hash_file(path) != digest:
             faults.append(f"{name}: it is not as it was written")
-    index = weight_index(plan.targets[TARGET].files, {name: spec.size for name, spec in found.items()})
+    target = plan.targets[TARGET]
+    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()))
     path = written.root / "model.safetensors.index.json"
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
         faults.append(f"{path.name}: it does not say what the files hold")
@@ -221,13 +222,13 @@ def _tasks(
     tasks = []
     for unit in plan.units:
         share = unit.outputs[TARGET]
-        names = [slot.name for p in share.placements for slot in p.slots.values()]
+        slots = [slot for p in share.placements for slot in p.slots.values()]
         tasks.append(
             VerifyTask(
                 unit,
                 plan.checkpoint.root,
                 output,
-                {name: weights[name] for name in names},
+                {slot.name: _written(slot, weights) for slot in slots},
                 None if share.file is None else files[share.file.name],
                 {p.recipe: recorded[p.recipe] for p in share.placements},
                 strategy,
@@ -236,6 +237,15 @@ def _tasks(
             )
         )
     return tasks
+
+
+def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:
+    """Where a slot's bytes are in the output."""
+    if slot.within is None:
+        return weights[slot.name]
+    name, offset = slot.within
+    whole = weights[name]
+    return WeightSpec(slot.name, slot.dtype, slot.shape, whole.file, whole.offset + offset, slot.size)
 
 
 def _said(output: Path, plan: Plan, checked: int, faults: list[str]) -> Said:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from loaders.errors import BadSpec
 from loaders.quantization.plain import Plain
@@ -26,6 +26,7 @@ class Rule:
 
     name: a regular expression, searched in the tensor's name. shape: one entry a dimension, None for any size.
     dtype: names such as "BF16". role: see `loaders.families.ROLES`. cast_to: the dtype of action "cast".
+    scheme: that of action "quantize" where it is not the target's.
     """
 
     action: Action
@@ -36,6 +37,7 @@ class Rule:
     role: tuple[str, ...] | None = None
     cast_to: str | None = None
     label: str = ""
+    scheme: Scheme | None = None
 
     def matches(self, recipe: Recipe) -> bool:
         return (
@@ -107,13 +109,21 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
     return DEFAULTS[scheme.engine]
 
 
-def decide(recipes: Sequence[Recipe], scheme: Scheme, own: Sequence[Rule]) -> tuple[Decision, ...]:
-    """Give every tensor its action.
+class Mix(Protocol):
+    """A preset that gives tensors different schemes: a function over the whole list that makes the engine's rules."""
+
+    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]: ...
+
+
+def decide(
+    recipes: Sequence[Recipe], scheme: Scheme, own: Sequence[Rule], engine: Sequence[Rule] | None = None
+) -> tuple[Decision, ...]:
+    """Give every tensor its action. `engine` are the rules after the user's own, by default those of the scheme.
 
     Raises:
         BadSpec: a rule of the user's matches nothing, or asks for what the scheme cannot do; all such faults at once.
     """
-    rules = (*own, *default_rules(scheme))
+    rules = (*own, *(default_rules(scheme) if engine is None else engine))
     decisions, problems = [], []
     used: set[int] = set()
     for recipe in recipes:
@@ -133,7 +143,7 @@ def decide(recipes: Sequence[Recipe], scheme: Scheme, own: Sequence[Rule]) -> tu
 def _decision(recipe: Recipe, rule: Rule, scheme: Scheme) -> tuple[Decision, str | None]:
     if rule.action == "drop":
         return Decision(recipe, "drop", None, rule), None
-    chosen: Scheme = scheme
+    chosen: Scheme = rule.scheme or scheme
     if rule.action == "keep":
         chosen = Plain()
     elif rule.action == "cast":

@@ -165,21 +165,32 @@ class StoredSpec:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that an output will hold: the name its engine looks for, and what it is."""
+    """A tensor that an output will hold: the name its engine looks for, and what it is.
+
+    Where the engine stacks several into one, `whole` is what it looks for under the name, and this one's bytes begin at
+    `offset` of it.
+    """
 
     name: str
     spec: StoredSpec
+    whole: StoredSpec | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of a stored tensor among a file's data, in bytes; at the latest there, if lengths before it vary."""
+    """The place of a stored tensor among a file's data, in bytes; at the latest there, if lengths before it vary.
+
+    `within` is set for a part of a stacked tensor: that tensor's name, and where the part begins in it. The part's own
+    name is then its and the offset's: "experts.weight@4096".
+    """
 
     name: str
     dtype: DType
     shape: Shape
     offset: int
     is_bound: bool = False
+    within: tuple[str, int] | None = None
 
     @property
     def size(self) -> int:

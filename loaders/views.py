@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from loaders.quantization.kernels import casts
@@ -96,4 +94,6 @@ def view_of(recipe: Recipe, reader: Reader, work: Work) -> View:
     return StoredView(reader, recipe.spec, stored, recipe.window)
 
 
-Progress = Callable[[int], None]
+def encoded_view(view: View, cast: DType | None) -> View:
+    """What a scheme is given of a tensor: its weights, cast where the engine would."""
+    return view if cast is None else CastView(view, cast)

@@ -106,11 +106,11 @@ def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_s
 
 def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
     """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last."""
-    ordered = sorted(tensors, key=lambda t: (t.spec.is_bound, -t.spec.dtype.item_bytes, t.name))
+    whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
     slots, offset = [], 0
-    for tensor in ordered:
-        slots.append(Slot(tensor.name, tensor.spec.dtype, tensor.spec.shape, offset, tensor.spec.is_bound))
-        offset += tensor.spec.size
+    for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
+        slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))
+        offset += spec.size
     header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}))
     return OutputFile(file, header_bytes, offset, tuple(slots))
 

@@ -10,20 +10,43 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
+from loaders.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.families import Family, load_dtype
-from loaders.layouts import Placed
+from loaders.layouts.base import Placed
 from loaders.quantization.bnb4 import Bnb4
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
 from loaders.recipes import stored_name
 from loaders.rules import LINEAR, Decision
-from loaders.specs import DTYPES, StoredTensor
+from loaders.specs import DTYPES, OutputFile, StoredTensor
 
 DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
+
+
+class HfLayout:
+    """See `Layout`."""
+
+    container: ClassVar[str] = "safetensors"
+
+    def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
+        return place(decisions, checkpoint.config)
+
+    def config(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
+    ) -> dict[str, Any] | None:
+        if not checkpoint.config:
+            return None
+        return config_json(checkpoint.config, decisions, checkpoint.family, compute_dtype)
+
+    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+        if len(files) == 1:
+            return None
+        weight_map = {slot.name: file.name for file in files for slot in file.slots}
+        return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Placed, ...]:
@@ -54,7 +77,7 @@ def config_json(
     Raises:
         BadSpec: the engine's skip list cannot say which modules are quantized.
     """
-    made = dict(config)
+    made = {key: value for key, value in config.items() if key != "quantization_config" or is_copied(decisions)}
     schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
     casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
     if not schemes:
@@ -66,6 +89,11 @@ def config_json(
     skip = skip_list(decisions, family)
     made["quantization_config"] = quantization_config(scheme, skip, compute_dtype or _model_dtype(config, decisions))
     return made
+
+
+def is_copied(decisions: Sequence[Decision]) -> bool:
+    """Whether the source's own quantization stays: its tensors are copied as they are stored."""
+    return all(decision.recipe.decode is None for decision in decisions)
 
 
 def _model_dtype(config: Mapping[str, Any], decisions: Sequence[Decision]) -> str:

@@ -38,6 +38,7 @@ class Bnb4:
 
     kind: ClassVar[str] = "bnb4"
     engine: ClassVar[str] = "bitsandbytes"
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps")
     table: Literal["nf4", "fp4"]
     group_size: int = 64
     double_quant: bool = False

@@ -19,6 +19,7 @@ class Plain:
 
     kind: ClassVar[str] = "none"
     engine: ClassVar[str] = "plain"
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps")
     dtype: str | None = None
 
     @property

@@ -6,8 +6,8 @@ few MiB of them, and writes what its engine stores. It knows exactly which tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -67,7 +67,8 @@ class Scheme(Protocol):
     """A quantization method with its parameters: a frozen value."""
 
     kind: ClassVar[str]
-    engine: ClassVar[str]  # whose format it writes: decides default rules and the config block
+    engine: ClassVar[str]  # whose format it writes: decides layout, default rules and the config block
+    backends: ClassVar[tuple[str, ...]]  # where its encoder runs
 
     def refuses(self, spec: TensorSpec) -> str | None:
         """Why this tensor cannot be stored, or None."""
@@ -94,4 +95,13 @@ class Scheme(Protocol):
     @property
     def error_limit(self) -> float:
         """The greatest relative error, sqrt(sum e^2 / sum x^2), that a right encoding can have."""
+        ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A scheme whose fused partners (q/k/v, gate/up) must have something in common."""
+
+    def share(self, views: Sequence[View], work: Work) -> Scheme:
+        """This scheme, knowing what the partners share. `views` are all of one fused group that the scheme encodes."""
         ...

@@ -28,6 +28,7 @@ class Ternary:
 
     kind: ClassVar[str] = "ternary"
     engine: ClassVar[str] = "bitnet"
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps")
     error_limit: ClassVar[float] = 1.01  # |w - t * mean| <= |w| for every weight, but for the rounding of the scale
     linear_class: Literal["bitlinear", "autobitlinear"] = "bitlinear"
 

@@ -98,7 +98,7 @@ def test_a_fault_says_where_and_what(argument: str, said: str) -> None:
 
 def test_known_keys_are_those_of_the_chosen_scheme() -> None:
     [problem] = problems_of("quant=ternary", "quant.group_size=64")
-    assert problem == "quant.group_size: unknown key; known: kind, name, linear_class"
+    assert problem == "quant.group_size: unknown key; known: name, kind, linear_class"
 
 
 def test_a_job_cannot_be_changed() -> None:

@@ -12,8 +12,8 @@ from loaders.errors import BadSpec
 from loaders.quantization.bnb4 import Bnb4
 from loaders.quantization.plain import Plain
 from loaders.quantization.ternary import Ternary
-from loaders.recipes import recipes_of
 from loaders.rules import Rule
+from loaders.sources import recipes_of
 from tests.making import LLAMA, Raw, llama_tensors, write_checkpoint
 
 TARGETS = [

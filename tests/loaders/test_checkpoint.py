@@ -10,7 +10,7 @@ import pytest
 
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.recipes import recipes_of
+from loaders.sources import recipes_of
 from tests.making import Raw, llama_tensors, write_checkpoint, write_index, write_safetensors
 
 

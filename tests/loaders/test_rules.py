@@ -11,8 +11,9 @@ from loaders.errors import BadSpec
 from loaders.quantization.bnb4 import Bnb4
 from loaders.quantization.plain import Plain
 from loaders.quantization.ternary import Ternary
-from loaders.recipes import Recipe, recipes_of
+from loaders.recipes import Recipe
 from loaders.rules import Decision, Rule, decide
+from loaders.sources import recipes_of
 from tests.making import LLAMA, llama_tensors, write_checkpoint
 
 

@@ -1,0 +1,51 @@
+"""Checkpoints that are already quantized: which weights were, and the recipe that decodes each. One file per format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from loaders.checkpoint import Checkpoint
+from loaders.decoding import bitnet, bitsandbytes
+from loaders.errors import BadSpec
+from loaders.recipes import Recipe
+
+# By config.json's quant_method. Recipes come without role, block and group: those are the family's to say.
+FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
+    "bitsandbytes": bitsandbytes.find,
+    "bitnet": bitnet.find,
+}
+
+
+def method_of(checkpoint: Checkpoint) -> str | None:
+    """How a checkpoint says that it was quantized; None for a plain one."""
+    block: Any = checkpoint.config.get("quantization_config")
+    if block is None:
+        return "bitsandbytes" if any(bitsandbytes.STATE.match(spec.name) for spec in checkpoint.weights) else None
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    return method if isinstance(method, str) else "an unknown method"
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether some of its weights are stored quantized."""
+    return method_of(checkpoint) is not None
+
+
+def check_decodable(checkpoint: Checkpoint) -> None:
+    """Raises BadSpec: no code here decodes the checkpoint's format."""
+    method = method_of(checkpoint)
+    if method is not None and method not in FINDERS:
+        raise BadSpec(
+            f"model.path: the checkpoint is already quantized ({method}), which is not decoded here; it can be copied"
+            f" (quant=none), inspected and compared; decoded are: {', '.join(sorted(FINDERS))}"
+        )
+
+
+def quantized_tensors(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """The quantized weights of a checkpoint, by name; none where its format is not decoded here.
+
+    Raises:
+        BadCheckpoint: a quantized weight lacks one of its parts.
+    """
+    find = FINDERS.get(method_of(checkpoint) or "")
+    return {} if find is None else find(checkpoint)

@@ -1,0 +1,47 @@
+"""What every layout offers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from loaders.checkpoint import Checkpoint
+from loaders.quantization.scheme import Scheme
+from loaders.recipes import Recipe
+from loaders.rules import Decision
+from loaders.specs import DType, OutputFile, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A recipe's result as a layout wants it: by which scheme, and what each role of it is called.
+
+    `cast` is the dtype that the weights take before the scheme sees them, as the engine's own loading would.
+    """
+
+    recipe: Recipe
+    action: str
+    scheme: Scheme
+    cast: DType | None
+    stored: Mapping[str, StoredTensor]
+
+
+class Layout(Protocol):
+    """A consumer's expectations. Refuses, as BadSpec, what the consumer could not load."""
+
+    container: ClassVar[str]  # the kind of weight files it reads
+
+    def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
+        """What will be stored, and under which names: one for each decision that is not "drop"."""
+        ...
+
+    def config(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
+    ) -> dict[str, Any] | None:
+        """config.json; None where there will be none."""
+        ...
+
+    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+        """model.safetensors.index.json; None where there will be none. `total_bytes` are those of all tensors."""
+        ...

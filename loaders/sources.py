@@ -1,0 +1,97 @@
+"""The logical tensors of a checkpoint: plain ones as they are, quantized ones by what decodes them, tied ones once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loaders.checkpoint import Checkpoint
+from loaders.decoding import quantized_tensors
+from loaders.families import natural_key
+from loaders.recipes import Recipe, Window
+from loaders.specs import WeightSpec
+from loaders.strategies import loader
+
+COMPARE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """A checkpoint's recipes, and what was decided on the way to them."""
+
+    recipes: tuple[Recipe, ...]
+    tied: tuple[tuple[str, str], ...]  # (kept, dropped): the engine ties them again when it loads
+    notes: tuple[str, ...]
+
+
+def recipes_of(checkpoint: Checkpoint, *, decode: bool) -> Sources:
+    """The logical tensors of a checkpoint, in natural order of their blocks and names.
+
+    With `decode`, tensors that a known scheme quantized become one recipe that decodes them; without, every stored
+    tensor is its own, as it is.
+
+    Raises:
+        BadCheckpoint: a quantized weight lacks one of its parts.
+    """
+    family = checkpoint.family
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    tied, notes = _tied(checkpoint, by_name)
+    gone = {dropped for _, dropped in tied}
+    quantized = quantized_tensors(checkpoint) if decode else {}
+    parts = {spec.name for found in quantized.values() for _, spec in found.stored}
+    recipes = []
+    for name, found in quantized.items():
+        traits = family.traits(name, found.shape)
+        recipes.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
+    for spec in checkpoint.weights:
+        if spec.name not in gone and spec.name not in parts:
+            traits = family.traits(spec.name, spec.shape)
+            recipes.append(
+                Recipe(
+                    spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None,
+                    traits.role, traits.block, traits.group,
+                )
+            )  # fmt: skip
+    recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
+    return Sources(tuple(recipes), tied, notes)
+
+
+def _tied(
+    checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec]
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Which tensors the engine ties to others, so that they are not written, and what is odd about the rest.
+
+    As transformers does: a tied pair that is stored twice stays tied only if both hold the same bytes.
+    """
+    tied, notes = [], []
+    for kept, dropped in checkpoint.family.tied_pairs(checkpoint.config):
+        if kept in by_name and dropped in by_name:
+            if _same_bytes(checkpoint.root, by_name[kept], by_name[dropped]):
+                tied.append((kept, dropped))
+            else:
+                notes.append(f"config.json ties {dropped} to {kept}, but their weights differ: both are kept, untied")
+    known = {dropped for _, dropped in tied}
+    shared = [spec for spec in checkpoint.weights if spec.alias is not None and spec.name not in known]
+    pairs = {frozenset(pair) for pair in tied}
+    for spec in shared:
+        if frozenset((spec.name, spec.alias)) not in pairs:
+            notes.append(
+                f"{spec.name} shares its bytes with {spec.alias}; config.json does not tie them: both are written"
+            )
+    return tuple(tied), tuple(notes)
+
+
+def _same_bytes(root: Path, one: WeightSpec, other: WeightSpec) -> bool:
+    if (one.dtype, one.shape, one.stride, one.size) != (other.dtype, other.shape, other.stride, other.size):
+        return False
+    if (one.file, one.offset) == (other.file, other.offset):
+        return True
+    with loader("read").open(root, (one, other)) as reader:
+        return all(
+            np.array_equal(reader.read(one, at, at + n, slot=0), reader.read(other, at, at + n, slot=1))
+            for at in range(0, one.size, COMPARE_BYTES)
+            for n in (min(COMPARE_BYTES, one.size - at),)
+        )
