@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from jobs.strict import FloatName, Spec
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
+from loaders.quantization.hqq import BITS, Hqq
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
@@ -91,4 +92,21 @@ class TernaryQuant(Quant):
         return Ternary(self.linear_class)
 
 
-QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant, Field(discriminator="kind")]
+class HqqQuant(Quant):
+    """quant=hqq8, hqq4, hqq3, hqq2."""
+
+    kind: Literal["hqq"]
+    bits: Literal[8, 4, 3, 2, 1] = Field(description=f"bits of a code: {', '.join(map(str, BITS))}")
+    group_size: int = Field(gt=0, multiple_of=8, description="weights sharing a scale and a zero: a multiple of 8")
+    axis: Literal[0, 1] = Field(description="1: groups are runs of weights; 0: a group's weights lie far apart")
+    compute_dtype: FloatName | None = Field(
+        description="the dtype of scales and zeros, and of the engine's arithmetic; the model's by default"
+    )
+
+    @property
+    def scheme(self) -> Scheme:
+        dtype = next((d.name for d in DTYPES.values() if d.torch == self.compute_dtype), None)
+        return Hqq(self.bits, self.group_size, self.axis, dtype)
+
+
+QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant | HqqQuant, Field(discriminator="kind")]

@@ -93,6 +93,7 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
 
 DEFAULTS: dict[str, tuple[Rule, ...]] = {
     "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit"),
+    "hqq": _engine_rules("hqq", "hqq makes every nn.Linear but the head an HQQLinear"),
     "bitnet": _engine_rules("bitnet", "transformers makes every nn.Linear a BitLinear"),
 }
 

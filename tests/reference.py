@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tests.making import Raw, values_of
+from tests.making import Raw, values_of, weights
 
 NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -61,6 +61,22 @@ def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> 
     quarters = [((packed >> (2 * k)) & 3).astype(np.float32) - 1 for k in range(4)]
     factor = 1 / scale if linear_class == "bitlinear" else scale
     return np.concatenate(quarters) * np.float32(factor)
+
+
+def decode_hqq(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
+    """A weight of HQQ, float32, by what stands beside it; a value at a time."""
+    facts = {fact: int(tensors[f"{module}.{fact}"].data) for fact in ("nbits", "group_size", "axis")}
+    rows, columns = (int(n) for n in tensors[f"{module}.shape"].data)
+    bits, size, packed = facts["nbits"], facts["group_size"], tensors[f"{module}.W_q"].data.astype(np.int64)
+    parts = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
+    codes = np.concatenate([packed >> bits * (parts - 1 - part) & (2**bits - 1) for part in range(parts)])
+    codes = codes[: rows * columns // size if facts["axis"] == 1 else size].astype(np.float32)
+    scale, zero = tensors[f"{module}.scale"], tensors[f"{module}.zero"]
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return values_of(weights(values, scale.dtype))
+
+    return rounded(rounded(codes - values_of(zero)) * values_of(scale)).reshape(rows, columns)
 
 
 def relative_error(source: np.ndarray, decoded: np.ndarray) -> float:

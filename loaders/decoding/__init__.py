@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes
+from loaders.decoding import bitnet, bitsandbytes, hqq
 from loaders.errors import BadSpec
 from loaders.recipes import Recipe
 
@@ -14,6 +14,7 @@ from loaders.recipes import Recipe
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
+    "hqq": hqq.find,
 }
 
 
@@ -21,7 +22,10 @@ def method_of(checkpoint: Checkpoint) -> str | None:
     """How a checkpoint says that it was quantized; None for a plain one."""
     block: Any = checkpoint.config.get("quantization_config")
     if block is None:
-        return "bitsandbytes" if any(bitsandbytes.STATE.match(spec.name) for spec in checkpoint.weights) else None
+        names = [spec.name for spec in checkpoint.weights]
+        if any(name.endswith(hqq.PACKED) for name in names):
+            return "hqq"
+        return "bitsandbytes" if any(map(bitsandbytes.STATE.match, names)) else None
     method = block.get("quant_method") if isinstance(block, dict) else None
     return method if isinstance(method, str) else "an unknown method"
 

@@ -17,6 +17,7 @@ from loaders.errors import BadSpec
 from loaders.families import Family, load_dtype
 from loaders.layouts.base import Placed
 from loaders.quantization.bnb4 import Bnb4
+from loaders.quantization.hqq import Hqq
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
@@ -118,6 +119,25 @@ def quantization_config(scheme: Scheme, skip: list[str] | None, compute_dtype: s
             "load_in_4bit": True,
             "load_in_8bit": False,
             "quant_method": "bitsandbytes",
+        }
+    if isinstance(scheme, Hqq):
+        return {
+            "quant_config": {
+                "offload_meta": False,
+                "scale_quant_params": None,
+                "weight_quant_params": {
+                    "axis": scheme.axis,
+                    "channel_wise": True,
+                    "group_size": scheme.group_size,
+                    "nbits": scheme.bits,
+                    "optimize": True,
+                    "round_zero": scheme.rounds_zero,
+                    "view_as_float": False,
+                },
+                "zero_quant_params": None,
+            },
+            "quant_method": "hqq",
+            "skip_modules": ["lm_head"] if skip is None else skip,
         }
     assert isinstance(scheme, Ternary), scheme
     return {

@@ -18,6 +18,7 @@ import loaders.work
 from loaders.backends import kernels_of
 from loaders.errors import VerifyFailed
 from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
+from loaders.quantization.hqq import Hqq
 from loaders.quantization.kernels import dynamic
 from loaders.quantization.measure import measure
 from loaders.quantization.plain import Plain
@@ -38,6 +39,14 @@ SCHEMES: dict[str, Scheme] = {
     "fp4 double": Bnb4("fp4", double_quant=True),
     "ternary": Ternary(),
     "ternary auto": Ternary("autobitlinear"),
+    "hqq8": Hqq(8),
+    "hqq4": Hqq(4),
+    "hqq4 axis 0": Hqq(4, axis=0),
+    "hqq3 g8": Hqq(3, 8),
+    "hqq3 axis 0": Hqq(3, 24, axis=0),
+    "hqq2 bf16": Hqq(2, 8, compute_dtype="BF16"),
+    "hqq1 g16": Hqq(1, 16),
+    "hqq1 axis 0": Hqq(1, 32, axis=0),
     "bf16": Plain("BF16"),
     "copy": Plain(),
 }
@@ -117,6 +126,14 @@ def tensors_of(scheme: Scheme, sink: MemorySink, raw: Raw) -> dict[str, Raw]:
     }
 
 
+def fitting(scheme: Scheme, values: np.ndarray, dtype: str = "F32") -> np.ndarray:
+    """Values repeated over as many more columns as it takes for the scheme to store the matrix."""
+    for columns in range(values.shape[1], values.shape[1] + 4096):
+        if scheme.refuses(TensorSpec("w.weight", DTYPES[dtype], (values.shape[0], columns))) is None:
+            return np.pad(values, ((0, 0), (0, columns - values.shape[1])), mode="wrap")
+    raise AssertionError("no such shape")
+
+
 def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Raw:
     return weights(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 0.03, dtype)
 
@@ -129,7 +146,7 @@ def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Raw:
 def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut(
     name: str, dtype: str, work: ThreadedWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = random((72, 68), dtype)
+    raw = random(fitting(SCHEMES[name], np.empty((72, 68))).shape, dtype)
     found = []
     for step in (1 << 21, 300, 1):
         monkeypatch.setattr(loaders.work, "RANGE", step if step > 1 or "double" not in name else 300)
@@ -142,7 +159,7 @@ def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut(
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_zeros_stay_zeros(name: str, dtype: str, work: ThreadedWork) -> None:
-    raw = weights(np.zeros((64, 65), np.float32), dtype)
+    raw = weights(fitting(SCHEMES[name], np.zeros((64, 65), np.float32)), dtype)
     sink, error = encode(SCHEMES[name], raw, work)
     assert not decode(SCHEMES[name], raw, sink, work).any()
     assert error.relative_error == 0
@@ -151,22 +168,28 @@ def test_zeros_stay_zeros(name: str, dtype: str, work: ThreadedWork) -> None:
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_an_all_zero_group_among_others_decodes_to_zeros(name: str, work: ThreadedWork) -> None:
     values = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
-    values[10:14] = 0
+    columns = getattr(SCHEMES[name], "axis", 1) == 0  # its groups are those of the matrix (group_size, groups)
+    shape = (SCHEMES[name].group_size, -1) if columns else values.shape  # type: ignore[attr-defined]
+    some = (slice(None), slice(10, 14)) if columns else slice(10, 14)
+    values.reshape(shape)[some] = 0
     raw = weights(values, "BF16")
     sink, _ = encode(SCHEMES[name], raw, work)
-    assert not decode(SCHEMES[name], raw, sink, work)[10:14].any()
+    assert not decode(SCHEMES[name], raw, sink, work).reshape(shape)[some].any()
 
 
 @pytest.mark.usefixtures("small_ranges")
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: ThreadedWork) -> None:
-    scheme, raw = SCHEMES[name], random((52, 66), "F32", seed=3)
+    scheme = SCHEMES[name]
+    raw = random(fitting(scheme, np.empty((52, 66))).shape, "F32", seed=3)
     sink, error = encode(scheme, raw, work)
     tensors = tensors_of(scheme, sink, raw)
     if isinstance(scheme, Bnb4):
         decoded = reference.decode_bnb4(tensors, "w.weight")
     elif isinstance(scheme, Ternary):
         decoded = reference.decode_ternary(tensors, "w.weight", scheme.linear_class)
+    elif isinstance(scheme, Hqq):
+        decoded = reference.decode_hqq(tensors, "w")
     else:
         decoded = values_of(tensors["w.weight"])
     source = values_of(raw)
@@ -197,7 +220,7 @@ finite = hnp.arrays(
 def test_no_finite_weights_come_back_worse_than_the_scheme_admits(values: np.ndarray, name: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
-        raw = weights(values, "F32")
+        raw = weights(fitting(SCHEMES[name], values), "F32")
         _, error = encode(SCHEMES[name], raw, work)
     tiny = np.abs(values).max() < 1e-30  # there float32's own steps are coarse
     assert tiny or name == "bf16" or error.relative_error <= SCHEMES[name].error_limit
@@ -272,7 +295,7 @@ def test_double_quantization_takes_the_exact_mean_of_the_scales(work: ThreadedWo
     assert np.array_equal(sink.stored["weight.nested_absmax"], tops)
 
 
-@pytest.mark.parametrize("scheme", [Bnb4("nf4", double_quant=True), Ternary()])
+@pytest.mark.parametrize("scheme", [Bnb4("nf4", double_quant=True), Ternary(), Hqq()])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_schemes_with_one_scale_for_all_refuse_weights_that_are_not_finite(
     scheme: Scheme, bad: float, work: ThreadedWork
