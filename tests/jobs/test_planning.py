@@ -15,7 +15,7 @@ from loaders.quantization.plain import Plain
 from loaders.quantization.ternary import Ternary
 from loaders.rules import Rule
 from loaders.sources import recipes_of
-from tests.making import LLAMA, Raw, llama_tensors, write_checkpoint
+from tests.making import LLAMA, llama_tensors, write_checkpoint, write_moe
 
 TARGETS = [
     Target("a", Bnb4("nf4")),
@@ -101,14 +101,7 @@ def test_weights_are_cast_as_the_engine_would_before_they_are_quantized(tmp_path
 
 
 def test_experts_stay_and_it_is_said_aloud(tmp_path: Path) -> None:
-    tensors: dict[str, Raw] = llama_tensors()
-    matrix = tensors["model.layers.0.mlp.up_proj.weight"]
-    for expert in range(2):
-        for part in ("gate", "up", "down"):
-            tensors[f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"] = matrix
-    tensors["model.layers.0.mlp.gate.weight"] = Raw("BF16", matrix.data[:2])
-    config = {**LLAMA, "model_type": "qwen3_moe", "dtype": "bfloat16"}
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", tensors, config=config))
+    checkpoint = open_checkpoint(write_moe(tmp_path / "m"))
     target = make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100).targets["x"]
     assert "6 expert matrices" in target.warnings[0]
     assert "transformers 5" in target.warnings[0]
