@@ -65,7 +65,7 @@ def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> 
 
 def decode_hqq(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
     """A weight of HQQ, float32, by what stands beside it; a value at a time."""
-    facts = {fact: int(tensors[f"{module}.{fact}"].data) for fact in ("nbits", "group_size", "axis")}
+    facts = {fact: tensors[f"{module}.{fact}"].data.item() for fact in ("nbits", "group_size", "axis")}
     rows, columns = (int(n) for n in tensors[f"{module}.shape"].data)
     bits, size, packed = facts["nbits"], facts["group_size"], tensors[f"{module}.W_q"].data.astype(np.int64)
     parts = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]

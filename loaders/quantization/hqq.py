@@ -1,7 +1,7 @@
 """HQQ, as the hqq package stores and loads it: 8, 4, 3, 2 or 1 bits a weight, groups with a scale and a zero.
 
-The weight's flat values are a matrix of (groups, group_size) with axis=1, of (group_size, groups) with axis=0: groups
-run across the ends of rows. Its rows are packed in `parts` runs of `rows` each: a byte (3 bits: an int32) holds the same
+The weight's flat values are a matrix of (groups, group_size) with axis=1, of (group_size, groups) with axis=0; groups
+run across ends of rows. Its rows are packed in `parts` runs of `rows` each: a byte (3 bits: an int32) holds the same
 place of every run, the first run highest. By role, with n values:
     W_q    uint8 (rows, group_size) or (rows, groups); 3 bits: int32, runs of a tenth, the last padded with zeros
     scale  (groups, 1) or (1, groups), in the compute dtype: weight = (code - zero) * scale, each step rounded to it

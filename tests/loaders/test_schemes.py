@@ -167,7 +167,7 @@ def test_zeros_stay_zeros(name: str, dtype: str, work: ThreadedWork) -> None:
 
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_an_all_zero_group_among_others_decodes_to_zeros(name: str, work: ThreadedWork) -> None:
-    values = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
+    values = fitting(SCHEMES[name], np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32))
     columns = getattr(SCHEMES[name], "axis", 1) == 0  # its groups are those of the matrix (group_size, groups)
     shape = (SCHEMES[name].group_size, -1) if columns else values.shape  # type: ignore[attr-defined]
     some = (slice(None), slice(10, 14)) if columns else slice(10, 14)
