@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs.spec import MB
 from loaders.checkpoint import Checkpoint
-from loaders.containers import safetensors
+from loaders.containers import CONTAINERS, Container
 from loaders.decoding import check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
@@ -44,11 +44,27 @@ class Target:
     compute_dtype: str | None = None
     mix: Mix | None = None
     layout_name: str = "auto"
+    container_name: str = "auto"
 
     @property
     def layout(self) -> Layout:
         """What its consumer expects: the one asked for, or that of the scheme's engine."""
         return LAYOUTS[BY_ENGINE[self.scheme.engine] if self.layout_name == "auto" else self.layout_name]
+
+    @property
+    def container(self) -> Container:
+        """The kind of its weight files: the one asked for, or the layout's usual one.
+
+        Raises:
+            BadSpec: the layout's consumer does not read such files.
+        """
+        known = self.layout.containers
+        if self.container_name not in ("auto", *known):
+            raise BadSpec(
+                f"output.container: {self.container_name} is not read there; layout {self.layout.name} takes"
+                f" {' or '.join(known)}"
+            )
+        return CONTAINERS[known[0] if self.container_name == "auto" else self.container_name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +137,7 @@ class TargetPlan:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all stored tensors, or at most so many where a length depends on values."""
-        return sum(file.data_bytes for file in self.files)
+        return sum(file.tensor_bytes for file in self.files)
 
     @property
     def weight_bytes(self) -> int:
@@ -134,7 +150,7 @@ class TargetPlan:
         return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
 
 
-SLACK = 24  # a number of a few to as many characters
+SLACK = 64  # a number of a few to as many characters, and what aligns the tensor after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +179,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
     sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets))
-    groups = cut_units(sources.recipes, unit_mb * MB)
+    is_one_file = any(target.layout.file is not None for target in targets)
+    groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
@@ -177,7 +194,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         number = 0
         for index, share in enumerate(shares):
             number += bool(share)
-            outputs[index][target.id] = _unit_output(share, number, count)
+            outputs[index][target.id] = _unit_output(target, checkpoint, share, number, count)
         files = tuple(o[target.id].file for o in outputs)
         config = target.layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
@@ -220,10 +237,10 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     for recipe in recipes:
         blocks.setdefault(recipe.block, []).append(recipe)
     units: list[list[Recipe]] = []
-    size = math.inf
+    size = 0
     for block in blocks.values():
         block_bytes = sum(recipe.source_bytes for recipe in block)
-        if size + block_bytes > unit_bytes:
+        if not units or size + block_bytes > unit_bytes:
             units.append([])
             size = 0
         units[-1].extend(block)
@@ -231,11 +248,14 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     return units
 
 
-def _unit_output(share: Sequence[Placed], number: int, count: int) -> UnitOutput:
+def _unit_output(
+    target: Target, checkpoint: Checkpoint, share: Sequence[Placed], number: int, count: int
+) -> UnitOutput:
     if not share:
         return UnitOutput(None, ())
-    name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-    file = safetensors.lay_out(name, [tensor for placed in share for tensor in placed.stored.values()])
+    name = target.layout.file or target.container.file_name(number, count)
+    tensors = [tensor for placed in share for tensor in placed.stored.values()]
+    file = target.container.lay_out(name, tensors, target.layout.about(checkpoint, share))
     places = {slot.name: slot for slot in file.slots}
     placements = tuple(
         Placement(

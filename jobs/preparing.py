@@ -79,7 +79,9 @@ def target_of(spec: JobSpec) -> Target:
     if backend not in scheme.backends:
         raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
-    return Target(TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout)
+    return Target(
+        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container
+    )
 
 
 def _check_place(spec: JobSpec, output: Path) -> None:

@@ -38,7 +38,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     made: dict[str, bytes] = {}
     index = target.target.layout.index(target.files, sum(t.output_bytes for record in records for t in record.tensors))
     if index is not None:
-        made["model.safetensors.index.json"] = json_bytes(index)
+        made[target.target.container.index] = json_bytes(index)
     if target.config is not None:
         made["config.json"] = json_bytes(target.config)
     copied = [name for name in plan.checkpoint.aux if name not in made]

@@ -206,7 +206,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
             faults.append(f"{name}: it is not as it was written")
     target = plan.targets[TARGET]
     index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()))
-    path = written.root / "model.safetensors.index.json"
+    path = written.root / target.target.container.index
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
         faults.append(f"{path.name}: it does not say what the files hold")
     return faults

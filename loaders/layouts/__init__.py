@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from loaders.layouts.base import Layout, Placed
 from loaders.layouts.hf import HfLayout
+from loaders.layouts.hqq import HqqLayout
 
 __all__ = ["BY_ENGINE", "LAYOUTS", "Layout", "Placed"]
 
-LAYOUTS: dict[str, Layout] = {"hf": HfLayout()}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout())}
 BY_ENGINE = {
     "plain": "hf",
     "bitsandbytes": "hf",
     "bitnet": "hf",
-    "hqq": "hf",
+    "hqq": "hqq",
 }  # the layout that a scheme's engine reads

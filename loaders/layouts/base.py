@@ -30,10 +30,16 @@ class Placed:
 class Layout(Protocol):
     """A consumer's expectations. Refuses, as BadSpec, what the consumer could not load."""
 
-    container: ClassVar[str]  # the kind of weight files it reads
+    name: ClassVar[str]
+    containers: ClassVar[tuple[str, ...]]  # the kinds of weight files it reads, the usual one first
+    file: ClassVar[str | None]  # the one weight file that it reads; None: one a unit, called as its container's are
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         """What will be stored, and under which names: one for each decision that is not "drop"."""
+        ...
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        """What a file of these results says beside its tensors, as its container takes it; mostly nothing."""
         ...
 
     def config(
@@ -43,5 +49,5 @@ class Layout(Protocol):
         ...
 
     def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
-        """model.safetensors.index.json; None where there will be none. `total_bytes` are those of all tensors."""
+        """The index of several files; None where there will be none. `total_bytes` are those of all tensors."""
         ...

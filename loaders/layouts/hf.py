@@ -31,7 +31,12 @@ DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
 class HfLayout:
     """See `Layout`."""
 
-    container: ClassVar[str] = "safetensors"
+    name: ClassVar[str] = "hf"
+    containers: ClassVar[tuple[str, ...]] = ("safetensors", "pytorch")
+    file: ClassVar[str | None] = None
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        return None
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         return place(decisions, checkpoint.config)
