@@ -15,7 +15,7 @@ from typing import Any
 from jobs.spec import MB
 from loaders.checkpoint import Checkpoint
 from loaders.containers import safetensors
-from loaders.decoding import check_decodable, is_quantized
+from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
 from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed
@@ -149,6 +149,12 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         return sum(unit.source_bytes for unit in self.units)
+
+    @property
+    def aux(self) -> tuple[str, ...]:
+        """The other files that go along: not those that tell how the weights were quantized, once they are decoded."""
+        is_decoded = any(recipe.decode is not None for recipe in self.sources.recipes)
+        return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
 
     @property
     def parameters(self) -> int:

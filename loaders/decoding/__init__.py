@@ -6,20 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes
+from loaders.decoding import bitnet, bitsandbytes, fp8
 from loaders.errors import BadSpec
+from loaders.families import text_config
 from loaders.recipes import Recipe
 
 # By config.json's quant_method. Recipes come without role, block and group: those are the family's to say.
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
+    "fp8": fp8.find,
 }
+
+# What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
+METHOD_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
     """How a checkpoint says that it was quantized; None for a plain one."""
-    block: Any = checkpoint.config.get("quantization_config")
+    block: Any = text_config(checkpoint.config, "quantization_config")
     if block is None:
         return "bitsandbytes" if any(bitsandbytes.STATE.match(spec.name) for spec in checkpoint.weights) else None
     method = block.get("quant_method") if isinstance(block, dict) else None

@@ -77,7 +77,7 @@ def config_json(
     Raises:
         BadSpec: the engine's skip list cannot say which modules are quantized.
     """
-    made = {key: value for key, value in config.items() if key != "quantization_config" or is_copied(decisions)}
+    made = dict(config) if is_copied(decisions) else plain_config(config)
     schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
     casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
     if not schemes:
@@ -88,6 +88,14 @@ def config_json(
     [scheme] = schemes
     skip = skip_list(decisions, family)
     made["quantization_config"] = quantization_config(scheme, skip, compute_dtype or _model_dtype(config, decisions))
+    return made
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its quantization_config, at the top or in the text part."""
+    made = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(made.get("text_config"), Mapping):
+        made["text_config"] = {k: v for k, v in made["text_config"].items() if k != "quantization_config"}
     return made
 
 
