@@ -301,7 +301,7 @@ def _warnings(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
         )
-    odd = [d.recipe for d in quantized if scheme.engine == "bitsandbytes" and d.recipe.shape[0] % CPU_ROWS]
+    odd = [d.recipe for d in quantized if scheme.kind == "bnb4" and d.recipe.shape[0] % CPU_ROWS]
     if odd:
         said.append(
             f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"

@@ -26,7 +26,7 @@ def method_of(checkpoint: Checkpoint) -> str | None:
     """How a checkpoint says that it was quantized; None for a plain one."""
     block: Any = text_config(checkpoint.config, "quantization_config")
     if block is None:
-        return "bitsandbytes" if any(bitsandbytes.STATE.match(spec.name) for spec in checkpoint.weights) else None
+        return "bitsandbytes" if any(bitsandbytes.IS_PART.search(spec.name) for spec in checkpoint.weights) else None
     method = block.get("quant_method") if isinstance(block, dict) else None
     return method if isinstance(method, str) else "an unknown method"
 

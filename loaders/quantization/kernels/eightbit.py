@@ -38,3 +38,11 @@ def decode_e4m3(codes, scales, scale_rows, first_column, block, out):  # type: i
             for j in range(at, end):
                 out[i, j] = E4M3[codes[i, j]] * scale
             at = end
+
+
+@kernel
+def decode_int8(codes, scales, out):  # type: ignore[no-untyped-def]
+    """(code * scale) * fl(1/127), a scale a row. codes: int8 (n, c); scales: float32 (n,); out: float32 (n, c)."""
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            out[i, j] = (np.float32(codes[i, j]) * scales[i]) * np.float32(1 / 127)
