@@ -15,7 +15,7 @@ from typing import Any
 from jobs.spec import MB
 from loaders.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
-from loaders.decoding import check_decodable, is_quantized
+from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
 from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed
@@ -167,6 +167,12 @@ class Plan:
         return sum(unit.source_bytes for unit in self.units)
 
     @property
+    def aux(self) -> tuple[str, ...]:
+        """The other files that go along: not those that tell how the weights were quantized, once they are decoded."""
+        is_decoded = any(recipe.decode is not None for recipe in self.sources.recipes)
+        return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
+
+    @property
     def parameters(self) -> int:
         """Numbers in all float weights."""
         return sum(r.spec.numel for r in self.sources.recipes if r.dtype.is_float)
@@ -315,7 +321,7 @@ def _warnings(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
         )
-    odd = [d.recipe for d in quantized if scheme.engine == "bitsandbytes" and d.recipe.shape[0] % CPU_ROWS]
+    odd = [d.recipe for d in quantized if scheme.kind == "bnb4" and d.recipe.shape[0] % CPU_ROWS]
     if odd:
         said.append(
             f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"

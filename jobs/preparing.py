@@ -161,7 +161,7 @@ def notes_of(planned: Planned) -> list[str]:
 
 def check_space(planned: Planned, done_bytes: int) -> None:
     """Raises StorageError when the output cannot fit."""
-    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.checkpoint.aux)
+    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux)
     need = planned.target.weight_bytes - done_bytes + aux + SPARE_BYTES
     free = free_bytes(planned.spec.output_path.parent)
     if need > free:

@@ -41,7 +41,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
         made[target.target.container.index] = json_bytes(index)
     if target.config is not None:
         made["config.json"] = json_bytes(target.config)
-    copied = [name for name in plan.checkpoint.aux if name not in made]
+    copied = [name for name in plan.aux if name not in made]
     for name in copied:
         _copy(plan.checkpoint.root / name, journal.files / name)
     _remove_others(journal.files, {*made, *copied, *(file.name for file in target.files), OUR_REPORT})

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from jobs.strict import FloatName, Spec
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
 from loaders.quantization.hqq import BITS, Hqq
+from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
@@ -79,6 +80,16 @@ class Bnb4Quant(Quant):
         return name
 
 
+class Int8Quant(Quant):
+    """quant=int8."""
+
+    kind: Literal["int8"]
+
+    @property
+    def scheme(self) -> Scheme:
+        return LlmInt8()
+
+
 class TernaryQuant(Quant):
     """quant=ternary."""
 
@@ -109,4 +120,7 @@ class HqqQuant(Quant):
         return Hqq(self.bits, self.group_size, self.axis, dtype)
 
 
-QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant | HqqQuant, Field(discriminator="kind")]
+QuantSpec = Annotated[
+    NoneQuant | Bnb4Quant | Int8Quant | TernaryQuant | HqqQuant,
+    Field(discriminator="kind"),
+]

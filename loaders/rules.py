@@ -92,8 +92,8 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
 
 
 DEFAULTS: dict[str, tuple[Rule, ...]] = {
-    "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit"),
     "hqq": _engine_rules("hqq", "hqq makes every nn.Linear but the head an HQQLinear"),
+    "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit or Linear8bitLt"),
     "bitnet": _engine_rules("bitnet", "transformers makes every nn.Linear a BitLinear"),
 }
 

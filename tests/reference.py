@@ -55,6 +55,12 @@ def encode_nf4(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([a << 4 | b for a, b in zip(codes[::2], codes[1::2], strict=True)], np.uint8), np.array(tops)
 
 
+def decode_int8(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
+    """An LLM.int8 weight, float32."""
+    scales = tensors[f"{module}.SCB"].data.reshape(-1, 1)
+    return tensors[f"{module}.weight"].data.astype(np.float32) * scales * np.float32(1 / 127)
+
+
 def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> np.ndarray:
     """A BitNet weight, float32."""
     packed, scale = tensors[name].data, values_of(tensors[f"{name}_scale"])[0]

@@ -18,6 +18,7 @@ from loaders.families import Family, load_dtype
 from loaders.layouts.base import Placed
 from loaders.quantization.bnb4 import Bnb4
 from loaders.quantization.hqq import Hqq
+from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
@@ -83,7 +84,7 @@ def config_json(
     Raises:
         BadSpec: the engine's skip list cannot say which modules are quantized.
     """
-    made = {key: value for key, value in config.items() if key != "quantization_config" or is_copied(decisions)}
+    made = dict(config) if is_copied(decisions) else plain_config(config)
     schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
     casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
     if not schemes:
@@ -104,6 +105,14 @@ def config_json(
     return made
 
 
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its quantization_config, at the top or in the text part."""
+    made = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(made.get("text_config"), Mapping):
+        made["text_config"] = {k: v for k, v in made["text_config"].items() if k != "quantization_config"}
+    return made
+
+
 def is_copied(decisions: Sequence[Decision]) -> bool:
     """Whether the source's own quantization stays: its tensors are copied as they are stored."""
     return all(decision.recipe.decode is None for decision in decisions)
@@ -116,20 +125,21 @@ def _model_dtype(config: Mapping[str, Any], decisions: Sequence[Decision]) -> st
 
 def quantization_config(scheme: Scheme, skip: list[str] | None, compute_dtype: str) -> dict[str, Any]:
     """The block of an engine. `skip` is None where its own defaults say the same."""
-    if isinstance(scheme, Bnb4):
+    if isinstance(scheme, Bnb4 | LlmInt8):
+        four = scheme if isinstance(scheme, Bnb4) else None
         return {
-            "_load_in_4bit": True,
-            "_load_in_8bit": False,
-            "bnb_4bit_compute_dtype": compute_dtype,
-            "bnb_4bit_quant_storage": scheme.storage,
-            "bnb_4bit_quant_type": scheme.table,
-            "bnb_4bit_use_double_quant": scheme.double_quant,
+            "_load_in_4bit": four is not None,
+            "_load_in_8bit": four is None,
+            "bnb_4bit_compute_dtype": compute_dtype if four else "float32",  # of int8: the defaults, which mean nothing
+            "bnb_4bit_quant_storage": four.storage if four else "uint8",
+            "bnb_4bit_quant_type": four.table if four else "fp4",
+            "bnb_4bit_use_double_quant": four is not None and four.double_quant,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": skip,
             "llm_int8_threshold": 6.0,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
+            "load_in_4bit": four is not None,
+            "load_in_8bit": four is None,
             "quant_method": "bitsandbytes",
         }
     if isinstance(scheme, Hqq):
