@@ -8,4 +8,9 @@ from loaders.layouts.hf import HfLayout
 __all__ = ["BY_ENGINE", "LAYOUTS", "Layout", "Placed"]
 
 LAYOUTS: dict[str, Layout] = {"hf": HfLayout()}
-BY_ENGINE = {"plain": "hf", "bitsandbytes": "hf", "bitnet": "hf"}  # the layout that a scheme's engine reads
+BY_ENGINE = {
+    "plain": "hf",
+    "bitsandbytes": "hf",
+    "bitnet": "hf",
+    "compressed-tensors": "hf",
+}  # the layout that a scheme's engine reads
