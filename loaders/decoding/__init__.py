@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes
+from loaders.decoding import bitnet, bitsandbytes, compressed_tensors
 from loaders.errors import BadSpec
 from loaders.recipes import Recipe
 
@@ -14,6 +14,7 @@ from loaders.recipes import Recipe
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
+    "compressed-tensors": compressed_tensors.find,
 }
 
 

@@ -24,12 +24,13 @@ from loaders.specs import DTYPES, StoredSpec, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class RowScaled:
-    """Eight bits, "float" (E4M3) or "int"."""
+    """Eight bits, "float" (E4M3) or "int". `whole`: one scale for the tensor, only read, never asked for."""
 
     kind: ClassVar[str] = "row_scaled"
     engine: ClassVar[str] = "compressed-tensors"
     backends: ClassVar[tuple[str, ...]] = ("cpu",)
     type: Literal["float", "int"]
+    whole: bool = False
 
     @property
     def error_limit(self) -> float:
@@ -46,13 +47,14 @@ class RowScaled:
         codes = DTYPES["F8_E4M3" if self.type == "float" else "I8"]
         return {
             "weight": StoredSpec(codes, spec.shape),
-            "weight_scale": StoredSpec(scale_dtype(spec.dtype), (spec.shape[0], 1)),
+            "weight_scale": StoredSpec(scale_dtype(spec.dtype), (1,) if self.whole else (spec.shape[0], 1)),
         }
 
     def state_bytes(self, spec: TensorSpec) -> int:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        assert not self.whole
         spec, columns, dtype = view.spec, view.spec.shape[1], scale_dtype(view.spec.dtype).name
         encode_rows = float8.encode_rows if self.type == "float" else packed_int.encode_rows
 
@@ -71,8 +73,9 @@ class RowScaled:
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         columns = spec.shape[1]
-        raw = stored.read("weight_scale", start // columns, stop // columns)
-        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name)
+        first, last = (0, 1) if self.whole else (start // columns, stop // columns)
+        scales = casts.to_float32(stored.read("weight_scale", first, last), scale_dtype(spec.dtype).name)
+        scales = np.full((stop - start) // columns, scales[0]) if self.whole else scales
         codes = stored.read("weight", start, stop)
         if self.type == "float":
             float8.decode_rows(codes, columns, scales, out)
