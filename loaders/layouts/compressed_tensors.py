@@ -227,10 +227,11 @@ def name_of(scheme: Scheme | None) -> str:
 
 def _dtypes(found: Sequence[Decision]) -> Iterator[str]:
     fours = [d.recipe for d in found if isinstance(d.scheme, Nvfp4 | Mxfp4)]
-    if any(recipe.dtype.name in ("F32", "F64") for recipe in fours):
+    others = sorted({recipe.dtype.torch for recipe in fours if recipe.dtype.name != "BF16"})
+    if others:
         yield (
-            "FP4 of a float32 model: transformers decompresses to bfloat16, which does not multiply with float32; load"
-            " it with dtype=torch.bfloat16"
+            f"FP4 of a {others[0]} model: transformers decompresses to bfloat16, which does not multiply with"
+            f" {others[0]}; load it with dtype=torch.bfloat16"
         )
     if any(d.recipe.dtype.name == "F16" for d in found if isinstance(d.scheme, Nvfp4)):
         yield (

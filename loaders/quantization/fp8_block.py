@@ -3,8 +3,9 @@
 Shapes: R rows, C columns. By role:
     weight         F8_E4M3 (R, C)
     weight_scale   (ceil(R / 128), ceil(C / 128)), in the weights' dtype
-The engine quantizes activations as it runs, 128 of a token at a time. Bytes are those of compressed-tensors 0.20, edge
-blocks too; llm-compressor 0.14's model_free_ptq gives the same, and cannot save matrices with edge blocks.
+The engine quantizes activations as it runs, 128 of a token at a time, so that columns that are no multiple of 128 stop
+it: such are read, but not made. Rows may end within a block. Bytes are those of compressed-tensors 0.20, edge blocks
+too; llm-compressor 0.14's model_free_ptq gives the same, and cannot save matrices with edge blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ class Fp8Block:
     error_limit: ClassVar[float] = 0.08  # see `RowScaled.error_limit`: the same codes
 
     def refuses(self, spec: TensorSpec) -> str | None:
-        return refuses_matrix(spec, "FP8_BLOCK")
+        refusal = refuses_matrix(spec, "FP8_BLOCK")
+        if refusal is None and spec.shape[1] % BLOCK:
+            return (
+                f"its {spec.shape[1]} columns are no multiple of {BLOCK}, and FP8_BLOCK's engines quantize activations"
+                f" {BLOCK} at a time; keep it by a rule, or use fp8_dynamic"
+            )
+        return refusal
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
         rows, columns = spec.shape
