@@ -18,7 +18,7 @@ from loaders.containers import CONTAINERS, Container
 from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
-from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed
+from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed, compressed_tensors
 from loaders.quantization.bnb4 import CPU_ROWS
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
@@ -316,7 +316,7 @@ def _warnings(
             f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         )
-    if len(kept) < len(experts):
+    if len(kept) < len(experts) and scheme.engine != "compressed-tensors":
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
@@ -328,6 +328,8 @@ def _warnings(
             " first): GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be"
             " divisible by block_n); keep them by a rule if such a CPU is to run the output"
         )
+    if scheme.engine == "compressed-tensors":
+        said += compressed_tensors.warnings(decisions)
     if checkpoint.family.is_generic:
         model_type = checkpoint.config.get("model_type", "none")
         said.append(

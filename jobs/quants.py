@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from jobs.strict import FloatName, Spec
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
+from loaders.quantization.float4 import Mxfp4, Nvfp4
+from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.hqq import BITS, Hqq
 from loaders.quantization.int8 import LlmInt8
+from loaders.quantization.packed_int import GROUP_SIZES as INT_GROUP_SIZES
+from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.plain import Plain
+from loaders.quantization.row_scaled import RowScaled
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
 from loaders.rules import Mix
@@ -120,7 +126,53 @@ class HqqQuant(Quant):
         return Hqq(self.bits, self.group_size, self.axis, dtype)
 
 
+COMPRESSED_TENSORS: dict[str, Scheme] = {
+    "fp8_dynamic": RowScaled("float"),
+    "fp8_block": Fp8Block(),
+    "w8a8": RowScaled("int"),
+    "w8a16": PackedInt(8),
+    "w4a16": PackedInt(4),
+    "w4a16_asym": PackedInt(4, symmetric=False),
+    "nvfp4a16": Nvfp4(),
+    "mxfp4a16": Mxfp4(),
+    "mxfp4": Mxfp4(activations=True),
+}
+
+
+class CompressedTensorsQuant(Quant):
+    """quant=w4a16 and the other preset schemes of compressed-tensors."""
+
+    kind: Literal["compressed_tensors"]
+    preset: Literal[
+        "fp8_dynamic", "fp8_block", "w8a8", "w8a16", "w4a16", "w4a16_asym", "nvfp4a16", "mxfp4a16", "mxfp4"
+    ] = Field(description="compressed-tensors' name of the scheme; a rule may give tensors another one")
+    group_size: int | None = Field(
+        description=f"weights sharing one scale, in w4a16, w4a16_asym, w8a16: {', '.join(map(str, INT_GROUP_SIZES))};"
+        " null is the scheme's own"
+    )
+
+    @property
+    def scheme(self) -> Scheme:
+        scheme = COMPRESSED_TENSORS[self.preset]
+        if self.group_size is None:
+            return scheme
+        assert isinstance(scheme, PackedInt), scheme
+        return replace(scheme, group_size=self.group_size)
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_fits(cls, size: int | None, info: ValidationInfo) -> int | None:
+        preset = info.data.get("preset")
+        if size is None or preset is None:
+            return size
+        if not isinstance(COMPRESSED_TENSORS[preset], PackedInt):
+            raise ValueError(f"{preset} has groups of its own: expected null")
+        if size not in INT_GROUP_SIZES:
+            raise ValueError(f"expected one of {', '.join(map(str, INT_GROUP_SIZES))}, or null")
+        return size
+
+
 QuantSpec = Annotated[
-    NoneQuant | Bnb4Quant | Int8Quant | TernaryQuant | HqqQuant,
+    NoneQuant | Bnb4Quant | Int8Quant | TernaryQuant | HqqQuant | CompressedTensorsQuant,
     Field(discriminator="kind"),
 ]

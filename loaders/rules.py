@@ -98,6 +98,18 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
 }
 
 
+DEFAULTS["compressed-tensors"] = (
+    Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
+    Rule("keep", "llm-compressor's recipes keep embeddings", role=("embedding",)),
+    Rule("keep", "llm-compressor's recipes keep the output projection", role=("head",)),
+    Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
+    Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
+    Rule("quantize", "llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
+    Rule("quantize", "each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
+    Rule("keep", "no matrix"),
+)
+
+
 def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
     """The engine's own rules for a scheme."""
     if isinstance(scheme, Plain):

@@ -85,6 +85,44 @@ def decode_hqq(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
     return rounded(rounded(codes - values_of(zero)) * values_of(scale)).reshape(rows, columns)
 
 
+def decode_compressed_tensors(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
+    """A weight of compressed-tensors, float32, told by the tensors that there are."""
+    parts = {name.removeprefix(module + "."): raw for name, raw in tensors.items() if name.startswith(module + ".")}
+    scale = parts["weight_scale"]
+    if "weight_shape" in parts:
+        rows, columns = parts["weight_shape"].data.tolist()
+        words = parts["weight_packed"].data.view(np.uint32)
+        bits = words.shape[1] * 32 // columns
+        per_word = 32 // bits
+        codes = np.array([[int(w) >> bits * i & 2**bits - 1 for w in row for i in range(per_word)] for row in words])
+        zeros = np.full((rows, scale.data.shape[1]), 2 ** (bits - 1))
+        if "weight_zero_point" in parts:
+            packed = parts["weight_zero_point"].data.view(np.uint32)
+            zeros = np.array([[int(w) >> 4 * (r % 8) & 15 for w in packed[r // 8]] for r in range(rows)])
+        group = columns // zeros.shape[1]
+        return (codes - zeros.repeat(group, 1)).astype(np.float32) * values_of(scale).repeat(group, 1)
+    if "weight_packed" in parts:
+        packed = parts["weight_packed"].data
+        codes = np.stack([packed & 15, packed >> 4], axis=2).reshape(packed.shape[0], -1)
+        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)[codes]
+        if "weight_global_scale" in parts:
+            return values * (e4m3(scale.data) / parts["weight_global_scale"].data).repeat(16, 1)
+        return values * (np.float32(2) ** (scale.data.astype(np.float32) - 127)).repeat(32, 1)
+    weight, factors = parts["weight"], values_of(scale)
+    values = e4m3(weight.data) if weight.dtype == "F8_E4M3" else weight.data.view(np.int8).astype(np.float32)
+    if factors.shape != (values.shape[0], 1):
+        factors = factors.repeat(128, 0).repeat(128, 1)[: values.shape[0], : values.shape[1]]
+    return values * factors
+
+
+def e4m3(codes: np.ndarray) -> np.ndarray:
+    """The values of E4M3 codes, float32."""
+    table = [(-1) ** (c >> 7) * (2.0 ** ((c >> 3 & 15) - 7) * (1 + (c & 7) / 8) if c >> 3 & 15 else (c & 7) / 512)
+             for c in range(256)]  # fmt: skip
+    table[0x7F] = table[0xFF] = np.nan
+    return np.array(table, np.float32)[codes]
+
+
 def relative_error(source: np.ndarray, decoded: np.ndarray) -> float:
     x, y = source.astype(np.float64), decoded.astype(np.float64)
     return float(np.sqrt(((x - y) ** 2).sum() / (x**2).sum()))

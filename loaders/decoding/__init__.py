@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes, fp8, hqq
+from loaders.decoding import bitnet, bitsandbytes, compressed_tensors, fp8, hqq
 from loaders.errors import BadSpec
 from loaders.families import text_config
 from loaders.recipes import Recipe
@@ -17,6 +17,7 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitnet": bitnet.find,
     "hqq": hqq.find,
     "fp8": fp8.find,
+    "compressed-tensors": compressed_tensors.find,
 }
 
 # What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded

@@ -14,4 +14,5 @@ BY_ENGINE = {
     "bitsandbytes": "hf",
     "bitnet": "hf",
     "hqq": "hqq",
+    "compressed-tensors": "hf",
 }  # the layout that a scheme's engine reads

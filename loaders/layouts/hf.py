@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.families import Family, load_dtype
+from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.quantization.bnb4 import Bnb4
 from loaders.quantization.hqq import Hqq
@@ -91,6 +92,9 @@ def config_json(
         if len(casts) == 1 and (dtype := next(iter(casts))) is not None:
             key = "torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"
             made[key] = DTYPES[dtype].torch
+        return made
+    if all(scheme.engine == compressed_tensors.ENGINE for scheme in schemes):
+        made["quantization_config"] = compressed_tensors.config_block(decisions, config, family)
         return made
     skip, dtype = skip_list(decisions, family), compute_dtype or _model_dtype(config, decisions)
     blocks = [quantization_config(scheme, skip, dtype) for scheme in schemes]

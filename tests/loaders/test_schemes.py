@@ -18,11 +18,15 @@ import loaders.work
 from loaders.backends import kernels_of
 from loaders.errors import VerifyFailed
 from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
+from loaders.quantization.float4 import Mxfp4, Nvfp4
+from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.hqq import Hqq
 from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.kernels import dynamic
 from loaders.quantization.measure import measure
+from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.plain import Plain
+from loaders.quantization.row_scaled import RowScaled
 from loaders.quantization.scheme import Block, Scheme
 from loaders.quantization.ternary import Ternary
 from loaders.recipes import stored_name
@@ -50,6 +54,15 @@ SCHEMES: dict[str, Scheme] = {
     "hqq2 bf16": Hqq(2, 8, compute_dtype="BF16"),
     "hqq1 g16": Hqq(1, 16),
     "hqq1 axis 0": Hqq(1, 32, axis=0),
+    "w4a16": PackedInt(4),
+    "w4a16 g32": PackedInt(4, 32),
+    "w8a16": PackedInt(8),
+    "w4a16 asym": PackedInt(4, 64, symmetric=False),
+    "w8a8": RowScaled("int"),
+    "fp8 dynamic": RowScaled("float"),
+    "fp8 block": Fp8Block(),
+    "nvfp4": Nvfp4(),
+    "mxfp4": Mxfp4(),
     "bf16": Plain("BF16"),
     "copy": Plain(),
 }
@@ -197,6 +210,8 @@ def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: 
         decoded = reference.decode_hqq(tensors, "w")
     elif isinstance(scheme, LlmInt8):
         decoded = reference.decode_int8(tensors, "w")
+    elif scheme.engine == "compressed-tensors":
+        decoded = reference.decode_compressed_tensors(tensors, "w")
     else:
         decoded = values_of(tensors["w.weight"])
     source = values_of(raw)
@@ -208,7 +223,7 @@ def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: 
 
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_what_is_stored_is_what_was_planned(name: str, work: ThreadedWork) -> None:
-    raw = random((48, 40), "F16")
+    raw = random(fitting(SCHEMES[name], np.empty((48, 40))).shape, "F16")
     sink, _ = encode(SCHEMES[name], raw, work)
     for role, part in SCHEMES[name].stored(MemoryView(raw).spec).items():
         size = sink.stored[role].nbytes
