@@ -118,6 +118,11 @@ class TargetPlan:
     warnings: tuple[str, ...]
 
     @property
+    def parameters(self) -> int:
+        """Numbers in all tensors that are written, before they were quantized."""
+        return sum(d.recipe.spec.numel for d in self.decisions if d.action != "drop")
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of all stored tensors, or at most so many where a length depends on values."""
         return sum(file.data_bytes for file in self.files)
@@ -177,7 +182,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         number = 0
         for index, share in enumerate(shares):
             number += bool(share)
-            outputs[index][target.id] = _unit_output(share, number, count)
+            outputs[index][target.id] = _unit_output(share, number, count, target.layout.metadata)
         files = tuple(o[target.id].file for o in outputs)
         config = target.layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
@@ -231,11 +236,11 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     return units
 
 
-def _unit_output(share: Sequence[Placed], number: int, count: int) -> UnitOutput:
+def _unit_output(share: Sequence[Placed], number: int, count: int, metadata: Mapping[str, str]) -> UnitOutput:
     if not share:
         return UnitOutput(None, ())
     name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-    file = safetensors.lay_out(name, [tensor for placed in share for tensor in placed.stored.values()])
+    file = safetensors.lay_out(name, [tensor for placed in share for tensor in placed.stored.values()], metadata)
     places = {slot.name: slot for slot in file.slots}
     placements = tuple(
         Placement(

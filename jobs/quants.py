@@ -7,7 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from jobs.strict import FloatName, Spec
+from loaders.mixes.mlx import MixedRecipe, MlxRules, bits_of
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
+from loaders.quantization.mlx import BITS as MLX_BITS
+from loaders.quantization.mlx import GROUP_SIZES as MLX_GROUP_SIZES
+from loaders.quantization.mlx import MlxAffine
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
@@ -91,4 +95,62 @@ class TernaryQuant(Quant):
         return Ternary(self.linear_class)
 
 
-QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant, Field(discriminator="kind")]
+class MlxQuant(Quant):
+    """quant=mlx_int4, quant=mlx_int8."""
+
+    kind: Literal["mlx"]
+    bits: int = Field(description=f"of a code: {', '.join(map(str, MLX_BITS))}")
+    group_size: int = Field(description=f"weights sharing a scale: {', '.join(map(str, MLX_GROUP_SIZES))}")
+
+    @property
+    def scheme(self) -> Scheme:
+        return MlxAffine(self.bits, self.group_size)
+
+    @property
+    def mix(self) -> Mix | None:
+        return MlxRules(self.group_size)
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_are_known(cls, bits: int) -> int:
+        return one_of(bits, MLX_BITS)
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_is_known(cls, size: int) -> int:
+        return one_of(size, MLX_GROUP_SIZES)
+
+
+class MlxMixedQuant(Quant):
+    """quant=mlx_mixed_4_6."""
+
+    kind: Literal["mlx_mixed"]
+    recipe: MixedRecipe = Field(description="mlx-lm's, by its low and its high bits")
+    group_size: int = Field(description=f"weights sharing a scale: {', '.join(map(str, MLX_GROUP_SIZES))}")
+
+    @property
+    def scheme(self) -> Scheme:
+        return MlxAffine(bits_of(self.recipe)[0], self.group_size)
+
+    @property
+    def mix(self) -> Mix | None:
+        return MlxRules(self.group_size, MlxAffine(bits_of(self.recipe)[1], self.group_size))
+
+    def varied(self, settings: dict[str, Any]) -> Scheme:
+        low = {"kind": "mlx", "name": self.name, "bits": bits_of(self.recipe)[0], "group_size": self.group_size}
+        return MlxQuant.model_validate({**low, **settings}).scheme
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_is_known(cls, size: int) -> int:
+        return one_of(size, MLX_GROUP_SIZES)
+
+
+def one_of(value: int, known: tuple[int, ...]) -> int:
+    """Raises ValueError: it is none of those."""
+    if value not in known:
+        raise ValueError(f"expected one of {', '.join(map(str, known))}")
+    return value
+
+
+QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant | MlxQuant | MlxMixedQuant, Field(discriminator="kind")]

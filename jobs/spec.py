@@ -113,7 +113,9 @@ class OutputSpec(Spec):
 
     root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
     path: str | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf"] = Field(description="names and config of which consumer; auto: the scheme's engine")
+    layout: Literal["auto", "hf", "mlx"] = Field(
+        description="names and config of which consumer; auto: the scheme's engine"
+    )
     container: Literal["auto", "safetensors"] = Field(description="the kind of weight files; auto: the engine's")
     overwrite: bool = Field(description="replace an earlier output of weightmill at this path")
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")

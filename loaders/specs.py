@@ -205,6 +205,7 @@ class OutputFile:
     header_bytes: int
     data_bytes: int
     slots: tuple[Slot, ...]
+    metadata: tuple[tuple[str, str], ...] = ()  # what the file says of itself
 
     @property
     def size(self) -> int:

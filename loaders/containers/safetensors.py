@@ -13,7 +13,7 @@ import ctypes
 import errno
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,20 +104,22 @@ def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_s
 # --- writing
 
 
-def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
+def lay_out(file: str, tensors: Iterable[StoredTensor], metadata: Mapping[str, str] = METADATA) -> OutputFile:
     """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last."""
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
     slots, offset = [], 0
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
         slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))
         offset += spec.size
-    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}))
-    return OutputFile(file, header_bytes, offset, tuple(slots))
+    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}, metadata))
+    return OutputFile(file, header_bytes, offset, tuple(slots), tuple(metadata.items()))
 
 
-def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], room: int = 0) -> bytes:
+def header(
+    tensors: dict[str, tuple[DType, tuple[int, ...], int]], metadata: Mapping[str, str] = METADATA, room: int = 0
+) -> bytes:
     """The first bytes of a file: name -> (dtype, shape, offset among the data), padded to `room` and to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": METADATA}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, (dtype, shape, offset) in tensors.items():
         stop = offset + dtype.size(shape)
         entries[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, stop]}
@@ -196,7 +198,7 @@ class ShardWriter:
             entries[slot.name] = (slot.dtype, shape, offset)
             sizes[slot.name] = size
             offset += size
-        head = header(entries, self.file.header_bytes)
+        head = header(entries, dict(self.file.metadata), self.file.header_bytes)
         assert len(head) == self.file.header_bytes, (len(head), self.file.header_bytes)
         self._put(head, 0)
         with io_errors("writing", self.path):

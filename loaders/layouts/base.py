@@ -31,6 +31,7 @@ class Layout(Protocol):
     """A consumer's expectations. Refuses, as BadSpec, what the consumer could not load."""
 
     container: ClassVar[str]  # the kind of weight files it reads
+    metadata: ClassVar[Mapping[str, str]]  # what the files say of themselves
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         """What will be stored, and under which names: one for each decision that is not "drop"."""
@@ -42,6 +43,8 @@ class Layout(Protocol):
         """config.json; None where there will be none."""
         ...
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
-        """model.safetensors.index.json; None where there will be none. `total_bytes` are those of all tensors."""
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        """model.safetensors.index.json; None where there will be none. `total_bytes` are those of all
+        tensors, `parameters` the numbers in them before they were quantized.
+        """
         ...

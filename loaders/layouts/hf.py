@@ -24,6 +24,7 @@ from loaders.recipes import stored_name
 from loaders.rules import LINEAR, Decision
 from loaders.specs import DTYPES, OutputFile, StoredTensor
 
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
 DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
 
 
@@ -31,6 +32,7 @@ class HfLayout:
     """See `Layout`."""
 
     container: ClassVar[str] = "safetensors"
+    metadata: ClassVar[Mapping[str, str]] = {"format": "pt"}
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         return place(decisions, checkpoint.config)
@@ -42,7 +44,7 @@ class HfLayout:
             return None
         return config_json(checkpoint.config, decisions, checkpoint.family, compute_dtype)
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         if len(files) == 1:
             return None
         weight_map = {slot.name: file.name for file in files for slot in file.slots}
@@ -77,7 +79,7 @@ def config_json(
     Raises:
         BadSpec: the engine's skip list cannot say which modules are quantized.
     """
-    made = {key: value for key, value in config.items() if key != "quantization_config" or is_copied(decisions)}
+    made = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS or is_copied(decisions)}
     schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
     casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
     if not schemes:
