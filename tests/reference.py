@@ -63,6 +63,19 @@ def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> 
     return np.concatenate(quarters) * np.float32(factor)
 
 
+def decode_mlx(tensors: Mapping[str, Raw], module: str, bits: int) -> np.ndarray:
+    """An affine weight of MLX, float32: its words as one long number each row, `bits` bits of it a code."""
+    words, scales, biases = (tensors[f"{module}.{part}"] for part in ("weight", "weight_scales", "weight_biases"))
+    columns = words.data.shape[1] * 32 // bits
+    group = columns // scales.data.shape[1]
+    rows = []
+    for row in words.data:
+        number = int.from_bytes(row.tobytes(), "little")
+        rows.append([(number >> (bits * column)) & ((1 << bits) - 1) for column in range(columns)])
+    wide = [np.repeat(values_of(part), group, axis=1) for part in (scales, biases)]
+    return np.array(rows, np.float32) * wide[0] + wide[1]
+
+
 def relative_error(source: np.ndarray, decoded: np.ndarray) -> float:
     x, y = source.astype(np.float64), decoded.astype(np.float64)
     return float(np.sqrt(((x - y) ** 2).sum() / (x**2).sum()))
