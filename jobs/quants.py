@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.strict import FloatName, Spec
 from loaders.mixes.mlx import MixedRecipe, MlxRules, bits_of
@@ -12,6 +12,8 @@ from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
 from loaders.quantization.mlx import BITS as MLX_BITS
 from loaders.quantization.mlx import GROUP_SIZES as MLX_GROUP_SIZES
 from loaders.quantization.mlx import MlxAffine
+from loaders.quantization.mlx_float import SETTINGS as MLX_FLOATS
+from loaders.quantization.mlx_float import MlxFloat
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
@@ -96,29 +98,30 @@ class TernaryQuant(Quant):
 
 
 class MlxQuant(Quant):
-    """quant=mlx_int4, quant=mlx_int8."""
+    """quant=mlx_int4, quant=mlx_int8, quant=mlx_mxfp4, ..."""
 
     kind: Literal["mlx"]
-    bits: int = Field(description=f"of a code: {', '.join(map(str, MLX_BITS))}")
-    group_size: int = Field(description=f"weights sharing a scale: {', '.join(map(str, MLX_GROUP_SIZES))}")
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = Field(description="whole numbers, or small floats")
+    bits: int = Field(description=f"of a code; affine has {', '.join(map(str, MLX_BITS))}")
+    group_size: int = Field(description=f"weights sharing a scale; affine has {', '.join(map(str, MLX_GROUP_SIZES))}")
 
     @property
     def scheme(self) -> Scheme:
-        return MlxAffine(self.bits, self.group_size)
+        return MlxAffine(self.bits, self.group_size) if self.mode == "affine" else MlxFloat(self.mode)
 
     @property
     def mix(self) -> Mix | None:
         return MlxRules(self.group_size)
 
-    @field_validator("bits")
-    @classmethod
-    def _bits_are_known(cls, bits: int) -> int:
-        return one_of(bits, MLX_BITS)
-
-    @field_validator("group_size")
-    @classmethod
-    def _group_size_is_known(cls, size: int) -> int:
-        return one_of(size, MLX_GROUP_SIZES)
+    @model_validator(mode="after")
+    def _mode_has_them(self) -> MlxQuant:
+        known = {"affine": (MLX_BITS, MLX_GROUP_SIZES), **{m: ((b,), (g,)) for m, (b, g) in MLX_FLOATS.items()}}
+        for name, value, values in zip(
+            ("bits", "group_size"), (self.bits, self.group_size), known[self.mode], strict=True
+        ):
+            if value not in values:
+                raise ValueError(f"{name} is {value}; {self.mode} has {', '.join(map(str, values))}")
+        return self
 
 
 class MlxMixedQuant(Quant):
@@ -137,20 +140,21 @@ class MlxMixedQuant(Quant):
         return MlxRules(self.group_size, MlxAffine(bits_of(self.recipe)[1], self.group_size))
 
     def varied(self, settings: dict[str, Any]) -> Scheme:
-        low = {"kind": "mlx", "name": self.name, "bits": bits_of(self.recipe)[0], "group_size": self.group_size}
+        low = {
+            "kind": "mlx",
+            "name": self.name,
+            "mode": "affine",
+            "bits": bits_of(self.recipe)[0],
+            "group_size": self.group_size,
+        }
         return MlxQuant.model_validate({**low, **settings}).scheme
 
     @field_validator("group_size")
     @classmethod
     def _group_size_is_known(cls, size: int) -> int:
-        return one_of(size, MLX_GROUP_SIZES)
-
-
-def one_of(value: int, known: tuple[int, ...]) -> int:
-    """Raises ValueError: it is none of those."""
-    if value not in known:
-        raise ValueError(f"expected one of {', '.join(map(str, known))}")
-    return value
+        if size not in MLX_GROUP_SIZES:
+            raise ValueError(f"expected one of {', '.join(map(str, MLX_GROUP_SIZES))}")
+        return size
 
 
 QuantSpec = Annotated[NoneQuant | Bnb4Quant | TernaryQuant | MlxQuant | MlxMixedQuant, Field(discriminator="kind")]

@@ -17,6 +17,7 @@ from loaders.errors import BadSpec
 from loaders.layouts.base import Placed
 from loaders.mlx_models import MODELS, MlxModel, convert_dtype, fault, model_of, num_experts, stack_of, translate_config
 from loaders.quantization.mlx import BIASES, SCALES, MlxAffine
+from loaders.quantization.mlx_float import MlxFloat
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.rules import Decision
@@ -144,7 +145,7 @@ def quantization(quantized: Sequence[Decision], model: MlxModel) -> dict[str, An
 
 def _settings(scheme: Scheme | None, *, with_mode: bool) -> dict[str, Any]:
     """As mlx-lm writes them; a module's without a mode are affine."""
-    assert isinstance(scheme, MlxAffine), scheme
+    assert isinstance(scheme, MlxAffine | MlxFloat), scheme
     settings: dict[str, Any] = {"group_size": scheme.group_size, "bits": scheme.bits}
     return settings | ({"mode": scheme.mode} if with_mode or scheme.mode != "affine" else {})
 

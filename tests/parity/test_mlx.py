@@ -14,7 +14,10 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.quantization.mlx import BITS, GROUP_SIZES, MlxAffine
+from loaders.quantization.mlx_float import MlxFloat
+from loaders.quantization.scheme import Scheme
 from loaders.work import ThreadedWork
+from tests import reference
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw, read_safetensors, weights, write_checkpoint
 
@@ -38,6 +41,14 @@ def mlx_array(raw: Raw) -> Any:
 
 def bytes_of(array: Any) -> bytes:
     return np.array(array.view(mx.uint8) if array.size else array).tobytes()
+
+
+def encoded(scheme: Scheme, raw: Raw) -> dict[str, np.ndarray]:
+    view = MemoryView(raw)
+    sink = MemorySink(scheme, view.spec)
+    with ThreadPoolExecutor(1) as pool:
+        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    return sink.stored
 
 
 def awkward() -> np.ndarray:
@@ -67,12 +78,36 @@ def test_codes_scales_and_biases_are_those_of_mx_quantize(dtype: str, bits: int,
         rows = np.concatenate([awkward(), ordinary])
         raw = weights(np.clip(rows, -6e4, 6e4) if dtype == "F16" else rows, dtype)
     wanted = mx.quantize(mlx_array(raw), group_size=group, bits=bits)
-    scheme, view = MlxAffine(bits, group), MemoryView(raw)
-    sink = MemorySink(scheme, view.spec)
-    with ThreadPoolExecutor(1) as pool:
-        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    mine = encoded(MlxAffine(bits, group), raw)
     for role, array in zip(("weight", "weight_scales", "weight_biases"), wanted, strict=True):
-        assert sink.stored[role].tobytes() == bytes_of(array), role
+        assert mine[role].tobytes() == bytes_of(array), role
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("dtype", sorted(MX_DTYPES))
+def test_small_floats_and_their_scales_are_those_of_mx_quantize(dtype: str, mode: Any) -> None:
+    rng, scheme = np.random.default_rng(7), MlxFloat(mode)
+    rows = np.concatenate([awkward(), rng.standard_normal((64, 256)) * np.exp2(rng.uniform(-12, 3, (64, 1)))])
+    rows[[2, 3, 10, 12]] = 0  # beyond what MLX's scales hold: see the next test
+    rows[40:44] = np.round(rows[40:44] * 64) / 8
+    raw = weights(rows, dtype)
+    codes, scales = mx.quantize(mlx_array(raw), group_size=scheme.group_size, bits=scheme.bits, mode=mode)
+    mine = encoded(scheme, raw)
+    assert mine["weight_scales"].tobytes() == bytes_of(scales)
+    assert mine["weight"].tobytes() == bytes_of(codes)
+
+
+def test_small_floats_beyond_what_a_scale_holds_stay_finite() -> None:
+    """Where MLX's exponent wraps around to infinities, and its nvfp4 gives zeros for the greatest weights."""
+    rows = np.zeros((2, 64), np.float32)
+    rows[0, 0], rows[1, 0] = 1e-40, 1e30
+    for mode, wanted in (("mxfp4", [0.0, 2.0**100]), ("mxfp8", [0.0, 1e30]), ("nvfp4", [0.0, 6 * 448.0])):
+        scheme = MlxFloat(mode)
+        stored = {f"w.{role}": Raw(p.dtype.name, encoded(scheme, Raw("F32", rows))[role].reshape(p.shape))
+                  for role, p in scheme.stored(MemoryView(Raw("F32", rows)).spec).items()}  # fmt: skip
+        decoded = reference.decode_mlx_float(stored, "w", scheme.bits, scheme.mode)
+        assert np.isfinite(decoded).all()
+        assert decoded[:, 0] == pytest.approx(wanted, rel=0.3, abs=1e-37)
 
 
 # --- checkpoints
@@ -213,6 +248,9 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
     "qwen3_moe int4": ("qwen3_moe", {}, ["quant=mlx_int4"], {}),
     "qwen3_moe int8 tied": ("qwen3_moe", {"tied": True}, ["quant=mlx_int8"], {"bits": 8}),
     "mixtral int4": ("mixtral", {}, ["quant=mlx_int4"], {}),
+    "llama mxfp4": ("llama", {}, ["quant=mlx_mxfp4"], {"mode": "mxfp4"}),
+    "qwen3_moe mxfp8 fp16": ("qwen3_moe", {"dtype": "F16"}, ["quant=mlx_mxfp8"], {"mode": "mxfp8"}),
+    "mixtral nvfp4": ("mixtral", {}, ["quant=mlx_nvfp4"], {"mode": "nvfp4"}),
     "llama mixed": ("llama", {}, ["quant=mlx_mixed_4_6"], {"recipe": "mixed_4_6"}),
     "qwen3_moe mixed": ("qwen3_moe", {}, ["quant=mlx_mixed_4_6"], {"recipe": "mixed_4_6"}),
     "mixtral mixed 2 6": (

@@ -88,7 +88,7 @@ def _scales(lanes: Lanes, lows: Array, highs: Array, top: Value, scales: Array, 
     lanes.store(lanes.b.select(has_steps, edge, zero), biases, start)
 
 
-def _packed(lanes: Lanes, codes: Value, bits: int) -> Value:
+def packed_bits(lanes: Lanes, codes: Value, bits: int) -> Value:
     """Codes (int8, a multiple of eight) as a stream of bits: int8, `bits` for every eight codes."""
     count = codes.type.count
     for width, narrow, wide in ((bits, I8, I16), (2 * bits, I16, I32), (4 * bits, I32, I64)):
@@ -114,7 +114,7 @@ def _coder_of(bits: int) -> Any:
             parts.append(lanes.b.trunc(whole, ir.VectorType(I8, LANES)))
         codes = lanes.join(parts)
         place = lanes.op("mul", lanes.op("lshr", at, 3), bits)
-        lanes.store(codes if bits == 8 else _packed(lanes, codes, bits), packed, place)
+        lanes.store(codes if bits == 8 else packed_bits(lanes, codes, bits), packed, place)
 
     return code
 
