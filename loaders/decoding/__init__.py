@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes
+from loaders.decoding import bitnet, bitsandbytes, mlx
 from loaders.errors import BadSpec
 from loaders.recipes import Recipe
 
@@ -14,12 +14,15 @@ from loaders.recipes import Recipe
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
+    "mlx": mlx.find,
 }
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
     """How a checkpoint says that it was quantized; None for a plain one."""
     block: Any = checkpoint.config.get("quantization_config")
+    if mlx.is_mlx(checkpoint):
+        return "mlx"
     if block is None:
         return "bitsandbytes" if any(bitsandbytes.STATE.match(spec.name) for spec in checkpoint.weights) else None
     method = block.get("quant_method") if isinstance(block, dict) else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders import mlx_models
 from loaders.backends import kernels_of
 from loaders.quantization.mlx import BITS, GROUP_SIZES, MlxAffine
 from loaders.quantization.mlx_float import MlxFloat
@@ -19,14 +22,14 @@ from loaders.quantization.scheme import Scheme
 from loaders.work import ThreadedWork
 from tests import reference
 from tests.loaders.test_schemes import MemorySink, MemoryView
-from tests.making import Raw, read_safetensors, weights, write_checkpoint
+from tests.making import Raw, read_safetensors, values_of, weights, write_checkpoint, write_safetensors
 
 mx = pytest.importorskip("mlx.core")
 mlx_utils = pytest.importorskip("mlx_lm.utils")
 mlx_convert = pytest.importorskip("mlx_lm.convert")
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
 MX_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -271,3 +274,175 @@ def test_the_checkpoint_is_that_of_mlx_lm(case: str, tmp_path: Path, weightmill:
     check_same(tmp_path / "out", tmp_path / "peer", model)
     ran = weightmill("verify", f"output.path={tmp_path / 'out'}")
     assert ran.status == 0, ran.out + ran.err
+
+
+def test_the_demo_is_converted_as_mlx_lm_converts_it(tmp_path: Path, weightmill: Run) -> None:
+    """By its own command, tokenizer and all; a config.json with torch_dtype has mlx-lm cast first."""
+    shutil.copytree(DEMO, tmp_path / "source")
+    config = json.loads((DEMO / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    mlx_convert.convert(str(tmp_path / "source"), tmp_path / "peer", quantize=True)
+    ran = weightmill("run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", "quant=mlx_int4")
+    assert ran.status == 0, ran.err
+    model, _ = mlx_utils.load_model(tmp_path / "peer")
+    check_same(tmp_path / "out", tmp_path / "peer", model)
+    _, tokenizer = mlx_utils.load(str(tmp_path / "out"))
+    assert tokenizer.decode(tokenizer.encode("the list")).endswith("the list")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mixtral"])
+def test_without_quantization_mlx_lm_computes_what_the_source_says(kind: str, tmp_path: Path, weightmill: Run) -> None:
+    """rope_theta and all: mlx-lm itself, given the settings by hand, computes the same from the source."""
+    config = write_model(tmp_path / "source", kind, "F32", theta=5e5)
+    run = (f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", "quant=none", "output=mlx")
+    assert weightmill("run", *run).status == 0
+    model, _ = mlx_utils.load_model(tmp_path / "source", model_config=config)
+    ours, _ = mlx_utils.load_model(tmp_path / "out")
+    assert np.array_equal(logits(ours), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "bits", "mode"),
+    [
+        ("llama", ["quant=mlx_int4", "quant.bits=3"], 3, "affine"),
+        ("qwen3_moe", ["quant=mlx_int8"], 8, "affine"),
+        ("mixtral", ["quant=mlx_mxfp4"], 4, "mxfp4"),
+        ("qwen3_moe", ["quant=none", "output=mlx"], 0, "none"),
+    ],
+)
+def test_an_mlx_checkpoint_is_read_back_under_transformers_names(
+    kind: str, arguments: list[str], bits: int, mode: str, tmp_path: Path, weightmill: Run
+) -> None:
+    write_model(tmp_path / "source", kind, "F32")
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert weightmill("run", f"model.path={tmp_path / 'source'}", f"output.path={out}", *arguments).status == 0
+    ran = weightmill("run", f"model.path={out}", f"output.path={back}", "quant=none", "quant.dtype=float32")
+    assert ran.status == 0, ran.err
+    source, found, written = (read_safetensors(folder) for folder in (tmp_path / "source", back, out))
+    assert set(found) == set(source)
+    model = mlx_models.model_of({"model_type": kind})
+    for name, raw in found.items():
+        assert raw.dtype == "F32"
+        stack, index = mlx_models.stack_of(model, name) or (name, None)
+        module = stack.removesuffix(".weight")
+        if f"{module}.scales" not in written:
+            assert np.array_equal(raw.data, values_of(source[name])), name
+            continue
+        names = [f"{module}.{part}" for part in ("weight", "scales", "biases")]
+        parts = [written[each].data for each in names if each in written]
+        arrays = [mx.array(part if index is None else part[index]) for part in parts]
+        chosen = {"bits": 8, "mode": "affine"} if module.endswith("mlp.gate") else {"bits": bits, "mode": mode}
+        group = 32 if chosen["mode"] == "mxfp4" else 64
+        wanted = np.array(mx.dequantize(*arrays, group_size=group, dtype=mx.float32, **chosen))
+        # a fused multiplication and addition may round once where we round twice
+        assert np.allclose(raw.data, wanted, rtol=1e-6, atol=1e-8), name
+    made = json.loads((back / "config.json").read_text())
+    assert "quantization" not in made
+    assert "quantization_config" not in made
+
+
+def test_transformers_computes_the_same_from_a_checkpoint_that_was_mlx(tmp_path: Path, weightmill: Run) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    write_model(tmp_path / "source", "qwen3_moe", "F32", theta=5e5)
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert weightmill("run", f"model.path={tmp_path / 'source'}", f"output.path={out}", "quant=mlx_int8").status == 0
+    ran = weightmill("run", f"model.path={out}", f"output.path={back}", "quant=none", "quant.dtype=float32")
+    assert ran.status == 0, ran.err
+    config = json.loads((back / "config.json").read_text())
+    (back / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3MoeForCausalLM"]}))
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (1, 9))
+    with torch.no_grad():
+        found = model(torch.from_numpy(ids)).logits.numpy()
+    mine, _ = mlx_utils.load_model(out)
+    wanted = logits(mine)
+    assert np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max()  # the same weights, float32 sums in other orders
+
+
+REFUSED: dict[str, tuple[str, list[str], str]] = {
+    "an unknown model_type": ("llama", ["model_type=gpt_neox"], "model_type 'gpt_neox' is not one whose MLX names"),
+    "another engine's scheme": ("llama", ["quant=nf4", "output=mlx"], "mlx holds MLX's schemes, not bitsandbytes's"),
+    "half of the experts": (
+        "mixtral", ["rules=[{name: experts.1., action: drop}]"], "mlx-lm stacks 4 experts, of which 3 are to be",
+    ),
+    "experts of different bits": (
+        "mixtral", ["rules=[{name: experts.1., action: quantize, quant: {bits: 8}}]"], "give them different schemes",
+    ),
+    "a head_dim that cannot be told": ("mixtral", ["head_dim=64"], "head_dim is 64, but mlx-lm's mixtral takes"),
+    "rows that do not divide": (
+        "llama", ["quant.group_size=128", "rules=[{name: down_proj, action: quantize}]"],
+        "its rows of 192 do not divide into groups of 128",
+    ),
+    "bits that a mode lacks": ("llama", ["quant=mlx_mxfp4", "quant.bits=8"], "bits is 8; mxfp4 has 4"),
+    "an unknown setting of a rule": (
+        "llama", ["rules=[{name: down_proj, action: quantize, quant: {bits: 7}}]"], "bits is 7; affine has 2, 3, 4",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_what_mlx_lm_could_not_load_is_refused_in_the_plan(case: str, tmp_path: Path, weightmill: Run) -> None:
+    kind, arguments, message = REFUSED[case]
+    write_model(tmp_path / "source", kind)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    changes = dict(a.split("=") for a in arguments if a.startswith(("model_type", "head_dim")))
+    changed = {key: int(value) if value.isdigit() else value for key, value in changes.items()}
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, **changed}))
+    rest = [a for a in arguments if not a.startswith(("model_type", "head_dim"))]
+    quant = [] if any(a.startswith("quant=") for a in rest) else ["quant=mlx_int4"]
+    ran = weightmill("plan", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", *quant, *rest)
+    assert ran.status == 2, ran.out
+    assert re.search(message, " ".join(ran.err.split())), ran.err
+
+
+def test_a_rule_gives_some_modules_other_bits_or_modes(tmp_path: Path, weightmill: Run) -> None:
+    write_model(tmp_path / "source", "llama")
+    ran = weightmill(
+        "run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", "quant=mlx_int4",
+        "rules=[{name: v_proj, action: quantize, quant: {bits: 8, group_size: 32}},{role: embedding, action: keep},"
+        "{role: head, action: quantize, quant: {mode: mxfp8, bits: 8, group_size: 32}}]",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert block == {
+        "group_size": 64, "bits": 4, "mode": "affine",
+        "lm_head": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        "model.layers.0.self_attn.v_proj": {"group_size": 32, "bits": 8},
+        "model.layers.1.self_attn.v_proj": {"group_size": 32, "bits": 8},
+    }  # fmt: skip
+    model, _ = mlx_utils.load_model(tmp_path / "out")
+    assert (model.lm_head.mode, model.lm_head.bits) == ("mxfp8", 8)
+    assert model.layers[1].self_attn.v_proj.group_size == 32
+    assert not hasattr(model.model.embed_tokens, "scales")
+    assert np.isfinite(logits(model)).all()
+
+
+def test_one_flipped_bit_of_a_stack_is_found(tmp_path: Path, weightmill: Run) -> None:
+    write_model(tmp_path / "source", "qwen3_moe")
+    out = tmp_path / "out"
+    assert weightmill("run", f"model.path={tmp_path / 'source'}", f"output.path={out}", "quant=mlx_int4").status == 0
+    assert weightmill("verify", f"output.path={out}").status == 0
+    [path] = out.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    start = header["model.layers.1.mlp.switch_mlp.up_proj.weight"]["data_offsets"][0]
+    data[8 + int.from_bytes(data[:8], "little") + start + 100] ^= 1
+    path.write_bytes(data)
+    ran = weightmill("verify", f"output.path={out}")
+    assert ran.status == 1
+    assert "switch_mlp.up_proj.weight" in ran.out + ran.err
+
+
+def test_a_part_that_is_missing_is_told(tmp_path: Path, weightmill: Run) -> None:
+    write_model(tmp_path / "source", "llama")
+    out = tmp_path / "out"
+    assert weightmill("run", f"model.path={tmp_path / 'source'}", f"output.path={out}", "quant=mlx_int4").status == 0
+    tensors = read_safetensors(out)
+    del tensors["lm_head.biases"]
+    write_safetensors(out / "model.safetensors", tensors)
+    (out / "model.safetensors.index.json").unlink()
+    ran = weightmill("plan", f"model.path={out}", f"output.path={tmp_path / 'x'}", "quant=nf4")
+    assert ran.status == 1
+    assert "lm_head.weight: it is quantized, but lm_head.biases is missing" in ran.err
