@@ -135,6 +135,11 @@ class TargetPlan:
     warnings: tuple[str, ...]
 
     @property
+    def parameters(self) -> int:
+        """Numbers in all tensors that are written, before they were quantized."""
+        return sum(d.recipe.spec.numel for d in self.decisions if d.action != "drop")
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of all stored tensors, or at most so many where a length depends on values."""
         return sum(file.tensor_bytes for file in self.files)

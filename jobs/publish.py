@@ -36,7 +36,8 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     """
     _check_files(target, journal, records)
     made: dict[str, bytes] = {}
-    index = target.target.layout.index(target.files, sum(t.output_bytes for record in records for t in record.tensors))
+    stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
+    index = target.target.layout.index(target.files, stored_bytes, target.parameters)
     if index is not None:
         made[target.target.container.index] = json_bytes(index)
     if target.config is not None:

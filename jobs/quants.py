@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from jobs.strict import FloatName, Spec
+from loaders.mixes.mlx import MixedRecipe, MlxRules, bits_of
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
 from loaders.quantization.float4 import Mxfp4, Nvfp4
 from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.hqq import BITS, Hqq
 from loaders.quantization.int8 import LlmInt8
+from loaders.quantization.mlx import BITS as MLX_BITS
+from loaders.quantization.mlx import GROUP_SIZES as MLX_GROUP_SIZES
+from loaders.quantization.mlx import MlxAffine
+from loaders.quantization.mlx_float import SETTINGS as MLX_FLOATS
+from loaders.quantization.mlx_float import MlxFloat
 from loaders.quantization.packed_int import GROUP_SIZES as INT_GROUP_SIZES
 from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.plain import Plain
@@ -172,7 +178,67 @@ class CompressedTensorsQuant(Quant):
         return size
 
 
+class MlxQuant(Quant):
+    """quant=mlx_int4, quant=mlx_int8, quant=mlx_mxfp4, ..."""
+
+    kind: Literal["mlx"]
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = Field(description="whole numbers, or small floats")
+    bits: int = Field(description=f"of a code; affine has {', '.join(map(str, MLX_BITS))}")
+    group_size: int = Field(description=f"weights sharing a scale; affine has {', '.join(map(str, MLX_GROUP_SIZES))}")
+
+    @property
+    def scheme(self) -> Scheme:
+        return MlxAffine(self.bits, self.group_size) if self.mode == "affine" else MlxFloat(self.mode)
+
+    @property
+    def mix(self) -> Mix | None:
+        return MlxRules(self.group_size)
+
+    @model_validator(mode="after")
+    def _mode_has_them(self) -> MlxQuant:
+        known = {"affine": (MLX_BITS, MLX_GROUP_SIZES), **{m: ((b,), (g,)) for m, (b, g) in MLX_FLOATS.items()}}
+        for name, value, values in zip(
+            ("bits", "group_size"), (self.bits, self.group_size), known[self.mode], strict=True
+        ):
+            if value not in values:
+                raise ValueError(f"{name} is {value}; {self.mode} has {', '.join(map(str, values))}")
+        return self
+
+
+class MlxMixedQuant(Quant):
+    """quant=mlx_mixed_4_6."""
+
+    kind: Literal["mlx_mixed"]
+    recipe: MixedRecipe = Field(description="mlx-lm's, by its low and its high bits")
+    group_size: int = Field(description=f"weights sharing a scale: {', '.join(map(str, MLX_GROUP_SIZES))}")
+
+    @property
+    def scheme(self) -> Scheme:
+        return MlxAffine(bits_of(self.recipe)[0], self.group_size)
+
+    @property
+    def mix(self) -> Mix | None:
+        return MlxRules(self.group_size, MlxAffine(bits_of(self.recipe)[1], self.group_size))
+
+    def varied(self, settings: dict[str, Any]) -> Scheme:
+        low = {
+            "kind": "mlx",
+            "name": self.name,
+            "mode": "affine",
+            "bits": bits_of(self.recipe)[0],
+            "group_size": self.group_size,
+        }
+        return MlxQuant.model_validate({**low, **settings}).scheme
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_is_known(cls, size: int) -> int:
+        if size not in MLX_GROUP_SIZES:
+            raise ValueError(f"expected one of {', '.join(map(str, MLX_GROUP_SIZES))}")
+        return size
+
+
 QuantSpec = Annotated[
-    NoneQuant | Bnb4Quant | Int8Quant | TernaryQuant | HqqQuant | CompressedTensorsQuant,
+    NoneQuant | Bnb4Quant | Int8Quant | TernaryQuant | HqqQuant | CompressedTensorsQuant | MlxQuant | MlxMixedQuant,
     Field(discriminator="kind"),
 ]

@@ -113,7 +113,7 @@ class OutputSpec(Spec):
 
     root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
     path: str | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf", "hqq"] = Field(
+    layout: Literal["auto", "hf", "hqq", "mlx"] = Field(
         description="names and config of which consumer; auto: the scheme's engine"
     )
     container: Literal["auto", "safetensors", "pytorch"] = Field(

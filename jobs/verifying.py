@@ -72,7 +72,7 @@ class VerifyTask:
                 view, encoded = view_of(recipe, source, work), placement.encoded_spec(recipe)
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
                 error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
-                fault = self.gate.fault(recipe.name, error, placement.scheme.error_limit)
+                fault = self.gate.fault(recipe.name, error, placement.scheme)
                 found = [fault] if fault else []
                 if error != ErrorSums(**self.recorded[recipe.name]["sums"]):
                     found.append(f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded")
@@ -205,7 +205,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
         elif hash_file(path) != digest:
             faults.append(f"{name}: it is not as it was written")
     target = plan.targets[TARGET]
-    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()))
+    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
     path = written.root / target.target.container.index
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
         faults.append(f"{path.name}: it does not say what the files hold")

@@ -75,7 +75,7 @@ def read_safetensors(folder: Path) -> dict[str, Raw]:
     found = {}
     kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8,
              "I64": np.int64, "BOOL": np.uint8, "I8": np.int8, "F8_E8M0": np.uint8, "F8_E4M3": np.uint8,
-             "I32": np.int32}  # fmt: skip
+             "I32": np.int32, "U32": np.uint32}  # fmt: skip
     for path in sorted(folder.glob("*.safetensors")):
         data = path.read_bytes()
         [length] = struct.unpack("<Q", data[:8])

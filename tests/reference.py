@@ -123,6 +123,44 @@ def e4m3(codes: np.ndarray) -> np.ndarray:
     return np.array(table, np.float32)[codes]
 
 
+def decode_mlx(tensors: Mapping[str, Raw], module: str, bits: int) -> np.ndarray:
+    """An affine weight of MLX, float32: its words as one long number each row, `bits` bits of it a code."""
+    words, scales, biases = (tensors[f"{module}.{part}"] for part in ("weight", "weight_scales", "weight_biases"))
+    columns = words.data.shape[1] * 32 // bits
+    group = columns // scales.data.shape[1]
+    rows = []
+    for row in words.data:
+        number = int.from_bytes(row.tobytes(), "little")
+        rows.append([(number >> (bits * column)) & ((1 << bits) - 1) for column in range(columns)])
+    wide = [np.repeat(values_of(part), group, axis=1) for part in (scales, biases)]
+    return np.array(rows, np.float32) * wide[0] + wide[1]
+
+
+def decode_mlx_float(tensors: Mapping[str, Raw], module: str, bits: int, mode: str) -> np.ndarray:
+    """An mxfp4, mxfp8 or nvfp4 weight of MLX, float32."""
+    codes = tensors[f"{module}.weight"].data.view(np.uint8)
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(codes.shape[0], -1)
+        values = np.array([small_float(code, exponent_bits=2, mantissa_bits=1) for code in range(16)])
+    else:
+        values = np.array([small_float(code, exponent_bits=4, mantissa_bits=3) for code in range(256)])
+    scales = tensors[f"{module}.weight_scales"].data
+    if mode == "nvfp4":
+        factors = np.array([small_float(code, exponent_bits=4, mantissa_bits=3) for code in range(256)])[scales]
+    else:
+        factors = 2.0 ** (scales.astype(np.float64) - 127)
+    return (values[codes] * np.repeat(factors, codes.shape[1] // scales.shape[1], axis=1)).astype(np.float32)
+
+
+def small_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
+    """The value of a sign, an exponent with the usual bias, and a mantissa."""
+    mantissa, rest = code % 2**mantissa_bits, code >> mantissa_bits
+    exponent, sign = rest % 2**exponent_bits, -1 if rest >> exponent_bits else 1
+    bias = 2 ** (exponent_bits - 1) - 1
+    fraction = mantissa / 2**mantissa_bits + (exponent > 0)
+    return sign * fraction * 2.0 ** (max(exponent, 1) - bias)
+
+
 def relative_error(source: np.ndarray, decoded: np.ndarray) -> float:
     x, y = source.astype(np.float64), decoded.astype(np.float64)
     return float(np.sqrt(((x - y) ** 2).sum() / (x**2).sum()))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes, compressed_tensors, fp8, hqq
+from loaders.decoding import bitnet, bitsandbytes, compressed_tensors, fp8, hqq, mlx
 from loaders.errors import BadSpec
 from loaders.families import text_config
 from loaders.recipes import Recipe
@@ -18,6 +18,7 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "hqq": hqq.find,
     "fp8": fp8.find,
     "compressed-tensors": compressed_tensors.find,
+    "mlx": mlx.find,
 }
 
 # What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
@@ -27,6 +28,8 @@ METHOD_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.js
 def method_of(checkpoint: Checkpoint) -> str | None:
     """How a checkpoint says that it was quantized; None for a plain one."""
     block: Any = text_config(checkpoint.config, "quantization_config")
+    if mlx.is_mlx(checkpoint):
+        return "mlx"
     if block is None:
         names = [spec.name for spec in checkpoint.weights]
         if any(name.endswith(hqq.PACKED) for name in names):

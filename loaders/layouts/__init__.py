@@ -5,14 +5,16 @@ from __future__ import annotations
 from loaders.layouts.base import Layout, Placed
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.hqq import HqqLayout
+from loaders.layouts.mlx import MlxLayout
 
 __all__ = ["BY_ENGINE", "LAYOUTS", "Layout", "Placed"]
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout())}
 BY_ENGINE = {
     "plain": "hf",
     "bitsandbytes": "hf",
     "bitnet": "hf",
     "hqq": "hqq",
     "compressed-tensors": "hf",
+    "mlx": "mlx",
 }  # the layout that a scheme's engine reads

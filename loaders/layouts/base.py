@@ -48,6 +48,8 @@ class Layout(Protocol):
         """config.json; None where there will be none."""
         ...
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
-        """The index of several files; None where there will be none. `total_bytes` are those of all tensors."""
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        """The index; None where there will be none. `total_bytes` are those of all tensors, `parameters` the numbers
+        in them before they were quantized.
+        """
         ...

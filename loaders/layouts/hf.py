@@ -27,6 +27,7 @@ from loaders.recipes import stored_name
 from loaders.rules import LINEAR, Decision
 from loaders.specs import DTYPES, OutputFile, StoredTensor
 
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
 DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
 
 
@@ -50,7 +51,7 @@ class HfLayout:
             return None
         return config_json(checkpoint.config, decisions, checkpoint.family, compute_dtype)
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         if len(files) == 1:
             return None
         weight_map = {slot.name: file.name for file in files for slot in file.slots}
@@ -111,9 +112,9 @@ def config_json(
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without its quantization_config, at the top or in the text part."""
-    made = {key: value for key, value in config.items() if key != "quantization_config"}
+    made = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if isinstance(made.get("text_config"), Mapping):
-        made["text_config"] = {k: v for k, v in made["text_config"].items() if k != "quantization_config"}
+        made["text_config"] = {k: v for k, v in made["text_config"].items() if k not in QUANTIZATION_KEYS}
     return made
 
 

@@ -118,6 +118,16 @@ class Scheme(Decoder, Protocol):
 
 
 @runtime_checkable
+class Floored(Protocol):
+    """A scheme whose scales cannot be as small as weights can."""
+
+    @property
+    def error_floor(self) -> float:
+        """The root mean square error, beside `error_limit`'s share, that a right encoding of tiny weights can have."""
+        ...
+
+
+@runtime_checkable
 class Sharing(Protocol):
     """A scheme whose fused partners (q/k/v, gate/up) must have something in common."""
 
