@@ -214,7 +214,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             tuple(file for file in files if file is not None),
             {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
-            tuple(_warnings(checkpoint, target.scheme, decisions, config)),
+            (*target.layout.warnings(decisions), *_warnings(checkpoint, target.scheme, decisions, config)),
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(

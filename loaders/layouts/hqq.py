@@ -21,6 +21,10 @@ from loaders.recipes import stored_name
 from loaders.rules import Decision
 from loaders.specs import DTYPES, OutputFile, StoredTensor, TensorSpec
 
+EXPERTS = (
+    "hqq finds experts that lie one by one beside transformers 4 only: transformers 5 fuses them, and hqq neither saves"
+    " nor loads fused ones"
+)
 ROLES = ("W_q", "scale", "zero")
 
 
@@ -71,6 +75,11 @@ class HqqLayout:
             if isinstance(modules.get(module, {}).get(key), Ref) and other not in modules:
                 modules[other] = {other_key: modules[module][key]}
         return tuple((module, tuple(values.items())) for module, values in modules.items())
+
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        if any(decision.recipe.role == "expert" for decision in decisions):
+            return (EXPERTS,)
+        return ()
 
     def config(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
