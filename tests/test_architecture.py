@@ -27,7 +27,7 @@ LAYERS = [
     ("rules", ("loaders.rules",)),
     ("sources", ("loaders.sources",)),
     ("decoding", ("loaders.decoding",)),
-    ("recipes", ("loaders.recipes",)),
+    ("recipes", ("loaders.recipes", "loaders.stacks")),
     ("checkpoints", ("loaders.checkpoint", "loaders.families")),
     ("schemes", ("loaders.quantization", "loaders.backends", "loaders.strategies", "loaders.containers",
                  "loaders.stats")),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes, fp8
+from loaders.decoding import bitnet, bitsandbytes, fp8, mxfp4
 from loaders.errors import BadSpec
 from loaders.families import text_config
 from loaders.recipes import Recipe
@@ -16,6 +16,7 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
     "fp8": fp8.find,
+    "mxfp4": mxfp4.find,
 }
 
 # What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded

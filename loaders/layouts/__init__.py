@@ -5,7 +5,11 @@ from __future__ import annotations
 from loaders.layouts.base import Layout, Placed
 from loaders.layouts.hf import HfLayout
 
-__all__ = ["BY_ENGINE", "LAYOUTS", "Layout", "Placed"]
+__all__ = ["BY_ENGINE", "LAYOUTS", "WHOLE_STACKS", "Layout", "Placed"]
 
 LAYOUTS: dict[str, Layout] = {"hf": HfLayout()}
 BY_ENGINE = {"plain": "hf", "bitsandbytes": "hf", "bitnet": "hf"}  # the layout that a scheme's engine reads
+
+
+# Engines whose loader builds the model's own class and quantizes linear layers alone: a stack of experts stays as it is
+WHOLE_STACKS = ("plain", "bitsandbytes", "bitnet")
