@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes, fp8, mxfp4
+from loaders.decoding import bitnet, bitsandbytes, fp8, int4, modelopt, mxfp4
 from loaders.errors import BadSpec
 from loaders.families import text_config
 from loaders.recipes import Recipe
@@ -17,15 +17,21 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitnet": bitnet.find,
     "fp8": fp8.find,
     "mxfp4": mxfp4.find,
+    "modelopt": modelopt.find,
+    "modelopt_fp4": modelopt.find,
+    "awq": int4.find_awq,
+    "gptq": int4.find_gptq,
 }
 
 # What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
-METHOD_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+METHOD_FILES = (modelopt.CONFIG, "quantize_config.json", "quant_config.json")
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
     """How a checkpoint says that it was quantized; None for a plain one."""
     block: Any = text_config(checkpoint.config, "quantization_config")
+    if block is None and modelopt.CONFIG in checkpoint.aux:
+        return "modelopt"
     if block is None:
         return "bitsandbytes" if any(bitsandbytes.IS_PART.search(spec.name) for spec in checkpoint.weights) else None
     method = block.get("quant_method") if isinstance(block, dict) else None
