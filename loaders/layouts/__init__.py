@@ -7,7 +7,7 @@ from loaders.layouts.hf import HfLayout
 from loaders.layouts.hqq import HqqLayout
 from loaders.layouts.mlx import MlxLayout
 
-__all__ = ["BY_ENGINE", "LAYOUTS", "Layout", "Placed"]
+__all__ = ["BY_ENGINE", "LAYOUTS", "WHOLE_STACKS", "Layout", "Placed"]
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout())}
 BY_ENGINE = {
@@ -18,3 +18,6 @@ BY_ENGINE = {
     "compressed-tensors": "hf",
     "mlx": "mlx",
 }  # the layout that a scheme's engine reads
+
+# Engines whose loader builds the model's own class and quantizes linear layers alone: a stack of experts stays as it is
+WHOLE_STACKS = ("plain", "bitsandbytes", "bitnet", "hqq")
