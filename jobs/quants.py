@@ -32,7 +32,7 @@ from loaders.specs import DTYPES
 class Quant(Spec):
     """What all of conf/quant have in common."""
 
-    name: str
+    name: str = Field(pattern=r"^[\w.\-]+$", description="names the output")
 
     @property
     def scheme(self) -> Scheme:
@@ -83,6 +83,12 @@ class Bnb4Quant(Quant):
         if size not in GROUP_SIZES:
             raise ValueError(f"expected one of {', '.join(map(str, GROUP_SIZES))}")
         return size
+
+    @model_validator(mode="after")
+    def _name_says_the_table(self) -> Bnb4Quant:
+        if self.name in ("nf4", "fp4") and self.name != self.table:
+            raise ValueError(f"quant={self.name} stores {self.name}; give quant={self.table}")
+        return self
 
     @field_validator("storage_dtype")
     @classmethod
