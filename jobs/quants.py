@@ -202,10 +202,11 @@ class MlxQuant(Quant):
 
     @model_validator(mode="after")
     def _mode_has_them(self) -> MlxQuant:
-        known = {"affine": (MLX_BITS, MLX_GROUP_SIZES), **{m: ((b,), (g,)) for m, (b, g) in MLX_FLOATS.items()}}
-        for name, value, values in zip(
-            ("bits", "group_size"), (self.bits, self.group_size), known[self.mode], strict=True
-        ):
+        known: tuple[tuple[int, ...], tuple[int, ...]] = (MLX_BITS, MLX_GROUP_SIZES)
+        if self.mode != "affine":
+            bits, group = MLX_FLOATS[self.mode]
+            known = ((bits,), (group,))
+        for name, value, values in zip(("bits", "group_size"), (self.bits, self.group_size), known, strict=True):
             if value not in values:
                 raise ValueError(f"{name} is {value}; {self.mode} has {', '.join(map(str, values))}")
         return self
