@@ -78,6 +78,8 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
         dtype, shape, (start, stop) = dtype_named(entry["dtype"]), entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError, AttributeError):
         raise BadCheckpoint(f"its header entry lacks dtype, shape or data_offsets: {str(entry)[:200]}") from None
+    if dtype.block > 1:
+        raise BadCheckpoint(f"{dtype} is no dtype of safetensors; do not trust this file")
     if not all(type(count) is int and count >= 0 for count in (*shape, start, stop)):
         raise BadCheckpoint(f"shape {shape} and offsets {[start, stop]} must be whole numbers from 0")
     if not start <= stop <= data_size:
