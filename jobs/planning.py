@@ -19,6 +19,7 @@ from loaders.decoding import check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
 from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed
+from loaders.quantization.bnb4 import CPU_ROWS
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
@@ -133,7 +134,6 @@ class TargetPlan:
         return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
 
 
-CPU_ROWS = 32  # bitsandbytes' CPU kernel takes blocks of so many rows
 SLACK = 24  # a number of a few to as many characters
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from jobs.journal import Record, TensorRecord
 from jobs.planning import FORMAT, Plan, TargetPlan
 from jobs.spec import JobSpec
+from loaders.lint import Finding
 from loaders.stats import CompressionStats, ErrorSums, LoadStats, finite
 
 WORST = 5
@@ -47,7 +48,13 @@ class Results:
 
 
 def document(
-    spec: JobSpec, plan: Plan, target: TargetPlan, results: Results, aux: Mapping[str, str], run: Mapping[str, Any]
+    spec: JobSpec,
+    plan: Plan,
+    target: TargetPlan,
+    results: Results,
+    aux: Mapping[str, str],
+    found: Sequence[Finding],
+    run: Mapping[str, Any],
 ) -> dict[str, Any]:
     """weightmill.json: everything but `run` is the same however often and wherever the job runs."""
     resolved = spec.resolved()
@@ -60,6 +67,7 @@ def document(
         "aux": dict(sorted(aux.items())),
         "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
         "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings],
+        "lint": lint_document(found),
         "tensors": [tensor_document(tensor) for tensor in results.tensors],
         "versions": versions(),
         "run": {**run, "request": resolved},
@@ -274,6 +282,27 @@ def worst_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     changed = [t for t in document["tensors"] if t["action"] != "keep"]
     changed.sort(key=lambda t: -(t["relative_error"] if t["relative_error"] is not None else float("inf")))
     return changed[:WORST]
+
+
+# --- will the engine load it?
+
+
+def lint_document(found: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Findings for machines."""
+    return [asdict(finding) for finding in found]
+
+
+def findings_text(found: Sequence[Finding]) -> RenderableType:
+    """Findings for people: what, where it matters, what to do."""
+    if not found:
+        return Text("no findings: what its engine reads is there, and says what is stored", style="green")
+    table = _table("", "what", "what will happen", "what to do")
+    for finding in found:
+        style = "red" if finding.level == "fault" else "yellow"
+        table.add_row(
+            Text(finding.level, style=style), finding.what, f"{finding.engine}: {finding.happens}", finding.remedy
+        )
+    return table
 
 
 # --- tracking

@@ -27,6 +27,7 @@ from jobs.tracking import Run, open_run
 from jobs.unit import Gate, UnitTask
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadSpec, StorageError, VerifyFailed
+from loaders.lint import Finding, lint_folder
 from loaders.memory import PeakMemory
 
 
@@ -73,6 +74,7 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
     results = report.Results(tuple((records | fresh)[unit.id] for unit in planned.plan.units))
     _pass_gate(planned, results)
     aux = complete(planned.plan, planned.target, planned.journal, results.records)
+    found = lint_folder(planned.journal.files)
     wall, load = time.perf_counter() - began, results.load
     document = report.document(
         planned.spec,
@@ -80,6 +82,7 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
         planned.target,
         results,
         aux,
+        found,
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
             "wall_s": wall,
@@ -240,5 +243,7 @@ def _said(planned: Planned, document: Mapping[str, Any], address: str | None, un
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
-    text = Group(report.result_text(document), *lines)
+    findings = [Finding(**row) for row in document["lint"]]
+    shown = [report.findings_text(findings)] if findings else []
+    text = Group(report.result_text(document), *shown, *lines)
     return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)

@@ -114,6 +114,17 @@ def llama_tensors(dtype: str = "BF16", *, tied: bool = False, seed: int = 0, lay
     return tensors
 
 
+def write_moe(folder: Path) -> Path:
+    """A Qwen3-MoE of two experts in its first layer."""
+    tensors = llama_tensors()
+    matrix = tensors["model.layers.0.mlp.up_proj.weight"]
+    for expert in range(2):
+        for part in ("gate", "up", "down"):
+            tensors[f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"] = matrix
+    tensors["model.layers.0.mlp.gate.weight"] = Raw("BF16", matrix.data[:2])
+    return write_checkpoint(folder, tensors, config={**LLAMA, "model_type": "qwen3_moe", "dtype": "bfloat16"})
+
+
 def write_checkpoint(
     folder: Path,
     tensors: Mapping[str, Raw] | None = None,

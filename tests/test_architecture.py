@@ -14,8 +14,8 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 
 # Each may import from itself and from those after it.
 LAYERS = [
-    ("entries", ("jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.inspect", "jobs.diff", "jobs.clean",
-                 "jobs.bench")),
+    ("entries", ("jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect", "jobs.diff",
+                 "jobs.clean", "jobs.bench")),
     ("flows", ("jobs.running", "jobs.verifying", "jobs.comparing", "jobs.benching")),
     ("preparing", ("jobs.preparing",)),
     ("console", ("jobs.console", "jobs.help", "jobs.compose", "jobs.report", "jobs.tracking", "jobs.publish",
@@ -23,6 +23,7 @@ LAYERS = [
     ("execution", ("jobs.clusters", "jobs.execution", "jobs.ray_cluster")),
     ("unit", ("jobs.unit", "jobs.parts", "jobs.journal")),
     ("planning", ("jobs.planning", "jobs.spec", "jobs.quants", "jobs.strict")),
+    ("lint", ("loaders.lint",)),
     ("loaders' flows", ("loaders.layouts", "loaders.views", "loaders.work")),
     ("rules", ("loaders.rules",)),
     ("sources", ("loaders.sources",)),

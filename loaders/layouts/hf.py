@@ -85,9 +85,16 @@ def config_json(
             key = "torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"
             made[key] = DTYPES[dtype].torch
         return made
-    [scheme] = schemes
-    skip = skip_list(decisions, family)
-    made["quantization_config"] = quantization_config(scheme, skip, compute_dtype or _model_dtype(config, decisions))
+    skip, dtype = skip_list(decisions, family), compute_dtype or _model_dtype(config, decisions)
+    blocks = [quantization_config(scheme, skip, dtype) for scheme in schemes]
+    for block in blocks[1:]:
+        differing = [key for key in blocks[0] if block.get(key) != blocks[0][key]]
+        if differing:
+            raise BadSpec(
+                f"rules: tensors differ in {', '.join(differing)}, for which config.json has one place only; give all"
+                " the same"
+            )
+    made["quantization_config"] = blocks[0]
     return made
 
 

@@ -27,6 +27,7 @@ from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, WEIGHT_DTYPES, DType, StoredSpec, TensorSpec
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+CPU_ROWS = 32  # bitsandbytes' kernel for CPUs with AVX512-BF16 takes blocks of so many rows
 STORAGE_DTYPES = ("uint8", "float16", "bfloat16", "float32")
 LONGEST_FLOAT = "-1.1754943508222875e-38"  # of a float32 printed as a double
 DOUBLE_QUANT_ERROR = 0.1  # a generous share for the second rounding of the scales

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from loaders.quantization.plain import Plain
 from loaders.quantization.ternary import Ternary
 from loaders.rules import Rule
 from loaders.sources import recipes_of
-from tests.making import LLAMA, Raw, llama_tensors, write_checkpoint
+from tests.making import LLAMA, llama_tensors, write_checkpoint, write_moe
 
 TARGETS = [
     Target("a", Bnb4("nf4")),
@@ -100,14 +101,7 @@ def test_weights_are_cast_as_the_engine_would_before_they_are_quantized(tmp_path
 
 
 def test_experts_stay_and_it_is_said_aloud(tmp_path: Path) -> None:
-    tensors: dict[str, Raw] = llama_tensors()
-    matrix = tensors["model.layers.0.mlp.up_proj.weight"]
-    for expert in range(2):
-        for part in ("gate", "up", "down"):
-            tensors[f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"] = matrix
-    tensors["model.layers.0.mlp.gate.weight"] = Raw("BF16", matrix.data[:2])
-    config = {**LLAMA, "model_type": "qwen3_moe", "dtype": "bfloat16"}
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", tensors, config=config))
+    checkpoint = open_checkpoint(write_moe(tmp_path / "m"))
     target = make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100).targets["x"]
     assert "6 expert matrices" in target.warnings[0]
     assert "transformers 5" in target.warnings[0]
@@ -121,3 +115,29 @@ def test_an_unknown_model_type_is_said_aloud(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", config=config))
     target = make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100).targets["x"]
     assert "'llama99' is not known" in target.warnings[0]
+
+
+def test_a_rule_may_change_settings_of_the_quant(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    rules = "rules=[{action: quantize, name: mlp.down_proj, quant: {group_size: 128}}]"
+    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", rules)
+    assert ran.status == 0, ran.err
+    weights = {spec.name: spec for spec in open_checkpoint(tmp_path / "out").weights}
+    for name, group in (("mlp.down_proj", 128), ("mlp.up_proj", 64)):
+        weight = f"model.layers.0.{name}.weight"
+        assert weights[f"{weight}.absmax"].numel == -(-2 * weights[weight].numel // group)
+    assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{blocksize: 128}", "blocksize: Extra inputs"),
+        ("{group_size: 100}", "expected one of 32"),
+        ("{double_quant: true}", "differ in bnb_4bit_use_double_quant"),
+    ],
+)
+def test_settings_of_a_rule_are_checked(settings: str, said: str, source: Path, weightmill: Any) -> None:
+    rules = f"rules=[{{action: quantize, name: mlp.down_proj, quant: {settings}}}]"
+    ran = weightmill("plan", f"model.path={source}", rules)
+    assert ran.status == 2
+    assert said in ran.err

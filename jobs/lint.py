@@ -1,0 +1,54 @@
+"""Say what an engine will stumble over: python -m jobs.lint output.path=OUT."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pydantic import Field
+
+from jobs.console import FAILED, Said, Verb
+from jobs.strict import Format, Spec
+
+
+class Place(Spec):
+    """What to look at."""
+
+    path: str = Field(description="a checkpoint, whoever wrote it")
+
+
+class LintSpec(Spec):
+    """Which checkpoint."""
+
+    output: Place
+    format: Format = Field(description="text, or json: one document on standard output")
+
+
+def act(spec: LintSpec) -> Said:
+    """Lint."""
+    from jobs.report import findings_text, lint_document
+    from loaders.lint import lint_folder
+
+    found = lint_folder(Path(spec.output.path))
+    faults = sum(finding.level == "fault" for finding in found)
+    document = {
+        "status": "failed" if faults else "done",
+        "output": spec.output.path,
+        "faults": faults,
+        "doubts": len(found) - faults,
+        "findings": lint_document(found),
+    }
+    return Said(document, findings_text(found), FAILED if faults else 0)
+
+
+VERB = Verb(
+    "lint",
+    "Will the engine load it? Checks any checkpoint's files, config and skip lists against what engines read.",
+    LintSpec,
+    act,
+    (("output.path=OUT", "an output, or any other checkpoint"),),
+)
+main = VERB.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Will the engine load it? Checks of a finished checkpoint, whoever wrote it, from its headers and config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loaders.checkpoint import Checkpoint, open_checkpoint, read_json
+from loaders.decoding import method_of
+from loaders.errors import BadCheckpoint
+from loaders.lint import files, transformers
+from loaders.lint.base import Finding, Subject, doubt, fault
+from loaders.sources import recipes_of
+
+__all__ = ["BY_METHOD", "Finding", "lint", "lint_folder"]
+
+# Checks by how the checkpoint says it was quantized
+BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
+    "bitsandbytes": transformers.check,
+    "bitnet": transformers.check,
+}
+
+
+def lint_folder(path: Path) -> list[Finding]:
+    """All findings of a folder; one that cannot be opened is a finding, too.
+
+    Raises:
+        BadSpec: there are no weights.
+    """
+    try:
+        return lint(open_checkpoint(path))
+    except BadCheckpoint as error:
+        return [fault("every engine", str(error), "fails, or loads wrong weights", "make it again")]
+
+
+def lint(checkpoint: Checkpoint) -> list[Finding]:
+    """All findings of an open checkpoint, faults first.
+
+    Raises:
+        BadCheckpoint: a quantized weight lacks one of its parts.
+    """
+    subject = Subject(checkpoint, recipes_of(checkpoint, decode=True), _index_of(checkpoint))
+    found = list(files.check(subject))
+    method = method_of(checkpoint)
+    check = BY_METHOD.get(method or "")
+    if check is not None and isinstance(checkpoint.config.get("quantization_config"), dict):
+        found += check(subject)
+    elif method is not None:
+        found.append(
+            doubt(
+                "its engine",
+                f"quantized by {method}, which is not checked here",
+                "may find what was not looked at",
+                "load it once",
+            )
+        )
+    return sorted(found, key=lambda finding: finding.level != "fault")
+
+
+def _index_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    paths = sorted(
+        p for p in checkpoint.root.iterdir() if p.name.endswith((".safetensors.index.json", ".bin.index.json"))
+    )
+    return read_json(paths[0]) if paths else None

@@ -1,0 +1,99 @@
+"""Checks of what stands beside the weights: config.json, index, tokenizer, code; and of tied heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loaders.families import text_config
+from loaders.lint.base import Finding, Subject, doubt, fault, some
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+ANY = "every engine"
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """What any engine would stumble over."""
+    yield from _config(subject)
+    yield from _index(subject)
+    yield from _head(subject)
+
+
+def _config(subject: Subject) -> Iterator[Finding]:
+    root, config = subject.checkpoint.root, subject.config
+    if not config:
+        yield fault(ANY, "there is no config.json", "does not know what model this is", "copy it from the source")
+        return
+    if not config.get("model_type"):
+        yield fault(ANY, "config.json has no model_type", "does not know what model this is", "copy it from the source")
+    code = config.get("auto_map")
+    if isinstance(code, dict):
+        files = sorted(
+            {str(name).split("--")[-1].split(".")[0] + ".py" for name in code.values() if isinstance(name, str)}
+        )
+        missing = [name for name in files if not (root / name).is_file()]
+        if missing:
+            yield fault(
+                "transformers, vLLM",
+                f"config.json's auto_map names code that is not there: {some(missing)}",
+                "fail to load with trust_remote_code",
+                "copy the files from the source",
+            )
+    if not any((root / name).is_file() for name in TOKENIZERS) and text_config(config, "vocab_size"):
+        yield doubt(
+            ANY,
+            f"there is no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)",
+            "loads the weights but cannot read text",
+            "copy the tokenizer's files from the source",
+        )
+
+
+def _index(subject: Subject) -> Iterator[Finding]:
+    if subject.index is None:
+        if len(subject.checkpoint.files) > 1:
+            yield fault(
+                "transformers, vLLM",
+                f"{len(subject.checkpoint.files)} weight files and no index",
+                "transformers finds no weights; vLLM loads them all the same",
+                "write the index (a copy by quant=none does)",
+            )
+        return
+    total = (subject.index.get("metadata") or {}).get("total_size")
+    real = sum(spec.size for spec in subject.checkpoint.weights)
+    if total is not None and total != real:
+        yield doubt(
+            "tools that plan memory by it",
+            f"the index says total_size {total}, not the {real} bytes of its tensors",
+            "take too much or too little",
+            "set metadata.total_size to the sum of the tensors' bytes",
+        )
+
+
+def _head(subject: Subject) -> Iterator[Finding]:
+    """Whether the output projection is there exactly where config.json says so."""
+    names = {recipe.name for recipe in subject.sources.recipes}
+    pairs = subject.checkpoint.family.tied_pairs(subject.config)
+    for kept, tied in pairs:
+        parts = [name for name in subject.by_name if name.startswith(tied) and name != tied]
+        if parts and kept in names:
+            yield fault(
+                "transformers, vLLM",
+                f"{tied} is quantized ({some(parts)}), while config.json ties it to {kept}",
+                "ignore it or fail on its parts",
+                "quantize neither, or set tie_word_embeddings to false",
+            )
+        elif tied in names and kept in names:
+            yield doubt(
+                "vLLM, mlx-lm",
+                f"{tied} differs from {kept}, while config.json ties them",
+                "use the embedding for both, transformers uses both",
+                "set tie_word_embeddings to false",
+            )
+    if not pairs and "model.embed_tokens.weight" in names and subject.config.get("architectures"):
+        is_causal = any("ForCausalLM" in str(name) for name in subject.config["architectures"])
+        if is_causal and not any(recipe.role == "head" for recipe in subject.sources.recipes):
+            yield fault(
+                "transformers",
+                "there is no lm_head.weight, and config.json does not tie it to the embedding",
+                "warns, and computes with a random output projection",
+                "set tie_word_embeddings to true, or add the head",
+            )

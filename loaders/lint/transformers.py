@@ -1,0 +1,90 @@
+"""Checks of what transformers reads through bitsandbytes and as BitNet: the skip list against what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from loaders.layouts.hf import DEFAULT_HEADS, is_skipped
+from loaders.lint.base import Finding, Subject, doubt, fault, module, some
+from loaders.quantization.bnb4 import CPU_ROWS, Bnb4
+from loaders.recipes import Recipe
+
+SKIP_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "bitnet": "modules_to_not_convert"}
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """What transformers would stumble over in a checkpoint of bitsandbytes or BitNet."""
+    block: Mapping[str, Any] = subject.config["quantization_config"]
+    key = SKIP_KEYS[block["quant_method"]]
+    skip = block.get(key)
+    if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
+        yield fault("transformers", f"{key} is no list of names", "fails", "write a list, or null")
+        return
+    yield from _skip_list(subject, key, skip)
+    yield from _experts(subject)
+    if block["quant_method"] == "bitsandbytes":
+        yield from _bitsandbytes(subject)
+
+
+def _skip_list(subject: Subject, key: str, skip: Sequence[str] | None) -> Iterator[Finding]:
+    def is_left_alone(recipe: Recipe) -> bool:
+        return recipe.role in DEFAULT_HEADS if skip is None else is_skipped(module(recipe), skip)
+
+    linears = [recipe for recipe in subject.linears if recipe.role != "expert"]
+    bare = [module(r) for r in linears if r.decode is None and not is_left_alone(r)]
+    if bare:
+        yield fault(
+            "transformers",
+            f"{len(bare)} linear layers are stored plain and are not in {key}: {some(bare)}",
+            "makes quantized modules of them and finds no codes",
+            f"name them in {key} (and lm_head with them)",
+        )
+    caught = [module(r) for r in linears if r.decode is not None and is_left_alone(r)]
+    if caught:
+        yield fault(
+            "transformers",
+            f"{len(caught)} quantized layers are skipped by {key}: {some(caught)}",
+            "makes plain modules of them and fails on the shapes",
+            f"take them out of {key}",
+        )
+
+
+def _experts(subject: Subject) -> Iterator[Finding]:
+    experts = [module(r) for r in subject.sources.recipes if r.role == "expert" and r.decode is not None]
+    if experts:
+        yield fault(
+            "transformers 5",
+            f"{len(experts)} experts are quantized one by one: {some(experts)}",
+            "fuses experts and fails with a size mismatch; transformers 4 loads them",
+            "keep experts by a rule",
+        )
+    routers = [module(r) for r in subject.sources.recipes if r.role == "router" and r.decode is not None]
+    if routers:
+        yield fault(
+            "transformers 5",
+            f"{len(routers)} routers are quantized: {some(routers)}",
+            "reads them as plain parameters and fails",
+            "keep routers by a rule",
+        )
+
+
+def _bitsandbytes(subject: Subject) -> Iterator[Finding]:
+    four_bit = [recipe for recipe in subject.sources.recipes if isinstance(recipe.decode, Bnb4)]
+    odd = [module(recipe) for recipe in four_bit if recipe.shape[0] % CPU_ROWS]
+    if odd:
+        yield doubt(
+            "bitsandbytes on a CPU with AVX512-BF16",
+            f"{len(odd)} layers have rows that are no multiple of {CPU_ROWS}: {some(odd)}",
+            "stops at their first use (N must be divisible by block_n); GPUs run them",
+            "keep them by a rule if such a CPU is to run it",
+        )
+    for group in sorted({r.group for r in four_bit if r.group}):
+        partners = [r for r in subject.sources.recipes if r.group == group]
+        if any(r.decode is None for r in partners):
+            yield doubt(
+                "vLLM, which fuses them",
+                f"{group}: some of its layers are quantized and some are not",
+                "fails; transformers loads them apart",
+                "quantize all of them or none",
+            )

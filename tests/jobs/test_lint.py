@@ -1,0 +1,93 @@
+"""Will the engine load it? Nothing to say of our own outputs; of broken ones, what the engine would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loaders.checkpoint import read_json
+from tests.making import llama_tensors, write_checkpoint, write_moe
+
+
+@pytest.fixture
+def output(source: Path, tmp_path: Path, weightmill: Any) -> Path:
+    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "format=json")
+    assert ran.document["lint"] == []
+    return tmp_path / "out"
+
+
+def findings(weightmill: Any, folder: Path) -> list[dict[str, str]]:
+    ran = weightmill("lint", f"output.path={folder}", "format=json")
+    assert ran.status == (1 if ran.document["faults"] else 0)
+    assert ran.document["faults"] + ran.document["doubts"] == len(ran.document["findings"])
+    found: list[dict[str, str]] = ran.document["findings"]
+    return found
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    document = read_json(path)
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def skip(names: list[str]) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["quantization_config"].update(llm_int8_skip_modules=names)
+
+
+def test_our_own_outputs_have_none(output: Path, source: Path, tmp_path: Path, weightmill: Any) -> None:
+    assert findings(weightmill, output) == []
+    assert weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'b'}", "quant=ternary").status == 0
+    assert findings(weightmill, tmp_path / "b") == []
+    assert "no findings" in weightmill("lint", f"output.path={output}").out
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (skip([]), "1 linear layers are stored plain and are not in llm_int8_skip_modules: lm_head"),
+        (skip(["lm_head", "up_proj"]), "2 quantized layers are skipped by llm_int8_skip_modules"),
+        (skip("lm_head"), "llm_int8_skip_modules is no list of names"),  # type: ignore[arg-type]
+        (lambda config: config.pop("model_type"), "config.json has no model_type"),
+        (lambda config: config.update(auto_map={"AutoModel": "modeling_x.Y"}), "not there: modeling_x.py"),
+        (lambda config: config.update(tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens"),
+        (lambda config: config["quantization_config"].update(quant_method="magic"), "quantized by magic"),
+    ],
+)
+def test_a_config_that_misleads_the_engine(change: Any, what: str, output: Path, weightmill: Any) -> None:
+    edit(output / "config.json", change)
+    assert any(what in found["what"] for found in findings(weightmill, output)), findings(weightmill, output)
+
+
+def test_files_that_are_missing_or_do_not_agree(tmp_path: Path, weightmill: Any) -> None:
+    folder = write_checkpoint(tmp_path / "m", shards=2)
+    (folder / "tokenizer.json").unlink()
+    assert ["there is no tokenizer" in found["what"] for found in findings(weightmill, folder)] == [True]
+    edit(folder / "model.safetensors.index.json", lambda index: index.update(metadata={"total_size": 3}))
+    assert any("total_size 3" in found["what"] for found in findings(weightmill, folder))
+    (folder / "model.safetensors.index.json").unlink()
+    assert any("no index" in found["what"] for found in findings(weightmill, folder))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    [found] = findings(weightmill, folder)
+    assert "1 of 2 shards" in found["what"]
+
+
+def test_a_head_that_is_missing(tmp_path: Path, weightmill: Any) -> None:
+    tensors = llama_tensors()
+    del tensors["lm_head.weight"]
+    folder = write_checkpoint(tmp_path / "m", tensors)
+    edit(
+        folder / "config.json",
+        lambda config: config.update(architectures=["LlamaForCausalLM"], tie_word_embeddings=False),
+    )
+    assert any("no lm_head.weight" in found["what"] for found in findings(weightmill, folder))
+
+
+def test_experts_quantized_one_by_one(tmp_path: Path, weightmill: Any) -> None:
+    folder = write_moe(tmp_path / "m")
+    rules = "rules=[{role: expert, action: quantize}]"
+    ran = weightmill("run", f"model.path={folder}", f"output.path={tmp_path / 'out'}", rules, "format=json")
+    assert any("quantized one by one" in found["what"] for found in ran.document["lint"])
