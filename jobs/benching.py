@@ -30,6 +30,7 @@ from rich.table import Table
 
 from jobs.console import Said, note
 from jobs.execution import usable_cpus
+from loaders import containers
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import safetensors
 from loaders.errors import BadSpec, io_errors
@@ -293,7 +294,7 @@ def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
         laid = safetensors.lay_out(file, [StoredTensor(n, StoredSpec(DTYPES["BF16"], shapes[n])) for n in part])
-        writer = safetensors.ShardWriter(folder / file, laid)
+        writer = containers.writer(folder / file, laid)
         for slot in laid.slots:
             start = hash(slot.name) % 4096 * 64
             data = np.roll(pool[: slot.size // 2], start)

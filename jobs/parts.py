@@ -17,8 +17,9 @@ import xxhash
 
 from jobs.journal import Journal, TensorRecord
 from jobs.planning import Placement, UnitOutput
+from loaders import containers
 from loaders.atomic import sync_folder
-from loaders.containers.safetensors import ShardWriter
+from loaders.containers.writing import ShardWriter
 from loaders.errors import VerifyFailed, io_errors
 from loaders.quantization.scheme import Block
 from loaders.recipes import Recipe
@@ -115,7 +116,7 @@ class PartFile:
         self._pieces: dict[str, dict[Piece, str]] = {}
         slots = (slot for placement in output.placements for slot in placement.slots.values())
         self._slots = sorted(slots, key=lambda slot: slot.offset)
-        self._writer = ShardWriter(journal.parts / name, output.file)
+        self._writer = containers.writer(journal.parts / name, output.file)
 
     def tensor(self, placement: Placement) -> TensorPart:
         """Begin a tensor."""
@@ -132,12 +133,13 @@ class PartFile:
         with self._timer.phase("finish"):
             sizes = self._writer.seal()
             digest, hashes = self._hash(sizes)
-            with io_errors("finishing", self._journal.files / self._file.name):
+            target = self._journal.place(self._file)
+            with io_errors("finishing", target):
                 self._writer.close()
-                self._writer.path.replace(self._journal.files / self._file.name)
-                sync_folder(self._journal.files)
+                self._writer.path.replace(target)
+                sync_folder(target.parent)
         tensors = tuple(_tensor_record(each, sizes, hashes) for each in measured)
-        return self._file.header_bytes + sum(sizes.values()), digest, tensors
+        return self._writer.size, digest, tensors
 
     def _hash(self, sizes: Mapping[str, int]) -> tuple[str, dict[str, str]]:
         whole, hashes = xxhash.xxh3_128(), {}
@@ -163,6 +165,7 @@ class PartFile:
                     )
                 file.seek(start + size)
                 hashes[slot.name] = hasher.hexdigest()
+            whole.update(file.read())  # what aligns the end
         return whole.hexdigest(), hashes
 
     def abort(self) -> None:

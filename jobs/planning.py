@@ -14,23 +14,24 @@ from typing import Any
 
 from jobs.spec import MB
 from loaders.checkpoint import Checkpoint
-from loaders.containers import safetensors
+from loaders.containers import LAY_OUT
 from loaders.decoding import check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
-from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed
+from loaders.layouts import BY_ENGINE, LAYOUTS, Assembling, Assembly, Layout, Naming, Placed
 from loaders.quantization.bnb4 import CPU_ROWS
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
 from loaders.rules import Decision, Mix, Rule, decide
 from loaders.sources import Sources, recipes_of
-from loaders.specs import DType, OutputFile, Slot, StoredTensor, TensorSpec
+from loaders.specs import DType, OutputFile, RowOrder, Slot, StoredTensor, TensorSpec
 from loaders.storage.local import FileTag
 from loaders.work import RANGE
 
 FORMAT = 1  # of plans and records: another version's are refused
 TargetId = str
+NAMELESS = Naming("model", None, False)
 THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
 
 
@@ -44,6 +45,7 @@ class Target:
     compute_dtype: str | None = None
     mix: Mix | None = None
     layout_name: str = "auto"
+    naming: Naming = NAMELESS
 
     @property
     def layout(self) -> Layout:
@@ -61,6 +63,7 @@ class Placement:
     cast: DType | None
     slots: Mapping[str, Slot]
     constants: Mapping[str, bytes]
+    order: RowOrder | None = None
 
     def encoded_spec(self, recipe: Recipe) -> TensorSpec:
         """What the scheme sees: the recipe's weights after the cast."""
@@ -117,16 +120,34 @@ class TargetPlan:
     stored: Mapping[str, tuple[Slot, ...]]  # by tensor
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
+    aux: tuple[str, ...]  # files of the source that go along
+    assembly: Assembly | None = None
+
+    @property
+    def finals(self) -> tuple[OutputFile, ...]:
+        """The output's weight files: those of the units, or the one that they are joined into."""
+        if self.assembly is None or self.assembly.joined is None:
+            return self.files
+        joined, at, slots = self.assembly.joined, 0, []
+        for file in self.files:
+            slots += [replace(slot, offset=at + slot.offset) for slot in file.slots]
+            at += file.data_bytes
+        return (OutputFile(joined.name, len(joined.head), at, tuple(slots), "gguf", joined.head),)
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all stored tensors, or at most so many where a length depends on values."""
-        return sum(file.data_bytes for file in self.files)
+        return sum(slot.size for file in self.files for slot in file.slots)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
-        return sum(file.size for file in self.files)
+        return sum(file.size for file in self.finals)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What pieces take beside the file that they are joined into."""
+        return sum(file.size for file in self.files if file.is_piece)
 
     @property
     def slack_bytes(self) -> int:
@@ -169,24 +190,29 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     for target in targets:
         engine_rules = None if target.mix is None else target.mix.rules(sources.recipes, checkpoint.config)
         decisions = decide(sources.recipes, target.scheme, target.rules, engine_rules)
-        placed = {p.recipe.name: p for p in target.layout.place(checkpoint, decisions)}
+        layout = target.layout
+        placed = {p.recipe.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
-        count = sum(bool(share) for share in shares)
-        if not count:
-            raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
-        number = 0
+        planned = _files(shares, layout.container)
+        assembly = None
+        if isinstance(layout, Assembling):
+            assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
+            planned = assembly.files
+        elif target.naming.split:
+            raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
+        left = iter(planned)
         for index, share in enumerate(shares):
-            number += bool(share)
-            outputs[index][target.id] = _unit_output(share, number, count)
-        files = tuple(o[target.id].file for o in outputs)
-        config = target.layout.config(checkpoint, decisions, target.compute_dtype)
+            outputs[index][target.id] = _unit_output(share, next(left) if share else None)
+        config = layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
             target,
             decisions,
-            tuple(file for file in files if file is not None),
+            tuple(planned),
             {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
-            tuple(_warnings(checkpoint, target.scheme, decisions, config)),
+            tuple(_warnings(checkpoint, target.scheme, decisions, config, layout)),
+            layout.aux(checkpoint) if isinstance(layout, Assembling) else checkpoint.aux,
+            assembly,
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
@@ -202,6 +228,8 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     Raises:
         BadSpec: its quantization is not known, or some targets want it decoded and others copied.
     """
+    if checkpoint.container == "gguf":
+        return _is_gguf_decoded(targets)
     copies = [target for target in targets if target.scheme == Plain() and target.layout_name in ("auto", "hf")]
     if len(copies) == len(targets) or not is_quantized(checkpoint):
         return False
@@ -212,6 +240,14 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
         )
     check_decodable(checkpoint)
     return True
+
+
+def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
+    """Tensors of a GGUF keep names, types and order for another GGUF; for others they are those of transformers."""
+    kept = [target for target in targets if target.layout is LAYOUTS["gguf"]]
+    if kept and len(kept) < len(targets):
+        raise BadSpec("output.layout: from a GGUF, outputs as GGUF and others are different work: run them apart")
+    return not kept
 
 
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
@@ -231,11 +267,28 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     return units
 
 
-def _unit_output(share: Sequence[Placed], number: int, count: int) -> UnitOutput:
-    if not share:
+def _files(shares: Sequence[Sequence[Placed]], container: str) -> Sequence[OutputFile]:
+    """A file for each unit that has something to write.
+
+    Raises:
+        BadSpec: none has, or the container cannot hold what there is.
+    """
+    full = [share for share in shares if share]
+    if not full:
+        raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
+    count = len(full)
+    return [
+        LAY_OUT[container](
+            f"model.{container}" if count == 1 else f"model-{number:05d}-of-{count:05d}.{container}",
+            [tensor for placed in share for tensor in placed.stored.values()],
+        )
+        for number, share in enumerate(full, 1)
+    ]
+
+
+def _unit_output(share: Sequence[Placed], file: OutputFile | None) -> UnitOutput:
+    if file is None:
         return UnitOutput(None, ())
-    name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-    file = safetensors.lay_out(name, [tensor for placed in share for tensor in placed.stored.values()])
     places = {slot.name: slot for slot in file.slots}
     placements = tuple(
         Placement(
@@ -245,6 +298,7 @@ def _unit_output(share: Sequence[Placed], number: int, count: int) -> UnitOutput
             placed.cast,
             {role: _slot(places[tensor.name], tensor) for role, tensor in placed.stored.items()},
             {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
+            placed.order,
         )
         for placed in share
     )
@@ -272,17 +326,21 @@ def json_bytes(document: Any) -> bytes:
 
 
 def _warnings(
-    checkpoint: Checkpoint, scheme: Scheme, decisions: Sequence[Decision], config: Mapping[str, Any] | None
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    decisions: Sequence[Decision],
+    config: Mapping[str, Any] | None,
+    layout: Layout,
 ) -> list[str]:
     if isinstance(scheme, Plain):
         return []
-    said = []
+    said: list[str] = []
     quantized = [d for d in decisions if d.action == "quantize"]
     if not quantized:
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
     experts = [d for d in decisions if d.recipe.role == "expert"]
     kept = [d for d in experts if d.action != "quantize"]
-    if kept:
+    if kept and layout.container == "safetensors":
         total = sum(d.recipe.source_bytes for d in decisions)
         share = sum(d.recipe.source_bytes for d in kept) / total
         said.append(
@@ -290,7 +348,7 @@ def _warnings(
             f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         )
-    if len(kept) < len(experts):
+    if len(kept) < len(experts) and layout.container == "safetensors":
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
@@ -308,6 +366,6 @@ def _warnings(
             f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
             " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
         )
-    if config is None:
+    if config is None and layout.container == "safetensors":
         said.append("the source has no config.json: the engine will need one with a quantization_config")
     return said

@@ -39,7 +39,7 @@ class ModelSpec(Spec):
 class SourceSpec(Spec):
     """conf/source: how it is read and cut."""
 
-    container: Literal["auto", "safetensors", "pytorch"] = Field(description="which weight files to read")
+    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(description="which weight files to read")
     unit_mb: float = Field(
         gt=0,
         description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
@@ -113,8 +113,13 @@ class OutputSpec(Spec):
 
     root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
     path: str | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf"] = Field(description="names and config of which consumer; auto: the scheme's engine")
-    container: Literal["auto", "safetensors"] = Field(description="the kind of weight files; auto: the engine's")
+    layout: Literal["auto", "hf", "gguf"] = Field(
+        description="names and config of which consumer; auto: the scheme's engine"
+    )
+    container: Literal["auto", "safetensors", "gguf"] = Field(
+        description="the kind of weight files; auto: the engine's"
+    )
+    split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
     overwrite: bool = Field(description="replace an earlier output of weightmill at this path")
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
 

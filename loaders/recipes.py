@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loaders.quantization.scheme import Scheme
-from loaders.specs import DType, Shape, TensorSpec, WeightSpec, row_major
+from loaders.specs import DType, RowOrder, Shape, TensorSpec, WeightSpec, row_major
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class Recipe:
     """A logical tensor and its origin.
 
     `stored` maps roles to stored tensors: plain weights have one, called "weight"; a quantized one has those of the
-    scheme in `decode`. `role`, `block` and `group` are what the family says of it.
+    scheme in `decode`. `role`, `block` and `group` are what the family says of it. `order` is that in which the logical
+    tensor takes the rows of what is stored.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Recipe:
     role: str
     block: str
     group: str | None
+    order: RowOrder | None = None
 
     @property
     def spec(self) -> TensorSpec:

@@ -159,6 +159,18 @@ class WeightSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RowOrder:
+    """The rows of each head in another order: halves interleaved, or with `inverse` put back.
+
+    Row 2j + t of a head is its row t * size/2 + j, for t 0 and 1: what rotary embeddings of pairs want, where those of
+    transformers rotate halves. `size` counts the rows of a head.
+    """
+
+    size: int
+    inverse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StoredSpec:
     """A tensor that a scheme stores for a weight.
 
@@ -212,12 +224,19 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file of an output, exactly: the bytes before its data, its data, and every tensor's slot in order."""
+    """A file of an output, exactly: the bytes before its data, its data, and every tensor's slot in order.
+
+    `head` holds the bytes before the data where they are known before the weights. A piece is no file of the output
+    yet: pieces are joined when all are done.
+    """
 
     name: str
     header_bytes: int
     data_bytes: int
     slots: tuple[Slot, ...]
+    container: str = "safetensors"
+    head: bytes | None = None
+    is_piece: bool = False
 
     @property
     def size(self) -> int:

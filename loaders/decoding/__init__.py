@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes
+from loaders.decoding import bitnet, bitsandbytes, gguf
 from loaders.errors import BadSpec
 from loaders.recipes import Recipe
 
@@ -14,11 +14,14 @@ from loaders.recipes import Recipe
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
+    "gguf": gguf.find,
 }
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
-    """How a checkpoint says that it was quantized; None for a plain one."""
+    """How a checkpoint says that it was quantized; None for a plain one. A GGUF is read as one that was."""
+    if checkpoint.container == "gguf":
+        return "gguf"
     block: Any = checkpoint.config.get("quantization_config")
     if block is None:
         return "bitsandbytes" if any(bitsandbytes.STATE.match(spec.name) for spec in checkpoint.weights) else None

@@ -177,9 +177,9 @@ def test_bytes_that_change_between_measuring_and_finishing_fail_the_run(
 ) -> None:
     import os
 
-    from loaders.containers import safetensors
+    from loaders.containers import writing
 
-    honest = safetensors.ShardWriter.seal
+    honest = writing.ShardWriter.seal
 
     def flipping(self: Any) -> dict[str, int]:
         slot = next(s for s in self.file.slots if s.name == WEIGHT)
@@ -188,7 +188,7 @@ def test_bytes_that_change_between_measuring_and_finishing_fail_the_run(
         os.pwrite(self._descriptor, bytes([byte ^ 1]), at)
         return honest(self)
 
-    monkeypatch.setattr(safetensors.ShardWriter, "seal", flipping)
+    monkeypatch.setattr(writing.ShardWriter, "seal", flipping)
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
     assert f"{WEIGHT}: its bytes in model.safetensors are not those that were measured" in ran.err
