@@ -30,12 +30,11 @@ from rich.table import Table
 
 from jobs.console import Said, note
 from jobs.execution import usable_cpus
-from loaders import containers
 from loaders.checkpoint import open_checkpoint
-from loaders.containers import safetensors
+from loaders.containers import safetensors, writer_of
 from loaders.errors import BadSpec, io_errors
 from loaders.integrity import hash_file
-from loaders.quantization.kernels import compare, cpu, fourbit
+from loaders.quantization.kernels import compare, cpu, fourbit, rowwise
 from loaders.specs import DTYPES, StoredSpec, StoredTensor
 
 INNER = 1 << 20
@@ -90,6 +89,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     packed, absmax = np.empty(flat.size // 2, np.uint8), np.empty(flat.size // 64, np.float32)
     half = ((flat.astype(np.uint32) << 16).view(np.float32)).astype(np.float16)
     single, target = half.astype(np.float32), np.empty_like(flat)
+    codes, scales, columns = np.empty(flat.size, np.int8), np.empty(weight.shape[0], np.float32), weight.shape[1]
     quarter = flat.size // 4
     thirds = np.empty(quarter, np.uint8)
 
@@ -103,6 +103,13 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
             host.encode_fourbit(x[a:b], dtype, table, 64, packed[a // 2 : b // 2], absmax[a // 64 : b // 64])
 
         return lambda: spread(part, x.size)
+
+    def eight(x: np.ndarray) -> Callable[[], None]:
+        def part(a: int, b: int) -> None:
+            taken = cpu.kernel_input(x[a * columns : b * columns], "F16" if x.dtype == np.float16 else "BF16")
+            rowwise.encode_int8(taken, columns, codes[a * columns : b * columns], scales[a:b])
+
+        return lambda: spread(part, weight.shape[0])
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
@@ -131,6 +138,8 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("nf4, fp16", four(half, "F16", "nf4"))
     yield Case("nf4, fp32", four(single, "F32", "nf4"))
     yield Case("fp4, bf16", four(flat, "BF16", "fp4"))
+    yield Case("int8, bf16", eight(flat))
+    yield Case("int8, fp16", eight(half))
     yield Case("nf4 decode + compare (measuring)", measure)
     yield Case("ternary, bf16", three)
 
@@ -148,6 +157,12 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
         if functional:
             call = lambda table=table: functional.quantize_4bit(tensor, blocksize=64, quant_type=table)  # noqa: E731
         yield Case(f"bitsandbytes {table}, bf16", call, "" if call else "not installed: bitsandbytes", beside)
+    for name, beside in (("bf16", "int8, bf16"), ("fp16", "int8, fp16")):
+        call = None
+        if functional:
+            taken = tensor if name == "bf16" else tensor.half()
+            call = lambda taken=taken: functional.int8_vectorwise_quant(taken.half())  # noqa: E731
+        yield Case(f"bitsandbytes int8, {name}", call, "" if call else "not installed: bitsandbytes", beside)
     state: list[Any] = []
 
     def measure() -> Any:
@@ -294,7 +309,7 @@ def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
         laid = safetensors.lay_out(file, [StoredTensor(n, StoredSpec(DTYPES["BF16"], shapes[n])) for n in part])
-        writer = containers.writer(folder / file, laid)
+        writer = writer_of(folder / file, laid)
         for slot in laid.slots:
             start = hash(slot.name) % 4096 * 64
             data = np.roll(pool[: slot.size // 2], start)

@@ -14,11 +14,20 @@ from typing import Any
 
 from jobs.spec import MB
 from loaders.checkpoint import Checkpoint
-from loaders.containers import LAY_OUT
-from loaders.decoding import check_decodable, is_quantized
+from loaders.containers import CONTAINERS, Container
+from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
-from loaders.layouts import BY_ENGINE, LAYOUTS, Assembling, Assembly, Layout, Naming, Placed
+from loaders.layouts import (
+    BY_ENGINE,
+    LAYOUTS,
+    Assembling,
+    Assembly,
+    Layout,
+    Naming,
+    Placed,
+    compressed_tensors,
+)
 from loaders.quantization.bnb4 import CPU_ROWS
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
@@ -45,12 +54,28 @@ class Target:
     compute_dtype: str | None = None
     mix: Mix | None = None
     layout_name: str = "auto"
+    container_name: str = "auto"
     naming: Naming = NAMELESS
 
     @property
     def layout(self) -> Layout:
         """What its consumer expects: the one asked for, or that of the scheme's engine."""
         return LAYOUTS[BY_ENGINE[self.scheme.engine] if self.layout_name == "auto" else self.layout_name]
+
+    @property
+    def container(self) -> Container:
+        """The kind of its weight files: the one asked for, or the layout's usual one.
+
+        Raises:
+            BadSpec: the layout's consumer does not read such files.
+        """
+        known = self.layout.containers
+        if self.container_name not in ("auto", *known):
+            raise BadSpec(
+                f"output.container: {self.container_name} is not read there; layout {self.layout.name} takes"
+                f" {' or '.join(known)}"
+            )
+        return CONTAINERS[known[0] if self.container_name == "auto" else self.container_name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +145,6 @@ class TargetPlan:
     stored: Mapping[str, tuple[Slot, ...]]  # by tensor
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
-    aux: tuple[str, ...]  # files of the source that go along
     assembly: Assembly | None = None
 
     @property
@@ -132,17 +156,7 @@ class TargetPlan:
         for file in self.files:
             slots += [replace(slot, offset=at + slot.offset) for slot in file.slots]
             at += file.data_bytes
-        return (OutputFile(joined.name, len(joined.head), at, tuple(slots), "gguf", joined.head),)
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all stored tensors, or at most so many where a length depends on values."""
-        return sum(slot.size for file in self.files for slot in file.slots)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weight files, headers included."""
-        return sum(file.size for file in self.finals)
+        return (OutputFile(joined.name, len(joined.head), at, tuple(slots), "gguf", about=joined.head),)
 
     @property
     def scratch_bytes(self) -> int:
@@ -150,12 +164,27 @@ class TargetPlan:
         return sum(file.size for file in self.files if file.is_piece)
 
     @property
+    def parameters(self) -> int:
+        """Numbers in all tensors that are written, before they were quantized."""
+        return sum(d.recipe.spec.numel for d in self.decisions if d.action != "drop")
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all stored tensors, or at most so many where a length depends on values."""
+        return sum(file.tensor_bytes for file in self.files)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(file.size for file in self.finals)
+
+    @property
     def slack_bytes(self) -> int:
         """By how much the files may be smaller than planned: tensors whose length depends on values."""
         return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
 
 
-SLACK = 24  # a number of a few to as many characters
+SLACK = 64  # a number of a few to as many characters, and what aligns the tensor after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +201,17 @@ class Plan:
         return sum(unit.source_bytes for unit in self.units)
 
     @property
+    def aux(self) -> tuple[str, ...]:
+        """The other files that may go along: once weights are decoded, none that tells how they were quantized."""
+        is_decoded = any(recipe.decode is not None for recipe in self.sources.recipes)
+        return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
+
+    def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
+        """Those of them that the target's layout wants."""
+        layout = target.target.layout
+        return layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+
+    @property
     def parameters(self) -> int:
         """Numbers in all float weights."""
         return sum(r.spec.numel for r in self.sources.recipes if r.dtype.is_float)
@@ -184,7 +224,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
     sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets))
-    groups = cut_units(sources.recipes, unit_mb * MB)
+    is_one_file = any(target.layout.file is not None for target in targets)
+    groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
@@ -193,8 +234,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         layout = target.layout
         placed = {p.recipe.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
-        planned = _files(shares, layout.container)
-        assembly = None
+        planned, assembly = _files(target, checkpoint, shares), None
         if isinstance(layout, Assembling):
             assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
             planned = assembly.files
@@ -211,7 +251,6 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
             tuple(_warnings(checkpoint, target.scheme, decisions, config, layout)),
-            layout.aux(checkpoint) if isinstance(layout, Assembling) else checkpoint.aux,
             assembly,
         )
     tags = {tag.name: tag for tag in checkpoint.files}
@@ -256,10 +295,10 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     for recipe in recipes:
         blocks.setdefault(recipe.block, []).append(recipe)
     units: list[list[Recipe]] = []
-    size = math.inf
+    size = 0
     for block in blocks.values():
         block_bytes = sum(recipe.source_bytes for recipe in block)
-        if size + block_bytes > unit_bytes:
+        if not units or size + block_bytes > unit_bytes:
             units.append([])
             size = 0
         units[-1].extend(block)
@@ -267,7 +306,7 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     return units
 
 
-def _files(shares: Sequence[Sequence[Placed]], container: str) -> Sequence[OutputFile]:
+def _files(target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]) -> Sequence[OutputFile]:
     """A file for each unit that has something to write.
 
     Raises:
@@ -276,11 +315,12 @@ def _files(shares: Sequence[Sequence[Placed]], container: str) -> Sequence[Outpu
     full = [share for share in shares if share]
     if not full:
         raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
-    count = len(full)
+    layout, container = target.layout, target.container
     return [
-        LAY_OUT[container](
-            f"model.{container}" if count == 1 else f"model-{number:05d}-of-{count:05d}.{container}",
+        container.lay_out(
+            layout.file or container.file_name(number, len(full)),
             [tensor for placed in share for tensor in placed.stored.values()],
+            layout.about(checkpoint, share),
         )
         for number, share in enumerate(full, 1)
     ]
@@ -334,13 +374,13 @@ def _warnings(
 ) -> list[str]:
     if isinstance(scheme, Plain):
         return []
-    said: list[str] = []
+    said = []
     quantized = [d for d in decisions if d.action == "quantize"]
     if not quantized:
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
     experts = [d for d in decisions if d.recipe.role == "expert"]
     kept = [d for d in experts if d.action != "quantize"]
-    if kept and layout.container == "safetensors":
+    if kept and layout.name != "gguf":
         total = sum(d.recipe.source_bytes for d in decisions)
         share = sum(d.recipe.source_bytes for d in kept) / total
         said.append(
@@ -348,24 +388,26 @@ def _warnings(
             f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         )
-    if len(kept) < len(experts) and layout.container == "safetensors":
+    if len(kept) < len(experts) and scheme.engine not in ("compressed-tensors", "ggml"):
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
         )
-    odd = [d.recipe for d in quantized if scheme.engine == "bitsandbytes" and d.recipe.shape[0] % CPU_ROWS]
+    odd = [d.recipe for d in quantized if scheme.kind == "bnb4" and d.recipe.shape[0] % CPU_ROWS]
     if odd:
         said.append(
             f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"
             " first): GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be"
             " divisible by block_n); keep them by a rule if such a CPU is to run the output"
         )
+    if scheme.engine == "compressed-tensors":
+        said += compressed_tensors.warnings(decisions)
     if checkpoint.family.is_generic:
         model_type = checkpoint.config.get("model_type", "none")
         said.append(
             f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
             " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
         )
-    if config is None and layout.container == "safetensors":
+    if config is None and layout.name != "gguf":
         said.append("the source has no config.json: the engine will need one with a quantization_config")
     return said

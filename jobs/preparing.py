@@ -19,7 +19,7 @@ from loaders.backends import kernels_of
 from loaders.checkpoint import OUR_REPORT, open_checkpoint
 from loaders.errors import BadSpec, StorageError
 from loaders.integrity import text_digest
-from loaders.layouts import BY_ENGINE, LAYOUTS, Naming
+from loaders.layouts import Naming
 from loaders.storage.local import free_bytes
 from loaders.strategies import auto
 
@@ -80,13 +80,11 @@ def target_of(spec: JobSpec) -> Target:
     scheme, backend = spec.quant.scheme, spec.backend.kind
     if backend not in scheme.backends:
         raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
-    layout = spec.output.layout if spec.output.layout != "auto" else BY_ENGINE[scheme.engine]
-    container = LAYOUTS[layout].container
-    if spec.output.container not in ("auto", container):
-        raise BadSpec(f"output.container: {layout} outputs are of {container}, not {spec.output.container}; use auto")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
-    return Target(TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, naming)
+    return Target(
+        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container, naming
+    )
 
 
 def _check_place(spec: JobSpec, output: Path) -> None:
@@ -167,7 +165,7 @@ def notes_of(planned: Planned) -> list[str]:
 def check_space(planned: Planned, done_bytes: int) -> None:
     """Raises StorageError when the output cannot fit."""
     target = planned.target
-    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in target.aux)
+    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
     need = target.weight_bytes + target.scratch_bytes - done_bytes + aux + SPARE_BYTES
     free = free_bytes(planned.spec.output_path.parent)
     if need > free:

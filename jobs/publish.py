@@ -46,9 +46,10 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     """
     _check_files(target, journal, records)
     made: dict[str, bytes] = {}
-    index = target.target.layout.index(target.files, sum(t.output_bytes for record in records for t in record.tensors))
+    stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
+    index = target.target.layout.index(target.files, stored_bytes, target.parameters)
     if index is not None:
-        made["model.safetensors.index.json"] = json_bytes(index)
+        made[target.target.container.index] = json_bytes(index)
     if target.config is not None:
         made["config.json"] = json_bytes(target.config)
     weights = [{"name": r.file, "bytes": r.size, "xxh3": r.xxh3} for r in records if r.file is not None]
@@ -56,7 +57,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
         made |= target.assembly.made
         if target.assembly.joined is not None:
             weights = [join(target.assembly.joined, journal, records)]
-    copied = [name for name in target.aux if name not in made]
+    copied = [name for name in plan.aux_of(target) if name not in made]
     for name in copied:
         _copy(plan.checkpoint.root / name, journal.files / name)
     _remove_others(journal.files, {*made, *copied, *(file.name for file in target.finals), OUR_REPORT})

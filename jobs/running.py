@@ -168,9 +168,7 @@ def _pass_gate(planned: Planned, results: report.Results) -> None:
     """
     gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
     schemes = {d.recipe.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
-    faults = [
-        (t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name].error_limit)) for t in results.tensors
-    ]
+    faults = [(t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name])) for t in results.tensors]
     found = [(error, fault) for error, fault in faults if fault]
     if found:
         raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")

@@ -113,11 +113,11 @@ class OutputSpec(Spec):
 
     root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
     path: str | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf", "gguf"] = Field(
+    layout: Literal["auto", "hf", "hqq", "mlx", "gguf"] = Field(
         description="names and config of which consumer; auto: the scheme's engine"
     )
-    container: Literal["auto", "safetensors", "gguf"] = Field(
-        description="the kind of weight files; auto: the engine's"
+    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(
+        description="the kind of weight files; auto: the layout's usual one"
     )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
     overwrite: bool = Field(description="replace an earlier output of weightmill at this path")

@@ -23,7 +23,7 @@ from loaders.backends import kernels_of
 from loaders.errors import StorageError, VerifyFailed
 from loaders.memory import PeakMemory
 from loaders.quantization.measure import measure
-from loaders.quantization.scheme import Block, Scheme, Sharing, View
+from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, loader
@@ -41,7 +41,7 @@ class Gate:
     allow_nonfinite: bool = False
     max_relative_error: float | None = None
 
-    def fault(self, name: str, error: ErrorSums, scheme_limit: float) -> str | None:
+    def fault(self, name: str, error: ErrorSums, scheme: Scheme) -> str | None:
         """Why a tensor must not leave, or None."""
         if error.nonfinite and not self.allow_nonfinite:
             return (
@@ -51,10 +51,17 @@ class Gate:
         if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
             count = error.nonfinite_decoded
             return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
-        limit = scheme_limit if self.max_relative_error is None or scheme_limit == 0 else self.max_relative_error
-        if not error.relative_error <= limit:
+        limit = scheme.error_limit if scheme.error_limit == 0 else self.max_relative_error or scheme.error_limit
+        if not error.relative_error <= limit and not self._is_floor(error, scheme):
             return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"
         return None
+
+    def _is_floor(self, error: ErrorSums, scheme: Scheme) -> bool:
+        """Whether weights are so small that the steps of the format's scales explain the error; no limit asked for."""
+        if not isinstance(scheme, Floored) or self.max_relative_error is not None:
+            return False
+        floor = scheme.error_floor * math.sqrt(error.numel)
+        return math.sqrt(error.error2) <= scheme.error_limit * math.sqrt(error.source2) + floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +164,7 @@ class TargetRun:
 
     def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
         self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
-        fault = self._task.gate.fault(recipe.name, error, placement.scheme.error_limit)
+        fault = self._task.gate.fault(recipe.name, error, placement.scheme)
         if fault:
             self.faults.append((error.relative_error, fault))
 

@@ -73,7 +73,7 @@ class VerifyTask:
                 encoded = placement.encoded_spec(recipe)
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
                 error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
-                fault = self.gate.fault(recipe.name, error, placement.scheme.error_limit)
+                fault = self.gate.fault(recipe.name, error, placement.scheme)
                 found = [fault] if fault else []
                 if error != ErrorSums(**self.recorded[recipe.name]["sums"]):
                     found.append(f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded")
@@ -208,8 +208,8 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
             faults.append(f"{name}: it is not as it was written")
     target = plan.targets[TARGET]
     faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
-    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()))
-    path = written.root / "model.safetensors.index.json"
+    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
+    path = written.root / target.target.container.index
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
         faults.append(f"{path.name}: it does not say what the files hold")
     return faults
@@ -217,11 +217,11 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
 
 def _size_faults(root: Path, file: OutputFile) -> list[str]:
     """Of a file whose first bytes the plan knows, whether they are there, and how long it is."""
-    if file.head is None:
+    if file.container != "gguf" or file.about is None:
         return []
     path = root / file.name
     with io_errors("reading", path), path.open("rb") as opened:
-        is_there = opened.read(len(file.head)) == file.head
+        is_there = opened.read(len(file.about)) == file.about
     found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
     size = path.stat().st_size
     return found if size == file.size else [*found, f"{file.name}: expected {file.size} bytes, found {size}"]

@@ -95,9 +95,22 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
 
 
 DEFAULTS: dict[str, tuple[Rule, ...]] = {
-    "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit"),
+    "hqq": _engine_rules("hqq", "hqq makes every nn.Linear but the head an HQQLinear"),
+    "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit or Linear8bitLt"),
     "bitnet": _engine_rules("bitnet", "transformers makes every nn.Linear a BitLinear"),
 }
+
+
+DEFAULTS["compressed-tensors"] = (
+    Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
+    Rule("keep", "llm-compressor's recipes keep embeddings", role=("embedding",)),
+    Rule("keep", "llm-compressor's recipes keep the output projection", role=("head",)),
+    Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
+    Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
+    Rule("quantize", "llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
+    Rule("quantize", "each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
+    Rule("keep", "no matrix"),
+)
 
 
 def default_rules(scheme: Scheme) -> tuple[Rule, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -224,9 +225,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file of an output, exactly: the bytes before its data, its data, and every tensor's slot in order.
+    """A file of an output, exactly: the bytes before its data, its data, what follows, every tensor's slot in order.
 
-    `head` holds the bytes before the data where they are known before the weights. A piece is no file of the output
+    `data_bytes` run from the first tensor to the end of the last, with what the container puts between them. `about` is
+    what the file says beside its tensors, where its container has a place for that. A piece is no file of the output
     yet: pieces are joined when all are done.
     """
 
@@ -234,14 +236,20 @@ class OutputFile:
     header_bytes: int
     data_bytes: int
     slots: tuple[Slot, ...]
-    container: str = "safetensors"
-    head: bytes | None = None
+    container: str
+    tail_bytes: int = 0
+    about: Any = None
     is_piece: bool = False
 
     @property
     def size(self) -> int:
         """Bytes, or at most so many where a slot is bound."""
-        return self.header_bytes + self.data_bytes
+        return self.header_bytes + self.data_bytes + self.tail_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors alone, or at most so many."""
+        return sum(slot.size for slot in self.slots)
 
 
 def storage_of(dtype: DType) -> np.dtype:

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from loaders.containers import gguf, pytorch, safetensors
-from loaders.containers.writing import MakeHead, ShardWriter
-from loaders.specs import OutputFile, StoredTensor, WeightSpec
+from loaders.containers import gguf, pytorch, pytorch_writing, safetensors
+from loaders.containers.base import Container
+from loaders.containers.writing import ShardWriter
+from loaders.specs import OutputFile
 
-READERS: dict[str, Callable[[Path, str], tuple[WeightSpec, ...]]] = {
-    "safetensors": safetensors.read_specs,
-    "pytorch": pytorch.read_specs,
-    "gguf": gguf.read_specs,
+__all__ = ["CONTAINERS", "READERS", "Container", "ShardWriter", "writer_of"]
+
+CONTAINERS = {
+    container.name: container
+    for container in (
+        Container(
+            "safetensors",
+            safetensors.read_specs,
+            safetensors.lay_out,
+            safetensors.place,
+            safetensors.frame,
+            single="model.safetensors",
+            shard="model-{number:05d}-of-{count:05d}.safetensors",
+            index="model.safetensors.index.json",
+        ),
+        Container(
+            "pytorch",
+            pytorch.read_specs,
+            pytorch_writing.lay_out,
+            pytorch_writing.place,
+            pytorch_writing.frame,
+            single="pytorch_model.bin",
+            shard="pytorch_model-{number:05d}-of-{count:05d}.bin",
+            index="pytorch_model.bin.index.json",
+        ),
+        Container(
+            "gguf",
+            gguf.read_specs,
+            gguf.lay_out,
+            gguf.place,
+            gguf.frame,
+            single="model.gguf",
+            shard="model-{number:05d}-of-{count:05d}.gguf",
+            index="none",
+        ),
+    )
 }
-# A file of a container from its name and tensors, and what makes its first bytes once its tensors are there
-LAY_OUT: dict[str, Callable[[str, Iterable[StoredTensor]], OutputFile]] = {
-    "safetensors": safetensors.lay_out,
-    "gguf": gguf.lay_out,
-}
-HEADS: dict[str, MakeHead] = {
-    "safetensors": safetensors.head,
-    "gguf": lambda file, tensors: b"",  # a piece; whole files have their head from the plan
-}
+READERS = {name: container.read_specs for name, container in CONTAINERS.items()}
 
 
-def writer(path: Path, file: OutputFile) -> ShardWriter:
-    """What writes a planned file to `path`."""
-    return ShardWriter(path, file, HEADS[file.container])
+def writer_of(path: Path, file: OutputFile) -> ShardWriter:
+    """Begin a planned file at a path."""
+    return ShardWriter(path, file, CONTAINERS[file.container])

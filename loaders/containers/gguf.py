@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loaders.containers.base import Checksum, Places
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.specs import DTYPES, DType, OutputFile, Slot, StoredTensor, WeightSpec
 
@@ -225,8 +226,8 @@ class _Header:
 # --- writing
 
 
-def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
-    """Give every tensor its place, aligned, in the order given. There is no header yet: see `with_head`.
+def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
+    """Give every tensor its place, aligned, in the order given. A piece has no header: `with_head` adds one.
 
     Raises:
         BadSpec: a name is too long, or GGUF has no such dtype.
@@ -238,13 +239,25 @@ def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
             raise BadSpec(f"{name}: {spec.dtype} {list(spec.shape)} under this name cannot be in a GGUF")
         slots.append(Slot(name, spec.dtype, spec.shape, offset))
         offset += -(-spec.size // ALIGNMENT) * ALIGNMENT
-    return OutputFile(file, 0, offset, tuple(slots), container="gguf")
+    return OutputFile(file, 0, offset, tuple(slots), "gguf", about=about)
 
 
 def with_head(file: OutputFile, metadata: Metadata) -> OutputFile:
     """A file with its header before its data."""
     head = header(metadata, [(slot, slot.offset) for slot in file.slots])
-    return replace(file, head=head, header_bytes=len(head))
+    return replace(file, about=head, header_bytes=len(head))
+
+
+def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
+    """Where the tensors lie: where they were planned."""
+    return {slot.name: (file.header_bytes + slot.offset, slot.size) for slot in file.slots}
+
+
+def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
+    """The header, if the file has one, and what aligns whatever comes after the last tensor."""
+    end, last = file.header_bytes + file.data_bytes, max((at + size for at, size in places.values()), default=0)
+    head = [(0, bytes(file.about))] if file.about is not None else []
+    return [*head, (last, bytes(end - last))]
 
 
 def header(metadata: Metadata, tensors: Sequence[tuple[Slot, int]]) -> bytes:

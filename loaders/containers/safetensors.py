@@ -10,10 +10,11 @@ Format: https://github.com/huggingface/safetensors, "Format"; the reading limits
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loaders.containers.base import Checksum, Places
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.specs import DType, OutputFile, Slot, StoredTensor, WeightSpec, dtype_named
 
@@ -101,8 +102,10 @@ def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_s
 # --- writing
 
 
-def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
+def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
     """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last.
+
+    `about` is the file's `__metadata__`, by default what transformers writes.
 
     Raises:
         BadSpec: safetensors has no such dtype.
@@ -115,13 +118,13 @@ def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
         slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))
         offset += spec.size
-    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}))
-    return OutputFile(file, header_bytes, offset, tuple(slots))
+    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}, about))
+    return OutputFile(file, header_bytes, offset, tuple(slots), "safetensors", about=about)
 
 
-def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], room: int = 0) -> bytes:
+def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = None, room: int = 0) -> bytes:
     """The first bytes of a file: name -> (dtype, shape, offset among the data), padded to `room` and to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": METADATA}
+    entries: dict[str, Any] = {"__metadata__": METADATA if about is None else about}
     for name, (dtype, shape, offset) in tensors.items():
         stop = offset + dtype.size(shape)
         entries[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, stop]}
@@ -130,6 +133,23 @@ def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], room: int = 0
     return length.to_bytes(8, "little") + raw.ljust(length)
 
 
-def head(file: OutputFile, tensors: dict[str, tuple[DType, tuple[int, ...], int]]) -> bytes:
-    """The header of a planned file, in its planned room."""
-    return header(tensors, file.header_bytes)
+def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
+    """Where the tensors lie: one after another."""
+    places, at = {}, file.header_bytes
+    for slot in file.slots:
+        size = lengths[slot.name] if slot.is_bound else slot.size
+        places[slot.name] = (at, size)
+        at += size
+    return places
+
+
+def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
+    """The header."""
+    entries: dict[str, tuple[DType, tuple[int, ...], int]] = {}
+    for slot in file.slots:
+        at, size = places[slot.name]
+        shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
+        entries[slot.name] = (slot.dtype, shape, at - file.header_bytes)
+    head = header(entries, file.about, file.header_bytes)
+    assert len(head) == file.header_bytes, (len(head), file.header_bytes)
+    return [(0, head)]

@@ -1,34 +1,33 @@
-"""Writing a planned file, of whatever container: room first, tensors in any order, what is known last at the end."""
+"""Writing a planned file of any container: tensors in any order, from any threads, and at last what frames them."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from loaders.containers.base import Container, Places
 from loaders.errors import StorageError, io_errors
-from loaders.specs import DType, OutputFile, Slot
+from loaders.specs import OutputFile, Slot
 
 SYNC_FILE_RANGE_WRITE = 2
-Tensors = dict[str, tuple[DType, tuple[int, ...], int]]  # by name: dtype, shape, offset among the data
-MakeHead = Callable[[OutputFile, Tensors], bytes]
+BLOCK = 4 << 20
 
 
 class ShardWriter:
-    """Writes one planned file, in any order, from any threads; `finish` makes it whole, durable and known.
+    """Writes one planned file; `seal` makes it whole, durable and known.
 
     The file is made new at `path`, which must not exist, with all its room taken at once: a disk that is too full says
     so before any work. Whoever owns the path renames it when it is finished.
     """
 
-    def __init__(self, path: Path, file: OutputFile, make_head: MakeHead) -> None:
+    def __init__(self, path: Path, file: OutputFile, container: Container) -> None:
         self.path = path
         self.file = file
-        self.size = file.size  # known for certain once sealed
-        self._make_head = make_head
+        self._container = container
         self._bound: dict[str, bytes] = {}
         with io_errors("creating", path):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
@@ -50,11 +49,7 @@ class ShardWriter:
             assert offset == 0
             self._bound[slot.name] = bytes(data)
             return
-        at = self.file.header_bytes + slot.offset + offset
-        with io_errors("writing", self.path):
-            while data:
-                count = os.pwrite(self._descriptor, data, at)
-                at, data = at + count, data[count:]
+        self._put(data, self.file.header_bytes + slot.offset + offset)
 
     def read(self, slot: Slot, offset: int, out: memoryview) -> int:
         """Read back bytes from `offset` of a tensor as the file has them; how many there were."""
@@ -62,13 +57,7 @@ class ShardWriter:
             found = self._bound[slot.name][offset : offset + len(out)]
             out[: len(found)] = found
             return len(found)
-        at, left = self.file.header_bytes + slot.offset + offset, out
-        with io_errors("reading back", self.path):
-            while left:
-                count = os.preadv(self._descriptor, [left], at)
-                if count == 0:
-                    raise StorageError(f"reading back {self.path}: it ends at byte {at}; something cut it short")
-                at, left = at + count, left[count:]
+        self._get(self.file.header_bytes + slot.offset + offset, out)
         return len(out)
 
     def start_syncing(self, slot: Slot) -> None:
@@ -76,36 +65,42 @@ class ShardWriter:
         if not slot.is_bound:
             begin_writeback(self._descriptor, self.file.header_bytes + slot.offset, slot.size)
 
-    def seal(self) -> dict[str, int]:
-        """Write what comes last, tensors of bound length and the header, durably. Gives every tensor's bytes."""
-        sizes, end = {}, 0
-        entries: Tensors = {}
-        for slot in self.file.slots:
-            size, shape, offset = slot.size, slot.shape, slot.offset
-            if slot.is_bound:
-                data, offset = self._bound[slot.name], end
-                size, shape = len(data), (len(data) // slot.dtype.item_bytes,)
-                self._put(data, self.file.header_bytes + offset)
-            entries[slot.name] = (slot.dtype, shape, offset)
-            sizes[slot.name] = size
-            end = offset + size
-        if not any(slot.is_bound for slot in self.file.slots):
-            end = self.file.data_bytes  # with what aligns the next file's
-        head = self._make_head(self.file, entries) if self.file.head is None else self.file.head
-        assert len(head) == self.file.header_bytes, (len(head), self.file.header_bytes)
-        self._put(head, 0)
-        self.size = self.file.header_bytes + end
+    def seal(self) -> Places:
+        """Write what comes last, tensors of bound length and the frame, durably; where every tensor lies."""
+        places = self._container.place(self.file, {name: len(data) for name, data in self._bound.items()})
+        for name, data in self._bound.items():
+            self._put(memoryview(data), places[name][0])
+        end = 0
+        for at, data in self._container.frame(self.file, places, self._checksum):
+            self._put(memoryview(data), at)
+            end = max(end, at + len(data))
+        end = max([end, *(at + size for at, size in places.values())])
         with io_errors("writing", self.path):
-            os.ftruncate(self._descriptor, self.size)
+            os.ftruncate(self._descriptor, end)
             os.fsync(self._descriptor)
-        return sizes
+        return places
 
-    def _put(self, data: bytes, at: int) -> None:
-        left = memoryview(data)
+    def _checksum(self, offset: int, size: int) -> int:
+        found, buffer = 0, memoryview(bytearray(min(size, BLOCK)))
+        for at in range(0, size, BLOCK):
+            block = buffer[: min(BLOCK, size - at)]
+            self._get(offset + at, block)
+            found = zlib.crc32(block, found)
+        return found
+
+    def _put(self, data: memoryview, at: int) -> None:
         with io_errors("writing", self.path):
-            while left:
-                count = os.pwrite(self._descriptor, left, at)
-                at, left = at + count, left[count:]
+            while data:
+                count = os.pwrite(self._descriptor, data, at)
+                at, data = at + count, data[count:]
+
+    def _get(self, at: int, out: memoryview) -> None:
+        with io_errors("reading back", self.path):
+            while out:
+                count = os.preadv(self._descriptor, [out], at)
+                if count == 0:
+                    raise StorageError(f"reading back {self.path}: it ends at byte {at}; something cut it short")
+                at, out = at + count, out[count:]
 
     def close(self) -> None:
         """Let go of the file; it stays."""

@@ -39,7 +39,7 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
                 "",
                 "",
                 None,
-                order,
+                order=order,
             )
     return found
 

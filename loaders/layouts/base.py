@@ -31,10 +31,16 @@ class Placed:
 class Layout(Protocol):
     """A consumer's expectations. Refuses, as BadSpec, what the consumer could not load."""
 
-    container: ClassVar[str]  # the kind of weight files it reads
+    name: ClassVar[str]
+    containers: ClassVar[tuple[str, ...]]  # the kinds of weight files it reads, the usual one first
+    file: ClassVar[str | None]  # the one weight file that it reads; None: one a unit, called as its container's are
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         """What will be stored, and under which names: one for each decision that is not "drop"."""
+        ...
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        """What a file of these results says beside its tensors, as its container takes it; mostly nothing."""
         ...
 
     def config(
@@ -43,8 +49,10 @@ class Layout(Protocol):
         """config.json; None where there will be none."""
         ...
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
-        """model.safetensors.index.json; None where there will be none. `total_bytes` are those of all tensors."""
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        """The index; None where there will be none. `total_bytes` are those of all tensors, `parameters` the numbers
+        in them before they were quantized.
+        """
         ...
 
 

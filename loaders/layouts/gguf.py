@@ -40,7 +40,9 @@ FLOATS = ("F32", "F16", "BF16")
 class GgufLayout:
     """See `Layout` and `Assembling`."""
 
-    container: ClassVar[str] = "gguf"
+    name: ClassVar[str] = "gguf"
+    containers: ClassVar[tuple[str, ...]] = ("gguf",)
+    file: ClassVar[str | None] = None
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         for decision in decisions:
@@ -58,7 +60,10 @@ class GgufLayout:
     ) -> dict[str, Any] | None:
         return None
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        return None
+
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         return None
 
     def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:

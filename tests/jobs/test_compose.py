@@ -128,8 +128,8 @@ def test_help_lists_every_choice_with_what_it_says_of_itself(weightmill: Any) ->
 def test_the_shell_completes_verbs_groups_choices_and_settings() -> None:
     assert completions("weightmill in") == ["inspect"]
     assert "quant=" in completions("weightmill run qu")
-    assert completions("weightmill run quant=n") == ["quant=nf4", "quant=none"]
-    assert completions("weightmill run quant=nf4,f") == ["quant=nf4,fp4"]
+    assert completions("weightmill run quant=n") == ["quant=nf4", "quant=none", "quant=nvfp4a16"]
+    assert completions("weightmill run quant=nf4,fp4") == ["quant=nf4,fp4"]
     assert "quant.group_size=" in completions("weightmill run model=demo quant.g")
     assert completions("weightmill nonsense x") == []
 

@@ -12,7 +12,8 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.quantization.bnb4 import Bnb4
-from loaders.quantization.scheme import View
+from loaders.quantization.int8 import LlmInt8
+from loaders.quantization.scheme import Scheme, View
 from loaders.work import ThreadedWork
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw
@@ -30,7 +31,7 @@ def raw_of(tensor: Any, dtype: str) -> Raw:
     return Raw(dtype, data.numpy())
 
 
-def encode(view: View, scheme: Bnb4) -> dict[str, np.ndarray]:
+def encode(view: View, scheme: Scheme) -> dict[str, np.ndarray]:
     sink = MemorySink(scheme, view.spec)
     with ThreadPoolExecutor(1) as pool:
         scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
@@ -89,6 +90,21 @@ def test_double_quantization_differs_by_the_mean_alone(table: Any) -> None:
     assert abs(offset - float(tensor.abs().reshape(-1, 64).amax(1).double().mean())) < 1e-6 * offset
 
 
+@pytest.mark.parametrize("dtype", sorted(TORCH_DTYPES))
+@pytest.mark.parametrize("shape", ["awkward", (96, 320), (67, 61), (1, 1)])
+def test_int8_codes_and_scales_are_those_of_int8_vectorwise_quant(dtype: str, shape: Any) -> None:
+    if shape == "awkward":
+        tensor = awkward()
+        tensor[3] *= 1e-20  # finite ones beyond float16 are refused
+    else:
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    tensor = tensor.to(TORCH_DTYPES[dtype])
+    codes, scales, _ = functional.int8_vectorwise_quant(tensor.to(torch.float16))
+    mine = encode(MemoryView(raw_of(tensor, dtype)), LlmInt8())
+    assert np.array_equal(mine["SCB"], scales.numpy(), equal_nan=True)
+    assert np.array_equal(mine["weight"], codes.numpy().reshape(-1))
+
+
 def causal(prefix: str, **extra: Any) -> Any:
     config = {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -113,6 +129,12 @@ CASES: dict[str, tuple[Any, Any, str, bool]] = {
     "qwen2 tied bf16": (lambda: causal("Qwen2", tie_word_embeddings=True), torch.bfloat16, "nf4", False),
     "qwen3 bf16": (lambda: causal("Qwen3", head_dim=32), torch.bfloat16, "nf4", False),
     "mixtral bf16": (lambda: causal("Mixtral", num_local_experts=4), torch.bfloat16, "nf4", False),
+    "llama untied bf16 int8": (lambda: causal("Llama"), torch.bfloat16, "int8", False),
+    "llama tied fp16 int8": (lambda: causal("Llama", tie_word_embeddings=True), torch.float16, "int8", False),
+    "qwen3 moe fp32 int8": (lambda: causal("Qwen3Moe", **MOE), torch.float32, "int8", False),
+    "bert fp32 int8": (bert, torch.float32, "int8", False),
+    "odd sizes bf16 int8": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
+                                           num_key_value_heads=5), torch.bfloat16, "int8", False),
     "qwen3 moe bf16": (lambda: causal("Qwen3Moe", **MOE), torch.bfloat16, "nf4", False),
     "bert fp32": (bert, torch.float32, "nf4", False),
     "odd sizes bf16": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
@@ -146,11 +168,13 @@ def test_the_checkpoint_is_that_of_transformers_with_bitsandbytes(case: str, tmp
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=table, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=double
     )
+    if table == "int8":
+        settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
     peer = auto.from_pretrained(tmp_path / "source", quantization_config=settings, device_map={"": "cpu"}, dtype=dtype)
     peer.save_pretrained(tmp_path / "peer")
     ran = weightmill(
         "run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", f"quant={table}",
-        f"quant.double_quant={str(double).lower()}", "source.unit_mb=0.3",
+        "source.unit_mb=0.3", *([] if table == "int8" else [f"quant.double_quant={str(double).lower()}"]),
     )  # fmt: skip
     assert ran.status == 0, ran.err
 
