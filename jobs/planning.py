@@ -250,7 +250,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             tuple(planned),
             {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
-            tuple(_warnings(checkpoint, target.scheme, decisions, config, layout)),
+            (*layout.warnings(decisions), *_warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
         )
     tags = {tag.name: tag for tag in checkpoint.files}

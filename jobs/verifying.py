@@ -193,7 +193,10 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
     wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
     found = {spec.name: spec for spec in written.weights}
     faults = [f"{name}: missing from the output" for name in sorted(set(wanted) - set(found))]
-    faults += [f"{name}: in the output, but not planned" for name in sorted(set(found) - set(wanted))]
+    places = {(spec.file, spec.offset, spec.size) for name, spec in found.items() if name in wanted}
+    for name in sorted(set(found) - set(wanted)):
+        if (found[name].file, found[name].offset, found[name].size) not in places:  # a tied tensor's second name
+            faults.append(f"{name}: in the output, but not planned")
     for name in sorted(set(wanted) & set(found)):
         slot, spec = wanted[name], found[name]
         fits = spec.size <= slot.size if slot.is_bound else spec.shape == slot.shape

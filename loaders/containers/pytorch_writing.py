@@ -24,7 +24,8 @@ from loaders.containers.pickling import Ref, Stored, check_dtype, state_dict
 from loaders.specs import OutputFile, Slot, StoredTensor
 
 ALIGNMENT = 64
-LIMIT = 0xFFFFFFFF  # from here on, a field of 32 bits refers to zip64's
+LIMIT = 0xFFFFFFFF  # from here on, numbers stand in zip64's fields,
+STANDS_FOR_LIMIT = 0xFFFFFFFF  # and this in those of 32 bits
 MANY = 0xFFFF
 UTF8 = 0x0800
 BEFORE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
@@ -125,7 +126,7 @@ def _members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str,
 
 def _header(member: Member, checksum: int) -> bytes:
     """A member's local header, padded by an extra field so that its bytes are aligned."""
-    name, size = member.name.encode(), LIMIT if member.is_large else member.size
+    name, size = member.name.encode(), STANDS_FOR_LIMIT if member.is_large else member.size
     extra = struct.pack("<HHQQ", 1, 16, member.size, member.size) if member.is_large else b""
     room = member.start - member.header - 30 - len(name) - len(extra) - 4
     extra += b"FB" + struct.pack("<H", room) + b"Z" * room
@@ -137,13 +138,17 @@ def _header(member: Member, checksum: int) -> bytes:
     )
 
 
+def _narrow(number: int) -> int:
+    return STANDS_FOR_LIMIT if number >= LIMIT else number
+
+
 def _directory(members: list[Member], checksums: Mapping[str, int]) -> bytes:
     """What follows the last member: an entry for each, and where the entries are."""
     entries = []
     for member in members:
         wide = [each for each in (member.size, member.size, member.header) if each >= LIMIT]
         extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        size, header = min(member.size, LIMIT), min(member.header, LIMIT)
+        size, header = _narrow(member.size), _narrow(member.header)
         name, version = member.name.encode(), 45 if wide else 20
         entries.append(
             struct.pack(
@@ -160,5 +165,5 @@ def _directory(members: list[Member], checksums: Mapping[str, int]) -> bytes:
         end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(made), at)
         end += struct.pack("<4sIQI", b"PK\6\7", 0, at + len(made), 1)
     few = min(count, MANY)
-    end += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, few, few, min(len(made), LIMIT), min(at, LIMIT), 0)
+    end += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, few, few, _narrow(len(made)), _narrow(at), 0)
     return made + end

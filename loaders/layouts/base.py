@@ -43,6 +43,10 @@ class Layout(Protocol):
         """What a file of these results says beside its tensors, as its container takes it; mostly nothing."""
         ...
 
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        """What to know of the consumer before anything is written."""
+        ...
+
     def config(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
     ) -> dict[str, Any] | None:

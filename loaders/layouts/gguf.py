@@ -66,6 +66,9 @@ class GgufLayout:
     def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         return None
 
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        return ()
+
     def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         return tuple(name for name in checkpoint.aux if name.upper().startswith(LEGAL))
 

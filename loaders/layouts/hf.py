@@ -30,6 +30,12 @@ from loaders.specs import DTYPES, OutputFile, StoredTensor
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
 DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
 
+HQQ_HERE = (
+    "transformers 5 does not load HQQ, and does not fail either: it warns of missing weights and computes with random"
+    " ones. This layout is for transformers 4 (on a CPU only with torch_dtype=torch.float32); output=hqq, the default,"
+    " is for the hqq package, which loads it beside transformers 4 and 5"
+)
+
 
 class HfLayout:
     """See `Layout`."""
@@ -43,6 +49,11 @@ class HfLayout:
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         return place(decisions, checkpoint.config)
+
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        if any(isinstance(decision.scheme, Hqq) for decision in decisions):
+            return (HQQ_HERE,)
+        return ()
 
     def config(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None

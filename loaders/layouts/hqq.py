@@ -21,6 +21,10 @@ from loaders.recipes import stored_name
 from loaders.rules import Decision
 from loaders.specs import DTYPES, OutputFile, StoredTensor, TensorSpec
 
+EXPERTS = (
+    "hqq finds experts that lie one by one beside transformers 4 only: transformers 5 fuses them, and hqq neither saves"
+    " nor loads fused ones"
+)
 ROLES = ("W_q", "scale", "zero")
 
 
@@ -72,12 +76,17 @@ class HqqLayout:
                 modules[other] = {other_key: modules[module][key]}
         return tuple((module, tuple(values.items())) for module, values in modules.items())
 
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        if any(decision.recipe.role == "expert" for decision in decisions):
+            return (EXPERTS,)
+        return ()
+
     def config(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
     ) -> dict[str, Any] | None:
         return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"} or None
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         return None
 
 

@@ -29,8 +29,12 @@ SUFFIXES = {"weight": "weight", SCALES: "scales", BIASES: "biases"}
 class MlxLayout:
     """See `Layout`."""
 
-    container: ClassVar[str] = "safetensors"
-    metadata: ClassVar[Mapping[str, str]] = {"format": "mlx"}
+    name: ClassVar[str] = "mlx"
+    containers: ClassVar[tuple[str, ...]] = ("safetensors",)
+    file: ClassVar[str | None] = None
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        return {"format": "mlx"}
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
