@@ -38,8 +38,8 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         BadSpec, BadCheckpoint: one of them cannot be opened.
     """
     one, other = open_checkpoint(a), open_checkpoint(b)
-    ours = {r.name: r for r in recipes_of(one, decode=True).recipes}
-    theirs = {r.name: r for r in recipes_of(other, decode=True).recipes}
+    ours = {r.name: r for r in recipes_of(one, decode=True, split=True).recipes}
+    theirs = {r.name: r for r in recipes_of(other, decode=True, split=True).recipes}
     common = [name for name in ours if name in theirs]
     rows: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:

@@ -21,6 +21,7 @@ from loaders.integrity import text_digest
 from loaders.layouts import (
     BY_ENGINE,
     LAYOUTS,
+    WHOLE_STACKS,
     Assembling,
     Assembly,
     Layout,
@@ -28,6 +29,7 @@ from loaders.layouts import (
     Placed,
     compressed_tensors,
 )
+from loaders.layouts.hf import HfLayout
 from loaders.quantization.bnb4 import CPU_ROWS
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
@@ -223,8 +225,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets))
     is_one_file = any(target.layout.file is not None for target in targets)
+    sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
     groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
@@ -287,6 +289,22 @@ def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
     if kept and len(kept) < len(targets):
         raise BadSpec("output.layout: from a GGUF, outputs as GGUF and others are different work: run them apart")
     return not kept
+
+
+def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
+    """Whether stacks of experts are taken apart: not where the model's own class loads the output.
+
+    Raises:
+        BadSpec: some targets want them whole and others apart, and the checkpoint has some.
+    """
+    wanted = {not (t.scheme.engine in WHOLE_STACKS and isinstance(t.layout, HfLayout)) for t in targets}
+    stacks = checkpoint.family.stacks
+    if len(wanted) == 2 and any(stack.pattern.search(w.name) for stack in stacks for w in checkpoint.weights):
+        raise BadSpec(
+            "quant: the checkpoint stacks its experts; transformers wants them whole, the other engines asked for one"
+            " by one: run them apart"
+        )
+    return True in wanted
 
 
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:

@@ -89,7 +89,7 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
         Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
         Rule("keep", EXPERTS_KEPT.format(engine=engine), role=("expert",)),
         Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
-        Rule("quantize", conversion, role=LINEAR, shape=(None, None)),
+        Rule("quantize", conversion, role=(*LINEAR, "vision"), shape=(None, None)),
         Rule("keep", "no matrix"),
     )
 

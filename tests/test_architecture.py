@@ -28,7 +28,7 @@ LAYERS = [
     ("rules", ("loaders.rules", "loaders.mixes")),
     ("sources", ("loaders.sources",)),
     ("decoding", ("loaders.decoding",)),
-    ("recipes", ("loaders.recipes",)),
+    ("recipes", ("loaders.recipes", "loaders.stacks")),
     ("checkpoints", ("loaders.checkpoint", "loaders.families", "loaders.mlx_models", "loaders.architectures")),
     ("schemes", ("loaders.quantization", "loaders.backends", "loaders.strategies", "loaders.containers",
                  "loaders.stats")),

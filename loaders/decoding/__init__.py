@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes, compressed_tensors, fp8, gguf, hqq, mlx
+from loaders.decoding import (
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    hqq,
+    int4,
+    mlx,
+    modelopt,
+    mxfp4,
+)
 from loaders.errors import BadSpec
 from loaders.families import text_config
 from loaders.recipes import Recipe
@@ -19,11 +30,16 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "fp8": fp8.find,
     "compressed-tensors": compressed_tensors.find,
     "mlx": mlx.find,
+    "mxfp4": mxfp4.find,
+    "modelopt": modelopt.find,
+    "modelopt_fp4": modelopt.find,
+    "awq": int4.find_awq,
+    "gptq": int4.find_gptq,
     "gguf": gguf.find,
 }
 
 # What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
-METHOD_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+METHOD_FILES = (modelopt.CONFIG, "quantize_config.json", "quant_config.json")
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
@@ -33,6 +49,8 @@ def method_of(checkpoint: Checkpoint) -> str | None:
     block: Any = text_config(checkpoint.config, "quantization_config")
     if mlx.is_mlx(checkpoint):
         return "mlx"
+    if block is None and modelopt.CONFIG in checkpoint.aux:
+        return "modelopt"
     if block is None:
         names = [spec.name for spec in checkpoint.weights]
         if any(name.endswith(hqq.PACKED) for name in names):

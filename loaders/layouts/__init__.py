@@ -8,7 +8,7 @@ from loaders.layouts.hf import HfLayout
 from loaders.layouts.hqq import HqqLayout
 from loaders.layouts.mlx import MlxLayout
 
-__all__ = ["BY_ENGINE", "LAYOUTS", "Assembling", "Assembly", "Layout", "Naming", "Placed"]
+__all__ = ["BY_ENGINE", "LAYOUTS", "WHOLE_STACKS", "Assembling", "Assembly", "Layout", "Naming", "Placed"]
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout())}
 BY_ENGINE = {
@@ -20,3 +20,6 @@ BY_ENGINE = {
     "mlx": "mlx",
     "ggml": "gguf",
 }  # the layout that a scheme's engine reads
+
+# Engines whose loader builds the model's own class and quantizes linear layers alone: a stack of experts stays as it is
+WHOLE_STACKS = ("plain", "bitsandbytes", "bitnet", "hqq")

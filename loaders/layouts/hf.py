@@ -28,6 +28,7 @@ from loaders.rules import LINEAR, Decision
 from loaders.specs import DTYPES, OutputFile, StoredTensor
 
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
+LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")  # of which transformers makes an nn.Linear
 DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
 
 HQQ_HERE = (
@@ -77,6 +78,11 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
         recipe, scheme = decision.recipe, decision.scheme
         if scheme is None:
             continue
+        if decision.action == "quantize" and recipe.role == "expert" and len(recipe.shape) == 3:
+            raise BadSpec(
+                f"{decision.rule.label or 'quant'}: {recipe.name} is a stack of experts, which transformers loads as"
+                f" one parameter and {scheme.engine} does not quantize; keep it"
+            )
         cast = wanted if decision.action == "quantize" and wanted != recipe.dtype else None
         spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
         stored = {
@@ -218,4 +224,5 @@ def _module(decision: Decision) -> str:
 
 def _is_linear(decision: Decision) -> bool:
     recipe = decision.recipe
-    return recipe.role in (*LINEAR, "head") and len(recipe.shape) == 2 and recipe.name.endswith(".weight")
+    is_layer = recipe.role in (*LINEAR, "head", "vision") or recipe.name.endswith(LINEAR_ROUTERS)
+    return is_layer and len(recipe.shape) == 2 and recipe.name.endswith(".weight")

@@ -36,6 +36,9 @@ class MlxLayout:
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
         return {"format": "mlx"}
 
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        return ()
+
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
         cast_to, placed = convert_dtype(checkpoint.config), []

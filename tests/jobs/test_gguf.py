@@ -181,7 +181,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], Any, list[str], str]] = {
     "a tensor without a place": ({}, with_extra("model.vision.weight"), [], "no place for 1 tensors .*vision"),
     "another activation": ({"hidden_act": "gelu"}, None, [], "computes llama with silu, not with gelu"),
     "another rope": (
-        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, None, [], "rope scaling 'longrope' is not converted",
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, None, [],
+        "rope scaling 'longrope' is not converted",
     ),
     "a size that is missing": ({"rms_norm_eps": None}, None, [], "expected a number as rms_norm_eps"),
     "heads that do not divide": ({"num_attention_heads": 5}, None, [], "do not divide into 5 heads"),

@@ -151,7 +151,10 @@ def test_rows_of_heads_are_taken_as_reshape_and_swap_take_them(inverse: bool) ->
         assert np.array_equal(view.read(start, stop), wanted.reshape(-1)[start:stop])
 
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def tokenizer(regex: str | None, **model: object) -> dict[str, object]:
