@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs import benching_hqq
+from jobs import benching_ggml, benching_hqq
 from jobs.console import Said, note
 from jobs.execution import usable_cpus
 from loaders.checkpoint import open_checkpoint
@@ -74,8 +74,8 @@ def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
 def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     """Encoders and decoders on one bfloat16 weight."""
     weight = _random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
-    hqq = (Case(name, call, missing, beside) for name, call, missing, beside in benching_hqq.rows(weight, threads))
-    cases = [*_ours(weight, threads), *_peers(weight, threads), *hqq]
+    others = (*benching_hqq.rows(weight, threads), *benching_ggml.rows(weight, threads))
+    cases = [*_ours(weight, threads), *_peers(weight, threads), *(Case(*row) for row in others)]
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
     rotate(cases, repeats)
     return _said(cases, weight.nbytes, {"shape": [rows, columns], "threads": threads, "repeats": repeats})

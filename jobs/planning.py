@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.spec import MB
+from jobs.warning import warnings
 from loaders.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
 from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
@@ -27,10 +28,8 @@ from loaders.layouts import (
     Layout,
     Naming,
     Placed,
-    compressed_tensors,
 )
 from loaders.layouts.hf import HfLayout
-from loaders.quantization.bnb4 import CPU_ROWS
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
@@ -252,7 +251,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             tuple(planned),
             {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
-            (*layout.warnings(decisions), *_warnings(checkpoint, target.scheme, decisions, config, layout)),
+            (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
         )
     tags = {tag.name: tag for tag in checkpoint.files}
@@ -378,54 +377,3 @@ def _files_of(recipes: Iterable[Recipe], tags: Mapping[str, FileTag]) -> tuple[F
 def json_bytes(document: Any) -> bytes:
     """As transformers writes JSON files."""
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-# --- what is said aloud
-
-
-def _warnings(
-    checkpoint: Checkpoint,
-    scheme: Scheme,
-    decisions: Sequence[Decision],
-    config: Mapping[str, Any] | None,
-    layout: Layout,
-) -> list[str]:
-    if isinstance(scheme, Plain):
-        return []
-    said = []
-    quantized = [d for d in decisions if d.action == "quantize"]
-    if not quantized:
-        said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
-    experts = [d for d in decisions if d.recipe.role == "expert"]
-    kept = [d for d in experts if d.action != "quantize"]
-    if kept and layout.name != "gguf":
-        total = sum(d.recipe.source_bytes for d in decisions)
-        share = sum(d.recipe.source_bytes for d in kept) / total
-        said.append(
-            f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
-            f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
-            " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
-        )
-    if len(kept) < len(experts) and scheme.engine not in ("compressed-tensors", "ggml"):
-        said.append(
-            "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
-            " transformers 5 fuses experts and fails on such names with a size mismatch"
-        )
-    odd = [d.recipe for d in quantized if scheme.kind == "bnb4" and d.recipe.shape[0] % CPU_ROWS]
-    if odd:
-        said.append(
-            f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"
-            " first): GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be"
-            " divisible by block_n); keep them by a rule if such a CPU is to run the output"
-        )
-    if scheme.engine == "compressed-tensors":
-        said += compressed_tensors.warnings(decisions)
-    if checkpoint.family.is_generic:
-        model_type = checkpoint.config.get("model_type", "none")
-        said.append(
-            f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
-            " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
-        )
-    if config is None and layout.name != "gguf":
-        said.append("the source has no config.json: the engine will need one with a quantization_config")
-    return said
