@@ -10,6 +10,8 @@ Source: llama.cpp, ggml/src/ggml-quants.c: make_qkx2_quants (Q2_K, Q4_K, Q5_K), 
 
 from __future__ import annotations
 
+import math
+
 from llvmlite import ir
 from numba.core import types
 
@@ -44,6 +46,20 @@ def _nearest(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
     whole = lanes.b.select(lanes.b.icmp_signed("<", whole, high), whole, high)
     whole = lanes.b.select(lanes.b.icmp_signed(">", whole, low), whole, low)
     return lanes.b.sitofp(whole, KIND)
+
+
+def _steps(lanes: Lanes, v: Value, top: int) -> Value:
+    """`_nearest` from 0 to `top` for what is finite and small, in fewer operations."""
+    whole = lanes.op("fsub", lanes.op("fadd", v, MAGIC), MAGIC)
+    zero, high = _number(lanes, 0), _number(lanes, top)
+    whole = lanes.b.select(_less(lanes, zero, whole), whole, zero)
+    return lanes.b.select(_less(lanes, whole, high), whole, high)
+
+
+def _finite(lanes: Lanes, step: Value) -> Value:
+    """A step, or 0 for an infinite one: of a sub-block so narrow that ggml's codes all come out as 0, and so here."""
+    endless = lanes.b.fcmp_ordered("==", lanes.absolute(step), _number(lanes, math.inf))
+    return lanes.b.select(endless, _number(lanes, 0), step)
 
 
 def _less(lanes: Lanes, a: Value, b: Value) -> Value:
@@ -85,10 +101,10 @@ def _begin(lanes: Lanes, x: Array, weights: Array, state: Array, n: int, top: in
     low = b.select(_less(lanes, zero, low), zero, low)
     step = b.fdiv(_number(lanes, top), b.fsub(high, low))
     scale = b.fdiv(_number(lanes, 1), step)
-    error = zero
+    error, step = zero, _finite(lanes, step)
     for i in range(n):
         v = _row(lanes, x, i)
-        code = _nearest(lanes, b.fmul(step, b.fsub(v, low)), 0, top)
+        code = _steps(lanes, b.fmul(step, b.fsub(v, low)), top)
         error = b.fadd(error, _misfit(lanes, v, _row(lanes, weights, i), code, scale, low, by_square))
     rows = {SCALE: scale, LOW: low, ERROR: error, STEP: step, FROM: low, HIGH: high, SUM_W: sum_w, SUM_X: sum_x}
     for row, value in (rows | {FIRST_LOW: low}).items():
@@ -101,11 +117,11 @@ def _try(
     """Codes from the present least value in steps of (high - low) / reach; the best line through them; is it better?"""
     b, zero = lanes.b, _number(lanes, 0)
     low, high, sum_w, sum_x = (_row(lanes, state, row) for row in (LOW, HIGH, SUM_W, SUM_X))
-    step = b.fdiv(lanes.splat(reach, LANES), b.fsub(high, low))
+    step = _finite(lanes, b.fdiv(lanes.splat(reach, LANES), b.fsub(high, low)))
     sum_l = sum_l2 = sum_xl = zero
     for i in range(n):
         v = _row(lanes, x, i)
-        code = _nearest(lanes, b.fmul(step, b.fsub(v, low)), 0, top)
+        code = _steps(lanes, b.fmul(step, b.fsub(v, low)), top)
         _put(lanes, code, codes, i)
         weighted = b.fmul(_row(lanes, weights, i), code)
         sum_l = b.fadd(sum_l, weighted)
@@ -132,7 +148,7 @@ def _end(lanes: Lanes, x: Array, codes: Array, state: Array, n: int, top: int) -
     step, start, low = (_row(lanes, state, row) for row in (STEP, FROM, FIRST_LOW))
     is_flat = b.fcmp_ordered("==", _row(lanes, state, HIGH), low)
     for i in range(n):
-        code = _nearest(lanes, b.fmul(step, b.fsub(_row(lanes, x, i), start)), 0, top)
+        code = _steps(lanes, b.fmul(step, b.fsub(_row(lanes, x, i), start)), top)
         _put(lanes, b.select(is_flat, zero, code), codes, i)
     _put(lanes, b.select(is_flat, zero, _row(lanes, state, SCALE)), state, SCALE)
     _put(lanes, b.select(is_flat, low, _row(lanes, state, LOW)), state, LOW)

@@ -42,10 +42,12 @@ def _nearest(value):  # type: ignore[no-untyped-def]
 @kernel
 def _spread(x, start, n, xt):  # type: ignore[no-untyped-def]
     """LANES sub-blocks of n weights from `start` on, a lane each; beyond the end of x, zeros."""
-    for k in range(LANES):
-        for i in range(n):
-            at = start + k * n + i
-            xt[i * LANES + k] = float_at(x, at) if at < x.size else np.float32(0)
+    here = min(LANES, (x.size - start) // n)
+    for i in range(n):
+        for k in range(here):
+            xt[i * LANES + k] = float_at(x, start + k * n + i)
+        for k in range(here, LANES):
+            xt[i * LANES + k] = np.float32(0)
 
 
 @kernel
@@ -100,10 +102,10 @@ def encode_q4_k(x, out):  # type: ignore[no-untyped-def]
         search.finish_q4(xt, codes, scales, lows, small)
         for s in range(here):
             at = (first + s) * 144 + 16
-            for j in range(4):
-                for i in range(32):
-                    low, high = small[i * LANES + s * 8 + 2 * j], small[i * LANES + s * 8 + 2 * j + 1]
-                    out[at + 32 * j + i] = low | np.uint8(high << np.uint8(4))
+            for i in range(32):
+                pairs = small[i * LANES + s * 8 : i * LANES + s * 8 + 8]
+                for j in range(4):
+                    out[at + 32 * j + i] = pairs[2 * j] | np.uint8(pairs[2 * j + 1] << np.uint8(4))
 
 
 @kernel
