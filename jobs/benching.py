@@ -27,10 +27,10 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs import bench_mlx, benching_hqq
+from jobs.benches import ggml, hqq, mlx
+from jobs.benches.timing import Case, rotate
 from jobs.console import Said, note
 from jobs.execution import usable_cpus
-from jobs.timing import Case, rotate
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import safetensors, writer_of
 from loaders.errors import BadSpec, io_errors
@@ -47,8 +47,8 @@ INNER = 1 << 20
 def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     """Encoders and decoders on one bfloat16 weight."""
     weight = _random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
-    hqq = (Case(name, call, missing, beside) for name, call, missing, beside in benching_hqq.rows(weight, threads))
-    cases = [*_ours(weight, threads), *_peers(weight, threads), *hqq]
+    others = (*hqq.rows(weight, threads), *ggml.rows(weight, threads))
+    cases = [*_ours(weight, threads), *_peers(weight, threads), *(Case(*row) for row in others)]
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
     rotate(cases, repeats)
     return _said(cases, weight.nbytes, {"shape": [rows, columns], "threads": threads, "repeats": repeats})
@@ -117,7 +117,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("int8, fp16", eight(half))
     yield Case("nf4 decode + compare (measuring)", measure)
     yield Case("ternary, bf16", three)
-    yield from bench_mlx.ours(flat, spread)
+    yield from mlx.ours(flat, spread)
 
 
 def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
@@ -161,7 +161,7 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     missing = "" if torch else "not installed: torch"
     yield Case("torch, ternary by its definition", three if torch else None, missing, "ternary, bf16")
-    yield from bench_mlx.peers(weight, _library("mlx.core"))
+    yield from mlx.peers(weight, _library("mlx.core"))
 
 
 def _library(name: str) -> Any:

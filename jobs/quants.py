@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from jobs.strict import FloatName, Spec
+from loaders.mixes.ggml import MIXES, GgmlMix
 from loaders.mixes.mlx import MixedRecipe, MlxRules, bits_of
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
 from loaders.quantization.float4 import Mxfp4, Nvfp4
 from loaders.quantization.fp8_block import Fp8Block
+from loaders.quantization.ggml import TYPES, Ggml
 from loaders.quantization.hqq import BITS, Hqq
 from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.mlx import BITS as MLX_BITS
@@ -41,6 +43,11 @@ class Quant(Spec):
     @property
     def mix(self) -> Mix | None:
         """What gives tensors different schemes, if something does."""
+        return None
+
+    @property
+    def label(self) -> str | None:
+        """What files are called after it, where they are called after their quantization."""
         return None
 
     def varied(self, settings: dict[str, Any]) -> Scheme:
@@ -245,7 +252,50 @@ class MlxMixedQuant(Quant):
         return size
 
 
+class GgmlQuant(Quant):
+    """quant=gguf_*."""
+
+    kind: Literal["ggml"]
+    file_type: str = Field(description=f"llama.cpp's mix of types: {', '.join(MIXES)}")
+    type: str | None = Field(description=f"with rules: another type for some tensors: {', '.join(TYPES)}")
+    pure: bool = Field(description="every matrix gets the mix's first type; false: as llama-quantize chooses")
+
+    @property
+    def scheme(self) -> Scheme:
+        return Ggml(self.type or MIXES[self.file_type])
+
+    @property
+    def mix(self) -> Mix | None:
+        return GgmlMix(self.file_type, self.pure)
+
+    @property
+    def label(self) -> str | None:
+        return self.file_type
+
+    @field_validator("file_type")
+    @classmethod
+    def _file_type_is_known(cls, name: str) -> str:
+        if name not in MIXES:
+            raise ValueError(f"expected one of {', '.join(MIXES)}")
+        return name
+
+    @field_validator("type")
+    @classmethod
+    def _type_is_known(cls, name: str | None) -> str | None:
+        if name is not None and name not in TYPES:
+            raise ValueError(f"expected one of {', '.join(TYPES)}")
+        return name
+
+
 QuantSpec = Annotated[
-    NoneQuant | Bnb4Quant | Int8Quant | TernaryQuant | HqqQuant | CompressedTensorsQuant | MlxQuant | MlxMixedQuant,
+    NoneQuant
+    | Bnb4Quant
+    | Int8Quant
+    | TernaryQuant
+    | HqqQuant
+    | CompressedTensorsQuant
+    | MlxQuant
+    | MlxMixedQuant
+    | GgmlQuant,
     Field(discriminator="kind"),
 ]

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from jobs.journal import Record, TensorRecord
 from jobs.planning import FORMAT, Plan, TargetPlan
+from jobs.publish import Completed
 from jobs.spec import JobSpec
 from loaders.lint import Finding
 from loaders.stats import CompressionStats, ErrorSums, LoadStats, finite
@@ -52,7 +53,7 @@ def document(
     plan: Plan,
     target: TargetPlan,
     results: Results,
-    aux: Mapping[str, str],
+    completed: Completed,
     found: Sequence[Finding],
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def document(
         "job": {key: value for key, value in resolved.items() if key not in NOT_OF_THE_RESULT},
         "source": source_document(plan),
         "totals": totals(results),
-        "files": [{"name": r.file, "bytes": r.size, "xxh3": r.xxh3} for r in results.records if r.file is not None],
-        "aux": dict(sorted(aux.items())),
+        "files": completed.weights,
+        "aux": dict(sorted(completed.aux.items())),
         "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
         "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings, *_let_pass(results)],
         "lint": lint_document(found),
@@ -170,7 +171,7 @@ def plan_text(
     head.add_row("output", str(spec.output_path))
     head.add_row(
         "",
-        f"{spec.quant.name}, {len(target.files)} file(s), {target.weight_bytes:,} bytes"
+        f"{spec.quant.name}, {len(target.finals)} file(s), {target.weight_bytes:,} bytes"
         + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
         + f": {_times(plan.source_bytes / target.tensor_bytes)},"
         f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
@@ -179,7 +180,7 @@ def plan_text(
     for note in notes:
         head.add_row("", note)
     parts: list[RenderableType] = [head, _decision_table(target)]
-    if len(target.files) > 1:
+    if len(target.finals) > 1:
         parts.append(_file_table(target))
     if all_tensors:
         parts.append(_tensor_table(target))
@@ -239,7 +240,7 @@ def output_sizes(target: TargetPlan) -> dict[str, int]:
 
 def _file_table(target: TargetPlan) -> Table:
     table = _table("file", "bytes", "tensors", right=("bytes", "tensors"))
-    for file in target.files:
+    for file in target.finals:
         table.add_row(file.name, f"{file.size:,}", str(len(file.slots)))
     return table
 

@@ -74,7 +74,7 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
         where = cluster.description
     results = report.Results(tuple((records | fresh)[unit.id] for unit in planned.plan.units))
     _pass_gate(planned, results)
-    aux = complete(planned.plan, planned.target, planned.journal, results.records)
+    completed = complete(planned.plan, planned.target, planned.journal, results.records)
     found = lint_folder(planned.journal.files)
     wall, load = time.perf_counter() - began, results.load
     document = report.document(
@@ -82,7 +82,7 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
         planned.plan,
         planned.target,
         results,
-        aux,
+        completed,
         found,
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),

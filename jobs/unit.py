@@ -27,7 +27,7 @@ from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, loader
-from loaders.views import encoded_view, view_of
+from loaders.views import encoded_view, ordered_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
@@ -220,13 +220,13 @@ class UnitPass:
     def tensor(self, recipe: Recipe, threads: int = 1) -> None:
         """Encode and measure one tensor, with so many threads at work on it."""
         plain = view_of(recipe, self._reader, self._work)
-        view = TimedView(plain, self._timer, "read")
         for target, run in self._runs.items():
             placement = run.placements.get(recipe.name)
             if placement is None:  # dropped
                 self._on_bytes(recipe.source_bytes)
                 continue
-            seen = encoded_view(view, placement.cast)
+            ordered = ordered_view(plain, placement.order)
+            seen = encoded_view(TimedView(ordered, self._timer, "read"), placement.cast)
             part = run.begin(placement)
             try:
                 with self._timer.phase("encode", threads):
@@ -235,7 +235,7 @@ class UnitPass:
                 run.faults.append((math.inf, str(error)))
                 continue
             with self._timer.phase("measure", threads):
-                again = TimedView(plain, self._timer, "reread")
+                again = TimedView(ordered, self._timer, "reread")
                 error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
             run.measured(recipe, placement, error_sums)
             part.done()
@@ -250,10 +250,9 @@ class UnitPass:
             if key not in self._shared:
                 placements = self._runs[target].placements
                 mine = [(r, placements[r.name]) for r in partners if r.name in placements]
+                plain = ((ordered_view(view_of(r, self._reader, self._work), p.order), p) for r, p in mine)
                 views = [
-                    encoded_view(TimedView(view_of(r, self._reader, self._work), self._timer, "read"), p.cast)
-                    for r, p in mine
-                    if p.scheme == scheme
+                    encoded_view(TimedView(v, self._timer, "read"), p.cast) for v, p in plain if p.scheme == scheme
                 ]
                 self._shared[key] = scheme.share(views, self._work)
             return self._shared[key]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from loaders.quantization.scheme import Decoder
-from loaders.specs import DType, Shape, TensorSpec, WeightSpec, row_major
+from loaders.specs import DType, RowOrder, Shape, TensorSpec, WeightSpec, row_major
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Recipe:
     `stored` maps roles to stored tensors: plain weights have one, called "weight"; a quantized one has those of the
     decoder in `decode`. `whole` is the shape of the tensor that `window` shows elements of, where that is another one:
     the decoded tensor, or the stack this is a part of; a quantized tensor without a window is all of what is decoded.
-    `role`, `block` and `group` are what the family says of it.
+    `role`, `block` and `group` are what the family says of it. `order` is that in which the logical tensor takes the
+    rows of all this.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Recipe:
     block: str
     group: str | None
     whole: Shape | None = None
+    order: RowOrder | None = None
 
     @property
     def spec(self) -> TensorSpec:

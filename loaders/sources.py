@@ -19,6 +19,7 @@ from loaders.strategies import loader
 
 COMPARE_BYTES = 4 << 20
 EXPERTS = re.compile(r"(?:^|\.)experts?\.")
+DERIVED = ("rope_freqs.weight",)  # of a GGUF: worked out from the rope scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
         traits = family.traits(name, found.shape)
         recipes.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
     for spec in checkpoint.weights:
-        if spec.name not in gone and spec.name not in parts:
+        if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
             traits = family.traits(spec.name, spec.shape)
             recipes.append(
                 Recipe(

@@ -8,7 +8,7 @@ from loaders.quantization.boxes import decode_window
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.recipes import Recipe, Window
-from loaders.specs import DType, TensorSpec, WeightSpec, is_contiguous, storage_of
+from loaders.specs import DType, RowOrder, TensorSpec, WeightSpec, is_contiguous, storage_of
 from loaders.strategies import Reader
 
 
@@ -102,13 +102,36 @@ class DecodedView:
         return values[start - first : stop - first]
 
 
+class ReorderedView:
+    """Another view's weights with the rows of each head in another order: whole heads are read."""
+
+    def __init__(self, view: View, order: RowOrder) -> None:
+        self.spec = view.spec
+        self._view = view
+        half = np.arange(order.size).reshape(2, -1)
+        self._rows = half.T.reshape(-1) if not order.inverse else np.argsort(half.T.reshape(-1))
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        columns = max(1, self.spec.numel // self.spec.shape[0])
+        head = columns * self._rows.size
+        first, last = start // head * head, -(-stop // head) * head
+        block = self._view.read(first, last, slot).reshape(-1, self._rows.size, columns)
+        return block[:, self._rows].reshape(-1)[start - first : stop - first]
+
+
+def ordered_view(view: View, order: RowOrder | None) -> View:
+    """A view, or its rows in another order."""
+    return view if order is None else ReorderedView(view, order)
+
+
 def view_of(recipe: Recipe, reader: Reader, work: Work) -> View:
     """A recipe's weights through an open reader."""
     if recipe.decode is not None:
-        return DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work)
+        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work)
+        return ordered_view(decoded, recipe.order)
     [(_, stored)] = recipe.stored
     assert recipe.window is not None
-    return StoredView(reader, recipe.spec, stored, recipe.window)
+    return ordered_view(StoredView(reader, recipe.spec, stored, recipe.window), recipe.order)
 
 
 def encoded_view(view: View, cast: DType | None) -> View:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
-from loaders.errors import BadCheckpoint, io_errors
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.specs import DType, OutputFile, Slot, StoredTensor, WeightSpec, dtype_named
 
 HEADER_LIMIT = 100_000_000
@@ -74,6 +74,8 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
         dtype, shape, (start, stop) = dtype_named(entry["dtype"]), entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError, AttributeError):
         raise BadCheckpoint(f"its header entry lacks dtype, shape or data_offsets: {str(entry)[:200]}") from None
+    if dtype.block > 1:
+        raise BadCheckpoint(f"{dtype} is no dtype of safetensors; do not trust this file")
     if not all(type(count) is int and count >= 0 for count in (*shape, start, stop)):
         raise BadCheckpoint(f"shape {shape} and offsets {[start, stop]} must be whole numbers from 0")
     if not start <= stop <= data_size:
@@ -104,8 +106,14 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last.
 
     `about` is the file's `__metadata__`, by default what transformers writes.
+
+    Raises:
+        BadSpec: safetensors has no such dtype.
     """
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
+    for name, spec in whole.items():
+        if spec.dtype.block > 1:
+            raise BadSpec(f"output.container: {name} would be {spec.dtype}, which safetensors cannot hold; use gguf")
     slots, offset = [], 0
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
         slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))

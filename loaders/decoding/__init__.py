@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes, compressed_tensors, fp8, hqq, int4, mlx, modelopt, mxfp4
+from loaders.decoding import (
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    hqq,
+    int4,
+    mlx,
+    modelopt,
+    mxfp4,
+)
 from loaders.errors import BadSpec
 from loaders.families import text_config
 from loaders.recipes import Recipe
@@ -24,6 +35,7 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "modelopt_fp4": modelopt.find,
     "awq": int4.find_awq,
     "gptq": int4.find_gptq,
+    "gguf": gguf.find,
 }
 
 # What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
@@ -31,7 +43,9 @@ METHOD_FILES = (modelopt.CONFIG, "quantize_config.json", "quant_config.json")
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
-    """How a checkpoint says that it was quantized; None for a plain one."""
+    """How a checkpoint says that it was quantized; None for a plain one. A GGUF is read as one that was."""
+    if checkpoint.container == "gguf":
+        return "gguf"
     block: Any = text_config(checkpoint.config, "quantization_config")
     if mlx.is_mlx(checkpoint):
         return "mlx"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.timing import Case
+from jobs.benches.timing import Case
 from loaders.quantization.kernels import affine, casts, compare, cpu
 from loaders.quantization.mlx_float import SETTINGS, FloatMode, MlxFloat
 from loaders.work import RANGE
