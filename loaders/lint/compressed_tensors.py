@@ -1,0 +1,121 @@
+"""Checks of compressed-tensors checkpoints, as vLLM and transformers read them: targets, ignore, fused layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loaders.layouts.compressed_tensors import LINEAR_ROLES, name_of
+from loaders.lint.base import Finding, Subject, doubt, fault, module, some
+from loaders.quantization.float4 import Nvfp4
+from loaders.quantization.fp8_block import Fp8Block
+from loaders.quantization.kernels.float8 import BLOCK
+from loaders.quantization.packed_int import PackedInt
+from loaders.quantization.row_scaled import RowScaled
+from loaders.recipes import Recipe
+from loaders.strategies import loader
+
+BOTH = "vLLM, transformers"
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """What vLLM or transformers would stumble over."""
+    block: Mapping[str, Any] = subject.config["quantization_config"]
+    ignore = block.get("ignore") or []
+    if not (isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)):
+        yield fault(BOTH, "quantization_config.ignore is no list of names", "fails", "write a list")
+        return
+    recipes = [r for r in subject.sources.recipes if r.role in LINEAR_ROLES and len(r.shape) == 2]
+    yield from _ignored(recipes, ignore)
+    yield from _fused(subject, recipes)
+    yield from _experts(recipes)
+
+
+def is_named(name: str, patterns: list[str]) -> bool:
+    """Whether a module is in a list of exact names and, after "re:", regular expressions matched from the start."""
+    return any(re.match(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns)
+
+
+def _ignored(recipes: list[Recipe], ignore: list[str]) -> Iterator[Finding]:
+    bare = [module(r) for r in recipes if _is_plain(r) and not is_named(module(r), ignore)]
+    if bare:
+        yield fault(
+            BOTH,
+            f"{len(bare)} linear layers are stored plain and are not in ignore: {some(bare)}",
+            "looks for their scales and fails (a router or an MTP layer: KeyError)",
+            "name them in quantization_config.ignore",
+        )
+    caught = [module(r) for r in recipes if r.decode is not None and is_named(module(r), ignore)]
+    if caught:
+        yield fault(
+            BOTH,
+            f"{len(caught)} quantized layers are in ignore: {some(caught)}",
+            "takes their codes for plain weights, and fails or computes something else",
+            "take them out of quantization_config.ignore",
+        )
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    return recipe.decode is None and recipe.dtype.is_float and recipe.role != "other"
+
+
+def _fused(subject: Subject, recipes: list[Recipe]) -> Iterator[Finding]:
+    groups: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        if recipe.group is not None:
+            groups.setdefault(recipe.group, []).append(recipe)
+    unlike = [name for name, group in groups.items() if len({r.decode for r in group}) > 1]
+    if unlike:
+        yield fault(
+            "vLLM",
+            f"{len(unlike)} fused groups have parts of different schemes: {some(unlike)}",
+            "fuses them and refuses; transformers loads them apart",
+            "give all parts of a group one scheme, or keep them all",
+        )
+    ragged = [
+        name
+        for name, group in groups.items()
+        if any(isinstance(r.decode, Fp8Block) and r.shape[0] % BLOCK for r in group)
+    ]
+    if ragged:
+        yield doubt(
+            "vLLM",
+            f"{len(ragged)} fused groups have rows that are no multiple of {BLOCK}: {some(ragged)}",
+            "refuses blocks that cross the parts of a fused layer",
+            "keep them by a rule",
+        )
+    apart = [name for name, group in groups.items() if len({_global_scale(subject, r) for r in group}) > 1]
+    if apart:
+        yield doubt(
+            "vLLM",
+            f"{len(apart)} fused groups have parts of different global scales: {some(apart)}",
+            "takes the greatest for all and loses accuracy",
+            "share the global scale over each group, as quant=nvfp4a16 does",
+        )
+
+
+def _global_scale(subject: Subject, recipe: Recipe) -> bytes | None:
+    """The four bytes of an NVFP4 weight's global scale."""
+    if not isinstance(recipe.decode, Nvfp4):
+        return None
+    [scale] = [spec for role, spec in recipe.stored if role == "weight_global_scale"]
+    with loader("read").open(subject.checkpoint.root, (scale,)) as reader:
+        return reader.read(scale, 0, scale.size).tobytes()
+
+
+def _experts(recipes: list[Recipe]) -> Iterator[Finding]:
+    schemes = {r.decode for r in recipes if r.role == "expert" and r.decode is not None}
+    for scheme in schemes:
+        is_int8 = isinstance(scheme, RowScaled) and scheme.type == "int"
+        is_asymmetric = isinstance(scheme, PackedInt) and not scheme.symmetric
+        if isinstance(scheme, Nvfp4):
+            yield fault(
+                "transformers 5",
+                "experts are in NVFP4",
+                "forgets their global scale and computes wrong numbers, without a word",
+                "run it in vLLM",
+            )
+        elif is_int8 or is_asymmetric or isinstance(scheme, Fp8Block):
+            name = name_of(scheme)  # type: ignore[arg-type]
+            yield fault("transformers 5", f"experts are in {name}", "fails (CONVERSION)", "run it in vLLM")
