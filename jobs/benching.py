@@ -1,4 +1,4 @@
-"""Timing in rotation: every lap runs every case once, so that a change in the machine's speed touches all alike.
+"""What is timed, in rotation with its peers: kernels on one weight, and whole jobs.
 
 GB/s are 1e9 bytes of bfloat16 input a second (2 bytes a weight), whatever form a case takes its input in. A peer that
 is not installed, or does not work, is a row that says so.
@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs import benching_ggml, benching_hqq
+from jobs.benches import ggml, hqq, mlx
+from jobs.benches.timing import Case, rotate
 from jobs.console import Said, note
 from jobs.execution import usable_cpus
 from loaders.checkpoint import open_checkpoint
@@ -41,40 +41,13 @@ from loaders.specs import DTYPES, StoredSpec, StoredTensor
 INNER = 1 << 20
 
 
-@dataclass
-class Case:
-    """Something to time: `call` runs it once (and gives its seconds, if it times itself); `missing`: why it cannot."""
-
-    name: str
-    call: Callable[[], object] | None
-    missing: str = ""
-    beside: str = ""  # the case that this one is a peer of
-    seconds: list[float] = field(default_factory=list)
-
-
-def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
-    """Time the cases in turn, after laps that do not count; one that raises becomes a row that says so."""
-    for lap in range(-warm_up, repeats):
-        for case in cases:
-            if case.call is None:
-                continue
-            began = time.perf_counter()
-            try:
-                own = case.call()
-            except Exception as error:  # whatever a peer may raise is a result
-                case.call, case.missing = None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-                continue
-            if lap >= 0:
-                case.seconds.append(own if isinstance(own, float) else time.perf_counter() - began)
-
-
 # --- kernels
 
 
 def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     """Encoders and decoders on one bfloat16 weight."""
     weight = _random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
-    others = (*benching_hqq.rows(weight, threads), *benching_ggml.rows(weight, threads))
+    others = (*hqq.rows(weight, threads), *ggml.rows(weight, threads))
     cases = [*_ours(weight, threads), *_peers(weight, threads), *(Case(*row) for row in others)]
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
     rotate(cases, repeats)
@@ -144,6 +117,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("int8, fp16", eight(half))
     yield Case("nf4 decode + compare (measuring)", measure)
     yield Case("ternary, bf16", three)
+    yield from mlx.ours(flat, spread)
 
 
 def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
@@ -187,6 +161,7 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     missing = "" if torch else "not installed: torch"
     yield Case("torch, ternary by its definition", three if torch else None, missing, "ternary, bf16")
+    yield from mlx.peers(weight, _library("mlx.core"))
 
 
 def _library(name: str) -> Any:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -190,22 +191,12 @@ class Journal:
             shutil.rmtree(self.root)
 
 
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """A journal's folder that no process holds."""
-
-    path: Path
-    size_bytes: int
-    units_done: int
-    age_s: float
-    output: str
-
-
-def find_journals(folder: Path) -> list[Path]:
-    """Journals of outputs in a folder."""
+def find_journals(folder: Path, name: str | None = None) -> list[Path]:
+    """Journals of the outputs in a folder, or of the one with a name."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.startswith(".") and p.name.endswith(SUFFIX) and p.is_dir())
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{12}}{re.escape(SUFFIX)}")
+    return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.is_dir())
 
 
 def is_held(journal: Path) -> bool:

@@ -92,6 +92,9 @@ def _check_place(spec: JobSpec, output: Path) -> None:
     real = output.resolve()
     if source is not None and (real == source or real.is_relative_to(source) or source.is_relative_to(real)):
         raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
+    around = next((parent for parent in output.parents if (parent / OUR_REPORT).is_file()), None)
+    if around is not None:
+        raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
     if output.exists() and spec.output.overwrite:
         check_replaceable(output)
     elif (output.exists() or output.is_symlink()) and not _left_over(output):
@@ -100,8 +103,7 @@ def _check_place(spec: JobSpec, output: Path) -> None:
 
 def _left_over(output: Path) -> bool:
     """Whether an interrupted job has published this output and only not cleaned up behind itself."""
-    prefix = f".{output.name}."
-    return (output / OUR_REPORT).is_file() and any(p.name.startswith(prefix) for p in find_journals(output.parent))
+    return (output / OUR_REPORT).is_file() and bool(find_journals(output.parent, output.name))
 
 
 # --- plan
@@ -155,10 +157,17 @@ def notes_of(planned: Planned) -> list[str]:
     cluster = LocalCluster(planned.spec.cluster)
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units)
     free = free_bytes(planned.spec.output_path.parent)
+    records = len(list(planned.journal.records.glob("*.json"))) if planned.journal.records.is_dir() else 0
+    done = (
+        [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
+    )
+    need = planned.target.weight_bytes + planned.target.scratch_bytes
+    room = " TOO LITTLE" if need > free else ""
     return [
+        *done,
         f"read by {strategy}: {why}",
         f"memory: up to {report.size(memory)} a unit of {cluster.threads} threads;"
-        f" disk: {report.size(planned.target.weight_bytes + planned.target.scratch_bytes)} of {report.size(free)} free",
+        f" disk: {report.size(need)} of {report.size(free)} free{room}",
     ]
 
 

@@ -20,8 +20,8 @@ from jobs.joining import join
 from jobs.journal import Journal, Record
 from jobs.planning import Plan, TargetPlan, json_bytes
 from loaders.atomic import sync_folder, write_file
-from loaders.checkpoint import OUR_REPORT
-from loaders.errors import BadSpec, VerifyFailed, io_errors
+from loaders.checkpoint import OUR_REPORT, read_json
+from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
 from loaders.integrity import hash_file
 
 RENAME_EXCHANGE = 2
@@ -136,6 +136,25 @@ def check_replaceable(output: Path) -> None:
             f"output.path: {output} holds files that weightmill did not write (there is no {OUR_REPORT});"
             " output.overwrite=true replaces only its own outputs; choose another path"
         )
+    others = files_of_others(output)
+    if others:
+        raise BadSpec(
+            f"output.path: {output} holds {len(others)} files that weightmill did not write, {others[0]} first;"
+            " output.overwrite=true would remove them: move them away, or choose another path"
+        )
+
+
+def files_of_others(output: Path) -> list[str]:
+    """Files in an output that its report does not name, by their paths in it."""
+    if not (output / OUR_REPORT).is_file():
+        return []
+    report = read_json(output / OUR_REPORT)
+    try:
+        ours = {OUR_REPORT, *report["aux"], *(file["name"] for file in report["files"])}
+    except (KeyError, TypeError):
+        raise BadCheckpoint(f"{output / OUR_REPORT}: it does not say which files weightmill wrote") from None
+    found = (path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name not in ours)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -34,7 +34,7 @@ from loaders.specs import DTYPES
 class Quant(Spec):
     """What all of conf/quant have in common."""
 
-    name: str
+    name: str = Field(pattern=r"^[\w.\-]+$", description="names the output")
 
     @property
     def scheme(self) -> Scheme:
@@ -90,6 +90,12 @@ class Bnb4Quant(Quant):
         if size not in GROUP_SIZES:
             raise ValueError(f"expected one of {', '.join(map(str, GROUP_SIZES))}")
         return size
+
+    @model_validator(mode="after")
+    def _name_says_the_table(self) -> Bnb4Quant:
+        if self.name in ("nf4", "fp4") and self.name != self.table:
+            raise ValueError(f"quant={self.name} stores {self.name}; give quant={self.table}")
+        return self
 
     @field_validator("storage_dtype")
     @classmethod
@@ -203,10 +209,11 @@ class MlxQuant(Quant):
 
     @model_validator(mode="after")
     def _mode_has_them(self) -> MlxQuant:
-        known = {"affine": (MLX_BITS, MLX_GROUP_SIZES), **{m: ((b,), (g,)) for m, (b, g) in MLX_FLOATS.items()}}
-        for name, value, values in zip(
-            ("bits", "group_size"), (self.bits, self.group_size), known[self.mode], strict=True
-        ):
+        known: tuple[tuple[int, ...], tuple[int, ...]] = (MLX_BITS, MLX_GROUP_SIZES)
+        if self.mode != "affine":
+            bits, group = MLX_FLOATS[self.mode]
+            known = ((bits,), (group,))
+        for name, value, values in zip(("bits", "group_size"), (self.bits, self.group_size), known, strict=True):
             if value not in values:
                 raise ValueError(f"{name} is {value}; {self.mode} has {', '.join(map(str, values))}")
         return self

@@ -67,12 +67,25 @@ def document(
         "files": completed.weights,
         "aux": dict(sorted(completed.aux.items())),
         "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
-        "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings],
+        "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings, *_let_pass(results)],
         "lint": lint_document(found),
         "tensors": [tensor_document(tensor) for tensor in results.tensors],
         "versions": versions(),
         "run": {**run, "request": resolved},
     }
+
+
+def _let_pass(results: Results) -> list[str]:
+    """What verify.allow_nonfinite let through."""
+    said = []
+    for tensor in results.tensors:
+        error = tensor.error
+        if error.nonfinite:
+            taken = (
+                f", and {error.nonfinite_decoded} more that share a scale with them" if error.nonfinite_decoded else ""
+            )
+            said.append(f"{tensor.name}: {error.nonfinite} weights are NaN or infinite in the source{taken}: let pass")
+    return said
 
 
 def source_document(plan: Plan) -> dict[str, Any]:
@@ -93,8 +106,17 @@ def totals(results: Results) -> dict[str, Any]:
     return {**results.stats().to_json(), "changed": changed.to_json() if changed.tensors else None}
 
 
+def tensor_errors(error: ErrorSums) -> dict[str, Any]:
+    """What follows from a tensor's sums."""
+    return {
+        "relative_error": finite(error.relative_error),
+        "sqnr_db": finite(error.sqnr_db),
+        "cosine": error.cosine,
+        "max_error": error.max_error,
+    }
+
+
 def tensor_document(tensor: TensorRecord) -> dict[str, Any]:
-    error = tensor.error
     return {
         "name": tensor.name,
         "role": tensor.role,
@@ -103,11 +125,8 @@ def tensor_document(tensor: TensorRecord) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "source_bytes": tensor.source_bytes,
         "output_bytes": tensor.output_bytes,
-        "relative_error": finite(error.relative_error),
-        "sqnr_db": finite(error.sqnr_db),
-        "cosine": error.cosine,
-        "max_error": error.max_error,
-        "sums": asdict(error),
+        **tensor_errors(tensor.error),
+        "sums": asdict(tensor.error),
         "stored": {
             name: {"dtype": dtype, "shape": list(shape), "bytes": size, "xxh3": digest}
             for name, (dtype, shape, size, digest) in tensor.stored.items()
@@ -154,7 +173,7 @@ def plan_text(
         "",
         f"{spec.quant.name}, {len(target.finals)} file(s), {target.weight_bytes:,} bytes"
         + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
-        + f": {plan.source_bytes / target.tensor_bytes:.2f} times smaller,"
+        + f": {_times(plan.source_bytes / target.tensor_bytes)},"
         f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
     )
     head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
@@ -242,9 +261,7 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
     run, total = document["run"], document["totals"]
     changed = total["changed"]
     table = _table("", "before", "after", "", right=("before", "after"))
-    table.add_row(
-        "weights", size(total["source_bytes"]), size(total["output_bytes"]), f"{total['ratio']:.2f} times smaller"
-    )
+    table.add_row("weights", size(total["source_bytes"]), size(total["output_bytes"]), _times(total["ratio"]))
     before = total["source_bytes"] * 8 / max(1, total["parameters"])
     table.add_row(
         "bits a weight", f"{before:.2f}", f"{total['bits_per_weight']:.2f}", f"{total['parameters']:,} parameters"
@@ -261,13 +278,22 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
         worst = _table(
             "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
         )
-        for row in worst_rows(document):
+        shown = worst_rows(document)
+        for row in shown:
             sqnr = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
             error = "inf" if row["relative_error"] is None else f"{row['relative_error']:.5f}"
             worst.add_row(row["name"], error, sqnr, f"{row['max_error']:.4g}")
-        parts.append(worst)
+        parts += [worst] if shown else []
     speed = _table(
-        "seconds", "GB/s", "read", "encode", "measure", "write", "peak memory", "units", right=("seconds", "GB/s")
+        "seconds",
+        "GB/s",
+        "of threads: read",
+        "encode",
+        "measure",
+        "write",
+        "peak memory, with libraries",
+        "units",
+        right=("seconds", "GB/s"),
     )
     speed.add_row(
         f"{run['wall_s']:.2f}", f"{run['throughput_gbps']:.2f}",
@@ -278,9 +304,13 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times smaller" if ratio >= 1 or not ratio else f"{1 / ratio:.2f} times larger"
+
+
 def worst_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tensors with the greatest relative error among those that are not copies."""
-    changed = [t for t in document["tensors"] if t["action"] != "keep"]
+    changed = [t for t in document["tensors"] if t["action"] != "keep" and t["relative_error"] != 0]
     changed.sort(key=lambda t: -(t["relative_error"] if t["relative_error"] is not None else float("inf")))
     return changed[:WORST]
 

@@ -27,6 +27,7 @@ from jobs.tracking import Run, open_run
 from jobs.unit import Gate, UnitTask
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadSpec, StorageError, VerifyFailed
+from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
 from loaders.memory import PeakMemory
 
@@ -183,7 +184,7 @@ def _how_to_go_on(planned: Planned) -> str:
     done = len(resume(planned))
     return (
         f"interrupted; {done} of {len(planned.plan.units)} units are done and kept: the same command goes on from"
-        " there, python -m jobs.clean forgets them"
+        f" there, python -m jobs.clean output.path={planned.journal.output} forgets them"
     )
 
 
@@ -200,7 +201,8 @@ def _open_run(planned: Planned) -> Run:
         **{f"weightmill.version.{name}": version for name, version in report.versions().items()},
     }
     name = spec.output_path.name
-    return open_run(spec.tracking, Path(spec.output.root), name, params, tags, planned.journal.key)
+    key = text_digest(f"{planned.journal.key} {planned.journal.output}")
+    return open_run(spec.tracking, Path(spec.output.root), name, params, tags, key)
 
 
 def _git_commit() -> str:
@@ -243,5 +245,6 @@ def _said(planned: Planned, document: Mapping[str, Any], address: str | None, un
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
     findings = [Finding(**row) for row in document["lint"]]
     shown = [report.findings_text(findings)] if findings else []
-    text = Group(report.result_text(document), *shown, *lines)
+    let_pass = [Text(f"warning: {w}", style="yellow") for w in document["warnings"] if w.endswith(": let pass")]
+    text = Group(report.result_text(document), *let_pass, *shown, *lines)
     return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)

@@ -18,6 +18,7 @@ from loaders.rules import Rule
 from loaders.specs import DTYPES
 
 MB = 1_000_000
+STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
 
 
 class ModelSpec(Spec):
@@ -86,7 +87,9 @@ class RuleSpec(Spec):
     def _is_whole(self) -> RuleSpec:
         if self.name is None and self.shape is None and self.dtype is None and self.role is None:
             raise ValueError("expected at least one of name, shape, dtype, role: this would match everything")
-        if (self.action == "cast") != (self.cast_to is not None):
+        if self.action == "cast" and self.cast_to is None:
+            raise ValueError("cast_to is missing: action cast needs the new dtype")
+        if self.action != "cast" and self.cast_to is not None:
             raise ValueError("cast_to belongs to action cast, and to no other")
         if self.quant is not None and self.action != "quantize":
             raise ValueError("quant belongs to action quantize, and to no other")
@@ -155,13 +158,20 @@ class TrackingSpec(Spec):
     uri: str | None = Field(default=None, description="a tracking server or database; sqlite in output.root by default")
     experiment: str = Field(default="weightmill", description="the MLflow experiment")
 
+    @field_validator("uri")
+    @classmethod
+    def _uri_is_a_store(cls, uri: str | None) -> str | None:
+        if uri is not None and not STORE.match(uri):
+            raise ValueError("expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db")
+        return uri
+
 
 class VerifySpec(Spec):
     """conf/verify: the gate."""
 
     allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
     max_relative_error: float | None = Field(
-        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; the scheme's own limit by default"
+        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; never above the scheme's own limit"
     )
 
 

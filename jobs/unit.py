@@ -36,7 +36,7 @@ Finished = tuple[int, str, tuple[TensorRecord, ...]]  # a file's size, xxh3-128,
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a tensor must satisfy to leave. `max_relative_error` replaces the scheme's own limit."""
+    """What a tensor must satisfy to leave. `max_relative_error` tightens the scheme's own limit."""
 
     allow_nonfinite: bool = False
     max_relative_error: float | None = None
@@ -51,14 +51,14 @@ class Gate:
         if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
             count = error.nonfinite_decoded
             return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
-        limit = scheme.error_limit if scheme.error_limit == 0 else self.max_relative_error or scheme.error_limit
+        limit = min(scheme.error_limit, self.max_relative_error or math.inf)
         if not error.relative_error <= limit and not self._is_floor(error, scheme):
             return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"
         return None
 
     def _is_floor(self, error: ErrorSums, scheme: Scheme) -> bool:
         """Whether weights are so small that the steps of the format's scales explain the error; no limit asked for."""
-        if not isinstance(scheme, Floored) or self.max_relative_error is not None:
+        if not isinstance(scheme, Floored) or (self.max_relative_error or math.inf) < scheme.error_limit:
             return False
         floor = scheme.error_floor * math.sqrt(error.numel)
         return math.sqrt(error.error2) <= scheme.error_limit * math.sqrt(error.source2) + floor

@@ -22,6 +22,8 @@ from jobs.execution import UnitFailed
 from jobs.planning import FORMAT, Placement, Plan, Unit, json_bytes, make_plan
 from jobs.preparing import TARGET, target_of
 from jobs.progress import Meter
+from jobs.publish import files_of_others
+from jobs.report import tensor_errors
 from jobs.spec import ClusterSpec, JobSpec, StrategySpec
 from jobs.unit import SMALL, Gate
 from loaders.backends import kernels_of
@@ -58,6 +60,7 @@ class VerifyTask:
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
         faults = [] if self.file is None else _file_faults(self)
+        is_as_written = not faults
         recipes = {recipe.name: recipe for recipe in self.unit.recipes}
         sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
         with (
@@ -76,7 +79,10 @@ class VerifyTask:
                 fault = self.gate.fault(recipe.name, error, placement.scheme)
                 found = [fault] if fault else []
                 if error != ErrorSums(**self.recorded[recipe.name]["sums"]):
-                    found.append(f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded")
+                    found.append(
+                        f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded"
+                        + (f"; the output is as it was written: {self.root} has changed" if is_as_written else "")
+                    )
                 return found
 
             placements = self.unit.outputs[TARGET].placements
@@ -209,6 +215,11 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
             faults.append(f"{name}: missing from the output")
         elif hash_file(path) != digest:
             faults.append(f"{name}: it is not as it was written")
+    faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.root)]
+    for row in report["tensors"]:
+        shown = tensor_errors(ErrorSums(**row["sums"]))
+        wrong = [key for key in shown if row[key] != shown[key]]
+        faults += [f"{row['name']}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
     target = plan.targets[TARGET]
     faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
     index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)

@@ -37,7 +37,7 @@ def warnings(
             f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         )
-    if len(kept) < len(experts) and scheme.engine not in ("compressed-tensors", "ggml"):
+    if len(kept) < len(experts) and scheme.engine in ("bitsandbytes", "bitnet"):
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"

@@ -68,7 +68,7 @@ class Checkpoint:
         return sum(spec.size for spec in self.weights if spec.alias is None)
 
 
-def open_checkpoint(path: str | os.PathLike[str], container: str = "auto") -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], container: str = "auto", key: str = "model.path") -> Checkpoint:
     """Open a folder of weights.
 
     Raises:
@@ -78,8 +78,8 @@ def open_checkpoint(path: str | os.PathLike[str], container: str = "auto") -> Ch
     root = Path(path)
     if not root.is_dir():
         found = "a file; give the folder it lies in" if root.exists() else "nothing there"
-        raise BadSpec(f"model.path: expected a folder of weights at {root}, found {found}")
-    container, files, index, notes = _find(root, container)
+        raise BadSpec(f"{key}: expected a folder of weights at {root}, found {found}")
+    container, files, index, notes = _find(root, container, key)
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         read = list(pool.map(lambda file: READERS[container](root, file), files))
     weights = tuple(spec for specs in read for spec in specs)
@@ -94,7 +94,7 @@ def open_checkpoint(path: str | os.PathLike[str], container: str = "auto") -> Ch
 # --- which files
 
 
-def _find(root: Path, container: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
+def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
     """The container, its weight files in order, the index's map of tensors to files, and notes."""
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith("."))
     for candidate in READERS if container == "auto" else (container,):
@@ -115,7 +115,7 @@ def _find(root: Path, container: str) -> tuple[str, list[str], dict[str, str] | 
     wanted = " or ".join(READERS) if container == "auto" else container
     others = [n for n in names if n.endswith(WEIGHT_SUFFIXES)]
     found = f"{len(others)} other weight files ({', '.join(others[:4])})" if others else f"{len(names)} files"
-    raise BadSpec(f"model.path: expected {wanted} weights in {root}, found {found}")
+    raise BadSpec(f"{key}: expected {wanted} weights in {root}, found {found}")
 
 
 def _why_not(index: dict[str, str] | None) -> str:

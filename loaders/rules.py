@@ -160,6 +160,9 @@ def _decision(recipe: Recipe, rule: Rule, scheme: Scheme) -> tuple[Decision, str
     if rule.action == "drop":
         return Decision(recipe, "drop", None, rule), None
     chosen: Scheme = rule.scheme or scheme
+    if rule.action == "quantize" and isinstance(chosen, Plain):
+        said = f"{rule.label or 'quant'}: cannot quantize {recipe.name}: quant=none has no codes; choose a quant"
+        return Decision(recipe, "keep", Plain(), rule), said
     if rule.action == "keep":
         chosen = Plain()
     elif rule.action == "cast":

@@ -16,8 +16,7 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 LAYERS = [
     ("entries", ("jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect", "jobs.diff",
                  "jobs.clean", "jobs.bench")),
-    ("flows", ("jobs.running", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benching_hqq",
-               "jobs.benching_ggml")),
+    ("flows", ("jobs.running", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches")),
     ("preparing", ("jobs.preparing",)),
     ("console", ("jobs.console", "jobs.help", "jobs.compose", "jobs.report", "jobs.tracking", "jobs.publish",
                  "jobs.progress")),

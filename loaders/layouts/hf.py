@@ -206,7 +206,7 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
     caught = [module for module in sorted(quantized) if is_skipped(module, skip)]
     if caught:
         raise BadSpec(
-            f"quant.rules: {caught[0]} is quantized, but transformers would skip it, since the name of a kept module"
+            f"rules: {caught[0]} is quantized, but transformers would skip it, since the name of a kept module"
             f" ends or begins like it; keep both or neither ({', '.join(caught[:4])})"
         )
     return skip

@@ -50,9 +50,10 @@ class Awq(ByBoxes):
             scales = _rows_of(stored, "scales", used, spec.shape[0], rows, self.scale_dtype)
             packed = np.stack([stored.read("qzeros", g * width + first, g * width + last).copy() for g in used])
             zeros = _codes(packed.view(np.uint32), 4, int4.AWQ_SHIFTS)[:, outputs]
-            words = stored.read("qweight", at * width, end * width).view(np.uint32).reshape(-1, width)[:, first:last]
+            words = stored.read("qweight", at * width, end * width).view(np.uint32).reshape(-1, width)
+            words = np.ascontiguousarray(words[:, first:last].T)  # a stride of a whole row costs a cache line a word
             part = out[:, at - columns.start : end - columns.start]
-            int4.decode_outputs(words, outputs, local, zeros.astype(np.float32), scales, part)
+            int4.decode_outputs(words, outputs, local, zeros.T.astype(np.float32), scales, part)
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ class Gptq(ByBoxes):
             zeros = self._zeros(stored, used, height, rows)
             first, last = at // each, -(-end // each)
             words = stored.read("qweight", first * height, last * height).view(np.uint32).reshape(-1, height)
-            words = words[:, rows.start : rows.stop : rows.step]
-            inputs = np.arange(at, end) - first * each
+            words = np.ascontiguousarray(words[:, rows.start : rows.stop : rows.step].T)
             part = out[:, at - columns.start : end - columns.start]
-            int4.decode_inputs(words, self.bits, inputs, local, zeros, scales, part)
+            int4.decode_inputs(words, self.bits, at - first * each, local, zeros, scales, part)
 
     def _groups(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
         if not self.has_index:
@@ -101,7 +101,7 @@ class Gptq(ByBoxes):
         packed = np.stack([stored.read("qzeros", g * width + first, g * width + last).copy() for g in used])
         codes = _codes(packed.view(np.uint32), self.bits, np.arange(0, 32, self.bits, dtype=np.uint32))
         codes = codes[:, np.arange(rows.start, rows.stop, rows.step) - first * each]
-        return ((codes + self.zero_offset) & ((1 << self.bits) - 1)).astype(np.float32)
+        return ((codes + self.zero_offset) & ((1 << self.bits) - 1)).T.astype(np.float32)
 
 
 def _codes(words: np.ndarray, bits: int, shifts: np.ndarray) -> np.ndarray:
@@ -111,9 +111,9 @@ def _codes(words: np.ndarray, bits: int, shifts: np.ndarray) -> np.ndarray:
 
 
 def _rows_of(stored: Stored, role: str, groups: np.ndarray, width: int, rows: range, dtype: str) -> np.ndarray:
-    """(groups, rows) of a role's (G, width), float32."""
-    found = np.empty((groups.size, len(rows)), np.float32)
+    """(rows, groups) of a role's (G, width), float32."""
+    found = np.empty((len(rows), groups.size), np.float32)
     for index, group in enumerate(groups):
         block = stored.read(role, int(group) * width + rows[0], int(group) * width + rows[-1] + 1)
-        found[index] = casts.to_float32(block[:: rows.step], dtype)
+        found[:, index] = casts.to_float32(block[:: rows.step], dtype)
     return found

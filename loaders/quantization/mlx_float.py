@@ -12,7 +12,6 @@ are coarse.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -26,7 +25,7 @@ from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, WEIGHT_DTYPES, StoredSpec, TensorSpec
 
 FloatMode = Literal["mxfp4", "mxfp8", "nvfp4"]
-SETTINGS: dict[str, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group size
+SETTINGS: dict[FloatMode, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group size
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +92,20 @@ class MlxFloat:
 
         def encode_range(start: int, stop: int) -> None:
             block = kernel_input(view.read(start, stop), spec.dtype.name)
-            absmax = work.array("absmax", (stop - start) // group, np.float32)
-            microfloat.group_absmax(block, group, absmax)
-            scales = self._scales(absmax, dtype)
             packed = work.array("packed", (stop - start) * bits // 8, np.uint8)
-            microfloat.encode(block, group, bits, self._values(scales), packed)
+            scales = self.coded(block, dtype, packed)
             sink.write("weight", start * bits // 32, packed.view(np.uint32))
             sink.write(SCALES, start // group, scales)
 
-        work.sweep(spec.numel, math.lcm(group, 8), encode_range)
+        work.sweep(spec.numel, group, encode_range)
+
+    def coded(self, block: np.ndarray, dtype: str, packed: np.ndarray) -> np.ndarray:
+        """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,); gives the scales as stored."""
+        absmax = np.empty(block.size // self.group_size, np.float32)
+        microfloat.group_absmax(block, self.group_size, absmax)
+        scales = self._scales(absmax, dtype)
+        microfloat.encode(block, self.group_size, self.bits, self._values(scales), packed)
+        return scales
 
     def _scales(self, absmax: np.ndarray, dtype: str) -> np.ndarray:
         if self.mode == "nvfp4":

@@ -62,6 +62,13 @@ def bf16(array: np.ndarray) -> np.ndarray:
     return values_of(weights(array, "BF16"))
 
 
+def test_what_nothing_here_decodes_is_kept_by_a_copy_and_refused_otherwise(tmp_path: Path, weightmill: Any) -> None:
+    root = write(tmp_path / "m", llama_tensors("F32"), {"quant_method": "aqlm"})
+    refused = weightmill("run", f"model.path={root}", f"output.path={tmp_path / 'out'}", "quant=nf4")
+    assert refused.status == 2
+    assert "already quantized (aqlm), which is not decoded here" in refused.err
+
+
 # --- fp8 by blocks
 
 
@@ -148,6 +155,14 @@ def test_a_stack_of_fp8_experts_has_scales_for_each(tmp_path: Path, work: Thread
     tensors = {**llama_tensors("F32"), name: Raw("F8_E4M3", codes), name + "_scale_inv": Raw("F32", scales)}
     root = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [16, 16]})
     assert np.array_equal(values(root, recipes(root)[name], work, 101), blockwise(codes, scales, (16, 16)))
+
+
+def test_fp8_scales_may_be_called_scale_alone(tmp_path: Path, work: ThreadedWork) -> None:
+    codes, scales = fp8_tensors((64, 64), (16, 16))
+    tensors = {**llama_tensors("F32"), Q_PROJ: Raw("F8_E4M3", codes)}
+    tensors[Q_PROJ.replace("weight", "scale")] = Raw("F32", scales)
+    root = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [16, 16]})
+    assert np.array_equal(values(root, recipes(root)[Q_PROJ], work), blockwise(codes, scales, (16, 16)))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

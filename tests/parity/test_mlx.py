@@ -272,6 +272,7 @@ def test_the_checkpoint_is_that_of_mlx_lm(case: str, tmp_path: Path, weightmill:
     )
     assert ran.status == 0, ran.err
     check_same(tmp_path / "out", tmp_path / "peer", model)
+    assert "transformers" not in ran.err
     ran = weightmill("verify", f"output.path={tmp_path / 'out'}")
     assert ran.status == 0, ran.out + ran.err
 

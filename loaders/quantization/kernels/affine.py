@@ -6,26 +6,24 @@ The arithmetic is that of mlx.core.quantize 0.32 on a CPU, in float32, bit by bi
     where q is not 0: scale = edge / q, bias = edge; else bias = 0
     code  = clip(rint((w - bias) / scale), 0, n), by scale and bias before they are rounded to the weights' dtype
 Codes are a stream of bits, the first in the lowest: a byte holds two of four bits, three bytes hold eight of three. A
-NaN is passed over by least and greatest and gets code 0 (in MLX its code is whatever the CPU makes of it).
+NaN is passed over by least and greatest; its code, and those of a group with an infinity, are what they come to.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 
 STEP = 32  # weights coded at once
 LANES = 16
 SMALLEST_SCALE = 1e-7
-TO_INTEGER = (
-    2.0**23
-)  # added to a float32 from 0 to 2^22, it leaves the nearest integer, halves to even, in the low bits
+TO_INTEGER = 1.5 * 2.0**23  # added to a float32 below 2^22, it leaves the nearest integer in the low bits
+WHOLE = 2.0**23  # from here on, float32s are whole
 I64 = ir.IntType(64)
+BITS = (4, 8, 2, 3, 5, 6)
 
 
 # --- encoding
@@ -45,29 +43,28 @@ def _lesser(lanes: Lanes, a: Value, b: Value) -> Value:
     return lanes.b.select(lanes.b.fcmp_ordered("<", a, b), a, b)
 
 
-def _range_of(group: int) -> Any:
-    @vector(types.void)
-    def group_range(lanes: Lanes, x: Array, at: Value, lows: Array, highs: Array, slot: Value) -> None:
-        """The least and the greatest weight of a group into entry `slot`."""
-        kind = ir.VectorType(F32, LANES)
-        low, high = lanes.const(kind, float("inf")), lanes.const(kind, float("-inf"))
-        for part in range(group // LANES):
+@vector(types.void)
+def _range(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
+    """The least and the greatest weight of a group [start, stop) into entry `slot`."""
+    kind = ir.VectorType(F32, LANES)
+    found = []
+    for limit in (float("inf"), float("-inf")):
+        found.append(cgutils.alloca_once_value(lanes.b, lanes.const(kind, limit)))  # type: ignore[no-untyped-call]
+    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
+        for part in range(STEP // LANES):
             values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
-            low, high = _lesser(lanes, values, low), lanes.larger(values, high)
-        for array, value in zip((lows, highs), _halved(lanes, low, high), strict=True):
-            lanes.b.store(value, lanes.b.gep(array.data, [slot]))
-
-    return group_range
-
-
-_range_32, _range_64, _range_128 = (_range_of(group) for group in (32, 64, 128))
+            lanes.b.store(_lesser(lanes, values, lanes.b.load(found[0])), found[0])
+            lanes.b.store(lanes.larger(values, lanes.b.load(found[1])), found[1])
+    ends = _halved(lanes, lanes.b.load(found[0]), lanes.b.load(found[1]))
+    for array, value in zip((lows, highs), ends, strict=True):
+        lanes.b.store(value, lanes.b.gep(array.data, [slot]))
 
 
 def _rint(lanes: Lanes, value: Value) -> Value:
     """To the nearest integer, halves to even; without the instruction, which a plain CPU lacks."""
     size = lanes.absolute(value)
-    whole = lanes.op("fsub", lanes.op("fadd", size, TO_INTEGER), TO_INTEGER)
-    whole = lanes.b.select(lanes.b.fcmp_ordered("<", size, lanes.const(size.type, TO_INTEGER)), whole, size)
+    whole = lanes.op("fsub", lanes.op("fadd", size, WHOLE), WHOLE)
+    whole = lanes.b.select(lanes.b.fcmp_ordered("<", size, lanes.const(size.type, WHOLE)), whole, size)
     is_negative = lanes.b.fcmp_ordered("<", value, lanes.const(size.type, 0))
     return lanes.b.select(is_negative, lanes.b.fneg(whole), whole)
 
@@ -90,6 +87,12 @@ def _scales(lanes: Lanes, lows: Array, highs: Array, top: Value, scales: Array, 
 
 def packed_bits(lanes: Lanes, codes: Value, bits: int) -> Value:
     """Codes (int8, a multiple of eight) as a stream of bits: int8, `bits` for every eight codes."""
+    while 8 % bits == 0 and bits < 8:  # neighbours into one byte
+        pairs = lanes.b.bitcast(codes, ir.VectorType(I16, codes.type.count // 2))
+        both = lanes.b.or_(pairs, lanes.op("lshr", pairs, 8 - bits))
+        codes, bits = lanes.b.trunc(both, ir.VectorType(I8, pairs.type.count)), 2 * bits
+    if bits == 8:
+        return codes
     count = codes.type.count
     for width, narrow, wide in ((bits, I8, I16), (2 * bits, I16, I32), (4 * bits, I32, I64)):
         pairs = lanes.b.bitcast(codes, ir.VectorType(wide, codes.type.count // 2))
@@ -99,44 +102,33 @@ def packed_bits(lanes: Lanes, codes: Value, bits: int) -> Value:
     return lanes.shuffle(whole, [8 * eight + byte for eight in range(count // 8) for byte in range(bits)])
 
 
-def _coder_of(bits: int) -> Any:
-    @vector(types.void)
-    def code(lanes: Lanes, x: Array, at: Value, scale: Value, bias: Value, packed: Array) -> None:
-        """STEP weights from `at` into their place among the packed bytes."""
-        divisor, start = lanes.splat(scale, LANES), lanes.splat(bias, LANES)
-        parts = []
-        for part in range(STEP // LANES):
-            values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
-            steps = lanes.b.fdiv(lanes.b.fsub(values, start), divisor)
-            steps = lanes.larger(steps, lanes.const(steps.type, 0))
-            steps = _lesser(lanes, steps, lanes.const(steps.type, (1 << bits) - 1))
-            whole = lanes.b.bitcast(lanes.op("fadd", steps, TO_INTEGER), ir.VectorType(I32, LANES))
-            parts.append(lanes.b.trunc(whole, ir.VectorType(I8, LANES)))
-        codes = lanes.join(parts)
-        place = lanes.op("mul", lanes.op("lshr", at, 3), bits)
-        lanes.store(codes if bits == 8 else packed_bits(lanes, codes, bits), packed, place)
-
-    return code
+@vector(types.void)
+def _code_group(
+    lanes: Lanes, x: Array, start: Value, stop: Value, bits: Value, scale: Value, bias: Value, packed: Array
+) -> None:
+    """Weights [start, stop) into their place among the packed bytes."""
+    for known in BITS:
+        with (
+            lanes.b.if_then(lanes.b.icmp_signed("==", bits, ir.Constant(bits.type, known))),
+            cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _),
+        ):
+            codes = _codes(lanes, x, at, known, scale, bias)
+            place = lanes.op("mul", lanes.op("lshr", at, 3), known)
+            lanes.store(packed_bits(lanes, codes, known), packed, place)
 
 
-_code_2, _code_3, _code_4, _code_5, _code_6, _code_8 = (_coder_of(bits) for bits in (2, 3, 4, 5, 6, 8))
-
-
-@kernel
-def _code_group(x, start, stop, bits, scale, bias, packed):  # type: ignore[no-untyped-def]
-    for at in range(start, stop, STEP):
-        if bits == 4:
-            _code_4(x, at, scale, bias, packed)
-        elif bits == 8:
-            _code_8(x, at, scale, bias, packed)
-        elif bits == 2:
-            _code_2(x, at, scale, bias, packed)
-        elif bits == 3:
-            _code_3(x, at, scale, bias, packed)
-        elif bits == 5:
-            _code_5(x, at, scale, bias, packed)
-        else:
-            _code_6(x, at, scale, bias, packed)
+def _codes(lanes: Lanes, x: Array, at: Value, bits: int, scale: Value, bias: Value) -> Value:
+    """The codes of STEP weights: int8. They are at least 0 before they are cut off: the bias is an end of the range."""
+    parts = []
+    for part in range(STEP // LANES):
+        values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
+        steps = lanes.b.fdiv(lanes.b.fsub(values, lanes.splat(bias, LANES)), lanes.splat(scale, LANES))
+        whole = lanes.b.bitcast(lanes.op("fadd", steps, TO_INTEGER), ir.VectorType(I32, LANES))
+        parts.append(lanes.b.trunc(whole, ir.VectorType(I16, LANES)))
+    codes = lanes.join(parts)
+    top = lanes.const(codes.type, (1 << bits) - 1)
+    codes = lanes.b.select(lanes.b.icmp_unsigned("<", codes, top), codes, top)
+    return lanes.b.trunc(codes, ir.VectorType(I8, STEP))
 
 
 @kernel
@@ -151,12 +143,7 @@ def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-d
     for first in range(0, scales.size, LANES):
         count = min(LANES, scales.size - first)
         for slot in range(count):
-            if group == 64:
-                _range_64(x, (first + slot) * group, lows, highs, slot)
-            elif group == 32:
-                _range_32(x, (first + slot) * group, lows, highs, slot)
-            else:
-                _range_128(x, (first + slot) * group, lows, highs, slot)
+            _range(x, (first + slot) * group, (first + slot + 1) * group, lows, highs, slot)
         _scales(lows, highs, top, some_scales, some_biases)
         for slot in range(count):
             start = (first + slot) * group
@@ -168,44 +155,38 @@ def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-d
 # --- decoding
 
 
-def _decoder_of(bits: int) -> Any:
-    @vector(types.void)
-    def decode_step(lanes: Lanes, packed: Array, at: Value, scale: Value, bias: Value, out: Array) -> None:
-        """STEP weights from `at` out of their place among the packed bytes."""
-        raw = lanes.load(packed, lanes.op("mul", lanes.op("lshr", at, 3), bits), STEP // 8 * bits)
-        for part in range(STEP // LANES):
-            kind = ir.VectorType(I32, LANES)
-            firsts = [(LANES * part + lane) * bits // 8 for lane in range(LANES)]
-            lasts = [min(first + 1, STEP // 8 * bits - 1) for first in firsts]
-            low, high = (lanes.b.zext(lanes.shuffle(raw, bytes_), kind) for bytes_ in (firsts, lasts))
-            both = lanes.b.or_(low, lanes.op("shl", high, 8)) if 8 % bits else low
-            shifts = lanes.const(kind, [(LANES * part + lane) * bits % 8 for lane in range(LANES)])
-            codes = lanes.op("and_", lanes.b.lshr(both, shifts), (1 << bits) - 1)
-            steps = lanes.b.sitofp(codes, ir.VectorType(F32, LANES))
-            values = lanes.b.fadd(lanes.b.fmul(steps, lanes.splat(scale, LANES)), lanes.splat(bias, LANES))
-            lanes.store(values, out, lanes.op("add", at, LANES * part))
-
-    return decode_step
+@vector(types.void)
+def _decode_group(
+    lanes: Lanes, packed: Array, start: Value, stop: Value, bits: Value, scale: Value, bias: Value, out: Array
+) -> None:
+    """Weights [start, stop) out of their place among the packed bytes."""
+    for known in BITS:
+        with (
+            lanes.b.if_then(lanes.b.icmp_signed("==", bits, ir.Constant(bits.type, known))),
+            cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _),
+        ):
+            raw = lanes.load(packed, lanes.op("mul", lanes.op("lshr", at, 3), known), STEP // 8 * known)
+            for part in range(STEP // LANES):
+                steps = lanes.b.sitofp(_unpacked(lanes, raw, part, known), ir.VectorType(F32, LANES))
+                values = lanes.b.fmul(steps, lanes.splat(scale, LANES))
+                values = lanes.b.fadd(values, lanes.splat(bias, LANES))
+                lanes.store(values, out, lanes.op("add", at, LANES * part))
 
 
-_decode_2, _decode_3, _decode_4, _decode_5, _decode_6, _decode_8 = (_decoder_of(bits) for bits in (2, 3, 4, 5, 6, 8))
+def _unpacked(lanes: Lanes, raw: Value, part: int, bits: int) -> Value:
+    """Codes [part * LANES, (part + 1) * LANES) of STEP: int32. A code begins in one byte and may end in the next."""
+    kind, starts = ir.VectorType(I32, LANES), [(LANES * part + lane) * bits for lane in range(LANES)]
+    firsts = [start // 8 for start in starts]
+    codes = lanes.b.zext(lanes.shuffle(raw, firsts), kind)
+    if 8 % bits:
+        nexts = [min(first + 1, raw.type.count - 1) for first in firsts]
+        codes = lanes.b.or_(codes, lanes.op("shl", lanes.b.zext(lanes.shuffle(raw, nexts), kind), 8))
+    shifted = lanes.b.lshr(codes, lanes.const(kind, [start % 8 for start in starts]))
+    return lanes.op("and_", shifted, (1 << bits) - 1)
 
 
 @kernel
 def decode(packed, scales, biases, bits, group, out):  # type: ignore[no-untyped-def]
     """Whole groups, code * scale + bias. packed: uint8 (n * bits / 8,); scales, biases: float32; out: float32 (n,)."""
     for g in range(scales.size):
-        scale, bias = scales[g], biases[g]
-        for at in range(g * group, (g + 1) * group, STEP):
-            if bits == 4:
-                _decode_4(packed, at, scale, bias, out)
-            elif bits == 8:
-                _decode_8(packed, at, scale, bias, out)
-            elif bits == 2:
-                _decode_2(packed, at, scale, bias, out)
-            elif bits == 3:
-                _decode_3(packed, at, scale, bias, out)
-            elif bits == 5:
-                _decode_5(packed, at, scale, bias, out)
-            else:
-                _decode_6(packed, at, scale, bias, out)
+        _decode_group(packed, g * group, (g + 1) * group, bits, scales[g], biases[g], out)

@@ -15,22 +15,25 @@ AWQ_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], np.uint32)  # of outputs 0 
 
 @kernel
 def decode_outputs(words, outputs, groups, zeros, scales, out):  # type: ignore[no-untyped-def]
-    """AWQ. words: uint32 (inputs, words); outputs: int64 (n,), which codes of them; groups: int64 (inputs,), rows of
-    zeros and scales: float32 (groups, n); out: float32 (n, inputs).
+    """AWQ. words: uint32 (words, inputs); outputs: int64 (n,), which codes of them; groups: int64 (inputs,), columns of
+    zeros and scales: float32 (n, groups); out: float32 (n, inputs). An output at a time: its weights lie together.
     """
-    for j in range(words.shape[0]):
-        group = groups[j]
-        for r in range(outputs.size):
-            code = (words[j, outputs[r] >> 3] >> AWQ_SHIFTS[outputs[r] & 7]) & np.uint32(15)
-            out[r, j] = (np.float32(code) - zeros[group, r]) * scales[group, r]
+    for r in range(outputs.size):
+        column, shift = outputs[r] >> 3, AWQ_SHIFTS[outputs[r] & 7]
+        for j in range(words.shape[1]):
+            code = (words[column, j] >> shift) & np.uint32(15)
+            out[r, j] = (np.float32(code) - zeros[r, groups[j]]) * scales[r, groups[j]]
 
 
 @kernel
-def decode_inputs(words, bits, inputs, groups, zeros, scales, out):  # type: ignore[no-untyped-def]
-    """GPTQ. words: uint32 (words, n); inputs: int64 (inputs,), which codes down the words; the rest as above."""
+def decode_inputs(words, bits, first, groups, zeros, scales, out):  # type: ignore[no-untyped-def]
+    """GPTQ. words: uint32 (n, words), whose codes from `first` on are the inputs; the rest as above."""
     mask, each = np.uint32((1 << bits) - 1), 32 // bits
-    for j in range(inputs.size):
-        group, word, shift = groups[j], inputs[j] // each, np.uint32(inputs[j] % each * bits)
-        for r in range(out.shape[0]):
-            code = (words[word, r] >> shift) & mask
-            out[r, j] = (np.float32(code) - zeros[group, r]) * scales[group, r]
+    for r in range(out.shape[0]):
+        j = 0
+        for w in range(words.shape[1]):
+            word = words[r, w]
+            for i in range(first if w == 0 else 0, min(each, out.shape[1] - j + (first if w == 0 else 0))):
+                code = (word >> np.uint32(i * bits)) & mask
+                out[r, j] = (np.float32(code) - zeros[r, groups[j]]) * scales[r, groups[j]]
+                j += 1

@@ -21,6 +21,25 @@ def _bf16(values):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _f16(values, floats):  # type: ignore[no-untyped-def]
+    """Round float32 values to float16 in place; `values` are their bits, `floats` the same memory.
+
+    Below 2^-14 float16 has steps of 2^-24, as float32 has from 0.5 to 1: adding 0.75 rounds to them.
+    """
+    for i in range(values.size):
+        bits = values[i]
+        magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+        small = np.float32(np.float32(abs(floats[i]) + np.float32(0.75)) - np.float32(0.75))
+        odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+        rounded = np.uint32(np.uint32(magnitude + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
+        normal = rounded if rounded <= np.uint32(0x477FE000) else np.uint32(0x7F800000)
+        normal = normal if magnitude <= np.uint32(0x7F800000) else magnitude
+        floats[i] = small
+        chosen = values[i] if magnitude < np.uint32(0x38800000) else normal
+        values[i] = np.uint32(chosen | np.uint32(bits & np.uint32(0x80000000)))
+
+
+@kernel
 def _offsets(codes, shift, mask, zeros, size, out):  # type: ignore[no-untyped-def]
     """Codes less their zero, for groups of `size` values one after another."""
     for g in range(out.size // size):
@@ -41,8 +60,7 @@ def _round(values: np.ndarray, dtype: str) -> None:
     if dtype == "BF16":
         _bf16(values.view(np.uint32))
     elif dtype == "F16":
-        with np.errstate(over="ignore"):
-            values[:] = values.astype(np.float16)
+        _f16(values.view(np.uint32), values)
 
 
 def decode_rows(
