@@ -12,7 +12,7 @@ from numba.core import types
 
 from loaders.quantization.kernels import narrow
 from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, vector
-from loaders.quantization.kernels.narrow import float_of_bits, quotient_like, top_bits_1, top_bits_32
+from loaders.quantization.kernels.narrow import float_of_bits, quick_inverse, quotient_like, top_bits_1, top_bits_32
 
 STEP = 32
 BLOCK = 128
@@ -27,6 +27,16 @@ def _code(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array, count: in
 @vector(types.void)
 def _code_step(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
     _code(lanes, x, at, scale, out, STEP)
+
+
+@vector(types.void)
+def _code_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
+    if x.holds == types.uint16:
+        even, odd = (
+            narrow.quick_e4m3(lanes, narrow.quick(lanes, values, inverse))
+            for values in narrow.pairs(lanes, x, at, STEP)
+        )
+        narrow.store_byte_pairs(lanes, even, odd, out, at)
 
 
 @vector(types.void)
@@ -49,8 +59,12 @@ def _top(x, start, stop):  # type: ignore[no-untyped-def]
 @kernel
 def _encode_run(x, start, stop, scale, out):  # type: ignore[no-untyped-def]
     whole = start + (stop - start) // STEP * STEP
+    inverse = quick_inverse(x, scale)
     for at in range(start, whole, STEP):
-        _code_step(x, at, scale, out)
+        if inverse:
+            _code_quick(x, at, inverse, out)
+        else:
+            _code_step(x, at, scale, out)
     for at in range(whole, stop):
         _code_one(x, at, scale, out)
 

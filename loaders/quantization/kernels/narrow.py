@@ -124,6 +124,74 @@ def from_e4m3(lanes: Lanes, codes: Value) -> Value:
     return lanes.b.bitcast(lanes.b.or_(lanes.b.bitcast(value, codes.type), sign), kind)
 
 
+# --- bfloat16s in pairs, without division
+
+
+@vector(types.float32)
+def quick_inverse(lanes: Lanes, x: Array, scale: Value) -> Value:
+    """1 / scale where `quick` holds: for bfloat16s and scales that are far from the ends of the range; else 0."""
+    zero = ir.Constant(F32, 0.0)
+    if x.holds != types.uint16:
+        return zero
+    is_large = lanes.b.fcmp_ordered(">=", scale, ir.Constant(F32, 2.0**-100))
+    is_small = lanes.b.fcmp_ordered("<=", scale, ir.Constant(F32, 2.0**100))
+    inverse = lanes.b.fdiv(ir.Constant(F32, 1.0), scale)
+    return lanes.b.select(lanes.b.and_(is_large, is_small), inverse, zero)
+
+
+def pairs(lanes: Lanes, x: Array, at: Value, count: int) -> tuple[Value, Value]:
+    """`count` bfloat16s as float32: those at even places, and those at odd ones."""
+    words = lanes.b.bitcast(lanes.load(x, at, count), ir.VectorType(I32, count // 2))
+    kind = floats(words)
+    return lanes.b.bitcast(lanes.op("shl", words, 16), kind), lanes.b.bitcast(lanes.op("and_", words, -65536), kind)
+
+
+def quick(lanes: Lanes, values: Value, inverse: Value) -> Value:
+    """bf16(values / scale) for bfloat16 values and scale, by 1 / scale from `quick_inverse`; still as float32.
+
+    A product and the quotient it stands for differ by less than 2^-22 of themselves, and neither lies as near to a
+    number halfway between two bfloat16s: m * scale = x has no solution, since m is odd and has nine bits, so that the
+    product is odd and has more than the eight bits of x; and integers that differ, of at most 17 bits, differ by
+    2^-17. So both round alike, there are no ties, and a split into high and low bits (Veltkamp's) does it.
+    """
+    product = lanes.b.fmul(values, lanes.splat(inverse, values.type.count))
+    wide = lanes.op("fmul", product, 65537.0)
+    return lanes.b.fsub(wide, lanes.b.fsub(wide, product))
+
+
+def quick_integers(lanes: Lanes, quotients: Value, lowest: int, highest: int, shift: int) -> Value:
+    """int32 lanes whose low bits are the nearest integers within bounds, plus `shift`; the others are not cleared."""
+    within = clamp(lanes, quotients, float(lowest), float(highest))
+    return lanes.b.bitcast(lanes.op("fadd", within, INTEGERS + shift), ints(quotients))
+
+
+def quick_e4m3(lanes: Lanes, quotients: Value) -> Value:
+    """int32 lanes: E4M3 codes. Exponents moved to E4M3's bias, its small numbers are float32's: one way for all."""
+    bits = lanes.b.bitcast(quotients, ints(quotients))
+    magnitude = lanes.b.bitcast(lanes.op("and_", bits, 0x7FFFFFFF), quotients.type)
+    moved = lanes.b.bitcast(lanes.op("fmul", magnitude, 2.0**-120), bits.type)
+    code = lanes.op("lshr", _even(lanes, moved, 20), 20)
+    top = lanes.const(bits.type, 0x7E)
+    code = lanes.b.select(lanes.b.icmp_signed("<", code, top), code, top)
+    return lanes.b.or_(code, lanes.op("and_", lanes.op("lshr", bits, 24), 0x80))
+
+
+def store_byte_pairs(lanes: Lanes, even: Value, odd: Value, out: Array, at: Value) -> None:
+    """Codes of pairs, a byte each: the low bytes of int32 lanes."""
+    both = lanes.b.or_(lanes.op("and_", even, 0xFF), lanes.op("shl", odd, 8))
+    narrow = lanes.b.trunc(both, ir.VectorType(I16, both.type.count))
+    lanes.store(lanes.b.bitcast(narrow, ir.VectorType(I8, 2 * both.type.count)), out, at)
+
+
+def store_nibble_pairs(lanes: Lanes, even: Value, odd: Value, out: Array, at: Value) -> None:
+    """Codes of pairs, two to a byte, the even one low: the low four bits of int32 lanes."""
+    both = lanes.b.or_(lanes.op("and_", even, 0xF), lanes.op("shl", odd, 4))
+    lanes.store(lanes.b.trunc(both, ir.VectorType(I8, both.type.count)), out, at)
+
+
+# --- stores and loads
+
+
 def store_bytes(lanes: Lanes, codes: Value, out: Array, at: Value) -> None:
     """int32 lanes, a byte each."""
     lanes.store(lanes.b.trunc(codes, ir.VectorType(I8, codes.type.count)), out, at)

@@ -19,6 +19,7 @@ from loaders.quantization.kernels import narrow
 from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.narrow import (
     float_of_bits,
+    quick_inverse,
     quotient_like,
     rounded_like,
     top_bits_1,
@@ -26,6 +27,7 @@ from loaders.quantization.kernels.narrow import (
 )
 
 STEP = 32
+BATCH = 64
 
 
 def _quotients(lanes: Lanes, x: Array, at: Value, scale: Value, count: int) -> Value:
@@ -46,6 +48,46 @@ def _pack_4(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> N
 @vector(types.void)
 def _pack_8(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
     narrow.store_bytes(lanes, lanes.op("add", _code(lanes, x, at, scale, 8, STEP), 128), packed, at)
+
+
+@vector(types.void)
+def _pack_4_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Array) -> None:
+    if x.holds == types.uint16:
+        codes = [
+            narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -8, 7, 8)
+            for values in narrow.pairs(lanes, x, at, STEP)
+        ]
+        narrow.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
+
+
+def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out: Array) -> None:
+    if x.holds == types.uint16:
+        codes = [
+            narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -128, 127, shift)
+            for values in narrow.pairs(lanes, x, at, STEP)
+        ]
+        narrow.store_byte_pairs(lanes, codes[0], codes[1], out, at)
+
+
+@vector(types.void)
+def _pack_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Array) -> None:
+    _quick_8(lanes, x, at, inverse, 128, packed)
+
+
+@vector(types.void)
+def _plain_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
+    _quick_8(lanes, x, at, inverse, 0, out)
+
+
+@vector(types.void)
+def _pack_zero_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, zero: Value, packed: Array) -> None:
+    if x.holds == types.uint16:
+        codes = []
+        for values in narrow.pairs(lanes, x, at, STEP):
+            quotients = narrow.quick(lanes, values, inverse)
+            shifted = narrow.like(lanes, x, lanes.b.fadd(quotients, lanes.splat(zero, STEP // 2)))
+            codes.append(narrow.quick_integers(lanes, shifted, -8, 7, 8))
+        narrow.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
 
 
 @vector(types.void)
@@ -86,46 +128,80 @@ def _lowest(lanes: Lanes, x: Array, at: Value) -> Value:
 
 
 @kernel
+def _scale(x, start, stop, half, eps):  # type: ignore[no-untyped-def]
+    """The symmetric scale of a group of a multiple of STEP."""
+    top = np.uint32(0)
+    for at in range(start, stop, STEP):
+        top = max(top, top_bits_32(x, at))
+    scale = quotient_like(x, float_of_bits(x, top), half)
+    return eps if scale == 0 else scale
+
+
+@kernel
+def _pack_group(x, start, stop, bits, scale, inverse, packed):  # type: ignore[no-untyped-def]
+    if inverse and bits == 4:
+        for at in range(start, stop, STEP):
+            _pack_4_quick(x, at, inverse, packed)
+    elif inverse:
+        for at in range(start, stop, STEP):
+            _pack_8_quick(x, at, inverse, packed)
+    elif bits == 4:
+        for at in range(start, stop, STEP):
+            _pack_4(x, at, scale, packed)
+    else:
+        for at in range(start, stop, STEP):
+            _pack_8(x, at, scale, packed)
+
+
+@kernel
 def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
     """Symmetric codes of four or eight bits, packed. x: (n,) in groups of a multiple of STEP; packed: uint8; scales:
-    float32 (n / group,), rounded to the dtype of x.
+    float32 (n / group,), rounded to the dtype of x. Scales come BATCH at a time: one alone waits for its divisions.
     """
     half = np.float32(7.5) if bits == 4 else np.float32(127.5)
-    for g in range(scales.size):
-        start = g * group
-        top = np.uint32(0)
-        for at in range(start, start + group, STEP):
-            top = max(top, top_bits_32(x, at))
-        scale = quotient_like(x, float_of_bits(x, top), half)
-        scale = eps if scale == 0 else scale
-        scales[g] = scale
-        if bits == 4:
-            for at in range(start, start + group, STEP):
-                _pack_4(x, at, scale, packed)
-        else:
-            for at in range(start, start + group, STEP):
-                _pack_8(x, at, scale, packed)
+    inverses = np.empty(BATCH, np.float32)
+    for first in range(0, scales.size, BATCH):
+        last = min(first + BATCH, scales.size)
+        for g in range(first, last):
+            scales[g] = _scale(x, g * group, (g + 1) * group, half, eps)
+            inverses[g - first] = quick_inverse(x, scales[g])
+        for g in range(first, last):
+            _pack_group(x, g * group, (g + 1) * group, bits, scales[g], inverses[g - first], packed)
+
+
+@kernel
+def _zero_and_scale(x, start, stop):  # type: ignore[no-untyped-def]
+    """The zero, whole, and the scale, possibly 0, of a group of a multiple of STEP."""
+    low, high = np.int32(0), np.int32(0)
+    for at in range(start, stop, STEP):
+        low = min(low, _lowest(x, at))
+        high = max(high, _highest(x, at))
+    # a negative number's magnitude has the bits ~sortable, a positive one's are its own
+    smallest = -float_of_bits(x, np.uint32(~low)) if low < 0 else np.float32(0)
+    scale = quotient_like(x, rounded_like(x, float_of_bits(x, np.uint32(high)) - smallest), np.float32(15))
+    zero = rounded_like(x, np.float32(-8) - quotient_like(x, smallest, scale))
+    whole = np.float32(0) if np.isnan(zero) else np.rint(min(max(zero, np.float32(-8)), np.float32(7)))
+    return whole, scale
 
 
 @kernel
 def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untyped-def]
     """Asymmetric codes of four bits. zeros: int8 (n / group,), -8 to 7; the rest as in `encode`."""
-    for g in range(scales.size):
-        start = g * group
-        low, high = np.int32(0), np.int32(0)
-        for at in range(start, start + group, STEP):
-            low = min(low, _lowest(x, at))
-            high = max(high, _highest(x, at))
-        # a negative number's magnitude has the bits ~sortable, a positive one's are its own
-        smallest = -float_of_bits(x, np.uint32(~low)) if low < 0 else np.float32(0)
-        scale = quotient_like(x, rounded_like(x, float_of_bits(x, np.uint32(high)) - smallest), np.float32(15))
-        zero = rounded_like(x, np.float32(-8) - quotient_like(x, smallest, scale))
-        zero = np.float32(0) if np.isnan(zero) else np.rint(min(max(zero, np.float32(-8)), np.float32(7)))
-        scale = eps if scale == 0 else scale
-        scales[g] = scale
-        zeros[g] = np.int8(zero)
-        for at in range(start, start + group, STEP):
-            _pack_zero(x, at, scale, np.float32(zero), packed)
+    inverses = np.empty(BATCH, np.float32)
+    for first in range(0, scales.size, BATCH):
+        last = min(first + BATCH, scales.size)
+        for g in range(first, last):
+            zero, scale = _zero_and_scale(x, g * group, (g + 1) * group)
+            scales[g] = eps if scale == 0 else scale
+            zeros[g] = np.int8(zero)
+            inverses[g - first] = quick_inverse(x, scales[g])
+        for g in range(first, last):
+            inverse, zero = inverses[g - first], np.float32(zeros[g])
+            for at in range(g * group, (g + 1) * group, STEP):
+                if inverse:
+                    _pack_zero_quick(x, at, inverse, zero, packed)
+                else:
+                    _pack_zero(x, at, scales[g], zero, packed)
 
 
 @kernel
@@ -142,8 +218,12 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
         scale = quotient_like(x, float_of_bits(x, top), np.float32(127.5))
         scale = eps if scale == 0 else scale
         scales[r] = scale
+        inverse = quick_inverse(x, scale)
         for at in range(start, whole, STEP):
-            _plain_8(x, at, scale, out)
+            if inverse:
+                _plain_8_quick(x, at, inverse, out)
+            else:
+                _plain_8(x, at, scale, out)
         for at in range(whole, stop):
             _plain_8_one(x, at, scale, out)
 
@@ -204,11 +284,22 @@ def decode_any(packed, bits, columns, group, scales, shifts, out):  # type: igno
             out[r * columns + c] = (np.float32(code) - shifts[r, g]) * scales[r, g]
 
 
+@vector(types.void)
+def _plain_values(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    wide = lanes.b.sext(lanes.load(codes, at, STEP), ir.VectorType(I32, STEP))
+    values = lanes.b.sitofp(wide, narrow.floats(wide))
+    lanes.store(lanes.b.fmul(values, lanes.splat(scale, STEP)), out, at)
+
+
 @kernel
 def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
     """Plain int8 codes times their row's scale. codes: int8 (rows * columns,)."""
     for r in range(scales.size):
-        for at in range(r * columns, (r + 1) * columns):
+        start, stop = r * columns, (r + 1) * columns
+        whole = start + columns // STEP * STEP
+        for at in range(start, whole, STEP):
+            _plain_values(codes, at, scales[r], out)
+        for at in range(whole, stop):
             out[at] = np.float32(codes[at]) * scales[r]
 
 
