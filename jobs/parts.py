@@ -18,12 +18,13 @@ import xxhash
 from jobs.journal import Journal, TensorRecord
 from jobs.planning import Placement, UnitOutput
 from loaders.atomic import sync_folder
-from loaders.containers.safetensors import ShardWriter
+from loaders.containers import ShardWriter, writer_of
+from loaders.containers.base import Places
 from loaders.errors import VerifyFailed, io_errors
 from loaders.quantization.scheme import Block
 from loaders.recipes import Recipe
 from loaders.scratch import Scratch
-from loaders.specs import storage_of
+from loaders.specs import Slot, storage_of
 from loaders.stats import ErrorSums
 
 HASH_BLOCK = 4 << 20
@@ -115,7 +116,7 @@ class PartFile:
         self._pieces: dict[str, dict[Piece, str]] = {}
         slots = (slot for placement in output.placements for slot in placement.slots.values())
         self._slots = sorted(slots, key=lambda slot: slot.offset)
-        self._writer = ShardWriter(journal.parts / name, output.file)
+        self._writer = writer_of(journal.parts / name, output.file)
 
     def tensor(self, placement: Placement) -> TensorPart:
         """Begin a tensor."""
@@ -130,25 +131,23 @@ class PartFile:
             VerifyFailed: a tensor's bytes are not those that were measured.
         """
         with self._timer.phase("finish"):
-            sizes = self._writer.seal()
-            digest, hashes = self._hash(sizes)
-            with io_errors("finishing", self._journal.files / self._file.name):
+            places = self._writer.seal()
+            size, digest, hashes = self._hash(places)
+            target = self._journal.place(self._file)
+            with io_errors("finishing", target):
                 self._writer.close()
-                self._writer.path.replace(self._journal.files / self._file.name)
-                sync_folder(self._journal.files)
-        tensors = tuple(_tensor_record(each, sizes, hashes) for each in measured)
-        return self._file.header_bytes + sum(sizes.values()), digest, tensors
+                self._writer.path.replace(target)
+                sync_folder(target.parent)
+        tensors = tuple(_tensor_record(each, places, hashes) for each in measured)
+        return size, digest, tensors
 
-    def _hash(self, sizes: Mapping[str, int]) -> tuple[str, dict[str, str]]:
+    def _hash(self, places: Places) -> tuple[int, str, dict[str, str]]:
+        """The file's size, its xxh3-128, and the xxh3-64 of each tensor."""
         whole, hashes = xxhash.xxh3_128(), {}
         with io_errors("reading back", self._writer.path), self._writer.path.open("rb", buffering=0) as file:
-            whole.update(file.read(self._file.header_bytes))
             for slot in self._slots:
-                start = file.tell()
-                if not slot.is_bound and start < self._file.header_bytes + slot.offset:  # what aligns it
-                    whole.update(file.read(self._file.header_bytes + slot.offset - start))
-                    start = file.tell()
-                size = sizes.get(slot.name, slot.size)
+                start, size = _place(slot, places)
+                whole.update(file.read(start - file.tell()))  # what frames it
                 pieces = self._pieces[slot.name]
                 hasher = xxhash.xxh3_64()
 
@@ -163,7 +162,9 @@ class PartFile:
                     )
                 file.seek(start + size)
                 hashes[slot.name] = hasher.hexdigest()
-        return whole.hexdigest(), hashes
+            while rest := file.read(HASH_BLOCK):
+                whole.update(rest)
+            return file.tell(), whole.hexdigest(), hashes
 
     def abort(self) -> None:
         """Remove the file, unless it is finished."""
@@ -195,11 +196,20 @@ def _check_in_order(file, size: int, pieces: Mapping[Piece, str], take: Callable
     return end == size
 
 
-def _tensor_record(each: Measured, sizes: Mapping[str, int], hashes: Mapping[str, str]) -> TensorRecord:
+def _place(slot: Slot, places: Places) -> tuple[int, int]:
+    """A slot's first byte in the finished file, and how many it has there."""
+    if slot.within is None:
+        return places[slot.name]
+    name, offset = slot.within
+    return places[name][0] + offset, slot.size
+
+
+def _tensor_record(each: Measured, places: Places, hashes: Mapping[str, str]) -> TensorRecord:
     recipe, stored = each.recipe, {}
     for slot in each.placement.slots.values():
-        shape = slot.shape if not slot.is_bound else (sizes[slot.name] // slot.dtype.item_bytes,)
-        stored[slot.name] = (slot.dtype.name, shape, sizes.get(slot.name, slot.size), hashes[slot.name])
+        _, size = _place(slot, places)
+        shape = slot.shape if not slot.is_bound else (size // slot.dtype.item_bytes,)
+        stored[slot.name] = (slot.dtype.name, shape, size, hashes[slot.name])
     return TensorRecord(
         recipe.name, recipe.role, each.action, recipe.dtype.name, recipe.shape, recipe.source_bytes, stored, each.error
     )

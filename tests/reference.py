@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tests.making import Raw, values_of
+from tests.making import Raw, values_of, weights
 
 NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -55,12 +55,34 @@ def encode_nf4(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([a << 4 | b for a, b in zip(codes[::2], codes[1::2], strict=True)], np.uint8), np.array(tops)
 
 
+def decode_int8(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
+    """An LLM.int8 weight, float32."""
+    scales = tensors[f"{module}.SCB"].data.reshape(-1, 1)
+    return tensors[f"{module}.weight"].data.astype(np.float32) * scales * np.float32(1 / 127)
+
+
 def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> np.ndarray:
     """A BitNet weight, float32."""
     packed, scale = tensors[name].data, values_of(tensors[f"{name}_scale"])[0]
     quarters = [((packed >> (2 * k)) & 3).astype(np.float32) - 1 for k in range(4)]
     factor = 1 / scale if linear_class == "bitlinear" else scale
     return np.concatenate(quarters) * np.float32(factor)
+
+
+def decode_hqq(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
+    """A weight of HQQ, float32, by what stands beside it; a value at a time."""
+    facts = {fact: tensors[f"{module}.{fact}"].data.item() for fact in ("nbits", "group_size", "axis")}
+    rows, columns = (int(n) for n in tensors[f"{module}.shape"].data)
+    bits, size, packed = facts["nbits"], facts["group_size"], tensors[f"{module}.W_q"].data.astype(np.int64)
+    parts = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
+    codes = np.concatenate([packed >> bits * (parts - 1 - part) & (2**bits - 1) for part in range(parts)])
+    codes = codes[: rows * columns // size if facts["axis"] == 1 else size].astype(np.float32)
+    scale, zero = tensors[f"{module}.scale"], tensors[f"{module}.zero"]
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return values_of(weights(values, scale.dtype))
+
+    return rounded(rounded(codes - values_of(zero)) * values_of(scale)).reshape(rows, columns)
 
 
 def decode_compressed_tensors(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
@@ -99,6 +121,44 @@ def e4m3(codes: np.ndarray) -> np.ndarray:
              for c in range(256)]  # fmt: skip
     table[0x7F] = table[0xFF] = np.nan
     return np.array(table, np.float32)[codes]
+
+
+def decode_mlx(tensors: Mapping[str, Raw], module: str, bits: int) -> np.ndarray:
+    """An affine weight of MLX, float32: its words as one long number each row, `bits` bits of it a code."""
+    words, scales, biases = (tensors[f"{module}.{part}"] for part in ("weight", "weight_scales", "weight_biases"))
+    columns = words.data.shape[1] * 32 // bits
+    group = columns // scales.data.shape[1]
+    rows = []
+    for row in words.data:
+        number = int.from_bytes(row.tobytes(), "little")
+        rows.append([(number >> (bits * column)) & ((1 << bits) - 1) for column in range(columns)])
+    wide = [np.repeat(values_of(part), group, axis=1) for part in (scales, biases)]
+    return np.array(rows, np.float32) * wide[0] + wide[1]
+
+
+def decode_mlx_float(tensors: Mapping[str, Raw], module: str, bits: int, mode: str) -> np.ndarray:
+    """An mxfp4, mxfp8 or nvfp4 weight of MLX, float32."""
+    codes = tensors[f"{module}.weight"].data.view(np.uint8)
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(codes.shape[0], -1)
+        values = np.array([small_float(code, exponent_bits=2, mantissa_bits=1) for code in range(16)])
+    else:
+        values = np.array([small_float(code, exponent_bits=4, mantissa_bits=3) for code in range(256)])
+    scales = tensors[f"{module}.weight_scales"].data
+    if mode == "nvfp4":
+        factors = np.array([small_float(code, exponent_bits=4, mantissa_bits=3) for code in range(256)])[scales]
+    else:
+        factors = 2.0 ** (scales.astype(np.float64) - 127)
+    return (values[codes] * np.repeat(factors, codes.shape[1] // scales.shape[1], axis=1)).astype(np.float32)
+
+
+def small_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
+    """The value of a sign, an exponent with the usual bias, and a mantissa."""
+    mantissa, rest = code % 2**mantissa_bits, code >> mantissa_bits
+    exponent, sign = rest % 2**exponent_bits, -1 if rest >> exponent_bits else 1
+    bias = 2 ** (exponent_bits - 1) - 1
+    fraction = mantissa / 2**mantissa_bits + (exponent > 0)
+    return sign * fraction * 2.0 ** (max(exponent, 1) - bias)
 
 
 def relative_error(source: np.ndarray, decoded: np.ndarray) -> float:

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from loaders.containers import pytorch, safetensors
-from loaders.specs import WeightSpec
+from loaders.containers import gguf, pytorch, pytorch_writing, safetensors
+from loaders.containers.base import Container
+from loaders.containers.writing import ShardWriter
+from loaders.specs import OutputFile
 
-READERS: dict[str, Callable[[Path, str], tuple[WeightSpec, ...]]] = {
-    "safetensors": safetensors.read_specs,
-    "pytorch": pytorch.read_specs,
+__all__ = ["CONTAINERS", "READERS", "Container", "ShardWriter", "writer_of"]
+
+CONTAINERS = {
+    container.name: container
+    for container in (
+        Container(
+            "safetensors",
+            safetensors.read_specs,
+            safetensors.lay_out,
+            safetensors.place,
+            safetensors.frame,
+            single="model.safetensors",
+            shard="model-{number:05d}-of-{count:05d}.safetensors",
+            index="model.safetensors.index.json",
+        ),
+        Container(
+            "pytorch",
+            pytorch.read_specs,
+            pytorch_writing.lay_out,
+            pytorch_writing.place,
+            pytorch_writing.frame,
+            single="pytorch_model.bin",
+            shard="pytorch_model-{number:05d}-of-{count:05d}.bin",
+            index="pytorch_model.bin.index.json",
+        ),
+        Container(
+            "gguf",
+            gguf.read_specs,
+            gguf.lay_out,
+            gguf.place,
+            gguf.frame,
+            single="model.gguf",
+            shard="model-{number:05d}-of-{count:05d}.gguf",
+            index="none",
+        ),
+    )
 }
+READERS = {name: container.read_specs for name, container in CONTAINERS.items()}
+
+
+def writer_of(path: Path, file: OutputFile) -> ShardWriter:
+    """Begin a planned file at a path."""
+    return ShardWriter(path, file, CONTAINERS[file.container])

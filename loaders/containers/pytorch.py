@@ -18,11 +18,12 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, TypeVar
 
 from loaders.errors import BadCheckpoint, io_errors
 from loaders.specs import BY_TORCH_NAME, DTYPES, DType, Shape, WeightSpec, is_contiguous
 
+T = TypeVar("T")
 PICKLE_LIMIT = 1 << 30
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the weights
@@ -65,14 +66,31 @@ def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
     Raises:
         BadCheckpoint: not a PyTorch file, truncated, wants to run code, tensors outside their storage, ...
     """
+    size = (root / file).stat().st_size
+
+    def specs_of(found: Any, places: dict[str, tuple[int, int]]) -> list[WeightSpec]:
+        return [_spec(name, tensor, file, places, size) for name, tensor in _state_dict(found).items()]
+
+    return _with_aliases(_read(root, file, specs_of))
+
+
+def read_values(root: Path, file: str) -> dict[str, Any]:
+    """What a file of modules (see `_modules`) says beside its tensors: "module.key" -> int, bool, str, tuple, DType.
+
+    Raises:
+        BadCheckpoint: as `read_specs`.
+    """
+    kinds = (int, bool, str, tuple, DType)
+    return _read(root, file, lambda found, _: {n: v for n, v in _flat(found).items() if isinstance(v, kinds)})
+
+
+def _read(root: Path, file: str, use: Callable[[Any, dict[str, tuple[int, int]]], T]) -> T:
     path = root / file
     with io_errors("reading", path), path.open("rb") as handle:
         try:
             read = _read_zip if zipfile.is_zipfile(handle) else _read_legacy
             handle.seek(0)
-            found, places = read(handle, path.stat().st_size)
-            tensors = _state_dict(found)
-            specs = [_spec(name, tensor, file, places, path.stat().st_size) for name, tensor in tensors.items()]
+            return use(*read(handle, path.stat().st_size))
         except _Refused as error:
             raise BadCheckpoint(
                 f"{file}: its pickle asks for {error}, which weights do not need; it may want to run code."
@@ -87,7 +105,6 @@ def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
             raise BadCheckpoint(
                 f"{file}: not a PyTorch file, or truncated ({type(error).__name__}: {error}); fetch it again"
             ) from None
-    return _with_aliases(specs)
 
 
 # --- the two forms
@@ -255,11 +272,24 @@ def _state_dict(found: Any) -> dict[str, _Tensor]:
     for key in NESTED_KEYS:
         if isinstance(found, dict) and not _tensors(found) and isinstance(found.get(key), dict):
             found = found[key]
-    tensors = _tensors(found)
+    tensors = _tensors(found) or _tensors(_flat(found))
     if not tensors:
         keys = list(found)[:8] if isinstance(found, dict) else type(found).__name__
         raise BadCheckpoint(f"it holds no state dict of tensors; found {keys}")
     return tensors
+
+
+def _flat(found: Any) -> dict[str, Any]:
+    """A dict of modules, as hqq saves them ({module: {key: value}}), by "module.key"."""
+    if not isinstance(found, dict):
+        return {}
+    modules = {name: values for name, values in found.items() if isinstance(name, str) and isinstance(values, dict)}
+    return {
+        f"{module}.{key}": value
+        for module, values in modules.items()
+        for key, value in values.items()
+        if isinstance(key, str)
+    }
 
 
 def _tensors(found: Any) -> dict[str, _Tensor]:

@@ -9,20 +9,16 @@ Format: https://github.com/huggingface/safetensors, "Format"; the reading limits
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
-import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loaders.errors import BadCheckpoint, StorageError, io_errors
+from loaders.containers.base import Checksum, Places
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.specs import DType, OutputFile, Slot, StoredTensor, WeightSpec, dtype_named
 
 HEADER_LIMIT = 100_000_000
-SYNC_FILE_RANGE_WRITE = 2
 METADATA = {"format": "pt"}
 
 
@@ -78,6 +74,8 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
         dtype, shape, (start, stop) = dtype_named(entry["dtype"]), entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError, AttributeError):
         raise BadCheckpoint(f"its header entry lacks dtype, shape or data_offsets: {str(entry)[:200]}") from None
+    if dtype.block > 1:
+        raise BadCheckpoint(f"{dtype} is no dtype of safetensors; do not trust this file")
     if not all(type(count) is int and count >= 0 for count in (*shape, start, stop)):
         raise BadCheckpoint(f"shape {shape} and offsets {[start, stop]} must be whole numbers from 0")
     if not start <= stop <= data_size:
@@ -104,20 +102,29 @@ def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_s
 # --- writing
 
 
-def lay_out(file: str, tensors: Iterable[StoredTensor]) -> OutputFile:
-    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last."""
+def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
+    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last.
+
+    `about` is the file's `__metadata__`, by default what transformers writes.
+
+    Raises:
+        BadSpec: safetensors has no such dtype.
+    """
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
+    for name, spec in whole.items():
+        if spec.dtype.block > 1:
+            raise BadSpec(f"output.container: {name} would be {spec.dtype}, which safetensors cannot hold; use gguf")
     slots, offset = [], 0
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
         slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))
         offset += spec.size
-    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}))
-    return OutputFile(file, header_bytes, offset, tuple(slots))
+    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}, about))
+    return OutputFile(file, header_bytes, offset, tuple(slots), "safetensors", about=about)
 
 
-def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], room: int = 0) -> bytes:
+def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = None, room: int = 0) -> bytes:
     """The first bytes of a file: name -> (dtype, shape, offset among the data), padded to `room` and to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": METADATA}
+    entries: dict[str, Any] = {"__metadata__": METADATA if about is None else about}
     for name, (dtype, shape, offset) in tensors.items():
         stop = offset + dtype.size(shape)
         entries[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, stop]}
@@ -126,115 +133,23 @@ def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], room: int = 0
     return length.to_bytes(8, "little") + raw.ljust(length)
 
 
-class ShardWriter:
-    """Writes one planned file, in any order, from any threads; `finish` makes it whole, durable and known.
-
-    The file is made new at `path`, which must not exist, with all its room taken at once: a disk that is too full says
-    so before any work. Whoever owns the path renames it when it is finished.
-    """
-
-    def __init__(self, path: Path, file: OutputFile) -> None:
-        self.path = path
-        self.file = file
-        self._bound: dict[str, bytes] = {}
-        with io_errors("creating", path):
-            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        try:
-            with io_errors(f"taking {file.size} bytes for", path):
-                allocate(self._descriptor, file.size)
-        except BaseException:
-            self.abort()
-            raise
-
-    def write(self, slot: Slot, offset: int, data: memoryview) -> None:
-        """Put bytes at `offset` of a tensor.
-
-        Raises:
-            StorageError: the disk is full, ...
-        """
-        assert offset + len(data) <= slot.size, f"{slot.name}: {offset} + {len(data)} exceeds {slot.size}"
-        if slot.is_bound:
-            assert offset == 0
-            self._bound[slot.name] = bytes(data)
-            return
-        at = self.file.header_bytes + slot.offset + offset
-        with io_errors("writing", self.path):
-            while data:
-                count = os.pwrite(self._descriptor, data, at)
-                at, data = at + count, data[count:]
-
-    def read(self, slot: Slot, offset: int, out: memoryview) -> int:
-        """Read back bytes from `offset` of a tensor as the file has them; how many there were."""
-        if slot.is_bound:
-            found = self._bound[slot.name][offset : offset + len(out)]
-            out[: len(found)] = found
-            return len(found)
-        at, left = self.file.header_bytes + slot.offset + offset, out
-        with io_errors("reading back", self.path):
-            while left:
-                count = os.preadv(self._descriptor, [left], at)
-                if count == 0:
-                    raise StorageError(f"reading back {self.path}: it ends at byte {at}; something cut it short")
-                at, left = at + count, left[count:]
-        return len(out)
-
-    def start_syncing(self, slot: Slot) -> None:
-        """Let the system begin to put a finished tensor on the disk, so that `seal` has less to wait for."""
-        if not slot.is_bound:
-            begin_writeback(self._descriptor, self.file.header_bytes + slot.offset, slot.size)
-
-    def seal(self) -> dict[str, int]:
-        """Write what comes last, tensors of bound length and the header, durably. Gives every tensor's bytes."""
-        sizes, offset = {}, 0
-        entries: dict[str, tuple[DType, tuple[int, ...], int]] = {}
-        for slot in self.file.slots:
-            size, shape = slot.size, slot.shape
-            if slot.is_bound:
-                data = self._bound[slot.name]
-                size, shape = len(data), (len(data) // slot.dtype.item_bytes,)
-                self._put(data, self.file.header_bytes + offset)
-            entries[slot.name] = (slot.dtype, shape, offset)
-            sizes[slot.name] = size
-            offset += size
-        head = header(entries, self.file.header_bytes)
-        assert len(head) == self.file.header_bytes, (len(head), self.file.header_bytes)
-        self._put(head, 0)
-        with io_errors("writing", self.path):
-            os.ftruncate(self._descriptor, self.file.header_bytes + offset)
-            os.fsync(self._descriptor)
-        return sizes
-
-    def _put(self, data: bytes, at: int) -> None:
-        with io_errors("writing", self.path):
-            os.pwrite(self._descriptor, data, at)
-
-    def close(self) -> None:
-        """Let go of the file; it stays."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def abort(self) -> None:
-        """Remove the file."""
-        self.close()
-        with suppress(OSError):
-            self.path.unlink()
+def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
+    """Where the tensors lie: one after another."""
+    places, at = {}, file.header_bytes
+    for slot in file.slots:
+        size = lengths[slot.name] if slot.is_bound else slot.size
+        places[slot.name] = (at, size)
+        at += size
+    return places
 
 
-def begin_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Ask for a range to be written out, without waiting; where the system cannot, `fsync` does it all."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "sync_file_range"):
-        libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
-
-
-def allocate(descriptor: int, size: int) -> None:
-    """Take a file's room where the filesystem can; else only set its length."""
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    os.ftruncate(descriptor, size)
+def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
+    """The header."""
+    entries: dict[str, tuple[DType, tuple[int, ...], int]] = {}
+    for slot in file.slots:
+        at, size = places[slot.name]
+        shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
+        entries[slot.name] = (slot.dtype, shape, at - file.header_bytes)
+    head = header(entries, file.about, file.header_bytes)
+    assert len(head) == file.header_bytes, (len(head), file.header_bytes)
+    return [(0, head)]

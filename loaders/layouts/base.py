@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoint import Checkpoint
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
 from loaders.rules import Decision
-from loaders.specs import DType, OutputFile, StoredTensor
+from loaders.specs import DType, OutputFile, RowOrder, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,26 @@ class Placed:
     scheme: Scheme
     cast: DType | None
     stored: Mapping[str, StoredTensor]
+    order: RowOrder | None = None  # the consumer's order of rows, where it is another
 
 
 class Layout(Protocol):
     """A consumer's expectations. Refuses, as BadSpec, what the consumer could not load."""
 
-    container: ClassVar[str]  # the kind of weight files it reads
+    name: ClassVar[str]
+    containers: ClassVar[tuple[str, ...]]  # the kinds of weight files it reads, the usual one first
+    file: ClassVar[str | None]  # the one weight file that it reads; None: one a unit, called as its container's are
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         """What will be stored, and under which names: one for each decision that is not "drop"."""
+        ...
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        """What a file of these results says beside its tensors, as its container takes it; mostly nothing."""
+        ...
+
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        """What to know of the consumer before anything is written."""
         ...
 
     def config(
@@ -42,6 +53,46 @@ class Layout(Protocol):
         """config.json; None where there will be none."""
         ...
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
-        """model.safetensors.index.json; None where there will be none. `total_bytes` are those of all tensors."""
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        """The index; None where there will be none. `total_bytes` are those of all tensors, `parameters` the numbers
+        in them before they were quantized.
+        """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The one file that the units' pieces become: its name, its first bytes, and the names of the pieces in order."""
+
+    name: str
+    head: bytes
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """What the units' files are once their layout has seen them all, and what is made of them at the end."""
+
+    files: tuple[OutputFile, ...]
+    made: Mapping[str, bytes]
+    joined: Joined | None
+
+
+@runtime_checkable
+class Assembling(Protocol):
+    """A layout whose files know of each other: it says which aux files go along, and puts the rest together."""
+
+    def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]: ...
+
+    def assemble(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
+    ) -> Assembly: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What a job says of its files: the model's name, what its quantization is called, one file or one a unit."""
+
+    model: str
+    label: str | None
+    split: bool

@@ -82,7 +82,7 @@ def test_all_faults_are_told_at_once_with_their_place() -> None:
         ("rules=[{name: '['}]", "rules[0].action: missing"),
         ("rules=[{action: keep}]", "this would match everything"),
         ("rules=[{action: keep, name: '('}]", "rules[0].name: not a regular expression"),
-        ("rules=[{action: cast, name: x}]", "cast_to belongs to action cast"),
+        ("rules=[{action: cast, name: x}]", "cast_to is missing"),
         ("rules=[{action: keep, role: nrom}]", "rules[0].role: unknown role"),
         ("model.name=../x", "letters, digits"),
         ("model.path=s3://bucket/x", "s3:// is not read or written yet"),

@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_during_the_work_is_one_clear_error(
     def full(descriptor: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loaders.containers.safetensors.allocate", full)
+    monkeypatch.setattr("loaders.containers.writing.allocate", full)
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
     assert "No space left on device" in ran.err

@@ -388,7 +388,8 @@ for source in sys.argv[3:]:
     for scheme in sys.argv[2].split(","):
         model_free_ptq(
             model_stub=source, save_directory=f"{sys.argv[1]}/{source.rsplit('/', 1)[1]}-{scheme}",
-            scheme=scheme.upper(), ignore=["lm_head", "model.embed_tokens", "re:.*mlp.gate$"], max_workers=1, device="cpu",
+            scheme=scheme.upper(),
+            ignore=["lm_head", "model.embed_tokens", "re:.*mlp.gate$"], max_workers=1, device="cpu",
         )
 """
 FREE_MODELS = ("untied", "half", "qwen3 moe")

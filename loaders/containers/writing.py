@@ -1,0 +1,134 @@
+"""Writing a planned file of any container: tensors in any order, from any threads, and at last what frames them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from loaders.containers.base import Container, Places
+from loaders.errors import StorageError, io_errors
+from loaders.specs import OutputFile, Slot
+
+SYNC_FILE_RANGE_WRITE = 2
+BLOCK = 4 << 20
+
+
+class ShardWriter:
+    """Writes one planned file; `seal` makes it whole, durable and known.
+
+    The file is made new at `path`, which must not exist, with all its room taken at once: a disk that is too full says
+    so before any work. Whoever owns the path renames it when it is finished.
+    """
+
+    def __init__(self, path: Path, file: OutputFile, container: Container) -> None:
+        self.path = path
+        self.file = file
+        self._container = container
+        self._bound: dict[str, bytes] = {}
+        with io_errors("creating", path):
+            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        try:
+            with io_errors(f"taking {file.size} bytes for", path):
+                allocate(self._descriptor, file.size)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, slot: Slot, offset: int, data: memoryview) -> None:
+        """Put bytes at `offset` of a tensor.
+
+        Raises:
+            StorageError: the disk is full, ...
+        """
+        assert offset + len(data) <= slot.size, f"{slot.name}: {offset} + {len(data)} exceeds {slot.size}"
+        if slot.is_bound:
+            assert offset == 0
+            self._bound[slot.name] = bytes(data)
+            return
+        self._put(data, self.file.header_bytes + slot.offset + offset)
+
+    def read(self, slot: Slot, offset: int, out: memoryview) -> int:
+        """Read back bytes from `offset` of a tensor as the file has them; how many there were."""
+        if slot.is_bound:
+            found = self._bound[slot.name][offset : offset + len(out)]
+            out[: len(found)] = found
+            return len(found)
+        self._get(self.file.header_bytes + slot.offset + offset, out)
+        return len(out)
+
+    def start_syncing(self, slot: Slot) -> None:
+        """Let the system begin to put a finished tensor on the disk, so that `seal` has less to wait for."""
+        if not slot.is_bound:
+            begin_writeback(self._descriptor, self.file.header_bytes + slot.offset, slot.size)
+
+    def seal(self) -> Places:
+        """Write what comes last, tensors of bound length and the frame, durably; where every tensor lies."""
+        places = self._container.place(self.file, {name: len(data) for name, data in self._bound.items()})
+        for name, data in self._bound.items():
+            self._put(memoryview(data), places[name][0])
+        end = 0
+        for at, data in self._container.frame(self.file, places, self._checksum):
+            self._put(memoryview(data), at)
+            end = max(end, at + len(data))
+        end = max([end, *(at + size for at, size in places.values())])
+        with io_errors("writing", self.path):
+            os.ftruncate(self._descriptor, end)
+            os.fsync(self._descriptor)
+        return places
+
+    def _checksum(self, offset: int, size: int) -> int:
+        found, buffer = 0, memoryview(bytearray(min(size, BLOCK)))
+        for at in range(0, size, BLOCK):
+            block = buffer[: min(BLOCK, size - at)]
+            self._get(offset + at, block)
+            found = zlib.crc32(block, found)
+        return found
+
+    def _put(self, data: memoryview, at: int) -> None:
+        with io_errors("writing", self.path):
+            while data:
+                count = os.pwrite(self._descriptor, data, at)
+                at, data = at + count, data[count:]
+
+    def _get(self, at: int, out: memoryview) -> None:
+        with io_errors("reading back", self.path):
+            while out:
+                count = os.preadv(self._descriptor, [out], at)
+                if count == 0:
+                    raise StorageError(f"reading back {self.path}: it ends at byte {at}; something cut it short")
+                at, out = at + count, out[count:]
+
+    def close(self) -> None:
+        """Let go of the file; it stays."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def abort(self) -> None:
+        """Remove the file."""
+        self.close()
+        with suppress(OSError):
+            self.path.unlink()
+
+
+def begin_writeback(descriptor: int, offset: int, size: int) -> None:
+    """Ask for a range to be written out, without waiting; where the system cannot, `fsync` does it all."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "sync_file_range"):
+        libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Take a file's room where the filesystem can; else only set its length."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)

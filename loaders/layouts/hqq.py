@@ -1,0 +1,123 @@
+"""The layout of the hqq package: config.json as the source has it, and all weights in qmodel.pt.
+
+qmodel.pt is what torch.save makes of {module: {key: value}}: a quantized module's W_q, scale and zero with plain values
+beside them, a plain module's parameters; every module has its own entry, tied ones too (of the same bytes).
+hqq/models/base.py, serialize_weights and from_quantized; hqq/core/quantize.py, HQQLinear.state_dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from loaders.checkpoint import Checkpoint
+from loaders.containers.pickling import Ref
+from loaders.errors import BadSpec
+from loaders.families import load_dtype
+from loaders.layouts.base import Placed
+from loaders.quantization.hqq import PACKING, Hqq
+from loaders.recipes import stored_name
+from loaders.rules import Decision
+from loaders.specs import DTYPES, OutputFile, StoredTensor, TensorSpec
+
+EXPERTS = (
+    "hqq finds experts that lie one by one beside transformers 4 only: transformers 5 fuses them, and hqq neither saves"
+    " nor loads fused ones"
+)
+ROLES = ("W_q", "scale", "zero")
+
+
+class HqqLayout:
+    """See `Layout`."""
+
+    name: ClassVar[str] = "hqq"
+    containers: ClassVar[tuple[str, ...]] = ("pytorch",)
+    file: ClassVar[str | None] = "qmodel.pt"
+
+    def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
+        wanted, placed = load_dtype(checkpoint.config), []
+        for decision in decisions:
+            recipe, scheme = decision.recipe, decision.scheme
+            if scheme is None:
+                continue
+            if decision.action == "quantize" and not isinstance(scheme, Hqq):
+                raise BadSpec(f"output.layout: hqq holds what hqq quantizes, not {scheme.kind}; use output=auto")
+            cast = wanted if decision.action == "quantize" and wanted != recipe.dtype else None
+            spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+            stored = {
+                role: StoredTensor(stored_name(recipe.name, role), part)
+                for role, part in scheme.stored(spec).items()
+                if role in ROLES or not isinstance(scheme, Hqq)
+            }
+            placed.append(Placed(recipe, decision.action, scheme, cast, stored))
+        return tuple(placed)
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        """Modules in the order of their names, each with its keys and values, in hqq's order."""
+        modules: dict[str, dict[str, Any]] = {}
+        for each in placed:
+            module, _, key = each.recipe.name.rpartition(".")
+            values = modules.setdefault(module, {})
+            if isinstance(each.scheme, Hqq):
+                spec = each.recipe.spec if each.cast is None else replace(each.recipe.spec, dtype=each.cast)
+                bias = values.pop("bias", None)
+                values |= _module(each.scheme, spec, {role: tensor.name for role, tensor in each.stored.items()})
+                if bias is not None:
+                    _set_bias(values, bias)
+            elif key == "bias" and "W_q" in values:
+                _set_bias(values, Ref(each.stored["weight"].name))
+            else:
+                values[key] = Ref(each.stored["weight"].name)
+        for kept, tied in checkpoint.family.tied_pairs(checkpoint.config):
+            module, _, key = kept.rpartition(".")
+            other, _, other_key = tied.rpartition(".")
+            if isinstance(modules.get(module, {}).get(key), Ref) and other not in modules:
+                modules[other] = {other_key: modules[module][key]}
+        return tuple((module, tuple(values.items())) for module, values in modules.items())
+
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        if any(decision.recipe.role == "expert" for decision in decisions):
+            return (EXPERTS,)
+        return ()
+
+    def config(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
+    ) -> dict[str, Any] | None:
+        return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"} or None
+
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        return None
+
+
+def _module(scheme: Hqq, spec: TensorSpec, names: Mapping[str, str]) -> dict[str, Any]:
+    """A quantized module without a bias."""
+    return {
+        "W_q": Ref(names["W_q"], is_parameter=True),
+        "nbits": scheme.bits,
+        "group_size": scheme.group_size,
+        "shape": spec.shape,
+        "scale": Ref(names["scale"]),
+        "zero": Ref(names["zero"]),
+        "axis": scheme.axis,
+        "packing": PACKING[scheme.bits],
+        "unpack_view_dtype": DTYPES["I32" if scheme.bits == 3 else "U8"],
+        "view_as_float": False,
+        "quant_scale": False,
+        "quant_zero": False,
+        "compute_dtype": scheme.dtype_of(spec),
+        "offload_meta": False,
+        "stores_quant_config": True,
+        "channel_wise": True,
+        "optimize": True,
+        "round_zero": scheme.rounds_zero,
+    }
+
+
+def _set_bias(values: dict[str, Any], bias: Ref) -> None:
+    """A bias stands after compute_dtype."""
+    later = {key: values.pop(key) for key in list(values) if key in LATER}
+    values |= {"bias": bias, **later}
+
+
+LATER = ("offload_meta", "stores_quant_config", "channel_wise", "optimize", "round_zero")

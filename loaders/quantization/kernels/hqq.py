@@ -1,0 +1,295 @@
+"""HQQ: groups scaled to integer codes, their zeros moved by a proximal solver. Mobius Labs, https://mobiusml.github.io/hqq_blog
+
+For each group of weights, in float32 as hqq 0.2.8 on a CPU (hqq/core/quantize.py, optimize.py):
+    scale = top / (max - min), 1 where max - min <= 1e-4, at most 2e4;  zero = -min * scale, perhaps rounded
+and then, up to UPDATES times, over the whole tensor at once:
+    code = clamp(round(w * scale + zero), 0, top);  error = w - (code - zero) / scale
+    zero = mean(code - (w - shrink(error)) * scale),  shrink(e) = sign(e) * max(|e| - |e|^-0.3 / 10, 0)
+It ends one update past the one whose mean |error| stopped falling. Errors below 0.17 shrink to nothing, which are all
+those of ordinary weights, so the power is taken only where an error exceeds that.
+
+A vector holds one weight of each of LANES groups, so a group's sums are taken in its own order whatever lies beside it;
+hqq sums otherwise, so zeros differ in their last bits. A group whose zero came out as it went in stays as it is: the
+rest of its updates are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from loaders.quantization.kernels.compare import float_at
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+
+LANES = 16  # groups side by side
+UPDATES = 20
+SHRINKS = np.float32(0.17)  # errors up to this shrink to nothing: 0.1 ** (1 / 1.3) is 0.1701
+SMALLEST_RANGE, LARGEST_SCALE = np.float32(1e-4), np.float32(2e4)
+F64 = ir.DoubleType()
+WIDE = ir.VectorType(F32, LANES)
+
+
+def _sum_variables(lanes: Lanes, kinds: Sequence[Value], start: float = 0) -> list[Any]:
+    """Local variables of a loop; LLVM keeps them in registers."""
+    made = []
+    for kind in kinds:
+        variable = cgutils.alloca_once(lanes.b, kind)  # type: ignore[no-untyped-call]
+        lanes.b.store(lanes.const(kind, start), variable)
+        made.append(variable)
+    return made
+
+
+def _codes(lanes: Lanes, scaled: Value, zero: Value, top: Value) -> Value:
+    """clamp(round(scaled + zero), 0, top), as float32."""
+    kind = scaled.type
+    rounded = lanes.call(f"llvm.rint.v{kind.count}f32", kind, lanes.b.fadd(scaled, zero))
+    above = lanes.larger(rounded, lanes.const(kind, 0))
+    return lanes.b.select(lanes.b.fcmp_ordered("<", above, top), above, top)
+
+
+# --- a block: float32 (size, LANES), a group in each column
+
+
+@vector(types.void)
+def _transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to: Value) -> None:
+    """LANES weights of LANES groups, `stride` apart, into as many rows of a block."""
+    rows = []
+    for lane in range(LANES):
+        first = lanes.b.add(at, lanes.b.mul(stride, ir.Constant(stride.type, lane)))
+        rows.append(lanes.floats(x, first, LANES))
+    step = LANES // 2
+    while step:
+        for i in (i for i in range(LANES) if not i & step):
+            a, b = rows[i], rows[i + step]
+            rows[i] = lanes.shuffle(a, [LANES + j - step if j & step else j for j in range(LANES)], b)
+            rows[i + step] = lanes.shuffle(a, [LANES + j if j & step else j + step for j in range(LANES)], b)
+        step //= 2
+    for lane, row in enumerate(rows):
+        lanes.store(row, block, lanes.op("add", to, LANES * lane))
+
+
+@vector(types.void)
+def _copy(lanes: Lanes, x: Array, at: Value, block: Array, to: Value) -> None:
+    lanes.store(lanes.floats(x, at, LANES), block, to)
+
+
+@kernel
+def _fill(x, first, by_group, by_weight, groups, size, block):  # type: ignore[no-untyped-def]
+    """Up to LANES groups into a block, absent ones as zeros: weight k of group g is x[g * by_group + k * by_weight]."""
+    start = first * by_group
+    if groups < LANES:
+        block[:] = 0
+        for g in range(groups):
+            for k in range(size):
+                block[k * LANES + g] = float_at(x, start + g * by_group + k * by_weight)
+        return
+    if by_group == 1:
+        for k in range(size):
+            _copy(x, start + k * by_weight, block, k * LANES)
+        return
+    whole = size // LANES * LANES
+    for k in range(0, whole, LANES):
+        _transpose(x, start + k, by_group, block, k * LANES)
+    for k in range(whole, size):
+        for g in range(LANES):
+            block[k * LANES + g] = float_at(x, start + g * by_group + k)
+
+
+@vector(types.void)
+def _begin(lanes: Lanes, block: Array, size: Value, top: Value, rounds: Value, scale: Array, zero: Array) -> None:
+    """Scales and first zeros of a block, which becomes weight * scale."""
+    b, nothing = lanes.b, ir.Constant(size.type, 0)
+    first = lanes.load(block, nothing, LANES)
+    low, high = _sum_variables(lanes, [WIDE, WIDE])
+    b.store(first, low)
+    b.store(first, high)
+    with cgutils.for_range(b, size) as loop:
+        value = lanes.load(block, lanes.op("mul", loop.index, LANES), LANES)
+        least, most = b.load(low), b.load(high)
+        b.store(b.select(b.fcmp_unordered("<", value, least), value, least), low)
+        b.store(b.select(b.fcmp_unordered(">", value, most), value, most), high)
+    span = b.fsub(b.load(high), b.load(low))
+    is_flat = b.fcmp_ordered("<=", span, lanes.const(WIDE, SMALLEST_RANGE))
+    found = b.select(is_flat, lanes.const(WIDE, 1), b.fdiv(lanes.splat(top, LANES), span))
+    limit = lanes.const(WIDE, LARGEST_SCALE)
+    found = b.select(b.fcmp_ordered(">", found, limit), limit, found)
+    begun = b.fneg(b.fmul(b.load(low), found))
+    nearest = lanes.call(f"llvm.rint.v{LANES}f32", WIDE, begun)
+    is_rounded = b.icmp_unsigned("!=", rounds, ir.Constant(rounds.type, 0))
+    lanes.store(found, scale, nothing)
+    lanes.store(b.select(is_rounded, nearest, begun), zero, nothing)
+    with cgutils.for_range(b, size) as loop:
+        at = lanes.op("mul", loop.index, LANES)
+        lanes.store(b.fmul(lanes.load(block, at, LANES), found), block, at)
+
+
+@vector(types.int32)
+def _update(lanes: Lanes, block: Array, size: Value, top: Value, scale: Array, zero: Array, error: Array) -> Value:
+    """One update of a block's zeros, where no error shrinks; error: float32 (LANES,), sums of |error| before it.
+
+    Gives 0 where no zero changed, 2 where an error shrinks (nothing was stored then), else 1.
+    """
+    b, nothing = lanes.b, ir.Constant(size.type, 0)
+    before, highest = lanes.load(zero, nothing, LANES), lanes.splat(top, LANES)
+    total, away, worst = _sum_variables(lanes, [WIDE] * 3)
+    with cgutils.for_range(b, size) as loop:
+        scaled = lanes.load(block, lanes.op("mul", loop.index, LANES), LANES)
+        offset = b.fsub(_codes(lanes, scaled, before, highest), scaled)
+        distance = lanes.absolute(b.fsub(before, offset))
+        b.store(b.fadd(b.load(total), offset), total)
+        b.store(b.fadd(b.load(away), distance), away)
+        b.store(lanes.larger(distance, b.load(worst)), worst)
+    inverse = b.fdiv(lanes.const(WIDE, 1), lanes.load(scale, nothing, LANES))
+    shrinks = b.fcmp_unordered(">", b.fmul(b.load(worst), inverse), lanes.const(WIDE, SHRINKS))
+    after = b.fdiv(b.load(total), lanes.splat(b.sitofp(size, F32), LANES))
+    changes = b.fcmp_unordered("!=", after, before)
+    bits = ir.IntType(LANES)
+    is_any = [b.icmp_unsigned("!=", b.bitcast(each, bits), ir.Constant(bits, 0)) for each in (shrinks, changes)]
+    with b.if_then(b.not_(is_any[0])):
+        lanes.store(after, zero, nothing)
+        lanes.store(b.fmul(b.load(away), inverse), error, nothing)
+    moved = b.select(is_any[1], ir.Constant(I32, 1), ir.Constant(I32, 0))
+    return b.select(is_any[0], ir.Constant(I32, 2), moved)
+
+
+@kernel
+def _update_slowly(block, size, top, scale, zero, error):  # type: ignore[no-untyped-def]
+    """One update with errors that shrink; whether a zero changed."""
+    changes = False
+    for lane in range(LANES):
+        before, inverse = zero[lane], np.float32(1) / scale[lane]
+        total, away = np.float32(0), np.float32(0)
+        for k in range(size):
+            scaled = block[k * LANES + lane]
+            code = min(max(np.rint(scaled + before), np.float32(0)), top)
+            offset = code - scaled
+            distance = (before - offset) * inverse
+            magnitude = abs(distance)
+            shrunk = np.float32(0)
+            if magnitude > SHRINKS:
+                shrunk = max(magnitude - np.float32(0.1) * magnitude ** np.float32(-0.3), np.float32(0))
+            total += offset + np.copysign(shrunk, distance) * scale[lane]
+            away += magnitude
+        after = np.float32(total / np.float32(size))
+        changes = changes or after != before
+        zero[lane] = after
+        error[lane] = away
+    return changes
+
+
+@vector(types.void)
+def _add(lanes: Lanes, error: Array, sums: Array, at: Value) -> None:
+    """A block's errors to LANES float64 sums."""
+    wide = lanes.b.fpext(lanes.load(error, ir.Constant(at.type, 0), LANES), ir.VectorType(F64, LANES))
+    lanes.store(lanes.b.fadd(lanes.load(sums, at, LANES), wide), sums, at)
+
+
+@kernel
+def solve(x, by_group, by_weight, size, top, rounds, updates, scales, zeros, errors):  # type: ignore[no-untyped-def]
+    """Scales and zeros of groups after so many updates.
+
+    Weight k of group g is x[g * by_group + k * by_weight], one of the two being 1. scales, zeros: float32 (groups,);
+    errors: float64 (updates,), to which the sums of |error| before each update are added, in an order that the groups'
+    number alone decides.
+    """
+    block = np.empty(size * LANES, np.float32)
+    scale, zero, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sums = np.zeros(updates * LANES, np.float64)
+    for first in range(0, scales.size, LANES):
+        groups = min(LANES, scales.size - first)
+        _fill(x, first, by_group, by_weight, groups, size, block)
+        _begin(block, size, top, np.int32(rounds), scale, zero)
+        moves = True
+        for i in range(updates):
+            if moves:
+                found = _update(block, size, top, scale, zero, error)
+                moves = found == 1 if found < 2 else _update_slowly(block, size, top, scale, zero, error)
+            _add(error, sums, i * LANES)
+        for g in range(groups):
+            scales[first + g] = scale[g]
+            zeros[first + g] = zero[g]
+    for i in range(updates):
+        for lane in range(LANES):
+            errors[i] += sums[i * LANES + lane]
+
+
+# --- codes
+
+
+def _store_codes(lanes: Lanes, codes: Value, shift: Value, out: Array, at: Value) -> None:
+    """Set bits of `out` (uint8 or int32), which holds zeros there."""
+    count = codes.type.count
+    wide = lanes.b.fptoui(codes, ir.VectorType(I32, count))
+    moved = lanes.b.shl(wide, lanes.splat(lanes.b.trunc(shift, I32), count))
+    narrow = lanes.b.trunc(moved, ir.VectorType(I8, count)) if out.element == I8 else moved
+    lanes.store(lanes.b.or_(lanes.load(out, at, count), narrow), out, at)
+
+
+def _code_row(
+    count: int, lanes: Lanes, x: Array, at: Value, scale: Value, zero: Value, top: Value, shift: Value, out: Array
+) -> None:
+    scaled = lanes.b.fmul(lanes.floats(x, at, count), lanes.splat(scale, count))
+    codes = _codes(lanes, scaled, lanes.splat(zero, count), lanes.splat(top, count))
+    _store_codes(lanes, codes, shift, out, at)
+
+
+@vector(types.void)
+def _code_row_16(
+    lanes: Lanes, x: Array, at: Value, scale: Value, zero: Value, top: Value, shift: Value, out: Array
+) -> None:
+    _code_row(16, lanes, x, at, scale, zero, top, shift, out)
+
+
+@vector(types.void)
+def _code_row_8(
+    lanes: Lanes, x: Array, at: Value, scale: Value, zero: Value, top: Value, shift: Value, out: Array
+) -> None:
+    _code_row(8, lanes, x, at, scale, zero, top, shift, out)
+
+
+@kernel
+def code_rows(x, size, scales, zeros, top, shift, out):  # type: ignore[no-untyped-def]
+    """Codes of groups that lie one after another, into the bits at `shift`. x: (n,); out: uint8 or int32 (n,)."""
+    for g in range(scales.size):
+        if size % 16 == 0:
+            for at in range(g * size, (g + 1) * size, 16):
+                _code_row_16(x, at, scales[g], zeros[g], top, shift, out)
+        else:
+            for at in range(g * size, (g + 1) * size, 8):
+                _code_row_8(x, at, scales[g], zeros[g], top, shift, out)
+
+
+def _code_across(
+    count: int, lanes: Lanes, x: Array, g: Value, scales: Array, zeros: Array, top: Value, shift: Value, out: Array
+) -> None:
+    scaled = lanes.b.fmul(lanes.floats(x, g, count), lanes.load(scales, g, count))
+    codes = _codes(lanes, scaled, lanes.load(zeros, g, count), lanes.splat(top, count))
+    _store_codes(lanes, codes, shift, out, g)
+
+
+@vector(types.void)
+def _code_across_16(
+    lanes: Lanes, x: Array, g: Value, scales: Array, zeros: Array, top: Value, shift: Value, out: Array
+) -> None:
+    _code_across(16, lanes, x, g, scales, zeros, top, shift, out)
+
+
+@vector(types.void)
+def _code_across_1(
+    lanes: Lanes, x: Array, g: Value, scales: Array, zeros: Array, top: Value, shift: Value, out: Array
+) -> None:
+    _code_across(1, lanes, x, g, scales, zeros, top, shift, out)
+
+
+@kernel
+def code_column(x, scales, zeros, top, shift, out):  # type: ignore[no-untyped-def]
+    """Codes of one weight of each group, into the bits at `shift`: all arrays (groups,), out uint8 or int32."""
+    whole = out.size // 16 * 16
+    for g in range(0, whole, 16):
+        _code_across_16(x, g, scales, zeros, top, shift, out)
+    for g in range(whole, out.size):
+        _code_across_1(x, g, scales, zeros, top, shift, out)
