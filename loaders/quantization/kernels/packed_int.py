@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from loaders.quantization.kernels import narrow
-from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.narrow import (
+    BATCH,
+    GROUPS,
+    STEP,
     float_of_bits,
     quick_inverse,
     quotient_like,
-    rounded_like,
+    symmetric_scales,
+    top_bits,
     top_bits_1,
-    top_bits_32,
 )
-
-STEP = 32
-BATCH = 64
 
 
 def _quotients(lanes: Lanes, x: Array, at: Value, scale: Value, count: int) -> Value:
@@ -107,101 +107,105 @@ def _plain_8_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) ->
     narrow.store_bytes(lanes, _code(lanes, x, at, scale, 8, 1), out, at)
 
 
-def _end(lanes: Lanes, x: Array, at: Value, name: str) -> Value:
-    """The largest or smallest of STEP weights, as an int32 that sorts like the float."""
-    bits = lanes.load(x, at, STEP)
-    if x.element is F32:
-        wide = lanes.b.bitcast(bits, ir.VectorType(I32, STEP))
-        return lanes.reduce(name, lanes.b.xor(wide, lanes.op("and_", lanes.op("ashr", wide, 31), 0x7FFFFFFF)))
-    sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, 15), 0x7FFF))
-    return lanes.b.sext(lanes.reduce(name, sortable), I32)
+@vector(types.void)
+def _ends(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
+    """The least and the greatest of weights [start, stop) and 0, as int32s that sort like the floats, into a slot."""
+    kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
+    width = kind.element.width - 1
+    found = [cgutils.alloca_once_value(lanes.b, lanes.const(kind, 0)) for _ in range(2)]  # type: ignore[no-untyped-call]
+    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
+        bits = lanes.b.bitcast(lanes.load(x, at, STEP), kind)
+        sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, width), (1 << width) - 1))
+        for end, comparison in zip(found, "<>", strict=True):
+            before = lanes.b.load(end)
+            lanes.b.store(lanes.b.select(lanes.b.icmp_signed(comparison, sortable, before), sortable, before), end)
+    for end, name, out in zip(found, ("smin", "smax"), (lows, highs), strict=True):
+        value = lanes.reduce(name, lanes.b.load(end))
+        value = value if x.element is F32 else lanes.b.sext(value, I32)
+        lanes.b.store(value, lanes.b.gep(out.data, [slot]))
 
 
-@vector(types.int32)
-def _highest(lanes: Lanes, x: Array, at: Value) -> Value:
-    return _end(lanes, x, at, "smax")
-
-
-@vector(types.int32)
-def _lowest(lanes: Lanes, x: Array, at: Value) -> Value:
-    return _end(lanes, x, at, "smin")
-
-
-@kernel
-def _scale(x, start, stop, half, eps):  # type: ignore[no-untyped-def]
-    """The symmetric scale of a group of a multiple of STEP."""
-    top = np.uint32(0)
-    for at in range(start, stop, STEP):
-        top = max(top, top_bits_32(x, at))
-    scale = quotient_like(x, float_of_bits(x, top), half)
-    return eps if scale == 0 else scale
-
-
-@kernel
-def _pack_group(x, start, stop, bits, scale, inverse, packed):  # type: ignore[no-untyped-def]
-    if inverse and bits == 4:
-        for at in range(start, stop, STEP):
-            _pack_4_quick(x, at, inverse, packed)
-    elif inverse:
-        for at in range(start, stop, STEP):
-            _pack_8_quick(x, at, inverse, packed)
-    elif bits == 4:
-        for at in range(start, stop, STEP):
-            _pack_4(x, at, scale, packed)
-    else:
-        for at in range(start, stop, STEP):
-            _pack_8(x, at, scale, packed)
+@vector(types.void)
+def _zeros_and_scales(
+    lanes: Lanes,
+    x: Array,
+    lows: Array,
+    highs: Array,
+    at: Value,
+    eps: Value,
+    zeros: Array,
+    scales: Array,
+    inverses: Array,
+) -> None:
+    """Zeros, whole numbers in float32, and scales of GROUPS groups from their ends."""
+    low, high = lanes.load(lows, at, GROUPS), lanes.load(highs, at, GROUPS)
+    nothing = lanes.const(ir.VectorType(F32, GROUPS), 0.0)
+    # the bits of a negative number's magnitude are ~sortable; those of a positive one are sortable itself
+    least = lanes.b.fneg(narrow.values_of_bits(lanes, x, lanes.op("xor", low, -1)))
+    is_negative = lanes.b.icmp_signed("<", low, lanes.const(low.type, 0))
+    least = lanes.b.select(is_negative, least, nothing)
+    spread = narrow.like(lanes, x, lanes.b.fsub(narrow.values_of_bits(lanes, x, high), least))
+    scale = narrow.like(lanes, x, lanes.op("fdiv", spread, 15.0))
+    quotient = narrow.like(lanes, x, lanes.b.fdiv(least, scale))
+    zero = narrow.like(lanes, x, lanes.b.fsub(lanes.const(least.type, -8.0), quotient))
+    whole = narrow.to_integers(lanes, zero, -8, 7)
+    is_nan = lanes.b.fcmp_unordered("uno", zero, zero)
+    lanes.store(lanes.b.select(is_nan, nothing, lanes.b.sitofp(whole, zero.type)), zeros, at)
+    narrow.store_scales(lanes, x, scale, eps, at, scales, inverses)
 
 
 @kernel
 def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
     """Symmetric codes of four or eight bits, packed. x: (n,) in groups of a multiple of STEP; packed: uint8; scales:
-    float32 (n / group,), rounded to the dtype of x. Scales come BATCH at a time: one alone waits for its divisions.
+    float32 (n / group,), rounded to the dtype of x.
     """
     half = np.float32(7.5) if bits == 4 else np.float32(127.5)
-    inverses = np.empty(BATCH, np.float32)
+    tops = np.zeros(BATCH, np.uint32)
+    some, inverses = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
     for first in range(0, scales.size, BATCH):
-        last = min(first + BATCH, scales.size)
-        for g in range(first, last):
-            scales[g] = _scale(x, g * group, (g + 1) * group, half, eps)
-            inverses[g - first] = quick_inverse(x, scales[g])
-        for g in range(first, last):
-            _pack_group(x, g * group, (g + 1) * group, bits, scales[g], inverses[g - first], packed)
-
-
-@kernel
-def _zero_and_scale(x, start, stop):  # type: ignore[no-untyped-def]
-    """The zero, whole, and the scale, possibly 0, of a group of a multiple of STEP."""
-    low, high = np.int32(0), np.int32(0)
-    for at in range(start, stop, STEP):
-        low = min(low, _lowest(x, at))
-        high = max(high, _highest(x, at))
-    # a negative number's magnitude has the bits ~sortable, a positive one's are its own
-    smallest = -float_of_bits(x, np.uint32(~low)) if low < 0 else np.float32(0)
-    scale = quotient_like(x, rounded_like(x, float_of_bits(x, np.uint32(high)) - smallest), np.float32(15))
-    zero = rounded_like(x, np.float32(-8) - quotient_like(x, smallest, scale))
-    whole = np.float32(0) if np.isnan(zero) else np.rint(min(max(zero, np.float32(-8)), np.float32(7)))
-    return whole, scale
+        count = min(BATCH, scales.size - first)
+        for slot in range(count):
+            tops[slot] = top_bits(x, (first + slot) * group, (first + slot + 1) * group)
+        for slot in range(0, count, GROUPS):
+            symmetric_scales(x, tops, slot, half, eps, some, inverses)
+        for slot in range(count):
+            start, scale, inverse = (first + slot) * group, some[slot], inverses[slot]
+            scales[first + slot] = scale
+            if inverse and bits == 4:
+                for at in range(start, start + group, STEP):
+                    _pack_4_quick(x, at, inverse, packed)
+            elif inverse:
+                for at in range(start, start + group, STEP):
+                    _pack_8_quick(x, at, inverse, packed)
+            elif bits == 4:
+                for at in range(start, start + group, STEP):
+                    _pack_4(x, at, scale, packed)
+            else:
+                for at in range(start, start + group, STEP):
+                    _pack_8(x, at, scale, packed)
 
 
 @kernel
 def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untyped-def]
     """Asymmetric codes of four bits. zeros: int8 (n / group,), -8 to 7; the rest as in `encode`."""
-    inverses = np.empty(BATCH, np.float32)
+    lows, highs = np.zeros(BATCH, np.int32), np.zeros(BATCH, np.int32)
+    some, inverses, wholes = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
     for first in range(0, scales.size, BATCH):
-        last = min(first + BATCH, scales.size)
-        for g in range(first, last):
-            zero, scale = _zero_and_scale(x, g * group, (g + 1) * group)
-            scales[g] = eps if scale == 0 else scale
-            zeros[g] = np.int8(zero)
-            inverses[g - first] = quick_inverse(x, scales[g])
-        for g in range(first, last):
-            inverse, zero = inverses[g - first], np.float32(zeros[g])
-            for at in range(g * group, (g + 1) * group, STEP):
-                if inverse:
+        count = min(BATCH, scales.size - first)
+        for slot in range(count):
+            _ends(x, (first + slot) * group, (first + slot + 1) * group, lows, highs, slot)
+        for slot in range(0, count, GROUPS):
+            _zeros_and_scales(x, lows, highs, slot, eps, wholes, some, inverses)
+        for slot in range(count):
+            start, scale, inverse, zero = (first + slot) * group, some[slot], inverses[slot], wholes[slot]
+            scales[first + slot] = scale
+            zeros[first + slot] = np.int8(zero)
+            if inverse:
+                for at in range(start, start + group, STEP):
                     _pack_zero_quick(x, at, inverse, zero, packed)
-                else:
-                    _pack_zero(x, at, scales[g], zero, packed)
+            else:
+                for at in range(start, start + group, STEP):
+                    _pack_zero(x, at, scale, zero, packed)
 
 
 @kernel
@@ -210,9 +214,7 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
     for r in range(scales.size):
         start, stop = r * columns, (r + 1) * columns
         whole = start + columns // STEP * STEP
-        top = np.uint32(0)
-        for at in range(start, whole, STEP):
-            top = max(top, top_bits_32(x, at))
+        top = top_bits(x, start, whole)
         for at in range(whole, stop):
             top = max(top, top_bits_1(x, at))
         scale = quotient_like(x, float_of_bits(x, top), np.float32(127.5))
