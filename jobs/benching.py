@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs.benches import ggml, hqq, mlx
+from jobs.benches import compressed_tensors, ggml, hqq, mlx
 from jobs.benches.timing import Case, rotate
 from jobs.console import Said, note
 from jobs.execution import usable_cpus
@@ -49,6 +49,7 @@ def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     weight = _random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
     others = (*hqq.rows(weight, threads), *ggml.rows(weight, threads))
     cases = [*_ours(weight, threads), *_peers(weight, threads), *(Case(*row) for row in others)]
+    cases += compressed_tensors.rows(weight, threads)
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
     rotate(cases, repeats)
     return _said(cases, weight.nbytes, {"shape": [rows, columns], "threads": threads, "repeats": repeats})

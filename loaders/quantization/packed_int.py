@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from loaders.quantization.kernels import casts, packed_int
+from loaders.quantization.kernels import casts, narrow, packed_int
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, WEIGHT_DTYPES, DType, StoredSpec, TensorSpec
@@ -126,7 +126,7 @@ class PackedInt:
             rows, first = (stop - start) // columns, start // columns
             words = stored.read("weight_zero_point", first // 8 * groups, -(-(first + rows) // 8) * groups)
             shifts = packed_int.unpack_zeros(words.view(np.uint32).reshape(-1, groups), rows).reshape(-1)
-        if group % packed_int.STEP == 0:
+        if group % narrow.STEP == 0:
             packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
             packed_int.decode(packed, group, self.bits, scales, shifts, out)
         else:

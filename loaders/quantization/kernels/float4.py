@@ -18,17 +18,10 @@ from numba.core import types
 
 from loaders.quantization.kernels import narrow
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
-from loaders.quantization.kernels.narrow import (
-    float_of_bits,
-    quotient_like,
-    top_bits_1,
-    top_bits_16,
-    top_bits_32,
-)
+from loaders.quantization.kernels.narrow import BATCH, GROUPS, STEP, float_of_bits, top_bits, top_bits_1, top_bits_16
 
 NV_GROUP, MX_GROUP = 16, 32
-TOP_SCALE = np.float32(448)
-LEAST_SCALE = np.float32(0.125)
+LEAST_SCALE = 0x20  # 0.125
 VALUES = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 # of a dtype: mantissa bits, exponent bits, exponent bias
 LAYOUT = {"BF16": (7, 8, 127), "F16": (10, 5, 15), "F32": (23, 8, 127)}
@@ -47,11 +40,17 @@ def _code_32(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> 
     narrow.store_nibbles(lanes, codes, packed, lanes.op("lshr", at, 1))
 
 
-@vector(types.uint8)
-def _e4m3(lanes: Lanes, value: Value) -> Value:
-    """The E4M3 code of a float32 scalar."""
-    codes = narrow.to_e4m3(lanes, lanes.splat(value, 1))
-    return lanes.b.trunc(lanes.b.extract_element(codes, ir.Constant(I32, 0)), I8)
+@vector(types.void)
+def _nv_scales(lanes: Lanes, x: Array, tops: Array, at: Value, whole: Value, codes: Array, factors: Array) -> None:
+    """E4M3 codes of GROUPS groups' scales, and those scales divided by the global one."""
+    values = narrow.values_of_bits(lanes, x, lanes.load(tops, at, GROUPS))
+    least = narrow.like(lanes, x, lanes.op("fdiv", values, 6.0))
+    wholes = lanes.splat(whole, GROUPS)
+    code = narrow.to_e4m3(lanes, lanes.b.fmul(wholes, least))
+    nothing = lanes.const(code.type, 0)
+    code = lanes.b.select(lanes.b.icmp_signed("==", code, nothing), lanes.const(code.type, LEAST_SCALE), code)
+    narrow.store_bytes(lanes, code, codes, at)
+    lanes.store(lanes.b.fdiv(narrow.from_e4m3(lanes, code), wholes), factors, at)
 
 
 @vector(types.float32)
@@ -64,10 +63,8 @@ def _of_e4m3(lanes: Lanes, code: Value) -> Value:
 @kernel
 def largest(x):  # type: ignore[no-untyped-def]
     """The largest magnitude, NaN if there is one. x: (n,)."""
-    top = np.uint32(0)
-    whole = x.size // 32 * 32
-    for at in range(0, whole, 32):
-        top = max(top, top_bits_32(x, at))
+    whole = x.size // STEP * STEP
+    top = top_bits(x, 0, whole)
     for at in range(whole, x.size):
         top = max(top, top_bits_1(x, at))
     return float_of_bits(x, top)
@@ -76,13 +73,16 @@ def largest(x):  # type: ignore[no-untyped-def]
 @kernel
 def encode_nv(x, whole_scale, packed, scales):  # type: ignore[no-untyped-def]
     """NVFP4. x: (n,), n = scales.size * 16; whole_scale: the global one, float32; packed, scales (E4M3): uint8."""
-    for g in range(scales.size):
-        start = g * NV_GROUP
-        least = quotient_like(x, float_of_bits(x, top_bits_16(x, start)), np.float32(6))
-        code = _e4m3(whole_scale * least)
-        code = np.uint8(0x20) if code == 0 else code  # LEAST_SCALE
-        scales[g] = code
-        _code_16(x, start, _of_e4m3(code) / whole_scale, packed)
+    tops, codes, factors = np.zeros(BATCH, np.uint32), np.empty(BATCH, np.uint8), np.empty(BATCH, np.float32)
+    for first in range(0, scales.size, BATCH):
+        count = min(BATCH, scales.size - first)
+        for slot in range(count):
+            tops[slot] = top_bits_16(x, (first + slot) * NV_GROUP)
+        for slot in range(0, count, GROUPS):
+            _nv_scales(x, tops, slot, whole_scale, codes, factors)
+        for slot in range(count):
+            scales[first + slot] = codes[slot]
+            _code_16(x, (first + slot) * NV_GROUP, factors[slot], packed)
 
 
 @kernel
@@ -91,7 +91,7 @@ def encode_mx(x, mantissa, mask, bias, packed, scales):  # type: ignore[no-untyp
     carry = np.uint32(1 << (mantissa - 2))
     for g in range(scales.size):
         start = g * MX_GROUP
-        exponent = ((top_bits_32(x, start) + carry) >> mantissa) & mask
+        exponent = ((top_bits(x, start, start + MX_GROUP) + carry) >> mantissa) & mask
         byte = max(0, np.int64(exponent) - bias + 125) if exponent else 0
         scale = np.float32(2.0 ** (byte - 127))
         if bias == 15 and byte < 103:

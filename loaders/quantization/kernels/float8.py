@@ -12,9 +12,17 @@ from numba.core import types
 
 from loaders.quantization.kernels import narrow
 from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, vector
-from loaders.quantization.kernels.narrow import float_of_bits, quotient_like, top_bits_1, top_bits_32
+from loaders.quantization.kernels.narrow import (
+    GROUPS,
+    STEP,
+    float_of_bits,
+    quick_inverse,
+    quotient_like,
+    symmetric_scales,
+    top_bits,
+    top_bits_1,
+)
 
-STEP = 32
 BLOCK = 128
 TOP = np.float32(448)
 
@@ -30,35 +38,18 @@ def _code_step(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> N
 
 
 @vector(types.void)
+def _code_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
+    if x.holds == types.uint16:
+        even, odd = (
+            narrow.quick_e4m3(lanes, narrow.quick(lanes, values, inverse))
+            for values in narrow.pairs(lanes, x, at, STEP)
+        )
+        narrow.store_byte_pairs(lanes, even, odd, out, at)
+
+
+@vector(types.void)
 def _code_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
     _code(lanes, x, at, scale, out, 1)
-
-
-@kernel
-def _top(x, start, stop):  # type: ignore[no-untyped-def]
-    """The bits of the largest magnitude."""
-    top = np.uint32(0)
-    whole = start + (stop - start) // STEP * STEP
-    for at in range(start, whole, STEP):
-        top = max(top, top_bits_32(x, at))
-    for at in range(whole, stop):
-        top = max(top, top_bits_1(x, at))
-    return top
-
-
-@kernel
-def _encode_run(x, start, stop, scale, out):  # type: ignore[no-untyped-def]
-    whole = start + (stop - start) // STEP * STEP
-    for at in range(start, whole, STEP):
-        _code_step(x, at, scale, out)
-    for at in range(whole, stop):
-        _code_one(x, at, scale, out)
-
-
-@kernel
-def _scale(x, top, eps):  # type: ignore[no-untyped-def]
-    scale = quotient_like(x, float_of_bits(x, top), TOP)
-    return eps if scale == 0 else scale
 
 
 @kernel
@@ -66,22 +57,53 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
     """A scale a row. x: (rows * columns,); out: uint8; scales: float32 (rows,), rounded to the dtype of x."""
     for r in range(scales.size):
         start, stop = r * columns, (r + 1) * columns
-        scales[r] = _scale(x, _top(x, start, stop), eps)
-        _encode_run(x, start, stop, scales[r], out)
+        whole = start + columns // STEP * STEP
+        top = top_bits(x, start, whole)
+        for at in range(whole, stop):
+            top = max(top, top_bits_1(x, at))
+        scale = quotient_like(x, float_of_bits(x, top), TOP)
+        scale = eps if scale == 0 else scale
+        scales[r] = scale
+        inverse = quick_inverse(x, scale)
+        if inverse:
+            for at in range(start, whole, STEP):
+                _code_quick(x, at, inverse, out)
+        else:
+            for at in range(start, whole, STEP):
+                _code_step(x, at, scale, out)
+        for at in range(whole, stop):
+            _code_one(x, at, scale, out)
 
 
 @kernel
 def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
     """A scale for every BLOCK columns of up to BLOCK rows. x: (rows * columns,); scales: float32 (blocks,)."""
-    tops = np.zeros(scales.size, np.uint32)
+    blocks, padded = scales.size, -(-scales.size // GROUPS) * GROUPS
+    tops = np.zeros(padded, np.uint32)
+    some, inverses = np.empty(padded, np.float32), np.empty(padded, np.float32)
     for row in range(0, x.size, columns):
-        for b in range(scales.size):
-            tops[b] = max(tops[b], _top(x, row + b * BLOCK, row + min((b + 1) * BLOCK, columns)))
-    for b in range(scales.size):
-        scales[b] = _scale(x, tops[b], eps)
+        for b in range(blocks):
+            start, stop = row + b * BLOCK, row + min((b + 1) * BLOCK, columns)
+            whole = start + (stop - start) // STEP * STEP
+            tops[b] = max(tops[b], top_bits(x, start, whole))
+            for at in range(whole, stop):
+                tops[b] = max(tops[b], top_bits_1(x, at))
+    for b in range(0, blocks, GROUPS):
+        symmetric_scales(x, tops, b, TOP, eps, some, inverses)
+    for b in range(blocks):
+        scales[b] = some[b]
     for row in range(0, x.size, columns):
-        for b in range(scales.size):
-            _encode_run(x, row + b * BLOCK, row + min((b + 1) * BLOCK, columns), scales[b], out)
+        for b in range(blocks):
+            start, stop = row + b * BLOCK, row + min((b + 1) * BLOCK, columns)
+            whole = start + (stop - start) // STEP * STEP
+            if inverses[b]:
+                for at in range(start, whole, STEP):
+                    _code_quick(x, at, inverses[b], out)
+            else:
+                for at in range(start, whole, STEP):
+                    _code_step(x, at, some[b], out)
+            for at in range(whole, stop):
+                _code_one(x, at, some[b], out)
 
 
 # --- decoding

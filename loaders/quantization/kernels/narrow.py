@@ -10,10 +10,13 @@ bits (bias 1), one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, vector
 
+STEP = 32  # weights coded at once
+GROUPS = 16  # scales worked out at once: one alone waits for its divisions
+BATCH = 64  # groups whose scales are known before they are coded, while they are in the cache
 INTEGERS = 12582912.0  # 1.5 * 2^23: its sum with a small number holds that number, rounded, in its low bits
 
 
@@ -124,6 +127,79 @@ def from_e4m3(lanes: Lanes, codes: Value) -> Value:
     return lanes.b.bitcast(lanes.b.or_(lanes.b.bitcast(value, codes.type), sign), kind)
 
 
+# --- bfloat16s in pairs, without division
+
+
+@vector(types.float32)
+def quick_inverse(lanes: Lanes, x: Array, scale: Value) -> Value:
+    """1 / scale where `quick` holds: for bfloat16s, and scales that are far from the ends of the range; else 0."""
+    return lanes.b.extract_element(quick_inverses(lanes, x, lanes.splat(scale, 1)), ir.Constant(I32, 0))
+
+
+def quick_inverses(lanes: Lanes, x: Array, scale: Value) -> Value:
+    """Lanes of `quick_inverse`."""
+    zero = lanes.const(scale.type, 0.0)
+    if x.holds != types.uint16:
+        return zero
+    is_large = lanes.b.fcmp_ordered(">=", scale, lanes.const(scale.type, 2.0**-100))
+    is_small = lanes.b.fcmp_ordered("<=", scale, lanes.const(scale.type, 2.0**100))
+    inverse = lanes.b.fdiv(lanes.const(scale.type, 1.0), scale)
+    return lanes.b.select(lanes.b.and_(is_large, is_small), inverse, zero)
+
+
+def pairs(lanes: Lanes, x: Array, at: Value, count: int) -> tuple[Value, Value]:
+    """`count` bfloat16s as float32: those at even places, and those at odd ones."""
+    words = lanes.b.bitcast(lanes.load(x, at, count), ir.VectorType(I32, count // 2))
+    kind = floats(words)
+    return lanes.b.bitcast(lanes.op("shl", words, 16), kind), lanes.b.bitcast(lanes.op("and_", words, -65536), kind)
+
+
+def quick(lanes: Lanes, values: Value, inverse: Value) -> Value:
+    """bf16(values / scale) for bfloat16 values and scale, by 1 / scale from `quick_inverse`; still as float32.
+
+    A product and the quotient it stands for differ by less than 2^-22 of themselves, and neither lies as near to a
+    number halfway between two bfloat16s: m * scale = x has no solution, since m is odd and has nine bits, so that the
+    product is odd and has more than the eight bits of x; and integers that differ, of at most 17 bits, differ by
+    2^-17. So both round alike, there are no ties, and a split into high and low bits (Veltkamp's) does it.
+    """
+    product = lanes.b.fmul(values, lanes.splat(inverse, values.type.count))
+    wide = lanes.op("fmul", product, 65537.0)
+    return lanes.b.fsub(wide, lanes.b.fsub(wide, product))
+
+
+def quick_integers(lanes: Lanes, quotients: Value, lowest: int, highest: int, shift: int) -> Value:
+    """int32 lanes whose low bits are the nearest integers within bounds, plus `shift`; the others are not cleared."""
+    within = clamp(lanes, quotients, float(lowest), float(highest))
+    return lanes.b.bitcast(lanes.op("fadd", within, INTEGERS + shift), ints(quotients))
+
+
+def quick_e4m3(lanes: Lanes, quotients: Value) -> Value:
+    """int32 lanes: E4M3 codes. Exponents moved to E4M3's bias, its small numbers are float32's: one way for all."""
+    bits = lanes.b.bitcast(quotients, ints(quotients))
+    magnitude = lanes.b.bitcast(lanes.op("and_", bits, 0x7FFFFFFF), quotients.type)
+    moved = lanes.b.bitcast(lanes.op("fmul", magnitude, 2.0**-120), bits.type)
+    code = lanes.op("lshr", _even(lanes, moved, 20), 20)
+    top = lanes.const(bits.type, 0x7E)
+    code = lanes.b.select(lanes.b.icmp_signed("<", code, top), code, top)
+    return lanes.b.or_(code, lanes.op("and_", lanes.op("lshr", bits, 24), 0x80))
+
+
+def store_byte_pairs(lanes: Lanes, even: Value, odd: Value, out: Array, at: Value) -> None:
+    """Codes of pairs, a byte each: the low bytes of int32 lanes."""
+    both = lanes.b.or_(lanes.op("and_", even, 0xFF), lanes.op("shl", odd, 8))
+    narrow = lanes.b.trunc(both, ir.VectorType(I16, both.type.count))
+    lanes.store(lanes.b.bitcast(narrow, ir.VectorType(I8, 2 * both.type.count)), out, at)
+
+
+def store_nibble_pairs(lanes: Lanes, even: Value, odd: Value, out: Array, at: Value) -> None:
+    """Codes of pairs, two to a byte, the even one low: the low four bits of int32 lanes."""
+    both = lanes.b.or_(lanes.op("and_", even, 0xF), lanes.op("shl", odd, 4))
+    lanes.store(lanes.b.trunc(both, ir.VectorType(I8, both.type.count)), out, at)
+
+
+# --- stores and loads
+
+
 def store_bytes(lanes: Lanes, codes: Value, out: Array, at: Value) -> None:
     """int32 lanes, a byte each."""
     lanes.store(lanes.b.trunc(codes, ir.VectorType(I8, codes.type.count)), out, at)
@@ -156,6 +232,35 @@ def magnitude_bits(lanes: Lanes, x: Array, at: Value, count: int) -> Value:
     return lanes.b.zext(lanes.reduce("umax", lanes.op("and_", bits, 0x7FFF)), I32)
 
 
+def values_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
+    """The float32 lanes whose bits in the dtype of `x` are those of int32 lanes."""
+    if x.element is F32:
+        return lanes.b.bitcast(bits, floats(bits))
+    narrow = lanes.b.trunc(bits, ir.VectorType(I16, bits.type.count))
+    return lanes.from_bf16(narrow) if x.holds == types.uint16 else lanes.from_f16(narrow)
+
+
+@vector(types.void)
+def symmetric_scales(
+    lanes: Lanes, x: Array, tops: Array, at: Value, half: Value, eps: Value, scales: Array, inverses: Array
+) -> None:
+    """Scales of GROUPS groups from the bits of their largest magnitudes: top / half in the dtype of `x`, eps for 0.
+
+    `inverses` are as of `quick_inverse`.
+    """
+    values = values_of_bits(lanes, x, lanes.load(tops, at, GROUPS))
+    scale = like(lanes, x, lanes.b.fdiv(values, lanes.splat(half, GROUPS)))
+    store_scales(lanes, x, scale, eps, at, scales, inverses)
+
+
+def store_scales(lanes: Lanes, x: Array, scale: Value, eps: Value, at: Value, scales: Array, inverses: Array) -> None:
+    """GROUPS scales, eps for 0, and their inverses, as of `quick_inverse`."""
+    zero = lanes.const(scale.type, 0.0)
+    scale = lanes.b.select(lanes.b.fcmp_ordered("==", scale, zero), lanes.splat(eps, GROUPS), scale)
+    lanes.store(scale, scales, at)
+    lanes.store(quick_inverses(lanes, x, scale), inverses, at)
+
+
 def value_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
     """The float32 scalar whose bits in the dtype of `x` are the int32 `bits`."""
     if x.element is F32:
@@ -166,9 +271,16 @@ def value_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
 
 
 @vector(types.uint32)
-def top_bits_32(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The bits of the largest of 32 magnitudes."""
-    return magnitude_bits(lanes, x, at, 32)
+def top_bits(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
+    """The bits of the largest magnitude of weights [start, stop), a multiple of STEP; NaN is the largest."""
+    kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
+    found = cgutils.alloca_once_value(lanes.b, lanes.const(kind, 0))  # type: ignore[no-untyped-call]
+    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
+        bits = lanes.b.bitcast(lanes.load(x, at, STEP), kind)
+        magnitudes, largest = lanes.op("and_", bits, 0x7FFFFFFF if x.element is F32 else 0x7FFF), lanes.b.load(found)
+        lanes.b.store(lanes.b.select(lanes.b.icmp_unsigned(">", magnitudes, largest), magnitudes, largest), found)
+    largest = lanes.reduce("umax", lanes.b.load(found))
+    return largest if x.element is F32 else lanes.b.zext(largest, I32)
 
 
 @vector(types.uint32)

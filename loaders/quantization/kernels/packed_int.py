@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from loaders.quantization.kernels import narrow
-from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.narrow import (
+    BATCH,
+    GROUPS,
+    STEP,
     float_of_bits,
+    quick_inverse,
     quotient_like,
-    rounded_like,
+    symmetric_scales,
+    top_bits,
     top_bits_1,
-    top_bits_32,
 )
-
-STEP = 32
 
 
 def _quotients(lanes: Lanes, x: Array, at: Value, scale: Value, count: int) -> Value:
@@ -49,6 +51,46 @@ def _pack_8(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> N
 
 
 @vector(types.void)
+def _pack_4_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Array) -> None:
+    if x.holds == types.uint16:
+        codes = [
+            narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -8, 7, 8)
+            for values in narrow.pairs(lanes, x, at, STEP)
+        ]
+        narrow.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
+
+
+def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out: Array) -> None:
+    if x.holds == types.uint16:
+        codes = [
+            narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -128, 127, shift)
+            for values in narrow.pairs(lanes, x, at, STEP)
+        ]
+        narrow.store_byte_pairs(lanes, codes[0], codes[1], out, at)
+
+
+@vector(types.void)
+def _pack_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Array) -> None:
+    _quick_8(lanes, x, at, inverse, 128, packed)
+
+
+@vector(types.void)
+def _plain_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
+    _quick_8(lanes, x, at, inverse, 0, out)
+
+
+@vector(types.void)
+def _pack_zero_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, zero: Value, packed: Array) -> None:
+    if x.holds == types.uint16:
+        codes = []
+        for values in narrow.pairs(lanes, x, at, STEP):
+            quotients = narrow.quick(lanes, values, inverse)
+            shifted = narrow.like(lanes, x, lanes.b.fadd(quotients, lanes.splat(zero, STEP // 2)))
+            codes.append(narrow.quick_integers(lanes, shifted, -8, 7, 8))
+        narrow.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
+
+
+@vector(types.void)
 def _pack_zero(lanes: Lanes, x: Array, at: Value, scale: Value, zero: Value, packed: Array) -> None:
     shifted = lanes.b.fadd(_quotients(lanes, x, at, scale, STEP), lanes.splat(zero, STEP))
     codes = narrow.to_integers(lanes, narrow.like(lanes, x, shifted), -8, 7)
@@ -65,24 +107,51 @@ def _plain_8_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) ->
     narrow.store_bytes(lanes, _code(lanes, x, at, scale, 8, 1), out, at)
 
 
-def _end(lanes: Lanes, x: Array, at: Value, name: str) -> Value:
-    """The largest or smallest of STEP weights, as an int32 that sorts like the float."""
-    bits = lanes.load(x, at, STEP)
-    if x.element is F32:
-        wide = lanes.b.bitcast(bits, ir.VectorType(I32, STEP))
-        return lanes.reduce(name, lanes.b.xor(wide, lanes.op("and_", lanes.op("ashr", wide, 31), 0x7FFFFFFF)))
-    sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, 15), 0x7FFF))
-    return lanes.b.sext(lanes.reduce(name, sortable), I32)
+@vector(types.void)
+def _ends(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
+    """The least and the greatest of weights [start, stop) and 0, as int32s that sort like the floats, into a slot."""
+    kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
+    width = kind.element.width - 1
+    found = [cgutils.alloca_once_value(lanes.b, lanes.const(kind, 0)) for _ in range(2)]  # type: ignore[no-untyped-call]
+    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
+        bits = lanes.b.bitcast(lanes.load(x, at, STEP), kind)
+        sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, width), (1 << width) - 1))
+        for end, comparison in zip(found, "<>", strict=True):
+            before = lanes.b.load(end)
+            lanes.b.store(lanes.b.select(lanes.b.icmp_signed(comparison, sortable, before), sortable, before), end)
+    for end, name, out in zip(found, ("smin", "smax"), (lows, highs), strict=True):
+        value = lanes.reduce(name, lanes.b.load(end))
+        value = value if x.element is F32 else lanes.b.sext(value, I32)
+        lanes.b.store(value, lanes.b.gep(out.data, [slot]))
 
 
-@vector(types.int32)
-def _highest(lanes: Lanes, x: Array, at: Value) -> Value:
-    return _end(lanes, x, at, "smax")
-
-
-@vector(types.int32)
-def _lowest(lanes: Lanes, x: Array, at: Value) -> Value:
-    return _end(lanes, x, at, "smin")
+@vector(types.void)
+def _zeros_and_scales(
+    lanes: Lanes,
+    x: Array,
+    lows: Array,
+    highs: Array,
+    at: Value,
+    eps: Value,
+    zeros: Array,
+    scales: Array,
+    inverses: Array,
+) -> None:
+    """Zeros, whole numbers in float32, and scales of GROUPS groups from their ends."""
+    low, high = lanes.load(lows, at, GROUPS), lanes.load(highs, at, GROUPS)
+    nothing = lanes.const(ir.VectorType(F32, GROUPS), 0.0)
+    # the bits of a negative number's magnitude are ~sortable; those of a positive one are sortable itself
+    least = lanes.b.fneg(narrow.values_of_bits(lanes, x, lanes.op("xor", low, -1)))
+    is_negative = lanes.b.icmp_signed("<", low, lanes.const(low.type, 0))
+    least = lanes.b.select(is_negative, least, nothing)
+    spread = narrow.like(lanes, x, lanes.b.fsub(narrow.values_of_bits(lanes, x, high), least))
+    scale = narrow.like(lanes, x, lanes.op("fdiv", spread, 15.0))
+    quotient = narrow.like(lanes, x, lanes.b.fdiv(least, scale))
+    zero = narrow.like(lanes, x, lanes.b.fsub(lanes.const(least.type, -8.0), quotient))
+    whole = narrow.to_integers(lanes, zero, -8, 7)
+    is_nan = lanes.b.fcmp_unordered("uno", zero, zero)
+    lanes.store(lanes.b.select(is_nan, nothing, lanes.b.sitofp(whole, zero.type)), zeros, at)
+    narrow.store_scales(lanes, x, scale, eps, at, scales, inverses)
 
 
 @kernel
@@ -91,41 +160,52 @@ def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
     float32 (n / group,), rounded to the dtype of x.
     """
     half = np.float32(7.5) if bits == 4 else np.float32(127.5)
-    for g in range(scales.size):
-        start = g * group
-        top = np.uint32(0)
-        for at in range(start, start + group, STEP):
-            top = max(top, top_bits_32(x, at))
-        scale = quotient_like(x, float_of_bits(x, top), half)
-        scale = eps if scale == 0 else scale
-        scales[g] = scale
-        if bits == 4:
-            for at in range(start, start + group, STEP):
-                _pack_4(x, at, scale, packed)
-        else:
-            for at in range(start, start + group, STEP):
-                _pack_8(x, at, scale, packed)
+    tops = np.zeros(BATCH, np.uint32)
+    some, inverses = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    for first in range(0, scales.size, BATCH):
+        count = min(BATCH, scales.size - first)
+        for slot in range(count):
+            tops[slot] = top_bits(x, (first + slot) * group, (first + slot + 1) * group)
+        for slot in range(0, count, GROUPS):
+            symmetric_scales(x, tops, slot, half, eps, some, inverses)
+        for slot in range(count):
+            start, scale, inverse = (first + slot) * group, some[slot], inverses[slot]
+            scales[first + slot] = scale
+            if inverse and bits == 4:
+                for at in range(start, start + group, STEP):
+                    _pack_4_quick(x, at, inverse, packed)
+            elif inverse:
+                for at in range(start, start + group, STEP):
+                    _pack_8_quick(x, at, inverse, packed)
+            elif bits == 4:
+                for at in range(start, start + group, STEP):
+                    _pack_4(x, at, scale, packed)
+            else:
+                for at in range(start, start + group, STEP):
+                    _pack_8(x, at, scale, packed)
 
 
 @kernel
 def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untyped-def]
     """Asymmetric codes of four bits. zeros: int8 (n / group,), -8 to 7; the rest as in `encode`."""
-    for g in range(scales.size):
-        start = g * group
-        low, high = np.int32(0), np.int32(0)
-        for at in range(start, start + group, STEP):
-            low = min(low, _lowest(x, at))
-            high = max(high, _highest(x, at))
-        # a negative number's magnitude has the bits ~sortable, a positive one's are its own
-        smallest = -float_of_bits(x, np.uint32(~low)) if low < 0 else np.float32(0)
-        scale = quotient_like(x, rounded_like(x, float_of_bits(x, np.uint32(high)) - smallest), np.float32(15))
-        zero = rounded_like(x, np.float32(-8) - quotient_like(x, smallest, scale))
-        zero = np.float32(0) if np.isnan(zero) else np.rint(min(max(zero, np.float32(-8)), np.float32(7)))
-        scale = eps if scale == 0 else scale
-        scales[g] = scale
-        zeros[g] = np.int8(zero)
-        for at in range(start, start + group, STEP):
-            _pack_zero(x, at, scale, np.float32(zero), packed)
+    lows, highs = np.zeros(BATCH, np.int32), np.zeros(BATCH, np.int32)
+    some, inverses, wholes = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    for first in range(0, scales.size, BATCH):
+        count = min(BATCH, scales.size - first)
+        for slot in range(count):
+            _ends(x, (first + slot) * group, (first + slot + 1) * group, lows, highs, slot)
+        for slot in range(0, count, GROUPS):
+            _zeros_and_scales(x, lows, highs, slot, eps, wholes, some, inverses)
+        for slot in range(count):
+            start, scale, inverse, zero = (first + slot) * group, some[slot], inverses[slot], wholes[slot]
+            scales[first + slot] = scale
+            zeros[first + slot] = np.int8(zero)
+            if inverse:
+                for at in range(start, start + group, STEP):
+                    _pack_zero_quick(x, at, inverse, zero, packed)
+            else:
+                for at in range(start, start + group, STEP):
+                    _pack_zero(x, at, scale, zero, packed)
 
 
 @kernel
@@ -134,16 +214,18 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
     for r in range(scales.size):
         start, stop = r * columns, (r + 1) * columns
         whole = start + columns // STEP * STEP
-        top = np.uint32(0)
-        for at in range(start, whole, STEP):
-            top = max(top, top_bits_32(x, at))
+        top = top_bits(x, start, whole)
         for at in range(whole, stop):
             top = max(top, top_bits_1(x, at))
         scale = quotient_like(x, float_of_bits(x, top), np.float32(127.5))
         scale = eps if scale == 0 else scale
         scales[r] = scale
+        inverse = quick_inverse(x, scale)
         for at in range(start, whole, STEP):
-            _plain_8(x, at, scale, out)
+            if inverse:
+                _plain_8_quick(x, at, inverse, out)
+            else:
+                _plain_8(x, at, scale, out)
         for at in range(whole, stop):
             _plain_8_one(x, at, scale, out)
 
@@ -204,11 +286,22 @@ def decode_any(packed, bits, columns, group, scales, shifts, out):  # type: igno
             out[r * columns + c] = (np.float32(code) - shifts[r, g]) * scales[r, g]
 
 
+@vector(types.void)
+def _plain_values(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    wide = lanes.b.sext(lanes.load(codes, at, STEP), ir.VectorType(I32, STEP))
+    values = lanes.b.sitofp(wide, narrow.floats(wide))
+    lanes.store(lanes.b.fmul(values, lanes.splat(scale, STEP)), out, at)
+
+
 @kernel
 def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
     """Plain int8 codes times their row's scale. codes: int8 (rows * columns,)."""
     for r in range(scales.size):
-        for at in range(r * columns, (r + 1) * columns):
+        start, stop = r * columns, (r + 1) * columns
+        whole = start + columns // STEP * STEP
+        for at in range(start, whole, STEP):
+            _plain_values(codes, at, scales[r], out)
+        for at in range(whole, stop):
             out[at] = np.float32(codes[at]) * scales[r]
 
 
