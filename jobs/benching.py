@@ -1,4 +1,4 @@
-"""Timing in rotation: every lap runs every case once, so that a change in the machine's speed touches all alike.
+"""What is timed, in rotation with its peers: kernels on one weight, and whole jobs.
 
 GB/s are 1e9 bytes of bfloat16 input a second (2 bytes a weight), whatever form a case takes its input in. A peer that
 is not installed, or does not work, is a row that says so.
@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +27,18 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs import benching_hqq
+from jobs.benches import ggml, hqq, mlx
+from jobs.benches.timing import Case, rotate
 from jobs.console import Said, note
 from jobs.execution import usable_cpus
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import safetensors, writer_of
 from loaders.errors import BadSpec, io_errors
 from loaders.integrity import hash_file
-from loaders.quantization.kernels import compare, cpu, fourbit
+from loaders.quantization.kernels import compare, cpu, fourbit, rowwise
 from loaders.specs import DTYPES, StoredSpec, StoredTensor
 
 INNER = 1 << 20
-
-
-@dataclass
-class Case:
-    """Something to time: `call` runs it once (and gives its seconds, if it times itself); `missing`: why it cannot."""
-
-    name: str
-    call: Callable[[], object] | None
-    missing: str = ""
-    beside: str = ""  # the case that this one is a peer of
-    seconds: list[float] = field(default_factory=list)
-
-
-def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
-    """Time the cases in turn, after laps that do not count; one that raises becomes a row that says so."""
-    for lap in range(-warm_up, repeats):
-        for case in cases:
-            if case.call is None:
-                continue
-            began = time.perf_counter()
-            try:
-                own = case.call()
-            except Exception as error:  # whatever a peer may raise is a result
-                case.call, case.missing = None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-                continue
-            if lap >= 0:
-                case.seconds.append(own if isinstance(own, float) else time.perf_counter() - began)
 
 
 # --- kernels
@@ -74,8 +47,8 @@ def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
 def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     """Encoders and decoders on one bfloat16 weight."""
     weight = _random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
-    hqq = (Case(name, call, missing, beside) for name, call, missing, beside in benching_hqq.rows(weight, threads))
-    cases = [*_ours(weight, threads), *_peers(weight, threads), *hqq]
+    others = (*hqq.rows(weight, threads), *ggml.rows(weight, threads))
+    cases = [*_ours(weight, threads), *_peers(weight, threads), *(Case(*row) for row in others)]
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
     rotate(cases, repeats)
     return _said(cases, weight.nbytes, {"shape": [rows, columns], "threads": threads, "repeats": repeats})
@@ -91,6 +64,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     packed, absmax = np.empty(flat.size // 2, np.uint8), np.empty(flat.size // 64, np.float32)
     half = ((flat.astype(np.uint32) << 16).view(np.float32)).astype(np.float16)
     single, target = half.astype(np.float32), np.empty_like(flat)
+    codes, scales, columns = np.empty(flat.size, np.int8), np.empty(weight.shape[0], np.float32), weight.shape[1]
     quarter = flat.size // 4
     thirds = np.empty(quarter, np.uint8)
 
@@ -104,6 +78,13 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
             host.encode_fourbit(x[a:b], dtype, table, 64, packed[a // 2 : b // 2], absmax[a // 64 : b // 64])
 
         return lambda: spread(part, x.size)
+
+    def eight(x: np.ndarray) -> Callable[[], None]:
+        def part(a: int, b: int) -> None:
+            taken = cpu.kernel_input(x[a * columns : b * columns], "F16" if x.dtype == np.float16 else "BF16")
+            rowwise.encode_int8(taken, columns, codes[a * columns : b * columns], scales[a:b])
+
+        return lambda: spread(part, weight.shape[0])
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
@@ -132,8 +113,11 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("nf4, fp16", four(half, "F16", "nf4"))
     yield Case("nf4, fp32", four(single, "F32", "nf4"))
     yield Case("fp4, bf16", four(flat, "BF16", "fp4"))
+    yield Case("int8, bf16", eight(flat))
+    yield Case("int8, fp16", eight(half))
     yield Case("nf4 decode + compare (measuring)", measure)
     yield Case("ternary, bf16", three)
+    yield from mlx.ours(flat, spread)
 
 
 def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
@@ -149,6 +133,12 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
         if functional:
             call = lambda table=table: functional.quantize_4bit(tensor, blocksize=64, quant_type=table)  # noqa: E731
         yield Case(f"bitsandbytes {table}, bf16", call, "" if call else "not installed: bitsandbytes", beside)
+    for name, beside in (("bf16", "int8, bf16"), ("fp16", "int8, fp16")):
+        call = None
+        if functional:
+            taken = tensor if name == "bf16" else tensor.half()
+            call = lambda taken=taken: functional.int8_vectorwise_quant(taken.half())  # noqa: E731
+        yield Case(f"bitsandbytes int8, {name}", call, "" if call else "not installed: bitsandbytes", beside)
     state: list[Any] = []
 
     def measure() -> Any:
@@ -171,6 +161,7 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     missing = "" if torch else "not installed: torch"
     yield Case("torch, ternary by its definition", three if torch else None, missing, "ternary, bf16")
+    yield from mlx.peers(weight, _library("mlx.core"))
 
 
 def _library(name: str) -> Any:

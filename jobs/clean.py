@@ -42,9 +42,7 @@ def act(spec: CleanSpec) -> Said:
     only = None if spec.output.path is None else Path(spec.output.path)
     folder = only.parent if only is not None else Path(spec.output.root)
     found: list[dict[str, Any]] = []
-    for path in find_journals(folder):
-        if only is not None and not path.name.startswith(f".{only.name}."):
-            continue
+    for path in find_journals(folder, None if only is None else only.name):
         files = [p for p in path.rglob("*") if p.is_file()]
         held = is_held(path)
         row: dict[str, Any] = {

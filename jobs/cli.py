@@ -12,8 +12,9 @@ _weightmill() {{
     local line="${{COMP_LINE:0:$COMP_POINT}}"
     COMPREPLY=($(weightmill _complete "$line" 2>/dev/null))
     [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *[=.] ]] && compopt -o nospace
-    local prefix="${{COMP_WORDS[COMP_CWORD]}}"
-    [[ $COMP_WORDBREAKS == *=* && $line == *=* && $line != *' ' ]] && COMPREPLY=("${{COMPREPLY[@]#*=}}")
+    local word="${{line##* }}"
+    [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && COMPREPLY=("${{COMPREPLY[@]#"${{word%%=*}}="}}")
+    return 0
 }}
 {load}complete -o default -F _weightmill weightmill
 """
@@ -28,9 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = importlib.import_module(f"jobs.{verb}")
         status: int = found.main(given[1:])
         return status
-    if verb == "completion" and given[1:2] and given[1] in SHELLS:
-        print(SCRIPT.format(load=SHELLS[given[1]]))
-        return 0
+    if verb == "completion":
+        if given[1:] and given[1] in SHELLS:
+            print(SCRIPT.format(load=SHELLS[given[1]]))
+            return 0
+        print(f"weightmill: completion: expected one of {', '.join(SHELLS)}", file=sys.stderr)
+        return 2
     if verb == "_complete":
         print("\n".join(completions(" ".join(given[1:]))))
         return 0
@@ -55,13 +59,15 @@ def overview() -> str:
 
 def completions(line: str) -> list[str]:
     """What may stand at the end of a command line: a verb, a group and its choices, a setting."""
-    words = line.split(" ")[1:]
+    words = [*line.split()[1:], *([""] if line.endswith(" ") else [])]
     if len(words) <= 1:
         return [v for v in (*VERBS, "completion") if v.startswith(words[0] if words else "")]
+    if words[0] == "completion":
+        return [shell for shell in SHELLS if shell.startswith(words[-1])]
     if words[0] not in VERBS:
         return []
     from jobs.compose import choices_of
-    from jobs.help import settings_of
+    from jobs.help import settings_of, words_of
 
     verb = importlib.import_module(f"jobs.{words[0]}").VERB
     word = words[-1]
@@ -70,7 +76,8 @@ def completions(line: str) -> list[str]:
     if equals:
         *before, last = start.split(",")
         lead = "".join(f"{b}," for b in before)
-        return [f"{group}={lead}{option}" for option in choices.get(group, ()) if option.startswith(last)]
+        options = choices.get(group) or words_of(verb.spec, group)
+        return [f"{group}={lead}{option}" for option in options if option.startswith(last)]
     keys = [f"{key}=" for key in (*choices, *settings_of(verb.spec))]
     return sorted(key for key in keys if key.startswith(word))
 

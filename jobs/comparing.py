@@ -37,9 +37,9 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
     Raises:
         BadSpec, BadCheckpoint: one of them cannot be opened.
     """
-    one, other = open_checkpoint(a), open_checkpoint(b)
-    ours = {r.name: r for r in recipes_of(one, decode=True).recipes}
-    theirs = {r.name: r for r in recipes_of(other, decode=True).recipes}
+    one, other = open_checkpoint(a, key="a"), open_checkpoint(b, key="b")
+    ours = {r.name: r for r in recipes_of(one, decode=True, split=True).recipes}
+    theirs = {r.name: r for r in recipes_of(other, decode=True, split=True).recipes}
     common = [name for name in ours if name in theirs]
     rows: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -71,9 +71,9 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         "different": len(found) - equal,
         "only_in_a": only[0],
         "only_in_b": only[1],
-        "tensors": found,
+        "tensors": [row for row in found if all_tensors or row["status"] == DIFFERENT],
     }
-    return Said(document, _text(document, all_tensors=all_tensors))
+    return Said(document, _text(document))
 
 
 def _row(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> dict[str, Any]:
@@ -126,8 +126,8 @@ def _kind(recipe: Recipe) -> str:
     return f"{recipe.decode.kind} of {recipe.dtype}" if recipe.decode else recipe.dtype.name
 
 
-def _text(document: dict[str, Any], *, all_tensors: bool) -> RenderableType:
-    shown = [row for row in document["tensors"] if all_tensors or row["status"] == DIFFERENT]
+def _text(document: dict[str, Any]) -> RenderableType:
+    shown = document["tensors"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("relative error", "SQNR dB", "cosine", "max error")
     for column in ("tensor", "a", "b", "", *numbers):

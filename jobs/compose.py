@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -90,9 +90,40 @@ def _prepared(verb: str, override: str, *, is_sweep: bool) -> tuple[str, str | N
         return override, None
     if bare in choices_of(verb):
         return _choice(verb, override, bare, value)
+    value = " ".join(value.split("\n"))
+    if bare == "rules" and value.endswith((".yaml", ".yml")):
+        return _rules_of(value)
     if bare in VERBATIM and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        value = _quoted(value)
     return f"++{bare}={value}" if not key.startswith("~") else override, None
+
+
+def _rules_of(path: str) -> tuple[str, str | None]:
+    """The rules that a YAML file lists, as an override."""
+    try:
+        rules = yaml.safe_load(Path(path).expanduser().read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return "", f"rules: cannot read {path}: {' '.join(str(error).split())}"
+    if not isinstance(rules, list):
+        return "", f"rules: expected a list of rules in {path}, found {type(rules).__name__}"
+    return f"++rules={_literal(rules)}", None
+
+
+def _literal(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    """In Hydra's quotes, where a backslash means itself unless a quote follows the run of them."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def _grammar(override: str, prepared: str) -> str | None:
@@ -164,7 +195,12 @@ def plain(config: Any) -> Any:
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     assert isinstance(values, dict)
     values.pop("hydra", None)
-    values.pop("experiment", None)
+    stray = values.pop("experiment", None)
+    if isinstance(stray, dict) and stray:
+        raise BadSpec(
+            f"experiment: its file sets {', '.join(stray)} below `experiment`, where nothing reads them; begin the file"
+            " with the line `# @package _global_`"
+        )
     return values
 
 
@@ -303,8 +339,11 @@ def sweep(verb: str, request: Request, run: Callable[[dict[str, Any], str], floa
     if request.problems:
         raise BadSpec(request.problems)
 
+    made: set[Path] = set()
+
     @hydra.main(config_path=str(CONF), config_name=verb, version_base="1.3")
     def job(config: Any) -> float | None:
+        made.add(Path(HydraConfig.get().sweep.dir).absolute())
         return run(plain(config), _suffix(HydraConfig.get().overrides.task, varied(request, HydraConfig.get())))
 
     with _command_line([*request.flags, *request.overrides]):
@@ -312,6 +351,17 @@ def sweep(verb: str, request: Request, run: Callable[[dict[str, Any], str], floa
             job()
         except (HydraException, OmegaConfBaseException) as error:
             raise BadSpec(_said_by_hydra(error)) from error
+        finally:
+            _remove_empty(made)
+
+
+def _remove_empty(folders: set[Path]) -> None:
+    """Hydra makes a folder for every sweep; ours holds nothing but a copy of the request."""
+    for folder in folders:
+        with suppress(OSError):
+            (folder / "multirun.yaml").unlink(missing_ok=True)
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 @contextmanager

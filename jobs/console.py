@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TextIO, TypeVar
 
 from pydantic import BaseModel
@@ -59,7 +60,7 @@ class Verb(Generic[S]):
         except KeyboardInterrupt as error:
             return _complain(INTERRUPTED, [str(error) or "interrupted"], as_json)
         except BrokenPipeError:
-            sys.stdout = None
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # what is still buffered has no reader
             return FAILED
         except OSError as error:
             return _complain(FAILED, [str(error)], as_json)
@@ -100,10 +101,13 @@ class Verb(Generic[S]):
             output = values.get("output")
             if suffix and isinstance(output, dict) and output.get("path") is None:
                 values = {**values, "output": {**output, "suffix": suffix}}
-            return outcomes.add(lambda: self.act(check(self.spec, values)))
+            return outcomes.add(suffix, lambda: self.act(check(self.spec, values)))
 
-        with redirect_stdout(sys.stderr) if outcomes.as_json else nullcontext():
-            sweep(self.config or self.name, request, one)
+        try:
+            with redirect_stdout(sys.stderr) if outcomes.as_json else nullcontext():
+                sweep(self.config or self.name, request, one)
+        except KeyboardInterrupt as error:
+            outcomes.failed(INTERRUPTED, [str(error) or "interrupted"])
         return outcomes.finish()
 
 
@@ -115,13 +119,14 @@ class Outcomes:
     documents: list[dict[str, Any]] = field(default_factory=list)
     status: int = DONE
 
-    def add(self, act: Callable[[], Said]) -> float | None:
+    def add(self, suffix: str, act: Callable[[], Said]) -> float | None:
+        note(f"--- job {len(self.documents) + 1}{' ' if suffix else ''}{suffix.lstrip('-')}")
         try:
             said = act()
         except BadSpec as error:
-            return self._failed(WRONG, error.problems)
+            return self.failed(WRONG, error.problems)
         except WeightmillError as error:
-            return self._failed(FAILED, [str(error)])
+            return self.failed(FAILED, [str(error)])
         self.documents.append(said.document)
         self.status = max(self.status, said.status)
         if self.as_json:
@@ -131,7 +136,7 @@ class Outcomes:
         objective = (said.document.get("totals") or {}).get("bits_per_weight")
         return float(objective) if objective is not None else None
 
-    def _failed(self, status: int, problems: Sequence[str]) -> float | None:
+    def failed(self, status: int, problems: Sequence[str]) -> float | None:
         self.documents.append({"status": "failed", "exit_status": status, "problems": list(problems)})
         self.status = max(self.status, status)
         if not self.as_json:
@@ -141,7 +146,18 @@ class Outcomes:
     def finish(self) -> int:
         if self.as_json:
             print(json.dumps({"jobs": self.documents}, indent=2))
+        else:
+            lines = [f"  {index}: {_outcome(document)}" for index, document in enumerate(self.documents, 1)]
+            print("\n".join([f"{len(lines)} jobs:", *lines]))
         return self.status
+
+
+def _outcome(document: dict[str, Any]) -> str:
+    if document.get("exit_status", 0):
+        return f"FAILED: {document['problems'][0]}"
+    total = document["totals"]
+    error = (total["changed"] or total)["relative_error"]
+    return f"{document['output']}: {total['bits_per_weight']:.2f} bits a weight, relative error {error:.5f}"
 
 
 def note(text: str) -> None:

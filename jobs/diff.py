@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,7 +16,7 @@ class DiffSpec(Spec):
 
     a: str = Field(description="the first checkpoint's folder: errors are relative to it")
     b: str = Field(description="the second checkpoint's folder")
-    tensors: str = Field(pattern="^(different|all)$", description="which tensors to list: different, or all")
+    tensors: Literal["different", "all"] = Field(description="which tensors to list")
     format: Format = Field(description="text, or json: one document on standard output")
 
 

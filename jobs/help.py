@@ -72,6 +72,28 @@ def settings_of(spec: type[BaseModel]) -> list[str]:
     return [name for name, _ in _leaves(spec, "") if " " not in name]
 
 
+def words_of(spec: type[BaseModel], name: str) -> tuple[str, ...]:
+    """The words that a setting may hold, if it is a choice of words."""
+    models = [spec]
+    *parents, leaf = name.split(".")
+    for part in parents:
+        models = [
+            m for model in models if part in model.model_fields for m in at_field(model.model_fields[part].annotation)
+        ]
+    found: list[str] = []
+    for model in models:
+        if leaf in model.model_fields:
+            found += _words(model.model_fields[leaf].annotation)
+    return tuple(dict.fromkeys(found))
+
+
+def _words(annotation: Any) -> list[str]:
+    if annotation is bool:
+        return ["true", "false"]
+    inner = [word for each in get_args(annotation) if not isinstance(each, str) for word in _words(each)]
+    return [a for a in get_args(annotation) if isinstance(a, str)] + inner
+
+
 def _leaves(spec: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in spec.model_fields.items():
         inner = at_field(field.annotation)

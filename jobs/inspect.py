@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ class InspectSpec(Spec):
 
     model: ModelSpec
     source: SourceSpec
-    tensors: str = Field(pattern="^(summary|all)$", description="summary, or all to list each one")
+    tensors: Literal["summary", "all"] = Field(description="all lists each one")
     format: Format = Field(description="text, or json: one document on standard output")
 
 

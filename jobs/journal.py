@@ -5,12 +5,14 @@
     lock                     held by the process that works on it
     parts/                   files being written, one an attempt
     files/                   finished weight files; with config, index and aux files it becomes the output
+    pieces/                  finished pieces of a file that is joined from them at the end
     records/unit-00001.json  one a finished unit, written last: a unit without a valid record is done again
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ from jobs.planning import FORMAT, Unit
 from loaders.atomic import exclusive, holder, write_file
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
 from loaders.integrity import hash_file
+from loaders.specs import OutputFile
 from loaders.stats import CompressionStats, ErrorSums, LoadStats
 
 SUFFIX = ".weightmill"
@@ -105,6 +108,7 @@ class Journal:
         self.root = output.parent / f".{output.name}.{key[:12]}{SUFFIX}"
         self.files = self.root / "files"
         self.parts = self.root / "parts"
+        self.pieces = self.root / "pieces"
         self.records = self.root / "records"
 
     @contextmanager
@@ -116,7 +120,7 @@ class Journal:
             StorageError: the folder cannot be made.
         """
         with io_errors("making", self.root):
-            for folder in (self.files, self.parts, self.records):
+            for folder in (self.files, self.parts, self.pieces, self.records):
                 folder.mkdir(parents=True, exist_ok=True)
         with exclusive(self.root / "lock") as is_held:
             if not is_held:
@@ -146,6 +150,10 @@ class Journal:
             with io_errors("removing", path):
                 path.unlink()
 
+    def place(self, file: OutputFile) -> Path:
+        """Where a unit's finished file lies."""
+        return (self.pieces if file.is_piece else self.files) / file.name
+
     def add(self, record: Record) -> None:
         """A unit's last act: from now on it is done."""
         document = json.dumps(record.to_json(), separators=(",", ":")).encode()
@@ -167,8 +175,9 @@ class Journal:
         record = record_from(document)
         if record.key != unit.key(target):
             return None
-        if record.file is not None:
-            file = self.files / record.file
+        planned = unit.outputs[target].file
+        if planned is not None:
+            file = self.place(planned)
             if not file.is_file() or file.stat().st_size != record.size or hash_file(file) != record.xxh3:
                 return None
         return record
@@ -182,22 +191,12 @@ class Journal:
             shutil.rmtree(self.root)
 
 
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """A journal's folder that no process holds."""
-
-    path: Path
-    size_bytes: int
-    units_done: int
-    age_s: float
-    output: str
-
-
-def find_journals(folder: Path) -> list[Path]:
-    """Journals of outputs in a folder."""
+def find_journals(folder: Path, name: str | None = None) -> list[Path]:
+    """Journals of the outputs in a folder, or of the one with a name."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.startswith(".") and p.name.endswith(SUFFIX) and p.is_dir())
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{12}}{re.escape(SUFFIX)}")
+    return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.is_dir())
 
 
 def is_held(journal: Path) -> bool:

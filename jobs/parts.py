@@ -133,10 +133,11 @@ class PartFile:
         with self._timer.phase("finish"):
             places = self._writer.seal()
             size, digest, hashes = self._hash(places)
-            with io_errors("finishing", self._journal.files / self._file.name):
+            target = self._journal.place(self._file)
+            with io_errors("finishing", target):
                 self._writer.close()
-                self._writer.path.replace(self._journal.files / self._file.name)
-                sync_folder(self._journal.files)
+                self._writer.path.replace(target)
+                sync_folder(target.parent)
         tensors = tuple(_tensor_record(each, places, hashes) for each in measured)
         return size, digest, tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,7 +14,7 @@ from jobs.spec import JobSpec
 class PlanSpec(JobSpec):
     """A job, and how much of its plan to show."""
 
-    tensors: str = Field(default="summary", pattern="^(summary|all)$", description="summary, or all to list each one")
+    tensors: Literal["summary", "all"] = Field(default="summary", description="all lists each one")
 
 
 def act(spec: PlanSpec) -> Said:

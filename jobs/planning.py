@@ -13,24 +13,35 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.spec import MB
+from jobs.warning import warnings
 from loaders.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
-from loaders.decoding import check_decodable, is_quantized
+from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
-from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Placed
-from loaders.quantization.bnb4 import CPU_ROWS
+from loaders.layouts import (
+    BY_ENGINE,
+    LAYOUTS,
+    WHOLE_STACKS,
+    Assembling,
+    Assembly,
+    Layout,
+    Naming,
+    Placed,
+)
+from loaders.layouts.hf import HfLayout
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
 from loaders.rules import Decision, Mix, Rule, decide
 from loaders.sources import Sources, recipes_of
-from loaders.specs import DType, OutputFile, Slot, StoredTensor, TensorSpec
+from loaders.specs import DType, OutputFile, RowOrder, Slot, StoredTensor, TensorSpec
 from loaders.storage.local import FileTag
 from loaders.work import RANGE
 
 FORMAT = 1  # of plans and records: another version's are refused
 TargetId = str
+NAMELESS = Naming("model", None, False)
 THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
 
 
@@ -45,6 +56,7 @@ class Target:
     mix: Mix | None = None
     layout_name: str = "auto"
     container_name: str = "auto"
+    naming: Naming = NAMELESS
 
     @property
     def layout(self) -> Layout:
@@ -77,6 +89,7 @@ class Placement:
     cast: DType | None
     slots: Mapping[str, Slot]
     constants: Mapping[str, bytes]
+    order: RowOrder | None = None
 
     def encoded_spec(self, recipe: Recipe) -> TensorSpec:
         """What the scheme sees: the recipe's weights after the cast."""
@@ -133,6 +146,28 @@ class TargetPlan:
     stored: Mapping[str, tuple[Slot, ...]]  # by tensor
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
+    assembly: Assembly | None = None
+
+    @property
+    def finals(self) -> tuple[OutputFile, ...]:
+        """The output's weight files: those of the units, or the one that they are joined into."""
+        if self.assembly is None or self.assembly.joined is None:
+            return self.files
+        joined, at, slots = self.assembly.joined, 0, []
+        for file in self.files:
+            slots += [replace(slot, offset=at + slot.offset) for slot in file.slots]
+            at += file.data_bytes
+        return (OutputFile(joined.name, len(joined.head), at, tuple(slots), "gguf", about=joined.head),)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What pieces take beside the file that they are joined into."""
+        return sum(file.size for file in self.files if file.is_piece)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors that are written, before they were quantized."""
+        return sum(d.recipe.spec.numel for d in self.decisions if d.action != "drop")
 
     @property
     def tensor_bytes(self) -> int:
@@ -142,7 +177,7 @@ class TargetPlan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
-        return sum(file.size for file in self.files)
+        return sum(file.size for file in self.finals)
 
     @property
     def slack_bytes(self) -> int:
@@ -167,6 +202,17 @@ class Plan:
         return sum(unit.source_bytes for unit in self.units)
 
     @property
+    def aux(self) -> tuple[str, ...]:
+        """The other files that may go along: once weights are decoded, none that tells how they were quantized."""
+        is_decoded = any(recipe.decode is not None for recipe in self.sources.recipes)
+        return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
+
+    def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
+        """Those of them that the target's layout wants."""
+        layout = target.target.layout
+        return layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+
+    @property
     def parameters(self) -> int:
         """Numbers in all float weights."""
         return sum(r.spec.numel for r in self.sources.recipes if r.dtype.is_float)
@@ -178,32 +224,35 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets))
     is_one_file = any(target.layout.file is not None for target in targets)
+    sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
     groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
         engine_rules = None if target.mix is None else target.mix.rules(sources.recipes, checkpoint.config)
         decisions = decide(sources.recipes, target.scheme, target.rules, engine_rules)
-        placed = {p.recipe.name: p for p in target.layout.place(checkpoint, decisions)}
+        layout = target.layout
+        placed = {p.recipe.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
-        count = sum(bool(share) for share in shares)
-        if not count:
-            raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
-        number = 0
+        planned, assembly = _files(target, checkpoint, shares), None
+        if isinstance(layout, Assembling):
+            assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
+            planned = assembly.files
+        elif target.naming.split:
+            raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
+        left = iter(planned)
         for index, share in enumerate(shares):
-            number += bool(share)
-            outputs[index][target.id] = _unit_output(target, checkpoint, share, number, count)
-        files = tuple(o[target.id].file for o in outputs)
-        config = target.layout.config(checkpoint, decisions, target.compute_dtype)
+            outputs[index][target.id] = _unit_output(share, next(left) if share else None)
+        config = layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
             target,
             decisions,
-            tuple(file for file in files if file is not None),
+            tuple(planned),
             {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
-            (*target.layout.warnings(decisions), *_warnings(checkpoint, target.scheme, decisions, config)),
+            (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
+            assembly,
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
@@ -219,6 +268,8 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     Raises:
         BadSpec: its quantization is not known, or some targets want it decoded and others copied.
     """
+    if checkpoint.container == "gguf":
+        return _is_gguf_decoded(targets)
     copies = [target for target in targets if target.scheme == Plain() and target.layout_name in ("auto", "hf")]
     if len(copies) == len(targets) or not is_quantized(checkpoint):
         return False
@@ -229,6 +280,30 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
         )
     check_decodable(checkpoint)
     return True
+
+
+def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
+    """Tensors of a GGUF keep names, types and order for another GGUF; for others they are those of transformers."""
+    kept = [target for target in targets if target.layout is LAYOUTS["gguf"]]
+    if kept and len(kept) < len(targets):
+        raise BadSpec("output.layout: from a GGUF, outputs as GGUF and others are different work: run them apart")
+    return not kept
+
+
+def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
+    """Whether stacks of experts are taken apart: not where the model's own class loads the output.
+
+    Raises:
+        BadSpec: some targets want them whole and others apart, and the checkpoint has some.
+    """
+    wanted = {not (t.scheme.engine in WHOLE_STACKS and isinstance(t.layout, HfLayout)) for t in targets}
+    stacks = checkpoint.family.stacks
+    if len(wanted) == 2 and any(stack.pattern.search(w.name) for stack in stacks for w in checkpoint.weights):
+        raise BadSpec(
+            "quant: the checkpoint stacks its experts; transformers wants them whole, the other engines asked for one"
+            " by one: run them apart"
+        )
+    return True in wanted
 
 
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
@@ -248,14 +323,29 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     return units
 
 
-def _unit_output(
-    target: Target, checkpoint: Checkpoint, share: Sequence[Placed], number: int, count: int
-) -> UnitOutput:
-    if not share:
+def _files(target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]) -> Sequence[OutputFile]:
+    """A file for each unit that has something to write.
+
+    Raises:
+        BadSpec: none has, or the container cannot hold what there is.
+    """
+    full = [share for share in shares if share]
+    if not full:
+        raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
+    layout, container = target.layout, target.container
+    return [
+        container.lay_out(
+            layout.file or container.file_name(number, len(full)),
+            [tensor for placed in share for tensor in placed.stored.values()],
+            layout.about(checkpoint, share),
+        )
+        for number, share in enumerate(full, 1)
+    ]
+
+
+def _unit_output(share: Sequence[Placed], file: OutputFile | None) -> UnitOutput:
+    if file is None:
         return UnitOutput(None, ())
-    name = target.layout.file or target.container.file_name(number, count)
-    tensors = [tensor for placed in share for tensor in placed.stored.values()]
-    file = target.container.lay_out(name, tensors, target.layout.about(checkpoint, share))
     places = {slot.name: slot for slot in file.slots}
     placements = tuple(
         Placement(
@@ -265,6 +355,7 @@ def _unit_output(
             placed.cast,
             {role: _slot(places[tensor.name], tensor) for role, tensor in placed.stored.items()},
             {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
+            placed.order,
         )
         for placed in share
     )
@@ -286,48 +377,3 @@ def _files_of(recipes: Iterable[Recipe], tags: Mapping[str, FileTag]) -> tuple[F
 def json_bytes(document: Any) -> bytes:
     """As transformers writes JSON files."""
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-# --- what is said aloud
-
-
-def _warnings(
-    checkpoint: Checkpoint, scheme: Scheme, decisions: Sequence[Decision], config: Mapping[str, Any] | None
-) -> list[str]:
-    if isinstance(scheme, Plain):
-        return []
-    said = []
-    quantized = [d for d in decisions if d.action == "quantize"]
-    if not quantized:
-        said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
-    experts = [d for d in decisions if d.recipe.role == "expert"]
-    kept = [d for d in experts if d.action != "quantize"]
-    if kept:
-        total = sum(d.recipe.source_bytes for d in decisions)
-        share = sum(d.recipe.source_bytes for d in kept) / total
-        said.append(
-            f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
-            f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
-            " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
-        )
-    if len(kept) < len(experts):
-        said.append(
-            "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
-            " transformers 5 fuses experts and fails on such names with a size mismatch"
-        )
-    odd = [d.recipe for d in quantized if scheme.engine == "bitsandbytes" and d.recipe.shape[0] % CPU_ROWS]
-    if odd:
-        said.append(
-            f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"
-            " first): GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be"
-            " divisible by block_n); keep them by a rule if such a CPU is to run the output"
-        )
-    if checkpoint.family.is_generic:
-        model_type = checkpoint.config.get("model_type", "none")
-        said.append(
-            f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
-            " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
-        )
-    if config is None:
-        said.append("the source has no config.json: the engine will need one with a quantization_config")
-    return said

@@ -19,6 +19,7 @@ from loaders.backends import kernels_of
 from loaders.checkpoint import OUR_REPORT, open_checkpoint
 from loaders.errors import BadSpec, StorageError
 from loaders.integrity import text_digest
+from loaders.layouts import Naming
 from loaders.storage.local import free_bytes
 from loaders.strategies import auto
 
@@ -65,7 +66,8 @@ def plan_job(spec: JobSpec) -> Planned:
     checkpoint = open_checkpoint(spec.model.path, spec.source.container)
     target = target_of(spec)
     plan = make_plan(checkpoint, [target], spec.source.unit_mb)
-    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str(plan.targets[TARGET].config))
+    made = plan.targets[TARGET]
+    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly)))
     return Planned(spec, plan, Journal(output, key))
 
 
@@ -79,8 +81,9 @@ def target_of(spec: JobSpec) -> Target:
     if backend not in scheme.backends:
         raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
+    naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
     return Target(
-        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container
+        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container, naming
     )
 
 
@@ -89,6 +92,9 @@ def _check_place(spec: JobSpec, output: Path) -> None:
     real = output.resolve()
     if source is not None and (real == source or real.is_relative_to(source) or source.is_relative_to(real)):
         raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
+    around = next((parent for parent in output.parents if (parent / OUR_REPORT).is_file()), None)
+    if around is not None:
+        raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
     if output.exists() and spec.output.overwrite:
         check_replaceable(output)
     elif (output.exists() or output.is_symlink()) and not _left_over(output):
@@ -97,8 +103,7 @@ def _check_place(spec: JobSpec, output: Path) -> None:
 
 def _left_over(output: Path) -> bool:
     """Whether an interrupted job has published this output and only not cleaned up behind itself."""
-    prefix = f".{output.name}."
-    return (output / OUR_REPORT).is_file() and any(p.name.startswith(prefix) for p in find_journals(output.parent))
+    return (output / OUR_REPORT).is_file() and bool(find_journals(output.parent, output.name))
 
 
 # --- plan
@@ -118,7 +123,7 @@ def plan_document(planned: Planned, notes: Sequence[str]) -> dict[str, Any]:
             "slack_bytes": target.slack_bytes,
             "ratio": plan.source_bytes / target.tensor_bytes,
             "bits_per_weight": target.tensor_bytes * 8 / max(1, plan.parameters),
-            "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.slots)} for file in target.files],
+            "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.slots)} for file in target.finals],
         },
         "rules": report.decision_rows(target),
         "tensors": [
@@ -152,17 +157,25 @@ def notes_of(planned: Planned) -> list[str]:
     cluster = LocalCluster(planned.spec.cluster)
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units)
     free = free_bytes(planned.spec.output_path.parent)
+    records = len(list(planned.journal.records.glob("*.json"))) if planned.journal.records.is_dir() else 0
+    done = (
+        [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
+    )
+    need = planned.target.weight_bytes + planned.target.scratch_bytes
+    room = " TOO LITTLE" if need > free else ""
     return [
+        *done,
         f"read by {strategy}: {why}",
         f"memory: up to {report.size(memory)} a unit of {cluster.threads} threads;"
-        f" disk: {report.size(planned.target.weight_bytes)} of {report.size(free)} free",
+        f" disk: {report.size(need)} of {report.size(free)} free{room}",
     ]
 
 
 def check_space(planned: Planned, done_bytes: int) -> None:
     """Raises StorageError when the output cannot fit."""
-    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.checkpoint.aux)
-    need = planned.target.weight_bytes - done_bytes + aux + SPARE_BYTES
+    target = planned.target
+    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
+    need = target.weight_bytes + target.scratch_bytes - done_bytes + aux + SPARE_BYTES
     free = free_bytes(planned.spec.output_path.parent)
     if need > free:
         raise StorageError(

@@ -53,7 +53,7 @@ class Meter:
         rate = self._done / (now - self._began)
         left = f", about {(self._total - self._done) / rate:.0f} s left" if self._done > self._total / 50 else ""
         print(
-            f"{self._what}: {self._done / self._total:.0%} of {self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s{left}",
+            f"{self._what}: {self._done / self._total:.0%} of {_size(self._total)}, {_size(rate)}/s{left}",
             file=sys.stderr,
             flush=True,
         )
@@ -63,3 +63,7 @@ class Meter:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

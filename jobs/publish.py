@@ -12,14 +12,16 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.joining import join
 from jobs.journal import Journal, Record
 from jobs.planning import Plan, TargetPlan, json_bytes
 from loaders.atomic import sync_folder, write_file
-from loaders.checkpoint import OUR_REPORT
-from loaders.errors import BadSpec, VerifyFailed, io_errors
+from loaders.checkpoint import OUR_REPORT, read_json
+from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
 from loaders.integrity import hash_file
 
 RENAME_EXCHANGE = 2
@@ -27,8 +29,16 @@ AT_FDCWD = -100
 PENDING = "published.json"  # the journal's copy of the report, written before the output has its name
 
 
-def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence[Record]) -> dict[str, str]:
-    """Put everything but the report beside the finished weight files; the xxh3-128 of each file so made.
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The files of an output: the xxh3-128 of those beside the weights, and the report's rows of weight files."""
+
+    aux: dict[str, str]
+    weights: list[dict[str, Any]]
+
+
+def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence[Record]) -> Completed:
+    """Join what is to be one file, and put everything but the report beside the finished weight files.
 
     Raises:
         VerifyFailed: a weight file is not what its record says.
@@ -36,25 +46,31 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     """
     _check_files(target, journal, records)
     made: dict[str, bytes] = {}
-    index = target.target.layout.index(target.files, sum(t.output_bytes for record in records for t in record.tensors))
+    stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
+    index = target.target.layout.index(target.files, stored_bytes, target.parameters)
     if index is not None:
         made[target.target.container.index] = json_bytes(index)
     if target.config is not None:
         made["config.json"] = json_bytes(target.config)
-    copied = [name for name in plan.checkpoint.aux if name not in made]
+    weights = [{"name": r.file, "bytes": r.size, "xxh3": r.xxh3} for r in records if r.file is not None]
+    if target.assembly is not None:
+        made |= target.assembly.made
+        if target.assembly.joined is not None:
+            weights = [join(target.assembly.joined, journal, records)]
+    copied = [name for name in plan.aux_of(target) if name not in made]
     for name in copied:
         _copy(plan.checkpoint.root / name, journal.files / name)
-    _remove_others(journal.files, {*made, *copied, *(file.name for file in target.files), OUR_REPORT})
+    _remove_others(journal.files, {*made, *copied, *(file.name for file in target.finals), OUR_REPORT})
     for name, data in made.items():
         write_file(journal.files / name, data)
-    return {name: hash_file(journal.files / name) for name in (*copied, *made)}
+    return Completed({name: hash_file(journal.files / name) for name in (*copied, *made)}, weights)
 
 
 def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]) -> None:
     """Every planned file is there, as long as its record says (records of earlier runs were hashed when taken up)."""
     sizes = {record.file: record.size for record in records}
     for file in target.files:
-        path = journal.files / file.name
+        path = journal.place(file)
         size = path.stat().st_size if path.is_file() else None
         slack = file.size - (size or 0)
         if size is None or size != sizes.get(file.name) or slack < 0:
@@ -120,6 +136,25 @@ def check_replaceable(output: Path) -> None:
             f"output.path: {output} holds files that weightmill did not write (there is no {OUR_REPORT});"
             " output.overwrite=true replaces only its own outputs; choose another path"
         )
+    others = files_of_others(output)
+    if others:
+        raise BadSpec(
+            f"output.path: {output} holds {len(others)} files that weightmill did not write, {others[0]} first;"
+            " output.overwrite=true would remove them: move them away, or choose another path"
+        )
+
+
+def files_of_others(output: Path) -> list[str]:
+    """Files in an output that its report does not name, by their paths in it."""
+    if not (output / OUR_REPORT).is_file():
+        return []
+    report = read_json(output / OUR_REPORT)
+    try:
+        ours = {OUR_REPORT, *report["aux"], *(file["name"] for file in report["files"])}
+    except (KeyError, TypeError):
+        raise BadCheckpoint(f"{output / OUR_REPORT}: it does not say which files weightmill wrote") from None
+    found = (path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name not in ours)
 
 
 def _exchange(new: Path, old: Path) -> None:

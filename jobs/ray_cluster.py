@@ -21,6 +21,7 @@ from typing import Any
 from jobs.execution import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt, usable_cpus
 from jobs.spec import ClusterSpec
 from loaders.errors import BadSpec, StorageError
+from loaders.storage.network import check_reachable
 
 STORE_BYTES = 100 << 20  # no tensor enters the object store
 BASE_BYTES = 300 << 20  # a worker with its libraries
@@ -119,6 +120,8 @@ def _start(spec: ClusterSpec, address: str | None) -> Any:
             # workers find the package wherever the driver runs from
             "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join([str(package), *_inherited_path()])}},
         }
+    if address and address != "auto":
+        check_reachable("cluster.address", address, "cluster=local runs in this process")
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from jobs.journal import Record, TensorRecord
 from jobs.planning import FORMAT, Plan, TargetPlan
+from jobs.publish import Completed
 from jobs.spec import JobSpec
 from loaders.lint import Finding
 from loaders.stats import CompressionStats, ErrorSums, LoadStats, finite
@@ -52,7 +53,7 @@ def document(
     plan: Plan,
     target: TargetPlan,
     results: Results,
-    aux: Mapping[str, str],
+    completed: Completed,
     found: Sequence[Finding],
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -63,15 +64,28 @@ def document(
         "job": {key: value for key, value in resolved.items() if key not in NOT_OF_THE_RESULT},
         "source": source_document(plan),
         "totals": totals(results),
-        "files": [{"name": r.file, "bytes": r.size, "xxh3": r.xxh3} for r in results.records if r.file is not None],
-        "aux": dict(sorted(aux.items())),
+        "files": completed.weights,
+        "aux": dict(sorted(completed.aux.items())),
         "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
-        "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings],
+        "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings, *_let_pass(results)],
         "lint": lint_document(found),
         "tensors": [tensor_document(tensor) for tensor in results.tensors],
         "versions": versions(),
         "run": {**run, "request": resolved},
     }
+
+
+def _let_pass(results: Results) -> list[str]:
+    """What verify.allow_nonfinite let through."""
+    said = []
+    for tensor in results.tensors:
+        error = tensor.error
+        if error.nonfinite:
+            taken = (
+                f", and {error.nonfinite_decoded} more that share a scale with them" if error.nonfinite_decoded else ""
+            )
+            said.append(f"{tensor.name}: {error.nonfinite} weights are NaN or infinite in the source{taken}: let pass")
+    return said
 
 
 def source_document(plan: Plan) -> dict[str, Any]:
@@ -92,8 +106,17 @@ def totals(results: Results) -> dict[str, Any]:
     return {**results.stats().to_json(), "changed": changed.to_json() if changed.tensors else None}
 
 
+def tensor_errors(error: ErrorSums) -> dict[str, Any]:
+    """What follows from a tensor's sums."""
+    return {
+        "relative_error": finite(error.relative_error),
+        "sqnr_db": finite(error.sqnr_db),
+        "cosine": error.cosine,
+        "max_error": error.max_error,
+    }
+
+
 def tensor_document(tensor: TensorRecord) -> dict[str, Any]:
-    error = tensor.error
     return {
         "name": tensor.name,
         "role": tensor.role,
@@ -102,11 +125,8 @@ def tensor_document(tensor: TensorRecord) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "source_bytes": tensor.source_bytes,
         "output_bytes": tensor.output_bytes,
-        "relative_error": finite(error.relative_error),
-        "sqnr_db": finite(error.sqnr_db),
-        "cosine": error.cosine,
-        "max_error": error.max_error,
-        "sums": asdict(error),
+        **tensor_errors(tensor.error),
+        "sums": asdict(tensor.error),
         "stored": {
             name: {"dtype": dtype, "shape": list(shape), "bytes": size, "xxh3": digest}
             for name, (dtype, shape, size, digest) in tensor.stored.items()
@@ -151,16 +171,16 @@ def plan_text(
     head.add_row("output", str(spec.output_path))
     head.add_row(
         "",
-        f"{spec.quant.name}, {len(target.files)} file(s), {target.weight_bytes:,} bytes"
+        f"{spec.quant.name}, {len(target.finals)} file(s), {target.weight_bytes:,} bytes"
         + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
-        + f": {plan.source_bytes / target.tensor_bytes:.2f} times smaller,"
+        + f": {_times(plan.source_bytes / target.tensor_bytes)},"
         f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
     )
     head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
     for note in notes:
         head.add_row("", note)
     parts: list[RenderableType] = [head, _decision_table(target)]
-    if len(target.files) > 1:
+    if len(target.finals) > 1:
         parts.append(_file_table(target))
     if all_tensors:
         parts.append(_tensor_table(target))
@@ -220,7 +240,7 @@ def output_sizes(target: TargetPlan) -> dict[str, int]:
 
 def _file_table(target: TargetPlan) -> Table:
     table = _table("file", "bytes", "tensors", right=("bytes", "tensors"))
-    for file in target.files:
+    for file in target.finals:
         table.add_row(file.name, f"{file.size:,}", str(len(file.slots)))
     return table
 
@@ -241,9 +261,7 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
     run, total = document["run"], document["totals"]
     changed = total["changed"]
     table = _table("", "before", "after", "", right=("before", "after"))
-    table.add_row(
-        "weights", size(total["source_bytes"]), size(total["output_bytes"]), f"{total['ratio']:.2f} times smaller"
-    )
+    table.add_row("weights", size(total["source_bytes"]), size(total["output_bytes"]), _times(total["ratio"]))
     before = total["source_bytes"] * 8 / max(1, total["parameters"])
     table.add_row(
         "bits a weight", f"{before:.2f}", f"{total['bits_per_weight']:.2f}", f"{total['parameters']:,} parameters"
@@ -260,13 +278,22 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
         worst = _table(
             "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
         )
-        for row in worst_rows(document):
+        shown = worst_rows(document)
+        for row in shown:
             sqnr = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
             error = "inf" if row["relative_error"] is None else f"{row['relative_error']:.5f}"
             worst.add_row(row["name"], error, sqnr, f"{row['max_error']:.4g}")
-        parts.append(worst)
+        parts += [worst] if shown else []
     speed = _table(
-        "seconds", "GB/s", "read", "encode", "measure", "write", "peak memory", "units", right=("seconds", "GB/s")
+        "seconds",
+        "GB/s",
+        "of threads: read",
+        "encode",
+        "measure",
+        "write",
+        "peak memory, with libraries",
+        "units",
+        right=("seconds", "GB/s"),
     )
     speed.add_row(
         f"{run['wall_s']:.2f}", f"{run['throughput_gbps']:.2f}",
@@ -277,9 +304,13 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times smaller" if ratio >= 1 or not ratio else f"{1 / ratio:.2f} times larger"
+
+
 def worst_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tensors with the greatest relative error among those that are not copies."""
-    changed = [t for t in document["tensors"] if t["action"] != "keep"]
+    changed = [t for t in document["tensors"] if t["action"] != "keep" and t["relative_error"] != 0]
     changed.sort(key=lambda t: -(t["relative_error"] if t["relative_error"] is not None else float("inf")))
     return changed[:WORST]
 

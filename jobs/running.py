@@ -27,6 +27,7 @@ from jobs.tracking import Run, open_run
 from jobs.unit import Gate, UnitTask
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadSpec, StorageError, VerifyFailed
+from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
 from loaders.memory import PeakMemory
 
@@ -73,7 +74,7 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
         where = cluster.description
     results = report.Results(tuple((records | fresh)[unit.id] for unit in planned.plan.units))
     _pass_gate(planned, results)
-    aux = complete(planned.plan, planned.target, planned.journal, results.records)
+    completed = complete(planned.plan, planned.target, planned.journal, results.records)
     found = lint_folder(planned.journal.files)
     wall, load = time.perf_counter() - began, results.load
     document = report.document(
@@ -81,7 +82,7 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
         planned.plan,
         planned.target,
         results,
-        aux,
+        completed,
         found,
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -168,9 +169,7 @@ def _pass_gate(planned: Planned, results: report.Results) -> None:
     """
     gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
     schemes = {d.recipe.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
-    faults = [
-        (t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name].error_limit)) for t in results.tensors
-    ]
+    faults = [(t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name])) for t in results.tensors]
     found = [(error, fault) for error, fault in faults if fault]
     if found:
         raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")
@@ -185,7 +184,7 @@ def _how_to_go_on(planned: Planned) -> str:
     done = len(resume(planned))
     return (
         f"interrupted; {done} of {len(planned.plan.units)} units are done and kept: the same command goes on from"
-        " there, python -m jobs.clean forgets them"
+        f" there, python -m jobs.clean output.path={planned.journal.output} forgets them"
     )
 
 
@@ -202,7 +201,8 @@ def _open_run(planned: Planned) -> Run:
         **{f"weightmill.version.{name}": version for name, version in report.versions().items()},
     }
     name = spec.output_path.name
-    return open_run(spec.tracking, Path(spec.output.root), name, params, tags, planned.journal.key)
+    key = text_digest(f"{planned.journal.key} {planned.journal.output}")
+    return open_run(spec.tracking, Path(spec.output.root), name, params, tags, key)
 
 
 def _git_commit() -> str:
@@ -245,5 +245,6 @@ def _said(planned: Planned, document: Mapping[str, Any], address: str | None, un
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
     findings = [Finding(**row) for row in document["lint"]]
     shown = [report.findings_text(findings)] if findings else []
-    text = Group(report.result_text(document), *shown, *lines)
+    let_pass = [Text(f"warning: {w}", style="yellow") for w in document["warnings"] if w.endswith(": let pass")]
+    text = Group(report.result_text(document), *let_pass, *shown, *lines)
     return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)

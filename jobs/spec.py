@@ -18,6 +18,7 @@ from loaders.rules import Rule
 from loaders.specs import DTYPES
 
 MB = 1_000_000
+STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
 
 
 class ModelSpec(Spec):
@@ -39,7 +40,7 @@ class ModelSpec(Spec):
 class SourceSpec(Spec):
     """conf/source: how it is read and cut."""
 
-    container: Literal["auto", "safetensors", "pytorch"] = Field(description="which weight files to read")
+    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(description="which weight files to read")
     unit_mb: float = Field(
         gt=0,
         description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
@@ -86,7 +87,9 @@ class RuleSpec(Spec):
     def _is_whole(self) -> RuleSpec:
         if self.name is None and self.shape is None and self.dtype is None and self.role is None:
             raise ValueError("expected at least one of name, shape, dtype, role: this would match everything")
-        if (self.action == "cast") != (self.cast_to is not None):
+        if self.action == "cast" and self.cast_to is None:
+            raise ValueError("cast_to is missing: action cast needs the new dtype")
+        if self.action != "cast" and self.cast_to is not None:
             raise ValueError("cast_to belongs to action cast, and to no other")
         if self.quant is not None and self.action != "quantize":
             raise ValueError("quant belongs to action quantize, and to no other")
@@ -113,12 +116,13 @@ class OutputSpec(Spec):
 
     root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
     path: str | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf", "hqq"] = Field(
+    layout: Literal["auto", "hf", "hqq", "mlx", "gguf"] = Field(
         description="names and config of which consumer; auto: the scheme's engine"
     )
-    container: Literal["auto", "safetensors", "pytorch"] = Field(
+    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(
         description="the kind of weight files; auto: the layout's usual one"
     )
+    split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
     overwrite: bool = Field(description="replace an earlier output of weightmill at this path")
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
 
@@ -154,13 +158,20 @@ class TrackingSpec(Spec):
     uri: str | None = Field(default=None, description="a tracking server or database; sqlite in output.root by default")
     experiment: str = Field(default="weightmill", description="the MLflow experiment")
 
+    @field_validator("uri")
+    @classmethod
+    def _uri_is_a_store(cls, uri: str | None) -> str | None:
+        if uri is not None and not STORE.match(uri):
+            raise ValueError("expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db")
+        return uri
+
 
 class VerifySpec(Spec):
     """conf/verify: the gate."""
 
     allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
     max_relative_error: float | None = Field(
-        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; the scheme's own limit by default"
+        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; never above the scheme's own limit"
     )
 
 

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from jobs.spec import TrackingSpec
 from loaders.errors import StorageError
+from loaders.storage.network import check_reachable
 
 LOCK_S = 120
 LONGEST_PARAM = 6000
@@ -90,11 +91,14 @@ class NoRun:
 def open_run(
     spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str
 ) -> Run:
-    """Begin a run, or go on with the one of the same key that a stopped job left. Returns at once: mlflow is slow to
-    import and its first store slow to make, so that happens beside the job; errors come out when it is closed.
+    """Begin a run, or go on with the one of the same key that a stopped job left. Returns at once: mlflow
+    is slow to import and its first store slow to make, so that happens beside the job; errors come out when it is
+    closed. Whoever gives a key sees to it that no two processes work under it at once.
     """
     if spec.kind == "none":
         return NoRun()
+    if spec.uri is not None and spec.uri.startswith("http"):
+        check_reachable("tracking.uri", spec.uri, "tracking=none runs without")
     return BackgroundRun(spec, root, name, params, tags, key)
 
 
@@ -108,7 +112,8 @@ class BackgroundRun:
     ) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._errors: list[BaseException] = []
-        self._opened: Future[MlflowRun] = self._pool.submit(MlflowRun, spec, root, name, params, tags, key)
+        began = time.time()
+        self._opened: Future[MlflowRun] = self._pool.submit(MlflowRun, spec, root, name, params, tags, key, began)
 
     def check(self) -> None:
         if self._opened.done() and (failed := self._opened.exception()) is not None:
@@ -156,8 +161,10 @@ class MlflowRun:
     """One run, through the client. Made and used on one thread."""
 
     def __init__(
-        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str
-    ) -> None:
+        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
+        began: float,
+    ) -> None:  # fmt: skip
+        self._began = began
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "true")
         uri = spec.uri or default_uri(root)
@@ -178,7 +185,9 @@ class MlflowRun:
     def _find(self, key: str) -> str | None:
         """A run of this job that did not end: its process was killed."""
         found = self._client.search_runs(
-            [self._experiment], f"tags.`weightmill.key` = '{key}' and attributes.status != 'FINISHED'", max_results=1
+            [self._experiment],
+            f"tags.`weightmill.key` = '{key}' and attributes.status != 'FINISHED' and attributes.status != 'FAILED'",
+            max_results=1,
         )
         if not found:
             return None
@@ -189,7 +198,9 @@ class MlflowRun:
 
     def _new(self, name: str, tags: Mapping[str, str]) -> str:
         here = {"weightmill.host": socket.gethostname(), "weightmill.pid": str(os.getpid())}
-        run = self._client.create_run(self._experiment, run_name=name, tags={**tags, **here})
+        run = self._client.create_run(
+            self._experiment, run_name=name, tags={**tags, **here}, start_time=int(self._began * 1000)
+        )
         return str(run.info.run_id)
 
     def _beat(self) -> None:

@@ -23,11 +23,11 @@ from loaders.backends import kernels_of
 from loaders.errors import StorageError, VerifyFailed
 from loaders.memory import PeakMemory
 from loaders.quantization.measure import measure
-from loaders.quantization.scheme import Block, Scheme, Sharing, View
+from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, loader
-from loaders.views import encoded_view, view_of
+from loaders.views import encoded_view, ordered_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
@@ -36,12 +36,12 @@ Finished = tuple[int, str, tuple[TensorRecord, ...]]  # a file's size, xxh3-128,
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a tensor must satisfy to leave. `max_relative_error` replaces the scheme's own limit."""
+    """What a tensor must satisfy to leave. `max_relative_error` tightens the scheme's own limit."""
 
     allow_nonfinite: bool = False
     max_relative_error: float | None = None
 
-    def fault(self, name: str, error: ErrorSums, scheme_limit: float) -> str | None:
+    def fault(self, name: str, error: ErrorSums, scheme: Scheme) -> str | None:
         """Why a tensor must not leave, or None."""
         if error.nonfinite and not self.allow_nonfinite:
             return (
@@ -51,10 +51,17 @@ class Gate:
         if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
             count = error.nonfinite_decoded
             return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
-        limit = scheme_limit if self.max_relative_error is None or scheme_limit == 0 else self.max_relative_error
-        if not error.relative_error <= limit:
+        limit = min(scheme.error_limit, self.max_relative_error or math.inf)
+        if not error.relative_error <= limit and not self._is_floor(error, scheme):
             return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"
         return None
+
+    def _is_floor(self, error: ErrorSums, scheme: Scheme) -> bool:
+        """Whether weights are so small that the steps of the format's scales explain the error; no limit asked for."""
+        if not isinstance(scheme, Floored) or (self.max_relative_error or math.inf) < scheme.error_limit:
+            return False
+        floor = scheme.error_floor * math.sqrt(error.numel)
+        return math.sqrt(error.error2) <= scheme.error_limit * math.sqrt(error.source2) + floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +164,7 @@ class TargetRun:
 
     def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
         self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
-        fault = self._task.gate.fault(recipe.name, error, placement.scheme.error_limit)
+        fault = self._task.gate.fault(recipe.name, error, placement.scheme)
         if fault:
             self.faults.append((error.relative_error, fault))
 
@@ -213,13 +220,13 @@ class UnitPass:
     def tensor(self, recipe: Recipe, threads: int = 1) -> None:
         """Encode and measure one tensor, with so many threads at work on it."""
         plain = view_of(recipe, self._reader, self._work)
-        view = TimedView(plain, self._timer, "read")
         for target, run in self._runs.items():
             placement = run.placements.get(recipe.name)
             if placement is None:  # dropped
                 self._on_bytes(recipe.source_bytes)
                 continue
-            seen = encoded_view(view, placement.cast)
+            ordered = ordered_view(plain, placement.order)
+            seen = encoded_view(TimedView(ordered, self._timer, "read"), placement.cast)
             part = run.begin(placement)
             try:
                 with self._timer.phase("encode", threads):
@@ -228,7 +235,7 @@ class UnitPass:
                 run.faults.append((math.inf, str(error)))
                 continue
             with self._timer.phase("measure", threads):
-                again = TimedView(plain, self._timer, "reread")
+                again = TimedView(ordered, self._timer, "reread")
                 error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
             run.measured(recipe, placement, error_sums)
             part.done()
@@ -243,10 +250,9 @@ class UnitPass:
             if key not in self._shared:
                 placements = self._runs[target].placements
                 mine = [(r, placements[r.name]) for r in partners if r.name in placements]
+                plain = ((ordered_view(view_of(r, self._reader, self._work), p.order), p) for r, p in mine)
                 views = [
-                    encoded_view(TimedView(view_of(r, self._reader, self._work), self._timer, "read"), p.cast)
-                    for r, p in mine
-                    if p.scheme == scheme
+                    encoded_view(TimedView(v, self._timer, "read"), p.cast) for v, p in plain if p.scheme == scheme
                 ]
                 self._shared[key] = scheme.share(views, self._work)
             return self._shared[key]

@@ -22,6 +22,8 @@ from jobs.execution import UnitFailed
 from jobs.planning import FORMAT, Placement, Plan, Unit, json_bytes, make_plan
 from jobs.preparing import TARGET, target_of
 from jobs.progress import Meter
+from jobs.publish import files_of_others
+from jobs.report import tensor_errors
 from jobs.spec import ClusterSpec, JobSpec, StrategySpec
 from jobs.unit import SMALL, Gate
 from loaders.backends import kernels_of
@@ -29,10 +31,10 @@ from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_jso
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
 from loaders.integrity import BLOCK, hash_file
 from loaders.quantization.measure import measure
-from loaders.specs import Slot, WeightSpec
+from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums
 from loaders.strategies import auto, loader
-from loaders.views import StoredRoles, view_of
+from loaders.views import StoredRoles, ordered_view, view_of
 from loaders.work import ThreadedWork
 
 SHOWN = 10
@@ -46,7 +48,7 @@ class VerifyTask:
     root: Path
     output: Path
     weights: Mapping[str, WeightSpec]  # of the output, by name
-    file: Mapping[str, Any] | None  # name, bytes, xxh3
+    file: Mapping[str, Any] | None  # name, offset, bytes, xxh3
     recorded: Mapping[str, Mapping[str, Any]]  # by tensor
     strategy: str
     threads: int
@@ -58,6 +60,7 @@ class VerifyTask:
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
         faults = [] if self.file is None else _file_faults(self)
+        is_as_written = not faults
         recipes = {recipe.name: recipe for recipe in self.unit.recipes}
         sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
         with (
@@ -69,13 +72,17 @@ class VerifyTask:
 
             def look(placement: Placement) -> list[str]:
                 recipe = recipes[placement.recipe]
-                view, encoded = view_of(recipe, source, work), placement.encoded_spec(recipe)
+                view = ordered_view(view_of(recipe, source, work), placement.order)
+                encoded = placement.encoded_spec(recipe)
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
                 error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
-                fault = self.gate.fault(recipe.name, error, placement.scheme.error_limit)
+                fault = self.gate.fault(recipe.name, error, placement.scheme)
                 found = [fault] if fault else []
                 if error != ErrorSums(**self.recorded[recipe.name]["sums"]):
-                    found.append(f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded")
+                    found.append(
+                        f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded"
+                        + (f"; the output is as it was written: {self.root} has changed" if is_as_written else "")
+                    )
                 return found
 
             placements = self.unit.outputs[TARGET].placements
@@ -100,7 +107,7 @@ def _file_faults(task: VerifyTask) -> list[str]:
     """Tensors whose bytes are not those recorded, or the file as a whole."""
     assert task.file is not None
     path = task.output / task.file["name"]
-    if hash_file(path) == task.file["xxh3"]:
+    if hash_file(path, start=task.file.get("offset", 0), size=task.file["bytes"]) == task.file["xxh3"]:
         return []
     digests = {name: each["xxh3"] for row in task.recorded.values() for name, each in row["stored"].items()}
     faults = []
@@ -112,7 +119,7 @@ def _file_faults(task: VerifyTask) -> list[str]:
                 hasher.update(file.read(min(BLOCK, spec.size - at)))
             if hasher.hexdigest() != digests[spec.name]:
                 faults.append(f"{path.name}: {spec.name}: its bytes are not those that were written")
-    return faults or [f"{path.name}: its header is not the one that was written"]
+    return faults or [f"{path.name}: what stands around its tensors is not as it was written"]
 
 
 def verify_output(output: Path, source: str | None, cluster_spec: ClusterSpec, strategy_spec: StrategySpec) -> Said:
@@ -173,7 +180,8 @@ def _recorded_spec(report: Mapping[str, Any], source: str | None) -> JobSpec:
         source = spec.model.path
         if source is None or not Path(source).is_dir():
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"path": source})})
+    named = {"path": source, "name": spec.model_name}  # its files may be called after where it was
+    return spec.model_copy(update={"model": spec.model.model_copy(update=named)})
 
 
 def _plan_again(spec: JobSpec, report: Mapping[str, Any]) -> Plan:
@@ -207,19 +215,37 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
             faults.append(f"{name}: missing from the output")
         elif hash_file(path) != digest:
             faults.append(f"{name}: it is not as it was written")
+    faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.root)]
+    for row in report["tensors"]:
+        shown = tensor_errors(ErrorSums(**row["sums"]))
+        wrong = [key for key in shown if row[key] != shown[key]]
+        faults += [f"{row['name']}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
     target = plan.targets[TARGET]
-    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()))
+    faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
+    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
     path = written.root / target.target.container.index
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
         faults.append(f"{path.name}: it does not say what the files hold")
     return faults
 
 
+def _size_faults(root: Path, file: OutputFile) -> list[str]:
+    """Of a file whose first bytes the plan knows, whether they are there, and how long it is."""
+    if file.container != "gguf" or file.about is None:
+        return []
+    path = root / file.name
+    with io_errors("reading", path), path.open("rb") as opened:
+        is_there = opened.read(len(file.about)) == file.about
+    found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
+    size = path.stat().st_size
+    return found if size == file.size else [*found, f"{file.name}: expected {file.size} bytes, found {size}"]
+
+
 def _tasks(
     plan: Plan, written: Checkpoint, report: Mapping[str, Any], spec: JobSpec, output: Path, strategy: str, threads: int
 ) -> list[VerifyTask]:
     weights = {spec.name: spec for spec in written.weights}
-    files = {file["name"]: file for file in report["files"]}
+    files = _ranges(report)
     recorded = {row["name"]: row for row in report["tensors"]}
     gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
     tasks = []
@@ -240,6 +266,15 @@ def _tasks(
             )
         )
     return tasks
+
+
+def _ranges(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each unit has written, by the name of its file or piece: which bytes of which file, and their hash."""
+    found = {}
+    for file in report["files"]:
+        for piece in file.get("pieces", ({"name": file["name"], **file},)):
+            found[piece["name"]] = {**piece, "name": file["name"]}
+    return found
 
 
 def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loaders.containers import READERS
+from loaders.architectures import config_of
+from loaders.containers import READERS, gguf
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.families import Family, family_of
 from loaders.integrity import text_digest
@@ -24,8 +25,8 @@ from loaders.storage import local
 
 INDEX_LIMIT = 1 << 30
 HEADER_THREADS = 8
-SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".bin", ".pt", ".pth")}
-SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:safetensors|bin|pt|pth)$")
+SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".bin", ".pt", ".pth"), "gguf": (".gguf",)}
+SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:safetensors|bin|pt|pth|gguf)$")
 # Files of training runs: pickles of other things than weights
 TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(?:bin|pt|pth)$")
 # Weights of any container: never carried over as aux files
@@ -67,7 +68,7 @@ class Checkpoint:
         return sum(spec.size for spec in self.weights if spec.alias is None)
 
 
-def open_checkpoint(path: str | os.PathLike[str], container: str = "auto") -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], container: str = "auto", key: str = "model.path") -> Checkpoint:
     """Open a folder of weights.
 
     Raises:
@@ -77,22 +78,23 @@ def open_checkpoint(path: str | os.PathLike[str], container: str = "auto") -> Ch
     root = Path(path)
     if not root.is_dir():
         found = "a file; give the folder it lies in" if root.exists() else "nothing there"
-        raise BadSpec(f"model.path: expected a folder of weights at {root}, found {found}")
-    container, files, index, notes = _find(root, container)
+        raise BadSpec(f"{key}: expected a folder of weights at {root}, found {found}")
+    container, files, index, notes = _find(root, container, key)
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         read = list(pool.map(lambda file: READERS[container](root, file), files))
     weights = tuple(spec for specs in read for spec in specs)
     _check_names(weights, index)
+    config = _gguf_config(root, files, weights) if container == "gguf" else read_config(root)
     if not weights:
         raise BadCheckpoint(f"{root}: its weight files hold no tensors")
     tags = tuple(local.tag(root, file) for file in files)
-    return Checkpoint(root, container, tags, weights, read_config(root), _aux_files(root), tuple(notes))
+    return Checkpoint(root, container, tags, weights, config, _aux_files(root), tuple(notes))
 
 
 # --- which files
 
 
-def _find(root: Path, container: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
+def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
     """The container, its weight files in order, the index's map of tensors to files, and notes."""
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith("."))
     for candidate in READERS if container == "auto" else (container,):
@@ -102,13 +104,18 @@ def _find(root: Path, container: str) -> tuple[str, list[str], dict[str, str] | 
             files, index = _with_index(root, indexes) if indexes else (_without_index(root, mine), None)
             skipped = sorted(set(mine) - set(files))
             notes = [f"not read, since {_why_not(index)}: {', '.join(skipped)}"] if skipped else []
+            if candidate == "gguf" and len(files) > 1 and not SHARD.match(files[0]):
+                raise BadSpec(
+                    f"model.path: {len(files)} GGUF files in {root}, each a model of its own: {', '.join(files[:4])};"
+                    " put the one that is wanted in a folder of its own"
+                )
             others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in mine and not TRAINING.match(n)]
             notes += [f"other weight files, not read and not carried over: {', '.join(others)}"] if others else []
             return candidate, files, index, notes
     wanted = " or ".join(READERS) if container == "auto" else container
     others = [n for n in names if n.endswith(WEIGHT_SUFFIXES)]
     found = f"{len(others)} other weight files ({', '.join(others[:4])})" if others else f"{len(names)} files"
-    raise BadSpec(f"model.path: expected {wanted} weights in {root}, found {found}")
+    raise BadSpec(f"{key}: expected {wanted} weights in {root}, found {found}")
 
 
 def _why_not(index: dict[str, str] | None) -> str:
@@ -183,6 +190,23 @@ def _check_names(weights: tuple[WeightSpec, ...], index: dict[str, str] | None) 
             f"{files[extra[0]]}: it holds {len(extra)} tensors that the index does not name, {extra[0]!r} first;"
             " fetch the index again, or remove it to read every shard"
         )
+
+
+def _gguf_config(root: Path, files: Sequence[str], weights: Sequence[WeightSpec]) -> dict[str, Any]:
+    """config.json as the metadata of a GGUF says it; of a split one, as that of its first file."""
+    metadata = [gguf.plain(gguf.read_metadata(root, file)) for file in files]
+    for number, each in enumerate(metadata):
+        found = (each.get(gguf.SPLIT_NUMBER, 0), each.get(gguf.SPLIT_COUNT, 1))
+        if found != (number, len(files)):
+            raise BadCheckpoint(
+                f"{files[number]}: it says it is file {found[0]} of {found[1]} (from 0), of {len(files)}"
+            )
+    wanted = metadata[0].get(gguf.SPLIT_TENSORS)
+    if wanted is not None and wanted != len(weights):
+        raise BadCheckpoint(f"{files[0]}: its model has {wanted} tensors, its files {len(weights)}; fetch them again")
+    matrices = {spec.dtype.name for spec in weights if len(spec.shape) > 1}
+    dtype = next((t for t, name in (("bfloat16", "BF16"), ("float16", "F16")) if name in matrices), "float32")
+    return config_of(metadata[0], [spec.name for spec in weights], dtype)
 
 
 # --- the rest

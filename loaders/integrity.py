@@ -24,12 +24,20 @@ def text_digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def hash_file(path: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """xxh3-128 of a file, 32 hex digits, through one reused buffer."""
+def hash_file(
+    path: str | os.PathLike[str],
+    on_bytes: Callable[[int], None] = lambda count: None,
+    start: int = 0,
+    size: int | None = None,
+) -> str:
+    """xxh3-128 of a file from byte `start` on (of `size` bytes), 32 hex digits, through one reused buffer."""
     hasher = xxhash.xxh3_128()
     buffer = memoryview(bytearray(BLOCK))
+    left = size
     with io_errors("reading", path), Path(path).open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        file.seek(start)
+        while count := file.readinto(buffer[: BLOCK if left is None else min(BLOCK, left)]):
             hasher.update(buffer[:count])
             on_bytes(count)
+            left = None if left is None else left - count
     return hasher.hexdigest()

@@ -26,7 +26,7 @@ class Rule:
 
     name: a regular expression, searched in the tensor's name. shape: one entry a dimension, None for any size.
     dtype: names such as "BF16". role: see `loaders.families.ROLES`. cast_to: the dtype of action "cast".
-    scheme: that of action "quantize" where it is not the target's.
+    scheme: that of action "quantize" where it is not the target's. names: exact ones, of a mix.
     """
 
     action: Action
@@ -38,10 +38,12 @@ class Rule:
     cast_to: str | None = None
     label: str = ""
     scheme: Scheme | None = None
+    names: frozenset[str] | None = None
 
     def matches(self, recipe: Recipe) -> bool:
         return (
-            (self.role is None or recipe.role in self.role)
+            (self.names is None or recipe.name in self.names)
+            and (self.role is None or recipe.role in self.role)
             and (self.dtype is None or recipe.dtype.name in self.dtype)
             and (self.shape is None or _fits(self.shape, recipe.shape))
             and (self.name is None or re.search(self.name, recipe.name) is not None)
@@ -53,6 +55,7 @@ class Rule:
             conditions.append(f"shape {'x'.join('*' if n is None else str(n) for n in self.shape)}")
         conditions += [f"dtype {'|'.join(self.dtype)}"] if self.dtype else []
         conditions += [f"role {'|'.join(self.role)}"] if self.role else []
+        conditions += [f"{len(self.names)} by name"] if self.names is not None else []
         return " and ".join(conditions) or "everything else"
 
 
@@ -86,16 +89,28 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
         Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
         Rule("keep", EXPERTS_KEPT.format(engine=engine), role=("expert",)),
         Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
-        Rule("quantize", conversion, role=LINEAR, shape=(None, None)),
+        Rule("quantize", conversion, role=(*LINEAR, "vision"), shape=(None, None)),
         Rule("keep", "no matrix"),
     )
 
 
 DEFAULTS: dict[str, tuple[Rule, ...]] = {
-    "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit"),
     "hqq": _engine_rules("hqq", "hqq makes every nn.Linear but the head an HQQLinear"),
+    "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit or Linear8bitLt"),
     "bitnet": _engine_rules("bitnet", "transformers makes every nn.Linear a BitLinear"),
 }
+
+
+DEFAULTS["compressed-tensors"] = (
+    Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
+    Rule("keep", "llm-compressor's recipes keep embeddings", role=("embedding",)),
+    Rule("keep", "llm-compressor's recipes keep the output projection", role=("head",)),
+    Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
+    Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
+    Rule("quantize", "llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
+    Rule("quantize", "each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
+    Rule("keep", "no matrix"),
+)
 
 
 def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
@@ -145,6 +160,9 @@ def _decision(recipe: Recipe, rule: Rule, scheme: Scheme) -> tuple[Decision, str
     if rule.action == "drop":
         return Decision(recipe, "drop", None, rule), None
     chosen: Scheme = rule.scheme or scheme
+    if rule.action == "quantize" and isinstance(chosen, Plain):
+        said = f"{rule.label or 'quant'}: cannot quantize {recipe.name}: quant=none has no codes; choose a quant"
+        return Decision(recipe, "keep", Plain(), rule), said
     if rule.action == "keep":
         chosen = Plain()
     elif rule.action == "cast":

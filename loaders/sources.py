@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from loaders.checkpoint import Checkpoint
 from loaders.decoding import quantized_tensors
 from loaders.families import natural_key
 from loaders.recipes import Recipe, Window
-from loaders.specs import WeightSpec
+from loaders.specs import WEIGHT_DTYPES, WeightSpec
+from loaders.stacks import cut
 from loaders.strategies import loader
 
 COMPARE_BYTES = 4 << 20
+EXPERTS = re.compile(r"(?:^|\.)experts?\.")
+DERIVED = ("rope_freqs.weight",)  # of a GGUF: worked out from the rope scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,11 @@ class Sources:
     notes: tuple[str, ...]
 
 
-def recipes_of(checkpoint: Checkpoint, *, decode: bool) -> Sources:
+def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
     """The logical tensors of a checkpoint, in natural order of their blocks and names.
 
     With `decode`, tensors that a known scheme quantized become one recipe that decodes them; without, every stored
-    tensor is its own, as it is.
+    tensor is its own, as it is. With `split`, stacks of experts that the family knows become the tensors of each.
 
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.
@@ -47,7 +51,7 @@ def recipes_of(checkpoint: Checkpoint, *, decode: bool) -> Sources:
         traits = family.traits(name, found.shape)
         recipes.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
     for spec in checkpoint.weights:
-        if spec.name not in gone and spec.name not in parts:
+        if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
             traits = family.traits(spec.name, spec.shape)
             recipes.append(
                 Recipe(
@@ -55,8 +59,21 @@ def recipes_of(checkpoint: Checkpoint, *, decode: bool) -> Sources:
                     traits.role, traits.block, traits.group,
                 )
             )  # fmt: skip
+    if split:
+        recipes = [piece for recipe in recipes for piece in cut(recipe, family)]
+        notes = (*notes, *_unknown_stacks(checkpoint, recipes))
     recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
     return Sources(tuple(recipes), tied, notes)
+
+
+def _unknown_stacks(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> list[str]:
+    whole = [r for r in recipes if len(r.shape) == 3 and r.dtype.name in WEIGHT_DTYPES and EXPERTS.search(r.name)]
+    if not whole:
+        return []
+    return [
+        f"{len(whole)} stacks of experts stay whole and unquantized, {whole[0].name} {list(whole[0].shape)} first:"
+        f" which of their dimensions are outputs is not known for model_type {checkpoint.config.get('model_type')!r}"
+    ]
 
 
 def _tied(

@@ -30,29 +30,35 @@ def is_contiguous(shape: Shape, stride: Shape) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A number format: its safetensors name, size in bits, the name torch uses, and how numpy holds it."""
+    """A number format: its safetensors name, size in bits, the name torch uses, and how numpy holds it.
+
+    Formats of ggml store `block` numbers together, in `bits` for all of them; blocks do not cross rows.
+    """
 
     name: str
     bits: int
     torch: str
     storage: str
     is_float: bool = False
+    block: int = 1
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one storage item: of a number, or 1 where a number is less than a byte."""
-        return max(1, self.bits // 8)
+        """Bytes of one storage item: of a number, or 1 where a number has no bytes of its own."""
+        return max(1, self.bits // 8) if self.block == 1 else 1
 
     def size(self, shape: Shape) -> int:
         """Bytes of a tensor of this dtype.
 
         Raises:
-            BadCheckpoint: the tensor would end within a byte.
+            BadCheckpoint: the tensor would end within a byte, or a row within a block.
         """
+        if self.block > 1 and (not shape or shape[-1] % self.block):
+            raise BadCheckpoint(f"{self.name} {list(shape)} does not divide into blocks of {self.block}")
         bits = math.prod(shape) * self.bits
-        if bits % 8:
+        if bits % (8 * self.block):
             raise BadCheckpoint(f"{self.name} {list(shape)} does not fill whole bytes")
-        return bits // 8
+        return bits // (8 * self.block)
 
     def __str__(self) -> str:
         return self.name
@@ -85,6 +91,13 @@ DTYPES = {
         DType("F4", 4, "float4_e2m1fn_x2", "uint8"),
     )
 }
+# ggml's block formats: numbers and bytes of a block (ggml-common.h)
+GGML_BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "MXFP4": (32, 17),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66),
+}  # fmt: skip
+DTYPES |= {name: DType(name, 8 * size, name.lower(), "uint8", block=n) for name, (n, size) in GGML_BLOCKS.items()}
 BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")  # what a quantizer takes
 
@@ -147,6 +160,18 @@ class WeightSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RowOrder:
+    """The rows of each head in another order: halves interleaved, or with `inverse` put back.
+
+    Row 2j + t of a head is its row t * size/2 + j, for t 0 and 1: what rotary embeddings of pairs want, where those of
+    transformers rotate halves. `size` counts the rows of a head.
+    """
+
+    size: int
+    inverse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StoredSpec:
     """A tensor that a scheme stores for a weight.
 
@@ -203,7 +228,8 @@ class OutputFile:
     """A file of an output, exactly: the bytes before its data, its data, what follows, every tensor's slot in order.
 
     `data_bytes` run from the first tensor to the end of the last, with what the container puts between them. `about` is
-    what the file says beside its tensors, where its container has a place for that.
+    what the file says beside its tensors, where its container has a place for that. A piece is no file of the output
+    yet: pieces are joined when all are done.
     """
 
     name: str
@@ -213,6 +239,7 @@ class OutputFile:
     container: str
     tail_bytes: int = 0
     about: Any = None
+    is_piece: bool = False
 
     @property
     def size(self) -> int:

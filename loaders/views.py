@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from loaders.quantization.boxes import decode_window
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Block, Scheme, View, Work
+from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.recipes import Recipe, Window
-from loaders.specs import DType, TensorSpec, WeightSpec, is_contiguous, storage_of
+from loaders.specs import DType, RowOrder, TensorSpec, WeightSpec, is_contiguous, storage_of
 from loaders.strategies import Reader
 
 
@@ -68,30 +69,69 @@ class StoredRoles:
 
 
 class DecodedView:
-    """A quantized tensor's weights, decoded on the way in and rounded to its dtype. Ranges start at `align`."""
+    """A quantized tensor's weights, decoded on the way in and rounded to its dtype."""
 
-    def __init__(self, spec: TensorSpec, stored: StoredRoles, scheme: Scheme, work: Work) -> None:
-        self.spec = spec
+    def __init__(self, recipe: Recipe, stored: StoredRoles, decoder: Decoder, work: Work) -> None:
+        self.spec = recipe.spec
+        self._whole = recipe.decoded_spec
+        self._window = recipe.window
         self._stored = stored
-        self._scheme = scheme
+        self._decoder = decoder
         self._work = work
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
-        align = self._scheme.align(self.spec)
+        if self._window is not None and not is_contiguous(self.spec.shape, self._window.stride):
+            values = self._work.array(f"decoded {slot}", stop - start, np.float32)
+            window = self._window
+            decode_window(
+                self._decoder, self._whole, self._stored, self.spec.shape, window.offset, window.stride, start, values,
+                self._work,
+            )  # fmt: skip
+        else:
+            offset = 0 if self._window is None else self._window.offset
+            values = self._flat(offset + start, offset + stop, slot)
+        return casts.cast(values, "F32", self.spec.dtype.name)
+
+    def _flat(self, start: int, stop: int, slot: int) -> np.ndarray:
+        """Ranges of what is decoded start at `align`."""
+        align = self._decoder.align(self._whole)
         first = start // align * align
-        last = min(-(-stop // align) * align, self.spec.numel)
+        last = min(-(-stop // align) * align, self._whole.numel)
         values = self._work.array(f"decoded {slot}", last - first, np.float32)
-        self._scheme.decode(self.spec, self._stored, first, last, values, self._work)
-        return casts.cast(values[start - first : stop - first], "F32", self.spec.dtype.name)
+        self._decoder.decode(self._whole, self._stored, first, last, values, self._work)
+        return values[start - first : stop - first]
+
+
+class ReorderedView:
+    """Another view's weights with the rows of each head in another order: whole heads are read."""
+
+    def __init__(self, view: View, order: RowOrder) -> None:
+        self.spec = view.spec
+        self._view = view
+        half = np.arange(order.size).reshape(2, -1)
+        self._rows = half.T.reshape(-1) if not order.inverse else np.argsort(half.T.reshape(-1))
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        columns = max(1, self.spec.numel // self.spec.shape[0])
+        head = columns * self._rows.size
+        first, last = start // head * head, -(-stop // head) * head
+        block = self._view.read(first, last, slot).reshape(-1, self._rows.size, columns)
+        return block[:, self._rows].reshape(-1)[start - first : stop - first]
+
+
+def ordered_view(view: View, order: RowOrder | None) -> View:
+    """A view, or its rows in another order."""
+    return view if order is None else ReorderedView(view, order)
 
 
 def view_of(recipe: Recipe, reader: Reader, work: Work) -> View:
     """A recipe's weights through an open reader."""
     if recipe.decode is not None:
-        return DecodedView(recipe.spec, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work)
+        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work)
+        return ordered_view(decoded, recipe.order)
     [(_, stored)] = recipe.stored
     assert recipe.window is not None
-    return StoredView(reader, recipe.spec, stored, recipe.window)
+    return ordered_view(StoredView(reader, recipe.spec, stored, recipe.window), recipe.order)
 
 
 def encoded_view(view: View, cast: DType | None) -> View:

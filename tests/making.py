@@ -31,7 +31,7 @@ class Raw:
 
     def __init__(self, dtype: str, data: np.ndarray) -> None:
         self.dtype = dtype
-        self.data = np.ascontiguousarray(data)
+        self.data = np.asarray(data, order="C")  # ascontiguousarray would give a scalar a dimension
 
 
 def weights(values: np.ndarray, dtype: str) -> Raw:
@@ -74,7 +74,8 @@ def read_safetensors(folder: Path) -> dict[str, Raw]:
     """All tensors of a folder, by the plainest code there is."""
     found = {}
     kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8,
-             "I64": np.int64, "BOOL": np.uint8, "F8_E4M3": np.uint8, "I32": np.int32}  # fmt: skip
+             "I64": np.int64, "BOOL": np.uint8, "I8": np.int8, "F8_E8M0": np.uint8, "F8_E4M3": np.uint8,
+             "I32": np.int32, "U32": np.uint32}  # fmt: skip
     for path in sorted(folder.glob("*.safetensors")):
         data = path.read_bytes()
         [length] = struct.unpack("<Q", data[:8])

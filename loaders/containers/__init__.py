@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loaders.containers import pytorch, pytorch_writing, safetensors
+from loaders.containers import gguf, pytorch, pytorch_writing, safetensors
 from loaders.containers.base import Container
 from loaders.containers.writing import ShardWriter
 from loaders.specs import OutputFile
@@ -33,6 +33,16 @@ CONTAINERS = {
             single="pytorch_model.bin",
             shard="pytorch_model-{number:05d}-of-{count:05d}.bin",
             index="pytorch_model.bin.index.json",
+        ),
+        Container(
+            "gguf",
+            gguf.read_specs,
+            gguf.lay_out,
+            gguf.place,
+            gguf.frame,
+            single="model.gguf",
+            shard="model-{number:05d}-of-{count:05d}.gguf",
+            index="none",
         ),
     )
 }

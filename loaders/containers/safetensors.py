@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
-from loaders.errors import BadCheckpoint, io_errors
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.specs import DType, OutputFile, Slot, StoredTensor, WeightSpec, dtype_named
 
 HEADER_LIMIT = 100_000_000
@@ -74,6 +74,8 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
         dtype, shape, (start, stop) = dtype_named(entry["dtype"]), entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError, AttributeError):
         raise BadCheckpoint(f"its header entry lacks dtype, shape or data_offsets: {str(entry)[:200]}") from None
+    if dtype.block > 1:
+        raise BadCheckpoint(f"{dtype} is no dtype of safetensors; do not trust this file")
     if not all(type(count) is int and count >= 0 for count in (*shape, start, stop)):
         raise BadCheckpoint(f"shape {shape} and offsets {[start, stop]} must be whole numbers from 0")
     if not start <= stop <= data_size:
@@ -101,20 +103,28 @@ def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_s
 
 
 def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
-    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last."""
-    assert about is None, "safetensors says nothing beside its tensors"
+    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last.
+
+    `about` is the file's `__metadata__`, by default what transformers writes.
+
+    Raises:
+        BadSpec: safetensors has no such dtype.
+    """
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
+    for name, spec in whole.items():
+        if spec.dtype.block > 1:
+            raise BadSpec(f"output.container: {name} would be {spec.dtype}, which safetensors cannot hold; use gguf")
     slots, offset = [], 0
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
         slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))
         offset += spec.size
-    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}))
-    return OutputFile(file, header_bytes, offset, tuple(slots), "safetensors")
+    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}, about))
+    return OutputFile(file, header_bytes, offset, tuple(slots), "safetensors", about=about)
 
 
-def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], room: int = 0) -> bytes:
+def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = None, room: int = 0) -> bytes:
     """The first bytes of a file: name -> (dtype, shape, offset among the data), padded to `room` and to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": METADATA}
+    entries: dict[str, Any] = {"__metadata__": METADATA if about is None else about}
     for name, (dtype, shape, offset) in tensors.items():
         stop = offset + dtype.size(shape)
         entries[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, stop]}
@@ -140,6 +150,6 @@ def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[in
         at, size = places[slot.name]
         shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
         entries[slot.name] = (slot.dtype, shape, at - file.header_bytes)
-    head = header(entries, file.header_bytes)
+    head = header(entries, file.about, file.header_bytes)
     assert len(head) == file.header_bytes, (len(head), file.header_bytes)
     return [(0, head)]

@@ -6,8 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import bitnet, bitsandbytes, hqq
+from loaders.decoding import (
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    hqq,
+    int4,
+    mlx,
+    modelopt,
+    mxfp4,
+)
 from loaders.errors import BadSpec
+from loaders.families import text_config
 from loaders.recipes import Recipe
 
 # By config.json's quant_method. Recipes come without role, block and group: those are the family's to say.
@@ -15,17 +27,35 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
     "hqq": hqq.find,
+    "fp8": fp8.find,
+    "compressed-tensors": compressed_tensors.find,
+    "mlx": mlx.find,
+    "mxfp4": mxfp4.find,
+    "modelopt": modelopt.find,
+    "modelopt_fp4": modelopt.find,
+    "awq": int4.find_awq,
+    "gptq": int4.find_gptq,
+    "gguf": gguf.find,
 }
+
+# What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
+METHOD_FILES = (modelopt.CONFIG, "quantize_config.json", "quant_config.json")
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
-    """How a checkpoint says that it was quantized; None for a plain one."""
-    block: Any = checkpoint.config.get("quantization_config")
+    """How a checkpoint says that it was quantized; None for a plain one. A GGUF is read as one that was."""
+    if checkpoint.container == "gguf":
+        return "gguf"
+    block: Any = text_config(checkpoint.config, "quantization_config")
+    if mlx.is_mlx(checkpoint):
+        return "mlx"
+    if block is None and modelopt.CONFIG in checkpoint.aux:
+        return "modelopt"
     if block is None:
         names = [spec.name for spec in checkpoint.weights]
         if any(name.endswith(hqq.PACKED) for name in names):
             return "hqq"
-        return "bitsandbytes" if any(map(bitsandbytes.STATE.match, names)) else None
+        return "bitsandbytes" if any(map(bitsandbytes.IS_PART.search, names)) else None
     method = block.get("quant_method") if isinstance(block, dict) else None
     return method if isinstance(method, str) else "an unknown method"
 

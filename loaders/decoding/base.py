@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
+from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint
-from loaders.quantization.scheme import Scheme
+from loaders.families import load_dtype, text_config
+from loaders.quantization.scheme import Decoder, Scheme
 from loaders.recipes import Recipe, stored_name
-from loaders.specs import TensorSpec, WeightSpec
+from loaders.specs import DTYPES, DType, Shape, TensorSpec, WeightSpec
+
+# Scales of activations and caches, which stand beside a quantized weight and mean nothing to the decoded one
+RUN_TIME = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale", "weight_format")
 
 
 def decoded(
@@ -43,3 +49,36 @@ def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpe
     if name not in by_name:
         raise BadCheckpoint(f"{weight}: it is quantized, but {name} is missing; fetch the checkpoint again")
     return by_name[name]
+
+
+def undecoded(
+    spec: TensorSpec, decoder: Decoder, parts: Mapping[str, WeightSpec], by_name: Mapping[str, WeightSpec]
+) -> Recipe:
+    """The recipe of a weight that is only ever read; its activations' scales go with it."""
+    module = spec.name.removesuffix("weight")
+    beside = {name: by_name[module + name] for name in RUN_TIME if module != spec.name and module + name in by_name}
+    return Recipe(spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder, "", "", None)
+
+
+def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -> WeightSpec:
+    """A part that has one of the dtypes, and the shape.
+
+    Raises:
+        BadCheckpoint: it has not.
+    """
+    if found.dtype.name not in dtypes or found.shape != shape:
+        raise BadCheckpoint(
+            f"{found.name}: expected {'/'.join(dtypes)} {list(shape)} {why}, found {found.dtype} {list(found.shape)}"
+        )
+    return found
+
+
+def quantization_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """config.json's quantization_config, at the top or in the text part; empty where there is none."""
+    block = text_config(checkpoint.config, "quantization_config")
+    return block if isinstance(block, Mapping) else {}
+
+
+def float_dtype(checkpoint: Checkpoint) -> DType:
+    """What weights are decoded to: the config's dtype, else bfloat16, in which such models are published."""
+    return load_dtype(checkpoint.config) or DTYPES["BF16"]

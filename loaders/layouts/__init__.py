@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from loaders.layouts.base import Layout, Placed
+from loaders.layouts.base import Assembling, Assembly, Layout, Naming, Placed
+from loaders.layouts.gguf import GgufLayout
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.hqq import HqqLayout
+from loaders.layouts.mlx import MlxLayout
 
-__all__ = ["BY_ENGINE", "LAYOUTS", "Layout", "Placed"]
+__all__ = ["BY_ENGINE", "LAYOUTS", "WHOLE_STACKS", "Assembling", "Assembly", "Layout", "Naming", "Placed"]
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout())}
 BY_ENGINE = {
     "plain": "hf",
     "bitsandbytes": "hf",
     "bitnet": "hf",
     "hqq": "hqq",
+    "compressed-tensors": "hf",
+    "mlx": "mlx",
+    "ggml": "gguf",
 }  # the layout that a scheme's engine reads
+
+# Engines whose loader builds the model's own class and quantizes linear layers alone: a stack of experts stays as it is
+WHOLE_STACKS = ("plain", "bitsandbytes", "bitnet", "hqq")

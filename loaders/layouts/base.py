@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoint import Checkpoint
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
 from loaders.rules import Decision
-from loaders.specs import DType, OutputFile, StoredTensor
+from loaders.specs import DType, OutputFile, RowOrder, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Placed:
     scheme: Scheme
     cast: DType | None
     stored: Mapping[str, StoredTensor]
+    order: RowOrder | None = None  # the consumer's order of rows, where it is another
 
 
 class Layout(Protocol):
@@ -52,6 +53,46 @@ class Layout(Protocol):
         """config.json; None where there will be none."""
         ...
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
-        """The index of several files; None where there will be none. `total_bytes` are those of all tensors."""
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        """The index; None where there will be none. `total_bytes` are those of all tensors, `parameters` the numbers
+        in them before they were quantized.
+        """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The one file that the units' pieces become: its name, its first bytes, and the names of the pieces in order."""
+
+    name: str
+    head: bytes
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """What the units' files are once their layout has seen them all, and what is made of them at the end."""
+
+    files: tuple[OutputFile, ...]
+    made: Mapping[str, bytes]
+    joined: Joined | None
+
+
+@runtime_checkable
+class Assembling(Protocol):
+    """A layout whose files know of each other: it says which aux files go along, and puts the rest together."""
+
+    def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]: ...
+
+    def assemble(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
+    ) -> Assembly: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What a job says of its files: the model's name, what its quantization is called, one file or one a unit."""
+
+    model: str
+    label: str | None
+    split: bool

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.families import Family, load_dtype
+from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.quantization.bnb4 import Bnb4
 from loaders.quantization.hqq import Hqq
+from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
@@ -25,6 +27,8 @@ from loaders.recipes import stored_name
 from loaders.rules import LINEAR, Decision
 from loaders.specs import DTYPES, OutputFile, StoredTensor
 
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
+LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")  # of which transformers makes an nn.Linear
 DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
 
 HQQ_HERE = (
@@ -59,7 +63,7 @@ class HfLayout:
             return None
         return config_json(checkpoint.config, decisions, checkpoint.family, compute_dtype)
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         if len(files) == 1:
             return None
         weight_map = {slot.name: file.name for file in files for slot in file.slots}
@@ -74,6 +78,11 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
         recipe, scheme = decision.recipe, decision.scheme
         if scheme is None:
             continue
+        if decision.action == "quantize" and recipe.role == "expert" and len(recipe.shape) == 3:
+            raise BadSpec(
+                f"{decision.rule.label or 'quant'}: {recipe.name} is a stack of experts, which transformers loads as"
+                f" one parameter and {scheme.engine} does not quantize; keep it"
+            )
         cast = wanted if decision.action == "quantize" and wanted != recipe.dtype else None
         spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
         stored = {
@@ -94,13 +103,16 @@ def config_json(
     Raises:
         BadSpec: the engine's skip list cannot say which modules are quantized.
     """
-    made = {key: value for key, value in config.items() if key != "quantization_config" or is_copied(decisions)}
+    made = dict(config) if is_copied(decisions) else plain_config(config)
     schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
     casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
     if not schemes:
         if len(casts) == 1 and (dtype := next(iter(casts))) is not None:
             key = "torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"
             made[key] = DTYPES[dtype].torch
+        return made
+    if all(scheme.engine == compressed_tensors.ENGINE for scheme in schemes):
+        made["quantization_config"] = compressed_tensors.config_block(decisions, config, family)
         return made
     skip, dtype = skip_list(decisions, family), compute_dtype or _model_dtype(config, decisions)
     blocks = [quantization_config(scheme, skip, dtype) for scheme in schemes]
@@ -112,6 +124,14 @@ def config_json(
                 " the same"
             )
     made["quantization_config"] = blocks[0]
+    return made
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its quantization_config, at the top or in the text part."""
+    made = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(made.get("text_config"), Mapping):
+        made["text_config"] = {k: v for k, v in made["text_config"].items() if k not in QUANTIZATION_KEYS}
     return made
 
 
@@ -127,20 +147,21 @@ def _model_dtype(config: Mapping[str, Any], decisions: Sequence[Decision]) -> st
 
 def quantization_config(scheme: Scheme, skip: list[str] | None, compute_dtype: str) -> dict[str, Any]:
     """The block of an engine. `skip` is None where its own defaults say the same."""
-    if isinstance(scheme, Bnb4):
+    if isinstance(scheme, Bnb4 | LlmInt8):
+        four = scheme if isinstance(scheme, Bnb4) else None
         return {
-            "_load_in_4bit": True,
-            "_load_in_8bit": False,
-            "bnb_4bit_compute_dtype": compute_dtype,
-            "bnb_4bit_quant_storage": scheme.storage,
-            "bnb_4bit_quant_type": scheme.table,
-            "bnb_4bit_use_double_quant": scheme.double_quant,
+            "_load_in_4bit": four is not None,
+            "_load_in_8bit": four is None,
+            "bnb_4bit_compute_dtype": compute_dtype if four else "float32",  # of int8: the defaults, which mean nothing
+            "bnb_4bit_quant_storage": four.storage if four else "uint8",
+            "bnb_4bit_quant_type": four.table if four else "fp4",
+            "bnb_4bit_use_double_quant": four is not None and four.double_quant,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": skip,
             "llm_int8_threshold": 6.0,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
+            "load_in_4bit": four is not None,
+            "load_in_8bit": four is None,
             "quant_method": "bitsandbytes",
         }
     if isinstance(scheme, Hqq):
@@ -185,7 +206,7 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
     caught = [module for module in sorted(quantized) if is_skipped(module, skip)]
     if caught:
         raise BadSpec(
-            f"quant.rules: {caught[0]} is quantized, but transformers would skip it, since the name of a kept module"
+            f"rules: {caught[0]} is quantized, but transformers would skip it, since the name of a kept module"
             f" ends or begins like it; keep both or neither ({', '.join(caught[:4])})"
         )
     return skip
@@ -203,4 +224,5 @@ def _module(decision: Decision) -> str:
 
 def _is_linear(decision: Decision) -> bool:
     recipe = decision.recipe
-    return recipe.role in (*LINEAR, "head") and len(recipe.shape) == 2 and recipe.name.endswith(".weight")
+    is_layer = recipe.role in (*LINEAR, "head", "vision") or recipe.name.endswith(LINEAR_ROUTERS)
+    return is_layer and len(recipe.shape) == 2 and recipe.name.endswith(".weight")

@@ -86,7 +86,7 @@ class HqqLayout:
     ) -> dict[str, Any] | None:
         return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"} or None
 
-    def index(self, files: Sequence[OutputFile], total_bytes: int) -> Mapping[str, Any] | None:
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         return None
 
 

@@ -47,7 +47,7 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     check = BY_METHOD.get(method or "")
     if check is not None and (method == "hqq" or isinstance(checkpoint.config.get("quantization_config"), dict)):
         found += check(subject)
-    elif method is not None:
+    elif method is not None and method != "gguf":
         found.append(
             doubt(
                 "its engine",

@@ -23,6 +23,8 @@ def _config(subject: Subject) -> Iterator[Finding]:
     if not config:
         yield fault(ANY, "there is no config.json", "does not know what model this is", "copy it from the source")
         return
+    if subject.checkpoint.container == "gguf":
+        return
     if not config.get("model_type"):
         yield fault(ANY, "config.json has no model_type", "does not know what model this is", "copy it from the source")
     code = config.get("auto_map")
@@ -49,7 +51,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
 
 def _index(subject: Subject) -> Iterator[Finding]:
     if subject.index is None:
-        if len(subject.checkpoint.files) > 1:
+        if len(subject.checkpoint.files) > 1 and subject.checkpoint.container != "gguf":
             yield fault(
                 "transformers, vLLM",
                 f"{len(subject.checkpoint.files)} weight files and no index",

@@ -15,7 +15,7 @@ from loaders.quantization.scheme import Scheme, Stored, View, Work
 from loaders.specs import WEIGHT_DTYPES, TensorSpec
 from loaders.stats import ErrorSums
 
-INNER = 1 << 20  # weights decoded at once: they stay in the cache until they are compared
+INNER = 1 << 18  # weights decoded at once: they stay in the cache until they are compared
 
 
 def measure(

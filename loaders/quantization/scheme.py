@@ -63,10 +63,37 @@ class Work(Protocol):
         ...
 
 
-class Scheme(Protocol):
-    """A quantization method with its parameters: a frozen value."""
+class Decoder(Protocol):
+    """The reading half of a quantization method, with its parameters: a frozen value."""
 
     kind: ClassVar[str]
+
+    def align(self, spec: TensorSpec) -> int:
+        """Items at whose multiples `decode` may start."""
+        ...
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        """The float32 values of items [start, stop), into out (stop - start,)."""
+        ...
+
+
+@runtime_checkable
+class BoxDecoder(Decoder, Protocol):
+    """A decoder that finds any rows and columns without decoding what lies between: see `quantization/boxes.py`."""
+
+    def decode_box(
+        self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
+    ) -> None:
+        """The float32 values where `rows` and `columns` (step 1) meet, into out (rows, columns), row-major.
+
+        Rows are those of all matrices of a stack, one after another: a shape (..., R, C) has ... * R of them.
+        """
+        ...
+
+
+class Scheme(Decoder, Protocol):
+    """A quantization method with its parameters: a frozen value."""
+
     engine: ClassVar[str]  # whose format it writes: decides layout, default rules and the config block
     backends: ClassVar[tuple[str, ...]]  # where its encoder runs
 
@@ -84,17 +111,19 @@ class Scheme(Protocol):
 
     def encode(self, view: View, sink: Sink, work: Work) -> None: ...
 
-    def align(self, spec: TensorSpec) -> int:
-        """Items at whose multiples `decode` may start."""
-        ...
-
-    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        """The float32 values of items [start, stop), into out (stop - start,)."""
-        ...
-
     @property
     def error_limit(self) -> float:
         """The greatest relative error, sqrt(sum e^2 / sum x^2), that a right encoding can have."""
+        ...
+
+
+@runtime_checkable
+class Floored(Protocol):
+    """A scheme whose scales cannot be as small as weights can."""
+
+    @property
+    def error_floor(self) -> float:
+        """The root mean square error, beside `error_limit`'s share, that a right encoding of tiny weights can have."""
         ...
 
 

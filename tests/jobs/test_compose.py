@@ -82,7 +82,7 @@ def test_all_faults_are_told_at_once_with_their_place() -> None:
         ("rules=[{name: '['}]", "rules[0].action: missing"),
         ("rules=[{action: keep}]", "this would match everything"),
         ("rules=[{action: keep, name: '('}]", "rules[0].name: not a regular expression"),
-        ("rules=[{action: cast, name: x}]", "cast_to belongs to action cast"),
+        ("rules=[{action: cast, name: x}]", "cast_to is missing"),
         ("rules=[{action: keep, role: nrom}]", "rules[0].role: unknown role"),
         ("model.name=../x", "letters, digits"),
         ("model.path=s3://bucket/x", "s3:// is not read or written yet"),
@@ -128,8 +128,8 @@ def test_help_lists_every_choice_with_what_it_says_of_itself(weightmill: Any) ->
 def test_the_shell_completes_verbs_groups_choices_and_settings() -> None:
     assert completions("weightmill in") == ["inspect"]
     assert "quant=" in completions("weightmill run qu")
-    assert completions("weightmill run quant=n") == ["quant=nf4", "quant=none"]
-    assert completions("weightmill run quant=nf4,f") == ["quant=nf4,fp4"]
+    assert completions("weightmill run quant=n") == ["quant=nf4", "quant=none", "quant=nvfp4a16"]
+    assert completions("weightmill run quant=nf4,fp4") == ["quant=nf4,fp4"]
     assert "quant.group_size=" in completions("weightmill run model=demo quant.g")
     assert completions("weightmill nonsense x") == []
 

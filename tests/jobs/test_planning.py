@@ -85,9 +85,9 @@ def test_dropping_everything_is_refused(source: Path) -> None:
 
 
 def test_a_quantized_source_can_only_be_copied(tmp_path: Path) -> None:
-    config = {**LLAMA, "dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
+    config = {**LLAMA, "dtype": "bfloat16", "quantization_config": {"quant_method": "aqlm"}}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", config=config))
-    with pytest.raises(BadSpec, match=r"already quantized \(fp8\)"):
+    with pytest.raises(BadSpec, match=r"already quantized \(aqlm\)"):
         make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100)
     make_plan(checkpoint, [Target("x", Plain())], 100)
 

@@ -99,7 +99,11 @@ def test_a_job_that_is_stopped_says_so_and_its_run_goes_on_when_it_does(
 
 def test_a_store_that_cannot_be_used_stops_the_job(source: Path, tmp_path: Path, weightmill: Any) -> None:
     ran = weightmill(
-        "run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "tracking=mlflow", "tracking.uri=nonsense://x"
+        "run",
+        f"model.path={source}",
+        f"output.path={tmp_path / 'out'}",
+        "tracking=mlflow",
+        "tracking.uri=sqlite:////proc/none/x.db",
     )
     assert ran.status == 1
     assert "tracking" in ran.err

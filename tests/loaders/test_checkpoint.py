@@ -54,8 +54,8 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"x")
-    with pytest.raises(BadSpec, match=r"1 other weight files \(model.gguf\)"):
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(BadSpec, match=r"1 other weight files \(model.onnx\)"):
         open_checkpoint(tmp_path)
 
 

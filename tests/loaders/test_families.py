@@ -21,6 +21,34 @@ MODELS = {
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 8}),
 }
 
+MLA: dict[str, Any] = {
+    "n_routed_experts": 4, "num_experts_per_tok": 1, "topk_group": 1, "moe_intermediate_size": 16, "v_head_dim": 8,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+MODELS |= {
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+                               "shared_expert_intermediate_size": 16}),
+    "deepseek_v3": ("DeepseekV3", {**MLA, "n_group": 2, "q_lora_rank": 16}),
+    "deepseek_v2": ("DeepseekV2", {**MLA, "n_group": 1, "q_lora_rank": None}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}),
+    "gemma3_text": ("Gemma3", {"head_dim": 8}),
+    "llama4_text": ("Llama4", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+                               "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}),
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def text_model(model_type: str) -> Any:
+    """A small causal model of a type, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    prefix, extra = MODELS[model_type]
+    name = f"{prefix}TextConfig" if model_type.endswith("_text") else f"{prefix}Config"
+    return getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, name)(**{**SIZES, **extra}))
+
 
 def saved_names(model: Any, folder: Any) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
@@ -33,18 +61,41 @@ def saved_names(model: Any, folder: Any) -> dict[str, tuple[int, ...]]:
 @pytest.mark.engine
 @pytest.mark.parametrize("model_type", sorted(MODELS))
 def test_a_family_names_every_tensor_of_its_causal_model(model_type: str, tmp_path: Any) -> None:
-    transformers = pytest.importorskip("transformers")
-    prefix, extra = MODELS[model_type]
-    config = getattr(transformers, f"{prefix}Config")(**SIZES, **extra)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    model = text_model(model_type)
     family = family_of({"model_type": model_type})
     linear = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Linear"}
     for name, shape in saved_names(model, tmp_path).items():
         assert any(row[0].search(name) for row in family.tensors), name
         role = family.traits(name, shape).role
         assert role in ROLES
-        if "experts" not in name:
+        if name.endswith("shared_expert_gate.weight"):  # a router, though transformers makes it a linear layer
+            assert role == "router"
+        elif ".experts." not in name:
             assert (name in linear) == (role in ("attention", "mlp", "linear", "head")), (name, role)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
+def test_a_model_with_a_tower_is_named_through_and_through(kind: str, tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    if kind == "gemma3":
+        vision = {**VISION, "vision_use_head": False}
+        config = transformers.Gemma3Config(text_config={**SIZES, "head_dim": 8}, vision_config=vision,
+                                           mm_tokens_per_image=4)  # fmt: skip
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    else:
+        sizes = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+        text = {**SIZES, **MODELS["llama4_text"][1]}
+        config = transformers.Llama4Config(text_config=text, vision_config={**VISION, **sizes})
+        model = transformers.Llama4ForConditionalGeneration(config)
+    family, roles = family_of({"model_type": kind}), {}
+    for name, shape in saved_names(model, tmp_path).items():
+        assert any(row[0].search(name) for row in family.tensors), name
+        roles[name] = family.traits(name, shape).role
+    linear = sum(type(module).__name__ == "Linear" for module in model.modules())
+    found = sum(role in ("attention", "mlp", "head", "vision") for role in roles.values())
+    assert found == linear - (kind == "gemma3")  # its head is tied and not saved
+    assert {role for name, role in roles.items() if "q_proj.weight" in name} == {"attention", "vision"}
 
 
 @pytest.mark.engine

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loaders.errors import BadSpec
-from loaders.quantization.kernels import Kernels, casts, compare, cpu, fourbit, ternary
+from loaders.quantization.kernels import Kernels, affine, casts, compare, cpu, fourbit, microfloat, ternary
 from loaders.quantization.kernels.lanes import host_has
 from tests.making import Raw, weights
 
@@ -47,6 +47,22 @@ def results() -> dict[str, bytes]:
                 found[name] = packed.tobytes() + np.nan_to_num(absmax).tobytes()
                 found[name + " decoded"] = np.nan_to_num(decoded, nan=7).tobytes()
                 found[name + " sums"] = sums.tobytes()
+        for bits in affine.BITS:
+            x = np.delete(inputs(dtype).data, [3, 4, 5], axis=0).reshape(-1)  # without NaN and infinities
+            x = x.view(np.int16) if dtype == "F16" else x
+            packed, out = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size, np.float32)
+            scales, biases = np.empty(x.size // 64, np.float32), np.empty(x.size // 64, np.float32)
+            affine.encode(x, bits, 64, packed, scales, biases)
+            affine.decode(packed, scales, biases, bits, 64, out)
+            found[f"{dtype} affine {bits}"] = b"".join(a.tobytes() for a in (packed, scales, biases, out))
+        for bits, group in ((4, 16), (4, 32), (8, 32)):
+            x = inputs(dtype).data.reshape(-1)
+            x = x.view(np.int16) if dtype == "F16" else x
+            packed, scales = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.float32)
+            microfloat.group_absmax(x, group, scales)
+            scales = microfloat.power_values(microfloat.power_scales(scales, bits, dtype))
+            microfloat.encode(x, group, bits, scales, packed)
+            found[f"{dtype} microfloat {bits} {group}"] = packed.tobytes() + scales.tobytes()
         finite = np.nan_to_num(inputs("F32").data, nan=0, posinf=1, neginf=-1)
         x = weights(np.clip(finite, -6e4, 6e4), dtype).data.reshape(-1)
         found[f"{dtype} magnitudes"] = np.float64(kernels.magnitude_sum(x, dtype)).tobytes()

@@ -15,15 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loaders.work
+from jobs.unit import Gate
 from loaders.backends import kernels_of
 from loaders.errors import VerifyFailed
 from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
+from loaders.quantization.float4 import Mxfp4, Nvfp4
+from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.hqq import Hqq
+from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.kernels import dynamic
 from loaders.quantization.measure import measure
+from loaders.quantization.mlx import MlxAffine
+from loaders.quantization.mlx_float import MlxFloat
+from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.plain import Plain
+from loaders.quantization.row_scaled import RowScaled
 from loaders.quantization.scheme import Block, Scheme
 from loaders.quantization.ternary import Ternary
+from loaders.recipes import stored_name
 from loaders.specs import DTYPES, TensorSpec, storage_of
 from loaders.stats import ErrorSums
 from loaders.work import ThreadedWork
@@ -37,6 +46,7 @@ SCHEMES: dict[str, Scheme] = {
     "nf4 bf16 storage": Bnb4("nf4", storage="bfloat16"),
     "fp4": Bnb4("fp4"),
     "fp4 double": Bnb4("fp4", double_quant=True),
+    "int8": LlmInt8(),
     "ternary": Ternary(),
     "ternary auto": Ternary("autobitlinear"),
     "hqq8": Hqq(8),
@@ -47,6 +57,24 @@ SCHEMES: dict[str, Scheme] = {
     "hqq2 bf16": Hqq(2, 8, compute_dtype="BF16"),
     "hqq1 g16": Hqq(1, 16),
     "hqq1 axis 0": Hqq(1, 32, axis=0),
+    "w4a16": PackedInt(4),
+    "w4a16 g32": PackedInt(4, 32),
+    "w8a16": PackedInt(8),
+    "w4a16 asym": PackedInt(4, 64, symmetric=False),
+    "w8a8": RowScaled("int"),
+    "fp8 dynamic": RowScaled("float"),
+    "fp8 block": Fp8Block(),
+    "nvfp4": Nvfp4(),
+    "mxfp4": Mxfp4(),
+    "mlx 4": MlxAffine(4),
+    "mlx 8 g32": MlxAffine(8, 32),
+    "mlx 2 g128": MlxAffine(2, 128),
+    "mlx 3": MlxAffine(3),
+    "mlx 5": MlxAffine(5),
+    "mlx 6": MlxAffine(6),
+    "mlx mxfp4": MlxFloat("mxfp4"),
+    "mlx mxfp8": MlxFloat("mxfp8"),
+    "mlx nvfp4": MlxFloat("nvfp4"),
     "bf16": Plain("BF16"),
     "copy": Plain(),
 }
@@ -121,7 +149,9 @@ def tensors_of(scheme: Scheme, sink: MemorySink, raw: Raw) -> dict[str, Raw]:
     """As they would stand in a file, for the reference decoders."""
     spec = MemoryView(raw).spec
     return {
-        "w." + role: Raw(part.dtype.name, sink.stored[role].reshape(part.shape if not part.is_bound else -1))
+        stored_name("w.weight", role): Raw(
+            part.dtype.name, sink.stored[role].reshape(part.shape if not part.is_bound else -1)
+        )
         for role, part in scheme.stored(spec).items()
     }
 
@@ -190,6 +220,14 @@ def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: 
         decoded = reference.decode_ternary(tensors, "w.weight", scheme.linear_class)
     elif isinstance(scheme, Hqq):
         decoded = reference.decode_hqq(tensors, "w")
+    elif isinstance(scheme, LlmInt8):
+        decoded = reference.decode_int8(tensors, "w")
+    elif scheme.engine == "compressed-tensors":
+        decoded = reference.decode_compressed_tensors(tensors, "w")
+    elif isinstance(scheme, MlxAffine):
+        decoded = reference.decode_mlx(tensors, "w", scheme.bits)
+    elif isinstance(scheme, MlxFloat):
+        decoded = reference.decode_mlx_float(tensors, "w", scheme.bits, scheme.mode)
     else:
         decoded = values_of(tensors["w.weight"])
     source = values_of(raw)
@@ -201,7 +239,7 @@ def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: 
 
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_what_is_stored_is_what_was_planned(name: str, work: ThreadedWork) -> None:
-    raw = random((48, 40), "F16")
+    raw = random(fitting(SCHEMES[name], np.empty((48, 40))).shape, "F16")
     sink, _ = encode(SCHEMES[name], raw, work)
     for role, part in SCHEMES[name].stored(MemoryView(raw).spec).items():
         size = sink.stored[role].nbytes
@@ -213,6 +251,7 @@ finite = hnp.arrays(
     hnp.array_shapes(min_dims=2, max_dims=2, min_side=4, max_side=24).map(lambda s: (s[0] // 4 * 4, s[1])),
     elements=st.floats(-(2.0**66), 2.0**66, width=32, allow_subnormal=True),
 )
+HALF = {"int8": np.float32(2.0**-51)}  # for schemes that take float16's range alone
 
 
 @settings(max_examples=40, deadline=None)
@@ -220,10 +259,11 @@ finite = hnp.arrays(
 def test_no_finite_weights_come_back_worse_than_the_scheme_admits(values: np.ndarray, name: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
-        raw = weights(fitting(SCHEMES[name], values), "F32")
+        values = np.clip(values, -2600, 2600) if name == "mlx nvfp4" else values  # its scales end at 448
+        raw = weights(fitting(SCHEMES[name], values) * HALF.get(name, np.float32(1)), "F32")
         _, error = encode(SCHEMES[name], raw, work)
     tiny = np.abs(values).max() < 1e-30  # there float32's own steps are coarse
-    assert tiny or name == "bf16" or error.relative_error <= SCHEMES[name].error_limit
+    assert tiny or name == "bf16" or Gate().fault("w", error, SCHEMES[name]) is None
     assert error.nonfinite == error.nonfinite_decoded == 0
 
 
@@ -315,6 +355,37 @@ def test_weights_that_are_not_finite_are_counted_and_stay_in_their_group(dtype: 
         assert error.nonfinite == 3
     decoded = decode(Bnb4("nf4"), weights(values, dtype), encode(Bnb4("nf4"), weights(values, dtype), work)[0], work)
     assert np.isfinite(np.delete(decoded, [3, 5, 9], axis=0)).all()
+
+
+# --- LLM.int8
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (5, 100), (40, 333)])
+@pytest.mark.usefixtures("small_ranges")
+def test_int8_is_the_arithmetic_written_out(shape: tuple[int, int], dtype: str, work: ThreadedWork) -> None:
+    for scale in (1.0, 1e-3, 1e-6, 1e5):
+        raw = weights(values_of(random(shape, dtype, seed=4)) * np.float32(scale), dtype)
+        half = values_of(raw).astype(np.float16).astype(np.float32)
+        absmax = np.abs(half).max(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            codes = np.rint(half * (np.float32(1) / absmax * np.float32(127))[:, None])
+        sink, _ = encode(LlmInt8(), raw, work)
+        assert np.array_equal(sink.stored["weight"], np.nan_to_num(codes).astype(np.int8).reshape(-1))
+        assert np.array_equal(sink.stored["SCB"], absmax)
+        assert sink.stored["weight_format"].tobytes() == b"\0"
+
+
+@pytest.mark.parametrize(("value", "is_held"), [(65519.0, True), (65520.0, False), (1e30, False), (np.inf, True)])
+def test_int8_refuses_what_float16_cannot_hold(value: float, is_held: bool, work: ThreadedWork) -> None:
+    values = np.ones((4, 70), np.float32)
+    values[2, 1] = -value
+    if is_held:
+        _, error = encode(LlmInt8(), weights(values, "F32"), work)
+        assert error.nonfinite == (1 if np.isinf(value) else 0)
+    else:
+        with pytest.raises(VerifyFailed, match=r"w.weight: row 2 holds a weight of magnitude .*float16.* 65504"):
+            encode(LlmInt8(), weights(values, "F32"), work)
 
 
 # --- ternary

@@ -12,7 +12,8 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.quantization.bnb4 import Bnb4
-from loaders.quantization.scheme import View
+from loaders.quantization.int8 import LlmInt8
+from loaders.quantization.scheme import Scheme, View
 from loaders.work import ThreadedWork
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw
@@ -30,7 +31,7 @@ def raw_of(tensor: Any, dtype: str) -> Raw:
     return Raw(dtype, data.numpy())
 
 
-def encode(view: View, scheme: Bnb4) -> dict[str, np.ndarray]:
+def encode(view: View, scheme: Scheme) -> dict[str, np.ndarray]:
     sink = MemorySink(scheme, view.spec)
     with ThreadPoolExecutor(1) as pool:
         scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
@@ -89,12 +90,33 @@ def test_double_quantization_differs_by_the_mean_alone(table: Any) -> None:
     assert abs(offset - float(tensor.abs().reshape(-1, 64).amax(1).double().mean())) < 1e-6 * offset
 
 
+@pytest.mark.parametrize("dtype", sorted(TORCH_DTYPES))
+@pytest.mark.parametrize("shape", ["awkward", (96, 320), (67, 61), (1, 1)])
+def test_int8_codes_and_scales_are_those_of_int8_vectorwise_quant(dtype: str, shape: Any) -> None:
+    if shape == "awkward":
+        tensor = awkward()
+        tensor[3] *= 1e-20  # finite ones beyond float16 are refused
+    else:
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    tensor = tensor.to(TORCH_DTYPES[dtype])
+    codes, scales, _ = functional.int8_vectorwise_quant(tensor.to(torch.float16))
+    mine = encode(MemoryView(raw_of(tensor, dtype)), LlmInt8())
+    assert np.array_equal(mine["SCB"], scales.numpy(), equal_nan=True)
+    assert np.array_equal(mine["weight"], codes.numpy().reshape(-1))
+
+
 def causal(prefix: str, **extra: Any) -> Any:
     config = {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 128, **extra,
     }  # fmt: skip
     return getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**config))
+
+
+def gemma() -> Any:
+    config = transformers.Gemma3TextConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32,
+                                           num_attention_heads=4, num_key_value_heads=2, vocab_size=320)  # fmt: skip
+    return transformers.Gemma3ForCausalLM(config)
 
 
 def bert() -> Any:
@@ -104,6 +126,9 @@ def bert() -> Any:
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+MLA = {"n_routed_experts": 4, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 64,
+       "first_k_dense_replace": 1, "n_shared_experts": 1, "kv_lora_rank": 32, "q_lora_rank": None, "v_head_dim": 32,
+       "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "num_key_value_heads": 4}  # fmt: skip
 CASES: dict[str, tuple[Any, Any, str, bool]] = {
     "llama untied bf16 nf4": (lambda: causal("Llama"), torch.bfloat16, "nf4", False),
     "llama tied fp16 nf4": (lambda: causal("Llama", tie_word_embeddings=True), torch.float16, "nf4", False),
@@ -113,6 +138,16 @@ CASES: dict[str, tuple[Any, Any, str, bool]] = {
     "qwen2 tied bf16": (lambda: causal("Qwen2", tie_word_embeddings=True), torch.bfloat16, "nf4", False),
     "qwen3 bf16": (lambda: causal("Qwen3", head_dim=32), torch.bfloat16, "nf4", False),
     "mixtral bf16": (lambda: causal("Mixtral", num_local_experts=4), torch.bfloat16, "nf4", False),
+    "llama untied bf16 int8": (lambda: causal("Llama"), torch.bfloat16, "int8", False),
+    "llama tied fp16 int8": (lambda: causal("Llama", tie_word_embeddings=True), torch.float16, "int8", False),
+    "qwen3 moe fp32 int8": (lambda: causal("Qwen3Moe", **MOE), torch.float32, "int8", False),
+    "bert fp32 int8": (bert, torch.float32, "int8", False),
+    "odd sizes bf16 int8": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
+                                           num_key_value_heads=5), torch.bfloat16, "int8", False),
+    "gpt-oss bf16": (lambda: causal("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=32), torch.bfloat16,
+                     "nf4", False),
+    "deepseek v2 bf16": (lambda: causal("DeepseekV2", **MLA), torch.bfloat16, "nf4", False),
+    "gemma 3 tied bf16": (gemma, torch.bfloat16, "nf4", False),
     "qwen3 moe bf16": (lambda: causal("Qwen3Moe", **MOE), torch.bfloat16, "nf4", False),
     "bert fp32": (bert, torch.float32, "nf4", False),
     "odd sizes bf16": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
@@ -146,11 +181,13 @@ def test_the_checkpoint_is_that_of_transformers_with_bitsandbytes(case: str, tmp
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=table, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=double
     )
+    if table == "int8":
+        settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
     peer = auto.from_pretrained(tmp_path / "source", quantization_config=settings, device_map={"": "cpu"}, dtype=dtype)
     peer.save_pretrained(tmp_path / "peer")
     ran = weightmill(
         "run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", f"quant={table}",
-        f"quant.double_quant={str(double).lower()}", "source.unit_mb=0.3",
+        "source.unit_mb=0.3", *([] if table == "int8" else [f"quant.double_quant={str(double).lower()}"]),
     )  # fmt: skip
     assert ran.status == 0, ran.err
 
@@ -165,6 +202,22 @@ def test_the_checkpoint_is_that_of_transformers_with_bitsandbytes(case: str, tmp
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     again = auto.from_pretrained(tmp_path / "peer", device_map={"": "cpu"})
     assert torch.equal(logits(model), logits(again))
+
+
+def test_a_gate_that_transformers_would_quantize_stays_by_the_skip_list(tmp_path: Path, weightmill: Any) -> None:
+    """Qwen2-MoE's shared_expert_gate is one row that decides; transformers by itself makes it 4-bit."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    causal("Qwen2Moe", shared_expert_intermediate_size=64, **sizes).to(torch.bfloat16).save_pretrained(tmp_path / "s")
+    ran = weightmill("run", f"model.path={tmp_path / 's'}", f"output.path={tmp_path / 'out'}", "quant=nf4")
+    assert ran.status == 0, ran.err
+    gate = "model.layers.1.mlp.shared_expert_gate.weight"
+    assert same(stored(tmp_path / "out")[gate], stored(tmp_path / "s")[gate])
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", device_map={"": "cpu"}, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(model.model.layers[1].mlp.shared_expert_gate.weight, stored(tmp_path / "s")[gate])
 
 
 def test_pytorch_and_safetensors_sources_give_the_same_output(tmp_path: Path, weightmill: Any) -> None:

@@ -138,6 +138,25 @@ class Lanes:
         sign = self.op("shl", self.op("and_", wide, 0x8000), 16)
         return self.b.bitcast(self.b.or_(magnitude, sign), ir.VectorType(F32, kind.count))
 
+    def to_f16(self, values: Value) -> Value:
+        """float32 rounded to float16 bits, nearest even: by integers, and below 2^-14 by one float addition."""
+        count = values.type.count
+        wide, narrow = ir.VectorType(I32, count), ir.VectorType(I16, count)
+        bits = self.b.bitcast(values, wide)
+        magnitude = self.op("and_", bits, 0x7FFFFFFF)
+        even = self.op("and_", self.op("lshr", magnitude, 13), 1)
+        normal = self.op("lshr", self.b.add(self.op("sub", magnitude, (112 << 23) - 0xFFF), even), 13)
+        half = self.const(values.type, 0.5)
+        shifted = self.b.fadd(self.b.bitcast(magnitude, values.type), half)  # a step of 0.5 is float16's least number
+        small = self.op("sub", self.b.bitcast(shifted, wide), 0x3F000000)
+        found = self.b.select(self.b.icmp_unsigned("<", magnitude, self.const(wide, 113 << 23)), small, normal)
+        infinite = self.b.icmp_unsigned(">=", magnitude, self.const(wide, 143 << 23))
+        found = self.b.select(infinite, self.const(wide, 0x7C00), found)
+        is_nan = self.b.icmp_unsigned(">", magnitude, self.const(wide, 0x7F800000))
+        found = self.b.select(is_nan, self.const(wide, 0x7E00), found)
+        sign = self.op("and_", self.op("lshr", bits, 16), 0x8000)
+        return self.b.trunc(self.b.or_(found, sign), narrow)
+
     # tables
 
     def lookup(self, table: Sequence[float], codes: Value) -> Value:
@@ -205,3 +224,15 @@ def vector(result: Any) -> Callable[[Callable[..., Value]], Any]:
 def bf16_value(lanes: Lanes, bits: Value) -> Value:
     """A bfloat16's bits, as a float32."""
     return lanes.b.bitcast(lanes.op("shl", lanes.b.zext(bits, I32), 16), F32)
+
+
+@vector(types.uint16)
+def half_bits(lanes: Lanes, value: Value) -> Value:
+    """A float32 rounded to float16: its bits."""
+    return lanes.b.extract_element(lanes.to_f16(lanes.splat(value, 1)), ir.Constant(I32, 0))
+
+
+@vector(types.float32)
+def half_value(lanes: Lanes, bits: Value) -> Value:
+    """A float16's bits, as a float32."""
+    return lanes.b.extract_element(lanes.from_f16(lanes.splat(bits, 1)), ir.Constant(I32, 0))

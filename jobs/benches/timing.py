@@ -1,0 +1,34 @@
+"""Timing in rotation: every lap runs every case once, so that a change in the machine's speed touches all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Case:
+    """Something to time: `call` runs it once (and gives its seconds, if it times itself); `missing`: why it cannot."""
+
+    name: str
+    call: Callable[[], object] | None
+    missing: str = ""
+    beside: str = ""  # the case that this one is a peer of
+    seconds: list[float] = field(default_factory=list)
+
+
+def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
+    """Time the cases in turn, after laps that do not count; one that raises becomes a row that says so."""
+    for lap in range(-warm_up, repeats):
+        for case in cases:
+            if case.call is None:
+                continue
+            began = time.perf_counter()
+            try:
+                own = case.call()
+            except Exception as error:  # whatever a peer may raise is a result
+                case.call, case.missing = None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+                continue
+            if lap >= 0:
+                case.seconds.append(own if isinstance(own, float) else time.perf_counter() - began)

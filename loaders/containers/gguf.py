@@ -1,0 +1,295 @@
+"""GGUF: magic, version, counts, metadata, one entry a tensor, padding, then the tensors, each aligned.
+
+Reading trusts nothing: every count, length, offset and type is checked against what is left of the file before it is
+used. Versions 2 and 3, little endian. Dimensions stand in GGUF from the fastest on; here as everywhere else the last
+is the fastest.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the limits are those of llama.cpp's gguf.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loaders.containers.base import Checksum, Places
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.specs import DTYPES, DType, OutputFile, Slot, StoredTensor, WeightSpec
+
+MAGIC = b"GGUF"
+VERSION = 3
+ALIGNMENT = 32
+ALIGNMENT_KEY = "general.alignment"
+LONGEST_NAME = 63  # bytes: GGML_MAX_NAME less its end
+MOST_DIMENSIONS = 4
+STRING, ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# ggml_type; those without an entry in DTYPES cannot be read
+TYPE_IDS = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
+    "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19, "IQ4_NL": 20, "IQ3_S": 21,
+    "IQ2_S": 22, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64": 28, "IQ1_M": 29, "BF16": 30,
+    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40,
+}  # fmt: skip
+TYPE_NAMES = {number: name for name, number in TYPE_IDS.items()}
+SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A value of the metadata with its type: a number of gguf_metadata_value_type; of an array, that of its items."""
+
+    type: int
+    value: Any
+    is_array: bool = False
+
+
+Metadata = Mapping[str, Entry]
+
+
+def text(value: str) -> Entry:
+    return Entry(STRING, value)
+
+
+def uint32(value: int) -> Entry:
+    return Entry(4, value)
+
+
+def float32(value: float) -> Entry:
+    return Entry(6, value)
+
+
+def boolean(value: bool) -> Entry:
+    return Entry(7, value)
+
+
+def texts(values: Sequence[str]) -> Entry:
+    return Entry(STRING, tuple(values), is_array=True)
+
+
+def int32s(values: Sequence[int]) -> Entry:
+    return Entry(5, tuple(values), is_array=True)
+
+
+def float32s(values: Sequence[float]) -> Entry:
+    return Entry(6, tuple(values), is_array=True)
+
+
+def plain(metadata: Metadata) -> dict[str, Any]:
+    """The values alone."""
+    return {key: entry.value for key, entry in metadata.items()}
+
+
+# --- reading
+
+
+def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
+    """The tensors of one file, in the order of their bytes.
+
+    Raises:
+        BadCheckpoint: truncated, overlapping, out of range, unknown type, absurd counts, ...
+    """
+    return _read(root, file)[1]
+
+
+def read_metadata(root: Path, file: str) -> dict[str, Entry]:
+    """The metadata of one file. Raises BadCheckpoint as `read_specs` does."""
+    return _read(root, file)[0]
+
+
+def _read(root: Path, file: str) -> tuple[dict[str, Entry], tuple[WeightSpec, ...]]:
+    path = root / file
+    with io_errors("reading", path), path.open("rb") as handle:
+        size = path.stat().st_size
+        if size < 24:
+            raise BadCheckpoint(f"{file}: {size} bytes; not GGUF, or truncated: fetch it again")
+        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _Header(file, data, size).read()
+            except BadCheckpoint as error:
+                raise BadCheckpoint(f"{file}: {error}") from None
+
+
+class _Header:
+    """A cursor over the bytes of a file that is not to be trusted."""
+
+    def __init__(self, file: str, data: mmap.mmap, size: int) -> None:
+        self._file = file
+        self._data = data
+        self._size = size
+        self._at = 0
+
+    def read(self) -> tuple[dict[str, Entry], tuple[WeightSpec, ...]]:
+        if self._take(4) != MAGIC:
+            raise BadCheckpoint("it does not begin with GGUF; fetch it again")
+        version = self._number("I")
+        if version not in (2, 3):
+            swapped = version & 0xFFFF == 0
+            what = "of a big-endian machine" if swapped else f"of version {version}"
+            raise BadCheckpoint(f"a GGUF {what}; versions 2 and 3, little endian, are read")
+        tensors, entries = self._count(32), self._count(13)
+        metadata: dict[str, Entry] = {}
+        for _ in range(entries):
+            key = self._string("a key")
+            if not key or key in metadata:
+                raise BadCheckpoint(f"metadata key {key!r} is empty or stands twice")
+            metadata[key] = self._entry(key)
+        alignment = metadata.get(ALIGNMENT_KEY, uint32(ALIGNMENT))
+        step = alignment.value
+        if alignment.type != 4 or alignment.is_array or step < 1 or step & (step - 1):
+            raise BadCheckpoint(f"{ALIGNMENT_KEY} is {step!r}; a power of two is expected")
+        found = [self._tensor() for _ in range(tensors)]
+        return metadata, self._place(found, -(-self._at // step) * step, step)
+
+    def _take(self, count: int) -> bytes:
+        if count > self._size - self._at:
+            raise BadCheckpoint(
+                f"its header wants {count} bytes at byte {self._at} of {self._size}; truncated? fetch it again"
+            )
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def _number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
+
+    def _count(self, least: int) -> int:
+        """How many things of at least so many bytes follow."""
+        count = int(self._number("Q"))
+        if count > (self._size - self._at) // least:
+            raise BadCheckpoint(f"it announces {count} entries in the {self._size - self._at} bytes that are left")
+        return count
+
+    def _string(self, what: str) -> str:
+        raw = self._take(self._number("Q"))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            if what == "a key" or what == "a tensor's name":
+                raise BadCheckpoint(f"{what} is not UTF-8: {raw[:40]!r}") from None
+            return raw.decode(errors="surrogateescape")  # some vocabularies hold broken characters
+
+    def _entry(self, key: str) -> Entry:
+        kind, is_array = self._number("I"), False
+        if kind == ARRAY:
+            kind, is_array = self._number("I"), True
+        if kind != STRING and kind not in SCALARS:
+            raise BadCheckpoint(f"metadata key {key!r} has the unknown type {kind}")
+        if not is_array:
+            return Entry(kind, self._string(key) if kind == STRING else self._number(SCALARS[kind]))
+        if kind == STRING:
+            return Entry(kind, tuple(self._string(key) for _ in range(self._count(8))), True)
+        item = struct.calcsize("<" + SCALARS[kind])
+        count = self._count(item)
+        return Entry(kind, struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * item)), True)
+
+    def _tensor(self) -> tuple[str, DType, tuple[int, ...], int]:
+        name = self._string("a tensor's name")
+        dimensions = self._number("I")
+        if not name or dimensions > MOST_DIMENSIONS:
+            raise BadCheckpoint(f"tensor {name!r} has {dimensions} dimensions; at most {MOST_DIMENSIONS} are known")
+        shape = tuple(int(self._number("Q")) for _ in range(dimensions))[::-1]
+        kind, offset = self._number("I"), self._number("Q")
+        type_name = TYPE_NAMES.get(kind, f"number {kind}")
+        if type_name not in DTYPES:
+            readable = ", ".join(n for n in TYPE_IDS if n in DTYPES)
+            raise BadCheckpoint(f"{name!r} is of ggml's type {type_name}, which is not read; these are: {readable}")
+        if math.prod(shape) > 1 << 62:
+            raise BadCheckpoint(f"{name!r}: its shape {list(shape)} is larger than any file")
+        return name, DTYPES[type_name], shape, offset
+
+    def _place(
+        self, found: Sequence[tuple[str, DType, tuple[int, ...], int]], start: int, step: int
+    ) -> tuple[WeightSpec, ...]:
+        """Where the tensors lie, sorted by their bytes."""
+        specs, end = [], start
+        for name, dtype, shape, offset in sorted(found, key=lambda each: each[3]):
+            try:
+                size = dtype.size(shape)
+            except BadCheckpoint as error:
+                raise BadCheckpoint(f"{name!r}: {error}") from None
+            if offset % step or start + offset < end:
+                raise BadCheckpoint(f"{name!r} begins at {offset} of the data: not aligned to {step}, or on another")
+            end = start + offset + size
+            if end > self._size:
+                raise BadCheckpoint(f"{name!r} ends at byte {end} of {self._size}; truncated? fetch it again")
+            specs.append(WeightSpec(name, dtype, shape, self._file, start + offset, size))
+        if len({spec.name for spec in specs}) < len(specs):
+            raise BadCheckpoint("a tensor's name stands twice")
+        return tuple(specs)
+
+
+# --- writing
+
+
+def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
+    """Give every tensor its place, aligned, in the order given. A piece has no header: `with_head` adds one.
+
+    Raises:
+        BadSpec: a name is too long, or GGUF has no such dtype.
+    """
+    whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
+    slots, offset = [], 0
+    for name, spec in whole.items():
+        if spec.dtype.name not in TYPE_IDS or len(name.encode()) > LONGEST_NAME or len(spec.shape) > MOST_DIMENSIONS:
+            raise BadSpec(f"{name}: {spec.dtype} {list(spec.shape)} under this name cannot be in a GGUF")
+        slots.append(Slot(name, spec.dtype, spec.shape, offset))
+        offset += -(-spec.size // ALIGNMENT) * ALIGNMENT
+    return OutputFile(file, 0, offset, tuple(slots), "gguf", about=about)
+
+
+def with_head(file: OutputFile, metadata: Metadata) -> OutputFile:
+    """A file with its header before its data."""
+    head = header(metadata, [(slot, slot.offset) for slot in file.slots])
+    return replace(file, about=head, header_bytes=len(head))
+
+
+def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
+    """Where the tensors lie: where they were planned."""
+    return {slot.name: (file.header_bytes + slot.offset, slot.size) for slot in file.slots}
+
+
+def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
+    """The header, if the file has one, and what aligns whatever comes after the last tensor."""
+    end, last = file.header_bytes + file.data_bytes, max((at + size for at, size in places.values()), default=0)
+    head = [(0, bytes(file.about))] if file.about is not None else []
+    return [*head, (last, bytes(end - last))]
+
+
+def header(metadata: Metadata, tensors: Sequence[tuple[Slot, int]]) -> bytes:
+    """The first bytes of a file: metadata, and the tensors with their offsets among the data; padded."""
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, entry in metadata.items():
+        parts += [_string_bytes(key), _entry_bytes(entry)]
+    for slot, offset in tensors:
+        shape = slot.shape[::-1]
+        parts.append(_string_bytes(slot.name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
+        parts.append(struct.pack("<IQ", TYPE_IDS[slot.dtype.name], offset))
+    raw = b"".join(parts)
+    return raw + bytes(-len(raw) % ALIGNMENT)
+
+
+def _string_bytes(value: str) -> bytes:
+    raw = value.encode(errors="surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _entry_bytes(entry: Entry) -> bytes:
+    if not entry.is_array:
+        head = struct.pack("<I", entry.type)
+        return head + (
+            _string_bytes(entry.value) if entry.type == STRING else struct.pack("<" + SCALARS[entry.type], entry.value)
+        )
+    head = struct.pack("<IIQ", ARRAY, entry.type, len(entry.value))
+    if entry.type == STRING:
+        return head + b"".join(_string_bytes(value) for value in entry.value)
+    return head + struct.pack(f"<{len(entry.value)}{SCALARS[entry.type]}", *entry.value)
+
+
+def split_metadata(number: int, count: int, tensors: int) -> dict[str, Entry]:
+    """What each file of a split model says of itself; numbers count from 0, tensors over all files."""
+    return {SPLIT_NUMBER: Entry(2, number), SPLIT_COUNT: Entry(2, count), SPLIT_TENSORS: Entry(5, tensors)}

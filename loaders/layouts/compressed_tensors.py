@@ -1,0 +1,266 @@
+"""compressed-tensors' block in config.json: which modules have which scheme, and which have none.
+
+The keys are those that llm-compressor 0.14 writes (QuantizationConfig of compressed-tensors). Three readers match
+module names against `targets` and `ignore`, each in its way:
+- compressed-tensors in transformers: an exact name, then a regular expression ("re:", from the start), then a class;
+- vLLM: the fused module's own name, then its class, and only then the names of its parts. Beside a target "Linear"
+  no other target would reach a fused layer, so several schemes have names for targets, all of them;
+- transformers 5 for experts, which it fuses: the first group with a regular expression in which "experts" stands.
+`ignore` holds every linear module that stays as it is, by its exact name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from loaders.families import Family
+from loaders.layouts.naming import module_of
+from loaders.quantization.float4 import Mxfp4, Nvfp4
+from loaders.quantization.fp8_block import Fp8Block
+from loaders.quantization.kernels.float8 import BLOCK
+from loaders.quantization.packed_int import PackedInt
+from loaders.quantization.row_scaled import RowScaled
+from loaders.quantization.scheme import Scheme
+from loaders.rules import LINEAR, Decision
+
+ENGINE = "compressed-tensors"
+VERSION = "0.20.0"  # of compressed-tensors, whose bytes ours are
+LINEAR_ROLES = (*LINEAR, "expert", "head", "router", "other")
+EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
+
+
+def config_block(decisions: Sequence[Decision], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The whole block."""
+    members: dict[Scheme, list[Decision]] = {}
+    for decision in quantized(decisions):
+        assert decision.scheme is not None
+        members.setdefault(decision.scheme, []).append(decision)
+    formats = {format_of(scheme) for scheme in members}
+    everything = [module_of(d.recipe.name) for d in decisions if is_linear(d)]
+    groups = {
+        f"group_{index}": {
+            "format": format_of(scheme),
+            "input_activations": activations_of(scheme),
+            "output_activations": None,
+            "targets": ["Linear"] if len(members) == 1 else targets_of(found, everything),
+            "weights": weights_of(scheme),
+        }
+        for index, (scheme, found) in enumerate(members.items())
+    }
+    return {
+        "config_groups": groups,
+        "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": ignored(decisions, config, family),
+        "kv_cache_scheme": None,
+        "quant_method": ENGINE,
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def quantized(decisions: Sequence[Decision]) -> list[Decision]:
+    return [d for d in decisions if d.action == "quantize"]
+
+
+def is_linear(decision: Decision) -> bool:
+    """Whether an engine may take the tensor's module for a linear layer."""
+    recipe = decision.recipe
+    return recipe.role in LINEAR_ROLES and len(recipe.shape) == 2 and recipe.name.endswith(".weight")
+
+
+def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Family) -> list[str]:
+    """Every linear module that is not quantized, the head that is tied and not stored among them."""
+    kept = {module_of(d.recipe.name) for d in decisions if is_linear(d) and d.action in ("keep", "cast")}
+    tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
+    return sorted(kept | tied)
+
+
+def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[str]:
+    """Targets that match these modules and, of `everything`, no others: names; for experts regular expressions."""
+    names = [module_of(d.recipe.name) for d in members if d.recipe.role != "expert"]
+    experts = {module_of(d.recipe.name) for d in members if d.recipe.role == "expert"}
+    others = [name for name in everything if name not in experts]
+    return sorted(names) + list(_patterns(experts, others))
+
+
+def _patterns(wanted: set[str], others: Sequence[str]) -> Iterator[str]:
+    """Few patterns for many experts: those of all layers, of a layer, of one projection, or one by one."""
+    left = set(wanted)
+    for candidates in (_all_layers, _one_layer, _one_projection, _one):
+        found = sorted({pattern for name in left for pattern in candidates(name)})
+        for pattern in found:
+            matches = re.compile(pattern).match
+            if any(matches(name) for name in left) and not any(matches(name) for name in others):
+                left = {name for name in left if not matches(name)}
+                yield f"re:{pattern}"
+
+
+def _all_layers(name: str) -> Iterator[str]:
+    if found := EXPERTS.match(name):
+        yield re.sub(r"\d+", r"\\d+", re.escape(found[1])) + r"\.\d+\..+$"
+
+
+def _one_layer(name: str) -> Iterator[str]:
+    if found := EXPERTS.match(name):
+        yield re.escape(found[1]) + r"\.\d+\..+$"
+
+
+def _one_projection(name: str) -> Iterator[str]:
+    yield re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" if not re.search(r"[a-z]\d", name) else re.escape(name) + "$"
+
+
+def _one(name: str) -> Iterator[str]:
+    yield re.escape(name) + "$"
+
+
+# --- schemes
+
+
+def format_of(scheme: Scheme) -> str:
+    """The name of a scheme's format."""
+    if isinstance(scheme, RowScaled):
+        return f"{scheme.type}-quantized"
+    return {PackedInt: "pack-quantized", Fp8Block: "float-quantized", Nvfp4: "nvfp4-pack-quantized",
+            Mxfp4: "mxfp4-pack-quantized"}[type(scheme)]  # fmt: skip
+
+
+def arguments(bits: int, number: str, strategy: str, **settings: Any) -> dict[str, Any]:
+    """QuantizationArgs, all of them."""
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": bits,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": strategy,
+        "symmetric": True,
+        "type": number,
+        "zp_dtype": None,
+        **settings,
+    }
+
+
+def weights_of(scheme: Scheme) -> dict[str, Any]:
+    """How a scheme's weights are quantized."""
+    if isinstance(scheme, RowScaled):
+        return arguments(8, scheme.type, "channel")
+    if isinstance(scheme, Fp8Block):
+        return arguments(8, "float", "block", block_structure=[BLOCK, BLOCK])
+    if isinstance(scheme, Nvfp4):
+        return arguments(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
+    if isinstance(scheme, Mxfp4):
+        return arguments(4, "float", "group", group_size=32, scale_dtype="torch.uint8")
+    assert isinstance(scheme, PackedInt), scheme
+    zeros = None if scheme.symmetric else "torch.int8"
+    return arguments(
+        scheme.bits, "int", "group", group_size=scheme.group_size, symmetric=scheme.symmetric, zp_dtype=zeros
+    )
+
+
+def activations_of(scheme: Scheme) -> dict[str, Any] | None:
+    """How the engine quantizes activations as it runs; None: it does not."""
+    if isinstance(scheme, RowScaled):
+        return arguments(8, scheme.type, "token", dynamic=True)
+    if isinstance(scheme, Fp8Block):
+        return arguments(8, "float", "group", dynamic=True, group_size=BLOCK)
+    if isinstance(scheme, Mxfp4) and scheme.activations:
+        return arguments(4, "float", "group", dynamic=True, group_size=32, scale_dtype="torch.uint8")
+    return None
+
+
+# --- what is said aloud
+
+
+def warnings(decisions: Sequence[Decision]) -> list[str]:
+    """What transformers 5.23 with compressed-tensors 0.20, and vLLM, make of the output otherwise than one expects."""
+    found = quantized(decisions)
+    return [*_transformers(found), *_dtypes(found), *_fused(decisions)]
+
+
+def _transformers(found: Sequence[Decision]) -> Iterator[str]:
+    experts = {d.scheme for d in found if d.recipe.role == "expert"}
+    if any(isinstance(scheme, Nvfp4) for scheme in experts):
+        yield (
+            "experts in NVFP4: transformers 5.23 loads them without a word and computes wrong numbers (it forgets their"
+            " global scale); vLLM is what runs them"
+        )
+    failing = [scheme for scheme in experts if _fails_for_experts(scheme)]
+    if failing:
+        names = ", ".join(sorted({name_of(scheme) for scheme in failing}))
+        yield f"experts in {names}: transformers 5.23 fails to load them (CONVERSION); vLLM is what runs them"
+    if len(experts) > 1:
+        yield "experts in several schemes: transformers 5 takes one scheme for all experts, and loads others wrong"
+    if any(_is_asymmetric(d.scheme) and d.recipe.role != "expert" for d in found):
+        yield (
+            "W4A16_ASYM: transformers 5.23 with compressed-tensors 0.20 stops at the zero points (size mismatch); load"
+            " it with quantization_config=CompressedTensorsConfig(dequantize=True); vLLM loads it as it is"
+        )
+
+
+def _is_asymmetric(scheme: Scheme | None) -> bool:
+    return isinstance(scheme, PackedInt) and not scheme.symmetric
+
+
+def _fails_for_experts(scheme: Scheme | None) -> bool:
+    is_int8 = isinstance(scheme, RowScaled) and scheme.type == "int"
+    return is_int8 or isinstance(scheme, Fp8Block) or _is_asymmetric(scheme)
+
+
+def name_of(scheme: Scheme | None) -> str:
+    """What compressed-tensors calls a scheme."""
+    if isinstance(scheme, RowScaled):
+        return "FP8_DYNAMIC" if scheme.type == "float" else "W8A8"
+    if isinstance(scheme, PackedInt):
+        return f"W{scheme.bits}A16{'' if scheme.symmetric else '_ASYM'}"
+    if isinstance(scheme, Mxfp4):
+        return "MXFP4" if scheme.activations else "MXFP4A16"
+    return "FP8_BLOCK" if isinstance(scheme, Fp8Block) else "NVFP4A16"
+
+
+def _dtypes(found: Sequence[Decision]) -> Iterator[str]:
+    fours = [d.recipe for d in found if isinstance(d.scheme, Nvfp4 | Mxfp4)]
+    others = sorted({recipe.dtype.torch for recipe in fours if recipe.dtype.name != "BF16"})
+    if others:
+        yield (
+            f"FP4 of a {others[0]} model: transformers decompresses to bfloat16, which does not multiply with"
+            f" {others[0]}; load it with dtype=torch.bfloat16"
+        )
+    if any(d.recipe.dtype.name == "F16" for d in found if isinstance(d.scheme, Nvfp4)):
+        yield (
+            "NVFP4 of float16 weights: compressed-tensors computes in float16, where the global scale overflows below a"
+            " largest magnitude of 0.041, and is left out; such tensors get coarse scales: cast to bfloat16 first"
+            " (quant=none quant.dtype=bfloat16)"
+        )
+
+
+def _fused(decisions: Sequence[Decision]) -> Iterator[str]:
+    groups: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        if decision.recipe.group is not None and decision.action != "drop":
+            groups.setdefault(decision.recipe.group, []).append(decision)
+    unlike = [
+        name for name, group in groups.items()
+        if any(d.action == "quantize" for d in group) and len({d.scheme for d in group}) > 1
+    ]  # fmt: skip
+    if unlike:
+        yield (
+            f"{len(unlike)} fused groups have several schemes ({unlike[0]} first): vLLM fuses their layers and refuses"
+            " that; transformers loads them"
+        )
+    ragged = [
+        name for name, group in groups.items()
+        if any(isinstance(d.scheme, Fp8Block) and d.recipe.shape[0] % BLOCK for d in group[:-1])
+    ]  # fmt: skip
+    if ragged:
+        yield (
+            f"{len(ragged)} fused groups have rows that are no multiple of {BLOCK} ({ragged[0]} first): vLLM refuses"
+            " FP8_BLOCK layers whose blocks would cross the parts of a fused one; keep them by a rule"
+        )

@@ -1,0 +1,164 @@
+"""The layout of mlx-lm: MODULE.weight, .scales, .biases, experts stacked, a `quantization` block in config.json.
+
+As mlx_lm 0.32 writes it (utils.py: quantize_model, save_model, save_config). Its loader reads every model*.safetensors
+of the folder, takes a module for quantized where it has scales, and its settings from the block: those of its path,
+else what the shapes tell (older ones: the block's own).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from loaders.checkpoint import Checkpoint
+from loaders.errors import BadSpec
+from loaders.layouts.base import Placed
+from loaders.mlx_models import MODELS, MlxModel, convert_dtype, fault, model_of, num_experts, stack_of, translate_config
+from loaders.quantization.mlx import BIASES, SCALES, MlxAffine
+from loaders.quantization.mlx_float import MlxFloat
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Scheme
+from loaders.rules import Decision
+from loaders.specs import DTYPES, OutputFile, StoredSpec, StoredTensor
+
+SUFFIXES = {"weight": "weight", SCALES: "scales", BIASES: "biases"}
+
+
+class MlxLayout:
+    """See `Layout`."""
+
+    name: ClassVar[str] = "mlx"
+    containers: ClassVar[tuple[str, ...]] = ("safetensors",)
+    file: ClassVar[str | None] = None
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        return {"format": "mlx"}
+
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        return ()
+
+    def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
+        model = _known_model(checkpoint)
+        cast_to, placed = convert_dtype(checkpoint.config), []
+        for decision in decisions:
+            recipe, scheme = decision.recipe, decision.scheme
+            if scheme is None:
+                continue
+            _check_scheme(recipe.name, scheme)
+            cast = cast_to if decision.action == "quantize" and cast_to != recipe.dtype else None
+            spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+            stack = stack_of(model, recipe.name)
+            name, index = stack or (recipe.name, 0)
+            count = (num_experts(model, checkpoint.config) or 0) if stack else None
+            stored = {role: _stored(name, role, part, index, count) for role, part in scheme.stored(spec).items()}
+            placed.append(Placed(recipe, decision.action, scheme, cast, stored))
+        _check_stacks(placed, model, checkpoint)
+        return tuple(placed)
+
+    def config(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
+    ) -> dict[str, Any] | None:
+        model = _known_model(checkpoint)
+        is_tied = not any(d.recipe.role == "head" and d.action != "drop" for d in decisions)
+        made = translate_config(model, checkpoint.config, is_tied=is_tied)
+        made.pop("quantization_config", None)
+        made.pop("quantization", None)
+        quantized = [d for d in decisions if d.action == "quantize"]
+        if quantized:
+            made["quantization"] = made["quantization_config"] = quantization(quantized, model)
+        else:
+            _name_dtype(made, decisions)
+        return dict(sorted(made.items()))
+
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        weight_map = {slot.name: file.name for file in files for slot in file.slots}
+        about = {"total_size": total_bytes, "total_parameters": parameters}
+        return {"metadata": about, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _known_model(checkpoint: Checkpoint) -> MlxModel:
+    model = model_of(checkpoint.config)
+    if model is None:
+        found = checkpoint.config.get("model_type", "none")
+        raise BadSpec(
+            f"model.path: model_type {found!r} is not one whose MLX names are known here; known: {', '.join(MODELS)}"
+        )
+    problem = fault(model, checkpoint.config)
+    if problem:
+        raise BadSpec(f"model.path: {problem}")
+    return model
+
+
+def _check_scheme(name: str, scheme: Scheme) -> None:
+    if scheme.engine not in ("mlx", "plain"):
+        raise BadSpec(
+            f"output.layout: mlx holds MLX's schemes, not {scheme.engine}'s ({name}); use quant=mlx_int4 or"
+            " another mlx_*, or output=auto"
+        )
+
+
+# --- names
+
+
+def _stored(weight: str, role: str, part: StoredSpec, index: int, count: int | None) -> StoredTensor:
+    """A part of a weight by mlx-lm's name; one of `count` experts lies in their stack."""
+    name = weight.removesuffix("weight") + SUFFIXES[role] if role != "weight" else weight
+    if count is None:
+        return StoredTensor(name, part)
+    return StoredTensor(name, part, whole=StoredSpec(part.dtype, (count, *part.shape)), offset=index * part.size)
+
+
+def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpoint) -> None:
+    """Raises BadSpec: a stack is not whole, or its experts are stored in different ways."""
+    count = num_experts(model, checkpoint.config)
+    stacks: dict[str, list[tuple[int, Placed]]] = {}
+    for each in placed:
+        stack = stack_of(model, each.recipe.name)
+        if stack is not None:
+            stacks.setdefault(stack[0], []).append((stack[1], each))
+    for name, found in stacks.items():
+        if sorted(index for index, _ in found) != list(range(count or 0)):
+            raise BadSpec(
+                f"{name}: mlx-lm stacks {count} experts, of which {len(found)} are to be written; keep or drop all"
+            )
+        shapes = {tuple((role, t.spec) for role, t in sorted(each.stored.items())) for _, each in found}
+        if len({each.scheme for _, each in found}) > 1 or len(shapes) > 1:
+            raise BadSpec(
+                f"{name}: mlx-lm stacks a layer's {count} experts into one tensor, but the rules give them different"
+                " schemes, or their shapes or dtypes differ; let the rules treat all experts of a matrix alike"
+            )
+
+
+def _module(decision: Decision, model: MlxModel) -> str:
+    stack = stack_of(model, decision.recipe.name)
+    return (stack[0] if stack else decision.recipe.name).removesuffix(".weight")
+
+
+# --- config.json
+
+
+def quantization(quantized: Sequence[Decision], model: MlxModel) -> dict[str, Any]:
+    """The block: the settings of the target's scheme, or the most frequent, and those of modules that have others."""
+    own = [d.scheme for d in quantized if d.rule.scheme is None]
+    base = own[0] if own else Counter(d.scheme for d in quantized).most_common(1)[0][0]
+    block: dict[str, Any] = _settings(base, with_mode=True)
+    for decision in quantized:
+        if decision.scheme != base:
+            block[_module(decision, model)] = _settings(decision.scheme, with_mode=False)
+    return block
+
+
+def _settings(scheme: Scheme | None, *, with_mode: bool) -> dict[str, Any]:
+    """As mlx-lm writes them; a module's without a mode are affine."""
+    assert isinstance(scheme, MlxAffine | MlxFloat), scheme
+    settings: dict[str, Any] = {"group_size": scheme.group_size, "bits": scheme.bits}
+    return settings | ({"mode": scheme.mode} if with_mode or scheme.mode != "affine" else {})
+
+
+def _name_dtype(made: dict[str, Any], decisions: Sequence[Decision]) -> None:
+    """Say the dtype that all were cast to, if they were."""
+    casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
+    if len(casts) == 1 and (dtype := next(iter(casts))) is not None:
+        made["torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"] = DTYPES[dtype].torch

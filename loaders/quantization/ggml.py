@@ -1,0 +1,106 @@
+"""ggml's tensor types, as llama.cpp stores and loads them: blocks along each row, and plain floats.
+
+Stored, by role: weight, in the dtype of that name (loaders.specs), the tensor's shape. Bytes are those of ggml's
+reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and bfloat16
+sources; kernels/ggml_blocks.py and kernels/ggml_super.py say what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.quantization.kernels import ggml_blocks, ggml_super
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.ggml_decode import DECODERS
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.specs import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES, StoredSpec, TensorSpec
+
+FLOATS = ("F32", "F16", "BF16")
+TYPES = (*GGML_BLOCKS, *FLOATS)
+ENCODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
+    "Q4_0": ggml_blocks.encode_q4_0, "Q4_1": ggml_blocks.encode_q4_1, "Q5_0": ggml_blocks.encode_q5_0,
+    "Q5_1": ggml_blocks.encode_q5_1, "Q8_0": ggml_blocks.encode_q8_0, "MXFP4": ggml_blocks.encode_mxfp4,
+    "Q2_K": ggml_super.encode_q2_k, "Q3_K": ggml_super.encode_q3_k, "Q4_K": ggml_super.encode_q4_k,
+    "Q5_K": ggml_super.encode_q5_k, "Q6_K": ggml_super.encode_q6_k, "TQ1_0": ggml_super.encode_tq1_0,
+    "TQ2_0": ggml_super.encode_tq2_0,
+}  # fmt: skip
+assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
+
+# Steps between the greatest and the least code of a block (or sub-block): see error_limit
+STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
+
+
+@dataclass(frozen=True, slots=True)
+class Ggml:
+    """A tensor type of ggml: a block format, or F32, F16, BF16."""
+
+    kind: ClassVar[str] = "ggml"
+    engine: ClassVar[str] = "ggml"
+    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    type: str
+
+    @property
+    def error_limit(self) -> float:
+        """Where float16 holds the scales as normal numbers; a tensor of mostly smaller weights cannot be stored so.
+
+        Q8_0, Q4_0, Q5_0: the worst block has one weight of magnitude 1 and 31 others that lie half a step, s = 2/steps,
+        off; the far end of Q4_0 and Q5_0 may be a whole step off: sqrt(31 s^2/4 + s^2). The others can lose what is
+        small beside its neighbours altogether: Q4_1 and Q5_1 all that varies in a block far from zero, the K-quants
+        whole sub-blocks, MXFP4 and the ternary types whatever is below a quarter or half of the greatest. What is lost
+        so comes back as less than it was, never as more, and the error is then at most the weights themselves.
+        """
+        if self.type in FLOATS:
+            return Plain(self.type).error_limit
+        if self.type in STEPS:
+            step = 2 / STEPS[self.type]
+            return float(np.sqrt(31 * step**2 / 4 + step**2)) * 1.01 + 2**-10
+        return 1.01
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        if spec.dtype.name not in WEIGHT_DTYPES:
+            return f"its dtype is {spec.dtype}; {self.type} takes {', '.join(WEIGHT_DTYPES)}"
+        if self.type in FLOATS:
+            return None
+        if len(spec.shape) < 2 or spec.numel == 0:
+            return f"its shape is {list(spec.shape)}; {self.type} takes matrices"
+        block = DTYPES[self.type].block
+        if spec.shape[-1] % block:
+            return (
+                f"its rows of {spec.shape[-1]} weights do not divide into {self.type}'s blocks of {block}; give it"
+                " another type by a rule (quant.pure=false falls back as llama.cpp does)"
+            )
+        return None
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        return {"weight": StoredSpec(DTYPES[self.type], spec.shape)}
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return 0
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        if self.type in FLOATS:
+            Plain(self.type).encode(view, sink, work)
+            return
+        dtype, encoder = DTYPES[self.type], ENCODERS[self.type]
+
+        def encode_range(start: int, stop: int) -> None:
+            out = work.array("blocks", dtype.size((stop - start,)), np.uint8)
+            encoder(kernel_input(view.read(start, stop), view.spec.dtype.name), out)
+            sink.write("weight", dtype.size((start,)), out)
+
+        work.sweep(view.spec.numel, dtype.block, encode_range)
+
+    def align(self, spec: TensorSpec) -> int:
+        return DTYPES[self.type].block
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        if self.type in FLOATS:
+            Plain(self.type).decode(spec, stored, start, stop, out, work)
+            return
+        dtype = DTYPES[self.type]
+        DECODERS[self.type](stored.read("weight", dtype.size((start,)), dtype.size((stop,))), out)

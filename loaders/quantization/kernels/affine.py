@@ -1,0 +1,192 @@
+"""MLX's affine codes: groups of weights between a least and a greatest value, `bits` bits each.
+
+The arithmetic is that of mlx.core.quantize 0.32 on a CPU, in float32, bit by bit. Of a group, with n = 2^bits - 1:
+    scale = max((greatest - least) / n, 1e-7), negated unless |least| > |greatest|
+    edge  = the end of greater magnitude; q = rint(edge / scale)
+    where q is not 0: scale = edge / q, bias = edge; else bias = 0
+    code  = clip(rint((w - bias) / scale), 0, n), by scale and bias before they are rounded to the weights' dtype
+Codes are a stream of bits, the first in the lowest: a byte holds two of four bits, three bytes hold eight of three. A
+NaN is passed over by least and greatest; its code, and those of a group with an infinity, are what they come to.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
+
+STEP = 32  # weights coded at once
+LANES = 16
+SMALLEST_SCALE = 1e-7
+TO_INTEGER = 1.5 * 2.0**23  # added to a float32 below 2^22, it leaves the nearest integer in the low bits
+WHOLE = 2.0**23  # from here on, float32s are whole
+I64 = ir.IntType(64)
+BITS = (4, 8, 2, 3, 5, 6)
+
+
+# --- encoding
+
+
+def _halved(lanes: Lanes, low: Value, high: Value) -> tuple[Value, Value]:
+    """The lesser and the greater of the first and second half of the lanes, down to one lane."""
+    while (width := low.type.count // 2) > 0:
+        low = _lesser(lanes, lanes.part(low, 0, width), lanes.part(low, 1, width))
+        high = lanes.larger(lanes.part(high, 0, width), lanes.part(high, 1, width))
+    zero = ir.Constant(I32, 0)
+    return lanes.b.extract_element(low, zero), lanes.b.extract_element(high, zero)
+
+
+def _lesser(lanes: Lanes, a: Value, b: Value) -> Value:
+    """C's `a < b ? a : b`: a NaN in `a` leaves `b`."""
+    return lanes.b.select(lanes.b.fcmp_ordered("<", a, b), a, b)
+
+
+@vector(types.void)
+def _range(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
+    """The least and the greatest weight of a group [start, stop) into entry `slot`."""
+    kind = ir.VectorType(F32, LANES)
+    found = []
+    for limit in (float("inf"), float("-inf")):
+        found.append(cgutils.alloca_once_value(lanes.b, lanes.const(kind, limit)))  # type: ignore[no-untyped-call]
+    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
+        for part in range(STEP // LANES):
+            values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
+            lanes.b.store(_lesser(lanes, values, lanes.b.load(found[0])), found[0])
+            lanes.b.store(lanes.larger(values, lanes.b.load(found[1])), found[1])
+    ends = _halved(lanes, lanes.b.load(found[0]), lanes.b.load(found[1]))
+    for array, value in zip((lows, highs), ends, strict=True):
+        lanes.b.store(value, lanes.b.gep(array.data, [slot]))
+
+
+def _rint(lanes: Lanes, value: Value) -> Value:
+    """To the nearest integer, halves to even; without the instruction, which a plain CPU lacks."""
+    size = lanes.absolute(value)
+    whole = lanes.op("fsub", lanes.op("fadd", size, WHOLE), WHOLE)
+    whole = lanes.b.select(lanes.b.fcmp_ordered("<", size, lanes.const(size.type, WHOLE)), whole, size)
+    is_negative = lanes.b.fcmp_ordered("<", value, lanes.const(size.type, 0))
+    return lanes.b.select(is_negative, lanes.b.fneg(whole), whole)
+
+
+@vector(types.void)
+def _scales(lanes: Lanes, lows: Array, highs: Array, top: Value, scales: Array, biases: Array) -> None:
+    """Scales and biases of LANES groups from their least and greatest weights; `top` is 2^bits - 1."""
+    start, zero = ir.Constant(I64, 0), lanes.const(ir.VectorType(F32, LANES), 0)
+    low, high = lanes.load(lows, start, LANES), lanes.load(highs, start, LANES)
+    is_low = lanes.b.fcmp_ordered(">", lanes.absolute(low), lanes.absolute(high))
+    scale = lanes.b.fdiv(lanes.b.fsub(high, low), lanes.splat(top, LANES))
+    scale = lanes.larger(scale, lanes.const(scale.type, np.float32(SMALLEST_SCALE)))
+    scale = lanes.b.select(is_low, scale, lanes.b.fneg(scale))
+    edge = lanes.b.select(is_low, low, high)
+    steps = _rint(lanes, lanes.b.fdiv(edge, scale))
+    has_steps = lanes.b.fcmp_unordered("!=", steps, zero)
+    lanes.store(lanes.b.select(has_steps, lanes.b.fdiv(edge, steps), scale), scales, start)
+    lanes.store(lanes.b.select(has_steps, edge, zero), biases, start)
+
+
+def packed_bits(lanes: Lanes, codes: Value, bits: int) -> Value:
+    """Codes (int8, a multiple of eight) as a stream of bits: int8, `bits` for every eight codes."""
+    while 8 % bits == 0 and bits < 8:  # neighbours into one byte
+        pairs = lanes.b.bitcast(codes, ir.VectorType(I16, codes.type.count // 2))
+        both = lanes.b.or_(pairs, lanes.op("lshr", pairs, 8 - bits))
+        codes, bits = lanes.b.trunc(both, ir.VectorType(I8, pairs.type.count)), 2 * bits
+    if bits == 8:
+        return codes
+    count = codes.type.count
+    for width, narrow, wide in ((bits, I8, I16), (2 * bits, I16, I32), (4 * bits, I32, I64)):
+        pairs = lanes.b.bitcast(codes, ir.VectorType(wide, codes.type.count // 2))
+        first = lanes.op("and_", pairs, (1 << narrow.width) - 1)
+        codes = lanes.b.or_(first, lanes.op("shl", lanes.op("lshr", pairs, narrow.width), width))
+    whole = lanes.b.bitcast(codes, ir.VectorType(I8, count))
+    return lanes.shuffle(whole, [8 * eight + byte for eight in range(count // 8) for byte in range(bits)])
+
+
+@vector(types.void)
+def _code_group(
+    lanes: Lanes, x: Array, start: Value, stop: Value, bits: Value, scale: Value, bias: Value, packed: Array
+) -> None:
+    """Weights [start, stop) into their place among the packed bytes."""
+    for known in BITS:
+        with (
+            lanes.b.if_then(lanes.b.icmp_signed("==", bits, ir.Constant(bits.type, known))),
+            cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _),
+        ):
+            codes = _codes(lanes, x, at, known, scale, bias)
+            place = lanes.op("mul", lanes.op("lshr", at, 3), known)
+            lanes.store(packed_bits(lanes, codes, known), packed, place)
+
+
+def _codes(lanes: Lanes, x: Array, at: Value, bits: int, scale: Value, bias: Value) -> Value:
+    """The codes of STEP weights: int8. They are at least 0 before they are cut off: the bias is an end of the range."""
+    parts = []
+    for part in range(STEP // LANES):
+        values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
+        steps = lanes.b.fdiv(lanes.b.fsub(values, lanes.splat(bias, LANES)), lanes.splat(scale, LANES))
+        whole = lanes.b.bitcast(lanes.op("fadd", steps, TO_INTEGER), ir.VectorType(I32, LANES))
+        parts.append(lanes.b.trunc(whole, ir.VectorType(I16, LANES)))
+    codes = lanes.join(parts)
+    top = lanes.const(codes.type, (1 << bits) - 1)
+    codes = lanes.b.select(lanes.b.icmp_unsigned("<", codes, top), codes, top)
+    return lanes.b.trunc(codes, ir.VectorType(I8, STEP))
+
+
+@kernel
+def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-def]
+    """Code whole groups. x: (n,) raw weights, n = len(scales) * group, group 32, 64 or 128; bits 2 to 6, or 8.
+
+    packed: uint8 (n * bits / 8,); scales, biases: float32, as they are before they take the weights' dtype.
+    """
+    lows, highs = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    some_scales, some_biases = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    top = np.float32((1 << bits) - 1)
+    for first in range(0, scales.size, LANES):
+        count = min(LANES, scales.size - first)
+        for slot in range(count):
+            _range(x, (first + slot) * group, (first + slot + 1) * group, lows, highs, slot)
+        _scales(lows, highs, top, some_scales, some_biases)
+        for slot in range(count):
+            start = (first + slot) * group
+            _code_group(x, start, start + group, bits, some_scales[slot], some_biases[slot], packed)
+            scales[first + slot] = some_scales[slot]
+            biases[first + slot] = some_biases[slot]
+
+
+# --- decoding
+
+
+@vector(types.void)
+def _decode_group(
+    lanes: Lanes, packed: Array, start: Value, stop: Value, bits: Value, scale: Value, bias: Value, out: Array
+) -> None:
+    """Weights [start, stop) out of their place among the packed bytes."""
+    for known in BITS:
+        with (
+            lanes.b.if_then(lanes.b.icmp_signed("==", bits, ir.Constant(bits.type, known))),
+            cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _),
+        ):
+            raw = lanes.load(packed, lanes.op("mul", lanes.op("lshr", at, 3), known), STEP // 8 * known)
+            for part in range(STEP // LANES):
+                steps = lanes.b.sitofp(_unpacked(lanes, raw, part, known), ir.VectorType(F32, LANES))
+                values = lanes.b.fmul(steps, lanes.splat(scale, LANES))
+                values = lanes.b.fadd(values, lanes.splat(bias, LANES))
+                lanes.store(values, out, lanes.op("add", at, LANES * part))
+
+
+def _unpacked(lanes: Lanes, raw: Value, part: int, bits: int) -> Value:
+    """Codes [part * LANES, (part + 1) * LANES) of STEP: int32. A code begins in one byte and may end in the next."""
+    kind, starts = ir.VectorType(I32, LANES), [(LANES * part + lane) * bits for lane in range(LANES)]
+    firsts = [start // 8 for start in starts]
+    codes = lanes.b.zext(lanes.shuffle(raw, firsts), kind)
+    if 8 % bits:
+        nexts = [min(first + 1, raw.type.count - 1) for first in firsts]
+        codes = lanes.b.or_(codes, lanes.op("shl", lanes.b.zext(lanes.shuffle(raw, nexts), kind), 8))
+    shifted = lanes.b.lshr(codes, lanes.const(kind, [start % 8 for start in starts]))
+    return lanes.op("and_", shifted, (1 << bits) - 1)
+
+
+@kernel
+def decode(packed, scales, biases, bits, group, out):  # type: ignore[no-untyped-def]
+    """Whole groups, code * scale + bias. packed: uint8 (n * bits / 8,); scales, biases: float32; out: float32 (n,)."""
+    for g in range(scales.size):
+        _decode_group(packed, g * group, (g + 1) * group, bits, scales[g], biases[g], out)

@@ -1,0 +1,141 @@
+"""E2M1 codes by group, NVFP4 and MXFP4, as compressed-tensors computes them.
+
+NVFP4, groups of 16:  global = fl(1 / amax) * 2688 in the weights' dtype, amax of all fused partners (1 if infinite);
+    scale = E4M3 of clamp(global * fl(amax16 / 6), 0, 448), at least 0.125 where it would be zero;
+    code = E2M1 of w / (scale / global) in float32
+MXFP4, groups of 32:  p = the power of two at or below amax32, where a mantissa of 1.75 or more counts as the next;
+    byte = exponent of p - 2, plus 127, at least 0;  code = E2M1 of w / 2^(byte - 127) in the weights' dtype.
+    In float16 a scale below 2^-24 is zero, and becomes 1: byte 127.
+(compressed_tensors 0.20, quantization/utils/helpers.py: calculate_qparams, generate_gparam; mxfp_utils.py.)
+The first code of a byte is low.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from loaders.quantization.kernels import narrow
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.narrow import (
+    float_of_bits,
+    quotient_like,
+    top_bits_1,
+    top_bits_16,
+    top_bits_32,
+)
+
+NV_GROUP, MX_GROUP = 16, 32
+TOP_SCALE = np.float32(448)
+LEAST_SCALE = np.float32(0.125)
+VALUES = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+# of a dtype: mantissa bits, exponent bits, exponent bias
+LAYOUT = {"BF16": (7, 8, 127), "F16": (10, 5, 15), "F32": (23, 8, 127)}
+
+
+@vector(types.void)
+def _code_16(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
+    quotients = lanes.b.fdiv(lanes.floats(x, at, NV_GROUP), lanes.splat(scale, NV_GROUP))
+    narrow.store_nibbles(lanes, narrow.to_e2m1(lanes, quotients), packed, lanes.op("lshr", at, 1))
+
+
+@vector(types.void)
+def _code_32(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
+    quotients = lanes.b.fdiv(lanes.floats(x, at, MX_GROUP), lanes.splat(scale, MX_GROUP))
+    codes = narrow.to_e2m1(lanes, narrow.like(lanes, x, quotients))
+    narrow.store_nibbles(lanes, codes, packed, lanes.op("lshr", at, 1))
+
+
+@vector(types.uint8)
+def _e4m3(lanes: Lanes, value: Value) -> Value:
+    """The E4M3 code of a float32 scalar."""
+    codes = narrow.to_e4m3(lanes, lanes.splat(value, 1))
+    return lanes.b.trunc(lanes.b.extract_element(codes, ir.Constant(I32, 0)), I8)
+
+
+@vector(types.float32)
+def _of_e4m3(lanes: Lanes, code: Value) -> Value:
+    """The float32 value of an E4M3 code."""
+    values = narrow.from_e4m3(lanes, lanes.splat(lanes.b.zext(code, I32), 1))
+    return lanes.b.extract_element(values, ir.Constant(I32, 0))
+
+
+@kernel
+def largest(x):  # type: ignore[no-untyped-def]
+    """The largest magnitude, NaN if there is one. x: (n,)."""
+    top = np.uint32(0)
+    whole = x.size // 32 * 32
+    for at in range(0, whole, 32):
+        top = max(top, top_bits_32(x, at))
+    for at in range(whole, x.size):
+        top = max(top, top_bits_1(x, at))
+    return float_of_bits(x, top)
+
+
+@kernel
+def encode_nv(x, whole_scale, packed, scales):  # type: ignore[no-untyped-def]
+    """NVFP4. x: (n,), n = scales.size * 16; whole_scale: the global one, float32; packed, scales (E4M3): uint8."""
+    for g in range(scales.size):
+        start = g * NV_GROUP
+        least = quotient_like(x, float_of_bits(x, top_bits_16(x, start)), np.float32(6))
+        code = _e4m3(whole_scale * least)
+        code = np.uint8(0x20) if code == 0 else code  # LEAST_SCALE
+        scales[g] = code
+        _code_16(x, start, _of_e4m3(code) / whole_scale, packed)
+
+
+@kernel
+def encode_mx(x, mantissa, mask, bias, packed, scales):  # type: ignore[no-untyped-def]
+    """MXFP4. x: (n,), n = scales.size * 32; mantissa, mask, bias: the layout of its dtype; packed, scales: uint8."""
+    carry = np.uint32(1 << (mantissa - 2))
+    for g in range(scales.size):
+        start = g * MX_GROUP
+        exponent = ((top_bits_32(x, start) + carry) >> mantissa) & mask
+        byte = max(0, np.int64(exponent) - bias + 125) if exponent else 0
+        scale = np.float32(2.0 ** (byte - 127))
+        if bias == 15 and byte < 103:
+            byte, scale = 127, np.float32(1)
+        scales[g] = byte
+        _code_32(x, start, scale, packed)
+
+
+# --- decoding
+
+
+def _values(lanes: Lanes, packed: Array, at: Value, scale: Value, out: Array, count: int) -> None:
+    codes = narrow.load_nibbles(lanes, packed, lanes.op("lshr", at, 1), count)
+    lanes.store(lanes.b.fmul(lanes.lookup(VALUES, codes), lanes.splat(scale, count)), out, at)
+
+
+@vector(types.void)
+def _values_16(lanes: Lanes, packed: Array, at: Value, scale: Value, out: Array) -> None:
+    _values(lanes, packed, at, scale, out, NV_GROUP)
+
+
+@vector(types.void)
+def _values_32(lanes: Lanes, packed: Array, at: Value, scale: Value, out: Array) -> None:
+    _values(lanes, packed, at, scale, out, MX_GROUP)
+
+
+@vector(types.float32)
+def _power(lanes: Lanes, byte: Value) -> Value:
+    """2^(byte - 127): the byte as a float32's exponent, 2^-127 for 0, NaN for 255."""
+    bits = lanes.op("shl", lanes.b.zext(byte, I32), 23)
+    bits = lanes.b.select(lanes.b.icmp_unsigned("==", bits, ir.Constant(I32, 0)), ir.Constant(I32, 1 << 22), bits)
+    is_nan = lanes.b.icmp_unsigned("==", byte, ir.Constant(I8, 255))
+    return lanes.b.bitcast(lanes.b.select(is_nan, ir.Constant(I32, 0x7FC00000), bits), F32)
+
+
+@kernel
+def decode_nv(packed, scales, whole_scale, out):  # type: ignore[no-untyped-def]
+    """The value times (scale / global), in groups of 16. packed, scales (E4M3): uint8; out: float32."""
+    for g in range(scales.size):
+        _values_16(packed, g * NV_GROUP, _of_e4m3(scales[g]) / whole_scale, out)
+
+
+@kernel
+def decode_mx(packed, scales, out):  # type: ignore[no-untyped-def]
+    """The value times 2^(scale - 127), in groups of 32. packed, scales: uint8; out: float32."""
+    for g in range(scales.size):
+        _values_32(packed, g * MX_GROUP, _power(scales[g]), out)

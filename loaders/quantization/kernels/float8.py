@@ -1,0 +1,128 @@
+"""E4M3 codes by row or by block of 128 x 128, as compressed-tensors computes them: each step in the weights' dtype.
+
+scale = amax / 448;  code = E4M3 of clamp(w / scale, -448, 448). A scale of zero becomes the dtype's eps.
+A block at an edge has fewer weights, and no others count: compressed-tensors fills it up with zeros, and drops them
+again (compressed_tensors 0.20, compressors/naive_quantized/base.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba.core import types
+
+from loaders.quantization.kernels import narrow
+from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.narrow import float_of_bits, quotient_like, top_bits_1, top_bits_32
+
+STEP = 32
+BLOCK = 128
+TOP = np.float32(448)
+
+
+def _code(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array, count: int) -> None:
+    quotients = lanes.b.fdiv(lanes.floats(x, at, count), lanes.splat(scale, count))
+    narrow.store_bytes(lanes, narrow.to_e4m3(lanes, narrow.like(lanes, x, quotients)), out, at)
+
+
+@vector(types.void)
+def _code_step(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
+    _code(lanes, x, at, scale, out, STEP)
+
+
+@vector(types.void)
+def _code_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
+    _code(lanes, x, at, scale, out, 1)
+
+
+@kernel
+def _top(x, start, stop):  # type: ignore[no-untyped-def]
+    """The bits of the largest magnitude."""
+    top = np.uint32(0)
+    whole = start + (stop - start) // STEP * STEP
+    for at in range(start, whole, STEP):
+        top = max(top, top_bits_32(x, at))
+    for at in range(whole, stop):
+        top = max(top, top_bits_1(x, at))
+    return top
+
+
+@kernel
+def _encode_run(x, start, stop, scale, out):  # type: ignore[no-untyped-def]
+    whole = start + (stop - start) // STEP * STEP
+    for at in range(start, whole, STEP):
+        _code_step(x, at, scale, out)
+    for at in range(whole, stop):
+        _code_one(x, at, scale, out)
+
+
+@kernel
+def _scale(x, top, eps):  # type: ignore[no-untyped-def]
+    scale = quotient_like(x, float_of_bits(x, top), TOP)
+    return eps if scale == 0 else scale
+
+
+@kernel
+def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
+    """A scale a row. x: (rows * columns,); out: uint8; scales: float32 (rows,), rounded to the dtype of x."""
+    for r in range(scales.size):
+        start, stop = r * columns, (r + 1) * columns
+        scales[r] = _scale(x, _top(x, start, stop), eps)
+        _encode_run(x, start, stop, scales[r], out)
+
+
+@kernel
+def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
+    """A scale for every BLOCK columns of up to BLOCK rows. x: (rows * columns,); scales: float32 (blocks,)."""
+    tops = np.zeros(scales.size, np.uint32)
+    for row in range(0, x.size, columns):
+        for b in range(scales.size):
+            tops[b] = max(tops[b], _top(x, row + b * BLOCK, row + min((b + 1) * BLOCK, columns)))
+    for b in range(scales.size):
+        scales[b] = _scale(x, tops[b], eps)
+    for row in range(0, x.size, columns):
+        for b in range(scales.size):
+            _encode_run(x, row + b * BLOCK, row + min((b + 1) * BLOCK, columns), scales[b], out)
+
+
+# --- decoding
+
+
+def _value(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array, count: int) -> None:
+    values = narrow.from_e4m3(lanes, narrow.load_bytes(lanes, codes, at, count))
+    lanes.store(lanes.b.fmul(values, lanes.splat(scale, count)), out, at)
+
+
+@vector(types.void)
+def _value_step(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    _value(lanes, codes, at, scale, out, STEP)
+
+
+@vector(types.void)
+def _value_one(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    _value(lanes, codes, at, scale, out, 1)
+
+
+@kernel
+def _decode_run(codes, start, stop, scale, out):  # type: ignore[no-untyped-def]
+    whole = start + (stop - start) // STEP * STEP
+    for at in range(start, whole, STEP):
+        _value_step(codes, at, scale, out)
+    for at in range(whole, stop):
+        _value_one(codes, at, scale, out)
+
+
+@kernel
+def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
+    """Values of uint8 codes times their row's scale; all float32."""
+    for r in range(scales.size):
+        _decode_run(codes, r * columns, (r + 1) * columns, scales[r], out)
+
+
+@kernel
+def decode_blocks(codes, columns, first, scales, out):  # type: ignore[no-untyped-def]
+    """Values times their block's scale. `first`: rows of the first block before these; scales: (bands, blocks)."""
+    for row in range(out.size // columns):
+        band = (first + row) // BLOCK
+        for b in range(scales.shape[1]):
+            start, stop = row * columns + b * BLOCK, row * columns + min((b + 1) * BLOCK, columns)
+            _decode_run(codes, start, stop, scales[band, b], out)

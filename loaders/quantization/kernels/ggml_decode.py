@@ -1,0 +1,263 @@
+"""Decoders of ggml's block formats, to float32: as llama.cpp's dequantize_row_* (ggml/src/ggml-quants.c) compute them.
+
+They share nothing with the encoders. data: uint8, whole blocks; out: float32, their weights. What the bytes mean stands
+in kernels/ggml_blocks.py and kernels/ggml_super.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, half_value, kernel, vector
+
+
+@kernel
+def _half(data, at):  # type: ignore[no-untyped-def]
+    return half_value(np.uint16(np.uint16(data[at]) | np.uint16(np.uint16(data[at + 1]) << np.uint16(8))))
+
+
+def _load_bytes(lanes: Lanes, data: Array, at: Value, offset: int, count: int) -> Value:
+    return lanes.load(data, lanes.op("add", at, offset), count)
+
+
+def _integers(lanes: Lanes, raw: Value) -> Value:
+    return lanes.b.zext(raw, ir.VectorType(I32, raw.type.count))
+
+
+def _put_scaled(
+    lanes: Lanes, codes: Value, scale: Value, low: Value | None, out: Array, to: Value, offset: int
+) -> None:
+    count = codes.type.count
+    values = lanes.b.fmul(lanes.b.sitofp(codes, ir.VectorType(F32, count)), lanes.splat(scale, count))
+    values = values if low is None else lanes.b.fadd(values, lanes.splat(low, count))
+    lanes.store(values, out, lanes.op("add", to, offset))
+
+
+@vector(types.void)
+def _eight(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    for part in range(2):
+        raw = _load_bytes(lanes, data, at, 2 + 16 * part, 16)
+        codes = lanes.b.sext(raw, ir.VectorType(I32, 16))
+        _put_scaled(lanes, codes, scale, None, out, to, 16 * part)
+
+
+def _nibbles(lanes: Lanes, data: Array, at: Value, offset: int) -> tuple[Value, Value]:
+    codes = _integers(lanes, _load_bytes(lanes, data, at, offset, 16))
+    return lanes.op("and_", codes, 15), lanes.op("lshr", codes, 4)
+
+
+def _with_fifth(lanes: Lanes, data: Array, at: Value, offset: int, halves: tuple[Value, Value]) -> list[Value]:
+    """Nibbles and the bits of the uint32 at `offset`."""
+    raw = _load_bytes(lanes, data, at, offset, 4)
+    mask = lanes.b.bitcast(lanes.b.bitcast(raw, I32), ir.VectorType(ir.IntType(1), 32))
+    found = []
+    for part, low in enumerate(halves):
+        bits = lanes.b.zext(lanes.part(mask, part, 16), ir.VectorType(I32, 16))
+        found.append(lanes.b.or_(low, lanes.op("shl", bits, 4)))
+    return found
+
+
+@vector(types.void)
+def _four_centred(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    for part, codes in enumerate(_nibbles(lanes, data, at, 2)):
+        _put_scaled(lanes, lanes.op("sub", codes, 8), scale, None, out, to, 16 * part)
+
+
+@vector(types.void)
+def _four_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value, out: Array, to: Value) -> None:
+    for part, codes in enumerate(_nibbles(lanes, data, at, 4)):
+        _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
+
+
+@vector(types.void)
+def _five_centred(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    for part, codes in enumerate(_with_fifth(lanes, data, at, 2, _nibbles(lanes, data, at, 6))):
+        _put_scaled(lanes, lanes.op("sub", codes, 16), scale, None, out, to, 16 * part)
+
+
+@vector(types.void)
+def _five_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value, out: Array, to: Value) -> None:
+    for part, codes in enumerate(_with_fifth(lanes, data, at, 4, _nibbles(lanes, data, at, 8))):
+        _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
+
+
+@kernel
+def q8_0(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 32):
+        _eight(data, b * 34, _half(data, b * 34), out, b * 32)
+
+
+@kernel
+def q4_0(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 32):
+        _four_centred(data, b * 18, _half(data, b * 18), out, b * 32)
+
+
+@kernel
+def q4_1(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 32):
+        _four_offset(data, b * 20, _half(data, b * 20), _half(data, b * 20 + 2), out, b * 32)
+
+
+@kernel
+def q5_0(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 32):
+        _five_centred(data, b * 22, _half(data, b * 22), out, b * 32)
+
+
+@kernel
+def q5_1(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 32):
+        _five_offset(data, b * 24, _half(data, b * 24), _half(data, b * 24 + 2), out, b * 32)
+
+
+@kernel
+def mxfp4(data, out):  # type: ignore[no-untyped-def]
+    """An exponent of 255 is no NaN to ggml, but 2^127."""
+    table = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+    for b in range(out.size // 32):
+        scale = np.float32(2.0 ** (np.float64(data[b * 17]) - 128.0))
+        for j in range(16):
+            byte = data[b * 17 + 1 + j]
+            out[b * 32 + j] = table[byte & 15] * scale
+            out[b * 32 + 16 + j] = table[byte >> 4] * scale
+
+
+@kernel
+def q2_k(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 256):
+        at, to = b * 84, b * 256
+        d, dmin = _half(data, at + 80), _half(data, at + 82)
+        for j in range(16):
+            both = data[at + j]
+            scale, low = d * np.float32(both & 15), dmin * np.float32(both >> 4)
+            start, shift = at + 16 + (j // 8) * 32 + (j % 2) * 16, np.uint8(2 * (j // 2 % 4))
+            for i in range(16):
+                code = (data[start + i] >> shift) & np.uint8(3)
+                out[to + 16 * j + i] = scale * np.float32(code) - low
+
+
+@kernel
+def q3_k(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 256):
+        at, to = b * 110, b * 256
+        d = _half(data, at + 108)
+        for j in range(16):
+            nibble = (data[at + 96 + j % 8] >> np.uint8(4 * (j // 8))) & np.uint8(15)
+            top = (data[at + 104 + j % 4] >> np.uint8(2 * (j // 4))) & np.uint8(3)
+            scale = d * np.float32(np.int32(nibble) + 16 * np.int32(top) - 32)
+            start, shift = at + 32 + (j // 8) * 32 + (j % 2) * 16, np.uint8(2 * (j // 2 % 4))
+            for i in range(16):
+                code = np.int32((data[start + i] >> shift) & np.uint8(3))
+                high = np.int32((data[at + (j % 2) * 16 + i] >> np.uint8(j // 2)) & np.uint8(1))
+                out[to + 16 * j + i] = scale * np.float32(code + 4 * high - 4)
+
+
+@kernel
+def _six_bits(data, at, j):  # type: ignore[no-untyped-def]
+    """The scale and the minimum of sub-block j among twelve bytes at `at`."""
+    if j < 4:
+        return np.int32(data[at + j] & 63), np.int32(data[at + 4 + j] & 63)
+    scale = (data[at + 4 + j] & 15) | ((data[at + j - 4] >> 6) << 4)
+    low = (data[at + 4 + j] >> 4) | ((data[at + j] >> 6) << 4)
+    return np.int32(scale), np.int32(low)
+
+
+@vector(types.void)
+def _line(
+    lanes: Lanes,
+    data: Array,
+    at: Value,
+    shift: Value,
+    fifths: Value,
+    bit: Value,
+    scale: Value,
+    low: Value,
+    out: Array,
+    to: Value,
+) -> None:
+    """32 weights: scale * (nibble + 16 * bit of the bytes at `fifths`) - low; a bit of 8 takes none."""
+    for part in range(2):
+        raw = _integers(lanes, _load_bytes(lanes, data, at, 16 * part, 16))
+        codes = lanes.op("and_", lanes.b.lshr(raw, lanes.splat(shift, 16)), 15)
+        high = _integers(lanes, _load_bytes(lanes, data, fifths, 16 * part, 16))
+        high = lanes.op("and_", lanes.b.lshr(high, lanes.splat(bit, 16)), 1)
+        codes = lanes.b.or_(codes, lanes.op("shl", high, 4))
+        values = lanes.b.fmul(lanes.b.sitofp(codes, ir.VectorType(F32, 16)), lanes.splat(scale, 16))
+        lanes.store(lanes.b.fsub(values, lanes.splat(low, 16)), out, lanes.op("add", to, 16 * part))
+
+
+@kernel
+def q4_k(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 256):
+        at = b * 144
+        d, dmin = _half(data, at), _half(data, at + 2)
+        for j in range(8):
+            s, m = _six_bits(data, at + 4, j)
+            scale, low = d * np.float32(s), dmin * np.float32(m)
+            start = at + 16 + 32 * (j // 2)
+            _line(data, start, np.int32(4 * (j % 2)), start, np.int32(8), scale, low, out, b * 256 + 32 * j)
+
+
+@kernel
+def q5_k(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 256):
+        at = b * 176
+        d, dmin = _half(data, at), _half(data, at + 2)
+        for j in range(8):
+            s, m = _six_bits(data, at + 4, j)
+            scale, low = d * np.float32(s), dmin * np.float32(m)
+            start = at + 48 + 32 * (j // 2)
+            _line(data, start, np.int32(4 * (j % 2)), at + 16, np.int32(j), scale, low, out, b * 256 + 32 * j)
+
+
+@kernel
+def q6_k(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 256):
+        at, to = b * 210, b * 256
+        d = _half(data, at + 208)
+        for j in range(16):
+            scale = d * np.float32(np.int8(data[at + 192 + j]))
+            half, place = j // 8, j % 8  # of 128 weights: places 0 to 3 are low nibbles, 4 to 7 high ones
+            low_at = at + 64 * half + 16 * (place % 4)
+            high_at = at + 128 + 32 * half + 16 * (place % 2)
+            low_shift, high_shift = np.uint8(4 * (place // 4)), np.uint8(2 * (place // 2))
+            for i in range(16):
+                low = np.int32((data[low_at + i] >> low_shift) & np.uint8(15))
+                high = np.int32((data[high_at + i] >> high_shift) & np.uint8(3))
+                out[to + 16 * j + i] = scale * np.float32(low + 16 * high - 32)
+
+
+@kernel
+def tq1_0(data, out):  # type: ignore[no-untyped-def]
+    """A trit is what the fraction times a power of three exceeds, three times over."""
+    for b in range(out.size // 256):
+        at, to = b * 54, b * 256
+        d = _half(data, at + 52)
+        for i in range(52):
+            first, step = (i, 32) if i < 32 else (160 + i - 32, 16) if i < 48 else (240 + i - 48, 4)
+            fraction = np.uint32(data[at + i])
+            for n in range(5 if i < 48 else 4):
+                trit = (fraction * np.uint32(3)) >> np.uint32(8)
+                out[to + first + n * step] = np.float32(np.int32(trit) - 1) * d
+                fraction = (fraction * np.uint32(3)) & np.uint32(255)
+
+
+@kernel
+def tq2_0(data, out):  # type: ignore[no-untyped-def]
+    for b in range(out.size // 256):
+        at, to = b * 66, b * 256
+        d = _half(data, at + 64)
+        for half in range(2):
+            for n in range(4):
+                for i in range(32):
+                    code = np.int32((data[at + 32 * half + i] >> np.uint8(2 * n)) & np.uint8(3))
+                    out[to + 128 * half + 32 * n + i] = np.float32(code - 1) * d
+
+
+DECODERS = {
+    "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "MXFP4": mxfp4, "Q2_K": q2_k, "Q3_K": q3_k,
+    "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "TQ1_0": tq1_0, "TQ2_0": tq2_0,
+}  # fmt: skip

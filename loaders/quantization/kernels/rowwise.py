@@ -1,0 +1,109 @@
+"""int8 by rows, as bitsandbytes' LLM.int8() quantizes weights: float16 first, then rounded multiples of absmax / 127.
+
+w16 = float16(w); absmax = max|w16| of the row; code = rint(w16 * (1 / absmax * 127)), halves to even, all in float32:
+torch divides a number by a tensor as the number times the reciprocal.
+Rounding to float16 keeps order, so a row's absmax is the rounding of its largest magnitude. A row of zeros and one that
+holds a NaN or an infinity get codes 0, as a NaN cast to int8 is 0 there.
+
+Dettmers et al. 2022, arXiv:2208.07339; bytes: bitsandbytes/backends/default/ops.py (int8_vectorwise_quant) and
+nn/modules.py (Int8Params).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+
+STEP = 64
+LANES = 16
+LEAST_NORMAL = 2.0**-14  # of float16; below it, all its numbers are multiples of 2**-24
+ROUND_SMALL = 0.75  # float32s next to it are 2**-24 apart: adding and subtracting it rounds to float16's subnormals
+
+
+def _half(lanes: Lanes, values: Value) -> Value:
+    """float32s rounded to float16's numbers, halves to even; beyond 65504 some become infinite, as they should."""
+    b, integers = lanes.b, ir.VectorType(I32, values.type.count)
+    bits = b.bitcast(values, integers)
+    odd = lanes.op("and_", lanes.op("lshr", bits, 13), 1)
+    coarse = lanes.op("and_", b.add(lanes.op("add", bits, 0xFFF), odd), -0x2000)
+    rounded = b.bitcast(coarse, values.type)
+    magnitude = lanes.absolute(values)
+    small = lanes.op("fsub", lanes.op("fadd", values, ROUND_SMALL), ROUND_SMALL)
+    found = b.select(b.fcmp_ordered("<", magnitude, lanes.const(values.type, LEAST_NORMAL)), small, rounded)
+    is_whole = b.fcmp_ordered("<", magnitude, lanes.const(values.type, 65520.0))
+    signed = b.or_(lanes.op("and_", bits, -0x80000000), lanes.const(integers, 0x7F800000))
+    found = b.select(is_whole, found, b.bitcast(signed, values.type))
+    return b.select(b.fcmp_unordered("uno", values, values), values, found)
+
+
+@vector(types.uint32)
+def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
+    """The largest of STEP magnitudes as the bits of their dtype: a NaN's lie above all numbers'."""
+    is_wide = x.element is F32
+    kind = ir.VectorType(I32 if is_wide else x.element, STEP)
+    bits = lanes.op("and_", lanes.b.bitcast(lanes.load(x, at, STEP), kind), 0x7FFFFFFF if is_wide else 0x7FFF)
+    largest = lanes.reduce("umax", bits)
+    return largest if is_wide else lanes.b.zext(largest, I32)
+
+
+@vector(types.float32)
+def _half_at(lanes: Lanes, x: Array, at: Value) -> Value:
+    """One weight, rounded to float16."""
+    return lanes.b.extract_element(_half(lanes, lanes.floats(x, at, 1)), ir.Constant(I32, 0))
+
+
+@vector(types.void)
+def _code(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array, to: Value) -> None:
+    """STEP codes."""
+    factor, parts = lanes.splat(inverse, LANES), []
+    for part in range(STEP // LANES):
+        values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
+        half = values if x.holds == types.int16 else _half(lanes, values)
+        whole = lanes.call(f"llvm.rint.v{LANES}f32", values.type, lanes.b.fmul(half, factor))
+        parts.append(lanes.b.trunc(lanes.b.fptosi(whole, ir.VectorType(I32, LANES)), ir.VectorType(I8, LANES)))
+    lanes.store(lanes.join(parts), out, to)
+
+
+@kernel
+def _absmax(x, start, stop):  # type: ignore[no-untyped-def]
+    """The largest magnitude of x[start:stop] in float16's numbers; NaN if one is."""
+    at, best, where = start, np.uint32(0), start
+    while at + STEP <= stop:
+        largest = _largest_bits(x, at)
+        if largest > best:
+            best, where = largest, at
+        at += STEP
+    top = np.float32(0)
+    for i in range(where, min(where + STEP, stop)):
+        value = abs(_half_at(x, i))
+        top = value if value > top or np.isnan(value) else top
+        if np.isnan(top):
+            return top
+    for i in range(at, stop):
+        value = abs(_half_at(x, i))
+        top = value if value > top or np.isnan(value) else top
+        if np.isnan(top):
+            return top
+    return top
+
+
+@kernel
+def encode_int8(x, columns, codes, absmax):  # type: ignore[no-untyped-def]
+    """Code rows. x: (rows * columns,); codes: int8, as many; absmax: float32 (rows,)."""
+    for row in range(absmax.size):
+        start, stop = row * columns, (row + 1) * columns
+        top = _absmax(x, start, stop)
+        absmax[row] = top
+        if not (top > 0 and np.isfinite(top)):
+            codes[start:stop] = 0
+            continue
+        inverse = (np.float32(1) / top) * np.float32(127)
+        at = start
+        while at + STEP <= stop:
+            _code(x, at, inverse, codes, at)
+            at += STEP
+        for i in range(at, stop):
+            codes[i] = np.int8(np.rint(_half_at(x, i) * inverse))

@@ -1,0 +1,220 @@
+"""A job that writes a GGUF: pieces and their join, what interrupts it, what changes it, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jobs.joining
+import jobs.publish
+from jobs.journal import find_journals
+from loaders.containers import gguf
+from tests.making import LLAMA, llama_tensors, read_safetensors, snapshot, values_of, weights, write_checkpoint
+
+REPORT = "weightmill.json"
+
+
+def tokenizer(tokens: int) -> dict[str, Any]:
+    """A byte-level BPE without merges."""
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": "<|bos|>", "special": True, "normalized": False}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "post_processor": None,
+        "model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(1, tokens)}, "merges": []},
+    }
+
+
+def make_source(folder: Path, tensors: Any = None, **config: Any) -> Path:
+    tensors = llama_tensors() if tensors is None else tensors
+    made = {**LLAMA, "dtype": "bfloat16", "tie_word_embeddings": "lm_head.weight" not in tensors, **config}
+    write_checkpoint(folder, tensors, config=made, shards=2)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(96)))
+    (folder / "LICENSE").write_text("as you like")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_source(tmp_path / "model")
+
+
+def arguments(model: Path, out: Path) -> list[str]:
+    return [f"model.path={model}", f"output.path={out}", "source.unit_mb=0.02", "quant=gguf_q8_0"]
+
+
+def test_one_file_is_all_there_is(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    planned = weightmill("plan", *arguments(model, out), "format=json").document
+    assert weightmill("run", *arguments(model, out)).status == 0
+    assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "model-Q8_0.gguf", REPORT]
+    [file] = planned["output"]["files"]
+    assert file["name"] == "model-Q8_0.gguf"
+    assert file["bytes"] == (out / file["name"]).stat().st_size
+    assert file["tensors"] == 21
+    assert find_journals(tmp_path) == []
+    report = json.loads((out / REPORT).read_text())
+    assert len(report["files"][0]["pieces"]) == len(planned["units"]) > 2
+    assert weightmill("verify", f"output.path={out}").status == 0
+
+
+def test_the_units_do_not_change_the_tensors(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    found = []
+    for unit_mb in (0.02, 0.05, 1000):
+        out = tmp_path / f"out{unit_mb}"
+        assert weightmill("run", *arguments(model, out), f"source.unit_mb={unit_mb}").status == 0
+        found.append((out / "model-Q8_0.gguf").read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("when", ["before the join", "within the join", "after the join"])
+def test_an_interrupted_join_is_done_again_and_no_unit(
+    when: str, model: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert weightmill("run", *arguments(model, tmp_path / "undisturbed")).status == 0
+    out = tmp_path / "out"
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch:
+        if when == "before the join":
+            patch.setattr(jobs.publish, "join", fail)
+        elif when == "within the join":
+            patch.setattr(jobs.joining, "sync_folder", fail)
+        else:
+            patch.setattr(jobs.publish, "_remove_others", fail)
+        with pytest.raises(ValueError, match="a bug"):
+            weightmill("run", *arguments(model, out))
+    assert not out.exists()
+    ran = weightmill("run", *arguments(model, out))
+    assert ran.status == 0
+    assert "units were done before" in ran.err
+    assert snapshot(out, [REPORT]) == snapshot(tmp_path / "undisturbed", [REPORT])
+    assert find_journals(tmp_path) == []
+
+
+def test_a_piece_that_changes_before_the_join_fails_the_run(
+    model: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = jobs.publish.join
+
+    def flipping(joined: Any, journal: Any, records: Any) -> Any:
+        path = journal.pieces / joined.pieces[0]
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+        return honest(joined, journal, records)
+
+    monkeypatch.setattr(jobs.publish, "join", flipping)
+    ran = weightmill("run", *arguments(model, tmp_path / "out"))
+    assert ran.status != 0
+    assert "it is not what was written" in ran.err
+    monkeypatch.undo()
+    assert weightmill("run", *arguments(model, tmp_path / "out")).status == 0  # that unit is done again
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("where", ["header", "tensor", "last"])
+def test_one_flipped_bit_fails_verification(
+    where: str, split: bool, model: Path, tmp_path: Path, weightmill: Any
+) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", *arguments(model, out), f"output.split={split}".lower()).status == 0
+    assert weightmill("verify", f"output.path={out}").status == 0
+    files = sorted(out.glob("*.gguf"))
+    file = files[0] if where == "header" else files[-1]
+    specs = gguf.read_specs(out, files[-1].name)
+    offset = {"header": 200, "tensor": specs[0].offset + 5, "last": specs[-1].offset + specs[-1].size - 1}[where]
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+    assert weightmill("verify", f"output.path={out}").status != 0
+
+
+def test_a_source_that_moved_is_still_the_source(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    assert weightmill("run", *arguments(model, tmp_path / "out")).status == 0
+    shutil.move(model, tmp_path / "elsewhere")
+    moved = f"model.path={tmp_path / 'elsewhere'}"
+    assert weightmill("verify", f"output.path={tmp_path / 'out'}", moved).status == 0
+
+
+@pytest.mark.parametrize("kind", ["gguf_q8_0", "gguf_bf16"])
+def test_a_gguf_is_a_source_as_any_other(kind: str, model: Path, tmp_path: Path, weightmill: Any) -> None:
+    assert weightmill("run", *arguments(model, tmp_path / "gguf"), f"quant={kind}").status == 0
+    back = ["quant=none", "quant.dtype=bfloat16", f"output.path={tmp_path / 'back'}"]
+    assert weightmill("run", f"model.path={tmp_path / 'gguf'}", *back).status == 0
+    assert weightmill("verify", f"output.path={tmp_path / 'back'}").status == 0
+    before, after = read_safetensors(model), read_safetensors(tmp_path / "back")
+    assert set(before) == set(after)
+    for name, raw in before.items():
+        if kind == "gguf_bf16":
+            assert np.array_equal(raw.data, after[name].data), name
+        assert np.allclose(values_of(raw), values_of(after[name]), atol=2e-3), name
+    nf4 = weightmill("run", f"model.path={tmp_path / 'gguf'}", "quant=nf4", f"output.path={tmp_path / 'nf4'}")
+    assert nf4.status == 0, nf4.err
+
+
+def test_rules_give_some_tensors_another_type(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    rules = "rules=[{name: v_proj, action: quantize, quant: {type: F16}}, {role: head, action: keep}]"
+    assert weightmill("run", *arguments(model, tmp_path / "out"), rules).status == 0
+    types = {s.name: s.dtype.name for s in gguf.read_specs(tmp_path / "out", "model-Q8_0.gguf")}
+    assert types["blk.0.attn_v.weight"] == "F16"
+    assert types["output.weight"] == "BF16"
+    assert types["blk.0.attn_k.weight"] == "Q8_0"
+    assert types["blk.0.attn_norm.weight"] == "F32"
+
+
+def with_extra(name: str, shape: tuple[int, ...] = (4, 64)) -> Any:
+    return {**llama_tensors(), name: weights(np.ones(shape, np.float32), "BF16")}
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], Any, list[str], str]] = {
+    "an unknown architecture": ({"model_type": "mamba"}, None, [], "knows no architecture for model_type 'mamba'"),
+    "a tensor without a place": ({}, with_extra("model.vision.weight"), [], "no place for 1 tensors .*vision"),
+    "another activation": ({"hidden_act": "gelu"}, None, [], "computes llama with silu, not with gelu"),
+    "another rope": (
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, None, [],
+        "rope scaling 'longrope' is not converted",
+    ),
+    "a size that is missing": ({"rms_norm_eps": None}, None, [], "expected a number as rms_norm_eps"),
+    "heads that do not divide": ({"num_attention_heads": 5}, None, [], "do not divide into 5 heads"),
+    "a foreign quant": ({}, None, ["quant=nf4", "output=gguf"], "GGUF holds ggml's types, not bnb4"),
+    "blocks in safetensors": ({}, None, ["output=hf"], "Q8_0, which safetensors cannot hold; use gguf"),
+    "a type that rows do not divide into": (
+        {}, None, ["rules=[{name: q_proj, action: quantize, quant: {type: Q4_K}}]"],
+        "rows of 64 weights do not divide into Q4_K's blocks of 256",
+    ),
+    "split elsewhere": ({}, None, ["quant=nf4", "output.split=true"], "only gguf can be one file or several"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REFUSALS))
+def test_what_cannot_be_done_is_refused_in_the_plan(name: str, tmp_path: Path, weightmill: Any) -> None:
+    config, tensors, settings, message = REFUSALS[name]
+    model = make_source(tmp_path / "model", tensors, **config)
+    ran = weightmill("plan", *arguments(model, tmp_path / "out"), *settings)
+    assert ran.status != 0
+    assert re.search(message, " ".join(ran.err.split())), ran.err
+
+
+def test_a_tokenizer_that_cannot_be_told_is_refused(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    (model / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    ran = weightmill("plan", *arguments(model, tmp_path / "out"))
+    assert "its model is Unigram" in ran.err
+    (model / "tokenizer.json").unlink()
+    ran = weightmill("plan", *arguments(model, tmp_path / "out"))
+    assert "has no tokenizer.json" in ran.err
+
+
+def test_blocks_are_not_quantized_again_from_one_gguf_to_another(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    assert weightmill("run", *arguments(model, tmp_path / "q8")).status == 0
+    ran = weightmill("plan", f"model.path={tmp_path / 'q8'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}")
+    assert "its dtype is Q8_0; Q4_0 takes" in ran.err
