@@ -9,7 +9,7 @@ from typing import Any
 from loaders.checkpoint import Checkpoint, open_checkpoint, read_json
 from loaders.decoding import method_of
 from loaders.errors import BadCheckpoint
-from loaders.lint import files, hqq, transformers
+from loaders.lint import compressed_tensors, files, hqq, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.sources import recipes_of
 
@@ -20,6 +20,7 @@ BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
     "bitsandbytes": transformers.check,
     "bitnet": transformers.check,
     "hqq": hqq.check,
+    "compressed-tensors": compressed_tensors.check,
 }
 
 
