@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from jobs.strict import FloatName, Spec
-from loaders.mixes.ggml import MIXES, GgmlMix
+from loaders.mixes.ggml import MIXES, TERNARY, GgmlMix
 from loaders.mixes.mlx import MixedRecipe, MlxRules, bits_of
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
 from loaders.quantization.float4 import Mxfp4, Nvfp4
@@ -259,14 +259,18 @@ class GgmlQuant(Quant):
     file_type: str = Field(description=f"llama.cpp's mix of types: {', '.join(MIXES)}")
     type: str | None = Field(description=f"with rules: another type for some tensors: {', '.join(TYPES)}")
     pure: bool = Field(description="every matrix gets the mix's first type; false: as llama-quantize chooses")
+    embedding_type: str | None = Field(description="the embedding's type; null: as llama-quantize chooses")
+    output_type: str | None = Field(description="the output projection's type, or a tied embedding's; null: likewise")
+    absmean: bool = Field(description="round to -1, 0, 1 times the mean magnitude first, as BitNet; for TQ1_0, TQ2_0")
 
     @property
     def scheme(self) -> Scheme:
-        return Ggml(self.type or MIXES[self.file_type])
+        chosen = self.type or MIXES[self.file_type]
+        return Ggml(chosen, self.absmean and chosen in TERNARY)
 
     @property
     def mix(self) -> Mix | None:
-        return GgmlMix(self.file_type, self.pure)
+        return GgmlMix(self.file_type, self.pure, self.embedding_type, self.output_type, self.absmean)
 
     @property
     def label(self) -> str | None:
@@ -279,7 +283,13 @@ class GgmlQuant(Quant):
             raise ValueError(f"expected one of {', '.join(MIXES)}")
         return name
 
-    @field_validator("type")
+    @model_validator(mode="after")
+    def _absmean_is_for_ternary_types(self) -> GgmlQuant:
+        if self.absmean and self.file_type not in TERNARY:
+            raise ValueError(f"absmean: only for file_type {', '.join(TERNARY)}, found {self.file_type}")
+        return self
+
+    @field_validator("type", "embedding_type", "output_type")
     @classmethod
     def _type_is_known(cls, name: str | None) -> str | None:
         if name is not None and name not in TYPES:

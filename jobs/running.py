@@ -19,6 +19,7 @@ from jobs.console import FAILED, Said, note, show
 from jobs.execution import Cluster, UnitFailed
 from jobs.journal import Record
 from jobs.planning import Unit
+from jobs.plots import plots
 from jobs.preparing import TARGET, Planned, check_space, notes_of, plan_document, plan_job
 from jobs.progress import Meter
 from jobs.publish import complete, is_published, publish
@@ -225,7 +226,7 @@ def _track(planned: Planned, run: Run, document: Mapping[str, Any]) -> None:
     run.table("tensors.json", report.table_columns(document))
     run.document("plan.json", plan_document(planned, notes_of(planned)))
     run.document(OUR_REPORT, document)
-    run.figures(lambda folder: report.plots(document, folder))
+    run.figures(lambda folder: plots(document, folder))
 
 
 def _close(run: Run, status: str) -> str:

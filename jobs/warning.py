@@ -25,7 +25,7 @@ def warnings(
         return []
     said = []
     quantized = [d for d in decisions if d.action == "quantize"]
-    if not quantized:
+    if not quantized and layout.name != "gguf":
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
     experts = [d for d in decisions if d.recipe.role == "expert"]
     kept = [d for d in experts if d.action != "quantize"]

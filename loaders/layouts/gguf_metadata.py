@@ -124,7 +124,7 @@ def _rope_metadata(config: Mapping[str, Any]) -> dict[str, Entry]:
 def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
     """Of Llama 3.1's scaling, by what each frequency is divided: float32 (head/2,), the tensor rope_freqs.weight.
 
-    As transformers computes it (modeling_rope_utils.py, _compute_llama3_parameters).
+    In float32, as llama.cpp's converter computes it, but for the last bit of a power (conversion/llama.py).
     """
     rope = rope_of(config)
     if rope.get("rope_type") != "llama3":
@@ -138,9 +138,8 @@ def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
     if length is None:
         length = number(config, "hidden_size") // number(config, "num_attention_heads")
     frequencies = 1.0 / base ** (np.arange(0, length, 2, dtype=np.float32) / np.float32(length))
-    factors = []
-    for wavelength in 2 * math.pi / frequencies.astype(np.float64):
-        smooth = (original / wavelength - low) / (high - low)
-        between = 1 / ((1 - smooth) / factor + smooth)
-        factors.append(1.0 if wavelength < original / high else factor if wavelength > original / low else between)
-    return np.array(factors, np.float32)
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    smooth = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
+    between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
+    long = np.where(wavelengths > original / low, np.float32(factor), between)
+    return np.where(wavelengths < original / high, np.float32(1), long).astype(np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 from loaders.checkpoint import Checkpoint, open_checkpoint, read_json
 from loaders.decoding import method_of
 from loaders.errors import BadCheckpoint
-from loaders.lint import compressed_tensors, files, hqq, transformers
+from loaders.lint import compressed_tensors, files, hqq, mlx, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.sources import recipes_of
 
@@ -19,9 +19,12 @@ __all__ = ["BY_METHOD", "Finding", "lint", "lint_folder"]
 BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
     "bitsandbytes": transformers.check,
     "bitnet": transformers.check,
-    "hqq": hqq.check,
     "compressed-tensors": compressed_tensors.check,
+    "mlx": mlx.check,
+    "hqq": hqq.check,
 }
+
+BY_FILES = ("hqq", "mlx")  # told by their tensors, and checked even where config.json has no block
 
 
 def lint_folder(path: Path) -> list[Finding]:
@@ -46,7 +49,7 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     found = list(files.check(subject))
     method = method_of(checkpoint)
     check = BY_METHOD.get(method or "")
-    if check is not None and (method == "hqq" or isinstance(checkpoint.config.get("quantization_config"), dict)):
+    if check is not None and (method in BY_FILES or isinstance(checkpoint.config.get("quantization_config"), dict)):
         found += check(subject)
     elif method is not None and method != "gguf":
         found.append(

@@ -1,9 +1,9 @@
-"""Checks of what vLLM and transformers read as compressed-tensors: targets and ignore against what is stored."""
+"""Checks of compressed-tensors checkpoints, as vLLM and transformers read them: targets, ignore, fused layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
@@ -11,133 +11,133 @@ from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.float4 import Nvfp4
 from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.kernels.float8 import BLOCK
-from loaders.quantization.packed_int import PackedInt
 from loaders.recipes import Recipe
+from loaders.strategies import loader
 
-MARLIN_ROWS = 64  # what vLLM's Marlin kernel takes at once
+BOTH = "vLLM, transformers"
 
 
 def check(subject: Subject) -> Iterator[Finding]:
     """What vLLM or transformers would stumble over."""
     block: Mapping[str, Any] = subject.config["quantization_config"]
-    ignore, targets = block.get("ignore") or [], _targets(block)
-    if not all(isinstance(name, str) for names in (ignore, targets) for name in names):
-        yield fault("every engine", "ignore or targets are no lists of names", "fails", "write lists")
+    ignore = block.get("ignore") or []
+    if not (isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)):
+        yield fault(BOTH, "quantization_config.ignore is no list of names", "fails", "write a list")
         return
-    yield from _plain(subject, ignore, targets)
-    yield from _experts(subject)
-    yield from _fused(subject)
-    yield from _kernels(subject)
+    broken = [name for name in ignore if name.startswith("re:") and not _compiles(name[3:])]
+    if broken:
+        yield fault(BOTH, f"ignore has what is no regular expression: {some(broken)}", "fails", "mend it")
+        return
+    recipes = [r for r in subject.sources.recipes if r.role in LINEAR_ROLES and len(r.shape) == 2]
+    yield from _targets(block)
+    yield from _ignored(recipes, ignore)
+    yield from _fused(subject, recipes)
+    yield from _experts(recipes)
 
 
-def _targets(block: Mapping[str, Any]) -> list[Any]:
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _targets(block: Mapping[str, Any]) -> Iterator[Finding]:
     groups = block.get("config_groups")
     found = groups.values() if isinstance(groups, Mapping) else ()
-    return [target for group in found if isinstance(group, Mapping) for target in group.get("targets") or ()]
-
-
-def _is_named(name: str, patterns: Sequence[str]) -> bool:
-    """As compressed-tensors and vLLM match a module's name: exactly, or by a regular expression from its start."""
-    for pattern in patterns:
-        if not pattern.startswith("re:"):
-            if pattern == name:
-                return True
-            continue
-        try:
-            if re.match(pattern.removeprefix("re:"), name):
-                return True
-        except re.error:
-            continue
-    return False
-
-
-def _plain(subject: Subject, ignore: Sequence[str], targets: Sequence[str]) -> Iterator[Finding]:
-    def is_wanted(name: str) -> bool:
-        return ("Linear" in targets or _is_named(name, targets)) and not _is_named(name, ignore)
-
-    matrices = [r for r in subject.sources.recipes if r.role in LINEAR_ROLES and len(r.shape) == 2]
-    bare = [module(r) for r in matrices if r.name.endswith(".weight") and r.decode is None and is_wanted(module(r))]
-    if bare:
-        yield fault(
-            "vLLM, transformers",
-            f"{len(bare)} linear layers are stored plain and are not in ignore: {some(bare)}",
-            "makes quantized modules of them and finds no codes",
-            "name them in ignore",
-        )
-    caught = [module(r) for r in matrices if r.decode is not None and not is_wanted(module(r))]
-    if caught:
-        yield fault(
-            "vLLM, transformers",
-            f"{len(caught)} quantized layers are in ignore, or in no group's targets: {some(caught)}",
-            "makes plain modules of them and does not find their weights",
-            "take them out of ignore, and name them in the targets of their group",
-        )
-    if "Linear" in targets and len(set(targets)) > 1:
+    targets = {target for group in found if isinstance(group, Mapping) for target in group.get("targets") or ()}
+    if "Linear" in targets and len(targets) > 1:
         yield doubt(
             "vLLM",
-            'targets name "Linear" beside other targets',
+            'a group has the target "Linear", beside others with targets of their own',
             'takes every fused layer (qkv, gate_up) for "Linear", whatever the others say',
             "name all layers in the targets",
         )
 
 
-def _experts(subject: Subject) -> Iterator[Finding]:
-    experts = [r for r in subject.sources.recipes if r.role == "expert" and r.decode is not None]
-    wrong = [module(r) for r in experts if isinstance(r.decode, Nvfp4)]
-    if wrong:
-        yield doubt(
-            "transformers 5.23",
-            f"{len(wrong)} experts are NVFP4: {some(wrong)}",
-            "loads them without a word and computes wrong numbers (it forgets their global scale)",
-            "run it in vLLM",
+def is_named(name: str, patterns: list[str]) -> bool:
+    """Whether a module is in a list of exact names and, after "re:", regular expressions matched from the start."""
+    return any(re.match(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns)
+
+
+def _ignored(recipes: list[Recipe], ignore: list[str]) -> Iterator[Finding]:
+    bare = [module(r) for r in recipes if _is_plain(r) and not is_named(module(r), ignore)]
+    if bare:
+        yield fault(
+            BOTH,
+            f"{len(bare)} linear layers are stored plain and are not in ignore: {some(bare)}",
+            "looks for their scales and fails (a router or an MTP layer: KeyError)",
+            "name them in quantization_config.ignore",
         )
-    failing = [r for r in experts if fails_for_experts(r.decode)]
-    if failing:
-        yield doubt(
-            "transformers 5.23",
-            f"{len(failing)} experts are {name_of(failing[0].decode)}: {some([module(r) for r in failing])}",
-            "fails to load them (CONVERSION)",
-            "run it in vLLM",
+    caught = [module(r) for r in recipes if r.decode is not None and is_named(module(r), ignore)]
+    if caught:
+        yield fault(
+            BOTH,
+            f"{len(caught)} quantized layers are in ignore: {some(caught)}",
+            "takes their codes for plain weights, and fails or computes something else",
+            "take them out of quantization_config.ignore",
         )
 
 
-def _fused(subject: Subject) -> Iterator[Finding]:
+def _is_plain(recipe: Recipe) -> bool:
+    return recipe.decode is None and recipe.dtype.is_float and recipe.role != "other"
+
+
+def _fused(subject: Subject, recipes: list[Recipe]) -> Iterator[Finding]:
     groups: dict[str, list[Recipe]] = {}
-    for recipe in subject.sources.recipes:
+    for recipe in recipes:
         if recipe.group is not None:
             groups.setdefault(recipe.group, []).append(recipe)
-    unlike = [name for name, found in groups.items() if len({recipe.decode for recipe in found}) > 1]
+    unlike = [name for name, group in groups.items() if len({r.decode for r in group}) > 1]
     if unlike:
         yield fault(
             "vLLM",
-            f"{len(unlike)} fused groups have several schemes: {some(unlike)}",
-            "fuses their layers and refuses that; transformers loads them apart",
-            "give the layers of a group one scheme",
+            f"{len(unlike)} fused groups have parts of different schemes: {some(unlike)}",
+            "fuses them and refuses; transformers loads them apart",
+            "give all parts of a group one scheme, or keep them all",
         )
     ragged = [
         name
-        for name, found in groups.items()
-        if any(isinstance(recipe.decode, Fp8Block) and recipe.shape[0] % BLOCK for recipe in found[:-1])
+        for name, group in groups.items()
+        if any(isinstance(r.decode, Fp8Block) and r.shape[0] % BLOCK for r in group)
     ]
     if ragged:
         yield doubt(
             "vLLM",
-            f"{len(ragged)} fused groups of FP8_BLOCK have rows that are no multiple of {BLOCK}: {some(ragged)}",
-            "refuses blocks that cross the parts of a fused layer; transformers loads them",
-            "keep them, or use FP8_DYNAMIC",
+            f"{len(ragged)} fused groups have rows that are no multiple of {BLOCK}: {some(ragged)}",
+            "refuses blocks that cross the parts of a fused layer",
+            "keep them by a rule",
         )
-
-
-def _kernels(subject: Subject) -> Iterator[Finding]:
-    odd = [
-        module(r)
-        for r in subject.sources.recipes
-        if isinstance(r.decode, PackedInt) and r.shape[0] % MARLIN_ROWS and r.role != "expert"
-    ]
-    if odd:
+    apart = [name for name, group in groups.items() if len({_global_scale(subject, r) for r in group}) > 1]
+    if apart:
         yield doubt(
             "vLLM",
-            f"{len(odd)} layers have rows that are no multiple of {MARLIN_ROWS}: {some(odd)}",
-            "cannot use its Marlin kernel for them: it takes a slower one, or refuses",
-            "keep them by a rule if it refuses",
+            f"{len(apart)} fused groups have parts of different global scales: {some(apart)}",
+            "takes the greatest for all and loses accuracy",
+            "share the global scale over each group, as quant=nvfp4a16 does",
         )
+
+
+def _global_scale(subject: Subject, recipe: Recipe) -> bytes | None:
+    """The four bytes of an NVFP4 weight's global scale."""
+    if not isinstance(recipe.decode, Nvfp4):
+        return None
+    [scale] = [spec for role, spec in recipe.stored if role == "weight_global_scale"]
+    with loader("read").open(subject.checkpoint.root, (scale,)) as reader:
+        return reader.read(scale, 0, scale.size).tobytes()
+
+
+def _experts(recipes: list[Recipe]) -> Iterator[Finding]:
+    schemes = {r.decode for r in recipes if r.role == "expert" and r.decode is not None}
+    for scheme in schemes:
+        if isinstance(scheme, Nvfp4):
+            yield fault(
+                "transformers 5",
+                "experts are in NVFP4",
+                "forgets their global scale and computes wrong numbers, without a word",
+                "run it in vLLM",
+            )
+        elif fails_for_experts(scheme):
+            name = name_of(scheme)
+            yield fault("transformers 5", f"experts are in {name}", "fails (CONVERSION)", "run it in vLLM")

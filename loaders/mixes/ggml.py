@@ -30,16 +30,24 @@ MIXES = {
 # where rows do not divide into a type's blocks; float16 where they do not divide into these either
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
             "Q6_K": "Q8_0"}  # fmt: skip
+TERNARY = ("TQ1_0", "TQ2_0")
 PARTS = ("attn_v", "attn_k", "attn_q", "attn_output", "ffn_up", "ffn_gate", "ffn_down")
 LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class GgmlMix:
-    """A file type of llama.cpp. `pure`: every matrix gets its type, but for rows that do not divide."""
+    """A file type of llama.cpp. `pure`: every matrix gets its type, but for rows that do not divide.
+
+    `embedding` and `output` are types for the embedding and the output projection (llama-quantize has options for them;
+    a tied one is the output's). `absmean`: ternary types as BitNet rounds.
+    """
 
     name: str
     pure: bool = False
+    embedding: str | None = None
+    output: str | None = None
+    absmean: bool = False
 
     def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
         """Rules for every tensor, by name, a rule for each type.
@@ -60,13 +68,28 @@ class GgmlMix:
             if recipe.dtype.name == chosen:
                 chosen, why = "keep", "it is of its type already"
             by_type.setdefault((chosen, why), set()).add(recipe.name)
-        return tuple(_rule(chosen, why, frozenset(found)) for (chosen, why), found in sorted(by_type.items()))
+        return tuple(self._rule(chosen, why, frozenset(found)) for (chosen, why), found in sorted(by_type.items()))
+
+    def _rule(self, chosen: str, why: str, names: frozenset[str]) -> Rule:
+        if chosen == "keep":
+            return Rule("keep", why, names=names)
+        if chosen in FLOATS:
+            return Rule("cast", why, names=names, cast_to=chosen)
+        scheme = Ggml(chosen, self.absmean and chosen in TERNARY)
+        return Rule("quantize", f"{why}: {chosen}", names=names, scheme=scheme)
+
+    def _asked(self, name: str, model: _Model) -> str | None:
+        """The type that was asked for."""
+        if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
+            return self.output
+        return self.embedding if name == "token_embd.weight" else None
 
     def _type(self, recipe: Recipe, name: str, model: _Model) -> tuple[str, str]:
         default = MIXES[self.name]
         if default in FLOATS:
             return default, f"llama.cpp's {self.name}"
-        chosen = default if self.pure else _chosen(self.name, default, recipe, name, model)
+        asked = self._asked(name, model)
+        chosen = asked or (default if self.pure else _chosen(self.name, default, recipe, name, model))
         fitting = fallback(chosen, recipe.shape[-1])
         if fitting != chosen:
             return fitting, f"its rows do not divide into {chosen}'s blocks of {DTYPES[chosen].block}"
@@ -120,14 +143,6 @@ def _is_quantized(recipe: Recipe, name: str) -> bool:
     return is_matrix and not name.endswith("_norm.weight") and "ffn_gate_inp." not in name
 
 
-def _rule(chosen: str, why: str, names: frozenset[str]) -> Rule:
-    if chosen == "keep":
-        return Rule("keep", why, names=names)
-    if chosen in FLOATS:
-        return Rule("cast", why, names=names, cast_to=chosen)
-    return Rule("quantize", f"{why}: {chosen}", names=names, scheme=Ggml(chosen))
-
-
 def fallback(chosen: str, columns: int) -> str:
     """The type that a tensor gets whose rows may not divide into the blocks of the one chosen."""
     if columns % DTYPES[chosen].block == 0:
@@ -150,7 +165,7 @@ def _chosen(mix: str, default: str, recipe: Recipe, name: str, model: _Model) ->
     if mix == "MXFP4_MOE":
         return "MXFP4" if "_exps." in name else "Q8_0"
     if name == "token_embd.weight":
-        return "Q4_K" if default in ("TQ1_0", "TQ2_0") else default
+        return "Q4_K" if default in TERNARY else default
     part = next((part for part in PARTS if f"{part}.weight" in name or f"{part}_exps." in name), "")
     if part == "attn_v":
         return _value_type(mix, default, model, *model.rank("attn_v", name))

@@ -8,16 +8,17 @@ sources; kernels/ggml_blocks.py and kernels/ggml_super.py say what they hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from loaders.quantization.kernels import ggml_blocks, ggml_super
+from loaders.quantization.kernels import casts, ggml_blocks, ggml_super
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml_decode import DECODERS
 from loaders.quantization.plain import Plain
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.ternary import absmean
 from loaders.specs import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES, StoredSpec, TensorSpec
 
 FLOATS = ("F32", "F16", "BF16")
@@ -35,14 +36,33 @@ assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
 
 
+class TernaryView:
+    """Another view's weights rounded to -1, 0 or 1 times one scale, float32."""
+
+    def __init__(self, view: View, scale: np.float32) -> None:
+        self.spec = replace(view.spec, dtype=DTYPES["F32"])
+        self._view = view
+        self._scale = scale
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        values = casts.to_float32(self._view.read(start, stop, slot), self._view.spec.dtype.name)
+        return np.clip(np.rint(values * (np.float32(1) / self._scale)), -1, 1).astype(np.float32) * self._scale
+
+
 @dataclass(frozen=True, slots=True)
 class Ggml:
-    """A tensor type of ggml: a block format, or F32, F16, BF16."""
+    """A tensor type of ggml: a block format, or F32, F16, BF16.
+
+    `absmean` is for the ternary types: weights are first rounded to -1, 0 or 1 times the mean magnitude of the whole
+    tensor, as BitNet's layers do while they train (and llama.cpp's convert_hf_to_gguf.py in BitnetModel). Without it a
+    ternary type takes each block's largest magnitude for its scale.
+    """
 
     kind: ClassVar[str] = "ggml"
     engine: ClassVar[str] = "ggml"
     backends: ClassVar[tuple[str, ...]] = ("cpu",)
     type: str
+    absmean: bool = False
 
     @property
     def error_limit(self) -> float:
@@ -87,6 +107,7 @@ class Ggml:
             Plain(self.type).encode(view, sink, work)
             return
         dtype, encoder = DTYPES[self.type], ENCODERS[self.type]
+        view = TernaryView(view, absmean(view, work)) if self.absmean else view
 
         def encode_range(start: int, stop: int) -> None:
             out = work.array("blocks", dtype.size((stop - start,)), np.uint8)

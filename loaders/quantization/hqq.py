@@ -10,8 +10,9 @@ and what hqq says of them, a tensor each (hqq/core/utils.py, encode_safetensor_t
 
 Two passes, since hqq stops where the mean error of the whole tensor stops falling: the first adds up the errors of all
 updates, the second repeats as many as hqq would make, and codes. The sums are of TILE groups each and added exactly, so
-they do not depend on how a tensor is cut; the mean is a float32, as hqq's. Its own sums differ in the last bits: a few
-codes differ for that, and near the end of the search the number of updates may; the error is the same to about 1e-5.
+they do not depend on how a tensor is cut; the mean is a float32, as hqq's. Given the same number of updates, bytes are
+hqq's wherever torch sums a group in the kernel's order. hqq sums the tensor's errors in another order, so where they
+hardly fall any more it may stop an update earlier or later; the error is then the same to about 1e-4.
 """
 
 from __future__ import annotations

@@ -22,6 +22,23 @@ from loaders.specs import DTYPES, WEIGHT_DTYPES, StoredSpec, TensorSpec
 SMALLEST_MEAN = np.float32(1e-5)
 
 
+def absmean(view: View, work: Work) -> np.float32:
+    """The mean magnitude of a whole tensor, summed in float64, at least 1e-5.
+
+    Raises:
+        VerifyFailed: it holds NaN or infinities.
+    """
+    spec, dtype = view.spec, view.spec.dtype.name
+    sums = work.sweep(spec.numel, 1, lambda start, stop: work.kernels.magnitude_sum(view.read(start, stop), dtype))
+    total = math.fsum(sums)
+    if not math.isfinite(total):
+        raise VerifyFailed(
+            f"{spec.name}: it holds NaN or infinities, and its ternary scale, the mean of all magnitudes, would be"
+            " one too; keep the tensor by a rule"
+        )
+    return max(np.float32(total / spec.numel), SMALLEST_MEAN)
+
+
 @dataclass(frozen=True, slots=True)
 class Ternary:
     """-1, 0 or 1 times one scale a tensor."""
@@ -51,14 +68,7 @@ class Ternary:
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
         spec, dtype = view.spec, view.spec.dtype.name
-        sums = work.sweep(spec.numel, 1, lambda start, stop: work.kernels.magnitude_sum(view.read(start, stop), dtype))
-        total = math.fsum(sums)
-        if not math.isfinite(total):
-            raise VerifyFailed(
-                f"{spec.name}: it holds NaN or infinities, and its ternary scale, the mean of all magnitudes, would be"
-                " one too; keep the tensor by a rule"
-            )
-        mean = max(np.float32(total / spec.numel), SMALLEST_MEAN)
+        mean = absmean(view, work)
         inverse = np.float32(1) / mean
         quarter = spec.numel // 4
 

@@ -91,3 +91,36 @@ def test_experts_quantized_one_by_one(tmp_path: Path, weightmill: Any) -> None:
     rules = "rules=[{role: expert, action: quantize}]"
     ran = weightmill("run", f"model.path={folder}", f"output.path={tmp_path / 'out'}", rules, "format=json")
     assert any("quantized one by one" in found["what"] for found in ran.document["lint"])
+
+
+@pytest.mark.parametrize(
+    ("quant", "change", "what"),
+    [
+        ("w8a8", lambda c: c["quantization_config"].update(ignore=[]), "stored plain and are not in ignore: lm_head"),
+        (
+            "w8a8",
+            lambda c: c["quantization_config"]["ignore"].append("re:.*up_proj"),
+            "2 quantized layers are in ignore",
+        ),
+        ("w8a8", lambda c: c["quantization_config"].update(ignore="lm_head"), "ignore is no list"),
+        ("mlx_int4", lambda c: c.pop("quantization"), "has quantization_config and no quantization"),
+        ("mlx_int4", lambda c: c.pop("tie_word_embeddings"), "does not say tie_word_embeddings"),
+        ("mlx_int4", lambda c: c.update(rope_parameters={"rope_theta": c.pop("rope_theta", 1e4)}), "rope_theta stands"),
+        ("mlx_int4", lambda c: c["quantization"].update({"model.norm": {"bits": 8, "group_size": 64}}), "1 modules"),
+    ],
+)
+def test_other_engines(quant: str, change: Any, what: str, source: Path, tmp_path: Path, weightmill: Any) -> None:
+    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'o'}", f"quant={quant}", "format=json")
+    assert ran.document["lint"] == [], ran.err
+    edit(tmp_path / "o" / "config.json", change)
+    found = findings(weightmill, tmp_path / "o")
+    assert any(what in finding["what"] for finding in found), found
+
+
+def test_a_group_of_two_schemes_does_not_load_in_vllm(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    rules = "rules=[{action: keep, name: k_proj}]"
+    out = tmp_path / "out"
+    ran = weightmill("run", f"model.path={source}", f"output.path={out}", "quant=w8a8", rules, "format=json")
+    [finding] = ran.document["lint"]
+    assert "2 fused groups have parts of different schemes" in finding["what"]
+    assert finding["engine"] == "vLLM"

@@ -236,7 +236,7 @@ def test_a_fused_group_of_two_schemes_is_said(source: Path, tmp_path: Path, weig
         "run", f"model.path={source}", f"output.path={tmp_path / 'o'}", "quant=fp8_dynamic", rules, "format=json"
     )
     assert any("2 fused groups have several schemes" in warning for warning in ran.document["warnings"])
-    assert any("2 fused groups have several schemes" in found["what"] for found in ran.document["lint"])
+    assert any("2 fused groups have parts of different schemes" in found["what"] for found in ran.document["lint"])
     groups = read_config(tmp_path / "o")["quantization_config"]["config_groups"]
     assert sorted(len(group["targets"]) for group in groups.values()) == [2, 12]
     assert not any("Linear" in group["targets"] for group in groups.values())
@@ -372,9 +372,10 @@ def test_a_scale_a_row_and_rows_that_end_within_a_word_are_read(tmp_path: Path, 
             lambda block: block["config_groups"].update(
                 x={**block["config_groups"]["group_0"], "targets": ["re:.*o_proj"]}
             ),
-            'targets name "Linear" beside other targets',
+            'a group has the target "Linear", beside others',
         ),
-        (lambda block: block.update(ignore=[3]), "ignore or targets are no lists of names"),
+        (lambda block: block.update(ignore=["lm_head", "re:("]), "ignore has what is no regular expression: re:("),
+        (lambda block: block.update(ignore=[3]), "quantization_config.ignore is no list of names"),
     ],
 )
 def test_lint_finds_a_config_that_misleads_the_engine(change: Any, what: str, quantized: Any, weightmill: Any) -> None:

@@ -193,6 +193,22 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.85
 
 
+@pytest.mark.parametrize("model", ["llama untied", "llama tied"])
+def test_llama_cpp_runs_bitnets_rounding(model: str, sources: Any, weightmill: Any, tmp_path: Path) -> None:
+    file = made(weightmill, sources(model), tmp_path / "out", "quant=ternary_aggressive")
+    ran = weightmill(
+        "run",
+        f"model.path={tmp_path / 'out'}",
+        f"output.path={tmp_path / 'plain'}",
+        "quant=none",
+        "quant.dtype=float32",
+    )
+    assert ran.status == 0, ran.err
+    theirs, ours = true_logits(tmp_path / "plain"), logits(file)
+    # llama.cpp rounds activations to eight bits where weights are ternary
+    assert np.corrcoef(theirs.reshape(-1), ours.reshape(-1))[0, 1] > 0.99
+
+
 CASES = [
     *(("llama untied", t) for t in ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "F16", "Q2_K", "Q3_K_M",
                                     "Q3_K_L", "Q4_K_S", "Q5_K_S", "TQ1_0", "Q4_1", "Q5_0", "Q5_1")),

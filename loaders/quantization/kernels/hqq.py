@@ -1,21 +1,21 @@
 """HQQ: groups scaled to integer codes, their zeros moved by a proximal solver. Mobius Labs, https://mobiusml.github.io/hqq_blog
 
 For each group of weights, in float32 as hqq 0.2.8 on a CPU (hqq/core/quantize.py, optimize.py):
-    scale = top / (max - min), 1 where max - min <= 1e-4, at most 2e4;  zero = -min * scale, perhaps rounded
+    scale = top * (1 / (max - min)), 1 where max - min <= 1e-4, at most 2e4;  zero = -min * scale, perhaps rounded
 and then, up to UPDATES times, over the whole tensor at once:
     code = clamp(round(w * scale + zero), 0, top);  error = w - (code - zero) / scale
     zero = mean(code - (w - shrink(error)) * scale),  shrink(e) = sign(e) * max(|e| - |e|^-0.3 / 10, 0)
 It ends one update past the one whose mean |error| stopped falling. Errors below 0.17 shrink to nothing, which are all
 those of ordinary weights, so the power is taken only where an error exceeds that.
 
-A vector holds one weight of each of LANES groups, so a group's sums are taken in its own order whatever lies beside it;
-hqq sums otherwise, so zeros differ in their last bits. A group whose zero came out as it went in stays as it is: the
-rest of its updates are known.
+A vector holds one weight of each of LANES groups, so a group's sums are taken in its own order whatever lies beside it.
+The order is that of torch's sum on a CPU with AVX2 (aten/src/ATen/native/cpu/SumKernel.cpp), for groups of up to 256,
+and in columns for all but the last few where there are no multiple of 32; elsewhere hqq's zeros differ in their last
+bits. A group whose zero came out as it went in stays as it is: the rest of its updates are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,7 @@ SHRINKS = np.float32(0.17)  # errors up to this shrink to nothing: 0.1 ** (1 / 1
 SMALLEST_RANGE, LARGEST_SCALE = np.float32(1e-4), np.float32(2e4)
 F64 = ir.DoubleType()
 WIDE = ir.VectorType(F32, LANES)
-
-
-def _sum_variables(lanes: Lanes, kinds: Sequence[Value], start: float = 0) -> list[Any]:
-    """Local variables of a loop; LLVM keeps them in registers."""
-    made = []
-    for kind in kinds:
-        variable = cgutils.alloca_once(lanes.b, kind)  # type: ignore[no-untyped-call]
-        lanes.b.store(lanes.const(kind, start), variable)
-        made.append(variable)
-    return made
+ROW, CASCADE = 8, 16  # of torch's sums: weights in a vector (AVX2), and in a run
 
 
 def _codes(lanes: Lanes, scaled: Value, zero: Value, top: Value) -> Value:
@@ -104,7 +95,7 @@ def _begin(lanes: Lanes, block: Array, size: Value, top: Value, rounds: Value, s
     """Scales and first zeros of a block, which becomes weight * scale."""
     b, nothing = lanes.b, ir.Constant(size.type, 0)
     first = lanes.load(block, nothing, LANES)
-    low, high = _sum_variables(lanes, [WIDE, WIDE])
+    low, high = variables(lanes, 2)
     b.store(first, low)
     b.store(first, high)
     with cgutils.for_range(b, size) as loop:
@@ -114,7 +105,9 @@ def _begin(lanes: Lanes, block: Array, size: Value, top: Value, rounds: Value, s
         b.store(b.select(b.fcmp_unordered(">", value, most), value, most), high)
     span = b.fsub(b.load(high), b.load(low))
     is_flat = b.fcmp_ordered("<=", span, lanes.const(WIDE, SMALLEST_RANGE))
-    found = b.select(is_flat, lanes.const(WIDE, 1), b.fdiv(lanes.splat(top, LANES), span))
+    one = lanes.const(WIDE, 1)
+    ratio = b.fmul(b.fdiv(one, span), lanes.splat(top, LANES))  # in torch, number / tensor is two operations
+    found = b.select(is_flat, one, ratio)
     limit = lanes.const(WIDE, LARGEST_SCALE)
     found = b.select(b.fcmp_ordered(">", found, limit), limit, found)
     begun = b.fneg(b.fmul(b.load(low), found))
@@ -127,33 +120,102 @@ def _begin(lanes: Lanes, block: Array, size: Value, top: Value, rounds: Value, s
         lanes.store(b.fmul(lanes.load(block, at, LANES), found), block, at)
 
 
-@vector(types.int32)
-def _update(lanes: Lanes, block: Array, size: Value, top: Value, scale: Array, zero: Array, error: Array) -> Value:
-    """One update of a block's zeros, where no error shrinks; error: float32 (LANES,), sums of |error| before it.
+class _Update:
+    """One update of a block's zeros, where no error shrinks, and the sums of |error| before it."""
 
-    Gives 0 where no zero changed, 2 where an error shrinks (nothing was stored then), else 1.
-    """
+    def __init__(self, lanes: Lanes, block: Array, top: Value, zero: Array, nothing: Value) -> None:
+        self.lanes = lanes
+        self._block = block
+        self._top = lanes.splat(top, LANES)
+        self._nothing = nothing
+        self._zero = zero
+        self._before = lanes.load(zero, nothing, LANES)
+        self._away, self._worst = variables(lanes, 2)
+
+    def offset(self, weight: Value) -> Value:
+        """Of a weight of each group: its code less itself scaled. The new zero is the mean of them."""
+        lanes, b = self.lanes, self.lanes.b
+        scaled = lanes.load(self._block, lanes.op("mul", weight, LANES), LANES)
+        offset = b.fsub(_codes(lanes, scaled, self._before, self._top), scaled)
+        distance = lanes.absolute(b.fsub(self._before, offset))
+        b.store(b.fadd(b.load(self._away), distance), self._away)
+        b.store(lanes.larger(distance, b.load(self._worst)), self._worst)
+        return offset
+
+    def end(self, total: Value, size: Value, scale: Array, error: Array) -> Value:
+        """Gives 0 where no zero changed, 2 where an error shrinks (nothing is stored then), else 1."""
+        lanes, b = self.lanes, self.lanes.b
+        inverse = b.fdiv(lanes.const(WIDE, 1), lanes.load(scale, self._nothing, LANES))
+        shrinks = b.fcmp_unordered(">", b.fmul(b.load(self._worst), inverse), lanes.const(WIDE, SHRINKS))
+        after = b.fdiv(total, lanes.splat(b.sitofp(size, F32), LANES))
+        changes = b.fcmp_unordered("!=", after, self._before)
+        bits = ir.IntType(LANES)
+        is_any = [b.icmp_unsigned("!=", b.bitcast(each, bits), ir.Constant(bits, 0)) for each in (shrinks, changes)]
+        with b.if_then(b.not_(is_any[0])):
+            lanes.store(after, self._zero, self._nothing)
+            lanes.store(b.fmul(b.load(self._away), inverse), error, self._nothing)
+        moved = b.select(is_any[1], ir.Constant(I32, 1), ir.Constant(I32, 0))
+        return b.select(is_any[0], ir.Constant(I32, 2), moved)
+
+
+def variables(lanes: Lanes, count: int) -> list[Any]:
+    """Local variables of a loop, zeros at first; LLVM keeps them in registers."""
+    made = []
+    for _ in range(count):
+        variable = cgutils.alloca_once(lanes.b, WIDE)  # type: ignore[no-untyped-call]
+        lanes.b.store(lanes.const(WIDE, 0), variable)
+        made.append(variable)
+    return made
+
+
+def _add_to(lanes: Lanes, variable: Any, value: Value) -> None:
+    lanes.b.store(lanes.b.fadd(lanes.b.load(variable), value), variable)
+
+
+@vector(types.int32)
+def _update_columns(
+    lanes: Lanes, block: Array, size: Value, top: Value, scale: Array, zero: Array, error: Array
+) -> Value:
+    """An update summed as torch sums columns: runs of CASCADE weights, then what is left over, then the runs' sum."""
     b, nothing = lanes.b, ir.Constant(size.type, 0)
-    before, highest = lanes.load(zero, nothing, LANES), lanes.splat(top, LANES)
-    total, away, worst = _sum_variables(lanes, [WIDE] * 3)
-    with cgutils.for_range(b, size) as loop:
-        scaled = lanes.load(block, lanes.op("mul", loop.index, LANES), LANES)
-        offset = b.fsub(_codes(lanes, scaled, before, highest), scaled)
-        distance = lanes.absolute(b.fsub(before, offset))
-        b.store(b.fadd(b.load(total), offset), total)
-        b.store(b.fadd(b.load(away), distance), away)
-        b.store(lanes.larger(distance, b.load(worst)), worst)
-    inverse = b.fdiv(lanes.const(WIDE, 1), lanes.load(scale, nothing, LANES))
-    shrinks = b.fcmp_unordered(">", b.fmul(b.load(worst), inverse), lanes.const(WIDE, SHRINKS))
-    after = b.fdiv(b.load(total), lanes.splat(b.sitofp(size, F32), LANES))
-    changes = b.fcmp_unordered("!=", after, before)
-    bits = ir.IntType(LANES)
-    is_any = [b.icmp_unsigned("!=", b.bitcast(each, bits), ir.Constant(bits, 0)) for each in (shrinks, changes)]
-    with b.if_then(b.not_(is_any[0])):
-        lanes.store(after, zero, nothing)
-        lanes.store(b.fmul(b.load(away), inverse), error, nothing)
-    moved = b.select(is_any[1], ir.Constant(I32, 1), ir.Constant(I32, 0))
-    return b.select(is_any[0], ir.Constant(I32, 2), moved)
+    update = _Update(lanes, block, top, zero, nothing)
+    total, run = variables(lanes, 2)
+    runs = b.sdiv(size, ir.Constant(size.type, CASCADE))
+    with cgutils.for_range(b, runs) as outer:
+        b.store(lanes.const(WIDE, 0), run)
+        with cgutils.for_range(b, ir.Constant(size.type, CASCADE)) as inner:
+            _add_to(lanes, run, update.offset(b.add(lanes.op("mul", outer.index, CASCADE), inner.index)))
+        _add_to(lanes, total, b.load(run))
+    b.store(lanes.const(WIDE, 0), run)
+    whole = lanes.op("mul", runs, CASCADE)
+    with cgutils.for_range(b, b.sub(size, whole)) as rest:
+        _add_to(lanes, run, update.offset(b.add(whole, rest.index)))
+    return update.end(b.fadd(b.load(run), b.load(total)), size, scale, error)
+
+
+@vector(types.int32)
+def _update_rows(lanes: Lanes, block: Array, size: Value, top: Value, scale: Array, zero: Array, error: Array) -> Value:
+    """An update summed as torch sums rows: vectors of ROW weights, four sums in turn, then across the vector."""
+    b, nothing = lanes.b, ir.Constant(size.type, 0)
+    update = _Update(lanes, block, top, zero, nothing)
+    [total] = variables(lanes, 1)
+    vectors = b.sdiv(size, ir.Constant(size.type, ROW))
+    fours = b.sdiv(vectors, ir.Constant(size.type, 4))
+    with cgutils.for_range(b, ir.Constant(size.type, ROW)) as across:
+        sums = variables(lanes, 4)
+        with cgutils.for_range(b, fours) as each:
+            for part, variable in enumerate(sums):
+                at = lanes.op("mul", lanes.op("add", lanes.op("mul", each.index, 4), part), ROW)
+                _add_to(lanes, variable, update.offset(b.add(at, across.index)))
+        begun = lanes.op("mul", fours, 4)
+        with cgutils.for_range(b, b.sub(vectors, begun)) as rest:
+            at = lanes.op("mul", b.add(begun, rest.index), ROW)
+            _add_to(lanes, sums[0], update.offset(b.add(at, across.index)))
+        for variable in sums:
+            if variable is not sums[0]:
+                _add_to(lanes, sums[0], b.load(variable))
+        _add_to(lanes, total, b.load(sums[0]))
+    return update.end(b.load(total), size, scale, error)
 
 
 @kernel
@@ -206,7 +268,10 @@ def solve(x, by_group, by_weight, size, top, rounds, updates, scales, zeros, err
         moves = True
         for i in range(updates):
             if moves:
-                found = _update(block, size, top, scale, zero, error)
+                if by_group == 1:
+                    found = _update_columns(block, size, top, scale, zero, error)
+                else:
+                    found = _update_rows(block, size, top, scale, zero, error)
                 moves = found == 1 if found < 2 else _update_slowly(block, size, top, scale, zero, error)
             _add(error, sums, i * LANES)
         for g in range(groups):
