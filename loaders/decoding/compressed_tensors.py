@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding.base import decoded, part
+from loaders.decoding.base import decoded, part, quantization_block
 from loaders.errors import BadCheckpoint
 from loaders.families import load_dtype
 from loaders.quantization.float4 import Mxfp4, Nvfp4
@@ -35,7 +35,7 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
         BadCheckpoint: a part is missing, or the format is none that is read here.
     """
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    block: Mapping[str, Any] = checkpoint.config["quantization_config"]
+    block = quantization_block(checkpoint)
     if (block.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise BadCheckpoint("config.json: weights compressed by their zeros (sparsity_config) are not decoded here")
     groups = _Groups(block)

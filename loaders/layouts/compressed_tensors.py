@@ -22,13 +22,14 @@ from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.kernels.float8 import BLOCK
 from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.row_scaled import RowScaled
-from loaders.quantization.scheme import Scheme
+from loaders.quantization.scheme import Decoder, Scheme
 from loaders.rules import LINEAR, Decision
 
 ENGINE = "compressed-tensors"
 VERSION = "0.20.0"  # of compressed-tensors, whose bytes ours are
 LINEAR_ROLES = (*LINEAR, "expert", "head", "router", "other")
 EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
+STACK = re.compile(r"(.*\bexperts)\.")
 
 
 def config_block(decisions: Sequence[Decision], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -74,10 +75,14 @@ def is_linear(decision: Decision) -> bool:
 
 
 def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Family) -> list[str]:
-    """Every linear module that is not quantized, the head that is tied and not stored among them."""
+    """Every linear module that is not quantized: the head that is tied and not stored, too.
+
+    Experts that stay a stack are named by a pattern: engines ask for them one by one.
+    """
     kept = {module_of(d.recipe.name) for d in decisions if is_linear(d) and d.action in ("keep", "cast")}
     tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
-    return sorted(kept | tied)
+    stacks = {found[1] for d in decisions if len(d.recipe.shape) == 3 and (found := STACK.match(d.recipe.name))}
+    return sorted(kept | tied) + sorted(rf"re:{re.escape(stack)}\..+$" for stack in stacks)
 
 
 def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[str]:
@@ -192,7 +197,7 @@ def _transformers(found: Sequence[Decision]) -> Iterator[str]:
             "experts in NVFP4: transformers 5.23 loads them without a word and computes wrong numbers (it forgets their"
             " global scale); vLLM is what runs them"
         )
-    failing = [scheme for scheme in experts if _fails_for_experts(scheme)]
+    failing = [scheme for scheme in experts if fails_for_experts(scheme)]
     if failing:
         names = ", ".join(sorted({name_of(scheme) for scheme in failing}))
         yield f"experts in {names}: transformers 5.23 fails to load them (CONVERSION); vLLM is what runs them"
@@ -205,16 +210,17 @@ def _transformers(found: Sequence[Decision]) -> Iterator[str]:
         )
 
 
-def _is_asymmetric(scheme: Scheme | None) -> bool:
+def _is_asymmetric(scheme: Decoder | None) -> bool:
     return isinstance(scheme, PackedInt) and not scheme.symmetric
 
 
-def _fails_for_experts(scheme: Scheme | None) -> bool:
+def fails_for_experts(scheme: Decoder | None) -> bool:
+    """Whether transformers 5.23 stops at experts in this scheme."""
     is_int8 = isinstance(scheme, RowScaled) and scheme.type == "int"
     return is_int8 or isinstance(scheme, Fp8Block) or _is_asymmetric(scheme)
 
 
-def name_of(scheme: Scheme | None) -> str:
+def name_of(scheme: Decoder | None) -> str:
     """What compressed-tensors calls a scheme."""
     if isinstance(scheme, RowScaled):
         return "FP8_DYNAMIC" if scheme.type == "float" else "W8A8"

@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loaders.layouts.compressed_tensors import LINEAR_ROLES, name_of
+from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.float4 import Nvfp4
 from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.kernels.float8 import BLOCK
-from loaders.quantization.packed_int import PackedInt
-from loaders.quantization.row_scaled import RowScaled
 from loaders.recipes import Recipe
 from loaders.strategies import loader
 
@@ -26,10 +24,36 @@ def check(subject: Subject) -> Iterator[Finding]:
     if not (isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)):
         yield fault(BOTH, "quantization_config.ignore is no list of names", "fails", "write a list")
         return
+    broken = [name for name in ignore if name.startswith("re:") and not _compiles(name[3:])]
+    if broken:
+        yield fault(BOTH, f"ignore has what is no regular expression: {some(broken)}", "fails", "mend it")
+        return
     recipes = [r for r in subject.sources.recipes if r.role in LINEAR_ROLES and len(r.shape) == 2]
+    yield from _targets(block)
     yield from _ignored(recipes, ignore)
     yield from _fused(subject, recipes)
     yield from _experts(recipes)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _targets(block: Mapping[str, Any]) -> Iterator[Finding]:
+    groups = block.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    targets = {target for group in found if isinstance(group, Mapping) for target in group.get("targets") or ()}
+    if "Linear" in targets and len(targets) > 1:
+        yield doubt(
+            "vLLM",
+            'a group has the target "Linear", beside others with targets of their own',
+            'takes every fused layer (qkv, gate_up) for "Linear", whatever the others say',
+            "name all layers in the targets",
+        )
 
 
 def is_named(name: str, patterns: list[str]) -> bool:
@@ -107,8 +131,6 @@ def _global_scale(subject: Subject, recipe: Recipe) -> bytes | None:
 def _experts(recipes: list[Recipe]) -> Iterator[Finding]:
     schemes = {r.decode for r in recipes if r.role == "expert" and r.decode is not None}
     for scheme in schemes:
-        is_int8 = isinstance(scheme, RowScaled) and scheme.type == "int"
-        is_asymmetric = isinstance(scheme, PackedInt) and not scheme.symmetric
         if isinstance(scheme, Nvfp4):
             yield fault(
                 "transformers 5",
@@ -116,6 +138,6 @@ def _experts(recipes: list[Recipe]) -> Iterator[Finding]:
                 "forgets their global scale and computes wrong numbers, without a word",
                 "run it in vLLM",
             )
-        elif is_int8 or is_asymmetric or isinstance(scheme, Fp8Block):
-            name = name_of(scheme)  # type: ignore[arg-type]
+        elif fails_for_experts(scheme):
+            name = name_of(scheme)
             yield fault("transformers 5", f"experts are in {name}", "fails (CONVERSION)", "run it in vLLM")
