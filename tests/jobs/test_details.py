@@ -127,7 +127,7 @@ def test_diff_names_the_side_that_is_missing(source: Path, tmp_path: Path, weigh
         ("weightmill run quant.double_quant=t", ["quant.double_quant=true"]),
         ("weightmill run format=", ["format=text", "format=json"]),
         ("weightmill completion ", ["bash", "zsh"]),
-        ("weightmill run quant=nf4,te", ["quant=nf4,ternary"]),
+        ("weightmill run quant=nf4,in", ["quant=nf4,int8"]),
     ],
 )
 def test_completion(line: str, wanted: list[str]) -> None:
@@ -140,11 +140,11 @@ def test_completion_in_bash() -> None:
 
     script = SCRIPT.format(load=SHELLS["bash"]) + (
         f'weightmill() {{ "{sys.executable}" -m jobs.cli "$@"; }}\n'
-        'for COMP_LINE in "weightmill run quant=nf4 quant.do" "weightmill run quant=ter"; do\n'
+        'for COMP_LINE in "weightmill run quant=nf4 quant.do" "weightmill run quant=in"; do\n'
         "COMP_POINT=${#COMP_LINE}; _weightmill; echo ${COMPREPLY[@]}; done\n"
     )
     ran = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["quant.double_quant=", "ternary"]
+    assert ran.stdout.split() == ["quant.double_quant=", "int8"]
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
