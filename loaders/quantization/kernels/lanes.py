@@ -81,6 +81,18 @@ class Lanes:
             parts = [self.shuffle(a, width, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
+    def transposed(self, rows: Sequence[Value]) -> list[Value]:
+        """As many vectors as each has lanes, a power of two: lane j of vector i becomes lane i of vector j."""
+        found, count = list(rows), len(rows)
+        step = count // 2
+        while step:
+            for i in (i for i in range(count) if not i & step):
+                a, b = found[i], found[i + step]
+                found[i] = self.shuffle(a, [count + j - step if j & step else j for j in range(count)], b)
+                found[i + step] = self.shuffle(a, [count + j if j & step else j + step for j in range(count)], b)
+            step //= 2
+        return found
+
     def op(self, name: str, value: Value, number: float) -> Value:
         """A builder's operation with a constant."""
         return getattr(self.b, name)(value, self.const(value.type, number))
@@ -101,7 +113,7 @@ class Lanes:
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
     def quotient(self, a: Value, b: Value, inverse: Value) -> Value:
-        """a / b, correctly rounded, given b's correctly rounded inverse, for 2^-100 <= b <= 2^100 (or its negative).
+        """The quotient a / b, correctly rounded, by b's correctly rounded inverse; 2^-100 <= |b| <= 2^100.
 
         Where there are fused multiply-adds, a guess is corrected by its exact remainder: once to be next to the
         quotient, twice to be its rounding (Markstein 1990, theorem 5.1), in less time than a division. Quotients near
@@ -120,7 +132,7 @@ class Lanes:
     def fold(
         self, start: Value, stop: Value, step: int, values: Sequence[Value], body: Callable[..., Sequence[Value]]
     ) -> list[Value]:
-        """values = body(at, *values) for each `at` from start on, `step` apart; LLVM keeps them in registers."""
+        """Repeat values = body(at, *values) for each `at` from start on, `step` apart; LLVM has them in registers."""
         kept = [cgutils.alloca_once_value(self.b, value) for value in values]  # type: ignore[no-untyped-call]
         with cgutils.for_range_slice(self.b, start, stop, ir.Constant(start.type, step), inc=True) as (at, _):
             for slot, value in zip(kept, body(at, *map(self.b.load, kept)), strict=True):
@@ -149,6 +161,15 @@ class Lanes:
         if array.holds == types.uint16:
             return self.from_bf16(raw)
         return self.from_f16(raw) if array.holds == types.int16 else raw
+
+    def pairs(self, array: Array, at: Value, count: int) -> tuple[Value, Value]:
+        """`count` weights as float32: those at even places, and those at odd ones; of bfloat16s one operation each."""
+        if array.holds != types.uint16:
+            values = self.floats(array, at, count)
+            return self.shuffle(values, range(0, count, 2)), self.shuffle(values, range(1, count, 2))
+        words = self.b.bitcast(self.load(array, at, count), ir.VectorType(I32, count // 2))
+        kind = ir.VectorType(F32, count // 2)
+        return self.b.bitcast(self.op("shl", words, 16), kind), self.b.bitcast(self.op("and_", words, -65536), kind)
 
     def from_bf16(self, bits: Value) -> Value:
         wide = self.op("shl", self.b.zext(bits, ir.VectorType(I32, bits.type.count)), 16)
@@ -291,16 +312,7 @@ def half_value(lanes: Lanes, bits: Value) -> Value:
 @vector(types.void)
 def transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to: Value) -> None:
     """Sixteen weights of sixteen groups, `stride` apart, into sixteen rows of a block of float32s."""
-    rows, count = [], 16
-    for lane in range(count):
-        first = lanes.b.add(at, lanes.b.mul(stride, ir.Constant(stride.type, lane)))
-        rows.append(lanes.floats(x, first, count))
-    step = count // 2
-    while step:
-        for i in (i for i in range(count) if not i & step):
-            a, b = rows[i], rows[i + step]
-            rows[i] = lanes.shuffle(a, [count + j - step if j & step else j for j in range(count)], b)
-            rows[i + step] = lanes.shuffle(a, [count + j if j & step else j + step for j in range(count)], b)
-        step //= 2
+    places = [lanes.b.add(at, lanes.b.mul(stride, ir.Constant(stride.type, lane))) for lane in range(16)]
+    rows = lanes.transposed([lanes.floats(x, place, 16) for place in places])
     for lane, row in enumerate(rows):
-        lanes.store(row, block, lanes.op("add", to, count * lane))
+        lanes.store(row, block, lanes.op("add", to, 16 * lane))

@@ -133,13 +133,6 @@ def quick_inverses(lanes: Lanes, x: Array, scale: Value) -> Value:
     return lanes.b.select(lanes.b.and_(is_large, is_small), inverse, zero)
 
 
-def pairs(lanes: Lanes, x: Array, at: Value, count: int) -> tuple[Value, Value]:
-    """`count` bfloat16s as float32: those at even places, and those at odd ones."""
-    words = lanes.b.bitcast(lanes.load(x, at, count), ir.VectorType(I32, count // 2))
-    kind = floats(words)
-    return lanes.b.bitcast(lanes.op("shl", words, 16), kind), lanes.b.bitcast(lanes.op("and_", words, -65536), kind)
-
-
 def quick(lanes: Lanes, values: Value, inverse: Value) -> Value:
     """bf16(values / scale) for bfloat16 values and scale, by 1 / scale from `quick_inverse`; still as float32.
 
