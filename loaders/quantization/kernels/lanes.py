@@ -2,9 +2,9 @@
 
 numba compiles the loop over blocks; the body of a block is written with `Lanes`, as values of several lanes, so that
 its speed does not hang on what the autovectorizer makes of a loop. The code says nothing of a machine: LLVM cuts the
-vectors to the registers there are (AVX2, AVX-512, NEON). Three operations have a second form, with the same result:
+vectors to the registers there are (AVX2, AVX-512, NEON). Two operations have a second form, with the same result:
 `lookup`, a table of sixteen floats, is a register permutation on x86 with AVX2 and a tree of selections elsewhere;
-float16 goes by x86's instructions (F16C) or by integers; `quotient` divides, or has fused multiply-adds do it.
+float16 goes by x86's instructions (F16C) or by integers.
 
 Arrays carry raw bits, and their numpy dtype says what the bits are: uint16 is bfloat16, int16 is float16 (numba has no
 float16 arrays on a CPU), float32 is itself.
@@ -111,21 +111,6 @@ class Lanes:
     def larger(self, a: Value, b: Value) -> Value:
         """C's `a > b ? a : b`: a NaN in `a` leaves `b`."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
-
-    def quotient(self, a: Value, b: Value, inverse: Value) -> Value:
-        """The quotient a / b, correctly rounded, by b's correctly rounded inverse; 2^-100 <= |b| <= 2^100.
-
-        Where there are fused multiply-adds, a guess is corrected by its exact remainder: once to be next to the
-        quotient, twice to be its rounding (Markstein 1990, theorem 5.1), in less time than a division. Quotients near
-        float32's ends, which no code is made of, may be off.
-        """
-        if not host_has("fma"):
-            return self.b.fdiv(a, b)
-        fused, minus, found = f"llvm.fma.v{a.type.count}f32", self.b.fneg(b), self.b.fmul(a, inverse)
-        for _ in range(2):
-            remainder = self.call(fused, a.type, found, minus, a)
-            found = self.call(fused, a.type, remainder, inverse, found)
-        return found
 
     # loops
 
