@@ -20,7 +20,7 @@ GB4 = 1 << 32
 
 
 def write_large(folder: Path, size: int) -> None:
-    """A matrix that is quantized and a stack of matrices that is kept, of `size` bytes each; mostly holes on the disk."""
+    """A matrix that is quantized and a stack of matrices that is kept, of `size` bytes each; mostly holes."""
     folder.mkdir()
     config = {"model_type": "unheard_of", "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
