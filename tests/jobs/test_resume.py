@@ -275,9 +275,9 @@ def _kill_once(source: Path, out: Path, where: str, rng: random.Random) -> tuple
     finished = {}
     for journal in found:
         for record in (journal / "records").glob("*.json"):
-            file = json.loads(record.read_text())["file"]
-            if (journal / "files" / file).exists():
-                finished[file] = (journal / "files" / file).stat().st_mtime_ns
+            for file in (written["name"] for written in json.loads(record.read_text())["files"]):
+                if (journal / "files" / file).exists():
+                    finished[file] = (journal / "files" / file).stat().st_mtime_ns
     return lived, finished
 
 
