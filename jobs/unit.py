@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.journal import Journal, Record, TensorRecord
@@ -27,6 +27,7 @@ from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, loader
+from loaders.strategies.base import by_warmth, cached_share
 from loaders.views import encoded_view, ordered_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
@@ -108,6 +109,7 @@ def run_unit(
         WeightmillError: the source cannot be read, or an output not be written.
     """
     unit, began = task.unit, time.perf_counter()
+    warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
     attempt, timer = uuid.uuid4().hex[:12], Timer()
     specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
     with (
@@ -130,8 +132,9 @@ def run_unit(
                 run.abort()
         load = LoadStats(
             files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
-            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **timer.seconds(),
+            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **warmth,
         )  # fmt: skip
+        load = replace(load, **timer.seconds())
     records = {target: run.record(load) for target, run in runs.items() if not run.faults}
     return UnitReport(unit.id, records, {t: run.failure for t, run in runs.items() if run.faults}, load)
 
