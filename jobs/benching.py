@@ -30,7 +30,7 @@ from rich.table import Table
 from jobs.benches import compressed_tensors, ggml, hqq, mlx
 from jobs.benches.timing import Case, rotate
 from jobs.console import Said, note
-from jobs.execution import usable_cpus
+from loaders.backends.machine import usable_cpus
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import safetensors, writer_of
 from loaders.errors import BadSpec, io_errors

@@ -23,7 +23,7 @@ LAYERS = [
                  "jobs.progress")),
     ("execution", ("jobs.clusters", "jobs.execution", "jobs.ray_cluster")),
     ("unit", ("jobs.joining", "jobs.unit", "jobs.parts", "jobs.journal")),
-    ("planning", ("jobs.planning", "jobs.warning", "jobs.spec", "jobs.quants", "jobs.strict")),
+    ("planning", ("jobs.planning", "jobs.warning", "jobs.spec", "jobs.quants", "jobs.strategies", "jobs.strict")),
     ("lint", ("loaders.lint",)),
     ("loaders' flows", ("loaders.layouts", "loaders.views", "loaders.work")),
     ("rules", ("loaders.rules", "loaders.mixes")),

@@ -10,7 +10,7 @@ from loaders.backends.devices import NAMES, Backend, backend, best
 from loaders.errors import BadSpec
 from loaders.quantization.kernels import Kernels
 
-__all__ = ["DEVICES", "Backend", "backend", "best", "kernels_of", "leased_kernels"]
+__all__ = ["DEVICES", "Backend", "backend", "best", "devices_of", "kernels_of", "leased_kernels"]
 
 DEVICES = NAMES
 
@@ -58,12 +58,20 @@ class Leases:
                 self._held[device] -= 1
 
 
+def devices_of(name: str) -> tuple[str, ...]:
+    """A backend's devices by name: every GPU of "cuda", else the one.
+
+    Raises:
+        BadSpec: this machine has none.
+    """
+    return backend(name).devices if name == "cuda" else (name,)
+
+
 _LEASES = Leases()  # of this process: units on its threads share the machine's devices
 
 
 @contextmanager
 def leased_kernels(name: str) -> Iterator[Kernels]:
     """The kernels of a backend; of several GPUs, those of the one that fewest units of this process use."""
-    devices = backend(name).devices if name == "cuda" else (name,)
-    with _LEASES.least_used(devices) as device:
+    with _LEASES.least_used(devices_of(name)) as device:
         yield kernels_of(device)

@@ -183,6 +183,10 @@ class WeightLoader(ABC):
         """What its reader holds beside the ranges that it is asked for: a job counts it."""
         return 0
 
+    def priority(self, name: str) -> int:
+        """Lower comes first, where the order is free: a job's units."""
+        return 0
+
     @property
     def slice_bytes(self) -> int:
         """The largest slice where none is asked for."""

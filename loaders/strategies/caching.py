@@ -13,6 +13,7 @@ from loaders.strategies.files import OpenFiles
 from loaders.strategies.tuning import Workers
 
 RANGE = 8 << 20
+MOST_THREADS = 8  # each holds a range; what they fetch lies in the page cache
 
 
 class CacheAhead:
@@ -50,7 +51,7 @@ class CacheAhead:
             while self._next < len(self._ranges) and self._ranges[self._next][0] < at:
                 self._next += 1  # too late to help there
             if not self._threads and not self._stopped and self._next < len(self._ranges):
-                for _ in range(self._workers.most):
+                for _ in range(min(MOST_THREADS, self._workers.most)):
                     self._threads.append(threading.Thread(target=self._fetch, name="cache-ahead", daemon=True))
                     self._threads[-1].start()
             self._changed.notify_all()

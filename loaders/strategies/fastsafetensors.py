@@ -3,7 +3,7 @@
 Where GDS is missing, or fails when it is used, the library copies through the CPU's memory, and that is said aloud;
 with gds=True it is an error. One file's buffer is on the device at a time, the largest file's size, and 16 MiB for the
 library's copies; what is handed out is copied from the buffer, on the device. Tensors that point into a buffer would
-hold all of it, and up to version 0.5 their end runs Python code that fails where an exception is on its way, which turns
+hold all of it, and up to version 0.5 their end runs Python code that fails where an exception is on its way, and turns
 any error into "SystemError: error return without exception set".
 """
 

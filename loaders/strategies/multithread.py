@@ -18,14 +18,13 @@ from loaders.specs import WeightSpec
 from loaders.storage import local
 from loaders.strategies.ahead import read_ahead
 from loaders.strategies.base import Piece, PieceReader, WeightLoader
-from loaders.strategies.caching import RANGE, CacheAhead
+from loaders.strategies.caching import MOST_THREADS, RANGE, CacheAhead
 from loaders.strategies.files import OpenFiles
 from loaders.strategies.tuning import Workers
 
 MB = 1_000_000
 WINDOW = 256 * MB  # bytes read ahead
 FEWEST = 2
-MOST_THREADS = 8  # on a local disk; each holds a range
 
 
 class ThreadedFiles(OpenFiles):
@@ -69,7 +68,7 @@ class MultiThreadWeightLoader(WeightLoader):
 
     @property
     def held_bytes(self) -> int:
-        return RANGE * (self.max_workers or MOST_THREADS)
+        return RANGE * min(self.max_workers or MOST_THREADS, MOST_THREADS)
 
     def _workers(self, root: Path, specs: Sequence[WeightSpec]) -> Workers:
         most = self.max_workers or backend("cpu").workers(self.name, local.medium(root))

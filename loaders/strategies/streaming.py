@@ -22,7 +22,7 @@ from loaders.specs import WeightSpec
 from loaders.storage import local
 from loaders.strategies.ahead import read_ahead
 from loaders.strategies.base import Piece, PieceReader, Source, WeightLoader
-from loaders.strategies.caching import RANGE, CacheAhead
+from loaders.strategies.caching import MOST_THREADS, RANGE, CacheAhead
 from loaders.strategies.files import OpenFiles
 from loaders.strategies.lazy import map_privately
 from loaders.strategies.tuning import Workers
@@ -43,7 +43,7 @@ class StreamedFiles(OpenFiles):
         self._budget = budget
         self._prefetch = prefetch
         self._workers = workers
-        window = max(0, budget - RANGE * workers.most)  # their own buffers count
+        window = max(0, budget - RANGE * min(MOST_THREADS, workers.most))  # their own buffers count
         self._cache = CacheAhead(self, specs, window, workers) if prefetch else None
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
@@ -114,14 +114,15 @@ class StreamingWeightLoader(WeightLoader):
 
     @property
     def held_bytes(self) -> int:
-        return self.budget if self.prefetch_count else 0
+        return min(self.budget, RANGE * MOST_THREADS) if self.prefetch_count else 0
 
     def order(self, specs: Sequence[WeightSpec]) -> list[WeightSpec]:
-        def rank(spec: WeightSpec) -> int:
-            found = (index for index, wanted in enumerate(self.priority_weights) if _names(wanted, spec.name))
-            return next(found, len(self.priority_weights))
+        return sorted(specs, key=lambda spec: self.priority(spec.name))
 
-        return sorted(specs, key=rank)
+    def priority(self, name: str) -> int:
+        """The place of the first of `priority_weights` that names it; the others come after all of them."""
+        found = (index for index, wanted in enumerate(self.priority_weights) if _names(wanted, name))
+        return next(found, len(self.priority_weights))
 
     def iterate_batches(
         self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
