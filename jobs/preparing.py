@@ -16,13 +16,14 @@ from jobs.planning import Plan, Target, TargetPlan, make_plan
 from jobs.publish import check_replaceable
 from jobs.quants import Bnb4Quant
 from jobs.spec import JobSpec
-from loaders.backends import kernels_of
+from jobs.strategies import reading
+from loaders.backends import best, kernels_of
 from loaders.checkpoint import OUR_REPORT, open_checkpoint
 from loaders.errors import BadSpec, StorageError
 from loaders.integrity import text_digest
 from loaders.layouts import Naming
 from loaders.storage.local import free_bytes
-from loaders.strategies import auto
+from loaders.strategies import WeightLoader
 
 TARGET = "target"  # a single job's
 SPARE_BYTES = 16 << 20  # for config, index, records
@@ -46,12 +47,14 @@ class Planned:
         return 0 if is_local(self.spec.cluster) else max((piece.size for piece in self.target.pieces), default=0)
 
     @cached_property
-    def strategy(self) -> tuple[str, str]:
+    def strategy(self) -> tuple[WeightLoader, str]:
         """The strategy to read with, and why."""
-        kind = self.spec.strategy.kind
-        if kind != "auto":
-            return kind, "as asked"
-        return auto.choose(self.plan.checkpoint.root, [tag.name for tag in self.plan.checkpoint.files])
+        return reading(self.spec.strategy, self.plan.checkpoint)
+
+    @cached_property
+    def backend(self) -> tuple[str, str]:
+        """Where encoders run, and why."""
+        return backend_of(self.spec)
 
 
 def plan_job(spec: JobSpec) -> Planned:
@@ -68,13 +71,28 @@ def plan_job(spec: JobSpec) -> Planned:
             f"model.path: missing; fetch {spec.model.hub_id} into a folder (hf download {spec.model.hub_id}"
             " --local-dir DIR) and give model.path=DIR: reading from the Hub is not built yet"
         )
-    kernels_of(spec.backend.kind)
-    checkpoint = open_checkpoint(spec.model.path, spec.source.container)
     target = target_of(spec)
+    kernels_of(backend_of(spec)[0])
+    checkpoint = open_checkpoint(spec.model.path, spec.source.container)
     plan = make_plan(checkpoint, [target], spec.source.unit_mb)
     made = plan.targets[TARGET]
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly)))
-    return Planned(spec, plan, Journal(output, key))
+    planned = Planned(spec, plan, Journal(output, key))
+    assert planned.strategy  # which may be refused
+    return planned
+
+
+def backend_of(spec: JobSpec) -> tuple[str, str]:
+    """The backend of a job, and why: of `auto`, this machine's fastest that the scheme runs on."""
+    kind = spec.backend.kind
+    if kind != "auto":
+        return kind, "as asked"
+    found, known = best(), spec.quant.scheme.backends
+    if found == "cpu":
+        return found, "this machine has no GPU that torch or mlx finds"
+    if found in known:
+        return found, "this machine has one"
+    return "cpu", f"quant={spec.quant.name} runs on {', '.join(known)}, not on this machine's {found}"
 
 
 def target_of(spec: JobSpec) -> Target:
@@ -83,7 +101,7 @@ def target_of(spec: JobSpec) -> Target:
     Raises:
         BadSpec: its scheme does not run on the backend.
     """
-    scheme, backend = spec.quant.scheme, spec.backend.kind
+    scheme, backend = spec.quant.scheme, backend_of(spec)[0]
     if backend not in scheme.backends:
         raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
@@ -161,7 +179,7 @@ def notes_of(planned: Planned) -> list[str]:
     """What will be used, and what it will need."""
     strategy, why = planned.strategy
     cluster = LocalCluster(planned.spec.cluster)
-    memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units)
+    memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
     free = free_bytes(planned.spec.output_path.parent)
     records = len(list(planned.journal.records.glob("*.json"))) if planned.journal.records.is_dir() else 0
     done = (
@@ -171,7 +189,8 @@ def notes_of(planned: Planned) -> list[str]:
     room = " TOO LITTLE" if need > free else ""
     return [
         *done,
-        f"read by {strategy}: {why}",
+        f"read by {strategy.name}: {why}",
+        *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
         f"memory: up to {report.size(memory)} a unit of {cluster.threads} threads;"
         f" disk: {report.size(need)} of {report.size(free)} free{room}",
     ]

@@ -19,14 +19,15 @@ from pathlib import Path
 from jobs.journal import Journal, Record, TensorRecord, Written
 from jobs.parts import Measured, PartFiles, TensorPart, Timer
 from jobs.planning import Placement, TargetId, Unit
-from loaders.backends import kernels_of
+from loaders.backends import leased_kernels
 from loaders.errors import StorageError, VerifyFailed
 from loaders.memory import PeakMemory
 from loaders.quantization.measure import measure
 from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
-from loaders.strategies import Reader, loader
+from loaders.strategies import Reader, WeightLoader
+from loaders.strategies.base import by_warmth, cached_share
 from loaders.views import encoded_view, ordered_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
@@ -71,7 +72,7 @@ class UnitTask:
     unit: Unit
     root: Path
     journals: Mapping[TargetId, tuple[Path, str]]  # (output, key)
-    strategy: str
+    strategy: WeightLoader
     backend: str
     threads: int
     gate: Gate
@@ -80,7 +81,12 @@ class UnitTask:
     @property
     def memory_bytes(self) -> int:
         """What running it holds at most, beyond the libraries."""
-        return self.unit.memory_bytes(self.threads)
+        return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that a cluster must set aside for it."""
+        return int(self.backend == "cuda")
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)
@@ -109,14 +115,16 @@ def run_unit(
         WeightmillError: the source cannot be read, or an output not be written.
     """
     unit, began = task.unit, time.perf_counter()
+    warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
     attempt, timer = uuid.uuid4().hex[:12], Timer()
     specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
     with (
         PeakMemory() as memory,
-        loader(task.strategy).open(task.root, specs) as reader,
+        task.strategy.open(task.root, specs) as reader,
+        leased_kernels(task.backend) as kernels,
         ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
     ):
-        work = ThreadedWork(kernels_of(task.backend), pool, stop)
+        work = ThreadedWork(kernels, pool, stop)
         runs = {target: TargetRun(task, target, attempt, timer) for target in task.journals}
         try:
             passes = UnitPass(task, reader, work, runs, timer, on_bytes)
@@ -129,9 +137,11 @@ def run_unit(
         finally:
             for run in runs.values():
                 run.abort()
+        spent = timer.seconds()
         load = LoadStats(
             files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
-            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **timer.seconds(),
+            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **warmth,
+            read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"], write_s=spent["write_s"],
         )  # fmt: skip
     records = {target: run.record(load) for target, run in runs.items() if not run.faults}
     return UnitReport(unit.id, records, {t: run.failure for t, run in runs.items() if run.faults}, load)
