@@ -130,7 +130,7 @@ class _Line:
         begun = [scale, self._first_low, self._misfit(scale, self._first_low), step, self._first_low]
 
         def improve(index: Value, *best: Value) -> list[Value]:
-            reach = lanes.op("fmul", b.sitofp(index, F32), np.float32(0.1))
+            reach = lanes.op("fmul", b.sitofp(index, F32), float(np.float32(0.1)))
             return self._try(lanes.op("fadd", lanes.op("fadd", reach, first), self._top), list(best))
 
         scale, low, _, step, start = lanes.fold(ir.Constant(number, 0), ir.Constant(number, tries), 1, begun, improve)
@@ -260,7 +260,7 @@ def search_q6(lanes: Lanes, x: Array, codes: Array, scales: Array) -> None:
 
     def improve(index: Value, *best: Value) -> list[Value]:
         """What is best is a scale, what is to be exceeded, and a step."""
-        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(index, F32), np.float32(0.1)), 32)
+        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(index, F32), float(np.float32(0.1))), 32)
         step = b.fdiv(lanes.splat(b.fneg(reach), LANES), top)
         sum_lx, sum_l2 = _fit_q6(lanes, x, step)
         exceeds = _less(lanes, b.fmul(best[1], sum_l2), b.fmul(sum_lx, sum_lx))
