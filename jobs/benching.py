@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs.benches import compressed_tensors, ggml, hqq, mlx
+from jobs.benches import compressed_tensors, ggml, hqq, loading, loading_report, mlx
 from jobs.benches.timing import Case, rotate
 from jobs.console import Said, note
-from jobs.execution import usable_cpus
+from jobs.spec import TrackingSpec
+from loaders.backends.machine import usable_cpus
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import safetensors, writer_of
 from loaders.errors import BadSpec, io_errors
@@ -170,6 +171,29 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+# --- loading
+
+
+def loaders(
+    path: str | None, gb: float, folder: str | None, names: Sequence[str], repeats: int, cold: bool, root: Path,
+    tracking: TrackingSpec,
+) -> Said:  # fmt: skip
+    """Every strategy on a checkpoint, with a plot beside the outputs and a tracked run for each.
+
+    Raises:
+        BadSpec: no weights there, or an unknown strategy.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix="weightmill-bench-") as work:
+        if path is None:
+            path = str(Path(work) / "random-llama")
+            note(f"making a random Llama of {gb:g} GB in {path}")
+            make_llama(Path(path), gb)
+        document = loading.measure(path, names, repeats, cold=cold)
+    plot = loading_report.draw(document, root / f"loaders-{Path(path).name}.png")
+    tracked = loading_report.track(document, tracking, root, plot)
+    return Said({**document, "plot": str(plot), "tracked": tracked}, loading_report.table(document, plot))
 
 
 # --- a whole job

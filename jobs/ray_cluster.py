@@ -18,8 +18,9 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.execution import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt, usable_cpus
+from jobs.execution import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt
 from jobs.spec import ClusterSpec
+from loaders.backends.machine import usable_cpus
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.network import check_reachable
 
@@ -203,6 +204,7 @@ class _Flights:
     def launch(self, task: Task[Any]) -> None:
         remote = self._remote.options(
             num_cpus=self._threads,
+            num_gpus=task.gpus,
             memory=_memory(task),
             name=task.unit.id,
             num_returns="streaming",

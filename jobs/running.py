@@ -16,21 +16,23 @@ from rich.text import Text
 from jobs import report
 from jobs.clusters import choose
 from jobs.console import FAILED, Said, note, show
-from jobs.execution import Cluster, UnitFailed
+from jobs.execution import Cluster, LocalCluster, UnitFailed
 from jobs.journal import Record
 from jobs.planning import Unit
 from jobs.plots import plots
 from jobs.preparing import TARGET, Planned, check_space, notes_of, plan_document, plan_job
 from jobs.progress import Meter
 from jobs.publish import complete, is_published, publish
-from jobs.spec import JobSpec
+from jobs.spec import ClusterSpec, JobSpec
 from jobs.tracking import Run, open_run
 from jobs.unit import Gate, UnitTask
+from loaders.backends import devices_of
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadSpec, StorageError, VerifyFailed
 from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
 from loaders.memory import PeakMemory
+from loaders.strategies import WeightLoader
 
 
 def run_job(spec: JobSpec) -> Said:
@@ -68,9 +70,11 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
     resumed = len(records)
     if resumed:
         note(f"{resumed} of {len(planned.plan.units)} units were done before; going on with the rest")
-    check_space(planned, sum(record.size for record in records.values()))
+    check_space(planned, planned.journal.taken_bytes)
     strategy, _ = planned.strategy
     with PeakMemory() as memory, _cluster(planned) as cluster:
+        if cluster.is_local and planned.target.shared is not None:
+            planned.journal.make_shared(planned.target.shared)
         fresh, retries = _execute(planned, cluster, strategy, records, run)
         where = cluster.description
     results = report.Results(tuple((records | fresh)[unit.id] for unit in planned.plan.units))
@@ -100,7 +104,8 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
             "units": len(planned.plan.units),
             "units_resumed": resumed,
             "retries": retries,
-            "strategy": strategy,
+            "strategy": strategy.name,
+            "backend": planned.backend[0],
             "cluster": where,
             "nodes": sorted({record.node for record in results.records}),
             "python": platform.python_version(),
@@ -118,7 +123,10 @@ def resume(planned: Planned) -> dict[str, Record]:
 
 @contextmanager
 def _cluster(planned: Planned) -> Iterator[Cluster]:
-    cluster, why = choose(planned.spec.cluster)
+    spec, (backend, _) = planned.spec.cluster, planned.backend
+    if backend == "cuda" and spec.units_at_once is None:
+        spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of(backend)))})
+    cluster, why = choose(spec)
     if why and planned.spec.cluster.kind == "auto" and not cluster.is_local:
         note(f"units run on {cluster.description}: {why}")
     try:
@@ -127,8 +135,13 @@ def _cluster(planned: Planned) -> Iterator[Cluster]:
         cluster.close()
 
 
+def units_for_gpus(spec: ClusterSpec, gpus: int) -> int:
+    """Units at once that keep every GPU of this machine at work: what the CPUs suggest, and at least two for each."""
+    return max(LocalCluster(spec).units_at_once, 2 * gpus)
+
+
 def _execute(
-    planned: Planned, cluster: Cluster, strategy: str, records: Mapping[str, Record], run: Run
+    planned: Planned, cluster: Cluster, strategy: WeightLoader, records: Mapping[str, Record], run: Run
 ) -> tuple[dict[str, Record], int]:
     """Run the units without a record; their records, and how many attempts were repeated.
 
@@ -136,7 +149,9 @@ def _execute(
         VerifyFailed: a tensor must not leave.
         StorageError: a unit could not be run.
     """
-    tasks = [_task(planned, cluster, strategy, unit) for unit in planned.plan.units if unit.id not in records]
+    units = [unit for unit in planned.plan.units if unit.id not in records]
+    units.sort(key=lambda unit: min(strategy.priority(spec.name) for r in unit.recipes for _, spec in r.stored))
+    tasks = [_task(planned, cluster, strategy, unit) for unit in units]
     cluster.check(tasks)
     fresh: dict[str, Record] = {}
     retries = 0
@@ -155,11 +170,12 @@ def _execute(
     return fresh, retries
 
 
-def _task(planned: Planned, cluster: Cluster, strategy: str, unit: Unit) -> UnitTask:
+def _task(planned: Planned, cluster: Cluster, strategy: WeightLoader, unit: Unit) -> UnitTask:
     spec = planned.spec
     gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
     journals = {TARGET: (planned.journal.output, planned.journal.key)}
-    return UnitTask(unit, planned.plan.checkpoint.root, journals, strategy, spec.backend.kind, cluster.threads, gate)
+    root, threads, is_local = planned.plan.checkpoint.root, cluster.threads, cluster.is_local
+    return UnitTask(unit, root, journals, strategy, planned.backend[0], threads, gate, in_place=is_local)
 
 
 def _pass_gate(planned: Planned, results: report.Results) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.quants import Quant, QuantSpec
+from jobs.strategies import StrategySpec
 from jobs.strict import FloatName, Format, Spec
 from loaders.families import ROLES
 from loaders.rules import Rule
@@ -127,16 +128,10 @@ class OutputSpec(Spec):
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
 
 
-class StrategySpec(Spec):
-    """conf/strategy: how source bytes are read."""
-
-    kind: Literal["auto", "lazy", "read"]
-
-
 class BackendSpec(Spec):
     """conf/backend: where encoders run."""
 
-    kind: Literal["cpu", "cuda", "mps"]
+    kind: Literal["auto", "cpu", "cuda", "mps", "mlx"]
 
 
 class ClusterSpec(Spec):

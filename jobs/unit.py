@@ -16,22 +16,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.journal import Journal, Record, TensorRecord
-from jobs.parts import Measured, PartFile, TensorPart, Timer
+from jobs.journal import Journal, Record, TensorRecord, Written
+from jobs.parts import Measured, PartFiles, TensorPart, Timer
 from jobs.planning import Placement, TargetId, Unit
-from loaders.backends import kernels_of
+from loaders.backends import leased_kernels
 from loaders.errors import StorageError, VerifyFailed
 from loaders.memory import PeakMemory
 from loaders.quantization.measure import measure
 from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
-from loaders.strategies import Reader, loader
+from loaders.strategies import Reader, WeightLoader
+from loaders.strategies.base import by_warmth, cached_share
 from loaders.views import encoded_view, ordered_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
-Finished = tuple[int, str, tuple[TensorRecord, ...]]  # a file's size, xxh3-128, tensors
+Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +72,21 @@ class UnitTask:
     unit: Unit
     root: Path
     journals: Mapping[TargetId, tuple[Path, str]]  # (output, key)
-    strategy: str
+    strategy: WeightLoader
     backend: str
     threads: int
     gate: Gate
+    in_place: bool = False  # pieces go into the file they are ranges of, which is there: for one process only
 
     @property
     def memory_bytes(self) -> int:
         """What running it holds at most, beyond the libraries."""
-        return self.unit.memory_bytes(self.threads)
+        return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that a cluster must set aside for it."""
+        return int(self.backend == "cuda")
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)
@@ -108,14 +115,16 @@ def run_unit(
         WeightmillError: the source cannot be read, or an output not be written.
     """
     unit, began = task.unit, time.perf_counter()
+    warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
     attempt, timer = uuid.uuid4().hex[:12], Timer()
     specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
     with (
         PeakMemory() as memory,
-        loader(task.strategy).open(task.root, specs) as reader,
+        task.strategy.open(task.root, specs) as reader,
+        leased_kernels(task.backend) as kernels,
         ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
     ):
-        work = ThreadedWork(kernels_of(task.backend), pool, stop)
+        work = ThreadedWork(kernels, pool, stop)
         runs = {target: TargetRun(task, target, attempt, timer) for target in task.journals}
         try:
             passes = UnitPass(task, reader, work, runs, timer, on_bytes)
@@ -128,16 +137,18 @@ def run_unit(
         finally:
             for run in runs.values():
                 run.abort()
+        spent = timer.seconds()
         load = LoadStats(
             files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
-            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **timer.seconds(),
+            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **warmth,
+            read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"], write_s=spent["write_s"],
         )  # fmt: skip
     records = {target: run.record(load) for target, run in runs.items() if not run.faults}
     return UnitReport(unit.id, records, {t: run.failure for t, run in runs.items() if run.faults}, load)
 
 
 class TargetRun:
-    """One target's share of a unit: its file, and what was found wrong."""
+    """One target's share of a unit: its files, and what was found wrong."""
 
     def __init__(self, task: UnitTask, target: TargetId, attempt: str, timer: Timer) -> None:
         path, key = task.journals[target]
@@ -154,13 +165,12 @@ class TargetRun:
         self.placements = {placement.recipe: placement for placement in output.placements}
         self.faults: list[tuple[float, str]] = []
         self._measured: dict[str, Measured] = {}
-        self._finished: Finished = (0, "", ())
+        self._finished: Finished = ((), ())
         name = f"{task.unit.id}.{attempt}"
-        self._file = PartFile(self._journal, name, output, timer) if output.file is not None else None
+        self._files = PartFiles(self._journal, name, output, timer, in_place=task.in_place)
 
     def begin(self, placement: Placement) -> TensorPart:
-        assert self._file is not None
-        return self._file.tensor(placement)
+        return self._files.tensor(placement)
 
     def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
         self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
@@ -169,11 +179,11 @@ class TargetRun:
             self.faults.append((error.relative_error, fault))
 
     def finish(self) -> None:
-        """Make the file whole, unless something is wrong with it."""
-        if self._file is None or self.faults:
+        """Make the files whole, unless something is wrong with them."""
+        if self.faults:
             return
         try:
-            self._finished = self._file.finish([self._measured[name] for name in self.placements])
+            self._finished = self._files.finish([self._measured[name] for name in self.placements])
         except VerifyFailed as error:
             self.faults.append((math.inf, str(error)))
 
@@ -185,18 +195,14 @@ class TargetRun:
 
     def record(self, load: LoadStats) -> Record:
         """Leave the record: the unit is done for this target."""
-        size, digest, tensors = self._finished
-        file = self._task.unit.outputs[self._target].file
-        record = Record(
-            self._task.unit.id, self._task.unit.key(self._target), None if file is None else file.name, size, digest,
-            tensors, load, socket.gethostname(), self._attempt,
-        )  # fmt: skip
+        written, tensors = self._finished
+        key = self._task.unit.key(self._target)
+        record = Record(self._task.unit.id, key, written, tensors, load, socket.gethostname(), self._attempt)
         self._journal.add(record)
         return record
 
     def abort(self) -> None:
-        if self._file is not None:
-            self._file.abort()
+        self._files.abort()
 
 
 class UnitPass:

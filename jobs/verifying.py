@@ -24,7 +24,8 @@ from jobs.preparing import TARGET, target_of
 from jobs.progress import Meter
 from jobs.publish import files_of_others
 from jobs.report import tensor_errors
-from jobs.spec import ClusterSpec, JobSpec, StrategySpec
+from jobs.spec import ClusterSpec, JobSpec
+from jobs.strategies import StrategySpec, reading
 from jobs.unit import SMALL, Gate
 from loaders.backends import kernels_of
 from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_json
@@ -33,7 +34,7 @@ from loaders.integrity import BLOCK, hash_file
 from loaders.quantization.measure import measure
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums
-from loaders.strategies import auto, loader
+from loaders.strategies import WeightLoader
 from loaders.views import StoredRoles, ordered_view, view_of
 from loaders.work import ThreadedWork
 
@@ -48,24 +49,25 @@ class VerifyTask:
     root: Path
     output: Path
     weights: Mapping[str, WeightSpec]  # of the output, by name
-    file: Mapping[str, Any] | None  # name, offset, bytes, xxh3
+    files: tuple[Mapping[str, Any], ...]  # name, offset, bytes, xxh3
     recorded: Mapping[str, Mapping[str, Any]]  # by tensor
-    strategy: str
+    strategy: WeightLoader
     threads: int
     gate: Gate
+    gpus: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        return self.unit.memory_bytes(self.threads)
+        return self.unit.memory_bytes(self.threads) + 2 * self.strategy.held_bytes
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
-        faults = [] if self.file is None else _file_faults(self)
+        faults = [fault for file in self.files for fault in _file_faults(self, file)]
         is_as_written = not faults
         recipes = {recipe.name: recipe for recipe in self.unit.recipes}
         sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
         with (
-            loader(self.strategy).open(self.root, sources) as source,
-            loader(self.strategy).open(self.output, list(self.weights.values())) as written,
+            self.strategy.open(self.root, sources) as source,
+            self.strategy.open(self.output, list(self.weights.values())) as written,
             ThreadPoolExecutor(self.threads) as pool,
         ):
             work = ThreadedWork(kernels_of("cpu"), pool, stop)
@@ -103,16 +105,15 @@ class VerifyReport:
     attempts: int = 1
 
 
-def _file_faults(task: VerifyTask) -> list[str]:
+def _file_faults(task: VerifyTask, row: Mapping[str, Any]) -> list[str]:
     """Tensors whose bytes are not those recorded, or the file as a whole."""
-    assert task.file is not None
-    path = task.output / task.file["name"]
-    if hash_file(path, start=task.file.get("offset", 0), size=task.file["bytes"]) == task.file["xxh3"]:
+    path = task.output / row["name"]
+    if hash_file(path, start=row.get("offset", 0), size=row["bytes"]) == row["xxh3"]:
         return []
     digests = {name: each["xxh3"] for row in task.recorded.values() for name, each in row["stored"].items()}
     faults = []
     with io_errors("reading", path), path.open("rb") as file:
-        for spec in task.weights.values():
+        for spec in (spec for spec in task.weights.values() if spec.file == row["name"]):
             file.seek(spec.offset)
             hasher = xxhash.xxh3_64()
             for at in range(0, spec.size, BLOCK):
@@ -137,9 +138,7 @@ def verify_output(output: Path, source: str | None, cluster_spec: ClusterSpec, s
     checked = 0
     if not faults:
         cluster, _ = choose(cluster_spec)
-        strategy: str = strategy_spec.kind
-        if strategy == "auto":
-            strategy, _ = auto.choose(plan.checkpoint.root, [tag.name for tag in plan.checkpoint.files])
+        strategy, _ = reading(strategy_spec, plan.checkpoint)
         tasks = _tasks(plan, written, report, spec, output, strategy, cluster.threads)
         try:
             cluster.check(tasks)
@@ -242,7 +241,13 @@ def _size_faults(root: Path, file: OutputFile) -> list[str]:
 
 
 def _tasks(
-    plan: Plan, written: Checkpoint, report: Mapping[str, Any], spec: JobSpec, output: Path, strategy: str, threads: int
+    plan: Plan,
+    written: Checkpoint,
+    report: Mapping[str, Any],
+    spec: JobSpec,
+    output: Path,
+    strategy: WeightLoader,
+    threads: int,
 ) -> list[VerifyTask]:
     weights = {spec.name: spec for spec in written.weights}
     files = _ranges(report)
@@ -258,7 +263,7 @@ def _tasks(
                 plan.checkpoint.root,
                 output,
                 {slot.name: _written(slot, weights) for slot in slots},
-                None if share.file is None else files[share.file.name],
+                tuple(files[file.name] for file in share.files),
                 {p.recipe: recorded[p.recipe] for p in share.placements},
                 strategy,
                 threads,

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from loaders.quantization.kernels import compare
+MOST = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """What reading and working took. Seconds of several threads add up; `wall_s` of units side by side does, too."""
+    """What reading and working took. Seconds of several threads add up; `wall_s` of units side by side does, too.
+
+    `warm_bytes` of the source were in the page cache when reading began, `cold_bytes` were not: by samples, where the
+    system tells; elsewhere both are 0.
+    """
 
     files: int = 0
     tensors: int = 0
@@ -24,6 +28,24 @@ class LoadStats:
     write_s: float = 0.0
     wall_s: float = 0.0
     peak_anonymous_bytes: int = 0  # beyond what the process held before
+    warm_bytes: int = 0
+    cold_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return self.wall_s
+
+    @property
+    def temperature(self) -> str:
+        """What the source was: "warm" (nine tenths in the page cache, or more), "cold" (a tenth or less), "mixed", or
+        "unknown".
+        """
+        known = self.warm_bytes + self.cold_bytes
+        if not known:
+            return "unknown"
+        share = self.warm_bytes / known
+        return "warm" if share >= MOST else "cold" if share <= 1 - MOST else "mixed"
 
     @property
     def throughput_gbps(self) -> float:
@@ -41,6 +63,14 @@ class LoadStats:
             self.write_s + other.write_s,
             self.wall_s + other.wall_s,
             max(self.peak_anonymous_bytes, other.peak_anonymous_bytes),
+            self.warm_bytes + other.warm_bytes,
+            self.cold_bytes + other.cold_bytes,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensors} tensors of {self.files} files, {self.bytes / 1e6:.1f} MB in {self.wall_s:.3g} s:"
+            f" {self.throughput_gbps:.3g} GB/s, {self.temperature}; peak {self.peak_anonymous_bytes / 1e6:.1f} MB"
         )
 
 
@@ -60,6 +90,8 @@ class ErrorSums:
     @staticmethod
     def of(numel: int, sums: np.ndarray) -> ErrorSums:
         """From the slots of kernels/compare.py."""
+        from loaders.quantization.kernels import compare  # whoever only loads needs no kernels
+
         return ErrorSums(
             numel,
             float(sums[compare.ERROR2]),

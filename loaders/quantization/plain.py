@@ -19,7 +19,7 @@ class Plain:
 
     kind: ClassVar[str] = "none"
     engine: ClassVar[str] = "plain"
-    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps")
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "mlx")
     dtype: str | None = None
 
     @property

@@ -15,6 +15,19 @@ import numpy as np
 from loaders.errors import io_errors
 
 NETWORK = ("nfs", "lustre", "ceph", "cifs", "smb", "gpfs", "beegfs", "glusterfs", "9p", "afs", "orangefs", "fuse.")
+OBJECT_FUSE = (
+    "s3fs",
+    "gcsfuse",
+    "goofys",
+    "geesefs",
+    "mountpoint-s3",
+    "rclone",
+    "blobfuse",
+    "juicefs",
+    "ossfs",
+    "hf-mount",
+)
+MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 CACHE_WINDOW = 16 << 20  # bytes looked at in three places of a file
 LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal")
 
@@ -57,6 +70,43 @@ def is_network(kind: str) -> bool:
     return kind.startswith(NETWORK) and kind not in LOCAL_FUSE
 
 
+def medium(path: Path) -> str:
+    """What a path lies on: "memory", "local", "rotational" (a turning disk), "network", "object" (a mounted store)."""
+    kind = filesystem(path)
+    if kind in MEMORY:
+        return "memory"
+    if kind.startswith("fuse") and kind.removeprefix("fuse.").startswith(OBJECT_FUSE):
+        return "object"
+    if is_network(kind):
+        return "network"
+    return "rotational" if _turns(path) else "local"
+
+
+def _turns(path: Path) -> bool:
+    """Whether the kernel says that the block device turns; virtual disks often say so, whatever they are."""
+    try:
+        device = path.stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        folder = Path(f"/sys/dev/block/{number}").resolve()
+        queue = next(f / "queue" for f in (folder, folder.parent) if (f / "queue" / "rotational").exists())
+        is_virtual = "virtio" in str(folder) or "/virtual/" in str(folder)
+        return (queue / "rotational").read_text().strip() == "1" and not is_virtual
+    except (OSError, StopIteration):
+        return False
+
+
+def drop_cached(path: Path) -> float | None:
+    """Ask the kernel to forget a file's pages; the share that stayed. None where the system does not tell.
+
+    Pages that were not written yet, or that another process maps, stay.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    with io_errors("dropping from the page cache", path), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached_share(path)
+
+
 def cached_share(path: Path) -> float | None:
     """The share of a file's pages that are in the page cache, by a window at its start, its middle and its end.
 
@@ -68,10 +118,10 @@ def cached_share(path: Path) -> float | None:
     window = min(size, CACHE_WINDOW)
     starts = {at // mmap.PAGESIZE * mmap.PAGESIZE for at in (0, (size - window) // 2, size - window)}
     shares = []
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
-        anchor = ctypes.c_char.from_buffer(view)  # a private map: only its address is used
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        anchor = np.frombuffer(view, np.uint8)  # only its address is used
         for start in starts:
-            shares.append(_resident(ctypes.addressof(anchor) + start, min(window, size - start)))
+            shares.append(_resident(anchor.ctypes.data + start, min(window, size - start)))
         del anchor
     known = [share for share in shares if share is not None]
     return sum(known) / len(known) if known else None

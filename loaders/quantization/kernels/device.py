@@ -25,7 +25,7 @@ class DeviceKernels:
 
     def __init__(self, device: str) -> None:
         is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        if not is_there[device]:
+        if not is_there[device.partition(":")[0]]:
             raise BadSpec(f"backend={device}: torch {torch.__version__} finds no such device here; use backend=cpu")
         self._device = torch.device(device)
 
