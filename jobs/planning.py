@@ -17,7 +17,8 @@ from jobs.spec import MB
 from jobs.warning import warnings
 from loaders.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
-from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
+from loaders.containers.packed import EXPERTS
+from loaders.decoding import METHOD_FILES, check_decodable, is_quantized, method_of
 from loaders.errors import BadSpec
 from loaders.integrity import text_digest
 from loaders.layouts import (
@@ -283,8 +284,10 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     """
     if checkpoint.container == "gguf":
         return _is_gguf_decoded(targets)
-    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in ("auto", "hf")]
+    layouts = ("auto", "hf", "packed") if method_of(checkpoint) == "mlx" else ("auto", "hf")  # MLX's words stay words
+    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in layouts]
     if len(copies) == len(targets) or not is_quantized(checkpoint):
+        _check_copies(checkpoint, copies)
         return False
     if copies:
         raise BadSpec(
@@ -293,6 +296,16 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
         )
     check_decodable(checkpoint)
     return True
+
+
+def _check_copies(checkpoint: Checkpoint, copies: Sequence[Target]) -> None:
+    """Raises BadSpec: quantized experts one by one are for packed checkpoints alone."""
+    is_apart = any(w.file.startswith(EXPERTS) and w.dtype.name == "U32" for w in checkpoint.weights)
+    if checkpoint.container == "packed" and is_apart and any(target.layout_name != "packed" for target in copies):
+        raise BadSpec(
+            "quant: quant=none copies words as they are stored, and no other engine reads quantized experts one by one;"
+            " give quant.dtype=bfloat16, a quant, or output=packed"
+        )
 
 
 def _is_gguf_decoded(targets: Sequence[Target]) -> bool:

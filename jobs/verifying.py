@@ -229,12 +229,14 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
 
 
 def _size_faults(root: Path, file: OutputFile) -> list[str]:
-    """Of a file whose first bytes the plan knows, whether they are there, and how long it is."""
-    if file.container != "gguf" or file.about is None:
+    """Of a file that the plan knows to the byte how long it is, and whether it begins as planned."""
+    if file.container != "packed" and (file.container != "gguf" or file.about is None):
         return []
-    path = root / file.name
+    path, head = root / file.name, file.about or b""
+    if not path.is_file():
+        return [f"{file.name}: missing from the output"]
     with io_errors("reading", path), path.open("rb") as opened:
-        is_there = opened.read(len(file.about)) == file.about
+        is_there = opened.read(len(head)) == head
     found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
     size = path.stat().st_size
     return found if size == file.size else [*found, f"{file.name}: expected {file.size} bytes, found {size}"]

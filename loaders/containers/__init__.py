@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loaders.containers import gguf, pytorch, pytorch_writing, safetensors
+from loaders.containers import gguf, packed, pytorch, pytorch_writing, safetensors
 from loaders.containers.base import Container
 from loaders.containers.writing import ShardWriter
 from loaders.specs import OutputFile
@@ -23,6 +23,16 @@ CONTAINERS = {
             single="model.safetensors",
             shard="model-{number:05d}-of-{count:05d}.safetensors",
             index="model.safetensors.index.json",
+        ),
+        Container(
+            "packed",
+            packed.read_specs,
+            packed.lay_out,
+            packed.place,
+            packed.frame,
+            single=f"{packed.WEIGHTS}.00001",
+            shard=packed.WEIGHTS + ".{number:05d}",
+            index="none",
         ),
         Container(
             "pytorch",
