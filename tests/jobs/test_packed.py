@@ -1,4 +1,4 @@
-"""Jobs that write and read packed checkpoints: exact plans, round trips, experts apart, what interrupts, what is refused."""
+"""Jobs that write and read packed checkpoints: exact plans, round trips, what interrupts them, what is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def moe(folder: Path, model_type: str = "qwen3_moe", dtype: str = "BF16", expert
         name = f"model.layers.{layer}.{module}"
         tensors[f"{name}.gate.weight"] = weights(rng.standard_normal((experts, 64)) * 0.1, dtype)
         for expert in range(experts):
-            for part, shape in zip(PARTS.get(model_type, PARTS["qwen3_moe"]), ((128, 64), (128, 64), (64, 128))):
+            for part, shape in zip(
+                PARTS.get(model_type, PARTS["qwen3_moe"]), ((128, 64), (128, 64), (64, 128)), strict=True
+            ):
                 values = rng.standard_normal(shape).astype(np.float32) * 0.05
                 tensors[f"{name}.experts.{expert}.{part}.weight"] = weights(values, dtype)
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -79,7 +81,7 @@ def test_plain_weights_come_back_byte_for_byte(kind: str, tmp_path: Path, weight
     assert (tmp_path / "packed" / "packed_experts" / "layer_01.bin").exists() == (kind != "dense")
 
 
-@pytest.mark.parametrize("quant", ["none", "mlx_int4", "mlx_int8"])
+@pytest.mark.parametrize("quant", ["none", "mlx_int8"])
 def test_the_plan_knows_every_file_to_the_byte(quant: str, model: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
     arguments = [f"model.path={model}", f"output.path={out}", f"quant={quant}", "output=packed", "source.unit_mb=0.02"]
@@ -128,21 +130,21 @@ def test_words_are_mlx_s_and_lie_where_the_engine_looks(model: Path, tmp_path: P
     assert not set(manifest["tensors"]) & {f"model.layers.{n}.mlp.switch_mlp.{p}" for n in range(2) for p in parts}
 
 
-@pytest.mark.parametrize("quant", ["mlx_int4", "mlx_int8"])
-def test_a_packed_checkpoint_decodes_as_mlx_s_does(quant: str, model: Path, tmp_path: Path, weightmill: Any) -> None:
+def test_a_packed_checkpoint_decodes_as_mlx_s_does(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    quant = "mlx_int4"  # with routers of 8 bits
     run(weightmill, model, tmp_path / "mlx", f"quant={quant}")
     run(weightmill, model, tmp_path / "packed", f"quant={quant}", "output=packed")
     for name in ("mlx", "packed"):
         run(weightmill, tmp_path / name, tmp_path / f"{name}-back", "quant=none", "quant.dtype=bfloat16")
     assert equal(read_safetensors(tmp_path / "mlx-back"), read_safetensors(tmp_path / "packed-back"))
     config = json.loads((tmp_path / "packed-back" / "config.json").read_text())
-    assert "quantization" not in config and "quantization_config" not in config
+    assert not {"quantization", "quantization_config"} & set(config)
     run(weightmill, tmp_path / "packed", tmp_path / "nf4", "quant=nf4")
     run(weightmill, tmp_path / "packed", tmp_path / "again", "quant=mlx_int8", "output=packed")
     assert weightmill("verify", f"output.path={tmp_path / 'nf4'}").status == 0
 
 
-@pytest.mark.parametrize("kind", ["dense", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("kind", ["dense", "mixtral"])
 def test_words_of_mlx_and_of_packed_are_copied_as_they_are(kind: str, tmp_path: Path, weightmill: Any) -> None:
     model = write_checkpoint(tmp_path / "model") if kind == "dense" else moe(tmp_path / "model", kind)
     run(weightmill, model, tmp_path / "direct", "quant=mlx_int4", "output=packed")
