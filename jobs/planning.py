@@ -7,7 +7,6 @@ checkpoint has the same units, and a sweep and a single job can resume each othe
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -162,8 +161,9 @@ class TargetPlan:
         for piece in pieces:
             slots += [replace(slot, offset=at + slot.offset) for slot in piece.slots]
             at += piece.size
+        tail = 0 if joined.tail is None else joined.tail.size
         whole = OutputFile(
-            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, about=joined.head or None
+            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, tail, about=joined.head or None
         )
         return (whole, *(file for file in self.files if file.within is None))
 
@@ -223,7 +223,8 @@ class Plan:
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
         """Those of them that the target's layout wants."""
         layout = target.target.layout
-        return layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        return tuple(name for name in wanted if name in self.aux)
 
     @property
     def parameters(self) -> int:
@@ -237,9 +238,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    is_one_file = any(target.layout.file is not None for target in targets)
     sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
-    groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
+    groups = cut_units(sources.recipes, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:

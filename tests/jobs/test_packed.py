@@ -277,7 +277,7 @@ def test_a_job_goes_on_where_it_was(
     assert snapshot(tmp_path / "out", [REPORT]) == snapshot(tmp_path / "undisturbed", [REPORT])
 
 
-@pytest.mark.parametrize("output", ["quant=gguf_q8_0", "output=packed"])
+@pytest.mark.parametrize("output", ["quant=gguf_q8_0", "quant=hqq4", "output=packed"])
 def test_killed_in_the_middle_the_output_is_the_same_and_nothing_is_twice_on_the_disk(
     output: str, tmp_path: Path, weightmill: Any
 ) -> None:
