@@ -41,7 +41,9 @@ class ModelSpec(Spec):
 class SourceSpec(Spec):
     """conf/source: how it is read and cut."""
 
-    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(description="which weight files to read")
+    container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
+        description="which weight files to read"
+    )
     unit_mb: float = Field(
         gt=0,
         description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
@@ -117,10 +119,10 @@ class OutputSpec(Spec):
 
     root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
     path: str | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf", "hqq", "mlx", "gguf"] = Field(
+    layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
         description="names and config of which consumer; auto: the scheme's engine"
     )
-    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(
+    container: Literal["auto", "safetensors", "pytorch", "gguf", "packed"] = Field(
         description="the kind of weight files; auto: the layout's usual one"
     )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
