@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from jobs.spec import MB
@@ -98,9 +99,9 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class UnitOutput:
-    """A unit's share of a target: one file, or none if all its tensors are dropped."""
+    """A unit's share of a target: its files or pieces of files, none if all its tensors are dropped."""
 
-    file: OutputFile | None
+    files: tuple[OutputFile, ...]
     placements: tuple[Placement, ...]
 
 
@@ -150,19 +151,30 @@ class TargetPlan:
 
     @property
     def finals(self) -> tuple[OutputFile, ...]:
-        """The output's weight files: those of the units, or the one that they are joined into."""
-        if self.assembly is None or self.assembly.joined is None:
+        """The output's weight files: those of the units, and the one that pieces are ranges of."""
+        pieces = self.pieces
+        if not pieces:
             return self.files
-        joined, at, slots = self.assembly.joined, 0, []
-        for file in self.files:
-            slots += [replace(slot, offset=at + slot.offset) for slot in file.slots]
-            at += file.data_bytes
-        return (OutputFile(joined.name, len(joined.head), at, tuple(slots), "gguf", about=joined.head),)
+        joined = None if self.assembly is None else self.assembly.joined
+        assert joined is not None
+        at, slots = 0, list[Slot]()
+        for piece in pieces:
+            slots += [replace(slot, offset=at + slot.offset) for slot in piece.slots]
+            at += piece.size
+        whole = OutputFile(
+            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, about=joined.head or None
+        )
+        return (whole, *(file for file in self.files if file.within is None))
 
     @property
-    def scratch_bytes(self) -> int:
-        """What pieces take beside the file that they are joined into."""
-        return sum(file.size for file in self.files if file.is_piece)
+    def pieces(self) -> tuple[OutputFile, ...]:
+        """Ranges of a file that several units write, in order."""
+        return tuple(file for file in self.files if file.within is not None)
+
+    @property
+    def shared(self) -> OutputFile | None:
+        """The file that the pieces are ranges of."""
+        return self.finals[0] if self.pieces else None
 
     @property
     def parameters(self) -> int:
@@ -235,15 +247,16 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         layout = target.layout
         placed = {p.recipe.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
-        planned, assembly = _files(target, checkpoint, shares), None
+        per_unit, assembly = _files(target, checkpoint, shares), None
+        counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
         if isinstance(layout, Assembling):
             assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
-            planned = assembly.files
+            planned = list(assembly.files)
         elif target.naming.split:
             raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
         left = iter(planned)
-        for index, share in enumerate(shares):
-            outputs[index][target.id] = _unit_output(share, next(left) if share else None)
+        for index, (share, count) in enumerate(zip(shares, counts, strict=True)):
+            outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
         config = layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
             target,
@@ -323,30 +336,35 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     return units
 
 
-def _files(target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]) -> Sequence[OutputFile]:
-    """A file for each unit that has something to write.
+def _files(
+    target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]
+) -> Sequence[tuple[OutputFile, ...]]:
+    """For each unit a file of what it writes, if anything, and those that its consumer wants apart.
 
     Raises:
         BadSpec: none has, or the container cannot hold what there is.
     """
-    full = [share for share in shares if share]
-    if not full:
-        raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
     layout, container = target.layout, target.container
-    return [
-        container.lay_out(
-            layout.file or container.file_name(number, len(full)),
-            [tensor for placed in share for tensor in placed.stored.values()],
-            layout.about(checkpoint, share),
-        )
-        for number, share in enumerate(full, 1)
-    ]
+    stored = [[tensor for placed in share for tensor in placed.stored.values()] for share in shares]
+    count = sum(any(tensor.place is None for tensor in tensors) for tensors in stored)
+    if not any(stored):
+        raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
+    number, files = 0, []
+    for share, tensors in zip(shares, stored, strict=True):
+        about, mine = layout.about(checkpoint, share), []
+        usual = [tensor for tensor in tensors if tensor.place is None]
+        if usual:
+            number += 1
+            mine.append(container.lay_out(layout.file or container.file_name(number, count), usual, about))
+        for name in dict.fromkeys(tensor.place[0] for tensor in tensors if tensor.place is not None):
+            apart = [tensor for tensor in tensors if tensor.place is not None and tensor.place[0] == name]
+            mine.append(container.lay_out(name, apart, about))
+        files.append(tuple(mine))
+    return files
 
 
-def _unit_output(share: Sequence[Placed], file: OutputFile | None) -> UnitOutput:
-    if file is None:
-        return UnitOutput(None, ())
-    places = {slot.name: slot for slot in file.slots}
+def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> UnitOutput:
+    places = {slot.name: slot for file in files for slot in file.slots}
     placements = tuple(
         Placement(
             placed.recipe.name,
@@ -359,7 +377,7 @@ def _unit_output(share: Sequence[Placed], file: OutputFile | None) -> UnitOutput
         )
         for placed in share
     )
-    return UnitOutput(file, placements)
+    return UnitOutput(files, placements)
 
 
 def _slot(place: Slot, tensor: StoredTensor) -> Slot:

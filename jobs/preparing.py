@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import report
+from jobs.clusters import is_local
 from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
 from jobs.planning import Plan, Target, TargetPlan, make_plan
@@ -39,6 +40,11 @@ class Planned:
     @property
     def target(self) -> TargetPlan:
         return self.plan.targets[TARGET]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the disk holds twice: of pieces that other processes make apart, one at a time."""
+        return 0 if is_local(self.spec.cluster) else max((piece.size for piece in self.target.pieces), default=0)
 
     @cached_property
     def strategy(self) -> tuple[WeightLoader, str]:
@@ -179,7 +185,7 @@ def notes_of(planned: Planned) -> list[str]:
     done = (
         [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
     )
-    need = planned.target.weight_bytes + planned.target.scratch_bytes
+    need = planned.target.weight_bytes + planned.scratch_bytes
     room = " TOO LITTLE" if need > free else ""
     return [
         *done,
@@ -194,7 +200,7 @@ def check_space(planned: Planned, done_bytes: int) -> None:
     """Raises StorageError when the output cannot fit."""
     target = planned.target
     aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
-    need = target.weight_bytes + target.scratch_bytes - done_bytes + aux + SPARE_BYTES
+    need = target.weight_bytes + planned.scratch_bytes - done_bytes + aux + SPARE_BYTES
     free = free_bytes(planned.spec.output_path.parent)
     if need > free:
         raise StorageError(

@@ -70,9 +70,11 @@ def _run(planned: Planned, run: Run) -> dict[str, Any]:
     resumed = len(records)
     if resumed:
         note(f"{resumed} of {len(planned.plan.units)} units were done before; going on with the rest")
-    check_space(planned, sum(record.size for record in records.values()))
+    check_space(planned, planned.journal.taken_bytes)
     strategy, _ = planned.strategy
     with PeakMemory() as memory, _cluster(planned) as cluster:
+        if cluster.is_local and planned.target.shared is not None:
+            planned.journal.make_shared(planned.target.shared)
         fresh, retries = _execute(planned, cluster, strategy, records, run)
         where = cluster.description
     results = report.Results(tuple((records | fresh)[unit.id] for unit in planned.plan.units))
@@ -172,7 +174,8 @@ def _task(planned: Planned, cluster: Cluster, strategy: WeightLoader, unit: Unit
     spec = planned.spec
     gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
     journals = {TARGET: (planned.journal.output, planned.journal.key)}
-    return UnitTask(unit, planned.plan.checkpoint.root, journals, strategy, planned.backend[0], cluster.threads, gate)
+    root, threads, is_local = planned.plan.checkpoint.root, cluster.threads, cluster.is_local
+    return UnitTask(unit, root, journals, strategy, planned.backend[0], threads, gate, in_place=is_local)
 
 
 def _pass_gate(planned: Planned, results: report.Results) -> None:

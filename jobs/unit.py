@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.journal import Journal, Record, TensorRecord
-from jobs.parts import Measured, PartFile, TensorPart, Timer
+from jobs.journal import Journal, Record, TensorRecord, Written
+from jobs.parts import Measured, PartFiles, TensorPart, Timer
 from jobs.planning import Placement, TargetId, Unit
 from loaders.backends import leased_kernels
 from loaders.errors import StorageError, VerifyFailed
@@ -32,7 +32,7 @@ from loaders.views import encoded_view, ordered_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
-Finished = tuple[int, str, tuple[TensorRecord, ...]]  # a file's size, xxh3-128, tensors
+Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class UnitTask:
     backend: str
     threads: int
     gate: Gate
+    in_place: bool = False  # pieces go into the file they are ranges of, which is there: for one process only
 
     @property
     def memory_bytes(self) -> int:
@@ -147,7 +148,7 @@ def run_unit(
 
 
 class TargetRun:
-    """One target's share of a unit: its file, and what was found wrong."""
+    """One target's share of a unit: its files, and what was found wrong."""
 
     def __init__(self, task: UnitTask, target: TargetId, attempt: str, timer: Timer) -> None:
         path, key = task.journals[target]
@@ -164,13 +165,12 @@ class TargetRun:
         self.placements = {placement.recipe: placement for placement in output.placements}
         self.faults: list[tuple[float, str]] = []
         self._measured: dict[str, Measured] = {}
-        self._finished: Finished = (0, "", ())
+        self._finished: Finished = ((), ())
         name = f"{task.unit.id}.{attempt}"
-        self._file = PartFile(self._journal, name, output, timer) if output.file is not None else None
+        self._files = PartFiles(self._journal, name, output, timer, in_place=task.in_place)
 
     def begin(self, placement: Placement) -> TensorPart:
-        assert self._file is not None
-        return self._file.tensor(placement)
+        return self._files.tensor(placement)
 
     def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
         self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
@@ -179,11 +179,11 @@ class TargetRun:
             self.faults.append((error.relative_error, fault))
 
     def finish(self) -> None:
-        """Make the file whole, unless something is wrong with it."""
-        if self._file is None or self.faults:
+        """Make the files whole, unless something is wrong with them."""
+        if self.faults:
             return
         try:
-            self._finished = self._file.finish([self._measured[name] for name in self.placements])
+            self._finished = self._files.finish([self._measured[name] for name in self.placements])
         except VerifyFailed as error:
             self.faults.append((math.inf, str(error)))
 
@@ -195,18 +195,14 @@ class TargetRun:
 
     def record(self, load: LoadStats) -> Record:
         """Leave the record: the unit is done for this target."""
-        size, digest, tensors = self._finished
-        file = self._task.unit.outputs[self._target].file
-        record = Record(
-            self._task.unit.id, self._task.unit.key(self._target), None if file is None else file.name, size, digest,
-            tensors, load, socket.gethostname(), self._attempt,
-        )  # fmt: skip
+        written, tensors = self._finished
+        key = self._task.unit.key(self._target)
+        record = Record(self._task.unit.id, key, written, tensors, load, socket.gethostname(), self._attempt)
         self._journal.add(record)
         return record
 
     def abort(self) -> None:
-        if self._file is not None:
-            self._file.abort()
+        self._files.abort()
 
 
 class UnitPass:

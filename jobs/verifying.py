@@ -49,7 +49,7 @@ class VerifyTask:
     root: Path
     output: Path
     weights: Mapping[str, WeightSpec]  # of the output, by name
-    file: Mapping[str, Any] | None  # name, offset, bytes, xxh3
+    files: tuple[Mapping[str, Any], ...]  # name, offset, bytes, xxh3
     recorded: Mapping[str, Mapping[str, Any]]  # by tensor
     strategy: WeightLoader
     threads: int
@@ -61,7 +61,7 @@ class VerifyTask:
         return self.unit.memory_bytes(self.threads) + 2 * self.strategy.held_bytes
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
-        faults = [] if self.file is None else _file_faults(self)
+        faults = [fault for file in self.files for fault in _file_faults(self, file)]
         is_as_written = not faults
         recipes = {recipe.name: recipe for recipe in self.unit.recipes}
         sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
@@ -105,16 +105,15 @@ class VerifyReport:
     attempts: int = 1
 
 
-def _file_faults(task: VerifyTask) -> list[str]:
+def _file_faults(task: VerifyTask, row: Mapping[str, Any]) -> list[str]:
     """Tensors whose bytes are not those recorded, or the file as a whole."""
-    assert task.file is not None
-    path = task.output / task.file["name"]
-    if hash_file(path, start=task.file.get("offset", 0), size=task.file["bytes"]) == task.file["xxh3"]:
+    path = task.output / row["name"]
+    if hash_file(path, start=row.get("offset", 0), size=row["bytes"]) == row["xxh3"]:
         return []
     digests = {name: each["xxh3"] for row in task.recorded.values() for name, each in row["stored"].items()}
     faults = []
     with io_errors("reading", path), path.open("rb") as file:
-        for spec in task.weights.values():
+        for spec in (spec for spec in task.weights.values() if spec.file == row["name"]):
             file.seek(spec.offset)
             hasher = xxhash.xxh3_64()
             for at in range(0, spec.size, BLOCK):
@@ -264,7 +263,7 @@ def _tasks(
                 plan.checkpoint.root,
                 output,
                 {slot.name: _written(slot, weights) for slot in slots},
-                None if share.file is None else files[share.file.name],
+                tuple(files[file.name] for file in share.files),
                 {p.recipe: recorded[p.recipe] for p in share.placements},
                 strategy,
                 threads,

@@ -194,13 +194,14 @@ class StoredTensor:
     """A tensor that an output will hold: the name its engine looks for, and what it is.
 
     Where the engine stacks several into one, `whole` is what it looks for under the name, and this one's bytes begin at
-    `offset` of it.
+    `offset` of it. `place` is for a tensor that its consumer looks for in a file of its own, at a byte of it.
     """
 
     name: str
     spec: StoredSpec
     whole: StoredSpec | None = None
     offset: int = 0
+    place: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ class OutputFile:
 
     `data_bytes` run from the first tensor to the end of the last, with what the container puts between them. `about` is
     what the file says beside its tensors, where its container has a place for that. A piece is no file of the output
-    yet: pieces are joined when all are done.
+    but a range of one: `within` names that file, and says where in it the piece begins.
     """
 
     name: str
@@ -239,7 +240,7 @@ class OutputFile:
     container: str
     tail_bytes: int = 0
     about: Any = None
-    is_piece: bool = False
+    within: tuple[str, int] | None = None
 
     @property
     def size(self) -> int:

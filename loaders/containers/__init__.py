@@ -49,6 +49,6 @@ CONTAINERS = {
 READERS = {name: container.read_specs for name, container in CONTAINERS.items()}
 
 
-def writer_of(path: Path, file: OutputFile) -> ShardWriter:
-    """Begin a planned file at a path."""
-    return ShardWriter(path, file, CONTAINERS[file.container])
+def writer_of(path: Path, file: OutputFile, start: int | None = None) -> ShardWriter:
+    """Begin a planned file at a path, or a piece in the file there, at a byte of it."""
+    return ShardWriter(path, file, CONTAINERS[file.container], start)

@@ -62,16 +62,15 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The one file that the units' pieces become: its name, its first bytes, and the names of the pieces in order."""
+    """The one file that the units' pieces are ranges of: its name, and the bytes before the first of them."""
 
     name: str
     head: bytes
-    pieces: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """What the units' files are once their layout has seen them all, and what is made of them at the end."""
+    """What the units' files are once their layout has seen them all, in the same order, and what comes to them."""
 
     files: tuple[OutputFile, ...]
     made: Mapping[str, bytes]

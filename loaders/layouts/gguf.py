@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from loaders.architectures import Architecture, GgufName, architecture_of, experts_of
@@ -88,13 +89,14 @@ class GgufLayout:
             )
             first = gguf.header(metadata | gguf.split_metadata(0, count, tensors), [])
             return Assembly(whole, {names[0]: first}, None)
-        pieces, places, at = [], [], 0
-        for number, file in enumerate(files, 1):
-            pieces.append(replace(file, name=f"{stem}.gguf.{number:05d}", is_piece=True))
-            places += [(slot, at + slot.offset) for slot in file.slots]
-            at += file.data_bytes
-        joined = Joined(f"{stem}.gguf", gguf.header(metadata, places), tuple(piece.name for piece in pieces))
-        return Assembly(tuple(pieces), {}, joined)
+        starts = list(accumulate((file.data_bytes for file in files), initial=0))
+        places = [(slot, at + slot.offset) for at, file in zip(starts, files, strict=False) for slot in file.slots]
+        joined = Joined(f"{stem}.gguf", gguf.header(metadata, places))
+        pieces = tuple(
+            replace(file, name=f"{joined.name}.{number:05d}", within=(joined.name, len(joined.head) + at))
+            for number, (at, file) in enumerate(zip(starts, files, strict=False), 1)
+        )
+        return Assembly(pieces, {}, joined)
 
 
 def _as_it_is(decision: Decision) -> Placed:

@@ -16,6 +16,7 @@ from loaders.containers.pickling import Ref
 from loaders.errors import BadSpec
 from loaders.families import load_dtype
 from loaders.layouts.base import Placed
+from loaders.layouts.hf import plain_config
 from loaders.quantization.hqq import PACKING, Hqq
 from loaders.recipes import stored_name
 from loaders.rules import Decision
@@ -84,7 +85,7 @@ class HqqLayout:
     def config(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
     ) -> dict[str, Any] | None:
-        return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"} or None
+        return plain_config(checkpoint.config) or None
 
     def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         return None

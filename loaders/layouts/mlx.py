@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.layouts.base import Placed
+from loaders.layouts.hf import plain_config
 from loaders.mlx_models import MODELS, MlxModel, convert_dtype, fault, model_of, num_experts, stack_of, translate_config
 from loaders.quantization.mlx import BIASES, SCALES, MlxAffine
 from loaders.quantization.mlx_float import MlxFloat
@@ -62,9 +63,7 @@ class MlxLayout:
     ) -> dict[str, Any] | None:
         model = _known_model(checkpoint)
         is_tied = not any(d.recipe.role == "head" and d.action != "drop" for d in decisions)
-        made = translate_config(model, checkpoint.config, is_tied=is_tied)
-        made.pop("quantization_config", None)
-        made.pop("quantization", None)
+        made = translate_config(model, plain_config(checkpoint.config), is_tied=is_tied)
         quantized = [d for d in decisions if d.action == "quantize"]
         if quantized:
             made["quantization"] = made["quantization_config"] = quantization(quantized, model)

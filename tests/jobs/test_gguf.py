@@ -106,12 +106,12 @@ def test_a_piece_that_changes_before_the_join_fails_the_run(
 ) -> None:
     honest = jobs.publish.join
 
-    def flipping(joined: Any, journal: Any, records: Any) -> Any:
-        path = journal.pieces / joined.pieces[0]
+    def flipping(joined: Any, pieces: Any, journal: Any, records: Any) -> Any:
+        path, start = journal.find(pieces[0])
         data = bytearray(path.read_bytes())
-        data[100] ^= 1
+        data[start + 100] ^= 1
         path.write_bytes(data)
-        return honest(joined, journal, records)
+        return honest(joined, pieces, journal, records)
 
     monkeypatch.setattr(jobs.publish, "join", flipping)
     ran = weightmill("run", *arguments(model, tmp_path / "out"))

@@ -134,6 +134,7 @@ CASES: dict[str, tuple[Any, Any, str, bool]] = {
     "llama tied fp16 nf4": (lambda: causal("Llama", tie_word_embeddings=True), torch.float16, "nf4", False),
     "llama untied fp32 fp4": (lambda: causal("Llama"), torch.float32, "fp4", False),
     "llama tied bf16 nf4 double": (lambda: causal("Llama", tie_word_embeddings=True), torch.bfloat16, "nf4", True),
+    "llama tied bf16 fp4": (lambda: causal("Llama", tie_word_embeddings=True), torch.bfloat16, "fp4", False),
     "mistral fp16 fp4": (lambda: causal("Mistral"), torch.float16, "fp4", False),
     "qwen2 tied bf16": (lambda: causal("Qwen2", tie_word_embeddings=True), torch.bfloat16, "nf4", False),
     "qwen3 bf16": (lambda: causal("Qwen3", head_dim=32), torch.bfloat16, "nf4", False),
@@ -150,6 +151,9 @@ CASES: dict[str, tuple[Any, Any, str, bool]] = {
     "gemma 3 tied bf16": (gemma, torch.bfloat16, "nf4", False),
     "qwen3 moe bf16": (lambda: causal("Qwen3Moe", **MOE), torch.bfloat16, "nf4", False),
     "bert fp32": (bert, torch.float32, "nf4", False),
+    "odd sizes fp16 fp4": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
+                                          num_key_value_heads=5), torch.float16, "fp4", False),
+    "qwen3 moe fp32 fp4": (lambda: causal("Qwen3Moe", **MOE), torch.float32, "fp4", False),
     "odd sizes bf16": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
                                       num_key_value_heads=5), torch.bfloat16, "nf4", False),
 }  # fmt: skip

@@ -30,10 +30,11 @@ llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.engine
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
+RUN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "TQ2_0", "F16", "BF16")  # those with a preset
 IDS = [0, 17, 400, 33, 5, 902, 77, 250, 13]
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "TQ2_0": 37, "Q2_K": 10, "Q3_K_M": 12,
               "Q5_0": 8, "Q4_1": 3, "Q5_1": 9, "Q4_K_S": 14, "Q3_K_L": 13, "Q5_K_S": 16, "TQ1_0": 36, "MXFP4_MOE": 38,
-              "F16": 1}  # fmt: skip
+              "F16": 1, "BF16": 32}  # fmt: skip
 
 
 # --- ggml's own quantizers
@@ -193,7 +194,7 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.85
 
 
-@pytest.mark.parametrize("model", ["llama untied", "llama tied"])
+@pytest.mark.parametrize("model", ["llama untied", "llama tied", "llama odd", "qwen3 moe"])
 def test_llama_cpp_runs_bitnets_rounding(model: str, sources: Any, weightmill: Any, tmp_path: Path) -> None:
     file = made(weightmill, sources(model), tmp_path / "out", "quant=ternary_aggressive")
     ran = weightmill(
@@ -210,13 +211,14 @@ def test_llama_cpp_runs_bitnets_rounding(model: str, sources: Any, weightmill: A
 
 
 CASES = [
-    *(("llama untied", t) for t in ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "F16", "Q2_K", "Q3_K_M",
-                                    "Q3_K_L", "Q4_K_S", "Q5_K_S", "TQ1_0", "Q4_1", "Q5_0", "Q5_1")),
-    *(("llama odd", t) for t in ("Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "Q3_K_M")),
+    *(("llama untied", t) for t in ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "F16", "BF16", "Q2_K",
+                                    "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q5_K_S", "TQ1_0", "Q4_1", "Q5_0", "Q5_1")),
+    *(("llama odd", t) for t in ("Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "Q3_K_M", "Q4_0", "F16", "BF16")),
     *(("mixtral", t) for t in ("Q4_K_M", "Q5_K_M", "Q3_K_M", "Q2_K", "Q8_0")),
-    *(("qwen3 moe", t) for t in ("Q4_K_M", "Q6_K", "MXFP4_MOE")),
+    *(("qwen3 moe", t) for t in ("Q4_K_M", "Q6_K", "MXFP4_MOE", "Q4_0", "TQ2_0", "F16", "BF16")),
     *((m, "Q4_K_M") for m in ("llama tied", "llama 3 rope", "qwen2 tied", "qwen3", "mistral", "demo")),
-    ("llama tied", "TQ2_0"), ("llama tied", "Q4_0"), ("qwen2 tied", "Q8_0"), ("demo", "Q8_0"),
+    *(("llama tied", t) for t in ("TQ2_0", "Q4_0", "Q5_K_M", "Q6_K", "F16", "BF16")), ("qwen2 tied", "Q8_0"),
+    ("demo", "Q8_0"),
 ]  # fmt: skip
 
 
@@ -233,7 +235,7 @@ def test_a_model_is_quantized_as_llama_cpp_quantizes_it(
     assert {n: t[:2] for n, t in one.items()} == {n: t[:2] for n, t in other.items()}
     assert [name for name in one if one[name] != other[name]] == []
     assert metadata_of(ours) == metadata_of(theirs)
-    if file_type in ("Q4_K_M", "Q8_0"):
+    if file_type in RUN:
         assert np.array_equal(logits(ours), logits(theirs))
     # and from the GGUF, as it does
     again = made(weightmill, base.parent, tmp_path / "again", "quant=gguf_q8_0", f"quant.file_type={file_type}")

@@ -41,8 +41,7 @@ def _code_step(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> N
 def _code_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
     if x.holds == types.uint16:
         even, odd = (
-            narrow.quick_e4m3(lanes, narrow.quick(lanes, values, inverse))
-            for values in narrow.pairs(lanes, x, at, STEP)
+            narrow.quick_e4m3(lanes, narrow.quick(lanes, values, inverse)) for values in lanes.pairs(x, at, STEP)
         )
         narrow.store_byte_pairs(lanes, even, odd, out, at)
 

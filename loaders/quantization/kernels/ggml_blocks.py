@@ -22,6 +22,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from loaders.quantization.kernels import narrow
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 
 N = 32  # weights in a block
@@ -133,33 +134,32 @@ def _place(lanes: Lanes, value: Value, out: Array, at: Value, offset: int) -> No
     lanes.b.store(value, out.pointer(lanes.op("add", at, offset), value.type), align=1)
 
 
-def _half_block(lanes: Lanes, x: Array, at: Value, part: int) -> Value:
-    return lanes.floats(x, lanes.op("add", at, 16 * part), 16)
-
-
 @vector(types.void)
 def _write_q8_0(lanes: Lanes, x: Array, at: Value, inverse: Value, half: Value, out: Array, to: Value) -> None:
-    parts, wide = [], ir.VectorType(I32, 16)
-    for part in range(2):
-        v = lanes.b.fmul(_half_block(lanes, x, at, part), lanes.splat(inverse, 16))
+    codes, wide = [], ir.VectorType(I32, N // 2)
+    for values in lanes.pairs(x, at, N):
+        v = lanes.b.fmul(values, lanes.splat(inverse, N // 2))
         # roundf: half away from zero, as the sum with the last float below 0.5, cut to an integer
         nudge = lanes.op("or_", lanes.op("and_", lanes.b.bitcast(v, wide), -0x80000000), ROUND_AWAY)
-        codes = lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, v.type)), wide)
-        parts.append(lanes.b.trunc(codes, ir.VectorType(I8, 16)))
+        codes.append(lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, v.type)), wide))
     _place(lanes, half, out, to, 0)
-    _place(lanes, lanes.join(parts), out, to, 2)
+    narrow.store_byte_pairs(lanes, codes[0], codes[1], out, lanes.op("add", to, 2))
 
 
 def _codes(
     lanes: Lanes, x: Array, at: Value, low: Value | None, inverse: Value, offset: Value, top: int
 ) -> list[Value]:
-    """The block's two halves as int32 codes: min(top, int(x * inverse + offset))."""
-    found, wide = [], ir.VectorType(I32, 16)
-    for part in range(2):
-        v = _half_block(lanes, x, at, part)
-        v = v if low is None else lanes.b.fsub(v, lanes.splat(low, 16))
-        v = lanes.b.fadd(lanes.b.fmul(v, lanes.splat(inverse, 16)), lanes.splat(offset, 16))
-        codes, limit = lanes.b.fptosi(v, wide), lanes.const(wide, top)
+    """The block's two halves as int16 codes: min(top, int(x * inverse + offset))."""
+    found, count = [], N // 4
+    for half in range(2):
+        pair = []
+        for v in lanes.pairs(x, lanes.op("add", at, half * N // 2), N // 2):
+            v = v if low is None else lanes.b.fsub(v, lanes.splat(low, count))
+            v = lanes.b.fadd(lanes.b.fmul(v, lanes.splat(inverse, count)), lanes.splat(offset, count))
+            pair.append(lanes.b.fptosi(v, ir.VectorType(I32, count)))
+        both = lanes.b.or_(lanes.op("and_", pair[0], 0xFFFF), lanes.op("shl", pair[1], 16))
+        codes = lanes.b.bitcast(both, ir.VectorType(I16, N // 2))
+        limit = lanes.const(codes.type, top)
         found.append(lanes.b.select(lanes.b.icmp_signed("<", codes, limit), codes, limit))
     return found
 
@@ -167,7 +167,7 @@ def _codes(
 def _nibbles(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
     low, high = (lanes.op("and_", half, 15) for half in codes)
     both = lanes.b.or_(low, lanes.op("shl", high, 4))
-    _place(lanes, lanes.b.trunc(both, ir.VectorType(I8, 16)), out, to, offset)
+    _place(lanes, lanes.b.trunc(both, ir.VectorType(I8, N // 2)), out, to, offset)
 
 
 def _fifth_bits(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
@@ -237,7 +237,7 @@ def _write_mxfp4(lanes: Lanes, x: Array, at: Value, scale: Value, exponent: Valu
     """Each weight takes the value that lies nearest in float32, of equals the first."""
     codes, wide = [], ir.VectorType(I32, 16)
     for part in range(2):
-        v = _half_block(lanes, x, at, part)
+        v = lanes.floats(x, lanes.op("add", at, 16 * part), 16)
         best, code = None, lanes.const(wide, 0)
         for index, value in enumerate(E2M1):
             product = lanes.b.fmul(lanes.const(v.type, value), lanes.splat(scale, 16))

@@ -55,7 +55,7 @@ def _pack_4_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Arr
     if x.holds == types.uint16:
         codes = [
             narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -8, 7, 8)
-            for values in narrow.pairs(lanes, x, at, STEP)
+            for values in lanes.pairs(x, at, STEP)
         ]
         narrow.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
 
@@ -64,7 +64,7 @@ def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out:
     if x.holds == types.uint16:
         codes = [
             narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -128, 127, shift)
-            for values in narrow.pairs(lanes, x, at, STEP)
+            for values in lanes.pairs(x, at, STEP)
         ]
         narrow.store_byte_pairs(lanes, codes[0], codes[1], out, at)
 
@@ -83,7 +83,7 @@ def _plain_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array
 def _pack_zero_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, zero: Value, packed: Array) -> None:
     if x.holds == types.uint16:
         codes = []
-        for values in narrow.pairs(lanes, x, at, STEP):
+        for values in lanes.pairs(x, at, STEP):
             quotients = narrow.quick(lanes, values, inverse)
             shifted = narrow.like(lanes, x, lanes.b.fadd(quotients, lanes.splat(zero, STEP // 2)))
             codes.append(narrow.quick_integers(lanes, shifted, -8, 7, 8))
