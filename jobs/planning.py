@@ -19,6 +19,7 @@ from loaders.containers import CONTAINERS, Container
 from loaders.containers.packed import EXPERTS
 from loaders.decoding import METHOD_FILES, check_decodable, is_quantized, method_of
 from loaders.errors import BadSpec
+from loaders.expansion import expand_checkpoint, expand_sources
 from loaders.integrity import text_digest
 from loaders.layouts import (
     BY_ENGINE,
@@ -58,6 +59,7 @@ class Target:
     layout_name: str = "auto"
     container_name: str = "auto"
     naming: Naming = NAMELESS
+    new_blocks: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -239,6 +241,10 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
     sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
+    new_blocks = new_blocks_of(targets)
+    if new_blocks:
+        sources = expand_sources(checkpoint, sources, new_blocks)
+        checkpoint = expand_checkpoint(checkpoint, new_blocks)
     groups = cut_units(sources.recipes, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
@@ -274,6 +280,18 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         for index, (group, output) in enumerate(zip(groups, outputs, strict=True), 1)
     )
     return Plan(checkpoint, sources, units, plans)
+
+
+def new_blocks_of(targets: Sequence[Target]) -> int:
+    """How many blocks all targets want to have more.
+
+    Raises:
+        BadSpec: they differ in it, and so have other tensors.
+    """
+    wanted = {target.new_blocks for target in targets}
+    if len(wanted) > 1:
+        raise BadSpec("transform: outputs with other numbers of blocks are different work: run them apart")
+    return next(iter(wanted), 0)
 
 
 def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:

@@ -50,6 +50,21 @@ class SourceSpec(Spec):
     )
 
 
+class TransformSpec(Spec):
+    """conf/transform: how the model itself changes on the way."""
+
+    kind: Literal["none", "block_expansion"] = "none"
+    num_blocks: int | None = Field(
+        default=None, ge=1, description="block_expansion: new decoder blocks, a divisor of those there are"
+    )
+
+    @model_validator(mode="after")
+    def _blocks_belong_to_expansion(self) -> TransformSpec:
+        if (self.kind == "block_expansion") != (self.num_blocks is not None):
+            raise ValueError("num_blocks belongs to block_expansion, which needs it")
+        return self
+
+
 class RuleSpec(Spec):
     """One of `rules`: all conditions given must hold; the first rule that matches a tensor decides."""
 
@@ -177,6 +192,7 @@ class JobSpec(Spec):
 
     model: ModelSpec
     source: SourceSpec
+    transform: TransformSpec = Field(default=TransformSpec())
     quant: QuantSpec
     rules: tuple[RuleSpec, ...] = Field(description="what becomes of which tensors, before the engine's own rules")
     output: OutputSpec
@@ -210,7 +226,8 @@ class JobSpec(Spec):
     def output_path(self) -> Path:
         if self.output.path is not None:
             return Path(self.output.path)
-        return Path(self.output.root) / f"{self.model_name}-{self.quant.name}{self.output.suffix}"
+        grown = f"-plus{self.transform.num_blocks}" if self.transform.num_blocks else ""
+        return Path(self.output.root) / f"{self.model_name}{grown}-{self.quant.name}{self.output.suffix}"
 
     @property
     def own_rules(self) -> tuple[Rule, ...]:
