@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from jobs.spec import MB
@@ -320,13 +320,14 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
 
 
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
-    """Runs of whole blocks of at most `unit_bytes` of source, or one block. Recipes come sorted by block."""
-    blocks: dict[str, list[Recipe]] = {}
-    for recipe in recipes:
-        blocks.setdefault(recipe.block, []).append(recipe)
+    """Runs of whole blocks of at most `unit_bytes` of source, or one block.
+
+    Recipes come sorted by block, or in the order of a GGUF, whose tensors need no partners.
+    """
     units: list[list[Recipe]] = []
     size = 0
-    for block in blocks.values():
+    for _, run in groupby(recipes, key=lambda recipe: recipe.block):
+        block = list(run)
         block_bytes = sum(recipe.source_bytes for recipe in block)
         if not units or size + block_bytes > unit_bytes:
             units.append([])
