@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -30,6 +30,8 @@ from loaders.layouts import (
     Naming,
     Placed,
 )
+from loaders.layouts.gguf import GgufLayout
+from loaders.layouts.gguf_tokenizer_files import tokenizer_files
 from loaders.layouts.hf import HfLayout
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
@@ -148,6 +150,7 @@ class TargetPlan:
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
     assembly: Assembly | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)  # aux files that come from the source's metadata
 
     @property
     def finals(self) -> tuple[OutputFile, ...]:
@@ -266,6 +269,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             config,
             (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
+            {} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(

@@ -177,3 +177,52 @@ def test_what_llama_cpp_would_cut_otherwise_is_refused(
     assert "it has 430 tokens, but the embedding has 420 rows" in " ".join(weightmill(*arguments).err.split())
     (folder / "tokenizer.model").write_bytes(trained()[:-7])
     assert "not a model of SentencePiece, or damaged" in " ".join(weightmill(*arguments).err.split())
+
+
+def to_gguf_and_back(weightmill: Any, source: Path, tmp_path: Path) -> Path:
+    """To GGUF and back to a checkpoint of transformers."""
+    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'gguf'}", "quant=gguf_bf16")
+    assert ran.status == 0, ran.err
+    arguments = [f"model.path={tmp_path / 'gguf'}", f"output.path={tmp_path / 'back'}", "quant=none"]
+    ran = weightmill("run", *arguments, "quant.dtype=bfloat16", "format=json")
+    assert ran.status == 0, ran.err
+    assert ran.document["lint"] == []
+    return tmp_path / "back"
+
+
+@pytest.mark.parametrize("kind", ["prepend", "both", "demo"])
+def test_a_tokenizer_comes_back_from_a_gguf(
+    kind: str, sources: dict[str, Path], weightmill: Any, tmp_path: Path
+) -> None:
+    source = ROOT / "jobs" / "demo" if kind == "demo" else sources[kind]
+    folder = to_gguf_and_back(weightmill, source, tmp_path)
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (folder, source))
+    [file] = (tmp_path / "gguf").glob("*.gguf")
+    peer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if kind == "prepend":
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
+    for text in (*TEXTS, "<|eos|> of"):
+        found = ours(text).input_ids
+        assert ours.decode(found) == theirs.decode(found)
+        if kind == "both" and (text.startswith(" ") or "<" in text):
+            continue  # where LlamaTokenizer and SentencePiece differ
+        assert found == theirs(text).input_ids, text
+        if kind != "prepend" and "<" not in text:
+            assert found == peer(text).input_ids, text
+    assert (ours.bos_token, ours.eos_token) == (peer.bos_token, peer.eos_token)
+    # and again
+    ran = weightmill("run", f"model.path={folder}", f"output.path={tmp_path / 'again'}", "quant=gguf_bf16")
+    assert ran.status == 0, ran.err
+    [again] = (tmp_path / "again").glob("*.gguf")
+    one, other = metadata_of(again), metadata_of(file)
+    rounded = {"tokenizer.ggml.scores", "tokenizer.ggml.token_type"}  # of added tokens they may differ
+    told = {key for key in one if key.startswith("tokenizer.") and key not in rounded}
+    assert {key: one[key] for key in told} == {key: other[key] for key in told}
+    if kind != "demo":
+        assert normal_scores(one) == normal_scores(other)
+
+
+def normal_scores(metadata: dict[str, Any]) -> list[float]:
+    """Of the tokens that merges make."""
+    scores, types = metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]
+    return [score for score, kind in zip(scores, types, strict=True) if kind == 1]
