@@ -18,6 +18,7 @@ from jobs.publish import complete
 from jobs.spec import JobSpec
 from jobs.unit import Gate, UnitTask
 from loaders.checkpoint import open_checkpoint
+from loaders.strategies.lazy import LazyLoader
 
 
 @cache
@@ -62,7 +63,7 @@ def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) ->
             held.enter_context(journal.hold({}))
         gate = Gate(allow_nonfinite=False)
         reports = [
-            UnitTask(unit, planned.checkpoint.root, places, "lazy", "cpu", 1, gate).run(
+            UnitTask(unit, planned.checkpoint.root, places, LazyLoader(), "cpu", 1, gate).run(
                 lambda _: None, threading.Event()
             )
             for unit in planned.units
