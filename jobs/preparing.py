@@ -76,7 +76,7 @@ def plan_job(spec: JobSpec) -> Planned:
     checkpoint = open_checkpoint(spec.model.path, spec.source.container)
     plan = make_plan(checkpoint, [target], spec.source.unit_mb)
     made = plan.targets[TARGET]
-    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly)))
+    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
     assert planned.strategy  # which may be refused
     return planned
