@@ -12,11 +12,12 @@ from jobs import report
 from jobs.clusters import is_local
 from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
-from jobs.planning import Plan, Target, TargetPlan, make_plan
+from jobs.planning import Plan, TargetPlan, make_plan
 from jobs.publish import check_replaceable
 from jobs.quants import Bnb4Quant
 from jobs.spec import JobSpec
 from jobs.strategies import reading
+from jobs.targets import Target
 from loaders.backends import best, kernels_of
 from loaders.checkpoint import OUR_REPORT, open_checkpoint
 from loaders.errors import BadSpec, StorageError

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from jobs.journal import Journal, Record, TensorRecord, Written
 from jobs.parts import Measured, PartFiles, TensorPart, Timer
-from jobs.planning import Placement, TargetId, Unit
+from jobs.planning import Placement, Unit
+from jobs.targets import TargetId
 from loaders.backends import leased_kernels
 from loaders.errors import StorageError, VerifyFailed
 from loaders.memory import PeakMemory

@@ -12,10 +12,11 @@ from typing import Any
 
 from jobs.compose import compose, take_apart
 from jobs.journal import Journal
-from jobs.planning import NAMELESS, Plan, Target, make_plan
+from jobs.planning import Plan, make_plan
 from jobs.preparing import target_of
 from jobs.publish import complete
 from jobs.spec import JobSpec
+from jobs.targets import NAMELESS, Target
 from jobs.unit import Gate, UnitTask
 from loaders.checkpoint import open_checkpoint
 from loaders.strategies.lazy import LazyLoader

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.planning import Target, make_plan
+from jobs.planning import make_plan
+from jobs.targets import Target
 from loaders.checkpoint import open_checkpoint
 from loaders.quantization.hqq import Hqq
 from tests.making import llama_tensors, read_safetensors, weights, write_checkpoint
