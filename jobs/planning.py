@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
+from jobs.cutting import cut_units
 from jobs.spec import MB
 from jobs.warning import warnings
 from loaders.checkpoint import Checkpoint
@@ -352,24 +353,6 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
             " by one: run them apart"
         )
     return True in wanted
-
-
-def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
-    """Runs of whole blocks of at most `unit_bytes` of source, or one block.
-
-    Recipes come sorted by block, or in the order of a GGUF, whose tensors need no partners.
-    """
-    units: list[list[Recipe]] = []
-    size = 0
-    for _, run in groupby(recipes, key=lambda recipe: recipe.block):
-        block = list(run)
-        block_bytes = sum(recipe.source_bytes for recipe in block)
-        if not units or size + block_bytes > unit_bytes:
-            units.append([])
-            size = 0
-        units[-1].extend(block)
-        size += block_bytes
-    return units
 
 
 def _files(

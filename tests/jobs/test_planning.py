@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs.planning import Target, cut_units, make_plan
+from jobs.cutting import cut_units
+from jobs.planning import Target, make_plan
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.quantization.bnb4 import Bnb4
