@@ -7,7 +7,6 @@ checkpoint has the same units, and a sweep and a single job can resume each othe
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,8 +16,10 @@ from jobs.spec import MB
 from jobs.warning import warnings
 from loaders.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
-from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
+from loaders.containers.packed import EXPERTS
+from loaders.decoding import METHOD_FILES, check_decodable, is_quantized, method_of
 from loaders.errors import BadSpec
+from loaders.expansion import expand_checkpoint, expand_sources
 from loaders.integrity import text_digest
 from loaders.layouts import (
     BY_ENGINE,
@@ -58,6 +59,7 @@ class Target:
     layout_name: str = "auto"
     container_name: str = "auto"
     naming: Naming = NAMELESS
+    new_blocks: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -161,8 +163,9 @@ class TargetPlan:
         for piece in pieces:
             slots += [replace(slot, offset=at + slot.offset) for slot in piece.slots]
             at += piece.size
+        tail = 0 if joined.tail is None else joined.tail.size
         whole = OutputFile(
-            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, about=joined.head or None
+            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, tail, about=joined.head or None
         )
         return (whole, *(file for file in self.files if file.within is None))
 
@@ -222,7 +225,8 @@ class Plan:
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
         """Those of them that the target's layout wants."""
         layout = target.target.layout
-        return layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        return tuple(name for name in wanted if name in self.aux)
 
     @property
     def parameters(self) -> int:
@@ -236,9 +240,12 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    is_one_file = any(target.layout.file is not None for target in targets)
     sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
-    groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
+    new_blocks = new_blocks_of(targets)
+    if new_blocks:
+        sources = expand_sources(checkpoint, sources, new_blocks)
+        checkpoint = expand_checkpoint(checkpoint, new_blocks)
+    groups = cut_units(sources.recipes, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
@@ -275,6 +282,18 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     return Plan(checkpoint, sources, units, plans)
 
 
+def new_blocks_of(targets: Sequence[Target]) -> int:
+    """How many blocks all targets want to have more.
+
+    Raises:
+        BadSpec: they differ in it, and so have other tensors.
+    """
+    wanted = {target.new_blocks for target in targets}
+    if len(wanted) > 1:
+        raise BadSpec("transform: outputs with other numbers of blocks are different work: run them apart")
+    return next(iter(wanted), 0)
+
+
 def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     """Whether an already quantized source is decoded on the way in, rather than copied as it is stored.
 
@@ -283,8 +302,10 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     """
     if checkpoint.container == "gguf":
         return _is_gguf_decoded(targets)
-    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in ("auto", "hf")]
+    layouts = ("auto", "hf", "packed") if method_of(checkpoint) == "mlx" else ("auto", "hf")  # MLX's words stay words
+    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in layouts]
     if len(copies) == len(targets) or not is_quantized(checkpoint):
+        _check_copies(checkpoint, copies)
         return False
     if copies:
         raise BadSpec(
@@ -293,6 +314,16 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
         )
     check_decodable(checkpoint)
     return True
+
+
+def _check_copies(checkpoint: Checkpoint, copies: Sequence[Target]) -> None:
+    """Raises BadSpec: quantized experts one by one are for packed checkpoints alone."""
+    is_apart = any(w.file.startswith(EXPERTS) and w.dtype.name == "U32" for w in checkpoint.weights)
+    if checkpoint.container == "packed" and is_apart and any(target.layout_name != "packed" for target in copies):
+        raise BadSpec(
+            "quant: quant=none copies words as they are stored, and no other engine reads quantized experts one by one;"
+            " give quant.dtype=bfloat16, a quant, or output=packed"
+        )
 
 
 def _is_gguf_decoded(targets: Sequence[Target]) -> bool:

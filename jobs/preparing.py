@@ -107,8 +107,9 @@ def target_of(spec: JobSpec) -> Target:
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
     return Target(
-        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container, naming
-    )
+        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container, naming,
+        spec.transform.num_blocks or 0,
+    )  # fmt: skip
 
 
 def _check_place(spec: JobSpec, output: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import quantized_tensors
+from loaders.decoding import mlx, quantized_tensors
 from loaders.families import natural_key
 from loaders.recipes import Recipe, Window
 from loaders.specs import WEIGHT_DTYPES, WeightSpec
@@ -52,18 +52,27 @@ def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
         recipes.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
     for spec in checkpoint.weights:
         if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
-            traits = family.traits(spec.name, spec.shape)
-            recipes.append(
-                Recipe(
-                    spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None,
-                    traits.role, traits.block, traits.group,
-                )
-            )  # fmt: skip
+            for name, part in mlx.cut_stored(checkpoint, spec) if split else [(spec.name, spec)]:
+                traits = family.traits(name, part.shape)
+                block = traits.block if decode else family.traits(_weight_of(name, spec, by_name), part.shape).block
+                recipes.append(
+                    Recipe(
+                        name, part.dtype, part.shape, (("weight", part),), Window.whole(part), None,
+                        traits.role, block, traits.group,
+                    )
+                )  # fmt: skip
     if split:
         recipes = [piece for recipe in recipes for piece in cut(recipe, family)]
         notes = (*notes, *_unknown_stacks(checkpoint, recipes))
     recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
     return Sources(tuple(recipes), tied, notes)
+
+
+def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:
+    """The weight that a copied tensor goes with: one unit has both."""
+    module, _, suffix = stored.name.rpartition(".")
+    is_part = suffix in ("scales", "biases") and f"{module}.weight" in by_name
+    return name.removesuffix(suffix) + "weight" if is_part else name
 
 
 def _unknown_stacks(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> list[str]:

@@ -49,7 +49,7 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
     yield Case("mlx affine 8 bits, bf16", affine_of(8))
     yield Case("mlx affine 4 bits, bf16", affine_of(4))
-    yield Case("mlx affine 4 bits decode + compare (measuring)", measure)
+    yield Case("mlx affine 4 bits decode + compare (measuring)", measure, after="mlx affine 4 bits, bf16")
     for mode in SETTINGS:
         yield Case(f"mlx {mode}, bf16", small_floats(mode))
 

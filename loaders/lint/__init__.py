@@ -9,7 +9,7 @@ from typing import Any
 from loaders.checkpoint import Checkpoint, open_checkpoint, read_json
 from loaders.decoding import method_of
 from loaders.errors import BadCheckpoint
-from loaders.lint import compressed_tensors, files, hqq, mlx, transformers
+from loaders.lint import compressed_tensors, files, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.sources import recipes_of
 
@@ -49,7 +49,9 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     found = list(files.check(subject))
     method = method_of(checkpoint)
     check = BY_METHOD.get(method or "")
-    if check is not None and (method in BY_FILES or isinstance(checkpoint.config.get("quantization_config"), dict)):
+    if checkpoint.container == "packed":
+        found += packed.check(subject)
+    elif check is not None and (method in BY_FILES or isinstance(checkpoint.config.get("quantization_config"), dict)):
         found += check(subject)
     elif method is not None and method != "gguf":
         found.append(

@@ -42,7 +42,7 @@ class MlxRules:
         why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
         return (
             Rule("drop", "mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
-            Rule("drop", "mlx-lm's language models have no tower for images", name=TOWERS),
+            *_towers(config),
             Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
             *(rule for columns in ragged for rule in _kept(config, why, MODULES, (None, columns))),
             *(self._router(config) if self.high is None else self._mixed(self.high, config)),
@@ -72,6 +72,13 @@ class MlxRules:
             Rule("quantize", why, role=("head",), shape=(None, None), scheme=high),
             Rule("quantize", why, name=pattern, role=MODULES, shape=(None, None), scheme=high),
         )
+
+
+def _towers(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    model = model_of(config)
+    if model is None or not model.is_nested:
+        return ()
+    return (Rule("drop", "mlx-lm's language models have no tower for images", name=TOWERS),)
 
 
 def _kept(

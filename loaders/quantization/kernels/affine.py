@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels.compare import float_at
-from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 32  # weights coded at once
 LANES = 16
@@ -168,6 +168,7 @@ def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-d
         _scales(lows, highs, top, some_scales, some_biases)
         for slot in range(count):
             start, scale, bias = (first + slot) * group, some_scales[slot], some_biases[slot]
+            prefetch(x, start + LANES * group, start + LANES * group + group)
             _code_group(x, start, start + group, bits, scale, bias, packed)
             scales[first + slot] = scale
             biases[first + slot] = bias

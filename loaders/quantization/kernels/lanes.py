@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 # error_model: a division by zero gives infinity as in C; nogil: threads run side by side
 kernel = njit(nogil=True, cache=True, error_model="numpy")
 
+CACHE_LINE = 64  # bytes, of most CPUs
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
 F16 = ir.HalfType()
@@ -301,3 +302,19 @@ def transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to
     rows = lanes.transposed([lanes.floats(x, place, 16) for place in places])
     for lane, row in enumerate(rows):
         lanes.store(row, block, lanes.op("add", to, 16 * lane))
+
+
+@vector(types.void)
+def prefetch(lanes: Lanes, x: Array, start: Value, stop: Value) -> None:
+    """Ask for weights [start, stop), which are needed soon. They may lie beyond the array's end.
+
+    Where weights are gone over twice, the second time in the cache, memory works only the first time; unless the next
+    ones are asked for the second time, which makes a pass over a large tensor up to a third faster.
+    """
+    flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # to be read, to be kept, data
+
+    def ask(at: Value) -> list[Value]:
+        lanes.call("llvm.prefetch.p0", ir.VoidType(), lanes.b.gep(x.data, [at]), *flags)
+        return []
+
+    lanes.fold(start, stop, CACHE_LINE // lanes.context.get_abi_sizeof(x.element), [], ask)
