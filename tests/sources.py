@@ -175,7 +175,6 @@ SOURCES: dict[str, dict[str, Build]] = {  # README's row: the forms that it stan
 # What a form cannot become, and how the plan says it
 REFUSED: dict[tuple[str, str], str] = {
     ("gpt-oss MXFP4", "llama.cpp"): "gguf knows no architecture for model_type 'gpt_oss'",
-    ("gpt-oss MXFP4", "mlx-lm"): "model_type 'gpt_oss' is not one whose MLX names are known here",
 }
 
 

@@ -21,7 +21,8 @@ from loaders.families import text_config
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.hf import QUANTIZATION_KEYS, plain_config
 from loaders.layouts.mlx import SUFFIXES, quantization
-from loaders.mlx_models import MlxModel, fault, model_of, packed_expert, translate_config
+from loaders.mlx_config import fault, translate_config
+from loaders.mlx_models import MlxModel, model_of, packed_expert
 from loaders.quantization.mlx import MlxAffine
 from loaders.quantization.plain import Plain
 from loaders.rules import Decision
