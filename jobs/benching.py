@@ -27,7 +27,7 @@ from rich.console import Group
 from rich.table import Table
 
 from jobs.benches import compressed_tensors, ggml, hqq, loading, loading_report, mlx
-from jobs.benches.timing import Case, on_threads, rotate
+from jobs.benches.timing import SCRATCH, Case, on_threads, rotate
 from jobs.console import Said, note
 from jobs.spec import TrackingSpec
 from loaders.backends.machine import usable_cpus
@@ -90,7 +90,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
-            decoded, sums = np.empty(INNER, np.float32), compare.new_sums()
+            decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
             for at in range(a, b, INNER):
                 end = min(at + INNER, b)
                 out = decoded[: end - at]

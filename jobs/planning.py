@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from typing import Any
 
 from jobs.spec import MB
@@ -31,6 +31,8 @@ from loaders.layouts import (
     Naming,
     Placed,
 )
+from loaders.layouts.gguf import GgufLayout
+from loaders.layouts.gguf_tokenizer_files import tokenizer_files
 from loaders.layouts.hf import HfLayout
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
@@ -150,6 +152,7 @@ class TargetPlan:
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
     assembly: Assembly | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)  # aux files that come from the source's metadata
 
     @property
     def finals(self) -> tuple[OutputFile, ...]:
@@ -273,6 +276,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             config,
             (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
+            {} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
@@ -351,13 +355,14 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
 
 
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
-    """Runs of whole blocks of at most `unit_bytes` of source, or one block. Recipes come sorted by block."""
-    blocks: dict[str, list[Recipe]] = {}
-    for recipe in recipes:
-        blocks.setdefault(recipe.block, []).append(recipe)
+    """Runs of whole blocks of at most `unit_bytes` of source, or one block.
+
+    Recipes come sorted by block, or in the order of a GGUF, whose tensors need no partners.
+    """
     units: list[list[Recipe]] = []
     size = 0
-    for block in blocks.values():
+    for _, run in groupby(recipes, key=lambda recipe: recipe.block):
+        block = list(run)
         block_bytes = sum(recipe.source_bytes for recipe in block)
         if not units or size + block_bytes > unit_bytes:
             units.append([])

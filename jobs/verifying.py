@@ -35,7 +35,7 @@ from loaders.quantization.measure import measure
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums
 from loaders.strategies import WeightLoader
-from loaders.views import StoredRoles, ordered_view, view_of
+from loaders.views import StoredRoles, numbers_view, ordered_view, view_of
 from loaders.work import ThreadedWork
 
 SHOWN = 10
@@ -74,7 +74,7 @@ class VerifyTask:
 
             def look(placement: Placement) -> list[str]:
                 recipe = recipes[placement.recipe]
-                view = ordered_view(view_of(recipe, source, work), placement.order)
+                view = numbers_view(ordered_view(view_of(recipe, source, work), placement.order), placement.cast, work)
                 encoded = placement.encoded_spec(recipe)
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
                 error = measure(view, placement.scheme, encoded, stored, work, on_bytes)

@@ -1,8 +1,8 @@
 """Block expansion: more decoder blocks that change nothing before they are trained.
 
-LLaMA Pro (arXiv 2401.02415, section 3.2): the L blocks are cut into equal runs, and behind each comes a copy of its last
-block whose o_proj and down_proj are zero, so that the copy adds nothing to the residual stream. The old blocks stay as
-they are, under new numbers. Biases of the two projections are zero as well: they too would be added.
+LLaMA Pro (arXiv 2401.02415, section 3.2): the L blocks are cut into equal runs, and behind each comes a copy of its
+last block whose o_proj and down_proj are zero, so that the copy adds nothing to the residual stream. The old blocks
+stay as they are, under new numbers. Biases of the two projections are zero as well: they too would be added.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ ADDED = re.compile(
     r"|^block_sparse_moe\.experts\.\d+\.w2\.weight$"
 )
 PER_LAYER = ("layer_types", "mlp_layer_types")  # config.json's lists with an entry a block
-DERIVED_TYPES = {  # what such a list would be derived from, where config.json has none
-    "gemma3_text": lambda config: True,
-    "qwen2": lambda config: bool(config.get("use_sliding_window")),
-    "qwen3": lambda config: bool(config.get("use_sliding_window")),
-    "qwen2_moe": lambda config: bool(config.get("use_sliding_window")),
-}
+SLIDING = ("qwen2", "qwen3", "qwen2_moe")  # with use_sliding_window the list is derived, where there is none
 KEY = "transform"
 
 
@@ -78,10 +73,11 @@ def expansion_of(checkpoint: Checkpoint, num_blocks: int) -> Expansion:
         raise BadSpec(
             f"{KEY}.num_blocks: {num_blocks} does not divide the model's {layers} blocks; choose of {fitting}"
         )
-    if "layer_types" not in config and DERIVED_TYPES.get(model_type, lambda config: False)(config):
+    is_derived = model_type == "gemma3_text" or (model_type in SLIDING and config.get("use_sliding_window"))
+    if "layer_types" not in config and is_derived:
         raise BadSpec(
-            f"{KEY}: config.json has no layer_types, and what {model_type} makes of their numbers would change: save the"
-            " config with transformers 4.53 or later first"
+            f"{KEY}: config.json has no layer_types, and what {model_type} makes of their numbers would change: save"
+            " the config with transformers 4.53 or later first"
         )
     for key in PER_LAYER:
         if config.get(key) is not None and len(config[key]) != layers:
@@ -132,7 +128,8 @@ def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) ->
             blocks.setdefault(int(match["number"]), []).append((match["rest"], recipe))
     if sorted(blocks) != list(range(expansion.layers)):
         raise BadSpec(
-            f"{KEY}: expected the tensors of {expansion.layers} blocks under model.layers.N, found those of {len(blocks)}"
+            f"{KEY}: expected the tensors of {expansion.layers} blocks under model.layers.N, found those of"
+            f" {len(blocks)}"
         )
     for number, (origin, is_new) in enumerate(expansion.origins):
         zeroed = {rest for rest, _ in blocks[origin] if ADDED.match(rest)}
@@ -149,8 +146,8 @@ def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, Rec
     coded = [recipe.name for _, recipe in block if not recipe.dtype.is_float]
     if coded:
         raise BadSpec(
-            f"{KEY}: {coded[0]} is {next(r.dtype for _, r in block if r.name == coded[0])}, a part of a quantized weight"
-            " that is copied as it is stored; choose a quant, or give quant=none a quant.dtype"
+            f"{KEY}: {coded[0]} is no float, but a part of a quantized weight that is copied as it is stored; choose a"
+            " quant, or give quant=none a quant.dtype"
         )
     has_attention = any("o_proj" in rest for rest in zeroed)
     if not has_attention or not any("o_proj" not in rest for rest in zeroed):

@@ -32,7 +32,7 @@ class Sources:
 
 
 def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
-    """The logical tensors of a checkpoint, in natural order of their blocks and names.
+    """The logical tensors of a checkpoint, in natural order of blocks and names; of a GGUF not decoded, in its own.
 
     With `decode`, tensors that a known scheme quantized become one recipe that decodes them; without, every stored
     tensor is its own, as it is. With `split`, stacks of experts that the family knows become the tensors of each.
@@ -64,7 +64,11 @@ def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
     if split:
         recipes = [piece for recipe in recipes for piece in cut(recipe, family)]
         notes = (*notes, *_unknown_stacks(checkpoint, recipes))
-    recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
+    if checkpoint.container == "gguf" and not decode:  # for another GGUF: a copy has the order of what it is a copy of
+        files = {tag.name: number for number, tag in enumerate(checkpoint.files)}
+        recipes.sort(key=lambda recipe: (files[recipe.stored[0][1].file], recipe.stored[0][1].offset))
+    else:
+        recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
     return Sources(tuple(recipes), tied, notes)
 
 

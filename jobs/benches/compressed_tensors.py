@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.timing import Case, on_threads
+from jobs.benches.timing import SCRATCH, Case, on_threads
 from loaders.quantization.kernels import casts, compare, cpu, float4, float8, packed_int
 from loaders.quantization.packed_int import EPS
 
@@ -83,7 +83,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
         step = max(1, INNER // columns) * columns
 
         def body(x: np.ndarray, a: int, b: int) -> None:
-            out, sums = np.empty(step, np.float32), compare.new_sums()
+            out, sums = SCRATCH.array("decoded", step, np.float32), compare.new_sums()
             for at in range(a, b, step):
                 end = min(at + step, b)
                 decode(at, end, out[: end - at])

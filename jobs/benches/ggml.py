@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.timing import Case, on_threads
+from jobs.benches.timing import SCRATCH, Case, on_threads
 from loaders.containers.gguf import TYPE_IDS
 from loaders.quantization.ggml import ENCODERS
 from loaders.quantization.kernels import compare, cpu
@@ -71,7 +71,7 @@ def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) ->
     flat, dtype, columns = weight.reshape(-1), DTYPES[name], weight.shape[1]
 
     def part(first: int, last: int) -> None:
-        decoded, sums = np.empty(INNER, np.float32), compare.new_sums()
+        decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
         for at in range(first * columns, last * columns, INNER):
             end = min(at + INNER, last * columns)
             out = decoded[: end - at]

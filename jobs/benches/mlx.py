@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.timing import Case
+from jobs.benches.timing import SCRATCH, Case
 from loaders.quantization.kernels import affine, casts, compare, cpu
 from loaders.quantization.mlx_float import SETTINGS, FloatMode, MlxFloat
 from loaders.work import RANGE
@@ -29,7 +29,7 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
-            decoded, sums = np.empty(1 << 18, np.float32), compare.new_sums()
+            decoded, sums = SCRATCH.array("decoded", 1 << 18, np.float32), compare.new_sums()
             for at in range(a, b, decoded.size):
                 end = min(at + decoded.size, b)
                 own, out = slice(at // 64, end // 64), decoded[: end - at]

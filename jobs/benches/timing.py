@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from loaders.scratch import Scratch
+
+SCRATCH = Scratch()  # memory that is used again, as in a job: fresh pages cost as much as decoding
+
 
 @dataclass
 class Case:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from loaders.quantization.ggml_reading import decode_blocks
 from loaders.quantization.kernels import casts, ggml_blocks, ggml_super, ggml_ternary
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml_decode import DECODERS
@@ -82,8 +83,10 @@ class Ggml:
         return 1.01
 
     def refuses(self, spec: TensorSpec) -> str | None:
-        if spec.dtype.name not in WEIGHT_DTYPES:
-            return f"its dtype is {spec.dtype}; {self.type} takes {', '.join(WEIGHT_DTYPES)}"
+        if self.type not in TYPES:
+            return f"{self.type} is read, not written: its codes are found with calibration data"
+        if spec.dtype.name not in WEIGHT_DTYPES and spec.dtype.block == 1:
+            return f"its dtype is {spec.dtype}; {self.type} takes {', '.join(WEIGHT_DTYPES)}, and other blocks of ggml"
         if self.type in FLOATS:
             return None
         if len(spec.shape) < 2 or spec.numel == 0:
@@ -124,4 +127,4 @@ class Ggml:
             Plain(self.type).decode(spec, stored, start, stop, out, work)
             return
         dtype = DTYPES[self.type]
-        DECODERS[self.type](stored.read("weight", dtype.size((start,)), dtype.size((stop,))), out)
+        decode_blocks(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), out)

@@ -72,7 +72,8 @@ def test_any_quant_takes_the_new_blocks_and_verifies(
 
 def test_verify_finds_a_zero_that_is_none(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
     output = tmp_path / "out"
-    assert weightmill("run", "model=demo", *EXPAND, "transform.num_blocks=1", "quant=none", f"output.path={output}").status == 0  # fmt: skip
+    given = ("model=demo", *EXPAND, "transform.num_blocks=1", "quant=none", f"output.path={output}")
+    assert weightmill("run", *given).status == 0
     [spec] = [w for w in open_checkpoint(output).weights if w.name == "model.layers.3.mlp.down_proj.weight"]
     with (output / spec.file).open("r+b") as file:
         file.seek(spec.offset + 1)
@@ -117,7 +118,8 @@ def test_a_quantized_source_that_is_copied_is_refused(tmp_path: Path, weightmill
 
 def test_experts_of_new_blocks_are_zero_too(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
     source = write_moe(tmp_path / "moe")
-    ran = weightmill("run", f"model.path={source}", *EXPAND, "transform.num_blocks=2", "quant=none", f"output.path={tmp_path / 'out'}")  # fmt: skip
+    given = (f"model.path={source}", *EXPAND, "transform.num_blocks=2", "quant=none", f"output.path={tmp_path / 'out'}")
+    ran = weightmill("run", *given)
     assert ran.status == 0, ran.err
     new = read_safetensors(tmp_path / "out")
     assert not new["model.layers.1.mlp.experts.0.down_proj.weight"].data.any()

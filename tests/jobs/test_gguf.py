@@ -274,7 +274,24 @@ def test_a_tokenizer_that_cannot_be_told_is_refused(model: Path, tmp_path: Path,
     assert "has no tokenizer.json" in ran.err
 
 
-def test_blocks_are_not_quantized_again_from_one_gguf_to_another(model: Path, tmp_path: Path, weightmill: Any) -> None:
+def test_blocks_are_quantized_again_and_the_plan_says_so(model: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", *arguments(model, tmp_path / "q8")).status == 0
-    ran = weightmill("plan", f"model.path={tmp_path / 'q8'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}")
-    assert "its dtype is Q8_0; Q4_0 takes" in ran.err
+    again = [f"model.path={tmp_path / 'q8'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}"]
+    assert "tensors are quantized already (Q8_0) and are quantized again" in weightmill("plan", *again).out
+    assert weightmill("run", *again).status == 0
+    assert weightmill("verify", f"output.path={tmp_path / 'q4'}").status == 0
+    plain = [f"model.path={tmp_path / 'q8'}", "quant=none", "quant.dtype=float32", f"output.path={tmp_path / 'f32'}"]
+    assert weightmill("run", *plain, "output=gguf").status == 0
+    # as if from what the blocks decode to
+    direct = [f"model.path={tmp_path / 'f32'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'direct'}"]
+    assert weightmill("run", *direct).status == 0
+    [one], [other] = (sorted((tmp_path / name).glob("*.gguf")) for name in ("q4", "direct"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_copy_of_a_gguf_is_the_same_file(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    assert weightmill("run", *arguments(model, tmp_path / "q8")).status == 0
+    copy = [f"model.path={tmp_path / 'q8'}", "quant=none", "output=gguf", f"output.path={tmp_path / 'copy'}"]
+    assert weightmill("run", *copy).status == 0
+    [one], [other] = (sorted((tmp_path / name).glob("*.gguf")) for name in ("q8", "copy"))
+    assert one.read_bytes() == other.read_bytes()

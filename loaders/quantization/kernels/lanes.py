@@ -157,6 +157,11 @@ class Lanes:
         kind = ir.VectorType(F32, count // 2)
         return self.b.bitcast(self.op("shl", words, 16), kind), self.b.bitcast(self.op("and_", words, -65536), kind)
 
+    def woven(self, even: Value, odd: Value) -> Value:
+        """The low halves of int32 lanes of even and of odd places, in order: int16."""
+        both = self.b.or_(self.op("and_", even, 0xFFFF), self.op("shl", odd, 16))
+        return self.b.bitcast(both, ir.VectorType(I16, 2 * even.type.count))
+
     def from_bf16(self, bits: Value) -> Value:
         wide = self.op("shl", self.b.zext(bits, ir.VectorType(I32, bits.type.count)), 16)
         return self.b.bitcast(wide, ir.VectorType(F32, bits.type.count))
