@@ -154,8 +154,8 @@ class WeightSpec:
     stride: Shape | None = None
     alias: str | None = None
 
-    @property
     def numel(self) -> int:
+        """Numbers in it."""
         return math.prod(self.shape)
 
 

@@ -16,8 +16,9 @@ from jobs.planning import NAMELESS, Plan, Target, make_plan
 from jobs.preparing import target_of
 from jobs.publish import complete
 from jobs.spec import JobSpec
-from jobs.unit import Gate, UnitTask
+from jobs.unit import UnitTask
 from loaders.checkpoint import open_checkpoint
+from loaders.quantization.gate import Gate
 
 
 @cache

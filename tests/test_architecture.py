@@ -15,7 +15,7 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 # Each may import from itself and from those after it.
 LAYERS = [
     ("entries", ("jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect", "jobs.diff",
-                 "jobs.clean", "jobs.bench")),
+                 "jobs.clean", "jobs.bench", "jobs.recommend")),
     ("flows", ("jobs.running", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches")),
     ("preparing", ("jobs.preparing",)),
     ("console", ("jobs.console", "jobs.help", "jobs.compose", "jobs.report",
@@ -23,19 +23,22 @@ LAYERS = [
                  "jobs.progress")),
     ("execution", ("jobs.clusters", "jobs.execution", "jobs.ray_cluster")),
     ("unit", ("jobs.joining", "jobs.unit", "jobs.parts", "jobs.journal")),
-    ("planning", ("jobs.planning", "jobs.warning", "jobs.spec", "jobs.quants", "jobs.strategies", "jobs.strict")),
+    ("planning", ("jobs.planning", "jobs.warning", "jobs.spec", "jobs.strategies", "jobs.strict")),
+    ("library", ("loaders.loading", "loaders.recommending")),
     ("lint", ("loaders.lint",)),
-    ("loaders' flows", ("loaders.layouts", "loaders.views", "loaders.work")),
+    ("loaders' flows", ("loaders.layouts", "loaders.views", "loaders.work", "loaders.encoding",
+                        "loaders.encoded")),
+    ("presets", ("loaders.quants", "loaders.presets", "loaders.load_config")),
     ("rules", ("loaders.rules", "loaders.mixes")),
     ("sources", ("loaders.sources",)),
     ("decoding", ("loaders.decoding",)),
     ("recipes", ("loaders.recipes", "loaders.stacks")),
-    ("strategies", ("loaders.strategies",)),
+    ("strategies", ("loaders.strategies", "loaders.shared", "loaders.cache", "loaders.formats")),
     ("checkpoints", ("loaders.checkpoint", "loaders.families", "loaders.mlx_models", "loaders.architectures")),
     ("schemes", ("loaders.quantization", "loaders.backends", "loaders.containers",
                  "loaders.stats")),
     ("ground", ("loaders.storage", "loaders.specs", "loaders.errors", "loaders.atomic", "loaders.integrity",
-                "loaders.memory", "loaders.scratch")),
+                "loaders.memory", "loaders.scratch", "loaders.checking", "loaders.strict")),
 ]  # fmt: skip
 ENTER_BY = {"hydra": ["jobs/compose.py"], "ray": ["jobs/ray_cluster.py"], "mlflow": ["jobs/tracking.py"]}
 
