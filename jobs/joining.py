@@ -36,7 +36,11 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records
                 _put(journal.place(piece), file, _start(piece))
             file.seek(0)
             _write(file, memoryview(joined.head))
-            size = _start(pieces[-1]) + written[pieces[-1].name].size
+            end = _start(pieces[-1]) + written[pieces[-1].name].size
+            tail = b"" if joined.tail is None else joined.tail.made(lambda at, size: os.pread(file.fileno(), size, at))
+            file.seek(end)
+            _write(file, memoryview(tail))
+            size = end + len(tail)
             file.truncate(size)
             os.fsync(file.fileno())
             whole, rows = xxhash.xxh3_128(), []
@@ -47,6 +51,11 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records
                 if _hash(file, record.size, whole) != record.xxh3:
                     raise VerifyFailed(f"{piece.name}: it is not what was written; run the same command again")
                 rows.append({"name": piece.name, "offset": _start(piece), "bytes": record.size, "xxh3": record.xxh3})
+            found = file.read(len(tail))
+            whole.update(found)
+            if tail:
+                digest = xxhash.xxh3_128_hexdigest(found)
+                rows.append({"name": f"{joined.name}.tail", "offset": end, "bytes": len(tail), "xxh3": digest})
         sync_folder(target.parent)
     return {"name": joined.name, "bytes": size, "xxh3": whole.hexdigest(), "pieces": rows}
 

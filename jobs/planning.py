@@ -7,18 +7,19 @@ checkpoint has the same units, and a sweep and a single job can resume each othe
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from typing import Any
 
 from jobs.spec import MB
 from jobs.warning import warnings
 from loaders.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
-from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
+from loaders.containers.packed import EXPERTS
+from loaders.decoding import METHOD_FILES, check_decodable, is_quantized, method_of
 from loaders.errors import BadSpec
+from loaders.expansion import expand_checkpoint, expand_sources
 from loaders.integrity import text_digest
 from loaders.layouts import (
     BY_ENGINE,
@@ -30,6 +31,8 @@ from loaders.layouts import (
     Naming,
     Placed,
 )
+from loaders.layouts.gguf import GgufLayout
+from loaders.layouts.gguf_tokenizer_files import tokenizer_files
 from loaders.layouts.hf import HfLayout
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
@@ -57,6 +60,7 @@ class Target:
     layout_name: str = "auto"
     container_name: str = "auto"
     naming: Naming = NAMELESS
+    new_blocks: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -147,6 +151,7 @@ class TargetPlan:
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
     assembly: Assembly | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)  # aux files that come from the source's metadata
 
     @property
     def finals(self) -> tuple[OutputFile, ...]:
@@ -160,8 +165,9 @@ class TargetPlan:
         for piece in pieces:
             slots += [replace(slot, offset=at + slot.offset) for slot in piece.slots]
             at += piece.size
+        tail = 0 if joined.tail is None else joined.tail.size
         whole = OutputFile(
-            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, about=joined.head or None
+            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, tail, about=joined.head or None
         )
         return (whole, *(file for file in self.files if file.within is None))
 
@@ -221,7 +227,8 @@ class Plan:
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
         """Those of them that the target's layout wants."""
         layout = target.target.layout
-        return layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        return tuple(name for name in wanted if name in self.aux)
 
     @property
     def parameters(self) -> int:
@@ -235,9 +242,12 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    is_one_file = any(target.layout.file is not None for target in targets)
     sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
-    groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
+    new_blocks = new_blocks_of(targets)
+    if new_blocks:
+        sources = expand_sources(checkpoint, sources, new_blocks)
+        checkpoint = expand_checkpoint(checkpoint, new_blocks)
+    groups = cut_units(sources.recipes, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
@@ -265,6 +275,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             config,
             (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
+            {} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
@@ -272,6 +283,18 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         for index, (group, output) in enumerate(zip(groups, outputs, strict=True), 1)
     )
     return Plan(checkpoint, sources, units, plans)
+
+
+def new_blocks_of(targets: Sequence[Target]) -> int:
+    """How many blocks all targets want to have more.
+
+    Raises:
+        BadSpec: they differ in it, and so have other tensors.
+    """
+    wanted = {target.new_blocks for target in targets}
+    if len(wanted) > 1:
+        raise BadSpec("transform: outputs with other numbers of blocks are different work: run them apart")
+    return next(iter(wanted), 0)
 
 
 def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
@@ -282,8 +305,10 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     """
     if checkpoint.container == "gguf":
         return _is_gguf_decoded(targets)
-    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in ("auto", "hf")]
+    layouts = ("auto", "hf", "packed") if method_of(checkpoint) == "mlx" else ("auto", "hf")  # MLX's words stay words
+    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in layouts]
     if len(copies) == len(targets) or not is_quantized(checkpoint):
+        _check_copies(checkpoint, copies)
         return False
     if copies:
         raise BadSpec(
@@ -292,6 +317,16 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
         )
     check_decodable(checkpoint)
     return True
+
+
+def _check_copies(checkpoint: Checkpoint, copies: Sequence[Target]) -> None:
+    """Raises BadSpec: quantized experts one by one are for packed checkpoints alone."""
+    is_apart = any(w.file.startswith(EXPERTS) and w.dtype.name == "U32" for w in checkpoint.weights)
+    if checkpoint.container == "packed" and is_apart and any(target.layout_name != "packed" for target in copies):
+        raise BadSpec(
+            "quant: quant=none copies words as they are stored, and no other engine reads quantized experts one by one;"
+            " give quant.dtype=bfloat16, a quant, or output=packed"
+        )
 
 
 def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
@@ -319,13 +354,14 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
 
 
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
-    """Runs of whole blocks of at most `unit_bytes` of source, or one block. Recipes come sorted by block."""
-    blocks: dict[str, list[Recipe]] = {}
-    for recipe in recipes:
-        blocks.setdefault(recipe.block, []).append(recipe)
+    """Runs of whole blocks of at most `unit_bytes` of source, or one block.
+
+    Recipes come sorted by block, or in the order of a GGUF, whose tensors need no partners.
+    """
     units: list[list[Recipe]] = []
     size = 0
-    for block in blocks.values():
+    for _, run in groupby(recipes, key=lambda recipe: recipe.block):
+        block = list(run)
         block_bytes = sum(recipe.source_bytes for recipe in block)
         if not units or size + block_bytes > unit_bytes:
             units.append([])

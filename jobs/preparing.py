@@ -76,7 +76,7 @@ def plan_job(spec: JobSpec) -> Planned:
     checkpoint = open_checkpoint(spec.model.path, spec.source.container)
     plan = make_plan(checkpoint, [target], spec.source.unit_mb)
     made = plan.targets[TARGET]
-    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly)))
+    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
     assert planned.strategy  # which may be refused
     return planned
@@ -107,8 +107,9 @@ def target_of(spec: JobSpec) -> Target:
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
     return Target(
-        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container, naming
-    )
+        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container,
+        naming, spec.transform.num_blocks or 0,
+    )  # fmt: skip
 
 
 def _check_place(spec: JobSpec, output: Path) -> None:

@@ -45,7 +45,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
         StorageError: ...
     """
     _check_files(target, journal, records)
-    made: dict[str, bytes] = {}
+    made: dict[str, bytes] = dict(target.made)
     stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
     index = target.target.layout.index(target.files, stored_bytes, target.parameters)
     if index is not None:

@@ -29,7 +29,7 @@ from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
-from loaders.views import encoded_view, ordered_view, view_of
+from loaders.views import encoded_view, numbers_view, ordered_view, view_of
 from loaders.work import RANGE, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
@@ -202,7 +202,7 @@ class UnitPass:
             if placement is None:  # dropped
                 self._on_bytes(recipe.source_bytes)
                 continue
-            ordered = ordered_view(plain, placement.order)
+            ordered = numbers_view(ordered_view(plain, placement.order), placement.cast, self._work)
             seen = encoded_view(TimedView(ordered, self._timer, "read"), placement.cast)
             part = run.begin(placement)
             try:

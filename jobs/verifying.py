@@ -36,7 +36,7 @@ from loaders.quantization.measure import measure
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums
 from loaders.strategies import WeightLoader
-from loaders.views import StoredRoles, ordered_view, view_of
+from loaders.views import StoredRoles, numbers_view, ordered_view, view_of
 from loaders.work import ThreadedWork
 
 SHOWN = 10
@@ -75,7 +75,7 @@ class VerifyTask:
 
             def look(placement: Placement) -> list[str]:
                 recipe = recipes[placement.recipe]
-                view = ordered_view(view_of(recipe, source, work), placement.order)
+                view = numbers_view(ordered_view(view_of(recipe, source, work), placement.order), placement.cast, work)
                 encoded = placement.encoded_spec(recipe)
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
                 error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
@@ -222,6 +222,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
         faults += [f"{row['name']}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
     target = plan.targets[TARGET]
     faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
+    faults += [fault for row in report["files"] for fault in _tail_faults(written.root, row)]
     index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
     path = written.root / target.target.container.index
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
@@ -229,13 +230,24 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
     return faults
 
 
-def _size_faults(root: Path, file: OutputFile) -> list[str]:
-    """Of a file whose first bytes the plan knows, whether they are there, and how long it is."""
-    if file.container != "gguf" or file.about is None:
+def _tail_faults(root: Path, row: Mapping[str, Any]) -> list[str]:
+    """Of a file in pieces, whether what no unit has written is as it was."""
+    tail = next((piece for piece in row.get("pieces", ()) if piece["name"] == f"{row['name']}.tail"), None)
+    if tail is None or not (root / row["name"]).is_file():
         return []
-    path = root / file.name
+    found = hash_file(root / row["name"], start=tail["offset"], size=tail["bytes"])
+    return [] if found == tail["xxh3"] else [f"{row['name']}: what follows its tensors is not as it was written"]
+
+
+def _size_faults(root: Path, file: OutputFile) -> list[str]:
+    """Of a file that the plan knows to the byte how long it is, and whether it begins as planned."""
+    if file.container != "packed" and not isinstance(file.about, bytes):
+        return []
+    path, head = root / file.name, file.about or b""
+    if not path.is_file():
+        return [f"{file.name}: missing from the output"]
     with io_errors("reading", path), path.open("rb") as opened:
-        is_there = opened.read(len(file.about)) == file.about
+        is_there = opened.read(len(head)) == head
     found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
     size = path.stat().st_size
     return found if size == file.size else [*found, f"{file.name}: expected {file.size} bytes, found {size}"]

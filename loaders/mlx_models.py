@@ -139,3 +139,29 @@ def translate_config(model: MlxModel, config: Mapping[str, Any], *, is_tied: boo
     if model.experts is not None:
         made[model.num_experts] = num_experts(model, config)
     return made | {key: value for key, value in model.needs.items() if config.get(key) is None}
+
+
+# --- the packed container's experts, which bear mlx-lm's names of matrices
+
+
+def packed_experts(config: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
+    """The module that holds the experts, and their matrices' own names by mlx-lm's; of unknown models, the usual."""
+    model = model_of(config)
+    return QWEN_EXPERTS if model is None or model.experts is None else model.experts
+
+
+def packed_expert_name(config: Mapping[str, Any], layer: int, expert: int, component: str) -> str:
+    """An expert's tensor by its own name: component is such as "gate_proj.weight"."""
+    module, matrices = packed_experts(config)
+    matrix, _, suffix = component.partition(".")
+    return f"model.layers.{layer}.{module}.experts.{expert}.{matrices[matrix]}.{suffix}"
+
+
+def packed_expert(config: Mapping[str, Any], name: str) -> tuple[int, int, str] | None:
+    """Layer, expert and component of an expert's tensor; None for any other."""
+    module, matrices = packed_experts(config)
+    own = {hf: mlx for mlx, hf in matrices.items()}
+    match = re.fullmatch(
+        rf"model\.layers\.(\d+)\.{module}\.experts\.(\d+)\.({'|'.join(own)})\.(weight|scales|biases)", name
+    )
+    return (int(match[1]), int(match[2]), f"{own[match[3]]}.{match[4]}") if match else None

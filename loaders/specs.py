@@ -97,7 +97,15 @@ GGML_BLOCKS = {
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
     "TQ1_0": (256, 54), "TQ2_0": (256, 66),
 }  # fmt: skip
-DTYPES |= {name: DType(name, 8 * size, name.lower(), "uint8", block=n) for name, (n, size) in GGML_BLOCKS.items()}
+# those that are read, not written: what they hold is found with calibration data, or has scales beside it
+GGML_READ_BLOCKS = {
+    "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "NVFP4": (64, 36),
+}  # fmt: skip
+DTYPES |= {
+    name: DType(name, 8 * size, name.lower(), "uint8", block=n)
+    for name, (n, size) in (GGML_BLOCKS | GGML_READ_BLOCKS).items()
+}
 BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")  # what a quantizer takes
 

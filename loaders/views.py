@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from loaders.quantization.boxes import decode_window
+from loaders.quantization.ggml_reading import decode_blocks
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.recipes import Recipe, Window
-from loaders.specs import DType, RowOrder, TensorSpec, WeightSpec, is_contiguous, storage_of
+from loaders.specs import DTYPES, DType, RowOrder, TensorSpec, WeightSpec, is_contiguous, storage_of
 from loaders.strategies import Reader
 
 
@@ -104,6 +107,23 @@ class DecodedView:
         return values[start - first : stop - first]
 
 
+class BlocksView:
+    """Another view's blocks of a type of ggml, decoded to float32."""
+
+    def __init__(self, view: View, work: Work) -> None:
+        self.spec = replace(view.spec, dtype=DTYPES["F32"])
+        self._view = view
+        self._dtype = view.spec.dtype
+        self._work = work
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        block, size = self._dtype.block, self._dtype.size((self._dtype.block,))
+        first, last = start // block, -(-stop // block)
+        values = self._work.array(f"blocks {slot}", (last - first) * block, np.float32)
+        decode_blocks(self._dtype.name, self._view.read(first * size, last * size, slot), values)
+        return values[start - first * block : stop - first * block]
+
+
 class ReorderedView:
     """Another view's weights with the rows of each head in another order: whole heads are read."""
 
@@ -134,6 +154,11 @@ def view_of(recipe: Recipe, reader: Reader, work: Work, decoded_dtype: DType | N
     [(_, stored)] = recipe.stored
     assert recipe.window is not None
     return ordered_view(StoredView(reader, recipe.spec, stored, recipe.window), recipe.order)
+
+
+def numbers_view(view: View, cast: DType | None, work: Work) -> View:
+    """A view, or where blocks of ggml are to become something else, their weights."""
+    return BlocksView(view, work) if cast is not None and view.spec.dtype.block > 1 else view
 
 
 def encoded_view(view: View, cast: DType | None) -> View:

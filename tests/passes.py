@@ -19,6 +19,7 @@ from jobs.spec import JobSpec
 from jobs.unit import UnitTask
 from loaders.checkpoint import open_checkpoint
 from loaders.quantization.gate import Gate
+from loaders.strategies.lazy import LazyLoader
 
 
 @cache
@@ -63,7 +64,7 @@ def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) ->
             held.enter_context(journal.hold({}))
         gate = Gate(allow_nonfinite=False)
         reports = [
-            UnitTask(unit, planned.checkpoint.root, places, "lazy", "cpu", 1, gate).run(
+            UnitTask(unit, planned.checkpoint.root, places, LazyLoader(), "cpu", 1, gate).run(
                 lambda _: None, threading.Event()
             )
             for unit in planned.units

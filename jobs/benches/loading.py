@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jobs.benches.reading import MAPPED, plain_ways
-from jobs.benches.summing import total
+from jobs.benches.summing import Summing
 from jobs.benches.timing import Case, rotate
 from jobs.console import note
 from loaders.backends.machine import usable_cpus
@@ -118,12 +118,13 @@ class Sums:
 def _by_strategy(name: str, checkpoint: Checkpoint, pool: ThreadPoolExecutor, threads: int, seen: Measured) -> Sums:
     def call() -> int:
         made: WeightLoader = loader(name)
-        found = 0
+        summing = Summing(pool, threads)
         for _, value in made.iterate_weights(checkpoint):
-            found += total(_raw(value), pool, threads)
+            summing.add(_raw(value))
+        found = summing.total()
         seen.peak_bytes = max(seen.peak_bytes, made.stats.peak_anonymous_bytes)
         seen.said = said_by(made)
-        return found % (1 << 64)
+        return found
 
     return Sums(call, checkpoint.size)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.benches.summing import total
+from jobs.benches.summing import Summing, total
 from loaders.strategies.lazy import map_file
 
 CHUNK = 8 << 20
@@ -23,16 +23,17 @@ def mapped(files: Sequence[Path], pool: ThreadPoolExecutor, threads: int) -> Way
     step = 4 * CHUNK
 
     def read() -> int:
-        found = 0
+        summing = Summing(pool, threads)
         for path in files:
             whole = map_file(path)
-            found += sum(total(whole[at : at + step], pool, threads) for at in range(0, whole.size, step))
-        return found % (1 << 64)
+            for at in range(0, whole.size, step):
+                summing.add(whole[at : at + step])
+        return summing.total()
 
     return read
 
 
-def preads(files: Sequence[Path], pool: ThreadPoolExecutor, threads: int, *, direct: bool = False) -> Way:
+def preads(files: Sequence[Path], threads: int, *, direct: bool = False) -> Way:
     """Large reads into a buffer a thread, each thread every so-manieth chunk."""
 
     def part(path: Path, first: int) -> int:
@@ -50,7 +51,7 @@ def preads(files: Sequence[Path], pool: ThreadPoolExecutor, threads: int, *, dir
                     count += asked
                     if direct and count % mmap.PAGESIZE:
                         break
-                found += total(view[:count], pool, 1)
+                found += total(view[:count])
         finally:
             os.close(descriptor)
         return found
@@ -67,7 +68,7 @@ def plain_ways(files: Sequence[Path], pool: ThreadPoolExecutor, threads: int) ->
     """All of them, by what they are called in the table."""
     ways = {MAPPED: mapped(files, pool, threads)}
     for count in sorted({1, threads}):
-        ways[f"read() of 8 MiB, {count} thread{'s' if count > 1 else ''}"] = preads(files, pool, count)
+        ways[f"read() of 8 MiB, {count} thread{'s' if count > 1 else ''}"] = preads(files, count)
     if hasattr(os, "O_DIRECT"):
-        ways[f"direct read() of 8 MiB, {threads} threads"] = preads(files, pool, threads, direct=True)
+        ways[f"direct read() of 8 MiB, {threads} threads"] = preads(files, threads, direct=True)
     return ways

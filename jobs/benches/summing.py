@@ -1,15 +1,18 @@
-"""Touching every byte: a sum over a tensor that runs at the speed of memory, alone or on several threads."""
+"""Touching every byte: sums that run at the speed of memory, on several threads, beside whoever hands out the bytes."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 
 from loaders.quantization.kernels.lanes import kernel
 
-ALONE = 4 << 20  # bytes up to which more threads cost more than they bring
+PART = 4 << 20  # bytes up to which more threads cost more than they bring
 WORDS = 8
+AHEAD = 2  # parts for each thread that wait; their arrays are held until then
 
 
 @kernel
@@ -20,13 +23,35 @@ def _words(x):  # type: ignore[no-untyped-def]
     return total
 
 
-def total(raw: np.ndarray, pool: ThreadPoolExecutor, threads: int) -> int:
-    """The sum of a uint8 array's little-endian words of eight bytes, the last filled up with zeros, modulo 2^64."""
-    whole = raw[: raw.size // WORDS * WORDS].view(np.uint64)
-    if raw.size <= ALONE or threads == 1:
-        found = int(_words(whole))
-    else:
-        edges = [whole.size * i // threads for i in range(threads + 1)]
-        found = sum(int(each) for each in pool.map(lambda a, b: _words(whole[a:b]), edges[:-1], edges[1:]))
-    rest = bytes(raw[raw.size // WORDS * WORDS :]).ljust(WORDS, b"\0")
-    return (found + int.from_bytes(rest, "little")) % (1 << 64)
+class Summing:
+    """Sums of arrays' little-endian words of eight bytes, each array's last filled up with zeros, modulo 2^64."""
+
+    def __init__(self, pool: ThreadPoolExecutor, threads: int) -> None:
+        self._pool = pool
+        self._threads = threads
+        self._sum = 0
+        self._running: deque[Future[int]] = deque()
+
+    def add(self, raw: np.ndarray) -> None:
+        """Begin to sum a uint8 array; waits while there is enough to do."""
+        size = raw.size // WORDS * WORDS
+        self._sum += int.from_bytes(bytes(raw[size:]), "little")
+        words = raw[:size].view(np.uint64)
+        count = max(1, min(self._threads, -(-size // PART)))
+        edges = [words.size * i // count for i in range(count + 1)]
+        for start, stop in pairwise(edges):
+            self._running.append(self._pool.submit(_words, words[start:stop]))
+        while len(self._running) > AHEAD * self._threads:
+            self._sum += int(self._running.popleft().result())
+
+    def total(self) -> int:
+        """Of all arrays so far."""
+        while self._running:
+            self._sum += int(self._running.popleft().result())
+        return self._sum % (1 << 64)
+
+
+def total(raw: np.ndarray) -> int:
+    """The same of one array, on this thread."""
+    size = raw.size // WORDS * WORDS
+    return (int(_words(raw[:size].view(np.uint64))) + int.from_bytes(bytes(raw[size:]), "little")) % (1 << 64)

@@ -82,6 +82,12 @@ def backend(name: str = "auto") -> Backend:
     raise BadSpec(f"backend: unknown {name!r}; known: {', '.join(NAMES)}, auto")
 
 
+def fed(device: str | None) -> Backend:
+    """The backend of a device that loaders take ("cuda:1", "mlx", None for numpy's arrays)."""
+    kind = (device or "cpu").partition(":")[0]
+    return backend(kind if kind in NAMES else "cpu")
+
+
 def best() -> str:
     """The name of this machine's fastest device: a GPU of torch's, Apple's, else the CPU."""
     torch = _library("torch")

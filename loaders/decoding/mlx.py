@@ -14,7 +14,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.decoding.base import part
 from loaders.errors import BadCheckpoint
 from loaders.families import load_dtype
-from loaders.mlx_models import MODELS, expert_names, model_of
+from loaders.mlx_models import MODELS, expert_names, model_of, stack_of
 from loaders.quantization.mlx import BIASES, BITS, GROUP_SIZES, SCALES, MlxAffine
 from loaders.quantization.mlx_float import SETTINGS, MlxFloat
 from loaders.recipes import Recipe, Window
@@ -89,6 +89,30 @@ def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: 
     known += [MlxFloat(mode) for mode in ("mxfp4", "mxfp8", "nvfp4")]
     fitting = [scheme for scheme in known if _fits(scheme, packed, scales)]
     return fitting[0] if len(fitting) == 1 else base
+
+
+def stored_scheme(checkpoint: Checkpoint, weight: Recipe, scales: Recipe) -> Scheme:
+    """How a weight that is copied as it is stored was quantized; that of an expert stands under its stack's name.
+
+    Raises:
+        BadCheckpoint: the settings cannot be read.
+    """
+    model, block = model_of(checkpoint.config), settings_of(checkpoint.config) or {}
+    stack = None if model is None else stack_of(model, weight.name)
+    names = [name.removesuffix(".weight") for name in (weight.name, *(stack[:1] if stack else ()))]
+    module = next((name for name in names if name in block), names[0])
+    return _scheme(checkpoint.config, module, weight.stored[0][1], scales.stored[0][1])
+
+
+def cut_stored(checkpoint: Checkpoint, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
+    """A stack's part as it is stored, cut into those of the experts, by transformers' names; any other as it is."""
+    model, (base, _, suffix) = model_of(checkpoint.config), spec.name.rpartition(".")
+    count = spec.shape[0] if len(spec.shape) == 3 else 0
+    if STACK not in spec.name or model is None or not count:
+        return [(spec.name, spec)]
+    names = expert_names(model, f"{base}.weight", count) or ()
+    cut = [(name.removesuffix("weight") + suffix, _slice(spec, index)) for index, name in enumerate(names)]
+    return cut or [(spec.name, spec)]
 
 
 def _fits(scheme: Scheme, packed: WeightSpec, scales: WeightSpec) -> bool:

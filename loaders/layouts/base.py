@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoint import Checkpoint
+from loaders.containers.pytorch_pieces import Tail
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
 from loaders.rules import Decision
@@ -62,10 +63,13 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The one file that the units' pieces are ranges of: its name, and the bytes before the first of them."""
+    """The one file that the units' pieces are ranges of: its name, the bytes before the first of them, and what is made
+    of them to follow the last.
+    """
 
     name: str
     head: bytes
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True, slots=True)

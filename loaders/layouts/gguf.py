@@ -26,6 +26,7 @@ from loaders.layouts.gguf_metadata import (
     rope_factors,
 )
 from loaders.layouts.gguf_tokenizer import tokenizer_metadata
+from loaders.quantization.ggml_reading import check_readable
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.rules import Decision
@@ -35,6 +36,7 @@ ENGINES = ("ggml", "plain")
 LEGAL = ("LICENSE", "NOTICE", "COPYING")  # aux files that go along, by their beginnings
 SPLIT_KEYS = (gguf.SPLIT_NUMBER, gguf.SPLIT_COUNT, gguf.SPLIT_TENSORS)
 EMBEDDING = "token_embd.weight"
+ROUTER = "ffn_gate_inp.weight"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -68,7 +70,14 @@ class GgufLayout:
         return None
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
-        return ()
+        again = [d for d in decisions if d.action == "quantize" and d.recipe.dtype.block > 1]
+        if not again:
+            return ()
+        types = ", ".join(sorted({d.recipe.dtype.name for d in again}))
+        return (
+            f"{len(again)} tensors are quantized already ({types}) and are quantized again, from what they decode to,"
+            " as llama-quantize --allow-requantize does: more is lost than from the weights they came from",
+        )
 
     def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         return tuple(name for name in checkpoint.aux if name.upper().startswith(LEGAL))
@@ -76,9 +85,10 @@ class GgufLayout:
     def assemble(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
     ) -> Assembly:
-        label = naming.label or _label(files)
+        is_copy = checkpoint.container == "gguf" and all(d.scheme in (None, Plain()) for d in decisions)
+        label = naming.label or (_own_label(checkpoint) if is_copy else None) or _label(files)
         stem = f"{naming.model}-{label}"
-        metadata = _metadata(checkpoint, files, naming.model, label)
+        metadata = _metadata(checkpoint, files, naming.model, None if is_copy else label)
         tensors = sum(len(file.slots) for file in files)
         if naming.split:
             count = len(files) + 1
@@ -100,11 +110,17 @@ class GgufLayout:
 
 
 def _as_it_is(decision: Decision) -> Placed:
-    """A tensor of a GGUF for another."""
-    scheme, recipe = decision.scheme, decision.recipe
+    """A tensor of a GGUF for another: copied, or from its weights, which are decoded first if they are in blocks."""
+    scheme, recipe, cast = decision.scheme, decision.recipe, None
     assert scheme is not None
-    stored = {role: StoredTensor(recipe.name, part) for role, part in scheme.stored(recipe.spec).items()}
-    return Placed(recipe, decision.action, scheme, None, stored)
+    if isinstance(scheme, Plain) and (len(recipe.shape) < 2 or recipe.name.endswith(ROUTER)):
+        scheme = Plain()  # llama.cpp has these in float32, whatever is asked for the others
+    if recipe.dtype.block > 1 and scheme != Plain():
+        check_readable(recipe.dtype.name)
+        cast = DTYPES["F32"]
+    spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+    stored = {role: StoredTensor(recipe.name, part) for role, part in scheme.stored(spec).items()}
+    return Placed(recipe, decision.action if scheme != Plain() else "keep", scheme, cast, stored)
 
 
 class _Converting:
@@ -193,12 +209,23 @@ def _label(files: Sequence[OutputFile]) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def _metadata(checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str) -> dict[str, gguf.Entry]:
+def _own_label(checkpoint: Checkpoint) -> str | None:
+    """What a GGUF says its tensors are stored as."""
+    found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name).get("general.file_type")
+    return next((label for label, number in FILE_TYPES.items() if found is not None and number == found.value), None)
+
+
+def _metadata(
+    checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str | None
+) -> dict[str, gguf.Entry]:
+    """`label` is None for a copy of a GGUF."""
     if checkpoint.container == "gguf":
         found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name)
-        dropped = (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
+        is_usual = found.get(gguf.ALIGNMENT_KEY, gguf.uint32(0)).value == gguf.ALIGNMENT
+        dropped = SPLIT_KEYS if is_usual else (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
         kept = {key: entry for key, entry in found.items() if key not in dropped}
-        return kept | quantization_metadata(label)
+        return kept if label is None else kept | quantization_metadata(label)
+    assert label is not None
     architecture = architecture_of(checkpoint.config)
     rows = next((slot.shape[0] for file in files for slot in file.slots if slot.name == EMBEDDING), None)
     if rows is None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ OBJECT_FUSE = (
     "hf-mount",
 )
 MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
-CACHE_WINDOW = 16 << 20  # bytes looked at in three places of a file
+CACHE_WINDOW = 256 << 10  # bytes looked at in each of so many places of a file
+CACHE_WINDOWS = 6
 LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal")
 
 
@@ -108,7 +110,7 @@ def drop_cached(path: Path) -> float | None:
 
 
 def cached_share(path: Path) -> float | None:
-    """The share of a file's pages that are in the page cache, by a window at its start, its middle and its end.
+    """The share of a file's pages that are in the page cache, by windows from its start to its end.
 
     None where the system does not tell.
     """
@@ -116,7 +118,8 @@ def cached_share(path: Path) -> float | None:
     if not sys.platform.startswith("linux") or size == 0:
         return None
     window = min(size, CACHE_WINDOW)
-    starts = {at // mmap.PAGESIZE * mmap.PAGESIZE for at in (0, (size - window) // 2, size - window)}
+    places = ((size - window) * index // (CACHE_WINDOWS - 1) for index in range(CACHE_WINDOWS))
+    starts = sorted({at // mmap.PAGESIZE * mmap.PAGESIZE for at in places})
     shares = []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         anchor = np.frombuffer(view, np.uint8)  # only its address is used
@@ -127,10 +130,14 @@ def cached_share(path: Path) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _resident(address: int, size: int) -> float | None:
     seen = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(seen.ctypes.data))
+    failed = _libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(seen.ctypes.data))
     return None if failed else float((seen & 1).mean())
 
 

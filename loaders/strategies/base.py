@@ -5,6 +5,7 @@ A strategy writes `open`: some files, and a reader over them. Iterating, loading
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from loaders.backends.placing import gathered, placer
 from loaders.checkpoint import Checkpoint, open_checkpoint
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.memory import PeakMemory
 from loaders.specs import WeightSpec, is_contiguous, storage_of
 from loaders.stats import LoadStats
@@ -120,14 +121,14 @@ class WeightLoader(ABC):
             StorageError: a file cannot be read.
         """
         checkpoint = _opened(source)
-        specs = self.order(_selected(checkpoint, names))
+        specs, unchanged = self.order(_selected(checkpoint, names)), Unchanged(checkpoint)
         with (
             self._counted(checkpoint, specs) as counting,
             closing(self._tensors(checkpoint, specs, device)) as tensors,
         ):
             for spec in specs:
                 with counting:
-                    unchanged(checkpoint, spec.file)
+                    unchanged.check(spec.file)
                     value = next(tensors)
                 counting.count(Piece.whole(spec), fetches=self.fetches)
                 yield spec.name, value
@@ -142,14 +143,14 @@ class WeightLoader(ABC):
             As iterate_weights; BadSpec: `slice_bytes` is less than a number takes.
         """
         checkpoint = _opened(source)
-        specs = self.order(_selected(checkpoint, names))
+        specs, unchanged = self.order(_selected(checkpoint, names)), Unchanged(checkpoint)
         size = self.slice_bytes if slice_bytes is None else slice_bytes
         pieces = [piece for spec in specs for piece in _cut(spec, size)]
         with self._counted(checkpoint, specs) as counting, self.open(checkpoint.root, specs) as reader:
             arrays = reader.stream(pieces)
             for piece in pieces:
                 with counting:
-                    unchanged(checkpoint, piece.spec.file)
+                    unchanged.check(piece.spec.file)
                     array = next(arrays)
                 counting.count(piece)
                 storage = storage_of(piece.spec.dtype)
@@ -263,20 +264,22 @@ def cut_short(spec: WeightSpec, size: int) -> BadCheckpoint:
     )
 
 
-def unchanged(checkpoint: Checkpoint, file: str) -> None:
-    """Check that a file is the one whose headers were read.
+class Unchanged:
+    """Checks that files are those whose headers were read; a few microseconds, so that every tensor's is looked at."""
 
-    Raises:
-        StorageError: it is gone.
-        BadCheckpoint: it has another size or time.
-    """
-    wanted = next(tag for tag in checkpoint.files if tag.name == file)
-    found = local.tag(checkpoint.root, file)
-    if found != wanted:
-        raise BadCheckpoint(
-            f"{file}: it changed while it was read: {wanted.size} bytes when its headers were, {found.size} now;"
-            " load it again when nobody writes to it"
-        )
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._wanted = {tag.name: (os.path.join(checkpoint.root, tag.name), tag) for tag in checkpoint.files}  # noqa: PTH118
+
+    def check(self, file: str) -> None:
+        """Raises StorageError when a file is gone, BadCheckpoint when it has another size or time."""
+        path, wanted = self._wanted[file]
+        with io_errors("looking at", path):
+            found = os.stat(path)  # noqa: PTH116
+        if (found.st_size, found.st_mtime_ns) != (wanted.size, wanted.mtime_ns):
+            raise BadCheckpoint(
+                f"{file}: it changed while it was read: {wanted.size} bytes when its headers were, {found.st_size} now;"
+                " load it again when nobody writes to it"
+            )
 
 
 def _opened(source: Source) -> Checkpoint:

@@ -12,6 +12,7 @@ import numpy as np
 from loaders.checkpoint import Checkpoint
 from loaders.specs import WeightSpec
 from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.buffers import fresh
 from loaders.strategies.files import OpenFiles
 from loaders.strategies.lazy import LazyLoader, MappedFiles
 
@@ -50,7 +51,7 @@ class EagerLoader(WeightLoader):
         files, held = OpenFiles(root), {}
         try:
             for spec in specs:
-                held[spec.name] = np.empty(spec.size, np.uint8)
+                held[spec.name] = fresh(spec.size)
                 files.advise(spec, 0, spec.size)
                 files.fill(spec, 0, held[spec.name])
         finally:

@@ -7,12 +7,12 @@ bring what comes next into the page cache, a window ahead of the furthest range 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from loaders.backends.devices import backend
+from loaders.backends.devices import fed
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
@@ -70,15 +70,18 @@ class MultiThreadWeightLoader(WeightLoader):
     def held_bytes(self) -> int:
         return RANGE * min(self.max_workers or MOST_THREADS, MOST_THREADS)
 
-    def _workers(self, root: Path, specs: Sequence[WeightSpec]) -> Workers:
-        most = self.max_workers or backend("cpu").workers(self.name, local.medium(root))
+    def _workers(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Workers:
+        most = self.max_workers or fed(device).workers(self.name, local.medium(root))
         by_size = int(sum(spec.size for spec in specs) / (self.min_file_size_per_worker * MB))
         most = max(1, min(most, by_size))
         return Workers(min(FEWEST, most), most, adaptive=self.adaptive_workers)
 
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
+        return self.open_on(None, root, specs)
+
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        workers = self._workers(root, specs)
+    def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        workers = self._workers(device, root, specs)
         files = ThreadedFiles(root, specs, workers)
         try:
             yield files

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.backends.devices import backend
+from loaders.backends.devices import fed
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
@@ -146,7 +146,7 @@ class StreamingWeightLoader(WeightLoader):
 
     @contextmanager
     def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        workers = Workers(1, backend("cpu").workers(self.name, local.medium(root)))
+        workers = Workers(1, fed(device).workers(self.name, local.medium(root)))
         files = StreamedFiles(root, specs, self.budget, self.prefetch_count, workers, device is not None)
         try:
             yield files

@@ -19,8 +19,10 @@ import pytest
 from loaders.backends import kernels_of
 from loaders.containers import gguf
 from loaders.quantization.ggml import Ggml
-from loaders.specs import GGML_BLOCKS
+from loaders.quantization.ggml_reading import decode_blocks
+from loaders.specs import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.work import ThreadedWork
+from tests.loaders.test_ggml_reading import random_blocks
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw, values_of, weights
 
@@ -89,6 +91,37 @@ def test_blocks_are_those_of_ggml(name: str, dtype: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         Ggml(name).encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
     assert np.array_equal(sink.stored["weight"], ggml_bytes(name, np.ascontiguousarray(values_of(raw))))
+
+
+def ggml_values(name: str, data: np.ndarray, count: int) -> np.ndarray:
+    """What ggml decodes blocks to."""
+
+    class Traits(ctypes.Structure):
+        _fields_ = (
+            ("name", ctypes.c_char_p), ("numbers", ctypes.c_int64), ("interleave", ctypes.c_int64),
+            ("size", ctypes.c_size_t), ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p),
+        )  # fmt: skip
+
+    [library] = Path(llama_cpp.__file__).parent.rglob("libggml-base.so")
+    traits = ctypes.CDLL(str(library)).ggml_get_type_traits
+    traits.restype, traits.argtypes = ctypes.POINTER(Traits), [ctypes.c_int]
+    found = traits(gguf.TYPE_IDS[name]).contents
+    assert (found.numbers, found.size) == (GGML_BLOCKS | GGML_READ_BLOCKS)[name]
+    out = np.zeros(count, np.float32)
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(found.to_float)
+    function(data.ctypes.data, out.ctypes.data, count)
+    return out
+
+
+@pytest.mark.parametrize("name", sorted(GGML_BLOCKS | GGML_READ_BLOCKS))
+def test_blocks_are_decoded_as_ggml_decodes_them(name: str) -> None:
+    if name in GGML_READ_BLOCKS:
+        pytest.importorskip("gguf")
+    numbers, _ = (GGML_BLOCKS | GGML_READ_BLOCKS)[name]
+    data = random_blocks(name, 40)
+    out = np.empty(40 * numbers, np.float32)
+    decode_blocks(name, data, out)
+    assert np.array_equal(out.view(np.uint32), ggml_values(name, data, out.size).view(np.uint32))
 
 
 # --- whole models
@@ -162,8 +195,9 @@ def metadata_of(path: Path) -> dict[str, Any]:
     return gguf.plain(gguf.read_metadata(path.parent, path.name))
 
 
-def llama_quantize(base: Path, out: Path, file_type: str, *, pure: bool = False) -> None:
+def llama_quantize(base: Path, out: Path, file_type: str, *, pure: bool = False, again: bool = False) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
+    params.allow_requantize = again
     params.ftype, params.pure, params.nthread = FILE_TYPES[file_type], pure, 1
     assert llama_cpp.llama_model_quantize(str(base).encode(), str(out).encode(), ctypes.byref(params)) == 0
 
@@ -252,6 +286,27 @@ def test_a_pure_mix_is_llama_cpps(file_type: str, sources: Any, weightmill: Any,
     ours = made(weightmill, base.parent, tmp_path / "out", "quant=gguf_q8_0", f"quant.file_type={file_type}",
                 "quant.pure=true")  # fmt: skip
     assert tensors_of(ours) == tensors_of(tmp_path / "theirs.gguf")
+
+
+REQUANTIZED = [
+    ("llama untied", "Q8_0", "Q4_K_M"), ("llama untied", "Q4_K_M", "Q8_0"), ("llama untied", "Q6_K", "Q4_0"),
+    ("llama tied", "Q4_0", "Q5_K_M"), ("mixtral", "Q8_0", "Q4_K_M"), ("llama odd", "Q8_0", "Q4_K_M"),
+    ("llama untied", "Q8_0", "F16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "before", "after"), REQUANTIZED)
+def test_what_is_quantized_already_is_quantized_again_as_llama_cpp_does(
+    model: str, before: str, after: str, sources: Any, weightmill: Any, tmp_path: Path
+) -> None:
+    base = made(weightmill, sources(model), tmp_path / "base", "quant=gguf_q8_0", f"quant.file_type={before}")
+    llama_quantize(base, tmp_path / "theirs.gguf", after, again=True)
+    ours = made(weightmill, base.parent, tmp_path / "out", "quant=gguf_q8_0", f"quant.file_type={after}")
+    assert tensors_of(ours) == tensors_of(tmp_path / "theirs.gguf")
+    assert metadata_of(ours) == metadata_of(tmp_path / "theirs.gguf")
+    assert list(tensors_of(ours)) == list(tensors_of(base))
+    ran = weightmill("verify", f"output.path={tmp_path / 'out'}")
+    assert ran.status == 0, ran.err
 
 
 def test_a_split_model_loads_and_is_read(sources: Any, weightmill: Any, tmp_path: Path) -> None:

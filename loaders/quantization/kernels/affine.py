@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels.compare import float_at
-from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 32  # weights coded at once
 LANES = 16
@@ -142,8 +142,7 @@ def _codes(lanes: Lanes, x: Array, at: Value, bits: int, scale: Value, bias: Val
         offsets = lanes.b.fsub(values, lanes.splat(bias, STEP // 2))
         steps = lanes.b.fdiv(offsets, lanes.splat(scale, STEP // 2))
         pair.append(lanes.b.bitcast(lanes.op("fadd", steps, TO_INTEGER), ir.VectorType(I32, STEP // 2)))
-    both = lanes.b.or_(lanes.op("and_", pair[0], 0xFFFF), lanes.op("shl", pair[1], 16))
-    codes = lanes.b.bitcast(both, ir.VectorType(I16, STEP))
+    codes = lanes.woven(*pair)
     top = lanes.const(codes.type, (1 << bits) - 1)
     codes = lanes.b.select(lanes.b.icmp_unsigned("<", codes, top), codes, top)
     return lanes.b.trunc(codes, ir.VectorType(I8, STEP))
@@ -168,6 +167,7 @@ def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-d
         _scales(lows, highs, top, some_scales, some_biases)
         for slot in range(count):
             start, scale, bias = (first + slot) * group, some_scales[slot], some_biases[slot]
+            prefetch(x, start + LANES * group, start + LANES * group + group)
             _code_group(x, start, start + group, bits, scale, bias, packed)
             scales[first + slot] = scale
             biases[first + slot] = bias

@@ -33,7 +33,8 @@ class DeviceKernels:
         """Raw weights as float32 on the device."""
         raw = torch.from_numpy(np.array(x) if not x.flags.writeable else x)
         raw = raw.view(torch.bfloat16) if dtype == "BF16" else raw
-        raw = raw.float() if dtype == "F64" else raw
+        if dtype == "F64" or (dtype == "BF16" and self._device.type == "mps"):  # which MPS does not hold
+            raw = raw.float()
         return raw.to(self._device).float()
 
     def encode_fourbit(

@@ -1,4 +1,4 @@
-"""ggml's super-blocks of 256 weights: Q2_K to Q6_K, TQ1_0 and TQ2_0, byte for byte as its reference quantizers.
+"""ggml's super-blocks of 256 weights: Q2_K to Q6_K, byte for byte as its reference quantizers.
 
 By bytes (l, j count within what stands before them; sub-blocks are 16 or 32 weights, each with a small scale):
     Q2_K   16 scales and minima of 4 bits, 64 codes, d, dmin                       w = d s q - dmin m
@@ -6,10 +6,8 @@ By bytes (l, j count within what stands before them; sub-blocks are 16 or 32 wei
     Q4_K   d, dmin, 12 scales and minima of 6 bits, 128 codes                      w = d s q - dmin m
     Q5_K   d, dmin, 12 scales and minima of 6 bits, 32 fifth bits, 128 codes       w = d s q - dmin m
     Q6_K   128 low codes, 64 high codes, 16 int8 scales, d                         w = d s (q - 32)
-    TQ1_0  48 bytes of five trits, 4 of four, d                                    w = d (q - 1)
-    TQ2_0  64 bytes of four codes, d                                               w = d (q - 1)
-d and dmin are float16. Scales come from kernels/ggml_search.py; sub-blocks whose stored scale is zero keep the codes of
-the search. The ternary ones divide by the largest magnitude, and round half away from zero.
+d and dmin are float16. Scales come from kernels/ggml_search.py and ggml_line.py; sub-blocks whose stored scale is zero
+keep the codes of the search.
 
 Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_*_ref.
 """
@@ -22,12 +20,10 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from loaders.quantization.kernels import ggml_line as line
 from loaders.quantization.kernels import ggml_search as search
-from loaders.quantization.kernels.ggml_blocks import ROUND_AWAY
 from loaders.quantization.kernels.lanes import (
-    F32,
     I8,
-    I32,
     Array,
     Lanes,
     Value,
@@ -121,7 +117,7 @@ def _merge(
 
 
 @kernel
-def _put_half(out, at, value):  # type: ignore[no-untyped-def]
+def put_half(out, at, value):  # type: ignore[no-untyped-def]
     """Store as float16; gives what it now is."""
     bits = half_bits(np.float32(value))
     out[at], out[at + 1] = np.uint8(bits & np.uint16(255)), np.uint8(bits >> np.uint16(8))
@@ -137,8 +133,8 @@ def _scales_of_6_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-
         under = max(under, np.float32(-lows[k]))
     up = np.float32(63) / top if top > 0 else np.float32(0)
     down = np.float32(63) / under if under > 0 else np.float32(0)
-    d = _put_half(out, at, top / np.float32(63))
-    dmin = _put_half(out, at + 2, under / np.float32(63))
+    d = put_half(out, at, top / np.float32(63))
+    dmin = put_half(out, at + 2, under / np.float32(63))
     for j in range(8):
         k = first + j
         s = min(np.int32(63), _nearest(up * scales[k]) & np.int32(255))
@@ -161,7 +157,7 @@ def _q4_k(x, out):  # type: ignore[no-untyped-def]
     count = x.size // SUPER
     for first in range(0, count, 2):
         _spread(x, first * SUPER, 32, xt)
-        search.search_q4(xt, weights, codes, scales, lows)
+        line.search_q4(xt, weights, codes, scales, lows)
         here = min(2, count - first)
         for s in range(here):
             _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 144)
@@ -181,7 +177,7 @@ def _q5_k(x, out):  # type: ignore[no-untyped-def]
     count = x.size // SUPER
     for first in range(0, count, 2):
         _spread(x, first * SUPER, 32, xt)
-        search.search_q5(xt, weights, codes, scales, lows)
+        line.search_q5(xt, weights, codes, scales, lows)
         here = min(2, count - first)
         for s in range(here):
             _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 176)
@@ -201,8 +197,8 @@ def _scales_of_4_bits(scales, lows, out, at):  # type: ignore[no-untyped-def]
     for j in range(16):
         top = max(top, scales[j])
         under = max(under, np.float32(-lows[j]))
-    d = _put_half(out, at + 80, top / np.float32(15) if top > 0 else np.float32(0))
-    dmin = _put_half(out, at + 82, under / np.float32(15) if under > 0 else np.float32(0))
+    d = put_half(out, at + 80, top / np.float32(15) if top > 0 else np.float32(0))
+    dmin = put_half(out, at + 82, under / np.float32(15) if under > 0 else np.float32(0))
     for j in range(16):
         both = np.int32(0)
         if top > 0:
@@ -215,7 +211,7 @@ def _scales_of_4_bits(scales, lows, out, at):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _quarters(codes, out, at, shift):  # type: ignore[no-untyped-def]
+def quarters(codes, out, at, shift):  # type: ignore[no-untyped-def]
     """Two bits, from `shift` on, of 256 codes: byte l of a half holds its weights l, l + 32, l + 64, l + 96."""
     for half in range(2):
         _merge(codes, 128 * half, 32, shift, 2, 4, out, at + 32 * half)
@@ -229,11 +225,11 @@ def _q2_k(x, out):  # type: ignore[no-untyped-def]
     small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
     for block in range(x.size // SUPER):
         _spread(x, block * SUPER, 16, xt)
-        search.search_q2(xt, weights, codes, scales, lows)
+        line.search_q2(xt, weights, codes, scales, lows)
         _scales_of_4_bits(scales, lows, out, block * 84)
         search.finish_q2(xt, codes, scales, lows, small)
         _order(small, 16, ordered)
-        _quarters(ordered, out, block * 84 + 16, 0)
+        quarters(ordered, out, block * 84 + 16, 0)
 
 
 @kernel
@@ -263,7 +259,7 @@ def _q3_k(x, out):  # type: ignore[no-untyped-def]
         at = block * 110
         top = _largest_scale(scales)
         inverse = np.float32(-32) / top if top != 0 else np.float32(0)
-        d = _put_half(out, at + 108, np.float32(1) / inverse if top != 0 else np.float32(0))
+        d = put_half(out, at + 108, np.float32(1) / inverse if top != 0 else np.float32(0))
         out[at + 96 : at + 108] = 0
         for j in range(16):
             scale = np.int32(0)
@@ -276,7 +272,7 @@ def _q3_k(x, out):  # type: ignore[no-untyped-def]
         search.finish_q3(xt, codes, scales, lows, small)
         _order(small, 16, ordered)
         _merge(ordered, 0, 32, 2, 1, 8, out, at)
-        _quarters(ordered, out, at + 32, 0)
+        quarters(ordered, out, at + 32, 0)
 
 
 @kernel
@@ -292,7 +288,7 @@ def _q6_k(x, out):  # type: ignore[no-untyped-def]
         top = _largest_scale(scales)
         is_nothing = abs(top) < NOTHING
         inverse = np.float32(0) if is_nothing else np.float32(-128) / top
-        d = _put_half(out, at + 208, np.float32(0) if is_nothing else np.float32(1) / inverse)
+        d = put_half(out, at + 208, np.float32(0) if is_nothing else np.float32(1) / inverse)
         for j in range(16):
             scale = min(np.int32(127), _nearest(inverse * scales[j]))
             out[at + 192 + j] = np.uint8(scale & 255)
@@ -304,7 +300,7 @@ def _q6_k(x, out):  # type: ignore[no-untyped-def]
         _order(small, 16, ordered)
         for part in range(4):  # of each half, bytes 0 to 31 and 32 to 63
             _merge(ordered, part // 2 * 128 + part % 2 * 32, 64, 0, 4, 2, out, at + 32 * part)
-        _quarters(ordered, out, at + 128, 4)
+        quarters(ordered, out, at + 128, 4)
 
 
 def _of_floats(encode: Callable[[np.ndarray, np.ndarray], None], size: int) -> Callable[[np.ndarray, np.ndarray], None]:
@@ -329,64 +325,3 @@ def _of_floats(encode: Callable[[np.ndarray, np.ndarray], None], size: int) -> C
 encode_q2_k, encode_q3_k = _of_floats(_q2_k, 84), _of_floats(_q3_k, 110)
 encode_q4_k, encode_q5_k = _of_floats(_q4_k, 144), _of_floats(_q5_k, 176)
 encode_q6_k = _of_floats(_q6_k, 210)
-
-
-# --- ternary
-
-
-@vector(types.void)
-def _trits(lanes: Lanes, x: Array, at: Value, inverse: Value, codes: Array) -> None:
-    """roundf(x * inverse) + 1 of 256 weights, half away from zero, as bytes."""
-    kind, wide = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
-    for part in range(SUPER // 32):
-        v = lanes.b.fmul(lanes.floats(x, lanes.op("add", at, 32 * part), 32), lanes.splat(inverse, 32))
-        nudge = lanes.op("or_", lanes.op("and_", lanes.b.bitcast(v, wide), -0x80000000), ROUND_AWAY)
-        code = lanes.op("add", lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, kind)), wide), 1)
-        start = ir.Constant(ir.IntType(64), 32 * part)
-        lanes.store(lanes.b.trunc(code, ir.VectorType(I8, 32)), codes, start)
-
-
-@vector(types.float32)
-def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The largest magnitude of 256 weights."""
-    kind = ir.VectorType(F32, 32)
-    top = lanes.const(kind, 0)
-    for part in range(SUPER // 32):
-        top = lanes.larger(lanes.absolute(lanes.floats(x, lanes.op("add", at, 32 * part), 32)), top)
-    return lanes.reduce("fmax", top)
-
-
-@kernel
-def _begin_ternary(x, block, out, at, codes):  # type: ignore[no-untyped-def]
-    top = _largest(x, block * SUPER)
-    _put_half(out, at, top)
-    inverse = np.float32(1) / top if top != 0 else np.float32(0)
-    _trits(x, block * SUPER, inverse if inverse < np.inf else np.float32(0), codes)
-
-
-@kernel
-def encode_tq2_0(x, out):  # type: ignore[no-untyped-def]
-    """out: uint8 (n / 256 * 66,)."""
-    codes = np.empty(SUPER, np.uint8)
-    for block in range(x.size // SUPER):
-        at = block * 66
-        _begin_ternary(x, block, out, at + 64, codes)
-        _quarters(codes, out, at, 0)
-
-
-@kernel
-def encode_tq1_0(x, out):  # type: ignore[no-untyped-def]
-    """out: uint8 (n / 256 * 54,). A byte is the fraction that its trits are of 3^5, of 256, rounded up."""
-    codes = np.empty(SUPER, np.uint8)
-    for block in range(x.size // SUPER):
-        at = block * 54
-        _begin_ternary(x, block, out, at + 52, codes)
-        for i in range(52):
-            # 32 bytes take weights 32 apart, 16 take weights 16 apart, and 4 take four weights 4 apart
-            first, step = (i, 32) if i < 32 else (160 + i - 32, 16) if i < 48 else (240 + i - 48, 4)
-            trits = np.int32(0)
-            for n in range(5):
-                trits = trits * np.int32(3)
-                if n < 4 or i < 48:
-                    trits += np.int32(codes[first + n * step])
-            out[at + i] = np.uint8((trits * np.int32(256) + np.int32(242)) // np.int32(243))

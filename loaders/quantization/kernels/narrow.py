@@ -103,14 +103,14 @@ def to_e2m1(lanes: Lanes, values: Value) -> Value:
 
 
 def from_e4m3(lanes: Lanes, codes: Value) -> Value:
-    """The float32 lanes of E4M3 codes in int32 lanes: their bits, moved, times 2^120; exact below 2^-6 too."""
-    kind = floats(codes)
-    magnitude = lanes.op("and_", codes, 0x7F)
-    value = lanes.op("fmul", lanes.b.bitcast(lanes.op("shl", magnitude, 20), kind), 2.0**120)
-    is_nan = lanes.b.icmp_unsigned("==", magnitude, lanes.const(codes.type, 0x7F))
-    value = lanes.b.select(is_nan, lanes.const(kind, float("nan")), value)
-    sign = lanes.op("shl", lanes.op("and_", codes, 0x80), 24)
-    return lanes.b.bitcast(lanes.b.or_(lanes.b.bitcast(value, codes.type), sign), kind)
+    """The float32 lanes of E4M3 codes (int8): as float16s, whose exponents are 8 higher, times 2^8; exact."""
+    kind = ir.VectorType(I16, codes.type.count)
+    wide = lanes.op("shl", lanes.b.sext(codes, kind), 7)
+    magnitude = lanes.op("and_", wide, 0x3F80)
+    is_nan = lanes.b.icmp_unsigned("==", magnitude, lanes.const(kind, 0x3F80))
+    signless = lanes.b.select(is_nan, lanes.const(kind, 0x7E00), magnitude)
+    halves = lanes.b.or_(signless, lanes.op("and_", wide, -0x8000))
+    return lanes.op("fmul", lanes.from_f16(halves), 256.0)
 
 
 # --- bfloat16s in pairs, without division

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels import narrow
-from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 from loaders.quantization.kernels.narrow import (
     BATCH,
     GROUPS,
@@ -171,6 +171,7 @@ def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
         for slot in range(count):
             start, scale, inverse = (first + slot) * group, some[slot], inverses[slot]
             scales[first + slot] = scale
+            prefetch(x, start + BATCH * group, start + BATCH * group + group)
             if inverse and bits == 4:
                 for at in range(start, start + group, STEP):
                     _pack_4_quick(x, at, inverse, packed)
@@ -200,6 +201,7 @@ def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untype
             start, scale, inverse, zero = (first + slot) * group, some[slot], inverses[slot], wholes[slot]
             scales[first + slot] = scale
             zeros[first + slot] = np.int8(zero)
+            prefetch(x, start + BATCH * group, start + BATCH * group + group)
             if inverse:
                 for at in range(start, start + group, STEP):
                     _pack_zero_quick(x, at, inverse, zero, packed)
@@ -222,6 +224,7 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
         scales[r] = scale
         inverse = quick_inverse(x, scale)
         for at in range(start, whole, STEP):
+            prefetch(x, at + columns, at + columns + STEP)
             if inverse:
                 _plain_8_quick(x, at, inverse, out)
             else:

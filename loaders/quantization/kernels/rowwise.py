@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 64
 LANES = 16
@@ -85,6 +85,7 @@ def encode_int8(x, columns, codes, absmax):  # type: ignore[no-untyped-def]
         inverse = (np.float32(1) / top) * np.float32(127)
         at = start
         while at + STEP <= stop:
+            prefetch(x, at + columns, at + columns + STEP)
             _code(x, at, inverse, codes, at)
             at += STEP
         for i in range(at, stop):
