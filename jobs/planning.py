@@ -33,10 +33,9 @@ from loaders.rules import Decision, decide
 from loaders.sources import Sources, recipes_of
 from loaders.specs import DType, OutputFile, RowOrder, Slot, StoredTensor, TensorSpec
 from loaders.storage.local import FileTag
-from loaders.work import RANGE
+from loaders.work import THREAD_BYTES
 
 FORMAT = 1  # of plans and records: another version's are refused
-THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
 from jobs.planning import Plan, TargetPlan, make_plan
 from jobs.publish import check_replaceable
-from jobs.quants import Bnb4Quant
 from jobs.spec import JobSpec
 from jobs.strategies import reading
 from jobs.targets import Target
@@ -23,6 +22,7 @@ from loaders.checkpoint import OUR_REPORT, open_checkpoint
 from loaders.errors import BadSpec, StorageError
 from loaders.integrity import text_digest
 from loaders.layouts import Naming
+from loaders.quants import Bnb4Quant
 from loaders.storage.local import free_bytes
 from loaders.strategies import WeightLoader
 

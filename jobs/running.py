@@ -25,13 +25,14 @@ from jobs.progress import Meter
 from jobs.publish import complete, is_published, publish
 from jobs.spec import ClusterSpec, JobSpec
 from jobs.tracking import Run, open_run
-from jobs.unit import Gate, UnitTask
+from jobs.unit import UnitTask
 from loaders.backends import devices_of
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadSpec, StorageError, VerifyFailed
 from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
 from loaders.memory import PeakMemory
+from loaders.quantization.gate import Gate
 from loaders.strategies import WeightLoader
 
 

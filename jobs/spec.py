@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jobs.quants import Quant, QuantSpec
 from jobs.strategies import StrategySpec
 from jobs.strict import FloatName, Format, Spec
 from loaders.families import ROLES
+from loaders.quants import Quant, QuantSpec
 from loaders.rules import Rule
 from loaders.specs import DTYPES
 

@@ -23,8 +23,9 @@ from jobs.targets import TargetId
 from loaders.backends import leased_kernels
 from loaders.errors import StorageError, VerifyFailed
 from loaders.memory import PeakMemory
+from loaders.quantization.gate import Gate
 from loaders.quantization.measure import measure
-from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
+from loaders.quantization.scheme import Block, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, WeightLoader
@@ -34,36 +35,6 @@ from loaders.work import RANGE, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What a tensor must satisfy to leave. `max_relative_error` tightens the scheme's own limit."""
-
-    allow_nonfinite: bool = False
-    max_relative_error: float | None = None
-
-    def fault(self, name: str, error: ErrorSums, scheme: Scheme) -> str | None:
-        """Why a tensor must not leave, or None."""
-        if error.nonfinite and not self.allow_nonfinite:
-            return (
-                f"{name}: the source holds {error.nonfinite} NaN or infinite weights; mend it, or let them pass with"
-                " verify.allow_nonfinite=true"
-            )
-        if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
-            count = error.nonfinite_decoded
-            return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
-        limit = min(scheme.error_limit, self.max_relative_error or math.inf)
-        if not error.relative_error <= limit and not self._is_floor(error, scheme):
-            return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"
-        return None
-
-    def _is_floor(self, error: ErrorSums, scheme: Scheme) -> bool:
-        """Whether weights are so small that the steps of the format's scales explain the error; no limit asked for."""
-        if not isinstance(scheme, Floored) or (self.max_relative_error or math.inf) < scheme.error_limit:
-            return False
-        floor = scheme.error_floor * math.sqrt(error.numel)
-        return math.sqrt(error.error2) <= scheme.error_limit * math.sqrt(error.source2) + floor
 
 
 @dataclass(frozen=True, slots=True)

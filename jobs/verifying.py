@@ -26,11 +26,12 @@ from jobs.publish import files_of_others
 from jobs.report import tensor_errors
 from jobs.spec import ClusterSpec, JobSpec
 from jobs.strategies import StrategySpec, reading
-from jobs.unit import SMALL, Gate
+from jobs.unit import SMALL
 from loaders.backends import kernels_of
 from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_json
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
 from loaders.integrity import BLOCK, hash_file
+from loaders.quantization.gate import Gate
 from loaders.quantization.measure import measure
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums

@@ -334,3 +334,18 @@ def _is_ours(root: Path, link: Path) -> bool:
     target = link.resolve()
     in_cache = root.parent.name == "snapshots" and target.is_relative_to(root.resolve().parent.parent / "blobs")
     return in_cache or target.is_relative_to(root.resolve())
+
+
+def open_file(path: str | os.PathLike[str], container: str) -> Checkpoint:
+    """One weight file as a checkpoint, with the config.json that lies beside it, if one does.
+
+    Raises:
+        BadCheckpoint: it is damaged, or holds no tensors.
+    """
+    root, name = Path(path).parent, Path(path).name
+    weights = READERS[container](root, name)
+    if not weights:
+        raise BadCheckpoint(f"{path}: it holds no tensors")
+    _check_names(weights, None)
+    config = _gguf_config(root, [name], weights) if container == "gguf" else read_config(root)
+    return Checkpoint(root, container, (local.tag(root, name),), weights, config, ())

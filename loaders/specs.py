@@ -162,8 +162,8 @@ class WeightSpec:
     stride: Shape | None = None
     alias: str | None = None
 
-    @property
     def numel(self) -> int:
+        """Numbers in it."""
         return math.prod(self.shape)
 
 

@@ -72,10 +72,12 @@ class StoredRoles:
 
 
 class DecodedView:
-    """A quantized tensor's weights, decoded on the way in and rounded to its dtype."""
+    """A quantized tensor's weights, decoded on the way in and rounded to its dtype, or at once to another."""
 
-    def __init__(self, recipe: Recipe, stored: StoredRoles, decoder: Decoder, work: Work) -> None:
-        self.spec = recipe.spec
+    def __init__(
+        self, recipe: Recipe, stored: StoredRoles, decoder: Decoder, work: Work, dtype: DType | None = None
+    ) -> None:
+        self.spec = recipe.spec if dtype is None else TensorSpec(recipe.name, dtype, recipe.shape)
         self._whole = recipe.decoded_spec
         self._window = recipe.window
         self._stored = stored
@@ -144,10 +146,10 @@ def ordered_view(view: View, order: RowOrder | None) -> View:
     return view if order is None else ReorderedView(view, order)
 
 
-def view_of(recipe: Recipe, reader: Reader, work: Work) -> View:
-    """A recipe's weights through an open reader."""
+def view_of(recipe: Recipe, reader: Reader, work: Work, decoded_dtype: DType | None = None) -> View:
+    """A recipe's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given."""
     if recipe.decode is not None:
-        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work)
+        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work, decoded_dtype)
         return ordered_view(decoded, recipe.order)
     [(_, stored)] = recipe.stored
     assert recipe.window is not None

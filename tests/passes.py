@@ -17,8 +17,9 @@ from jobs.preparing import target_of
 from jobs.publish import complete
 from jobs.spec import JobSpec
 from jobs.targets import NAMELESS, Target
-from jobs.unit import Gate, UnitTask
+from jobs.unit import UnitTask
 from loaders.checkpoint import open_checkpoint
+from loaders.quantization.gate import Gate
 from loaders.strategies.lazy import LazyLoader
 
 

@@ -58,7 +58,7 @@ def linear_8bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
 def hqq_linear(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:
     """An HQQLinear of hqq."""
     hqq: Any = import_module("hqq.core.quantize")
-    made: nn.Module = hqq.HQQLinear(None, None, compute_dtype=dtype, device=device, initialize=False)
+    made: Any = hqq.HQQLinear(None, None, compute_dtype=dtype, device=device, initialize=False)
     made.load_state_dict(
         {
             "W_q": nn.Parameter(stored["W_q"], requires_grad=False),

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loaders.work
-from jobs.unit import Gate
 from loaders.backends import kernels_of
 from loaders.errors import VerifyFailed
 from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
 from loaders.quantization.float4 import Mxfp4, Nvfp4
 from loaders.quantization.fp8_block import Fp8Block
+from loaders.quantization.gate import Gate
 from loaders.quantization.hqq import Hqq
 from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.kernels import dynamic

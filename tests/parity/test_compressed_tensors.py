@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.quants import COMPRESSED_TENSORS
 from loaders.backends import kernels_of
 from loaders.checkpoint import read_config
 from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.scheme import Scheme
+from loaders.quants import COMPRESSED_TENSORS
 from loaders.work import ThreadedWork
 from tests.loaders.test_schemes import MemorySink, MemoryView, decode
 from tests.making import Raw
