@@ -125,7 +125,7 @@ def test_a_rule_may_change_settings_of_the_quant(source: Path, tmp_path: Path, w
     weights = {spec.name: spec for spec in open_checkpoint(tmp_path / "out").weights}
     for name, group in (("mlp.down_proj", 128), ("mlp.up_proj", 64)):
         weight = f"model.layers.0.{name}.weight"
-        assert weights[f"{weight}.absmax"].numel == -(-2 * weights[weight].numel // group)
+        assert weights[f"{weight}.absmax"].numel() == -(-2 * weights[weight].numel() // group)
     assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
 
 
