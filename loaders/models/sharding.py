@@ -65,7 +65,7 @@ def _fill(skeleton: Skeleton, device: str, read: Callable[[str, torch.Tensor, in
         source = skeleton.tied.get(name, name)
         if isinstance(parameter, DTensor):
             start, stop = rows_of(parameter)
-            local = parameter.to_local()
+            local = parameter.to_local().detach()  # its memory, of which autograd need not know
             columns = _columns(parameter)
             assert local.numel() == (stop - start) * columns, (name, local.shape, start, stop)
             read(source, local, start * columns)

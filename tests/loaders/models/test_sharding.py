@@ -41,17 +41,18 @@ def run_ranks(folder: Path, way: str, count: int, does_compute: bool = True) -> 
     found = []
     try:
         for rank in ranks:
-            out, err = rank.communicate(timeout=240)
+            out, err = rank.communicate(timeout=600)
             assert rank.returncode == 0, err[-3000:]
             [line] = [line for line in out.splitlines() if line.startswith("RESULT ")]
             found.append(json.loads(line.removeprefix("RESULT ")))
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()  # which closes its pipes, too
     return found
 
 
-@pytest.mark.parametrize(("way", "count"), [("own", 3), ("scatter", 2), ("broadcast", 2)])
+@pytest.mark.parametrize(("way", "count"), [("own", 2), ("scatter", 2), ("broadcast", 2)])
 def test_each_rank_ends_with_its_shard_of_the_right_values(way: str, count: int) -> None:
     found = run_ranks(DEMO, way, count)
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO).eval()
