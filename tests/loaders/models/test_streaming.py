@@ -60,7 +60,7 @@ def test_a_gigabyte_computes_under_a_limit_that_loading_it_exceeds(
 
     def run(strategy: str) -> dict[str, object]:
         script = [sys.executable, "-c", RUN, str(tmp_path / "large"), strategy, str(800 * MIB)]
-        few = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # each arena of the allocator counts as much as is reserved for it
+        few = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # an arena counts all that is reserved for it
         ran = subprocess.run(script, cwd=ROOT, env=few, capture_output=True, text=True, check=True, timeout=600)
         return dict(json.loads(ran.stdout.splitlines()[-1]))
 
