@@ -107,12 +107,12 @@ class Measured:
 class PartFile:
     """A file under way, in the journal's folder of parts."""
 
-    def __init__(self, journal: Journal, name: str, output: UnitOutput, timer: Timer) -> None:
+    def __init__(self, journal: Journal, name: str, output: UnitOutput, timer: Timer, scratch: Scratch) -> None:
         assert output.file is not None
         self._journal = journal
         self._file = output.file
         self._timer = timer
-        self._scratch = Scratch()
+        self._scratch = scratch  # one for all files of a unit: their buffers take turns
         self._pieces: dict[str, dict[Piece, str]] = {}
         slots = (slot for placement in output.placements for slot in placement.slots.values())
         self._slots = sorted(slots, key=lambda slot: slot.offset)

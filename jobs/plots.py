@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.report import error_by_layer
+from jobs.metrics import error_by_layer
 
 
 def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
