@@ -46,7 +46,7 @@ def run_sweep(config: str, request: Request) -> Said:
     try:
         sweep(config, request, under_way.together)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"{error or 'interrupted'}: {under_way.state}; the same command goes on") from None
+        raise KeyboardInterrupt(f"{str(error) or 'interrupted'}: {under_way.state}; the same command goes on") from None
     except WeightmillError as error:
         if not any(error is each for each in under_way.outcomes.values()):  # a search that gave up over a failed job
             raise

@@ -116,7 +116,7 @@ class Recorder:
         uri = spec.uri or default_uri(root)
         if (uri, spec.experiment) not in self._stores:
             with _store_lock(uri):
-                client = _client(uri)
+                client = mlflow_client(uri)
                 self._stores[uri, spec.experiment] = client, _experiment(client, spec.experiment, uri, root)
         client, experiment = self._stores[uri, spec.experiment]
         return client, uri, experiment
@@ -192,7 +192,7 @@ class BackgroundRun:
 
     def check(self) -> None:
         if self._opened.done() and (failed := self._opened.exception()) is not None:
-            raise StorageError(f"tracking.uri: cannot be used ({_first_line(failed)}); tracking=none runs without")
+            raise StorageError(f"tracking.uri: cannot be used ({first_line(failed)}); tracking=none runs without")
 
     def _later(self, method: str, *arguments: Any) -> None:
         def call() -> None:
@@ -240,7 +240,7 @@ class BackgroundRun:
             self._own.close()
         failed = self._opened.exception() or (self._errors[0] if self._errors else None)
         if failed is not None:
-            raise StorageError(f"tracking: not everything was logged: {_first_line(failed)}") from failed
+            raise StorageError(f"tracking: not everything was logged: {first_line(failed)}") from failed
 
 
 class MlflowRun:
@@ -333,9 +333,10 @@ def here() -> dict[str, str]:
     return {HOST: socket.gethostname(), PID: str(os.getpid()), HEARTBEAT: str(int(time.time()))}
 
 
-def _client(uri: str) -> Any:
+def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
     for chatty in ("mlflow", "alembic"):
@@ -343,7 +344,7 @@ def _client(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     ("preparing", ("jobs.preparing",)),
     ("console", ("jobs.console", "jobs.help", "jobs.compose", "jobs.checking", "jobs.refusing", "jobs.report",
                  "jobs.comparison", "jobs.metrics",
-                 "jobs.plots", "jobs.tracking", "jobs.publish",
+                 "jobs.plots", "jobs.tracking", "jobs.tracked", "jobs.publish",
                  "jobs.progress")),
     ("execution", ("jobs.clusters", "jobs.execution", "jobs.ray_cluster")),
     ("unit", ("jobs.joining", "jobs.merging", "jobs.unit", "jobs.parts", "jobs.journal")),
