@@ -24,7 +24,7 @@ from jobs.checking import PATHS, check, near
 from loaders.errors import BadSpec
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-VERBATIM = (*PATHS, "peer")  # taken as they are typed, whatever characters they hold
+VERBATIM = (*PATHS, "peer", "filter")  # taken as they are typed, whatever characters they hold
 S = TypeVar("S", bound=BaseModel)
 
 
