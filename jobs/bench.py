@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from jobs.console import Said, Verb
+from jobs.spec import TrackingSpec
 from jobs.strict import Format, Spec
+
+
+class BenchModel(Spec):
+    """Whose files are read."""
+
+    path: str | None = Field(description="loaders: the checkpoint's folder; null makes a random Llama of `gb`")
+
+
+class BenchOutput(Spec):
+    """Where what is found is kept."""
+
+    root: str = Field(description="loaders: the folder of the plot, and of the tracking store")
 
 
 class BenchSpec(Spec):
     """What to time."""
 
-    what: Literal["kernels", "job"] = Field(description="kernels: encoders and decoders alone; job: a whole command")
+    what: Literal["kernels", "job", "loaders"] = Field(
+        description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage"
+    )
+    model: BenchModel
     rows: int = Field(gt=0, multiple_of=4, description="kernels: rows of the weight")
     columns: int = Field(gt=0, multiple_of=64, description="kernels: its columns")
     threads: int = Field(ge=1, description="kernels: threads of each case")
@@ -23,7 +40,11 @@ class BenchSpec(Spec):
     gb: float = Field(gt=0, description="job: gigabytes of the random Llama")
     quant: str = Field(description="job: the scheme")
     peer: str | None = Field(description="job: another tool's command with {source} and {output}")
-    folder: str | None = Field(description="job: where outputs are written and removed again")
+    folder: str | None = Field(description="where outputs and the random Llama are written and removed again")
+    strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
+    cold: bool = Field(description="loaders: time reading without the page cache, too")
+    output: BenchOutput
+    tracking: TrackingSpec
     format: Format = Field(description="text, or json: one document on standard output")
 
 
@@ -31,6 +52,11 @@ def act(spec: BenchSpec) -> Said:
     """Time."""
     from jobs import benching
 
+    if spec.what == "loaders":
+        return benching.loaders(
+            spec.model.path, spec.gb, spec.folder, spec.strategies, spec.repeats, spec.cold, Path(spec.output.root),
+            spec.tracking,
+        )  # fmt: skip
     if spec.what == "kernels":
         return benching.kernels(spec.rows, spec.columns, spec.threads, spec.repeats)
     return benching.job(spec.path, spec.gb, spec.quant, spec.peer, spec.folder, spec.repeats)
@@ -38,11 +64,12 @@ def act(spec: BenchSpec) -> Said:
 
 VERB = Verb(
     "bench",
-    "Time the kernels beside installed libraries, or a whole job beside copying and another tool. Ratios of one run.",
+    "Time kernels beside installed libraries, a job beside copying and another tool, or loading by every strategy.",
     BenchSpec,
     act,
     (
         ("kernels", "one thread, a weight of 4096 x 14336"),
+        ("loaders model.path=DIR", "every strategy on your storage, cold and warm; the winner as YAML"),
         ("job gb=4 repeats=3", "a random Llama of 4 GB to NF4, from the page cache, beside copying it"),
         ("job path=DIR peer='TOOL {source} {output}'", "your checkpoint, in turn with another tool's command"),
     ),

@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs.benches import compressed_tensors, ggml, hqq, mlx
-from jobs.benches.timing import Case, rotate
+from jobs.benches import compressed_tensors, ggml, hqq, loading, loading_report, mlx
+from jobs.benches.timing import SCRATCH, Case, on_threads, rotate
 from jobs.console import Said, note
-from jobs.execution import usable_cpus
+from jobs.spec import TrackingSpec
+from loaders.backends.machine import usable_cpus
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import safetensors, writer_of
 from loaders.errors import BadSpec, io_errors
@@ -38,7 +38,9 @@ from loaders.integrity import hash_file
 from loaders.quantization.kernels import compare, cpu, fourbit, rowwise
 from loaders.specs import DTYPES, StoredSpec, StoredTensor
 
-INNER = 1 << 20
+INNER = 1 << 18
+SAID = """faster: median over median, of this run
+measured: encoding and measuring, of the time of encoding alone"""
 
 
 # --- kernels
@@ -47,8 +49,8 @@ INNER = 1 << 20
 def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     """Encoders and decoders on one bfloat16 weight."""
     weight = _random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
-    others = (*hqq.rows(weight, threads), *ggml.rows(weight, threads))
-    cases = [*_ours(weight, threads), *_peers(weight, threads), *(Case(*row) for row in others)]
+    cases = [*_ours(weight, threads), *_peers(weight, threads), *(Case(*row) for row in hqq.rows(weight, threads))]
+    cases += ggml.rows(weight, threads)
     cases += compressed_tensors.rows(weight, threads)
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
     rotate(cases, repeats)
@@ -71,8 +73,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     def spread(body: Callable[[int, int], object], count: int) -> None:
         edges = [count * i // threads // 64 * 64 for i in range(threads)] + [count]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(body, edges[:-1], edges[1:]))
+        on_threads(threads, body, edges[:-1], edges[1:])
 
     def four(x: np.ndarray, dtype: str, table: str) -> Callable[[], None]:
         def part(a: int, b: int) -> None:
@@ -89,7 +90,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
-            decoded, sums = np.empty(INNER, np.float32), compare.new_sums()
+            decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
             for at in range(a, b, INNER):
                 end = min(at + INNER, b)
                 out = decoded[: end - at]
@@ -116,7 +117,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("fp4, bf16", four(flat, "BF16", "fp4"))
     yield Case("int8, bf16", eight(flat))
     yield Case("int8, fp16", eight(half))
-    yield Case("nf4 decode + compare (measuring)", measure)
+    yield Case("nf4 decode + compare (measuring)", measure, after="nf4, bf16")
     yield Case("ternary, bf16", three)
     yield from mlx.ours(flat, spread)
 
@@ -170,6 +171,29 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+# --- loading
+
+
+def loaders(
+    path: str | None, gb: float, folder: str | None, names: Sequence[str], repeats: int, cold: bool, root: Path,
+    tracking: TrackingSpec,
+) -> Said:  # fmt: skip
+    """Every strategy on a checkpoint, with a plot beside the outputs and a tracked run for each.
+
+    Raises:
+        BadSpec: no weights there, or an unknown strategy.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix="weightmill-bench-") as work:
+        if path is None:
+            path = str(Path(work) / "random-llama")
+            note(f"making a random Llama of {gb:g} GB in {path}")
+            make_llama(Path(path), gb)
+        document = loading.measure(path, names, repeats, cold=cold)
+    plot = loading_report.draw(document, root / f"loaders-{Path(path).name}.png")
+    tracked = loading_report.track(document, tracking, root, plot)
+    return Said({**document, "plot": str(plot), "tracked": tracked}, loading_report.table(document, plot))
 
 
 # --- a whole job
@@ -311,7 +335,7 @@ def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
 def _said(cases: list[Case], size: int, about: Mapping[str, Any]) -> Said:
     rows = [_row(case, size, {c.name: c for c in cases}) for case in cases]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    numbers = ("best s", "median s", "GB/s best", "GB/s median", "ours is faster", "peak RSS MB")
+    numbers = ("best s", "median s", "GB/s best", "GB/s median", "ours is faster", "measured", "peak RSS MB")
     for column in ("case", *numbers):
         table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
     for row in rows:
@@ -319,23 +343,30 @@ def _said(cases: list[Case], size: int, about: Mapping[str, Any]) -> Said:
             table.add_row(row["case"], row["missing"])
             continue
         faster = f"{row['times_faster']:.1f} x" if row["times_faster"] else ""
+        measured = f"{row['times_encoding']:.2f}" if row["times_encoding"] else ""
         peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else ""
         table.add_row(
             row["case"], f"{row['best_s']:.4g}", f"{row['median_s']:.4g}", f"{row['gbps_best']:.3g}",
-            f"{row['gbps_median']:.3g}", faster, peak,
+            f"{row['gbps_median']:.3g}", faster, measured, peak,
         )  # fmt: skip
     here = f"{platform.machine()}, {usable_cpus()} CPUs, Python {platform.python_version()}"
     lines = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = Group(f"{here}; {lines}", table, "faster: median over median, of this run")
+    text = Group(f"{here}; {lines}", table, SAID)
     return Said({"status": "done", "machine": here, **about, "rows": rows}, text)
 
 
 def _row(case: Case, size: int, cases: Mapping[str, Case]) -> dict[str, Any]:
-    row: dict[str, Any] = {"case": case.name, "missing": case.missing, "times_faster": None, "peak_bytes": 0}
+    row: dict[str, Any] = {
+        "case": case.name,
+        "missing": case.missing,
+        "times_faster": None,
+        "times_encoding": None,
+        "peak_bytes": 0,
+    }
     if case.missing or not case.seconds:
         return {**row, "missing": case.missing or "not run"}
     best, median = min(case.seconds), statistics.median(case.seconds)
-    ours = cases.get(case.beside)
+    ours, encoder = cases.get(case.beside), cases.get(case.after)
     return {
         **row,
         "best_s": best,
@@ -343,5 +374,6 @@ def _row(case: Case, size: int, cases: Mapping[str, Case]) -> dict[str, Any]:
         "gbps_best": size / best / 1e9,
         "gbps_median": size / median / 1e9,
         "times_faster": median / statistics.median(ours.seconds) if ours and ours.seconds else None,
+        "times_encoding": 1 + median / statistics.median(encoder.seconds) if encoder and encoder.seconds else None,
         "peak_bytes": getattr(case.call, "peak_bytes", 0),
     }

@@ -13,10 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from jobs.console import Said
-from jobs.execution import usable_cpus
 from jobs.progress import Meter
 from jobs.unit import SMALL
 from loaders.backends import kernels_of
+from loaders.backends.machine import usable_cpus
 from loaders.checkpoint import open_checkpoint
 from loaders.quantization.kernels import casts, compare, cpu
 from loaders.quantization.scheme import View

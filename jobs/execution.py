@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from jobs.planning import Unit
 from jobs.spec import ClusterSpec
+from loaders.backends.machine import usable_cpus
 from loaders.errors import TransientIOError, WeightmillError
 
 ATTEMPTS = 4
@@ -42,6 +40,9 @@ class Task(Protocol[R_co]):
 
     @property
     def memory_bytes(self) -> int: ...
+
+    @property
+    def gpus(self) -> int: ...
 
     def run(self, on_bytes: OnBytes, stop: threading.Event) -> R_co: ...
 
@@ -109,11 +110,11 @@ class LocalCluster:
     def __init__(self, spec: ClusterSpec) -> None:
         cpus = usable_cpus()
         self.threads = spec.threads or min(cpus, MOST_THREADS)
-        self._units_at_once = spec.units_at_once or -(-cpus // self.threads) + 1  # one more: syncing takes no CPU
+        self.units_at_once = spec.units_at_once or -(-cpus // self.threads) + 1  # one more: syncing takes no CPU
 
     @property
     def description(self) -> str:
-        return f"this process, {self._units_at_once} units at once of {self.threads} threads each"
+        return f"this process, {self.units_at_once} units at once of {self.threads} threads each"
 
     def check(self, tasks: Sequence[Task[Report]]) -> None:
         pass
@@ -121,10 +122,10 @@ class LocalCluster:
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
         stop = threading.Event()
         todo, flight = list(reversed(tasks)), set[Future[R_co | UnitFailed]]()
-        pool = ThreadPoolExecutor(self._units_at_once, thread_name_prefix="unit")
+        pool = ThreadPoolExecutor(self.units_at_once, thread_name_prefix="unit")
         try:
             while todo or flight:
-                while todo and len(flight) < self._units_at_once:
+                while todo and len(flight) < self.units_at_once:
                     flight.add(pool.submit(attempt, todo.pop(), on_bytes, stop))
                 finished, flight = wait(flight, timeout=1, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -135,13 +136,3 @@ class LocalCluster:
 
     def close(self) -> None:
         pass
-
-
-def usable_cpus() -> int:
-    """The CPUs this process may use: its affinity, and the quota of its container."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(int(quota) / int(period))))
-    return count

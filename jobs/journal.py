@@ -5,14 +5,16 @@
     lock                     held by the process that works on it
     failed                   in a sweep: it failed, and the others go on without it
     parts/                   files being written, one an attempt
-    files/                   finished weight files; with config, index and aux files it becomes the output
-    pieces/                  finished pieces of a file that is joined from them at the end
+    files/                   finished weight files; with config, index and aux files it becomes the output. A file of
+                             several units lies here from the start: they write into it in place
+    pieces/                  finished pieces of a file, where several processes make them: put into it at the end
     records/unit-00001.json  one a finished unit, written last: a unit without a valid record is done again
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.planning import FORMAT, Unit
-from loaders.atomic import exclusive, holder, write_file
+from loaders.atomic import exclusive, holder, sync_folder, write_file
+from loaders.containers.writing import allocate
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
 from loaders.integrity import hash_file
 from loaders.specs import OutputFile
@@ -55,14 +58,21 @@ class TensorRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A file or piece as a unit finished it."""
+
+    name: str
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """What a unit left for a target: its file, its tensors, and what it took."""
+    """What a unit left for a target: its files, its tensors, and what it took."""
 
     unit: str
     key: str
-    file: str | None
-    size: int
-    xxh3: str
+    files: tuple[Written, ...]
     tensors: tuple[TensorRecord, ...]
     load: LoadStats
     node: str
@@ -95,8 +105,9 @@ def record_from(document: Mapping[str, Any]) -> Record:
             )
             for row in document["tensors"]
         )
-        rest = {key: value for key, value in document.items() if key not in ("format", "tensors", "load")}
-        return Record(**rest, tensors=tensors, load=LoadStats(**document["load"]))
+        files = tuple(Written(**row) for row in document["files"])
+        rest = {key: value for key, value in document.items() if key not in ("format", "files", "tensors", "load")}
+        return Record(**rest, files=files, tensors=tensors, load=LoadStats(**document["load"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpoint(f"not a record ({type(error).__name__}: {error})") from None
 
@@ -162,8 +173,36 @@ class Journal:
                 path.unlink()
 
     def place(self, file: OutputFile) -> Path:
-        """Where a unit's finished file lies."""
-        return (self.pieces if file.is_piece else self.files) / file.name
+        """Where a file or piece that is made apart goes when it is finished."""
+        return (self.pieces if file.within is not None else self.files) / file.name
+
+    def find(self, file: OutputFile) -> tuple[Path, int]:
+        """Where a finished file or piece lies: a path, and its first byte there."""
+        apart = self.place(file)
+        if file.within is None or apart.exists():
+            return apart, 0
+        return self.files / file.within[0], file.within[1]
+
+    def make_shared(self, file: OutputFile) -> None:
+        """Take all the room of a file that units write in place; what they wrote into it before stays.
+
+        Raises:
+            StorageError: the disk is too full, ...
+        """
+        path = self.files / file.name
+        with io_errors(f"taking {file.size} bytes for", path):
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+            try:
+                allocate(descriptor, file.size)
+            finally:
+                os.close(descriptor)
+            sync_folder(self.files)
+
+    @property
+    def taken_bytes(self) -> int:
+        """What the finished and begun files take of the disk."""
+        found = [path.stat() for folder in (self.files, self.pieces) for path in folder.rglob("*") if path.is_file()]
+        return sum(min(stat.st_size, stat.st_blocks * 512) for stat in found)
 
     def add(self, record: Record) -> None:
         """A unit's last act: from now on it is done."""
@@ -186,12 +225,17 @@ class Journal:
         record = record_from(document)
         if record.key != unit.key(target):
             return None
-        planned = unit.outputs[target].file
-        if planned is not None:
-            file = self.place(planned)
-            if not file.is_file() or file.stat().st_size != record.size or hash_file(file) != record.xxh3:
-                return None
-        return record
+        planned, written = unit.outputs[target].files, {row.name: row for row in record.files}
+        is_there = all(file.name in written and self._is_there(file, written[file.name]) for file in planned)
+        return record if is_there else None
+
+    def _is_there(self, file: OutputFile, written: Written) -> bool:
+        path, start = self.find(file)
+        if not path.is_file():
+            return False
+        size = path.stat().st_size
+        is_long_enough = size == written.size if start == 0 and file.within is None else size >= start + written.size
+        return is_long_enough and hash_file(path, start=start, size=written.size) == written.xxh3
 
     def has_records(self) -> bool:
         return self.records.is_dir() and any(self.records.iterdir())

@@ -13,11 +13,20 @@ from pathlib import Path
 from jobs.planning import Unit
 from jobs.unit import Share, UnitTask
 from loaders.recipes import Recipe
+from loaders.strategies import WeightLoader
 
 Content = frozenset[tuple[str, int]]  # the stored tensors that a unit reads, by file and offset
 
 
-def merge(shares: Sequence[tuple[int, Share]], root: Path, strategy: str, backend: str, threads: int) -> list[UnitTask]:
+def merge(
+    shares: Sequence[tuple[int, Share]],
+    root: Path,
+    strategy: WeightLoader,
+    backend: str,
+    threads: int,
+    *,
+    in_place: bool,
+) -> list[UnitTask]:
     """The tasks in which the shares of numbered jobs run; a share is called NUMBER/UNIT."""
     by_content: dict[Content, list[tuple[int, Share]]] = {}
     for number, share in shares:
@@ -33,7 +42,7 @@ def merge(shares: Sequence[tuple[int, Share]], root: Path, strategy: str, backen
         unit, steps = _merged([[share.unit for _, share in by_content[c]] for c in members])
         unit = replace(unit, id=_fresh(by_content[host][0][1].unit.id, taken))
         named = {f"{number}/{share.unit.id}": share for number, share in mine}
-        tasks.append(UnitTask(unit, root, named, strategy, backend, threads, steps))
+        tasks.append(UnitTask(unit, root, named, strategy, backend, threads, steps, in_place))
     return tasks
 
 

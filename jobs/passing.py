@@ -17,7 +17,7 @@ from typing import Any
 from jobs import report
 from jobs.clusters import choose
 from jobs.console import Said, note, show
-from jobs.execution import Cluster, UnitFailed
+from jobs.execution import Cluster, LocalCluster, UnitFailed
 from jobs.merging import job_of, merge
 from jobs.preparing import Planned, check_space, notes_of, plan_job
 from jobs.progress import Meter
@@ -25,9 +25,11 @@ from jobs.running import Job, Pass
 from jobs.spec import ClusterSpec, JobSpec
 from jobs.tracking import Recorder
 from jobs.unit import UnitReport, UnitTask
+from loaders.backends import devices_of
 from loaders.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import StorageError, VerifyFailed, WeightmillError
 from loaders.memory import PeakMemory
+from loaders.strategies import WeightLoader
 
 FILES_AT_ONCE = 12  # of a job's, in a pass of many: units under way, and what a file takes beside itself
 Outcome = Said | WeightmillError
@@ -89,7 +91,8 @@ def passes(jobs: Sequence[Job]) -> list[list[Job]]:
     for job in jobs:
         spec = job.planned.spec
         root = job.planned.plan.checkpoint.root.resolve()
-        how = (root, spec.source.container, spec.source.unit_mb, job.planned.strategy[0], spec.backend, spec.cluster)
+        backend = job.planned.backend[0]
+        how = (root, spec.source.container, spec.source.unit_mb, spec.strategy, backend, spec.cluster)
         groups.setdefault(how, []).append(job)
     most = max(1, _open_files() // FILES_AT_ONCE)
     return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
@@ -117,7 +120,10 @@ class Clusters:
         self._spec: ClusterSpec | None = None
         self._cluster: Cluster | None = None
 
-    def get(self, spec: ClusterSpec) -> Cluster:
+    def get(self, planned: Planned) -> Cluster:
+        spec, (backend, _) = planned.spec.cluster, planned.backend
+        if backend == "cuda" and spec.units_at_once is None:
+            spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of(backend)))})
         if self._cluster is None or spec != self._spec:
             self.close()
             self._cluster, why = choose(spec)
@@ -132,6 +138,11 @@ class Clusters:
         self._cluster = None
 
 
+def units_for_gpus(spec: ClusterSpec, gpus: int) -> int:
+    """Units at once that keep every GPU of this machine at work: what the CPUs suggest, and at least two for each."""
+    return max(LocalCluster(spec).units_at_once, 2 * gpus)
+
+
 def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None = None) -> Read:
     """Run the units that lack a record, once for all jobs; then pass each job's gate and publish it.
 
@@ -143,7 +154,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         for job in jobs:
             with _own_failure(job):
                 job.begin(stack, recorder)
-        cluster = clusters.get(jobs[0].planned.spec.cluster)
+        cluster = clusters.get(jobs[0].planned)
         if recorder is None:  # the cluster is this job's alone
             stack.callback(clusters.close)
         strategy = jobs[0].planned.strategy[0]
@@ -152,7 +163,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             description = cluster.description
         if recorder is None:
             clusters.close()
-        done = Pass(started, time.perf_counter() - began, memory.peak_bytes, description, strategy, len(jobs))
+        done = Pass(started, time.perf_counter() - began, memory.peak_bytes, description, strategy.name, len(jobs))
         for job in jobs:
             if job.outcome is None:
                 with _own_failure(job):
@@ -190,12 +201,18 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
         raise
 
 
-def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: str) -> int:
+def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) -> int:
     """Run what is left of all jobs; gives the stored bytes that were read."""
     alive = [job for job in jobs if job.outcome is None]
-    check_space([(j.planned, sum(r.size for r in j.records.values())) for j in alive if not j.is_whole])
-    root, backend = jobs[0].planned.plan.checkpoint.root, jobs[0].planned.spec.backend.kind
-    tasks = merge([s for j in alive for s in j.shares()], root, strategy, backend, cluster.threads)
+    check_space([(j.planned, j.planned.journal.taken_bytes) for j in alive if not j.is_whole])
+    for job in (j for j in alive if cluster.is_local and not j.is_whole):
+        if job.planned.target.shared is not None:
+            with _own_failure(job):
+                job.planned.journal.make_shared(job.planned.target.shared)
+    root, backend = jobs[0].planned.plan.checkpoint.root, jobs[0].planned.backend[0]
+    shares = [share for job in alive for share in job.shares()]
+    tasks = merge(shares, root, strategy, backend, cluster.threads, in_place=cluster.is_local)
+    tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.recipes for _, s in r.stored))
     if not tasks:
         return 0
     cluster.check(tasks)

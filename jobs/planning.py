@@ -7,76 +7,35 @@ checkpoint has the same units, and a sweep and a single job can resume each othe
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from typing import Any
 
 from jobs.spec import MB
+from jobs.targets import Target, TargetId, is_decoded, is_split, new_blocks_of
 from jobs.warning import warnings
 from loaders.checkpoint import Checkpoint
-from loaders.containers import CONTAINERS, Container
-from loaders.decoding import METHOD_FILES, check_decodable, is_quantized
+from loaders.decoding import METHOD_FILES
 from loaders.errors import BadSpec
+from loaders.expansion import expand_checkpoint, expand_sources
 from loaders.integrity import text_digest
 from loaders.layouts import (
-    BY_ENGINE,
-    LAYOUTS,
-    WHOLE_STACKS,
     Assembling,
     Assembly,
-    Layout,
-    Naming,
     Placed,
 )
-from loaders.layouts.hf import HfLayout
-from loaders.quantization.plain import Plain
+from loaders.layouts.gguf import GgufLayout
+from loaders.layouts.gguf_tokenizer_files import tokenizer_files
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
-from loaders.rules import Decision, Mix, Rule, decide
+from loaders.rules import Decision, decide
 from loaders.sources import Sources, recipes_of
 from loaders.specs import DType, OutputFile, RowOrder, Slot, StoredTensor, TensorSpec
 from loaders.storage.local import FileTag
-from loaders.work import RANGE
+from loaders.work import THREAD_BYTES
 
 FORMAT = 1  # of plans and records: another version's are refused
-TargetId = str
-NAMELESS = Naming("model", None, False)
-THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One wanted result."""
-
-    id: TargetId
-    scheme: Scheme
-    rules: tuple[Rule, ...] = ()
-    compute_dtype: str | None = None
-    mix: Mix | None = None
-    layout_name: str = "auto"
-    container_name: str = "auto"
-    naming: Naming = NAMELESS
-
-    @property
-    def layout(self) -> Layout:
-        """What its consumer expects: the one asked for, or that of the scheme's engine."""
-        return LAYOUTS[BY_ENGINE[self.scheme.engine] if self.layout_name == "auto" else self.layout_name]
-
-    @property
-    def container(self) -> Container:
-        """The kind of its weight files: the one asked for, or the layout's usual one.
-
-        Raises:
-            BadSpec: the layout's consumer does not read such files.
-        """
-        known = self.layout.containers
-        if self.container_name not in ("auto", *known):
-            raise BadSpec(
-                f"output.container: {self.container_name} is not read there; layout {self.layout.name} takes"
-                f" {' or '.join(known)}"
-            )
-        return CONTAINERS[known[0] if self.container_name == "auto" else self.container_name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +57,9 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class UnitOutput:
-    """A unit's share of a target: one file, or none if all its tensors are dropped."""
+    """A unit's share of a target: its files or pieces of files, none if all its tensors are dropped."""
 
-    file: OutputFile | None
+    files: tuple[OutputFile, ...]
     placements: tuple[Placement, ...]
 
 
@@ -147,22 +106,35 @@ class TargetPlan:
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
     assembly: Assembly | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)  # aux files that come from the source's metadata
 
     @property
     def finals(self) -> tuple[OutputFile, ...]:
-        """The output's weight files: those of the units, or the one that they are joined into."""
-        if self.assembly is None or self.assembly.joined is None:
+        """The output's weight files: those of the units, and the one that pieces are ranges of."""
+        pieces = self.pieces
+        if not pieces:
             return self.files
-        joined, at, slots = self.assembly.joined, 0, []
-        for file in self.files:
-            slots += [replace(slot, offset=at + slot.offset) for slot in file.slots]
-            at += file.data_bytes
-        return (OutputFile(joined.name, len(joined.head), at, tuple(slots), "gguf", about=joined.head),)
+        joined = None if self.assembly is None else self.assembly.joined
+        assert joined is not None
+        at, slots = 0, list[Slot]()
+        for piece in pieces:
+            slots += [replace(slot, offset=at + slot.offset) for slot in piece.slots]
+            at += piece.size
+        tail = 0 if joined.tail is None else joined.tail.size
+        whole = OutputFile(
+            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, tail, about=joined.head or None
+        )
+        return (whole, *(file for file in self.files if file.within is None))
 
     @property
-    def scratch_bytes(self) -> int:
-        """What pieces take beside the file that they are joined into."""
-        return sum(file.size for file in self.files if file.is_piece)
+    def pieces(self) -> tuple[OutputFile, ...]:
+        """Ranges of a file that several units write, in order."""
+        return tuple(file for file in self.files if file.within is not None)
+
+    @property
+    def shared(self) -> OutputFile | None:
+        """The file that the pieces are ranges of."""
+        return self.finals[0] if self.pieces else None
 
     @property
     def parameters(self) -> int:
@@ -210,7 +182,8 @@ class Plan:
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
         """Those of them that the target's layout wants."""
         layout = target.target.layout
-        return layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
+        return tuple(name for name in wanted if name in self.aux)
 
     @property
     def parameters(self) -> int:
@@ -224,9 +197,12 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    is_one_file = any(target.layout.file is not None for target in targets)
     sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
-    groups = cut_units(sources.recipes, math.inf if is_one_file else unit_mb * MB)
+    new_blocks = new_blocks_of(targets)
+    if new_blocks:
+        sources = expand_sources(checkpoint, sources, new_blocks)
+        checkpoint = expand_checkpoint(checkpoint, new_blocks)
+    groups = cut_units(sources.recipes, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
@@ -235,15 +211,16 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         layout = target.layout
         placed = {p.recipe.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
-        planned, assembly = _files(target, checkpoint, shares), None
+        per_unit, assembly = _files(target, checkpoint, shares), None
+        counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
         if isinstance(layout, Assembling):
             assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
-            planned = assembly.files
+            planned = list(assembly.files)
         elif target.naming.split:
             raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
         left = iter(planned)
-        for index, share in enumerate(shares):
-            outputs[index][target.id] = _unit_output(share, next(left) if share else None)
+        for index, (share, count) in enumerate(zip(shares, counts, strict=True)):
+            outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
         config = layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
             target,
@@ -253,6 +230,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             config,
             (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
+            {} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
@@ -262,58 +240,15 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     return Plan(checkpoint, sources, units, plans)
 
 
-def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
-    """Whether an already quantized source is decoded on the way in, rather than copied as it is stored.
-
-    Raises:
-        BadSpec: its quantization is not known, or some targets want it decoded and others copied.
-    """
-    if checkpoint.container == "gguf":
-        return _is_gguf_decoded(targets)
-    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in ("auto", "hf")]
-    if len(copies) == len(targets) or not is_quantized(checkpoint):
-        return False
-    if copies:
-        raise BadSpec(
-            "quant: the source is already quantized; quant=none copies it as it is stored, the others decode it: run"
-            " quant=none apart, or give it a quant.dtype"
-        )
-    check_decodable(checkpoint)
-    return True
-
-
-def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
-    """Tensors of a GGUF keep names, types and order for another GGUF; for others they are those of transformers."""
-    kept = [target for target in targets if target.layout is LAYOUTS["gguf"]]
-    if kept and len(kept) < len(targets):
-        raise BadSpec("output.layout: from a GGUF, outputs as GGUF and others are different work: run them apart")
-    return not kept
-
-
-def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
-    """Whether stacks of experts are taken apart: not where the model's own class loads the output.
-
-    Raises:
-        BadSpec: some targets want them whole and others apart, and the checkpoint has some.
-    """
-    wanted = {not (t.scheme.engine in WHOLE_STACKS and isinstance(t.layout, HfLayout)) for t in targets}
-    stacks = checkpoint.family.stacks
-    if len(wanted) == 2 and any(stack.pattern.search(w.name) for stack in stacks for w in checkpoint.weights):
-        raise BadSpec(
-            "quant: the checkpoint stacks its experts; transformers wants them whole, the other engines asked for one"
-            " by one: run them apart"
-        )
-    return True in wanted
-
-
 def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
-    """Runs of whole blocks of at most `unit_bytes` of source, or one block. Recipes come sorted by block."""
-    blocks: dict[str, list[Recipe]] = {}
-    for recipe in recipes:
-        blocks.setdefault(recipe.block, []).append(recipe)
+    """Runs of whole blocks of at most `unit_bytes` of source, or one block.
+
+    Recipes come sorted by block, or in the order of a GGUF, whose tensors need no partners.
+    """
     units: list[list[Recipe]] = []
     size = 0
-    for block in blocks.values():
+    for _, run in groupby(recipes, key=lambda recipe: recipe.block):
+        block = list(run)
         block_bytes = sum(recipe.source_bytes for recipe in block)
         if not units or size + block_bytes > unit_bytes:
             units.append([])
@@ -323,30 +258,35 @@ def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]
     return units
 
 
-def _files(target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]) -> Sequence[OutputFile]:
-    """A file for each unit that has something to write.
+def _files(
+    target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]
+) -> Sequence[tuple[OutputFile, ...]]:
+    """For each unit a file of what it writes, if anything, and those that its consumer wants apart.
 
     Raises:
         BadSpec: none has, or the container cannot hold what there is.
     """
-    full = [share for share in shares if share]
-    if not full:
-        raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
     layout, container = target.layout, target.container
-    return [
-        container.lay_out(
-            layout.file or container.file_name(number, len(full)),
-            [tensor for placed in share for tensor in placed.stored.values()],
-            layout.about(checkpoint, share),
-        )
-        for number, share in enumerate(full, 1)
-    ]
+    stored = [[tensor for placed in share for tensor in placed.stored.values()] for share in shares]
+    count = sum(any(tensor.place is None for tensor in tensors) for tensors in stored)
+    if not any(stored):
+        raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
+    number, files = 0, []
+    for share, tensors in zip(shares, stored, strict=True):
+        about, mine = layout.about(checkpoint, share), []
+        usual = [tensor for tensor in tensors if tensor.place is None]
+        if usual:
+            number += 1
+            mine.append(container.lay_out(layout.file or container.file_name(number, count), usual, about))
+        for name in dict.fromkeys(tensor.place[0] for tensor in tensors if tensor.place is not None):
+            apart = [tensor for tensor in tensors if tensor.place is not None and tensor.place[0] == name]
+            mine.append(container.lay_out(name, apart, about))
+        files.append(tuple(mine))
+    return files
 
 
-def _unit_output(share: Sequence[Placed], file: OutputFile | None) -> UnitOutput:
-    if file is None:
-        return UnitOutput(None, ())
-    places = {slot.name: slot for slot in file.slots}
+def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> UnitOutput:
+    places = {slot.name: slot for file in files for slot in file.slots}
     placements = tuple(
         Placement(
             placed.recipe.name,
@@ -359,7 +299,7 @@ def _unit_output(share: Sequence[Placed], file: OutputFile | None) -> UnitOutput
         )
         for placed in share
     )
-    return UnitOutput(file, placements)
+    return UnitOutput(files, placements)
 
 
 def _slot(place: Slot, tensor: StoredTensor) -> Slot:

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from jobs import report
+from jobs.clusters import is_local
 from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
-from jobs.planning import Plan, Target, TargetPlan, make_plan
+from jobs.planning import Plan, TargetPlan, make_plan
 from jobs.publish import check_replaceable, is_published
-from jobs.quants import Bnb4Quant
 from jobs.spec import JobSpec
-from loaders.backends import kernels_of
+from jobs.strategies import reading
+from jobs.targets import Target
+from loaders.backends import best, kernels_of
 from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_json
 from loaders.errors import BadSpec, StorageError, WeightmillError
 from loaders.integrity import text_digest
 from loaders.layouts import Naming
+from loaders.quants import Bnb4Quant
 from loaders.storage.local import free_bytes
-from loaders.strategies import auto
+from loaders.strategies import WeightLoader
 
 TARGET = "target"  # a single job's
 SPARE_BYTES = 16 << 20  # for config, index, records
@@ -41,13 +44,20 @@ class Planned:
     def target(self) -> TargetPlan:
         return self.plan.targets[TARGET]
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What the disk holds twice: of pieces that other processes make apart, one at a time."""
+        return 0 if is_local(self.spec.cluster) else max((piece.size for piece in self.target.pieces), default=0)
+
     @cached_property
-    def strategy(self) -> tuple[str, str]:
+    def strategy(self) -> tuple[WeightLoader, str]:
         """The strategy to read with, and why."""
-        kind = self.spec.strategy.kind
-        if kind != "auto":
-            return kind, "as asked"
-        return auto.choose(self.plan.checkpoint.root, [tag.name for tag in self.plan.checkpoint.files])
+        return reading(self.spec.strategy, self.plan.checkpoint)
+
+    @cached_property
+    def backend(self) -> tuple[str, str]:
+        """Where encoders run, and why."""
+        return backend_of(self.spec)
 
 
 def plan_job(
@@ -70,13 +80,14 @@ def plan_job(
             f"model.path: missing; fetch {spec.model.hub_id} into a folder (hf download {spec.model.hub_id}"
             " --local-dir DIR) and give model.path=DIR: reading from the Hub is not built yet"
         )
-    kernels_of(spec.backend.kind)
-    checkpoint = opened(spec.model.path, spec.source.container)
     target = target_of(spec)
+    kernels_of(backend_of(spec)[0])
+    checkpoint = opened(spec.model.path, spec.source.container)
     plan = make_plan(checkpoint, [target], spec.source.unit_mb)
     made = plan.targets[TARGET]
-    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly)))
+    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
+    assert planned.strategy  # which may be refused
     if again and not spec.output.overwrite and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)
     if again:
@@ -97,20 +108,34 @@ def _done_before(planned: Planned) -> Mapping[str, Any] | None:
     return None
 
 
+def backend_of(spec: JobSpec) -> tuple[str, str]:
+    """The backend of a job, and why: of `auto`, this machine's fastest that the scheme runs on."""
+    kind = spec.backend.kind
+    if kind != "auto":
+        return kind, "as asked"
+    found, known = best(), spec.quant.scheme.backends
+    if found == "cpu":
+        return found, "this machine has no GPU that torch or mlx finds"
+    if found in known:
+        return found, "this machine has one"
+    return "cpu", f"quant={spec.quant.name} runs on {', '.join(known)}, not on this machine's {found}"
+
+
 def target_of(spec: JobSpec) -> Target:
     """The result that a job wants.
 
     Raises:
         BadSpec: its scheme does not run on the backend.
     """
-    scheme, backend = spec.quant.scheme, spec.backend.kind
+    scheme, backend = spec.quant.scheme, backend_of(spec)[0]
     if backend not in scheme.backends:
         raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
     return Target(
-        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container, naming
-    )
+        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container,
+        naming, spec.transform.num_blocks or 0,
+    )  # fmt: skip
 
 
 def _check_place(spec: JobSpec, output: Path) -> None:
@@ -184,17 +209,18 @@ def notes_of(planned: Planned) -> list[str]:
     """What will be used, and what it will need."""
     strategy, why = planned.strategy
     cluster = LocalCluster(planned.spec.cluster)
-    memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units)
+    memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
     free = free_bytes(planned.spec.output_path.parent)
     records = len(list(planned.journal.records.glob("*.json"))) if planned.journal.records.is_dir() else 0
     done = (
         [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
     )
-    need = planned.target.weight_bytes + planned.target.scratch_bytes
+    need = planned.target.weight_bytes + planned.scratch_bytes
     room = " TOO LITTLE" if need > free else ""
     return [
         *done,
-        f"read by {strategy}: {why}",
+        f"read by {strategy.name}: {why}",
+        *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
         f"memory: up to {report.size(memory)} a unit of {cluster.threads} threads;"
         f" disk: {report.size(need)} of {report.size(free)} free{room}",
     ]
@@ -206,7 +232,7 @@ def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
     for planned, done_bytes in jobs:
         target = planned.target
         aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
-        need = target.weight_bytes + target.scratch_bytes - done_bytes + aux + SPARE_BYTES
+        need = target.weight_bytes + planned.scratch_bytes - done_bytes + aux + SPARE_BYTES
         needs.setdefault(planned.journal.root.stat().st_dev, []).append((planned, need))
     for rows in needs.values():
         output, need = rows[0][0].spec.output_path, sum(need for _, need in rows)

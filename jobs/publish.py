@@ -45,33 +45,38 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
         StorageError: ...
     """
     _check_files(target, journal, records)
-    made: dict[str, bytes] = {}
+    made: dict[str, bytes] = dict(target.made)
     stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
     index = target.target.layout.index(target.files, stored_bytes, target.parameters)
     if index is not None:
         made[target.target.container.index] = json_bytes(index)
     if target.config is not None:
         made["config.json"] = json_bytes(target.config)
-    weights = [{"name": r.file, "bytes": r.size, "xxh3": r.xxh3} for r in records if r.file is not None]
+    apart = {file.name for file in target.files if file.within is None}
+    written = [file for record in records for file in record.files if file.name in apart]
+    weights = [{"name": file.name, "bytes": file.size, "xxh3": file.xxh3} for file in written]
     if target.assembly is not None:
         made |= target.assembly.made
         if target.assembly.joined is not None:
-            weights = [join(target.assembly.joined, journal, records)]
+            weights = [join(target.assembly.joined, target.pieces, journal, records), *weights]
     copied = [name for name in plan.aux_of(target) if name not in made]
     for name in copied:
         _copy(plan.checkpoint.root / name, journal.files / name)
     _remove_others(journal.files, {*made, *copied, *(file.name for file in target.finals), OUR_REPORT})
     for name, data in made.items():
+        (journal.files / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(journal.files / name, data)
     return Completed({name: hash_file(journal.files / name) for name in (*copied, *made)}, weights)
 
 
 def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]) -> None:
     """Every planned file is there, as long as its record says (records of earlier runs were hashed when taken up)."""
-    sizes = {record.file: record.size for record in records}
+    sizes = {file.name: file.size for record in records for file in record.files}
     for file in target.files:
-        path = journal.place(file)
+        path, start = journal.find(file)
         size = path.stat().st_size if path.is_file() else None
+        if size is not None and path.parent != journal.pieces and file.within is not None:
+            size = min(size - start, sizes.get(file.name, 0))  # in place, between others
         slack = file.size - (size or 0)
         if size is None or size != sizes.get(file.name) or slack < 0:
             raise VerifyFailed(

@@ -18,8 +18,9 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.execution import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt, usable_cpus
+from jobs.execution import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt
 from jobs.spec import ClusterSpec
+from loaders.backends.machine import usable_cpus
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.network import check_reachable
 
@@ -58,6 +59,12 @@ class RayCluster:
 
     def check(self, tasks: Sequence[Task[Report]]) -> None:
         nodes = self._live_nodes()
+        gpus = max((task.gpus for task in tasks), default=0)
+        nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= gpus]
+        if not nodes:
+            raise BadSpec(
+                "cluster: a unit on backend=cuda needs a GPU, and no machine offers one to Ray; use backend=cpu"
+            )
         need = max((_memory(task) for task in tasks), default=0)
         fits = [
             node
@@ -70,7 +77,7 @@ class RayCluster:
                 f"cluster: a unit needs {self.threads} CPUs and {need / 1e9:.2f} GB of memory; the largest machine"
                 f" offers {largest.get('CPU', 0):.0f} and {largest.get('memory', 0) / 1e9:.2f} GB; lower threads"
             )
-        slots = sum(int(node["Resources"].get("CPU", 0) // self.threads) for node in nodes)
+        slots = sum(_slots(node["Resources"], self.threads, gpus) for node in nodes)
         self._at_once = self._spec.units_at_once or 2 * max(1, slots)
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
@@ -96,6 +103,12 @@ class RayCluster:
     def close(self) -> None:
         """Stop what was started here; a joined cluster stays."""
         self._ray.shutdown()
+
+
+def _slots(resources: dict[str, Any], threads: int, gpus: int) -> int:
+    """Units that run on a machine side by side."""
+    by_cpu = int(resources.get("CPU", 0) // threads)
+    return min(by_cpu, int(resources.get("GPU", 0) // gpus)) if gpus else by_cpu
 
 
 def _start(spec: ClusterSpec, address: str | None) -> Any:
@@ -203,6 +216,7 @@ class _Flights:
     def launch(self, task: Task[Any]) -> None:
         remote = self._remote.options(
             num_cpus=self._threads,
+            num_gpus=task.gpus,
             memory=_memory(task),
             name=task.unit.id,
             num_returns="streaming",

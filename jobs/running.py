@@ -26,11 +26,12 @@ from jobs.plots import plots
 from jobs.preparing import TARGET, Planned, notes_of, plan_document
 from jobs.publish import complete, is_published, publish
 from jobs.tracking import SWEEP, NoRun, Recorder, Run, open_run
-from jobs.unit import Gate, Share
+from jobs.unit import Share
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
+from loaders.quantization.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class Job:
             "jobs_in_pass": done.jobs,
             "cost": None if price is None else price * machines * done.wall_s / 3600 / done.jobs,
             "strategy": done.strategy,
+            "backend": self.planned.backend[0],
             "cluster": done.cluster,
             "nodes": nodes,
             "python": platform.python_version(),

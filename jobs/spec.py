@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from jobs.quants import Quant, QuantSpec
+from jobs.strategies import StrategySpec
 from jobs.strict import FloatName, Format, Spec
 from loaders.families import ROLES
+from loaders.quants import Quant, QuantSpec
 from loaders.rules import Rule
 from loaders.specs import DTYPES
 
@@ -44,11 +45,28 @@ class ModelSpec(Spec):
 class SourceSpec(Spec):
     """conf/source: how it is read and cut."""
 
-    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(description="which weight files to read")
+    container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
+        description="which weight files to read"
+    )
     unit_mb: float = Field(
         gt=0,
         description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
     )
+
+
+class TransformSpec(Spec):
+    """conf/transform: how the model itself changes on the way."""
+
+    kind: Literal["none", "block_expansion"] = "none"
+    num_blocks: int | None = Field(
+        default=None, ge=1, description="block_expansion: new decoder blocks, a divisor of those there are"
+    )
+
+    @model_validator(mode="after")
+    def _blocks_belong_to_expansion(self) -> TransformSpec:
+        if (self.kind == "block_expansion") != (self.num_blocks is not None):
+            raise ValueError("num_blocks belongs to block_expansion, which needs it")
+        return self
 
 
 class RuleSpec(Spec):
@@ -120,10 +138,10 @@ class OutputSpec(Spec):
 
     root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
     path: str | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf", "hqq", "mlx", "gguf"] = Field(
+    layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
         description="names and config of which consumer; auto: the scheme's engine"
     )
-    container: Literal["auto", "safetensors", "pytorch", "gguf"] = Field(
+    container: Literal["auto", "safetensors", "pytorch", "gguf", "packed"] = Field(
         description="the kind of weight files; auto: the layout's usual one"
     )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
@@ -131,16 +149,10 @@ class OutputSpec(Spec):
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
 
 
-class StrategySpec(Spec):
-    """conf/strategy: how source bytes are read."""
-
-    kind: Literal["auto", "lazy", "read"]
-
-
 class BackendSpec(Spec):
     """conf/backend: where encoders run."""
 
-    kind: Literal["cpu", "cuda", "mps"]
+    kind: Literal["auto", "cpu", "cuda", "mps", "mlx"]
 
 
 class ClusterSpec(Spec):
@@ -185,6 +197,7 @@ class JobSpec(Spec):
 
     model: ModelSpec
     source: SourceSpec
+    transform: TransformSpec = Field(default=TransformSpec())
     quant: QuantSpec
     rules: tuple[RuleSpec, ...] = Field(description="what becomes of which tensors, before the engine's own rules")
     output: OutputSpec
@@ -230,7 +243,8 @@ class JobSpec(Spec):
     def output_path(self) -> Path:
         if self.output.path is not None:
             return Path(self.output.path)
-        return Path(self.output.root) / f"{self.model_name}-{self.quant.name}{self.output.suffix}"
+        grown = f"-plus{self.transform.num_blocks}" if self.transform.num_blocks else ""
+        return Path(self.output.root) / f"{self.model_name}{grown}-{self.quant.name}{self.output.suffix}"
 
     @property
     def own_rules(self) -> tuple[Rule, ...]:

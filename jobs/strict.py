@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from loaders.strict import FloatName, Spec
 
-FloatName = Literal["float32", "float16", "bfloat16"]
+__all__ = ["FloatName", "Format", "Spec"]
+
 Format = Literal["text", "json"]
-
-
-class Spec(BaseModel):
-    """Strict, closed and frozen."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")

@@ -20,53 +20,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.journal import Journal, Record, TensorRecord
-from jobs.parts import Measured, PartFile, TensorPart, Timer
-from jobs.planning import Placement, TargetId, Unit
-from loaders.backends import kernels_of
+from jobs.journal import Journal, Record, TensorRecord, Written
+from jobs.parts import Measured, PartFiles, TensorPart, Timer
+from jobs.planning import Placement, Unit
+from jobs.targets import TargetId
+from loaders.backends import leased_kernels
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
 from loaders.memory import PeakMemory
+from loaders.quantization.gate import Gate
 from loaders.quantization.measure import measure
-from loaders.quantization.scheme import Block, Floored, Scheme, Sharing, View
+from loaders.quantization.scheme import Block, Scheme, Sharing, View
 from loaders.recipes import Recipe
 from loaders.scratch import Scratch
 from loaders.stats import ErrorSums, LoadStats
-from loaders.strategies import Reader, loader
-from loaders.views import encoded_view, ordered_view, view_of
+from loaders.strategies import Reader, WeightLoader
+from loaders.strategies.base import by_warmth, cached_share
+from loaders.views import encoded_view, numbers_view, ordered_view, view_of
 from loaders.work import RANGE, Stopped, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
-Finished = tuple[int, str, tuple[TensorRecord, ...]]  # a file's size, xxh3-128, tensors
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What a tensor must satisfy to leave. `max_relative_error` tightens the scheme's own limit."""
-
-    allow_nonfinite: bool = False
-    max_relative_error: float | None = None
-
-    def fault(self, name: str, error: ErrorSums, scheme: Scheme) -> str | None:
-        """Why a tensor must not leave, or None."""
-        if error.nonfinite and not self.allow_nonfinite:
-            return (
-                f"{name}: the source holds {error.nonfinite} NaN or infinite weights; mend it, or let them pass with"
-                " verify.allow_nonfinite=true"
-            )
-        if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
-            count = error.nonfinite_decoded
-            return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
-        limit = min(scheme.error_limit, self.max_relative_error or math.inf)
-        if not error.relative_error <= limit and not self._is_floor(error, scheme):
-            return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"
-        return None
-
-    def _is_floor(self, error: ErrorSums, scheme: Scheme) -> bool:
-        """Whether weights are so small that the steps of the format's scales explain the error; no limit asked for."""
-        if not isinstance(scheme, Floored) or (self.max_relative_error or math.inf) < scheme.error_limit:
-            return False
-        floor = scheme.error_floor * math.sqrt(error.numel)
-        return math.sqrt(error.error2) <= scheme.error_limit * math.sqrt(error.source2) + floor
+Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +67,22 @@ class UnitTask:
     unit: Unit
     root: Path
     shares: Mapping[str, Share]
-    strategy: str
+    strategy: WeightLoader
     backend: str
     threads: int
     steps: tuple[tuple[Recipe, ...], ...] = ()
+    in_place: bool = False  # pieces go into the file they are ranges of, which is there: for one process only
 
     @property
     def memory_bytes(self) -> int:
         """What running it holds at most, beyond the libraries."""
-        return max(share.unit.memory_bytes(self.threads) for share in self.shares.values())
+        most = max(share.unit.memory_bytes(self.threads) for share in self.shares.values())
+        return most + self.strategy.held_bytes
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that a cluster must set aside for it."""
+        return int(self.backend == "cuda")
 
     @property
     def work_bytes(self) -> int:
@@ -136,19 +116,23 @@ def run_unit(
         WeightmillError: the source cannot be read, or no output be written.
     """
     unit, began = task.unit, time.perf_counter()
+    warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
     attempt, scratch = uuid.uuid4().hex[:12], Scratch()
     specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
     runs: dict[str, TargetRun] = {}
     with (
         PeakMemory() as memory,
-        loader(task.strategy).open(task.root, specs) as reader,
+        task.strategy.open(task.root, specs) as reader,
+        leased_kernels(task.backend) as kernels,
         ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
     ):
-        work = ThreadedWork(kernels_of(task.backend), pool, stop)
+        work = ThreadedWork(kernels, pool, stop)
         try:
             for name, share in task.shares.items():
                 if not share.journal.is_left_out:
-                    runs[name] = TargetRun(share, attempt, scratch, is_alone=len(task.shares) == 1)
+                    runs[name] = TargetRun(
+                        share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
+                    )
             passes = UnitPass(reader, work, runs, on_bytes)
             for step in (task.steps or (unit.recipes,)) if runs else ():
                 for recipe in (r for r in step if r.source_bytes > SMALL):
@@ -164,16 +148,19 @@ def run_unit(
                 run.abort()
     load = LoadStats(
         files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes if runs else 0,
-        wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes,
+        wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **(warmth if runs else {}),
     )  # fmt: skip
     records = {name: run.record(load) for name, run in runs.items() if not run.failure}
     return UnitReport(unit.id, records, {name: run.failure for name, run in runs.items() if run.failure}, load)
 
 
 class TargetRun:
-    """One share under way: its file, and what was found wrong."""
+    """One share under way: its files, and what was found wrong."""
 
-    def __init__(self, share: Share, attempt: str, scratch: Scratch, *, is_alone: bool) -> None:
+    def __init__(
+        self, share: Share, attempt: str, scratch: Scratch, warmth: Mapping[str, int], *, is_alone: bool, in_place: bool
+    ) -> None:
+        self._warmth = warmth
         self._share = share
         self._journal = share.journal
         self._is_alone = is_alone
@@ -186,7 +173,7 @@ class TargetRun:
         self._measured: dict[str, Measured] = {}
         self._finished: Finished | None = None
         self._record: Record | None = None
-        self._file: PartFile | None = None
+        self._files: PartFiles | None = None
         output = share.unit.outputs[share.target]
         self.placements = {placement.recipe: placement for placement in output.placements}
         with self.guarded():
@@ -195,8 +182,8 @@ class TargetRun:
                     f"{self._journal.root}: not found on {socket.gethostname()}; on several machines the output must"
                     " lie on a filesystem that all of them share"
                 )
-            if output.file is not None:
-                self._file = PartFile(self._journal, f"{share.unit.id}.{attempt}", output, self.timer, scratch)
+            name = f"{share.unit.id}.{attempt}"
+            self._files = PartFiles(self._journal, name, output, self.timer, scratch, in_place=in_place)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -216,8 +203,8 @@ class TargetRun:
         return self.error is None and self.recipes.get(recipe.name) == recipe
 
     def begin(self, placement: Placement) -> TensorPart:
-        assert self._file is not None
-        return self._file.tensor(placement)
+        assert self._files is not None
+        return self._files.tensor(placement)
 
     def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
         self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
@@ -226,11 +213,11 @@ class TargetRun:
             self.faults.append((error.relative_error, fault))
 
     def finish_if_done(self) -> None:
-        """Make the file whole once all its tensors are in it, unless something is wrong with it."""
-        if self._file is None or self._finished or self.failure or len(self._measured) < len(self.placements):
+        """Make the files whole once all their tensors are in them, unless something is wrong."""
+        if self._files is None or self._finished or self.failure or len(self._measured) < len(self.placements):
             return
         with self.guarded():
-            self._finished = self._file.finish([self._measured[name] for name in self.placements])
+            self._finished = self._files.finish([self._measured[name] for name in self.placements])
             if not self._is_alone:  # a step of a longer task: what is done is done, whatever becomes of the rest
                 self.record(LoadStats())
 
@@ -249,23 +236,22 @@ class TargetRun:
         """Leave the record: the unit is done for this target."""
         if self._record is None:
             unit = self._share.unit
-            size, digest, tensors = self._finished or (0, "", ())
-            file = unit.outputs[self._share.target].file
+            written, tensors = self._finished or ((), ())
+            spent = self.timer.seconds()
             own = LoadStats(
                 files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
                 wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
-                **self.timer.seconds(),
+                read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
+                write_s=spent["write_s"], **self._warmth,
             )  # fmt: skip
-            self._record = Record(
-                unit.id, unit.key(self._share.target), None if file is None else file.name, size, digest, tensors, own,
-                socket.gethostname(), self._attempt,
-            )  # fmt: skip
+            key = unit.key(self._share.target)
+            self._record = Record(unit.id, key, written, tensors, own, socket.gethostname(), self._attempt)
             self._journal.add(self._record)
         return self._record
 
     def abort(self) -> None:
-        if self._file is not None:
-            self._file.abort()
+        if self._files is not None:
+            self._files.abort()
 
 
 class UnitPass:
@@ -295,7 +281,7 @@ class UnitPass:
         if placement is None:  # dropped
             self._on_bytes(recipe.source_bytes)
             return
-        ordered = ordered_view(plain, placement.order)
+        ordered = numbers_view(ordered_view(plain, placement.order), placement.cast, self._work)
         seen = encoded_view(TimedView(ordered, timer, "read"), placement.cast)
         part = run.begin(placement)
         with timer.phase("encode", threads):

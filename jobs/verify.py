@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import Field
 
 from jobs.console import Said, Verb
-from jobs.spec import ClusterSpec, StrategySpec
+from jobs.spec import ClusterSpec
+from jobs.strategies import StrategySpec
 from jobs.strict import Format, Spec
 
 

@@ -24,17 +24,19 @@ from jobs.preparing import TARGET, target_of
 from jobs.progress import Meter
 from jobs.publish import files_of_others
 from jobs.report import tensor_errors
-from jobs.spec import ClusterSpec, JobSpec, StrategySpec
-from jobs.unit import SMALL, Gate
+from jobs.spec import ClusterSpec, JobSpec
+from jobs.strategies import StrategySpec, reading
+from jobs.unit import SMALL
 from loaders.backends import kernels_of
 from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_json
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
 from loaders.integrity import BLOCK, hash_file
+from loaders.quantization.gate import Gate
 from loaders.quantization.measure import measure
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums
-from loaders.strategies import auto, loader
-from loaders.views import StoredRoles, ordered_view, view_of
+from loaders.strategies import WeightLoader
+from loaders.views import StoredRoles, numbers_view, ordered_view, view_of
 from loaders.work import ThreadedWork
 
 SHOWN = 10
@@ -48,31 +50,32 @@ class VerifyTask:
     root: Path
     output: Path
     weights: Mapping[str, WeightSpec]  # of the output, by name
-    file: Mapping[str, Any] | None  # name, offset, bytes, xxh3
+    files: tuple[Mapping[str, Any], ...]  # name, offset, bytes, xxh3
     recorded: Mapping[str, Mapping[str, Any]]  # by tensor
-    strategy: str
+    strategy: WeightLoader
     threads: int
     gate: Gate
+    gpus: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        return self.unit.memory_bytes(self.threads)
+        return self.unit.memory_bytes(self.threads) + 2 * self.strategy.held_bytes
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
-        faults = [] if self.file is None else _file_faults(self)
+        faults = [fault for file in self.files for fault in _file_faults(self, file)]
         is_as_written = not faults
         recipes = {recipe.name: recipe for recipe in self.unit.recipes}
         sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
         with (
-            loader(self.strategy).open(self.root, sources) as source,
-            loader(self.strategy).open(self.output, list(self.weights.values())) as written,
+            self.strategy.open(self.root, sources) as source,
+            self.strategy.open(self.output, list(self.weights.values())) as written,
             ThreadPoolExecutor(self.threads) as pool,
         ):
             work = ThreadedWork(kernels_of("cpu"), pool, stop)
 
             def look(placement: Placement) -> list[str]:
                 recipe = recipes[placement.recipe]
-                view = ordered_view(view_of(recipe, source, work), placement.order)
+                view = numbers_view(ordered_view(view_of(recipe, source, work), placement.order), placement.cast, work)
                 encoded = placement.encoded_spec(recipe)
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
                 error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
@@ -103,16 +106,15 @@ class VerifyReport:
     attempts: int = 1
 
 
-def _file_faults(task: VerifyTask) -> list[str]:
+def _file_faults(task: VerifyTask, row: Mapping[str, Any]) -> list[str]:
     """Tensors whose bytes are not those recorded, or the file as a whole."""
-    assert task.file is not None
-    path = task.output / task.file["name"]
-    if hash_file(path, start=task.file.get("offset", 0), size=task.file["bytes"]) == task.file["xxh3"]:
+    path = task.output / row["name"]
+    if hash_file(path, start=row.get("offset", 0), size=row["bytes"]) == row["xxh3"]:
         return []
     digests = {name: each["xxh3"] for row in task.recorded.values() for name, each in row["stored"].items()}
     faults = []
     with io_errors("reading", path), path.open("rb") as file:
-        for spec in task.weights.values():
+        for spec in (spec for spec in task.weights.values() if spec.file == row["name"]):
             file.seek(spec.offset)
             hasher = xxhash.xxh3_64()
             for at in range(0, spec.size, BLOCK):
@@ -137,9 +139,7 @@ def verify_output(output: Path, source: str | None, cluster_spec: ClusterSpec, s
     checked = 0
     if not faults:
         cluster, _ = choose(cluster_spec)
-        strategy: str = strategy_spec.kind
-        if strategy == "auto":
-            strategy, _ = auto.choose(plan.checkpoint.root, [tag.name for tag in plan.checkpoint.files])
+        strategy, _ = reading(strategy_spec, plan.checkpoint)
         tasks = _tasks(plan, written, report, spec, output, strategy, cluster.threads)
         try:
             cluster.check(tasks)
@@ -222,6 +222,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
         faults += [f"{row['name']}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
     target = plan.targets[TARGET]
     faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
+    faults += [fault for row in report["files"] for fault in _tail_faults(written.root, row)]
     index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
     path = written.root / target.target.container.index
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
@@ -229,20 +230,37 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
     return faults
 
 
-def _size_faults(root: Path, file: OutputFile) -> list[str]:
-    """Of a file whose first bytes the plan knows, whether they are there, and how long it is."""
-    if file.container != "gguf" or file.about is None:
+def _tail_faults(root: Path, row: Mapping[str, Any]) -> list[str]:
+    """Of a file in pieces, whether what no unit has written is as it was."""
+    tail = next((piece for piece in row.get("pieces", ()) if piece["name"] == f"{row['name']}.tail"), None)
+    if tail is None or not (root / row["name"]).is_file():
         return []
-    path = root / file.name
+    found = hash_file(root / row["name"], start=tail["offset"], size=tail["bytes"])
+    return [] if found == tail["xxh3"] else [f"{row['name']}: what follows its tensors is not as it was written"]
+
+
+def _size_faults(root: Path, file: OutputFile) -> list[str]:
+    """Of a file that the plan knows to the byte how long it is, and whether it begins as planned."""
+    if file.container != "packed" and not isinstance(file.about, bytes):
+        return []
+    path, head = root / file.name, file.about or b""
+    if not path.is_file():
+        return [f"{file.name}: missing from the output"]
     with io_errors("reading", path), path.open("rb") as opened:
-        is_there = opened.read(len(file.about)) == file.about
+        is_there = opened.read(len(head)) == head
     found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
     size = path.stat().st_size
     return found if size == file.size else [*found, f"{file.name}: expected {file.size} bytes, found {size}"]
 
 
 def _tasks(
-    plan: Plan, written: Checkpoint, report: Mapping[str, Any], spec: JobSpec, output: Path, strategy: str, threads: int
+    plan: Plan,
+    written: Checkpoint,
+    report: Mapping[str, Any],
+    spec: JobSpec,
+    output: Path,
+    strategy: WeightLoader,
+    threads: int,
 ) -> list[VerifyTask]:
     weights = {spec.name: spec for spec in written.weights}
     files = _ranges(report)
@@ -258,7 +276,7 @@ def _tasks(
                 plan.checkpoint.root,
                 output,
                 {slot.name: _written(slot, weights) for slot in slots},
-                None if share.file is None else files[share.file.name],
+                tuple(files[file.name] for file in share.files),
                 {p.recipe: recorded[p.recipe] for p in share.placements},
                 strategy,
                 threads,

@@ -42,6 +42,12 @@ def warnings(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
         )
+    if quantized and scheme.engine == "bitsandbytes" and checkpoint.family.name == "llama4":
+        said.append(
+            "transformers 5.23 saves a Llama 4 quantized by bitsandbytes with these very tensors, and fails to load it"
+            " again (\"normal_kernel_cpu\" not implemented for 'Byte'): it fills quantized weights with random numbers"
+            " first; a later version may load this output, compressed-tensors (quant=fp8_dynamic) has no such fault"
+        )
     odd = [d.recipe for d in quantized if scheme.kind == "bnb4" and d.recipe.shape[0] % CPU_ROWS]
     if odd:
         said.append(

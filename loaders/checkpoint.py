@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,16 +17,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loaders.architectures import config_of
-from loaders.containers import READERS, gguf
+from loaders.containers import READERS, gguf, packed
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.families import Family, family_of
 from loaders.integrity import text_digest
+from loaders.mlx_models import packed_expert_name
 from loaders.specs import WeightSpec
 from loaders.storage import local
 
 INDEX_LIMIT = 1 << 30
+PACKED_GROUP = 64  # weights that share a scale in packed checkpoints: compiled into their engine
 HEADER_THREADS = 8
-SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".bin", ".pt", ".pth"), "gguf": (".gguf",)}
+SUFFIXES = {
+    "safetensors": (".safetensors",),
+    "pytorch": (".bin", ".pt", ".pth"),
+    "gguf": (".gguf",),
+}
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:safetensors|bin|pt|pth|gguf)$")
 # Files of training runs: pickles of other things than weights
 TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(?:bin|pt|pth)$")
@@ -37,6 +44,7 @@ WEIGHT_SUFFIXES = (
 INDEX_SUFFIX = ".index.json"
 NOT_CARRIED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
 OUR_REPORT = "weightmill.json"
+NOT_AUX = (OUR_REPORT, packed.MANIFEST, packed.EXPERT_LAYOUT)
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,14 @@ def open_checkpoint(path: str | os.PathLike[str], container: str = "auto", key: 
         found = "a file; give the folder it lies in" if root.exists() else "nothing there"
         raise BadSpec(f"{key}: expected a folder of weights at {root}, found {found}")
     container, files, index, notes = _find(root, container, key)
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        read = list(pool.map(lambda file: READERS[container](root, file), files))
-    weights = tuple(spec for specs in read for spec in specs)
-    _check_names(weights, index)
-    config = _gguf_config(root, files, weights) if container == "gguf" else read_config(root)
+    if container == "packed":
+        files, weights, config = _packed(root)
+    else:
+        with ThreadPoolExecutor(HEADER_THREADS) as pool:
+            read = list(pool.map(lambda file: READERS[container](root, file), files))
+        weights = tuple(spec for specs in read for spec in specs)
+        _check_names(weights, index)
+        config = _gguf_config(root, files, weights) if container == "gguf" else read_config(root)
     if not weights:
         raise BadCheckpoint(f"{root}: its weight files hold no tensors")
     tags = tuple(local.tag(root, file) for file in files)
@@ -98,6 +109,12 @@ def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[st
     """The container, its weight files in order, the index's map of tensors to files, and notes."""
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith("."))
     for candidate in READERS if container == "auto" else (container,):
+        if candidate == "packed":
+            others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and not TRAINING.match(n)]
+            others = [n for n in others if n != packed.WEIGHTS]
+            if packed.is_packed(names, alone=not others) or (container == "packed" and packed.WEIGHTS in names):
+                return candidate, [], None, [_others(others)] if others else []
+            continue
         mine = [n for n in names if n.endswith(SUFFIXES[candidate]) and not TRAINING.match(n)]
         indexes = [n for n in names if n.endswith(tuple(s + INDEX_SUFFIX for s in SUFFIXES[candidate]))]
         if mine or indexes:
@@ -110,12 +127,16 @@ def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[st
                     " put the one that is wanted in a folder of its own"
                 )
             others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in mine and not TRAINING.match(n)]
-            notes += [f"other weight files, not read and not carried over: {', '.join(others)}"] if others else []
+            notes += [_others(others)] if others else []
             return candidate, files, index, notes
     wanted = " or ".join(READERS) if container == "auto" else container
     others = [n for n in names if n.endswith(WEIGHT_SUFFIXES)]
     found = f"{len(others)} other weight files ({', '.join(others[:4])})" if others else f"{len(names)} files"
     raise BadSpec(f"{key}: expected {wanted} weights in {root}, found {found}")
+
+
+def _others(names: Sequence[str]) -> str:
+    return f"other weight files, not read and not carried over: {', '.join(names)}"
 
 
 def _why_not(index: dict[str, str] | None) -> str:
@@ -209,6 +230,49 @@ def _gguf_config(root: Path, files: Sequence[str], weights: Sequence[WeightSpec]
     return config_of(metadata[0], [spec.name for spec in weights], dtype)
 
 
+def _packed(root: Path) -> tuple[list[str], tuple[WeightSpec, ...], dict[str, Any]]:
+    """Files, tensors, and config.json (or the manifest's) with MLX's settings as the bits tell them.
+
+    Raises:
+        BadCheckpoint: ..., or words of quantized weights lack their scales, or do not fit them.
+    """
+    own = read_config(root)
+    found = packed.read(root, lambda layer, expert, part: packed_expert_name(own, layer, expert, part))
+    listed = found.manifest.get("config")
+    config = own or (listed if isinstance(listed, dict) else {})
+    if not own and config:  # the experts' names are the model's
+        found = packed.read(root, lambda layer, expert, part: packed_expert_name(config, layer, expert, part))
+    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    bits = {name.removesuffix(".weight"): n for name in found.by_name if (n := _word_bits(found, name)) is not None}
+    if bits:
+        [(usual, _)] = Counter(bits.values()).most_common(1)
+        block: dict[str, Any] = {"group_size": PACKED_GROUP, "bits": usual, "mode": "affine"}
+        block |= {name: {"group_size": PACKED_GROUP, "bits": n} for name, n in bits.items() if n != usual}
+        config["quantization"] = config["quantization_config"] = block
+    return list(found.files), tuple(found.by_name.values()), config
+
+
+def _word_bits(found: packed.Packed, name: str) -> int | None:
+    """The bits of a quantized weight; None for any other tensor."""
+    spec = found[name]
+    if spec.dtype.name != "U32" or not name.endswith(".weight"):
+        return None
+    scales, biases = (found.by_name.get(name.removesuffix("weight") + part) for part in ("scales", "biases"))
+    if scales is None or biases is None:
+        raise BadCheckpoint(
+            f"{name}: it is quantized, but its scales or biases are missing; fetch the checkpoint again"
+        )
+    words, groups = (each.shape[-1] if each.shape else 0 for each in (spec, scales))
+    fitting = words * 32 // (groups * PACKED_GROUP) if groups else 0
+    bits = found.bits.get(name, fitting)
+    if words * 32 != bits * groups * PACKED_GROUP or bits not in packed.BITS:
+        raise BadCheckpoint(
+            f"{name}: {bits} bits ({packed.ASSUMED_BITS} where the manifest says none) in groups of {PACKED_GROUP} do"
+            f" not fit words {list(spec.shape)} with scales {list(scales.shape)}; the manifest must say its bits"
+        )
+    return bits
+
+
 # --- the rest
 
 
@@ -257,7 +321,7 @@ def _aux_files(root: Path) -> tuple[str, ...]:
         for name in sorted(names):
             path = Path(folder) / name
             relative = path.relative_to(root).as_posix()
-            if is_weights(name) or relative == OUR_REPORT or name == ".DS_Store":
+            if is_weights(name) or relative in NOT_AUX or name == ".DS_Store":
                 continue
             if path.is_symlink() and not _is_ours(root, path):
                 raise BadCheckpoint(f"{relative}: it links to {path.resolve()}, outside the checkpoint; copy it in")
@@ -270,3 +334,18 @@ def _is_ours(root: Path, link: Path) -> bool:
     target = link.resolve()
     in_cache = root.parent.name == "snapshots" and target.is_relative_to(root.resolve().parent.parent / "blobs")
     return in_cache or target.is_relative_to(root.resolve())
+
+
+def open_file(path: str | os.PathLike[str], container: str) -> Checkpoint:
+    """One weight file as a checkpoint, with the config.json that lies beside it, if one does.
+
+    Raises:
+        BadCheckpoint: it is damaged, or holds no tensors.
+    """
+    root, name = Path(path).parent, Path(path).name
+    weights = READERS[container](root, name)
+    if not weights:
+        raise BadCheckpoint(f"{path}: it holds no tensors")
+    _check_names(weights, None)
+    config = _gguf_config(root, [name], weights) if container == "gguf" else read_config(root)
+    return Checkpoint(root, container, (local.tag(root, name),), weights, config, ())

@@ -173,6 +173,10 @@ MLA = _rows(
     (LAYER + r"(?:enorm|hnorm|shared_head\.norm)\.weight$", "norm", r"\g<layer>.mtp", None),
 )
 GEMMA_NORMS = _rows((LAYER + r"(?:pre|post)_feedforward_layernorm\.weight$", "norm", r"\g<layer>.mlp", None))
+PHI3 = _rows(  # whose layers are fused on disk
+    (LAYER + r"self_attn\.qkv_proj\.weight$", "attention", r"\g<layer>.self_attn", None),
+    (LAYER + r"mlp\.gate_up_proj\.weight$", "mlp", r"\g<layer>.mlp", None),
+)
 GPT_OSS = _rows(
     (LAYER + r"self_attn\.sinks$", "other", r"\g<layer>.self_attn", None),
     (LAYER + r"mlp\.router\.(?:weight|bias)$", "router", r"\g<layer>.mlp", None),
@@ -273,6 +277,8 @@ FAMILIES = (
     Family("qwen3", ("qwen3",), ATTENTION + MLP + ENDS, TIED_HEAD),
     Family("qwen3_moe", ("qwen3_moe",), ATTENTION + QWEN_EXPERTS + MLP + ENDS, TIED_HEAD),
     Family("qwen2_moe", ("qwen2_moe",), ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS, TIED_HEAD),
+    Family("gemma", ("gemma", "gemma2"), ATTENTION + GEMMA_NORMS + MLP + ENDS, TIED_HEAD, ties=True),
+    Family("phi3", ("phi3",), PHI3 + ATTENTION + MLP + ENDS, TIED_HEAD),
     Family("gemma3", ("gemma3", "gemma3_text"), TOWERS + ATTENTION + GEMMA_NORMS + MLP + ENDS, TIED_GEMMA, ties=True),
     Family(
         "deepseek",

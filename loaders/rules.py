@@ -119,7 +119,7 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
         if scheme.dtype is None:
             return (Rule("keep", "copied as it is"),)
         return (
-            Rule("keep", "not a float dtype that is cast", dtype=NOT_FLOAT),
+            Rule("keep", "not a float dtype that is cast", dtype=tuple(n for n in NOT_FLOAT if DTYPES[n].block == 1)),
             Rule("cast", "quant.dtype", cast_to=scheme.dtype),
         )
     return DEFAULTS[scheme.engine]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
-from loaders.decoding import quantized_tensors
+from loaders.decoding import mlx, quantized_tensors
 from loaders.families import natural_key
 from loaders.recipes import Recipe, Window
 from loaders.specs import WEIGHT_DTYPES, WeightSpec
@@ -32,7 +32,7 @@ class Sources:
 
 
 def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
-    """The logical tensors of a checkpoint, in natural order of their blocks and names.
+    """The logical tensors of a checkpoint, in natural order of blocks and names; of a GGUF not decoded, in its own.
 
     With `decode`, tensors that a known scheme quantized become one recipe that decodes them; without, every stored
     tensor is its own, as it is. With `split`, stacks of experts that the family knows become the tensors of each.
@@ -52,18 +52,31 @@ def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
         recipes.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
     for spec in checkpoint.weights:
         if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
-            traits = family.traits(spec.name, spec.shape)
-            recipes.append(
-                Recipe(
-                    spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None,
-                    traits.role, traits.block, traits.group,
-                )
-            )  # fmt: skip
+            for name, part in mlx.cut_stored(checkpoint, spec) if split else [(spec.name, spec)]:
+                traits = family.traits(name, part.shape)
+                block = traits.block if decode else family.traits(_weight_of(name, spec, by_name), part.shape).block
+                recipes.append(
+                    Recipe(
+                        name, part.dtype, part.shape, (("weight", part),), Window.whole(part), None,
+                        traits.role, block, traits.group,
+                    )
+                )  # fmt: skip
     if split:
         recipes = [piece for recipe in recipes for piece in cut(recipe, family)]
         notes = (*notes, *_unknown_stacks(checkpoint, recipes))
-    recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
+    if checkpoint.container == "gguf" and not decode:  # for another GGUF: a copy has the order of what it is a copy of
+        files = {tag.name: number for number, tag in enumerate(checkpoint.files)}
+        recipes.sort(key=lambda recipe: (files[recipe.stored[0][1].file], recipe.stored[0][1].offset))
+    else:
+        recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
     return Sources(tuple(recipes), tied, notes)
+
+
+def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:
+    """The weight that a copied tensor goes with: one unit has both."""
+    module, _, suffix = stored.name.rpartition(".")
+    is_part = suffix in ("scales", "biases") and f"{module}.weight" in by_name
+    return name.removesuffix(suffix) + "weight" if is_part else name
 
 
 def _unknown_stacks(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> list[str]:

@@ -97,7 +97,15 @@ GGML_BLOCKS = {
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
     "TQ1_0": (256, 54), "TQ2_0": (256, 66),
 }  # fmt: skip
-DTYPES |= {name: DType(name, 8 * size, name.lower(), "uint8", block=n) for name, (n, size) in GGML_BLOCKS.items()}
+# those that are read, not written: what they hold is found with calibration data, or has scales beside it
+GGML_READ_BLOCKS = {
+    "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "NVFP4": (64, 36),
+}  # fmt: skip
+DTYPES |= {
+    name: DType(name, 8 * size, name.lower(), "uint8", block=n)
+    for name, (n, size) in (GGML_BLOCKS | GGML_READ_BLOCKS).items()
+}
 BY_TORCH_NAME = {dtype.torch: dtype for dtype in DTYPES.values()}
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")  # what a quantizer takes
 
@@ -154,8 +162,8 @@ class WeightSpec:
     stride: Shape | None = None
     alias: str | None = None
 
-    @property
     def numel(self) -> int:
+        """Numbers in it."""
         return math.prod(self.shape)
 
 
@@ -194,13 +202,14 @@ class StoredTensor:
     """A tensor that an output will hold: the name its engine looks for, and what it is.
 
     Where the engine stacks several into one, `whole` is what it looks for under the name, and this one's bytes begin at
-    `offset` of it.
+    `offset` of it. `place` is for a tensor that its consumer looks for in a file of its own, at a byte of it.
     """
 
     name: str
     spec: StoredSpec
     whole: StoredSpec | None = None
     offset: int = 0
+    place: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +238,7 @@ class OutputFile:
 
     `data_bytes` run from the first tensor to the end of the last, with what the container puts between them. `about` is
     what the file says beside its tensors, where its container has a place for that. A piece is no file of the output
-    yet: pieces are joined when all are done.
+    but a range of one: `within` names that file, and says where in it the piece begins.
     """
 
     name: str
@@ -239,7 +248,7 @@ class OutputFile:
     container: str
     tail_bytes: int = 0
     about: Any = None
-    is_piece: bool = False
+    within: tuple[str, int] | None = None
 
     @property
     def size(self) -> int:

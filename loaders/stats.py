@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loaders.quantization.kernels import compare
+from loaders.atomic import write_file
+from loaders.errors import BadCheckpoint, io_errors
+
+MOST = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """What reading and working took. Seconds of several threads add up; `wall_s` of units side by side does, too."""
+    """What reading and working took. Seconds of several threads add up; `wall_s` of units side by side does, too.
+
+    `warm_bytes` of the source were in the page cache when reading began, `cold_bytes` were not: by samples, where the
+    system tells; elsewhere both are 0.
+    """
 
     files: int = 0
     tensors: int = 0
@@ -24,6 +35,24 @@ class LoadStats:
     write_s: float = 0.0
     wall_s: float = 0.0
     peak_anonymous_bytes: int = 0  # beyond what the process held before
+    warm_bytes: int = 0
+    cold_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return self.wall_s
+
+    @property
+    def temperature(self) -> str:
+        """What the source was: "warm" (nine tenths in the page cache, or more), "cold" (a tenth or less), "mixed", or
+        "unknown".
+        """
+        known = self.warm_bytes + self.cold_bytes
+        if not known:
+            return "unknown"
+        share = self.warm_bytes / known
+        return "warm" if share >= MOST else "cold" if share <= 1 - MOST else "mixed"
 
     @property
     def throughput_gbps(self) -> float:
@@ -41,6 +70,14 @@ class LoadStats:
             self.write_s + other.write_s,
             self.wall_s + other.wall_s,
             max(self.peak_anonymous_bytes, other.peak_anonymous_bytes),
+            self.warm_bytes + other.warm_bytes,
+            self.cold_bytes + other.cold_bytes,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensors} tensors of {self.files} files, {self.bytes / 1e6:.1f} MB in {self.wall_s:.3g} s:"
+            f" {self.throughput_gbps:.3g} GB/s, {self.temperature}; peak {self.peak_anonymous_bytes / 1e6:.1f} MB"
         )
 
 
@@ -60,6 +97,8 @@ class ErrorSums:
     @staticmethod
     def of(numel: int, sums: np.ndarray) -> ErrorSums:
         """From the slots of kernels/compare.py."""
+        from loaders.quantization.kernels import compare  # whoever only loads needs no kernels
+
         return ErrorSums(
             numel,
             float(sums[compare.ERROR2]),
@@ -103,14 +142,26 @@ class ErrorSums:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerStats:
+    """What one tensor came to. `scheme`: the kind that it was quantized by."""
+
+    scheme: str
+    parameters: int
+    source_bytes: int
+    output_bytes: int
+    error: ErrorSums
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class CompressionStats:
-    """What a target came to."""
+    """What a target came to. `layer_stats` are those of its quantized tensors, where they were kept."""
 
     tensors: int = 0
     parameters: int = 0
     source_bytes: int = 0
     output_bytes: int = 0
     error: ErrorSums = ErrorSums()
+    layer_stats: Mapping[str, LayerStats] = field(default_factory=dict)
 
     def __add__(self, other: CompressionStats) -> CompressionStats:
         return CompressionStats(
@@ -119,7 +170,23 @@ class CompressionStats:
             self.source_bytes + other.source_bytes,
             self.output_bytes + other.output_bytes,
             self.error + other.error,
+            {**self.layer_stats, **other.layer_stats} if other.layer_stats else self.layer_stats,
         )
+
+    @property
+    def total_parameters(self) -> int:
+        """Numbers in all tensors, before any was quantized."""
+        return self.parameters
+
+    @property
+    def original_size_mb(self) -> float:
+        """Megabytes (1e6 bytes) of source."""
+        return self.source_bytes / 1e6
+
+    @property
+    def quantized_size_mb(self) -> float:
+        """Megabytes (1e6 bytes) that came of it, tensors that were kept included."""
+        return self.output_bytes / 1e6
 
     @property
     def ratio(self) -> float:
@@ -127,19 +194,118 @@ class CompressionStats:
         return self.source_bytes / self.output_bytes if self.output_bytes else 0.0
 
     @property
+    def compression_ratio(self) -> float:
+        """How many times smaller."""
+        return self.ratio
+
+    @property
     def bits_per_weight(self) -> float:
         """All stored bytes over all parameters."""
         return self.output_bytes * 8 / self.parameters if self.parameters else 0.0
 
+    @property
+    def total_error(self) -> float:
+        """The relative error, sqrt(sum e^2 / sum x^2), over every weight of every tensor."""
+        return self.error.relative_error
+
+    @property
+    def mean_layer_error(self) -> float:
+        """The mean of the relative errors of `layer_stats`, each counting once; 0 without any."""
+        errors = [layer.error.relative_error for layer in self.layer_stats.values()]
+        return sum(errors) / len(errors) if errors else 0.0
+
+    @property
+    def max_layer_error(self) -> float:
+        """The greatest of the relative errors of `layer_stats`; 0 without any."""
+        return max((layer.error.relative_error for layer in self.layer_stats.values()), default=0.0)
+
+    def __repr__(self) -> str:
+        layers = (
+            f", {len(self.layer_stats)} layers: mean error {self.mean_layer_error:.4g}, max {self.max_layer_error:.4g}"
+            if self.layer_stats
+            else ""
+        )
+        return (
+            f"CompressionStats({self.tensors} tensors, {self.parameters:,} parameters: {self.original_size_mb:.2f} MB"
+            f" -> {self.quantized_size_mb:.2f} MB, {self.ratio:.2f}x smaller, {self.bits_per_weight:.2f} bits a weight,"
+            f" error {self.total_error:.4g}{layers})"
+        )
+
     def to_json(self) -> dict[str, Any]:
+        """The totals, and what follows from them."""
         return {
-            **{key: value for key, value in asdict(self).items() if key != "error"},
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
             "ratio": self.ratio,
             "bits_per_weight": self.bits_per_weight,
             "relative_error": self.error.relative_error,
             "sqnr_db": finite(self.error.sqnr_db),
             "cosine": self.error.cosine,
         }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it as JSON, atomically: what `load` reads back, and the figures by their names.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        document = {
+            **{key: getattr(self, key) for key in TOTALS},
+            "error": sums_json(self.error),
+            "layer_stats": {
+                name: {**asdict(layer), "error": sums_json(layer.error), "relative_error": _json(layer)}
+                for name, layer in self.layer_stats.items()
+            },
+            **{key: finite(getattr(self, key)) for key in FIGURES},
+        }
+        write_file(Path(path), (json.dumps(document, indent=2) + "\n").encode())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> CompressionStats:
+        """Read what `save` wrote.
+
+        Raises:
+            BadCheckpoint: it is something else.
+            StorageError: it cannot be read.
+        """
+        with io_errors("reading", path):
+            raw = Path(path).read_bytes()
+        try:
+            found = json.loads(raw)
+            layers = {
+                name: LayerStats(
+                    each["scheme"], each["parameters"], each["source_bytes"], each["output_bytes"],
+                    sums_of(each["error"]),
+                )
+                for name, each in found["layer_stats"].items()
+            }  # fmt: skip
+            totals = {key: found[key] for key in TOTALS}
+            return CompressionStats(**totals, error=sums_of(found["error"]), layer_stats=layers)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(f"{os.fspath(path)}: not saved by CompressionStats ({error!r})") from None
+
+
+TOTALS = ("tensors", "parameters", "source_bytes", "output_bytes")
+FIGURES = (
+    "original_size_mb", "quantized_size_mb", "compression_ratio", "total_error", "mean_layer_error", "max_layer_error",
+)  # fmt: skip
+
+
+def _json(layer: LayerStats) -> float | None:
+    return finite(layer.error.relative_error)
+
+
+def sums_json(sums: ErrorSums) -> dict[str, Any]:
+    """JSON has no infinities: they are null, and the only thing that is."""
+    return {key: finite(value) if isinstance(value, float) else value for key, value in asdict(sums).items()}
+
+
+def sums_of(found: Mapping[str, Any]) -> ErrorSums:
+    """Back from `sums_json`."""
+    values: dict[str, Any] = {key: math.inf if value is None else value for key, value in found.items()}
+    return ErrorSums(**values)
 
 
 def finite(number: float) -> float | None:

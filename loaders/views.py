@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from loaders.quantization.boxes import decode_window
+from loaders.quantization.ggml_reading import decode_blocks
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.recipes import Recipe, Window
-from loaders.specs import DType, RowOrder, TensorSpec, WeightSpec, is_contiguous, storage_of
+from loaders.specs import DTYPES, DType, RowOrder, TensorSpec, WeightSpec, is_contiguous, storage_of
 from loaders.strategies import Reader
 
 
@@ -69,10 +72,12 @@ class StoredRoles:
 
 
 class DecodedView:
-    """A quantized tensor's weights, decoded on the way in and rounded to its dtype."""
+    """A quantized tensor's weights, decoded on the way in and rounded to its dtype, or at once to another."""
 
-    def __init__(self, recipe: Recipe, stored: StoredRoles, decoder: Decoder, work: Work) -> None:
-        self.spec = recipe.spec
+    def __init__(
+        self, recipe: Recipe, stored: StoredRoles, decoder: Decoder, work: Work, dtype: DType | None = None
+    ) -> None:
+        self.spec = recipe.spec if dtype is None else TensorSpec(recipe.name, dtype, recipe.shape)
         self._whole = recipe.decoded_spec
         self._window = recipe.window
         self._stored = stored
@@ -102,6 +107,23 @@ class DecodedView:
         return values[start - first : stop - first]
 
 
+class BlocksView:
+    """Another view's blocks of a type of ggml, decoded to float32."""
+
+    def __init__(self, view: View, work: Work) -> None:
+        self.spec = replace(view.spec, dtype=DTYPES["F32"])
+        self._view = view
+        self._dtype = view.spec.dtype
+        self._work = work
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        block, size = self._dtype.block, self._dtype.size((self._dtype.block,))
+        first, last = start // block, -(-stop // block)
+        values = self._work.array(f"blocks {slot}", (last - first) * block, np.float32)
+        decode_blocks(self._dtype.name, self._view.read(first * size, last * size, slot), values)
+        return values[start - first * block : stop - first * block]
+
+
 class ReorderedView:
     """Another view's weights with the rows of each head in another order: whole heads are read."""
 
@@ -124,14 +146,19 @@ def ordered_view(view: View, order: RowOrder | None) -> View:
     return view if order is None else ReorderedView(view, order)
 
 
-def view_of(recipe: Recipe, reader: Reader, work: Work) -> View:
-    """A recipe's weights through an open reader."""
+def view_of(recipe: Recipe, reader: Reader, work: Work, decoded_dtype: DType | None = None) -> View:
+    """A recipe's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given."""
     if recipe.decode is not None:
-        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work)
+        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work, decoded_dtype)
         return ordered_view(decoded, recipe.order)
     [(_, stored)] = recipe.stored
     assert recipe.window is not None
     return ordered_view(StoredView(reader, recipe.spec, stored, recipe.window), recipe.order)
+
+
+def numbers_view(view: View, cast: DType | None, work: Work) -> View:
+    """A view, or where blocks of ggml are to become something else, their weights."""
+    return BlocksView(view, work) if cast is not None and view.spec.dtype.block > 1 else view
 
 
 def encoded_view(view: View, cast: DType | None) -> View:

@@ -14,6 +14,7 @@ from loaders.quantization.kernels import Kernels
 from loaders.scratch import Scratch
 
 RANGE = 1 << 21  # weights in a range: 4 MiB of bfloat16
+THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
 T = TypeVar("T")
 
 

@@ -54,3 +54,8 @@ def weightmill(
 def source(tmp_path: Path) -> Path:
     """A small sharded Llama in bfloat16."""
     return write_checkpoint(tmp_path / "source", shards=3)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow ones first: what is left at the end is short, so that no process waits long for another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from jobs.benches.timing import Case
+from jobs.benches.timing import SCRATCH, Case, on_threads
 from loaders.quantization.kernels import casts, compare, cpu, float4, float8, packed_int
 from loaders.quantization.packed_int import EPS
 
@@ -42,8 +41,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
             body(weight[band[0] : band[1]].reshape(-1), start, stop)
 
         def run() -> None:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(part, bands))
+            on_threads(threads, part, bands)
 
         return run
 
@@ -85,7 +83,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
         step = max(1, INNER // columns) * columns
 
         def body(x: np.ndarray, a: int, b: int) -> None:
-            out, sums = np.empty(step, np.float32), compare.new_sums()
+            out, sums = SCRATCH.array("decoded", step, np.float32), compare.new_sums()
             for at in range(a, b, step):
                 end = min(at + step, b)
                 decode(at, end, out[: end - at])
@@ -101,11 +99,11 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
         float8.decode_rows(codes[a:b], columns, scales[a // columns : b // columns], out)
 
     yield Case("w4a16, bf16", whole(packed(4)))
-    yield Case("w4a16 decode + compare (measuring)", whole(measured(decode_4)))
+    yield Case("w4a16 decode + compare (measuring)", whole(measured(decode_4)), after="w4a16, bf16")
     yield Case("w8a16, bf16", whole(packed(8)))
     yield Case("w4a16_asym, bf16", whole(asymmetric))
     yield Case("fp8_dynamic, bf16", whole(by_row(float8.encode_rows)))
-    yield Case("fp8_dynamic decode + compare (measuring)", whole(measured(decode_float8)))
+    yield Case("fp8_dynamic decode + compare (measuring)", whole(measured(decode_float8)), after="fp8_dynamic, bf16")
     yield Case("w8a8, bf16", whole(by_row(packed_int.encode_rows)))
     yield Case("fp8_block, bf16", whole(blocks))
     yield Case("nvfp4a16, bf16", whole(nvfp4))

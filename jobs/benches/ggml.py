@@ -9,12 +9,13 @@ import ctypes
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jobs.benches.timing import SCRATCH, Case, on_threads
 from loaders.containers.gguf import TYPE_IDS
 from loaders.quantization.ggml import ENCODERS
 from loaders.quantization.kernels import compare, cpu
@@ -25,30 +26,25 @@ PART = 16
 WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0")
 IN_PART = ("Q4_K", "Q6_K", "Q3_K", "MXFP4")
 INNER = 1 << 18  # weights encoded or decoded at once: both stay in the cache
-Row = tuple[str, Callable[[], float] | None, str, str]
 
 
-def rows(weight: np.ndarray, threads: int) -> Iterator[Row]:
-    """(name, call that gives seconds, why it is missing, the row it is a peer of). weight: bfloat16 bits (R, C)."""
+def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
+    """Ours, encoding and measuring, and ggml's. weight: bfloat16 bits (R, C)."""
     library = _library()
     for name in (*WHOLE, *IN_PART):
         parts = 1 if name in WHOLE else PART
         some = weight[: max(1, weight.shape[0] // parts)]
         times, said = weight.shape[0] / some.shape[0], "" if parts == 1 else f" (a {PART}th, times {PART})"
         if some.shape[1] % DTYPES[name].block:
-            yield f"ggml {name}, bf16", None, f"rows do not divide into blocks of {DTYPES[name].block}", ""
+            yield Case(f"ggml {name}, bf16", None, f"rows do not divide into blocks of {DTYPES[name].block}")
             continue
         ours = f"ggml {name}, bf16{said}"
         out = np.empty(DTYPES[name].size(some.shape), np.uint8)
-        yield ours, _timed(lambda s=some, n=name, o=out: _encode(s, n, o, threads), times), "", ""  # type: ignore[misc]
-        yield (
-            f"ggml {name} decode + compare (measuring){said}",
-            _timed(lambda s=some, n=name, o=out: _measure(s, n, o, threads), times),  # type: ignore[misc]
-            "",
-            "",
-        )
+        yield Case(ours, _timed(partial(_encode, some, name, out, threads), times))
+        measuring = _timed(partial(_measure, some, name, out, threads), times)
+        yield Case(f"ggml {name} decode + compare (measuring){said}", measuring, after=ours)
         call = None if library is None else _timed(_peer(library, some, name, threads), times)
-        yield f"ggml's C, {name}, fp32", call, "" if call else "not installed: llama_cpp", ours
+        yield Case(f"ggml's C, {name}, fp32", call, "" if call else "not installed: llama_cpp", ours)
 
 
 def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
@@ -63,8 +59,7 @@ def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
 def _spread(body: Callable[[int, int], object], count: int, threads: int) -> None:
     """Ranges of rows, a thread each."""
     edges = [count * i // threads for i in range(threads)] + [count]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(body, edges[:-1], edges[1:]))
+    on_threads(threads, body, edges[:-1], edges[1:])
 
 
 def _encode(weight: np.ndarray, name: str, out: np.ndarray, threads: int) -> None:
@@ -76,7 +71,7 @@ def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) ->
     flat, dtype, columns = weight.reshape(-1), DTYPES[name], weight.shape[1]
 
     def part(first: int, last: int) -> None:
-        decoded, sums = np.empty(INNER, np.float32), compare.new_sums()
+        decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
         for at in range(first * columns, last * columns, INNER):
             end = min(at + INNER, last * columns)
             out = decoded[: end - at]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.timing import Case
+from jobs.benches.timing import SCRATCH, Case
 from loaders.quantization.kernels import affine, casts, compare, cpu
 from loaders.quantization.mlx_float import SETTINGS, FloatMode, MlxFloat
 from loaders.work import RANGE
@@ -29,7 +29,7 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
-            decoded, sums = np.empty(1 << 18, np.float32), compare.new_sums()
+            decoded, sums = SCRATCH.array("decoded", 1 << 18, np.float32), compare.new_sums()
             for at in range(a, b, decoded.size):
                 end = min(at + decoded.size, b)
                 own, out = slice(at // 64, end // 64), decoded[: end - at]
@@ -49,7 +49,7 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
     yield Case("mlx affine 8 bits, bf16", affine_of(8))
     yield Case("mlx affine 4 bits, bf16", affine_of(4))
-    yield Case("mlx affine 4 bits decode + compare (measuring)", measure)
+    yield Case("mlx affine 4 bits decode + compare (measuring)", measure, after="mlx affine 4 bits, bf16")
     for mode in SETTINGS:
         yield Case(f"mlx {mode}, bf16", small_floats(mode))
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+from loaders.scratch import Scratch
+
+SCRATCH = Scratch()  # memory that is used again, as in a job: fresh pages cost as much as decoding
 
 
 @dataclass
@@ -15,6 +20,7 @@ class Case:
     call: Callable[[], object] | None
     missing: str = ""
     beside: str = ""  # the case that this one is a peer of
+    after: str = ""  # the encoder whose output this one measures
     seconds: list[float] = field(default_factory=list)
 
 
@@ -32,3 +38,12 @@ def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
                 continue
             if lap >= 0:
                 case.seconds.append(own if isinstance(own, float) else time.perf_counter() - began)
+
+
+def on_threads(threads: int, body: Callable[..., object], *arguments: Iterable[object]) -> None:
+    """Call the body for each of the arguments; on one thread, without a pool and what starting it takes."""
+    if threads == 1:
+        list(map(body, *arguments))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(body, *arguments))

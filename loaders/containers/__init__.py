@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from loaders.containers import gguf, pytorch, pytorch_writing, safetensors
+from loaders.containers import gguf, packed, pytorch, pytorch_pieces, pytorch_writing, safetensors
 from loaders.containers.base import Container
 from loaders.containers.writing import ShardWriter
 from loaders.specs import OutputFile
@@ -23,6 +24,16 @@ CONTAINERS = {
             single="model.safetensors",
             shard="model-{number:05d}-of-{count:05d}.safetensors",
             index="model.safetensors.index.json",
+        ),
+        Container(
+            "packed",
+            packed.read_specs,
+            packed.lay_out,
+            packed.place,
+            packed.frame,
+            single=f"{packed.WEIGHTS}.00001",
+            shard=packed.WEIGHTS + ".{number:05d}",
+            index="none",
         ),
         Container(
             "pytorch",
@@ -49,6 +60,9 @@ CONTAINERS = {
 READERS = {name: container.read_specs for name, container in CONTAINERS.items()}
 
 
-def writer_of(path: Path, file: OutputFile) -> ShardWriter:
-    """Begin a planned file at a path."""
-    return ShardWriter(path, file, CONTAINERS[file.container])
+PIECES = {"pytorch piece": replace(CONTAINERS["pytorch"], place=pytorch_pieces.place, frame=pytorch_pieces.frame)}
+
+
+def writer_of(path: Path, file: OutputFile, start: int | None = None) -> ShardWriter:
+    """Begin a planned file at a path, or a piece in the file there, at a byte of it."""
+    return ShardWriter(path, file, (CONTAINERS | PIECES)[file.container], start)

@@ -321,7 +321,7 @@ def _with_aliases(specs: list[WeightSpec]) -> tuple[WeightSpec, ...]:
     found = []
     for spec in sorted(specs, key=lambda s: (s.offset, s.size, s.name)):
         key = (spec.offset, spec.dtype, spec.shape, spec.stride)
-        is_shared = spec.numel > 0 and key in first
+        is_shared = spec.numel() > 0 and key in first
         found.append(replace(spec, alias=first[key]) if is_shared else spec)
         first.setdefault(key, spec.name)
     return tuple(found)

@@ -28,6 +28,7 @@ LIMIT = 0xFFFFFFFF  # from here on, numbers stand in zip64's fields,
 STANDS_FOR_LIMIT = 0xFFFFFFFF  # and this in those of 32 bits
 MANY = 0xFFFF
 UTF8 = 0x0800
+NO_LENGTHS: Mapping[str, int] = {}
 BEFORE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
 AFTER = {"version": b"3\n"}
 
@@ -58,27 +59,27 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     for name, spec in sorted(whole.items(), key=lambda each: (each[1].is_bound, each[0])):
         check_dtype(name, spec.dtype)
         slots.append(Slot(name, spec.dtype, spec.shape, 0, spec.is_bound))
-    members = _members(file, slots, about, {})
+    members = members_of(file, slots, about)
     starts = {member.slot: member.start for member in members if member.slot is not None}
     first = min(starts.values(), default=0)
     end = max(member.start + member.size for member in members if member.slot is not None or not starts)
     placed = tuple(Slot(slot.name, slot.dtype, slot.shape, starts[slot.name] - first, slot.is_bound) for slot in slots)
     last = members[-1]
-    tail = last.start + last.size + len(_directory(members, {})) - end
+    tail = last.start + last.size + len(directory_bytes(members, {})) - end
     return OutputFile(file, first, end - first, placed, "pytorch", tail, about)
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
     """Where the tensors lie, given the lengths that were open."""
-    members = _members(file.name, file.slots, file.about, lengths)
+    members = members_of(file.name, file.slots, file.about, lengths)
     return {member.slot: (member.start, member.size) for member in members if member.slot is not None}
 
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
     """Every member that is no tensor, every member's header, the directory."""
     lengths = {slot.name: places[slot.name][1] for slot in file.slots if slot.is_bound}
-    members = _members(file.name, file.slots, file.about, lengths)
-    own = _own_members(file.name, file.slots, file.about, lengths)
+    members = members_of(file.name, file.slots, file.about, lengths)
+    own = own_members(file.name, file.slots, file.about, lengths)
     pieces, sums = [], {}
     for member in members:
         if member.slot is None:
@@ -87,13 +88,13 @@ def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[in
             pieces.append((member.start, data))
         else:
             sums[member.name] = checksum(member.start, member.size)
-        pieces.append((member.header, _header(member, sums[member.name])))
+        pieces.append((member.header, header_bytes(member, sums[member.name])))
     last = members[-1]
-    pieces.append((last.start + last.size, _directory(members, sums)))
+    pieces.append((last.start + last.size, directory_bytes(members, sums)))
     return pieces
 
 
-def _own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int]) -> dict[str, bytes]:
+def own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int]) -> dict[str, bytes]:
     """The members that are no tensors."""
     root = PurePosixPath(file).stem
     tensors = {}
@@ -107,10 +108,10 @@ def _own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[
     return {f"{root}/{name}": data for name, data in plain.items()}
 
 
-def _members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int]) -> list[Member]:
+def members_of(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int] = NO_LENGTHS) -> list[Member]:
     """All members in order."""
     slots, root = list(slots), PurePosixPath(file).stem
-    sizes = {name: len(data) for name, data in _own_members(file, slots, about, lengths).items()}
+    sizes = {name: len(data) for name, data in own_members(file, slots, about, lengths).items()}
     order: list[tuple[str, int, str | None]] = [(f"{root}/{name}", 0, None) for name in ("data.pkl", *BEFORE)]
     order += [(f"{root}/data/{key}", lengths.get(s.name, s.size), s.name) for key, s in enumerate(slots)]
     order += [(f"{root}/{name}", 0, None) for name in AFTER]
@@ -124,7 +125,7 @@ def _members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str,
     return members
 
 
-def _header(member: Member, checksum: int) -> bytes:
+def header_bytes(member: Member, checksum: int) -> bytes:
     """A member's local header, padded by an extra field so that its bytes are aligned."""
     name, size = member.name.encode(), STANDS_FOR_LIMIT if member.is_large else member.size
     extra = struct.pack("<HHQQ", 1, 16, member.size, member.size) if member.is_large else b""
@@ -142,7 +143,7 @@ def _narrow(number: int) -> int:
     return STANDS_FOR_LIMIT if number >= LIMIT else number
 
 
-def _directory(members: list[Member], checksums: Mapping[str, int]) -> bytes:
+def directory_bytes(members: list[Member], checksums: Mapping[str, int]) -> bytes:
     """What follows the last member: an entry for each, and where the entries are."""
     entries = []
     for member in members:

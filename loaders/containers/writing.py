@@ -21,16 +21,23 @@ class ShardWriter:
     """Writes one planned file; `seal` makes it whole, durable and known.
 
     The file is made new at `path`, which must not exist, with all its room taken at once: a disk that is too full says
-    so before any work. Whoever owns the path renames it when it is finished.
+    so before any work. Whoever owns the path renames it when it is finished. With `start` it is a piece instead,
+    written in place: into the file that is there already, from that byte on.
     """
 
-    def __init__(self, path: Path, file: OutputFile, container: Container) -> None:
+    def __init__(self, path: Path, file: OutputFile, container: Container, start: int | None = None) -> None:
         self.path = path
         self.file = file
+        self.start = start or 0
+        self.size = 0
+        self._is_in_place = start is not None
         self._container = container
         self._bound: dict[str, bytes] = {}
+        flags = os.O_RDWR if self._is_in_place else os.O_CREAT | os.O_EXCL | os.O_RDWR
         with io_errors("creating", path):
-            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            self._descriptor = os.open(path, flags, 0o666)
+        if self._is_in_place:
+            return
         try:
             with io_errors(f"taking {file.size} bytes for", path):
                 allocate(self._descriptor, file.size)
@@ -63,7 +70,7 @@ class ShardWriter:
     def start_syncing(self, slot: Slot) -> None:
         """Let the system begin to put a finished tensor on the disk, so that `seal` has less to wait for."""
         if not slot.is_bound:
-            begin_writeback(self._descriptor, self.file.header_bytes + slot.offset, slot.size)
+            begin_writeback(self._descriptor, self.start + self.file.header_bytes + slot.offset, slot.size)
 
     def seal(self) -> Places:
         """Write what comes last, tensors of bound length and the frame, durably; where every tensor lies."""
@@ -74,9 +81,10 @@ class ShardWriter:
         for at, data in self._container.frame(self.file, places, self._checksum):
             self._put(memoryview(data), at)
             end = max(end, at + len(data))
-        end = max([end, *(at + size for at, size in places.values())])
+        self.size = max([end, *(at + size for at, size in places.values())])
         with io_errors("writing", self.path):
-            os.ftruncate(self._descriptor, end)
+            if not self._is_in_place:
+                os.ftruncate(self._descriptor, self.size)
             os.fsync(self._descriptor)
         return places
 
@@ -91,13 +99,13 @@ class ShardWriter:
     def _put(self, data: memoryview, at: int) -> None:
         with io_errors("writing", self.path):
             while data:
-                count = os.pwrite(self._descriptor, data, at)
+                count = os.pwrite(self._descriptor, data, self.start + at)
                 at, data = at + count, data[count:]
 
     def _get(self, at: int, out: memoryview) -> None:
         with io_errors("reading back", self.path):
             while out:
-                count = os.preadv(self._descriptor, [out], at)
+                count = os.preadv(self._descriptor, [out], self.start + at)
                 if count == 0:
                     raise StorageError(f"reading back {self.path}: it ends at byte {at}; something cut it short")
                 at, out = at + count, out[count:]
@@ -109,10 +117,11 @@ class ShardWriter:
             self._descriptor = -1
 
     def abort(self) -> None:
-        """Remove the file."""
+        """Remove the file; one that is written in place stays, and the piece is not done."""
         self.close()
-        with suppress(OSError):
-            self.path.unlink()
+        if not self._is_in_place:
+            with suppress(OSError):
+                self.path.unlink()
 
 
 def begin_writeback(descriptor: int, offset: int, size: int) -> None:

@@ -52,7 +52,7 @@ def _recipe(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int]
         )
     decoder = Fp8Blocks(block, scale.dtype.name)
     wanted = decoder.scale_shape(weight.shape)
-    if block is None and scale.numel == 1 and len(weight.shape) == 2:
+    if block is None and scale.numel() == 1 and len(weight.shape) == 2:
         wanted = scale.shape  # [], [1] or [1, 1]
     blocks = "the whole matrix" if block is None else f"blocks of {block[0]}x{block[1]}"
     expect(scale, SCALE_DTYPES, wanted, f"for {name} {list(weight.shape)} in {blocks}")

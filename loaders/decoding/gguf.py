@@ -6,6 +6,7 @@ from loaders.architectures import ARCHITECTURES, architecture_of
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.quantization.ggml import Ggml
+from loaders.quantization.ggml_reading import check_readable
 from loaders.recipes import Recipe, Window
 from loaders.specs import DTYPES, WeightSpec
 
@@ -29,6 +30,8 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
         for each, part in _parts(name, spec):
             order = architecture.row_order(each, part.shape[0], checkpoint.config, inverse=True)
             is_block = part.dtype.block > 1
+            if is_block:
+                check_readable(part.dtype.name)
             found[each] = Recipe(
                 each,
                 DTYPES["F32"] if is_block else part.dtype,

@@ -75,7 +75,7 @@ def _gptq(
     words, outputs = _matrix(parts["qweight"])
     if index is not None and not settings.get("dynamic"):
         expect(index, ("I32",), (words * 32 // int(settings.get("bits") or 4),), f"for {name}")
-    inputs = index.numel if index is not None else words * 32 // int(settings.get("bits") or 4)
+    inputs = index.numel() if index is not None else words * 32 // int(settings.get("bits") or 4)
     bits = words * 32 // max(1, inputs)
     if bits not in (2, 4, 8) or words * 32 != bits * inputs:
         raise BadCheckpoint(

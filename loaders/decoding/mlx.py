@@ -14,13 +14,12 @@ from loaders.checkpoint import Checkpoint
 from loaders.decoding.base import part
 from loaders.errors import BadCheckpoint
 from loaders.families import load_dtype
-from loaders.mlx_models import MODELS, expert_names, model_of
+from loaders.mlx_models import MODELS, expert_names, is_stack, model_of, stack_of
 from loaders.quantization.mlx import BIASES, BITS, GROUP_SIZES, SCALES, MlxAffine
 from loaders.quantization.mlx_float import SETTINGS, MlxFloat
 from loaders.recipes import Recipe, Window
 from loaders.specs import DTYPES, TensorSpec, WeightSpec
 
-STACK = ".switch_mlp."
 Scheme = MlxAffine | MlxFloat
 
 
@@ -35,7 +34,8 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def is_mlx(checkpoint: Checkpoint) -> bool:
     """Whether mlx-lm wrote it: by its settings, or by stacked experts."""
-    return settings_of(checkpoint.config) is not None or any(STACK in spec.name for spec in checkpoint.weights)
+    model = model_of(checkpoint.config)
+    return settings_of(checkpoint.config) is not None or any(is_stack(model, s.name) for s in checkpoint.weights)
 
 
 def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
@@ -43,8 +43,8 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
     by_name = {spec.name: spec for spec in checkpoint.weights}
     modules = [name.removesuffix(".scales") for name in by_name if name.endswith(".scales")]
     found = [recipe for module in modules for recipe in _quantized(checkpoint, by_name, module)]
-    plain = [spec for spec in checkpoint.weights if STACK in spec.name and spec.name.endswith(".weight")]
-    for spec in plain:
+    model = model_of(checkpoint.config)
+    for spec in (spec for spec in checkpoint.weights if is_stack(model, spec.name)):
         if spec.name.removesuffix(".weight") + ".scales" not in by_name:
             for name, [(role, slice_)] in _cut(checkpoint, spec.name, [("weight", spec)]):
                 stored = ((role, slice_),)
@@ -91,6 +91,30 @@ def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: 
     return fitting[0] if len(fitting) == 1 else base
 
 
+def stored_scheme(checkpoint: Checkpoint, weight: Recipe, scales: Recipe) -> Scheme:
+    """How a weight that is copied as it is stored was quantized; that of an expert stands under its stack's name.
+
+    Raises:
+        BadCheckpoint: the settings cannot be read.
+    """
+    model, block = model_of(checkpoint.config), settings_of(checkpoint.config) or {}
+    stack = None if model is None else stack_of(model, weight.name)
+    names = [name.removesuffix(".weight") for name in (weight.name, *(stack[:1] if stack else ()))]
+    module = next((name for name in names if name in block), names[0])
+    return _scheme(checkpoint.config, module, weight.stored[0][1], scales.stored[0][1])
+
+
+def cut_stored(checkpoint: Checkpoint, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
+    """A stack's part as it is stored, cut into those of the experts, by transformers' names; any other as it is."""
+    model, (base, _, suffix) = model_of(checkpoint.config), spec.name.rpartition(".")
+    count = spec.shape[0] if len(spec.shape) == 3 else 0
+    if model is None or not count:
+        return [(spec.name, spec)]
+    names = expert_names(model, f"{base}.weight", count) or ()
+    cut = [(name.removesuffix("weight") + suffix, _slice(spec, index)) for index, name in enumerate(names)]
+    return cut or [(spec.name, spec)]
+
+
 def _fits(scheme: Scheme, packed: WeightSpec, scales: WeightSpec) -> bool:
     columns = packed.shape[-1] * 32 // scheme.bits if packed.shape else 0
     is_affine = scales.dtype.name != "U8"
@@ -117,12 +141,13 @@ def _cut(
     Raises:
         BadCheckpoint: the stack's experts have no names that are known here.
     """
-    if all(len(spec.shape) == 2 for _, spec in stored):
+    if not name.endswith(".bias") and all(len(spec.shape) == 2 for _, spec in stored):
         yield name, stored
         return
     count, model = (stored[0][1].shape or (0,))[0], model_of(checkpoint.config)
     names = expert_names(model, name, count) if model is not None else None
-    is_even = all(len(spec.shape) == 3 and spec.shape[0] == count for _, spec in stored)
+    dimensions = 2 if name.endswith(".bias") else 3
+    is_even = all(len(spec.shape) == dimensions and spec.shape[0] == count for _, spec in stored)
     if names is None or not is_even:
         raise BadCheckpoint(
             f"{name}: {[list(spec.shape) for _, spec in stored]} is no stack of experts of a model_type known here"

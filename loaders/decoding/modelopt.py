@@ -53,14 +53,14 @@ def _recipe(by_name: Mapping[str, WeightSpec], name: str, dtype: DType) -> Recip
     if len(weight.shape) < 2 or weight.dtype.name not in ("U8", "F8_E4M3"):
         raise BadCheckpoint(f"{name}: expected U8 or F8_E4M3 [R, C], found {weight.dtype} {list(weight.shape)}")
     if weight.dtype.name == "F8_E4M3":
-        wanted = scale.shape if scale.numel == 1 and len(weight.shape) == 2 else (1,)
+        wanted = scale.shape if scale.numel() == 1 and len(weight.shape) == 2 else (1,)
         expect(scale, ("F32", "BF16", "F16"), wanted, f"for {name} {list(weight.shape)}")
         parts = {"weight": weight, "weight_scale_inv": scale}
         return undecoded(TensorSpec(name, dtype, weight.shape), Fp8Blocks(None, scale.dtype.name), parts, by_name)
     top = part(by_name, name, name + "_scale_2")
     shape = (*weight.shape[:-1], weight.shape[-1] * 2)
     expect(scale, ("F8_E4M3",), (*shape[:-1], shape[-1] // Nvfp4.group), f"for {name} {list(shape)}")
-    expect(top, ("F32",), top.shape if top.numel == 1 else (), f"for {name}")
+    expect(top, ("F32",), top.shape if top.numel() == 1 else (), f"for {name}")
     if shape[-1] % Nvfp4.group:
         raise BadCheckpoint(f"{name}: its rows of {shape[-1]} do not divide into groups of {Nvfp4.group}")
     parts = {"weight": weight, "weight_scale": scale, "weight_scale_2": top}

@@ -7,10 +7,13 @@ from loaders.layouts.gguf import GgufLayout
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.hqq import HqqLayout
 from loaders.layouts.mlx import MlxLayout
+from loaders.layouts.packed import PackedLayout
 
 __all__ = ["BY_ENGINE", "LAYOUTS", "WHOLE_STACKS", "Assembling", "Assembly", "Layout", "Naming", "Placed"]
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout())}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout(), PackedLayout())
+}
 BY_ENGINE = {
     "plain": "hf",
     "bitsandbytes": "hf",

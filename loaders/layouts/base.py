@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoint import Checkpoint
+from loaders.containers.pytorch_pieces import Tail
 from loaders.quantization.scheme import Scheme
 from loaders.recipes import Recipe
 from loaders.rules import Decision
@@ -62,16 +63,18 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The one file that the units' pieces become: its name, its first bytes, and the names of the pieces in order."""
+    """The one file that the units' pieces are ranges of: its name, the bytes before the first of them, and what is made
+    of them to follow the last.
+    """
 
     name: str
     head: bytes
-    pieces: tuple[str, ...]
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """What the units' files are once their layout has seen them all, and what is made of them at the end."""
+    """What the units' files are once their layout has seen them all, in the same order, and what comes to them."""
 
     files: tuple[OutputFile, ...]
     made: Mapping[str, bytes]

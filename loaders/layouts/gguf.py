@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from loaders.architectures import Architecture, GgufName, architecture_of, experts_of
@@ -25,6 +26,7 @@ from loaders.layouts.gguf_metadata import (
     rope_factors,
 )
 from loaders.layouts.gguf_tokenizer import tokenizer_metadata
+from loaders.quantization.ggml_reading import check_readable
 from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
 from loaders.rules import Decision
@@ -34,6 +36,7 @@ ENGINES = ("ggml", "plain")
 LEGAL = ("LICENSE", "NOTICE", "COPYING")  # aux files that go along, by their beginnings
 SPLIT_KEYS = (gguf.SPLIT_NUMBER, gguf.SPLIT_COUNT, gguf.SPLIT_TENSORS)
 EMBEDDING = "token_embd.weight"
+ROUTER = "ffn_gate_inp.weight"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -67,7 +70,14 @@ class GgufLayout:
         return None
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
-        return ()
+        again = [d for d in decisions if d.action == "quantize" and d.recipe.dtype.block > 1]
+        if not again:
+            return ()
+        types = ", ".join(sorted({d.recipe.dtype.name for d in again}))
+        return (
+            f"{len(again)} tensors are quantized already ({types}) and are quantized again, from what they decode to,"
+            " as llama-quantize --allow-requantize does: more is lost than from the weights they came from",
+        )
 
     def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         return tuple(name for name in checkpoint.aux if name.upper().startswith(LEGAL))
@@ -75,9 +85,10 @@ class GgufLayout:
     def assemble(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
     ) -> Assembly:
-        label = naming.label or _label(files)
+        is_copy = checkpoint.container == "gguf" and all(d.scheme in (None, Plain()) for d in decisions)
+        label = naming.label or (_own_label(checkpoint) if is_copy else None) or _label(files)
         stem = f"{naming.model}-{label}"
-        metadata = _metadata(checkpoint, files, naming.model, label)
+        metadata = _metadata(checkpoint, files, naming.model, None if is_copy else label)
         tensors = sum(len(file.slots) for file in files)
         if naming.split:
             count = len(files) + 1
@@ -88,21 +99,28 @@ class GgufLayout:
             )
             first = gguf.header(metadata | gguf.split_metadata(0, count, tensors), [])
             return Assembly(whole, {names[0]: first}, None)
-        pieces, places, at = [], [], 0
-        for number, file in enumerate(files, 1):
-            pieces.append(replace(file, name=f"{stem}.gguf.{number:05d}", is_piece=True))
-            places += [(slot, at + slot.offset) for slot in file.slots]
-            at += file.data_bytes
-        joined = Joined(f"{stem}.gguf", gguf.header(metadata, places), tuple(piece.name for piece in pieces))
-        return Assembly(tuple(pieces), {}, joined)
+        starts = list(accumulate((file.data_bytes for file in files), initial=0))
+        places = [(slot, at + slot.offset) for at, file in zip(starts, files, strict=False) for slot in file.slots]
+        joined = Joined(f"{stem}.gguf", gguf.header(metadata, places))
+        pieces = tuple(
+            replace(file, name=f"{joined.name}.{number:05d}", within=(joined.name, len(joined.head) + at))
+            for number, (at, file) in enumerate(zip(starts, files, strict=False), 1)
+        )
+        return Assembly(pieces, {}, joined)
 
 
 def _as_it_is(decision: Decision) -> Placed:
-    """A tensor of a GGUF for another."""
-    scheme, recipe = decision.scheme, decision.recipe
+    """A tensor of a GGUF for another: copied, or from its weights, which are decoded first if they are in blocks."""
+    scheme, recipe, cast = decision.scheme, decision.recipe, None
     assert scheme is not None
-    stored = {role: StoredTensor(recipe.name, part) for role, part in scheme.stored(recipe.spec).items()}
-    return Placed(recipe, decision.action, scheme, None, stored)
+    if isinstance(scheme, Plain) and (len(recipe.shape) < 2 or recipe.name.endswith(ROUTER)):
+        scheme = Plain()  # llama.cpp has these in float32, whatever is asked for the others
+    if recipe.dtype.block > 1 and scheme != Plain():
+        check_readable(recipe.dtype.name)
+        cast = DTYPES["F32"]
+    spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+    stored = {role: StoredTensor(recipe.name, part) for role, part in scheme.stored(spec).items()}
+    return Placed(recipe, decision.action if scheme != Plain() else "keep", scheme, cast, stored)
 
 
 class _Converting:
@@ -191,12 +209,23 @@ def _label(files: Sequence[OutputFile]) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def _metadata(checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str) -> dict[str, gguf.Entry]:
+def _own_label(checkpoint: Checkpoint) -> str | None:
+    """What a GGUF says its tensors are stored as."""
+    found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name).get("general.file_type")
+    return next((label for label, number in FILE_TYPES.items() if found is not None and number == found.value), None)
+
+
+def _metadata(
+    checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str | None
+) -> dict[str, gguf.Entry]:
+    """`label` is None for a copy of a GGUF."""
     if checkpoint.container == "gguf":
         found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name)
-        dropped = (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
+        is_usual = found.get(gguf.ALIGNMENT_KEY, gguf.uint32(0)).value == gguf.ALIGNMENT
+        dropped = SPLIT_KEYS if is_usual else (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
         kept = {key: entry for key, entry in found.items() if key not in dropped}
-        return kept | quantization_metadata(label)
+        return kept if label is None else kept | quantization_metadata(label)
+    assert label is not None
     architecture = architecture_of(checkpoint.config)
     rows = next((slot.shape[0] for file in files for slot in file.slots if slot.name == EMBEDDING), None)
     if rows is None:

@@ -1,4 +1,4 @@
-"""A tokenizer.json as llama.cpp's metadata: byte-level BPE, with the name of the way it cuts text into words.
+"""A tokenizer as llama.cpp's metadata: SentencePiece, or byte-level BPE with the name of the way it cuts text.
 
 llama.cpp has each way of cutting built in and knows it by a name, tokenizer.ggml.pre; a wrong name cuts wrongly
 without a word. The name is told here by the regular expression that tokenizer.json holds, and what cannot be told is
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from loaders.checkpoint import read_json
-from loaders.containers.gguf import Entry, boolean, int32s, text, texts, uint32
+from loaders.containers.gguf import Entry, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.layouts.gguf_sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>")
@@ -30,6 +31,10 @@ PRE_BY_REGEX = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
+GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes of transformers that add nothing by themselves
+# CodeLlama's tokens for filling in, which llama.cpp's converter knows by the size of the vocabulary
+CODE_LLAMA_ROWS = 32016
+CODE_LLAMA_IDS = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -39,15 +44,55 @@ def tokenizer_metadata(root: Path, config: Mapping[str, Any], rows: int) -> dict
     Raises:
         BadSpec: there is no tokenizer.json, or one that llama.cpp could not be told of.
     """
-    path = root / "tokenizer.json"
-    if not path.is_file():
+    path, model = root / "tokenizer.json", root / "tokenizer.model"
+    if not path.is_file() and not model.is_file():
         raise BadSpec(f"output.layout: gguf needs the tokenizer, and {root} has no tokenizer.json; fetch it")
     try:
-        tokenizer = read_json(path)
+        tokenizer = read_json(path) if path.is_file() else {}
         settings = read_json(root / "tokenizer_config.json") if (root / "tokenizer_config.json").is_file() else {}
-        return _metadata(tokenizer, settings, _template(root, settings), config, rows)
+        template = _template(root, settings)
+        # what Llama 3 calls tokenizer.model is none of SentencePiece's: tokenizer.json goes first
+        if not tokenizer or is_sentencepiece(tokenizer):
+            made = (
+                from_model(root, tokenizer, settings, rows) if model.is_file() else from_json(tokenizer, settings, rows)
+            )
+            return _sentencepiece_metadata(made, tokenizer, settings, template, config)
+        return _metadata(tokenizer, settings, template, config, rows)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadCheckpoint(f"tokenizer.json: not as tokenizers writes it ({type(error).__name__}: {error})") from None
+
+
+def _sentencepiece_metadata(
+    made: Vocabulary,
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    template: str | None,
+    config: Mapping[str, Any],
+) -> dict[str, Entry]:
+    found = {
+        "tokenizer.ggml.model": text("llama"),
+        "tokenizer.ggml.pre": text("default"),
+        "tokenizer.ggml.tokens": texts(made.tokens),
+        "tokenizer.ggml.scores": float32s(made.scores),
+        "tokenizer.ggml.token_type": int32s(made.types),
+    }
+    if isinstance(made.adds_prefix, bool):
+        found["tokenizer.ggml.add_space_prefix"] = boolean(made.adds_prefix)
+    rows, vocabulary = len(made.tokens), {token: number for number, token in enumerate(made.tokens)}
+    ids = {name: _special_id(settings.get(key), config.get(f"{key}_id"), vocabulary) for name, key in SPECIAL.items()}
+    if rows == CODE_LLAMA_ROWS:
+        ids |= CODE_LLAMA_IDS
+    found |= {
+        f"tokenizer.ggml.{name}_token_id": uint32(number)
+        for name, number in ids.items()
+        if number is not None and number < rows
+    }
+    for name in ("bos", "eos"):
+        says = f"add_{name}_token" in settings or tokenizer.get("post_processor") is not None
+        if says or str(settings.get("tokenizer_class", "Llama")).startswith(GENERIC):  # else llama.cpp's default: bos
+            adds = _adds(name, tokenizer, settings, made.tokens, ids[name])
+            found[f"tokenizer.ggml.add_{name}_token"] = boolean(adds)
+    return found | ({} if template is None else {"tokenizer.chat_template": text(template)})
 
 
 def _metadata(
@@ -100,9 +145,8 @@ def pre_name(tokenizer: Mapping[str, Any]) -> str:
     """
     model = tokenizer.get("model") or {}
     kind = model.get("type", "none") if isinstance(model, Mapping) else "none"
-    if kind != "BPE" or model.get("byte_fallback"):
-        named = f"{kind} with byte fallback (SentencePiece)" if kind == "BPE" else kind
-        raise BadSpec(f"tokenizer.json: its model is {named}; for gguf, byte-level BPE is converted here")
+    if kind != "BPE":
+        raise BadSpec(f"tokenizer.json: its model is {kind}; for gguf, BPE is converted: byte-level or SentencePiece's")
     normalizer = tokenizer.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise BadSpec(f"tokenizer.json: its normalizer {_short(normalizer)} has no counterpart in llama.cpp")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.families import Family, load_dtype
+from loaders.families import Family, family_of, load_dtype
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.quantization.bnb4 import Bnb4
@@ -29,6 +29,8 @@ from loaders.specs import DTYPES, OutputFile, StoredTensor
 
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
 LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")  # of which transformers makes an nn.Linear
+WHOLE = {"plain", "bitsandbytes", "bitnet"}  # engines for which transformers builds the model's own class
+SINGLE = re.compile(r"\.experts\.\d+\.")
 DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
 
 HQQ_HERE = (
@@ -74,10 +76,18 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     """Name what will be stored. Weights to be quantized are first cast as transformers would cast them on loading."""
     wanted = load_dtype(config)
     placed = []
+    engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
+    wants_stacks = bool(family_of(config).stacks) and engines <= WHOLE
     for decision in decisions:
         recipe, scheme = decision.recipe, decision.scheme
         if scheme is None:
             continue
+        if wants_stacks and SINGLE.search(recipe.name):
+            raise BadSpec(
+                f"output.layout: transformers' {config['model_type']} holds experts in stacks, and this source has them"
+                f" one by one ({recipe.name} first), which is not put together again; choose output=mlx, or a quant of"
+                " compressed-tensors"
+            )
         if decision.action == "quantize" and recipe.role == "expert" and len(recipe.shape) == 3:
             raise BadSpec(
                 f"{decision.rule.label or 'quant'}: {recipe.name} is a stack of experts, which transformers loads as"

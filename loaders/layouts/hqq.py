@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 
 from loaders.checkpoint import Checkpoint
 from loaders.containers.pickling import Ref
+from loaders.containers.pytorch_pieces import cut
 from loaders.errors import BadSpec
 from loaders.families import load_dtype
-from loaders.layouts.base import Placed
+from loaders.layouts.base import Assembly, Joined, Naming, Placed
+from loaders.layouts.hf import plain_config
 from loaders.quantization.hqq import PACKING, Hqq
 from loaders.recipes import stored_name
 from loaders.rules import Decision
@@ -25,6 +27,7 @@ EXPERTS = (
     "hqq finds experts that lie one by one beside transformers 4 only: transformers 5 fuses them, and hqq neither saves"
     " nor loads fused ones"
 )
+QMODEL = "qmodel.pt"
 ROLES = ("W_q", "scale", "zero")
 
 
@@ -33,7 +36,7 @@ class HqqLayout:
 
     name: ClassVar[str] = "hqq"
     containers: ClassVar[tuple[str, ...]] = ("pytorch",)
-    file: ClassVar[str | None] = "qmodel.pt"
+    file: ClassVar[str | None] = QMODEL
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         wanted, placed = load_dtype(checkpoint.config), []
@@ -76,6 +79,18 @@ class HqqLayout:
                 modules[other] = {other_key: modules[module][key]}
         return tuple((module, tuple(values.items())) for module, values in modules.items())
 
+    def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        return checkpoint.aux
+
+    def assemble(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
+    ) -> Assembly:
+        if naming.split:
+            raise BadSpec("output.split: only gguf can be one file or several; hqq reads one qmodel.pt")
+        about = self.about(checkpoint, self.place(checkpoint, decisions))
+        head, pieces, tail = cut(QMODEL, [file.slots for file in files], about)
+        return Assembly(pieces, {}, Joined(QMODEL, head, tail))
+
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
         if any(decision.recipe.role == "expert" for decision in decisions):
             return (EXPERTS,)
@@ -84,7 +99,7 @@ class HqqLayout:
     def config(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
     ) -> dict[str, Any] | None:
-        return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"} or None
+        return plain_config(checkpoint.config) or None
 
     def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
         return None

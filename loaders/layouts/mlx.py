@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.layouts.base import Placed
-from loaders.mlx_models import MODELS, MlxModel, convert_dtype, fault, model_of, num_experts, stack_of, translate_config
+from loaders.layouts.hf import plain_config
+from loaders.mlx_config import fault, head_fault, num_experts, translate_config
+from loaders.mlx_models import MODELS, MlxModel, convert_dtype, model_of, stack_of
 from loaders.quantization.mlx import BIASES, SCALES, MlxAffine
 from loaders.quantization.mlx_float import MlxFloat
 from loaders.quantization.plain import Plain
@@ -41,6 +43,10 @@ class MlxLayout:
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
+        has_head = any(d.recipe.role == "head" and d.action != "drop" for d in decisions)
+        problem = head_fault(model, str(checkpoint.config["model_type"]), has_head=has_head)
+        if problem:
+            raise BadSpec(f"model.path: {problem}")
         cast_to, placed = convert_dtype(checkpoint.config), []
         for decision in decisions:
             recipe, scheme = decision.recipe, decision.scheme
@@ -62,9 +68,7 @@ class MlxLayout:
     ) -> dict[str, Any] | None:
         model = _known_model(checkpoint)
         is_tied = not any(d.recipe.role == "head" and d.action != "drop" for d in decisions)
-        made = translate_config(model, checkpoint.config, is_tied=is_tied)
-        made.pop("quantization_config", None)
-        made.pop("quantization", None)
+        made = translate_config(model, plain_config(checkpoint.config), is_tied=is_tied)
         quantized = [d for d in decisions if d.action == "quantize"]
         if quantized:
             made["quantization"] = made["quantization_config"] = quantization(quantized, model)

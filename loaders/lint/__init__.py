@@ -9,7 +9,7 @@ from typing import Any
 from loaders.checkpoint import Checkpoint, open_checkpoint, read_json
 from loaders.decoding import method_of
 from loaders.errors import BadCheckpoint
-from loaders.lint import compressed_tensors, files, hqq, mlx, transformers
+from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.sources import recipes_of
 
@@ -45,11 +45,14 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.
     """
-    subject = Subject(checkpoint, recipes_of(checkpoint, decode=True), _index_of(checkpoint))
-    found = list(files.check(subject))
+    is_gguf = checkpoint.container == "gguf"  # of any architecture, read under its own names
+    subject = Subject(checkpoint, recipes_of(checkpoint, decode=not is_gguf), _index_of(checkpoint))
+    found = list(gguf.check(subject) if is_gguf else files.check(subject))
     method = method_of(checkpoint)
     check = BY_METHOD.get(method or "")
-    if check is not None and (method in BY_FILES or isinstance(checkpoint.config.get("quantization_config"), dict)):
+    if checkpoint.container == "packed":
+        found += packed.check(subject)
+    elif check is not None and (method in BY_FILES or isinstance(checkpoint.config.get("quantization_config"), dict)):
         found += check(subject)
     elif method is not None and method != "gguf":
         found.append(

@@ -51,7 +51,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
 
 def _index(subject: Subject) -> Iterator[Finding]:
     if subject.index is None:
-        if len(subject.checkpoint.files) > 1 and subject.checkpoint.container != "gguf":
+        if len(subject.checkpoint.files) > 1 and subject.checkpoint.container not in ("gguf", "packed"):
             yield fault(
                 "transformers, vLLM",
                 f"{len(subject.checkpoint.files)} weight files and no index",

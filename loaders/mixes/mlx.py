@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from loaders.families import text_config
-from loaders.mlx_models import ROUTER_GROUP, convert_dtype, model_of
+from loaders.mlx_models import ROUTER_GROUP, TOWERS, convert_dtype, model_of
 from loaders.quantization.mlx import MlxAffine
 from loaders.recipes import Recipe
 from loaders.rules import LINEAR, NOT_FLOAT, Rule
@@ -42,6 +42,7 @@ class MlxRules:
         why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
         return (
             Rule("drop", "mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
+            *_towers(config),
             Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
             *(rule for columns in ragged for rule in _kept(config, why, MODULES, (None, columns))),
             *(self._router(config) if self.high is None else self._mixed(self.high, config)),
@@ -51,10 +52,16 @@ class MlxRules:
 
     def _router(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
         model = model_of(config)
+        if model is not None and not model.router_is_linear:
+            return _kept(config, "this model's router is no linear layer to mlx-lm", ("router",), None)
         if model is None or model.router_bits is None:
             return ()
         why = f"mlx-lm gives this model's routers {model.router_bits} bits"
-        return (Rule("quantize", why, role=("router",), scheme=MlxAffine(model.router_bits, ROUTER_GROUP)),)
+        return (
+            Rule(
+                "quantize", why, role=("router",), shape=(None, None), scheme=MlxAffine(model.router_bits, ROUTER_GROUP)
+            ),
+        )
 
     def _mixed(self, high: MlxAffine, config: Mapping[str, Any]) -> tuple[Rule, ...]:
         count = int(text_config(config, "num_hidden_layers", 0))
@@ -65,6 +72,13 @@ class MlxRules:
             Rule("quantize", why, role=("head",), shape=(None, None), scheme=high),
             Rule("quantize", why, name=pattern, role=MODULES, shape=(None, None), scheme=high),
         )
+
+
+def _towers(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    model = model_of(config)
+    if model is None or not model.is_nested:
+        return ()
+    return (Rule("drop", "mlx-lm's language models have no tower for images", name=TOWERS),)
 
 
 def _kept(

@@ -54,6 +54,18 @@ class Bnb4:
         worst = np.sqrt(others * half**2 / (1 + others * middle**2)).max()
         return float(worst) * 1.001 + (DOUBLE_QUANT_ERROR if self.double_quant else 0)
 
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """Half the widest gap between two codes, times the group's largest; a cast's 2^-9 of that too.
+
+        Not with double quantization: its scales are rounded, and how far is not bounded by what is stored.
+        """
+        if self.double_quant:
+            return math.inf
+        ranked = np.sort(fourbit.table(self.table).values.astype(np.float64))
+        floor = 2.0**-24 if spec.dtype.name == "F16" else 2.0**-120  # what a cast loses of tiny weights
+        scales = stored.read("weight.absmax", start // self.group_size, -(-stop // self.group_size))
+        return float(np.abs(scales).max(initial=0)) * (float(np.diff(ranked).max()) / 2 + 2**-8) + floor
+
     @property
     def _state(self) -> str:
         return f"weight.quant_state.bitsandbytes__{self.table}"

@@ -2,7 +2,7 @@
 
 Stored, by role: weight, in the dtype of that name (loaders.specs), the tensor's shape. Bytes are those of ggml's
 reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and bfloat16
-sources; kernels/ggml_blocks.py and kernels/ggml_super.py say what they hold.
+sources; kernels/ggml_blocks.py, ggml_super.py and ggml_ternary.py say what they hold.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from loaders.quantization.kernels import casts, ggml_blocks, ggml_super
+from loaders.quantization.ggml_reading import decode_blocks
+from loaders.quantization.kernels import casts, ggml_blocks, ggml_super, ggml_ternary
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml_decode import DECODERS
 from loaders.quantization.plain import Plain
@@ -27,8 +28,8 @@ ENCODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
     "Q4_0": ggml_blocks.encode_q4_0, "Q4_1": ggml_blocks.encode_q4_1, "Q5_0": ggml_blocks.encode_q5_0,
     "Q5_1": ggml_blocks.encode_q5_1, "Q8_0": ggml_blocks.encode_q8_0, "MXFP4": ggml_blocks.encode_mxfp4,
     "Q2_K": ggml_super.encode_q2_k, "Q3_K": ggml_super.encode_q3_k, "Q4_K": ggml_super.encode_q4_k,
-    "Q5_K": ggml_super.encode_q5_k, "Q6_K": ggml_super.encode_q6_k, "TQ1_0": ggml_super.encode_tq1_0,
-    "TQ2_0": ggml_super.encode_tq2_0,
+    "Q5_K": ggml_super.encode_q5_k, "Q6_K": ggml_super.encode_q6_k, "TQ1_0": ggml_ternary.encode_tq1_0,
+    "TQ2_0": ggml_ternary.encode_tq2_0,
 }  # fmt: skip
 assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
 
@@ -82,8 +83,10 @@ class Ggml:
         return 1.01
 
     def refuses(self, spec: TensorSpec) -> str | None:
-        if spec.dtype.name not in WEIGHT_DTYPES:
-            return f"its dtype is {spec.dtype}; {self.type} takes {', '.join(WEIGHT_DTYPES)}"
+        if self.type not in TYPES:
+            return f"{self.type} is read, not written: its codes are found with calibration data"
+        if spec.dtype.name not in WEIGHT_DTYPES and spec.dtype.block == 1:
+            return f"its dtype is {spec.dtype}; {self.type} takes {', '.join(WEIGHT_DTYPES)}, and other blocks of ggml"
         if self.type in FLOATS:
             return None
         if len(spec.shape) < 2 or spec.numel == 0:
@@ -124,4 +127,4 @@ class Ggml:
             Plain(self.type).decode(spec, stored, start, stop, out, work)
             return
         dtype = DTYPES[self.type]
-        DECODERS[self.type](stored.read("weight", dtype.size((start,)), dtype.size((stop,))), out)
+        decode_blocks(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), out)

@@ -11,7 +11,7 @@ import numpy as np
 
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.plain import Plain
-from loaders.quantization.scheme import Scheme, Stored, View, Work
+from loaders.quantization.scheme import Bounded, Scheme, Stored, View, Work
 from loaders.specs import WEIGHT_DTYPES, TensorSpec
 from loaders.stats import ErrorSums
 
@@ -37,6 +37,8 @@ def measure(
                 decoded = work.array("decoded", end - at, np.float32)
                 scheme.decode(spec, stored, at, end, decoded, work)
                 cpu.compare_into(block[at - start : end - start], view.spec.dtype.name, decoded, sums)
+            if isinstance(scheme, Bounded) and not sums[compare.NONFINITE]:
+                _check_each(sums, scheme.greatest_error(spec, stored, start, stop))
         on_bytes(block.nbytes)
         return sums
 
@@ -44,6 +46,12 @@ def measure(
     for sums in work.sweep(view.spec.num_items, align, compare_range):
         compare.merge(total, sums)
     return ErrorSums.of(view.spec.numel, total)
+
+
+def _check_each(sums: np.ndarray, greatest: float) -> None:
+    """A weight that is further off than its scale allows was encoded wrong: then the error is infinite."""
+    if sums[compare.MAX_ERROR] > greatest:
+        sums[compare.ERROR2] = np.inf
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:

@@ -20,8 +20,9 @@ import numpy as np
 
 from loaders.quantization.kernels import affine, casts
 from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.scheme import Sink, Stored, View, Work
-from loaders.specs import DTYPES, WEIGHT_DTYPES, DType, StoredSpec, TensorSpec
+from loaders.specs import DTYPES, WEIGHT_DTYPES, DType, StoredSpec, TensorSpec, storage_of
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -34,7 +35,7 @@ class MlxAffine:
 
     kind: ClassVar[str] = "mlx"
     engine: ClassVar[str] = "mlx"
-    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "mlx")
     mode: ClassVar[str] = "affine"
     bits: int = 4
     group_size: int = 64
@@ -85,6 +86,13 @@ class MlxAffine:
 
         def encode_range(start: int, stop: int) -> None:
             groups = (stop - start) // group
+            if isinstance(work.kernels, MlxCoder):
+                codes, *ends = work.kernels.mlx_codes(view.read(start, stop), spec.dtype.name, self.mode, bits, group)
+                sink.write("weight", start * bits // 32, codes.view(np.uint32))
+                for role, values in zip((SCALES, BIASES), ends, strict=True):
+                    assert values is not None
+                    sink.write(role, start // group, values.view(storage_of(DTYPES[dtype])))
+                return
             packed = work.array("packed", (stop - start) * bits // 8, np.uint8)
             scales, biases = work.array("scales", groups, np.float32), work.array("biases", groups, np.float32)
             affine.encode(kernel_input(view.read(start, stop), spec.dtype.name), bits, group, packed, scales, biases)

@@ -20,6 +20,7 @@ import numpy as np
 
 from loaders.quantization.kernels import microfloat
 from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.mlx import SCALES
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, WEIGHT_DTYPES, StoredSpec, TensorSpec
@@ -34,7 +35,7 @@ class MlxFloat:
 
     kind: ClassVar[str] = "mlx_float"
     engine: ClassVar[str] = "mlx"
-    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "mlx")
     mode: FloatMode = "mxfp4"
 
     @property
@@ -91,6 +92,12 @@ class MlxFloat:
         dtype = "F32" if spec.dtype.name == "F64" else spec.dtype.name
 
         def encode_range(start: int, stop: int) -> None:
+            if isinstance(work.kernels, MlxCoder):
+                raw = view.read(start, stop)
+                codes, scales, _ = work.kernels.mlx_codes(raw, spec.dtype.name, self.mode, bits, group)
+                sink.write("weight", start * bits // 32, codes.view(np.uint32))
+                sink.write(SCALES, start // group, scales)
+                return
             block = kernel_input(view.read(start, stop), spec.dtype.name)
             packed = work.array("packed", (stop - start) * bits // 8, np.uint8)
             scales = self.coded(block, dtype, packed)

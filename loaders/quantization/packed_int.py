@@ -40,6 +40,18 @@ def refuses_matrix(spec: TensorSpec, scheme: str) -> str | None:
     return None
 
 
+UNDERFLOW = 2.0**-24  # what a float16 scale may be off where it is not a normal number
+
+
+def packed_steps(bits: int) -> tuple[float, float]:
+    """How many scales a weight may be off, and how many the largest is: see `PackedInt.error_limit`.
+
+    With a cast from a wider dtype, which moves a weight by 2^-9 of itself.
+    """
+    top, step = (8.0, 0.62) if bits == 4 else (128.0, 1.05)
+    return step * 1.05 + top * 2**-8, top
+
+
 @dataclass(frozen=True, slots=True)
 class PackedInt:
     """Four or eight bits. Checkpoints with a scale a row are read as groups of whole rows."""
@@ -107,6 +119,13 @@ class PackedInt:
             sink.write("weight_scale", start // group, casts.cast(scales, "F32", dtype))
 
         work.sweep(spec.numel, self.align(spec), encode_range)
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """See `packed_steps`; with zero points, twice the top is the range."""
+        raw = stored.read("weight_scale", start // self.group_size, -(-stop // self.group_size))
+        steps, top = packed_steps(self.bits)
+        scale = float(np.abs(casts.to_float32(raw, scale_dtype(spec.dtype).name)).max(initial=0))
+        return scale * (steps if self.symmetric else steps + top * 2**-8) + 2 * top * UNDERFLOW
 
     def align(self, spec: TensorSpec) -> int:
         """Groups; rows where they are no whole words (never asked for); eight rows where a word holds eight zeros."""

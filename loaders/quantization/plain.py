@@ -19,7 +19,7 @@ class Plain:
 
     kind: ClassVar[str] = "none"
     engine: ClassVar[str] = "plain"
-    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps")
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "mlx")
     dtype: str | None = None
 
     @property
@@ -27,7 +27,7 @@ class Plain:
         return {"BF16": 2**-8, "F16": 2**-10, "F32": 2**-23, None: 0.0}[self.dtype]
 
     def refuses(self, spec: TensorSpec) -> str | None:
-        if self.dtype is not None and spec.dtype.name not in WEIGHT_DTYPES:
+        if self.dtype is not None and spec.dtype.name not in WEIGHT_DTYPES and spec.dtype.block == 1:
             return f"its dtype is {spec.dtype}, which is not cast; {', '.join(WEIGHT_DTYPES)} are"
         return None
 

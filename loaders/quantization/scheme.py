@@ -128,6 +128,20 @@ class Floored(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """A scheme whose stored scales say how far any one weight may be off.
+
+    `error_limit` bounds a tensor's sum, in which one wrong code among millions is lost; this bounds each weight.
+    """
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """The greatest error of a finite weight of this range that a right encoding can have. `spec` is what was
+        encoded; a cast to it from a wider dtype is allowed for.
+        """
+        ...
+
+
+@runtime_checkable
 class Sharing(Protocol):
     """A scheme whose fused partners (q/k/v, gate/up) must have something in common."""
 

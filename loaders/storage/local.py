@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,21 @@ import numpy as np
 from loaders.errors import io_errors
 
 NETWORK = ("nfs", "lustre", "ceph", "cifs", "smb", "gpfs", "beegfs", "glusterfs", "9p", "afs", "orangefs", "fuse.")
-CACHE_WINDOW = 16 << 20  # bytes looked at in three places of a file
+OBJECT_FUSE = (
+    "s3fs",
+    "gcsfuse",
+    "goofys",
+    "geesefs",
+    "mountpoint-s3",
+    "rclone",
+    "blobfuse",
+    "juicefs",
+    "ossfs",
+    "hf-mount",
+)
+MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
+CACHE_WINDOW = 256 << 10  # bytes looked at in each of so many places of a file
+CACHE_WINDOWS = 6
 LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal")
 
 
@@ -57,8 +72,45 @@ def is_network(kind: str) -> bool:
     return kind.startswith(NETWORK) and kind not in LOCAL_FUSE
 
 
+def medium(path: Path) -> str:
+    """What a path lies on: "memory", "local", "rotational" (a turning disk), "network", "object" (a mounted store)."""
+    kind = filesystem(path)
+    if kind in MEMORY:
+        return "memory"
+    if kind.startswith("fuse") and kind.removeprefix("fuse.").startswith(OBJECT_FUSE):
+        return "object"
+    if is_network(kind):
+        return "network"
+    return "rotational" if _turns(path) else "local"
+
+
+def _turns(path: Path) -> bool:
+    """Whether the kernel says that the block device turns; virtual disks often say so, whatever they are."""
+    try:
+        device = path.stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        folder = Path(f"/sys/dev/block/{number}").resolve()
+        queue = next(f / "queue" for f in (folder, folder.parent) if (f / "queue" / "rotational").exists())
+        is_virtual = "virtio" in str(folder) or "/virtual/" in str(folder)
+        return (queue / "rotational").read_text().strip() == "1" and not is_virtual
+    except (OSError, StopIteration):
+        return False
+
+
+def drop_cached(path: Path) -> float | None:
+    """Ask the kernel to forget a file's pages; the share that stayed. None where the system does not tell.
+
+    Pages that were not written yet, or that another process maps, stay.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    with io_errors("dropping from the page cache", path), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached_share(path)
+
+
 def cached_share(path: Path) -> float | None:
-    """The share of a file's pages that are in the page cache, by a window at its start, its middle and its end.
+    """The share of a file's pages that are in the page cache, by windows from its start to its end.
 
     None where the system does not tell.
     """
@@ -66,21 +118,26 @@ def cached_share(path: Path) -> float | None:
     if not sys.platform.startswith("linux") or size == 0:
         return None
     window = min(size, CACHE_WINDOW)
-    starts = {at // mmap.PAGESIZE * mmap.PAGESIZE for at in (0, (size - window) // 2, size - window)}
+    places = ((size - window) * index // (CACHE_WINDOWS - 1) for index in range(CACHE_WINDOWS))
+    starts = sorted({at // mmap.PAGESIZE * mmap.PAGESIZE for at in places})
     shares = []
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
-        anchor = ctypes.c_char.from_buffer(view)  # a private map: only its address is used
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        anchor = np.frombuffer(view, np.uint8)  # only its address is used
         for start in starts:
-            shares.append(_resident(ctypes.addressof(anchor) + start, min(window, size - start)))
+            shares.append(_resident(anchor.ctypes.data + start, min(window, size - start)))
         del anchor
     known = [share for share in shares if share is not None]
     return sum(known) / len(known) if known else None
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _resident(address: int, size: int) -> float | None:
     seen = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(seen.ctypes.data))
+    failed = _libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(seen.ctypes.data))
     return None if failed else float((seen & 1).mean())
 
 

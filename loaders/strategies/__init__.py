@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 from loaders.errors import BadSpec
-from loaders.strategies.base import Reader, WeightLoader
+from loaders.strategies.auto import AutoLoader
+from loaders.strategies.base import Piece, PieceReader, Reader, WeightLoader, WeightSlice
+from loaders.strategies.eager import EagerLoader, SafetensorsLoader
+from loaders.strategies.fastsafetensors import FastSafetensorsLoader
+from loaders.strategies.full import FullLoader
 from loaders.strategies.lazy import LazyLoader
+from loaders.strategies.low_memory import LowMemoryLoader
+from loaders.strategies.multithread import MultiThreadWeightLoader
 from loaders.strategies.read import ReadLoader
+from loaders.strategies.runai import RunaiLoader
+from loaders.strategies.streaming import StreamingWeightLoader
+from loaders.strategies.unified_memory import UnifiedMemoryLoader
 
-LOADERS: dict[str, type[WeightLoader]] = {"lazy": LazyLoader, "read": ReadLoader}
+LOADERS: dict[str, type[WeightLoader]] = {
+    made.name: made
+    for made in (
+        LazyLoader, EagerLoader, ReadLoader, MultiThreadWeightLoader, StreamingWeightLoader, FastSafetensorsLoader,
+        RunaiLoader, FullLoader, UnifiedMemoryLoader, LowMemoryLoader, AutoLoader,
+    )
+}  # fmt: skip
 
-__all__ = ["LOADERS", "Reader", "WeightLoader", "loader"]
+__all__ = [
+    "LOADERS",
+    "AutoLoader",
+    "EagerLoader",
+    "FastSafetensorsLoader",
+    "FullLoader",
+    "LazyLoader",
+    "LowMemoryLoader",
+    "MultiThreadWeightLoader",
+    "Piece",
+    "PieceReader",
+    "ReadLoader",
+    "Reader",
+    "RunaiLoader",
+    "SafetensorsLoader",
+    "StreamingWeightLoader",
+    "UnifiedMemoryLoader",
+    "WeightLoader",
+    "WeightSlice",
+    "loader",
+]
 
 
-def loader(name: str) -> WeightLoader:
-    """Look up a loader by the name used in conf/strategy/.
+def loader(strategy: str | WeightLoader, **settings: Any) -> WeightLoader:
+    """Look up a loader by the name used in conf/strategy/, with the settings listed there; a loader is itself.
 
     Raises:
-        BadSpec: no such strategy.
+        BadSpec: no such strategy, or it has no such setting.
     """
-    if name not in LOADERS:
-        raise BadSpec(f"strategy: unknown {name!r}; known: {', '.join(LOADERS)}")
-    return LOADERS[name]()
+    if isinstance(strategy, WeightLoader):
+        return strategy
+    if strategy not in LOADERS:
+        raise BadSpec(f"strategy: unknown {strategy!r}; known: {', '.join(LOADERS)}")
+    made = LOADERS[strategy]
+    known = settings_of(made)
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise BadSpec(f"strategy={strategy}: it has no {unknown[0]!r}; known: {', '.join(known) or 'no settings'}")
+    return made(**settings)
+
+
+def settings_of(made: type[WeightLoader]) -> tuple[str, ...]:
+    """The names of a strategy's settings."""
+    return tuple(name for name in signature(made).parameters if made.__init__ is not object.__init__)

@@ -1,27 +1,163 @@
-"""`auto`: which strategy fits the files, by where they lie and what of them is in memory already."""
+"""`auto`: which strategy fits the files, by where they lie, what of them is in memory already, the device, and rates.
+
+Rates are measured where they matter: large files on a local disk that are mostly not cached. A fraction of a second of
+reading, of pages that are needed anyway; once for a disk in a process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from loaders.backends.devices import backend
+from loaders.checkpoint import Checkpoint
+from loaders.errors import io_errors
+from loaders.specs import WeightSpec
 from loaders.storage import local
+from loaders.strategies.base import PieceReader, WeightLoader
+from loaders.strategies.fastsafetensors import FastSafetensorsLoader, gds_available
+from loaders.strategies.lazy import LazyLoader, map_file
+from loaders.strategies.multithread import MultiThreadWeightLoader
+from loaders.strategies.read import ReadLoader
 
+log = logging.getLogger("weightmill")
 MOSTLY = 0.5
 SAMPLE = 8  # files looked at
+WORTH_MEASURING = 1 << 30  # bytes below which nobody notices the difference
+PROBE_S = 0.12  # for each way of reading
+PROBE_BYTES = 128 << 20
+CHUNK = 8 << 20
+BY_NAME: dict[str, Callable[[], WeightLoader]] = {
+    "lazy": LazyLoader, "read": ReadLoader, "multithread": MultiThreadWeightLoader,
+    "fastsafetensors": FastSafetensorsLoader,
+}  # fmt: skip
+_RATES: dict[int, dict[str, float]] = {}  # GB/s by way, of each disk, as this process found them
 
 
-def choose(root: Path, files: Sequence[str]) -> tuple[str, str]:
-    """The name of a strategy, and the reason in a few words."""
-    kind = local.filesystem(root)
-    if local.is_network(kind):
-        return "read", f"the files lie on a network filesystem ({kind}), where a map fetches page by page"
-    looked_at = files[:: max(1, len(files) // SAMPLE)]
-    shares = [local.cached_share(root / file) for file in looked_at]
+def choose(root: Path, files: Sequence[str], device: str | None = None) -> tuple[str, str]:
+    """The name of a strategy, and the reason in a few words. `device`: where whole tensors go; None for a job."""
+    if device is not None and device.startswith("cuda") and _all_safetensors(files) and _has_fastsafetensors():
+        index = int(device.partition(":")[2] or 0)
+        if gds_available(index):
+            return "fastsafetensors", "GPU direct storage is there, and goes past the CPU's memory"
+    kind, medium = local.filesystem(root), local.medium(root)
+    if medium == "network":
+        return "multithread", f"the files lie on a network filesystem ({kind}), where a map fetches page by page"
+    if medium == "object":
+        return "multithread", f"the files lie in a mounted object store ({kind}), which wants many requests at once"
+    if medium == "memory":
+        return "lazy", f"the files lie in memory ({kind})"
+    sample = files[:: max(1, len(files) // SAMPLE)]
+    with io_errors("looking at", root / sample[0]):
+        shares = [local.cached_share(root / file) for file in sample]
     known = [share for share in shares if share is not None]
     if not known:
         return "lazy", "the files are local"
     share = sum(known) / len(known)
     if share >= MOSTLY:
         return "lazy", f"{share:.0%} of the files are in the page cache, which a map uses in place"
-    return "read", f"{share:.0%} of the files are in the page cache; large reads are steadier on a cold disk"
+    cold = f"{share:.0%} of the files are in the page cache"
+    if sum((root / file).stat().st_size for file in files) < WORTH_MEASURING:
+        return "read", f"{cold}; large reads are steadier on a cold disk"
+    rates = measured(root, files)
+    said = ", ".join(f"{way} {rate:.2g}" for way, rate in rates.items())
+    return max(rates, key=rates.__getitem__), f"{cold}; measured here, GB/s: {said}"
+
+
+def _all_safetensors(files: Sequence[str]) -> bool:
+    return all(file.endswith(".safetensors") for file in files)
+
+
+def _has_fastsafetensors() -> bool:
+    return importlib.util.find_spec("fastsafetensors") is not None
+
+
+# --- rates
+
+
+def measured(root: Path, files: Sequence[str]) -> dict[str, float]:
+    """GB/s of each way of reading the largest file where it is not cached, measured once for its disk."""
+    path = max((root / file for file in files), key=lambda p: p.stat().st_size)
+    disk = path.stat().st_dev
+    if disk not in _RATES:
+        size = path.stat().st_size
+        ways: dict[str, Callable[[Path, int], float]] = {"read": _by_reads(1), "lazy": _by_map}
+        threads = backend("cpu").workers("multithread", local.medium(root))
+        if threads > 1:
+            ways["multithread"] = _by_reads(threads)
+        places = [size * index // len(ways) // CHUNK * CHUNK for index in range(len(ways))]
+        with io_errors("measuring", path):
+            _RATES[disk] = {name: way(path, at) for (name, way), at in zip(ways.items(), places, strict=True)}
+    return _RATES[disk]
+
+
+def _by_reads(threads: int) -> Callable[[Path, int], float]:
+    def way(path: Path, begin: int) -> float:
+        lock, chunks, done = threading.Lock(), iter(range(begin, begin + PROBE_BYTES, CHUNK)), []
+        began = time.perf_counter()
+
+        def work() -> None:
+            memory = np.empty(CHUNK, np.uint8)
+            with path.open("rb", buffering=0) as file:
+                while time.perf_counter() - began < PROBE_S:
+                    with lock:
+                        at = next(chunks, None)
+                    if at is None:
+                        return
+                    done.append(os.preadv(file.fileno(), [memory.data], at))
+
+        running = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        return sum(done) / (time.perf_counter() - began) / 1e9
+
+    return way
+
+
+def _by_map(path: Path, begin: int) -> float:
+    whole, began, done = map_file(path), time.perf_counter(), 0
+    while done < PROBE_BYTES and time.perf_counter() - began < PROBE_S:
+        part = whole[begin + done : begin + done + CHUNK]
+        part[:: mmap.PAGESIZE].max(initial=0)
+        done += len(part)
+        if not len(part):
+            break
+    return done / (time.perf_counter() - began) / 1e9
+
+
+# --- the loader
+
+
+class AutoLoader(WeightLoader):
+    """Chooses for each checkpoint; `chosen` and `why` say what, after the first tensor."""
+
+    name = "auto"
+
+    def __init__(self) -> None:
+        self.chosen = ""
+        self.why = ""
+
+    def _pick(self, root: Path, specs: Sequence[WeightSpec], device: str | None) -> WeightLoader:
+        self.chosen, self.why = choose(root, sorted({spec.file for spec in specs}), device)
+        log.info("read by %s: %s", self.chosen, self.why)
+        return BY_NAME[self.chosen]()
+
+    @contextmanager
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        with self._pick(root, specs, None).open(root, specs) as reader:
+            yield reader
+
+    def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
+        return self._pick(checkpoint.root, specs, device)._tensors(checkpoint, specs, device)

@@ -1,17 +1,58 @@
-"""What every strategy offers: open some tensors, then read byte ranges of them, from any thread."""
+"""What every strategy offers: whole tensors in order, pieces of them, or byte ranges from any thread.
+
+A strategy writes `open`: some files, and a reader over them. Iterating, loading, counting are written here, once.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from loaders.errors import BadCheckpoint
-from loaders.specs import WeightSpec
+from loaders.backends.placing import gathered, placer
+from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.memory import PeakMemory
+from loaders.specs import WeightSpec, is_contiguous, storage_of
+from loaders.stats import LoadStats
+from loaders.storage import local
+
+Source = Checkpoint | Path | str
+SLICE_BYTES = 32 << 20
+SAMPLED = 16  # files whose share in the page cache is looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes [start, stop) of a stored tensor."""
+
+    spec: WeightSpec
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @staticmethod
+    def whole(spec: WeightSpec) -> Piece:
+        return Piece(spec, 0, spec.size)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlice:
+    """Some weights of a stored tensor: flat storage items from `start` on, in the order in which they are stored."""
+
+    spec: WeightSpec
+    start: int
+    data: np.ndarray
 
 
 class Reader(Protocol):
@@ -31,14 +72,188 @@ class Reader(Protocol):
         ...
 
 
+class PieceReader(Reader, Protocol):
+    """Open tensors that also come one after another."""
+
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        """The bytes of each piece, uint8, in this order, fetched ahead as the strategy does. An array is its taker's.
+
+        Raises:
+            BadCheckpoint, StorageError: as for `read`.
+        """
+        ...
+
+
 class WeightLoader(ABC):
-    """A way of reading."""
+    """A way of reading. `stats` adds up over all that one loader has loaded."""
 
     name: ClassVar[str]
+    not_for_jobs: ClassVar[str] = ""  # why a job, which reads ranges within a stated memory, cannot use it
+    stats: LoadStats = LoadStats()
 
     @abstractmethod
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[Reader]:
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
         """Open the files of `specs`, which will be read about in this order."""
+
+    # --- written once, over open()
+
+    def get_weight_specs(self, source: Source) -> dict[str, WeightSpec]:
+        """What a checkpoint stores, by name, in the order in which it is loaded. Reads headers only.
+
+        Raises:
+            BadSpec: no weights there.
+            BadCheckpoint: they are damaged or incomplete.
+        """
+        return {spec.name: spec for spec in self.order(_opened(source).weights)}
+
+    def iterate_weights(
+        self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Every stored tensor, whole and as stored, in order.
+
+        Without a device they are numpy arrays of the dtype's `storage` (bfloat16 as uint16); with "cpu", "cuda",
+        "cuda:1", "mps" torch tensors there, with "mlx" mlx arrays. Formats of ggml and others of less than a byte stay
+        bytes. Each is the caller's to keep; what is not kept makes room for the next.
+
+        Raises:
+            BadSpec: a name that the checkpoint does not have, or no such device.
+            BadCheckpoint: a file is damaged, or changed since its headers were read.
+            StorageError: a file cannot be read.
+        """
+        checkpoint = _opened(source)
+        specs, unchanged = self.order(_selected(checkpoint, names)), Unchanged(checkpoint)
+        with (
+            self._counted(checkpoint, specs) as counting,
+            closing(self._tensors(checkpoint, specs, device)) as tensors,
+        ):
+            for spec in specs:
+                with counting:
+                    unchanged.check(spec.file)
+                    value = next(tensors)
+                counting.count(Piece.whole(spec), fetches=self.fetches)
+                yield spec.name, value
+                del value
+
+    def iterate_slices(
+        self, source: Source, *, names: Iterable[str] | None = None, slice_bytes: int | None = None
+    ) -> Iterator[WeightSlice]:
+        """Every stored tensor in pieces of at most `slice_bytes` bytes: memory that no tensor's size changes.
+
+        Raises:
+            As iterate_weights; BadSpec: `slice_bytes` is less than a number takes.
+        """
+        checkpoint = _opened(source)
+        specs, unchanged = self.order(_selected(checkpoint, names)), Unchanged(checkpoint)
+        size = self.slice_bytes if slice_bytes is None else slice_bytes
+        pieces = [piece for spec in specs for piece in _cut(spec, size)]
+        with self._counted(checkpoint, specs) as counting, self.open(checkpoint.root, specs) as reader:
+            arrays = reader.stream(pieces)
+            for piece in pieces:
+                with counting:
+                    unchanged.check(piece.spec.file)
+                    array = next(arrays)
+                counting.count(piece)
+                storage = storage_of(piece.spec.dtype)
+                yield WeightSlice(piece.spec, piece.start // storage.itemsize, array.view(storage))
+                del array
+
+    def load_weights(
+        self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
+    ) -> dict[str, Any]:
+        """All of them, by name. Tensors that share their bytes in the checkpoint share their memory."""
+        checkpoint = _opened(source)
+        specs = _selected(checkpoint, names)
+        aliases = {s.name: s.alias for s in specs if s.alias is not None and _same_place(checkpoint, s)}
+        fetched = {s.name for s in specs} - {
+            name for name, alias in aliases.items() if alias in {s.name for s in specs}
+        }
+        loaded = dict(
+            self.iterate_weights(checkpoint, names=[s.name for s in specs if s.name in fetched], device=device)
+        )
+        return {s.name: loaded[s.name if s.name in fetched else str(s.alias)] for s in self.order(specs)}
+
+    # --- what a strategy may change
+
+    @property
+    def fetches(self) -> bool:
+        """Whether bytes are read at all."""
+        return True
+
+    @property
+    def held_bytes(self) -> int:
+        """What its reader holds beside the ranges that it is asked for: a job counts it."""
+        return 0
+
+    def priority(self, name: str) -> int:
+        """Lower comes first, where the order is free: a job's units."""
+        return 0
+
+    @property
+    def slice_bytes(self) -> int:
+        """The largest slice where none is asked for."""
+        return SLICE_BYTES
+
+    def open_on(
+        self, device: str | None, root: Path, specs: Sequence[WeightSpec]
+    ) -> AbstractContextManager[PieceReader]:
+        """Open them for whole tensors on a device; torch wants memory that it may write to."""
+        return self.open(root, specs)
+
+    def order(self, specs: Sequence[WeightSpec]) -> list[WeightSpec]:
+        """The order in which tensors come: file by file, as they lie there."""
+        return list(specs)
+
+    def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
+        """Whole tensors in order, on the device: a generator."""
+        place = placer(device)
+        with self.open_on(device, checkpoint.root, specs) as reader:
+            arrays = reader.stream([Piece.whole(spec) for spec in specs])
+            for spec in specs:
+                yield place(gathered(next(arrays), spec), spec)
+
+    @contextmanager
+    def _counted(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> Iterator[Stopwatch]:
+        files = {spec.file for spec in specs}
+        share = cached_share(checkpoint.root, [tag for tag in checkpoint.files if tag.name in files])
+        watch, began = Stopwatch(), time.perf_counter()
+        memory = PeakMemory()
+        try:
+            with memory:
+                yield watch
+        finally:
+            self.stats = self.stats + LoadStats(
+                files=len(watch.files),
+                tensors=watch.tensors,
+                bytes=watch.bytes,
+                read_s=watch.seconds,
+                wall_s=time.perf_counter() - began,
+                peak_anonymous_bytes=memory.peak_bytes,
+                **by_warmth(share, watch.bytes),
+            )
+
+
+class Stopwatch:
+    """Adds up what runs inside `with`, and what came of it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tensors = 0
+        self.bytes = 0
+        self.files: set[str] = set()
+        self._began = 0.0
+
+    def count(self, piece: Piece, *, fetches: bool = True) -> None:
+        self.tensors += piece.stop == piece.spec.size
+        if not fetches:
+            return
+        self.bytes += piece.size
+        self.files.add(piece.spec.file)
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *of_an_error: object) -> None:
+        self.seconds += time.perf_counter() - self._began
 
 
 def cut_short(spec: WeightSpec, size: int) -> BadCheckpoint:
@@ -47,3 +262,73 @@ def cut_short(spec: WeightSpec, size: int) -> BadCheckpoint:
         f"{spec.file}: {spec.name!r} ends at byte {spec.offset + spec.size}, the file now has {size};"
         " it changed while it was read"
     )
+
+
+class Unchanged:
+    """Checks that files are those whose headers were read; a few microseconds, so that every tensor's is looked at."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._wanted = {tag.name: (os.path.join(checkpoint.root, tag.name), tag) for tag in checkpoint.files}  # noqa: PTH118
+
+    def check(self, file: str) -> None:
+        """Raises StorageError when a file is gone, BadCheckpoint when it has another size or time."""
+        path, wanted = self._wanted[file]
+        with io_errors("looking at", path):
+            found = os.stat(path)  # noqa: PTH116
+        if (found.st_size, found.st_mtime_ns) != (wanted.size, wanted.mtime_ns):
+            raise BadCheckpoint(
+                f"{file}: it changed while it was read: {wanted.size} bytes when its headers were, {found.st_size} now;"
+                " load it again when nobody writes to it"
+            )
+
+
+def _opened(source: Source) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else open_checkpoint(source, key="path")
+
+
+def _selected(checkpoint: Checkpoint, names: Iterable[str] | None) -> Sequence[WeightSpec]:
+    if names is None:
+        return checkpoint.weights
+    wanted = set(names)
+    unknown = sorted(wanted - {spec.name for spec in checkpoint.weights})
+    if unknown:
+        raise BadSpec(f"names: {len(unknown)} tensors that {checkpoint.root} does not have, {unknown[0]!r} first")
+    return [spec for spec in checkpoint.weights if spec.name in wanted]
+
+
+def _same_place(checkpoint: Checkpoint, spec: WeightSpec) -> bool:
+    """Whether a tensor is just what it shares its bytes with."""
+    [original] = [other for other in checkpoint.weights if other.name == spec.alias]
+    return replace(spec, name=original.name, alias=original.alias) == original
+
+
+def _cut(spec: WeightSpec, size: int) -> Iterator[Piece]:
+    item = storage_of(spec.dtype).itemsize
+    if size < item:
+        raise BadSpec(f"slice_bytes: expected at least {item}, the size of a number of {spec.name!r}, found {size}")
+    if spec.stride is not None and not is_contiguous(spec.shape, spec.stride):
+        raise BadSpec(
+            f"{spec.name}: its weights do not lie in order in {spec.file}, so that slices of it would not either;"
+            " iterate_weights gives it whole"
+        )
+    step = size // item * item
+    for start in range(0, spec.size, step):
+        yield Piece(spec, start, min(start + step, spec.size))
+
+
+def cached_share(root: Path, tags: Sequence[local.FileTag]) -> float | None:
+    """The share of files that is in the page cache, judged by samples; None where the system does not tell."""
+    seen = []
+    for tag in tags[:: max(1, -(-len(tags) // SAMPLED))]:
+        if (root / tag.name).is_file():  # whoever reads it next says what is wrong with it
+            share = local.cached_share(root / tag.name)
+            if share is not None:
+                seen.append((share, tag.size))
+    total = sum(size for _, size in seen)
+    return sum(share * size for share, size in seen) / total if total else None
+
+
+def by_warmth(share: float | None, size: int) -> dict[str, int]:
+    """How many of so many bytes were cached and were not, as LoadStats names them."""
+    warm = 0 if share is None else round(share * size)
+    return {} if share is None else {"warm_bytes": warm, "cold_bytes": size - warm}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +12,48 @@ import numpy as np
 
 from loaders.errors import io_errors
 from loaders.specs import WeightSpec
-from loaders.strategies.base import Reader, WeightLoader, cut_short
+from loaders.strategies.base import Piece, PieceReader, WeightLoader, cut_short
+
+NO_RESERVE = 0x4000 if sys.platform.startswith("linux") else 0  # MAP_NORESERVE, which mmap does not name
 
 
-def map_file(path: Path) -> np.ndarray:
-    """A read-only map of a file, uint8; it lives as long as something refers to it."""
+def map_file(path: Path, *, private: bool = False) -> np.ndarray:
+    """A map of a file, uint8; it lives as long as something refers to it.
+
+    It cannot be written to, unless it is private: then what is written stays in this process, and out of the file.
+    """
+    if private:
+        with io_errors("mapping", path):
+            size = path.stat().st_size
+        return map_privately(path, 0, size)
     with io_errors("mapping", path), path.open("rb") as file:
         if path.stat().st_size == 0:
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-class MappedFiles:
-    """Maps files at their first use. See `Reader`."""
+def map_privately(path: Path, start: int, stop: int) -> np.ndarray:
+    """A private map of bytes [start, stop) of a file: it can be written to, but the file does not change."""
+    with io_errors("mapping", path), path.open("rb") as file:
+        first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        if stop == start:
+            return np.empty(0, np.uint8)
+        made = mmap.mmap(
+            file.fileno(),
+            stop - first,
+            flags=mmap.MAP_PRIVATE | NO_RESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=first,
+        )
+        return np.frombuffer(made, np.uint8)[start - first :]
 
-    def __init__(self, root: Path) -> None:
+
+class MappedFiles:
+    """Maps files at their first use. See `PieceReader`."""
+
+    def __init__(self, root: Path, *, private: bool = False) -> None:
         self._root = root
+        self._private = private
         self._maps: dict[str, np.ndarray] = {}
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
@@ -35,17 +62,25 @@ class MappedFiles:
     def mapped(self, spec: WeightSpec) -> np.ndarray:
         found = self._maps.get(spec.file)
         if found is None:  # two threads may map one file twice, which costs nothing
-            found = self._maps.setdefault(spec.file, map_file(self._root / spec.file))
+            found = self._maps.setdefault(spec.file, map_file(self._root / spec.file, private=self._private))
         if found.size < spec.offset + spec.size:
             raise cut_short(spec, found.size)
         return found[spec.offset : spec.offset + spec.size]
 
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        for piece in pieces:
+            yield self.read(piece.spec, piece.start, piece.stop)
+
 
 class LazyLoader(WeightLoader):
-    """Maps, and lets the kernel read ahead."""
+    """Maps, and lets the kernel read ahead. Torch tensors lie in private maps: writing to one copies its page."""
 
     name = "lazy"
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[Reader]:
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         yield MappedFiles(root)
+
+    @contextmanager
+    def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        yield MappedFiles(root, private=device is not None)

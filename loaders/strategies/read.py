@@ -1,60 +1,36 @@
-"""`read`: large reads into buffers that are used again. Never far from the best where files are not cached, and the
-one to take on a network filesystem, where a map fetches page by page.
+"""`read`: large reads into buffers that are used again, by whoever asks. Never far from the best where files are not
+cached, and better than a map on a network filesystem, where a map fetches page by page.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from loaders.errors import io_errors
-from loaders.scratch import Scratch
 from loaders.specs import WeightSpec
-from loaders.strategies.base import Reader, WeightLoader, cut_short
-from loaders.strategies.lazy import MappedFiles
+from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.buffers import Buffers
+from loaders.strategies.files import AHEAD, OpenFiles
 
-AHEAD = 16 << 20  # bytes the kernel is asked to fetch beyond a range
+BUFFERS = 64 << 20  # bytes kept for the next tensors
 
 
-class ReadFiles:
-    """Open descriptors, and each thread's buffers. See `Reader`."""
+class ReadFiles(OpenFiles):
+    """Reads a piece when it is asked for, the kernel one ahead. See `PieceReader`."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._descriptors: dict[str, int] = {}
-        self._scratch = Scratch()
-        self._maps = MappedFiles(root)
-
-    def open_file(self, file: str) -> None:
-        if file not in self._descriptors:
-            with io_errors("opening", self._root / file):
-                self._descriptors[file] = os.open(self._root / file, os.O_RDONLY)
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-    def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
-        descriptor = self._descriptors[spec.file]
-        out = self._scratch.array(f"read {slot}", stop - start, np.uint8)
-        at, left = spec.offset + start, out.data
-        with io_errors("reading", self._root / spec.file):
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, spec.offset + stop, AHEAD, os.POSIX_FADV_WILLNEED)
-            while left:
-                count = os.preadv(descriptor, [left], at)
-                if count == 0:
-                    raise cut_short(spec, at)
-                at, left = at + count, left[count:]
-        return out
-
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
-        return self._maps.mapped(spec)
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        buffers = Buffers(BUFFERS)
+        for piece in pieces:
+            out = buffers.take(piece.size)
+            for at in range(0, piece.size, AHEAD):
+                part = out[at : at + AHEAD]
+                self.advise(piece.spec, piece.start + at, piece.start + at + len(part) + AHEAD)
+                self.fill(piece.spec, piece.start + at, part)
+            yield out
+            del out
 
 
 class ReadLoader(WeightLoader):
@@ -63,11 +39,11 @@ class ReadLoader(WeightLoader):
     name = "read"
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[Reader]:
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         files = ReadFiles(root)
         try:
             for spec in specs:
-                files.open_file(spec.file)
+                files.descriptor(spec.file)
             yield files
         finally:
             files.close()

@@ -13,6 +13,8 @@ import pytest
 
 import jobs.joining
 import jobs.publish
+import jobs.unit
+from jobs.execution import LocalCluster
 from jobs.journal import find_journals
 from loaders.containers import gguf
 from tests.making import LLAMA, llama_tensors, read_safetensors, snapshot, values_of, weights, write_checkpoint
@@ -101,17 +103,75 @@ def test_an_interrupted_join_is_done_again_and_no_unit(
     assert find_journals(tmp_path) == []
 
 
+@pytest.mark.parametrize("first", ["apart", "in place"])
+def test_pieces_made_apart_and_in_place_go_together(
+    first: str, model: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ray's workers do some units, and this process the others."""
+    assert weightmill("run", *arguments(model, tmp_path / "undisturbed")).status == 0
+    honest, ran, out = jobs.unit.run_unit, [], tmp_path / "out"
+
+    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
+        ran.append(task.unit.id)
+        if len(ran) == 3:
+            raise ValueError("a bug")
+        return honest(task, on_bytes, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalCluster, "is_local", first != "apart")
+        patch.setattr(jobs.unit, "run_unit", failing)
+        with pytest.raises(ValueError, match="a bug"):
+            weightmill("run", *arguments(model, out), "cluster.units_at_once=1")
+    [journal] = find_journals(tmp_path)
+    pieces = sorted((journal / "pieces").iterdir())
+    assert len(pieces) == (2 if first == "apart" else 0)
+    if pieces:  # one that was damaged since is made again, in place, and does not come back
+        data = bytearray(pieces[0].read_bytes())
+        data[0] ^= 1
+        pieces[0].write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalCluster, "is_local", first == "apart")
+        ran = weightmill("run", *arguments(model, out), "format=json").document["run"]["units_resumed"]
+    assert ran == (1 if first == "apart" else 2)
+    assert snapshot(out, [REPORT]) == snapshot(tmp_path / "undisturbed", [REPORT])
+
+
+def test_pieces_go_into_the_file_one_by_one(
+    model: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither twice on the disk, nor lost when the join is interrupted."""
+    assert weightmill("run", *arguments(model, tmp_path / "undisturbed")).status == 0
+    honest, left = jobs.joining._put, []
+
+    def watched(path: Path, *rest: Any) -> None:
+        if len(left) == 2:
+            left.append(-1)
+            raise ValueError("a bug")
+        honest(path, *rest)
+        left.append(len(list(path.parent.iterdir())))
+
+    monkeypatch.setattr(LocalCluster, "is_local", False)
+    monkeypatch.setattr(jobs.joining, "_put", watched)
+    with pytest.raises(ValueError, match="a bug"):
+        weightmill("run", *arguments(model, tmp_path / "out"))
+    units = left[0] + 1
+    ran = weightmill("run", *arguments(model, tmp_path / "out"), "format=json").document
+    assert ran["run"]["units_resumed"] == units > 2
+    assert left == [units - 1, units - 2, -1, units - 2, units - 2, *range(units - 3, -1, -1)]
+    assert snapshot(tmp_path / "out", [REPORT]) == snapshot(tmp_path / "undisturbed", [REPORT])
+
+
 def test_a_piece_that_changes_before_the_join_fails_the_run(
     model: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = jobs.publish.join
 
-    def flipping(joined: Any, journal: Any, records: Any) -> Any:
-        path = journal.pieces / joined.pieces[0]
+    def flipping(joined: Any, pieces: Any, journal: Any, records: Any) -> Any:
+        path, start = journal.find(pieces[0])
         data = bytearray(path.read_bytes())
-        data[100] ^= 1
+        data[start + 100] ^= 1
         path.write_bytes(data)
-        return honest(joined, journal, records)
+        return honest(joined, pieces, journal, records)
 
     monkeypatch.setattr(jobs.publish, "join", flipping)
     ran = weightmill("run", *arguments(model, tmp_path / "out"))
@@ -214,7 +274,24 @@ def test_a_tokenizer_that_cannot_be_told_is_refused(model: Path, tmp_path: Path,
     assert "has no tokenizer.json" in ran.err
 
 
-def test_blocks_are_not_quantized_again_from_one_gguf_to_another(model: Path, tmp_path: Path, weightmill: Any) -> None:
+def test_blocks_are_quantized_again_and_the_plan_says_so(model: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", *arguments(model, tmp_path / "q8")).status == 0
-    ran = weightmill("plan", f"model.path={tmp_path / 'q8'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}")
-    assert "its dtype is Q8_0; Q4_0 takes" in ran.err
+    again = [f"model.path={tmp_path / 'q8'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}"]
+    assert "tensors are quantized already (Q8_0) and are quantized again" in weightmill("plan", *again).out
+    assert weightmill("run", *again).status == 0
+    assert weightmill("verify", f"output.path={tmp_path / 'q4'}").status == 0
+    plain = [f"model.path={tmp_path / 'q8'}", "quant=none", "quant.dtype=float32", f"output.path={tmp_path / 'f32'}"]
+    assert weightmill("run", *plain, "output=gguf").status == 0
+    # as if from what the blocks decode to
+    direct = [f"model.path={tmp_path / 'f32'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'direct'}"]
+    assert weightmill("run", *direct).status == 0
+    [one], [other] = (sorted((tmp_path / name).glob("*.gguf")) for name in ("q4", "direct"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_copy_of_a_gguf_is_the_same_file(model: Path, tmp_path: Path, weightmill: Any) -> None:
+    assert weightmill("run", *arguments(model, tmp_path / "q8")).status == 0
+    copy = [f"model.path={tmp_path / 'q8'}", "quant=none", "output=gguf", f"output.path={tmp_path / 'copy'}"]
+    assert weightmill("run", *copy).status == 0
+    [one], [other] = (sorted((tmp_path / name).glob("*.gguf")) for name in ("q8", "copy"))
+    assert one.read_bytes() == other.read_bytes()

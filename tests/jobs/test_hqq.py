@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jobs.planning import Target, make_plan
+from jobs.planning import make_plan
+from jobs.targets import Target
 from loaders.checkpoint import open_checkpoint
 from loaders.quantization.hqq import Hqq
 from tests.making import llama_tensors, read_safetensors, weights, write_checkpoint
@@ -48,10 +50,38 @@ def test_hqqs_one_file_is_planned_to_the_byte(source: Path, tmp_path: Path, weig
     )
     assert ran.status == 0, ran.err
     [file] = ran.document["files"]
+    assert len(file["pieces"]) > 3  # units are those of any other target
     assert file["name"] == "qmodel.pt"
-    [planned] = make_plan(open_checkpoint(source), [Target("x", Hqq())], 0.05).targets["x"].files
+    [planned] = make_plan(open_checkpoint(source), [Target("x", Hqq())], 0.05).targets["x"].finals
     assert planned.size == file["bytes"] == (tmp_path / "out" / "qmodel.pt").stat().st_size
     assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
+
+
+def test_the_units_do_not_change_hqqs_one_file(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    torch = pytest.importorskip("torch")
+    found = []
+    for unit_mb in (0.02, 1000):
+        out = tmp_path / f"out{unit_mb}"
+        ran = weightmill("run", f"model.path={source}", f"output.path={out}", "quant=hqq4", f"source.unit_mb={unit_mb}")
+        assert ran.status == 0, ran.err
+        with zipfile.ZipFile(out / "qmodel.pt") as archive:
+            assert archive.testzip() is None
+        modules = torch.load(out / "qmodel.pt", weights_only=True)
+        flat = {(module, key): value for module, values in modules.items() for key, value in values.items()}
+        found.append({k: (v.dtype, v.tolist()) if isinstance(v, torch.Tensor) else v for k, v in flat.items()})
+    assert len(found[0]) > 100
+    assert found[0] == found[1]
+
+
+def test_damage_behind_the_tensors_is_found(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", f"model.path={source}", f"output.path={out}", "quant=hqq4").status == 0
+    data = bytearray((out / "qmodel.pt").read_bytes())
+    data[data.rindex(b"qmodel/data/0") - 46 + 16] ^= 1  # a checksum in the directory
+    (out / "qmodel.pt").write_bytes(data)
+    ran = weightmill("verify", f"output.path={out}")
+    assert ran.status == 1
+    assert "qmodel.pt: what follows its tensors is not as it was written" in ran.out + ran.err
 
 
 def test_transformers_form_of_hqq_warns_of_transformers_5(source: Path, tmp_path: Path, weightmill: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs.planning import Target, cut_units, make_plan
+from jobs.planning import cut_units, make_plan
+from jobs.targets import Target
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.quantization.bnb4 import Bnb4
@@ -124,7 +125,7 @@ def test_a_rule_may_change_settings_of_the_quant(source: Path, tmp_path: Path, w
     weights = {spec.name: spec for spec in open_checkpoint(tmp_path / "out").weights}
     for name, group in (("mlp.down_proj", 128), ("mlp.up_proj", 64)):
         weight = f"model.layers.0.{name}.weight"
-        assert weights[f"{weight}.absmax"].numel == -(-2 * weights[weight].numel // group)
+        assert weights[f"{weight}.absmax"].numel() == -(-2 * weights[weight].numel() // group)
     assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
 
 

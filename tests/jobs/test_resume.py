@@ -210,14 +210,14 @@ def test_an_interrupt_leaves_no_half_file_and_says_how_to_go_on(number: signal.S
     command = [sys.executable, "-c", slow, "tracking=none", *arguments(source, tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     [records] = [None]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         found = find_journals(tmp_path)
         if found and len(list((found[0] / "records").glob("*.json"))) == 2:
             break
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130, (records, err)
     assert "the same command goes on from there" in err
     assert "Traceback" not in err
@@ -227,17 +227,19 @@ def test_an_interrupt_leaves_no_half_file_and_says_how_to_go_on(number: signal.S
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "seed"), [("publish", 0), *(("units", n) for n in range(3)), *(("anywhere", n) for n in (3, 4))]
+)
 def test_killed_at_thirty_moments_the_output_is_the_same_and_no_finished_unit_runs_again(
-    source: Path, tmp_path: Path, undisturbed: Any
+    where: str, seed: int, source: Path, tmp_path: Path, undisturbed: Any
 ) -> None:
     """SIGKILL: fifteen between the first record and publishing, five inside publishing, ten anywhere."""
-    rng = random.Random(7)
-    for number in range(30):
+    rng = random.Random(seed)
+    for number in range(5):
         out = tmp_path / f"out{number}"
-        where = "publish" if number < 5 else "units" if number < 20 else "anywhere"
         killed, mtimes = _kill_once(source, out, where, rng)
         process = start(source, out)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
         # a kill in the last milliseconds of "anywhere" may find nothing left to do: then the output is refused as there
         assert process.returncode in ((0, 2) if where == "anywhere" else (0,)), (where, killed, err)
         assert comparable(out) == undisturbed, where
@@ -273,9 +275,9 @@ def _kill_once(source: Path, out: Path, where: str, rng: random.Random) -> tuple
     finished = {}
     for journal in found:
         for record in (journal / "records").glob("*.json"):
-            file = json.loads(record.read_text())["file"]
-            if (journal / "files" / file).exists():
-                finished[file] = (journal / "files" / file).stat().st_mtime_ns
+            for file in (written["name"] for written in json.loads(record.read_text())["files"]):
+                if (journal / "files" / file).exists():
+                    finished[file] = (journal / "files" / file).stat().st_mtime_ns
     return lived, finished
 
 

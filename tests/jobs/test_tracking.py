@@ -119,6 +119,6 @@ def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -
         for i in range(3)
     ]
     for process in processes:
-        _, err = process.communicate(timeout=180)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
     assert sorted(r.info.status for r in runs(tmp_path / "root")) == ["FINISHED"] * 3

@@ -60,7 +60,7 @@ def read_all(root: Path, specs: tuple[WeightSpec, ...], strategy: str) -> dict[s
     return found
 
 
-@pytest.mark.parametrize("strategy", sorted(LOADERS))
+@pytest.mark.parametrize("strategy", sorted(set(LOADERS) - {"fastsafetensors"}))  # it reads safetensors only
 @pytest.mark.parametrize("legacy", [False, True])
 def test_every_tensor_reads_as_torch_reads_it(tmp_path: Path, legacy: bool, strategy: str) -> None:
     state = state_dict()

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loaders.work
-from jobs.unit import Gate
 from loaders.backends import kernels_of
 from loaders.errors import VerifyFailed
 from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
 from loaders.quantization.float4 import Mxfp4, Nvfp4
 from loaders.quantization.fp8_block import Fp8Block
+from loaders.quantization.gate import Gate
 from loaders.quantization.hqq import Hqq
 from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.kernels import dynamic
@@ -30,11 +30,12 @@ from loaders.quantization.mlx_float import MlxFloat
 from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.plain import Plain
 from loaders.quantization.row_scaled import RowScaled
-from loaders.quantization.scheme import Block, Scheme
+from loaders.quantization.scheme import Block, Bounded, Scheme, View
 from loaders.quantization.ternary import Ternary
 from loaders.recipes import stored_name
 from loaders.specs import DTYPES, TensorSpec, storage_of
 from loaders.stats import ErrorSums
+from loaders.views import encoded_view
 from loaders.work import ThreadedWork
 from tests import reference
 from tests.making import Raw, values_of, weights
@@ -178,8 +179,8 @@ def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut(
 ) -> None:
     raw = random(fitting(SCHEMES[name], np.empty((72, 68))).shape, dtype)
     found = []
-    for step in (1 << 21, 300, 1):
-        monkeypatch.setattr(loaders.work, "RANGE", step if step > 1 or "double" not in name else 300)
+    for step in (1 << 21, 300, 37):
+        monkeypatch.setattr(loaders.work, "RANGE", step)
         sink, error = encode(SCHEMES[name], raw, work)
         found.append(sink.as_bytes())
         assert error.relative_error <= SCHEMES[name].error_limit
@@ -355,6 +356,67 @@ def test_weights_that_are_not_finite_are_counted_and_stay_in_their_group(dtype: 
         assert error.nonfinite == 3
     decoded = decode(Bnb4("nf4"), weights(values, dtype), encode(Bnb4("nf4"), weights(values, dtype), work)[0], work)
     assert np.isfinite(np.delete(decoded, [3, 5, 9], axis=0)).all()
+
+
+# --- faults of an encoder
+
+FAULTY = {"nf4": "weight.absmax", "nf4 g128": "weight.absmax", "fp4": "weight.absmax", "int8": "SCB",
+          "w4a16": "weight_scale", "w4a16 g32": "weight_scale", "w8a16": "weight_scale", "w4a16 asym": "weight_scale",
+          "w8a8": "weight_scale", "fp8 dynamic": "weight_scale"}  # fmt: skip
+CODES = {
+    "w4a16": "weight_packed",
+    "w4a16 g32": "weight_packed",
+    "w8a16": "weight_packed",
+    "w4a16 asym": "weight_packed",
+}
+
+
+@pytest.mark.parametrize("part", ["a code", "a scale doubled", "a scale halved"])
+@pytest.mark.parametrize("name", FAULTY)
+def test_one_wrong_code_or_scale_of_many_does_not_pass(name: str, part: str, work: ThreadedWork) -> None:
+    """As an encoder would store it, so that no hash tells; of 65536 weights one code or one scale is wrong."""
+    scheme, raw = SCHEMES[name], random((128, 512), "BF16", seed=9)
+    sink, error = encode(scheme, raw, work)
+    view = MemoryView(raw)
+    assert Gate().fault("w", error, scheme) is None
+    if part == "a code":
+        codes = sink.stored[CODES.get(name, "weight")].view(np.uint8)
+        at = 1000 if name != "int8" else int(np.abs(codes.view(np.int8)).argmin())
+        codes[at] ^= 0xC0 if name != "fp8 dynamic" else 0x40
+    else:
+        scales = sink.stored[FAULTY[name]]
+        if scales.dtype == np.uint16:  # bfloat16
+            scales[1] = scales[1] + 0x80 if part == "a scale doubled" else scales[1] - 0x80
+        else:
+            scales[1] *= 2 if part == "a scale doubled" else 0.5
+    wrong = measure(view, scheme, view.spec, sink, work, lambda count: None)
+    assert Gate().fault("w", wrong, scheme) is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast"), [("BF16", None), ("F16", None), ("F32", None), ("F32", "BF16"), ("F32", "F16")]
+)
+@pytest.mark.parametrize("name", FAULTY)
+def test_no_right_code_is_taken_for_a_wrong_one(name: str, dtype: str, cast: str | None, work: ThreadedWork) -> None:
+    """Rows of every magnitude, sparse, one-signed, constant, on codes' edges; cast before they are encoded or not."""
+    rng, scheme = np.random.default_rng(11), SCHEMES[name]
+    rows = rng.standard_normal((96, 256)).astype(np.float32)
+    most = 4 if "F16" in (dtype, cast) or name == "int8" else 36
+    rows *= np.logspace(-44, most, 96, dtype=np.float64)[:, None].astype(np.float32)
+    rows[::7], rows[1::9] = np.abs(rows[::7]), -np.abs(rows[1::9])
+    rows[2::11, ::3], rows[4::13] = 0, rows[4::13, :1]
+    rows[5::17] = np.round(rng.uniform(-128, 128, rows[5::17].shape) * 2) / 2
+    view: View = MemoryView(weights(np.clip(rows, -6e4, 6e4) if most == 4 else rows, dtype))
+    seen = view if cast is None else encoded_view(view, DTYPES[cast])
+    sink = MemorySink(scheme, seen.spec)
+    scheme.encode(seen, sink, work)
+    assert isinstance(scheme, Bounded)
+    for start in range(0, view.spec.numel, 2048):  # in small ranges, that have only their own scales
+        decoded = np.empty(2048, np.float32)
+        scheme.decode(seen.spec, sink, start, start + 2048, decoded, work)
+        found = values_of(Raw(dtype, view.read(start, start + 2048)))
+        greatest = scheme.greatest_error(seen.spec, sink, start, start + 2048)
+        assert np.abs(found.astype(np.float64) - decoded).max() <= greatest
 
 
 # --- LLM.int8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,39 @@ def simulate(model: Any) -> None:
             module.forward = forward.__get__(module)
 
 
-@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engine_loads_and_runs_it(linear_class: str, dtype: Any, tmp_path: Path, weightmill: Any) -> None:
+def made(prefix: str = "Llama", **extra: Any) -> Any:
     torch.manual_seed(0)
-    source = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).to(dtype)
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **extra})
+    return getattr(transformers, f"{prefix}ForCausalLM")(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "untied": made,
+    "tied": lambda: made(tie_word_embeddings=True, num_hidden_layers=1),
+    "odd sizes": lambda: made(hidden_size=60, intermediate_size=100, num_attention_heads=5, num_key_value_heads=5,
+                              num_hidden_layers=1),
+    "qwen3 moe": lambda: made("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16,
+                              num_hidden_layers=1),
+}  # fmt: skip
+CASES = [
+    *(("untied", dtype, linear_class) for dtype in (torch.float32, torch.bfloat16)
+      for linear_class in ("bitlinear", "autobitlinear")),
+    *((model, torch.float32, "bitlinear") for model in ("tied", "odd sizes", "qwen3 moe")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "dtype", "linear_class"), CASES)
+def test_the_engine_loads_and_runs_it(
+    model: str, dtype: Any, linear_class: str, tmp_path: Path, weightmill: Any
+) -> None:
+    source = MODELS[model]().to(dtype)
     source.save_pretrained(tmp_path / "source")
     ran = weightmill(
         "run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", "quant=ternary",
         f"quant.linear_class={linear_class}",
     )  # fmt: skip
     assert ran.status == 0, ran.err
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", device_map={"": "cpu"}, output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -67,7 +88,7 @@ def test_the_engine_loads_and_runs_it(linear_class: str, dtype: Any, tmp_path: P
     ids = torch.arange(1, 12)[None]
     simulate(source)
     with torch.no_grad():
-        one = torch.log_softmax(model(input_ids=ids).logits.float(), -1)
+        one = torch.log_softmax(loaded(input_ids=ids).logits.float(), -1)
         other = torch.log_softmax(source(input_ids=ids).logits.float(), -1)
     divergence = (other.exp() * (other - one)).sum(-1).mean()
     # float32: rounding alone; bfloat16: its eight bits, in another order of operations

@@ -134,6 +134,7 @@ CASES: dict[str, tuple[Any, Any, str, bool]] = {
     "llama tied fp16 nf4": (lambda: causal("Llama", tie_word_embeddings=True), torch.float16, "nf4", False),
     "llama untied fp32 fp4": (lambda: causal("Llama"), torch.float32, "fp4", False),
     "llama tied bf16 nf4 double": (lambda: causal("Llama", tie_word_embeddings=True), torch.bfloat16, "nf4", True),
+    "llama tied bf16 fp4": (lambda: causal("Llama", tie_word_embeddings=True), torch.bfloat16, "fp4", False),
     "mistral fp16 fp4": (lambda: causal("Mistral"), torch.float16, "fp4", False),
     "qwen2 tied bf16": (lambda: causal("Qwen2", tie_word_embeddings=True), torch.bfloat16, "nf4", False),
     "qwen3 bf16": (lambda: causal("Qwen3", head_dim=32), torch.bfloat16, "nf4", False),
@@ -150,6 +151,9 @@ CASES: dict[str, tuple[Any, Any, str, bool]] = {
     "gemma 3 tied bf16": (gemma, torch.bfloat16, "nf4", False),
     "qwen3 moe bf16": (lambda: causal("Qwen3Moe", **MOE), torch.bfloat16, "nf4", False),
     "bert fp32": (bert, torch.float32, "nf4", False),
+    "odd sizes fp16 fp4": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
+                                          num_key_value_heads=5), torch.float16, "fp4", False),
+    "qwen3 moe fp32 fp4": (lambda: causal("Qwen3Moe", **MOE), torch.float32, "fp4", False),
     "odd sizes bf16": (lambda: causal("Llama", hidden_size=200, intermediate_size=330, num_attention_heads=5,
                                       num_key_value_heads=5), torch.bfloat16, "nf4", False),
 }  # fmt: skip
@@ -270,3 +274,29 @@ def test_packed_bytes_may_pretend_to_be_bfloat16(tmp_path: Path, weightmill: Any
     assert set(ours) == set(theirs)
     unlike = [n for n in ours if not same(ours[n].view(torch.uint8), theirs[n].view(torch.uint8))]
     assert unlike == []
+
+
+def test_a_llama_4_is_that_of_transformers_which_cannot_load_its_own(tmp_path: Path, weightmill: Any) -> None:
+    """The plan says so. Once a version of transformers loads it, this fails: the warning goes, and it is judged."""
+    torch.manual_seed(0)
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "head_dim": 32}
+    config = transformers.Llama4TextConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=96, pad_token_id=0, interleave_moe_layer_step=2, **sizes,
+    )  # fmt: skip
+    transformers.Llama4ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    peer = load(tmp_path / "source", quantization_config=settings, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    peer.save_pretrained(tmp_path / "peer")
+    ran = weightmill("run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", "quant=nf4")
+    assert ran.status == 0, ran.err
+    assert "fails to load it again" in " ".join(ran.err.split())
+    ours, theirs = stored(tmp_path / "out"), stored(tmp_path / "peer")
+    assert set(ours) == set(theirs)
+    assert [name for name in ours if not same(ours[name], theirs[name])] == []
+    for folder in ("peer", "out"):
+        with pytest.raises(NotImplementedError, match="normal_kernel_cpu"):
+            load(tmp_path / folder, device_map={"": "cpu"})

@@ -19,8 +19,10 @@ import pytest
 from loaders.backends import kernels_of
 from loaders.containers import gguf
 from loaders.quantization.ggml import Ggml
-from loaders.specs import GGML_BLOCKS
+from loaders.quantization.ggml_reading import decode_blocks
+from loaders.specs import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.work import ThreadedWork
+from tests.loaders.test_ggml_reading import random_blocks
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw, values_of, weights
 
@@ -30,10 +32,11 @@ llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.engine
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
+RUN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "TQ2_0", "F16", "BF16")  # those with a preset
 IDS = [0, 17, 400, 33, 5, 902, 77, 250, 13]
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "TQ2_0": 37, "Q2_K": 10, "Q3_K_M": 12,
               "Q5_0": 8, "Q4_1": 3, "Q5_1": 9, "Q4_K_S": 14, "Q3_K_L": 13, "Q5_K_S": 16, "TQ1_0": 36, "MXFP4_MOE": 38,
-              "F16": 1}  # fmt: skip
+              "F16": 1, "BF16": 32}  # fmt: skip
 
 
 # --- ggml's own quantizers
@@ -88,6 +91,37 @@ def test_blocks_are_those_of_ggml(name: str, dtype: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         Ggml(name).encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
     assert np.array_equal(sink.stored["weight"], ggml_bytes(name, np.ascontiguousarray(values_of(raw))))
+
+
+def ggml_values(name: str, data: np.ndarray, count: int) -> np.ndarray:
+    """What ggml decodes blocks to."""
+
+    class Traits(ctypes.Structure):
+        _fields_ = (
+            ("name", ctypes.c_char_p), ("numbers", ctypes.c_int64), ("interleave", ctypes.c_int64),
+            ("size", ctypes.c_size_t), ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p),
+        )  # fmt: skip
+
+    [library] = Path(llama_cpp.__file__).parent.rglob("libggml-base.so")
+    traits = ctypes.CDLL(str(library)).ggml_get_type_traits
+    traits.restype, traits.argtypes = ctypes.POINTER(Traits), [ctypes.c_int]
+    found = traits(gguf.TYPE_IDS[name]).contents
+    assert (found.numbers, found.size) == (GGML_BLOCKS | GGML_READ_BLOCKS)[name]
+    out = np.zeros(count, np.float32)
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(found.to_float)
+    function(data.ctypes.data, out.ctypes.data, count)
+    return out
+
+
+@pytest.mark.parametrize("name", sorted(GGML_BLOCKS | GGML_READ_BLOCKS))
+def test_blocks_are_decoded_as_ggml_decodes_them(name: str) -> None:
+    if name in GGML_READ_BLOCKS:
+        pytest.importorskip("gguf")
+    numbers, _ = (GGML_BLOCKS | GGML_READ_BLOCKS)[name]
+    data = random_blocks(name, 40)
+    out = np.empty(40 * numbers, np.float32)
+    decode_blocks(name, data, out)
+    assert np.array_equal(out.view(np.uint32), ggml_values(name, data, out.size).view(np.uint32))
 
 
 # --- whole models
@@ -161,8 +195,9 @@ def metadata_of(path: Path) -> dict[str, Any]:
     return gguf.plain(gguf.read_metadata(path.parent, path.name))
 
 
-def llama_quantize(base: Path, out: Path, file_type: str, *, pure: bool = False) -> None:
+def llama_quantize(base: Path, out: Path, file_type: str, *, pure: bool = False, again: bool = False) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
+    params.allow_requantize = again
     params.ftype, params.pure, params.nthread = FILE_TYPES[file_type], pure, 1
     assert llama_cpp.llama_model_quantize(str(base).encode(), str(out).encode(), ctypes.byref(params)) == 0
 
@@ -193,7 +228,7 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.85
 
 
-@pytest.mark.parametrize("model", ["llama untied", "llama tied"])
+@pytest.mark.parametrize("model", ["llama untied", "llama tied", "llama odd", "qwen3 moe"])
 def test_llama_cpp_runs_bitnets_rounding(model: str, sources: Any, weightmill: Any, tmp_path: Path) -> None:
     file = made(weightmill, sources(model), tmp_path / "out", "quant=ternary_aggressive")
     ran = weightmill(
@@ -210,13 +245,14 @@ def test_llama_cpp_runs_bitnets_rounding(model: str, sources: Any, weightmill: A
 
 
 CASES = [
-    *(("llama untied", t) for t in ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "F16", "Q2_K", "Q3_K_M",
-                                    "Q3_K_L", "Q4_K_S", "Q5_K_S", "TQ1_0", "Q4_1", "Q5_0", "Q5_1")),
-    *(("llama odd", t) for t in ("Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "Q3_K_M")),
+    *(("llama untied", t) for t in ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "F16", "BF16", "Q2_K",
+                                    "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q5_K_S", "TQ1_0", "Q4_1", "Q5_0", "Q5_1")),
+    *(("llama odd", t) for t in ("Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "TQ2_0", "Q3_K_M", "Q4_0", "F16", "BF16")),
     *(("mixtral", t) for t in ("Q4_K_M", "Q5_K_M", "Q3_K_M", "Q2_K", "Q8_0")),
-    *(("qwen3 moe", t) for t in ("Q4_K_M", "Q6_K", "MXFP4_MOE")),
+    *(("qwen3 moe", t) for t in ("Q4_K_M", "Q6_K", "MXFP4_MOE", "Q4_0", "TQ2_0", "F16", "BF16")),
     *((m, "Q4_K_M") for m in ("llama tied", "llama 3 rope", "qwen2 tied", "qwen3", "mistral", "demo")),
-    ("llama tied", "TQ2_0"), ("llama tied", "Q4_0"), ("qwen2 tied", "Q8_0"), ("demo", "Q8_0"),
+    *(("llama tied", t) for t in ("TQ2_0", "Q4_0", "Q5_K_M", "Q6_K", "F16", "BF16")), ("qwen2 tied", "Q8_0"),
+    ("demo", "Q8_0"),
 ]  # fmt: skip
 
 
@@ -233,7 +269,7 @@ def test_a_model_is_quantized_as_llama_cpp_quantizes_it(
     assert {n: t[:2] for n, t in one.items()} == {n: t[:2] for n, t in other.items()}
     assert [name for name in one if one[name] != other[name]] == []
     assert metadata_of(ours) == metadata_of(theirs)
-    if file_type in ("Q4_K_M", "Q8_0"):
+    if file_type in RUN:
         assert np.array_equal(logits(ours), logits(theirs))
     # and from the GGUF, as it does
     again = made(weightmill, base.parent, tmp_path / "again", "quant=gguf_q8_0", f"quant.file_type={file_type}")
@@ -250,6 +286,27 @@ def test_a_pure_mix_is_llama_cpps(file_type: str, sources: Any, weightmill: Any,
     ours = made(weightmill, base.parent, tmp_path / "out", "quant=gguf_q8_0", f"quant.file_type={file_type}",
                 "quant.pure=true")  # fmt: skip
     assert tensors_of(ours) == tensors_of(tmp_path / "theirs.gguf")
+
+
+REQUANTIZED = [
+    ("llama untied", "Q8_0", "Q4_K_M"), ("llama untied", "Q4_K_M", "Q8_0"), ("llama untied", "Q6_K", "Q4_0"),
+    ("llama tied", "Q4_0", "Q5_K_M"), ("mixtral", "Q8_0", "Q4_K_M"), ("llama odd", "Q8_0", "Q4_K_M"),
+    ("llama untied", "Q8_0", "F16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "before", "after"), REQUANTIZED)
+def test_what_is_quantized_already_is_quantized_again_as_llama_cpp_does(
+    model: str, before: str, after: str, sources: Any, weightmill: Any, tmp_path: Path
+) -> None:
+    base = made(weightmill, sources(model), tmp_path / "base", "quant=gguf_q8_0", f"quant.file_type={before}")
+    llama_quantize(base, tmp_path / "theirs.gguf", after, again=True)
+    ours = made(weightmill, base.parent, tmp_path / "out", "quant=gguf_q8_0", f"quant.file_type={after}")
+    assert tensors_of(ours) == tensors_of(tmp_path / "theirs.gguf")
+    assert metadata_of(ours) == metadata_of(tmp_path / "theirs.gguf")
+    assert list(tensors_of(ours)) == list(tensors_of(base))
+    ran = weightmill("verify", f"output.path={tmp_path / 'out'}")
+    assert ran.status == 0, ran.err
 
 
 def test_a_split_model_loads_and_is_read(sources: Any, weightmill: Any, tmp_path: Path) -> None:

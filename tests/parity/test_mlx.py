@@ -236,6 +236,9 @@ def check_same(ours: Path, peer: Path, model: Any) -> None:
 Run = Callable[..., Any]
 CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
     "llama int4": ("llama", {}, ["quant=mlx_int4"], {}),
+    "llama tied int4": ("llama", {"tied": True}, ["quant=mlx_int4"], {}),
+    "llama untied int8": ("llama", {}, ["quant=mlx_int8"], {"bits": 8}),
+    "llama odd sizes int8": ("llama", {"inner": 200}, ["quant=mlx_int8"], {"bits": 8}),
     "llama tied int8 fp16": ("llama", {"tied": True, "dtype": "F16"}, ["quant=mlx_int8"], {"bits": 8}),
     "llama fp32 3 bits g32": (
         "llama", {"dtype": "F32"}, ["quant=mlx_int4", "quant.bits=3", "quant.group_size=32"],
@@ -252,8 +255,19 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
     "qwen3_moe int8 tied": ("qwen3_moe", {"tied": True}, ["quant=mlx_int8"], {"bits": 8}),
     "mixtral int4": ("mixtral", {}, ["quant=mlx_int4"], {}),
     "llama mxfp4": ("llama", {}, ["quant=mlx_mxfp4"], {"mode": "mxfp4"}),
+    "llama tied mxfp4": ("llama", {"tied": True}, ["quant=mlx_mxfp4"], {"mode": "mxfp4"}),
+    "llama odd sizes mxfp4": ("llama", {"inner": 200}, ["quant=mlx_mxfp4"], {"mode": "mxfp4"}),
+    "qwen3_moe mxfp4": ("qwen3_moe", {}, ["quant=mlx_mxfp4"], {"mode": "mxfp4"}),
+    "llama untied mxfp8": ("llama", {}, ["quant=mlx_mxfp8"], {"mode": "mxfp8"}),
+    "llama tied mxfp8": ("llama", {"tied": True}, ["quant=mlx_mxfp8"], {"mode": "mxfp8"}),
+    "llama odd sizes mxfp8": ("llama", {"inner": 200}, ["quant=mlx_mxfp8"], {"mode": "mxfp8"}),
     "qwen3_moe mxfp8 fp16": ("qwen3_moe", {"dtype": "F16"}, ["quant=mlx_mxfp8"], {"mode": "mxfp8"}),
     "mixtral nvfp4": ("mixtral", {}, ["quant=mlx_nvfp4"], {"mode": "nvfp4"}),
+    "llama untied nvfp4": ("llama", {}, ["quant=mlx_nvfp4"], {"mode": "nvfp4"}),
+    "llama tied nvfp4": ("llama", {"tied": True}, ["quant=mlx_nvfp4"], {"mode": "nvfp4"}),
+    "llama odd sizes nvfp4": ("llama", {"inner": 200}, ["quant=mlx_nvfp4"], {"mode": "nvfp4"}),
+    "llama tied mixed": ("llama", {"tied": True}, ["quant=mlx_mixed_4_6"], {"recipe": "mixed_4_6"}),
+    "llama odd sizes mixed": ("llama", {"inner": 200}, ["quant=mlx_mixed_4_6"], {"recipe": "mixed_4_6"}),
     "llama mixed": ("llama", {}, ["quant=mlx_mixed_4_6"], {"recipe": "mixed_4_6"}),
     "qwen3_moe mixed": ("qwen3_moe", {}, ["quant=mlx_mixed_4_6"], {"recipe": "mixed_4_6"}),
     "mixtral mixed 2 6": (

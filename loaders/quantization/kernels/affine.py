@@ -15,7 +15,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.compare import float_at
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 32  # weights coded at once
 LANES = 16
@@ -29,35 +30,45 @@ BITS = (4, 8, 2, 3, 5, 6)
 # --- encoding
 
 
-def _halved(lanes: Lanes, low: Value, high: Value) -> tuple[Value, Value]:
-    """The lesser and the greater of the first and second half of the lanes, down to one lane."""
-    while (width := low.type.count // 2) > 0:
-        low = _lesser(lanes, lanes.part(low, 0, width), lanes.part(low, 1, width))
-        high = lanes.larger(lanes.part(high, 0, width), lanes.part(high, 1, width))
-    zero = ir.Constant(I32, 0)
-    return lanes.b.extract_element(low, zero), lanes.b.extract_element(high, zero)
-
-
-def _lesser(lanes: Lanes, a: Value, b: Value) -> Value:
-    """C's `a < b ? a : b`: a NaN in `a` leaves `b`."""
-    return lanes.b.select(lanes.b.fcmp_ordered("<", a, b), a, b)
+def _value(lanes: Lanes, x: Array, bits: Value) -> Value:
+    """One weight's raw bits as float32."""
+    if x.element is F32:
+        return lanes.b.bitcast(bits, F32)
+    one = lanes.splat(bits, 1)
+    values = lanes.from_bf16(one) if x.holds == types.uint16 else lanes.from_f16(one)
+    return lanes.b.extract_element(values, ir.Constant(I32, 0))
 
 
 @vector(types.void)
 def _range(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
-    """The least and the greatest weight of a group [start, stop) into entry `slot`."""
-    kind = ir.VectorType(F32, LANES)
-    found = []
-    for limit in (float("inf"), float("-inf")):
-        found.append(cgutils.alloca_once_value(lanes.b, lanes.const(kind, limit)))  # type: ignore[no-untyped-call]
-    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
-        for part in range(STEP // LANES):
-            values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
-            lanes.b.store(_lesser(lanes, values, lanes.b.load(found[0])), found[0])
-            lanes.b.store(lanes.larger(values, lanes.b.load(found[1])), found[1])
-    ends = _halved(lanes, lanes.b.load(found[0]), lanes.b.load(found[1]))
-    for array, value in zip((lows, highs), ends, strict=True):
+    """The least and the greatest weight of a group [start, stop) into entry `slot`; one of them is NaN if one is."""
+    kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
+    width = kind.element.width - 1
+
+    def sortable(bits: Value) -> Value:
+        """Integers that sort as the floats do, NaNs at the ends; its own inverse."""
+        return lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, width), (1 << width) - 1))
+
+    def extend(at: Value, low: Value, high: Value) -> list[Value]:
+        found = sortable(lanes.b.bitcast(lanes.load(x, at, STEP), kind))
+        low = lanes.b.select(lanes.b.icmp_signed("<", found, low), found, low)
+        return [low, lanes.b.select(lanes.b.icmp_signed(">", found, high), found, high)]
+
+    limits = [lanes.const(kind, (1 << width) - 1), lanes.const(kind, -(1 << width))]
+    ends = lanes.fold(start, stop, STEP, limits, extend)
+    for array, name, end in zip((lows, highs), ("smin", "smax"), ends, strict=True):
+        value = _value(lanes, x, sortable(lanes.reduce(name, end)))
         lanes.b.store(value, lanes.b.gep(array.data, [slot]))
+
+
+@kernel
+def _range_of_numbers(x, start, stop, lows, highs, slot):  # type: ignore[no-untyped-def]
+    """`_range` of what is no NaN."""
+    low, high = np.float32(np.inf), np.float32(-np.inf)
+    for at in range(start, stop):
+        value = float_at(x, at)
+        low, high = value if value < low else low, value if value > high else high
+    lows[slot], highs[slot] = low, high
 
 
 def _rint(lanes: Lanes, value: Value) -> Value:
@@ -104,7 +115,14 @@ def packed_bits(lanes: Lanes, codes: Value, bits: int) -> Value:
 
 @vector(types.void)
 def _code_group(
-    lanes: Lanes, x: Array, start: Value, stop: Value, bits: Value, scale: Value, bias: Value, packed: Array
+    lanes: Lanes,
+    x: Array,
+    start: Value,
+    stop: Value,
+    bits: Value,
+    scale: Value,
+    bias: Value,
+    packed: Array,
 ) -> None:
     """Weights [start, stop) into their place among the packed bytes."""
     for known in BITS:
@@ -119,13 +137,12 @@ def _code_group(
 
 def _codes(lanes: Lanes, x: Array, at: Value, bits: int, scale: Value, bias: Value) -> Value:
     """The codes of STEP weights: int8. They are at least 0 before they are cut off: the bias is an end of the range."""
-    parts = []
-    for part in range(STEP // LANES):
-        values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
-        steps = lanes.b.fdiv(lanes.b.fsub(values, lanes.splat(bias, LANES)), lanes.splat(scale, LANES))
-        whole = lanes.b.bitcast(lanes.op("fadd", steps, TO_INTEGER), ir.VectorType(I32, LANES))
-        parts.append(lanes.b.trunc(whole, ir.VectorType(I16, LANES)))
-    codes = lanes.join(parts)
+    pair = []
+    for values in lanes.pairs(x, at, STEP):
+        offsets = lanes.b.fsub(values, lanes.splat(bias, STEP // 2))
+        steps = lanes.b.fdiv(offsets, lanes.splat(scale, STEP // 2))
+        pair.append(lanes.b.bitcast(lanes.op("fadd", steps, TO_INTEGER), ir.VectorType(I32, STEP // 2)))
+    codes = lanes.woven(*pair)
     top = lanes.const(codes.type, (1 << bits) - 1)
     codes = lanes.b.select(lanes.b.icmp_unsigned("<", codes, top), codes, top)
     return lanes.b.trunc(codes, ir.VectorType(I8, STEP))
@@ -143,13 +160,17 @@ def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-d
     for first in range(0, scales.size, LANES):
         count = min(LANES, scales.size - first)
         for slot in range(count):
-            _range(x, (first + slot) * group, (first + slot + 1) * group, lows, highs, slot)
+            start = (first + slot) * group
+            _range(x, start, start + group, lows, highs, slot)
+            if not lows[slot] <= highs[slot]:
+                _range_of_numbers(x, start, start + group, lows, highs, slot)
         _scales(lows, highs, top, some_scales, some_biases)
         for slot in range(count):
-            start = (first + slot) * group
-            _code_group(x, start, start + group, bits, some_scales[slot], some_biases[slot], packed)
-            scales[first + slot] = some_scales[slot]
-            biases[first + slot] = some_biases[slot]
+            start, scale, bias = (first + slot) * group, some_scales[slot], some_biases[slot]
+            prefetch(x, start + LANES * group, start + LANES * group + group)
+            _code_group(x, start, start + group, bits, scale, bias, packed)
+            scales[first + slot] = scale
+            biases[first + slot] = bias
 
 
 # --- decoding

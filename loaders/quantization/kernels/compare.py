@@ -1,7 +1,9 @@
 """How far decoded weights lie from their source: sums that add up over ranges, tensors and machines.
 
-The sums are taken in float32 lanes and moved to float64 every CHUNK weights. A chunk whose squares leave float32's
-range, or that holds a NaN or an infinity, is summed again in float64, weight by weight, over its finite pairs.
+The sums are taken in float32 lanes and moved to float64 every CHUNK weights. They are those of x^2, e^2 and x e, with
+the source x and e = x - y: of the decoded y, y^2 = x^2 - 2 x e + e^2 and x y = x^2 - x e, which loses nothing where e
+is small. A chunk where it is not, whose squares leave float32's range, or that holds a NaN or an infinity, is summed
+again in float64, weight by weight, over its finite pairs.
 """
 
 from __future__ import annotations
@@ -10,31 +12,46 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
 
-STEP = 32  # weights in one vector step
 CHUNK = 4096
 LANES = 16
+F64 = ir.DoubleType()
 # the slots of `sums`
 ERROR2, SOURCE2, DECODED2, PRODUCT, MAX_ERROR, NONFINITE, NONFINITE_DECODED, SLOTS = range(8)
+LEAST_DECODED = 0.1  # of the source's sum of squares: where the decoded have less, differences are too coarse
 TRUSTED = (np.float32(1e-25), np.float32(1e30))  # of a chunk's sum of squares: none over- or underflowed that matter
 
 
-@vector(types.void)
-def _add(lanes: Lanes, x: Array, y: Array, at: Value, sums: Array) -> None:
-    """STEP pairs into five rows of LANES float32 sums, in the order of the slots above."""
-    starts = [ir.Constant(at.type, LANES * slot) for slot in range(5)]
-    totals = [lanes.load(sums, start, LANES) for start in starts]
-    for part in range(STEP // LANES):
-        here = lanes.op("add", at, LANES * part)
-        source, decoded = lanes.floats(x, here, LANES), lanes.floats(y, here, LANES)
+def _whole(lanes: Lanes, sums: Value) -> Value:
+    """The sum of float32 lanes, in float64: the halves added to one another, in an order that no machine changes."""
+    wide = lanes.b.fpext(sums, ir.VectorType(F64, LANES))
+    while (width := wide.type.count // 2) > 0:
+        wide = lanes.b.fadd(lanes.part(wide, 0, width), lanes.part(wide, 1, width))
+    return lanes.b.extract_element(wide, ir.Constant(I32, 0))
+
+
+@vector(types.float64)
+def _add(lanes: Lanes, x: Array, y: Array, start: Value, stop: Value, totals: Array) -> Value:
+    """Sums of e^2, x^2 and x e over pairs [start, stop), a multiple of LANES, into `totals`; gives the largest |e|."""
+
+    def add(at: Value, *found: Value) -> list[Value]:
+        source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
         error = lanes.b.fsub(source, decoded)
-        pairs = ((error, error), (source, source), (decoded, decoded), (source, decoded))
-        for slot, (a, b) in enumerate(pairs):
-            totals[slot] = lanes.b.fadd(totals[slot], lanes.b.fmul(a, b))
-        totals[MAX_ERROR] = lanes.larger(lanes.absolute(error), totals[MAX_ERROR])
-    for start, total in zip(starts, totals, strict=True):
-        lanes.store(total, sums, start)
+        pairs = ((error, error), (source, source), (source, error))
+        sums = [lanes.b.fadd(total, lanes.b.fmul(a, b)) for total, (a, b) in zip(found[:3], pairs, strict=True)]
+        size = lanes.absolute(error)
+        halves = lanes.larger(lanes.part(size, 0, LANES // 2), lanes.part(size, 1, LANES // 2))
+        return [*sums, lanes.larger(halves, found[3])]
+
+    nothing = lanes.const(ir.VectorType(F32, LANES), 0)
+    none = lanes.part(nothing, 0, LANES // 2)
+    *sums, largest = lanes.fold(start, stop, LANES, [*[nothing] * 3, none], add)
+    for slot, found in enumerate(sums):
+        lanes.b.store(_whole(lanes, found), lanes.b.gep(totals.data, [ir.Constant(start.type, slot)]))
+    while (width := largest.type.count // 2) > 0:
+        largest = lanes.larger(lanes.part(largest, 0, width), lanes.part(largest, 1, width))
+    return lanes.b.fpext(lanes.b.extract_element(largest, ir.Constant(I32, 0)), F64)
 
 
 @vector(types.float32)
@@ -43,11 +60,16 @@ def float_at(lanes: Lanes, x: Array, at: Value) -> Value:
     return lanes.b.extract_element(lanes.floats(x, at, 1), ir.Constant(I32, 0))
 
 
-@vector(types.void)
-def _add_squares(lanes: Lanes, x: Array, at: Value, sums: Array) -> None:
-    """LANES squares into LANES float32 sums."""
-    zero, values = ir.Constant(at.type, 0), lanes.floats(x, at, LANES)
-    lanes.store(lanes.b.fadd(lanes.load(sums, zero, LANES), lanes.b.fmul(values, values)), sums, zero)
+@vector(types.float64)
+def _add_squares(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
+    """The sum of the squares of weights [start, stop), a multiple of LANES."""
+
+    def add(at: Value, total: Value) -> list[Value]:
+        values = lanes.floats(x, at, LANES)
+        return [lanes.b.fadd(total, lanes.b.fmul(values, values))]
+
+    [total] = lanes.fold(start, stop, LANES, [lanes.const(ir.VectorType(F32, LANES), 0)], add)
+    return _whole(lanes, total)
 
 
 @kernel
@@ -70,43 +92,32 @@ def _add_slowly(x, y, start, stop, sums):  # type: ignore[no-untyped-def]
 @kernel
 def compare(x, y, sums):  # type: ignore[no-untyped-def]
     """Add the differences of x and y to `sums`. x: (n,) raw weights; y: float32 (n,); sums: float64 (SLOTS,)."""
-    lanes = np.zeros(5 * LANES, np.float32)
-    totals = np.zeros(5, np.float64)
+    totals = np.zeros(3, np.float64)
     for start in range(0, x.size, CHUNK):
         stop = min(start + CHUNK, x.size)
-        whole = start + (stop - start) // STEP * STEP
-        lanes[:] = 0
-        for at in range(start, whole, STEP):
-            _add(x, y, at, lanes)
-        for slot in range(4):
-            totals[slot] = 0
-            for lane in range(LANES):
-                totals[slot] += lanes[slot * LANES + lane]
-        is_trusted = TRUSTED[0] < totals[SOURCE2] < TRUSTED[1] and totals[DECODED2] < TRUSTED[1]
-        is_nothing = totals[SOURCE2] == 0 and totals[DECODED2] == 0 and np.all(lanes[MAX_ERROR * LANES :] == 0)
-        if not (is_trusted or is_nothing):
-            whole = start
+        whole = start + (stop - start) // LANES * LANES
+        largest = _add(x, y, start, whole, totals)
+        errors, source, crossed = totals
+        decoded = source - 2 * crossed + errors
+        is_trusted = TRUSTED[0] < source < TRUSTED[1] and LEAST_DECODED * source < decoded < TRUSTED[1]
+        if is_trusted or (source == 0 and largest == 0):
+            sums[ERROR2] += errors
+            sums[SOURCE2] += source
+            sums[DECODED2] += decoded
+            sums[PRODUCT] += source - crossed
+            sums[MAX_ERROR] = max(sums[MAX_ERROR], largest)
         else:
-            for slot in range(4):
-                sums[slot] += totals[slot]
-            for lane in range(MAX_ERROR * LANES, (MAX_ERROR + 1) * LANES):
-                sums[MAX_ERROR] = max(sums[MAX_ERROR], np.float64(lanes[lane]))
+            whole = start
         _add_slowly(x, y, whole, stop, sums)
 
 
 @kernel
 def scan(x, sums):  # type: ignore[no-untyped-def]
     """Count the NaN and infinities of a copy, and add the squares of the rest as source and as decoded."""
-    lanes = np.zeros(LANES, np.float32)
     for start in range(0, x.size, CHUNK):
         stop = min(start + CHUNK, x.size)
         whole = start + (stop - start) // LANES * LANES
-        lanes[:] = 0
-        for at in range(start, whole, LANES):
-            _add_squares(x, at, lanes)
-        total = np.float64(0)
-        for lane in range(LANES):
-            total += lanes[lane]
+        total = _add_squares(x, start, whole)
         if not (total == 0 or TRUSTED[0] < total < TRUSTED[1]):
             whole, total = start, np.float64(0)
         for at in range(whole, stop):

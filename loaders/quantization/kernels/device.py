@@ -25,7 +25,7 @@ class DeviceKernels:
 
     def __init__(self, device: str) -> None:
         is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        if not is_there[device]:
+        if not is_there[device.partition(":")[0]]:
             raise BadSpec(f"backend={device}: torch {torch.__version__} finds no such device here; use backend=cpu")
         self._device = torch.device(device)
 
@@ -33,7 +33,8 @@ class DeviceKernels:
         """Raw weights as float32 on the device."""
         raw = torch.from_numpy(np.array(x) if not x.flags.writeable else x)
         raw = raw.view(torch.bfloat16) if dtype == "BF16" else raw
-        raw = raw.float() if dtype == "F64" else raw
+        if dtype == "F64" or (dtype == "BF16" and self._device.type == "mps"):  # which MPS does not hold
+            raw = raw.float()
         return raw.to(self._device).float()
 
     def encode_fourbit(

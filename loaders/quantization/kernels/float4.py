@@ -50,13 +50,15 @@ def _nv_scales(lanes: Lanes, x: Array, tops: Array, at: Value, whole: Value, cod
     nothing = lanes.const(code.type, 0)
     code = lanes.b.select(lanes.b.icmp_signed("==", code, nothing), lanes.const(code.type, LEAST_SCALE), code)
     narrow.store_bytes(lanes, code, codes, at)
-    lanes.store(lanes.b.fdiv(narrow.from_e4m3(lanes, code), wholes), factors, at)
+    lanes.store(
+        lanes.b.fdiv(narrow.from_e4m3(lanes, lanes.b.trunc(code, ir.VectorType(I8, GROUPS))), wholes), factors, at
+    )
 
 
 @vector(types.float32)
 def _of_e4m3(lanes: Lanes, code: Value) -> Value:
     """The float32 value of an E4M3 code."""
-    values = narrow.from_e4m3(lanes, lanes.splat(lanes.b.zext(code, I32), 1))
+    values = narrow.from_e4m3(lanes, lanes.splat(code, 1))
     return lanes.b.extract_element(values, ir.Constant(I32, 0))
 
 

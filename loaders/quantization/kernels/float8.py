@@ -11,7 +11,7 @@ import numpy as np
 from numba.core import types
 
 from loaders.quantization.kernels import narrow
-from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, prefetch, vector
 from loaders.quantization.kernels.narrow import (
     GROUPS,
     STEP,
@@ -41,8 +41,7 @@ def _code_step(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> N
 def _code_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
     if x.holds == types.uint16:
         even, odd = (
-            narrow.quick_e4m3(lanes, narrow.quick(lanes, values, inverse))
-            for values in narrow.pairs(lanes, x, at, STEP)
+            narrow.quick_e4m3(lanes, narrow.quick(lanes, values, inverse)) for values in lanes.pairs(x, at, STEP)
         )
         narrow.store_byte_pairs(lanes, even, odd, out, at)
 
@@ -67,6 +66,7 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
         inverse = quick_inverse(x, scale)
         if inverse:
             for at in range(start, whole, STEP):
+                prefetch(x, at + columns, at + columns + STEP)
                 _code_quick(x, at, inverse, out)
         else:
             for at in range(start, whole, STEP):
@@ -110,7 +110,7 @@ def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
 
 
 def _value(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array, count: int) -> None:
-    values = narrow.from_e4m3(lanes, narrow.load_bytes(lanes, codes, at, count))
+    values = narrow.from_e4m3(lanes, lanes.load(codes, at, count))
     lanes.store(lanes.b.fmul(values, lanes.splat(scale, count)), out, at)
 
 

@@ -22,11 +22,14 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from loaders.quantization.kernels import narrow
+from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 
 N = 32  # weights in a block
 BATCH = 16
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled
+MIDDLES = (0.5, 1.5, 2.5, 3.5, 5, 7, 10)
 ROUND_AWAY = 0x3EFFFFFF  # the last float32 below one half
 
 
@@ -133,33 +136,31 @@ def _place(lanes: Lanes, value: Value, out: Array, at: Value, offset: int) -> No
     lanes.b.store(value, out.pointer(lanes.op("add", at, offset), value.type), align=1)
 
 
-def _half_block(lanes: Lanes, x: Array, at: Value, part: int) -> Value:
-    return lanes.floats(x, lanes.op("add", at, 16 * part), 16)
-
-
 @vector(types.void)
 def _write_q8_0(lanes: Lanes, x: Array, at: Value, inverse: Value, half: Value, out: Array, to: Value) -> None:
-    parts, wide = [], ir.VectorType(I32, 16)
-    for part in range(2):
-        v = lanes.b.fmul(_half_block(lanes, x, at, part), lanes.splat(inverse, 16))
+    codes, wide = [], ir.VectorType(I32, N // 2)
+    for values in lanes.pairs(x, at, N):
+        v = lanes.b.fmul(values, lanes.splat(inverse, N // 2))
         # roundf: half away from zero, as the sum with the last float below 0.5, cut to an integer
         nudge = lanes.op("or_", lanes.op("and_", lanes.b.bitcast(v, wide), -0x80000000), ROUND_AWAY)
-        codes = lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, v.type)), wide)
-        parts.append(lanes.b.trunc(codes, ir.VectorType(I8, 16)))
+        codes.append(lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, v.type)), wide))
     _place(lanes, half, out, to, 0)
-    _place(lanes, lanes.join(parts), out, to, 2)
+    narrow.store_byte_pairs(lanes, codes[0], codes[1], out, lanes.op("add", to, 2))
 
 
 def _codes(
     lanes: Lanes, x: Array, at: Value, low: Value | None, inverse: Value, offset: Value, top: int
 ) -> list[Value]:
-    """The block's two halves as int32 codes: min(top, int(x * inverse + offset))."""
-    found, wide = [], ir.VectorType(I32, 16)
-    for part in range(2):
-        v = _half_block(lanes, x, at, part)
-        v = v if low is None else lanes.b.fsub(v, lanes.splat(low, 16))
-        v = lanes.b.fadd(lanes.b.fmul(v, lanes.splat(inverse, 16)), lanes.splat(offset, 16))
-        codes, limit = lanes.b.fptosi(v, wide), lanes.const(wide, top)
+    """The block's two halves as int16 codes: min(top, int(x * inverse + offset))."""
+    found, count = [], N // 4
+    for half in range(2):
+        pair = []
+        for v in lanes.pairs(x, lanes.op("add", at, half * N // 2), N // 2):
+            v = v if low is None else lanes.b.fsub(v, lanes.splat(low, count))
+            v = lanes.b.fadd(lanes.b.fmul(v, lanes.splat(inverse, count)), lanes.splat(offset, count))
+            pair.append(lanes.b.fptosi(v, ir.VectorType(I32, count)))
+        codes = lanes.woven(*pair)
+        limit = lanes.const(codes.type, top)
         found.append(lanes.b.select(lanes.b.icmp_signed("<", codes, limit), codes, limit))
     return found
 
@@ -167,7 +168,7 @@ def _codes(
 def _nibbles(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
     low, high = (lanes.op("and_", half, 15) for half in codes)
     both = lanes.b.or_(low, lanes.op("shl", high, 4))
-    _place(lanes, lanes.b.trunc(both, ir.VectorType(I8, 16)), out, to, offset)
+    _place(lanes, lanes.b.trunc(both, ir.VectorType(I8, N // 2)), out, to, offset)
 
 
 def _fifth_bits(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
@@ -233,24 +234,37 @@ def _write_q5_1(
 
 
 @vector(types.void)
-def _write_mxfp4(lanes: Lanes, x: Array, at: Value, scale: Value, exponent: Value, out: Array, to: Value) -> None:
-    """Each weight takes the value that lies nearest in float32, of equals the first."""
-    codes, wide = [], ir.VectorType(I32, 16)
-    for part in range(2):
-        v = _half_block(lanes, x, at, part)
-        best, code = None, lanes.const(wide, 0)
-        for index, value in enumerate(E2M1):
-            product = lanes.b.fmul(lanes.const(v.type, value), lanes.splat(scale, 16))
-            error = lanes.absolute(lanes.b.fsub(product, v))
-            if best is None:
-                best = error
-                continue
-            is_better = lanes.b.fcmp_ordered("<", error, best)
-            best = lanes.b.select(is_better, error, best)
-            code = lanes.b.select(is_better, lanes.const(wide, index), code)
-        codes.append(code)
+def _write_mxfp4(lanes: Lanes, x: Array, at: Value, inverse: Value, exponent: Value, out: Array, to: Value) -> None:
+    """Each finite weight takes the value nearest to it, of two as near the lesser; zeros have no sign."""
+    codes, kind = [], ir.VectorType(I32, N // 4)
+    for half in range(2):
+        pair = []
+        for v in lanes.pairs(x, lanes.op("add", at, half * N // 2), N // 2):
+            steps = lanes.b.fmul(v, lanes.splat(inverse, N // 4))  # exact, as the scale is a power of two
+            size, code = lanes.absolute(steps), lanes.const(kind, 0)
+            for middle in MIDDLES:
+                code = lanes.b.sub(
+                    code, lanes.b.sext(lanes.b.fcmp_ordered(">", size, lanes.const(v.type, middle)), kind)
+                )
+            sign = lanes.op("and_", lanes.op("lshr", lanes.b.bitcast(steps, kind), 28), 8)
+            is_zero = lanes.b.icmp_unsigned("==", code, lanes.const(kind, 0))
+            pair.append(lanes.b.select(is_zero, code, lanes.b.or_(code, sign)))
+        codes.append(lanes.woven(*pair))
     _place(lanes, exponent, out, to, 0)
     _nibbles(lanes, codes, out, to, 1)
+
+
+@kernel
+def _write_mxfp4_slowly(x, at, out, to):  # type: ignore[no-untyped-def]
+    """By the definition, for an exponent of 0: each weight takes the value nearest in float32, of equals the first."""
+    out[to : to + 17] = 0
+    for i in range(N):
+        value, best = float_at(x, at + i), np.float32(0)
+        for code in range(len(E2M1)):
+            error = abs(np.float32(E2M1[code]) * np.float32(2.0**-128) - value)
+            if code == 0 or error < best:
+                best, found = error, code
+        out[to + 1 + i % 16] |= np.uint8(found << (4 * (i // 16)))
 
 
 @kernel
@@ -335,5 +349,8 @@ def encode_mxfp4(x, out):  # type: ignore[no-untyped-def]
         if top > 0 and top < np.inf:
             exponent = np.int32(math.floor(np.float32(math.log2(np.float64(top))))) + np.int32(125)
         exponent &= np.int32(0xFF)  # below 2^-125 ggml's byte wraps: such blocks come out as zeros, and so here
-        scale = np.float32(2.0 ** (np.float64(exponent) - 128.0))
-        _write_mxfp4(x, block * N, scale, np.uint8(exponent), out, block * 17)
+        if exponent == 0:
+            _write_mxfp4_slowly(x, block * N, out, block * 17)
+        else:
+            inverse = np.float32(2.0 ** (128.0 - np.float64(exponent)))
+            _write_mxfp4(x, block * N, inverse, np.uint8(exponent), out, block * 17)

@@ -1,7 +1,7 @@
 """Decoders of ggml's block formats, to float32: as llama.cpp's dequantize_row_* (ggml/src/ggml-quants.c) compute them.
 
 They share nothing with the encoders. data: uint8, whole blocks; out: float32, their weights. What the bytes mean stands
-in kernels/ggml_blocks.py and kernels/ggml_super.py.
+in kernels/ggml_blocks.py, ggml_super.py and ggml_ternary.py.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels.compare import float_at
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, transpose, vector
 
 LANES = 16  # groups side by side
 UPDATES = 20
@@ -43,24 +43,6 @@ def _codes(lanes: Lanes, scaled: Value, zero: Value, top: Value) -> Value:
 
 
 # --- a block: float32 (size, LANES), a group in each column
-
-
-@vector(types.void)
-def _transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to: Value) -> None:
-    """LANES weights of LANES groups, `stride` apart, into as many rows of a block."""
-    rows = []
-    for lane in range(LANES):
-        first = lanes.b.add(at, lanes.b.mul(stride, ir.Constant(stride.type, lane)))
-        rows.append(lanes.floats(x, first, LANES))
-    step = LANES // 2
-    while step:
-        for i in (i for i in range(LANES) if not i & step):
-            a, b = rows[i], rows[i + step]
-            rows[i] = lanes.shuffle(a, [LANES + j - step if j & step else j for j in range(LANES)], b)
-            rows[i + step] = lanes.shuffle(a, [LANES + j if j & step else j + step for j in range(LANES)], b)
-        step //= 2
-    for lane, row in enumerate(rows):
-        lanes.store(row, block, lanes.op("add", to, LANES * lane))
 
 
 @vector(types.void)
@@ -84,7 +66,7 @@ def _fill(x, first, by_group, by_weight, groups, size, block):  # type: ignore[n
         return
     whole = size // LANES * LANES
     for k in range(0, whole, LANES):
-        _transpose(x, start + k, by_group, block, k * LANES)
+        transpose(x, start + k, by_group, block, k * LANES)
     for k in range(whole, size):
         for g in range(LANES):
             block[k * LANES + g] = float_at(x, start + g * by_group + k)

@@ -2,8 +2,9 @@
 
 numba compiles the loop over blocks; the body of a block is written with `Lanes`, as values of several lanes, so that
 its speed does not hang on what the autovectorizer makes of a loop. The code says nothing of a machine: LLVM cuts the
-vectors to the registers there are (AVX2, AVX-512, NEON). One operation has a second form, `lookup`: a table of sixteen
-floats is a register permutation on x86 with AVX2 and a tree of selections elsewhere, with the same result.
+vectors to the registers there are (AVX2, AVX-512, NEON). Two operations have a second form, with the same result:
+`lookup`, a table of sixteen floats, is a register permutation on x86 with AVX2 and a tree of selections elsewhere;
+float16 goes by x86's instructions (F16C) or by integers.
 
 Arrays carry raw bits, and their numpy dtype says what the bits are: uint16 is bfloat16, int16 is float16 (numba has no
 float16 arrays on a CPU), float32 is itself.
@@ -27,8 +28,10 @@ from numba.extending import intrinsic
 # error_model: a division by zero gives infinity as in C; nogil: threads run side by side
 kernel = njit(nogil=True, cache=True, error_model="numpy")
 
+CACHE_LINE = 64  # bytes, of most CPUs
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
+F16 = ir.HalfType()
 NAMES = {I8: "i8", I16: "i16", I32: "i32", F32: "f32"}
 Value = Any  # an llvmlite value; llvmlite has no types
 
@@ -79,6 +82,18 @@ class Lanes:
             parts = [self.shuffle(a, width, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
+    def transposed(self, rows: Sequence[Value]) -> list[Value]:
+        """As many vectors as each has lanes, a power of two: lane j of vector i becomes lane i of vector j."""
+        found, count = list(rows), len(rows)
+        step = count // 2
+        while step:
+            for i in (i for i in range(count) if not i & step):
+                a, b = found[i], found[i + step]
+                found[i] = self.shuffle(a, [count + j - step if j & step else j for j in range(count)], b)
+                found[i + step] = self.shuffle(a, [count + j if j & step else j + step for j in range(count)], b)
+            step //= 2
+        return found
+
     def op(self, name: str, value: Value, number: float) -> Value:
         """A builder's operation with a constant."""
         return getattr(self.b, name)(value, self.const(value.type, number))
@@ -97,6 +112,18 @@ class Lanes:
     def larger(self, a: Value, b: Value) -> Value:
         """C's `a > b ? a : b`: a NaN in `a` leaves `b`."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    # loops
+
+    def fold(
+        self, start: Value, stop: Value, step: int, values: Sequence[Value], body: Callable[..., Sequence[Value]]
+    ) -> list[Value]:
+        """Repeat values = body(at, *values) for each `at` from start on, `step` apart; LLVM has them in registers."""
+        kept = [cgutils.alloca_once_value(self.b, value) for value in values]  # type: ignore[no-untyped-call]
+        with cgutils.for_range_slice(self.b, start, stop, ir.Constant(start.type, step), inc=True) as (at, _):
+            for slot, value in zip(kept, body(at, *map(self.b.load, kept)), strict=True):
+                self.b.store(value, slot)
+        return [self.b.load(slot) for slot in kept]
 
     # memory
 
@@ -121,12 +148,29 @@ class Lanes:
             return self.from_bf16(raw)
         return self.from_f16(raw) if array.holds == types.int16 else raw
 
+    def pairs(self, array: Array, at: Value, count: int) -> tuple[Value, Value]:
+        """`count` weights as float32: those at even places, and those at odd ones; of bfloat16s one operation each."""
+        if array.holds != types.uint16:
+            values = self.floats(array, at, count)
+            return self.shuffle(values, range(0, count, 2)), self.shuffle(values, range(1, count, 2))
+        words = self.b.bitcast(self.load(array, at, count), ir.VectorType(I32, count // 2))
+        kind = ir.VectorType(F32, count // 2)
+        return self.b.bitcast(self.op("shl", words, 16), kind), self.b.bitcast(self.op("and_", words, -65536), kind)
+
+    def woven(self, even: Value, odd: Value) -> Value:
+        """The low halves of int32 lanes of even and of odd places, in order: int16."""
+        both = self.b.or_(self.op("and_", even, 0xFFFF), self.op("shl", odd, 16))
+        return self.b.bitcast(both, ir.VectorType(I16, 2 * even.type.count))
+
     def from_bf16(self, bits: Value) -> Value:
         wide = self.op("shl", self.b.zext(bits, ir.VectorType(I32, bits.type.count)), 16)
         return self.b.bitcast(wide, ir.VectorType(F32, bits.type.count))
 
     def from_f16(self, bits: Value) -> Value:
-        """By integers and one exact product, since not every CPU has the conversion: half exponents are 112 lower."""
+        """By the instruction; else by integers and one exact product: half exponents are 112 lower."""
+        if host_has("f16c"):
+            halves = self.b.bitcast(bits, ir.VectorType(F16, bits.type.count))
+            return self.b.fpext(halves, ir.VectorType(F32, bits.type.count))
         kind = ir.VectorType(I32, bits.type.count)
         wide = self.b.zext(bits, kind)
         small = self.op("shl", self.op("and_", wide, 0x7FFF), 13)
@@ -156,6 +200,24 @@ class Lanes:
         found = self.b.select(is_nan, self.const(wide, 0x7E00), found)
         sign = self.op("and_", self.op("lshr", bits, 16), 0x8000)
         return self.b.trunc(self.b.or_(found, sign), narrow)
+
+    def rounded_to_f16(self, values: Value) -> Value:
+        """float32 rounded to float16's numbers, nearest even, still as float32; 65520 and beyond is infinite."""
+        if host_has("f16c"):
+            return self.b.fpext(self.b.fptrunc(values, ir.VectorType(F16, values.type.count)), values.type)
+        wide = ir.VectorType(I32, values.type.count)
+        bits = self.b.bitcast(values, wide)
+        magnitude = self.op("and_", bits, 0x7FFFFFFF)
+        size = self.b.bitcast(magnitude, values.type)
+        small = self.op("fsub", self.op("fadd", size, 0.5), 0.5)  # below 2^-14 the steps are 2^-24, as 0.5's are
+        odd = self.op("and_", self.op("lshr", magnitude, 13), 1)
+        rounded = self.op("and_", self.b.add(self.op("add", magnitude, 0xFFF), odd), -8192)
+        is_small = self.b.fcmp_ordered("<", size, self.const(values.type, 2.0**-14))
+        is_large = self.b.fcmp_ordered(">=", size, self.const(values.type, 65520.0))
+        found = self.b.select(is_small, self.b.bitcast(small, wide), rounded)
+        found = self.b.select(is_large, self.const(wide, 0x7F800000), found)
+        found = self.b.select(self.b.fcmp_unordered("uno", size, size), magnitude, found)
+        return self.b.bitcast(self.b.or_(found, self.op("and_", bits, -(1 << 31))), values.type)
 
     # tables
 
@@ -236,3 +298,28 @@ def half_bits(lanes: Lanes, value: Value) -> Value:
 def half_value(lanes: Lanes, bits: Value) -> Value:
     """A float16's bits, as a float32."""
     return lanes.b.extract_element(lanes.from_f16(lanes.splat(bits, 1)), ir.Constant(I32, 0))
+
+
+@vector(types.void)
+def transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to: Value) -> None:
+    """Sixteen weights of sixteen groups, `stride` apart, into sixteen rows of a block of float32s."""
+    places = [lanes.b.add(at, lanes.b.mul(stride, ir.Constant(stride.type, lane))) for lane in range(16)]
+    rows = lanes.transposed([lanes.floats(x, place, 16) for place in places])
+    for lane, row in enumerate(rows):
+        lanes.store(row, block, lanes.op("add", to, 16 * lane))
+
+
+@vector(types.void)
+def prefetch(lanes: Lanes, x: Array, start: Value, stop: Value) -> None:
+    """Ask for weights [start, stop), which are needed soon. They may lie beyond the array's end.
+
+    Where weights are gone over twice, the second time in the cache, memory works only the first time; unless the next
+    ones are asked for the second time, which makes a pass over a large tensor up to a third faster.
+    """
+    flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # to be read, to be kept, data
+
+    def ask(at: Value) -> list[Value]:
+        lanes.call("llvm.prefetch.p0", ir.VoidType(), lanes.b.gep(x.data, [at]), *flags)
+        return []
+
+    lanes.fold(start, stop, CACHE_LINE // lanes.context.get_abi_sizeof(x.element), [], ask)

@@ -10,7 +10,7 @@ bits (bias 1), one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, vector
 
@@ -34,7 +34,7 @@ def like(lanes: Lanes, x: Array, values: Value) -> Value:
     """float32 lanes rounded to the dtype of `x`, still as float32."""
     if x.holds == types.uint16:
         return _to_bf16(lanes, values)
-    return _to_f16(lanes, values) if x.holds == types.int16 else values
+    return lanes.rounded_to_f16(values) if x.holds == types.int16 else values
 
 
 def _even(lanes: Lanes, bits: Value, dropped: int) -> Value:
@@ -46,20 +46,6 @@ def _even(lanes: Lanes, bits: Value, dropped: int) -> Value:
 def _to_bf16(lanes: Lanes, values: Value) -> Value:
     bits = _even(lanes, lanes.b.bitcast(values, ints(values)), 16)
     return lanes.b.bitcast(lanes.op("and_", bits, -65536), values.type)
-
-
-def _to_f16(lanes: Lanes, values: Value) -> Value:
-    """Without the conversion instruction, which not every CPU has. Below 2^-14 the steps are 2^-24, as 0.5's are."""
-    bits = lanes.b.bitcast(values, ints(values))
-    sign = lanes.op("and_", bits, -(1 << 31))
-    magnitude = lanes.b.bitcast(lanes.op("and_", bits, 0x7FFFFFFF), values.type)
-    small = lanes.op("fsub", lanes.op("fadd", magnitude, 0.5), 0.5)
-    rounded = lanes.op("and_", _even(lanes, lanes.op("and_", bits, 0x7FFFFFFF), 13), -8192)
-    is_small = lanes.b.fcmp_ordered("<", magnitude, lanes.const(values.type, 2.0**-14))
-    is_large = lanes.b.fcmp_ordered(">=", magnitude, lanes.const(values.type, 65520.0))
-    found = lanes.b.select(is_small, lanes.b.bitcast(small, bits.type), rounded)
-    found = lanes.b.select(is_large, lanes.const(bits.type, 0x7F800000), found)
-    return lanes.b.bitcast(lanes.b.or_(found, sign), values.type)
 
 
 @vector(types.float32)
@@ -117,14 +103,14 @@ def to_e2m1(lanes: Lanes, values: Value) -> Value:
 
 
 def from_e4m3(lanes: Lanes, codes: Value) -> Value:
-    """The float32 lanes of E4M3 codes in int32 lanes: their bits, moved, times 2^120; exact below 2^-6 too."""
-    kind = floats(codes)
-    magnitude = lanes.op("and_", codes, 0x7F)
-    value = lanes.op("fmul", lanes.b.bitcast(lanes.op("shl", magnitude, 20), kind), 2.0**120)
-    is_nan = lanes.b.icmp_unsigned("==", magnitude, lanes.const(codes.type, 0x7F))
-    value = lanes.b.select(is_nan, lanes.const(kind, float("nan")), value)
-    sign = lanes.op("shl", lanes.op("and_", codes, 0x80), 24)
-    return lanes.b.bitcast(lanes.b.or_(lanes.b.bitcast(value, codes.type), sign), kind)
+    """The float32 lanes of E4M3 codes (int8): as float16s, whose exponents are 8 higher, times 2^8; exact."""
+    kind = ir.VectorType(I16, codes.type.count)
+    wide = lanes.op("shl", lanes.b.sext(codes, kind), 7)
+    magnitude = lanes.op("and_", wide, 0x3F80)
+    is_nan = lanes.b.icmp_unsigned("==", magnitude, lanes.const(kind, 0x3F80))
+    signless = lanes.b.select(is_nan, lanes.const(kind, 0x7E00), magnitude)
+    halves = lanes.b.or_(signless, lanes.op("and_", wide, -0x8000))
+    return lanes.op("fmul", lanes.from_f16(halves), 256.0)
 
 
 # --- bfloat16s in pairs, without division
@@ -145,13 +131,6 @@ def quick_inverses(lanes: Lanes, x: Array, scale: Value) -> Value:
     is_small = lanes.b.fcmp_ordered("<=", scale, lanes.const(scale.type, 2.0**100))
     inverse = lanes.b.fdiv(lanes.const(scale.type, 1.0), scale)
     return lanes.b.select(lanes.b.and_(is_large, is_small), inverse, zero)
-
-
-def pairs(lanes: Lanes, x: Array, at: Value, count: int) -> tuple[Value, Value]:
-    """`count` bfloat16s as float32: those at even places, and those at odd ones."""
-    words = lanes.b.bitcast(lanes.load(x, at, count), ir.VectorType(I32, count // 2))
-    kind = floats(words)
-    return lanes.b.bitcast(lanes.op("shl", words, 16), kind), lanes.b.bitcast(lanes.op("and_", words, -65536), kind)
 
 
 def quick(lanes: Lanes, values: Value, inverse: Value) -> Value:
@@ -274,12 +253,13 @@ def value_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
 def top_bits(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
     """The bits of the largest magnitude of weights [start, stop), a multiple of STEP; NaN is the largest."""
     kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
-    found = cgutils.alloca_once_value(lanes.b, lanes.const(kind, 0))  # type: ignore[no-untyped-call]
-    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
-        bits = lanes.b.bitcast(lanes.load(x, at, STEP), kind)
-        magnitudes, largest = lanes.op("and_", bits, 0x7FFFFFFF if x.element is F32 else 0x7FFF), lanes.b.load(found)
-        lanes.b.store(lanes.b.select(lanes.b.icmp_unsigned(">", magnitudes, largest), magnitudes, largest), found)
-    largest = lanes.reduce("umax", lanes.b.load(found))
+
+    def larger(at: Value, largest: Value) -> list[Value]:
+        magnitudes = lanes.op("and_", lanes.b.bitcast(lanes.load(x, at, STEP), kind), (1 << kind.element.width - 1) - 1)
+        return [lanes.b.select(lanes.b.icmp_unsigned(">", magnitudes, largest), magnitudes, largest)]
+
+    [found] = lanes.fold(start, stop, STEP, [lanes.const(kind, 0)], larger)
+    largest = lanes.reduce("umax", found)
     return largest if x.element is F32 else lanes.b.zext(largest, I32)
 
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels import narrow
-from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 from loaders.quantization.kernels.narrow import (
     BATCH,
     GROUPS,
@@ -55,7 +55,7 @@ def _pack_4_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Arr
     if x.holds == types.uint16:
         codes = [
             narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -8, 7, 8)
-            for values in narrow.pairs(lanes, x, at, STEP)
+            for values in lanes.pairs(x, at, STEP)
         ]
         narrow.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
 
@@ -64,7 +64,7 @@ def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out:
     if x.holds == types.uint16:
         codes = [
             narrow.quick_integers(lanes, narrow.quick(lanes, values, inverse), -128, 127, shift)
-            for values in narrow.pairs(lanes, x, at, STEP)
+            for values in lanes.pairs(x, at, STEP)
         ]
         narrow.store_byte_pairs(lanes, codes[0], codes[1], out, at)
 
@@ -83,7 +83,7 @@ def _plain_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array
 def _pack_zero_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, zero: Value, packed: Array) -> None:
     if x.holds == types.uint16:
         codes = []
-        for values in narrow.pairs(lanes, x, at, STEP):
+        for values in lanes.pairs(x, at, STEP):
             quotients = narrow.quick(lanes, values, inverse)
             shifted = narrow.like(lanes, x, lanes.b.fadd(quotients, lanes.splat(zero, STEP // 2)))
             codes.append(narrow.quick_integers(lanes, shifted, -8, 7, 8))
@@ -171,6 +171,7 @@ def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
         for slot in range(count):
             start, scale, inverse = (first + slot) * group, some[slot], inverses[slot]
             scales[first + slot] = scale
+            prefetch(x, start + BATCH * group, start + BATCH * group + group)
             if inverse and bits == 4:
                 for at in range(start, start + group, STEP):
                     _pack_4_quick(x, at, inverse, packed)
@@ -200,6 +201,7 @@ def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untype
             start, scale, inverse, zero = (first + slot) * group, some[slot], inverses[slot], wholes[slot]
             scales[first + slot] = scale
             zeros[first + slot] = np.int8(zero)
+            prefetch(x, start + BATCH * group, start + BATCH * group + group)
             if inverse:
                 for at in range(start, start + group, STEP):
                     _pack_zero_quick(x, at, inverse, zero, packed)
@@ -222,6 +224,7 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
         scales[r] = scale
         inverse = quick_inverse(x, scale)
         for at in range(start, whole, STEP):
+            prefetch(x, at + columns, at + columns + STEP)
             if inverse:
                 _plain_8_quick(x, at, inverse, out)
             else:

@@ -15,28 +15,10 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 64
 LANES = 16
-LEAST_NORMAL = 2.0**-14  # of float16; below it, all its numbers are multiples of 2**-24
-ROUND_SMALL = 0.75  # float32s next to it are 2**-24 apart: adding and subtracting it rounds to float16's subnormals
-
-
-def _half(lanes: Lanes, values: Value) -> Value:
-    """float32s rounded to float16's numbers, halves to even; beyond 65504 some become infinite, as they should."""
-    b, integers = lanes.b, ir.VectorType(I32, values.type.count)
-    bits = b.bitcast(values, integers)
-    odd = lanes.op("and_", lanes.op("lshr", bits, 13), 1)
-    coarse = lanes.op("and_", b.add(lanes.op("add", bits, 0xFFF), odd), -0x2000)
-    rounded = b.bitcast(coarse, values.type)
-    magnitude = lanes.absolute(values)
-    small = lanes.op("fsub", lanes.op("fadd", values, ROUND_SMALL), ROUND_SMALL)
-    found = b.select(b.fcmp_ordered("<", magnitude, lanes.const(values.type, LEAST_NORMAL)), small, rounded)
-    is_whole = b.fcmp_ordered("<", magnitude, lanes.const(values.type, 65520.0))
-    signed = b.or_(lanes.op("and_", bits, -0x80000000), lanes.const(integers, 0x7F800000))
-    found = b.select(is_whole, found, b.bitcast(signed, values.type))
-    return b.select(b.fcmp_unordered("uno", values, values), values, found)
 
 
 @vector(types.uint32)
@@ -52,7 +34,7 @@ def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
 @vector(types.float32)
 def _half_at(lanes: Lanes, x: Array, at: Value) -> Value:
     """One weight, rounded to float16."""
-    return lanes.b.extract_element(_half(lanes, lanes.floats(x, at, 1)), ir.Constant(I32, 0))
+    return lanes.b.extract_element(lanes.rounded_to_f16(lanes.floats(x, at, 1)), ir.Constant(I32, 0))
 
 
 @vector(types.void)
@@ -61,7 +43,7 @@ def _code(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array, to: Val
     factor, parts = lanes.splat(inverse, LANES), []
     for part in range(STEP // LANES):
         values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
-        half = values if x.holds == types.int16 else _half(lanes, values)
+        half = values if x.holds == types.int16 else lanes.rounded_to_f16(values)
         whole = lanes.call(f"llvm.rint.v{LANES}f32", values.type, lanes.b.fmul(half, factor))
         parts.append(lanes.b.trunc(lanes.b.fptosi(whole, ir.VectorType(I32, LANES)), ir.VectorType(I8, LANES)))
     lanes.store(lanes.join(parts), out, to)
@@ -103,6 +85,7 @@ def encode_int8(x, columns, codes, absmax):  # type: ignore[no-untyped-def]
         inverse = (np.float32(1) / top) * np.float32(127)
         at = start
         while at + STEP <= stop:
+            prefetch(x, at + columns, at + columns + STEP)
             _code(x, at, inverse, codes, at)
             at += STEP
         for i in range(at, stop):

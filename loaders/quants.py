@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from jobs.strict import FloatName, Spec
 from loaders.mixes.ggml import MIXES, TERNARY, GgmlMix
 from loaders.mixes.mlx import MixedRecipe, MlxRules, bits_of
 from loaders.quantization.bnb4 import GROUP_SIZES, STORAGE_DTYPES, Bnb4
@@ -29,6 +28,7 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.ternary import Ternary
 from loaders.rules import Mix
 from loaders.specs import DTYPES
+from loaders.strict import FloatName, Spec
 
 
 class Quant(Spec):

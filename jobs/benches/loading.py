@@ -1,0 +1,249 @@
+"""`python -m jobs.bench loaders`: every strategy on the user's own storage, cold and warm, beside plain reads.
+
+Every lap runs every case once, so that what the machine does meanwhile touches all alike; every byte is summed, so that
+a map is not credited for what it did not read. Cold: the kernel is asked to drop the files before each case, and what
+stayed is looked at.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.benches.reading import MAPPED, plain_ways
+from jobs.benches.summing import Summing
+from jobs.benches.timing import Case, rotate
+from jobs.console import note
+from loaders.backends.machine import usable_cpus
+from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import BadSpec
+from loaders.storage import local
+from loaders.strategies import LOADERS, AutoLoader, MultiThreadWeightLoader, WeightLoader, loader
+
+SKIPPED = {"low_memory": "rank 0 loads as auto does"}
+STAYED = 0.05  # the share of a file in the page cache up to which it counts as cold
+FIRST_BYTE = (
+    "import sys; from loaders.strategies import loader;"
+    "name, value = next(loader(sys.argv[1]).iterate_weights(sys.argv[2])); print(int(value.reshape(-1)[0]) >= 0)"
+)
+
+
+@dataclass
+class Measured:
+    """One way of reading: GB/s of each lap, warm and cold, and what was seen besides."""
+
+    name: str
+    is_strategy: bool
+    serves_jobs: bool = False
+    missing: str = ""
+    warm: list[float] = field(default_factory=list)
+    cold: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    first_byte_s: float | None = None
+    said: str = ""
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "case": self.name,
+            "is_strategy": self.is_strategy,
+            "serves_jobs": self.serves_jobs,
+            "missing": self.missing,
+            **{
+                f"{kind}_gbps_{how}": _of(getattr(self, kind), how)
+                for kind in ("warm", "cold")
+                for how in ("best", "median")
+            },
+            "peak_bytes": self.peak_bytes,
+            "first_byte_s": self.first_byte_s,
+            "said": self.said,
+        }
+
+
+def _of(rates: Sequence[float], how: str) -> float | None:
+    return None if not rates else max(rates) if how == "best" else statistics.median(rates)
+
+
+def measure(path: str, names: Sequence[str], repeats: int, *, cold: bool) -> dict[str, Any]:
+    """Time the strategies of these names, or all, on a checkpoint's folder: the document of the bench.
+
+    Raises:
+        BadSpec: no weights there, or an unknown strategy.
+    """
+    checkpoint = open_checkpoint(path)
+    unknown = [name for name in names if name not in LOADERS]
+    if unknown:
+        raise BadSpec(f"strategies: unknown {unknown[0]!r}; known: {', '.join(LOADERS)}")
+    threads = usable_cpus()
+    files = [checkpoint.root / tag.name for tag in checkpoint.files]
+    with ThreadPoolExecutor(threads) as pool:
+        size = sum(file.stat().st_size for file in files)
+        cases = {name: Sums(way, size) for name, way in plain_ways(files, pool, threads).items()}
+        found = {name: Measured(name, False) for name in cases}
+        for name in names or [n for n in LOADERS if n not in SKIPPED]:
+            key = f"strategy={name}"
+            found[key] = Measured(key, True, not LOADERS[name]().not_for_jobs)
+            cases[key] = _by_strategy(name, checkpoint, pool, threads, found[key])
+        stayed = _run(cases, found, files, repeats, cold=cold)
+        _check_sums(cases, found)
+    _first_bytes(checkpoint, found)
+    return _document(checkpoint, found, repeats, threads, stayed)
+
+
+# --- cases
+
+
+class Sums:
+    """A case that gives its seconds for a byte's worth, and what it summed to."""
+
+    def __init__(self, call: Callable[[], int], size: int) -> None:
+        self._call = call
+        self.size = size
+        self.sum: int | None = None
+
+    def __call__(self) -> float:
+        began = time.perf_counter()
+        self.sum = self._call()
+        return time.perf_counter() - began
+
+
+def _by_strategy(name: str, checkpoint: Checkpoint, pool: ThreadPoolExecutor, threads: int, seen: Measured) -> Sums:
+    def call() -> int:
+        made: WeightLoader = loader(name)
+        summing = Summing(pool, threads)
+        for _, value in made.iterate_weights(checkpoint):
+            summing.add(_raw(value))
+        found = summing.total()
+        seen.peak_bytes = max(seen.peak_bytes, made.stats.peak_anonymous_bytes)
+        seen.said = said_by(made)
+        return found
+
+    return Sums(call, checkpoint.size)
+
+
+def said_by(made: WeightLoader) -> str:
+    """What a loader found out while it loaded."""
+    if isinstance(made, AutoLoader):
+        return f"{made.chosen}: {made.why}"
+    return made.workers_said if isinstance(made, MultiThreadWeightLoader) else ""
+
+
+def _raw(value: Any) -> np.ndarray:
+    return np.asarray(value).reshape(-1).view(np.uint8)
+
+
+def _run(
+    cases: Mapping[str, Sums], found: Mapping[str, Measured], files: Sequence[Path], repeats: int, *, cold: bool
+) -> float | None:
+    """Warm laps, then cold ones; the greatest share that stayed in the page cache, None where nothing is dropped."""
+    stayed: list[float] = []
+
+    def prepared(case: Sums, before: Callable[[], None]) -> Callable[[], float]:
+        def call() -> float:
+            before()
+            return case()
+
+        return call
+
+    def drop() -> None:
+        shares = [local.drop_cached(path) for path in files]
+        known = [share for share in shares if share is not None]
+        if not known:
+            raise BadSpec("the system does not drop files from its page cache")
+        stayed.append(max(known))
+
+    for kind, before in (("warm", lambda: None), ("cold", drop)):
+        if kind == "cold" and not cold:
+            continue
+        note(f"{kind}: {len(cases)} ways, {repeats} laps each")
+        timed = [Case(name, prepared(case, before)) for name, case in cases.items() if not found[name].missing]
+        rotate(timed, repeats, warm_up=1 if kind == "warm" else 0)
+        for each in timed:
+            found[each.name].missing = found[each.name].missing or each.missing
+            getattr(found[each.name], kind).extend(cases[each.name].size / seconds / 1e9 for seconds in each.seconds)
+    return max(stayed) if stayed else None
+
+
+def _check_sums(cases: Mapping[str, Sums], found: Mapping[str, Measured]) -> None:
+    """Strategies sum to one number, reads of whole files to another: a way that differs has not read what is there."""
+    for kind in (True, False):
+        sums = {
+            name: case.sum for name, case in cases.items() if found[name].is_strategy is kind and case.sum is not None
+        }
+        usual = statistics.mode(sums.values()) if sums else None
+        for name, own in sums.items():
+            if own != usual:
+                found[name].missing = f"its bytes sum to {own:x}, the others' to {usual:x}"
+
+
+def _first_bytes(checkpoint: Checkpoint, found: Mapping[str, Measured]) -> None:
+    """Seconds from the start of a process to the first weight in it."""
+    for name, each in found.items():
+        if each.is_strategy and not each.missing:
+            began = time.perf_counter()
+            ran = subprocess.run(
+                [sys.executable, "-c", FIRST_BYTE, name.removeprefix("strategy="), str(checkpoint.root)],
+                capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parent.parent.parent,
+            )  # fmt: skip
+            each.first_byte_s = time.perf_counter() - began if ran.returncode == 0 else None
+
+
+# --- what came of it
+
+
+def _document(
+    checkpoint: Checkpoint, found: Mapping[str, Measured], repeats: int, threads: int, stayed: float | None
+) -> dict[str, Any]:
+    is_cold = stayed is not None and stayed <= STAYED
+    rows = [each.row() for each in found.values()]
+    return {
+        "status": "done",
+        "path": str(checkpoint.root),
+        "container": checkpoint.container,
+        "bytes": checkpoint.size,
+        "filesystem": local.filesystem(checkpoint.root),
+        "threads": threads,
+        "repeats": repeats,
+        "stayed_in_cache": stayed,
+        "is_cold": is_cold,
+        "rows": rows,
+        "ratios": {kind: _ratios(rows, kind) for kind in ("warm", *(("cold",) if is_cold else ()))},
+        "winners": {kind: _winner(rows, kind) for kind in ("warm", *(("cold",) if is_cold else ()))},
+    }
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+    """Of each strategy to the yardstick: warm, summing the maps in place; cold, the best plain read. Medians."""
+    key = f"{kind}_gbps_median"
+    plain = [r[key] for r in rows if not r["is_strategy"] and r[key] and (kind == "cold" or r["case"] == MAPPED)]
+    if not plain:
+        return {}
+    return {r["case"]: r[key] / max(plain) for r in rows if r["is_strategy"] and r[key] and not r["missing"]}
+
+
+def _winner(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, str]:
+    """The fastest strategy, and the fastest that serves jobs, each as a line of YAML to paste."""
+    key = f"{kind}_gbps_median"
+    fit = [r for r in rows if r["is_strategy"] and r[key] and not r["missing"] and r["case"] != "strategy=auto"]
+    found = {}
+    for use, mine in (("loading", fit), ("jobs", [r for r in fit if r["serves_jobs"]])):
+        if mine:
+            best = max(mine, key=lambda r: float(r[key]))
+            found[use] = best["case"].removeprefix("strategy=")
+    return found
+
+
+def yaml_line(name: str) -> str:
+    """A strategy as a line of a job's YAML, its settings written out."""
+    import yaml
+
+    values = yaml.safe_load((Path(__file__).resolve().parents[2] / "conf" / "strategy" / f"{name}.yaml").read_text())
+    return f"strategy: {yaml.safe_dump(values, default_flow_style=True, width=1000, sort_keys=False).strip()}"

@@ -1,0 +1,163 @@
+"""Devices: which there are, their memory, and what a strategy should do to feed them.
+
+Worker counts are starting points: what multithread then measures decides (strategies/tuning.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.backends import machine
+from loaders.errors import BadSpec
+
+NAMES = ("cpu", "cuda", "mps", "mlx")
+GPU_BYTES_A_WORKER = 10 << 30  # a worker's pinned memory and copies pay off with the GPU's size: 1 for 10 GiB, 8 for 80
+MOST_GPU_WORKERS = 8
+APPLE_WORKERS = 4  # unified memory: as many copies as its controllers take
+# Threads that keep a medium busy, at least and at most: those that read another machine's disks mostly wait
+FED_BY = {"memory": (1, 8), "local": (2, 8), "rotational": (1, 2), "network": (8, 16), "object": (16, 32)}
+OWN_THREADS = ("fastsafetensors", "runai")  # libraries that bring their workers
+ONE_THREAD = ("lazy", "eager", "read", "unified_memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A device that there is. `devices` names each of several ("cuda:0", "cuda:1"); memory is of the first."""
+
+    name: str
+    devices: tuple[str, ...]
+    description: str
+    total_bytes: int
+    free_bytes: int
+
+    @property
+    def device(self) -> str:
+        """The name that loaders take."""
+        return self.devices[0]
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """What loads weights onto it, the one to try first first; `auto` chooses by the files as well."""
+        if self.name == "cuda":
+            return ("fastsafetensors", "multithread", "streaming", "lazy")
+        if self.name in ("mps", "mlx"):
+            return ("unified_memory", "multithread", "streaming")
+        return ("lazy", "multithread", "streaming", "read")
+
+    def workers(self, strategy: str, medium: str = "local") -> int:
+        """Threads to begin reading with, from a medium as loaders/storage names it ("local", "network", ...)."""
+        if strategy in OWN_THREADS or strategy in ONE_THREAD:
+            return 1
+        least, most = FED_BY[medium]
+        if self.name == "cuda":
+            by_memory = max(1, min(MOST_GPU_WORKERS, self.total_bytes // GPU_BYTES_A_WORKER))
+            return min(by_memory, most) if strategy == "multithread" else min(by_memory, most, 4)
+        if self.name in ("mps", "mlx"):
+            return min(APPLE_WORKERS, most)
+        return min(most, max(least, machine.usable_cpus()))
+
+
+def backend(name: str = "auto") -> Backend:
+    """A device by its name: cpu, cuda, mps, mlx; auto takes a GPU where there is one.
+
+    Raises:
+        BadSpec: this machine has no such device, or its library is not installed.
+    """
+    if name == "auto":
+        return backend(best())
+    if name == "cpu":
+        description = f"{machine.usable_cpus()} CPUs"
+        return Backend("cpu", ("cpu",), description, machine.total_memory(), machine.free_memory())
+    if name == "cuda":
+        return _cuda()
+    if name == "mps":
+        torch, _ = torch_device("mps")
+        total = int(torch.mps.recommended_max_memory())
+        used = int(torch.mps.driver_allocated_memory())
+        return Backend("mps", ("mps",), "an Apple GPU, through torch", total, max(0, total - used))
+    if name == "mlx":
+        return _mlx()
+    raise BadSpec(f"backend: unknown {name!r}; known: {', '.join(NAMES)}, auto")
+
+
+def fed(device: str | None) -> Backend:
+    """The backend of a device that loaders take ("cuda:1", "mlx", None for numpy's arrays)."""
+    kind = (device or "cpu").partition(":")[0]
+    return backend(kind if kind in NAMES else "cpu")
+
+
+def best() -> str:
+    """The name of this machine's fastest device: a GPU of torch's, Apple's, else the CPU."""
+    torch = _library("torch")
+    if torch is not None:
+        if torch.cuda.is_available():
+            return "cuda"
+        if torch.backends.mps.is_available():
+            return "mps"
+    mlx = _library("mlx.core")
+    return "mlx" if mlx is not None and mlx.metal.is_available() else "cpu"
+
+
+def _cuda() -> Backend:
+    torch, _ = torch_device("cuda")
+    names = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    free, total = torch.cuda.mem_get_info(0)
+    return Backend("cuda", names, f"{len(names)} x {torch.cuda.get_device_name(0)}", int(total), int(free))
+
+
+def _mlx() -> Backend:
+    mx = mlx_core()
+    if mx.metal.is_available():
+        total = int(mx.device_info()["max_recommended_working_set_size"])
+        free = max(0, total - int(mx.get_active_memory()))
+        return Backend("mlx", ("mlx",), f"{mx.device_info()['device_name']}, through mlx", total, free)
+    memory = machine.total_memory(), machine.free_memory()
+    return Backend("mlx", ("mlx",), "mlx on the CPU", *memory)
+
+
+def torch_device(device: str) -> tuple[Any, Any]:
+    """torch, and its device of that name ("cpu", "cuda", "cuda:1", "mps").
+
+    Raises:
+        BadSpec: torch is not installed, or finds no such device.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise BadSpec(f"backend={device}: it needs torch ({error}): pip install torch") from error
+    kind, _, index = device.partition(":")
+    is_there: dict[str, Callable[[], bool]] = {
+        "cpu": lambda: not index,
+        "cuda": lambda: torch.cuda.is_available() and (not index or int(index) < torch.cuda.device_count()),
+        "mps": torch.backends.mps.is_available,
+        "meta": lambda: True,
+    }
+    if kind not in is_there or (index and not index.isdecimal()):
+        raise BadSpec(f"device: unknown {device!r}; known: cpu, cuda, cuda:N, mps, mlx")
+    if not is_there[kind]():
+        raise BadSpec(f"backend={device}: torch {torch.__version__} finds no such device here; use backend=cpu")
+    return torch, torch.device(device)
+
+
+def mlx_core() -> Any:
+    """mlx.core.
+
+    Raises:
+        BadSpec: it is not installed, or does not work here.
+    """
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        raise BadSpec(f"backend=mlx: it needs mlx ({error}): pip install mlx, on Linux mlx[cpu]") from error
+    return mx
+
+
+def _library(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None

@@ -1,0 +1,336 @@
+"""packed: one file of tensors to be mapped into memory, a manifest beside it, and the experts of mixtures by layers.
+
+    model_weights.json          {"tensors": {NAME: {"offset", "size", "shape", "dtype", "bits"}}, ...}
+    model_weights.bin           the tensors, each at a multiple of 64, zeros between
+    packed_experts/layout.json  {"expert_size", "num_layers", "num_experts", "components": [...], "moe_layers"}
+    packed_experts/layer_NN.bin the experts of a layer one after another, each with its components at the same offsets
+
+`bits` is for U32, whose words hold quantized weights; where it is absent they are of 4. Reading trusts nothing: every
+number is checked against the files' real sizes before any weight is read. No path is ever taken from the JSON.
+
+Format: https://github.com/mdegans/moeflux, its weight loader and its export of weights and experts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loaders.containers.base import Checksum, Places
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.specs import DType, OutputFile, Shape, Slot, StoredTensor, WeightSpec, dtype_named
+
+MANIFEST, WEIGHTS = "model_weights.json", "model_weights.bin"
+EXPERTS = "packed_experts"
+EXPERT_LAYOUT = f"{EXPERTS}/layout.json"
+ALIGNMENT = 64
+ASSUMED_BITS = 4
+BITS = (2, 3, 4, 5, 6, 8)
+PARTS = ("gate_proj", "up_proj", "down_proj")
+COMPONENT = re.compile(rf"(?:{'|'.join(PARTS)})\.(?:weight|scales|biases)")
+JSON_LIMIT = 1 << 30
+NameExpert = Callable[[int, int, str], str]  # layer, expert, component -> the tensor's name
+
+
+def expert_file(layer: int) -> str:
+    """Where the experts of a layer lie."""
+    return f"{EXPERTS}/layer_{layer:02d}.bin"
+
+
+def plain_name(layer: int, expert: int, component: str) -> str:
+    """What most models call it."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{component}"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a folder holds, found by name in one step. `bits` are those of U32 tensors, by name, as far as they are
+    said; an expert's component may leave them to the shapes.
+    """
+
+    by_name: Mapping[str, WeightSpec]
+    files: tuple[str, ...]
+    bits: Mapping[str, int]
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    def __getitem__(self, name: str) -> WeightSpec:
+        return self.by_name[name]
+
+
+def is_packed(names: Collection[str], *, alone: bool) -> bool:
+    """Whether a folder with files of these names is meant; one without weights of its own, if there are no others."""
+    return MANIFEST in names and (WEIGHTS in names or alone)
+
+
+# --- reading
+
+
+def read(root: Path, name_expert: NameExpert = plain_name) -> Packed:
+    """All tensors of a folder, in the order of their bytes.
+
+    Raises:
+        BadCheckpoint: a span leaves its file, is on another, does not fit its shape, ...
+    """
+    manifest = _json(root, MANIFEST)
+    size = _size(root, WEIGHTS, f"the weights of {MANIFEST}")
+    found = _tensors(manifest, size)
+    bits = {spec.name: count for spec, count in found if count is not None}
+    specs, files = [spec for spec, _ in found], [WEIGHTS]
+    if (root / EXPERT_LAYOUT).exists():
+        experts = _Experts(_json(root, EXPERT_LAYOUT))
+        for layer in experts.layers:
+            experts.check_size(layer, _size(root, expert_file(layer), f"a layer of {EXPERT_LAYOUT}"))
+            files.append(expert_file(layer))
+            for name, spec, count in experts.specs(layer, name_expert):
+                specs.append(spec)
+                bits |= {} if count is None else {name: count}
+    elif any((root / EXPERTS).glob("layer_*.bin")):
+        raise BadCheckpoint(f"{EXPERT_LAYOUT}: missing, though there are layers beside it; fetch the checkpoint again")
+    by_name = {spec.name: spec for spec in specs}
+    if len(by_name) < len(specs):
+        twice = Counter(spec.name for spec in specs).most_common(1)[0][0]
+        raise BadCheckpoint(f"{twice!r} is in {WEIGHTS} and in {EXPERTS}/; one of them is stale")
+    return Packed(by_name, tuple(files), bits, manifest)
+
+
+def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
+    """The tensors of one file. Raises BadCheckpoint as `read` does."""
+    return tuple(spec for spec in read(root).by_name.values() if spec.file == file)
+
+
+def _size(root: Path, file: str, what: str) -> int:
+    path = root / file
+    if not path.is_file():
+        raise BadCheckpoint(f"{file}: missing; expected {what}; fetch the checkpoint again")
+    with io_errors("looking at", path):
+        return path.stat().st_size
+
+
+def _json(root: Path, file: str) -> dict[str, Any]:
+    _size(root, file, "a JSON file")
+    path = root / file
+    with io_errors("reading", path):
+        size = path.stat().st_size
+        if size > JSON_LIMIT:
+            raise BadCheckpoint(f"{file}: {size} bytes, at most {JSON_LIMIT} are read")
+        raw = path.read_bytes()
+    try:
+        found = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{file}: not JSON ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise BadCheckpoint(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands there twice")
+        found[name] = value
+    return found
+
+
+def _tensors(manifest: Mapping[str, Any], file_size: int) -> list[tuple[WeightSpec, int | None]]:
+    entries = manifest.get("tensors")
+    if not isinstance(entries, dict):
+        raise BadCheckpoint(f"{MANIFEST}: expected tensors, an object of entries by name; fetch it again")
+    count = manifest.get("num_tensors", len(entries))
+    if count != len(entries):
+        raise BadCheckpoint(f"{MANIFEST}: it says num_tensors {count!r} and lists {len(entries)}; fetch it again")
+    found = []
+    for name, entry in entries.items():
+        dtype, shape, offset, size = _entry(f"{MANIFEST}: {name!r}", entry)
+        if not name:
+            raise BadCheckpoint(f"{MANIFEST}: a tensor has no name")
+        if offset % ALIGNMENT:
+            raise BadCheckpoint(f"{MANIFEST}: {name!r} begins at byte {offset}, which is no multiple of {ALIGNMENT}")
+        bits = None
+        if dtype.name == "U32":
+            bits = _bits(f"{MANIFEST}: {name!r}", entry.get("bits", ASSUMED_BITS))
+        found.append((WeightSpec(name, dtype, shape, WEIGHTS, offset, size), bits))
+    found.sort(key=lambda each: (each[0].offset, each[0].size))
+    _check_spans([spec for spec, _ in found], file_size, f"{MANIFEST}:", f"the file's {file_size}")
+    return found
+
+
+def _check_spans(specs: Iterable[WeightSpec], size: int, where: str, what: str) -> None:
+    """Of spans sorted by their beginnings, whether they stay within `size` bytes and off each other."""
+    end, before = 0, ""
+    for spec in specs:
+        if spec.offset + spec.size > size:
+            raise BadCheckpoint(
+                f"{where} {spec.name!r} spans bytes [{spec.offset}, {spec.offset + spec.size}) of {what}; truncated?"
+                " fetch it again"
+            )
+        if spec.offset < end:
+            raise BadCheckpoint(f"{where} {spec.name!r} begins at byte {spec.offset}, within {before!r}")
+        end, before = max(end, spec.offset + spec.size), spec.name
+
+
+def _entry(where: str, entry: Any) -> tuple[DType, Shape, int, int]:
+    try:
+        dtype, shape, offset, size = dtype_named(entry["dtype"]), entry["shape"], entry["offset"], entry["size"]
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{where}: {error}") from None
+    except (TypeError, KeyError, AttributeError, IndexError):
+        raise BadCheckpoint(f"{where} lacks offset, size, shape or dtype: {str(entry)[:200]}") from None
+    if dtype.block > 1:
+        raise BadCheckpoint(f"{where} is {dtype}, which is no dtype of this container")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, offset, size)):
+        raise BadCheckpoint(
+            f"{where}: offset {offset!r}, size {size!r} and shape {shape!r} must be whole numbers from 0"
+        )
+    try:
+        wanted = dtype.size(tuple(shape))
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{where}: {error}") from None
+    if size != wanted:
+        raise BadCheckpoint(f"{where}: {dtype} {shape} takes {wanted} bytes, it says {size}")
+    return dtype, tuple(shape), offset, size
+
+
+def _bits(where: str, bits: Any) -> int:
+    if type(bits) is not int or bits not in BITS:
+        raise BadCheckpoint(f"{where}: bits is {bits!r}, known are {', '.join(map(str, BITS))}")
+    return bits
+
+
+class _Experts:
+    """What layout.json says, checked but for the sizes of the files."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._size, self._count = (self._number(document, key, 1) for key in ("expert_size", "num_experts"))
+        num_layers = self._number(document, "num_layers", 0)
+        layers = document.get("moe_layers", list(range(min(num_layers, 1 << 16))))
+        is_list = isinstance(layers, list) and all(type(n) is int and 0 <= n < num_layers for n in layers)
+        if not is_list or len(set(layers)) < len(layers):
+            raise BadCheckpoint(
+                f"{EXPERT_LAYOUT}: moe_layers {str(layers)[:80]!r} must be different whole numbers below num_layers"
+            )
+        self.layers: list[int] = sorted(layers)
+        self._components = self._read(document.get("components"))
+
+    def _number(self, document: Mapping[str, Any], key: str, least: int) -> int:
+        number = document.get(key)
+        if type(number) is not int or number < least:
+            raise BadCheckpoint(f"{EXPERT_LAYOUT}: {key} is {number!r}; expected a whole number from {least}")
+        return number
+
+    def _read(self, components: Any) -> list[tuple[WeightSpec, int | None]]:
+        if not isinstance(components, list) or not components:
+            raise BadCheckpoint(f"{EXPERT_LAYOUT}: expected components, a list of what an expert holds")
+        found = []
+        for entry in components:
+            name = entry.get("name") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or not COMPONENT.fullmatch(name):
+                raise BadCheckpoint(
+                    f"{EXPERT_LAYOUT}: a component is called {name!r}; known are {', '.join(PARTS)} with .weight,"
+                    " .scales and .biases"
+                )
+            dtype, shape, offset, size = _entry(f"{EXPERT_LAYOUT}: {name!r}", entry)
+            bits = _bits(f"{EXPERT_LAYOUT}: {name!r}", entry["bits"]) if "bits" in entry else None
+            found.append((WeightSpec(name, dtype, shape, "", offset, size), bits))
+        if len({spec.name for spec, _ in found}) < len(found):
+            raise BadCheckpoint(f"{EXPERT_LAYOUT}: a component stands there twice")
+        found.sort(key=lambda each: (each[0].offset, each[0].size))
+        specs = [spec for spec, _ in found]
+        _check_spans(specs, self._size, f"{EXPERT_LAYOUT}:", f"an expert's {self._size}")
+        return found
+
+    def check_size(self, layer: int, size: int) -> None:
+        if size != self._count * self._size:
+            raise BadCheckpoint(
+                f"{expert_file(layer)}: {size} bytes; {EXPERT_LAYOUT} says {self._count} experts of {self._size};"
+                " truncated? fetch it again"
+            )
+
+    def specs(self, layer: int, name_expert: NameExpert) -> Iterable[tuple[str, WeightSpec, int | None]]:
+        file = expert_file(layer)
+        for expert in range(self._count):
+            for spec, bits in self._components:
+                name, at = name_expert(layer, expert, spec.name), expert * self._size + spec.offset
+                yield name, WeightSpec(name, spec.dtype, spec.shape, file, at, spec.size), bits
+
+
+# --- writing
+
+
+def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
+    """Give every tensor its place: by name, each aligned; or where it says that it goes.
+
+    Raises:
+        BadSpec: the container has no such dtype.
+    """
+    slots, end = [], 0
+    for tensor in sorted(tensors, key=lambda each: (each.place or ("", 0), each.name)):
+        spec = tensor.spec
+        if spec.dtype.block > 1 or spec.is_bound or tensor.whole is not None:
+            raise BadSpec(f"output.container: {tensor.name} would be {spec.dtype}, which packed cannot hold")
+        at = end if tensor.place is None else tensor.place[1]
+        assert at >= end, (tensor.name, at, end)
+        slots.append(Slot(tensor.name, spec.dtype, spec.shape, at))
+        end = at + spec.size if tensor.place is not None else -(-(at + spec.size) // ALIGNMENT) * ALIGNMENT
+    return OutputFile(file, 0, end, tuple(slots), "packed", about=about)
+
+
+def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
+    """Where the tensors lie: where they were planned."""
+    return {slot.name: (slot.offset, slot.size) for slot in file.slots}
+
+
+def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
+    """Zeros between the tensors."""
+    gaps, end = [], 0
+    for at, size in sorted(places.values()):
+        gaps += [(end, bytes(at - end))] if at > end else []
+        end = at + size
+    return [*gaps, (end, bytes(file.data_bytes - end))]
+
+
+def manifest(model: str, config: Any, slots: Iterable[Slot], bits: Mapping[str, int]) -> dict[str, Any]:
+    """model_weights.json of tensors at their places in the file."""
+    entries = {slot.name: _described(slot, slot.offset, bits.get(slot.name)) for slot in slots}
+    return {"model": model, "num_tensors": len(entries), "tensors": dict(sorted(entries.items())), "config": config}
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _described(slot: Slot, offset: int, bits: int | None) -> dict[str, Any]:
+    entry = {"offset": offset, "size": slot.size, "shape": list(slot.shape), "dtype": slot.dtype.name}
+    return entry if bits is None else {**entry, "bits": bits}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """What packed_experts/ holds: of each expert the components with their places, dtypes, shapes and bits."""
+
+    size: int
+    num_experts: int
+    components: tuple[tuple[Slot, int | None], ...]
+    layers: tuple[int, ...]
+
+    def document(self, num_layers: int) -> dict[str, Any]:
+        """layout.json. Bits are said where they are not those assumed."""
+        components = [
+            {
+                "name": slot.name,
+                **_described(slot, slot.offset, None if bits == ASSUMED_BITS else bits),
+            }
+            for slot, bits in self.components
+        ]
+        return {
+            "expert_size": self.size,
+            "num_layers": num_layers,
+            "num_experts": self.num_experts,
+            "components": components,
+            "moe_layers": list(self.layers),
+        }

@@ -1,0 +1,101 @@
+"""A PyTorch file that several units write: its head, a piece of tensors for each unit, its directory at the end.
+
+A piece is a run of members with their headers, checksums included, so that it is whole by itself. What stands before
+the first tensor is known in the plan; the directory repeats the checksums, read back from the headers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import PurePosixPath
+from typing import Any
+
+from loaders.containers.base import Checksum, Places
+from loaders.containers.pytorch_writing import Member, directory_bytes, header_bytes, members_of, own_members
+from loaders.specs import OutputFile, Slot
+
+CHECKSUM_AT = 14  # in a member's header
+Read = Callable[[int, int], bytes]  # offset, size
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a piece knows of its file: the folder in the zip, the key of its first tensor, and where it begins."""
+
+    root: str
+    first_key: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What follows the last piece: the version, and the directory."""
+
+    file: str
+    slots: tuple[Slot, ...]
+    about: Any
+
+    @property
+    def size(self) -> int:
+        return len(self.made(lambda at, size: bytes(size)))
+
+    def made(self, read: Read) -> bytes:
+        """Its bytes, given how to read the file before it."""
+        own, members = own_members(self.file, self.slots, self.about, {}), members_of(self.file, self.slots, self.about)
+        sums = {
+            member.name: zlib.crc32(own[member.name])
+            if member.slot is None
+            else int.from_bytes(read(member.header + CHECKSUM_AT, 4), "little")
+            for member in members
+        }
+        last = max((index for index, member in enumerate(members) if member.slot is not None), default=-1)
+        return _whole(members[last + 1 :], own) + directory_bytes(members, sums)
+
+
+def cut(file: str, shares: Sequence[Sequence[Slot]], about: Any) -> tuple[bytes, tuple[OutputFile, ...], Tail]:
+    """The head, a piece for each share of the tensors, and the tail of a file; lengths are all known."""
+    slots = tuple(slot for share in shares for slot in share)
+    members = members_of(file, slots, about)
+    mine = [member for member in members if member.slot is not None]
+    head = _whole(members[: members.index(mine[0])], own_members(file, slots, about, {}))
+    pieces = []
+    firsts = accumulate((len(share) for share in shares), initial=0)
+    for number, (first, share) in enumerate(zip(firsts, shares, strict=False), 1):
+        own = mine[first : first + len(share)]
+        start, end = own[0].header, own[-1].start + own[-1].size
+        placed = tuple(
+            Slot(slot.name, slot.dtype, slot.shape, member.start - start)
+            for slot, member in zip(share, own, strict=True)
+        )
+        piece = Piece(PurePosixPath(file).stem, first, start)
+        pieces.append(
+            OutputFile(
+                f"{file}.{number:05d}", 0, end - start, placed, "pytorch piece", about=piece, within=(file, start)
+            )
+        )
+    return head, tuple(pieces), Tail(file, slots, about)
+
+
+def _whole(members: Sequence[Member], own: Mapping[str, bytes]) -> bytes:
+    """Members that are no tensors, one after another, with their headers."""
+    return b"".join(header_bytes(m, zlib.crc32(own[m.name])) + own[m.name] for m in members)
+
+
+def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
+    """Where the tensors lie in the piece: where they were planned."""
+    return {slot.name: (slot.offset, slot.size) for slot in file.slots}
+
+
+def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
+    """Every member's header."""
+    piece, found, at = file.about, [], 0
+    assert isinstance(piece, Piece)
+    for key, slot in enumerate(file.slots, piece.first_key):
+        name = f"{piece.root}/data/{key}"
+        member = Member(name, piece.start + at, piece.start + slot.offset, slot.size, slot.name)
+        found.append((at, header_bytes(member, checksum(slot.offset, slot.size))))
+        at = slot.offset + slot.size
+    return found

@@ -1,0 +1,24 @@
+"""Zeros: a tensor that is nowhere stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.quantization.scheme import Stored, Work
+from loaders.specs import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Decodes nothing into zeros. See `Decoder`."""
+
+    kind: ClassVar[str] = "zeros"
+
+    def align(self, spec: TensorSpec) -> int:
+        return 1
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        out[:] = 0

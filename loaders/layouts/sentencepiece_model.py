@@ -1,0 +1,121 @@
+"""A tokenizer.model of SentencePiece: the pieces of its vocabulary, and what it says of itself.
+
+The file is a protobuf message (sentencepiece, src/sentencepiece_model.proto: ModelProto). Only what is needed is read;
+a length or a number is never trusted further than the bytes that are left.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loaders.errors import BadCheckpoint, io_errors
+
+LARGEST = 1 << 28  # bytes: the largest that are published have some 5 MB
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+UNIGRAM, BPE = 1, 2
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token: its text with U+2581 for spaces, its score, and one of the types above."""
+
+    text: str
+    score: float
+    type: int
+
+
+@dataclass(frozen=True, slots=True)
+class SentencePieceModel:
+    """`model_type`: UNIGRAM, BPE, or another. `adds_prefix`: a text gets a space before it."""
+
+    pieces: tuple[Piece, ...]
+    model_type: int
+    adds_prefix: bool
+
+
+def read_model(path: Path) -> SentencePieceModel:
+    """Read a tokenizer.model.
+
+    Raises:
+        BadCheckpoint: it is no such file, or damaged.
+    """
+    with io_errors("reading", path):
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise BadCheckpoint(f"{path.name}: {size} bytes, at most {LARGEST} are read")
+        raw = path.read_bytes()
+    try:
+        pieces, model_type, adds_prefix = [], UNIGRAM, True
+        for number, value in _fields(raw):
+            if number == 1 and isinstance(value, bytes):
+                pieces.append(_piece(value))
+            elif number == 2 and isinstance(value, bytes):  # TrainerSpec
+                model_type = _last_int(value, 3, UNIGRAM)
+            elif number == 3 and isinstance(value, bytes):  # NormalizerSpec
+                adds_prefix = bool(_last_int(value, 3, 1))
+    except (ValueError, struct.error) as error:
+        raise BadCheckpoint(
+            f"{path.name}: not a model of SentencePiece, or damaged ({error}); fetch it again"
+        ) from None
+    if not pieces:
+        raise BadCheckpoint(f"{path.name}: it holds no pieces; not a model of SentencePiece? fetch it again")
+    return SentencePieceModel(tuple(pieces), model_type, adds_prefix)
+
+
+def _piece(raw: bytes) -> Piece:
+    text, score, kind = "", 0.0, NORMAL
+    for number, value in _fields(raw):
+        if number == 1 and isinstance(value, bytes):
+            text = value.decode()
+        elif number == 2 and isinstance(value, float):
+            score = value
+        elif number == 3 and isinstance(value, int):
+            kind = value
+    if not NORMAL <= kind <= BYTE:
+        raise ValueError(f"the piece {text!r} has the unknown type {kind}")
+    return Piece(text, score, kind)
+
+
+def _last_int(raw: bytes, wanted: int, default: int) -> int:
+    found = [value for number, value in _fields(raw) if number == wanted and isinstance(value, int)]
+    return found[-1] if found else default
+
+
+def _fields(raw: bytes) -> Iterator[tuple[int, int | float | bytes]]:
+    """The fields of a message by number; 64-bit ones are passed over."""
+    at = 0
+    while at < len(raw):
+        key, at = _varint(raw, at)
+        kind = key & 7
+        if kind == VARINT:
+            value, at = _varint(raw, at)
+            yield key >> 3, value
+        elif kind == LENGTH:
+            length, at = _varint(raw, at)
+            if length > len(raw) - at:
+                raise ValueError(f"{length} bytes announced where {len(raw) - at} are left")
+            yield key >> 3, raw[at : at + length]
+            at += length
+        elif kind == FIXED32:
+            yield key >> 3, struct.unpack_from("<f", raw, at)[0]
+            at += 4
+        elif kind == FIXED64 and len(raw) - at >= 8:
+            at += 8
+        else:
+            raise ValueError(f"wire type {kind} at byte {at}")
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for index in range(10):
+        if at + index >= len(raw):
+            raise ValueError("it ends within a number")
+        byte = raw[at + index]
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return value, at + index + 1
+    raise ValueError(f"a number of more than 10 bytes at byte {at}")

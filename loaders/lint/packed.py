@@ -1,0 +1,56 @@
+"""Checks of packed checkpoints, as moeflux maps them: dtypes it knows, bits it computes with, experts where it looks.
+
+That spans, shapes, alignment and bits agree is checked when a packed checkpoint is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loaders.containers.packed import EXPERTS
+from loaders.decoding.mlx import settings_of
+from loaders.layouts.packed import READ
+from loaders.lint.base import Finding, Subject, doubt, fault, some
+
+ENGINE = "moeflux"
+BITS = (4, 8)
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """What moeflux would stumble over."""
+    weights = subject.checkpoint.weights
+    odd = [f"{spec.name} ({spec.dtype})" for spec in weights if spec.dtype.name not in READ]
+    if odd:
+        yield fault(
+            ENGINE,
+            f"{len(odd)} tensors are not {', '.join(READ)}: {some(odd)}",
+            "does not know their dtype",
+            "write them again with quant.dtype=bfloat16, or quantize",
+        )
+    block = settings_of(subject.config)
+    if block is None:
+        yield doubt(
+            ENGINE, "nothing is quantized", "computes its matrices from MLX's words alone", "use quant=mlx_int4"
+        )
+    else:
+        own = [block, *(each for each in block.values() if isinstance(each, dict))]
+        others = sorted({each["bits"] for each in own} - set(BITS))
+        if others:
+            yield doubt(
+                ENGINE,
+                f"some weights have {', '.join(map(str, others))} bits",
+                "is known to read 4 and 8",
+                "quantize them to 4 or 8 bits",
+            )
+    inside = [r.name for r in subject.sources.recipes if r.role == "expert" and not _is_apart(r.stored[0][1].file)]
+    if inside:
+        yield doubt(
+            ENGINE,
+            f"{len(inside)} experts' tensors are not in {EXPERTS}/: {some(inside)}",
+            "looks for routed experts there",
+            "write it again from a checkpoint whose model_type is known",
+        )
+
+
+def _is_apart(file: str) -> bool:
+    return file.startswith(f"{EXPERTS}/")

@@ -1,0 +1,78 @@
+"""How weights are loaded: the settings of `load_weights`, checked."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from loaders.backends import DEVICES
+from loaders.errors import BadSpec
+from loaders.presets import DEFAULT, preset
+from loaders.quants import Quant
+from loaders.strict import FloatName, Spec
+
+
+class LoadConfig(Spec):
+    """How weights are loaded: frozen, and checked when it is made."""
+
+    quantize: str | bool | None = Field(default=None, description="a preset of conf/quant; true: nf4")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the preset: group_size, ...")
+    layer_filter: str | tuple[str, ...] | None = Field(
+        default=None, description="parts of names, or patterns with * and ?: what is loaded"
+    )
+    device: str = Field(default="cpu", description="where weights come to lie: cpu, cuda, cuda:1, mps")
+    dtype: FloatName | None = Field(default=None, description="of float weights; null: as they are stored")
+    strategy: str = Field(default="auto", description="how files are read")
+    backend: Literal["cpu", "cuda", "mps", "mlx"] = Field(default="cpu", description="where encoders run")
+    use_cache: bool = Field(default=False, description="keep on disk what was made of weights, and take it from there")
+    measure: bool = Field(default=True, description="decode what was quantized, compare it with its source")
+    allow_nonfinite: bool = Field(default=False, description="quantize tensors with NaN or infinities, too")
+    check_finite: bool = Field(default=False, description="look for NaN and infinities in plain weights, too")
+    max_relative_error: float | None = Field(default=None, gt=0, description="of each tensor; null: its scheme's own")
+    expected_shapes: dict[str, tuple[int, ...]] | None = Field(
+        default=None, description="by name, what must be there, and nothing else (of what the filter takes)"
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str) -> str:
+        kind, _, index = device.partition(":")
+        if kind not in DEVICES or (index and not index.isdecimal()):
+            raise ValueError(f"expected one of {', '.join(DEVICES)}, cuda:N")
+        return device
+
+    @property
+    def quant(self) -> Quant | None:
+        """The quantization that is asked for.
+
+        Raises:
+            BadSpec: no such preset or setting.
+        """
+        if self.quantize is None or self.quantize is False:
+            if self.settings:
+                raise BadSpec("settings: they are of a preset; give quantize")
+            return None
+        return preset(DEFAULT if self.quantize is True else self.quantize, **self.settings)
+
+
+def load_config(config: Mapping[str, Any]) -> LoadConfig:
+    """A config from a mapping of its fields.
+
+    Raises:
+        BadSpec: a field is unknown or wrong; all such faults at once.
+    """
+    try:
+        return LoadConfig.model_validate(dict(config))
+    except ValidationError as error:
+        raise BadSpec([f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from None
+
+
+def matches(name: str, filters: str | Sequence[str] | None) -> bool:
+    """Whether a layer filter takes a name."""
+    if filters is None:
+        return True
+    each = (filters,) if isinstance(filters, str) else filters
+    return any(fnmatch.fnmatchcase(name, one) if set("*?[") & set(one) else one in name for one in each)

@@ -1,0 +1,26 @@
+"""Weights into models: transformers' and mlx-lm's, plain or quantized, whole, in shards, or a module at a time.
+
+Needs torch, transformers 5 and accelerate (the extra `models`); quantized modules need their engine as well. Checked
+with transformers 5.23, accelerate 1.15, bitsandbytes 0.50, hqq 0.2.8, mlx-lm 0.32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+
+__all__ = ["LoadingStrategy", "ModelLoadingConfig", "load_model_and_tokenizer", "open_weights", "skeleton_of"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers when the first model is asked for."""
+    if name == "load_model_and_tokenizer":
+        from loaders.models.loading import load_model_and_tokenizer
+
+        return load_model_and_tokenizer
+    if name in ("open_weights", "skeleton_of"):
+        from loaders.models import skeleton
+
+        return getattr(skeleton, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

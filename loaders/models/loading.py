@@ -1,0 +1,237 @@
+"""A model with its weights and its tokenizer, from a folder: an original, or an output of any tool."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loaders.backends import best
+from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.decoding import check_decodable, is_quantized
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.expansion import expand_checkpoint, expand_sources
+from loaders.families import load_dtype
+from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+from loaders.models.engines import module_maker, runs_here
+from loaders.models.placing import device_map_of, hold_to, place_of
+from loaders.models.sharding import is_first, load_unified
+from loaders.models.skeleton import Skeleton, open_weights, set_parameter, skeleton_of
+from loaders.models.streaming import stream
+from loaders.models.weights import ModelWeights
+from loaders.quantization.scheme import Scheme
+from loaders.recipes import Recipe
+from loaders.rules import decide
+from loaders.sources import Sources, recipes_of
+
+Models = tuple[Any, Any]
+
+
+def load_model_and_tokenizer(
+    name_or_path: str | Path, backend: str = "auto", config: ModelLoadingConfig | None = None, **settings: Any
+) -> Models:
+    """A causal language model, ready to run, and its tokenizer (None where the folder has none).
+
+    `settings` are those of ModelLoadingConfig. Weights that are quantized stay so where their engine's modules are made
+    here (bitsandbytes, hqq, MLX), go through transformers where it loads them (compressed-tensors, fp8, ...), and are
+    decoded with decode=True. Weights that are not are encoded tensor by tensor straight into the engine's modules with
+    quantize=SCHEME: the model is never in memory in full precision.
+
+    Raises:
+        BadSpec: it cannot be done; what was found, and what to do.
+        BadCheckpoint: the weights are damaged, missing, unexpected or of other shapes than the model's; all listed.
+    """
+    if backend != "auto":
+        settings["backend"] = backend
+    config = replace(config or ModelLoadingConfig(), **settings)
+    folder = Path(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
+    checkpoint = open_checkpoint(folder, key="name_or_path")
+    if config.llama_pro_path is not None:
+        check_expanded(open_checkpoint(name_or_path, key="name_or_path"), checkpoint)
+    if _is_mlx(config, checkpoint):
+        from loaders.models import mlx_modules
+
+        return mlx_modules.load(checkpoint, config)
+    return _model(checkpoint, config), tokenizer_of(folder)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a folder; None where it has no files of one."""
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in files):
+        return None
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def check_expanded(base: Checkpoint, expanded: Checkpoint) -> None:
+    """Check that a checkpoint is a block expansion of another, by their configs.
+
+    Raises:
+        BadSpec: it is not.
+    """
+    old, new = (c.config.get("num_hidden_layers") for c in (base, expanded))
+    added = new - old if isinstance(old, int) and isinstance(new, int) else 0
+    if added < 1:
+        raise BadSpec(f"llama_pro_path: expected more than the {old} blocks of {base.root}, found {new}")
+    wanted = expand_checkpoint(base, added).config
+    keys = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "layer_types")
+    differing = [key for key in keys if wanted.get(key) != expanded.config.get(key)]
+    if differing:
+        raise BadSpec(
+            f"llama_pro_path: {expanded.root} is no expansion of {base.root}: {differing[0]} is"
+            f" {expanded.config.get(differing[0])!r}, expected {wanted.get(differing[0])!r}"
+        )
+
+
+def _is_mlx(config: ModelLoadingConfig, checkpoint: Checkpoint) -> bool:
+    block = checkpoint.config.get("quantization")
+    is_mlx_scheme = config.scheme is not None and config.scheme.engine == "mlx"
+    if config.backend != "mlx" and is_mlx_scheme:
+        raise BadSpec("quantize: MLX's schemes run on MLX: give backend='mlx'")
+    return config.backend == "mlx" or (config.backend == "auto" and isinstance(block, dict) and not config.decode)
+
+
+def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
+    device = best() if config.backend == "auto" else config.backend
+    device = "cpu" if device == "mlx" else device
+    sources = sources_of(checkpoint, config)
+    if _needs_transformers(sources, config):
+        return from_transformers(checkpoint, config, device)
+    if config.llama_pro_blocks:
+        sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
+        checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
+    skeleton = skeleton_of(
+        checkpoint, sources, dtype=place_of(device).dtype(config.dtype, checkpoint), attention=config.attention,
+        ignore_unexpected=config.ignore_unexpected,
+    )  # fmt: skip
+    model = skeleton.model
+    _set_generation(model, checkpoint.root)
+    if config.strategy is LoadingStrategy.STREAMING:
+        stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
+        return model
+    if config.strategy is LoadingStrategy.UNIFIED_MEMORY:
+        return load_unified(skeleton, open_weights(checkpoint, skeleton, workers=config.workers), device)
+    if config.strategy is LoadingStrategy.LOW_MEMORY:
+        if not is_first():
+            return model
+        device = "cpu"
+    schemes = schemes_of(checkpoint, sources, skeleton, config)
+    places = device_map_of(skeleton, schemes, config.limits, device)
+    with open_weights(checkpoint, skeleton, workers=config.workers) as weights:
+        fill_model(skeleton, weights, schemes, places.device_of)
+    return hold_to(model, places)
+
+
+def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
+    """The logical tensors, by transformers' names.
+
+    Raises:
+        BadSpec: they are quantized in a way that is not known here, or already, and quantize asks for more.
+    """
+    if is_quantized(checkpoint):
+        check_decodable(checkpoint)
+        if config.quantize is not None:
+            raise BadSpec(
+                f"quantize: {checkpoint.root} is quantized already; leave quantize out to load it as it is, or run a"
+                " job with this source"
+            )
+    return recipes_of(checkpoint, decode=True)
+
+
+def _needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
+    """Whether there are quantized tensors that only transformers has modules for."""
+    if config.decode or config.strategy is not LoadingStrategy.FULL or config.llama_pro_blocks:
+        return False
+    decoders = {r.decode for r in sources.recipes if r.decode is not None and not _is_ggml(r)}
+    return any(not runs_here(decoder) for decoder in decoders)
+
+
+def _is_ggml(recipe: Recipe) -> bool:
+    """GGUF's tensors have no modules in torch: they are always decoded."""
+    return any(spec.file.endswith(".gguf") for _, spec in recipe.stored)
+
+
+def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device: str) -> Any:
+    """Load as transformers does, for quantized modules that are its own or of compressed-tensors."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {} if config.attention is None else {"attn_implementation": config.attention}
+    if config.max_memory is not None:
+        options["max_memory"] = config.limits
+    auto: Any = AutoModelForCausalLM
+    return auto.from_pretrained(
+        str(checkpoint.root), dtype=config.dtype or "auto", device_map={"": device}, **options
+    ).eval()
+
+
+def schemes_of(
+    checkpoint: Checkpoint, sources: Sources, skeleton: Skeleton, config: ModelLoadingConfig
+) -> dict[str, tuple[Scheme, bool]]:
+    """By parameter that is held in codes: the scheme, and whether it has yet to be encoded.
+
+    Raises:
+        BadSpec: the engine has no modules here, or cannot take one of the tensors.
+    """
+    if config.decode or config.strategy is not LoadingStrategy.FULL:
+        return {}
+    scheme = config.scheme
+    if scheme is None:
+        return {
+            name: (parts[0].decode, False)  # type: ignore[misc]
+            for name, parts in skeleton.parameters.items()
+            if parts[0].decode is not None and runs_here(parts[0].decode) and _is_linear(skeleton.model, name)
+        }
+    module_maker(scheme)
+    chosen = {d.recipe.name for d in decide(sources.recipes, scheme, ()) if d.action == "quantize"}
+    return {
+        name: (scheme, True)
+        for name, parts in skeleton.parameters.items()
+        if len(parts) == 1 and parts[0].name in chosen and _is_linear(skeleton.model, name)
+    }
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear) and name.endswith(".weight")
+
+
+def fill_model(
+    skeleton: Skeleton, weights: ModelWeights, schemes: dict[str, tuple[Scheme, bool]], device_of: Any
+) -> None:
+    """Give every parameter its weights, one after another."""
+    model = skeleton.model
+    expected = dict(model.state_dict(keep_vars=True))
+    for name in skeleton.parameters:
+        if name in schemes:
+            continue
+        tensor = torch.empty(expected[name].shape, dtype=expected[name].dtype, device=device_of(name))
+        weights.fill(name, tensor)
+        set_parameter(model, name, tensor)
+    for name, original in skeleton.tied.items():
+        set_parameter(model, name, model.get_parameter(original))
+    for name, (scheme, is_new) in schemes.items():
+        path = name.rpartition(".")[0]
+        linear, [recipe] = model.get_submodule(path), skeleton.parameters[name]
+        wanted = load_dtype(weights.checkpoint.config) if is_new else recipe.dtype
+        stored = weights.encoded(recipe, scheme, wanted) if is_new else weights.stored(recipe)
+        made = module_maker(scheme)(
+            scheme, recipe.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))
+        )
+        model.set_submodule(path, made.eval())
+    for path, buffer in list(model.named_buffers()):
+        if device_of(path) != "cpu":
+            set_parameter(model, path, buffer.to(device_of(path)))
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise BadCheckpoint(f"{weights.checkpoint.root}: no weights came for {', '.join(left[:4])}")
+
+
+def _set_generation(model: Any, root: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (root / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(root))

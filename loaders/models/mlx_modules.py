@@ -1,0 +1,114 @@
+"""mlx-lm's models: an MLX checkpoint as it is, or any other encoded on the way.
+
+mlx-lm 0.32 loads folders (utils.py: load_model, load_tokenizer). An original is therefore encoded block by block into a
+folder that lives as long as the loading: its files are read back into MLX's memory and gone. What is held at once is a
+block in codes, and the model in codes; what the disk needs for a moment is the model in codes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.checkpoint import Checkpoint
+from loaders.decoding import check_decodable, is_quantized
+from loaders.errors import BadSpec
+from loaders.expansion import expand_checkpoint, expand_sources
+from loaders.layouts.base import Placed
+from loaders.layouts.mlx import MlxLayout
+from loaders.mixes.mlx import MlxRules
+from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+from loaders.models.weights import ModelWeights
+from loaders.quantization.plain import Plain
+from loaders.quantization.scheme import Scheme
+from loaders.rules import Rule, decide
+from loaders.sources import recipes_of
+from loaders.specs import DTYPES
+
+Models = tuple[Any, Any]
+
+
+def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
+    """An mlx-lm model and its tokenizer.
+
+    Raises:
+        BadSpec: mlx-lm has no such model, or the request is one for other backends.
+    """
+    if config.strategy not in (LoadingStrategy.FULL, LoadingStrategy.UNIFIED_MEMORY):
+        raise BadSpec(
+            f"strategy: {config.strategy.name} is for models of transformers; MLX has FULL, and UNIFIED_MEMORY, which"
+            " reads weights when they are first used"
+        )
+    if config.attention is not None or config.max_memory is not None:
+        raise BadSpec("attention, max_memory: they are transformers'; MLX has one device and its own attention")
+    is_lazy = config.strategy is LoadingStrategy.UNIFIED_MEMORY
+    block = checkpoint.config.get("quantization")
+    if isinstance(block, dict) and config.quantize is None and not config.decode and not config.llama_pro_blocks:
+        return _model(checkpoint.root, is_lazy=is_lazy), _tokenizer(checkpoint.root)
+    with tempfile.TemporaryDirectory(prefix="weightmill-mlx-") as folder:
+        convert(checkpoint, config, Path(folder))
+        return _model(Path(folder), is_lazy=False), _tokenizer(checkpoint.root)
+
+
+def _model(folder: Path, *, is_lazy: bool) -> Any:
+    from mlx_lm.utils import load_model
+
+    return load_model(folder, lazy=is_lazy)[0]
+
+
+def _tokenizer(folder: Path) -> Any:
+    from mlx_lm import utils
+
+    untyped: Any = utils
+    return untyped.load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
+
+
+def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) -> None:
+    """Write a checkpoint as mlx-lm reads it, a file a block, nothing of it whole in memory but the block in codes."""
+    if is_quantized(checkpoint):
+        check_decodable(checkpoint)
+        if config.quantize is not None:
+            raise BadSpec(f"quantize: {checkpoint.root} is quantized already; leave it out, or give decode=True")
+    sources = recipes_of(checkpoint, decode=True, split=True)
+    if config.llama_pro_blocks:
+        sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
+        checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
+    scheme: Scheme = config.scheme or Plain(next((d.name for d in DTYPES.values() if d.torch == config.dtype), None))
+    rules: tuple[Rule, ...] | None = None
+    if config.scheme is not None:
+        group_size = getattr(scheme, "group_size", 64)
+        rules = MlxRules(group_size).rules(sources.recipes, checkpoint.config)
+    decisions = decide(sources.recipes, scheme, (), rules)
+    layout = MlxLayout()
+    placed = layout.place(checkpoint, decisions)
+    made = layout.config(checkpoint, decisions, None)
+    (folder / "config.json").write_text(json.dumps(made))
+    blocks: dict[str, list[Placed]] = {}
+    for each in placed:
+        blocks.setdefault(each.recipe.block, []).append(each)
+    parameters = {r.name: (r,) for r in sources.recipes}
+    with ModelWeights(checkpoint, parameters, workers=config.workers) as weights:
+        for number, block in enumerate(blocks.values()):
+            _write(folder / f"model-{number:05d}.safetensors", block, weights)
+
+
+def _write(path: Path, block: list[Placed], weights: ModelWeights) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for each in block:
+        encoded = weights.encoded(each.recipe, each.scheme, each.cast)
+        for role, stored in each.stored.items():
+            if stored.whole is None:
+                tensors[stored.name] = encoded[role]
+                continue
+            shape, part = stored.whole.shape, encoded[role]
+            whole = tensors.setdefault(stored.name, torch.empty(shape, dtype=part.dtype))
+            size = int(np.prod(shape[1:], dtype=np.int64)) * part.element_size()
+            whole[stored.offset // size].copy_(part)
+    save_file(tensors, path, metadata={"format": "mlx"})

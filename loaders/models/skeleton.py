@@ -1,0 +1,198 @@
+"""A model without weights, and the checkpoint's weights by the names of its parameters.
+
+Parameters are on torch's meta device: shapes and dtypes. Buffers are real, since a model computes its own (rotary
+frequencies). Tied parameters are one parameter, as the checkpoint has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loaders.checkpoint import Checkpoint
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.families import load_dtype
+from loaders.layouts.hf import plain_config
+from loaders.models.weights import ModelWeights, Parts, torch_dtype
+from loaders.recipes import Recipe
+from loaders.sources import Sources
+
+# transformers 5 fuses a layer's experts into one parameter each for gate and up, and for down
+EXPERT_PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")
+MIXTRAL = ("mlp.", "block_sparse_moe.")
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device, where its parameters come from, and which are another's (tied: name, original)."""
+
+    model: Any
+    parameters: Mapping[str, Parts]
+    tied: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parameters in the model's dtypes."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+
+def skeleton_of(
+    checkpoint: Checkpoint,
+    sources: Sources,
+    *,
+    dtype: str | None = None,
+    attention: str | None = None,
+    ignore_unexpected: Sequence[str] = (),
+) -> Skeleton:
+    """Build a causal language model on the meta device, and find the weights of all its parameters.
+
+    Raises:
+        BadSpec: transformers has no such model.
+        BadCheckpoint: weights are missing, unexpected, or of another shape; all of them listed.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+
+    config = model_config(checkpoint)
+    wanted = getattr(torch, dtype) if dtype is not None else default_dtype(checkpoint, sources)
+    options = {} if attention is None else {"attn_implementation": attention}
+    with init_empty_weights(include_buffers=False):
+        model = auto.from_config(config, dtype=wanted, **options)
+    model.eval()
+    parameters, tied = matched(model, sources, ignore_unexpected)
+    for name, original in tied.items():
+        set_parameter(model, name, model.get_parameter(original))
+    return Skeleton(model, parameters, tied)
+
+
+def open_weights(
+    checkpoint: Checkpoint, skeleton: Skeleton, *, workers: int | None = None, read: str = "lazy"
+) -> ModelWeights:
+    """Open the weights of a skeleton's parameters; close them when the model has what it needs."""
+    return ModelWeights(checkpoint, skeleton.parameters, workers=workers, read=read)
+
+
+def model_config(checkpoint: Checkpoint) -> Any:
+    """The config of a checkpoint for transformers, without its quantization.
+
+    Raises:
+        BadSpec: a model_type that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    plain = plain_config(checkpoint.config)
+    try:
+        made = AutoConfig.for_model(str(plain.get("model_type")))
+    except ValueError:
+        raise BadSpec(
+            f"model.path: transformers has no model_type {plain.get('model_type')!r} of its own; code that comes with a"
+            " checkpoint is never run"
+        ) from None
+    return type(made).from_dict(plain)
+
+
+def default_dtype(checkpoint: Checkpoint, sources: Sources) -> torch.dtype:
+    """The config's, else that of the first float weight, as transformers takes it."""
+    found = load_dtype(checkpoint.config) or next((r.dtype for r in sources.recipes if r.dtype.is_float), None)
+    return torch.float32 if found is None or found.name == "F64" else torch_dtype(found)
+
+
+# --- which weights are whose
+
+
+def matched(model: Any, sources: Sources, ignore: Sequence[str]) -> tuple[dict[str, Parts], dict[str, str]]:
+    """The parts of each parameter and persistent buffer, and the tied ones.
+
+    Raises:
+        BadCheckpoint: see `skeleton_of`.
+    """
+    recipes = {recipe.name: recipe for recipe in sources.recipes}
+    expected = dict(model.state_dict(keep_vars=True))
+    found: dict[str, Parts] = {}
+    missing = []
+    ties = {dropped: kept for kept, dropped in sources.tied} | dict(getattr(model, "all_tied_weights_keys", {}))
+    tied = {}
+    for name in expected:
+        parts = parts_of(name, recipes)
+        if parts:
+            found[name] = parts
+        elif name in ties and parts_of(ties[name], recipes):
+            tied[name] = ties[name]
+        else:
+            missing.append(name)
+    used = {recipe.name for parts in found.values() for recipe in parts}
+    unexpected = [
+        r.name
+        for r in sources.recipes
+        if r.name not in used and r.role != "buffer" and not any(re.search(p, r.name) for p in ignore)
+    ]
+    wrong = [
+        f"{name} {list(expected[name].shape)} from {[list(r.shape) for r in parts][:2]}"
+        for name, parts in found.items()
+        if not _fits(expected[name], parts)
+    ]
+    faults = {
+        "missing": missing,
+        "unexpected (ignore_unexpected takes patterns)": unexpected,
+        "of another shape": wrong,
+    }
+    if any(faults.values()):
+        said = "; ".join(f"{len(names)} {why}: {_shown(names)}" for why, names in faults.items() if names)
+        raise BadCheckpoint(f"{type(model).__name__} and the checkpoint do not fit: {said}")
+    return found, tied
+
+
+def _shown(names: Sequence[str]) -> str:
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def parts_of(name: str, recipes: Mapping[str, Recipe]) -> Parts:
+    """The logical tensors that make a parameter, in its flat order; none if there are none."""
+    for each in (name, name.replace(*MIXTRAL)):
+        if each in recipes:
+            return (recipes[each],)
+    match = FUSED.match(name)
+    if match is None:
+        return ()
+    for prefix in MIXTRAL:
+        for parts in EXPERT_PARTS[match["part"]]:
+            made: list[Recipe] = []
+            stem = f"{match['layer']}{prefix}experts"
+            while all(f"{stem}.{len(made) // len(parts)}.{part}.weight" in recipes for part in parts):
+                made += [recipes[f"{stem}.{len(made) // len(parts)}.{part}.weight"] for part in parts]
+            if made:
+                return tuple(made)
+    return ()
+
+
+def _fits(parameter: torch.Tensor, parts: Parts) -> bool:
+    if len(parts) == 1:
+        return tuple(parameter.shape) == parts[0].shape
+    return parameter.numel() == sum(r.spec.numel for r in parts) and all(
+        r.shape[-1] == parameter.shape[-1] and len(r.shape) == 2 for r in parts
+    )
+
+
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a parameter or a buffer into its module."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if last in module._buffers:
+        module._buffers[last] = value
+    else:
+        old = module._parameters[last]
+        trains = old is not None and old.requires_grad
+        module._parameters[last] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trains)

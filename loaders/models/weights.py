@@ -1,0 +1,146 @@
+"""A checkpoint's weights by the names of a model's parameters: any range of any of them, in the model's dtype.
+
+A parameter is a run of logical tensors in flat order: mostly one; a fused parameter of experts is gate, up, gate, up...
+so a rank's rows, or a vocabulary's few, are ranges whatever the parameter is made of.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.backends import kernels_of
+from loaders.checkpoint import Checkpoint
+from loaders.errors import BadCheckpoint
+from loaders.models.memory_sink import MemorySink
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Scheme, View
+from loaders.recipes import Recipe, Window
+from loaders.specs import WEIGHT_DTYPES, DType, dtype_named, storage_of
+from loaders.strategies import loader
+from loaders.strategies.lazy import map_privately
+from loaders.views import encoded_view, view_of
+from loaders.work import RANGE, ThreadedWork
+
+Parts = tuple[Recipe, ...]
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The dtype of torch by its name; formats of ggml have none."""
+    found = getattr(torch, dtype.torch, None)
+    if not isinstance(found, torch.dtype):
+        raise BadCheckpoint(f"{dtype}: torch has no such dtype; load it decoded")
+    return found
+
+
+class ModelWeights:
+    """Open weights. Files are open from the first read until `close`, in this process alone: a fork opens its own."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, parameters: Mapping[str, Parts], *, workers: int | None = None, read: str = "lazy"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.parameters = parameters
+        self._exit = ExitStack()
+        self._pool = self._exit.enter_context(ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)))
+        self._work = ThreadedWork(kernels_of("cpu"), self._pool, threading.Event())
+        specs = {spec.name: spec for parts in parameters.values() for r in parts for _, spec in r.stored}
+        self._reader = self._exit.enter_context(loader(read).open(checkpoint.root, list(specs.values())))
+
+    def __enter__(self) -> ModelWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and end the threads."""
+        self._exit.close()
+
+    def view(self, recipe: Recipe) -> View:
+        return view_of(recipe, self._reader, self._work)
+
+    def fill(self, name: str, out: torch.Tensor, start: int = 0) -> None:
+        """Put a parameter's flat elements from `start` on into a contiguous tensor, in that tensor's dtype."""
+        if out.numel() == 0:
+            return
+        if out.device.type != "cpu":
+            for at in range(0, out.numel(), RANGE):
+                piece = torch.empty(min(RANGE, out.numel() - at), dtype=out.dtype)
+                self.fill(name, piece, start + at)
+                out.view(-1)[at : at + piece.numel()].copy_(piece)
+            return
+        wanted = dtype_named(str(out.dtype))
+        flat = out.detach().view(-1).view(torch.uint8).numpy().view(storage_of(wanted))
+        at = 0
+        for recipe in self.parameters[name]:
+            first, last = max(start - at, 0), min(start + out.numel() - at, recipe.spec.numel)
+            if first < last:
+                into = flat[at + first - start : at + last - start]
+                self._copy(recipe, first, last, wanted, into)
+            at += recipe.spec.numel
+
+    def _copy(self, recipe: Recipe, first: int, last: int, wanted: DType, into: np.ndarray) -> None:
+        view = self.view(recipe)
+
+        def copy(begin: int, end: int) -> None:
+            block = view.read(first + begin, first + end)
+            into[begin:end] = block if wanted == recipe.dtype else _cast(block, recipe, wanted)
+
+        self._work.sweep(last - first, 1, copy)
+
+    def mapped(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """A parameter in its file's own pages, where they hold just what the model wants; else None.
+
+        Pages are private to this process: writing to one copies it, and never reaches the file.
+        """
+        [recipe, *others] = self.parameters[name]
+        if others or recipe.decode is not None or recipe.order is not None or dtype_named(str(dtype)) != recipe.dtype:
+            return None
+        [(_, spec)] = recipe.stored
+        if spec.shape != recipe.shape or spec.stride is not None or recipe.window != Window.whole(spec):
+            return None
+        raw = map_privately(self.checkpoint.root / spec.file, spec.offset, spec.offset + spec.size)
+        if raw.size != spec.size or not raw.size or raw.ctypes.data % spec.dtype.item_bytes:
+            return None
+        return torch.from_numpy(raw).view(dtype).reshape(spec.shape)
+
+    def encoded(self, recipe: Recipe, scheme: Scheme, cast: DType | None) -> dict[str, torch.Tensor]:
+        """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
+        view = encoded_view(self.view(recipe), None if cast == recipe.dtype else cast)
+        sink = MemorySink(scheme, view.spec)
+        scheme.encode(view, sink, self._work)
+        return {role: _tensor(data, dtype) for role, (data, dtype) in sink.stored().items()}
+
+    def stored(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """What the checkpoint holds for a quantized tensor, by role, as it is."""
+        made = {}
+        for role, spec in recipe.stored:
+            data = np.empty(spec.size, np.uint8)
+            for at in range(0, spec.size, RANGE):
+                end = min(at + RANGE, spec.size)
+                data[at:end] = self._reader.read(spec, at, end)
+            made[role] = _tensor(data.view(storage_of(spec.dtype)).reshape(spec.shape), spec.dtype)
+        return made
+
+
+def _cast(block: np.ndarray, recipe: Recipe, wanted: DType) -> np.ndarray:
+    if recipe.dtype.name not in WEIGHT_DTYPES or wanted.name not in WEIGHT_DTYPES:
+        raise BadCheckpoint(f"{recipe.name}: expected {wanted}, found {recipe.dtype}, which is not cast to it")
+    return casts.cast(block, recipe.dtype.name, wanted.name)
+
+
+def _tensor(data: np.ndarray, dtype: DType) -> Any:
+    raw = np.ascontiguousarray(data)
+    shape = raw.shape
+    return torch.from_numpy(raw.reshape(-1).view(np.uint8)).view(torch_dtype(dtype)).reshape(shape)

@@ -1,0 +1,52 @@
+"""Quantizations by name: the presets of conf/quant, for whoever asks without a job."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from loaders.errors import BadSpec
+from loaders.quants import Quant, QuantSpec
+
+FOLDER = Path(__file__).resolve().parent.parent / "conf" / "quant"
+DEFAULT = "nf4"
+ADAPTER: TypeAdapter[Quant] = TypeAdapter(QuantSpec)
+
+
+def preset_names() -> tuple[str, ...]:
+    """What may be asked for."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+def preset(name: str, **settings: Any) -> Quant:
+    """A preset, with some of its settings changed (`group_size=128`).
+
+    Raises:
+        BadSpec: no such preset, no such setting, or a wrong value; all faults at once.
+    """
+    if name not in preset_names():
+        raise BadSpec(f"quantize: unknown preset {name!r}; known: {', '.join(preset_names())}")
+    try:
+        return ADAPTER.validate_python({**_values(name), **settings})
+    except ValidationError as error:
+        raise BadSpec([_problem(fault) for fault in error.errors()]) from None
+
+
+def _problem(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"][1:])  # the first is the kind
+    return f"quantize: {where}{': ' if where else ''}{fault['msg']}"
+
+
+@cache
+def _values(name: str) -> dict[str, Any]:
+    """A preset's file over the one that it begins with."""
+    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    base: dict[str, Any] = {}
+    for other in values.pop("defaults", []):
+        if other != "_self_":
+            base |= _values(other)
+    return {**base, **values}

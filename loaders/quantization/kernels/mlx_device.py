@@ -1,0 +1,93 @@
+"""MLX's own quantizer as a backend: weights go to mlx's default device, codes come back.
+
+Its CPU gives the bytes that the format is defined by here. Its Metal kernel rounds otherwise (see quantization/mlx.py),
+so a device is tried on a few groups first, and refused if its bytes differ: the same job gives the same bytes anywhere.
+Work on mlx is done by one thread of its own: its streams belong to the thread that made them.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from loaders.errors import BadSpec
+from loaders.quantization.kernels import affine, casts
+from loaders.quantization.kernels.cpu import CpuKernels
+
+PROBE_GROUPS = 512
+
+
+@runtime_checkable
+class MlxCoder(Protocol):
+    """Kernels that quantize as mlx does."""
+
+    def mlx_codes(
+        self, x: np.ndarray, dtype: str, mode: str, bits: int, group: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Whole groups of raw weights (n,): codes as uint8, scales, and biases of mode "affine", as they are stored."""
+        ...
+
+
+class MlxKernels(CpuKernels):
+    """MLX's formats on its device; it has no other encoders."""
+
+    def __init__(self) -> None:
+        try:
+            import mlx.core as mx
+        except ImportError as error:
+            raise BadSpec(f"backend=mlx: it needs mlx ({error}): pip install mlx, on Linux mlx[cpu]") from error
+        self._mx = mx
+        if not _gives_the_same_bytes():
+            raise BadSpec(
+                f"backend=mlx: {mx.default_device()} rounds otherwise than MLX on a CPU, whose bytes are the format's;"
+                " use backend=cpu, which gives them"
+            )
+
+    def mlx_codes(
+        self, x: np.ndarray, dtype: str, mode: str, bits: int, group: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        return _thread().submit(codes, self._mx, x, dtype, mode, bits, group).result()
+
+
+def codes(
+    mx: Any, x: np.ndarray, dtype: str, mode: str, bits: int, group: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What mx.quantize makes of whole groups of raw weights (n,) of a float dtype."""
+    taken = casts.to_float32(x, dtype) if dtype == "F64" else x
+    weights = mx.array(taken.reshape(1, -1))
+    weights = weights.view(mx.bfloat16) if dtype == "BF16" else weights
+    made = mx.quantize(weights, group_size=group, bits=bits, mode=mode)
+    mx.eval(*made)
+    found = [_raw(mx, each) for each in made]
+    return found[0].view(np.uint8), found[1], found[2] if len(found) > 2 else None
+
+
+def _raw(mx: Any, array: Any) -> np.ndarray:
+    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.array(bits).reshape(-1)
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="mlx")
+
+
+@cache
+def _gives_the_same_bytes() -> bool:
+    """Whether the default device codes random groups, halves and ends among them, as the CPU's kernels do."""
+    import mlx.core as mx
+
+    group, bits = 64, 4
+    values = np.random.default_rng(0).standard_normal((PROBE_GROUPS, group)).astype(np.float32)
+    values[::3] = np.round(values[::3] * 4) / 8  # halves of steps
+    values[1::3] = -np.abs(values[1::3])  # groups without a weight above zero
+    flat = values.reshape(-1)
+    packed = np.empty(flat.size * bits // 8, np.uint8)
+    scales, biases = np.empty(PROBE_GROUPS, np.float32), np.empty(PROBE_GROUPS, np.float32)
+    affine.encode(flat, bits, group, packed, scales, biases)
+    made: Any = _thread().submit(codes, mx, flat, "F32", "affine", bits, group).result()
+    ours = (packed, scales, biases)
+    return all(bool((theirs == own).all()) for own, theirs in zip(ours, made, strict=True))

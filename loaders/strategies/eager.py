@@ -1,0 +1,78 @@
+"""`eager`: every tensor read into memory of its own before the first is handed out, by one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.checkpoint import Checkpoint
+from loaders.specs import WeightSpec
+from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.buffers import fresh
+from loaders.strategies.files import OpenFiles
+from loaders.strategies.lazy import LazyLoader, MappedFiles
+
+
+class HeldTensors:
+    """Tensors that lie in memory, whole. See `PieceReader`."""
+
+    def __init__(self, held: dict[str, np.ndarray], maps: MappedFiles) -> None:
+        self._held = held
+        self._maps = maps
+
+    def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
+        return self._held[spec.name][start:stop]
+
+    def mapped(self, spec: WeightSpec) -> np.ndarray:
+        return self._held[spec.name]
+
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        """A tensor is let go with its last piece."""
+        for piece in pieces:
+            found = self._held[piece.spec.name]
+            if piece.stop == piece.spec.size:
+                del self._held[piece.spec.name]
+            yield found[piece.start : piece.stop]
+            del found
+
+
+class EagerLoader(WeightLoader):
+    """Holds all that it is opened for."""
+
+    name = "eager"
+    not_for_jobs = "it holds all tensors of a unit of work at once; strategy=read reads the same bytes in a few MiB"
+
+    @contextmanager
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        files, held = OpenFiles(root), {}
+        try:
+            for spec in specs:
+                held[spec.name] = fresh(spec.size)
+                files.advise(spec, 0, spec.size)
+                files.fill(spec, 0, held[spec.name])
+        finally:
+            files.close()
+        yield HeldTensors(held, MappedFiles(root))
+
+
+class SafetensorsLoader(WeightLoader):
+    """A checkpoint as safetensors loads one: mapped (`lazy`), or read into memory. Other containers load likewise."""
+
+    name = "lazy"
+
+    def __init__(self, lazy: bool = True) -> None:
+        self._by: WeightLoader = LazyLoader() if lazy else EagerLoader()
+        self.name = self._by.name  # type: ignore[misc]
+        self.not_for_jobs = self._by.not_for_jobs  # type: ignore[misc]
+
+    @contextmanager
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        with self._by.open(root, specs) as reader:
+            yield reader
+
+    def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
+        return self._by._tensors(checkpoint, specs, device)

@@ -1,0 +1,244 @@
+"""`fastsafetensors`: files to a device as a whole, past the CPU's memory where there is GPU direct storage (GDS).
+
+Where GDS is missing, or fails when it is used, the library copies through the CPU's memory, and that is said aloud;
+with gds=True it is an error. One file's buffer is on the device at a time, the largest file's size, and 16 MiB for the
+library's copies; what is handed out is copied from the buffer, on the device. Tensors that point into a buffer would
+hold all of it, and up to version 0.5 their end runs Python code that fails where an exception is on its way, and turns
+any error into "SystemError: error return without exception set".
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.backends.devices import torch_device
+from loaders.backends.placing import Told, placer, storage_shape
+from loaders.checkpoint import Checkpoint
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, WeightmillError
+from loaders.specs import WeightSpec
+from loaders.storage import local
+from loaders.strategies.base import Piece, PieceReader, WeightLoader, cut_short
+from loaders.strategies.lazy import MappedFiles
+
+log = logging.getLogger("weightmill")
+GDS_DEVICE = Path("/dev/nvidia-fs0")
+NEEDED = (0, 5)  # older ones lack the filter, or free buffers under tensors
+
+
+def library() -> Any:
+    """The package.
+
+    Raises:
+        BadSpec: it is not installed, or older than what keeps buffers safe.
+    """
+    try:
+        import fastsafetensors
+    except ImportError as error:
+        raise BadSpec(
+            f"strategy=fastsafetensors: it is not installed ({error}): pip install 'weightmill[fastsafetensors]'"
+        ) from error
+    version = importlib.metadata.version("fastsafetensors")
+    if tuple(int(part) for part in version.split(".")[:2]) < NEEDED:
+        raise BadSpec(f"strategy=fastsafetensors: expected version 0.5 or later, found {version}; upgrade it")
+    return fastsafetensors
+
+
+def gds_available(index: int = 0) -> bool:
+    """Whether the driver of GPU direct storage is loaded, and its library and a GPU support it."""
+    if not GDS_DEVICE.exists():
+        return False
+    from fastsafetensors import cpp
+
+    with suppress(Exception):  # a broken driver may raise whatever it likes: then there is no GDS
+        cpp.load_library_functions()
+        return bool(cpp.is_cufile_found()) and cpp.is_gds_supported(index) == 1
+    return False
+
+
+class Buffer:
+    """One file's tensors on a device."""
+
+    def __init__(self, path: Path, names: Sequence[str], device: str, gds: bool) -> None:
+        self._files = library().SafeTensorsFileLoader(None, device, nogds=not gds, set_numa=False)
+        wanted = set(names)
+        self._files.set_tensor_filter(wanted.__contains__)
+        self._files.add_filenames({0: [str(path)]})
+        try:
+            self._buffer = self._files.copy_files_to_device()
+        except BaseException:
+            self._files.close()
+            raise
+
+    def copied(self, name: str) -> Any:
+        return self._buffer.get_tensor(name).clone()
+
+    def close(self) -> None:
+        """Free the buffer; nothing that was handed out lies in it."""
+        self._buffer.close()
+        self._files.close()
+
+
+class FastFiles:
+    """Reads ranges out of whole files in the CPU's memory, one file at a time. See `PieceReader`."""
+
+    def __init__(self, loader: FastSafetensorsLoader, root: Path, specs: Sequence[WeightSpec]) -> None:
+        self._loader = loader
+        self._root = root
+        self._specs = specs
+        self._maps = MappedFiles(root)
+        self._file = ""
+        self._held: dict[str, np.ndarray] = {}
+
+    def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
+        if spec.file != self._file:
+            self._held, self._file = {}, ""
+            mine = [each for each in self._specs if each.file == spec.file]
+            tensors = self._loader.file(self._root, mine, "cpu")
+            self._held = {each.name: _bytes_of(tensor) for each, tensor in zip(mine, tensors, strict=True)}
+            self._file = spec.file
+        return self._held[spec.name][start:stop]
+
+    def mapped(self, spec: WeightSpec) -> np.ndarray:
+        return self._maps.mapped(spec)
+
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        for piece in pieces:
+            yield self.read(piece.spec, piece.start, piece.stop)
+
+
+class FastSafetensorsLoader(WeightLoader):
+    """Loads safetensors by fastsafetensors. `gds` None: use it where it is there; True: fail without; False: do not."""
+
+    name = "fastsafetensors"
+    not_for_jobs = "it loads whole files, for a device; strategy=multithread reads ranges in parallel"
+
+    def __init__(self, gds: bool | None = None) -> None:
+        self.gds = gds
+        self.said = ""  # how the last file came
+
+    @contextmanager
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        check_container(specs)
+        library()
+        yield FastFiles(self, root, specs)
+
+    def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
+        check_container(specs)
+        library()
+        by_file: dict[str, list[WeightSpec]] = {}
+        for spec in specs:
+            by_file.setdefault(spec.file, []).append(spec)
+        on_torch = device is not None and device.partition(":")[0] in ("cpu", "cuda")
+        told, place = Told(device or "cpu"), placer(device)
+        for mine in by_file.values():
+            for spec, tensor in zip(mine, self.file(checkpoint.root, mine, device if on_torch else "cpu"), strict=True):
+                if on_torch:
+                    told.dtype(spec.dtype)
+                    yield _shaped(tensor, spec)
+                else:
+                    yield place(_bytes_of(tensor), spec)
+
+    def file(self, root: Path, specs: Sequence[WeightSpec], device: str | None) -> Iterator[Any]:
+        """The tensors of one file, on a device of torch's.
+
+        Raises:
+            BadCheckpoint: the file is shorter than it was.
+            StorageError: the library cannot read it.
+        """
+        path, names = root / specs[0].file, [spec.name for spec in specs]
+        device = device or "cpu"
+        torch_device(device)
+        size = local.tag(root, specs[0].file).size
+        for spec in specs:
+            if size < spec.offset + spec.size:
+                raise cut_short(spec, size)
+        buffer = self._filled(path, names, device)
+        try:
+            for name in names:
+                yield buffer.copied(name)
+        finally:
+            buffer.close()
+
+    def _filled(self, path: Path, names: Sequence[str], device: str) -> Buffer:
+        gds, why = self._wants_gds(device)
+        if gds:
+            try:
+                buffer = self._buffer(path, names, device, True)
+                self._say("with GPU direct storage")
+                return buffer
+            except WeightmillError:
+                raise
+            except Exception as error:  # the driver's own errors have no common class
+                if self.gds:
+                    raise StorageError(f"strategy.gds: GPU direct storage failed on {path} ({error})") from error
+                why = f"GPU direct storage failed ({error})"
+        self._say(f"without GPU direct storage: {why}")
+        try:
+            return self._buffer(path, names, device, False)
+        except OSError as error:
+            raise StorageError(f"reading {path}: {error}") from error
+        except WeightmillError:
+            raise
+        except Exception as error:  # likewise
+            raise BadCheckpoint(
+                f"{path.name}: fastsafetensors cannot read it ({error}); strategy=lazy may say why"
+            ) from error
+
+    def _buffer(self, path: Path, names: Sequence[str], device: str, gds: bool) -> Buffer:
+        return Buffer(path, names, device, gds)
+
+    def _wants_gds(self, device: str) -> tuple[bool, str]:
+        """Whether to try it, and if not, why not."""
+        if self.gds is False:
+            return False, "as asked"
+        if not device.startswith("cuda"):
+            if self.gds:
+                raise BadSpec(f"strategy.gds: GPU direct storage loads to a GPU, not to device={device}")
+            return False, f"device={device}"
+        if not gds_available(int(device.partition(":")[2] or 0)):
+            if self.gds:
+                raise BadSpec(f"strategy.gds: this machine has no GPU direct storage (no {GDS_DEVICE}, or no support)")
+            return False, f"this machine has none ({GDS_DEVICE} or its library is missing)"
+        return True, ""
+
+    def _say(self, how: str) -> None:
+        if how != self.said:
+            self.said = how
+            level = logging.WARNING if "failed" in how or "none" in how else logging.INFO
+            log.log(level, "fastsafetensors loads %s", how)
+
+
+def check_container(specs: Sequence[WeightSpec]) -> None:
+    """Raises BadSpec when a file is no safetensors file."""
+    others = sorted({spec.file for spec in specs if not spec.file.endswith(".safetensors")})
+    if others:
+        raise BadSpec(
+            f"strategy=fastsafetensors: it reads safetensors, found {', '.join(others[:3])};"
+            " strategy=multithread reads it"
+        )
+
+
+def _bytes_of(tensor: Any) -> np.ndarray:
+    import torch
+
+    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return np.asarray(flat.numpy())
+
+
+def _shaped(tensor: Any, spec: WeightSpec) -> Any:
+    """As other strategies give it: formats of less than a byte as bytes."""
+    import torch
+
+    if spec.dtype.bits < 8:
+        return tensor.view(torch.uint8).reshape(storage_shape(spec.dtype, spec.shape))
+    return tensor.reshape(spec.shape)
+
+
+__all__ = ["FastSafetensorsLoader", "check_container", "gds_available", "library"]

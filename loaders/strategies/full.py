@@ -1,0 +1,35 @@
+"""`full`: everything at once, by all threads that help, then handed out from memory. For a model that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from loaders.backends.machine import free_memory
+from loaders.errors import BadSpec
+from loaders.specs import WeightSpec
+from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.eager import HeldTensors
+from loaders.strategies.lazy import MappedFiles
+from loaders.strategies.multithread import MultiThreadWeightLoader
+
+
+class FullLoader(WeightLoader):
+    """Holds all that it is opened for; refuses at once what does not fit."""
+
+    name = "full"
+    not_for_jobs = "it holds all tensors of a unit of work at once; strategy=multithread reads as fast within 256 MB"
+
+    @contextmanager
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        need, free = sum(spec.size for spec in specs), free_memory()
+        if need > free:
+            raise BadSpec(
+                f"strategy=full: {need / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory are free;"
+                " strategy=streaming loads within a budget, strategy=lazy maps the files"
+            )
+        with MultiThreadWeightLoader().open(root, specs) as reader:
+            arrays = reader.stream([Piece.whole(spec) for spec in specs])
+            held = {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
+        yield HeldTensors(held, MappedFiles(root))

@@ -1,0 +1,90 @@
+"""`multithread`: files and ranges of them side by side, by as many threads as measuring says.
+
+Whole tensors and slices are read ahead within a fixed window. A job's ranges come from any thread: there the threads
+bring what comes next into the page cache, a window ahead of the furthest range that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from loaders.backends.devices import fed
+from loaders.errors import BadSpec
+from loaders.specs import WeightSpec
+from loaders.storage import local
+from loaders.strategies.ahead import read_ahead
+from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.caching import MOST_THREADS, RANGE, CacheAhead
+from loaders.strategies.files import OpenFiles
+from loaders.strategies.tuning import Workers
+
+MB = 1_000_000
+WINDOW = 256 * MB  # bytes read ahead
+FEWEST = 2
+
+
+class ThreadedFiles(OpenFiles):
+    """See `PieceReader`."""
+
+    def __init__(self, root: Path, specs: Sequence[WeightSpec], workers: Workers) -> None:
+        super().__init__(root)
+        self._workers = workers
+        self._cache = CacheAhead(self, specs, WINDOW, workers)
+
+    def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
+        self._cache.reached(spec, stop)
+        return super().read(spec, start, stop, slot)
+
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        return read_ahead(self, pieces, self._workers, WINDOW)
+
+    def close(self) -> None:
+        self._cache.stop()
+        super().close()
+
+
+class MultiThreadWeightLoader(WeightLoader):
+    """Reads with several threads, at most `max_workers`, each with `min_file_size_per_worker` megabytes (1e6) to read.
+
+    With `adaptive_workers` it begins with two and measures whether more are faster; without, it takes the most at once.
+    `max_workers` None: what the device and the storage suggest. Memory: 256 MB ahead, or one tensor.
+    """
+
+    name = "multithread"
+
+    def __init__(
+        self, max_workers: int | None = None, adaptive_workers: bool = True, min_file_size_per_worker: float = 32.0
+    ) -> None:
+        if (max_workers is not None and max_workers < 1) or min_file_size_per_worker <= 0:
+            raise BadSpec("strategy: max_workers and min_file_size_per_worker must be above zero")
+        self.max_workers = max_workers
+        self.adaptive_workers = adaptive_workers
+        self.min_file_size_per_worker = min_file_size_per_worker
+        self.workers_said = ""  # how many threads read last, and the rates that led to it
+
+    @property
+    def held_bytes(self) -> int:
+        return RANGE * min(self.max_workers or MOST_THREADS, MOST_THREADS)
+
+    def _workers(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Workers:
+        most = self.max_workers or fed(device).workers(self.name, local.medium(root))
+        by_size = int(sum(spec.size for spec in specs) / (self.min_file_size_per_worker * MB))
+        most = max(1, min(most, by_size))
+        return Workers(min(FEWEST, most), most, adaptive=self.adaptive_workers)
+
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
+        return self.open_on(None, root, specs)
+
+    @contextmanager
+    def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        workers = self._workers(device, root, specs)
+        files = ThreadedFiles(root, specs, workers)
+        try:
+            yield files
+        finally:
+            files.close()
+            self.workers_said = str(workers)

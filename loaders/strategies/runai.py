@@ -1,0 +1,125 @@
+"""`runai`: the Run:ai model streamer, an optional library that keeps many requests in flight, made for network storage.
+
+It hands ranges back as they arrive; here they wait for their turn, a batch of `batch_mb` megabytes at a time. Threads
+and block size are the library's (RUNAI_STREAMER_CONCURRENCY and its other variables).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.specs import WeightSpec
+from loaders.storage import local
+from loaders.strategies.base import Piece, PieceReader, WeightLoader, cut_short
+from loaders.strategies.lazy import MappedFiles
+from loaders.strategies.streaming import batched
+
+MB = 1_000_000
+
+
+def streamer() -> Any:
+    """A session of the library.
+
+    Raises:
+        BadSpec: it is not installed.
+    """
+    try:
+        from runai_model_streamer.file_streamer import FileStreamer
+    except ImportError as error:
+        raise BadSpec(f"strategy=runai: it is not installed ({error}): pip install 'weightmill[runai]'") from error
+    return FileStreamer()
+
+
+class StreamedByRunai:
+    """See `PieceReader`. A thread's ranges go through a session of its own."""
+
+    def __init__(self, root: Path, batch: int) -> None:
+        self._root = root
+        self._batch = batch
+        self._maps = MappedFiles(root)
+        self._own = threading.local()
+        self._sessions: list[Any] = []
+
+    def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
+        session = getattr(self._own, "session", None)
+        if session is None:
+            session = self._own.session = streamer().__enter__()
+            self._sessions.append(session)
+        [found] = self._fetched(session, [Piece(spec, start, stop)])
+        return found
+
+    def mapped(self, spec: WeightSpec) -> np.ndarray:
+        return self._maps.mapped(spec)
+
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        at = 0
+        with streamer() as session:
+            for batch in batched([piece.size for piece in pieces], self._batch):
+                arrays = self._fetched(session, pieces[at : at + len(batch)])
+                at += len(batch)
+                while arrays:
+                    yield arrays.pop(0)
+
+    def close(self) -> None:
+        for session in self._sessions:
+            session.__exit__(None, None, None)
+
+    def _fetched(self, session: Any, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        from runai_model_streamer.file_streamer import FileChunks
+
+        found = {index: np.empty(0, np.uint8) for index, piece in enumerate(pieces) if piece.size == 0}
+        by_file: dict[str, list[int]] = {}
+        for index, piece in enumerate(pieces):
+            if piece.size:
+                by_file.setdefault(piece.spec.file, []).append(index)
+        chunks = []
+        for number, (file, indices) in enumerate(by_file.items()):
+            self._check(file, [pieces[i] for i in indices])
+            offsets = [pieces[i].spec.offset + pieces[i].start for i in indices]
+            chunks.append(FileChunks(number, os.fspath(self._root / file), offsets, [pieces[i].size for i in indices]))
+        places = list(by_file.values())
+        if chunks:
+            try:
+                session.stream_files(chunks)
+                for number, index, tensor in session.get_chunks():
+                    found[places[number][index]] = tensor.reshape(-1).numpy()
+            except ValueError as error:  # what the library raises for whatever its core reports
+                raise StorageError(f"strategy=runai: reading {', '.join(by_file)} in {self._root}: {error}") from error
+        return [found[index] for index in range(len(pieces))]
+
+    def _check(self, file: str, pieces: Sequence[Piece]) -> None:
+        size = local.tag(self._root, file).size
+        for piece in pieces:
+            if size < piece.spec.offset + piece.spec.size:
+                raise cut_short(piece.spec, size)
+        with io_errors("opening", self._root / file), (self._root / file).open("rb"):
+            pass
+
+
+class RunaiLoader(WeightLoader):
+    """Loads through the streamer. Memory: `batch_mb` megabytes (1e6 bytes), or one tensor."""
+
+    name = "runai"
+    not_for_jobs = "its sessions serve one stream at a time; strategy=multithread reads ranges in parallel"
+
+    def __init__(self, batch_mb: float = 256.0) -> None:
+        if batch_mb <= 0:
+            raise BadSpec(f"strategy.batch_mb: expected more than 0, found {batch_mb:g}")
+        self.batch_mb = batch_mb
+
+    @contextmanager
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        streamer()
+        files = StreamedByRunai(root, int(self.batch_mb * MB))
+        try:
+            yield files
+        finally:
+            files.close()

@@ -1,0 +1,171 @@
+"""`streaming`: weights in batches within a budget of memory, the next ones fetched while one is used.
+
+The budget holds the batches on their way and the one in use; what the caller keeps beyond that is the caller's. Which
+batch comes next is known from the headers, so that fetching ahead never guesses wrong. A tensor larger than half the
+budget comes in slices that fit (iterate_slices), or, where a whole one is asked for, as a map of its file, whose pages
+the kernel can take back: a loop still holds one tensor while it asks for the next.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.backends.devices import fed
+from loaders.errors import BadSpec
+from loaders.specs import WeightSpec
+from loaders.storage import local
+from loaders.strategies.ahead import read_ahead
+from loaders.strategies.base import Piece, PieceReader, Source, WeightLoader
+from loaders.strategies.caching import MOST_THREADS, RANGE, CacheAhead
+from loaders.strategies.files import OpenFiles
+from loaders.strategies.lazy import map_privately
+from loaders.strategies.tuning import Workers
+
+MB = 1_000_000
+MOST_SLICE = 32 << 20
+LEAST_MB = 16
+
+
+class StreamedFiles(OpenFiles):
+    """See `PieceReader`."""
+
+    def __init__(
+        self, root: Path, specs: Sequence[WeightSpec], budget: int, prefetch: int, workers: Workers, writable: bool
+    ) -> None:
+        super().__init__(root)
+        self._writable = writable
+        self._budget = budget
+        self._prefetch = prefetch
+        self._workers = workers
+        window = max(0, budget - RANGE * min(MOST_THREADS, workers.most))  # their own buffers count
+        self._cache = CacheAhead(self, specs, window, workers) if prefetch else None
+
+    def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
+        if self._cache is not None:
+            self._cache.reached(spec, stop)
+        return super().read(spec, start, stop, slot)
+
+    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        batches = batched([piece.size for piece in pieces], self._budget // (self._prefetch + 1))
+        number = [batch for batch, count in enumerate(map(len, batches)) for _ in range(count)]
+        largest = self._budget // 2  # two at a time: one in use, one on its way
+        fitting = [piece for piece in pieces if piece.size <= largest]
+        indices = [index for index, piece in enumerate(pieces) if piece.size <= largest]
+
+        def may_begin(index: int, current: int) -> bool:
+            return number[indices[index]] <= number[indices[current]] + self._prefetch
+
+        arrays = read_ahead(self, fitting, self._workers, self._budget, may_begin)
+        try:
+            for piece in pieces:
+                if piece.size > largest:
+                    yield self._map(piece)
+                else:
+                    yield next(arrays)
+        finally:
+            arrays.close()  # type: ignore[attr-defined]
+
+    def _map(self, piece: Piece) -> np.ndarray:
+        spec = piece.spec
+        found = self.mapped(spec)  # which checks where the file ends
+        if not self._writable:
+            return found[piece.start : piece.stop]
+        return map_privately(self._root / spec.file, spec.offset + piece.start, spec.offset + piece.stop)
+
+    def close(self) -> None:
+        if self._cache is not None:
+            self._cache.stop()
+        super().close()
+
+
+class StreamingWeightLoader(WeightLoader):
+    """Loads within `memory_budget_mb` megabytes (1e6 bytes), `prefetch_count` batches ahead of the one in use.
+
+    `priority_weights` names tensors that come first, in that order: names, parts of names, or patterns with * and ?.
+    """
+
+    name = "streaming"
+
+    def __init__(
+        self, memory_budget_mb: float = 512.0, prefetch_count: int = 2, priority_weights: Iterable[str] = ()
+    ) -> None:
+        if memory_budget_mb < LEAST_MB:
+            raise BadSpec(f"strategy.memory_budget_mb: expected at least {LEAST_MB}, found {memory_budget_mb:g}")
+        if prefetch_count < 0:
+            raise BadSpec(f"strategy.prefetch_count: expected 0 or more, found {prefetch_count}")
+        self.memory_budget_mb = memory_budget_mb
+        self.prefetch_count = prefetch_count
+        self.priority_weights = tuple(priority_weights)
+
+    @property
+    def budget(self) -> int:
+        """Bytes."""
+        return int(self.memory_budget_mb * MB)
+
+    @property
+    def slice_bytes(self) -> int:
+        return min(MOST_SLICE, self.budget // (self.prefetch_count + 2))
+
+    @property
+    def held_bytes(self) -> int:
+        return min(self.budget, RANGE * MOST_THREADS) if self.prefetch_count else 0
+
+    def order(self, specs: Sequence[WeightSpec]) -> list[WeightSpec]:
+        return sorted(specs, key=lambda spec: self.priority(spec.name))
+
+    def priority(self, name: str) -> int:
+        """The place of the first of `priority_weights` that names it; the others come after all of them."""
+        found = (index for index, wanted in enumerate(self.priority_weights) if _names(wanted, name))
+        return next(found, len(self.priority_weights))
+
+    def iterate_batches(
+        self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Weights a batch at a time, each within the budget divided by `prefetch_count` + 1, or one tensor.
+
+        Raises:
+            As iterate_weights.
+        """
+        specs = self.get_weight_specs(source)
+        wanted = None if names is None else set(names)
+        sizes = [spec.size for spec in specs.values() if wanted is None or spec.name in wanted]
+        weights = self.iterate_weights(source, names=wanted, device=device)
+        for batch in batched(sizes, self.budget // (self.prefetch_count + 1)):
+            yield dict(next(weights) for _ in batch)
+        for _ in weights:  # to its end, where it counts
+            raise AssertionError("more weights than specs")
+
+    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
+        return self.open_on(None, root, specs)
+
+    @contextmanager
+    def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        workers = Workers(1, fed(device).workers(self.name, local.medium(root)))
+        files = StreamedFiles(root, specs, self.budget, self.prefetch_count, workers, device is not None)
+        try:
+            yield files
+        finally:
+            files.close()
+
+
+def _names(wanted: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, wanted) if set("*?[") & set(wanted) else wanted in name
+
+
+def batched(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Runs of sizes that sum to at most `limit`, or are one."""
+    batches: list[list[int]] = []
+    total = 0
+    for size in sizes:
+        if not batches or total + size > limit:
+            batches.append([])
+            total = 0
+        batches[-1].append(size)
+        total += size
+    return batches

@@ -1,0 +1,143 @@
+"""`python -m jobs.bench loaders`: what it times and what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from jobs.benches import loading, loading_report
+from jobs.benches.summing import Summing, total
+from jobs.strategies import StrategySpec
+from loaders.storage import local
+from tests.conftest import Ran
+
+
+def test_strategies_are_timed_beside_plain_reads_and_the_winner_is_yaml(
+    weightmill: Callable[..., Ran], source: Path, tmp_path: Path
+) -> None:
+    given = (f"model.path={source}", "strategies=[lazy,read,auto]", "repeats=1", f"output.root={tmp_path / 'out'}")
+    ran = weightmill("bench", "loaders", *given, "tracking=none", "format=json")
+    assert ran.status == 0, ran.err
+    found = ran.document
+    rows = {row["case"]: row for row in found["rows"]}
+    assert {name for name, row in rows.items() if row["is_strategy"]} == {
+        f"strategy={n}" for n in ("lazy", "read", "auto")
+    }
+    assert not any(row["missing"] for row in rows.values() if "direct" not in row["case"])
+    for row in rows.values():
+        assert row["missing"] or row["warm_gbps_best"] >= row["warm_gbps_median"] > 0
+        assert not row["is_strategy"] or row["first_byte_s"] > 0
+    assert set(found["ratios"]["warm"]) == {f"strategy={n}" for n in ("lazy", "read", "auto")}
+    assert found["winners"]["warm"]["jobs"] in ("lazy", "read")
+    assert Path(found["plot"]).read_bytes()[:4] == b"\x89PNG"
+    less = [arg for arg in given if "strategies" not in arg]
+    text = weightmill("bench", "loaders", *less, "strategies=[lazy]", "tracking=none", "cold=false").out
+    assert "fastest warm, for jobs:  strategy: {kind: " in text
+    assert "cold: not measured" in text
+
+
+def test_the_winner_of_every_strategy_is_a_line_that_the_spec_takes() -> None:
+    from pydantic import TypeAdapter
+
+    from loaders.strategies import LOADERS
+
+    for name in LOADERS:
+        [(key, values)] = yaml.safe_load(loading.yaml_line(name)).items()
+        assert key == "strategy"
+        assert TypeAdapter(StrategySpec).validate_json(json.dumps(values)).kind == name
+
+
+def test_unknown_strategies_are_refused(weightmill: Callable[..., Ran], source: Path) -> None:
+    ran = weightmill("bench", "loaders", f"model.path={source}", "strategies=[quick]", "tracking=none")
+    assert ran.status == 2
+    assert "strategies: unknown 'quick'; known: lazy, eager" in ran.err
+
+
+def test_a_strategy_that_does_not_work_here_is_a_row_that_says_so(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "runai_model_streamer.file_streamer", None)
+    document = loading.measure(str(source), ["lazy", "runai"], 1, cold=False)
+    [row] = [row for row in document["rows"] if row["case"] == "strategy=runai"]
+    assert row["missing"].startswith("BadSpec: strategy=runai: it is not installed")
+    assert "strategy=runai" not in document["ratios"]["warm"]
+
+
+def test_files_that_stay_in_the_page_cache_are_not_called_cold(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "drop_cached", lambda path: 0.5)
+    document = loading.measure(str(source), ["lazy"], 1, cold=True)
+    assert (document["is_cold"], document["stayed_in_cache"]) == (False, 0.5)
+    assert set(document["winners"]) == {"warm"}
+
+
+def test_a_way_that_reads_other_bytes_is_no_winner() -> None:
+    cases = {name: loading.Sums(lambda: 0, 1) for name in "abc"}
+    for name, found in zip("abc", (7, 7, 8), strict=True):
+        cases[name].sum = found
+    rows = {name: loading.Measured(name, True) for name in "abc"}
+    loading._check_sums(cases, rows)
+    assert [row.missing for row in rows.values()] == ["", "", "its bytes sum to 8, the others' to 7"]
+
+
+def test_every_byte_counts_in_a_sum() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    raw = np.random.default_rng(0).integers(0, 256, (9 << 20) + 3, np.uint8)
+    with ThreadPoolExecutor(2) as pool:
+
+        def summed(*arrays: np.ndarray) -> int:
+            summing = Summing(pool, 2)
+            for array in arrays:
+                summing.add(array)
+            return summing.total()
+
+        one = total(raw)
+        assert summed(raw) == one
+        assert summed(raw[:800], raw[800:]) == one
+        assert summed(np.concatenate([[np.uint8(9)], raw])[1:]) == one  # not aligned
+        for at in (0, 5_000_001, raw.size - 1):
+            raw[at] ^= 1
+            assert summed(raw) != one
+            raw[at] ^= 1
+    plain = raw[: raw.size // 8 * 8].view(np.uint64).sum() + np.uint64(int.from_bytes(bytes(raw[-3:]), "little"))
+    assert one == int(plain)
+
+
+def test_each_strategy_is_a_run_of_its_own(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Run:
+        address = "somewhere"
+
+        def __init__(self, spec: Any, root: Path, name: str, params: Any, tags: Any, key: str) -> None:
+            made.append({"name": name, "params": params, "tags": tags})
+
+        def metrics(self, values: Any) -> None:
+            made[-1]["metrics"] = values
+
+        def document(self, name: str, value: Any) -> None:
+            made[-1]["document"] = name
+
+        def figures(self, draw: Callable[[Path], list[Path]]) -> None:
+            made[-1]["figures"] = [path.name for path in draw(tmp_path)]
+
+        def close(self, status: str) -> None:
+            made[-1]["status"] = status
+
+    monkeypatch.setattr(loading_report, "open_run", Run)
+    document = loading.measure(str(source), ["lazy", "read"], 1, cold=False)
+    assert loading_report.track(document, None, tmp_path, tmp_path / "p.png") == "somewhere"  # type: ignore[arg-type]
+    lazy, read, whole = made
+    assert (lazy["params"]["case"], read["params"]["case"]) == ("strategy=lazy", "strategy=read")
+    assert lazy["metrics"]["warm_gbps_median"] > 0
+    assert {run["tags"]["weightmill.sweep"] for run in made} == {whole["tags"]["weightmill.sweep"]}
+    assert (whole["document"], whole["figures"]) == ("loaders.json", ["p.png"])
+    assert {run["status"] for run in made} == {"FINISHED"}

@@ -1,0 +1,87 @@
+"""Runs as one rank of several: loads a model's shards, and prints what it held and whether it is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from loaders.checkpoint import open_checkpoint
+from loaders.memory import PeakMemory
+from loaders.models import open_weights, skeleton_of
+from loaders.models.config import LoadingStrategy
+from loaders.models.loading import load_model_and_tokenizer
+from loaders.models.sharding import broadcast, load_sharded, rows_of, scatter
+from loaders.sources import recipes_of
+
+
+def main(folder: str, way: str, does_compute: bool) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    checkpoint = open_checkpoint(folder)
+    sources = recipes_of(checkpoint, decode=True)
+    dist.barrier()  # the backend's own buffers are there before memory is counted
+    with PeakMemory() as memory:
+        if way == "broadcast":
+            model = load_model_and_tokenizer(folder, "cpu", strategy=LoadingStrategy.LOW_MEMORY)[0]
+            started_meta = all(p.is_meta for p in model.parameters())
+            broadcast(model)
+        else:
+            started_meta = rank > 0
+            full = None
+            if way == "scatter":
+                full = load_model_and_tokenizer(folder, "cpu", strategy=LoadingStrategy.LOW_MEMORY)[0]
+                started_meta = all(p.is_meta for p in full.parameters())
+            skeleton = skeleton_of(checkpoint, sources)
+            model = skeleton.model
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+            if way == "scatter":
+                scatter(skeleton, full)
+            else:
+                with open_weights(checkpoint, skeleton, workers=1) as weights:
+                    load_sharded(skeleton, weights)
+    held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
+    total = sum(p.nbytes for p in model.parameters())
+    right = check(model, checkpoint, sources)
+    result = {
+        "rank": rank, "right": right, "held": held, "total": total, "peak": memory.peak_bytes,
+        "started_meta": started_meta,
+    }  # fmt: skip
+    if does_compute:
+        with torch.no_grad():
+            result["logits"] = model(torch.arange(3, 20)[None]).logits.float().flatten()[:512].tolist()
+    print("RESULT " + json.dumps(result), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check(model: torch.nn.Module, checkpoint: object, sources: object) -> bool:
+    """Every shard against the files, by safetensors' own reading."""
+    from safetensors import safe_open
+
+    root = checkpoint.root  # type: ignore[attr-defined]
+    files = {r.name: r.stored[0][1].file for r in sources.recipes}  # type: ignore[attr-defined]
+    opened = {file: safe_open(Path(root) / file, "pt") for file in set(files.values())}
+    for name, parameter in model.named_parameters():
+        part = opened[files[name]].get_slice(name)
+        if isinstance(parameter, DTensor):
+            start, stop = rows_of(parameter)
+            if stop > start and not torch.equal(parameter.to_local(), part[start:stop]):
+                return False
+        elif not torch.equal(parameter.data, part[:]):
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3] == "compute")

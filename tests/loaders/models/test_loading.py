@@ -1,0 +1,241 @@
+"""Models loaded by us hold and compute what transformers' own loading does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.models import LoadingStrategy, ModelLoadingConfig, load_model_and_tokenizer
+from tests.conftest import Ran
+from tests.making import LLAMA, Raw, llama_tensors, write_checkpoint
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+]
+
+DEMO = Path(__file__).resolve().parents[3] / "jobs" / "demo"
+IDS = torch.arange(3, 40)[None]
+
+
+def logits(model: Any, ids: Any = IDS) -> Any:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def load(path: Path, **settings: Any) -> Any:
+    return load_model_and_tokenizer(path, "cpu", **settings)[0]
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(DEMO).eval()
+
+
+def plain(folder: Path, **changes: Any) -> Path:
+    tensors = llama_tensors()
+    tensors.update(changes.pop("tensors", {}))
+    for name in changes.pop("without", ()):
+        del tensors[name]
+    made = write_checkpoint(folder, tensors, config={**LLAMA, "dtype": "bfloat16", **changes}, shards=2)
+    (made / "tokenizer.json").unlink()  # which is none that transformers reads
+    return made
+
+
+@pytest.mark.parametrize("strategy", list(LoadingStrategy))
+def test_every_strategy_gives_the_logits_of_from_pretrained(strategy: LoadingStrategy, peer: Any) -> None:
+    model, tokenizer = load_model_and_tokenizer(DEMO, "cpu", strategy=strategy)
+    assert torch.equal(logits(model), logits(peer))
+    assert tokenizer("the")["input_ids"]
+    if strategy is not LoadingStrategy.STREAMING:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        theirs = peer.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", [LoadingStrategy.FULL, LoadingStrategy.STREAMING])
+def test_generate_is_that_of_from_pretrained(strategy: LoadingStrategy, peer: Any) -> None:
+    wanted = peer.generate(IDS[:, :5], max_new_tokens=8, do_sample=False)
+    assert torch.equal(load(DEMO, strategy=strategy).generate(IDS[:, :5], max_new_tokens=8, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize(("dtype", "attention"), [("float32", "eager"), ("float16", None)])
+def test_dtype_and_attention_are_those_of_from_pretrained(dtype: str, attention: str | None) -> None:
+    options = {} if attention is None else {"attn_implementation": attention}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=getattr(torch, dtype), **options).eval()
+    ours = load(DEMO, dtype=dtype, attention=attention)
+    assert ours.dtype == getattr(torch, dtype)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_weights_that_the_config_ties_but_differ_stay_apart(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "m", tie_word_embeddings=True)
+    model = load(folder)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_experts_are_fused_as_transformers_fuses_them(tmp_path: Path) -> None:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=8,
+    )  # fmt: skip
+    mixtral = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    for each in (config, mixtral):
+        torch.manual_seed(0)
+        folder = tmp_path / each.model_type
+        transformers.AutoModelForCausalLM.from_config(each).save_pretrained(folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        for strategy in (LoadingStrategy.FULL, LoadingStrategy.STREAMING):
+            assert torch.equal(logits(load(folder, strategy=strategy)), logits(theirs)), (each.model_type, strategy)
+
+
+# --- quantized
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
+def test_bitsandbytes_modules_compute_as_transformers_loads_our_output(
+    scheme: str, tmp_path: Path, weightmill: Callable[..., Ran]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    output = tmp_path / "out"
+    assert weightmill("run", "model=demo", f"quant={scheme}", "cluster=local", f"output.path={output}").status == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(output, device_map={"": "cpu"}).eval()
+    wanted = logits(theirs)
+    for ours in (load(output), load(DEMO, quantize=scheme)):
+        linear = ours.model.layers[0].mlp.up_proj
+        assert type(linear) is type(theirs.model.layers[0].mlp.up_proj)
+        assert torch.equal(linear.weight, theirs.model.layers[0].mlp.up_proj.weight)
+        assert torch.equal(logits(ours), wanted)
+    decoded = load(output, strategy=LoadingStrategy.STREAMING)
+    whole = load(output, decode=True)
+    assert torch.equal(logits(decoded), logits(whole))
+    assert not torch.equal(logits(whole), logits(load(DEMO)))
+
+
+def test_hqq_modules_are_those_of_our_output(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
+    pytest.importorskip("hqq")
+    assert weightmill("run", "model=demo", "quant=hqq4", "cluster=local", f"output.path={tmp_path / 'out'}").status == 0
+    from_output, on_the_way = load(tmp_path / "out"), load(DEMO, quantize="hqq4")
+    assert type(from_output.model.layers[0].mlp.up_proj).__name__ == "HQQLinear"
+    assert torch.equal(logits(from_output), logits(on_the_way))
+    close = logits(load(tmp_path / "out", decode=True)).float() - logits(from_output).float()
+    assert close.abs().max() < 0.25  # of logits up to 20, each linear rounded to bfloat16 in another order
+
+
+def test_compressed_tensors_go_through_transformers(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
+    pytest.importorskip("compressed_tensors")
+    output = tmp_path / "out"
+    assert weightmill("run", "model=demo", "quant=w8a16", "cluster=local", f"output.path={output}").status == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(output, device_map={"": "cpu"}).eval()
+    assert torch.equal(logits(load(output)), logits(theirs))
+
+
+def test_a_gguf_is_loaded_decoded(tmp_path: Path, weightmill: Callable[..., Ran], peer: Any) -> None:
+    output = tmp_path / "out"
+    assert weightmill("run", "model=demo", "quant=gguf_q8_0", "cluster=local", f"output.path={output}").status == 0
+    difference = logits(load(output, dtype="bfloat16")).float() - logits(peer).float()
+    assert difference.abs().mean() < 0.1
+
+
+# --- what does not fit
+
+
+def test_missing_unexpected_and_misshapen_weights_are_all_listed(tmp_path: Path) -> None:
+    tensors = llama_tensors()
+    folder = plain(
+        tmp_path / "m",
+        without=["model.norm.weight"],
+        tensors={
+            "model.layers.0.mlp.extra.weight": tensors["model.norm.weight"],
+            "model.layers.1.mlp.up_proj.weight": Raw("BF16", tensors["model.layers.1.mlp.up_proj.weight"].data[:100]),
+        },
+    )
+    with pytest.raises(BadCheckpoint) as caught:
+        load(folder)
+    said = str(caught.value)
+    assert "1 missing: model.norm.weight" in said
+    assert "1 unexpected (ignore_unexpected takes patterns): model.layers.0.mlp.extra.weight" in said
+    assert "1 of another shape: model.layers.1.mlp.up_proj.weight [128, 64] from [[100, 64]]" in said
+
+
+def test_unexpected_weights_may_be_ignored_by_name(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "m", tensors={"model.extra.weight": llama_tensors()["model.norm.weight"]})
+    assert load(folder, ignore_unexpected=(r"^model\.extra\.",)) is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"backend": "tpu"}, "backend: unknown 'tpu'"),
+        ({"quantize": "nf3"}, "quantize: unknown 'nf3'; known: nf4"),
+        ({"dtype": "bf16"}, "dtype: unknown 'bf16'"),
+        ({"quantize": "nf4", "decode": True}, "give one"),
+        ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "strategy FULL, not STREAMING"),
+        ({"workers": 0}, "workers: expected at least 1"),
+        ({"llama_pro_blocks": 1, "llama_pro_path": "x"}, "give it or llama_pro_blocks"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadSpec, match=said):
+        ModelLoadingConfig(**settings)
+
+
+def test_a_model_beyond_max_memory_is_refused() -> None:
+    with pytest.raises(BadSpec, match="max_memory: the model takes 4469248 bytes|max_memory: the model takes"):
+        load(DEMO, max_memory={"cpu": "1MB"})
+    assert load(DEMO, max_memory={"cpu": "1GB"}) is not None
+    with pytest.raises(BadSpec, match="is no size"):
+        load(DEMO, max_memory={"cpu": "many"})
+
+
+def test_a_module_beyond_the_budget_is_refused() -> None:
+    with pytest.raises(BadSpec, match=r"alone takes \d+\.\d MB, the budget is 0.01"):
+        load(DEMO, strategy=LoadingStrategy.STREAMING, memory_budget_mb=0.01)
+
+
+def test_streaming_holds_no_more_than_its_budget_and_lets_go(peer: Any) -> None:
+    model = load(DEMO, strategy=LoadingStrategy.STREAMING, memory_budget_mb=1.8)
+    assert torch.equal(logits(model), logits(peer))
+    assert 0 < model.streamer.peak_bytes <= 1.8e6
+    assert all(p.is_meta for p in model.parameters())
+    model.streamer.close()
+
+
+# --- block expansion
+
+
+def test_a_model_expanded_on_the_way_has_the_same_logits(peer: Any) -> None:
+    model = load(DEMO, llama_pro_blocks=3)
+    assert len(model.model.layers) == 6 == model.config.num_hidden_layers
+    assert not model.model.layers[1].mlp.down_proj.weight.any()
+    assert torch.equal(logits(model), logits(peer))
+
+
+def test_an_expanded_checkpoint_takes_the_place_of_its_base(
+    tmp_path: Path, weightmill: Callable[..., Ran], peer: Any
+) -> None:
+    output = tmp_path / "out"
+    ran = weightmill("run", "model=demo", "transform=block_expansion", "transform.num_blocks=1", "quant=none",
+                     "cluster=local", f"output.path={output}")  # fmt: skip
+    assert ran.status == 0, ran.err
+    model = load(DEMO, llama_pro_path=output)
+    assert len(model.model.layers) == 4
+    assert torch.equal(logits(model), logits(peer))
+    with pytest.raises(BadSpec, match="expected more than the 3 blocks"):
+        load(DEMO, llama_pro_path=DEMO)
+    other = shutil.copytree(output, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    with pytest.raises(BadSpec, match="is no expansion of .* vocab_size is 7"):
+        load(DEMO, llama_pro_path=other)

@@ -1,0 +1,139 @@
+"""Files that appear whole or not at all; locks."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loaders import AtomicWriter, StorageError, atomic_writer, file_lock, get_file_lock_path
+
+
+def test_text_and_bytes_appear_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with AtomicWriter(path) as file:
+        file.write(b"\x00\xff")
+        assert not path.exists()
+    assert path.read_bytes() == b"\x00\xff"
+    with atomic_writer(path, "w") as file:
+        file.write("größer\n")
+        assert path.read_bytes() == b"\x00\xff"
+    assert path.read_text(encoding="utf-8") == "größer\n"
+    with atomic_writer(path, "w", encoding="latin-1") as file:
+        file.write("ö")
+    assert path.read_bytes() == b"\xf6"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("step", ["body", "fsync", "replace", "encoding"])
+def test_what_was_there_stays_on_any_failure(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if step == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    if step == "replace":
+        monkeypatch.setattr(Path, "replace", fail)
+
+    def attempt() -> None:
+        with atomic_writer(path, "w", encoding="ascii") as file:
+            file.write("new" if step != "encoding" else "ö")
+            if step == "body":
+                raise ZeroDivisionError
+
+    with pytest.raises((StorageError, ZeroDivisionError, UnicodeEncodeError)) as caught:
+        attempt()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    if step in ("fsync", "replace"):
+        assert str(path) in str(caught.value)
+
+
+def test_a_killed_process_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    code = (
+        f"import os; from loaders import atomic_writer\nwith atomic_writer({str(path)!r}) as f:\n"
+        " f.write(b'new'); f.flush(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert path.read_text() == "old"
+
+
+def test_mode_bits_are_kept_or_the_umasks(tmp_path: Path) -> None:
+    path, new = tmp_path / "file", tmp_path / "new"
+    path.write_text("old")
+    path.chmod(0o640)
+    before = os.umask(0o027)
+    try:
+        for each in (path, new):
+            with atomic_writer(each, "w") as file:
+                file.write("new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(new.stat().st_mode) == 0o640  # 666 less 027
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    target, link, dangling = tmp_path / "far" / "target", tmp_path / "link", tmp_path / "dangling"
+    target.write_text("old")
+    link.symlink_to(target)
+    dangling.symlink_to(tmp_path / "far" / "later")
+    for each in (link, dangling):
+        with atomic_writer(each, "w") as file:
+            file.write("new")
+        assert each.is_symlink()
+        assert each.read_text() == "new"
+    assert target.read_text() == "new"
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected 'wb' or 'w', found 'a'"):
+        AtomicWriter(tmp_path / "x", "a")
+    with pytest.raises(ValueError, match="is for text"):
+        AtomicWriter(tmp_path / "x", "wb", encoding="utf-8")
+    for place in (tmp_path / "no" / "x", tmp_path):
+        with pytest.raises(StorageError, match=f"writing {place}"), atomic_writer(place):
+            pass
+
+
+def test_a_lock_keeps_other_processes_and_threads_out(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    assert get_file_lock_path(path) == tmp_path / ".model.safetensors.lock"
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    assert get_file_lock_path(link) == get_file_lock_path(path)
+    code = f"from loaders import file_lock\nwith file_lock({str(path)!r}, 0.05): print('held')"
+    with file_lock(path):
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "another process holds its lock" in ran.stderr
+        said: list[str] = []
+
+        def attempt() -> None:
+            try:
+                with file_lock(path, 0.05):
+                    said.append("held")
+            except StorageError as error:
+                said.append(str(error))
+
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+        assert "holds its lock" in said[0]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "held\n"
+
+
+def test_the_library_is_imported_without_torch_or_numba() -> None:
+    code = "import sys, loaders; loaders.atomic_writer; print([m for m in ('torch', 'numba') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

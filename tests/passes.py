@@ -1,0 +1,77 @@
+"""Jobs for tests that need many: one pass over a source writes it for several presets, without a command line."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jobs.compose import compose, take_apart
+from jobs.journal import Journal
+from jobs.planning import Plan, make_plan
+from jobs.preparing import target_of
+from jobs.publish import complete
+from jobs.spec import JobSpec
+from jobs.targets import NAMELESS, Target
+from jobs.unit import UnitTask
+from loaders.checkpoint import open_checkpoint
+from loaders.quantization.gate import Gate
+from loaders.strategies.lazy import LazyLoader
+
+
+@cache
+def target(preset: str, *settings: str) -> Target:
+    """What quant=PRESET asks for."""
+    spec = compose("run", JobSpec, take_apart("run", [f"quant={preset}", *settings]))
+    return replace(target_of(spec), id=preset, naming=NAMELESS)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One of a pass' outputs."""
+
+    folder: Path
+    config: Mapping[str, Any] | None
+
+    @property
+    def weights(self) -> list[bytes]:
+        """The weight files, byte for byte."""
+        checkpoint = open_checkpoint(self.folder)
+        return [(self.folder / tag.name).read_bytes() for tag in checkpoint.files]
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        """Dtype, shape and bytes of each tensor, where the container has tensors in one piece."""
+        specs = open_checkpoint(self.folder).weights
+        files = {spec.file: (self.folder / spec.file).read_bytes() for spec in specs}
+        return {s.name: (s.dtype.name, s.shape, files[s.file][s.offset : s.offset + s.size]) for s in specs}
+
+
+def plan(source: Path, *presets: str, settings: Sequence[str] = ()) -> Plan:
+    return make_plan(open_checkpoint(source), [target(preset, *settings) for preset in presets], 1000)
+
+
+def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) -> dict[str, Written]:
+    """Write a source in the form of each preset, in one pass."""
+    planned = plan(source, *presets, settings=settings)
+    journals = {preset: Journal(out / preset, "0" * 12) for preset in presets}
+    places = {preset: (journal.output, journal.key) for preset, journal in journals.items()}
+    with ExitStack() as held:
+        for journal in journals.values():
+            held.enter_context(journal.hold({}))
+        gate = Gate(allow_nonfinite=False)
+        reports = [
+            UnitTask(unit, planned.checkpoint.root, places, LazyLoader(), "cpu", 1, gate).run(
+                lambda _: None, threading.Event()
+            )
+            for unit in planned.units
+        ]
+        for report in reports:
+            assert not report.failures, report.failures
+        for preset, journal in journals.items():
+            complete(planned, planned.targets[preset], journal, [report.records[preset] for report in reports])
+    return {preset: Written(journal.files, planned.targets[preset].config) for preset, journal in journals.items()}

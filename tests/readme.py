@@ -1,0 +1,31 @@
+"""README.md's tables of what is tested: `python -m tests.readme` writes them from what the tests declare."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+PLACE = r"(?s)(?<=<!-- {0}: python -m tests.readme -->\n\n).*?(?=\n\n<!-- end {0} -->)"
+
+
+def table_of(name: str) -> str:
+    """The table between a name's markers."""
+    found = re.search(PLACE.format(name), README.read_text())
+    assert found is not None, f"README.md: no table {name}"
+    return found[0]
+
+
+def main() -> None:
+    """Write all tables anew."""
+    from tests import sources
+    from tests.parity import matrix
+
+    text = README.read_text()
+    for name, table in {"matrix": matrix.table(), "sources": sources.table()}.items():
+        text = re.sub(PLACE.format(name), lambda _, table=table: table, text)
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

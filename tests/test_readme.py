@@ -1,0 +1,39 @@
+"""The README's Python runs: each ```python block, in order, in one namespace, beside the demo checkpoint."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.readme import README
+
+DEMO = README.parent / "jobs" / "demo"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(text: str) -> list[tuple[int, str]]:
+    """The line that each block begins at, and its code."""
+    return [(text.count("\n", 0, found.start(1)) + 1, found[1]) for found in BLOCK.finditer(text)]
+
+
+def run_blocks(path: Path, folder: Path) -> int:
+    """Run a page's blocks; returns how many there were. The demo lies in `folder` as "demo"."""
+    shutil.copytree(DEMO, folder / "demo", ignore=shutil.ignore_patterns("*.md"))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    found = blocks(path.read_text())
+    for line, code in found:
+        exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)  # errors then name the page's own line
+    return len(found)
+
+
+@pytest.mark.parametrize("page", [README, Path(__file__).parent / "library_example.md"], ids=lambda p: p.name)
+def test_the_pages_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEIGHTMILL_CACHE", str(tmp_path / "cache"))
+    wanted = page.read_text().count("```python")
+    assert run_blocks(page, tmp_path) == wanted
+    if page != README:
+        assert wanted > 0
