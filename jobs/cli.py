@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-VERBS = ("run", "plan", "verify", "lint", "inspect", "diff", "clean", "bench", "recommend")
+VERBS = ("run", "plan", "verify", "lint", "inspect", "diff", "compare", "recommend", "clean", "bench")
 SCRIPT = """\
 _weightmill() {{
     local line="${{COMP_LINE:0:$COMP_POINT}}"

@@ -7,7 +7,6 @@ it would stop at the first key it does not know, the model names them all.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -16,33 +15,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from jobs.checking import PATHS, check, near
 from loaders.errors import BadSpec
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-DEMO = Path(__file__).resolve().parent / "demo"
-PATHS = (
-    "model.path",
-    "output.root",
-    "output.path",
-    "a",
-    "b",
-    "path",
-    "folder",
-)  # relative to the user's working directory
-VERBATIM = (*PATHS, "peer")  # taken as they are typed, whatever characters they hold
-MISSING = "???"  # as conf/ marks what must be given
-# What people call things elsewhere
-SYNONYMS = {
-    "blocksize": "group_size", "block_size": "group_size", "compress_statistics": "double_quant",
-    "bnb_4bit_use_double_quant": "double_quant", "quant_storage": "storage_dtype", "model_path": "path",
-    "torch_dtype": "dtype", "num_workers": "threads", "workers": "threads", "force": "overwrite",
-}  # fmt: skip
+VERBATIM = (*PATHS, "peer", "filter")  # taken as they are typed, whatever characters they hold
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -52,11 +34,20 @@ class Request:
 
     overrides: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)  # the overrides as they were typed
     problems: list[str] = field(default_factory=list)
 
     @property
     def is_sweep(self) -> bool:
         return "-m" in self.flags or "--multirun" in self.flags
+
+    @property
+    def swept(self) -> set[str]:
+        """The keys that it gives more than one value."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        parsed = OverridesParser.create().parse_overrides(self.overrides)
+        return {override.key_or_group for override in parsed if override.is_sweep_override()}
 
     @property
     def wants_help(self) -> bool:
@@ -76,6 +67,7 @@ def take_apart(verb: str, arguments: Sequence[str]) -> Request:
             request.problems.append(problem)
         else:
             request.overrides.append(prepared)
+            request.given.append(override)
     return request
 
 
@@ -84,7 +76,7 @@ def _prepared(verb: str, override: str, *, is_sweep: bool) -> tuple[str, str | N
     if not equals:
         if key.startswith("~"):
             return override, None
-        return "", f"{override}: expected key=value{_near(key, choices_of(verb), 'is it')}"
+        return "", f"{override}: expected key=value{near(key, choices_of(verb), 'is it')}"
     bare = key.lstrip("+~")
     if bare.split(".")[0] == "hydra" or bare.startswith("hydra/"):
         return override, None
@@ -142,7 +134,7 @@ def _choice(verb: str, override: str, group: str, value: str) -> tuple[str, str 
     options = choices_of(verb)[group]
     for chosen in (part.strip() for part in value.split(",")):
         if re.fullmatch(r"[\w.\-]+", chosen) and chosen not in options and chosen != "null":
-            return "", f"{group}: unknown choice {chosen!r}{_near(chosen, options)}; known: {', '.join(options)}"
+            return "", f"{group}: unknown choice {chosen!r}{near(chosen, options)}; known: {', '.join(options)}"
     return override, None
 
 
@@ -156,11 +148,6 @@ def choices_of(verb: str) -> dict[str, tuple[str, ...]]:
             if not group.startswith("override "):
                 found[group] = tuple(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
     return found
-
-
-def _near(name: str, known: Sequence[str] | dict[str, Any], phrase: str = "did you mean") -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; {phrase} {close[0]!r}?" if close else ""
 
 
 # --- to a checked model
@@ -179,6 +166,7 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
     from omegaconf.errors import OmegaConfBaseException
 
     GlobalHydra.instance().clear()
+    _register_launcher()
     problems = list(request.problems)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -209,124 +197,35 @@ def _said_by_hydra(error: Exception) -> str:
     return " ".join(line for line in lines if not line.startswith(("See https", "^", "full_key", "object_type")))
 
 
-def check(spec: type[S], values: dict[str, Any], problems: Sequence[str] = ()) -> S:
-    """Validate plain values; paths become absolute.
-
-    Raises:
-        BadSpec: every fault, those given first.
-    """
-    found = [*problems, *_missing(values), *_make_absolute(values)]
-    try:
-        made = spec.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        found += [_problem(spec, values, fault) for fault in error.errors() if fault["input"] != MISSING]
-    if found:
-        raise BadSpec(found)
-    return made
-
-
-def _missing(values: Any, name: str = "") -> list[str]:
-    """What conf/ requires and nobody gave."""
-    if isinstance(values, dict):
-        return [problem for key, value in values.items() for problem in _missing(value, f"{name}.{key}".lstrip("."))]
-    return [f"{name}: missing; give {name}=..."] if values == MISSING else []
-
-
-def _make_absolute(values: dict[str, Any]) -> list[str]:
-    problems = []
-    for path in PATHS:
-        *parents, leaf = path.split(".")
-        holder: Any = values
-        for parent in parents:
-            holder = holder.get(parent) if isinstance(holder, dict) else None
-        value = holder.get(leaf) if isinstance(holder, dict) else None
-        if not isinstance(value, str) or value == MISSING:
-            continue
-        if value == "demo://":
-            holder[leaf] = str(DEMO)
-        elif "://" in value and not value.startswith("file://"):
-            scheme = value.split("://")[0]
-            problems.append(f"{path}: {scheme}:// is not read or written yet; fetch it into a folder first")
-        elif value:
-            holder[leaf] = os.path.abspath(Path(value.removeprefix("file://")).expanduser())
-    return problems
-
-
-def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
-    """One line: where, what is expected, what was found."""
-    location = _without_tags(spec, fault["loc"])
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    kind, found = fault["type"], fault["input"]
-    if kind == "extra_forbidden":
-        known = list(_fields(spec, values, location[:-1]))
-        meant = SYNONYMS.get(str(location[-1]))
-        hint = f"; did you mean {meant!r}?" if meant in known else _near(str(location[-1]), known)
-        return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
-    if kind == "missing":
-        return f"{name}: missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    return f"{name}: {message}; found {json.dumps(found, default=str)}"
-
-
-def _without_tags(spec: type[BaseModel], location: Sequence[Any]) -> list[Any]:
-    """Pydantic puts the tag of a union into a fault's place: ("quant", "bnb4", "group_size")."""
-    kept: list[Any] = []
-    for part in location:
-        if not (kept and isinstance(part, str) and part in _tags(spec, kept)):
-            kept.append(part)
-    return kept
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation may hold."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _models(get_args(annotation)[0])
-    elif origin in (Union, UnionType, tuple, list):
-        for inner in get_args(annotation):
-            yield from _models(inner)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-
-
-def at_field(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field may hold; none for a plain value."""
-    return list(_models(annotation))
-
-
-def _at(spec: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]:
-    """The models at a place in the tree."""
-    models = [spec]
-    for part in location:
-        if isinstance(part, str):
-            fields = [m.model_fields[part] for m in models if part in m.model_fields]
-            models = [found for f in fields for found in _models(f.annotation)]
-    return models
-
-
-def _fields(spec: type[BaseModel], values: Any, location: Sequence[Any]) -> dict[str, None]:
-    """What may stand at a place: of several models, in the one whose kind was chosen."""
-    for part in location:
-        values = values[part]
-    kind = values.get("kind") if isinstance(values, dict) else None
-    models = _at(spec, location)
-    chosen = [m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)]
-    return {name: None for model in chosen or models for name in model.model_fields}
-
-
-def _tags(spec: type[BaseModel], location: Sequence[Any]) -> set[Any]:
-    models = _at(spec, location)
-    if len(models) < 2:
-        return set()
-    return {tag for m in models for tag in get_args(m.model_fields["kind"].annotation)}
-
-
 # --- sweeps
 
 
-def sweep(verb: str, request: Request, run: Callable[[dict[str, Any], str], float | None]) -> None:
-    """Run a multirun through Hydra: `run(values, suffix)` for each job, the suffix naming what the sweep varies.
+@dataclass(frozen=True)
+class Composed:
+    """A job of a sweep: its values, and those of them that vary, as they would be typed."""
+
+    number: int
+    values: dict[str, Any]
+    varied: dict[str, str]
+
+    @property
+    def suffix(self) -> str:
+        """-group_size=128-double_quant=true: varied values; model and quant are in the name already."""
+        named = {k: v for k, v in self.varied.items() if k not in ("model", "quant", "model.path")}
+        return "".join(f"-{k.split('.')[-1]}={re.sub(r'[^A-Za-z0-9_.+]+', '_', v)}" for k, v in named.items())
+
+    @property
+    def name(self) -> str:
+        """What the sweep gave it."""
+        return " ".join(f"{key}={value}" for key, value in self.varied.items()) or f"job {self.number}"
+
+
+Together = Callable[[Sequence[Composed], bool], Sequence[Any]]
+
+
+def sweep(verb: str, request: Request, together: Together) -> None:
+    """Compose a multirun's jobs and hand them over, as many at once as the sweeper has: `together(jobs, searches)`
+    gives a result or an exception for each. A sweeper that searches learns of a job's failure, and goes on.
 
     Raises:
         BadSpec: Hydra cannot make the jobs.
@@ -338,21 +237,49 @@ def sweep(verb: str, request: Request, run: Callable[[dict[str, Any], str], floa
 
     if request.problems:
         raise BadSpec(request.problems)
-
     made: set[Path] = set()
 
-    @hydra.main(config_path=str(CONF), config_name=verb, version_base="1.3")
-    def job(config: Any) -> float | None:
-        made.add(Path(HydraConfig.get().sweep.dir).absolute())
-        return run(plain(config), _suffix(HydraConfig.get().overrides.task, varied(request, HydraConfig.get())))
+    def all_of(configs: Sequence[Any]) -> Sequence[Any]:
+        jobs, searches = [], False
+        for config in configs:
+            HydraConfig.instance().set_config(config)
+            about = HydraConfig.get()
+            made.add(Path(about.sweep.dir).absolute())
+            searches = not about.sweeper.get("_target_", "").endswith("BasicSweeper")
+            keys = varied(request, about)
+            parsed = (override.lstrip("+").partition("=") for override in about.overrides.task)
+            mine = {key: value for key, _, value in parsed if key in keys or searches}
+            jobs.append(Composed(int(about.job.num) + 1, plain(config), mine))
+        return together(jobs, searches)
 
+    def job(config: Any) -> Any:
+        [result] = all_of([config])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    job.together = all_of  # type: ignore[attr-defined]
+    _register_launcher()
     with _command_line([*request.flags, *request.overrides]):
         try:
-            job()
+            hydra.main(config_path=str(CONF), config_name=verb, version_base="1.3")(job)()
         except (HydraException, OmegaConfBaseException) as error:
             raise BadSpec(_said_by_hydra(error)) from error
         finally:
             _remove_empty(made)
+
+
+@cache
+def _register_launcher() -> None:
+    """By ourselves: Hydra's own search does not see into an editable installation."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    from hydra_plugins.weightmill import OnePass
+
+    Plugins.instance().register(OnePass)
+    node = {"_target_": f"{OnePass.__module__}.{OnePass.__name__}"}
+    ConfigStore.instance().store(group="hydra/launcher", name="weightmill", node=node, provider="weightmill")
 
 
 def _remove_empty(folders: set[Path]) -> None:
@@ -381,20 +308,6 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def varied(request: Request, hydra_config: Any) -> set[str]:
-    """The keys that a sweep gives more than one value."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides(request.overrides)
-    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    """The keys that a sweep gives more than one value: on the command line, or in an experiment."""
     params = hydra_config.sweeper.get("params") or {}
-    return swept | {key.lstrip("+") for key, value in params.items() if "," in str(value) or "(" in str(value)}
-
-
-def _suffix(task: Sequence[str], keys: set[str]) -> str:
-    """-group_size=128-double_quant=true: varied values; model and quant are in the name already."""
-    parts = []
-    for override in task:
-        key, _, value = override.lstrip("+").partition("=")
-        if key in keys and key not in ("model", "quant", "model.path"):
-            parts.append(f"{key.split('.')[-1]}={re.sub(r'[^A-Za-z0-9_.+]+', '_', value)}")
-    return "".join(f"-{part}" for part in parts)
+    return request.swept | {key.lstrip("+") for key, value in params.items() if "," in str(value) or "(" in str(value)}

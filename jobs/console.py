@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TextIO, TypeVar
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from jobs.compose import Request, check, compose, sweep, take_apart
+from jobs.compose import Request, compose, take_apart
 from loaders.errors import BadSpec, WeightmillError
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -43,8 +43,12 @@ class Verb(Generic[S]):
     act: Callable[[S], Said]
     examples: tuple[tuple[str, str], ...]
     positional: tuple[str, ...] = ()
-    can_sweep: bool = False
+    sweep: Callable[[str, Request], Said] | None = None
     config: str = ""
+
+    @property
+    def can_sweep(self) -> bool:
+        return self.sweep is not None
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command; returns the exit status."""
@@ -90,74 +94,14 @@ class Verb(Generic[S]):
         return ", -m" if self.can_sweep else ""
 
     def _sweep(self, request: Request, as_json: bool) -> int:
-        if not self.can_sweep:
+        if self.sweep is None:
             raise BadSpec(f"-m: {self.name} does one thing at a time; only run sweeps")
         others = [flag for flag in request.flags if flag not in ("-m", "--multirun")]
         if others:
             raise BadSpec(f"{others[0]}: unknown option")
-        outcomes = Outcomes(as_json=as_json)
-
-        def one(values: dict[str, Any], suffix: str) -> float | None:
-            output = values.get("output")
-            if suffix and isinstance(output, dict) and output.get("path") is None:
-                values = {**values, "output": {**output, "suffix": suffix}}
-            return outcomes.add(suffix, lambda: self.act(check(self.spec, values)))
-
-        try:
-            with redirect_stdout(sys.stderr) if outcomes.as_json else nullcontext():
-                sweep(self.config or self.name, request, one)
-        except KeyboardInterrupt as error:
-            outcomes.failed(INTERRUPTED, [str(error) or "interrupted"])
-        return outcomes.finish()
-
-
-@dataclass
-class Outcomes:
-    """What came of a sweep's jobs, one after another: one that fails does not end the others."""
-
-    as_json: bool
-    documents: list[dict[str, Any]] = field(default_factory=list)
-    status: int = DONE
-
-    def add(self, suffix: str, act: Callable[[], Said]) -> float | None:
-        note(f"--- job {len(self.documents) + 1}{' ' if suffix else ''}{suffix.lstrip('-')}")
-        try:
-            said = act()
-        except BadSpec as error:
-            return self.failed(WRONG, error.problems)
-        except WeightmillError as error:
-            return self.failed(FAILED, [str(error)])
-        self.documents.append(said.document)
-        self.status = max(self.status, said.status)
-        if self.as_json:
-            said.then()
-        else:
-            say(said, False)
-        objective = (said.document.get("totals") or {}).get("bits_per_weight")
-        return float(objective) if objective is not None else None
-
-    def failed(self, status: int, problems: Sequence[str]) -> float | None:
-        self.documents.append({"status": "failed", "exit_status": status, "problems": list(problems)})
-        self.status = max(self.status, status)
-        if not self.as_json:
-            _complain(status, problems, False)
-        return None
-
-    def finish(self) -> int:
-        if self.as_json:
-            print(json.dumps({"jobs": self.documents}, indent=2))
-        else:
-            lines = [f"  {index}: {_outcome(document)}" for index, document in enumerate(self.documents, 1)]
-            print("\n".join([f"{len(lines)} jobs:", *lines]))
-        return self.status
-
-
-def _outcome(document: dict[str, Any]) -> str:
-    if document.get("exit_status", 0):
-        return f"FAILED: {document['problems'][0]}"
-    total = document["totals"]
-    error = (total["changed"] or total)["relative_error"]
-    return f"{document['output']}: {total['bits_per_weight']:.2f} bits a weight, relative error {error:.5f}"
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            said = self.sweep(self.config or self.name, request)
+        return say(said, as_json)
 
 
 def note(text: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Protocol, get_args
 
 from pydantic import BaseModel
 
-from jobs.compose import CONF, at_field, choices_of
+from jobs.checking import at_field
+from jobs.compose import CONF, choices_of
 
 STATUSES = (
     "0 done, 1 the job failed (a gate, an I/O error, a damaged checkpoint), 2 the request is wrong, 130 interrupted"

@@ -3,6 +3,7 @@
 .NAME.KEY.weightmill/        KEY names the plan: another plan for the same output has its own folder
     job.json                 what the job is
     lock                     held by the process that works on it
+    failed                   in a sweep: it failed, and the others go on without it
     parts/                   files being written, one an attempt
     files/                   finished weight files; with config, index and aux files it becomes the output. A file of
                              several units lies here from the start: they write into it in place
@@ -31,6 +32,7 @@ from loaders.specs import OutputFile
 from loaders.stats import CompressionStats, ErrorSums, LoadStats
 
 SUFFIX = ".weightmill"
+LEFT_OUT = "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,16 @@ class Journal:
                     " the version that began it, or remove it (python -m jobs.clean)"
                 )
 
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the job failed while others go on: units begun from now on leave it out."""
+        return (self.root / LEFT_OUT).exists()
+
+    def leave_out(self) -> None:
+        (self.root / LEFT_OUT).touch()
+
     def _remove_leftovers(self) -> None:
+        (self.root / LEFT_OUT).unlink(missing_ok=True)
         for path in self.parts.iterdir():
             with io_errors("removing", path):
                 path.unlink()

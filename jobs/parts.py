@@ -114,9 +114,11 @@ class PartFiles:
     another, and all that an earlier one left is written again.
     """
 
-    def __init__(self, journal: Journal, name: str, output: UnitOutput, timer: Timer, *, in_place: bool) -> None:
+    def __init__(
+        self, journal: Journal, name: str, output: UnitOutput, timer: Timer, scratch: Scratch, *, in_place: bool
+    ) -> None:
         self._timer = timer
-        self._scratch = Scratch()
+        self._scratch = scratch  # one for all files of a unit: their buffers take turns
         self._pieces: dict[str, dict[Piece, str]] = {}
         slots = [slot for placement in output.placements for slot in placement.slots.values()]
         self._files: list[PartFile] = []

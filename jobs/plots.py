@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.report import error_by_layer
+from jobs.comparison import BITS, Candidate
+from jobs.metrics import error_by_layer
 
 
 def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -39,3 +40,32 @@ def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
     made.append(folder / "size.png")
     figure.savefig(made[-1], dpi=120)
     return made
+
+
+def comparison_plot(candidates: Sequence[Candidate], front: Sequence[str], error: str, path: Path) -> bool:
+    """Error against size with the front, and error by layer of all, in one PNG; False if there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    drawn = [c for c in candidates if c.is_comparable and error in c.metrics]
+    if not drawn:
+        return False
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, each in enumerate(drawn):
+        color, marker = f"C{index % 10}", "osv^D*P"[index // 10 % 7]
+        left.scatter(each.metrics[BITS], each.metrics[error], color=color, marker=marker, label=each.name, zorder=3)
+        if each.layers:
+            right.plot(list(each.layers), list(each.layers.values()), color=color, marker=marker, markersize=3)
+    best = sorted((c.metrics[BITS], c.metrics[error]) for c in drawn if c.name in front)
+    left.plot([bits for bits, _ in best], [value for _, value in best], color="gray", linewidth=1)
+    left.set(xlabel="bits a weight", ylabel=error, title="the line: none is smaller and closer")
+    right.set(xlabel="layer", ylabel="relative error", title="error by layer")
+    for axes, values in (
+        (left, [c.metrics[error] for c in drawn]),
+        (right, [v for c in drawn for v in c.layers.values()]),
+    ):
+        if values and min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True

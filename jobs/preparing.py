@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from jobs.clusters import is_local
 from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
 from jobs.planning import Plan, TargetPlan, make_plan
-from jobs.publish import check_replaceable
+from jobs.publish import check_replaceable, is_published
 from jobs.spec import JobSpec
 from jobs.strategies import reading
 from jobs.targets import Target
 from loaders.backends import best, kernels_of
-from loaders.checkpoint import OUR_REPORT, open_checkpoint
-from loaders.errors import BadSpec, StorageError
+from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_json
+from loaders.errors import BadSpec, StorageError, WeightmillError
 from loaders.integrity import text_digest
 from loaders.layouts import Naming
 from loaders.quants import Bnb4Quant
@@ -37,6 +38,7 @@ class Planned:
     spec: JobSpec
     plan: Plan
     journal: Journal
+    done: Mapping[str, Any] | None = None  # the report of an earlier run of this very job, where that may count
 
     @property
     def target(self) -> TargetPlan:
@@ -58,8 +60,12 @@ class Planned:
         return backend_of(self.spec)
 
 
-def plan_job(spec: JobSpec) -> Planned:
+def plan_job(
+    spec: JobSpec, opened: Callable[[str, str], Checkpoint] = open_checkpoint, *, again: bool = False
+) -> Planned:
     """Everything cheap: headers, rules, sizes, the output's place. Nothing is written.
+
+    With `again`, an output that this very job has made before is no fault: see `Planned.done`.
 
     Raises:
         BadSpec: it cannot be done; every fault of one kind at once.
@@ -67,6 +73,8 @@ def plan_job(spec: JobSpec) -> Planned:
     """
     output = spec.output_path
     _check_place(spec, output)
+    if not again:
+        _check_free(spec, output)
     if spec.model.path is None:
         raise BadSpec(
             f"model.path: missing; fetch {spec.model.hub_id} into a folder (hf download {spec.model.hub_id}"
@@ -74,13 +82,30 @@ def plan_job(spec: JobSpec) -> Planned:
         )
     target = target_of(spec)
     kernels_of(backend_of(spec)[0])
-    checkpoint = open_checkpoint(spec.model.path, spec.source.container)
+    checkpoint = opened(spec.model.path, spec.source.container)
     plan = make_plan(checkpoint, [target], spec.source.unit_mb)
     made = plan.targets[TARGET]
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
     assert planned.strategy  # which may be refused
+    if again and not spec.output.overwrite and (done := _done_before(planned)) is not None:
+        return replace(planned, done=done)
+    if again:
+        _check_free(spec, output)
     return planned
+
+
+def _done_before(planned: Planned) -> Mapping[str, Any] | None:
+    """The report of the output, if this very job made it, from this very source."""
+    output = planned.journal.output
+    if not (output / OUR_REPORT).is_file() or is_published(planned.journal):
+        return None
+    with suppress(WeightmillError, KeyError, TypeError):
+        found = read_json(output / OUR_REPORT)
+        wanted = {k: v for k, v in planned.spec.resolved().items() if k in found["job"]}
+        if found["run"]["key"] == planned.journal.key and found["job"] == wanted:
+            return found
+    return None
 
 
 def backend_of(spec: JobSpec) -> tuple[str, str]:
@@ -121,6 +146,9 @@ def _check_place(spec: JobSpec, output: Path) -> None:
     around = next((parent for parent in output.parents if (parent / OUR_REPORT).is_file()), None)
     if around is not None:
         raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
+
+
+def _check_free(spec: JobSpec, output: Path) -> None:
     if output.exists() and spec.output.overwrite:
         check_replaceable(output)
     elif (output.exists() or output.is_symlink()) and not _left_over(output):
@@ -198,14 +226,20 @@ def notes_of(planned: Planned) -> list[str]:
     ]
 
 
-def check_space(planned: Planned, done_bytes: int) -> None:
-    """Raises StorageError when the output cannot fit."""
-    target = planned.target
-    aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
-    need = target.weight_bytes + planned.scratch_bytes - done_bytes + aux + SPARE_BYTES
-    free = free_bytes(planned.spec.output_path.parent)
-    if need > free:
-        raise StorageError(
-            f"output.path: {planned.spec.output_path} needs {report.size(need)}, {report.size(free)} are free there;"
-            " make room, or choose another path"
-        )
+def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
+    """Raises StorageError when outputs cannot fit; the bytes are those that a job has written before."""
+    needs: dict[int, list[tuple[Planned, int]]] = {}
+    for planned, done_bytes in jobs:
+        target = planned.target
+        aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
+        need = target.weight_bytes + planned.scratch_bytes - done_bytes + aux + SPARE_BYTES
+        needs.setdefault(planned.journal.root.stat().st_dev, []).append((planned, need))
+    for rows in needs.values():
+        output, need = rows[0][0].spec.output_path, sum(need for _, need in rows)
+        free = free_bytes(output.parent)
+        if need > free:
+            who = f"{output} needs" if len(rows) == 1 else f"{output} and {len(rows) - 1} more need"
+            raise StorageError(
+                f"output.path: {who} {report.size(need)}, {report.size(free)} are free there;"
+                " make room, or choose another path"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,9 +19,8 @@ from loaders.lint import Finding
 from loaders.stats import CompressionStats, ErrorSums, LoadStats, finite
 
 WORST = 5
-LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|blk)\.(\d+)(?:\.|$)")
 VERSIONS = ("weightmill", "numpy", "numba", "xxhash")
-NOT_OF_THE_RESULT = ("output", "strategy", "cluster", "tracking", "format")
+NOT_OF_THE_RESULT = ("output", "strategy", "cluster", "tracking", "objective", "format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,50 +343,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def metrics(document: Mapping[str, Any]) -> dict[str, float]:
-    """What compares between runs."""
-    total, run = document["totals"], document["run"]
-    changed = total["changed"] or {}
-    worst = worst_rows(document)
-    found = {
-        "size/source_bytes": total["source_bytes"],
-        "size/output_bytes": total["output_bytes"],
-        "size/ratio": total["ratio"],
-        "size/bits_per_weight": total["bits_per_weight"],
-        "size/parameters": total["parameters"],
-        "error/relative": changed.get("relative_error", 0.0),
-        "error/sqnr_db": changed.get("sqnr_db"),
-        "error/cosine": changed.get("cosine", 1.0),
-        "error/worst": worst[0]["relative_error"] if worst else 0.0,
-        "error/max": max((t["max_error"] for t in document["tensors"]), default=0.0),
-        "time/wall_s": run["wall_s"],
-        **{f"time/{phase}_s": run[f"{phase}_s"] for phase in ("read", "encode", "measure", "write")},
-        "load/gigabytes_per_second": run["throughput_gbps"],
-        "load/bytes": run["bytes"],
-        "load/files": run["files"],
-        "load/tensors": run["tensors"],
-        "load/peak_anonymous_bytes": run["peak_anonymous_bytes"],
-        "units/total": run["units"],
-        "units/resumed": run["units_resumed"],
-        "units/retries": run["retries"],
-    }
-    return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def table_columns(document: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The per-tensor table, by column."""
-    names = [key for key in document["tensors"][0] if key not in ("sums", "stored")]
-    rows = [{**t, "shape": "x".join(map(str, t["shape"]))} for t in document["tensors"]]
-    return {name: [row[name] for row in rows] for name in names}
-
-
-def error_by_layer(document: Mapping[str, Any]) -> dict[int, ErrorSums]:
-    """Sums over the quantized or cast tensors of each layer."""
-    layers: dict[int, ErrorSums] = {}
-    for tensor in document["tensors"]:
-        match = LAYER.search(tensor["name"])
-        if match and tensor["action"] != "keep":
-            layers[int(match[1])] = layers.get(int(match[1]), ErrorSums()) + ErrorSums(**tensor["sums"])
-    return dict(sorted(layers.items()))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from jobs.compose import Request
 from jobs.console import Said, Verb, leave
 from jobs.spec import JobSpec
 
 
 def act(spec: JobSpec) -> Said:
     """Do the job."""
-    from jobs.running import run_job
+    from jobs.passing import run_job
 
     return run_job(spec)
+
+
+def sweep(config: str, request: Request) -> Said:
+    """Do all jobs of a sweep, those with one source in one pass."""
+    from jobs.sweeping import run_sweep
+
+    return run_sweep(config, request)
 
 
 VERB = Verb(
@@ -24,9 +32,10 @@ VERB = Verb(
         ("model=llama70b model.path=DIR quant=nf4 quant.double_quant=true cluster=ray", "a preset's name, on Ray"),
         ("model.path=DIR rules='[{name: mlp.down_proj, action: keep}]'", "keep some tensors as they are"),
         ("model.path=DIR quant=none quant.dtype=bfloat16", "cast"),
-        ("-m model.path=DIR quant=nf4,fp4 quant.group_size=64,128", "a sweep: four jobs"),
+        ("-m model.path=DIR quant=nf4,fp4 quant.group_size=64,128", "a sweep: four jobs, one pass over DIR"),
+        ("-m experiment=four_bit_shootout model.path=DIR", "the sweep that a preset describes"),
     ),
-    can_sweep=True,
+    sweep=sweep,
 )
 main = VERB.main
 

@@ -1,12 +1,17 @@
-"""A job from its spec to its report: plan, check, run what is not done, gate, publish, track."""
+"""A job from its spec to its report: plan, check, run what is not done, gate, publish, track.
+
+`Job` is one job under way; jobs/passing.py takes one, or several over the same source, through their units.
+"""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,169 +19,212 @@ from rich.console import Group
 from rich.text import Text
 
 from jobs import report
-from jobs.clusters import choose
-from jobs.console import FAILED, Said, note, show
-from jobs.execution import Cluster, LocalCluster, UnitFailed
+from jobs.console import FAILED, Said, note
 from jobs.journal import Record
-from jobs.planning import Unit
+from jobs.metrics import error_by_layer, metrics, table_columns
 from jobs.plots import plots
-from jobs.preparing import TARGET, Planned, check_space, notes_of, plan_document, plan_job
-from jobs.progress import Meter
+from jobs.preparing import TARGET, Planned, notes_of, plan_document
 from jobs.publish import complete, is_published, publish
-from jobs.spec import ClusterSpec, JobSpec
-from jobs.tracking import Run, open_run
-from jobs.unit import UnitTask
-from loaders.backends import devices_of
+from jobs.tracking import SWEEP, NoRun, Recorder, Run, open_run
+from jobs.unit import Share
 from loaders.checkpoint import OUR_REPORT, read_json
-from loaders.errors import BadSpec, StorageError, VerifyFailed
+from loaders.errors import BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
-from loaders.memory import PeakMemory
 from loaders.quantization.gate import Gate
-from loaders.strategies import WeightLoader
 
 
-def run_job(spec: JobSpec) -> Said:
-    """Do a job, or what is left of it.
+@dataclass(frozen=True)
+class Pass:
+    """What a pass took as a whole, for all its jobs."""
 
-    Raises:
-        WeightmillError: see the message; what was finished stays for the next attempt.
-        KeyboardInterrupt: likewise.
-    """
-    planned = plan_job(spec)
-    show(report.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
-    journal = planned.journal
-    with journal.hold({"key": journal.key, "output": str(journal.output), "request": spec.resolved()}):
-        if journal.output.exists() and not spec.output.overwrite and not is_published(journal):
+    started: float
+    wall_s: float
+    peak_bytes: int
+    cluster: str
+    strategy: str
+    jobs: int
+
+
+class Job:
+    """One job of a pass. After `finish`, `fail` or `stop` there is an `outcome`."""
+
+    def __init__(self, number: int, planned: Planned, sweep: str | None = None) -> None:
+        self.number = number
+        self.planned = planned
+        self.sweep = sweep
+        self.run: Run = NoRun()
+        self.records: dict[str, Record] = {}
+        self.resumed: frozenset[str] = frozenset()
+        self.retries = 0
+        self._is_held = False
+        self.outcome: Said | WeightmillError | None = None
+        self.document: Mapping[str, Any] | None = planned.done
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its output has its name already, and only what comes after is left."""
+        return is_published(self.planned.journal)
+
+    def begin(self, stack: ExitStack, recorder: Recorder | None) -> None:
+        """Keep other processes out until the stack is closed, open the run, and find what was done before.
+
+        Raises:
+            WeightmillError: it cannot be done now.
+        """
+        journal, spec = self.planned.journal, self.planned.spec
+        request = {"key": journal.key, "output": str(journal.output), "request": spec.resolved()}
+        stack.enter_context(journal.hold(request))
+        self._is_held = True
+        if journal.output.exists() and not spec.output.overwrite and not self.is_whole:
             raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
-        run = _open_run(planned)
-        try:
-            document = _published(planned) if is_published(journal) else _run(planned, run)
-            _track(planned, run, document)
-        except BaseException as error:
-            _close(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            if not journal.has_records():
-                journal.remove()
-            elif isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(_how_to_go_on(planned)) from None
-            raise
-        untracked = _close(run, "FINISHED")
-    return _said(planned, document, run.address, untracked)
+        self.run = self._open_run(recorder)
+        if self.is_whole:
+            note(f"{journal.output} was published before the job was interrupted; finishing what is left")
+            return
+        self.records = resume(self.planned)
+        self.resumed = frozenset(self.records)
+        if self.records:
+            units = len(self.planned.plan.units)
+            note(f"{len(self.records)} of {units} units were done before; going on with the rest")
 
+    def shares(self) -> list[tuple[int, Share]]:
+        """What is left to do."""
+        if self.is_whole or self.outcome is not None:
+            return []
+        journal = self.planned.journal
+        return [
+            (self.number, Share(unit, TARGET, journal.output, journal.key, self._gate))
+            for unit in self.planned.plan.units
+            if unit.id not in self.records
+        ]
 
-def _run(planned: Planned, run: Run) -> dict[str, Any]:
-    """Run the units that have no record, pass the gate, publish. Gives the report."""
-    began, started = time.perf_counter(), time.time()
-    records = resume(planned)
-    resumed = len(records)
-    if resumed:
-        note(f"{resumed} of {len(planned.plan.units)} units were done before; going on with the rest")
-    check_space(planned, planned.journal.taken_bytes)
-    strategy, _ = planned.strategy
-    with PeakMemory() as memory, _cluster(planned) as cluster:
-        if cluster.is_local and planned.target.shared is not None:
-            planned.journal.make_shared(planned.target.shared)
-        fresh, retries = _execute(planned, cluster, strategy, records, run)
-        where = cluster.description
-    results = report.Results(tuple((records | fresh)[unit.id] for unit in planned.plan.units))
-    _pass_gate(planned, results)
-    completed = complete(planned.plan, planned.target, planned.journal, results.records)
-    found = lint_folder(planned.journal.files)
-    wall, load = time.perf_counter() - began, results.load
-    document = report.document(
-        planned.spec,
-        planned.plan,
-        planned.target,
-        results,
-        completed,
-        found,
-        {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "wall_s": wall,
-            "throughput_gbps": sum(record.load.bytes for record in fresh.values()) / wall / 1e9,
+    @property
+    def _gate(self) -> Gate:
+        verify = self.planned.spec.verify
+        return Gate(verify.allow_nonfinite, verify.max_relative_error)
+
+    def finish(self, done: Pass) -> None:
+        """Pass the gate, publish, and hand the report to MLflow.
+
+        Raises:
+            WeightmillError: it may not be published.
+        """
+        if self.is_whole:
+            self.document = read_json(self.planned.journal.output / OUR_REPORT)
+        else:
+            self.document = self._publish(done)
+        _track(self.planned, self.run, self.document)
+        self.run.end("FINISHED")
+
+    def _publish(self, done: Pass) -> dict[str, Any]:
+        planned = self.planned
+        results = report.Results(tuple(self.records[unit.id] for unit in planned.plan.units))
+        _pass_gate(planned, results)
+        completed = complete(planned.plan, planned.target, planned.journal, results.records)
+        found = lint_folder(planned.journal.files)
+        document = report.document(
+            planned.spec, planned.plan, planned.target, results, completed, found, self._about(done, results)
+        )
+        publish(planned.journal, document, overwrite=planned.spec.output.overwrite)
+        return document
+
+    def _about(self, done: Pass, results: report.Results) -> dict[str, Any]:
+        """The report's `run`: when, where and how fast."""
+        load, nodes = results.load, sorted({record.node for record in results.records})
+        fresh = sum(record.load.bytes for unit, record in self.records.items() if unit not in self.resumed)
+        price = self.planned.spec.tracking.price_per_hour
+        machines = len({record.node for unit, record in self.records.items() if unit not in self.resumed})
+        return {
+            "key": self.planned.journal.key,
+            "sweep": self.sweep,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(done.started)),
+            "wall_s": done.wall_s,
+            "throughput_gbps": fresh / done.wall_s / 1e9,
             "read_s": load.read_s,
             "encode_s": load.encode_s,
             "measure_s": load.measure_s,
             "write_s": load.write_s,
             "bytes": load.bytes,
-            "files": len(planned.plan.checkpoint.files),
+            "files": len(self.planned.plan.checkpoint.files),
             "tensors": load.tensors,
-            "peak_anonymous_bytes": max(memory.peak_bytes, load.peak_anonymous_bytes),
-            "units": len(planned.plan.units),
-            "units_resumed": resumed,
-            "retries": retries,
-            "strategy": strategy.name,
-            "backend": planned.backend[0],
-            "cluster": where,
-            "nodes": sorted({record.node for record in results.records}),
+            "peak_anonymous_bytes": max(done.peak_bytes, load.peak_anonymous_bytes),
+            "units": len(self.planned.plan.units),
+            "units_resumed": len(self.resumed),
+            "retries": self.retries,
+            "jobs_in_pass": done.jobs,
+            "cost": None if price is None else price * machines * done.wall_s / 3600 / done.jobs,
+            "strategy": done.strategy,
+            "backend": self.planned.backend[0],
+            "cluster": done.cluster,
+            "nodes": nodes,
             "python": platform.python_version(),
-        },
-    )
-    publish(planned.journal, document, overwrite=planned.spec.output.overwrite)
-    return document
+        }
+
+    def fail(self, error: WeightmillError) -> None:
+        """It is over, and units begun from now on leave it out; what it finished stays for the next attempt."""
+        self.outcome = error
+        self.run.end("FAILED")
+        if self._is_held:
+            self.planned.journal.leave_out()
+
+    def stop(self, *, killed: bool) -> None:
+        """Something ends the whole pass."""
+        self.run.end("KILLED" if killed else "FAILED")
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Wait until all is tracked; a job that finished no unit leaves nothing behind."""
+        _wait(self.run)
+        if self._is_held and not self.planned.journal.has_records():
+            self.planned.journal.remove()
+
+    def settle(self) -> None:
+        """Wait until all is tracked, and say what came of it."""
+        if self.outcome is None and self.document is not None:
+            untracked = _wait(self.run)
+            address = None if untracked else self.run.address
+            self.outcome = _said(self.planned, self.document, address, untracked)
+        elif self.outcome is not None:
+            self._tidy()
+
+    @property
+    def how_to_go_on(self) -> str:
+        done, units = len(resume(self.planned)), len(self.planned.plan.units)
+        return (
+            f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
+            f" python -m jobs.clean output.path={self.planned.journal.output} forgets them"
+        )
+
+    def _open_run(self, recorder: Recorder | None) -> Run:
+        spec, planned = self.planned.spec, self.planned
+        params = {key: value for key, value in report.flat(spec.resolved()) if value is not None}
+        tags = {
+            "weightmill.kind": "job",
+            "weightmill.source": planned.plan.checkpoint.fingerprint,
+            "weightmill.output": str(planned.journal.output),
+            "weightmill.git_commit": _git_commit(),
+            **{f"weightmill.version.{name}": version for name, version in report.versions().items()},
+            **sweep_tags(self.sweep, self.number),
+        }
+        root, name = Path(spec.output.root), spec.output_path.name
+        return open_run(spec.tracking, root, name, params, tags, run_key(planned), recorder)
+
+
+def sweep_tags(sweep: str | None, number: int) -> dict[str, str]:
+    """What tells of a run that it belongs to a sweep."""
+    return {} if sweep is None else {SWEEP: sweep, f"{SWEEP}.job": str(number)}
+
+
+def run_key(planned: Planned) -> str:
+    """Names the job in MLflow: one output of one plan."""
+    return text_digest(f"{planned.journal.key} {planned.journal.output}")
 
 
 def resume(planned: Planned) -> dict[str, Record]:
     """The valid records of earlier attempts, by unit."""
     found = {unit.id: planned.journal.done(unit, TARGET) for unit in planned.plan.units}
     return {unit: record for unit, record in found.items() if record is not None}
-
-
-@contextmanager
-def _cluster(planned: Planned) -> Iterator[Cluster]:
-    spec, (backend, _) = planned.spec.cluster, planned.backend
-    if backend == "cuda" and spec.units_at_once is None:
-        spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of(backend)))})
-    cluster, why = choose(spec)
-    if why and planned.spec.cluster.kind == "auto" and not cluster.is_local:
-        note(f"units run on {cluster.description}: {why}")
-    try:
-        yield cluster
-    finally:
-        cluster.close()
-
-
-def units_for_gpus(spec: ClusterSpec, gpus: int) -> int:
-    """Units at once that keep every GPU of this machine at work: what the CPUs suggest, and at least two for each."""
-    return max(LocalCluster(spec).units_at_once, 2 * gpus)
-
-
-def _execute(
-    planned: Planned, cluster: Cluster, strategy: WeightLoader, records: Mapping[str, Record], run: Run
-) -> tuple[dict[str, Record], int]:
-    """Run the units without a record; their records, and how many attempts were repeated.
-
-    Raises:
-        VerifyFailed: a tensor must not leave.
-        StorageError: a unit could not be run.
-    """
-    units = [unit for unit in planned.plan.units if unit.id not in records]
-    units.sort(key=lambda unit: min(strategy.priority(spec.name) for r in unit.recipes for _, spec in r.stored))
-    tasks = [_task(planned, cluster, strategy, unit) for unit in units]
-    cluster.check(tasks)
-    fresh: dict[str, Record] = {}
-    retries = 0
-    with (
-        Meter("quantizing", sum(task.unit.source_bytes for task in tasks)) as meter,
-        closing(cluster.run(tasks, meter.add)) as outcomes,
-    ):
-        for outcome in outcomes:
-            run.check()
-            if isinstance(outcome, UnitFailed):
-                raise StorageError(f"{outcome.unit}: {outcome.reason}")
-            if TARGET in outcome.failures:
-                raise VerifyFailed(f"not published: {outcome.failures[TARGET]}")
-            fresh[outcome.unit] = outcome.records[TARGET]
-            retries += outcome.attempts - 1
-    return fresh, retries
-
-
-def _task(planned: Planned, cluster: Cluster, strategy: WeightLoader, unit: Unit) -> UnitTask:
-    spec = planned.spec
-    gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
-    journals = {TARGET: (planned.journal.output, planned.journal.key)}
-    root, threads, is_local = planned.plan.checkpoint.root, cluster.threads, cluster.is_local
-    return UnitTask(unit, root, journals, strategy, planned.backend[0], threads, gate, in_place=is_local)
 
 
 def _pass_gate(planned: Planned, results: report.Results) -> None:
@@ -193,36 +241,10 @@ def _pass_gate(planned: Planned, results: report.Results) -> None:
         raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")
 
 
-def _published(planned: Planned) -> dict[str, Any]:
-    note(f"{planned.journal.output} was published before the job was interrupted; finishing what is left")
-    return read_json(planned.journal.output / OUR_REPORT)
-
-
-def _how_to_go_on(planned: Planned) -> str:
-    done = len(resume(planned))
-    return (
-        f"interrupted; {done} of {len(planned.plan.units)} units are done and kept: the same command goes on from"
-        f" there, python -m jobs.clean output.path={planned.journal.output} forgets them"
-    )
-
-
 # --- tracking and the report
 
 
-def _open_run(planned: Planned) -> Run:
-    spec = planned.spec
-    params = {key: value for key, value in report.flat(spec.resolved()) if value is not None}
-    tags = {
-        "weightmill.kind": "job",
-        "weightmill.source": planned.plan.checkpoint.fingerprint,
-        "weightmill.git_commit": _git_commit(),
-        **{f"weightmill.version.{name}": version for name, version in report.versions().items()},
-    }
-    name = spec.output_path.name
-    key = text_digest(f"{planned.journal.key} {planned.journal.output}")
-    return open_run(spec.tracking, Path(spec.output.root), name, params, tags, key)
-
-
+@cache
 def _git_commit() -> str:
     """The commit of this checkout of weightmill, or "none" for an installed one."""
     here = Path(__file__).resolve().parent.parent
@@ -236,20 +258,18 @@ def _track(planned: Planned, run: Run, document: Mapping[str, Any]) -> None:
     """Log the report."""
     if not run.is_tracked:
         return
-    run.metrics(report.metrics(document))
-    run.series(
-        "layer/relative_error", [(layer, e.relative_error) for layer, e in report.error_by_layer(document).items()]
-    )
-    run.table("tensors.json", report.table_columns(document))
+    run.metrics(metrics(document))
+    run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(document).items()])
+    run.table("tensors.json", table_columns(document))
     run.document("plan.json", plan_document(planned, notes_of(planned)))
     run.document(OUR_REPORT, document)
     run.figures(lambda folder: plots(document, folder))
 
 
-def _close(run: Run, status: str) -> str:
-    """End the run; why it does not hold everything, if so."""
+def _wait(run: Run) -> str:
+    """Wait for MLflow; why it does not hold everything, if so."""
     try:
-        run.close(status)
+        run.close()
     except StorageError as error:
         return str(error)
     return ""

@@ -19,6 +19,10 @@ from loaders.rules import Rule
 from loaders.specs import DTYPES
 
 MB = 1_000_000
+OBJECTIVES = (
+    "error/relative", "error/worst", "error/max", "size/bits_per_weight", "size/output_bytes", "time/wall_s",
+    "load/gigabytes_per_second", "load/peak_anonymous_bytes",
+)  # fmt: skip
 STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
 
 
@@ -169,6 +173,7 @@ class TrackingSpec(Spec):
     kind: Literal["mlflow", "none"]
     uri: str | None = Field(default=None, description="a tracking server or database; sqlite in output.root by default")
     experiment: str = Field(default="weightmill", description="the MLflow experiment")
+    price_per_hour: float | None = Field(default=None, ge=0, description="of a machine: for the estimate of the cost")
 
     @field_validator("uri")
     @classmethod
@@ -201,7 +206,19 @@ class JobSpec(Spec):
     cluster: ClusterSpec
     tracking: TrackingSpec
     verify: VerifySpec
+    objective: tuple[str, ...] = Field(
+        default=("error/relative",),
+        description="metrics that a job returns to Hydra's sweeper, for it to search by",
+    )
     format: Format = Field(description="text for people; json: one document on standard output")
+
+    @field_validator("objective")
+    @classmethod
+    def _objectives_are_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in OBJECTIVES:
+                raise ValueError(f"expected some of {', '.join(OBJECTIVES)}")
+        return names
 
     @model_validator(mode="after")
     def _rules_fit_the_quant(self) -> JobSpec:

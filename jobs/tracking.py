@@ -7,6 +7,7 @@ stopped says so; the module-level API would close it as finished.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -30,6 +32,7 @@ LONGEST_PARAM = 6000
 METRICS_AT_ONCE = 1000
 PARAMS_AT_ONCE = 100
 BEAT_S = 30.0
+HOST, PID, HEARTBEAT, SWEEP = "weightmill.host", "weightmill.pid", "weightmill.heartbeat", "weightmill.sweep"
 
 
 class Run(Protocol):
@@ -41,6 +44,9 @@ class Run(Protocol):
     def address(self) -> str | None:
         """Where to find it."""
         ...
+
+    @property
+    def run_id(self) -> str | None: ...
 
     def check(self) -> None:
         """Raises StorageError when the store turned out not to be usable."""
@@ -62,8 +68,12 @@ class Run(Protocol):
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
 
-    def close(self, status: str) -> None:
-        """End as FINISHED, FAILED or KILLED."""
+    def end(self, status: str) -> None:
+        """End as FINISHED, FAILED or KILLED, when all before is logged."""
+        ...
+
+    def close(self, status: str | None = None) -> None:
+        """End, unless `end` did, and wait until all is logged."""
         ...
 
 
@@ -72,6 +82,7 @@ class NoRun:
 
     is_tracked = False
     address = None
+    run_id = None
 
     def check(self) -> None: ...
 
@@ -85,12 +96,71 @@ class NoRun:
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
 
-    def close(self, status: str) -> None: ...
+    def end(self, status: str) -> None: ...
+
+    def close(self, status: str | None = None) -> None: ...
+
+
+class Recorder:
+    """The one thread of a process that talks to MLflow, for all its runs: their stores, and a sign of life of each."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._stores: dict[tuple[str, str], tuple[Any, str]] = {}
+        self._alive: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._beats: threading.Thread | None = None
+
+    def store(self, spec: TrackingSpec, root: Path) -> tuple[Any, str, str]:
+        """The client, the address and the experiment's id; made once."""
+        uri = spec.uri or default_uri(root)
+        if (uri, spec.experiment) not in self._stores:
+            with _store_lock(uri):
+                client = mlflow_client(uri)
+                self._stores[uri, spec.experiment] = client, _experiment(client, spec.experiment, uri, root)
+        client, experiment = self._stores[uri, spec.experiment]
+        return client, uri, experiment
+
+    def experiment_of(self, spec: TrackingSpec) -> str:
+        """The id of an experiment that was used, or "0"."""
+        return next((found for (_, name), (_, found) in self._stores.items() if name == spec.experiment), "0")
+
+    def live(self, run: str, client: Any) -> None:
+        self._alive[run] = client
+        if self._beats is None:
+            self._beats = threading.Thread(target=self._beat, name="mlflow-heartbeat", daemon=True)
+            self._beats.start()
+
+    def ended(self, run: str) -> None:
+        self._alive.pop(run, None)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            for run, client in list(self._alive.items()):
+                with suppress(Exception):
+                    client.set_tag(run, HEARTBEAT, str(int(time.time())))
+
+    def adopt(self, spec: TrackingSpec, root: Path, key: str, tags: Mapping[str, str]) -> Future[str | None]:
+        """Give the finished run of a key more tags; gives its id."""
+
+        def call() -> str | None:
+            client, _, experiment = self.store(spec, root)
+            found = client.search_runs([experiment], f"tags.`weightmill.key` = '{key}'", max_results=1)
+            for name, value in tags.items() if found else ():
+                client.set_tag(found[0].info.run_id, name, value)
+            return str(found[0].info.run_id) if found else None
+
+        return self.pool.submit(call)
+
+    def close(self) -> None:
+        self._stop.set()
+        self.pool.shutdown(wait=True)
 
 
 def open_run(
-    spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str
-) -> Run:
+    spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
+    recorder: Recorder | None = None,
+) -> Run:  # fmt: skip
     """Begin a run, or go on with the one of the same key that a stopped job left. Returns at once: mlflow
     is slow to import and its first store slow to make, so that happens beside the job; errors come out when it is
     closed. Whoever gives a key sees to it that no two processes work under it at once.
@@ -99,25 +169,30 @@ def open_run(
         return NoRun()
     if spec.uri is not None and spec.uri.startswith("http"):
         check_reachable("tracking.uri", spec.uri, "tracking=none runs without")
-    return BackgroundRun(spec, root, name, params, tags, key)
+    return BackgroundRun(spec, root, name, params, tags, key, recorder)
 
 
 class BackgroundRun:
-    """Hands everything, in order, to one thread that talks to MLflow."""
+    """Hands everything, in order, to the one thread that talks to MLflow."""
 
     is_tracked = True
 
     def __init__(
-        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str
-    ) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
+        recorder: Recorder | None,
+    ) -> None:  # fmt: skip
+        self._own = Recorder() if recorder is None else None
+        self._recorder = recorder or self._own or Recorder()
         self._errors: list[BaseException] = []
+        self._last: Future[None] | None = None
         began = time.time()
-        self._opened: Future[MlflowRun] = self._pool.submit(MlflowRun, spec, root, name, params, tags, key, began)
+        self._opened: Future[MlflowRun] = self._recorder.pool.submit(
+            MlflowRun, self._recorder, spec, root, name, params, tags, key, began
+        )
 
     def check(self) -> None:
         if self._opened.done() and (failed := self._opened.exception()) is not None:
-            raise StorageError(f"tracking.uri: cannot be used ({_first_line(failed)}); tracking=none runs without")
+            raise StorageError(f"tracking.uri: cannot be used ({first_line(failed)}); tracking=none runs without")
 
     def _later(self, method: str, *arguments: Any) -> None:
         def call() -> None:
@@ -127,11 +202,15 @@ class BackgroundRun:
                 except Exception as error:  # whatever a store may raise: it must not end the job
                     self._errors.append(error)
 
-        self._pool.submit(call)
+        self._last = self._recorder.pool.submit(call)
 
     @property
     def address(self) -> str | None:
         return self._opened.result().address if self._opened.exception() is None else None
+
+    @property
+    def run_id(self) -> str | None:
+        return self._opened.result().run_id if self._opened.exception() is None else None
 
     def metrics(self, values: Mapping[str, float]) -> None:
         self._later("metrics", dict(values))
@@ -148,41 +227,39 @@ class BackgroundRun:
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         self._later("table", name, columns)
 
-    def close(self, status: str) -> None:
-        """Raises StorageError when something could not be logged."""
+    def end(self, status: str) -> None:
         self._later("close", status)
-        self._pool.shutdown(wait=True)
+
+    def close(self, status: str | None = None) -> None:
+        """Raises StorageError when something could not be logged."""
+        if status is not None:
+            self.end(status)
+        if self._last is not None:
+            self._last.result()
+        if self._own is not None:
+            self._own.close()
         failed = self._opened.exception() or (self._errors[0] if self._errors else None)
         if failed is not None:
-            raise StorageError(f"tracking: not everything was logged: {_first_line(failed)}") from failed
+            raise StorageError(f"tracking: not everything was logged: {first_line(failed)}") from failed
 
 
 class MlflowRun:
     """One run, through the client. Made and used on one thread."""
 
     def __init__(
-        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
-        began: float,
+        self, recorder: Recorder, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any],
+        tags: Mapping[str, str], key: str, began: float,
     ) -> None:  # fmt: skip
         self._began = began
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        uri = spec.uri or default_uri(root)
-        with _store_lock(uri):
-            from mlflow.tracking import MlflowClient
-
-            for chatty in ("mlflow", "alembic"):
-                logging.getLogger(chatty).setLevel(logging.WARNING)
-            self._client = MlflowClient(uri)
-            self._experiment = _experiment(self._client, spec.experiment, uri, root)
-        self._uri = uri
-        self._run = self._find(key) or self._new(name, {**tags, "weightmill.key": key})
-        self.address = f"{uri} run {self._run}"
+        self._recorder = recorder
+        self._client, self._uri, self._experiment = recorder.store(spec, root)
+        self._run = self._find(key, tags) or self._new(name, {**tags, "weightmill.key": key})
+        self.run_id = self._run
+        self.address = f"{self._uri} run {self._run}"
         self._log_params(params)
-        self._stop = threading.Event()
-        threading.Thread(target=self._beat, name="mlflow-heartbeat", daemon=True).start()
+        recorder.live(self._run, self._client)
 
-    def _find(self, key: str) -> str | None:
+    def _find(self, key: str, tags: Mapping[str, str]) -> str | None:
         """A run of this job that did not end: its process was killed."""
         found = self._client.search_runs(
             [self._experiment],
@@ -193,20 +270,15 @@ class MlflowRun:
             return None
         run_id: str = found[0].info.run_id
         self._client.update_run(run_id, status="RUNNING")
-        self._client.set_tag(run_id, "weightmill.resumed", "true")
+        for name, value in {**tags, **here(), "weightmill.resumed": "true"}.items():
+            self._client.set_tag(run_id, name, value)
         return run_id
 
     def _new(self, name: str, tags: Mapping[str, str]) -> str:
-        here = {"weightmill.host": socket.gethostname(), "weightmill.pid": str(os.getpid())}
         run = self._client.create_run(
-            self._experiment, run_name=name, tags={**tags, **here}, start_time=int(self._began * 1000)
+            self._experiment, run_name=name, tags={**tags, **here()}, start_time=int(self._began * 1000)
         )
         return str(run.info.run_id)
-
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_S):
-            with suppress(Exception):
-                self._client.set_tag(self._run, "weightmill.heartbeat", str(int(time.time())))
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -243,11 +315,36 @@ class MlflowRun:
         self._client.log_dict(self._run, rows, name)
 
     def close(self, status: str) -> None:
-        self._stop.set()
+        self._recorder.ended(self._run)
         self._client.set_terminated(self._run, status)
 
 
-def _first_line(error: BaseException) -> str:
+def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str) -> str:
+    """Where MLflow shows runs side by side: an address, or the command that serves it and the address then."""
+    chosen = f"runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
+    uri = spec.uri or default_uri(root)
+    if uri.startswith("http"):
+        return f"compare: {uri.rstrip('/')}/#/compare-runs?{chosen}"
+    return f"compare: mlflow ui --backend-store-uri {uri}   and then http://127.0.0.1:5000/#/compare-runs?{chosen}"
+
+
+def here() -> dict[str, str]:
+    """Which process a run is of: compare tells by it whether a run that never ended is still going on."""
+    return {HOST: socket.gethostname(), PID: str(os.getpid()), HEARTBEAT: str(int(time.time()))}
+
+
+def mlflow_client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.tracking import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
+def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -1,5 +1,8 @@
 """One unit: read its tensors once, and for each target encode, measure, finish the file, leave a record.
 
+A sweep's jobs share a task where they read the same: each tensor is encoded for all of them while it is hot. What goes
+wrong for one of them is its own affair; only what goes wrong for all of them, such as a damaged source, ends the unit.
+
 The same function runs on a thread of this process and in a Ray task; it knows of neither. Tensors of a few MiB run
 side by side, a thread each; large ones one after another, on all of the unit's threads.
 """
@@ -11,8 +14,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,44 +25,69 @@ from jobs.parts import Measured, PartFiles, TensorPart, Timer
 from jobs.planning import Placement, Unit
 from jobs.targets import TargetId
 from loaders.backends import leased_kernels
-from loaders.errors import StorageError, VerifyFailed
+from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
 from loaders.memory import PeakMemory
 from loaders.quantization.gate import Gate
 from loaders.quantization.measure import measure
 from loaders.quantization.scheme import Block, Scheme, Sharing, View
 from loaders.recipes import Recipe
+from loaders.scratch import Scratch
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.views import encoded_view, numbers_view, ordered_view, view_of
-from loaders.work import RANGE, ThreadedWork
+from loaders.work import RANGE, Stopped, ThreadedWork
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """One job's part in a task: its own unit, and where its file and record go."""
+
+    unit: Unit
+    target: TargetId
+    output: Path
+    key: str
+    gate: Gate
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.output, self.key)
+
+
+@dataclass(frozen=True, slots=True)
 class UnitTask:
-    """Everything a worker needs to run a unit: small, and only paths."""
+    """Everything a worker needs to run a unit: small, and only paths.
+
+    `steps` are runs of the unit's tensors: after each, the shares whose tensors are all done are finished.
+    """
 
     unit: Unit
     root: Path
-    journals: Mapping[TargetId, tuple[Path, str]]  # (output, key)
+    shares: Mapping[str, Share]
     strategy: WeightLoader
     backend: str
     threads: int
-    gate: Gate
+    steps: tuple[tuple[Recipe, ...], ...] = ()
     in_place: bool = False  # pieces go into the file they are ranges of, which is there: for one process only
 
     @property
     def memory_bytes(self) -> int:
         """What running it holds at most, beyond the libraries."""
-        return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes
+        most = max(share.unit.memory_bytes(self.threads) for share in self.shares.values())
+        return most + self.strategy.held_bytes
 
     @property
     def gpus(self) -> int:
         """GPUs that a cluster must set aside for it."""
         return int(self.backend == "cuda")
+
+    @property
+    def work_bytes(self) -> int:
+        """Source bytes to be encoded, once for each share."""
+        return sum(share.unit.source_bytes for share in self.shares.values())
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)
@@ -66,11 +95,11 @@ class UnitTask:
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """What came of an attempt: a record for each target that is done, the reason for each that failed."""
+    """What came of an attempt: by share, a record for each that is done, the reason for each that failed."""
 
     unit: str
-    records: Mapping[TargetId, Record]
-    failures: Mapping[TargetId, str]
+    records: Mapping[str, Record]
+    failures: Mapping[str, str]
     load: LoadStats
     attempts: int = 1
 
@@ -80,16 +109,17 @@ def run_unit(
     on_bytes: Callable[[int], None],
     stop: threading.Event,
 ) -> UnitReport:
-    """Run a unit for all targets of the task.
+    """Run a unit for all shares of the task.
 
     Raises:
         TransientIOError: worth another attempt.
-        WeightmillError: the source cannot be read, or an output not be written.
+        WeightmillError: the source cannot be read, or no output be written.
     """
     unit, began = task.unit, time.perf_counter()
     warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
-    attempt, timer = uuid.uuid4().hex[:12], Timer()
+    attempt, scratch = uuid.uuid4().hex[:12], Scratch()
     specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
+    runs: dict[str, TargetRun] = {}
     with (
         PeakMemory() as memory,
         task.strategy.open(task.root, specs) as reader,
@@ -97,141 +127,183 @@ def run_unit(
         ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
     ):
         work = ThreadedWork(kernels, pool, stop)
-        runs = {target: TargetRun(task, target, attempt, timer) for target in task.journals}
         try:
-            passes = UnitPass(task, reader, work, runs, timer, on_bytes)
-            for recipe in (r for r in unit.recipes if r.source_bytes > SMALL):
-                passes.tensor(recipe, task.threads)
-            work.each([r for r in unit.recipes if r.source_bytes <= SMALL], passes.tensor)
-            for run in runs.values():
-                work.check()
-                run.finish()
+            for name, share in task.shares.items():
+                if not share.journal.is_left_out:
+                    runs[name] = TargetRun(
+                        share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
+                    )
+            passes = UnitPass(reader, work, runs, on_bytes)
+            for step in (task.steps or (unit.recipes,)) if runs else ():
+                for recipe in (r for r in step if r.source_bytes > SMALL):
+                    passes.tensor(recipe, task.threads)
+                work.each([r for r in step if r.source_bytes <= SMALL], passes.tensor)
+                for run in runs.values():
+                    work.check()
+                    run.finish_if_done()
+                if all(run.error is not None for run in runs.values()):  # it is the source's, or everybody's
+                    raise next(run.error for run in runs.values() if run.error is not None)
         finally:
             for run in runs.values():
                 run.abort()
-        spent = timer.seconds()
-        load = LoadStats(
-            files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
-            wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **warmth,
-            read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"], write_s=spent["write_s"],
-        )  # fmt: skip
-    records = {target: run.record(load) for target, run in runs.items() if not run.faults}
-    return UnitReport(unit.id, records, {t: run.failure for t, run in runs.items() if run.faults}, load)
+    load = LoadStats(
+        files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes if runs else 0,
+        wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **(warmth if runs else {}),
+    )  # fmt: skip
+    records = {name: run.record(load) for name, run in runs.items() if not run.failure}
+    return UnitReport(unit.id, records, {name: run.failure for name, run in runs.items() if run.failure}, load)
 
 
 class TargetRun:
-    """One target's share of a unit: its files, and what was found wrong."""
+    """One share under way: its files, and what was found wrong."""
 
-    def __init__(self, task: UnitTask, target: TargetId, attempt: str, timer: Timer) -> None:
-        path, key = task.journals[target]
-        self._task = task
-        self._journal = Journal(path, key)
-        if not self._journal.parts.is_dir():
-            raise StorageError(
-                f"{self._journal.root}: not found on {socket.gethostname()}; on several machines the output must lie on"
-                " a filesystem that all of them share"
-            )
-        self._target = target
+    def __init__(
+        self, share: Share, attempt: str, scratch: Scratch, warmth: Mapping[str, int], *, is_alone: bool, in_place: bool
+    ) -> None:
+        self._warmth = warmth
+        self._share = share
+        self._journal = share.journal
+        self._is_alone = is_alone
         self._attempt = attempt
-        output = task.unit.outputs[target]
-        self.placements = {placement.recipe: placement for placement in output.placements}
+        self._began = time.perf_counter()
+        self.timer = Timer()
+        self.recipes = {recipe.name: recipe for recipe in share.unit.recipes}
+        self.error: Exception | None = None
         self.faults: list[tuple[float, str]] = []
         self._measured: dict[str, Measured] = {}
-        self._finished: Finished = ((), ())
-        name = f"{task.unit.id}.{attempt}"
-        self._files = PartFiles(self._journal, name, output, timer, in_place=task.in_place)
+        self._finished: Finished | None = None
+        self._record: Record | None = None
+        self._files: PartFiles | None = None
+        output = share.unit.outputs[share.target]
+        self.placements = {placement.recipe: placement for placement in output.placements}
+        with self.guarded():
+            if not self._journal.parts.is_dir():
+                raise StorageError(
+                    f"{self._journal.root}: not found on {socket.gethostname()}; on several machines the output must"
+                    " lie on a filesystem that all of them share"
+                )
+            name = f"{share.unit.id}.{attempt}"
+            self._files = PartFiles(self._journal, name, output, self.timer, scratch, in_place=in_place)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What goes wrong inside is this share's: beside others it ends only itself."""
+        try:
+            yield
+        except VerifyFailed as error:
+            self.faults.append((math.inf, str(error)))
+        except (Stopped, TransientIOError):
+            raise
+        except Exception as error:
+            if self._is_alone:
+                raise
+            self.error = error
+
+    def takes(self, recipe: Recipe) -> bool:
+        return self.error is None and self.recipes.get(recipe.name) == recipe
 
     def begin(self, placement: Placement) -> TensorPart:
+        assert self._files is not None
         return self._files.tensor(placement)
 
     def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
         self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
-        fault = self._task.gate.fault(recipe.name, error, placement.scheme)
+        fault = self._share.gate.fault(recipe.name, error, placement.scheme)
         if fault:
             self.faults.append((error.relative_error, fault))
 
-    def finish(self) -> None:
-        """Make the files whole, unless something is wrong with them."""
-        if self.faults:
+    def finish_if_done(self) -> None:
+        """Make the files whole once all their tensors are in them, unless something is wrong."""
+        if self._files is None or self._finished or self.failure or len(self._measured) < len(self.placements):
             return
-        try:
+        with self.guarded():
             self._finished = self._files.finish([self._measured[name] for name in self.placements])
-        except VerifyFailed as error:
-            self.faults.append((math.inf, str(error)))
+            if not self._is_alone:  # a step of a longer task: what is done is done, whatever becomes of the rest
+                self.record(LoadStats())
 
     @property
     def failure(self) -> str:
-        """The worst fault, and how many there are."""
+        """The worst fault, and how many there are; empty if all is well."""
+        if self.error is not None:
+            known = isinstance(self.error, WeightmillError | OSError)
+            return str(self.error) if known else f"{type(self.error).__name__}: {self.error} (a fault of weightmill)"
+        if not self.faults:
+            return ""
         worst = max(self.faults)[1]
-        return worst if len(self.faults) == 1 else f"{worst} (the worst of {len(self.faults)} in {self._task.unit.id})"
+        return worst if len(self.faults) == 1 else f"{worst} (the worst of {len(self.faults)} in {self._share.unit.id})"
 
     def record(self, load: LoadStats) -> Record:
         """Leave the record: the unit is done for this target."""
-        written, tensors = self._finished
-        key = self._task.unit.key(self._target)
-        record = Record(self._task.unit.id, key, written, tensors, load, socket.gethostname(), self._attempt)
-        self._journal.add(record)
-        return record
+        if self._record is None:
+            unit = self._share.unit
+            written, tensors = self._finished or ((), ())
+            spent = self.timer.seconds()
+            own = LoadStats(
+                files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
+                wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
+                read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
+                write_s=spent["write_s"], **self._warmth,
+            )  # fmt: skip
+            key = unit.key(self._share.target)
+            self._record = Record(unit.id, key, written, tensors, own, socket.gethostname(), self._attempt)
+            self._journal.add(self._record)
+        return self._record
 
     def abort(self) -> None:
-        self._files.abort()
+        if self._files is not None:
+            self._files.abort()
 
 
 class UnitPass:
     """One pass over a unit's tensors, each for all targets while it is hot."""
 
     def __init__(
-        self, task: UnitTask, reader: Reader, work: ThreadedWork, runs: Mapping[TargetId, TargetRun], timer: Timer,
-        on_bytes: Callable[[int], None],
-    ) -> None:  # fmt: skip
+        self, reader: Reader, work: ThreadedWork, runs: Mapping[str, TargetRun], on_bytes: Callable[[int], None]
+    ) -> None:
         self._reader = reader
         self._work = work
         self._runs = runs
-        self._timer = timer
         self._on_bytes = on_bytes
-        self._groups: dict[str, list[Recipe]] = {}
-        for recipe in (r for r in task.unit.recipes if r.group is not None):
-            self._groups.setdefault(str(recipe.group), []).append(recipe)
-        self._shared: dict[tuple[TargetId, str], Scheme] = {}
+        self._shared: dict[tuple[str, str], Scheme] = {}
         self._sharing = threading.Lock()
 
     def tensor(self, recipe: Recipe, threads: int = 1) -> None:
         """Encode and measure one tensor, with so many threads at work on it."""
         plain = view_of(recipe, self._reader, self._work)
-        for target, run in self._runs.items():
-            placement = run.placements.get(recipe.name)
-            if placement is None:  # dropped
-                self._on_bytes(recipe.source_bytes)
-                continue
-            ordered = numbers_view(ordered_view(plain, placement.order), placement.cast, self._work)
-            seen = encoded_view(TimedView(ordered, self._timer, "read"), placement.cast)
-            part = run.begin(placement)
-            try:
-                with self._timer.phase("encode", threads):
-                    self._knowing(target, recipe, placement.scheme).encode(seen, part, self._work)
-            except VerifyFailed as error:
-                run.faults.append((math.inf, str(error)))
-                continue
-            with self._timer.phase("measure", threads):
-                again = TimedView(ordered, self._timer, "reread")
-                error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
-            run.measured(recipe, placement, error_sums)
-            part.done()
+        for name, run in self._runs.items():
+            if run.takes(recipe):
+                with run.guarded():
+                    self._encode(name, recipe, plain, threads)
 
-    def _knowing(self, target: TargetId, recipe: Recipe, scheme: Scheme) -> Scheme:
+    def _encode(self, name: str, recipe: Recipe, plain: View, threads: int) -> None:
+        run = self._runs[name]
+        placement, timer = run.placements.get(recipe.name), run.timer
+        if placement is None:  # dropped
+            self._on_bytes(recipe.source_bytes)
+            return
+        ordered = numbers_view(ordered_view(plain, placement.order), placement.cast, self._work)
+        seen = encoded_view(TimedView(ordered, timer, "read"), placement.cast)
+        part = run.begin(placement)
+        with timer.phase("encode", threads):
+            self._knowing(name, recipe, placement.scheme).encode(seen, part, self._work)
+        with timer.phase("measure", threads):
+            again = TimedView(ordered, timer, "reread")
+            error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
+        run.measured(recipe, placement, error_sums)
+        part.done()
+
+    def _knowing(self, name: str, recipe: Recipe, scheme: Scheme) -> Scheme:
         """The scheme with what it shares over the tensor's fused group, found once a group."""
         if not isinstance(scheme, Sharing):
             return scheme
-        partners = self._groups[recipe.group] if recipe.group is not None else [recipe]
+        run = self._runs[name]
+        group = [recipe] if recipe.group is None else [r for r in run.recipes.values() if r.group == recipe.group]
         with self._sharing:
-            key = (target, recipe.group or recipe.name)
+            key = (name, recipe.group or recipe.name)
             if key not in self._shared:
-                placements = self._runs[target].placements
-                mine = [(r, placements[r.name]) for r in partners if r.name in placements]
+                mine = [(r, run.placements[r.name]) for r in group if r.name in run.placements]
                 plain = ((ordered_view(view_of(r, self._reader, self._work), p.order), p) for r, p in mine)
-                views = [
-                    encoded_view(TimedView(v, self._timer, "read"), p.cast) for v, p in plain if p.scheme == scheme
-                ]
+                views = [encoded_view(TimedView(v, run.timer, "read"), p.cast) for v, p in plain if p.scheme == scheme]
                 self._shared[key] = scheme.share(views, self._work)
             return self._shared[key]
 

@@ -284,12 +284,6 @@ def test_a_sweep_runs_every_job_and_names_what_varies(source: Path, weightmill: 
     assert names == [f"source-{q}-group_size={g}" for q in ("fp4", "nf4") for g in (128, 64)]
 
 
-def test_in_a_sweep_a_job_that_fails_does_not_end_the_others(source: Path, weightmill: Any) -> None:
-    ran = weightmill("run", "-m", f"model.path={source}", "quant=nf4,none", "quant.group_size=64", "format=json")
-    assert ran.status == 2
-    assert [job["status"] for job in ran.document["jobs"]] == ["done", "failed"]
-
-
 def test_a_rule_that_matches_nothing_stops_the_job_before_it_starts(
     source: Path, tmp_path: Path, weightmill: Any
 ) -> None:

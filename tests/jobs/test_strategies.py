@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-import jobs.running
+from jobs.execution import LocalCluster
+from jobs.passing import units_for_gpus
 from jobs.spec import ClusterSpec
 from jobs.strategies import StrategySpec
 from loaders.strategies import LOADERS, settings_of
@@ -78,13 +79,13 @@ def test_units_with_weights_of_priority_run_first(
     weightmill: Callable[..., Ran], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    task = jobs.running._task
+    run = LocalCluster.run
 
-    def noted(planned: Any, cluster: Any, strategy: Any, unit: Any) -> Any:
-        made.append(unit.recipes[0].name)
-        return task(planned, cluster, strategy, unit)
+    def noted(self: Any, tasks: Any, on_bytes: Any) -> Any:
+        made.extend(task.unit.recipes[0].name for task in tasks)
+        return run(self, tasks, on_bytes)
 
-    monkeypatch.setattr(jobs.running, "_task", noted)
+    monkeypatch.setattr(LocalCluster, "run", noted)
     given = ("source.unit_mb=0.001", "strategy=streaming", "strategy.priority_weights=[model.layers.1,lm_head]")
     ran = weightmill("run", *QUICK, f"model.path={source}", f"output.path={tmp_path / 'out'}", *given)
     assert ran.status == 0, ran.err
@@ -102,8 +103,8 @@ def test_the_plan_says_where_encoders_run(weightmill: Callable[..., Ran], source
 
 def test_more_units_run_at_once_where_there_are_several_gpus() -> None:
     spec = ClusterSpec(kind="local")
-    assert jobs.running.units_for_gpus(spec, 4) >= 8
-    assert jobs.running.units_for_gpus(spec, 0) >= 1
+    assert units_for_gpus(spec, 4) >= 8
+    assert units_for_gpus(spec, 0) >= 1
 
 
 @pytest.mark.engine

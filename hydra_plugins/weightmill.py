@@ -1,0 +1,44 @@
+"""Hydra's launcher for sweeps: it hands all jobs of a batch over at once, so that those with one source share a pass.
+
+Hydra takes launchers from this namespace only, which is why the folder has no __init__.py. What to do with the jobs
+is the task function's `together`; whatever sweeper is in use, Basic or one that searches, gets back what it returns.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+class OnePass(Launcher):
+    """hydra/launcher=weightmill."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context = hydra_context
+        self._task: Any = task_function
+        self._config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose all, do all; a result for each, in their order."""
+        setup_globals()
+        composed = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = str(number)
+                config.hydra.job.num = number
+            composed.append(config)
+        results = self._task.together(composed)
+        returns = []
+        for config, overrides, result in zip(composed, job_overrides, results, strict=True):
+            HydraConfig.instance().set_config(config)
+            job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            done = JobReturn(overrides=list(filter_overrides(overrides)), cfg=job, hydra_cfg=config, working_dir=".")
+            done.status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
+            done.return_value = result
+            returns.append(done)
+        return returns

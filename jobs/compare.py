@@ -1,0 +1,59 @@
+"""Compare finished jobs: python -m jobs.compare sweep=last."""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import Field
+
+from jobs.console import Said, Verb
+from jobs.spec import TrackingSpec
+from jobs.strict import Format, Spec
+
+
+class ComparePlace(Spec):
+    """Where runs are tracked by default, and where the comparison goes."""
+
+    root: str = Field(description="the folder whose mlflow.db is read if tracking.uri is not given")
+    path: str | None = Field(description="the comparison's folder; root / comparisons / SWEEP by default")
+
+
+class CompareSpec(Spec):
+    """What to compare."""
+
+    sweep: str = Field(description="last, a sweep's name, or all: every run of the experiment")
+    runs: tuple[str, ...] = Field(description="run ids, run names, or folders of outputs, in place of a sweep")
+    filter: str = Field(description="MLflow's filter, such as metrics.`size/bits_per_weight` < 5")
+    error: str = Field(description="the metric that is set against bits a weight")
+    tracking: TrackingSpec
+    output: ComparePlace
+    format: Format = Field(description="text, or json: one document on standard output")
+
+
+def act(spec: CompareSpec) -> Said:
+    """Compare."""
+    from jobs.candidates import compare
+
+    return compare(
+        spec.tracking, spec.output.root, spec.output.path, sweep=spec.sweep, runs=spec.runs, where=spec.filter,
+        error=spec.error,
+    )  # fmt: skip
+
+
+VERB = Verb(
+    "compare",
+    "Compare jobs: sizes, errors, times, the Pareto front, error by layer, the tensors that differ most.",
+    CompareSpec,
+    act,
+    (
+        ("", "the last sweep"),
+        ("sweep=all tracking.experiment=NAME", "every run of an experiment"),
+        ("runs='[weightmill/demo-nf4,weightmill/demo-fp4]'", "these outputs, tracked or not"),
+        ("sweep=all 'filter=metrics.`size/bits_per_weight` < 5'", "the small ones"),
+        ("tracking.uri=http://HOST:5000", "on a server"),
+    ),
+)
+main = VERB.main
+
+if __name__ == "__main__":
+    sys.exit(main())

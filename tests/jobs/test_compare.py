@@ -1,0 +1,54 @@
+"""Comparing runs: which crashed, and what is said of those that are whole."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_crashed_failed_and_running_runs_are_told_apart(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    from mlflow.tracking import MlflowClient
+
+    root = tmp_path / "o"
+    ran = weightmill("run", "-m", f"model.path={source}", f"output.root={root}", "tracking=mlflow",
+                     "quant=nf4,mlx_int4", "verify.max_relative_error=null,0.001")  # fmt: skip
+    assert ran.status == 1
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    [experiment] = [e.experiment_id for e in client.search_experiments() if e.name == "weightmill"]
+    [sweep] = {run.data.tags["weightmill.sweep"] for run in client.search_runs([experiment])}
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name, pid in (("gone", gone.pid), ("going", os.getpid())):
+        tags = {"weightmill.host": socket.gethostname(), "weightmill.pid": str(pid), "weightmill.sweep": sweep,
+                "weightmill.heartbeat": str(int(time.time()))}  # fmt: skip
+        client.create_run(experiment, run_name=name, tags=tags)
+    found = weightmill("compare", f"output.root={root}", "format=json")
+    assert found.status == 0, found.err
+    assert found.document["title"] == sweep
+    statuses = {run["name"]: run["status"] for run in found.document["runs"]}
+    assert (statuses["gone"], statuses["going"]) == ("crashed", "running")
+    assert sorted(statuses.values()) == ["crashed", "done", "done", "failed", "failed", "running"]
+    assert all(run["error_by_layer"] for run in found.document["runs"] if run["status"] == "done")
+    assert found.document["differing"]
+    assert all(Path(file).is_file() for file in found.document["files"])
+    filtered = weightmill("compare", f"output.root={root}", "filter=metrics.`size/bits_per_weight` < 5", "format=json")
+    assert {run["status"] for run in filtered.document["runs"]} == {"done"}
+    folders = [run["output"] for run in found.document["runs"] if run["status"] == "done"]
+    untracked = weightmill("compare", f"runs=[{','.join(repr(f) for f in folders)}]", f"output.root={tmp_path / 'n'}")
+    assert untracked.status == 0, untracked.err
+    assert "Pareto front" in untracked.out
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path, weightmill: Any) -> None:
+    ran = weightmill("compare", f"output.root={tmp_path / 'none'}")
+    assert ran.status == 2
+    assert "tracking.uri: no " in ran.err
