@@ -17,7 +17,7 @@ from jobs.preparing import target_of
 from jobs.publish import complete
 from jobs.spec import JobSpec
 from jobs.targets import NAMELESS, Target
-from jobs.unit import UnitTask
+from jobs.unit import Share, UnitTask
 from loaders.checkpoint import open_checkpoint
 from loaders.quantization.gate import Gate
 from loaders.strategies.lazy import LazyLoader
@@ -59,17 +59,14 @@ def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) ->
     """Write a source in the form of each preset, in one pass."""
     planned = plan(source, *presets, settings=settings)
     journals = {preset: Journal(out / preset, "0" * 12) for preset in presets}
-    places = {preset: (journal.output, journal.key) for preset, journal in journals.items()}
     with ExitStack() as held:
         for journal in journals.values():
             held.enter_context(journal.hold({}))
-        gate = Gate(allow_nonfinite=False)
-        reports = [
-            UnitTask(unit, planned.checkpoint.root, places, LazyLoader(), "cpu", 1, gate).run(
-                lambda _: None, threading.Event()
-            )
-            for unit in planned.units
-        ]
+        reports = []
+        for unit in planned.units:
+            shares = {p: Share(unit, p, j.output, j.key, Gate(allow_nonfinite=False)) for p, j in journals.items()}
+            task = UnitTask(unit, planned.checkpoint.root, shares, LazyLoader(), "cpu", 1)
+            reports.append(task.run(lambda _: None, threading.Event()))
         for report in reports:
             assert not report.failures, report.failures
         for preset, journal in journals.items():
