@@ -19,7 +19,7 @@ from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.engines import module_maker, runs_here
 from loaders.models.placing import device_map_of, hold_to, place_of
 from loaders.models.sharding import is_first, load_unified
-from loaders.models.skeleton import Skeleton, open_weights, set_parameter, skeleton_of
+from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.streaming import stream
 from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
@@ -164,9 +164,10 @@ def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device
     if config.max_memory is not None:
         options["max_memory"] = config.limits
     auto: Any = AutoModelForCausalLM
-    return auto.from_pretrained(
-        str(checkpoint.root), dtype=config.dtype or "auto", device_map={"": device}, **options
-    ).eval()
+    with BUILDING:
+        return auto.from_pretrained(
+            str(checkpoint.root), dtype=config.dtype or "auto", device_map={"": device}, **options
+        ).eval()
 
 
 def schemes_of(
@@ -218,9 +219,10 @@ def fill_model(
         linear, [recipe] = model.get_submodule(path), skeleton.parameters[name]
         wanted = load_dtype(weights.checkpoint.config) if is_new else recipe.dtype
         stored = weights.encoded(recipe, scheme, wanted) if is_new else weights.stored(recipe)
-        made = module_maker(scheme)(
-            scheme, recipe.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))
-        )
+        with BUILDING:
+            made = module_maker(scheme)(
+                scheme, recipe.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))
+            )
         model.set_submodule(path, made.eval())
     for path, buffer in list(model.named_buffers()):
         if device_of(path) != "cpu":

@@ -7,6 +7,7 @@ frequencies). Tied parameters are one parameter, as the checkpoint has them.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ EXPERT_PARTS = {
 FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")
 MIXTRAL = ("mlp.", "block_sparse_moe.")
 SHOWN = 6
+# accelerate and transformers change torch's modules and default dtype for the whole process while they build a model
+BUILDING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def skeleton_of(
     config = model_config(checkpoint)
     wanted = getattr(torch, dtype) if dtype is not None else default_dtype(checkpoint, sources)
     options = {} if attention is None else {"attn_implementation": attention}
-    with init_empty_weights(include_buffers=False):
+    with BUILDING, init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=wanted, **options)
     model.eval()
     parameters, tied = matched(model, sources, ignore_unexpected)

@@ -6,7 +6,6 @@ so a rank's rows, or a vocabulary's few, are ranges whatever the parameter is ma
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +23,12 @@ from loaders.models.memory_sink import MemorySink
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Scheme, View
 from loaders.recipes import Recipe, Window
+from loaders.shared import shared
 from loaders.specs import WEIGHT_DTYPES, DType, dtype_named, storage_of
 from loaders.strategies import loader
 from loaders.strategies.lazy import map_privately
 from loaders.views import encoded_view, view_of
-from loaders.work import RANGE, ThreadedWork
+from loaders.work import RANGE, THREAD_BYTES, ThreadedWork
 
 Parts = tuple[Recipe, ...]
 
@@ -42,7 +42,10 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 class ModelWeights:
-    """Open weights. Files are open from the first read until `close`, in this process alone: a fork opens its own."""
+    """Open weights. Files are open from the first read until `close`, in this process alone: a fork opens its own.
+
+    Without `workers` the threads are those that all models of this process share; its budget holds in either case.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, parameters: Mapping[str, Parts], *, workers: int | None = None, read: str = "lazy"
@@ -50,8 +53,11 @@ class ModelWeights:
         self.checkpoint = checkpoint
         self.parameters = parameters
         self._exit = ExitStack()
-        self._pool = self._exit.enter_context(ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)))
-        self._work = ThreadedWork(kernels_of("cpu"), self._pool, threading.Event())
+        together = shared()
+        self._budget = together.budget
+        self._workers = workers or together.workers
+        pool = together.pool if workers is None else self._exit.enter_context(ThreadPoolExecutor(workers))
+        self._work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
         specs = {spec.name: spec for parts in parameters.values() for r in parts for _, spec in r.stored}
         self._reader = self._exit.enter_context(loader(read).open(checkpoint.root, list(specs.values())))
 
@@ -64,7 +70,7 @@ class ModelWeights:
         self.close()
 
     def close(self) -> None:
-        """Close the files and end the threads."""
+        """Close the files, and end the threads that are not shared."""
         self._exit.close()
 
     def view(self, recipe: Recipe) -> View:
@@ -97,7 +103,9 @@ class ModelWeights:
             block = view.read(first + begin, first + end)
             into[begin:end] = block if wanted == recipe.dtype else _cast(block, recipe, wanted)
 
-        self._work.sweep(last - first, 1, copy)
+        busy = min(self._workers, -(-(last - first) // RANGE))
+        with self._budget.hold(busy * THREAD_BYTES):
+            self._work.sweep(last - first, 1, copy)
 
     def mapped(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """A parameter in its file's own pages, where they hold just what the model wants; else None.
@@ -119,7 +127,8 @@ class ModelWeights:
         """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
         view = encoded_view(self.view(recipe), None if cast == recipe.dtype else cast)
         sink = MemorySink(scheme, view.spec)
-        scheme.encode(view, sink, self._work)
+        with self._budget.hold(self._workers * THREAD_BYTES + scheme.state_bytes(view.spec)):
+            scheme.encode(view, sink, self._work)
         return {role: _tensor(data, dtype) for role, (data, dtype) in sink.stored().items()}
 
     def stored(self, recipe: Recipe) -> dict[str, torch.Tensor]:

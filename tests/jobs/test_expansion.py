@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import jobs.unit
 from loaders.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.expansion import Expansion, expansion_of
 from tests.conftest import Ran
-from tests.making import LLAMA, llama_tensors, read_safetensors, write_checkpoint, write_moe
+from tests.making import LLAMA, llama_tensors, read_safetensors, snapshot, write_checkpoint, write_moe
 
 EXPAND = ("transform=block_expansion", "cluster=local")
 
@@ -140,3 +141,29 @@ def test_logits_are_unchanged_before_training(tmp_path: Path, weightmill: Callab
     with torch.no_grad():
         assert len(other.model.layers) == 6
         assert torch.equal(one(ids).logits, other(ids).logits)
+
+
+def test_an_interrupted_expansion_goes_on_to_the_same_bytes(
+    tmp_path: Path, weightmill: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny(tmp_path / "m")
+    given = (f"model.path={source}", *EXPAND, "transform.num_blocks=2", "quant=nf4", "source.unit_mb=0.02")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert weightmill("run", *given, f"output.path={whole}").status == 0
+    honest, begun = jobs.unit.run_unit, []
+
+    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
+        begun.append(task.unit.id)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return honest(task, on_bytes, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.unit, "run_unit", failing)
+        assert weightmill("run", *given, f"output.path={out}", "cluster.units_at_once=1").status == 130
+    assert not out.exists()
+    ran = weightmill("run", *given, f"output.path={out}", "format=json")
+    assert ran.status == 0, ran.err
+    assert ran.document["run"]["units_resumed"] == 3 < ran.document["run"]["units"]
+    report = "weightmill.json"  # which tells how long the run took
+    assert snapshot(out, ignore=[report]) == snapshot(whole, ignore=[report])

@@ -12,8 +12,15 @@ from tests.making import Raw, write_safetensors
 HIDDEN, INNER, LAYERS, VOCABULARY = 2048, 5504, 10, 2048
 
 
-def write_large(folder: Path) -> int:
-    """Write it, a file a block; gives the bytes of its weights. No two rows are alike, none is zero."""
+def bytes_of(folder: Path) -> int:
+    """The bytes of its weights, as its index says."""
+    size = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert isinstance(size, int)
+    return size
+
+
+def write_large(folder: Path) -> None:
+    """Write it, a file a block. No two rows are alike, none is zero."""
     folder.mkdir()
     rng = np.random.default_rng(0)
 
@@ -54,7 +61,9 @@ def write_large(folder: Path) -> int:
             "model.norm.weight": ones,
         },
     )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": files})
+    )
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
         "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 16, "num_key_value_heads": 16,
@@ -62,4 +71,3 @@ def write_large(folder: Path) -> int:
         "dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    return size

@@ -1,4 +1,6 @@
-"""Runs as one rank of several: loads a model's shards, and prints what it held and whether it is right."""
+"""Runs as one rank of several: loads a model in some ways, one after another, and prints what each held and whether it
+is right.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +24,17 @@ from loaders.models.sharding import broadcast, load_sharded, rows_of, scatter
 from loaders.sources import recipes_of
 
 
-def main(folder: str, way: str, does_compute: bool) -> None:
+def main(folder: str, ways: list[str], does_compute: bool) -> None:
     assert threading.current_thread() is threading.main_thread()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    for way in ways:
+        print("RESULT " + json.dumps(load(folder, way, does_compute)), flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def load(folder: str, way: str, does_compute: bool) -> dict[str, Any]:
     checkpoint = open_checkpoint(folder)
     sources = recipes_of(checkpoint, decode=True)
     dist.barrier()  # the backend's own buffers are there before memory is counted
@@ -35,7 +44,7 @@ def main(folder: str, way: str, does_compute: bool) -> None:
             started_meta = all(p.is_meta for p in model.parameters())
             broadcast(model)
         else:
-            started_meta = rank > 0
+            started_meta = dist.get_rank() > 0
             full = None
             if way == "scatter":
                 full = load_model_and_tokenizer(folder, "cpu", strategy=LoadingStrategy.LOW_MEMORY)[0]
@@ -50,19 +59,18 @@ def main(folder: str, way: str, does_compute: bool) -> None:
             else:
                 with open_weights(checkpoint, skeleton, workers=1) as weights:
                     load_sharded(skeleton, weights)
-    held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
-    total = sum(p.nbytes for p in model.parameters())
-    right = check(model, checkpoint, sources)
     result = {
-        "rank": rank, "right": right, "held": held, "total": total, "peak": memory.peak_bytes,
+        "rank": dist.get_rank(),
+        "right": check(model, checkpoint, sources),
+        "held": sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters()),
+        "total": sum(p.nbytes for p in model.parameters()),
+        "peak": memory.peak_bytes,
         "started_meta": started_meta,
-    }  # fmt: skip
+    }
     if does_compute:
         with torch.no_grad():
             result["logits"] = model(torch.arange(3, 20)[None]).logits.float().flatten()[:512].tolist()
-    print("RESULT " + json.dumps(result), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 def check(model: torch.nn.Module, checkpoint: object, sources: object) -> bool:
@@ -84,4 +92,4 @@ def check(model: torch.nn.Module, checkpoint: object, sources: object) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "compute")
+    main(sys.argv[1], sys.argv[2].split(","), sys.argv[3] == "compute")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.loaders.models.large import write_large
+from tests.loaders.models.large import bytes_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -23,16 +23,17 @@ DEMO = ROOT / "jobs" / "demo"
 MIB = 1 << 20
 
 
-def run_ranks(folder: Path, way: str, count: int, does_compute: bool = True) -> list[dict[str, Any]]:
+def run_ranks(folder: Path, ways: tuple[str, ...], count: int, does_compute: bool = True) -> list[list[dict[str, Any]]]:
+    """What each rank found, by way: starting the ranks takes longer than all of the ways."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-        "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "1048576",
+        "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     compute = "compute" if does_compute else "no"
-    script = [sys.executable, "-m", "tests.loaders.models.ranks", str(folder), way, compute]
+    script = [sys.executable, "-m", "tests.loaders.models.ranks", str(folder), ",".join(ways), compute]
     ranks = [
         subprocess.Popen(script, cwd=ROOT, env={**env, "RANK": str(rank)}, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)
@@ -43,34 +44,35 @@ def run_ranks(folder: Path, way: str, count: int, does_compute: bool = True) -> 
         for rank in ranks:
             out, err = rank.communicate(timeout=600)
             assert rank.returncode == 0, err[-3000:]
-            [line] = [line for line in out.splitlines() if line.startswith("RESULT ")]
-            found.append(json.loads(line.removeprefix("RESULT ")))
+            lines = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
+            found.append([json.loads(line) for line in lines])
     finally:
         for rank in ranks:
             rank.kill()
             rank.communicate()  # which closes its pipes, too
-    return found
+    return [list(of_way) for of_way in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize(("way", "count"), [("own", 2), ("scatter", 2), ("broadcast", 2)])
-def test_each_rank_ends_with_its_shard_of_the_right_values(way: str, count: int) -> None:
-    found = run_ranks(DEMO, way, count)
+def test_each_rank_ends_with_its_shard_of_the_right_values() -> None:
+    ways, count = ("own", "scatter", "broadcast"), 2
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO).eval()
     with torch.no_grad():
         wanted = model(torch.arange(3, 20)[None]).logits.float().flatten()[:512]
-    for each in found:
-        assert each["right"], each["rank"]
-        assert each["started_meta"] == (each["rank"] > 0)
-        assert torch.equal(torch.tensor(each["logits"]), wanted)
+    by_way = run_ranks(DEMO, ways, count)
+    assert len(by_way) == len(ways)
+    for way, each in ((way, each) for way, found in zip(ways, by_way, strict=True) for each in found):
+        assert each["right"], (way, each["rank"])
+        assert each["started_meta"] == (each["rank"] > 0), way
+        assert torch.equal(torch.tensor(each["logits"]), wanted), way
         if way != "broadcast":
             assert each["held"] <= each["total"] / count + 64 * 1024  # rows do not divide evenly
 
 
 @pytest.mark.slow
-def test_no_rank_holds_more_than_its_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = write_large(tmp_path / "large")
+def test_no_rank_holds_more_than_its_shards(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = bytes_of(large)
     assert size >= 1_000_000_000
-    found = run_ranks(tmp_path / "large", "own", 2, does_compute=False)
+    [found] = run_ranks(large, ("own",), 2, does_compute=False)
     with capsys.disabled():
         for each in found:
             print(

@@ -1,0 +1,70 @@
+"""Several models in one process: the same workers, within the same budget."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loaders.models.weights
+import loaders.shared
+import loaders.work
+from loaders.models import LoadingStrategy, load_model_and_tokenizer
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+]
+
+DEMO = Path(__file__).resolve().parents[3] / "jobs" / "demo"
+
+
+def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (loaders.work, loaders.models.weights):
+        monkeypatch.setattr(module, "RANGE", 1 << 12)  # so that the demo's tensors are several ranges
+    monkeypatch.setattr(loaders.shared, "_SHARED", [])
+    together = loaders.shared.configure(workers=2, memory_budget_mb=3 * loaders.work.THREAD_BYTES / 1e6)
+    honest_hold, honest_run = together.budget.hold, loaders.work.ThreadedWork._run
+    used: list[int] = []
+    threads: set[str] = set()
+
+    @contextmanager
+    def hold(size: int) -> Iterator[None]:
+        with honest_hold(size):
+            used.append(together.budget.used)
+            yield
+
+    def run(self: Any, body: Any, start: int, stop: int) -> Any:
+        threads.add(threading.current_thread().name)
+        return honest_run(self, body, start, stop)
+
+    monkeypatch.setattr(together.budget, "hold", hold)
+    monkeypatch.setattr(loaders.work.ThreadedWork, "_run", run)
+    ids = torch.arange(3, 40)[None]
+
+    def logits(strategy: LoadingStrategy) -> Any:
+        model = load_model_and_tokenizer(DEMO, "cpu", strategy=strategy)[0]
+        with torch.no_grad():
+            return model(ids).logits
+
+    load_model_and_tokenizer(DEMO, "cpu")  # transformers imports its modules once, and not on two threads
+    with ThreadPoolExecutor(2, thread_name_prefix="caller") as callers:
+        first, second = callers.map(logits, (LoadingStrategy.FULL, LoadingStrategy.STREAMING))
+    assert not torch.nn.Linear(2, 2).weight.is_meta  # what building a model changes in torch is changed back
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(DEMO).eval()
+    with torch.no_grad():
+        assert torch.equal(first, wanted(ids).logits)
+    assert torch.equal(first, second)
+    assert 2 * loaders.work.THREAD_BYTES <= max(used) <= together.budget.size
+    assert together.budget.used == 0
+    workers = {name for name in threads if not name.startswith(("caller", "stream", "MainThread"))}
+    assert workers
+    assert all(name.startswith("weightmill") for name in workers)
+    assert len(workers) <= 2
