@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jobs.benches import compressed_tensors, ggml, hqq, loading, loading_report, mlx
+from jobs.benches import compressed_tensors, ggml, hqq, into_memory, loading, loading_report, mlx
 from jobs.benches.busy import Busy, machine, warning
 from jobs.benches.timing import SCRATCH, Case, on_threads, rotate
 from jobs.console import Said, note
 from jobs.spec import TrackingSpec
+from loaders.backends.machine import usable_cpus
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import safetensors, writer_of
 from loaders.errors import BadSpec, io_errors
@@ -195,6 +197,26 @@ def loaders(
     plot = loading_report.draw(document, root / f"loaders-{Path(path).name}.png")
     tracked = loading_report.track(document, tracking, root, plot)
     return Said({**document, "plot": str(plot), "tracked": tracked}, loading_report.table(document, plot))
+
+
+def load(path: str | None, gb: float, quant: str, folder: str | None, repeats: int) -> Said:
+    """Weights into tensors and models, from the page cache, beside safetensors' and transformers' own way.
+
+    Raises:
+        BadSpec: no weights there.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix="weightmill-bench-") as work:
+        source = Path(path) if path is not None else Path(work) / "random-llama"
+        if path is None:
+            note(f"making a random Llama of {gb:g} GB in {source}")
+            make_llama(source, gb)
+        checkpoint, busy = open_checkpoint(source), Busy()
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            made = list(into_memory.cases(source, quant, pool))
+            note(f"timing {len(made)} cases, {repeats} laps each, after one that does not count")
+            rotate(made, repeats, shuffled=True)
+        about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
+        return _said(made, checkpoint.size, busy, about)
 
 
 # --- a whole job

@@ -18,7 +18,7 @@ from loaders.families import load_dtype
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.engines import module_maker, runs_here
 from loaders.models.placing import device_map_of, hold_to, place_of
-from loaders.models.sharding import is_first, load_unified
+from loaders.models.sharding import is_first
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.streaming import stream
 from loaders.models.weights import ModelWeights
@@ -114,8 +114,6 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
     if config.strategy is LoadingStrategy.STREAMING:
         stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
         return model
-    if config.strategy is LoadingStrategy.UNIFIED_MEMORY:
-        return load_unified(skeleton, open_weights(checkpoint, skeleton, workers=config.workers), device)
     if config.strategy is LoadingStrategy.LOW_MEMORY:
         if not is_first():
             return model
@@ -203,14 +201,21 @@ def _is_linear(model: nn.Module, name: str) -> bool:
 def fill_model(
     skeleton: Skeleton, weights: ModelWeights, schemes: dict[str, tuple[Scheme, bool]], device_of: Any
 ) -> None:
-    """Give every parameter its weights, one after another."""
+    """Give every parameter its weights, one after another.
+
+    Those that the files hold just as the model wants them are, on the CPU, the files' own pages: private ones, a write
+    copies its page and never reaches the file.
+    """
     model = skeleton.model
     expected = dict(model.state_dict(keep_vars=True))
     for name in skeleton.parameters:
         if name in schemes:
             continue
-        tensor = torch.empty(expected[name].shape, dtype=expected[name].dtype, device=device_of(name))
-        weights.fill(name, tensor)
+        place, wanted = device_of(name), expected[name].dtype
+        tensor = weights.mapped(name, wanted) if str(place) == "cpu" else None
+        if tensor is None:
+            tensor = torch.empty(expected[name].shape, dtype=wanted, device=place)
+            weights.fill(name, tensor)
         set_parameter(model, name, tensor)
     for name, original in skeleton.tied.items():
         set_parameter(model, name, model.get_parameter(original))

@@ -193,3 +193,17 @@ def test_each_strategy_is_a_run_of_its_own(source: Path, tmp_path: Path, monkeyp
     assert {run["tags"]["weightmill.sweep"] for run in made} == {whole["tags"]["weightmill.sweep"]}
     assert (whole["document"], whole["figures"]) == ("loaders.json", ["p.png"])
     assert {run["status"] for run in made} == {"FINISHED"}
+
+
+def test_tensors_and_models_are_timed_beside_safetensors_and_transformers(
+    weightmill: Callable[..., Ran], source: Path
+) -> None:
+    pytest.importorskip("transformers")
+    ran = weightmill("bench", "load", f"model.path={source}", "quant=nf4", "repeats=1", "format=json")
+    assert ran.status == 0, ran.err
+    rows = {row["case"]: row for row in ran.document["rows"]}
+    plain = ("load_weights", "safetensors.torch.load_file", "load_model_and_tokenizer", "transformers, from_pretrained")
+    for name in plain:
+        assert rows[name]["missing"] or rows[name]["gbps_median"] > 0
+    assert not rows["load_weights, nf4"]["missing"]
+    assert rows["safetensors.torch.load_file"]["times_faster"] > 0
