@@ -74,10 +74,26 @@ def skeleton_of(
     with BUILDING, init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=wanted, **options)
     model.eval()
+    keep_in_float32(model, wanted)
     parameters, tied = matched(model, sources, ignore_unexpected)
     for name, original in tied.items():
         set_parameter(model, name, model.get_parameter(original))
     return Skeleton(model, parameters, tied)
+
+
+def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Make float32 what transformers keeps so whatever dtype is asked for: routers' biases, some norms.
+
+    transformers 5.23, modeling_utils.py and core_model_loading.py: `_keep_in_fp32_modules` of a model in float16, and
+    `_keep_in_fp32_modules_strict` of one in bfloat16, too; parts of names, `*` for anything.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    parts = re.compile("|".join(part.replace("*", ".*") for part in plan))
+    for name, value in list(model.state_dict(keep_vars=True).items()):
+        if value.is_floating_point() and parts.search(name):
+            set_parameter(model, name, value.detach().float())
 
 
 def open_weights(
