@@ -1,4 +1,4 @@
-"""A model with its weights and its tokenizer, from a folder: an original, or an output of any tool."""
+"""A model with its weights and its tokenizer, from a folder or the Hub's cache: an original, or any tool's output."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from loaders.expansion import expand_checkpoint, expand_sources
 from loaders.families import load_dtype
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.engines import module_maker, runs_here
+from loaders.models.finding import folder_of
 from loaders.models.placing import device_map_of, hold_to, place_of
 from loaders.models.sharding import is_first
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
@@ -35,6 +36,8 @@ def load_model_and_tokenizer(
 ) -> Models:
     """A causal language model, ready to run, and its tokenizer (None where the folder has none).
 
+    `name_or_path`: a folder, or a name on the Hugging Face Hub whose files are in the local cache; nothing is fetched.
+
     `settings` are those of ModelLoadingConfig. Weights that are quantized stay so where their engine's modules are made
     here (bitsandbytes, hqq, MLX), go through transformers where it loads them (compressed-tensors, fp8, ...), and are
     decoded with decode=True. Weights that are not are encoded tensor by tensor straight into the engine's modules with
@@ -47,10 +50,10 @@ def load_model_and_tokenizer(
     if backend != "auto":
         settings["backend"] = backend
     config = replace(config or ModelLoadingConfig(), **settings)
-    folder = Path(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
+    folder = folder_of(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
     checkpoint = open_checkpoint(folder, key="name_or_path")
     if config.llama_pro_path is not None:
-        check_expanded(open_checkpoint(name_or_path, key="name_or_path"), checkpoint)
+        check_expanded(open_checkpoint(folder_of(name_or_path), key="name_or_path"), checkpoint)
     if _is_mlx(config, checkpoint):
         from loaders.models import mlx_modules
 
