@@ -48,9 +48,10 @@ VERB = Verb(
     VerifyRequest,
     act,
     (
-        ("output.path=OUT", "against the source it was made from"),
-        ("output.path=OUT model.path=DIR", "the source has moved to DIR"),
+        ("OUT", "against the source it was made from; the same as output.path=OUT"),
+        ("OUT model.path=DIR", "the source has moved to DIR"),
     ),
+    positional=("output.path",),
 )
 main = VERB.main
 
