@@ -18,7 +18,7 @@ LAYERS = [
                  "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
     ("sweeps", ("jobs.sweeping", "jobs.candidates")),
     ("flows", ("jobs.running", "jobs.passing", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches")),
-    ("preparing", ("jobs.preparing",)),
+    ("preparing", ("jobs.preparing", "jobs.judging")),
     ("console", ("jobs.console", "jobs.help", "jobs.compose", "jobs.checking", "jobs.refusing", "jobs.report",
                  "jobs.comparison", "jobs.metrics",
                  "jobs.plots", "jobs.tracking", "jobs.tracked", "jobs.publish",
