@@ -43,6 +43,7 @@ class Timed:
     name: str
     quants: tuple[str, ...]
     seconds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
     fetched: list[int] = field(default_factory=list)  # bytes that the kernel fetched from disks for the process
     hashes: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -97,6 +98,7 @@ def _run(case: Timed, source: Path, files: Sequence[Path], root: Path, within: S
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
         case.seconds.append(time.perf_counter() - began)
+        case.cpu_s.append(usage.ru_utime + usage.ru_stime)
         case.fetched.append(usage.ru_inblock * BLOCK)
         if process.returncode:
             said.seek(0)
@@ -124,11 +126,11 @@ def _said(cases: Sequence[Timed], checkpoint: Checkpoint, rate: float | None, re
     }
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("case")
-    for title in ("best s", "median s", "from the disk", "of the source"):
+    for title in ("best s", "median s", "CPU s", "from the disk", "of the source"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
-            row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", report.size(row["fetched_bytes"]),
+            row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", f"{row['cpu_s']:.2f}", report.size(row["fetched_bytes"]),
             f"{row['times_read']:.2f} x",
         )  # fmt: skip
     held = "as fast as the disk is" if rate is None else f"at most {rate:g} MB/s from the disk"
@@ -153,7 +155,8 @@ def _row(case: Timed, size: int) -> dict[str, Any]:
     fetched = int(statistics.median(case.fetched))
     return {
         "case": case.name, "quants": list(case.quants), "best_s": min(case.seconds),
-        "median_s": statistics.median(case.seconds), "fetched_bytes": fetched, "times_read": fetched / size,
+        "median_s": statistics.median(case.seconds),
+        "cpu_s": statistics.median(case.cpu_s), "fetched_bytes": fetched, "times_read": fetched / size,
     }  # fmt: skip
 
 
