@@ -130,8 +130,8 @@ def _said(cases: Sequence[Timed], checkpoint: Checkpoint, rate: float | None, re
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
-            row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", f"{row['cpu_s']:.2f}", report.size(row["fetched_bytes"]),
-            f"{row['times_read']:.2f} x",
+            row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", f"{row['cpu_s']:.2f}",
+            report.size(row["fetched_bytes"]), f"{row['times_read']:.2f} x",
         )  # fmt: skip
     held = "as fast as the disk is" if rate is None else f"at most {rate:g} MB/s from the disk"
     about = f"{checkpoint.root.name}, {report.size(checkpoint.size)}, not in the page cache, {held}; {repeats} lap(s)"
