@@ -15,7 +15,7 @@ LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|blk)\.(\d+)(?:\.|$)")
 def metrics(document: Mapping[str, Any]) -> dict[str, float]:
     """What compares between runs, what matters most first, as MLflow shows them.
 
-    Of jobs that shared a pass (`pass/jobs` of them), time/wall_s, load/gigabytes_per_second and
+    Of jobs that shared a pass (`load/jobs_in_pass` of them), time/wall_s, load/gigabytes_per_second and
     load/peak_anonymous_bytes are the pass's; the seconds by phase are a job's own, summed over its threads.
     """
     total, run = document["totals"], document["run"]
@@ -42,7 +42,7 @@ def metrics(document: Mapping[str, Any]) -> dict[str, float]:
         "load/files": run["files"],
         "load/tensors": run["tensors"],
         "load/peak_anonymous_bytes": run["peak_anonymous_bytes"],
-        "pass/jobs": run["jobs_in_pass"],
+        "load/jobs_in_pass": run["jobs_in_pass"],
         "cost/estimate": run.get("cost"),
         "units/total": run["units"],
         "units/resumed": run["units_resumed"],

@@ -285,7 +285,7 @@ def _description(planned: Planned, document: Mapping[str, Any]) -> str:
     total = document["totals"]
     error = (total["changed"] or {}).get("relative_error", 0.0)
     return (
-        f"**{planned.spec.model_name} to {planned.spec.quant.label}**: {total['bits_per_weight']:.3f} bits a weight,"
+        f"**{planned.spec.model_name} to {planned.spec.quant.name}**: {total['bits_per_weight']:.3f} bits a weight,"
         f" {total['ratio']:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{planned.journal.output}`\n\n"
         "Error by layer: Model metrics, `layer/relative_error`. Every tensor: Artifacts, `tensors.json`."
     )

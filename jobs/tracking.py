@@ -33,7 +33,8 @@ METRICS_AT_ONCE = 1000
 PARAMS_AT_ONCE = 100
 BEAT_S = 30.0
 COMPARED = 20  # runs that a compare page can show side by side; more are listed
-# MLflow 3 shows an experiment as one of language-model traces unless it is told otherwise
+# MLflow 3 shows experiments and runs as those of language-model traces unless it is told otherwise
+TRAINING = "workflowType=machine_learning"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 HOST, PID, HEARTBEAT, SWEEP = "weightmill.host", "weightmill.pid", "weightmill.heartbeat", "weightmill.sweep"
 
@@ -267,7 +268,7 @@ class MlflowRun:
         self._client, self._uri, self._experiment = recorder.store(spec, root)
         self._run = self._find(key, tags) or self._new(name, {**tags, "weightmill.key": key})
         self.run_id = self._run
-        page = f"{self._uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}"
+        page = f"{self._uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
         self.address = page if self._uri.startswith("http") else f"{self._uri} run {self._run}"
         self._log_params(params)
         recorder.live(self._run, self._client)
@@ -341,10 +342,14 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
     """Where MLflow shows runs side by side, or lists those of a sweep if they are too many for that: an address, or
     the command that serves it and the address then.
     """
-    page = f"#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
+    page = (
+        f"#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}&{TRAINING}"
+    )
     if len(runs) > COMPARED:
         mine = f"tags.`{SWEEP}` = '{sweep}'"
-        page = f"#/experiments/{experiment}/runs" + (f"?searchFilter={quote(mine, safe='')}" if sweep else "")
+        page = f"#/experiments/{experiment}/runs?{TRAINING}" + (
+            f"&searchFilter={quote(mine, safe='')}" if sweep else ""
+        )
     uri = spec.uri or default_uri(root)
     if uri.startswith("http"):
         return f"compare: {uri.rstrip('/')}/{page}"
