@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from jobs.benches import compressed_tensors, ggml, hqq, loading, loading_report, mlx
+from jobs.benches import compressed_tensors, ggml, hqq, loading, loading_report, mlx, sweeping
 from jobs.benches.timing import SCRATCH, Case, on_threads, rotate
 from jobs.console import Said, note
 from jobs.spec import TrackingSpec
@@ -194,6 +194,21 @@ def loaders(
     plot = loading_report.draw(document, root / f"loaders-{Path(path).name}.png")
     tracked = loading_report.track(document, tracking, root, plot)
     return Said({**document, "plot": str(plot), "tracked": tracked}, loading_report.table(document, plot))
+
+
+# --- a sweep
+
+
+def sweep(
+    path: str | None, gb: float, quants: Sequence[str], rate: float | None, folder: str | None, repeats: int
+) -> Said:
+    """Several schemes in one pass, beside the same as single jobs. See jobs/benches/sweeping.py."""
+
+    def make(source: Path) -> None:
+        note(f"making a random Llama of {gb:g} GB in {source}")
+        make_llama(source, gb)
+
+    return sweeping.sweep(path, quants, rate, repeats, folder, make)
 
 
 # --- a whole job

@@ -47,12 +47,13 @@ class LoadingStrategy(Enum):
 class ModelLoadingConfig:
     """How to load a model.
 
-    strategy: a `LoadingStrategy`, or its value ("streaming"). quantize: a scheme or the name of one ("nf4"), for weights
-    that are not quantized yet. decode: give quantized weights back as floats. dtype: of float weights; the checkpoint's by default. max_memory: bytes by device
-    ("cpu", "cuda:0"), as a number or "8GB". attention: transformers' attn_implementation. workers: threads that read
-    and encode. memory_budget_mb: streamed weights held at once, in 1e6 bytes. llama_pro_blocks: so many new blocks by
-    block expansion. llama_pro_path: a checkpoint that is such an expansion of the model, whose weights are taken.
-    ignore_unexpected: patterns of stored tensors that the model may have no place for.
+    strategy: a `LoadingStrategy`, or its value ("streaming"). quantize: a scheme or the name of one ("nf4"), for
+    weights that are not quantized yet. decode: give quantized weights back as floats. dtype: of float weights; the
+    checkpoint's by default. max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB". attention:
+    transformers' attn_implementation. workers: threads that read and encode. memory_budget_mb: streamed weights
+    held at once, in 1e6 bytes. llama_pro_blocks: so many new blocks by block expansion. llama_pro_path: a
+    checkpoint that is such an expansion of the model, whose weights are taken. ignore_unexpected: patterns of
+    stored tensors that the model may have no place for.
     """
 
     backend: str = "auto"
