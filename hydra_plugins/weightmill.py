@@ -28,7 +28,7 @@ class Remembering:
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """For a sweeper: kept until `take`."""
-        found = self._loader.load_sweep_config(master_config=master_config, sweep_overrides=sweep_overrides)
+        found: DictConfig = self._loader.load_sweep_config(master_config=master_config, sweep_overrides=sweep_overrides)
         self._composed[tuple(sweep_overrides)] = found
         return found
 

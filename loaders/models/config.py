@@ -34,13 +34,13 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 
 class LoadingStrategy(Enum):
     """How a model's weights come to it."""
 
+    FULL = "full"  # all, to the device; unchanged weights stay in the files' pages where that is the CPU
+    LOW_MEMORY = "low_memory"  # of several processes the first loads to the CPU, the others have shapes only
+    UNIFIED_MEMORY = "unified_memory"  # the same, but quantized weights are decoded: one memory for CPU and device
+    STREAMING = "streaming"  # a module's when its forward needs them
+
     def __str__(self) -> str:
         return str(self.value)
-
-    FULL = "full"  # all, to the device
-    LOW_MEMORY = "low_memory"  # of several processes the first loads to the CPU, the others have shapes only
-    UNIFIED_MEMORY = "unified_memory"  # the files' own pages, where the device can use them
-    STREAMING = "streaming"  # a module's when its forward needs them
 
 
 @dataclass(frozen=True, slots=True)
