@@ -27,7 +27,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jobs.benches import compressed_tensors, ggml, hqq, into_memory, loading, loading_report, mlx
+from jobs.benches import compressed_tensors, ggml, hqq, into_memory, loading, loading_report, mlx, sweeping
 from jobs.benches.busy import Busy, machine, warning
 from jobs.benches.timing import SCRATCH, Case, on_threads, rotate
 from jobs.console import Said, note
@@ -217,6 +217,21 @@ def load(path: str | None, gb: float, quant: str, folder: str | None, repeats: i
             rotate(made, repeats, shuffled=True)
         about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
         return _said(made, checkpoint.size, busy, about)
+
+
+# --- a sweep
+
+
+def sweep(
+    path: str | None, gb: float, quants: Sequence[str], rate: float | None, folder: str | None, repeats: int
+) -> Said:
+    """Several schemes in one pass, beside the same as single jobs. See jobs/benches/sweeping.py."""
+
+    def make(source: Path) -> None:
+        note(f"making a random Llama of {gb:g} GB in {source}")
+        make_llama(source, gb)
+
+    return sweeping.sweep(path, quants, rate, repeats, folder, make)
 
 
 # --- a whole job

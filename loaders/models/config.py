@@ -39,22 +39,26 @@ class LoadingStrategy(Enum):
     UNIFIED_MEMORY = "unified_memory"  # the same, but quantized weights are decoded: one memory for CPU and device
     STREAMING = "streaming"  # a module's when its forward needs them
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelLoadingConfig:
     """How to load a model.
 
-    quantize: a scheme or the name of one ("nf4"), for weights that are not quantized yet. decode: give quantized
-    weights back as floats. dtype: of float weights; the checkpoint's by default. max_memory: bytes by device
-    ("cpu", "cuda:0"), as a number or "8GB". attention: transformers' attn_implementation. workers: threads that read
-    and encode. use_cache: keep on disk what quantize makes of weights, and take it from there. memory_budget_mb:
-    streamed weights held at once, in 1e6 bytes. llama_pro_blocks: so many new blocks by block expansion.
-    llama_pro_path: a checkpoint that is such an expansion of the model, whose weights are taken.
-    ignore_unexpected: patterns of stored tensors that the model may have no place for.
+    strategy: a `LoadingStrategy`, or its value ("streaming"). quantize: a scheme or the name of one ("nf4"), for
+    weights that are not quantized yet. decode: give quantized weights back as floats. dtype: of float weights; the
+    checkpoint's by default. max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB". attention:
+    transformers' attn_implementation. workers: threads that read and encode. use_cache: keep on disk what quantize
+    makes of weights, and take it from there. memory_budget_mb: streamed weights held at once, in 1e6 bytes.
+    llama_pro_blocks: so many new blocks by block expansion. llama_pro_path: a checkpoint that is such an expansion
+    of the model, whose weights are taken. ignore_unexpected: patterns of stored tensors that the model may have no
+    place for.
     """
 
     backend: str = "auto"
-    strategy: LoadingStrategy = LoadingStrategy.FULL
+    strategy: LoadingStrategy | str = LoadingStrategy.FULL
     quantize: Scheme | str | None = None
     decode: bool = False
     dtype: str | None = None
@@ -69,6 +73,12 @@ class ModelLoadingConfig:
 
     def __post_init__(self) -> None:
         problems = []
+        if not isinstance(self.strategy, LoadingStrategy):
+            known = {each.value: each for each in LoadingStrategy}
+            if str(self.strategy).lower() in known:
+                object.__setattr__(self, "strategy", known[str(self.strategy).lower()])
+            else:
+                problems.append(f"strategy: unknown {self.strategy!r}; known: {', '.join(known)}")
         if self.backend not in BACKENDS:
             problems.append(f"backend: unknown {self.backend!r}; known: {', '.join(BACKENDS)}")
         if isinstance(self.quantize, str) and self.quantize not in SCHEMES:
@@ -78,7 +88,7 @@ class ModelLoadingConfig:
         if self.decode and self.quantize is not None:
             problems.append("decode: it belongs to quantized weights as floats, quantize to the other way: give one")
         if self.quantize is not None and self.strategy is not LoadingStrategy.FULL:
-            problems.append(f"quantize: modules are quantized where they stay: strategy FULL, not {self.strategy.name}")
+            problems.append(f"quantize: modules are quantized where they stay: strategy full, not {self.strategy}")
         if self.workers is not None and self.workers < 1:
             problems.append(f"workers: expected at least 1, found {self.workers}")
         if self.memory_budget_mb <= 0:
