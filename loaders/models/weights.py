@@ -19,7 +19,7 @@ import torch
 from loaders.backends import kernels_of
 from loaders.checkpoint import Checkpoint
 from loaders.encoded import MemoryParts
-from loaders.errors import BadCheckpoint
+from loaders.errors import BadCheckpoint, StorageError
 from loaders.integrity import text_digest
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Scheme, View
@@ -121,7 +121,8 @@ class ModelWeights:
     def mapped(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """A parameter in its file's own pages, where they hold just what the model wants; else None.
 
-        Pages are private to this process: writing to one copies it, and never reaches the file.
+        Pages are private to this process: writing to one copies it, and never reaches the file. None, too, where the
+        system refuses the map: private maps count towards a process's limit of data.
         """
         [recipe, *others] = self.parameters[name]
         if others or recipe.decode is not None or recipe.order is not None or dtype_named(str(dtype)) != recipe.dtype:
@@ -129,7 +130,10 @@ class ModelWeights:
         [(_, spec)] = recipe.stored
         if spec.shape != recipe.shape or spec.stride is not None or recipe.window != Window.whole(spec):
             return None
-        raw = self._maps.mapped(spec)
+        try:
+            raw = self._maps.mapped(spec)
+        except StorageError:
+            return None
         if not raw.size or raw.ctypes.data % spec.dtype.item_bytes:
             return None
         return torch.from_numpy(raw).view(dtype).reshape(spec.shape)
