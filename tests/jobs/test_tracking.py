@@ -52,7 +52,8 @@ def test_a_run_holds_everything(store: Path, source: Path, tmp_path: Path, weigh
     total = ran.document["totals"]
     metrics = found.data.metrics
     assert metrics["size/bits_per_weight"] == pytest.approx(total["bits_per_weight"])
-    assert metrics["error/relative"] == pytest.approx(total["changed"]["relative_error"])
+    assert metrics["error/relative"] == pytest.approx(total["relative_error"])
+    assert metrics["error/relative_changed"] == pytest.approx(total["changed"]["relative_error"])
     assert metrics["units/total"] == ran.document["run"]["units"]
     for name in ("time/wall_s", "time/read_s", "time/encode_s", "time/measure_s", "time/write_s",
                  "load/gigabytes_per_second", "load/peak_anonymous_bytes", "units/retries", "error/worst"):  # fmt: skip
