@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import report
+from jobs.budgeting import mixed
 from jobs.clusters import choose
 from jobs.console import Said, note, show
 from jobs.execution import Cluster, LocalCluster, UnitFailed
@@ -54,6 +55,7 @@ def run_job(spec: JobSpec) -> Said:
         WeightmillError: see the message; what was finished stays for the next attempt.
         KeyboardInterrupt: likewise.
     """
+    spec = mixed(spec)
     planned = plan_job(spec)
     show(report.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
     job = Job(1, planned)

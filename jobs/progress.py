@@ -8,16 +8,25 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 FIRST_LINE_S = 2.0
 LINE_S = 10.0
 
 
 class Meter:
-    """Counts bytes from any thread while it is open."""
+    """Counts bytes, or what `unit` names, from any thread while it is open."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
+        self._unit = unit
         self._what = what
         self._total = max(1, total)
         self._done = 0
@@ -26,7 +35,8 @@ class Meter:
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                TextColumn("{task.description}"), BarColumn(),
+                *((DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)),
                 TimeRemainingColumn(), console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=self._total)
@@ -53,7 +63,7 @@ class Meter:
         rate = self._done / (now - self._began)
         left = f", about {(self._total - self._done) / rate:.0f} s left" if self._done > self._total / 50 else ""
         print(
-            f"{self._what}: {self._done / self._total:.0%} of {_size(self._total)}, {_size(rate)}/s{left}",
+            f"{self._what}: {self._done / self._total:.0%} of {self._size(self._total)}, {self._size(rate)}/s{left}",
             file=sys.stderr,
             flush=True,
         )
@@ -64,6 +74,7 @@ class Meter:
         if self._bar:
             self._bar.stop()
 
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    def _size(self, count: float) -> str:
+        if self._unit != "bytes":
+            return f"{count:,.0f} {self._unit}"
+        return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -13,8 +13,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.strategies import StrategySpec
 from jobs.strict import FloatName, Format, Spec
+from loaders.auto_quant import QuantSpec
 from loaders.families import ROLES
-from loaders.quants import Quant, QuantSpec
+from loaders.quants import Quant
 from loaders.rules import Rule
 from loaders.specs import DTYPES
 

@@ -130,9 +130,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, architecture: str) -> PreTra
             **common, intermediate_size=256, num_hidden_layers=4, head_dim=32, tie_word_embeddings=False
         )
         return Qwen3ForCausalLM(config)
-    return LlamaForCausalLM(
-        LlamaConfig(**common, intermediate_size=512, num_hidden_layers=3, tie_word_embeddings=True)
-    )
+    return LlamaForCausalLM(LlamaConfig(**common, intermediate_size=512, num_hidden_layers=3, tie_word_embeddings=True))
 
 
 def window_loss(model: PreTrainedModel, windows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def _relaxed(fronts: Sequence[Sequence[Option]], budget: int) -> tuple[list[int]
     steps = []
     for item, front in enumerate(fronts):
         hull = _hull(front)
-        steps += [(-_rate(front[low], front[high]), item, low, high) for low, high in zip(hull, hull[1:], strict=False)]
+        steps += [(-_rate(front[low], front[high]), item, low, high) for low, high in pairwise(hull)]
     chosen = [0] * len(fronts)
     left = budget - sum(front[0].size for front in fronts)
     price, bound = 0.0, None
@@ -145,7 +146,7 @@ def _search(
         rest -= fronts[item][0].size
         parents = np.repeat(np.arange(len(sizes)), len(kept))
         picks = np.tile(kept, len(sizes))
-        sizes = sizes[parents] + np.array([fronts[item][at].size for at in kept], np.int64)[np.tile(np.arange(len(kept)), len(sizes))]  # noqa: E501
+        sizes = sizes[parents] + np.array([o.size for o in fronts[item]], np.int64)[picks]
         errors = errors[parents] + np.array([o.error for o in fronts[item]])[picks]
         excess = excess[parents] + costs[picks]
         fits = np.flatnonzero((sizes + rest <= budget) & (excess <= slack))
