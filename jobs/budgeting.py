@@ -116,9 +116,10 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
         tasks.append(
             MeasuringTask(lean, choices.plan.checkpoint.root, wanted, strategy, backend, cluster.threads, mine)
         )
-    done = sum(bool(unit.recipes) for unit in choices.plan.units) - len(tasks)
-    if done:
-        note(f"{done} of {len(units)} units were measured before; going on with the rest")
+    taken = choices.recipes
+    some = sum(any(recipe.name in taken for recipe in unit.recipes) for unit in units.values())
+    if some > len(tasks):
+        note(f"{some - len(tasks)} of {some} units were measured before; going on with the rest")
     try:
         cluster.check(tasks)
         with (
