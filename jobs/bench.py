@@ -1,4 +1,4 @@
-"""Time the kernels beside the libraries that are installed, or a whole job beside copying and another tool."""
+"""Time kernels beside installed libraries, a job beside copying and another tool; judge quant=auto."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from jobs.strict import Format, Spec
 class BenchModel(Spec):
     """Whose files are read."""
 
-    path: str | None = Field(description="loaders: the checkpoint's folder; null makes a random Llama of `gb`")
+    path: str | None = Field(description="loaders, budget: the checkpoint's folder; null makes a random Llama of `gb`")
 
 
 class BenchOutput(Spec):
     """Where what is found is kept."""
 
-    root: str = Field(description="loaders: the folder of the plot, and of the tracking store")
+    root: str = Field(description="loaders, budget: the folder of the plot, and of the tracking store")
 
 
 class BenchSpec(Spec):
     """What to time."""
 
-    what: Literal["kernels", "job", "loaders"] = Field(
-        description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage"
+    what: Literal["kernels", "job", "loaders", "budget"] = Field(
+        description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
+        " budget: what quant=auto loses, beside uniform schemes and presets of its sizes"
     )
     model: BenchModel
     rows: int = Field(gt=0, multiple_of=4, description="kernels: rows of the weight")
@@ -43,6 +44,11 @@ class BenchSpec(Spec):
     folder: str | None = Field(description="where outputs and the random Llama are written and removed again")
     strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
     cold: bool = Field(description="loaders: time reading without the page cache, too")
+    engine: Literal["mlx", "gguf"] = Field(description="budget: whose schemes are mixed")
+    text: str | None = Field(description="budget: a file of text that the model has not seen")
+    calibration: str | None = Field(description="budget: a text file; mixes are weighted by it, too")
+    in_engine: bool = Field(description="budget: run outputs in their engine, rather than decoded in transformers")
+    tokens: int = Field(ge=512, description="budget: how many tokens of the text are predicted")
     output: BenchOutput
     tracking: TrackingSpec
     format: Format = Field(description="text, or json: one document on standard output")
@@ -52,6 +58,16 @@ def act(spec: BenchSpec) -> Said:
     """Time."""
     from jobs import benching
 
+    if spec.what == "budget":
+        from jobs.benches import budget
+
+        budget.check(spec.model.path, spec.text, spec.engine)
+        assert spec.model.path is not None
+        assert spec.text is not None
+        return budget.budget(
+            spec.model.path, spec.text, spec.engine, spec.calibration, Path(spec.output.root), spec.folder, spec.tokens,
+            in_engine=spec.in_engine,
+        )  # fmt: skip
     if spec.what == "loaders":
         return benching.loaders(
             spec.model.path, spec.gb, spec.folder, spec.strategies, spec.repeats, spec.cold, Path(spec.output.root),
@@ -64,7 +80,7 @@ def act(spec: BenchSpec) -> Said:
 
 VERB = Verb(
     "bench",
-    "Time kernels beside installed libraries, a job beside copying and another tool, or loading by every strategy.",
+    "Time kernels, a job or loading beside their peers; or judge what quant=auto loses.",
     BenchSpec,
     act,
     (
@@ -72,6 +88,7 @@ VERB = Verb(
         ("loaders model.path=DIR", "every strategy on your storage, cold and warm; the winner as YAML"),
         ("job gb=4 repeats=3", "a random Llama of 4 GB to NF4, from the page cache, beside copying it"),
         ("job path=DIR peer='TOOL {source} {output}'", "your checkpoint, in turn with another tool's command"),
+        ("budget model.path=DIR text=FILE engine=gguf", "quant=auto by KL and perplexity, in a table and a plot"),
     ),
     positional=("what",),
 )

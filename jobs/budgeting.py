@@ -6,7 +6,7 @@ need no measurement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
@@ -44,8 +44,9 @@ FOLDER = ".measured"  # in output.root: what was measured, for the next budget
 Importances = Mapping[str, tuple[Importance, ...]]
 
 
-def mixed(spec: JobSpec) -> JobSpec:
-    """The job with its mix: measured, as far as that was not done before, and chosen. Other jobs as they are.
+def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
+    """The job with its mix: measured, as far as that was not done before, and chosen. Other jobs as they are. With
+    `again`, its output may be there already.
 
     Raises:
         WeightmillError: it cannot be done; what was measured stays.
@@ -53,7 +54,8 @@ def mixed(spec: JobSpec) -> JobSpec:
     """
     if not isinstance(spec.quant, AutoQuant) or spec.quant.chosen is not None:
         return spec
-    check_output(spec)
+    if not again:
+        check_output(spec)
     choices = _choices(spec, spec.quant)
     measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
     if _missing(choices, measurements):
@@ -270,10 +272,3 @@ def _to_be_measured(choices: Choices, measurements: Measurements) -> RenderableT
         f" {', '.join(candidates)}; then it chooses, and writes in a second pass",
         "what was measured stays: another budget measures nothing again, and jobs.plan then shows its mix",
     )
-
-
-def document_of(spec: JobSpec, decisions: Sequence[Any]) -> dict[str, Any]:
-    """The mix for a run's artifacts."""
-    assert isinstance(spec.quant, AutoQuant)
-    assert spec.quant.chosen is not None
-    return {**spec.quant.chosen.model_dump(mode="json"), "quant": base_preset(spec.quant), "rules": rules_of(decisions)}

@@ -6,7 +6,7 @@ jobs/budgeting.py has it measured; loaders/choosing.py does the choosing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,7 +257,7 @@ def _too_little(choices: Choices, items: Sequence[Item]) -> str:
 # --- the mix as rules
 
 
-def rules_of(decisions: Iterable[Decision]) -> list[dict[str, Any]]:
+def rules_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
     """The mix as `rules` of a job, which need no measuring: for a preset of the engine, such as `base_preset`."""
     found: dict[tuple[str, str], list[str]] = {}
     settings: dict[tuple[str, str], dict[str, Any]] = {}
@@ -311,3 +311,9 @@ def patterns(names: Sequence[str], every: Sequence[str]) -> list[str]:
 def base_preset(quant: AutoQuant) -> str:
     """A preset of conf/quant for the same engine: what the rules stand beside."""
     return {"mlx": "mlx_int4", "gguf": "gguf_q4_k_m", "vllm": "w4a16"}.get(quant.engine or "", quant.among[0])
+
+
+def mix_document(quant: AutoQuant, decisions: Sequence[Decision]) -> dict[str, Any]:
+    """The mix for a run's artifacts, with the rules that need no measuring."""
+    assert quant.chosen is not None
+    return {**quant.chosen.model_dump(mode="json"), "quant": base_preset(quant), "rules": rules_of(decisions)}

@@ -67,12 +67,14 @@ def run_job(spec: JobSpec) -> Said:
 
 
 def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | WeightmillError]:
-    """Plan numbered jobs; a checkpoint that several read is opened once. Nothing is written."""
+    """Plan numbered jobs; a checkpoint that several read is opened once. Nothing is written, but where a mix is to be
+    chosen what that takes is measured.
+    """
     opened: Callable[..., Checkpoint] = cache(open_checkpoint)
     found: dict[int, Planned | WeightmillError] = {}
     for number, spec in specs:
         try:
-            found[number] = plan_job(spec, opened, again=True)
+            found[number] = plan_job(mixed(spec, again=True), opened, again=True)
         except WeightmillError as error:
             found[number] = error
     return found
