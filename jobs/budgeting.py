@@ -184,7 +184,8 @@ def _importances(quant: AutoQuant, checkpoint: Checkpoint, folder: Path, measure
         return sensitivity.load(path)
     text = None if quant.calibration == "self" else _text(quant.calibration)
     note("calibrating: the model reads " + ("what it writes" if text is None else str(quant.calibration)))
-    with Meter("calibrating", quant.calibration_tokens, "tokens") as meter:
+    passes = 2 if text is None else 1  # what it writes it then reads
+    with Meter("calibrating", passes * quant.calibration_tokens, "tokens") as meter:
         found = sensitivity.importances_of(checkpoint.root, text, quant.calibration_tokens, meter.add)
     sensitivity.save(found, path)
     return found

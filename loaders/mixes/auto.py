@@ -149,7 +149,7 @@ class ChosenMix:
 
 def said(scheme: Scheme) -> str:
     """A scheme and its settings, in a few words."""
-    settings = asdict(scheme) if is_dataclass(scheme) else {}
+    settings: dict[str, Any] = asdict(scheme) if is_dataclass(scheme) else {}
     return " ".join([scheme.kind, *(f"{key}={value}" for key, value in settings.items() if value is not False)])
 
 

@@ -7,7 +7,7 @@ quantization is judged by. Only squares of inputs and output gradients are kept,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,13 @@ SEED = 0
 Importances = Mapping[str, tuple[Importance, ...]]
 
 
-def importances_of(folder: Path, text: str | None, tokens: int, on_tokens: Any = None) -> Importances:
+def importances_of(
+    folder: Path, text: str | None, tokens: int, on_tokens: Callable[[int], None] = lambda count: None
+) -> Importances:
     """What the errors of each linear layer's and embedding's weight matter, by the weight's name in the checkpoint.
 
     A sum of rows[i] columns[j] dW_ij^2 estimates nats a token. text: what is read; None: text that the model writes.
-    tokens: how many are read, in windows of 256. on_tokens(count) is called as they are done.
+    tokens: how many are read, in windows of 256. on_tokens(count) is called as they are read, or written.
 
     Raises:
         BadSpec: the text has too few tokens, or transformers is not installed.
@@ -43,9 +45,12 @@ def importances_of(folder: Path, text: str | None, tokens: int, on_tokens: Any =
         raise BadSpec(f"quant.calibration: needs {error.name}: pip install 'weightmill[models]'") from None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         windows = (
-            _written(model, tokens) if text is None else _read(AutoTokenizer.from_pretrained(folder), text, tokens)
+            _written(model, tokens, on_tokens)
+            if text is None
+            else _read(AutoTokenizer.from_pretrained(folder), text, tokens)
         )
     except (OSError, ValueError, KeyError) as error:
         raise BadCheckpoint(f"quant.calibration: transformers cannot load {folder}: {error}") from None
@@ -57,8 +62,7 @@ def importances_of(folder: Path, text: str | None, tokens: int, on_tokens: Any =
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
             count += len(window)
-            if on_tokens is not None:
-                on_tokens(len(window))
+            on_tokens(len(window))
     return sums.importances(count)
 
 
@@ -74,7 +78,7 @@ def _read(tokenizer: Any, text: str, tokens: int) -> list[torch.Tensor]:
     return [ids[at * WINDOW : (at + 1) * WINDOW] for at in wanted]
 
 
-def _written(model: Any, tokens: int) -> list[torch.Tensor]:
+def _written(model: Any, tokens: int, on_tokens: Callable[[int], None]) -> list[torch.Tensor]:
     """Windows that the model writes by its own probabilities."""
     import torch
 
@@ -90,6 +94,7 @@ def _written(model: Any, tokens: int) -> list[torch.Tensor]:
                 max_new_tokens=WINDOW - 1, min_new_tokens=WINDOW - 1, pad_token_id=0,
             )
         )  # fmt: skip
+        on_tokens(len(batch) * WINDOW)
     return made
 
 
