@@ -1,4 +1,4 @@
-"""Progress by bytes: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
+"""Progress by bytes, or tokens: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ LINE_S = 10.0
 
 
 class Meter:
-    """Counts bytes, or what `unit` names, from any thread while it is open."""
+    """Counts bytes, or what else `unit` says, from any thread while it is open."""
 
     def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
-        self._unit = unit
         self._what = what
+        self._unit = unit
         self._total = max(1, total)
         self._done = 0
         self._began = self._said = time.monotonic()
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
+            counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(),
-                *((DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)),
-                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+                TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(),
+                console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=self._total)
 
@@ -68,13 +68,15 @@ class Meter:
             flush=True,
         )
 
+    def _size(self, count: float) -> str:
+        return _size(count) if self._unit == "bytes" else f"{count:,.0f} {self._unit}"
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
             self._bar.stop()
 
-    def _size(self, count: float) -> str:
-        if self._unit != "bytes":
-            return f"{count:,.0f} {self._unit}"
-        return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -19,7 +19,19 @@ from rich.text import Text
 
 from jobs import report
 from jobs.checking import check
-from jobs.comparison import Candidate, candidate_of, differing, differing_text, front_text, pareto, table, to_json
+from jobs.comparison import (
+    ERROR,
+    KL,
+    Candidate,
+    candidate_of,
+    differing,
+    differing_text,
+    front_text,
+    pareto,
+    table,
+    to_json,
+    whole,
+)
 from jobs.compose import Composed, Request, sweep
 from jobs.console import DONE, FAILED, WRONG, Said, note
 from jobs.metrics import metrics
@@ -163,7 +175,8 @@ class Sweep:
     def said(self) -> Said:
         """The table, the front, and where to look further."""
         candidates = [self._candidate(number) for number in sorted(self._names)]
-        front = pareto(candidates)
+        error = KL if any(KL in c.metrics for c in candidates) else ERROR
+        front = pareto(candidates, error)
         page = self._page()
         reads: list[RenderableType] = [
             f"{read.source}: {report.size(read.bytes_read)} of {report.size(read.source_bytes)} read once for"
@@ -174,13 +187,14 @@ class Sweep:
         failed = [n for n, outcome in sorted(self.outcomes.items()) if isinstance(outcome, WeightmillError)]
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
         text = Group(
-            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front), "",
-            differing_text(differing(candidates)), "", *reads, *faults, *([page] if page else []),
+            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front, error), "",
+            differing_text(differing(candidates)), "", *reads, *faults, *([whole(page)] if page else []),
         )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",
             "sweep": self.id,
             "jobs": [self._document(number) for number in sorted(self._names)],
+            "error": error,
             "pareto": front,
             "candidates": [to_json(candidate) for candidate in candidates],
             "passes": [asdict(read) for read in self._reads],
@@ -218,7 +232,8 @@ class Sweep:
         spec = next((s for s in self._specs.values() if s.tracking.kind == "mlflow"), None)
         if not ids or spec is None:
             return None
-        return compare_page(spec.tracking, Path(spec.output.root), ids, self._recorder.experiment_of(spec.tracking))
+        experiment = self._recorder.experiment_of(spec.tracking)
+        return compare_page(spec.tracking, Path(spec.output.root), ids, experiment, self.id)
 
 
 def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:

@@ -118,7 +118,7 @@ def _cases(model: str, judged: _Judged, engine: str, calibration: str | None, sc
         cases.append(makes.case(name, "preset", preset(given.pop("preset"), **given)))
     inner = [case for case in cases if BITS[0] <= case.bits <= BITS[1]]
     for beside in sorted(inner, key=lambda case: case.bits):
-        for how in dict.fromkeys((None, "self", calibration)):
+        for how in dict.fromkeys((None, calibration)):
             kind = "auto" if how is None else "auto, self" if how == "self" else "auto, calibrated"
             quant = _spec(model, scratch, engine, beside.bits * (1 + 1e-12), how).quant
             cases.append(replace(makes.case(f"{kind} {beside.bits:.2f}", kind, quant), beside=beside.name))
