@@ -150,6 +150,12 @@ def target_of(spec: JobSpec) -> Target:
     )  # fmt: skip
 
 
+def check_output(spec: JobSpec) -> None:
+    """Raises BadSpec: nothing may be written where the output is to be."""
+    _check_place(spec, spec.output_path)
+    _check_free(spec, spec.output_path)
+
+
 def _check_place(spec: JobSpec, output: Path) -> None:
     source = Path(spec.model.path).resolve() if spec.model.path is not None else None
     real = output.resolve()

@@ -13,8 +13,9 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from jobs.strategies import StrategySpec
 from jobs.strict import FloatName, Format, Spec
+from loaders.auto_quant import QuantSpec
 from loaders.families import ROLES
-from loaders.quants import Quant, QuantSpec
+from loaders.quants import Quant
 from loaders.rules import Rule
 from loaders.specs import DTYPES
 

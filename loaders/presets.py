@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from loaders.auto_quant import QuantSpec
 from loaders.errors import BadSpec
-from loaders.quants import Quant, QuantSpec
+from loaders.quants import Quant
 
 FOLDER = Path(__file__).resolve().parent.parent / "conf" / "quant"
 DEFAULT = "nf4"

@@ -284,19 +284,20 @@ def logits_of(runner: Runner, windows: Windows, on_tokens: OnTokens = lambda cou
 def judge(
     reference: Reference,
     output: Checkpoint,
-    engine: Engine,
+    engine: Engine | None,
     folder: Path,
     *,
     key: str = "output",
     on_tokens: OnTokens = lambda count: None,
 ) -> Quality:
-    """Hold an output against its original, whose logits are in the folder, or come to be there.
+    """Hold an output against its original, whose logits are in the folder, or come to be there. Without an engine it is
+    decoded and runs as the original does.
 
     Raises:
         BadCheckpoint: an engine does not load one of the two.
         VerifyFailed: the output has fewer logits than its tokenizer has words, or computes NaN.
     """
-    windows = reference.windows
+    windows, ran_by = reference.windows, engine or ORIGINAL
     originals_WTV, reference_s = reference.logits(folder, on_tokens)
     began, found = time.perf_counter(), []
     with running(
@@ -313,8 +314,8 @@ def judge(
                 )
             found.append(scores(original_TV[:, :words], logits_TV[:, :words], ids_T[1:]))
             if not found[-1].is_finite:
-                raise VerifyFailed(f"{key}: {output.root} computes logits that are NaN or infinite in {engine.name}")
+                raise VerifyFailed(f"{key}: {output.root} computes logits that are NaN or infinite in {ran_by.name}")
     return summed_up(
         found, window=windows.ids.shape[1], seconds=time.perf_counter() - began, reference_seconds=reference_s,
-        engine=engine.described, text=windows.text,
+        engine=ran_by.described, text=windows.text,
     )  # fmt: skip

@@ -15,6 +15,9 @@ from loaders.errors import BadSpec
 GROUPS = choices_of("run")
 
 
+NEEDS = {"quant=auto": ("quant.engine=mlx", "quant.target_bits=4.25")}  # what a choice cannot be without
+
+
 def spec_of(*arguments: str) -> JobSpec:
     return compose("run", JobSpec, take_apart("run", arguments))
 
@@ -29,14 +32,17 @@ def problems_of(*arguments: str) -> tuple[str, ...]:
     ("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options if g != "experiment"]
 )
 def test_every_choice_makes_a_job(group: str, option: str) -> None:
-    spec_of(f"{group}={option}")
+    choice = f"{group}={option}"
+    spec_of(choice, *NEEDS.get(choice, ()))
 
 
 @pytest.mark.parametrize("quant", GROUPS["quant"])
 @pytest.mark.parametrize("output", GROUPS["output"])
 @pytest.mark.parametrize("cluster", GROUPS["cluster"])
 def test_choices_go_together(quant: str, output: str, cluster: str) -> None:
-    assert spec_of(f"quant={quant}", f"output={output}", f"cluster={cluster}").quant.name == quant
+    choice = f"quant={quant}"
+    made = spec_of(choice, f"output={output}", f"cluster={cluster}", *NEEDS.get(choice, ()))
+    assert made.quant.name == quant
 
 
 def test_the_default_is_the_demo_model_to_nf4() -> None:
