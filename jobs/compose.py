@@ -44,10 +44,18 @@ class Request:
     @property
     def swept(self) -> set[str]:
         """The keys that it gives more than one value."""
+        return self._keys(is_swept=True)
+
+    @property
+    def fixed(self) -> set[str]:
+        """The keys that it gives one value."""
+        return self._keys(is_swept=False)
+
+    def _keys(self, *, is_swept: bool) -> set[str]:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         parsed = OverridesParser.create().parse_overrides(self.overrides)
-        return {override.key_or_group for override in parsed if override.is_sweep_override()}
+        return {override.key_or_group for override in parsed if override.is_sweep_override() == is_swept}
 
     @property
     def wants_help(self) -> bool:
@@ -239,16 +247,20 @@ def sweep(verb: str, request: Request, together: Together) -> None:
         raise BadSpec(request.problems)
     made: set[Path] = set()
 
+    def begins(config: Any) -> None:
+        HydraConfig.instance().set_config(config)
+        folder = Path(HydraConfig.get().sweep.dir).absolute()
+        made.update(each for each in (folder, *folder.parents) if not each.exists())
+
     def all_of(configs: Sequence[Any]) -> Sequence[Any]:
         jobs, searches = [], False
         for config in configs:
             HydraConfig.instance().set_config(config)
             about = HydraConfig.get()
-            made.add(Path(about.sweep.dir).absolute())
             searches = not about.sweeper.get("_target_", "").endswith("BasicSweeper")
-            keys = varied(request, about)
+            keys, fixed = varied(request, about), request.fixed
             parsed = (override.lstrip("+").partition("=") for override in about.overrides.task)
-            mine = {key: value for key, _, value in parsed if key in keys or searches}
+            mine = {key: value for key, _, value in parsed if key in keys or (searches and key not in fixed)}
             jobs.append(Composed(int(about.job.num) + 1, plain(config), mine))
         return together(jobs, searches)
 
@@ -258,6 +270,7 @@ def sweep(verb: str, request: Request, together: Together) -> None:
             raise result
         return result
 
+    job.begins = begins  # type: ignore[attr-defined]
     job.together = all_of  # type: ignore[attr-defined]
     _register_launcher()
     with _command_line([*request.flags, *request.overrides]):
@@ -283,12 +296,11 @@ def _register_launcher() -> None:
 
 
 def _remove_empty(folders: set[Path]) -> None:
-    """Hydra makes a folder for every sweep; ours holds nothing but a copy of the request."""
-    for folder in folders:
+    """Hydra makes a folder for every sweep, and those above it; ours holds nothing but a copy of the request."""
+    for folder in sorted(folders, reverse=True):
         with suppress(OSError):
             (folder / "multirun.yaml").unlink(missing_ok=True)
             folder.rmdir()
-            folder.parent.rmdir()
 
 
 @contextmanager
