@@ -165,7 +165,7 @@ def test_what_makes_no_sense_is_refused_by_name_and_the_rest_offered(
         ["quant=nf4,fp4", "quant.group_size=64,128"],
         ["tracking=none", "quant=int8"],
     ]
-    assert not list((tmp_path / "o").iterdir())
+    assert not (tmp_path / "o").exists()
     for each in commands:  # what is offered works
         assert weightmill("run", *each).status == 0
     assert len(outputs(tmp_path / "o")) == 5
