@@ -30,14 +30,15 @@ class Remembering:
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """For a sweeper: kept until `take`."""
-        found = self._loader.load_sweep_config(master_config=master_config, sweep_overrides=sweep_overrides)
+        found: DictConfig = self._loader.load_sweep_config(master_config=master_config, sweep_overrides=sweep_overrides)
         self._composed[tuple(sweep_overrides)] = found
         return found
 
     def take(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """For the launcher: its own from now on."""
         known = self._composed.pop(tuple(sweep_overrides), None)
-        return known or self._loader.load_sweep_config(master_config, sweep_overrides)
+        found: DictConfig = self._loader.load_sweep_config(master_config, sweep_overrides) if known is None else known
+        return found
 
 
 class OnePass(Launcher):
@@ -45,7 +46,8 @@ class OnePass(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._loader = Remembering(hydra_context.config_loader)
-        hydra_context.config_loader = self._loader  # the sweeper's, too
+        context: Any = hydra_context
+        context.config_loader = self._loader  # the sweeper's, too
         self._task: Any = task_function
         self._config = config
         self._task.begins(config)

@@ -54,7 +54,7 @@ def compare(
         page = compare_page(tracking, Path(root), ids, store.experiment, of) if ids else None
     candidates = _told_apart(candidates)
     if not any(error in c.metrics for c in candidates) and any(c.is_comparable for c in candidates):
-        known = sorted({name for c in candidates for name in c.metrics if name.startswith("error")})
+        known = sorted({name for c in candidates for name in c.metrics if name.startswith(("error", "quality"))})
         raise BadSpec(f"error: no run has {error!r}; known: {', '.join(known)}")
     return _said(title, candidates, error, Path(path) if path else Path(root) / "comparisons" / title, page)
 

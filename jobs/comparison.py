@@ -14,7 +14,7 @@ from rich.text import Text
 from jobs.metrics import error_by_layer, metrics
 from loaders.stats import finite
 
-BITS, ERROR = "size/bits_per_weight", "error/relative"
+BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
 SHOWN_TENSORS = 8
 
 
@@ -42,6 +42,7 @@ class Column:
     metric: str
     pattern: str
     scale: float = 1.0
+    second: str = ""  # another metric in the same cell
 
 
 COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is a job's own, summed over threads
@@ -51,6 +52,11 @@ COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is 
     Column("relative error", ERROR, "{:.5f}"),
     Column("worst", "error/worst", "{:.5f}"),
     Column("SQNR dB", "error/sqnr_db", "{:.2f}"),
+    Column("KL", "quality/kl", "{:.5f}"),
+    Column("95 %", "quality/kl_low", "{:.5f} to {:.5f}", second="quality/kl_high"),
+    Column("perplexity", "quality/perplexity", "{:.3f}"),
+    Column("x original's", "quality/perplexity_ratio", "{:.4f}"),
+    Column("top-1 %", "quality/top1", "{:.2f}", 100.0),
     Column("pass s", "time/wall_s", "{:.2f}"),
     Column("encoding s", "time/encode_s", "{:.2f}"),
     Column("pass GB/s", "load/gigabytes_per_second", "{:.3f}"),
@@ -98,8 +104,13 @@ def columns_of(candidates: Sequence[Candidate]) -> list[Column]:
 
 
 def cells(candidate: Candidate, columns: Sequence[Column]) -> list[str]:
-    found = ((column, candidate.metrics.get(column.metric)) for column in columns)
-    return ["" if v is None or not math.isfinite(v) else c.pattern.format(v * c.scale) for c, v in found]
+    found = [(c, [candidate.metrics.get(name) for name in (c.metric, c.second) if name]) for c in columns]
+    return [
+        c.pattern.format(*(v * c.scale for v in values if v is not None))
+        if all(v is not None and math.isfinite(v) for v in values)
+        else ""
+        for c, values in found
+    ]
 
 
 def table(candidates: Sequence[Candidate], front: Sequence[str]) -> RenderableType:

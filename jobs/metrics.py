@@ -47,8 +47,15 @@ def metrics(document: Mapping[str, Any]) -> dict[str, float]:
         "units/total": run["units"],
         "units/resumed": run["units_resumed"],
         "units/retries": run["retries"],
+        **quality_metrics(document),
     }
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def quality_metrics(document: Mapping[str, Any]) -> dict[str, float]:
+    """What verify=logits found, if it was asked for."""
+    quality = document.get("quality") or {}
+    return {f"quality/{name}": float(value) for name, value in quality.items() if isinstance(value, int | float)}
 
 
 def _by_tensor(document: Mapping[str, Any]) -> dict[str, float]:

@@ -13,9 +13,10 @@ from jobs import report
 from jobs.clusters import is_local
 from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
+from jobs.judging import Judging, judging_of
 from jobs.planning import Plan, TargetPlan, make_plan
 from jobs.publish import check_replaceable, is_published
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, LogitsSpec
 from jobs.strategies import reading
 from jobs.targets import Target
 from loaders.backends import best, kernels_of
@@ -39,6 +40,7 @@ class Planned:
     plan: Plan
     journal: Journal
     done: Mapping[str, Any] | None = None  # the report of an earlier run of this very job, where that may count
+    judging: Judging | None = None  # with verify=logits
 
     @property
     def target(self) -> TargetPlan:
@@ -92,6 +94,8 @@ def plan_job(
         return replace(planned, done=done)
     if again:
         _check_free(spec, output)
+    if isinstance(spec.verify, LogitsSpec):
+        return replace(planned, judging=judging_of(spec.verify, plan, made, output.parent))
     return planned
 
 
@@ -103,9 +107,17 @@ def _done_before(planned: Planned) -> Mapping[str, Any] | None:
     with suppress(WeightmillError, KeyError, TypeError):
         found = read_json(output / OUR_REPORT)
         wanted = {k: v for k, v in planned.spec.resolved().items() if k in found["job"]}
-        if found["run"]["key"] == planned.journal.key and found["job"] == wanted:
+        job = {**found["job"], "verify": _gate(found["job"]["verify"], wanted["verify"])}
+        if found["run"]["key"] == planned.journal.key and job == wanted:
             return found
     return None
+
+
+def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The gate that an output passed, as far as it is asked for: who passed logits is strict enough."""
+    if wanted["kind"] == "strict":
+        return {**{key: found[key] for key in wanted if key in found}, "kind": "strict"}
+    return found
 
 
 def backend_of(spec: JobSpec) -> tuple[str, str]:
@@ -217,8 +229,10 @@ def notes_of(planned: Planned) -> list[str]:
     )
     need = planned.target.weight_bytes + planned.scratch_bytes
     room = " TOO LITTLE" if need > free else ""
+    judging = [] if planned.judging is None else [planned.judging.note]
     return [
         *done,
+        *judging,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
         f"memory: up to {report.size(memory)} a unit of {cluster.threads} threads;"

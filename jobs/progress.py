@@ -1,4 +1,4 @@
-"""Progress by bytes: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
+"""Progress by bytes, or tokens: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 FIRST_LINE_S = 2.0
 LINE_S = 10.0
 
 
 class Meter:
-    """Counts bytes from any thread while it is open."""
+    """Counts bytes, or what else `unit` says, from any thread while it is open."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
         self._what = what
+        self._unit = unit
         self._total = max(1, total)
         self._done = 0
         self._began = self._said = time.monotonic()
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
+            counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+                TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(),
+                console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=self._total)
 
@@ -53,10 +63,13 @@ class Meter:
         rate = self._done / (now - self._began)
         left = f", about {(self._total - self._done) / rate:.0f} s left" if self._done > self._total / 50 else ""
         print(
-            f"{self._what}: {self._done / self._total:.0%} of {_size(self._total)}, {_size(rate)}/s{left}",
+            f"{self._what}: {self._done / self._total:.0%} of {self._size(self._total)}, {self._size(rate)}/s{left}",
             file=sys.stderr,
             flush=True,
         )
+
+    def _size(self, count: float) -> str:
+        return _size(count) if self._unit == "bytes" else f"{count:,.0f} {self._unit}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -9,7 +9,7 @@ import getpass
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,14 +22,15 @@ from rich.text import Text
 from jobs import report
 from jobs.console import FAILED, Said, note
 from jobs.journal import Record
-from jobs.metrics import error_by_layer, metrics, table_columns
+from jobs.judging import judged, pass_gate
+from jobs.metrics import error_by_layer, metrics, quality_metrics, table_columns
 from jobs.plots import plots
 from jobs.preparing import TARGET, Planned, notes_of, plan_document
 from jobs.publish import complete, is_published, publish
 from jobs.tracking import SWEEP, NoRun, Recorder, Run, open_run
 from jobs.unit import Share
 from loaders.checkpoint import OUR_REPORT, read_json
-from loaders.errors import BadSpec, StorageError, VerifyFailed, WeightmillError
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
 from loaders.quantization.gate import Gate
@@ -123,12 +124,33 @@ class Job:
         results = report.Results(tuple(self.records[unit.id] for unit in planned.plan.units))
         _pass_gate(planned, results)
         completed = complete(planned.plan, planned.target, planned.journal, results.records)
+        quality = self._judge([row["xxh3"] for row in completed.weights])
         found = lint_folder(planned.journal.files)
         document = report.document(
-            planned.spec, planned.plan, planned.target, results, completed, found, self._about(done, results)
+            planned.spec, planned.plan, planned.target, results, completed, found, self._about(done, results), quality
         )
         publish(planned.journal, document, overwrite=planned.spec.output.overwrite)
         return document
+
+    def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
+        """With verify=logits, what the finished files compute; the numbers of one that fails are tracked, too.
+
+        Raises:
+            VerifyFailed: it is beyond a limit, or its engine computes nothing of use.
+        """
+        judging, journal = self.planned.judging, self.planned.journal
+        if judging is None:
+            return None
+        try:
+            quality = judged(judging, journal.files, journal.output.name, journal.root, digests).to_json()
+        except BadCheckpoint as error:
+            raise VerifyFailed(f"not published: {error}") from error
+        try:
+            pass_gate(judging.spec, quality, journal.output)
+        except VerifyFailed:
+            self.run.metrics(quality_metrics({"quality": quality}))
+            raise
+        return quality
 
     def _about(self, done: Pass, results: report.Results) -> dict[str, Any]:
         """The report's `run`: when, where and how fast."""

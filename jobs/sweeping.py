@@ -21,6 +21,8 @@ from rich.text import Text
 from jobs import report
 from jobs.checking import check
 from jobs.comparison import (
+    ERROR,
+    KL,
     Candidate,
     candidate_of,
     differing,
@@ -186,7 +188,8 @@ class Sweep:
     def said(self) -> Said:
         """The table, the front, and where to look further."""
         candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
-        front = pareto(candidates)
+        error = KL if any(KL in c.metrics for c in candidates) else ERROR
+        front = pareto(candidates, error)
         page = self._page()
         reads: list[RenderableType] = [
             f"{read.source}: {report.size(read.bytes_read)} of {report.size(read.source_bytes)} read once for"
@@ -199,13 +202,14 @@ class Sweep:
             reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
         text = Group(
-            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front), "",
+            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front, error), "",
             differing_text(differing(candidates)), "", *reads, *faults, *([whole(page)] if page else []),
         )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",
             "sweep": self.id,
             "jobs": [self._document(number) for number in sorted(self._names)],
+            "error": error,
             "pareto": front,
             "candidates": [to_json(candidate) for candidate in candidates],
             "passes": [asdict(read) for read in self._reads],

@@ -388,7 +388,9 @@ def _store_lock(uri: str) -> AbstractContextManager[object]:
         return nullcontext()
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_S)
+    lock = path.with_name(f".{path.name}.lock")
+    lock.touch()  # where nothing can be written, waiting for the lock would not help
+    return FileLock(lock, timeout=LOCK_S)
 
 
 def _experiment(client: Any, name: str, uri: str, root: Path) -> str:

@@ -14,11 +14,11 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 
 # Each may import from itself and from those after it.
 LAYERS = [
-    ("entries", ("jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect", "jobs.diff",
-                 "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
+    ("entries", ("jobs.__main__", "jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect",
+                 "jobs.diff", "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
     ("sweeps", ("jobs.sweeping", "jobs.candidates")),
     ("flows", ("jobs.running", "jobs.passing", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches")),
-    ("preparing", ("jobs.preparing",)),
+    ("preparing", ("jobs.preparing", "jobs.judging")),
     ("console", ("jobs.console", "jobs.help", "jobs.compose", "jobs.checking", "jobs.refusing", "jobs.report",
                  "jobs.comparison", "jobs.metrics",
                  "jobs.plots", "jobs.tracking", "jobs.tracked", "jobs.publish",

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ def sweep(path: str | None, quants: Sequence[str], rate: float | None, repeats: 
         checkpoint = open_checkpoint(source)
         files = [source / tag.name for tag in checkpoint.files]
         cases = [Timed("the sweep", tuple(quants)), *(Timed(quant, (quant,)) for quant in quants)]
-        limit = nullcontext([]) if rate is None else limited_reads(source, int(rate * 1e6))
+        limit: AbstractContextManager[list[str]] = (
+            nullcontext([]) if rate is None else limited_reads(source, int(rate * 1e6))
+        )
         with limit as within:
             for lap in range(repeats):
                 for case in cases:
