@@ -90,7 +90,7 @@ def plan_job(
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
     assert planned.strategy  # which may be refused
-    if again and not spec.output.overwrite and (done := _done_before(planned)) is not None:
+    if again and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)
     if again:
         _check_free(spec, output)

@@ -123,3 +123,20 @@ def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
     assert sorted(r.info.status for r in runs(tmp_path / "root")) == ["FINISHED"] * 3
+
+
+def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
+    from jobs.spec import TrackingSpec
+    from jobs.tracking import compare_page
+
+    server = TrackingSpec(kind="mlflow", uri="http://host:5000/")
+    few = compare_page(server, Path("out"), ["a", "b"], "7", "sweep-1")
+    assert few == (
+        "compare: http://host:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D"
+        "&workflowType=machine_learning"
+    )
+    many = compare_page(server, Path("out"), [str(n) for n in range(21)], "7", "sweep-1")
+    assert many.startswith("compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&searchFilter=")
+    assert many.endswith("tags.%60weightmill.sweep%60%20%3D%20%27sweep-1%27")
+    own = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
+    assert own.startswith("compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db ")
