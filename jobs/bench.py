@@ -1,4 +1,4 @@
-"""Time the kernels beside the libraries that are installed, or a whole job beside copying and another tool."""
+"""Time kernels and loading beside the libraries that are installed, or a whole job beside copying and another tool."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobs.strict import Format, Spec
 class BenchModel(Spec):
     """Whose files are read."""
 
-    path: str | None = Field(description="loaders: the checkpoint's folder; null makes a random Llama of `gb`")
+    path: str | None = Field(description="loaders, load, sweep: the checkpoint's folder; null makes a random Llama")
 
 
 class BenchOutput(Spec):
@@ -28,8 +28,9 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """What to time."""
 
-    what: Literal["kernels", "job", "loaders"] = Field(
-        description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage"
+    what: Literal["kernels", "job", "loaders", "load", "sweep"] = Field(
+        description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
+        " load: weights into tensors and models; sweep: several schemes in one pass beside the same as single jobs"
     )
     model: BenchModel
     rows: int = Field(gt=0, multiple_of=4, description="kernels: rows of the weight")
@@ -37,8 +38,13 @@ class BenchSpec(Spec):
     threads: int = Field(ge=1, description="kernels: threads of each case")
     repeats: int = Field(ge=1, description="laps; in each, every case runs once, in turn")
     path: str | None = Field(description="job: the source's folder; null makes a random Llama")
-    gb: float = Field(gt=0, description="job: gigabytes of the random Llama")
-    quant: str = Field(description="job: the scheme")
+    gb: float = Field(gt=0, description="job, loaders, load, sweep: gigabytes of the random Llama")
+    quant: str = Field(description="job, load: the scheme")
+    quants: tuple[str, ...] = Field(description="sweep: the schemes")
+    rate: float | None = Field(
+        gt=0,
+        description="sweep: MB/s that the disk gives at most, held by the kernel (root on Linux); null: all it has",
+    )
     peer: str | None = Field(description="job: another tool's command with {source} and {output}")
     folder: str | None = Field(description="where outputs and the random Llama are written and removed again")
     strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
@@ -57,6 +63,10 @@ def act(spec: BenchSpec) -> Said:
             spec.model.path, spec.gb, spec.folder, spec.strategies, spec.repeats, spec.cold, Path(spec.output.root),
             spec.tracking,
         )  # fmt: skip
+    if spec.what == "sweep":
+        return benching.sweep(spec.model.path, spec.gb, spec.quants, spec.rate, spec.folder, spec.repeats)
+    if spec.what == "load":
+        return benching.load(spec.model.path, spec.gb, spec.quant, spec.folder, spec.repeats)
     if spec.what == "kernels":
         return benching.kernels(spec.rows, spec.columns, spec.threads, spec.repeats)
     return benching.job(spec.path, spec.gb, spec.quant, spec.peer, spec.folder, spec.repeats)
@@ -64,14 +74,19 @@ def act(spec: BenchSpec) -> Said:
 
 VERB = Verb(
     "bench",
-    "Time kernels beside installed libraries, a job beside copying and another tool, or loading by every strategy.",
+    "Time kernels and loading beside installed libraries, every strategy, a job beside another tool, or a sweep.",
     BenchSpec,
     act,
     (
         ("kernels", "one thread, a weight of 4096 x 14336"),
         ("loaders model.path=DIR", "every strategy on your storage, cold and warm; the winner as YAML"),
+        ("load gb=1 repeats=3", "tensors and models from the page cache, beside safetensors and transformers"),
         ("job gb=4 repeats=3", "a random Llama of 4 GB to NF4, from the page cache, beside copying it"),
         ("job path=DIR peer='TOOL {source} {output}'", "your checkpoint, in turn with another tool's command"),
+        (
+            "sweep model.path=DIR rate=100 repeats=1",
+            "four schemes in one pass, and one by one, from a disk of 100 MB/s",
+        ),
     ),
     positional=("what",),
 )

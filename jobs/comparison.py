@@ -45,7 +45,7 @@ class Column:
     second: str = ""  # another metric in the same cell
 
 
-COLUMNS = (
+COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is a job's own, summed over threads
     Column("bits a weight", BITS, "{:.3f}"),
     Column("times smaller", "size/ratio", "{:.2f}"),
     Column("MB", "size/output_bytes", "{:,.2f}", 1e-6),
@@ -57,10 +57,10 @@ COLUMNS = (
     Column("perplexity", "quality/perplexity", "{:.3f}"),
     Column("x original's", "quality/perplexity_ratio", "{:.4f}"),
     Column("top-1 %", "quality/top1", "{:.2f}", 100.0),
-    Column("seconds", "time/wall_s", "{:.2f}"),
-    Column("encoding", "time/encode_s", "{:.2f}"),
-    Column("GB/s", "load/gigabytes_per_second", "{:.3f}"),
-    Column("peak MB", "load/peak_anonymous_bytes", "{:,.0f}", 1e-6),
+    Column("pass s", "time/wall_s", "{:.2f}"),
+    Column("encoding s", "time/encode_s", "{:.2f}"),
+    Column("pass GB/s", "load/gigabytes_per_second", "{:.3f}"),
+    Column("pass peak MB", "load/peak_anonymous_bytes", "{:,.0f}", 1e-6),
     Column("cost", "cost/estimate", "{:.4g}"),
 )
 
@@ -146,6 +146,11 @@ def differing_text(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         least, most = row["least"], row["most"]
         made.add_row(row["tensor"], f"{row['ratio']:.2f}", f"{errors[least]:.5f}", least, f"{errors[most]:.5f}", most)
     return made
+
+
+def whole(address: str) -> Text:
+    """An address as one line, however long, so that it can be clicked and pasted."""
+    return Text(address, no_wrap=True, overflow="ignore")
 
 
 def markdown(title: str, candidates: Sequence[Candidate], front: Sequence[str], error: str, picture: str | None) -> str:

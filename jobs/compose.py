@@ -170,19 +170,31 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
     problems = list(request.problems)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra_compose(verb, overrides=request.overrides)
+            config = hydra_compose(verb, overrides=request.overrides, return_hydra_config=True)
+        problems += _sweep_left_out(config, request)
         return check(spec, plain(config), problems)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadSpec([*problems, _said_by_hydra(error)]) from error
+
+
+def _sweep_left_out(config: Any, request: Request) -> list[str]:
+    """A preset that describes a sweep, asked for as one job."""
+    given = {override.lstrip("+").partition("=")[0] for override in request.given}
+    swept = [key for key in config.hydra.sweeper.get("params") or {} if key.lstrip("+") not in given]
+    if not swept:
+        return []
+    return [
+        f"experiment: it is a sweep over {', '.join(swept)}: python -m jobs.run -m ... runs it; or give each a value"
+    ]
 
 
 def plain(config: Any) -> Any:
     """A DictConfig as plain values; what is still missing stays "???"."""
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
     assert isinstance(values, dict)
-    values.pop("hydra", None)
     stray = values.pop("experiment", None)
     if isinstance(stray, dict) and stray:
         raise BadSpec(

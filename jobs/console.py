@@ -119,7 +119,7 @@ def say(said: Said, as_json: bool) -> int:
     if as_json:
         print(json.dumps(said.document, indent=2, ensure_ascii=False))
     else:
-        Console(highlight=False, width=_width(sys.stdout)).print(said.text)
+        Console(highlight=False, width=_width(sys.stdout)).print(said.text, crop=False)
     sys.stdout.flush()
     said.then()
     return said.status

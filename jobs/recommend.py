@@ -69,10 +69,11 @@ VERB = Verb(
     RecommendSpec,
     act,
     (
-        ("model.path=DIR", "for this machine"),
-        ("model.path=DIR backend=cuda backend.memory_gb=24", "for another one's GPU"),
-        ("model.path=DIR backend=mlx backend.memory_gb=16 format=json", "for a program"),
+        ("DIR", "for this machine; the same as model.path=DIR"),
+        ("DIR backend=cuda backend.memory_gb=24", "for another one's GPU"),
+        ("DIR backend=mlx backend.memory_gb=16 format=json", "for a program"),
     ),
+    positional=("model.path",),
 )
 main = VERB.main
 

@@ -345,7 +345,7 @@ def lint_document(found: Sequence[Finding]) -> list[dict[str, Any]]:
 def findings_text(found: Sequence[Finding]) -> RenderableType:
     """Findings for people: what, where it matters, what to do."""
     if not found:
-        return Text("no findings: what its engine reads is there, and says what is stored", style="green")
+        return Text("no findings: nothing was found that its engine would stumble over", style="green")
     table = _table("", "what", "what will happen", "what to do")
     for finding in found:
         style = "red" if finding.level == "fault" else "yellow"

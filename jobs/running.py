@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import getpass
 import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -226,6 +227,7 @@ class Job:
             "weightmill.source": planned.plan.checkpoint.fingerprint,
             "weightmill.output": str(planned.journal.output),
             "weightmill.git_commit": _git_commit(),
+            **_shown_by_mlflow(),
             **{f"weightmill.version.{name}": version for name, version in report.versions().items()},
             **sweep_tags(self.sweep, self.number),
         }
@@ -267,6 +269,17 @@ def _pass_gate(planned: Planned, results: report.Results) -> None:
 
 
 @cache
+def _shown_by_mlflow() -> dict[str, str]:
+    """Tags from which its pages tell who made a run, and with what."""
+    found = {"mlflow.source.name": "python -m jobs.run", "mlflow.source.type": "LOCAL"}
+    if _git_commit() != "none":
+        found["mlflow.source.git.commit"] = _git_commit()
+    with suppress(KeyError, OSError):  # a user without a name, as in many containers
+        found["mlflow.user"] = getpass.getuser()
+    return found
+
+
+@cache
 def _git_commit() -> str:
     """The commit of this checkout of weightmill, or "none" for an installed one."""
     here = Path(__file__).resolve().parent.parent
@@ -280,12 +293,24 @@ def _track(planned: Planned, run: Run, document: Mapping[str, Any]) -> None:
     """Log the report."""
     if not run.is_tracked:
         return
+    run.describe(_description(planned, document))
     run.metrics(metrics(document))
     run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(document).items()])
     run.table("tensors.json", table_columns(document))
     run.document("plan.json", plan_document(planned, notes_of(planned)))
     run.document(OUR_REPORT, document)
     run.figures(lambda folder: plots(document, folder))
+
+
+def _description(planned: Planned, document: Mapping[str, Any]) -> str:
+    """What came of the job, in a few words of Markdown."""
+    total = document["totals"]
+    error = (total["changed"] or {}).get("relative_error", 0.0)
+    return (
+        f"**{planned.spec.model_name} to {planned.spec.quant.name}**: {total['bits_per_weight']:.3f} bits a weight,"
+        f" {total['ratio']:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{planned.journal.output}`\n\n"
+        "Error by layer: Model metrics, `layer/relative_error`. Every tensor: Artifacts, `tensors.json`."
+    )
 
 
 def _wait(run: Run) -> str:

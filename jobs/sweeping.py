@@ -30,6 +30,7 @@ from jobs.comparison import (
     pareto,
     table,
     to_json,
+    whole,
 )
 from jobs.compose import Composed, Request, sweep
 from jobs.console import DONE, FAILED, WRONG, Said, note
@@ -187,7 +188,7 @@ class Sweep:
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
         text = Group(
             f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front, error), "",
-            differing_text(differing(candidates)), "", *reads, *faults, *([page] if page else []),
+            differing_text(differing(candidates)), "", *reads, *faults, *([whole(page)] if page else []),
         )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",
@@ -231,7 +232,8 @@ class Sweep:
         spec = next((s for s in self._specs.values() if s.tracking.kind == "mlflow"), None)
         if not ids or spec is None:
             return None
-        return compare_page(spec.tracking, Path(spec.output.root), ids, self._recorder.experiment_of(spec.tracking))
+        experiment = self._recorder.experiment_of(spec.tracking)
+        return compare_page(spec.tracking, Path(spec.output.root), ids, experiment, self.id)
 
 
 def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:

@@ -49,11 +49,12 @@ VERB = Verb(
     VerifyRequest,
     act,
     (
-        ("output.path=OUT", "against the source it was made from"),
-        ("output.path=OUT model.path=DIR", "the source has moved to DIR"),
-        ("output.path=OUT verify=logits", "and what it computes in its engine; the numbers go into its report"),
-        ("output.path=OUT verify=logits verify.text=FILE verify.max_kl=0.05", "over your text, with a limit"),
+        ("OUT", "against the source it was made from; the same as output.path=OUT"),
+        ("OUT model.path=DIR", "the source has moved to DIR"),
+        ("OUT verify=logits", "and what it computes in its engine; the numbers go into its report"),
+        ("OUT verify=logits verify.text=FILE verify.max_kl=0.05", "over your text, with a limit"),
     ),
+    positional=("output.path",),
 )
 main = VERB.main
 

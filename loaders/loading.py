@@ -16,6 +16,7 @@ from loaders.backends.devices import torch_device
 from loaders.backends.placing import as_torch
 from loaders.checking import validate_weight_shapes
 from loaders.checkpoint import Checkpoint, open_checkpoint, open_file
+from loaders.containers import packed
 from loaders.decoding import check_decodable, is_quantized
 from loaders.encoded import QuantizedTensor, float_dtype
 from loaders.encoding import Item, Made, make
@@ -106,7 +107,7 @@ def load_and_quantize(
 
 
 def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
-    """A folder, or one file whatever it is called, as a checkpoint.
+    """A folder, or one file whatever it is called, as a checkpoint. A file of a packed one stands for its folder.
 
     Raises:
         BadSpec: nothing there that is known.
@@ -115,9 +116,11 @@ def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
     if Path(path).is_dir():
         return open_checkpoint(path, key="path")
     found = detect_weight_format(path)
-    if found in (WeightFormat.UNKNOWN, WeightFormat.PACKED):
+    if found is WeightFormat.PACKED and (folder := packed.folder_of(Path(path))) is not None:
+        return open_checkpoint(folder, found.value, key="path")
+    if found is WeightFormat.UNKNOWN:
         known = ", ".join(f.value for f in WeightFormat if f is not WeightFormat.UNKNOWN)
-        raise BadSpec(f"{os.fspath(path)}: no file of weights; known: {known} (packed: give its folder)")
+        raise BadSpec(f"{os.fspath(path)}: no file of weights; known: {known}")
     return open_file(path, found.value)
 
 

@@ -14,8 +14,8 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 
 # Each may import from itself and from those after it.
 LAYERS = [
-    ("entries", ("jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect", "jobs.diff",
-                 "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
+    ("entries", ("jobs.__main__", "jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect",
+                 "jobs.diff", "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
     ("sweeps", ("jobs.sweeping", "jobs.candidates")),
     ("flows", ("jobs.running", "jobs.passing", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches")),
     ("preparing", ("jobs.preparing", "jobs.judging")),

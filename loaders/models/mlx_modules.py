@@ -41,7 +41,7 @@ def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
     """
     if config.strategy not in (LoadingStrategy.FULL, LoadingStrategy.UNIFIED_MEMORY):
         raise BadSpec(
-            f"strategy: {config.strategy.name} is for models of transformers; MLX has FULL, and UNIFIED_MEMORY, which"
+            f"strategy: {config.strategy} is for models of transformers; MLX has FULL, and UNIFIED_MEMORY, which"
             " reads weights when they are first used"
         )
     if config.attention is not None or config.max_memory is not None:

@@ -78,6 +78,7 @@ def skeleton_of(
             model = auto.from_config(config, dtype=wanted, **options)
     forget(model)
     model.eval()
+    keep_in_float32(model, wanted)
     parameters, tied = matched(model, sources, ignore_unexpected)
     for name, original in tied.items():
         set_parameter(model, name, model.get_parameter(original))
@@ -96,6 +97,21 @@ def forget(model: nn.Module) -> None:
     empty = {each: nn.Parameter(each.to("meta"), each.requires_grad) for each in model.parameters()}
     for module in model.modules():
         module._parameters.update({name: empty[each] for name, each in module._parameters.items() if each is not None})
+
+
+def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Make float32 what transformers keeps so whatever dtype is asked for: routers' biases, some norms.
+
+    transformers 5.23, modeling_utils.py and core_model_loading.py: `_keep_in_fp32_modules` of a model in float16, and
+    `_keep_in_fp32_modules_strict` of one in bfloat16, too; parts of names, `*` for anything.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    parts = re.compile("|".join(part.replace("*", ".*") for part in plan))
+    for name, value in list(model.state_dict(keep_vars=True).items()):
+        if value.is_floating_point() and parts.search(name):
+            set_parameter(model, name, value.detach().float())
 
 
 def open_weights(

@@ -18,15 +18,15 @@ import torch
 
 from loaders.backends import kernels_of
 from loaders.checkpoint import Checkpoint
+from loaders.encoded import MemoryParts
 from loaders.errors import BadCheckpoint
-from loaders.models.memory_sink import MemorySink
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Scheme, View
 from loaders.recipes import Recipe, Window
 from loaders.shared import shared
 from loaders.specs import WEIGHT_DTYPES, DType, dtype_named, storage_of
 from loaders.strategies import loader
-from loaders.strategies.lazy import map_privately
+from loaders.strategies.lazy import MappedFiles
 from loaders.views import encoded_view, view_of
 from loaders.work import RANGE, THREAD_BYTES, ThreadedWork
 
@@ -59,6 +59,7 @@ class ModelWeights:
         pool = together.pool if workers is None else self._exit.enter_context(ThreadPoolExecutor(workers))
         self._work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
         specs = {spec.name: spec for parts in parameters.values() for r in parts for _, spec in r.stored}
+        self._maps = MappedFiles(checkpoint.root, private=True)
         self._reader = self._exit.enter_context(loader(read).open(checkpoint.root, list(specs.values())))
 
     def __enter__(self) -> ModelWeights:
@@ -118,18 +119,22 @@ class ModelWeights:
         [(_, spec)] = recipe.stored
         if spec.shape != recipe.shape or spec.stride is not None or recipe.window != Window.whole(spec):
             return None
-        raw = map_privately(self.checkpoint.root / spec.file, spec.offset, spec.offset + spec.size)
-        if raw.size != spec.size or not raw.size or raw.ctypes.data % spec.dtype.item_bytes:
+        raw = self._maps.mapped(spec)
+        if not raw.size or raw.ctypes.data % spec.dtype.item_bytes:
             return None
         return torch.from_numpy(raw).view(dtype).reshape(spec.shape)
 
     def encoded(self, recipe: Recipe, scheme: Scheme, cast: DType | None) -> dict[str, torch.Tensor]:
         """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
         view = encoded_view(self.view(recipe), None if cast == recipe.dtype else cast)
-        sink = MemorySink(scheme, view.spec)
+        stored = scheme.stored(view.spec)
+        sink = MemoryParts(stored)
         with self._budget.hold(self._workers * THREAD_BYTES + scheme.state_bytes(view.spec)):
             scheme.encode(view, sink, self._work)
-        return {role: _tensor(data, dtype) for role, (data, dtype) in sink.stored().items()}
+        return {
+            role: _tensor(part if stored[role].is_bound else part.reshape(stored[role].shape), stored[role].dtype)
+            for role, part in sink.parts().items()
+        }
 
     def stored(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """What the checkpoint holds for a quantized tensor, by role, as it is."""

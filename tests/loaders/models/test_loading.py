@@ -100,6 +100,35 @@ def test_experts_are_fused_as_transformers_fuses_them(tmp_path: Path) -> None:
             assert torch.equal(logits(load(folder, strategy=strategy)), logits(theirs)), (each.model_type, strategy)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kept"),
+    [("deepseek_v3", "bfloat16", "mlp.gate.e_score_correction_bias"), ("gpt_oss", "float16", "layernorm.weight")],
+)
+def test_what_transformers_keeps_in_float32_is_so_here(kind: str, dtype: str, kept: str, tmp_path: Path) -> None:
+    """DeepSeek's in any dtype (strict), gpt-oss's in float16 alone."""
+    few = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    sizes = {
+        "deepseek_v3": {
+            "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+            "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        },
+        "gpt_oss": {
+            "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, **few, **sizes[kind])
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    wanted = {name: value.dtype for name, value in theirs.state_dict().items()}
+    assert {dtype for name, dtype in wanted.items() if kept in name} == {torch.float32}
+    for strategy in (LoadingStrategy.FULL, LoadingStrategy.STREAMING):
+        ours = load(tmp_path, dtype=dtype, strategy=strategy)
+        assert {name: value.dtype for name, value in ours.state_dict().items()} == wanted
+        assert torch.equal(logits(ours), logits(theirs))
+
+
 # --- quantized
 
 
