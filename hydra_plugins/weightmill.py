@@ -48,9 +48,10 @@ class OnePass(Launcher):
         self._loader = Remembering(hydra_context.config_loader)
         context: Any = hydra_context
         context.config_loader = self._loader  # the sweeper's, too
-        self._task: Any = task_function
+        task: Any = task_function
+        self._task = task
         self._config = config
-        self._task.begins(config)
+        task.begins(config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose all, do all; a result for each, in their order."""
