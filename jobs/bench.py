@@ -16,7 +16,7 @@ from jobs.strict import Format, Spec
 class BenchModel(Spec):
     """Whose files are read."""
 
-    path: str | None = Field(description="loaders, load, sweep: the checkpoint's folder; null makes a random Llama")
+    path: str | None = Field(description="loaders, load, sweep, budget: the checkpoint; null: a random Llama")
 
 
 class BenchOutput(Spec):
@@ -28,9 +28,10 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """What to time."""
 
-    what: Literal["kernels", "job", "loaders", "load", "sweep"] = Field(
+    what: Literal["kernels", "job", "loaders", "load", "sweep", "budget"] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
-        " load: weights into tensors and models; sweep: several schemes in one pass beside the same as single jobs"
+        " load: weights into tensors and models; sweep: several schemes in one pass beside the same as single jobs;"
+        " budget: what quant=auto loses, beside uniform schemes and presets of its sizes"
     )
     model: BenchModel
     rows: int = Field(gt=0, multiple_of=4, description="kernels: rows of the weight")
@@ -49,6 +50,11 @@ class BenchSpec(Spec):
     folder: str | None = Field(description="where outputs and the random Llama are written and removed again")
     strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
     cold: bool = Field(description="loaders: time reading without the page cache, too")
+    engine: Literal["mlx", "gguf"] = Field(description="budget: whose schemes are mixed")
+    text: str | None = Field(description="budget: a file of text that the model has not seen")
+    calibration: str | None = Field(description="budget: a text file that mixes are weighted by, or self")
+    in_engine: bool = Field(description="budget: run outputs in their engine, rather than decoded in transformers")
+    tokens: int = Field(ge=512, description="budget: how many tokens of the text are predicted")
     output: BenchOutput
     tracking: TrackingSpec
     format: Format = Field(description="text, or json: one document on standard output")
@@ -58,6 +64,16 @@ def act(spec: BenchSpec) -> Said:
     """Time."""
     from jobs import benching
 
+    if spec.what == "budget":
+        from jobs.benches import budget
+
+        budget.check(spec.model.path, spec.text, spec.engine)
+        assert spec.model.path is not None
+        assert spec.text is not None
+        return budget.budget(
+            spec.model.path, spec.text, spec.engine, spec.calibration, Path(spec.output.root), spec.folder, spec.tokens,
+            in_engine=spec.in_engine,
+        )  # fmt: skip
     if spec.what == "loaders":
         return benching.loaders(
             spec.model.path, spec.gb, spec.folder, spec.strategies, spec.repeats, spec.cold, Path(spec.output.root),
@@ -74,7 +90,7 @@ def act(spec: BenchSpec) -> Said:
 
 VERB = Verb(
     "bench",
-    "Time kernels and loading beside installed libraries, every strategy, a job beside another tool, or a sweep.",
+    "Time kernels and loading beside installed libraries, a job beside another tool, a sweep; judge quant=auto.",
     BenchSpec,
     act,
     (
@@ -87,6 +103,7 @@ VERB = Verb(
             "sweep model.path=DIR rate=100 repeats=1",
             "four schemes in one pass, and one by one, from a disk of 100 MB/s",
         ),
+        ("budget model.path=DIR text=FILE engine=gguf", "quant=auto by KL and perplexity, in a table and a plot"),
     ),
     positional=("what",),
 )

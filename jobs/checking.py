@@ -24,6 +24,9 @@ PATHS = (
     "b",
     "path",
     "folder",
+    "quant.calibration",
+    "text",
+    "calibration",
 )  # relative to the user's working directory
 MISSING = "???"  # as conf/ marks what must be given
 # What people call things elsewhere
@@ -66,7 +69,7 @@ def _make_absolute(values: dict[str, Any]) -> list[str]:
         for parent in parents:
             holder = holder.get(parent) if isinstance(holder, dict) else None
         value = holder.get(leaf) if isinstance(holder, dict) else None
-        if not isinstance(value, str) or value == MISSING:
+        if not isinstance(value, str) or value == MISSING or (leaf, value) == ("calibration", "self"):
             continue
         if value == "demo://":
             holder[leaf] = str(DEMO)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.comparison import BITS, Candidate
 from jobs.metrics import error_by_layer
+from jobs.mix_plot import mix_plot
 
 
 def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -36,6 +37,8 @@ def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
     axes.set(xlabel="MB", title=f"{title}: size by role")
     axes.legend(loc="lower right")
     made.append(_saved(figure, folder / "size.png"))
+    if mix_plot(document, folder / "mix.png"):
+        made.append(folder / "mix.png")
     return made
 
 

@@ -24,16 +24,20 @@ from jobs.console import FAILED, Said, note
 from jobs.journal import Record
 from jobs.judging import judged, pass_gate
 from jobs.metrics import error_by_layer, metrics, quality_metrics, table_columns
+from jobs.mixing import mix_document
 from jobs.plots import plots
 from jobs.preparing import TARGET, Planned, notes_of, plan_document
 from jobs.publish import complete, is_published, publish
 from jobs.tracking import SWEEP, NoRun, Recorder, Run, open_run
 from jobs.unit import Share
+from loaders.auto_quant import AutoQuant
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
 from loaders.quantization.gate import Gate
+
+CHOSEN = "quant.chosen."  # every tensor by name: it is an artifact, not a parameter
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ class Job:
 
     def _open_run(self, recorder: Recorder | None) -> Run:
         spec, planned = self.planned.spec, self.planned
-        params = {key: value for key, value in report.flat(spec.resolved()) if value is not None}
+        params = {k: v for k, v in report.flat(spec.resolved()) if v is not None and not k.startswith(CHOSEN)}
         tags = {
             "weightmill.kind": "job",
             "weightmill.source": planned.plan.checkpoint.fingerprint,
@@ -299,6 +303,8 @@ def _track(planned: Planned, run: Run, document: Mapping[str, Any]) -> None:
     run.table("tensors.json", table_columns(document))
     run.document("plan.json", plan_document(planned, notes_of(planned)))
     run.document(OUR_REPORT, document)
+    if isinstance(planned.spec.quant, AutoQuant):
+        run.document("mix.json", mix_document(planned.spec.quant, planned.target.decisions))
     run.figures(lambda folder: plots(document, folder))
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from loaders.atomic import atomic_writer, file_lock, write_file
 from loaders.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
-from loaders.integrity import digest, text_digest
+from loaders.integrity import digest, hash_file, text_digest
 from loaders.layouts.gguf_tokenizer_files import tokenizer_files
 from loaders.models.quality import Quality, scores, summed_up
 from loaders.models.runners import ORIGINAL, Engine, Runner, check_engine, device_of, engine_of_folder, running
@@ -209,9 +209,10 @@ class Reference:
     def key(self) -> str:
         """Names the logits: by the original's files, the tokens, and how they are computed."""
         files = [(tag.name, tag.size, tag.mtime_ns) for tag in self.checkpoint.files]
-        where = device_of(ORIGINAL, self.device)
-        about = [FORMAT, str(self.checkpoint.root.resolve()), files, self.checkpoint.config, self.windows.digest]
-        return text_digest(json.dumps([*about, list(self.windows.ids.shape), where, self.dtype, ORIGINAL.described]))
+        config = self.checkpoint.root / "config.json"  # as it stands there: a job may have expanded it
+        about = [str(self.checkpoint.root.resolve()), files, hash_file(config) if config.is_file() else None]
+        how = [self.windows.digest, list(self.windows.ids.shape), device_of(ORIGINAL, self.device), self.dtype]
+        return text_digest(json.dumps([FORMAT, *about, *how, ORIGINAL.described]))
 
     def is_in(self, folder: Path) -> bool:
         return (folder / f"{self.key}.json").is_file() and (folder / f"{self.key}.logits").is_file()
@@ -284,19 +285,20 @@ def logits_of(runner: Runner, windows: Windows, on_tokens: OnTokens = lambda cou
 def judge(
     reference: Reference,
     output: Checkpoint,
-    engine: Engine,
+    engine: Engine | None,
     folder: Path,
     *,
     key: str = "output",
     on_tokens: OnTokens = lambda count: None,
 ) -> Quality:
-    """Hold an output against its original, whose logits are in the folder, or come to be there.
+    """Hold an output against its original, whose logits are in the folder, or come to be there. Without an engine it is
+    decoded and runs as the original does.
 
     Raises:
         BadCheckpoint: an engine does not load one of the two.
         VerifyFailed: the output has fewer logits than its tokenizer has words, or computes NaN.
     """
-    windows = reference.windows
+    windows, ran_by = reference.windows, engine or ORIGINAL
     originals_WTV, reference_s = reference.logits(folder, on_tokens)
     began, found = time.perf_counter(), []
     with running(
@@ -313,8 +315,8 @@ def judge(
                 )
             found.append(scores(original_TV[:, :words], logits_TV[:, :words], ids_T[1:]))
             if not found[-1].is_finite:
-                raise VerifyFailed(f"{key}: {output.root} computes logits that are NaN or infinite in {engine.name}")
+                raise VerifyFailed(f"{key}: {output.root} computes logits that are NaN or infinite in {ran_by.name}")
     return summed_up(
         found, window=windows.ids.shape[1], seconds=time.perf_counter() - began, reference_seconds=reference_s,
-        engine=engine.described, text=windows.text,
+        engine=ran_by.described, text=windows.text,
     )  # fmt: skip
