@@ -174,12 +174,18 @@ class _Making:
 
 def against(case: Case, others: Sequence[Case]) -> Ratio | None:
     """A case's KL over that of the others at its size, interpolated; None where its size is not between theirs."""
+    if len(others) == 1:  # the preset whose size was the budget: a mix is at most a few bytes smaller
+        return _ratio_to(case, others[0], others[0], 0.0)
     ordered = sorted(others, key=lambda other: other.bits)
     low = next((c for c in reversed(ordered) if c.bits <= case.bits * (1 + 1e-6)), None)
     high = next((c for c in ordered if c.bits >= case.bits * (1 - 1e-6)), None)
     if low is None or high is None:
         return None
-    share = 0.0 if low is high else (case.bits - low.bits) / (high.bits - low.bits)
+    return _ratio_to(case, low, high, 0.0 if low is high else (case.bits - low.bits) / (high.bits - low.bits))
+
+
+def _ratio_to(case: Case, low: Case, high: Case, share: float) -> Ratio:
+    """To what lies so far between two."""
     count = len(case.kl_by_window)
     drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
 
