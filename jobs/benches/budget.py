@@ -44,6 +44,7 @@ MIXES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 BITS = (3.0, 6.0)  # mixes are made at the sizes of presets and uniform schemes between these
+COLORS = ("tab:blue", "tab:green", "tab:orange")
 RESAMPLES = 10_000
 SIDES = (2.5, 97.5)
 
@@ -103,7 +104,7 @@ def budget(
     picture = root / f"budget-{Path(model).name}-{engine}.png"
     with io_errors("making", root):
         root.mkdir(parents=True, exist_ok=True)
-    plot(cases, f"{Path(model).name}, {cases[0].quality.engine}", picture)
+    plot(cases, f"{Path(model).name}, {engine}, run by {cases[0].quality.engine}", picture)
     return _said(cases, model, engine, picture)
 
 
@@ -284,7 +285,7 @@ def plot(cases: Sequence[Case], title: str, path: Path) -> None:
     }
     for index, kind in enumerate(dict.fromkeys(case.kind for case in cases)):
         mine = sorted((case for case in cases if case.kind == kind), key=lambda case: case.bits)
-        look = looks.get(kind, {"color": f"C{index}", "marker": "o", "linestyle": "-", "markersize": 4})
+        look = looks.get(kind, {"color": COLORS[index % len(COLORS)], "marker": "o", "linestyle": "-", "markersize": 4})
         bits = [case.bits for case in mine]
         for axes, parts in (
             (left, ("kl", "kl_low", "kl_high")),
