@@ -1,10 +1,12 @@
 """Hydra's launcher for sweeps: it hands all jobs of a batch over at once, so that those with one source share a pass.
 
 Hydra takes launchers from this namespace only, which is why the folder has no __init__.py. What to do with the jobs
-is the task function's `together`; whatever sweeper is in use, Basic or one that searches, gets back what it returns.
+is the task function's `together`, and its `begins` comes before anything is written; whatever sweeper is in use, Basic
+or one that searches, gets back what `together` returns.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -46,8 +48,10 @@ class OnePass(Launcher):
         self._loader = Remembering(hydra_context.config_loader)
         context: Any = hydra_context
         context.config_loader = self._loader  # the sweeper's, too
-        self._task: Any = task_function
+        task: Any = task_function
+        self._task = task
         self._config = config
+        task.begins(config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose all, do all; a result for each, in their order."""
@@ -59,6 +63,7 @@ class OnePass(Launcher):
                 config.hydra.job.id = str(number)
                 config.hydra.job.num = number
             composed.append(config)
+        Path(str(self._config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)  # sweepers that search write there
         results = self._task.together(composed)
         returns = []
         for config, overrides, result in zip(composed, job_overrides, results, strict=True):

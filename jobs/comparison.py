@@ -131,7 +131,7 @@ def table(candidates: Sequence[Candidate], front: Sequence[str]) -> RenderableTy
 
 def front_text(candidates: Sequence[Candidate], front: Sequence[str], error: str = ERROR) -> str:
     """The front in a line each."""
-    by_name = {c.name: c.metrics for c in candidates}
+    by_name = {c.name: c.metrics for c in candidates if c.is_comparable}
     rows = [f"  {by_name[n][BITS]:7.3f} bits  {error} {by_name[n][error]:.5f}  {n}" for n in front]
     return "\n".join([f"Pareto front (*) of bits a weight against {error}, smallest first:", *rows])
 

@@ -79,7 +79,7 @@ class Verb(Generic[S]):
         if request.wants_help:
             from jobs.help import help_text
 
-            print(help_text(self))
+            print(help_text(self, request.folders))
             return DONE
         if request.is_sweep:
             return self._sweep(request, as_json)

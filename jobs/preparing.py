@@ -90,7 +90,7 @@ def plan_job(
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
     assert planned.strategy  # which may be refused
-    if again and not spec.output.overwrite and (done := _done_before(planned)) is not None:
+    if again and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)
     if again:
         _check_free(spec, output)
@@ -100,17 +100,27 @@ def plan_job(
 
 
 def _done_before(planned: Planned) -> Mapping[str, Any] | None:
-    """The report of the output, if this very job made it, from this very source."""
+    """The report of the output, if this very job made it, from this very source.
+
+    Raises:
+        BadSpec: it did, and did not verify it as is asked now.
+    """
     output = planned.journal.output
     if not (output / OUR_REPORT).is_file() or is_published(planned.journal):
         return None
+    is_made, is_verified = False, False
     with suppress(WeightmillError, KeyError, TypeError):
         found = read_json(output / OUR_REPORT)
         wanted = {k: v for k, v in planned.spec.resolved().items() if k in found["job"]}
-        job = {**found["job"], "verify": _gate(found["job"]["verify"], wanted["verify"])}
-        if found["run"]["key"] == planned.journal.key and job == wanted:
-            return found
-    return None
+        gate = _gate(found["job"]["verify"], wanted["verify"])
+        is_made = found["run"]["key"] == planned.journal.key and {**found["job"], "verify": wanted["verify"]} == wanted
+        is_verified = gate == wanted["verify"]
+    if is_made and not is_verified:
+        raise BadSpec(
+            f"output.path: {output} is there, verified in another way; python -m jobs.verify"
+            f" output.path={output} verify={planned.spec.verify.kind} ... judges it, output.overwrite=true redoes it"
+        )
+    return found if is_made else None
 
 
 def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:

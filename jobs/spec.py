@@ -147,7 +147,9 @@ class OutputSpec(Spec):
         description="the kind of weight files; auto: the layout's usual one"
     )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
-    overwrite: bool = Field(description="replace an earlier output of weightmill at this path")
+    overwrite: bool = Field(
+        description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
+    )
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
 
 

@@ -50,10 +50,11 @@ class ModelLoadingConfig:
     strategy: a `LoadingStrategy`, or its value ("streaming"). quantize: a scheme or the name of one ("nf4"), for
     weights that are not quantized yet. decode: give quantized weights back as floats. dtype: of float weights; the
     checkpoint's by default. max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB". attention:
-    transformers' attn_implementation. workers: threads that read and encode. memory_budget_mb: streamed weights
-    held at once, in 1e6 bytes. llama_pro_blocks: so many new blocks by block expansion. llama_pro_path: a
-    checkpoint that is such an expansion of the model, whose weights are taken. ignore_unexpected: patterns of
-    stored tensors that the model may have no place for.
+    transformers' attn_implementation. workers: threads that read and encode. use_cache: keep on disk what quantize
+    makes of weights, and take it from there. memory_budget_mb: streamed weights held at once, in 1e6 bytes.
+    llama_pro_blocks: so many new blocks by block expansion. llama_pro_path: a checkpoint that is such an expansion
+    of the model, whose weights are taken. ignore_unexpected: patterns of stored tensors that the model may have no
+    place for.
     """
 
     backend: str = "auto"
@@ -64,6 +65,7 @@ class ModelLoadingConfig:
     max_memory: Mapping[str, int | str] | None = None
     attention: str | None = None
     workers: int | None = None
+    use_cache: bool = False
     memory_budget_mb: float = 2000.0
     llama_pro_blocks: int = 0
     llama_pro_path: str | Path | None = None

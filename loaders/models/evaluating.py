@@ -24,7 +24,7 @@ import numpy as np
 from loaders.atomic import atomic_writer, file_lock, write_file
 from loaders.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
-from loaders.integrity import digest, text_digest
+from loaders.integrity import digest, hash_file, text_digest
 from loaders.layouts.gguf_tokenizer_files import tokenizer_files
 from loaders.models.quality import Quality, scores, summed_up
 from loaders.models.runners import ORIGINAL, Engine, Runner, check_engine, device_of, engine_of_folder, running
@@ -209,9 +209,10 @@ class Reference:
     def key(self) -> str:
         """Names the logits: by the original's files, the tokens, and how they are computed."""
         files = [(tag.name, tag.size, tag.mtime_ns) for tag in self.checkpoint.files]
-        where = device_of(ORIGINAL, self.device)
-        about = [FORMAT, str(self.checkpoint.root.resolve()), files, self.checkpoint.config, self.windows.digest]
-        return text_digest(json.dumps([*about, list(self.windows.ids.shape), where, self.dtype, ORIGINAL.described]))
+        config = self.checkpoint.root / "config.json"  # as it stands there: a job may have expanded it
+        about = [str(self.checkpoint.root.resolve()), files, hash_file(config) if config.is_file() else None]
+        how = [self.windows.digest, list(self.windows.ids.shape), device_of(ORIGINAL, self.device), self.dtype]
+        return text_digest(json.dumps([FORMAT, *about, *how, ORIGINAL.described]))
 
     def is_in(self, folder: Path) -> bool:
         return (folder / f"{self.key}.json").is_file() and (folder / f"{self.key}.logits").is_file()

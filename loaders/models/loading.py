@@ -123,7 +123,7 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
         device = "cpu"
     schemes = schemes_of(checkpoint, sources, skeleton, config)
     places = device_map_of(skeleton, schemes, config.limits, device)
-    with open_weights(checkpoint, skeleton, workers=config.workers) as weights:
+    with open_weights(checkpoint, skeleton, workers=config.workers, use_cache=config.use_cache) as weights:
         fill_model(skeleton, weights, schemes, places.device_of)
     return hold_to(model, places)
 

@@ -92,7 +92,7 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
     for each in placed:
         blocks.setdefault(each.recipe.block, []).append(each)
     parameters = {r.name: (r,) for r in sources.recipes}
-    with ModelWeights(checkpoint, parameters, workers=config.workers) as weights:
+    with ModelWeights(checkpoint, parameters, workers=config.workers, use_cache=config.use_cache) as weights:
         for number, block in enumerate(blocks.values()):
             _write(folder / f"model-{number:05d}.safetensors", block, weights)
 

@@ -115,10 +115,15 @@ def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 
 
 def open_weights(
-    checkpoint: Checkpoint, skeleton: Skeleton, *, workers: int | None = None, read: str = "lazy"
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    *,
+    workers: int | None = None,
+    read: str = "lazy",
+    use_cache: bool = False,
 ) -> ModelWeights:
     """Open the weights of a skeleton's parameters; close them when the model has what it needs."""
-    return ModelWeights(checkpoint, skeleton.parameters, workers=workers, read=read)
+    return ModelWeights(checkpoint, skeleton.parameters, workers=workers, read=read, use_cache=use_cache)
 
 
 def model_config(checkpoint: Checkpoint) -> Any:

@@ -20,17 +20,19 @@ from loaders.backends import kernels_of
 from loaders.checkpoint import Checkpoint
 from loaders.encoded import MemoryParts
 from loaders.errors import BadCheckpoint
+from loaders.integrity import text_digest
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Scheme, View
 from loaders.recipes import Recipe, Window
 from loaders.shared import shared
-from loaders.specs import WEIGHT_DTYPES, DType, dtype_named, storage_of
+from loaders.specs import WEIGHT_DTYPES, DType, StoredSpec, dtype_named, storage_of
 from loaders.strategies import loader
 from loaders.strategies.lazy import MappedFiles
 from loaders.views import encoded_view, view_of
 from loaders.work import RANGE, THREAD_BYTES, ThreadedWork
 
 Parts = tuple[Recipe, ...]
+CACHE_FORMAT = 1  # of a model's tensors in the cache
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -45,16 +47,24 @@ class ModelWeights:
     """Open weights. Files are open from the first read until `close`, in this process alone: a fork opens its own.
 
     Without `workers` the threads are those that all models of this process share; its budget holds in either case.
+    With `use_cache` what is encoded is kept in the process's cache on disk, and taken from there the next time.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, parameters: Mapping[str, Parts], *, workers: int | None = None, read: str = "lazy"
+        self,
+        checkpoint: Checkpoint,
+        parameters: Mapping[str, Parts],
+        *,
+        workers: int | None = None,
+        read: str = "lazy",
+        use_cache: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.parameters = parameters
         self._exit = ExitStack()
         together = shared()
         self._budget = together.budget
+        self._cache = together.cache if use_cache else None
         self._workers = workers or together.workers
         pool = together.pool if workers is None else self._exit.enter_context(ThreadPoolExecutor(workers))
         self._work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
@@ -128,13 +138,33 @@ class ModelWeights:
         """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
         view = encoded_view(self.view(recipe), None if cast == recipe.dtype else cast)
         stored = scheme.stored(view.spec)
+        return {
+            role: _tensor(part if stored[role].is_bound else part.reshape(stored[role].shape), stored[role].dtype)
+            for role, part in self._parts(recipe, scheme, view, stored).items()
+        }
+
+    def _parts(
+        self, recipe: Recipe, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]
+    ) -> dict[str, np.ndarray]:
+        cache = self._cache
+        if cache is None:
+            return self._made(scheme, view, stored)
+        root, files = self.checkpoint.root, sorted({spec.file for _, spec in recipe.stored})
+        content = [cache.content_of(root / file) for file in files]
+        key = text_digest(f"{CACHE_FORMAT} {content} {recipe!r} {scheme!r} {view.spec!r}")
+        with cache.making(key):
+            entry = cache.get(key)
+            if entry is not None and set(entry.parts) == set(stored):
+                return {role: part.view(storage_of(stored[role].dtype)) for role, part in entry.parts.items()}
+            made = self._made(scheme, view, stored)
+            cache.put(key, made, {"source": str(root), "tensor": recipe.name})
+        return made
+
+    def _made(self, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
         sink = MemoryParts(stored)
         with self._budget.hold(self._workers * THREAD_BYTES + scheme.state_bytes(view.spec)):
             scheme.encode(view, sink, self._work)
-        return {
-            role: _tensor(part if stored[role].is_bound else part.reshape(stored[role].shape), stored[role].dtype)
-            for role, part in sink.parts().items()
-        }
+        return sink.parts()
 
     def stored(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """What the checkpoint holds for a quantized tensor, by role, as it is."""

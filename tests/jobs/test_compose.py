@@ -152,3 +152,21 @@ def test_errors_are_a_document_too(weightmill: Any) -> None:
     assert ran.status == 2
     assert ran.document["exit_status"] == 2
     assert "nf5" in ran.document["problems"][0]
+
+
+def test_a_folder_of_ones_own_adds_choices(tmp_path: Path, weightmill: Any) -> None:
+    own = tmp_path / "my own"
+    (own / "quant").mkdir(parents=True)
+    text = (CONF / "quant" / "nf4.yaml").read_text()
+    (own / "quant" / "mine.yaml").write_text(text.replace("name: nf4", "name: mine").replace("size: 64", "size: 256"))
+    ran = weightmill("plan", "quant=mine", f"--config-dir={own}", "format=json")
+    assert ran.status == 0, ran.err
+    assert ran.document["output"]["quant"] == "mine"
+    assert "mine " in weightmill("run", "--help", f"--config-dir={own}").out
+    swept = weightmill("run", "-m", "quant=mine,int8", "quant.group_size=64,128", f"--config-dir={own}")
+    assert f"'--config-dir={own}' tracking=none quant=mine quant.group_size=64,128" in swept.err
+    (own / "quant" / "nf4.yaml").write_text(text)
+    assert "quant/nf4.yaml has the name of one of weightmill's" in weightmill("plan", f"--config-dir={own}").err
+    wrong = weightmill("plan", f"--config-dir={tmp_path / 'none'}")
+    assert wrong.status == 2
+    assert "expected a folder with some of model, " in wrong.err

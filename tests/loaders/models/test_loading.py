@@ -170,6 +170,17 @@ def test_compressed_tensors_go_through_transformers(tmp_path: Path, weightmill: 
     assert torch.equal(logits(load(output)), logits(theirs))
 
 
+@pytest.mark.parametrize(("quant", "engine"), [("w4a16", "compressed_tensors"), ("ternary", "transformers")])
+def test_outputs_that_transformers_runs_itself_compute_what_it_computes(
+    quant: str, engine: str, tmp_path: Path, weightmill: Callable[..., Ran]
+) -> None:
+    pytest.importorskip(engine)
+    output = tmp_path / "out"
+    assert weightmill("run", "model=demo", f"quant={quant}", "cluster=local", f"output.path={output}").status == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(output, device_map={"": "cpu"}).eval()
+    assert torch.equal(logits(load(output)), logits(theirs))
+
+
 def test_a_gguf_is_loaded_decoded(tmp_path: Path, weightmill: Callable[..., Ran], peer: Any) -> None:
     output = tmp_path / "out"
     assert weightmill("run", "model=demo", "quant=gguf_q8_0", "cluster=local", f"output.path={output}").status == 0
@@ -210,7 +221,7 @@ def test_unexpected_weights_may_be_ignored_by_name(tmp_path: Path) -> None:
         ({"quantize": "nf3"}, "quantize: unknown 'nf3'; known: nf4"),
         ({"dtype": "bf16"}, "dtype: unknown 'bf16'"),
         ({"quantize": "nf4", "decode": True}, "give one"),
-        ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "strategy FULL, not STREAMING"),
+        ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "strategy full, not streaming"),
         ({"workers": 0}, "workers: expected at least 1"),
         ({"llama_pro_blocks": 1, "llama_pro_path": "x"}, "give it or llama_pro_blocks"),
     ],
