@@ -66,13 +66,13 @@ def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
     return found.spec
 
 
-def known_mix(spec: JobSpec) -> tuple[JobSpec, RenderableType] | RenderableType:
-    """For a plan: the job with its mix and what to show of it, if it is measured; else what will be measured."""
+def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
+    """For a plan: the job with its mix and what to show of it, if it is measured; else None, and what will be."""
     assert isinstance(spec.quant, AutoQuant)
     choices = _choices(spec, spec.quant)
     measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
     if _missing(choices, measurements):
-        return _to_be_measured(choices, measurements)
+        return None, _to_be_measured(choices, measurements)
     found = choose_mix(choices, _losses(choices, measurements))
     return found.spec, Group(text_of(choices, found), "", _rules_text(found))
 
@@ -262,14 +262,14 @@ def _yaml(value: Any) -> str:
     return str(value)
 
 
-def _to_be_measured(choices: Choices, measurements: Measurements) -> RenderableType:
+def _to_be_measured(choices: Choices, measurements: Measurements) -> str:
     missing = _missing(choices, measurements)
     names = {recipe.name for index, _ in missing for recipe in choices.plan.units[index].recipes}
     tensors = [recipe for recipe in choices.recipes.values() if recipe.name in names]
     candidates = sorted({c for _, mine in missing for c in mine}, key=list(choices.open).index)
     size = report.size(sum(recipe.source_bytes for recipe in tensors))
-    return Group(
+    return (
         f"jobs.run will measure {len(tensors)} tensors, {size}, in {len(missing)} units, each under"
-        f" {', '.join(candidates)}; then it chooses, and writes in a second pass",
-        "what was measured stays: another budget measures nothing again, and jobs.plan then shows its mix",
+        f" {', '.join(candidates)}; then it chooses, and writes in a second pass\n"
+        "what was measured stays: another budget measures nothing again, and jobs.plan then shows its mix"
     )

@@ -27,10 +27,10 @@ def act(spec: PlanSpec) -> Said:
     job: JobSpec = spec
     said: list[RenderableType] = []
     if isinstance(spec.quant, AutoQuant) and spec.quant.chosen is None:
-        found = budgeting.known_mix(spec)
-        if not isinstance(found, tuple):
-            return Said({"status": "planned", "to_be_measured": str(found)}, found)
-        job, mix = found
+        found, mix = budgeting.known_mix(spec)
+        if found is None:
+            return Said({"status": "planned", "to_be_measured": str(mix)}, mix)
+        job = found
         said = [mix, ""]
     planned = preparing.plan_job(job)
     notes = preparing.notes_of(planned)

@@ -44,6 +44,7 @@ MIXES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 BITS = (3.0, 6.0)  # mixes are made at the sizes of presets and uniform schemes between these
+COLORS = ("tab:blue", "tab:green", "tab:orange")
 RESAMPLES = 10_000
 SIDES = (2.5, 97.5)
 
@@ -103,7 +104,7 @@ def budget(
     picture = root / f"budget-{Path(model).name}-{engine}.png"
     with io_errors("making", root):
         root.mkdir(parents=True, exist_ok=True)
-    plot(cases, f"{Path(model).name}, {cases[0].quality.engine}", picture)
+    plot(cases, f"{Path(model).name}, {engine}, run by {cases[0].quality.engine}", picture)
     return _said(cases, model, engine, picture)
 
 
@@ -174,12 +175,18 @@ class _Making:
 
 def against(case: Case, others: Sequence[Case]) -> Ratio | None:
     """A case's KL over that of the others at its size, interpolated; None where its size is not between theirs."""
+    if len(others) == 1:  # the preset whose size was the budget: a mix is at most a few bytes smaller
+        return _ratio_to(case, others[0], others[0], 0.0)
     ordered = sorted(others, key=lambda other: other.bits)
     low = next((c for c in reversed(ordered) if c.bits <= case.bits * (1 + 1e-6)), None)
     high = next((c for c in ordered if c.bits >= case.bits * (1 - 1e-6)), None)
     if low is None or high is None:
         return None
-    share = 0.0 if low is high else (case.bits - low.bits) / (high.bits - low.bits)
+    return _ratio_to(case, low, high, 0.0 if low is high else (case.bits - low.bits) / (high.bits - low.bits))
+
+
+def _ratio_to(case: Case, low: Case, high: Case, share: float) -> Ratio:
+    """To what lies so far between two."""
     count = len(case.kl_by_window)
     drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
 
@@ -278,7 +285,7 @@ def plot(cases: Sequence[Case], title: str, path: Path) -> None:
     }
     for index, kind in enumerate(dict.fromkeys(case.kind for case in cases)):
         mine = sorted((case for case in cases if case.kind == kind), key=lambda case: case.bits)
-        look = looks.get(kind, {"color": f"C{index}", "marker": "o", "linestyle": "-", "markersize": 4})
+        look = looks.get(kind, {"color": COLORS[index % len(COLORS)], "marker": "o", "linestyle": "-", "markersize": 4})
         bits = [case.bits for case in mine]
         for axes, parts in (
             (left, ("kl", "kl_low", "kl_high")),
