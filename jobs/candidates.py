@@ -21,7 +21,7 @@ from jobs.comparison import (
     to_json,
     whole,
 )
-from jobs.console import Said
+from jobs.console import Said, note
 from jobs.planning import json_bytes
 from jobs.plots import comparison_plot
 from jobs.spec import TrackingSpec
@@ -31,6 +31,7 @@ from loaders.atomic import write_file
 from loaders.checkpoint import OUR_REPORT, read_json
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
 
+MANY = 10  # runs from which reading takes seconds
 LISTED = 50  # of the tensors that differ, in the document
 
 
@@ -49,6 +50,8 @@ def compare(
     if named or not runs:
         store = Store(tracking, Path(root))
         title, found = _find(store, sweep, named, where) if not runs else (title, store.named(named, where))
+        if len(found) > MANY:
+            note(f"reading {len(found)} runs and their tables")
         candidates += [_of_run(run) for run in found]
         ids, of = [run.run_id for run in found], None if runs or sweep == "all" else title
         page = compare_page(tracking, Path(root), ids, store.experiment, of) if ids else None

@@ -10,6 +10,8 @@ from jobs.comparison import BITS, Candidate
 from jobs.metrics import error_by_layer
 from jobs.mix_plot import mix_plot
 
+NAMED = 20  # runs that a picture tells apart; of more, those on the front, over the others in gray
+
 
 def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
     """Error by layer, and size before and after by role, as PNG files in a folder."""
@@ -73,7 +75,11 @@ def comparison_plot(candidates: Sequence[Candidate], front: Sequence[str], error
         return False
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for index, each in enumerate(drawn):
+    named = drawn if len(drawn) <= NAMED else [c for c in drawn if c.name in front]
+    for each in (c for c in drawn if c not in named):
+        left.scatter(each.metrics[BITS], each.metrics[error], color="lightgray", marker="o", s=12)
+        right.plot(list(each.layers), list(each.layers.values()), color="lightgray", linewidth=0.7)
+    for index, each in enumerate(named):
         color, marker = f"C{index % 10}", "osv^D*P"[index // 10 % 7]
         left.scatter(each.metrics[BITS], each.metrics[error], color=color, marker=marker, label=each.name, zorder=3)
         if each.layers:
