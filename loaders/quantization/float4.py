@@ -19,7 +19,9 @@ from typing import ClassVar
 import numpy as np
 
 from loaders.errors import VerifyFailed
-from loaders.quantization.kernels import casts, float4
+from loaders.quantization import grid as grids
+from loaders.quantization.grid import Grid
+from loaders.quantization.kernels import casts, float4, microfloat
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.packed_int import refuses_matrix, scale_dtype
 from loaders.quantization.scheme import Sink, Stored, View, Work
@@ -101,6 +103,12 @@ class Nvfp4:
     def align(self, spec: TensorSpec) -> int:
         return float4.NV_GROUP
 
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
+        """Codes are the nearest, by the scales that are stored."""
+        group, whole = float4.NV_GROUP, stored.read("weight_global_scale", 0, 1)[0]
+        scales = microfloat.e4m3_table()[stored.read("weight_scale", start // group, stop // group)] / whole
+        return grids.symmetric(group, scales, 6, grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL)
+
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         whole = stored.read("weight_global_scale", 0, 1)[0]
         scales = stored.read("weight_scale", start // float4.NV_GROUP, stop // float4.NV_GROUP)
@@ -168,6 +176,13 @@ class Mxfp4:
 
     def align(self, spec: TensorSpec) -> int:
         return float4.MX_GROUP
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
+        """Codes are the nearest of a quotient in the weights' dtype, by the scale that is stored."""
+        group = float4.MX_GROUP
+        scales = microfloat.power_values(stored.read("weight_scale", start // group, stop // group))
+        slope = grids.E2M1_SLOPE + 2 * grids.ROUNDING[scale_dtype(spec.dtype).name] + grids.SMALL
+        return grids.symmetric(group, scales, 6, grids.E2M1_HALF, slope)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         scales = stored.read("weight_scale", start // float4.MX_GROUP, stop // float4.MX_GROUP)

@@ -13,8 +13,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from loaders.quantization import grid as grids
 from loaders.quantization.ggml_reading import decode_blocks
-from loaders.quantization.kernels import casts, ggml_blocks, ggml_super, ggml_ternary
+from loaders.quantization.grid import Grid
+from loaders.quantization.kernels import casts, ggml_blocks, ggml_grid, ggml_super, ggml_ternary
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml_decode import DECODERS
 from loaders.quantization.plain import Plain
@@ -121,6 +123,16 @@ class Ggml:
 
     def align(self, spec: TensorSpec) -> int:
         return DTYPES[self.type].block
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
+        """See kernels/ggml_grid.py. None for a copy, which has no scales."""
+        if self.type in FLOATS:
+            return None
+        dtype, group = DTYPES[self.type], ggml_grid.GROUPS[self.type]
+        low, high, half = (np.empty((stop - start) // group, np.float32) for _ in range(3))
+        ggml_grid.grid(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), low, high, half)
+        slope = grids.SMALL + (grids.E2M1_SLOPE if self.type == "MXFP4" else 0)
+        return Grid(group, low, high, half, slope)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare, cpu
+from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.plain import Plain
-from loaders.quantization.scheme import Bounded, Scheme, Stored, View, Work
+from loaders.quantization.scheme import Bounded, Gridded, Scheme, Stored, View, Work
 from loaders.specs import WEIGHT_DTYPES, TensorSpec
 from loaders.stats import ErrorSums
 
@@ -36,7 +38,10 @@ def measure(
                 end = min(at + inner, stop)
                 decoded = work.array("decoded", end - at, np.float32)
                 scheme.decode(spec, stored, at, end, decoded, work)
-                cpu.compare_into(block[at - start : end - start], view.spec.dtype.name, decoded, sums)
+                part = block[at - start : end - start]
+                cpu.compare_into(part, view.spec.dtype.name, decoded, sums)
+                if isinstance(scheme, Gridded) and not sums[compare.NONFINITE]:
+                    _check_grid(part, decoded, scheme.grid(spec, stored, at, end), view.spec, spec, sums)
             if isinstance(scheme, Bounded) and not sums[compare.NONFINITE]:
                 _check_each(sums, scheme.greatest_error(spec, stored, start, stop))
         on_bytes(block.nbytes)
@@ -51,6 +56,16 @@ def measure(
 def _check_each(sums: np.ndarray, greatest: float) -> None:
     """A weight that is further off than its scale allows was encoded wrong: then the error is infinite."""
     if sums[compare.MAX_ERROR] > greatest:
+        sums[compare.ERROR2] = np.inf
+
+
+def _check_grid(
+    block: np.ndarray, decoded: np.ndarray, grid: Grid | None, source: TensorSpec, spec: TensorSpec, sums: np.ndarray
+) -> None:
+    """A weight that did not come back as the nearest that its scale allows was encoded wrong."""
+    if grid is not None and source.dtype != spec.dtype:
+        grid = grid.after_cast()
+    if grid is not None and not grid.holds(kernel_input(block, source.dtype.name), decoded):
         sums[compare.ERROR2] = np.inf
 
 

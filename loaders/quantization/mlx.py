@@ -18,6 +18,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from loaders.quantization import grid as grids
+from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import affine, casts
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx_device import MlxCoder
@@ -104,6 +106,14 @@ class MlxAffine:
 
     def align(self, spec: TensorSpec) -> int:
         return self.group_size
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
+        """Codes are the nearest by scale and bias before those take the weights' dtype."""
+        group, dtype = self.group_size, self.scale_dtype(spec).name
+        scales, biases = (
+            casts.to_float32(stored.read(role, start // group, stop // group), dtype) for role in (SCALES, BIASES)
+        )
+        return grids.affine(group, scales, biases, (1 << self.bits) - 1, dtype)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         group, dtype = self.group_size, self.scale_dtype(spec).name
