@@ -16,12 +16,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from loaders.quantization import grid as grids
-from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts, float8
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.float8 import BLOCK
-from loaders.quantization.packed_int import EPS, UNDERFLOW, refuses_matrix, scale_dtype
+from loaders.quantization.packed_int import E4M3_STEPS, EPS, UNDERFLOW, refuses_matrix, scale_dtype
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, StoredSpec, TensorSpec
 
@@ -78,15 +76,13 @@ class Fp8Block:
         """Rows: a band may be large, and its scales are few."""
         return spec.shape[1]
 
-    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
-        """Of runs of 128 columns. The quotient and the scale take the weights' dtype, four roundings at most."""
-        columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
-        first, last, blocks = start // columns, stop // columns, columns // BLOCK
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """See `RowScaled.greatest_error`: the same codes."""
+        columns = spec.shape[1]
+        first, last, blocks = start // columns, -(-stop // columns), -(-columns // BLOCK)
         raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)
-        bands = casts.to_float32(raw, dtype).reshape(-1, blocks)
-        scales = bands[np.arange(first, last) // BLOCK - first // BLOCK].reshape(-1)
-        slope = grids.E4M3_SLOPE + 4 * grids.ROUNDING[dtype] + grids.SMALL
-        return grids.symmetric(BLOCK, scales, 448, grids.E4M3_HALF, slope, 448 * UNDERFLOW * (dtype == "F16"))
+        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name)
+        return float(np.abs(scales).max(initial=0)) * E4M3_STEPS + 448 * UNDERFLOW
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         columns = spec.shape[1]

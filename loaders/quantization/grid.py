@@ -47,7 +47,7 @@ class Grid:
     def holds(self, x: np.ndarray, decoded: np.ndarray) -> bool:
         """Whether every decoded weight is one of the nearest. x: raw, as kernels take it; both (n,)."""
         slope = np.float32(self.slope)
-        return not nearest.count_off(x, decoded, self.group, self.low, self.high, self.half, slope)
+        return not nearest.is_off(x, decoded, self.group, self.low, self.high, self.half, slope)
 
 
 def symmetric(group: int, scales: np.ndarray, top: float, half: float, slope: float, floor: float = 0.0) -> Grid:
@@ -56,13 +56,3 @@ def symmetric(group: int, scales: np.ndarray, top: float, half: float, slope: fl
         high = np.abs(scales) * np.float32(top)
         halves = np.abs(scales) * np.float32(half * (1 + SMALL)) + np.float32(TINY + floor)
     return Grid(group, -high, high, halves, slope)
-
-
-def affine(group: int, scales: np.ndarray, offsets: np.ndarray, top: int, dtype: str) -> Grid:
-    """Code * scale + offset, codes of 0 to `top`, found before scale and offset were rounded to `dtype`."""
-    u, least = ROUNDING[dtype] + SMALL, LEAST[dtype]
-    with np.errstate(over="ignore", invalid="ignore"):
-        far, sizes = offsets + np.float32(top) * scales, np.abs(scales)
-        half = sizes * np.float32(0.5 + 2 * top * u) + np.abs(offsets) * np.float32(2 * u)
-        half += np.float32((top + 1) * least + TINY)
-        return Grid(group, np.minimum(offsets, far), np.maximum(offsets, far), half)

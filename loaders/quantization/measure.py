@@ -26,6 +26,8 @@ def measure(
     """Sums over one tensor. `spec` is what the scheme encoded: the view's, or its cast."""
     is_number = view.spec.dtype.name in WEIGHT_DTYPES
     align = scheme.align(spec)
+    gridded = scheme if isinstance(scheme, Gridded) else None
+    bounded = scheme if isinstance(scheme, Bounded) else None
     inner = -(-INNER // align) * align
 
     def compare_range(start: int, stop: int) -> np.ndarray:
@@ -40,10 +42,10 @@ def measure(
                 scheme.decode(spec, stored, at, end, decoded, work)
                 part = block[at - start : end - start]
                 cpu.compare_into(part, view.spec.dtype.name, decoded, sums)
-                if isinstance(scheme, Gridded) and not sums[compare.NONFINITE]:
-                    _check_grid(part, decoded, scheme.grid(spec, stored, at, end), view.spec, spec, sums)
-            if isinstance(scheme, Bounded) and not sums[compare.NONFINITE]:
-                _check_each(sums, scheme.greatest_error(spec, stored, start, stop))
+                if gridded is not None and not sums[compare.NONFINITE]:
+                    _check_grid(part, decoded, gridded.grid(spec, stored, at, end), view.spec, spec, sums)
+            if bounded is not None and not sums[compare.NONFINITE]:
+                _check_each(sums, bounded.greatest_error(spec, stored, start, stop))
         on_bytes(block.nbytes)
         return sums
 

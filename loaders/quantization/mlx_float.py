@@ -20,7 +20,7 @@ import numpy as np
 
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import microfloat
+from loaders.quantization.kernels import float8, microfloat
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.mlx import SCALES
@@ -141,4 +141,4 @@ class MlxFloat:
         if self.bits == 4:
             microfloat.decode_e2m1(codes, scales, group, out)
         else:
-            microfloat.decode_e4m3(codes, scales, group, microfloat.e4m3_table(), out)
+            float8.decode_rows(codes, group, scales, out)

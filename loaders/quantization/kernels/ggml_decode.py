@@ -51,11 +51,11 @@ def _nibbles(lanes: Lanes, data: Array, at: Value, offset: int) -> tuple[Value, 
 def _with_fifth(lanes: Lanes, data: Array, at: Value, offset: int, halves: tuple[Value, Value]) -> list[Value]:
     """Nibbles and the bits of the uint32 at `offset`."""
     raw = _load_bytes(lanes, data, at, offset, 4)
-    mask = lanes.b.bitcast(lanes.b.bitcast(raw, I32), ir.VectorType(ir.IntType(1), 32))
+    word = lanes.splat(lanes.b.bitcast(raw, I32), 16)
     found = []
     for part, low in enumerate(halves):
-        bits = lanes.b.zext(lanes.part(mask, part, 16), ir.VectorType(I32, 16))
-        found.append(lanes.b.or_(low, lanes.op("shl", bits, 4)))
+        bits = lanes.b.lshr(word, lanes.const(word.type, range(16 * part, 16 * part + 16)))
+        found.append(lanes.b.or_(low, lanes.op("shl", lanes.op("and_", bits, 1), 4)))
     return found
 
 
@@ -245,16 +245,23 @@ def tq1_0(data, out):  # type: ignore[no-untyped-def]
                 fraction = (fraction * np.uint32(3)) & np.uint32(255)
 
 
+@vector(types.void)
+def _four_trits(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    """128 weights of 32 bytes, whose pairs of bits lie 32 weights apart."""
+    for part in range(2):
+        raw = _integers(lanes, _load_bytes(lanes, data, at, 16 * part, 16))
+        for n in range(4):
+            codes = lanes.op("sub", lanes.op("and_", lanes.op("lshr", raw, 2 * n), 3), 1)
+            _put_scaled(lanes, codes, scale, None, out, to, 32 * n + 16 * part)
+
+
 @kernel
 def tq2_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at, to = b * 66, b * 256
         d = half_at(data, at + 64)
         for half in range(2):
-            for n in range(4):
-                for i in range(32):
-                    code = np.int32((data[at + 32 * half + i] >> np.uint8(2 * n)) & np.uint8(3))
-                    out[to + 128 * half + 32 * n + i] = np.float32(code - 1) * d
+            _four_trits(data, at + 32 * half, d, out, to + 128 * half)
 
 
 DECODERS = {

@@ -1,9 +1,9 @@
 """The ends of the codes' values in blocks of ggml's types, and half a gap between them, from the stored scales alone.
 
-data: uint8, whole blocks; low, high, half: float32, an entry for each group of GROUPS weights. Blocks of 32 and ternary
-ones take their codes by scales before those are rounded to float16: by 2^-11 of themselves at most, or 2^-25 where
-float16 has no normal numbers, times the greatest code, in the ends and in what is decoded. The K-quants take them anew
-by the scales that are stored. See quantization/grid.py.
+data: uint8, whole blocks; low, high, half: float32, an entry for each group of GROUPS weights. The K-quants
+take their codes by the scales that are stored. Ternary types take them by a scale before it is rounded to float16: by
+2^-11 of itself at most, or 2^-25 where float16 has no normal numbers, in the ends and in what is decoded. See
+quantization/grid.py.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ ROUNDING = np.float32(2.0**-10)  # twice float16's
 LEAST = np.float32(2.0**-24)
 SMALL = np.float32(2.0**-20)
 GROUPS = {
-    "Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "MXFP4": 32, "Q2_K": 16, "Q3_K": 16, "Q4_K": 32,
-    "Q5_K": 32, "Q6_K": 16, "TQ1_0": 256, "TQ2_0": 256,
+    "MXFP4": 32, "Q2_K": 16, "Q3_K": 16, "Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "TQ1_0": 256, "TQ2_0": 256,
 }  # fmt: skip
 
 
 @kernel
-def _put_rounded(g, scale, offset, least, top, low, high, half):  # type: ignore[no-untyped-def]
-    """Codes of `least` to `top`, found before scale and offset were rounded."""
-    one, other, reach = offset + least * scale, offset + top * scale, max(abs(least), abs(top))
-    low[g], high[g] = min(one, other), max(one, other)
-    half[g] = abs(scale) * (np.float32(0.5) + reach * ROUNDING) + abs(offset) * ROUNDING
-    half[g] += (reach + np.float32(1)) * LEAST
+def _largest_bits(data, size, at):  # type: ignore[no-untyped-def]
+    """Without their signs, float16s sort as their bits do."""
+    top = 0
+    for place in range(at, data.size, size):
+        bits = np.int64(data[place + 1] & np.uint8(0x7F)) << 8 | np.int64(data[place])
+        top = max(top, int(bits))
+    return top
+
+
+def largest_half(data: np.ndarray, size: int, at: int) -> float:
+    """The largest magnitude of the float16 at byte `at` of every block of `size` bytes."""
+    return float(np.array(_largest_bits(data, size, at), np.uint16).view(np.float16))
 
 
 @kernel
@@ -40,17 +45,11 @@ def _put_exact(g, scale, offset, least, top, low, high, half):  # type: ignore[n
 
 
 @kernel
-def _centred(data, size, least, top, at_scale, low, high, half):  # type: ignore[no-untyped-def]
+def _ternary(data, size, at_scale, low, high, half):  # type: ignore[no-untyped-def]
     for g in range(low.size):
-        scale = half_at(data, g * size + at_scale)
-        _put_rounded(g, scale, np.float32(0), np.float32(least), np.float32(top), low, high, half)
-
-
-@kernel
-def _offset(data, size, top, low, high, half):  # type: ignore[no-untyped-def]
-    for g in range(low.size):
-        scale, offset = half_at(data, g * size), half_at(data, g * size + 2)
-        _put_rounded(g, scale, offset, np.float32(0), np.float32(top), low, high, half)
+        scale = abs(half_at(data, g * size + at_scale))
+        low[g], high[g] = -scale, scale
+        half[g] = scale * (np.float32(0.5) + ROUNDING) + LEAST
 
 
 @kernel
@@ -103,19 +102,15 @@ def _q6_k(data, low, high, half):  # type: ignore[no-untyped-def]
             _put_exact(b * 16 + j, scale, np.float32(0), np.float32(-32), np.float32(31), low, high, half)
 
 
-CENTRED = {"Q8_0": (34, -127, 127, 0), "Q4_0": (18, -8, 7, 0), "Q5_0": (22, -16, 15, 0)}
-CENTRED |= {"TQ1_0": (54, -1, 1, 52), "TQ2_0": (66, -1, 1, 64)}
-OFFSET = {"Q4_1": (20, 15), "Q5_1": (24, 31)}
+TERNARY = {"TQ1_0": (54, 52), "TQ2_0": (66, 64)}
 SIX_BIT = {"Q4_K": (144, 15), "Q5_K": (176, 31)}
 OTHERS = {"MXFP4": _mxfp4, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q6_K": _q6_k}
 
 
 def grid(name: str, data: np.ndarray, low: np.ndarray, high: np.ndarray, half: np.ndarray) -> None:
     """Fill in low, high and half for the blocks of a type."""
-    if name in CENTRED:
-        _centred(data, *CENTRED[name], low, high, half)
-    elif name in OFFSET:
-        _offset(data, *OFFSET[name], low, high, half)
+    if name in TERNARY:
+        _ternary(data, *TERNARY[name], low, high, half)
     elif name in SIX_BIT:
         _six_bit(data, *SIX_BIT[name], low, high, half)
     else:
