@@ -1,4 +1,4 @@
-"""Time the kernels beside the libraries that are installed, or a whole job beside copying and another tool."""
+"""Time kernels and loading beside the libraries that are installed, or a whole job beside copying and another tool."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobs.strict import Format, Spec
 class BenchModel(Spec):
     """Whose files are read."""
 
-    path: str | None = Field(description="loaders: the checkpoint's folder; null makes a random Llama of `gb`")
+    path: str | None = Field(description="loaders, load, sweep, budget: the checkpoint; null: a random Llama")
 
 
 class BenchOutput(Spec):
@@ -28,8 +28,10 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """What to time."""
 
-    what: Literal["kernels", "job", "loaders"] = Field(
-        description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage"
+    what: Literal["kernels", "job", "loaders", "load", "sweep", "budget"] = Field(
+        description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
+        " load: weights into tensors and models; sweep: several schemes in one pass beside the same as single jobs;"
+        " budget: what quant=auto loses, beside uniform schemes and presets of its sizes"
     )
     model: BenchModel
     rows: int = Field(gt=0, multiple_of=4, description="kernels: rows of the weight")
@@ -37,12 +39,22 @@ class BenchSpec(Spec):
     threads: int = Field(ge=1, description="kernels: threads of each case")
     repeats: int = Field(ge=1, description="laps; in each, every case runs once, in turn")
     path: str | None = Field(description="job: the source's folder; null makes a random Llama")
-    gb: float = Field(gt=0, description="job: gigabytes of the random Llama")
-    quant: str = Field(description="job: the scheme")
+    gb: float = Field(gt=0, description="job, loaders, load, sweep: gigabytes of the random Llama")
+    quant: str = Field(description="job, load: the scheme")
+    quants: tuple[str, ...] = Field(description="sweep: the schemes")
+    rate: float | None = Field(
+        gt=0,
+        description="sweep: MB/s that the disk gives at most, held by the kernel (root on Linux); null: all it has",
+    )
     peer: str | None = Field(description="job: another tool's command with {source} and {output}")
     folder: str | None = Field(description="where outputs and the random Llama are written and removed again")
     strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
     cold: bool = Field(description="loaders: time reading without the page cache, too")
+    engine: Literal["mlx", "gguf"] = Field(description="budget: whose schemes are mixed")
+    text: str | None = Field(description="budget: a file of text that the model has not seen")
+    calibration: str | None = Field(description="budget: a text file that mixes are weighted by, or self")
+    in_engine: bool = Field(description="budget: run outputs in their engine, rather than decoded in transformers")
+    tokens: int = Field(ge=512, description="budget: how many tokens of the text are predicted")
     output: BenchOutput
     tracking: TrackingSpec
     format: Format = Field(description="text, or json: one document on standard output")
@@ -52,11 +64,25 @@ def act(spec: BenchSpec) -> Said:
     """Time."""
     from jobs import benching
 
+    if spec.what == "budget":
+        from jobs.benches import budget
+
+        budget.check(spec.model.path, spec.text, spec.engine)
+        assert spec.model.path is not None
+        assert spec.text is not None
+        return budget.budget(
+            spec.model.path, spec.text, spec.engine, spec.calibration, Path(spec.output.root), spec.folder, spec.tokens,
+            in_engine=spec.in_engine,
+        )  # fmt: skip
     if spec.what == "loaders":
         return benching.loaders(
             spec.model.path, spec.gb, spec.folder, spec.strategies, spec.repeats, spec.cold, Path(spec.output.root),
             spec.tracking,
         )  # fmt: skip
+    if spec.what == "sweep":
+        return benching.sweep(spec.model.path, spec.gb, spec.quants, spec.rate, spec.folder, spec.repeats)
+    if spec.what == "load":
+        return benching.load(spec.model.path, spec.gb, spec.quant, spec.folder, spec.repeats)
     if spec.what == "kernels":
         return benching.kernels(spec.rows, spec.columns, spec.threads, spec.repeats)
     return benching.job(spec.path, spec.gb, spec.quant, spec.peer, spec.folder, spec.repeats)
@@ -64,14 +90,20 @@ def act(spec: BenchSpec) -> Said:
 
 VERB = Verb(
     "bench",
-    "Time kernels beside installed libraries, a job beside copying and another tool, or loading by every strategy.",
+    "Time kernels and loading beside installed libraries, a job beside another tool, a sweep; judge quant=auto.",
     BenchSpec,
     act,
     (
         ("kernels", "one thread, a weight of 4096 x 14336"),
         ("loaders model.path=DIR", "every strategy on your storage, cold and warm; the winner as YAML"),
+        ("load gb=1 repeats=3", "tensors and models from the page cache, beside safetensors and transformers"),
         ("job gb=4 repeats=3", "a random Llama of 4 GB to NF4, from the page cache, beside copying it"),
         ("job path=DIR peer='TOOL {source} {output}'", "your checkpoint, in turn with another tool's command"),
+        (
+            "sweep model.path=DIR rate=100 repeats=1",
+            "four schemes in one pass, and one by one, from a disk of 100 MB/s",
+        ),
+        ("budget model.path=DIR text=FILE engine=gguf", "quant=auto by KL and perplexity, in a table and a plot"),
     ),
     positional=("what",),
 )

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -19,14 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from jobs.benches import compressed_tensors, ggml, hqq, loading, loading_report, mlx
+from jobs.benches import compressed_tensors, ggml, hqq, into_memory, loading, loading_report, mlx, sweeping
+from jobs.benches.busy import Busy, machine, warning
 from jobs.benches.timing import SCRATCH, Case, on_threads, rotate
 from jobs.console import Said, note
 from jobs.spec import TrackingSpec
@@ -53,8 +55,9 @@ def kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     cases += ggml.rows(weight, threads)
     cases += compressed_tensors.rows(weight, threads)
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
+    busy = Busy()
     rotate(cases, repeats)
-    return _said(cases, weight.nbytes, {"shape": [rows, columns], "threads": threads, "repeats": repeats})
+    return _said(cases, weight.nbytes, busy, {"shape": [rows, columns], "threads": threads, "repeats": repeats})
 
 
 def _random_bf16(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -196,6 +199,41 @@ def loaders(
     return Said({**document, "plot": str(plot), "tracked": tracked}, loading_report.table(document, plot))
 
 
+def load(path: str | None, gb: float, quant: str, folder: str | None, repeats: int) -> Said:
+    """Weights into tensors and models, from the page cache, beside safetensors' and transformers' own way.
+
+    Raises:
+        BadSpec: no weights there.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix="weightmill-bench-") as work:
+        source = Path(path) if path is not None else Path(work) / "random-llama"
+        if path is None:
+            note(f"making a random Llama of {gb:g} GB in {source}")
+            make_llama(source, gb)
+        checkpoint, busy = open_checkpoint(source), Busy()
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            made = list(into_memory.cases(source, quant, pool))
+            note(f"timing {len(made)} cases, {repeats} laps each, after one that does not count")
+            rotate(made, repeats, shuffled=True)
+        about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
+        return _said(made, checkpoint.size, busy, about)
+
+
+# --- a sweep
+
+
+def sweep(
+    path: str | None, gb: float, quants: Sequence[str], rate: float | None, folder: str | None, repeats: int
+) -> Said:
+    """Several schemes in one pass, beside the same as single jobs. See jobs/benches/sweeping.py."""
+
+    def make(source: Path) -> None:
+        note(f"making a random Llama of {gb:g} GB in {source}")
+        make_llama(source, gb)
+
+    return sweeping.sweep(path, quants, rate, repeats, folder, make)
+
+
 # --- a whole job
 
 
@@ -236,9 +274,10 @@ def job(path: str | None, gb: float, quant: str, peer: str | None, folder: str |
             command = [part.replace("{source}", str(source)) for part in shlex.split(peer)]
             cases.append(Case(f"peer: {peer}", _Command(command, files, work_path), beside=name))
         note(f"timing {len(cases)} cases, {repeats} laps each, the source read into the page cache before each")
+        busy = Busy()
         rotate(cases, repeats, warm_up=0)
         about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
-        return _said(cases, checkpoint.size, about)
+        return _said(cases, checkpoint.size, busy, about)
 
 
 class _Command:
@@ -332,7 +371,8 @@ def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
 # --- what is said
 
 
-def _said(cases: list[Case], size: int, about: Mapping[str, Any]) -> Said:
+def _said(cases: list[Case], size: int, busy: Busy, about: Mapping[str, Any]) -> Said:
+    taken = busy.document()
     rows = [_row(case, size, {c.name: c for c in cases}) for case in cases]
     table = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("best s", "median s", "GB/s best", "GB/s median", "ours is faster", "measured", "peak RSS MB")
@@ -349,10 +389,10 @@ def _said(cases: list[Case], size: int, about: Mapping[str, Any]) -> Said:
             row["case"], f"{row['best_s']:.4g}", f"{row['median_s']:.4g}", f"{row['gbps_best']:.3g}",
             f"{row['gbps_median']:.3g}", faster, measured, peak,
         )  # fmt: skip
-    here = f"{platform.machine()}, {usable_cpus()} CPUs, Python {platform.python_version()}"
+    here, said = machine(), warning(taken)
     lines = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = Group(f"{here}; {lines}", table, SAID)
-    return Said({"status": "done", "machine": here, **about, "rows": rows}, text)
+    text = Group(f"{here}; {lines}", table, SAID, *([] if said is None else [Text(said, style="yellow")]))
+    return Said({"status": "done", "machine": here, "busy": taken, **about, "rows": rows}, text)
 
 
 def _row(case: Case, size: int, cases: Mapping[str, Case]) -> dict[str, Any]:

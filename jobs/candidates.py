@@ -19,6 +19,7 @@ from jobs.comparison import (
     pareto,
     table,
     to_json,
+    whole,
 )
 from jobs.console import Said
 from jobs.planning import json_bytes
@@ -49,11 +50,11 @@ def compare(
         store = Store(tracking, Path(root))
         title, found = _find(store, sweep, named, where) if not runs else (title, store.named(named, where))
         candidates += [_of_run(run) for run in found]
-        ids = [run.run_id for run in found]
-        page = compare_page(tracking, Path(root), ids, store.experiment) if ids else None
+        ids, of = [run.run_id for run in found], None if runs or sweep == "all" else title
+        page = compare_page(tracking, Path(root), ids, store.experiment, of) if ids else None
     candidates = _told_apart(candidates)
     if not any(error in c.metrics for c in candidates) and any(c.is_comparable for c in candidates):
-        known = sorted({name for c in candidates for name in c.metrics if name.startswith("error")})
+        known = sorted({name for c in candidates for name in c.metrics if name.startswith(("error", "quality"))})
         raise BadSpec(f"error: no run has {error!r}; known: {', '.join(known)}")
     return _said(title, candidates, error, Path(path) if path else Path(root) / "comparisons" / title, page)
 
@@ -127,5 +128,5 @@ def _said(title: str, candidates: Sequence[Candidate], error: str, folder: Path,
     write_file(folder / "compare.json", json_bytes(document))
     lines = [table(ordered, front), "", front_text(ordered, front, error), ""]
     lines += [differing_text(differs), ""] if differs else []
-    lines += [f"written: {folder}/compare.md, compare.png, compare.json", *([page] if page else [])]
+    lines += [f"written: {folder}/compare.md, compare.png, compare.json", *([whole(page)] if page else [])]
     return Said(document, Group(f"{title}: {len(ordered)} runs", *lines))

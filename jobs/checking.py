@@ -19,10 +19,14 @@ PATHS = (
     "model.path",
     "output.root",
     "output.path",
+    "verify.text",
     "a",
     "b",
     "path",
     "folder",
+    "quant.calibration",
+    "text",
+    "calibration",
 )  # relative to the user's working directory
 MISSING = "???"  # as conf/ marks what must be given
 # What people call things elsewhere
@@ -65,7 +69,7 @@ def _make_absolute(values: dict[str, Any]) -> list[str]:
         for parent in parents:
             holder = holder.get(parent) if isinstance(holder, dict) else None
         value = holder.get(leaf) if isinstance(holder, dict) else None
-        if not isinstance(value, str) or value == MISSING:
+        if not isinstance(value, str) or value == MISSING or (leaf, value) == ("calibration", "self"):
             continue
         if value == "demo://":
             holder[leaf] = str(DEMO)
@@ -82,8 +86,14 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
     location = _without_tags(spec, fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     kind, found = fault["type"], fault["input"]
+    if not location:  # of the whole
+        return str(fault["msg"].removeprefix("Value error, "))
     if kind == "extra_forbidden":
         known = list(_fields(spec, values, location[:-1]))
+        others = [m for m in _at(spec, location[:-1]) if location[-1] in m.model_fields]
+        if location[0] == "verify" and others:
+            [belongs] = get_args(others[0].model_fields["kind"].annotation)
+            return f"{name}: it belongs to verify={belongs}, which was not chosen"
         meant = SYNONYMS.get(str(location[-1]))
         hint = f"; did you mean {meant!r}?" if meant in known else near(str(location[-1]), known)
         return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"

@@ -1,4 +1,4 @@
-"""Remove what interrupted jobs left beside their outputs: python -m jobs.clean."""
+"""Remove what interrupted jobs left beside their outputs, and kept logits: python -m jobs.clean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from jobs.console import Said, Verb
+from jobs.journal import LOGITS
 from jobs.strict import Format, Spec
 
 
@@ -42,15 +43,19 @@ def act(spec: CleanSpec) -> Said:
     only = None if spec.output.path is None else Path(spec.output.path)
     folder = only.parent if only is not None else Path(spec.output.root)
     found: list[dict[str, Any]] = []
-    for path in find_journals(folder, None if only is None else only.name):
+    paths = find_journals(folder, None if only is None else only.name)
+    if only is None and (folder / LOGITS).is_dir():
+        paths.append(folder / LOGITS)
+    for path in paths:
         files = [p for p in path.rglob("*") if p.is_file()]
         held = is_held(path)
+        left = "removed" if not spec.dry_run else "kept" if path.name == LOGITS else "abandoned"
         row: dict[str, Any] = {
             "path": str(path),
             "bytes": sum(p.stat().st_size for p in files),
             "units_done": sum(p.parent.name == "records" for p in files),
             "age_s": time.time() - max((p.stat().st_mtime for p in files), default=path.stat().st_mtime),
-            "status": "in use" if held else "abandoned" if spec.dry_run else "removed",
+            "status": "in use" if held else left,
         }
         if not held and not spec.dry_run:
             with io_errors("removing", path):
@@ -69,7 +74,8 @@ def act(spec: CleanSpec) -> Said:
 
 VERB = Verb(
     "clean",
-    "List what interrupted jobs left beside their outputs, and remove it; they can then no longer be resumed.",
+    "List what interrupted jobs left beside their outputs, and remove it; they can then no longer be resumed."
+    " The originals' logits that verify=logits keeps there go, too; they are computed again when needed.",
     CleanSpec,
     act,
     (

@@ -14,7 +14,7 @@ from rich.text import Text
 from jobs.metrics import error_by_layer, metrics
 from loaders.stats import finite
 
-BITS, ERROR = "size/bits_per_weight", "error/relative"
+BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
 SHOWN_TENSORS = 8
 
 
@@ -42,19 +42,25 @@ class Column:
     metric: str
     pattern: str
     scale: float = 1.0
+    second: str = ""  # another metric in the same cell
 
 
-COLUMNS = (
+COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is a job's own, summed over threads
     Column("bits a weight", BITS, "{:.3f}"),
     Column("times smaller", "size/ratio", "{:.2f}"),
     Column("MB", "size/output_bytes", "{:,.2f}", 1e-6),
     Column("relative error", ERROR, "{:.5f}"),
     Column("worst", "error/worst", "{:.5f}"),
     Column("SQNR dB", "error/sqnr_db", "{:.2f}"),
-    Column("seconds", "time/wall_s", "{:.2f}"),
-    Column("encoding", "time/encode_s", "{:.2f}"),
-    Column("GB/s", "load/gigabytes_per_second", "{:.3f}"),
-    Column("peak MB", "load/peak_anonymous_bytes", "{:,.0f}", 1e-6),
+    Column("KL", "quality/kl", "{:.5f}"),
+    Column("95 %", "quality/kl_low", "{:.5f} to {:.5f}", second="quality/kl_high"),
+    Column("perplexity", "quality/perplexity", "{:.3f}"),
+    Column("x original's", "quality/perplexity_ratio", "{:.4f}"),
+    Column("top-1 %", "quality/top1", "{:.2f}", 100.0),
+    Column("pass s", "time/wall_s", "{:.2f}"),
+    Column("encoding s", "time/encode_s", "{:.2f}"),
+    Column("pass GB/s", "load/gigabytes_per_second", "{:.3f}"),
+    Column("pass peak MB", "load/peak_anonymous_bytes", "{:,.0f}", 1e-6),
     Column("cost", "cost/estimate", "{:.4g}"),
 )
 
@@ -98,8 +104,13 @@ def columns_of(candidates: Sequence[Candidate]) -> list[Column]:
 
 
 def cells(candidate: Candidate, columns: Sequence[Column]) -> list[str]:
-    found = ((column, candidate.metrics.get(column.metric)) for column in columns)
-    return ["" if v is None or not math.isfinite(v) else c.pattern.format(v * c.scale) for c, v in found]
+    found = [(c, [candidate.metrics.get(name) for name in (c.metric, c.second) if name]) for c in columns]
+    return [
+        c.pattern.format(*(v * c.scale for v in values if v is not None))
+        if all(v is not None and math.isfinite(v) for v in values)
+        else ""
+        for c, values in found
+    ]
 
 
 def table(candidates: Sequence[Candidate], front: Sequence[str]) -> RenderableType:
@@ -120,7 +131,7 @@ def table(candidates: Sequence[Candidate], front: Sequence[str]) -> RenderableTy
 
 def front_text(candidates: Sequence[Candidate], front: Sequence[str], error: str = ERROR) -> str:
     """The front in a line each."""
-    by_name = {c.name: c.metrics for c in candidates}
+    by_name = {c.name: c.metrics for c in candidates if c.is_comparable}
     rows = [f"  {by_name[n][BITS]:7.3f} bits  {error} {by_name[n][error]:.5f}  {n}" for n in front]
     return "\n".join([f"Pareto front (*) of bits a weight against {error}, smallest first:", *rows])
 
@@ -135,6 +146,11 @@ def differing_text(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         least, most = row["least"], row["most"]
         made.add_row(row["tensor"], f"{row['ratio']:.2f}", f"{errors[least]:.5f}", least, f"{errors[most]:.5f}", most)
     return made
+
+
+def whole(address: str) -> Text:
+    """An address as one line, however long, so that it can be clicked and pasted."""
+    return Text(address, no_wrap=True, overflow="ignore")
 
 
 def markdown(title: str, candidates: Sequence[Candidate], front: Sequence[str], error: str, picture: str | None) -> str:

@@ -24,6 +24,7 @@ from jobs.checking import PATHS, check, near
 from loaders.errors import BadSpec
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+FOLDER = "--config-dir="  # Hydra's name for it
 VERBATIM = (*PATHS, "peer", "filter")  # taken as they are typed, whatever characters they hold
 S = TypeVar("S", bound=BaseModel)
 
@@ -36,6 +37,7 @@ class Request:
     flags: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)  # the overrides as they were typed
     problems: list[str] = field(default_factory=list)
+    folders: tuple[Path, ...] = ()  # of more choices, beside conf/
 
     @property
     def is_sweep(self) -> bool:
@@ -44,10 +46,18 @@ class Request:
     @property
     def swept(self) -> set[str]:
         """The keys that it gives more than one value."""
+        return self._keys(is_swept=True)
+
+    @property
+    def fixed(self) -> set[str]:
+        """The keys that it gives one value."""
+        return self._keys(is_swept=False)
+
+    def _keys(self, *, is_swept: bool) -> set[str]:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         parsed = OverridesParser.create().parse_overrides(self.overrides)
-        return {override.key_or_group for override in parsed if override.is_sweep_override()}
+        return {override.key_or_group for override in parsed if override.is_sweep_override() == is_swept}
 
     @property
     def wants_help(self) -> bool:
@@ -59,9 +69,10 @@ class Request:
 
 def take_apart(verb: str, arguments: Sequence[str]) -> Request:
     """Sort a command line, quote paths, and check choices (quant=nf4) against what conf/ offers."""
-    request = Request(flags=[a for a in arguments if a.startswith("-")])
+    request = Request(flags=[a for a in arguments if a.startswith("-") and not a.startswith(FOLDER)])
+    _take_folders(verb, request, [a.removeprefix(FOLDER) for a in arguments if a.startswith(FOLDER)])
     for override in (a for a in arguments if not a.startswith("-")):
-        prepared, problem = _prepared(verb, override, is_sweep=request.is_sweep)
+        prepared, problem = _prepared(verb, override, request)
         problem = problem or _grammar(override, prepared)
         if problem:
             request.problems.append(problem)
@@ -71,17 +82,35 @@ def take_apart(verb: str, arguments: Sequence[str]) -> Request:
     return request
 
 
-def _prepared(verb: str, override: str, *, is_sweep: bool) -> tuple[str, str | None]:
+def _take_folders(verb: str, request: Request, given: Sequence[str]) -> None:
+    """Add folders of the user's own choices to where Hydra looks."""
+    known = choices_of(verb)
+    for folder in (Path(each).expanduser() for each in given):
+        if not any((folder / group).is_dir() for group in known):
+            request.problems.append(f"{FOLDER}{folder}: expected a folder with some of {', '.join(known)} in it")
+            continue
+        both = [f"{g}/{n}" for g, names in known.items() for n in names if (folder / g / f"{n}.yaml").exists()]
+        if both:
+            request.problems.append(f"{FOLDER}{folder}: {both[0]}.yaml has the name of one of weightmill's; rename it")
+        request.folders = (*request.folders, folder.absolute())
+        request.given.append(f"{FOLDER}{folder}")
+    if request.folders:
+        paths = ",".join(_quoted(f"file://{folder}") for folder in request.folders)
+        request.overrides.append(f"hydra.searchpath=[{paths}]")
+
+
+def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | None]:
+    choices, is_sweep = choices_of(verb, request.folders), request.is_sweep
     key, equals, value = override.partition("=")
     if not equals:
         if key.startswith("~"):
             return override, None
-        return "", f"{override}: expected key=value{near(key, choices_of(verb), 'is it')}"
+        return "", f"{override}: expected key=value{near(key, choices, 'is it')}"
     bare = key.lstrip("+~")
     if bare.split(".")[0] == "hydra" or bare.startswith("hydra/"):
         return override, None
-    if bare in choices_of(verb):
-        return _choice(verb, override, bare, value)
+    if bare in choices:
+        return _choice(override, bare, value, choices[bare])
     value = " ".join(value.split("\n"))
     if bare == "rules" and value.endswith((".yaml", ".yml")):
         return _rules_of(value)
@@ -130,23 +159,28 @@ def _grammar(override: str, prepared: str) -> str | None:
     return None
 
 
-def _choice(verb: str, override: str, group: str, value: str) -> tuple[str, str | None]:
-    options = choices_of(verb)[group]
+def _choice(override: str, group: str, value: str, options: Sequence[str]) -> tuple[str, str | None]:
     for chosen in (part.strip() for part in value.split(",")):
         if re.fullmatch(r"[\w.\-]+", chosen) and chosen not in options and chosen != "null":
             return "", f"{group}: unknown choice {chosen!r}{near(chosen, options)}; known: {', '.join(options)}"
     return override, None
 
 
-@cache
-def choices_of(verb: str) -> dict[str, tuple[str, ...]]:
+def choices_of(verb: str, folders: tuple[Path, ...] = ()) -> dict[str, tuple[str, ...]]:
     """The groups that a verb's config selects from, and their options."""
+    return {group: tuple(files) for group, files in files_of(verb, folders).items()}
+
+
+@cache
+def files_of(verb: str, folders: tuple[Path, ...] = ()) -> dict[str, dict[str, Path]]:
+    """The file of each option of each group: of conf/, and of more folders like it."""
     found = {}
     for entry in yaml.safe_load((CONF / f"{verb}.yaml").read_text()).get("defaults", []):
         if isinstance(entry, dict):
             [group] = entry
             if not group.startswith("override "):
-                found[group] = tuple(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+                paths = [path for folder in (*folders, CONF) for path in (folder / group).glob("*.yaml")]
+                found[group] = {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
     return found
 
 
@@ -170,19 +204,31 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
     problems = list(request.problems)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra_compose(verb, overrides=request.overrides)
+            config = hydra_compose(verb, overrides=request.overrides, return_hydra_config=True)
+        problems += _sweep_left_out(config, request)
         return check(spec, plain(config), problems)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadSpec([*problems, _said_by_hydra(error)]) from error
+
+
+def _sweep_left_out(config: Any, request: Request) -> list[str]:
+    """A preset that describes a sweep, asked for as one job."""
+    given = {override.lstrip("+").partition("=")[0] for override in request.given}
+    swept = [key for key in config.hydra.sweeper.get("params") or {} if key.lstrip("+") not in given]
+    if not swept:
+        return []
+    return [
+        f"experiment: it is a sweep over {', '.join(swept)}: python -m jobs.run -m ... runs it; or give each a value"
+    ]
 
 
 def plain(config: Any) -> Any:
     """A DictConfig as plain values; what is still missing stays "???"."""
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
     assert isinstance(values, dict)
-    values.pop("hydra", None)
     stray = values.pop("experiment", None)
     if isinstance(stray, dict) and stray:
         raise BadSpec(
@@ -239,16 +285,20 @@ def sweep(verb: str, request: Request, together: Together) -> None:
         raise BadSpec(request.problems)
     made: set[Path] = set()
 
+    def begins(config: Any) -> None:
+        HydraConfig.instance().set_config(config)
+        folder = Path(HydraConfig.get().sweep.dir).absolute()
+        made.update(each for each in (folder, *folder.parents) if not each.exists())
+
     def all_of(configs: Sequence[Any]) -> Sequence[Any]:
         jobs, searches = [], False
         for config in configs:
             HydraConfig.instance().set_config(config)
             about = HydraConfig.get()
-            made.add(Path(about.sweep.dir).absolute())
             searches = not about.sweeper.get("_target_", "").endswith("BasicSweeper")
-            keys = varied(request, about)
+            keys, fixed = varied(request, about), request.fixed
             parsed = (override.lstrip("+").partition("=") for override in about.overrides.task)
-            mine = {key: value for key, _, value in parsed if key in keys or searches}
+            mine = {key: value for key, _, value in parsed if key in keys or (searches and key not in fixed)}
             jobs.append(Composed(int(about.job.num) + 1, plain(config), mine))
         return together(jobs, searches)
 
@@ -258,6 +308,7 @@ def sweep(verb: str, request: Request, together: Together) -> None:
             raise result
         return result
 
+    job.begins = begins  # type: ignore[attr-defined]
     job.together = all_of  # type: ignore[attr-defined]
     _register_launcher()
     with _command_line([*request.flags, *request.overrides]):
@@ -283,12 +334,11 @@ def _register_launcher() -> None:
 
 
 def _remove_empty(folders: set[Path]) -> None:
-    """Hydra makes a folder for every sweep; ours holds nothing but a copy of the request."""
-    for folder in folders:
+    """Hydra makes a folder for every sweep, and those above it; ours holds nothing but a copy of the request."""
+    for folder in sorted(folders, reverse=True):
         with suppress(OSError):
             (folder / "multirun.yaml").unlink(missing_ok=True)
             folder.rmdir()
-            folder.parent.rmdir()
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Verb(Generic[S]):
         if request.wants_help:
             from jobs.help import help_text
 
-            print(help_text(self))
+            print(help_text(self, request.folders))
             return DONE
         if request.is_sweep:
             return self._sweep(request, as_json)
@@ -119,7 +119,7 @@ def say(said: Said, as_json: bool) -> int:
     if as_json:
         print(json.dumps(said.document, indent=2, ensure_ascii=False))
     else:
-        Console(highlight=False, width=_width(sys.stdout)).print(said.text)
+        Console(highlight=False, width=_width(sys.stdout)).print(said.text, crop=False)
     sys.stdout.flush()
     said.then()
     return said.status

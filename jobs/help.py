@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from pydantic import BaseModel
 
 from jobs.checking import at_field
-from jobs.compose import CONF, choices_of
+from jobs.compose import CONF, FOLDER, files_of
 
 STATUSES = (
     "0 done, 1 the job failed (a gate, an I/O error, a damaged checkpoint), 2 the request is wrong, 130 interrupted"
 )
 WIDTH = 116
+OWN = (
+    f"Choices of your own: {FOLDER}DIR, where DIR/GROUP/NAME.yaml (say DIR/model/mine.yaml, DIR/experiment/ladder.yaml)"
+    f" is chosen by GROUP=NAME. Begin with a copy of one of {CONF}, and give it another name."
+)
 
 
 class Described(Protocol):
@@ -36,7 +41,7 @@ class Described(Protocol):
     def config(self) -> str: ...
 
 
-def help_text(verb: Described) -> str:
+def help_text(verb: Described, folders: tuple[Path, ...] = ()) -> str:
     """The whole page."""
     config = verb.config or verb.name
     usage = " ".join(["python -m jobs." + verb.name, *(name.upper() for name in verb.positional), "[key=value ...]"])
@@ -45,18 +50,19 @@ def help_text(verb: Described) -> str:
     lines += ["", "examples:"]
     for arguments, meaning in verb.examples:
         lines += [f"  python -m jobs.{verb.name} {arguments}".rstrip(), f"      {meaning}"]
-    groups = choices_of(config)
+    groups = files_of(config, folders)
     if groups:
         lines += ["", "choices (group=option; the first line is what each option says of itself):"]
         for group, options in groups.items():
             lines += [f"  {group}"]
-            lines += [f"    {option:18} {_first_comment(group, option)}" for option in options]
+            lines += [f"    {option:18} {_first_comment(path)}" for option, path in options.items()]
+        lines += ["", *textwrap.wrap(OWN, WIDTH)]
     lines += ["", "settings (key=value):", *_settings(verb.spec), "", f"exit status: {STATUSES}"]
     return "\n".join(lines)
 
 
-def _first_comment(group: str, option: str) -> str:
-    for line in (CONF / group / f"{option}.yaml").read_text().splitlines():
+def _first_comment(path: Path) -> str:
+    for line in path.read_text().splitlines():
         if line.startswith("# ") and not line.startswith("# @package"):
             return line[2:]
     return ""

@@ -103,9 +103,10 @@ VERB = Verb(
     InspectSpec,
     act,
     (
-        ("model.path=DIR", "a summary by role"),
-        ("model.path=DIR tensors=all", "every tensor"),
+        ("DIR", "a summary by role; the same as model.path=DIR"),
+        ("DIR tensors=all", "every tensor"),
     ),
+    positional=("model.path",),
 )
 main = VERB.main
 

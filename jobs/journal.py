@@ -33,6 +33,7 @@ from loaders.stats import CompressionStats, ErrorSums, LoadStats
 
 SUFFIX = ".weightmill"
 LEFT_OUT = "failed"
+LOGITS = f".logits{SUFFIX}"  # beside outputs: what their originals compute, for verify=logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ VERB = Verb(
     "Will the engine load it? Checks any checkpoint's files, config and skip lists against what engines read.",
     LintSpec,
     act,
-    (("output.path=OUT", "an output, or any other checkpoint"),),
+    (("OUT", "an output, or any other checkpoint; the same as output.path=OUT"),),
+    positional=("output.path",),
 )
 main = VERB.main
 

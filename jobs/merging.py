@@ -1,13 +1,12 @@
 """Tasks for several jobs over one source: units that read the same become one task, and every byte is read once.
 
-Jobs of one source have the same units, or one unit for the whole checkpoint where an output is a single file. Such a
-one takes the smaller units in, as its steps, so that the big job does not read everything a second time.
+Jobs of one source have the same units. Those of an expanded model are cut where its new blocks make them longer: units
+that lie within another's tensors join that one's task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from jobs.planning import Unit
@@ -39,10 +38,9 @@ def merge(
     for host in sorted(hosts, key=lambda h: by_content[h][0][1].unit.id):
         members = sorted(hosts[host], key=lambda c: (c == host, by_content[c][0][1].unit.id))
         mine = [each for content in members for each in by_content[content]]
-        unit, steps = _merged([[share.unit for _, share in by_content[c]] for c in members])
-        unit = replace(unit, id=_fresh(by_content[host][0][1].unit.id, taken))
+        unit = _merged([share.unit for _, share in mine], _fresh(by_content[host][0][1].unit.id, taken))
         named = {f"{number}/{share.unit.id}": share for number, share in mine}
-        tasks.append(UnitTask(unit, root, named, strategy, backend, threads, steps, in_place))
+        tasks.append(UnitTask(unit, root, named, strategy, backend, threads, in_place))
     return tasks
 
 
@@ -56,22 +54,16 @@ def content_of(unit: Unit) -> Content:
     return frozenset((spec.file, spec.offset) for recipe in unit.recipes for _, spec in recipe.stored)
 
 
-def _merged(members: Sequence[Sequence[Unit]]) -> tuple[Unit, tuple[tuple[Recipe, ...], ...]]:
-    """All units in one: their tensors in the order of the small ones, and what of them belongs to which."""
+def _merged(units: Sequence[Unit], name: str) -> Unit:
+    """All units in one: the tensors of each, once."""
     known: dict[str, list[Recipe]] = {}
-    steps = []
-    for units in members:
-        step = []
-        for recipe in (recipe for unit in units for recipe in unit.recipes):
-            same_name = known.setdefault(recipe.name, [])
-            if recipe not in same_name:  # copied as stored and decoded, say, are two recipes
-                same_name.append(recipe)
-                step.append(recipe)
-        if step:
-            steps.append(tuple(step))
-    sources = sorted({tag for units in members for unit in units for tag in unit.sources})
-    outputs = members[0][0].outputs if len(members) == 1 and len(members[0]) == 1 else {}
-    return Unit("", tuple(sources), tuple(r for step in steps for r in step), outputs), tuple(steps)
+    for recipe in (recipe for unit in units for recipe in unit.recipes):
+        same_name = known.setdefault(recipe.name, [])
+        if recipe not in same_name:  # copied as stored and decoded, say, are two recipes
+            same_name.append(recipe)
+    sources = sorted({tag for unit in units for tag in unit.sources})
+    outputs = units[0].outputs if len(units) == 1 else {}
+    return Unit(name, tuple(sources), tuple(recipe for same in known.values() for recipe in same), outputs)
 
 
 def _fresh(name: str, taken: set[str]) -> str:

@@ -13,19 +13,26 @@ LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|blk)\.(\d+)(?:\.|$)")
 
 
 def metrics(document: Mapping[str, Any]) -> dict[str, float]:
-    """What compares between runs."""
+    """What compares between runs, what matters most first, as MLflow shows them.
+
+    Of jobs that shared a pass (`load/jobs_in_pass` of them), time/wall_s, load/gigabytes_per_second and
+    load/peak_anonymous_bytes are the pass's; the seconds by phase are a job's own, summed over its threads.
+    error/relative is over all weights, as bits are, so that jobs compare that keep different tensors;
+    error/relative_changed is over those that were quantized or cast.
+    """
     total, run = document["totals"], document["run"]
     changed = total["changed"] or {}
     worst = worst_rows(document)
     found = {
-        "size/source_bytes": total["source_bytes"],
-        "size/output_bytes": total["output_bytes"],
-        "size/ratio": total["ratio"],
+        "error/relative": total["relative_error"],
         "size/bits_per_weight": total["bits_per_weight"],
+        "size/ratio": total["ratio"],
+        "size/output_bytes": total["output_bytes"],
+        "size/source_bytes": total["source_bytes"],
         "size/parameters": total["parameters"],
-        "error/relative": changed.get("relative_error", 0.0),
-        "error/sqnr_db": changed.get("sqnr_db"),
-        "error/cosine": changed.get("cosine", 1.0),
+        "error/relative_changed": changed.get("relative_error", 0.0),
+        "error/sqnr_db": total["sqnr_db"],
+        "error/cosine": total["cosine"],
         "error/worst": worst[0]["relative_error"] if worst else 0.0,
         "error/max": max((t["max_error"] for t in document["tensors"]), default=0.0),
         "error/sqnr_worst_db": worst[0]["sqnr_db"] if worst else None,
@@ -38,12 +45,20 @@ def metrics(document: Mapping[str, Any]) -> dict[str, float]:
         "load/files": run["files"],
         "load/tensors": run["tensors"],
         "load/peak_anonymous_bytes": run["peak_anonymous_bytes"],
+        "load/jobs_in_pass": run["jobs_in_pass"],
         "cost/estimate": run.get("cost"),
         "units/total": run["units"],
         "units/resumed": run["units_resumed"],
         "units/retries": run["retries"],
+        **quality_metrics(document),
     }
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def quality_metrics(document: Mapping[str, Any]) -> dict[str, float]:
+    """What verify=logits found, if it was asked for."""
+    quality = document.get("quality") or {}
+    return {f"quality/{name}": float(value) for name, value in quality.items() if isinstance(value, int | float)}
 
 
 def _by_tensor(document: Mapping[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import report
+from jobs.budgeting import mixed
 from jobs.clusters import choose
 from jobs.console import Said, note, show
 from jobs.execution import Cluster, LocalCluster, UnitFailed
@@ -54,6 +55,7 @@ def run_job(spec: JobSpec) -> Said:
         WeightmillError: see the message; what was finished stays for the next attempt.
         KeyboardInterrupt: likewise.
     """
+    spec = mixed(spec)
     planned = plan_job(spec)
     show(report.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
     job = Job(1, planned)
@@ -65,12 +67,14 @@ def run_job(spec: JobSpec) -> Said:
 
 
 def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | WeightmillError]:
-    """Plan numbered jobs; a checkpoint that several read is opened once. Nothing is written."""
+    """Plan numbered jobs; a checkpoint that several read is opened once. Nothing is written, but where a mix is to be
+    chosen what that takes is measured.
+    """
     opened: Callable[..., Checkpoint] = cache(open_checkpoint)
     found: dict[int, Planned | WeightmillError] = {}
     for number, spec in specs:
         try:
-            found[number] = plan_job(spec, opened, again=True)
+            found[number] = plan_job(mixed(spec, again=True), opened, again=True)
         except WeightmillError as error:
             found[number] = error
     return found

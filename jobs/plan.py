@@ -19,12 +19,23 @@ class PlanSpec(JobSpec):
 
 def act(spec: PlanSpec) -> Said:
     """Plan the job."""
-    from jobs import preparing, report
+    from rich.console import Group, RenderableType
 
-    planned = preparing.plan_job(spec)
+    from jobs import budgeting, preparing, report
+    from loaders.auto_quant import AutoQuant
+
+    job: JobSpec = spec
+    said: list[RenderableType] = []
+    if isinstance(spec.quant, AutoQuant) and spec.quant.chosen is None:
+        found = budgeting.known_mix(spec)
+        if not isinstance(found, tuple):
+            return Said({"status": "planned", "to_be_measured": str(found)}, found)
+        job, mix = found
+        said = [mix, ""]
+    planned = preparing.plan_job(job)
     notes = preparing.notes_of(planned)
-    text = report.plan_text(spec, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
-    return Said(preparing.plan_document(planned, notes), text)
+    text = report.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
+    return Said(preparing.plan_document(planned, notes), Group(*said, text))
 
 
 VERB = Verb(

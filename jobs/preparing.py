@@ -13,9 +13,10 @@ from jobs import report
 from jobs.clusters import is_local
 from jobs.execution import LocalCluster
 from jobs.journal import Journal, find_journals
+from jobs.judging import Judging, judging_of
 from jobs.planning import Plan, TargetPlan, make_plan
 from jobs.publish import check_replaceable, is_published
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, LogitsSpec
 from jobs.strategies import reading
 from jobs.targets import Target
 from loaders.backends import best, kernels_of
@@ -39,6 +40,7 @@ class Planned:
     plan: Plan
     journal: Journal
     done: Mapping[str, Any] | None = None  # the report of an earlier run of this very job, where that may count
+    judging: Judging | None = None  # with verify=logits
 
     @property
     def target(self) -> TargetPlan:
@@ -88,24 +90,44 @@ def plan_job(
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
     assert planned.strategy  # which may be refused
-    if again and not spec.output.overwrite and (done := _done_before(planned)) is not None:
+    if again and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)
     if again:
         _check_free(spec, output)
+    if isinstance(spec.verify, LogitsSpec):
+        return replace(planned, judging=judging_of(spec.verify, plan, made, output.parent))
     return planned
 
 
 def _done_before(planned: Planned) -> Mapping[str, Any] | None:
-    """The report of the output, if this very job made it, from this very source."""
+    """The report of the output, if this very job made it, from this very source.
+
+    Raises:
+        BadSpec: it did, and did not verify it as is asked now.
+    """
     output = planned.journal.output
     if not (output / OUR_REPORT).is_file() or is_published(planned.journal):
         return None
+    is_made, is_verified = False, False
     with suppress(WeightmillError, KeyError, TypeError):
         found = read_json(output / OUR_REPORT)
         wanted = {k: v for k, v in planned.spec.resolved().items() if k in found["job"]}
-        if found["run"]["key"] == planned.journal.key and found["job"] == wanted:
-            return found
-    return None
+        gate = _gate(found["job"]["verify"], wanted["verify"])
+        is_made = found["run"]["key"] == planned.journal.key and {**found["job"], "verify": wanted["verify"]} == wanted
+        is_verified = gate == wanted["verify"]
+    if is_made and not is_verified:
+        raise BadSpec(
+            f"output.path: {output} is there, verified in another way; python -m jobs.verify"
+            f" output.path={output} verify={planned.spec.verify.kind} ... judges it, output.overwrite=true redoes it"
+        )
+    return found if is_made else None
+
+
+def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The gate that an output passed, as far as it is asked for: who passed logits is strict enough."""
+    if wanted["kind"] == "strict":
+        return {**{key: found[key] for key in wanted if key in found}, "kind": "strict"}
+    return found
 
 
 def backend_of(spec: JobSpec) -> tuple[str, str]:
@@ -136,6 +158,12 @@ def target_of(spec: JobSpec) -> Target:
         TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container,
         naming, spec.transform.num_blocks or 0,
     )  # fmt: skip
+
+
+def check_output(spec: JobSpec) -> None:
+    """Raises BadSpec: nothing may be written where the output is to be."""
+    _check_place(spec, spec.output_path)
+    _check_free(spec, spec.output_path)
 
 
 def _check_place(spec: JobSpec, output: Path) -> None:
@@ -217,8 +245,10 @@ def notes_of(planned: Planned) -> list[str]:
     )
     need = planned.target.weight_bytes + planned.scratch_bytes
     room = " TOO LITTLE" if need > free else ""
+    judging = [] if planned.judging is None else [planned.judging.note]
     return [
         *done,
+        *judging,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
         f"memory: up to {report.size(memory)} a unit of {cluster.threads} threads;"

@@ -1,40 +1,62 @@
-"""Progress by bytes: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
+"""Progress by bytes, or tokens: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from loaders.quantization.kernels.compiling import compiling
 
 FIRST_LINE_S = 2.0
 LINE_S = 10.0
 
 
 class Meter:
-    """Counts bytes from any thread while it is open."""
+    """Counts bytes, or what else `unit` says, from any thread while it is open."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
         self._what = what
+        self._unit = unit
         self._total = max(1, total)
         self._done = 0
         self._began = self._said = time.monotonic()
+        self._compiled: float | None = None  # when kernels were last compiled
+        self._exit = ExitStack()
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
+            counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+                TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(),
+                console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=self._total)
 
     def __enter__(self) -> Meter:
+        self._exit.enter_context(compiling(self._compiling))
         if self._bar:
             self._bar.start()
         return self
+
+    def _compiling(self) -> None:
+        """Said once; what it takes tells nothing of the time that is left."""
+        is_first, self._compiled = self._compiled is None, time.monotonic()
+        if is_first:
+            print("compiling kernels for this machine, once: half a minute or so", file=sys.stderr, flush=True)
 
     def add(self, count: int) -> None:
         """So many bytes more; fewer when an attempt is begun again."""
@@ -51,16 +73,22 @@ class Meter:
 
     def _line(self, now: float) -> None:
         rate = self._done / (now - self._began)
-        left = f", about {(self._total - self._done) / rate:.0f} s left" if self._done > self._total / 50 else ""
+        is_steady = self._compiled is None or now - self._compiled > LINE_S
+        known = self._done > self._total / 50 and is_steady
+        left = f", about {(self._total - self._done) / rate:.0f} s left" if known else ""
         print(
-            f"{self._what}: {self._done / self._total:.0%} of {_size(self._total)}, {_size(rate)}/s{left}",
+            f"{self._what}: {self._done / self._total:.0%} of {self._size(self._total)}, {self._size(rate)}/s{left}",
             file=sys.stderr,
             flush=True,
         )
 
+    def _size(self, count: float) -> str:
+        return _size(count) if self._unit == "bytes" else f"{count:,.0f} {self._unit}"
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._exit.close()
         if self._bar:
             self._bar.stop()
 

@@ -46,13 +46,13 @@ def act(spec: RecommendSpec) -> Said:
         checkpoint, spec.backend.kind, spec.backend.memory_gb, context_tokens=spec.context_tokens
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("quant", "weights", "bits a weight", "fits"):
-        table.add_column(column, justify="left" if column == "quant" else "right")
+    for column in ("quant", "weights", "bits a weight", "fits", ""):
+        table.add_column(column, justify="left" if column in ("quant", "") else "right", overflow="fold")
     for each in found.candidates:
         weights = "-" if each.weight_bytes is None else size(each.weight_bytes)
         bits = "-" if each.bits_per_weight is None else f"{each.bits_per_weight:.2f}"
         verdict = "taken" if each.preset == found.scheme else "yes" if each.fits else "no"
-        table.add_row(each.preset, weights, bits, verdict)
+        table.add_row(each.preset, weights, bits, verdict, each.why if each.weight_bytes is None else "")
     steps = [line for line in found.arithmetic if not line.startswith("  ")]
     take = [] if found.scheme is None else ["", f"quant={found.scheme} strategy={found.strategy}"]
     document = {
@@ -69,10 +69,11 @@ VERB = Verb(
     RecommendSpec,
     act,
     (
-        ("model.path=DIR", "for this machine"),
-        ("model.path=DIR backend=cuda backend.memory_gb=24", "for another one's GPU"),
-        ("model.path=DIR backend=mlx backend.memory_gb=16 format=json", "for a program"),
+        ("DIR", "for this machine; the same as model.path=DIR"),
+        ("DIR backend=cuda backend.memory_gb=24", "for another one's GPU"),
+        ("DIR backend=mlx backend.memory_gb=16 format=json", "for a program"),
     ),
+    positional=("model.path",),
 )
 main = VERB.main
 

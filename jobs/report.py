@@ -53,8 +53,9 @@ def document(
     completed: Completed,
     found: Sequence[Finding],
     run: Mapping[str, Any],
+    quality: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """weightmill.json: everything but `run` is the same however often and wherever the job runs."""
+    """weightmill.json: all but `run` and `quality`, which machines compute, is the same wherever the job runs."""
     resolved = spec.resolved()
     return {
         "format": FORMAT,
@@ -68,6 +69,7 @@ def document(
         "lint": lint_document(found),
         "tensors": [tensor_document(tensor) for tensor in results.tensors],
         "versions": versions(),
+        **({} if quality is None else {"quality": quality}),
         "run": {**run, "request": resolved},
     }
 
@@ -297,8 +299,28 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
         *(f"{run[f'{phase}_s']:.2f}" for phase in ("read", "encode", "measure", "write")),
         size(run["peak_anonymous_bytes"]), f"{run['units']} ({run['units_resumed']} done before)",
     )  # fmt: skip
-    parts.append(speed)
+    parts += [speed, *([quality_text(document["quality"])] if "quality" in document else [])]
     return Group(*parts)
+
+
+def quality_text(quality: Mapping[str, Any]) -> RenderableType:
+    """What an output computes, against its original."""
+    table = _table(f"over {quality['tokens']:,} tokens of {quality['text']}", " ", "95 %", "", right=(" ",))
+    spread = f"99 % of tokens below {quality['kl_p99']:.4f}, none above {quality['kl_max']:.4f}"
+    table.add_row("KL(original || output), nats a token", f"{quality['kl']:.5f}", _interval(quality, "kl"), spread)
+    table.add_row(
+        "perplexity, times the original's",
+        f"{quality['perplexity_ratio']:.5f}",
+        _interval(quality, "perplexity_ratio"),
+        f"{quality['perplexity']:.4f}, the original's {quality['perplexity_original']:.4f}",
+    )
+    seconds = f"{quality['seconds']:.1f} s, the original {quality['reference_seconds']:.1f} s"
+    table.add_row("same token most likely", f"{quality['top1']:.2%}", "", f"in {quality['engine']}; {seconds}")
+    return table
+
+
+def _interval(quality: Mapping[str, Any], name: str) -> str:
+    return f"{quality[f'{name}_low']:.5f} to {quality[f'{name}_high']:.5f}"
 
 
 def _times(ratio: float) -> str:
@@ -323,7 +345,7 @@ def lint_document(found: Sequence[Finding]) -> list[dict[str, Any]]:
 def findings_text(found: Sequence[Finding]) -> RenderableType:
     """Findings for people: what, where it matters, what to do."""
     if not found:
-        return Text("no findings: what its engine reads is there, and says what is stored", style="green")
+        return Text("no findings: nothing was found that its engine would stumble over", style="green")
     table = _table("", "what", "what will happen", "what to do")
     for finding in found:
         style = "red" if finding.level == "fault" else "yellow"

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import getpass
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,17 +22,22 @@ from rich.text import Text
 from jobs import report
 from jobs.console import FAILED, Said, note
 from jobs.journal import Record
-from jobs.metrics import error_by_layer, metrics, table_columns
+from jobs.judging import judged, pass_gate
+from jobs.metrics import error_by_layer, metrics, quality_metrics, table_columns
+from jobs.mixing import mix_document
 from jobs.plots import plots
 from jobs.preparing import TARGET, Planned, notes_of, plan_document
 from jobs.publish import complete, is_published, publish
 from jobs.tracking import SWEEP, NoRun, Recorder, Run, open_run
 from jobs.unit import Share
+from loaders.auto_quant import AutoQuant
 from loaders.checkpoint import OUR_REPORT, read_json
-from loaders.errors import BadSpec, StorageError, VerifyFailed, WeightmillError
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.integrity import text_digest
 from loaders.lint import Finding, lint_folder
 from loaders.quantization.gate import Gate
+
+CHOSEN = "quant.chosen."  # every tensor by name: it is an artifact, not a parameter
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,33 @@ class Job:
         results = report.Results(tuple(self.records[unit.id] for unit in planned.plan.units))
         _pass_gate(planned, results)
         completed = complete(planned.plan, planned.target, planned.journal, results.records)
+        quality = self._judge([row["xxh3"] for row in completed.weights])
         found = lint_folder(planned.journal.files)
         document = report.document(
-            planned.spec, planned.plan, planned.target, results, completed, found, self._about(done, results)
+            planned.spec, planned.plan, planned.target, results, completed, found, self._about(done, results), quality
         )
         publish(planned.journal, document, overwrite=planned.spec.output.overwrite)
         return document
+
+    def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
+        """With verify=logits, what the finished files compute; the numbers of one that fails are tracked, too.
+
+        Raises:
+            VerifyFailed: it is beyond a limit, or its engine computes nothing of use.
+        """
+        judging, journal = self.planned.judging, self.planned.journal
+        if judging is None:
+            return None
+        try:
+            quality = judged(judging, journal.files, journal.output.name, journal.root, digests).to_json()
+        except BadCheckpoint as error:
+            raise VerifyFailed(f"not published: {error}") from error
+        try:
+            pass_gate(judging.spec, quality, journal.output)
+        except VerifyFailed:
+            self.run.metrics(quality_metrics({"quality": quality}))
+            raise
+        return quality
 
     def _about(self, done: Pass, results: report.Results) -> dict[str, Any]:
         """The report's `run`: when, where and how fast."""
@@ -198,12 +225,13 @@ class Job:
 
     def _open_run(self, recorder: Recorder | None) -> Run:
         spec, planned = self.planned.spec, self.planned
-        params = {key: value for key, value in report.flat(spec.resolved()) if value is not None}
+        params = {k: v for k, v in report.flat(spec.resolved()) if v is not None and not k.startswith(CHOSEN)}
         tags = {
             "weightmill.kind": "job",
             "weightmill.source": planned.plan.checkpoint.fingerprint,
             "weightmill.output": str(planned.journal.output),
             "weightmill.git_commit": _git_commit(),
+            **_shown_by_mlflow(),
             **{f"weightmill.version.{name}": version for name, version in report.versions().items()},
             **sweep_tags(self.sweep, self.number),
         }
@@ -245,6 +273,17 @@ def _pass_gate(planned: Planned, results: report.Results) -> None:
 
 
 @cache
+def _shown_by_mlflow() -> dict[str, str]:
+    """Tags from which its pages tell who made a run, and with what."""
+    found = {"mlflow.source.name": "python -m jobs.run", "mlflow.source.type": "LOCAL"}
+    if _git_commit() != "none":
+        found["mlflow.source.git.commit"] = _git_commit()
+    with suppress(KeyError, OSError):  # a user without a name, as in many containers
+        found["mlflow.user"] = getpass.getuser()
+    return found
+
+
+@cache
 def _git_commit() -> str:
     """The commit of this checkout of weightmill, or "none" for an installed one."""
     here = Path(__file__).resolve().parent.parent
@@ -258,12 +297,26 @@ def _track(planned: Planned, run: Run, document: Mapping[str, Any]) -> None:
     """Log the report."""
     if not run.is_tracked:
         return
+    run.describe(_description(planned, document))
     run.metrics(metrics(document))
     run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(document).items()])
     run.table("tensors.json", table_columns(document))
     run.document("plan.json", plan_document(planned, notes_of(planned)))
     run.document(OUR_REPORT, document)
+    if isinstance(planned.spec.quant, AutoQuant):
+        run.document("mix.json", mix_document(planned.spec.quant, planned.target.decisions))
     run.figures(lambda folder: plots(document, folder))
+
+
+def _description(planned: Planned, document: Mapping[str, Any]) -> str:
+    """What came of the job, in a few words of Markdown."""
+    total = document["totals"]
+    error = (total["changed"] or {}).get("relative_error", 0.0)
+    return (
+        f"**{planned.spec.model_name} to {planned.spec.quant.name}**: {total['bits_per_weight']:.3f} bits a weight,"
+        f" {total['ratio']:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{planned.journal.output}`\n\n"
+        "Error by layer: Model metrics, `layer/relative_error`. Every tensor: Artifacts, `tensors.json`."
+    )
 
 
 def _wait(run: Run) -> str:

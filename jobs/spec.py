@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from jobs.strategies import StrategySpec
 from jobs.strict import FloatName, Format, Spec
+from loaders.auto_quant import QuantSpec
 from loaders.families import ROLES
-from loaders.quants import Quant, QuantSpec
+from loaders.quants import Quant
 from loaders.rules import Rule
 from loaders.specs import DTYPES
 
@@ -22,6 +23,7 @@ MB = 1_000_000
 OBJECTIVES = (
     "error/relative", "error/worst", "error/max", "size/bits_per_weight", "size/output_bytes", "time/wall_s",
     "load/gigabytes_per_second", "load/peak_anonymous_bytes",
+    "quality/kl", "quality/perplexity", "quality/perplexity_ratio", "quality/top1",
 )  # fmt: skip
 STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
 
@@ -145,7 +147,9 @@ class OutputSpec(Spec):
         description="the kind of weight files; auto: the layout's usual one"
     )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
-    overwrite: bool = Field(description="replace an earlier output of weightmill at this path")
+    overwrite: bool = Field(
+        description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
+    )
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
 
 
@@ -183,13 +187,51 @@ class TrackingSpec(Spec):
         return uri
 
 
-class VerifySpec(Spec):
-    """conf/verify: the gate."""
+class WeightsGate(Spec):
+    """What holds for every tensor."""
 
     allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
     max_relative_error: float | None = Field(
         gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; never above the scheme's own limit"
     )
+
+
+class StrictSpec(WeightsGate):
+    """conf/verify/strict: the weights."""
+
+    kind: Literal["strict"] = "strict"
+
+
+class LogitsSpec(WeightsGate):
+    """conf/verify/logits: the weights, and what the output computes in its engine."""
+
+    kind: Literal["logits"]
+    text: str | None = Field(description="logits: a file of UTF-8 text to predict; null: one that comes along")
+    tokens: int = Field(ge=32, description="logits: how many tokens of the text to take, at most")
+    window: int = Field(ge=16, description="logits: tokens that are seen at once; no more than the model's positions")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        description="logits: where original and output run; auto: on a GPU, where the engine can use one"
+    )
+    dtype: FloatName = Field(
+        description="logits: of float arithmetic; below float32 its own rounding is measured along with the weights'"
+    )
+    max_kl: float | None = Field(gt=0, description="logits: fail above this mean KL(original || output), nats a token")
+    max_perplexity_ratio: float | None = Field(
+        gt=0, description="logits: fail if the output's perplexity is more than so many times the original's"
+    )
+    min_top1: float | None = Field(
+        gt=0, le=1, description="logits: fail if both find the same token most likely for less than this share"
+    )
+
+    @field_validator("window")
+    @classmethod
+    def _there_are_two(cls, window: int, about: ValidationInfo) -> int:
+        if window > about.data.get("tokens", 2 * window) // 2:
+            raise ValueError(f"expected at most half of verify.tokens={about.data['tokens']}: an interval takes two")
+        return window
+
+
+VerifySpec = Annotated[StrictSpec | LogitsSpec, Field(discriminator="kind")]
 
 
 class JobSpec(Spec):
@@ -219,6 +261,13 @@ class JobSpec(Spec):
             if name not in OBJECTIVES:
                 raise ValueError(f"expected some of {', '.join(OBJECTIVES)}")
         return names
+
+    @model_validator(mode="after")
+    def _objectives_are_measured(self) -> JobSpec:
+        for name in self.objective:
+            if name.startswith("quality/") and self.verify.kind != "logits":
+                raise ValueError(f"objective: {name} is measured with verify=logits")
+        return self
 
     @model_validator(mode="after")
     def _rules_fit_the_quant(self) -> JobSpec:

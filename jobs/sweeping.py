@@ -6,6 +6,7 @@ MLflow, and does nothing for jobs whose outputs are there.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -19,7 +20,19 @@ from rich.text import Text
 
 from jobs import report
 from jobs.checking import check
-from jobs.comparison import Candidate, candidate_of, differing, differing_text, front_text, pareto, table, to_json
+from jobs.comparison import (
+    ERROR,
+    KL,
+    Candidate,
+    candidate_of,
+    differing,
+    differing_text,
+    front_text,
+    pareto,
+    table,
+    to_json,
+    whole,
+)
 from jobs.compose import Composed, Request, sweep
 from jobs.console import DONE, FAILED, WRONG, Said, note
 from jobs.metrics import metrics
@@ -66,6 +79,7 @@ class Sweep:
         self._names: dict[int, str] = {}
         self._run_ids: dict[int, str | None] = {}
         self._reads: list[Read] = []
+        self._repeats: dict[int, int] = {}  # what a search tried more than once, with the first of it
         self._recorder = Recorder()
 
     # --- a batch
@@ -74,8 +88,10 @@ class Sweep:
         """Do a batch; the objective of each job, or its error where a sweeper searches."""
         self._names |= {job.number: job.name for job in composed}
         refused = self._check(composed)
-        refused += self._same_place([job for job in composed if job.number in self._specs])
-        planned = plan_all([(j.number, self._specs[j.number]) for j in composed if j.number in self._specs])
+        again = self._tried_before(composed) if searches else {}
+        fresh = [job for job in composed if job.number in self._specs and job.number not in again]
+        refused += self._same_place(fresh)
+        planned = plan_all([(j.number, self._specs[j.number]) for j in fresh])
         for job in composed:
             plan = planned.get(job.number)
             if isinstance(plan, BadSpec):
@@ -88,7 +104,16 @@ class Sweep:
         for each in refused:
             self.outcomes[each.job.number] = BadSpec(each.problem)
         self._run({n: p for n, p in planned.items() if isinstance(p, Planned) and n not in self.outcomes})
+        self.outcomes |= {number: self.outcomes[first] for number, first in again.items()}
+        self._repeats |= again
         return [self._result(job.number, searches) for job in composed]
+
+    def _tried_before(self, composed: Sequence[Composed]) -> dict[int, int]:
+        """Jobs that a search tries once more, with the numbers of those that they repeat."""
+        wanted = {number: json.dumps(spec.resolved()) for number, spec in self._specs.items()}
+        first = {text: number for number, text in sorted(wanted.items(), reverse=True)}
+        mine = [job.number for job in composed if job.number in wanted]
+        return {number: first[wanted[number]] for number in mine if first[wanted[number]] != number}
 
     def _check(self, composed: Sequence[Composed]) -> list[Refused]:
         """Check every job's values; those that are no job."""
@@ -162,8 +187,9 @@ class Sweep:
 
     def said(self) -> Said:
         """The table, the front, and where to look further."""
-        candidates = [self._candidate(number) for number in sorted(self._names)]
-        front = pareto(candidates)
+        candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
+        error = KL if any(KL in c.metrics for c in candidates) else ERROR
+        front = pareto(candidates, error)
         page = self._page()
         reads: list[RenderableType] = [
             f"{read.source}: {report.size(read.bytes_read)} of {report.size(read.source_bytes)} read once for"
@@ -172,15 +198,18 @@ class Sweep:
             for read in self._reads
         ]
         failed = [n for n, outcome in sorted(self.outcomes.items()) if isinstance(outcome, WeightmillError)]
+        if self._repeats:
+            reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
         text = Group(
-            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front), "",
-            differing_text(differing(candidates)), "", *reads, *faults, *([page] if page else []),
+            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front, error), "",
+            differing_text(differing(candidates)), "", *reads, *faults, *([whole(page)] if page else []),
         )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",
             "sweep": self.id,
             "jobs": [self._document(number) for number in sorted(self._names)],
+            "error": error,
             "pareto": front,
             "candidates": [to_json(candidate) for candidate in candidates],
             "passes": [asdict(read) for read in self._reads],
@@ -218,7 +247,8 @@ class Sweep:
         spec = next((s for s in self._specs.values() if s.tracking.kind == "mlflow"), None)
         if not ids or spec is None:
             return None
-        return compare_page(spec.tracking, Path(spec.output.root), ids, self._recorder.experiment_of(spec.tracking))
+        experiment = self._recorder.experiment_of(spec.tracking)
+        return compare_page(spec.tracking, Path(spec.output.root), ids, experiment, self.id)
 
 
 def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:

@@ -32,6 +32,10 @@ LONGEST_PARAM = 6000
 METRICS_AT_ONCE = 1000
 PARAMS_AT_ONCE = 100
 BEAT_S = 30.0
+COMPARED = 20  # runs that a compare page can show side by side; more are listed
+# MLflow 3 shows experiments and runs as those of language-model traces unless it is told otherwise
+TRAINING = "workflowType=machine_learning"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 HOST, PID, HEARTBEAT, SWEEP = "weightmill.host", "weightmill.pid", "weightmill.heartbeat", "weightmill.sweep"
 
 
@@ -68,6 +72,10 @@ class Run(Protocol):
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
 
+    def describe(self, text: str) -> None:
+        """What the run's page says first, in Markdown."""
+        ...
+
     def end(self, status: str) -> None:
         """End as FINISHED, FAILED or KILLED, when all before is logged."""
         ...
@@ -95,6 +103,8 @@ class NoRun:
     def document(self, name: str, value: Any) -> None: ...
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
+
+    def describe(self, text: str) -> None: ...
 
     def end(self, status: str) -> None: ...
 
@@ -227,6 +237,9 @@ class BackgroundRun:
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         self._later("table", name, columns)
 
+    def describe(self, text: str) -> None:
+        self._later("describe", text)
+
     def end(self, status: str) -> None:
         self._later("close", status)
 
@@ -255,7 +268,8 @@ class MlflowRun:
         self._client, self._uri, self._experiment = recorder.store(spec, root)
         self._run = self._find(key, tags) or self._new(name, {**tags, "weightmill.key": key})
         self.run_id = self._run
-        self.address = f"{self._uri} run {self._run}"
+        page = f"{self._uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
+        self.address = page if self._uri.startswith("http") else f"{self._uri} run {self._run}"
         self._log_params(params)
         recorder.live(self._run, self._client)
 
@@ -313,19 +327,33 @@ class MlflowRun:
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         rows = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         self._client.log_dict(self._run, rows, name)
+        shown = [{"path": name, "type": "table"}]  # or the page would print it as JSON
+        self._client.set_tag(self._run, "mlflow.loggedArtifacts", json.dumps(shown))
+
+    def describe(self, text: str) -> None:
+        self._client.set_tag(self._run, "mlflow.note.content", text)
 
     def close(self, status: str) -> None:
         self._recorder.ended(self._run)
         self._client.set_terminated(self._run, status)
 
 
-def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str) -> str:
-    """Where MLflow shows runs side by side: an address, or the command that serves it and the address then."""
-    chosen = f"runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
+def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str, sweep: str | None = None) -> str:
+    """Where MLflow shows runs side by side, or lists those of a sweep if they are too many for that: an address, or
+    the command that serves it and the address then.
+    """
+    page = (
+        f"#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}&{TRAINING}"
+    )
+    if len(runs) > COMPARED:
+        mine = f"tags.`{SWEEP}` = '{sweep}'"
+        page = f"#/experiments/{experiment}/runs?{TRAINING}" + (
+            f"&searchFilter={quote(mine, safe='')}" if sweep else ""
+        )
     uri = spec.uri or default_uri(root)
     if uri.startswith("http"):
-        return f"compare: {uri.rstrip('/')}/#/compare-runs?{chosen}"
-    return f"compare: mlflow ui --backend-store-uri {uri}   and then http://127.0.0.1:5000/#/compare-runs?{chosen}"
+        return f"compare: {uri.rstrip('/')}/{page}"
+    return f"compare: mlflow ui --backend-store-uri {uri}   and then http://127.0.0.1:5000/{page}"
 
 
 def here() -> dict[str, str]:
@@ -337,6 +365,7 @@ def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # we say where a run is
     from mlflow.tracking import MlflowClient
 
     for chatty in ("mlflow", "alembic"):
@@ -359,7 +388,9 @@ def _store_lock(uri: str) -> AbstractContextManager[object]:
         return nullcontext()
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_S)
+    lock = path.with_name(f".{path.name}.lock")
+    lock.touch()  # where nothing can be written, waiting for the lock would not help
+    return FileLock(lock, timeout=LOCK_S)
 
 
 def _experiment(client: Any, name: str, uri: str, root: Path) -> str:
@@ -367,4 +398,4 @@ def _experiment(client: Any, name: str, uri: str, root: Path) -> str:
     if found is not None:
         return str(found.experiment_id)
     local = (root / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-    return str(client.create_experiment(name, artifact_location=local))
+    return str(client.create_experiment(name, artifact_location=local, tags=EXPERIMENT_TAGS))

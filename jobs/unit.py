@@ -59,10 +59,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class UnitTask:
-    """Everything a worker needs to run a unit: small, and only paths.
-
-    `steps` are runs of the unit's tensors: after each, the shares whose tensors are all done are finished.
-    """
+    """Everything a worker needs to run a unit: small, and only paths."""
 
     unit: Unit
     root: Path
@@ -70,7 +67,6 @@ class UnitTask:
     strategy: WeightLoader
     backend: str
     threads: int
-    steps: tuple[tuple[Recipe, ...], ...] = ()
     in_place: bool = False  # pieces go into the file they are ranges of, which is there: for one process only
 
     @property
@@ -134,15 +130,15 @@ def run_unit(
                         share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
                     )
             passes = UnitPass(reader, work, runs, on_bytes)
-            for step in (task.steps or (unit.recipes,)) if runs else ():
-                for recipe in (r for r in step if r.source_bytes > SMALL):
-                    passes.tensor(recipe, task.threads)
-                work.each([r for r in step if r.source_bytes <= SMALL], passes.tensor)
-                for run in runs.values():
-                    work.check()
-                    run.finish_if_done()
-                if all(run.error is not None for run in runs.values()):  # it is the source's, or everybody's
-                    raise next(run.error for run in runs.values() if run.error is not None)
+            for recipe in (r for r in unit.recipes if runs and r.source_bytes > SMALL):
+                passes.tensor(recipe, task.threads)
+            work.each([r for r in unit.recipes if runs and r.source_bytes <= SMALL], passes.tensor)
+            for run in runs.values():
+                work.check()
+                run.finish()
+            errors = [run.error for run in runs.values() if run.error is not None]
+            if errors and len(errors) == len(runs):  # it is the source's, or everybody's
+                raise errors[0]
         finally:
             for run in runs.values():
                 run.abort()
@@ -172,7 +168,6 @@ class TargetRun:
         self.faults: list[tuple[float, str]] = []
         self._measured: dict[str, Measured] = {}
         self._finished: Finished | None = None
-        self._record: Record | None = None
         self._files: PartFiles | None = None
         output = share.unit.outputs[share.target]
         self.placements = {placement.recipe: placement for placement in output.placements}
@@ -212,14 +207,11 @@ class TargetRun:
         if fault:
             self.faults.append((error.relative_error, fault))
 
-    def finish_if_done(self) -> None:
-        """Make the files whole once all their tensors are in them, unless something is wrong."""
-        if self._files is None or self._finished or self.failure or len(self._measured) < len(self.placements):
-            return
-        with self.guarded():
-            self._finished = self._files.finish([self._measured[name] for name in self.placements])
-            if not self._is_alone:  # a step of a longer task: what is done is done, whatever becomes of the rest
-                self.record(LoadStats())
+    def finish(self) -> None:
+        """Make the files whole, unless something is wrong."""
+        if self._files is not None and not self.failure:
+            with self.guarded():
+                self._finished = self._files.finish([self._measured[name] for name in self.placements])
 
     @property
     def failure(self) -> str:
@@ -234,20 +226,19 @@ class TargetRun:
 
     def record(self, load: LoadStats) -> Record:
         """Leave the record: the unit is done for this target."""
-        if self._record is None:
-            unit = self._share.unit
-            written, tensors = self._finished or ((), ())
-            spent = self.timer.seconds()
-            own = LoadStats(
-                files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
-                wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
-                read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
-                write_s=spent["write_s"], **self._warmth,
-            )  # fmt: skip
-            key = unit.key(self._share.target)
-            self._record = Record(unit.id, key, written, tensors, own, socket.gethostname(), self._attempt)
-            self._journal.add(self._record)
-        return self._record
+        unit = self._share.unit
+        written, tensors = self._finished or ((), ())
+        spent = self.timer.seconds()
+        own = LoadStats(
+            files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
+            wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
+            read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
+            write_s=spent["write_s"], **self._warmth,
+        )  # fmt: skip
+        key = unit.key(self._share.target)
+        record = Record(unit.id, key, written, tensors, own, socket.gethostname(), self._attempt)
+        self._journal.add(record)
+        return record
 
     def abort(self) -> None:
         if self._files is not None:

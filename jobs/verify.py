@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from jobs.console import Said, Verb
-from jobs.spec import ClusterSpec
+from jobs.spec import ClusterSpec, VerifySpec
 from jobs.strategies import StrategySpec
 from jobs.strict import Format, Spec
 
@@ -30,6 +30,7 @@ class VerifyRequest(Spec):
 
     output: OutputPlace
     model: SourcePlace
+    verify: VerifySpec
     strategy: StrategySpec
     cluster: ClusterSpec
     format: Format = Field(description="text, or json: one document on standard output")
@@ -39,7 +40,7 @@ def act(spec: VerifyRequest) -> Said:
     """Verify."""
     from jobs.verifying import verify_output
 
-    return verify_output(Path(spec.output.path), spec.model.path, spec.cluster, spec.strategy)
+    return verify_output(Path(spec.output.path), spec.model.path, spec.cluster, spec.strategy, spec.verify)
 
 
 VERB = Verb(
@@ -48,9 +49,12 @@ VERB = Verb(
     VerifyRequest,
     act,
     (
-        ("output.path=OUT", "against the source it was made from"),
-        ("output.path=OUT model.path=DIR", "the source has moved to DIR"),
+        ("OUT", "against the source it was made from; the same as output.path=OUT"),
+        ("OUT model.path=DIR", "the source has moved to DIR"),
+        ("OUT verify=logits", "and what it computes in its engine; the numbers go into its report"),
+        ("OUT verify=logits verify.text=FILE verify.max_kl=0.05", "over your text, with a limit"),
     ),
+    positional=("output.path",),
 )
 main = VERB.main
 

@@ -1,7 +1,7 @@
 """Verifying an output again: the same units, nothing encoded.
 
 Every file must hash as its report says; every tensor, decoded and compared with the source, must pass the gate and come
-to the very sums that were recorded when it was written.
+to the very sums that were recorded when it was written. With verify=logits it then runs in its engine.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from rich.console import Group
 
 from jobs.clusters import choose
 from jobs.console import FAILED, Said
 from jobs.execution import UnitFailed
+from jobs.judging import Judging, faults_of, judged, judging_of
 from jobs.planning import FORMAT, Placement, Plan, Unit, json_bytes, make_plan
 from jobs.preparing import TARGET, target_of
 from jobs.progress import Meter
 from jobs.publish import files_of_others
-from jobs.report import tensor_errors
-from jobs.spec import ClusterSpec, JobSpec
+from jobs.report import quality_text, tensor_errors
+from jobs.spec import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.strategies import StrategySpec, reading
 from jobs.unit import SMALL
+from loaders.atomic import write_file
 from loaders.backends import kernels_of
 from loaders.checkpoint import OUR_REPORT, Checkpoint, open_checkpoint, read_json
-from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, io_errors
 from loaders.integrity import BLOCK, hash_file
 from loaders.quantization.gate import Gate
 from loaders.quantization.measure import measure
@@ -124,16 +127,25 @@ def _file_faults(task: VerifyTask, row: Mapping[str, Any]) -> list[str]:
     return faults or [f"{path.name}: what stands around its tensors is not as it was written"]
 
 
-def verify_output(output: Path, source: str | None, cluster_spec: ClusterSpec, strategy_spec: StrategySpec) -> Said:
-    """Verify an output against its source, which may have moved.
+def verify_output(
+    output: Path,
+    source: str | None,
+    cluster_spec: ClusterSpec,
+    strategy_spec: StrategySpec,
+    verify: VerifySpec | None = None,
+) -> Said:
+    """Verify an output against its source, which may have moved. The limits of `verify` come on top of the job's own.
 
     Raises:
         BadSpec: it is no output of weightmill, of another version, or the source is not the one it was made from.
         BadCheckpoint: a file of either is damaged beyond reading.
     """
     report = read_report(output)
-    spec = _recorded_spec(report, source)
+    spec = _recorded_spec(report, source, verify)
     plan = _plan_again(spec, report)
+    judging = None
+    if isinstance(verify, LogitsSpec):
+        judging = judging_of(verify, plan, plan.targets[TARGET], output.parent)
     written = open_checkpoint(output)
     faults = _list_faults(plan, written, report)
     checked = 0
@@ -151,7 +163,20 @@ def verify_output(output: Path, source: str | None, cluster_spec: ClusterSpec, s
                     checked += outcome.tensors
         finally:
             cluster.close()
-    return _said(output, plan, checked, faults)
+    quality = None if judging is None or faults else _judge(judging, output, report, faults)
+    return _said(output, plan, checked, faults, quality)
+
+
+def _judge(judging: Judging, output: Path, report: Mapping[str, Any], faults: list[str]) -> dict[str, Any] | None:
+    """Evaluate an output, add what is wrong to the faults, and put the numbers into its report."""
+    try:
+        quality = judged(judging, output, output.name).to_json()
+    except (BadCheckpoint, VerifyFailed) as error:
+        faults.append(str(error))
+        return None
+    faults += faults_of(judging.spec, quality)
+    write_file(output / OUR_REPORT, json_bytes({**report, "quality": quality}))
+    return quality
 
 
 def read_report(output: Path) -> dict[str, Any]:
@@ -171,9 +196,11 @@ def read_report(output: Path) -> dict[str, Any]:
     return report
 
 
-def _recorded_spec(report: Mapping[str, Any], source: str | None) -> JobSpec:
+def _recorded_spec(report: Mapping[str, Any], source: str | None, verify: VerifySpec | None) -> JobSpec:
     try:
-        spec = JobSpec.model_validate({**report["run"]["request"], **report["job"]}, strict=False)
+        job = {**report["run"]["request"], **report["job"]}
+        job["verify"] = _both({"kind": "strict", **job["verify"]}, verify)
+        spec = JobSpec.model_validate(job, strict=False)
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
     if source is None:
@@ -182,6 +209,15 @@ def _recorded_spec(report: Mapping[str, Any], source: str | None) -> JobSpec:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
     named = {"path": source, "name": spec.model_name}  # its files may be called after where it was
     return spec.model_copy(update={"model": spec.model.model_copy(update=named)})
+
+
+def _both(recorded: dict[str, Any], asked: VerifySpec | None) -> dict[str, Any]:
+    """The gate that an output was made under, wider or narrower by what is asked now."""
+    if asked is None:
+        return recorded
+    limits = [each for each in (recorded["max_relative_error"], asked.max_relative_error) if each is not None]
+    lets_pass = recorded["allow_nonfinite"] or asked.allow_nonfinite
+    return {**recorded, "allow_nonfinite": lets_pass, "max_relative_error": min(limits, default=None)}
 
 
 def _plan_again(spec: JobSpec, report: Mapping[str, Any]) -> Plan:
@@ -304,16 +340,19 @@ def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:
     return WeightSpec(slot.name, slot.dtype, slot.shape, whole.file, whole.offset + offset, slot.size)
 
 
-def _said(output: Path, plan: Plan, checked: int, faults: list[str]) -> Said:
+def _said(output: Path, plan: Plan, checked: int, faults: list[str], quality: Mapping[str, Any] | None) -> Said:
     document = {
         "status": "failed" if faults else "verified",
         "output": str(output),
         "source": str(plan.checkpoint.root),
         "tensors": checked,
         "faults": faults,
+        **({} if quality is None else {"quality": quality}),
     }
+    shown = [] if quality is None else [quality_text(quality)]
     if not faults:
-        return Said(document, f"verified: {output}: {checked} tensors, every byte and every error as recorded")
+        text = f"verified: {output}: {checked} tensors, every byte and every error as recorded"
+        return Said(document, Group(text, *shown))
     lines = [f"NOT right: {output}: {len(faults)} fault(s)", *(f"  {fault}" for fault in faults[:SHOWN])]
     lines += [f"  ... and {len(faults) - SHOWN} more (format=json lists all)"] if len(faults) > SHOWN else []
-    return Said(document, "\n".join(lines), FAILED)
+    return Said(document, Group(*lines, *shown), FAILED)

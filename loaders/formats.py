@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from loaders.checkpoint import SUFFIXES, open_checkpoint
-from loaders.containers import READERS
+from loaders.containers import READERS, packed
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
 
 LONGEST_HEADER = 1 << 30
@@ -32,7 +32,8 @@ def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
     """The format of a file, or of the weights that a folder holds.
 
     A file's bytes decide, whatever it is called. Those of other things (and pickles of before 2020 that do not say
-    what they hold, unless they are called .bin, .pt or .pth) are UNKNOWN; so is a folder without weights.
+    what they hold, unless they are called .bin, .pt or .pth) are UNKNOWN; so is a folder without weights. Packed
+    files have no first bytes of their own: they are known by their names and their manifest, which is checked.
 
     Raises:
         BadSpec: nothing is there.
@@ -47,10 +48,15 @@ def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
     with io_errors("reading", path), path.open("rb") as file:
         first = file.read(64)
         size = os.fstat(file.fileno()).st_size
+    is_torch = first[:4] == b"PK\x03\x04" or LEGACY_TORCH in first
+    if not is_torch and (folder := packed.folder_of(path)) is not None:
+        packed.read(folder)
+        return WeightFormat.PACKED
     named = _by_name(path)
     found = _by_bytes(path, first, size, named)
     if found is WeightFormat.UNKNOWN and named is not WeightFormat.UNKNOWN:
-        raise BadCheckpoint(f"{path}: its name says {named.value}, but {_what(first, size)}; fetch it again")
+        lone = f", with {packed.MANIFEST} beside it if it is packed" if path.name == packed.WEIGHTS else ""
+        raise BadCheckpoint(f"{path}: its name says {named.value}, but {_what(first, size)}; fetch it again{lone}")
     return found
 
 

@@ -12,6 +12,7 @@ from loaders.backends import DEVICES
 from loaders.errors import BadSpec
 from loaders.presets import DEFAULT, preset
 from loaders.quants import Quant
+from loaders.strategies import loader
 from loaders.strict import FloatName, Spec
 
 
@@ -35,6 +36,15 @@ class LoadConfig(Spec):
     expected_shapes: dict[str, tuple[int, ...]] | None = Field(
         default=None, description="by name, what must be there, and nothing else (of what the filter takes)"
     )
+
+    def __init__(self, **values: Any) -> None:
+        """Raises BadSpec: a field is unknown or wrong; all such faults at once."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise BadSpec([_said(each) for each in error.errors()]) from None
+        loader(self.strategy)
+        self.quant  # noqa: B018  it raises where there is no such preset, or no such setting of it
 
     @field_validator("device")
     @classmethod
@@ -64,10 +74,20 @@ def load_config(config: Mapping[str, Any]) -> LoadConfig:
     Raises:
         BadSpec: a field is unknown or wrong; all such faults at once.
     """
-    try:
-        return LoadConfig.model_validate(dict(config))
-    except ValidationError as error:
-        raise BadSpec([f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from None
+    if not isinstance(config, Mapping):
+        raise BadSpec(
+            f"config: expected a LoadConfig or a mapping of its fields, such as {{'quantize': 'nf4'}}, found {config!r}"
+        )
+    return LoadConfig(**config)
+
+
+def _said(fault: Any) -> str:
+    """What is wrong with a field."""
+    where = ".".join(map(str, fault["loc"]))
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg']}"
+    known = ", ".join(LoadConfig.model_fields)
+    return f"{where}: no such field; known: {known}. A preset's own settings go into settings={{{where!r}: ...}}"
 
 
 def matches(name: str, filters: str | Sequence[str] | None) -> bool:

@@ -16,6 +16,7 @@ from loaders.backends.devices import torch_device
 from loaders.backends.placing import as_torch
 from loaders.checking import validate_weight_shapes
 from loaders.checkpoint import Checkpoint, open_checkpoint, open_file
+from loaders.containers import packed
 from loaders.decoding import check_decodable, is_quantized
 from loaders.encoded import QuantizedTensor, float_dtype
 from loaders.encoding import Item, Made, make
@@ -34,6 +35,7 @@ from loaders.sources import recipes_of
 from loaders.specs import DTYPES, WEIGHT_DTYPES, WeightSpec, storage_of
 from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
 from loaders.strategies import WeightLoader, loader
+from loaders.strategies.base import by_warmth, cached_share
 
 CACHE_FORMAT = 1
 Weights = dict[str, Any]  # torch tensors; QuantizedTensor where a scheme made one
@@ -41,7 +43,9 @@ Weights = dict[str, Any]  # torch tensors; QuantizedTensor where a scheme made o
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Beside loaded weights: `compression` is None where nothing was quantized, `notes` say what was decided."""
+    """Beside loaded weights: `compression` is None where nothing was quantized, `notes` say what was decided. With
+    `from_cache`, what was made of weights came from disk, and `load` counts the source's bytes that it stands for.
+    """
 
     load: LoadStats
     compression: CompressionStats | None = None
@@ -106,7 +110,7 @@ def load_and_quantize(
 
 
 def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
-    """A folder, or one file whatever it is called, as a checkpoint.
+    """A folder, or one file whatever it is called, as a checkpoint. A file of a packed one stands for its folder.
 
     Raises:
         BadSpec: nothing there that is known.
@@ -115,9 +119,11 @@ def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
     if Path(path).is_dir():
         return open_checkpoint(path, key="path")
     found = detect_weight_format(path)
-    if found in (WeightFormat.UNKNOWN, WeightFormat.PACKED):
+    if found is WeightFormat.PACKED and (folder := packed.folder_of(Path(path))) is not None:
+        return open_checkpoint(folder, found.value, key="path")
+    if found is WeightFormat.UNKNOWN:
         known = ", ".join(f.value for f in WeightFormat if f is not WeightFormat.UNKNOWN)
-        raise BadSpec(f"{os.fspath(path)}: no file of weights; known: {known} (packed: give its folder)")
+        raise BadSpec(f"{os.fspath(path)}: no file of weights; known: {known}")
     return open_file(path, found.value)
 
 
@@ -225,6 +231,8 @@ class Loading:
         return Item(recipe, recipe.dtype if chosen is None else float_dtype(chosen))
 
     def run(self) -> tuple[Weights, Statistics]:
+        used = {spec.file for item in self._items for _, spec in item.recipe.stored}
+        share = cached_share(self._checkpoint.root, [tag for tag in self._checkpoint.files if tag.name in used])
         in_place = {item.recipe.stored[0][1].name: item for item in self._items if item.is_in_place}
         loaded = {}
         if in_place:
@@ -236,7 +244,7 @@ class Loading:
         for item in self._items:
             name = item.recipe.name
             weights[name] = loaded[item.recipe.stored[0][1].name] if item.is_in_place else self._result(item, made)
-        return weights, self._statistics(made, from_cache)
+        return weights, self._statistics(made, from_cache, share)
 
     def _result(self, item: Item, made: Made) -> Any:
         name, parts = item.recipe.name, made.parts[item.recipe.name]
@@ -287,13 +295,13 @@ class Loading:
         config = json.dumps(checkpoint.config, sort_keys=True, default=str)
         return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}")
 
-    def _statistics(self, made: Made, from_cache: bool) -> Statistics:
+    def _statistics(self, made: Made, from_cache: bool, share: float | None) -> Statistics:
         items, before = self._items, self._strategy.stats
         read = sum(item.recipe.source_bytes for item in items)
         files = {spec.file for item in items for _, spec in item.recipe.stored}
         load = LoadStats(
             files=len(files), tensors=len(items), bytes=read, read_s=before.read_s, encode_s=made.encode_s,
-            measure_s=made.measure_s,
+            measure_s=made.measure_s, **by_warmth(share, read),
         )  # fmt: skip
         layers = {
             item.recipe.name: LayerStats(

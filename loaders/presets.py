@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from loaders.auto_quant import QuantSpec
 from loaders.errors import BadSpec
-from loaders.quants import Quant, QuantSpec
+from loaders.quants import Quant
 
 FOLDER = Path(__file__).resolve().parent.parent / "conf" / "quant"
 DEFAULT = "nf4"
@@ -33,11 +34,14 @@ def preset(name: str, **settings: Any) -> Quant:
     try:
         return ADAPTER.validate_python({**_values(name), **settings})
     except ValidationError as error:
-        raise BadSpec([_problem(fault) for fault in error.errors()]) from None
+        raise BadSpec([_problem(name, fault) for fault in error.errors()]) from None
 
 
-def _problem(fault: Any) -> str:
+def _problem(name: str, fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"][1:])  # the first is the kind
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(key for key in type(preset(name)).model_fields if key not in ("kind", "name"))
+        return f"quantize: {name} has no setting {where!r}; it has {known or 'none'}"
     return f"quantize: {where}{': ' if where else ''}{fault['msg']}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -297,7 +297,7 @@ class GgmlQuant(Quant):
         return name
 
 
-QuantSpec = Annotated[
+OneQuant = (
     NoneQuant
     | Bnb4Quant
     | Int8Quant
@@ -306,6 +306,5 @@ QuantSpec = Annotated[
     | CompressedTensorsQuant
     | MlxQuant
     | MlxMixedQuant
-    | GgmlQuant,
-    Field(discriminator="kind"),
-]
+    | GgmlQuant
+)

@@ -18,7 +18,7 @@ from loaders.presets import preset
 from loaders.quantization.plain import Plain
 from loaders.quants import Quant
 from loaders.rules import decide
-from loaders.sources import recipes_of
+from loaders.sources import Sources, recipes_of
 from loaders.specs import TensorSpec, dtype_named
 from loaders.storage import local
 from loaders.strategies.auto import choose
@@ -26,7 +26,7 @@ from loaders.strategies.auto import choose
 GB = 1_000_000_000
 # By backend, what its engines load there, from most bits to fewest: the first that fits is taken
 PRESETS = {
-    "cuda": ("none", "int8", "nf4", "hqq3", "hqq2"),
+    "cuda": ("none", "int8", "nf4", "w4a16", "hqq3", "hqq2"),  # w4a16 quantizes experts, which bitsandbytes does not
     "cpu": ("none", "gguf_q8_0", "gguf_q6_k", "gguf_q5_k_m", "gguf_q4_k_m"),
     "mps": ("none", "hqq8", "hqq4", "hqq3", "hqq2"),
     "mlx": ("none", "mlx_int8", "mlx_mixed_4_6", "mlx_int4"),
@@ -111,9 +111,10 @@ def get_recommended_loader_config(
     room = device.free_bytes - reserve
     lines = [f"{_gb(device.free_bytes)} for {device.name} ({device.description})", *said]
     lines += [f"room for weights: {_gb(device.free_bytes)} - {_gb(reserve)} = {_gb(room)}"]
-    candidates = []
+    candidates: list[Candidate] = []
+    known: dict[tuple[bool, bool], Sources] = {}
     for name in PRESETS[device.name]:
-        candidates.append(_candidate(name, model if isinstance(model, int) else checkpoint, room))
+        candidates.append(_candidate(name, model if isinstance(model, int) else checkpoint, room, known))
         lines.append(_said(candidates[-1], room))
     chosen = next((each.preset for each in candidates if each.fits), None)
     strategy, why = ("auto", "no files to look at") if checkpoint is None else _strategy(checkpoint, device)
@@ -132,7 +133,7 @@ def _device(name: str, memory_gb: float | None) -> Backend:
     name = best() if name == "auto" else name
     if memory_gb is None:
         return backend(name)
-    total = int(memory_gb * GB)
+    total = round(memory_gb * GB)
     return Backend(name, (name,), "as given", total, total)
 
 
@@ -146,56 +147,83 @@ def _reserve(checkpoint: Checkpoint | None, device: Backend, tokens: int) -> tup
             f"assumed beside weights: {_gb(runtime)} of runtime, and {_gb(share)}, {UNKNOWN_RESERVE:.0%} of the memory:"
             " no config says how large keys, values and activations are"
         ]
-    layers, width, hidden, inner, vocabulary = sizes
-    cache = 2 * layers * width * tokens * CACHE_ITEM_BYTES
+    layers, hidden, inner, vocabulary = sizes
+    assert checkpoint is not None
+    kept, said = _kept(checkpoint.config, layers, device)
+    cache = kept * tokens * CACHE_ITEM_BYTES
     chunk = min(tokens, CHUNK_TOKENS)
     active = chunk * (8 * hidden + 3 * inner) * 2 + vocabulary * 4
     return runtime + cache + active, [
-        f"assumed, keys and values: 2 x {layers} layers x {width} x {tokens} tokens x {CACHE_ITEM_BYTES} bytes ="
-        f" {_gb(cache)} (one sequence)",
+        f"assumed, keys and values: {said} x {tokens} tokens x {CACHE_ITEM_BYTES} bytes = {_gb(cache)} (one sequence)",
         f"assumed, activations: {chunk} tokens x (8 x {hidden} + 3 x {inner}) x 2 bytes, and {vocabulary} logits ="
         f" {_gb(active)}",
         f"assumed, runtime: {_gb(runtime)}",
     ]
 
 
-def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int, int] | None:
-    """Layers, width of a token's keys, hidden and inner sizes, vocabulary: as transformers names them."""
+def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    """Layers, hidden and inner sizes, vocabulary: as transformers names them. None where not all are said."""
     try:
         layers, hidden, heads = (
             int(text_config(config, key)) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
-        head = int(text_config(config, "head_dim") or hidden // heads)
-        width = int(text_config(config, "num_key_value_heads") or heads) * head
         inner = int(text_config(config, "intermediate_size") or 4 * hidden)
-        return layers, width, hidden, inner, int(text_config(config, "vocab_size"))
-    except (TypeError, ValueError, ZeroDivisionError):
+        return (layers, hidden, inner, int(text_config(config, "vocab_size"))) if heads > 0 else None
+    except (TypeError, ValueError):
         return None
 
 
-def _candidate(name: str, model: Checkpoint | int | None, room: int) -> Candidate:
+def _kept(config: Mapping[str, Any], layers: int, device: Backend) -> tuple[int, str]:
+    """Numbers that are kept of a token, and how they come about.
+
+    DeepSeek's latent attention: llama.cpp and mlx-lm keep the latent vector and one rotary key, transformers keeps the
+    keys and values of every head that come of them.
+    """
+    heads = int(text_config(config, "num_attention_heads"))
+    latent = [
+        text_config(config, key) for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    ]
+    if all(isinstance(each, int) and each > 0 for each in latent):
+        rank, rotary, plain, value = latent
+        if device.name in ("cpu", "mlx"):
+            return layers * (rank + rotary), f"{layers} layers x ({rank} + {rotary})"
+        said = f"{layers} layers x {heads} heads x ({plain} + {rotary} + {value})"
+        return layers * heads * (plain + rotary + value), said
+    head = int(text_config(config, "head_dim") or int(text_config(config, "hidden_size")) // heads)
+    width = int(text_config(config, "num_key_value_heads") or heads) * head
+    return 2 * layers * width, f"2 x {layers} layers x {width}"
+
+
+def _candidate(
+    name: str, model: Checkpoint | int | None, room: int, known: dict[tuple[bool, bool], Sources]
+) -> Candidate:
     quant = preset(name)
     try:
         if isinstance(model, int):
             size, bits = _estimated(quant, model)
             return Candidate(name, size, bits, size <= room, "estimated from the number of parameters")
         assert model is not None
-        size, parameters = planned_bytes(model, quant)
+        size, parameters = planned_bytes(model, quant, known)
         return Candidate(name, size, size * 8 / max(1, parameters), size <= room, "planned from headers")
     except (BadSpec, BadCheckpoint) as error:
         return Candidate(name, None, None, False, str(error).splitlines()[0])
 
 
-def planned_bytes(checkpoint: Checkpoint, quant: Quant) -> tuple[int, int]:
+def planned_bytes(
+    checkpoint: Checkpoint, quant: Quant, known: dict[tuple[bool, bool], Sources] | None = None
+) -> tuple[int, int]:
     """Bytes of all tensors under a preset, as a job would store them (at most, where a length depends on values), and
-    the numbers in them.
+    the numbers in them. `known` keeps the tensors of this checkpoint from one preset to the next.
 
     Raises:
         BadSpec: the preset cannot take this checkpoint.
     """
     scheme = quant.scheme
     is_copy = scheme == Plain()
-    sources = recipes_of(checkpoint, decode=not is_copy, split=scheme.engine not in WHOLE_STACKS)
+    how, known = (not is_copy, scheme.engine not in WHOLE_STACKS), {} if known is None else known
+    if how not in known:
+        known[how] = recipes_of(checkpoint, decode=how[0], split=how[1])
+    sources = known[how]
     rules = None if quant.mix is None else quant.mix.rules(sources.recipes, checkpoint.config)
     decisions = decide(sources.recipes, scheme, (), rules)
     layout = LAYOUTS[BY_ENGINE[scheme.engine]]

@@ -26,17 +26,17 @@ class LoadStats:
     system tells; elsewhere both are 0.
     """
 
-    files: int = 0
-    tensors: int = 0
-    bytes: int = 0
-    read_s: float = 0.0
-    encode_s: float = 0.0
-    measure_s: float = 0.0
-    write_s: float = 0.0
-    wall_s: float = 0.0
-    peak_anonymous_bytes: int = 0  # beyond what the process held before
-    warm_bytes: int = 0
-    cold_bytes: int = 0
+    files: int = 0  # of weights, that were read from
+    tensors: int = 0  # that came of it; pieces of a tensor count with its last
+    bytes: int = 0  # of source: as stored there, before anything was decoded, cast or quantized
+    read_s: float = 0.0  # seconds of waiting for the source's bytes; of maps, of making them
+    encode_s: float = 0.0  # seconds of casting and quantizing, reading on the way
+    measure_s: float = 0.0  # seconds of decoding what was quantized and comparing it with its source
+    write_s: float = 0.0  # seconds of writing an output
+    wall_s: float = 0.0  # seconds from the first look at the files to the last tensor
+    peak_anonymous_bytes: int = 0  # bytes of memory beyond what the process held before; pages of maps do not count
+    warm_bytes: int = 0  # of `bytes`
+    cold_bytes: int = 0  # of `bytes`
 
     @property
     def seconds(self) -> float:
@@ -83,14 +83,16 @@ class LoadStats:
 
 @dataclass(frozen=True, slots=True)
 class ErrorSums:
-    """Sums over the weights of a tensor or of many: e is source less decoded, x the source, y the decoded."""
+    """Sums over the weights of a tensor or of many: e is source less decoded, x the source, y the decoded. Units are
+    those of the weights, and their squares.
+    """
 
-    numel: int = 0
-    error2: float = 0.0
-    source2: float = 0.0
-    decoded2: float = 0.0
-    product: float = 0.0
-    max_error: float = 0.0
+    numel: int = 0  # weights
+    error2: float = 0.0  # sum e^2
+    source2: float = 0.0  # sum x^2
+    decoded2: float = 0.0  # sum y^2
+    product: float = 0.0  # sum x y
+    max_error: float = 0.0  # max |e|
     nonfinite: int = 0  # NaN and infinities of the source, left out of the sums
     nonfinite_decoded: int = 0  # those that only decoding brought
 
@@ -146,9 +148,9 @@ class LayerStats:
     """What one tensor came to. `scheme`: the kind that it was quantized by."""
 
     scheme: str
-    parameters: int
-    source_bytes: int
-    output_bytes: int
+    parameters: int  # weights
+    source_bytes: int  # as stored in the source
+    output_bytes: int  # of codes, scales and all else that is stored for it
     error: ErrorSums
 
 
@@ -156,11 +158,11 @@ class LayerStats:
 class CompressionStats:
     """What a target came to. `layer_stats` are those of its quantized tensors, where they were kept."""
 
-    tensors: int = 0
-    parameters: int = 0
-    source_bytes: int = 0
-    output_bytes: int = 0
-    error: ErrorSums = ErrorSums()
+    tensors: int = 0  # of the source, kept ones included
+    parameters: int = 0  # weights in them
+    source_bytes: int = 0  # as stored in the source
+    output_bytes: int = 0  # of all that came of them
+    error: ErrorSums = ErrorSums()  # over the quantized ones
     layer_stats: Mapping[str, LayerStats] = field(default_factory=dict)
 
     def __add__(self, other: CompressionStats) -> CompressionStats:

@@ -14,24 +14,26 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 
 # Each may import from itself and from those after it.
 LAYERS = [
-    ("entries", ("jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect", "jobs.diff",
-                 "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
+    ("entries", ("jobs.__main__", "jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect",
+                 "jobs.diff", "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
     ("sweeps", ("jobs.sweeping", "jobs.candidates")),
-    ("flows", ("jobs.running", "jobs.passing", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches")),
-    ("preparing", ("jobs.preparing",)),
+    ("flows", ("jobs.running", "jobs.passing", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches",
+               "jobs.budgeting")),
+    ("mixing", ("jobs.mixing",)),
+    ("preparing", ("jobs.preparing", "jobs.judging")),
     ("console", ("jobs.console", "jobs.help", "jobs.compose", "jobs.checking", "jobs.refusing", "jobs.report",
                  "jobs.comparison", "jobs.metrics",
-                 "jobs.plots", "jobs.tracking", "jobs.tracked", "jobs.publish",
+                 "jobs.plots", "jobs.mix_plot", "jobs.tracking", "jobs.tracked", "jobs.publish",
                  "jobs.progress")),
     ("execution", ("jobs.clusters", "jobs.execution", "jobs.ray_cluster")),
-    ("unit", ("jobs.joining", "jobs.merging", "jobs.unit", "jobs.parts", "jobs.journal")),
+    ("unit", ("jobs.joining", "jobs.merging", "jobs.unit", "jobs.parts", "jobs.journal", "jobs.measuring")),
     ("planning", ("jobs.planning", "jobs.targets", "jobs.warning", "jobs.spec", "jobs.strategies", "jobs.strict")),
     ("library", ("loaders.loading", "loaders.recommending")),
     ("lint", ("loaders.lint",)),
     ("models", ("loaders.models",)),
     ("loaders' flows", ("loaders.layouts", "loaders.views", "loaders.work", "loaders.encoding",
                         "loaders.encoded")),
-    ("presets", ("loaders.quants", "loaders.presets", "loaders.load_config")),
+    ("presets", ("loaders.auto_quant", "loaders.quants", "loaders.presets", "loaders.load_config")),
     ("rules", ("loaders.rules", "loaders.mixes")),
     ("expansion", ("loaders.expansion",)),
     ("sources", ("loaders.sources",)),
@@ -43,7 +45,7 @@ LAYERS = [
     ("schemes", ("loaders.quantization", "loaders.backends", "loaders.containers",
                  "loaders.stats")),
     ("ground", ("loaders.storage", "loaders.specs", "loaders.errors", "loaders.atomic", "loaders.integrity",
-                "loaders.memory", "loaders.scratch", "loaders.checking", "loaders.strict")),
+                "loaders.memory", "loaders.scratch", "loaders.checking", "loaders.choosing", "loaders.strict")),
 ]  # fmt: skip
 ENTER_BY = {"hydra": ["jobs/compose.py"], "ray": ["jobs/ray_cluster.py"], "mlflow": ["jobs/tracking.py"]}
 

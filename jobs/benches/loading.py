@@ -1,8 +1,10 @@
 """`python -m jobs.bench loaders`: every strategy on the user's own storage, cold and warm, beside plain reads.
 
-Every lap runs every case once, so that what the machine does meanwhile touches all alike; every byte is summed, so that
-a map is not credited for what it did not read. Cold: the kernel is asked to drop the files before each case, and what
-stayed is looked at.
+Every lap runs every case once, in another order, so that what the machine does meanwhile, and what a case leaves behind
+for the next, touches all alike; every byte is summed, so that a map is not credited for what it did not read. Cold: the
+kernel is asked to drop the files before each case, and what stayed is looked at. They are read once more before that: a
+virtual machine's memory that was free for seconds may belong to its host again, and getting it back costs more than
+reading (0.5 instead of 1.0 GB/s, whatever the case).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benches.reading import MAPPED, plain_ways
+from jobs.benches.busy import Busy, machine
+from jobs.benches.reading import CHUNK, MAPPED, plain_ways
 from jobs.benches.summing import Summing
 from jobs.benches.timing import Case, rotate
 from jobs.console import note
@@ -30,6 +33,7 @@ from loaders.storage import local
 from loaders.strategies import LOADERS, AutoLoader, MultiThreadWeightLoader, WeightLoader, loader
 
 SKIPPED = {"low_memory": "rank 0 loads as auto does"}
+SETTLED = 4 << 30  # bytes of the files read before they are dropped
 STAYED = 0.05  # the share of a file in the page cache up to which it counts as cold
 FIRST_BYTE = (
     "import sys; from loaders.strategies import loader;"
@@ -39,7 +43,7 @@ FIRST_BYTE = (
 
 @dataclass
 class Measured:
-    """One way of reading: GB/s of each lap, warm and cold, and what was seen besides."""
+    """One way of reading: GB/s of each lap, warm and cold, the CPU seconds, and what was seen besides."""
 
     name: str
     is_strategy: bool
@@ -47,9 +51,11 @@ class Measured:
     missing: str = ""
     warm: list[float] = field(default_factory=list)
     cold: list[float] = field(default_factory=list)
+    cpu_s: dict[str, list[float]] = field(default_factory=lambda: {"warm": [], "cold": []})
     peak_bytes: int = 0
     first_byte_s: float | None = None
-    said: str = ""
+    said: dict[str, str] = field(default_factory=dict)  # of the last lap, by "warm" and "cold"
+    saying: str = ""
 
     def row(self) -> dict[str, Any]:
         return {
@@ -62,6 +68,7 @@ class Measured:
                 for kind in ("warm", "cold")
                 for how in ("best", "median")
             },
+            **{f"{kind}_cpu_s": _of(taken, "median") for kind, taken in self.cpu_s.items()},
             "peak_bytes": self.peak_bytes,
             "first_byte_s": self.first_byte_s,
             "said": self.said,
@@ -82,7 +89,7 @@ def measure(path: str, names: Sequence[str], repeats: int, *, cold: bool) -> dic
     unknown = [name for name in names if name not in LOADERS]
     if unknown:
         raise BadSpec(f"strategies: unknown {unknown[0]!r}; known: {', '.join(LOADERS)}")
-    threads = usable_cpus()
+    threads, busy = usable_cpus(), Busy()
     files = [checkpoint.root / tag.name for tag in checkpoint.files]
     with ThreadPoolExecutor(threads) as pool:
         size = sum(file.stat().st_size for file in files)
@@ -95,7 +102,7 @@ def measure(path: str, names: Sequence[str], repeats: int, *, cold: bool) -> dic
         stayed = _run(cases, found, files, repeats, cold=cold)
         _check_sums(cases, found)
     _first_bytes(checkpoint, found)
-    return _document(checkpoint, found, repeats, threads, stayed)
+    return {**_document(checkpoint, found, repeats, threads, stayed), "machine": machine(), "busy": busy.document()}
 
 
 # --- cases
@@ -108,10 +115,12 @@ class Sums:
         self._call = call
         self.size = size
         self.sum: int | None = None
+        self.cpu_s = 0.0
 
     def __call__(self) -> float:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         self.sum = self._call()
+        self.cpu_s = time.process_time() - cpu
         return time.perf_counter() - began
 
 
@@ -123,7 +132,7 @@ def _by_strategy(name: str, checkpoint: Checkpoint, pool: ThreadPoolExecutor, th
             summing.add(_raw(value))
         found = summing.total()
         seen.peak_bytes = max(seen.peak_bytes, made.stats.peak_anonymous_bytes)
-        seen.said = said_by(made)
+        seen.saying = said_by(made)
         return found
 
     return Sums(call, checkpoint.size)
@@ -146,14 +155,21 @@ def _run(
     """Warm laps, then cold ones; the greatest share that stayed in the page cache, None where nothing is dropped."""
     stayed: list[float] = []
 
-    def prepared(case: Sums, before: Callable[[], None]) -> Callable[[], float]:
+    def prepared(name: str, kind: str, before: Callable[[], None]) -> Callable[[], float]:
+        case, seen = cases[name], found[name]
+
         def call() -> float:
             before()
-            return case()
+            seconds = case()
+            seen.cpu_s[kind].append(case.cpu_s)
+            if seen.saying:
+                seen.said[kind] = seen.saying
+            return seconds
 
         return call
 
     def drop() -> None:
+        _settle(files)
         shares = [local.drop_cached(path) for path in files]
         known = [share for share in shares if share is not None]
         if not known:
@@ -164,12 +180,22 @@ def _run(
         if kind == "cold" and not cold:
             continue
         note(f"{kind}: {len(cases)} ways, {repeats} laps each")
-        timed = [Case(name, prepared(case, before)) for name, case in cases.items() if not found[name].missing]
-        rotate(timed, repeats, warm_up=1 if kind == "warm" else 0)
+        timed = [Case(name, prepared(name, kind, before)) for name in cases if not found[name].missing]
+        rotate(timed, repeats, warm_up=1 if kind == "warm" else 0, shuffled=True)
         for each in timed:
+            found[each.name].cpu_s[kind][:] = found[each.name].cpu_s[kind][-repeats:]
             found[each.name].missing = found[each.name].missing or each.missing
             getattr(found[each.name], kind).extend(cases[each.name].size / seconds / 1e9 for seconds in each.seconds)
     return max(stayed) if stayed else None
+
+
+def _settle(files: Sequence[Path]) -> None:
+    """Read the files, and let what is read go: the page cache gets memory that is this machine's."""
+    memory, left = bytearray(CHUNK), SETTLED
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while left > 0 and (count := file.readinto(memory)):
+                left -= count
 
 
 def _check_sums(cases: Mapping[str, Sums], found: Mapping[str, Measured]) -> None:
@@ -216,17 +242,36 @@ def _document(
         "is_cold": is_cold,
         "rows": rows,
         "ratios": {kind: _ratios(rows, kind) for kind in ("warm", *(("cold",) if is_cold else ()))},
+        "spread": {kind: _spread(found, rows, kind) for kind in ("warm", *(("cold",) if is_cold else ()))},
         "winners": {kind: _winner(rows, kind) for kind in ("warm", *(("cold",) if is_cold else ()))},
     }
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
     """Of each strategy to the yardstick: warm, summing the maps in place; cold, the best plain read. Medians."""
-    key = f"{kind}_gbps_median"
-    plain = [r[key] for r in rows if not r["is_strategy"] and r[key] and (kind == "cold" or r["case"] == MAPPED)]
-    if not plain:
+    key, yardstick = f"{kind}_gbps_median", _yardstick(rows, kind)
+    if yardstick is None:
         return {}
-    return {r["case"]: r[key] / max(plain) for r in rows if r["is_strategy"] and r[key] and not r["missing"]}
+    return {r["case"]: r[key] / yardstick[key] for r in rows if r["is_strategy"] and r[key] and not r["missing"]}
+
+
+def _yardstick(rows: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
+    key = f"{kind}_gbps_median"
+    plain = [r for r in rows if not r["is_strategy"] and r[key] and (kind == "cold" or r["case"] == MAPPED)]
+    return max(plain, key=lambda row: float(row[key]), default=None)
+
+
+def _spread(found: Mapping[str, Measured], rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[float]]:
+    """Of each strategy, its ratio to the yardstick in each lap, sorted."""
+    yardstick = _yardstick(rows, kind)
+    if yardstick is None:
+        return {}
+    laps = getattr(found[yardstick["case"]], kind)
+    return {
+        name: sorted(own / other for own, other in zip(getattr(each, kind), laps, strict=True))
+        for name, each in found.items()
+        if each.is_strategy and not each.missing and len(getattr(each, kind)) == len(laps)
+    }
 
 
 def _winner(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, str]:

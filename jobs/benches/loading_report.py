@@ -9,14 +9,17 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from jobs.benches.busy import warning
 from jobs.benches.loading import yaml_line
 from jobs.spec import TrackingSpec
 from jobs.tracking import open_run
 
 COLUMNS = {
     "warm": "warm_gbps_median", "warm best": "warm_gbps_best",
-    "cold": "cold_gbps_median", "cold best": "cold_gbps_best", "first byte s": "first_byte_s",
+    "cold": "cold_gbps_median", "cold best": "cold_gbps_best", "warm CPU s": "warm_cpu_s", "cold CPU s": "cold_cpu_s",
+    "first byte s": "first_byte_s",
 }  # fmt: skip
 
 
@@ -30,17 +33,18 @@ def table(document: Mapping[str, Any], plot: Path | None) -> RenderableType:
             shown.add_row(row["case"], *[""] * (len(COLUMNS) + 2), row["missing"])
             continue
         numbers = [f"{row[key]:.2f}" if row[key] is not None else "" for key in COLUMNS.values()]
-        ratios = [
-            f"{kind} {found[row['case']]:.0%}" for kind, found in document["ratios"].items() if row["case"] in found
-        ]
+        ratios = [_ratio(document, kind, row["case"]) for kind in document["ratios"]]
         peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["is_strategy"] else ""
-        shown.add_row(row["case"], *numbers, peak, ", ".join(ratios), row["said"])
+        shown.add_row(row["case"], *numbers, peak, ", ".join(filter(None, ratios)), _said(row["said"]))
     lines: list[RenderableType] = [
         f"{document['path']}: {document['bytes'] / 1e9:.2f} GB of {document['container']} on {document['filesystem']},"
         f" {document['threads']} threads, {document['repeats']} laps",
         shown,
-        "yardsticks: warm, summing the mapped files in place; cold, the best plain read. Every byte is summed.",
+        "yardsticks: warm, summing the mapped files in place; cold, the best plain read. Every byte is summed."
+        " Ratios are of medians, in brackets of single laps.",
     ]
+    if (busy := warning(document["busy"])) is not None:
+        lines.append(Text(busy, style="yellow"))
     if not document["is_cold"]:
         stayed = document["stayed_in_cache"]
         why = "not asked for, or not possible here" if stayed is None else f"{stayed:.0%} of a file stayed in memory"
@@ -49,6 +53,19 @@ def table(document: Mapping[str, Any], plot: Path | None) -> RenderableType:
         for use, name in winners.items():
             lines.append(f"fastest {kind}, for {use}:  {yaml_line(name)}")
     return Group(*lines, *([f"plot: {plot}"] if plot is not None else []))
+
+
+def _ratio(document: Mapping[str, Any], kind: str, case: str) -> str:
+    if case not in document["ratios"][kind]:
+        return ""
+    laps = document["spread"][kind].get(case, ())
+    return f"{kind} {document['ratios'][kind][case]:.0%}" + (f" ({laps[0]:.0%} to {laps[-1]:.0%})" if laps else "")
+
+
+def _said(said: Mapping[str, str]) -> str:
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{kind}: {text}" for kind, text in said.items())
 
 
 def draw(document: Mapping[str, Any], path: Path) -> Path:

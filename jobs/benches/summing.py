@@ -10,7 +10,7 @@ import numpy as np
 
 from loaders.quantization.kernels.lanes import kernel
 
-PART = 4 << 20  # bytes up to which more threads cost more than they bring
+PART = 16 << 20  # bytes up to which more threads cost more than they bring: other arrays keep them busy
 WORDS = 8
 AHEAD = 2  # parts for each thread that wait; their arrays are held until then
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from loaders.scratch import Scratch
 
 SCRATCH = Scratch()  # memory that is used again, as in a job: fresh pages cost as much as decoding
@@ -24,10 +26,15 @@ class Case:
     seconds: list[float] = field(default_factory=list)
 
 
-def rotate(cases: list[Case], repeats: int, warm_up: int = 1) -> None:
-    """Time the cases in turn, after laps that do not count; one that raises becomes a row that says so."""
+def rotate(cases: list[Case], repeats: int, warm_up: int = 1, *, shuffled: bool = False) -> None:
+    """Time the cases in turn, after laps that do not count; one that raises becomes a row that says so.
+
+    `shuffled`: each lap in another order, the same in every run: for cases that leave the machine's memory or disk in a
+    state that the next one feels.
+    """
     for lap in range(-warm_up, repeats):
-        for case in cases:
+        order = np.random.default_rng(lap + warm_up).permutation(len(cases)) if shuffled else range(len(cases))
+        for case in (cases[index] for index in order):
             if case.call is None:
                 continue
             began = time.perf_counter()

@@ -32,6 +32,7 @@ ALIGNMENT = 64
 ASSUMED_BITS = 4
 BITS = (2, 3, 4, 5, 6, 8)
 PARTS = ("gate_proj", "up_proj", "down_proj")
+LAYER_FILE = re.compile(r"layer_\d{2,}\.bin")
 COMPONENT = re.compile(rf"(?:{'|'.join(PARTS)})\.(?:weight|scales|biases)")
 JSON_LIMIT = 1 << 30
 NameExpert = Callable[[int, int, str], str]  # layer, expert, component -> the tensor's name
@@ -65,6 +66,14 @@ class Packed:
 def is_packed(names: Collection[str], *, alone: bool) -> bool:
     """Whether a folder with files of these names is meant; one without weights of its own, if there are no others."""
     return MANIFEST in names and (WEIGHTS in names or alone)
+
+
+def folder_of(path: Path) -> Path | None:
+    """The folder of a packed checkpoint that a file is a part of, by its name and what lies beside it."""
+    if path.name == MANIFEST or (path.name == WEIGHTS and (path.parent / MANIFEST).is_file()):
+        return path.parent
+    is_expert = path.parent.name == EXPERTS and (path.name == "layout.json" or LAYER_FILE.fullmatch(path.name))
+    return path.parent.parent if is_expert and (path.parent.parent / MANIFEST).is_file() else None
 
 
 # --- reading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from loaders.families import text_config
@@ -9,11 +10,16 @@ from loaders.lint.base import Finding, Subject, doubt, fault, some
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 ANY = "every engine"
+EMBEDDING = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?embed_tokens\.weight$")
+FROM_HIDDEN = re.compile(r"\.layers\.\d+\.(?:self_attn\.[qkv]_proj|mlp\.(?:gate|up)_proj)\.weight$")
+OF_LAYER = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.")
+MOST_LAYERS = 10_000
 
 
 def check(subject: Subject) -> Iterator[Finding]:
     """What any engine would stumble over."""
     yield from _config(subject)
+    yield from _dimensions(subject)
     yield from _index(subject)
     yield from _head(subject)
 
@@ -27,6 +33,13 @@ def _config(subject: Subject) -> Iterator[Finding]:
         return
     if not config.get("model_type"):
         yield fault(ANY, "config.json has no model_type", "does not know what model this is", "copy it from the source")
+    elif subject.checkpoint.family.is_generic and not config.get("auto_map"):
+        yield doubt(
+            ANY,
+            f"model_type {config['model_type']!r} is not known here",
+            "may know it or not: names and shapes were not checked against it",
+            "load it once",
+        )
     code = config.get("auto_map")
     if isinstance(code, dict):
         files = sorted(
@@ -46,6 +59,38 @@ def _config(subject: Subject) -> Iterator[Finding]:
             f"there is no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)",
             "loads the weights but cannot read text",
             "copy the tokenizer's files from the source",
+        )
+
+
+def _dimensions(subject: Subject) -> Iterator[Finding]:
+    """Whether config.json's sizes are those of the tensors, where every family means the same by them."""
+    if subject.checkpoint.family.is_generic or subject.checkpoint.container == "gguf":
+        return
+    for name, recipe in ((r.name, r) for r in subject.sources.recipes):
+        wanted: tuple[tuple[int, str], ...] = ()
+        if EMBEDDING.search(name):
+            wanted = ((0, "vocab_size"), (1, "hidden_size"))
+        elif FROM_HIDDEN.search(name):
+            wanted = ((1, "hidden_size"),)
+        for axis, key in wanted if len(recipe.shape) == 2 else ():
+            size = text_config(subject.config, key)
+            if isinstance(size, int) and recipe.shape[axis] != size:
+                yield fault(
+                    ANY,
+                    f"config.json says {key} {size}, but {name} is {list(recipe.shape)}",
+                    "fails on the shapes",
+                    f"set {key} to {recipe.shape[axis]}, if the tensor is right",
+                )
+                return
+    layers = {int(match[1]) for r in subject.sources.recipes if (match := OF_LAYER.search(r.name))}
+    count = text_config(subject.config, "num_hidden_layers")
+    missing = sorted(set(range(count)) - layers) if isinstance(count, int) and layers and count < MOST_LAYERS else []
+    if missing:
+        yield fault(
+            ANY,
+            f"config.json says {count} layers, but {len(missing)} have no tensors: {some(list(map(str, missing)))}",
+            "computes with random layers, or fails",
+            "set num_hidden_layers, or add the layers",
         )
 
 

@@ -44,16 +44,16 @@ class MlxRules:
             Rule("drop", "mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
             *_towers(config),
             Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
-            *(rule for columns in ragged for rule in _kept(config, why, MODULES, (None, columns))),
+            *(rule for columns in ragged for rule in kept(config, why, MODULES, (None, columns))),
             *(self._router(config) if self.high is None else self._mixed(self.high, config)),
             Rule("quantize", "mlx-lm quantizes every linear layer and embedding", role=MODULES, shape=(None, None)),
-            *_kept(config, "no linear layer or embedding", None, None),
+            *kept(config, "no linear layer or embedding", None, None),
         )
 
     def _router(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
         model = model_of(config)
         if model is not None and not model.router_is_linear:
-            return _kept(config, "this model's router is no linear layer to mlx-lm", ("router",), None)
+            return kept(config, "this model's router is no linear layer to mlx-lm", ("router",), None)
         if model is None or model.router_bits is None:
             return ()
         why = f"mlx-lm gives this model's routers {model.router_bits} bits"
@@ -81,7 +81,7 @@ def _towers(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     return (Rule("drop", "mlx-lm's language models have no tower for images", name=TOWERS),)
 
 
-def _kept(
+def kept(
     config: Mapping[str, Any], why: str, role: tuple[str, ...] | None, shape: tuple[int | None, ...] | None
 ) -> tuple[Rule, ...]:
     """Rules that keep tensors, but for the dtype that mlx-lm gives all."""

@@ -1,4 +1,5 @@
-"""Weights into models: transformers' and mlx-lm's, plain or quantized, whole, in shards, or a module at a time.
+"""Weights into models: transformers' and mlx-lm's, plain or quantized, whole, in shards, or a module at a time; and
+`evaluate`, which holds what a quantized checkpoint computes against what its original does.
 
 Needs torch, transformers 5 and accelerate (the extra `models`); quantized modules need their engine as well. Checked
 with transformers 5.23, accelerate 1.15, bitsandbytes 0.50, hqq 0.2.8, mlx-lm 0.32.
@@ -10,7 +11,15 @@ from typing import Any
 
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 
-__all__ = ["LoadingStrategy", "ModelLoadingConfig", "load_model_and_tokenizer", "open_weights", "skeleton_of"]
+__all__ = [
+    "LoadingStrategy",
+    "ModelLoadingConfig",
+    "Quality",
+    "evaluate",
+    "load_model_and_tokenizer",
+    "open_weights",
+    "skeleton_of",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +28,10 @@ def __getattr__(name: str) -> Any:
         from loaders.models.loading import load_model_and_tokenizer
 
         return load_model_and_tokenizer
+    if name in ("Quality", "evaluate"):
+        from loaders.models import evaluating
+
+        return getattr(evaluating, name)
     if name in ("open_weights", "skeleton_of"):
         from loaders.models import skeleton
 

@@ -34,32 +34,38 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 
 class LoadingStrategy(Enum):
     """How a model's weights come to it."""
 
-    FULL = "full"  # all, to the device
+    FULL = "full"  # all, to the device; unchanged weights stay in the files' pages where that is the CPU
     LOW_MEMORY = "low_memory"  # of several processes the first loads to the CPU, the others have shapes only
-    UNIFIED_MEMORY = "unified_memory"  # the files' own pages, where the device can use them
+    UNIFIED_MEMORY = "unified_memory"  # the same, but quantized weights are decoded: one memory for CPU and device
     STREAMING = "streaming"  # a module's when its forward needs them
+
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLoadingConfig:
     """How to load a model.
 
-    quantize: a scheme or the name of one ("nf4"), for weights that are not quantized yet. decode: give quantized
-    weights back as floats. dtype: of float weights; the checkpoint's by default. max_memory: bytes by device
-    ("cpu", "cuda:0"), as a number or "8GB". attention: transformers' attn_implementation. workers: threads that read
-    and encode. memory_budget_mb: streamed weights held at once, in 1e6 bytes. llama_pro_blocks: so many new blocks by
-    block expansion. llama_pro_path: a checkpoint that is such an expansion of the model, whose weights are taken.
-    ignore_unexpected: patterns of stored tensors that the model may have no place for.
+    strategy: a `LoadingStrategy`, or its value ("streaming"). quantize: a scheme or the name of one ("nf4"), for
+    weights that are not quantized yet. decode: give quantized weights back as floats. dtype: of float weights; the
+    checkpoint's by default. max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB". attention:
+    transformers' attn_implementation. workers: threads that read and encode. use_cache: keep on disk what quantize
+    makes of weights, and take it from there. memory_budget_mb: streamed weights held at once, in 1e6 bytes.
+    llama_pro_blocks: so many new blocks by block expansion. llama_pro_path: a checkpoint that is such an expansion
+    of the model, whose weights are taken. ignore_unexpected: patterns of stored tensors that the model may have no
+    place for.
     """
 
     backend: str = "auto"
-    strategy: LoadingStrategy = LoadingStrategy.FULL
+    strategy: LoadingStrategy | str = LoadingStrategy.FULL
     quantize: Scheme | str | None = None
     decode: bool = False
     dtype: str | None = None
     max_memory: Mapping[str, int | str] | None = None
     attention: str | None = None
     workers: int | None = None
+    use_cache: bool = False
     memory_budget_mb: float = 2000.0
     llama_pro_blocks: int = 0
     llama_pro_path: str | Path | None = None
@@ -67,6 +73,12 @@ class ModelLoadingConfig:
 
     def __post_init__(self) -> None:
         problems = []
+        if not isinstance(self.strategy, LoadingStrategy):
+            known = {each.value: each for each in LoadingStrategy}
+            if str(self.strategy).lower() in known:
+                object.__setattr__(self, "strategy", known[str(self.strategy).lower()])
+            else:
+                problems.append(f"strategy: unknown {self.strategy!r}; known: {', '.join(known)}")
         if self.backend not in BACKENDS:
             problems.append(f"backend: unknown {self.backend!r}; known: {', '.join(BACKENDS)}")
         if isinstance(self.quantize, str) and self.quantize not in SCHEMES:
@@ -76,7 +88,7 @@ class ModelLoadingConfig:
         if self.decode and self.quantize is not None:
             problems.append("decode: it belongs to quantized weights as floats, quantize to the other way: give one")
         if self.quantize is not None and self.strategy is not LoadingStrategy.FULL:
-            problems.append(f"quantize: modules are quantized where they stay: strategy FULL, not {self.strategy.name}")
+            problems.append(f"quantize: modules are quantized where they stay: strategy full, not {self.strategy}")
         if self.workers is not None and self.workers < 1:
             problems.append(f"workers: expected at least 1, found {self.workers}")
         if self.memory_budget_mb <= 0:

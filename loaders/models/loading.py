@@ -1,4 +1,4 @@
-"""A model with its weights and its tokenizer, from a folder: an original, or an output of any tool."""
+"""A model with its weights and its tokenizer, from a folder or the Hub's cache: an original, or any tool's output."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from loaders.expansion import expand_checkpoint, expand_sources
 from loaders.families import load_dtype
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.engines import module_maker, runs_here
+from loaders.models.finding import folder_of
 from loaders.models.placing import device_map_of, hold_to, place_of
-from loaders.models.sharding import is_first, load_unified
+from loaders.models.sharding import is_first
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.streaming import stream
 from loaders.models.weights import ModelWeights
@@ -35,6 +36,8 @@ def load_model_and_tokenizer(
 ) -> Models:
     """A causal language model, ready to run, and its tokenizer (None where the folder has none).
 
+    `name_or_path`: a folder, or a name on the Hugging Face Hub whose files are in the local cache; nothing is fetched.
+
     `settings` are those of ModelLoadingConfig. Weights that are quantized stay so where their engine's modules are made
     here (bitsandbytes, hqq, MLX), go through transformers where it loads them (compressed-tensors, fp8, ...), and are
     decoded with decode=True. Weights that are not are encoded tensor by tensor straight into the engine's modules with
@@ -47,10 +50,10 @@ def load_model_and_tokenizer(
     if backend != "auto":
         settings["backend"] = backend
     config = replace(config or ModelLoadingConfig(), **settings)
-    folder = Path(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
+    folder = folder_of(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
     checkpoint = open_checkpoint(folder, key="name_or_path")
     if config.llama_pro_path is not None:
-        check_expanded(open_checkpoint(name_or_path, key="name_or_path"), checkpoint)
+        check_expanded(open_checkpoint(folder_of(name_or_path), key="name_or_path"), checkpoint)
     if _is_mlx(config, checkpoint):
         from loaders.models import mlx_modules
 
@@ -114,15 +117,13 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
     if config.strategy is LoadingStrategy.STREAMING:
         stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
         return model
-    if config.strategy is LoadingStrategy.UNIFIED_MEMORY:
-        return load_unified(skeleton, open_weights(checkpoint, skeleton, workers=config.workers), device)
     if config.strategy is LoadingStrategy.LOW_MEMORY:
         if not is_first():
             return model
         device = "cpu"
     schemes = schemes_of(checkpoint, sources, skeleton, config)
     places = device_map_of(skeleton, schemes, config.limits, device)
-    with open_weights(checkpoint, skeleton, workers=config.workers) as weights:
+    with open_weights(checkpoint, skeleton, workers=config.workers, use_cache=config.use_cache) as weights:
         fill_model(skeleton, weights, schemes, places.device_of)
     return hold_to(model, places)
 
@@ -203,14 +204,21 @@ def _is_linear(model: nn.Module, name: str) -> bool:
 def fill_model(
     skeleton: Skeleton, weights: ModelWeights, schemes: dict[str, tuple[Scheme, bool]], device_of: Any
 ) -> None:
-    """Give every parameter its weights, one after another."""
+    """Give every parameter its weights, one after another.
+
+    Those that the files hold just as the model wants them are, on the CPU, the files' own pages: private ones, a write
+    copies its page and never reaches the file.
+    """
     model = skeleton.model
     expected = dict(model.state_dict(keep_vars=True))
     for name in skeleton.parameters:
         if name in schemes:
             continue
-        tensor = torch.empty(expected[name].shape, dtype=expected[name].dtype, device=device_of(name))
-        weights.fill(name, tensor)
+        place, wanted = device_of(name), expected[name].dtype
+        tensor = weights.mapped(name, wanted) if str(place) == "cpu" else None
+        if tensor is None:
+            tensor = torch.empty(expected[name].shape, dtype=wanted, device=place)
+            weights.fill(name, tensor)
         set_parameter(model, name, tensor)
     for name, original in skeleton.tied.items():
         set_parameter(model, name, model.get_parameter(original))

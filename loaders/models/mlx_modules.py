@@ -41,7 +41,7 @@ def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
     """
     if config.strategy not in (LoadingStrategy.FULL, LoadingStrategy.UNIFIED_MEMORY):
         raise BadSpec(
-            f"strategy: {config.strategy.name} is for models of transformers; MLX has FULL, and UNIFIED_MEMORY, which"
+            f"strategy: {config.strategy} is for models of transformers; MLX has FULL, and UNIFIED_MEMORY, which"
             " reads weights when they are first used"
         )
     if config.attention is not None or config.max_memory is not None:
@@ -92,7 +92,7 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
     for each in placed:
         blocks.setdefault(each.recipe.block, []).append(each)
     parameters = {r.name: (r,) for r in sources.recipes}
-    with ModelWeights(checkpoint, parameters, workers=config.workers) as weights:
+    with ModelWeights(checkpoint, parameters, workers=config.workers, use_cache=config.use_cache) as weights:
         for number, block in enumerate(blocks.values()):
             _write(folder / f"model-{number:05d}.safetensors", block, weights)
 

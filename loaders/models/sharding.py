@@ -117,23 +117,3 @@ def broadcast(model: Any) -> None:
         dist.broadcast(there.data, src=0)
         set_parameter(model, name, there)
         tied[id(parameter)] = there
-
-
-def load_unified(skeleton: Skeleton, weights: ModelWeights, device: str) -> Any:
-    """Parameters that are the files' own pages, where the files hold just what the model wants and the device is this
-    memory; the rest is read. Pages are private: a write to a parameter copies its page and never reaches the file.
-    """
-    model = skeleton.model
-    expected = dict(model.state_dict(keep_vars=True))
-    for name in skeleton.parameters:
-        shape, dtype = expected[name].shape, expected[name].dtype
-        tensor = weights.mapped(name, dtype) if device == "cpu" else None
-        if tensor is None:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            weights.fill(name, tensor)
-        set_parameter(model, name, tensor)
-    for name, original in skeleton.tied.items():
-        set_parameter(model, name, model.get_parameter(original))
-    for name, buffer in list(model.named_buffers()):
-        set_parameter(model, name, buffer.to(device))
-    return model

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
@@ -31,7 +32,7 @@ EXPERT_PARTS = {
 FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")
 MIXTRAL = ("mlp.", "block_sparse_moe.")
 SHOWN = 6
-# accelerate and transformers change torch's modules and default dtype for the whole process while they build a model
+# transformers changes torch's default dtype for the whole process while it builds a model
 BUILDING = threading.RLock()
 
 
@@ -63,7 +64,6 @@ def skeleton_of(
         BadSpec: transformers has no such model.
         BadCheckpoint: weights are missing, unexpected, or of another shape; all of them listed.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
@@ -71,20 +71,59 @@ def skeleton_of(
     config = model_config(checkpoint)
     wanted = getattr(torch, dtype) if dtype is not None else default_dtype(checkpoint, sources)
     options = {} if attention is None else {"attn_implementation": attention}
-    with BUILDING, init_empty_weights(include_buffers=False):
+    with BUILDING, EmptyOnMeta():
         model = auto.from_config(config, dtype=wanted, **options)
+    if any(buffer.is_meta for buffer in model.buffers()):  # a buffer that a model makes empty, and fills
+        with BUILDING:
+            model = auto.from_config(config, dtype=wanted, **options)
+    forget(model)
     model.eval()
+    keep_in_float32(model, wanted)
     parameters, tied = matched(model, sources, ignore_unexpected)
     for name, original in tied.items():
         set_parameter(model, name, model.get_parameter(original))
     return Skeleton(model, parameters, tied)
 
 
+class EmptyOnMeta(TorchFunctionMode):
+    """What a module makes empty for its matrices takes no memory, and no time to fill; all else is real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+
+
+def forget(model: nn.Module) -> None:
+    """Put all parameters on the meta device; those that are one stay one."""
+    empty = {each: nn.Parameter(each.to("meta"), each.requires_grad) for each in model.parameters()}
+    for module in model.modules():
+        module._parameters.update({name: empty[each] for name, each in module._parameters.items() if each is not None})
+
+
+def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Make float32 what transformers keeps so whatever dtype is asked for: routers' biases, some norms.
+
+    transformers 5.23, modeling_utils.py and core_model_loading.py: `_keep_in_fp32_modules` of a model in float16, and
+    `_keep_in_fp32_modules_strict` of one in bfloat16, too; parts of names, `*` for anything.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    parts = re.compile("|".join(part.replace("*", ".*") for part in plan))
+    for name, value in list(model.state_dict(keep_vars=True).items()):
+        if value.is_floating_point() and parts.search(name):
+            set_parameter(model, name, value.detach().float())
+
+
 def open_weights(
-    checkpoint: Checkpoint, skeleton: Skeleton, *, workers: int | None = None, read: str = "lazy"
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    *,
+    workers: int | None = None,
+    read: str = "lazy",
+    use_cache: bool = False,
 ) -> ModelWeights:
     """Open the weights of a skeleton's parameters; close them when the model has what it needs."""
-    return ModelWeights(checkpoint, skeleton.parameters, workers=workers, read=read)
+    return ModelWeights(checkpoint, skeleton.parameters, workers=workers, read=read, use_cache=use_cache)
 
 
 def model_config(checkpoint: Checkpoint) -> Any:

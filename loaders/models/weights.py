@@ -18,19 +18,21 @@ import torch
 
 from loaders.backends import kernels_of
 from loaders.checkpoint import Checkpoint
+from loaders.encoded import MemoryParts
 from loaders.errors import BadCheckpoint
-from loaders.models.memory_sink import MemorySink
+from loaders.integrity import text_digest
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Scheme, View
 from loaders.recipes import Recipe, Window
 from loaders.shared import shared
-from loaders.specs import WEIGHT_DTYPES, DType, dtype_named, storage_of
+from loaders.specs import WEIGHT_DTYPES, DType, StoredSpec, dtype_named, storage_of
 from loaders.strategies import loader
-from loaders.strategies.lazy import map_privately
+from loaders.strategies.lazy import MappedFiles
 from loaders.views import encoded_view, view_of
 from loaders.work import RANGE, THREAD_BYTES, ThreadedWork
 
 Parts = tuple[Recipe, ...]
+CACHE_FORMAT = 1  # of a model's tensors in the cache
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -45,20 +47,29 @@ class ModelWeights:
     """Open weights. Files are open from the first read until `close`, in this process alone: a fork opens its own.
 
     Without `workers` the threads are those that all models of this process share; its budget holds in either case.
+    With `use_cache` what is encoded is kept in the process's cache on disk, and taken from there the next time.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, parameters: Mapping[str, Parts], *, workers: int | None = None, read: str = "lazy"
+        self,
+        checkpoint: Checkpoint,
+        parameters: Mapping[str, Parts],
+        *,
+        workers: int | None = None,
+        read: str = "lazy",
+        use_cache: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.parameters = parameters
         self._exit = ExitStack()
         together = shared()
         self._budget = together.budget
+        self._cache = together.cache if use_cache else None
         self._workers = workers or together.workers
         pool = together.pool if workers is None else self._exit.enter_context(ThreadPoolExecutor(workers))
         self._work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
         specs = {spec.name: spec for parts in parameters.values() for r in parts for _, spec in r.stored}
+        self._maps = MappedFiles(checkpoint.root, private=True)
         self._reader = self._exit.enter_context(loader(read).open(checkpoint.root, list(specs.values())))
 
     def __enter__(self) -> ModelWeights:
@@ -118,18 +129,42 @@ class ModelWeights:
         [(_, spec)] = recipe.stored
         if spec.shape != recipe.shape or spec.stride is not None or recipe.window != Window.whole(spec):
             return None
-        raw = map_privately(self.checkpoint.root / spec.file, spec.offset, spec.offset + spec.size)
-        if raw.size != spec.size or not raw.size or raw.ctypes.data % spec.dtype.item_bytes:
+        raw = self._maps.mapped(spec)
+        if not raw.size or raw.ctypes.data % spec.dtype.item_bytes:
             return None
         return torch.from_numpy(raw).view(dtype).reshape(spec.shape)
 
     def encoded(self, recipe: Recipe, scheme: Scheme, cast: DType | None) -> dict[str, torch.Tensor]:
         """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
         view = encoded_view(self.view(recipe), None if cast == recipe.dtype else cast)
-        sink = MemorySink(scheme, view.spec)
+        stored = scheme.stored(view.spec)
+        return {
+            role: _tensor(part if stored[role].is_bound else part.reshape(stored[role].shape), stored[role].dtype)
+            for role, part in self._parts(recipe, scheme, view, stored).items()
+        }
+
+    def _parts(
+        self, recipe: Recipe, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]
+    ) -> dict[str, np.ndarray]:
+        cache = self._cache
+        if cache is None:
+            return self._made(scheme, view, stored)
+        root, files = self.checkpoint.root, sorted({spec.file for _, spec in recipe.stored})
+        content = [cache.content_of(root / file) for file in files]
+        key = text_digest(f"{CACHE_FORMAT} {content} {recipe!r} {scheme!r} {view.spec!r}")
+        with cache.making(key):
+            entry = cache.get(key)
+            if entry is not None and set(entry.parts) == set(stored):
+                return {role: part.view(storage_of(stored[role].dtype)) for role, part in entry.parts.items()}
+            made = self._made(scheme, view, stored)
+            cache.put(key, made, {"source": str(root), "tensor": recipe.name})
+        return made
+
+    def _made(self, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
+        sink = MemoryParts(stored)
         with self._budget.hold(self._workers * THREAD_BYTES + scheme.state_bytes(view.spec)):
             scheme.encode(view, sink, self._work)
-        return {role: _tensor(data, dtype) for role, (data, dtype) in sink.stored().items()}
+        return sink.parts()
 
     def stored(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """What the checkpoint holds for a quantized tensor, by role, as it is."""

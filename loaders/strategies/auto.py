@@ -24,7 +24,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.errors import io_errors
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import PieceReader, WeightLoader
+from loaders.strategies.base import PieceReader, WeightLoader, cached_share
 from loaders.strategies.fastsafetensors import FastSafetensorsLoader, gds_available
 from loaders.strategies.lazy import LazyLoader, map_file
 from loaders.strategies.multithread import MultiThreadWeightLoader
@@ -32,7 +32,6 @@ from loaders.strategies.read import ReadLoader
 
 log = logging.getLogger("weightmill")
 MOSTLY = 0.5
-SAMPLE = 8  # files looked at
 WORTH_MEASURING = 1 << 30  # bytes below which nobody notices the difference
 PROBE_S = 0.12  # for each way of reading
 PROBE_BYTES = 128 << 20
@@ -57,13 +56,10 @@ def choose(root: Path, files: Sequence[str], device: str | None = None) -> tuple
         return "multithread", f"the files lie in a mounted object store ({kind}), which wants many requests at once"
     if medium == "memory":
         return "lazy", f"the files lie in memory ({kind})"
-    sample = files[:: max(1, len(files) // SAMPLE)]
-    with io_errors("looking at", root / sample[0]):
-        shares = [local.cached_share(root / file) for file in sample]
-    known = [share for share in shares if share is not None]
-    if not known:
+    with io_errors("looking at", root):
+        share = cached_share(root, [local.tag(root, file) for file in files])
+    if share is None:
         return "lazy", "the files are local"
-    share = sum(known) / len(known)
     if share >= MOSTLY:
         return "lazy", f"{share:.0%} of the files are in the page cache, which a map uses in place"
     cold = f"{share:.0%} of the files are in the page cache"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jobs.benches import loading, loading_report
+from jobs.benches import busy, loading, loading_report, timing
 from jobs.benches.summing import Summing, total
 from jobs.strategies import StrategySpec
 from loaders.storage import local
@@ -33,7 +33,10 @@ def test_strategies_are_timed_beside_plain_reads_and_the_winner_is_yaml(
     for row in rows.values():
         assert row["missing"] or row["warm_gbps_best"] >= row["warm_gbps_median"] > 0
         assert not row["is_strategy"] or row["first_byte_s"] > 0
+        assert not row["is_strategy"] or row["warm_cpu_s"] > 0
     assert set(found["ratios"]["warm"]) == {f"strategy={n}" for n in ("lazy", "read", "auto")}
+    assert len(found["spread"]["warm"]["strategy=auto"]) == 1
+    assert set(found["busy"]) == {"load_1m", "others_cpu_share", "stolen_cpu_share"}
     assert found["winners"]["warm"]["jobs"] in ("lazy", "read")
     assert Path(found["plot"]).read_bytes()[:4] == b"\x89PNG"
     less = [arg for arg in given if "strategies" not in arg]
@@ -76,6 +79,55 @@ def test_files_that_stay_in_the_page_cache_are_not_called_cold(source: Path, mon
     document = loading.measure(str(source), ["lazy"], 1, cold=True)
     assert (document["is_cold"], document["stayed_in_cache"]) == (False, 0.5)
     assert set(document["winners"]) == {"warm"}
+
+
+def test_what_auto_says_of_warm_files_is_not_what_it_says_of_cold_ones(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[Path] = []
+    monkeypatch.setattr(local, "drop_cached", lambda path: dropped.append(path) or 0.0)
+    monkeypatch.setattr(local, "cached_share", lambda path: 0.0 if dropped else 1.0)
+    document = loading.measure(str(source), ["auto"], 1, cold=True)
+    [row] = [row for row in document["rows"] if row["is_strategy"]]
+    assert row["said"]["warm"].startswith("lazy: 100% of the files are in the page cache")
+    assert row["said"]["cold"].startswith("read: 0% of the files")
+    assert loading_report._said(row["said"]).startswith("warm: lazy")
+
+
+def test_a_busy_machine_is_said_aloud(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = {"load_1m": 0.2, "others_cpu_share": 0.04, "stolen_cpu_share": 0.01}
+    assert busy.warning(quiet) is None
+    assert busy.warning(dict.fromkeys(quiet)) is None
+    said = busy.warning({"load_1m": 9.0, "others_cpu_share": 0.6, "stolen_cpu_share": 0.07})
+    assert said is not None
+    assert said.startswith("the machine was busy: other processes took 60% and other virtual machines 7% of its CPU")
+    monkeypatch.setattr(busy, "_machine", lambda: None)  # a system that does not tell
+    assert busy.Busy().document()["others_cpu_share"] is None
+
+
+def test_what_others_take_of_the_machine_is_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(
+        [dict.fromkeys(busy.FIELDS, 0.0), {**dict.fromkeys(busy.FIELDS, 0.0), "user": 6, "idle": 2, "steal": 2}]
+    )
+    own = iter([10.0, 13.0])
+    monkeypatch.setattr(busy, "_machine", lambda: next(times))
+    monkeypatch.setattr(busy, "_own_s", lambda: next(own))
+    found = busy.Busy().document()
+    assert found["others_cpu_share"] == pytest.approx(0.3)
+    assert found["stolen_cpu_share"] == pytest.approx(0.2)
+
+
+def test_laps_are_in_another_order_each_and_the_same_in_every_run() -> None:
+    def order() -> list[str]:
+        seen: list[str] = []
+        cases = [timing.Case(name, lambda name=name: seen.append(name)) for name in "abcdef"]  # type: ignore[misc]
+        timing.rotate(cases, 2, shuffled=True)
+        return seen
+
+    first = order()
+    assert first == order()
+    assert len({"".join(first[at : at + 6]) for at in (0, 6, 12)}) > 1
+    assert all(sorted(first[at : at + 6]) == list("abcdef") for at in (0, 6, 12))
 
 
 def test_a_way_that_reads_other_bytes_is_no_winner() -> None:
@@ -141,3 +193,17 @@ def test_each_strategy_is_a_run_of_its_own(source: Path, tmp_path: Path, monkeyp
     assert {run["tags"]["weightmill.sweep"] for run in made} == {whole["tags"]["weightmill.sweep"]}
     assert (whole["document"], whole["figures"]) == ("loaders.json", ["p.png"])
     assert {run["status"] for run in made} == {"FINISHED"}
+
+
+def test_tensors_and_models_are_timed_beside_safetensors_and_transformers(
+    weightmill: Callable[..., Ran], source: Path
+) -> None:
+    pytest.importorskip("transformers")
+    ran = weightmill("bench", "load", f"model.path={source}", "quant=nf4", "repeats=1", "format=json")
+    assert ran.status == 0, ran.err
+    rows = {row["case"]: row for row in ran.document["rows"]}
+    plain = ("load_weights", "safetensors.torch.load_file", "load_model_and_tokenizer", "transformers, from_pretrained")
+    for name in plain:
+        assert rows[name]["missing"] or rows[name]["gbps_median"] > 0
+    assert not rows["load_weights, nf4"]["missing"]
+    assert rows["safetensors.torch.load_file"]["times_faster"] > 0

@@ -15,6 +15,9 @@ from loaders.errors import BadSpec
 GROUPS = choices_of("run")
 
 
+NEEDS = {"quant=auto": ("quant.engine=mlx", "quant.target_bits=4.25")}  # what a choice cannot be without
+
+
 def spec_of(*arguments: str) -> JobSpec:
     return compose("run", JobSpec, take_apart("run", arguments))
 
@@ -29,14 +32,17 @@ def problems_of(*arguments: str) -> tuple[str, ...]:
     ("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options if g != "experiment"]
 )
 def test_every_choice_makes_a_job(group: str, option: str) -> None:
-    spec_of(f"{group}={option}")
+    choice = f"{group}={option}"
+    spec_of(choice, *NEEDS.get(choice, ()))
 
 
 @pytest.mark.parametrize("quant", GROUPS["quant"])
 @pytest.mark.parametrize("output", GROUPS["output"])
 @pytest.mark.parametrize("cluster", GROUPS["cluster"])
 def test_choices_go_together(quant: str, output: str, cluster: str) -> None:
-    assert spec_of(f"quant={quant}", f"output={output}", f"cluster={cluster}").quant.name == quant
+    choice = f"quant={quant}"
+    made = spec_of(choice, f"output={output}", f"cluster={cluster}", *NEEDS.get(choice, ()))
+    assert made.quant.name == quant
 
 
 def test_the_default_is_the_demo_model_to_nf4() -> None:
@@ -146,3 +152,21 @@ def test_errors_are_a_document_too(weightmill: Any) -> None:
     assert ran.status == 2
     assert ran.document["exit_status"] == 2
     assert "nf5" in ran.document["problems"][0]
+
+
+def test_a_folder_of_ones_own_adds_choices(tmp_path: Path, weightmill: Any) -> None:
+    own = tmp_path / "my own"
+    (own / "quant").mkdir(parents=True)
+    text = (CONF / "quant" / "nf4.yaml").read_text()
+    (own / "quant" / "mine.yaml").write_text(text.replace("name: nf4", "name: mine").replace("size: 64", "size: 256"))
+    ran = weightmill("plan", "quant=mine", f"--config-dir={own}", "format=json")
+    assert ran.status == 0, ran.err
+    assert ran.document["output"]["quant"] == "mine"
+    assert "mine " in weightmill("run", "--help", f"--config-dir={own}").out
+    swept = weightmill("run", "-m", "quant=mine,int8", "quant.group_size=64,128", f"--config-dir={own}")
+    assert f"'--config-dir={own}' tracking=none quant=mine quant.group_size=64,128" in swept.err
+    (own / "quant" / "nf4.yaml").write_text(text)
+    assert "quant/nf4.yaml has the name of one of weightmill's" in weightmill("plan", f"--config-dir={own}").err
+    wrong = weightmill("plan", f"--config-dir={tmp_path / 'none'}")
+    assert wrong.status == 2
+    assert "expected a folder with some of model, " in wrong.err

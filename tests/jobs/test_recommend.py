@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,76 @@ def test_the_arithmetic_is_shown_and_right() -> None:
     assert found.strategy in said
     config = found.load_config()
     assert config.quantize is None
+
+
+def headers_only(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[str, tuple[int, ...]]]) -> Path:
+    """A checkpoint whose bytes are a hole in a file."""
+    folder.mkdir()
+    header, at = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        size = math.prod(shape) * {"BF16": 2, "F8_E4M3": 1, "F32": 4}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + at)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def llama_shapes(hidden: int, inner: int, layers: int, keys: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (128256, hidden),
+        "lm_head.weight": (128256, hidden),
+    }
+    for layer in range(layers):
+        name = f"model.layers.{layer}."
+        shapes |= {f"{name}self_attn.{part}_proj.weight": (hidden, hidden) for part in "qo"}
+        shapes |= {f"{name}self_attn.{part}_proj.weight": (keys, hidden) for part in "kv"}
+        shapes |= {f"{name}mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
+        shapes[f"{name}mlp.down_proj.weight"] = (hidden, inner)
+    return {name: ("BF16", shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "layers", "heads", "memory", "wanted"),
+    [
+        (4096, 14336, 32, 32, {("cuda", 24): "none", ("cuda", 12): "int8", ("cuda", 9): "nf4"}, "8B"),
+        (8192, 28672, 80, 64, {("cuda", 80): "int8", ("cuda", 48): "nf4", ("mlx", 64): "mlx_mixed_4_6"}, "70B"),
+    ],
+)
+def test_large_llamas_get_what_fits(
+    hidden: int, inner: int, layers: int, heads: int, memory: dict[tuple[str, int], str], wanted: str, tmp_path: Path
+) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    folder = headers_only(tmp_path / wanted, config, llama_shapes(hidden, inner, layers, 1024))
+    for (device, gigabytes), scheme in memory.items():
+        assert get_recommended_loader_config(folder, device, gigabytes).scheme == scheme, (device, gigabytes)
+
+
+def test_latent_attention_keeps_what_its_engine_keeps(tmp_path: Path) -> None:
+    """DeepSeek V3's sizes: 61 layers, 128 heads of 128 + 64 and 128, latents of 512 + 64."""
+    config = {
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 2,
+    }  # fmt: skip
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"lm_head.weight": ("BF16", (1280, 7168))}
+    shapes |= {f"model.layers.3.mlp.experts.{n}.up_proj.weight": ("BF16", (2048, 7168)) for n in range(2)}
+    folder = headers_only(tmp_path / "m", config, shapes)
+    small = "\n".join(get_recommended_loader_config(folder, "mlx", 64).arithmetic)
+    assert f"61 layers x (512 + 64) x 8192 tokens x 2 bytes = {61 * 576 * 8192 * 2 / 1e9:.2f} GB" in small
+    large = get_recommended_loader_config(folder, "cuda", 64)
+    assert (
+        f"61 layers x 128 heads x (128 + 64 + 128) x 8192 tokens x 2 bytes = {61 * 128 * 320 * 8192 * 2 / 1e9:.2f}"
+        in ("\n".join(large.arithmetic))
+    )
+    bits = {each.preset: each.bits_per_weight or 0 for each in large.candidates}
+    assert bits["w4a16"] < 8 < bits["nf4"]  # which leaves experts as they are
 
 
 def test_a_number_of_parameters_is_estimated() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from tests.making import snapshot, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPORT = "weightmill.json"
-QUANTS = ("nf4", "fp4", "mlx_int4", "hqq4")
+UNITS = "source.unit_mb=0.05"  # several of them
+QUANTS = ("nf4", "mlx_int4", "hqq4")
 
 
 def outputs(root: Path) -> dict[str, dict[str, bytes]]:
@@ -33,19 +36,19 @@ def outputs(root: Path) -> dict[str, dict[str, bytes]]:
 
 
 def given(source: Path, root: Path, *more: str) -> list[str]:
-    return [f"model.path={source}", f"output.root={root}", "source.unit_mb=0.05", *more]
+    return [f"model.path={source}", f"output.root={root}", *more]
 
 
 @pytest.fixture
 def singles(source: Path, tmp_path: Path, weightmill: Any) -> dict[str, dict[str, bytes]]:
     for quant in QUANTS:
-        ran = weightmill("run", *given(source, tmp_path / "singles", f"quant={quant}"))
+        ran = weightmill("run", *given(source, tmp_path / "singles", f"quant={quant}", UNITS))
         assert ran.status == 0, ran.err
     return outputs(tmp_path / "singles")
 
 
 def swept(source: Path, root: Path) -> list[str]:
-    return ["-m", *given(source, root, f"quant={','.join(QUANTS)}")]
+    return ["-m", *given(source, root, f"quant={','.join(QUANTS)}", UNITS)]
 
 
 def test_a_sweep_reads_once_and_makes_the_bytes_of_single_jobs(
@@ -58,7 +61,7 @@ def test_a_sweep_reads_once_and_makes_the_bytes_of_single_jobs(
     assert read["bytes_read"] == read["source_bytes"]
     assert read["jobs"] == len(QUANTS)
     assert outputs(tmp_path / "swept") == singles
-    assert [job["number"] for job in ran.document["jobs"]] == [1, 2, 3, 4]
+    assert [job["number"] for job in ran.document["jobs"]] == [1, 2, 3]
     assert len({job["run"]["units"] for job in ran.document["jobs"]}) == 1
     assert find_journals(tmp_path / "swept") == []
 
@@ -66,7 +69,8 @@ def test_a_sweep_reads_once_and_makes_the_bytes_of_single_jobs(
 def test_a_sweep_that_was_done_is_not_done_again(source: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", "-m", *given(source, tmp_path / "o", "quant=nf4,fp4")).status == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*") if path.is_file()}
-    ran = weightmill("run", "-m", *given(source, tmp_path / "o", "quant=nf4,fp4,int8"), "format=json")
+    more = ("quant=nf4,fp4,int8", "output.overwrite=true")  # which is for outputs of something else
+    ran = weightmill("run", "-m", *given(source, tmp_path / "o", *more), "format=json")
     assert [p["jobs"] for p in ran.document["passes"]] == [1]
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
     os.utime(next(source.glob("*.safetensors")))  # another source, as far as one can tell
@@ -120,7 +124,7 @@ def test_a_job_that_fails_is_left_out_and_the_others_finish(
         return honest(self, placement)
 
     monkeypatch.setattr(jobs.unit.TargetRun, "begin", broken)
-    arguments = ["-m", *given(source, tmp_path / "o", "quant=nf4,fp4,mlx_int4"), "cluster.units_at_once=1"]
+    arguments = ["-m", *given(source, tmp_path / "o", "quant=nf4,fp4,mlx_int4", UNITS), "cluster.units_at_once=1"]
     ran = weightmill("run", *arguments, "format=json")
     assert ran.status == 1
     assert [job["status"] for job in ran.document["jobs"]] == ["done", "failed", "done"]
@@ -165,7 +169,7 @@ def test_what_makes_no_sense_is_refused_by_name_and_the_rest_offered(
         ["quant=nf4,fp4", "quant.group_size=64,128"],
         ["tracking=none", "quant=int8"],
     ]
-    assert not list((tmp_path / "o").iterdir())
+    assert not (tmp_path / "o").exists()
     for each in commands:  # what is offered works
         assert weightmill("run", *each).status == 0
     assert len(outputs(tmp_path / "o")) == 5
@@ -222,29 +226,40 @@ def test_a_sweeper_gets_the_objective_of_each_job(source: Path, tmp_path: Path) 
 
     def together(jobs: Any, searches: bool) -> Any:
         found.extend(honest(jobs, True))
+        tried_again = [replace(job, number=job.number + len(jobs)) for job in jobs]
+        assert honest(tried_again, True) == found
         return found
 
     from jobs.compose import sweep
 
     sweep("run", request, together)
     under_way.close()
+    assert [p["jobs"] for p in under_way.said().document["passes"]] == [2]
     assert found[0][0] < 16.0
     assert found[0][1] > 0.05
     assert found[1] == (pytest.approx(16.0, abs=0.1), 0.0)
 
 
-@pytest.mark.slow
-def test_many_jobs_in_one_go_lose_none_and_leave_nothing_open(source: Path, tmp_path: Path) -> None:
+def test_many_jobs_in_one_go_lose_none_and_leave_nothing_open(source: Path, tmp_path: Path, weightmill: Any) -> None:
     from mlflow.tracking import MlflowClient
 
     root = tmp_path / "o"
-    command = [sys.executable, "-m", "jobs.run", "-m", *given(source, root, "quant=nf4,fp4", "quant.group_size=64,128"),
-               "quant.double_quant=false,true", "quant.compute_dtype=null,float32", "format=json"]  # fmt: skip
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert len(json.loads(ran.stdout)["jobs"]) == len(outputs(root)) == 16
+    sweep = ["-m", f"model.path={source}", "quant=nf4,fp4", "quant.group_size=64,128", "tracking=mlflow"]
+    assert weightmill("run", *sweep, f"output.root={tmp_path / 'first'}").status == 0
+    before = open_files()
+    ran = weightmill("run", *sweep, f"output.root={root}", "quant.double_quant=false,true", "format=json")
+    assert ran.status == 0, ran.err
+    assert len(ran.document["jobs"]) == len(outputs(root)) == 8
+    assert open_files() <= before + 2  # one store more: its database, and what is written to it
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("weightmill")
     found = client.search_runs([experiment.experiment_id])
-    assert [run.info.status for run in found] == ["FINISHED"] * 16
+    assert [run.info.status for run in found] == ["FINISHED"] * 8
     assert len({run.data.tags["weightmill.sweep"] for run in found}) == 1
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
+
+
+def open_files() -> int:
+    listed = Path("/proc/self/fd")
+    return len(list(listed.iterdir())) if listed.exists() else 0

@@ -52,7 +52,8 @@ def test_a_run_holds_everything(store: Path, source: Path, tmp_path: Path, weigh
     total = ran.document["totals"]
     metrics = found.data.metrics
     assert metrics["size/bits_per_weight"] == pytest.approx(total["bits_per_weight"])
-    assert metrics["error/relative"] == pytest.approx(total["changed"]["relative_error"])
+    assert metrics["error/relative"] == pytest.approx(total["relative_error"])
+    assert metrics["error/relative_changed"] == pytest.approx(total["changed"]["relative_error"])
     assert metrics["units/total"] == ran.document["run"]["units"]
     for name in ("time/wall_s", "time/read_s", "time/encode_s", "time/measure_s", "time/write_s",
                  "load/gigabytes_per_second", "load/peak_anonymous_bytes", "units/retries", "error/worst"):  # fmt: skip
@@ -122,3 +123,20 @@ def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
     assert sorted(r.info.status for r in runs(tmp_path / "root")) == ["FINISHED"] * 3
+
+
+def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
+    from jobs.spec import TrackingSpec
+    from jobs.tracking import compare_page
+
+    server = TrackingSpec(kind="mlflow", uri="http://host:5000/")
+    few = compare_page(server, Path("out"), ["a", "b"], "7", "sweep-1")
+    assert few == (
+        "compare: http://host:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D"
+        "&workflowType=machine_learning"
+    )
+    many = compare_page(server, Path("out"), [str(n) for n in range(21)], "7", "sweep-1")
+    assert many.startswith("compare: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&searchFilter=")
+    assert many.endswith("tags.%60weightmill.sweep%60%20%3D%20%27sweep-1%27")
+    own = compare_page(TrackingSpec(kind="mlflow"), Path("out"), ["a"], "1")
+    assert own.startswith("compare: mlflow ui --backend-store-uri sqlite:///out/mlflow.db ")

@@ -73,6 +73,13 @@ DAMAGE: dict[str, tuple[str, Callable[[bytearray], bytes | bytearray]]] = {
 }
 
 
+def test_a_limit_given_later_comes_on_top(out: Path, weightmill: Any) -> None:
+    found = faults(weightmill, out, "verify.max_relative_error=0.01")
+    assert found
+    assert all("relative error" in fault for fault in found), found
+    assert not faults(weightmill, out, "verify.max_relative_error=0.5")
+
+
 @pytest.mark.parametrize("what", sorted(DAMAGE))
 def test_damage_fails_and_is_named(what: str, out: Path, weightmill: Any) -> None:
     name, change = DAMAGE[what]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from loaders import (
     QuantizedTensor,
     VerifyFailed,
     clear_cache,
+    configure,
     load_and_quantize,
     load_weights,
 )
 from loaders import shared as shared_module
+from loaders.storage import local
+from loaders.work import THREAD_BYTES
 from tests.making import llama_tensors, read_safetensors, values_of, weights, write_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -194,6 +198,38 @@ def test_a_damaged_entry_is_made_again(source: Path, own_cache: Path) -> None:
     entry.write_bytes(entry.read_bytes()[:-100])
     assert not load_weights(source, "nf4", use_cache=True)[1].from_cache
     assert load_weights(source, "nf4", use_cache=True)[1].from_cache
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at /proc")
+def test_a_tensor_beyond_the_budget_is_quantized_within_the_stated_bound(tmp_path: Path) -> None:
+    """128 MB of bfloat16 under a budget of 32 MB: the result, and what `make` says of a thread."""
+    rows, columns = 8192, 8192
+    raw = json.dumps({"a.weight": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, 2 * rows * columns]}})
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw.encode())
+        file.truncate(8 + len(raw) + 2 * rows * columns)
+    configure(workers=2, memory_budget_mb=32)
+    slack = 8_000_000  # threads, the interpreter
+    load_weights(tmp_path, "nf4", layer_filter="a.weight")  # the first brings libraries
+    weights, stats = load_weights(tmp_path, "nf4")
+    result = weights["a.weight"].nbytes
+    assert result == pytest.approx(rows * columns * 4.5 / 8, rel=0.01)
+    assert stats.load.peak_anonymous_bytes <= result + 2 * THREAD_BYTES + slack < 2 * rows * columns
+    assert stats.load.bytes == 2 * rows * columns
+    _, stats = load_weights(tmp_path)
+    assert stats.load.peak_anonymous_bytes <= slack
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0, None])
+def test_stats_say_cold_or_warm_when_quantizing_too(
+    share: float | None, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "cached_share", lambda path: share)
+    _, stats = load_weights(source, "nf4", measure=False)
+    wanted = {0.0: "cold", 0.3: "mixed", 1.0: "warm", None: "unknown"}[share]
+    assert stats.load.temperature == wanted
+    assert stats.load.warm_bytes + stats.load.cold_bytes == (0 if share is None else stats.load.bytes)
+    assert wanted in str(stats)
 
 
 def test_nan_and_errors_beyond_the_limit_are_refused(tmp_path: Path) -> None:

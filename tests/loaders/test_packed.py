@@ -13,6 +13,8 @@ import pytest
 from loaders.checkpoint import open_checkpoint
 from loaders.containers import packed
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.formats import WeightFormat, detect_weight_format
+from loaders.loading import load_weights
 from loaders.sources import recipes_of
 from loaders.specs import DTYPES, StoredSpec, StoredTensor
 from tests.making import LLAMA
@@ -220,6 +222,51 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no components": (layout(components={}), "expected components, a list"),
     "an expert's bits that do not fit": (component(bits=8), "8 bits .* do not fit"),
 }  # fmt: skip
+
+
+OF_IT = ("", "model_weights.bin", "model_weights.json", "packed_experts/layer_02.bin", "packed_experts/layout.json")
+
+
+@pytest.mark.parametrize("part", OF_IT)
+def test_the_folder_and_each_of_its_files_load(part: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "m") / part
+    assert detect_weight_format(path) is WeightFormat.PACKED
+    found, stats = load_weights(path)
+    assert len(found) == 4 + 2 * 3 * 9
+    assert stats.load.files == 3
+    at = (bytes(range(196)) * 2)[384:392]
+    assert found["model.norm.weight"].numpy().tobytes() == at
+    decoded, _ = load_weights(path, dtype="float32", layer_filter="mlp.gate")
+    assert decoded["model.layers.0.mlp.gate.weight"].shape == (4, 64)
+
+
+def test_a_packed_file_whose_first_byte_is_that_of_a_pickle_is_packed(tmp_path: Path) -> None:
+    path = write(tmp_path / "m") / "model_weights.bin"
+    path.write_bytes(b"\x80" + path.read_bytes()[1:])
+    assert detect_weight_format(path) is WeightFormat.PACKED
+
+
+LIES = ("a span that leaves the file", "weights cut short", "a layer cut short", "no JSON", "bits that are none")
+
+
+@pytest.mark.parametrize("part", OF_IT[:3])
+@pytest.mark.parametrize("name", LIES)
+def test_truncated_and_lying_ones_are_neither_detected_nor_loaded(name: str, part: str, tmp_path: Path) -> None:
+    damage, message = DAMAGE[name]
+    folder = write(tmp_path / "m")
+    damage(folder)
+    for call in (detect_weight_format, load_weights):
+        with pytest.raises(BadCheckpoint, match=message):
+            call(folder / part)
+
+
+def test_a_file_without_its_manifest_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m")
+    (folder / "model_weights.json").unlink()
+    with pytest.raises(BadCheckpoint, match=r"says pytorch, but it begins with .* with model_weights.json beside it"):
+        load_weights(folder / "model_weights.bin")
+    (folder / "model_weights.bin").unlink()
+    assert detect_weight_format(folder) is WeightFormat.UNKNOWN
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGE))

@@ -17,7 +17,8 @@ CELLS = [(preset, kind, cell) for preset, cells in MATRIX.items() for kind, cell
 
 
 def test_every_preset_is_in_it() -> None:
-    assert sorted(MATRIX) == sorted(path.stem for path in (ROOT / "conf" / "quant").glob("*.yaml"))
+    presets = {path.stem for path in (ROOT / "conf" / "quant").glob("*.yaml")} - {"auto"}  # a mix of the others
+    assert sorted(MATRIX) == sorted(presets)
 
 
 def test_a_reason_stands_where_nothing_is_judged() -> None:

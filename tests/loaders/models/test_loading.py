@@ -100,6 +100,35 @@ def test_experts_are_fused_as_transformers_fuses_them(tmp_path: Path) -> None:
             assert torch.equal(logits(load(folder, strategy=strategy)), logits(theirs)), (each.model_type, strategy)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kept"),
+    [("deepseek_v3", "bfloat16", "mlp.gate.e_score_correction_bias"), ("gpt_oss", "float16", "layernorm.weight")],
+)
+def test_what_transformers_keeps_in_float32_is_so_here(kind: str, dtype: str, kept: str, tmp_path: Path) -> None:
+    """DeepSeek's in any dtype (strict), gpt-oss's in float16 alone."""
+    few = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    sizes = {
+        "deepseek_v3": {
+            "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+            "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        },
+        "gpt_oss": {
+            "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, **few, **sizes[kind])
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    wanted = {name: value.dtype for name, value in theirs.state_dict().items()}
+    assert {dtype for name, dtype in wanted.items() if kept in name} == {torch.float32}
+    for strategy in (LoadingStrategy.FULL, LoadingStrategy.STREAMING):
+        ours = load(tmp_path, dtype=dtype, strategy=strategy)
+        assert {name: value.dtype for name, value in ours.state_dict().items()} == wanted
+        assert torch.equal(logits(ours), logits(theirs))
+
+
 # --- quantized
 
 
@@ -137,6 +166,17 @@ def test_compressed_tensors_go_through_transformers(tmp_path: Path, weightmill: 
     pytest.importorskip("compressed_tensors")
     output = tmp_path / "out"
     assert weightmill("run", "model=demo", "quant=w8a16", "cluster=local", f"output.path={output}").status == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(output, device_map={"": "cpu"}).eval()
+    assert torch.equal(logits(load(output)), logits(theirs))
+
+
+@pytest.mark.parametrize(("quant", "engine"), [("w4a16", "compressed_tensors"), ("ternary", "transformers")])
+def test_outputs_that_transformers_runs_itself_compute_what_it_computes(
+    quant: str, engine: str, tmp_path: Path, weightmill: Callable[..., Ran]
+) -> None:
+    pytest.importorskip(engine)
+    output = tmp_path / "out"
+    assert weightmill("run", "model=demo", f"quant={quant}", "cluster=local", f"output.path={output}").status == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(output, device_map={"": "cpu"}).eval()
     assert torch.equal(logits(load(output)), logits(theirs))
 
@@ -181,7 +221,7 @@ def test_unexpected_weights_may_be_ignored_by_name(tmp_path: Path) -> None:
         ({"quantize": "nf3"}, "quantize: unknown 'nf3'; known: nf4"),
         ({"dtype": "bf16"}, "dtype: unknown 'bf16'"),
         ({"quantize": "nf4", "decode": True}, "give one"),
-        ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "strategy FULL, not STREAMING"),
+        ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "strategy full, not streaming"),
         ({"workers": 0}, "workers: expected at least 1"),
         ({"llama_pro_blocks": 1, "llama_pro_path": "x"}, "give it or llama_pro_blocks"),
     ],

@@ -50,7 +50,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
 
 
 def test_what_is_of_other_backends_is_refused() -> None:
-    with pytest.raises(BadSpec, match="STREAMING is for models of transformers"):
+    with pytest.raises(BadSpec, match="streaming is for models of transformers"):
         load_model_and_tokenizer(DEMO, "mlx", strategy=LoadingStrategy.STREAMING)
     with pytest.raises(BadSpec, match="give backend='mlx'"):
         load_model_and_tokenizer(DEMO, "cpu", quantize="mlx_int4")

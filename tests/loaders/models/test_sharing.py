@@ -14,7 +14,9 @@ import pytest
 import loaders.models.weights
 import loaders.shared
 import loaders.work
+from loaders import configure
 from loaders.models import LoadingStrategy, load_model_and_tokenizer
+from loaders.quantization.hqq import Hqq
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -68,3 +70,28 @@ def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     assert workers
     assert all(name.startswith("weightmill") for name in workers)
     assert len(workers) <= 2
+
+
+def test_what_was_quantized_once_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hqq")
+    monkeypatch.setattr(loaders.shared, "_SHARED", [])
+    together = configure(workers=2, cache_folder=tmp_path)
+    encoded: list[str] = []
+    real = Hqq.encode
+
+    def counted(self: Hqq, view: Any, *rest: Any) -> None:
+        encoded.append(view.spec.name)
+        real(self, view, *rest)
+
+    monkeypatch.setattr(Hqq, "encode", counted)
+    ids = torch.arange(3, 40)[None]
+    found = []
+    for use_cache in (True, True, False):
+        model, _ = load_model_and_tokenizer(DEMO, "cpu", quantize="hqq4", use_cache=use_cache)
+        with torch.no_grad():
+            found.append(model(ids).logits)
+        assert len(encoded) == len(set(encoded)) or not use_cache
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert len(encoded) == 2 * len(set(encoded))  # the first time, and without the cache
+    assert len(together.cache.keys()) == len(set(encoded))

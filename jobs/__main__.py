@@ -1,0 +1,5 @@
+"""python -m jobs VERB [key=value ...]."""
+
+from jobs.cli import script
+
+script()

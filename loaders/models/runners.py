@@ -1,0 +1,320 @@
+"""A checkpoint in its engine: token ids in, logits out.
+
+Engines: transformers (plain, bitsandbytes, compressed-tensors, bitnet), hqq, mlx-lm, and llama.cpp through
+llama-cpp-python. Float arithmetic is the caller's choice as far as the engine has one: in float32 what is measured is
+what became of the weights, not the noise of bfloat16. LLM.int8 computes in float16 by its nature, and llama.cpp rounds
+activations as it always does. Checked with transformers 5.23, bitsandbytes 0.50, compressed-tensors
+0.20, hqq 0.2.8, mlx-lm 0.32, llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from importlib import import_module, metadata, util
+from io import StringIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from loaders.backends.machine import usable_cpus
+from loaders.checkpoint import Checkpoint
+from loaders.decoding import is_quantized
+from loaders.errors import BadCheckpoint, BadSpec
+
+METHODS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "bitnet": ""}
+INSTALLED_BY = {
+    "torch": "'weightmill[models]'",
+    "transformers": "'weightmill[models]'",
+    "accelerate": "'weightmill[models]'",
+    "llama_cpp": "'weightmill[llama-cpp]'",
+    "mlx_lm": "mlx-lm",
+    "compressed_tensors": "compressed-tensors",
+}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+# what engines raise for files that they cannot take, or when memory is short
+FAULTS = (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, MemoryError, IndexError)
+
+
+class Runner(Protocol):
+    """A model that is loaded."""
+
+    def __call__(self, ids_BT: np.ndarray) -> np.ndarray:
+        """Logits, float32 of shape (B, T, V), of B runs of T tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What runs a checkpoint, and the modules of Python that it takes."""
+
+    name: str
+    modules: tuple[str, ...]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(name for name in self.modules if util.find_spec(name) is None)
+
+    @property
+    def described(self) -> str:
+        """With the versions of what runs it: "transformers 5.23.0, bitsandbytes 0.50.2"."""
+        shown = [n for n in self.modules if n not in ("torch", "accelerate", "transformers") or n == self.name]
+        return ", ".join(_versioned(name) for name in shown)
+
+
+def _versioned(module: str) -> str:
+    name = {"llama_cpp": "llama-cpp-python"}.get(module, module.replace("_", "-"))
+    with suppress(metadata.PackageNotFoundError):
+        return f"{name} {metadata.version(name)}"
+    return name
+
+
+ORIGINAL = Engine("transformers", ("torch", "transformers", "accelerate"))
+
+
+def engine_of(layout: str, config: Mapping[str, Any] | None) -> Engine:
+    """The engine of a layout ("hf", "hqq", "mlx", "gguf", "packed") with such a config.json.
+
+    Raises:
+        BadSpec: none of those known here runs it.
+    """
+    if layout == "gguf":
+        return Engine("llama.cpp", ("llama_cpp",))
+    if layout == "mlx":
+        return Engine("mlx-lm", ("mlx_lm",))
+    if layout == "packed":
+        raise BadSpec("verify=logits: nothing here runs packed checkpoints; verify=strict does without")
+    block = (config or {}).get("quantization_config")
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if layout == "hqq" or method == "hqq":
+        return Engine("hqq", (*ORIGINAL.modules, "hqq"))
+    if method is not None and method not in METHODS:
+        raise BadSpec(
+            f"verify=logits: checkpoints of {method} are not run here; known: plain, hqq, {', '.join(METHODS)}, MLX,"
+            " GGUF"
+        )
+    extra = METHODS.get(method or "", "")
+    return Engine("transformers", (*ORIGINAL.modules, *([extra] if extra else [])))
+
+
+def engine_of_folder(checkpoint: Checkpoint) -> Engine:
+    """The engine of what a folder holds."""
+    first = checkpoint.files[0].name
+    if checkpoint.container in ("gguf", "packed"):
+        return engine_of(checkpoint.container, None)
+    is_mlx = isinstance(checkpoint.config.get("quantization"), dict)
+    if checkpoint.container == "safetensors":
+        is_mlx = is_mlx or _says_mlx(checkpoint.root / first)
+    return engine_of("mlx" if is_mlx else "hqq" if first == "qmodel.pt" else "hf", checkpoint.config)
+
+
+def _says_mlx(path: Path) -> bool:
+    """Whether mlx-lm, or its layout, wrote a file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return (file.metadata() or {}).get("format") == "mlx"
+
+
+def check_engine(engine: Engine, device: str, what: str) -> None:
+    """Raises BadSpec: the engine is not installed here, or cannot use the device."""
+    if engine.missing:
+        wanted = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in engine.missing))
+        raise BadSpec(
+            f"verify=logits: {what} runs in {engine.name}, and {', '.join(engine.missing)} is not installed here:"
+            f" pip install {wanted}; or verify=strict, which does without"
+        )
+    found = device_of(engine, "auto") if device not in ("auto", "cpu") else device
+    if found != device:
+        raise BadSpec(f"verify.device: {engine.name} here has no {device}; device=auto takes what there is")
+
+
+def device_of(engine: Engine, device: str) -> str:
+    """The device that an engine runs on: of `auto`, the GPU where the engine can use one."""
+    if device != "auto":
+        return device
+    if engine.name == "mlx-lm":
+        import mlx.core as mx
+
+        return "mps" if mx.metal.is_available() else "cpu"
+    if engine.name == "llama.cpp":
+        llama_cpp: Any = import_module("llama_cpp")
+        return _torch_device() if llama_cpp.llama_supports_gpu_offload() else "cpu"
+    return _torch_device()
+
+
+def _torch_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def running(
+    checkpoint: Checkpoint, engine: Engine | None, *, device: str, dtype: str, window: int, key: str
+) -> Iterator[Runner]:
+    """Load a checkpoint in its engine, for as long as the block lasts; without one, decoded in transformers.
+
+    `dtype`: of the float arithmetic, "float32", "bfloat16" or "float16". `window`: the most tokens of a run.
+
+    Raises:
+        BadCheckpoint: the engine does not load it, or leaves some of its weights unset; it begins with `key`.
+    """
+    where, name = device_of(engine or ORIGINAL, device), (engine or ORIGINAL).name
+    load = LOADERS[name] if engine is not None else _decoded
+    with _quiet():
+        try:
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # bars
+                runner, close = load(checkpoint, where, dtype, window)
+                runner(np.zeros((1, 2), np.int32))  # some unpack their weights in the first run
+        except FAULTS as error:
+            said = " ".join(str(error).split())[:400] or type(error).__name__
+            raise BadCheckpoint(f"{key}: {name} does not load {checkpoint.root}: {said}") from error
+        try:
+            yield runner
+        finally:
+            del runner
+            close()
+            gc.collect()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Engines advise on training, kernels and casts; errors they raise."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _transformers(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from loaders.models.skeleton import BUILDING
+
+    auto: Any = AutoModelForCausalLM
+    with BUILDING:
+        model, about = auto.from_pretrained(
+            str(checkpoint.root), dtype=getattr(torch, dtype), device_map={"": device}, output_loading_info=True,
+            trust_remote_code=False, local_files_only=True,
+        )  # fmt: skip
+    unset = sorted({*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])})
+    if unset:
+        raise ValueError(f"{len(unset)} weights are left unset, {unset[0]} first")
+    _compute_in(model, getattr(torch, dtype))
+    return _torch_runner(model, device), lambda: None
+
+
+def _compute_in(model: Any, dtype: Any) -> None:
+    """Where bitsandbytes is at work, transformers loads the other weights in the config's dtype, whatever is asked."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # 4-bit modules
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
+def _decoded(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+    """A checkpoint of any kind as floats in transformers: what an output is held against."""
+    from loaders.models.loading import load_model_and_tokenizer
+
+    if checkpoint.container in ("safetensors", "pytorch") and not is_quantized(checkpoint):
+        return _transformers(checkpoint, device, dtype, window)
+    model, _ = load_model_and_tokenizer(checkpoint.root, device, decode=True, dtype=dtype)
+    return _torch_runner(model, device), lambda: None
+
+
+def _hqq(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+    """Hqq's own loading of qmodel.pt; its safetensors, which transformers 5 no longer loads, into hqq's modules."""
+    import torch
+
+    from loaders.models.loading import load_model_and_tokenizer
+
+    if checkpoint.files[0].name == "qmodel.pt":
+        hqq: Any = import_module("hqq.models.hf.base")
+        model = hqq.AutoHQQHFModel.from_quantized(
+            str(checkpoint.root), compute_dtype=getattr(torch, dtype), device=device
+        )
+    else:
+        model, _ = load_model_and_tokenizer(checkpoint.root, device, dtype=dtype)
+    return _torch_runner(model.eval(), device), lambda: None
+
+
+def _torch_runner(model: Any, device: str) -> Runner:
+    import torch
+
+    model.eval()
+
+    def run(ids_BT: np.ndarray) -> np.ndarray:
+        ids = torch.from_numpy(ids_BT.astype(np.int64)).to(device)
+        with torch.inference_mode():
+            found: np.ndarray = model(input_ids=ids, use_cache=False).logits.float().cpu().numpy()
+        return found
+
+    return run
+
+
+def _mlx(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    untyped: Any = mx
+    before = untyped.default_device()
+    untyped.set_default_device(untyped.cpu if device == "cpu" else untyped.gpu)
+    try:
+        model: Any = load_model(checkpoint.root, lazy=False)[0]
+        model.set_dtype(getattr(untyped, dtype))  # scales too: a wider float holds them exactly
+    except BaseException:
+        untyped.set_default_device(before)
+        raise
+
+    def run(ids_BT: np.ndarray) -> np.ndarray:
+        return np.array(model(untyped.array(ids_BT.astype(np.int32))).astype(untyped.float32))
+
+    def close() -> None:
+        untyped.set_default_device(before)
+        untyped.clear_cache()
+
+    return run, close
+
+
+def _llama_cpp(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
+    llama_cpp: Any = import_module("llama_cpp")
+    path = checkpoint.root / checkpoint.files[0].name
+    threads = usable_cpus()
+    kept = {"float32": 0, "float16": 1, "bfloat16": 30}[dtype]  # ggml's numbers of types, for keys and values
+    model: Any = llama_cpp.Llama(
+        model_path=str(path), n_ctx=window, n_batch=window, n_ubatch=window, logits_all=True, verbose=False,
+        n_threads=threads, n_threads_batch=threads, n_gpu_layers=0 if device == "cpu" else -1,
+        type_k=kept, type_v=kept,
+    )  # fmt: skip
+
+    def run(ids_BT: np.ndarray) -> np.ndarray:
+        found = []
+        for ids in ids_BT:
+            model.reset()
+            model.eval([int(each) for each in ids])
+            found.append(np.array(model.scores[: len(ids)], np.float32))
+        return np.stack(found)
+
+    return run, model.close
+
+
+LOADERS: dict[str, Callable[[Checkpoint, str, str, int], tuple[Runner, Callable[[], None]]]] = {
+    "transformers": _transformers,
+    "hqq": _hqq,
+    "mlx-lm": _mlx,
+    "llama.cpp": _llama_cpp,
+}
