@@ -17,10 +17,10 @@ import numpy as np
 
 from jobs.benches.timing import SCRATCH, Case, on_threads
 from loaders.containers.gguf import TYPE_IDS
-from loaders.quantization.ggml import ENCODERS
+from loaders.quantization.ggml import ENCODERS, Ggml
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.ggml_decode import DECODERS
-from loaders.specs import DTYPES
+from loaders.specs import DTYPES, TensorSpec
 
 PART = 16
 WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0")
@@ -67,8 +67,19 @@ def _encode(weight: np.ndarray, name: str, out: np.ndarray, threads: int) -> Non
     _spread(lambda a, b: ENCODERS[name](weight[a:b].reshape(-1), out[a * size : b * size]), weight.shape[0], threads)
 
 
+class _Held:
+    """What was stored, in memory."""
+
+    def __init__(self, stored: np.ndarray) -> None:
+        self._stored = stored
+
+    def read(self, role: str, start: int, stop: int) -> np.ndarray:
+        return self._stored[start:stop]
+
+
 def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) -> None:
     flat, dtype, columns = weight.reshape(-1), DTYPES[name], weight.shape[1]
+    scheme, spec, held = Ggml(name), TensorSpec("w.weight", DTYPES["BF16"], weight.shape), _Held(stored)
 
     def part(first: int, last: int) -> None:
         decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
@@ -77,6 +88,9 @@ def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) ->
             out = decoded[: end - at]
             DECODERS[name](stored[dtype.size((at,)) : dtype.size((end,))], out)
             cpu.compare_into(flat[at:end], "BF16", out, sums)
+            grid = scheme.grid(spec, held, at, end)
+            assert grid is None or grid.holds(flat[at:end], out)
+        scheme.greatest_error(spec, held, first * columns, last * columns)
 
     _spread(part, weight.shape[0], threads)
 

@@ -55,16 +55,23 @@ class Bnb4:
         return float(worst) * 1.001 + (DOUBLE_QUANT_ERROR if self.double_quant else 0)
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """Half the widest gap between two codes, times the group's largest; a cast's 2^-9 of that too.
+        """Half the widest gap between two codes, times the group's largest; a cast's 2^-8 of that too.
 
-        Not with double quantization: its scales are rounded, and how far is not bounded by what is stored.
+        With double quantization that largest is itself the nearest of bitsandbytes' dynamic codes: off by half their
+        widest gap, or what lies between the last of them and -1, and a step of the 65536 that it looks up, times
+        the largest of 256 of them.
         """
-        if self.double_quant:
-            return math.inf
         ranked = np.sort(fourbit.table(self.table).values.astype(np.float64))
         floor = 2.0**-24 if spec.dtype.name == "F16" else 2.0**-120  # what a cast loses of tiny weights
-        scales = stored.read("weight.absmax", start // self.group_size, -(-stop // self.group_size))
-        return float(np.abs(scales).max(initial=0)) * (float(np.diff(ranked).max()) / 2 + 2**-8) + floor
+        first, last = start // self.group_size, -(-stop // self.group_size)
+        scales, off = stored.read("weight.absmax", first, last), 0.0
+        if self.double_quant:
+            scales = self._decode_scales(spec, stored, scales, first, last)
+            tops = stored.read("weight.nested_absmax", first // dynamic.GROUP, -(-last // dynamic.GROUP))
+            codes = dynamic.dynamic_map().astype(np.float64)
+            off = (max(float(np.diff(codes).max()) / 2, 1 + codes[0]) + 2**-15) * float(tops.max(initial=0))
+        largest = float(np.abs(scales).max(initial=0)) * (1 + 2**-20) + off
+        return largest * (float(np.diff(ranked).max()) / 2 + 2**-8) + off + floor
 
     @property
     def _state(self) -> str:

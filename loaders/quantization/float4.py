@@ -19,9 +19,9 @@ from typing import ClassVar
 import numpy as np
 
 from loaders.errors import VerifyFailed
-from loaders.quantization.kernels import casts, float4
+from loaders.quantization.kernels import casts, float4, microfloat
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.packed_int import refuses_matrix, scale_dtype
+from loaders.quantization.packed_int import UNDERFLOW, refuses_matrix, scale_dtype
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, StoredSpec, TensorSpec
 
@@ -101,6 +101,15 @@ class Nvfp4:
     def align(self, spec: TensorSpec) -> int:
         return float4.NV_GROUP
 
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """A scale is half of E2M1's widest gap. The largest weight is cut off where its scale was rounded down: by a
+        sixteenth of 6 scales and roundings, less than one; by 6 * 2^-10 in the range where E4M3's gaps are 2^-9.
+        """
+        group, whole = float4.NV_GROUP, abs(float(stored.read("weight_global_scale", 0, 1)[0]))
+        scales = stored.read("weight_scale", start // group, -(-stop // group)) & np.uint8(0x7F)
+        largest = float(microfloat.e4m3_table()[scales.max(initial=0)])
+        return (largest * 1.1 + 6 * 2.0**-10) / whole * (1 + 2**-6) + UNDERFLOW * (spec.dtype.name == "F16")
+
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         whole = stored.read("weight_global_scale", 0, 1)[0]
         scales = stored.read("weight_scale", start // float4.NV_GROUP, stop // float4.NV_GROUP)
@@ -168,6 +177,13 @@ class Mxfp4:
 
     def align(self, spec: TensorSpec) -> int:
         return float4.MX_GROUP
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """A scale is half of E2M1's widest gap, and what a largest weight, below 7 scales, is cut off."""
+        group = float4.MX_GROUP
+        scales = stored.read("weight_scale", start // group, -(-stop // group))
+        largest = float(microfloat.power_values(scales.max(initial=0, keepdims=True))[0])
+        return largest * (1 + 2**-4) + 6 * UNDERFLOW * (spec.dtype.name == "F16")
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         scales = stored.read("weight_scale", start // float4.MX_GROUP, stop // float4.MX_GROUP)

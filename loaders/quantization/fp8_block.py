@@ -19,7 +19,7 @@ import numpy as np
 from loaders.quantization.kernels import casts, float8
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.float8 import BLOCK
-from loaders.quantization.packed_int import EPS, refuses_matrix, scale_dtype
+from loaders.quantization.packed_int import E4M3_STEPS, EPS, UNDERFLOW, refuses_matrix, scale_dtype
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, StoredSpec, TensorSpec
 
@@ -75,6 +75,14 @@ class Fp8Block:
     def align(self, spec: TensorSpec) -> int:
         """Rows: a band may be large, and its scales are few."""
         return spec.shape[1]
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """See `RowScaled.greatest_error`: the same codes."""
+        columns = spec.shape[1]
+        first, last, blocks = start // columns, -(-stop // columns), -(-columns // BLOCK)
+        raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)
+        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name)
+        return float(np.abs(scales).max(initial=0)) * E4M3_STEPS + 448 * UNDERFLOW
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         columns = spec.shape[1]

@@ -30,6 +30,11 @@ class Gate:
         if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
             count = error.nonfinite_decoded
             return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
+        if math.isinf(error.error2):  # what `measure` makes of a single wrong weight
+            return (
+                f"{name}: a weight came back as not the nearest that its stored scale allows (a copy: not as it was);"
+                " it was encoded or stored wrong: run the job again, and report it if that repeats"
+            )
         limit = min(scheme.error_limit, self.max_relative_error or math.inf)
         if not error.relative_error <= limit and not self._is_floor(error, scheme):
             return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"

@@ -7,14 +7,17 @@ sources; kernels/ggml_blocks.py, ggml_super.py and ggml_ternary.py say what they
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
+from loaders.quantization import grid as grids
 from loaders.quantization.ggml_reading import decode_blocks
-from loaders.quantization.kernels import casts, ggml_blocks, ggml_super, ggml_ternary
+from loaders.quantization.grid import Grid
+from loaders.quantization.kernels import casts, ggml_blocks, ggml_grid, ggml_super, ggml_ternary
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml_decode import DECODERS
 from loaders.quantization.plain import Plain
@@ -35,6 +38,13 @@ assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
 
 # Steps between the greatest and the least code of a block (or sub-block): see error_limit
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
+
+
+# Types whose codes are found at once: where a block's scale is; whether a minimum follows; see `Ggml.greatest_error`
+ROUNDED = {
+    "Q8_0": (0, False, 0.5, 127), "Q4_0": (0, False, 1.0, 8), "Q4_1": (0, True, 0.5, 15), "Q5_0": (0, False, 1.0, 16),
+    "Q5_1": (0, True, 0.5, 31), "TQ1_0": (52, False, 0.5, 1), "TQ2_0": (64, False, 0.5, 1),
+}  # fmt: skip
 
 
 class TernaryView:
@@ -121,6 +131,34 @@ class Ggml:
 
     def align(self, spec: TensorSpec) -> int:
         return DTYPES[self.type].block
+
+    @property
+    def _is_plain_block(self) -> bool:
+        return self.type in ROUNDED and not self.absmean
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """Half a step, or a whole one at the far end of Q4_0 and Q5_0, which have one code less there; and what
+        float16's roundings of scale and minimum, 2^-11 or 2^-25 each, move the greatest code. A cast: 2^-8 of it.
+        """
+        if not self._is_plain_block:
+            return math.inf  # see `grid`
+        at, has_offset, steps, top = ROUNDED[self.type]
+        size = DTYPES[self.type].size
+        blocks, block = stored.read("weight", size((start,)), size((stop,))), size((DTYPES[self.type].block,))
+        scale = ggml_grid.largest_half(blocks, block, at)
+        offset = ggml_grid.largest_half(blocks, block, at + 2) if has_offset else 0.0
+        cast = 2**-8 if spec.dtype.name != "F32" else 0.0
+        return scale * (steps + top * (2**-10 + cast)) + offset * (2**-10 + cast) + (top + 2) * 2.0**-24
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
+        """See kernels/ggml_grid.py; what finds its codes at once has a `greatest_error`."""
+        if self.type not in ggml_grid.GROUPS or self._is_plain_block:
+            return None
+        dtype, group = DTYPES[self.type], ggml_grid.GROUPS[self.type]
+        low, high, half = (np.empty((stop - start) // group, np.float32) for _ in range(3))
+        ggml_grid.grid(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), low, high, half)
+        slope = grids.SMALL + (grids.E2M1_SLOPE if self.type == "MXFP4" else 0)
+        return Grid(group, low, high, half, slope)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:

@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from loaders.errors import VerifyFailed
+from loaders.quantization import grid as grids
+from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts, hqq, unhqq
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.scheme import Sink, Stored, View, Work
@@ -38,7 +40,7 @@ HELD = 1 << 20  # scales that are held at once where groups are columns
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class Layout:
     """How a weight's values lie: a matrix whose rows are packed in `parts` runs of `rows`."""
 
     groups: int
@@ -89,10 +91,10 @@ class Hqq:
         dtype = spec.dtype if self.compute_dtype is None else DTYPES[self.compute_dtype]
         return DTYPES["F32"] if dtype.name == "F64" else dtype
 
-    def grid(self, spec: TensorSpec) -> Grid:
+    def layout(self, spec: TensorSpec) -> Layout:
         groups = spec.numel // self.group_size
         matrix = (groups, self.group_size) if self.axis == 1 else (self.group_size, groups)
-        return Grid(groups, -(-matrix[0] // PARTS[self.bits]), matrix[1])
+        return Layout(groups, -(-matrix[0] // PARTS[self.bits]), matrix[1])
 
     def refuses(self, spec: TensorSpec) -> str | None:
         if spec.dtype.name not in WEIGHT_DTYPES:
@@ -112,10 +114,10 @@ class Hqq:
         return None
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
-        grid, dtype = self.grid(spec), self.dtype_of(spec)
-        of_groups = (grid.groups, 1) if self.axis == 1 else (1, grid.groups)
+        layout, dtype = self.layout(spec), self.dtype_of(spec)
+        of_groups = (layout.groups, 1) if self.axis == 1 else (1, layout.groups)
         roles = {
-            "W_q": StoredSpec(DTYPES["I32" if self.bits == 3 else "U8"], (grid.packed_rows, grid.columns)),
+            "W_q": StoredSpec(DTYPES["I32" if self.bits == 3 else "U8"], (layout.packed_rows, layout.columns)),
             "scale": StoredSpec(dtype, of_groups),
             "zero": StoredSpec(dtype, of_groups),
         }
@@ -143,7 +145,7 @@ class Hqq:
         }
 
     def state_bytes(self, spec: TensorSpec) -> int:
-        return -(-self.grid(spec).groups // TILE) * hqq.UPDATES * 8
+        return -(-self.layout(spec).groups // TILE) * hqq.UPDATES * 8
 
     # --- encoding
 
@@ -156,7 +158,7 @@ class Hqq:
 
     def _updates(self, view: View, work: Work) -> int:
         """How many updates hqq would make: one past the one whose mean error stopped falling."""
-        grid, size = self.grid(view.spec), self.group_size
+        layout, size = self.layout(view.spec), self.group_size
 
         def errors(first: int, last: int) -> np.ndarray:
             x, stride = self._groups(view, first, last, work)
@@ -170,7 +172,7 @@ class Hqq:
                 )  # fmt: skip
             return sums
 
-        found = self._sweep(work, grid.groups, TILE, errors)
+        found = self._sweep(work, layout.groups, TILE, errors)
         with np.errstate(over="ignore"):
             means = [np.float32(math.fsum(column) / view.spec.numel) for column in np.concatenate(found).T]
         if not all(map(math.isfinite, means)):
@@ -190,7 +192,7 @@ class Hqq:
         size, dtype = self.group_size, view.spec.dtype.name
         if self.axis == 1:
             return kernel_input(view.read(first * size, last * size), dtype), (size, 1)
-        groups, count = self.grid(view.spec).groups, last - first
+        groups, count = self.layout(view.spec).groups, last - first
         if count == groups:
             return kernel_input(view.read(0, size * groups), dtype), (1, count)
         gathered: np.ndarray | None = None
@@ -223,15 +225,15 @@ class Hqq:
 
     def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int) -> None:
         """Groups are rows: an item of W_q holds codes of distant groups."""
-        spec, size, grid = view.spec, self.group_size, self.grid(view.spec)
+        spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
         def pack(first: int, last: int) -> None:
             packed = work.array("packed", (last - first) * size, item)
             packed[:] = 0
             for part, shift in enumerate(self._shifts()):
-                begin = part * grid.packed_rows + first
-                end = min(part * grid.packed_rows + last, grid.groups)
+                begin = part * layout.packed_rows + first
+                end = min(part * layout.packed_rows + last, layout.groups)
                 if end <= begin:
                     break
                 x, stride = self._groups(view, begin, end, work)
@@ -239,11 +241,11 @@ class Hqq:
                 hqq.code_rows(x, size, scales, zeros, np.float32(self.top), shift, packed)
             sink.write("W_q", first * size, packed)
 
-        self._sweep(work, grid.packed_rows, 1, pack)
+        self._sweep(work, layout.packed_rows, 1, pack)
 
     def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int) -> None:
         """Groups are columns: an item of W_q holds codes of one group."""
-        spec, size, grid = view.spec, self.group_size, self.grid(view.spec)
+        spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
         def pack(first: int, last: int) -> None:
@@ -251,24 +253,41 @@ class Hqq:
             x, stride = self._groups(view, first, last, work)
             scales, zeros = self._solved(x, stride, first, count, updates, spec, sink, work)
             packed = work.array("packed", count, item)
-            for row in range(grid.packed_rows):
+            for row in range(layout.packed_rows):
                 packed[:] = 0
                 for part, shift in enumerate(self._shifts()):
-                    k = part * grid.packed_rows + row
+                    k = part * layout.packed_rows + row
                     if k < size:
                         weights = x[k * count : (k + 1) * count]
                         hqq.code_column(weights, scales, zeros, np.float32(self.top), shift, packed)
-                sink.write("W_q", row * grid.groups + first, packed)
+                sink.write("W_q", row * layout.groups + first, packed)
 
-        self._sweep(work, grid.groups, 1, pack)
+        self._sweep(work, layout.groups, 1, pack)
 
     # --- decoding
 
     def align(self, spec: TensorSpec) -> int:
         return self.group_size if self.axis == 1 else 1
 
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
+        """Codes are the nearest by scale and zero before those take the compute dtype, whose roundings (u each) come
+        to 4 u of (greatest code + |zero|) steps in what is decoded and 2 u in the ends.
+        """
+        groups, dtype, top = self.layout(spec).groups, self.dtype_of(spec).name, self.top
+        first, last = (start // self.group_size, -(-stop // self.group_size)) if self.axis == 1 else (0, groups)
+        scales, zeros = (casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero"))
+        reach, least = top + np.abs(zeros), grids.LEAST[dtype]
+        with np.errstate(over="ignore", invalid="ignore"):
+            half = scales * (0.5 + (6 * grids.ROUNDING[dtype] + grids.SMALL) * reach) + (reach + 1) * least + grids.TINY
+            ends = [(end - zeros) * scales for end in (np.float32(0), np.float32(top))]
+        arrays = [np.asarray(each, np.float32) for each in (*ends, half)]
+        if self.axis == 0:  # neighbours are of different groups
+            arrays = [np.take(each, np.arange(start, stop) % groups) for each in arrays]
+        low, high, halves = arrays
+        return Grid(self.group_size if self.axis == 1 else 1, low, high, halves)
+
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        grid, groups, dtype = self.grid(spec), self.grid(spec).groups, self.dtype_of(spec).name
+        layout, groups, dtype = self.layout(spec), self.layout(spec).groups, self.dtype_of(spec).name
 
         def read(first: int, last: int) -> list[np.ndarray]:
             return [casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero")]
@@ -279,9 +298,9 @@ class Hqq:
         else:
             base = 0
             held = read(0, groups) if groups <= HELD else []
-        for part in range(start // grid.run, -(-stop // grid.run)):
-            begin, shift = part * grid.run, self._shifts()[part]
-            for at, end in self._pieces(groups, max(start, begin), min(stop, begin + grid.run)):
+        for part in range(start // layout.run, -(-stop // layout.run)):
+            begin, shift = part * layout.run, self._shifts()[part]
+            for at, end in self._pieces(groups, max(start, begin), min(stop, begin + layout.run)):
                 codes, values = stored.read("W_q", at - begin, end - begin), out[at - start : end - start]
                 if self.axis == 1:
                     first, last = at // self.group_size - base, end // self.group_size - base

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare, cpu
+from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.plain import Plain
-from loaders.quantization.scheme import Bounded, Scheme, Stored, View, Work
+from loaders.quantization.scheme import Bounded, Gridded, Scheme, Stored, View, Work
 from loaders.specs import WEIGHT_DTYPES, TensorSpec
 from loaders.stats import ErrorSums
 
@@ -24,6 +26,8 @@ def measure(
     """Sums over one tensor. `spec` is what the scheme encoded: the view's, or its cast."""
     is_number = view.spec.dtype.name in WEIGHT_DTYPES
     align = scheme.align(spec)
+    gridded = scheme if isinstance(scheme, Gridded) else None
+    bounded = scheme if isinstance(scheme, Bounded) else None
     inner = -(-INNER // align) * align
 
     def compare_range(start: int, stop: int) -> np.ndarray:
@@ -36,9 +40,12 @@ def measure(
                 end = min(at + inner, stop)
                 decoded = work.array("decoded", end - at, np.float32)
                 scheme.decode(spec, stored, at, end, decoded, work)
-                cpu.compare_into(block[at - start : end - start], view.spec.dtype.name, decoded, sums)
-            if isinstance(scheme, Bounded) and not sums[compare.NONFINITE]:
-                _check_each(sums, scheme.greatest_error(spec, stored, start, stop))
+                part = block[at - start : end - start]
+                cpu.compare_into(part, view.spec.dtype.name, decoded, sums)
+                if gridded is not None and not sums[compare.NONFINITE]:
+                    _check_grid(part, decoded, gridded.grid(spec, stored, at, end), view.spec, spec, sums)
+            if bounded is not None and not sums[compare.NONFINITE]:
+                _check_each(sums, bounded.greatest_error(spec, stored, start, stop))
         on_bytes(block.nbytes)
         return sums
 
@@ -51,6 +58,16 @@ def measure(
 def _check_each(sums: np.ndarray, greatest: float) -> None:
     """A weight that is further off than its scale allows was encoded wrong: then the error is infinite."""
     if sums[compare.MAX_ERROR] > greatest:
+        sums[compare.ERROR2] = np.inf
+
+
+def _check_grid(
+    block: np.ndarray, decoded: np.ndarray, grid: Grid | None, source: TensorSpec, spec: TensorSpec, sums: np.ndarray
+) -> None:
+    """A weight that did not come back as the nearest that its scale allows was encoded wrong."""
+    if grid is not None and source.dtype != spec.dtype:
+        grid = grid.after_cast()
+    if grid is not None and not grid.holds(kernel_input(block, source.dtype.name), decoded):
         sums[compare.ERROR2] = np.inf
 
 

@@ -18,7 +18,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from loaders.quantization.kernels import affine, casts
+from loaders.quantization.grid import LEAST, ROUNDING, SMALL
+from loaders.quantization.kernels import affine, casts, float4
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.scheme import Sink, Stored, View, Work
@@ -104,6 +105,21 @@ class MlxAffine:
 
     def align(self, spec: TensorSpec) -> int:
         return self.group_size
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """A step, and the roundings of scale and bias to the weights' dtype, twice each to be safe.
+
+        Let n be the greatest code: |edge| is at least n / 2 of the first scale, so q >= (n + 1) / 2, and the range is
+        at most n q / (q - 1/2) <= n + 1 of the scale that is stored. The far end is cut off by a step at most.
+        """
+        group, dtype, top = self.group_size, self.scale_dtype(spec).name, (1 << self.bits) - 1
+        scale, bias = (
+            float(float4.largest(kernel_input(stored.read(role, start // group, -(-stop // group)), dtype)))
+            for role in (SCALES, BIASES)
+        )
+        u = ROUNDING[dtype] + SMALL
+        cast = 2**-7 * (bias + top * scale) + 2.0**-24 * (dtype == "F16")
+        return scale * (1 + 2 * top * u) + 2 * bias * u + (top + 1) * LEAST[dtype] + cast
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         group, dtype = self.group_size, self.scale_dtype(spec).name

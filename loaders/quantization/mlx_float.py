@@ -18,7 +18,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from loaders.quantization.kernels import microfloat
+from loaders.quantization import grid as grids
+from loaders.quantization.grid import Grid
+from loaders.quantization.kernels import float8, microfloat
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.mlx import SCALES
@@ -125,6 +127,13 @@ class MlxFloat:
     def align(self, spec: TensorSpec) -> int:
         return self.group_size
 
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
+        """Codes are the nearest, by the scale that is stored."""
+        scales = self._values(stored.read(SCALES, start // self.group_size, stop // self.group_size))
+        if self.bits == 4:
+            return grids.symmetric(self.group_size, scales, 6, grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL)
+        return grids.symmetric(self.group_size, scales, 448, grids.E4M3_HALF, grids.E4M3_SLOPE + grids.SMALL)
+
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         group = self.group_size
         scales = self._values(stored.read(SCALES, start // group, stop // group))
@@ -132,4 +141,4 @@ class MlxFloat:
         if self.bits == 4:
             microfloat.decode_e2m1(codes, scales, group, out)
         else:
-            microfloat.decode_e4m3(codes, scales, group, microfloat.e4m3_table(), out)
+            float8.decode_rows(codes, group, scales, out)

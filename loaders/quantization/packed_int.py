@@ -40,6 +40,7 @@ def refuses_matrix(spec: TensorSpec, scheme: str) -> str | None:
     return None
 
 
+E4M3_STEPS = 20.0  # scales: half of 32, E4M3's widest gap, and the roundings of quotient, scale, cast
 UNDERFLOW = 2.0**-24  # what a float16 scale may be off where it is not a normal number
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from loaders.quantization.kernels import casts, float8, packed_int
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.packed_int import EPS, UNDERFLOW, packed_steps, refuses_matrix, scale_dtype
+from loaders.quantization.packed_int import E4M3_STEPS, EPS, UNDERFLOW, packed_steps, refuses_matrix, scale_dtype
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import DTYPES, StoredSpec, TensorSpec
 
@@ -69,11 +69,11 @@ class RowScaled:
         work.sweep(spec.numel, columns, encode_range)
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """E4M3: half of 32, its widest gap, and the roundings of quotient, scale, cast. Integers: `packed_steps`."""
+        """E4M3: `E4M3_STEPS`. Integers: `packed_steps`."""
         columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
         first, last = (0, 1) if self.whole else (start // columns, -(-stop // columns))
         scale = float(np.abs(casts.to_float32(stored.read("weight_scale", first, last), dtype)).max(initial=0))
-        steps, top = (20.0, 448.0) if self.type == "float" else packed_steps(8)
+        steps, top = (E4M3_STEPS, 448.0) if self.type == "float" else packed_steps(8)
         return scale * steps + top * UNDERFLOW
 
     def align(self, spec: TensorSpec) -> int:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import Kernels
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -137,6 +138,17 @@ class Bounded(Protocol):
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
         """The greatest error of a finite weight of this range that a right encoding can have. `spec` is what was
         encoded; a cast to it from a wider dtype is allowed for.
+        """
+        ...
+
+
+@runtime_checkable
+class Gridded(Protocol):
+    """A scheme that takes the nearest of the values that a group's stored scales allow: see `quantization/grid.py`."""
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
+        """That of items [start, stop), multiples of `align`, from the scales that are stored for them. `spec` is what
+        was encoded. None where there is nothing but a cast.
         """
         ...
 

@@ -117,8 +117,8 @@ def test_two_swapped_tensors_of_one_shape_fail_the_gate(out: Path, weightmill: A
             path.write_bytes(data[:8] + head.ljust(length) + data[8 + length :])
     reseal(out)
     found = faults(weightmill, out)
-    assert any(WEIGHT in fault and "allowed" in fault for fault in found)
-    assert any(OTHER in fault and "allowed" in fault for fault in found)
+    assert any(WEIGHT in fault and "not the nearest" in fault for fault in found)
+    assert any(OTHER in fault and "not the nearest" in fault for fault in found)
 
 
 def test_a_source_that_moved_is_found_by_its_new_place(

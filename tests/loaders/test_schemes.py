@@ -21,6 +21,7 @@ from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
 from loaders.quantization.float4 import Mxfp4, Nvfp4
 from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.gate import Gate
+from loaders.quantization.ggml import Ggml
 from loaders.quantization.hqq import Hqq
 from loaders.quantization.int8 import LlmInt8
 from loaders.quantization.kernels import dynamic
@@ -30,10 +31,10 @@ from loaders.quantization.mlx_float import MlxFloat
 from loaders.quantization.packed_int import PackedInt
 from loaders.quantization.plain import Plain
 from loaders.quantization.row_scaled import RowScaled
-from loaders.quantization.scheme import Block, Bounded, Scheme, View
+from loaders.quantization.scheme import Block, Bounded, Gridded, Scheme, View
 from loaders.quantization.ternary import Ternary
 from loaders.recipes import stored_name
-from loaders.specs import DTYPES, TensorSpec, storage_of
+from loaders.specs import DTYPES, GGML_BLOCKS, TensorSpec, storage_of
 from loaders.stats import ErrorSums
 from loaders.views import encoded_view
 from loaders.work import ThreadedWork
@@ -417,6 +418,85 @@ def test_no_right_code_is_taken_for_a_wrong_one(name: str, dtype: str, cast: str
         found = values_of(Raw(dtype, view.read(start, start + 2048)))
         greatest = scheme.greatest_error(seen.spec, sink, start, start + 2048)
         assert np.abs(found.astype(np.float64) - decoded).max() <= greatest
+
+
+# the other schemes whose scales say how far a weight may be off
+HELD = {n: scheme for n, scheme in SCHEMES.items() if isinstance(scheme, Gridded | Bounded) and n not in FAULTY}
+HELD |= {"ggml TQ2_0 of the mean": Ggml("TQ2_0", absmean=True)} | {f"ggml {name}": Ggml(name) for name in GGML_BLOCKS}
+
+
+def awkward_rows(most: float) -> np.ndarray:
+    """Rows of every magnitude, sparse, one-signed, constant, on codes' edges, and far from zero."""
+    rng = np.random.default_rng(11)
+    rows = rng.standard_normal((76, 256)).astype(np.float32)
+    rows *= np.logspace(-44, most, 76, dtype=np.float64)[:, None].astype(np.float32)
+    rows[::7], rows[1::9] = np.abs(rows[::7]), -np.abs(rows[1::9])
+    rows[2::11, ::3], rows[4::13] = 0, rows[4::13, :1]
+    rows[5::17] = np.round(rng.uniform(-128, 128, rows[5::17].shape) * 2) / 2
+    rows[6::17] += 1000 * rows[6::17].max(axis=1, keepdims=True)
+    rows[7::19, :64] = 0
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast"), [("BF16", None), ("F16", None), ("F32", None), ("F32", "BF16"), ("F32", "F16")]
+)
+@pytest.mark.parametrize("name", HELD)
+def test_no_right_code_is_taken_for_one_that_is_not_the_nearest(
+    name: str, dtype: str, cast: str | None, work: ThreadedWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders.work, "RANGE", 512)  # that have only their own scales
+    most = 4 if "F16" in (dtype, cast) or name.startswith("ggml") else 30
+    rows = awkward_rows(most)
+    rows = np.clip(rows, -6e4, 6e4) if most == 4 else rows
+    view: View = MemoryView(weights(fitting(HELD[name], rows), dtype))
+    seen = view if cast is None else encoded_view(view, DTYPES[cast])
+    sink = MemorySink(HELD[name], seen.spec)
+    HELD[name].encode(seen, sink, work)
+    error = measure(view, HELD[name], seen.spec, sink, work, lambda count: None)
+    assert np.isfinite(error.error2)
+
+
+few = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0**-25, 2.0**-14, 1e-7, 448.0, 6.0, 3.5, 1 / 3, 2.0**-130, 60000.0])
+
+
+@settings(max_examples=90, deadline=None)
+@given(
+    values=hnp.arrays(np.float32, (4, 32), elements=st.one_of(few, st.floats(-4, 4, width=32)), fill=few),
+    name=st.sampled_from(sorted(HELD)),
+    dtype=st.sampled_from(DTYPE_NAMES),
+)
+def test_no_few_values_are_taken_for_wrong_ones(values: np.ndarray, name: str, dtype: str) -> None:
+    """Groups that hold little else than ties, constants, and the ends of formats."""
+    with ThreadPoolExecutor(1) as pool:
+        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+        _, error = encode(HELD[name], weights(fitting(HELD[name], values), dtype), work)
+    assert np.isfinite(error.error2)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_one_code_of_65536_that_is_not_the_nearest_is_found(name: str, work: ThreadedWork) -> None:
+    """As an encoder would store it, so that no hash tells: one code gets another top bit."""
+    scheme = HELD[name]
+    raw = random(fitting(scheme, np.empty((128, 512))).shape, "F32", seed=9)
+    sink, error = encode(scheme, raw, work)
+    assert Gate().fault("w", error, scheme) is None
+    right = decode(scheme, raw, sink, work)
+    role = next(role for role in ("weight_packed", "W_q", "weight") if role in sink.stored)
+    codes = sink.stored[role].view(np.uint8)
+    at = codes.size // 2 + 10
+    dtype = DTYPES[scheme.type] if isinstance(scheme, Ggml) else DTYPES["U8"]
+    if dtype.block == 256:
+        at += 20 if dtype.name in ("TQ1_0", "TQ2_0") else 50  # beyond the block's scales
+    moved = []
+    for bit in (0x80, 0x40):
+        codes[at] ^= bit
+        moved.append(np.abs(decode(scheme, raw, sink, work) - right))
+        codes[at] ^= bit
+    codes[at] ^= 0x80 if moved[0].max() >= moved[1].max() else 0x40
+    assert 1 <= np.count_nonzero(max(moved, key=np.max)) <= (5 if dtype.name == "TQ1_0" else 1)
+    wrong = measure(MemoryView(raw), scheme, MemoryView(raw).spec, sink, work, lambda count: None)
+    assert "not the nearest" in (Gate().fault("w", wrong, scheme) or "")
 
 
 # --- LLM.int8

@@ -14,7 +14,7 @@ from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, ha
 
 
 @kernel
-def _half(data, at):  # type: ignore[no-untyped-def]
+def half_at(data, at):  # type: ignore[no-untyped-def]
     return half_value(np.uint16(np.uint16(data[at]) | np.uint16(np.uint16(data[at + 1]) << np.uint16(8))))
 
 
@@ -51,11 +51,11 @@ def _nibbles(lanes: Lanes, data: Array, at: Value, offset: int) -> tuple[Value, 
 def _with_fifth(lanes: Lanes, data: Array, at: Value, offset: int, halves: tuple[Value, Value]) -> list[Value]:
     """Nibbles and the bits of the uint32 at `offset`."""
     raw = _load_bytes(lanes, data, at, offset, 4)
-    mask = lanes.b.bitcast(lanes.b.bitcast(raw, I32), ir.VectorType(ir.IntType(1), 32))
+    word = lanes.splat(lanes.b.bitcast(raw, I32), 16)
     found = []
     for part, low in enumerate(halves):
-        bits = lanes.b.zext(lanes.part(mask, part, 16), ir.VectorType(I32, 16))
-        found.append(lanes.b.or_(low, lanes.op("shl", bits, 4)))
+        bits = lanes.b.lshr(word, lanes.const(word.type, range(16 * part, 16 * part + 16)))
+        found.append(lanes.b.or_(low, lanes.op("shl", lanes.op("and_", bits, 1), 4)))
     return found
 
 
@@ -86,31 +86,31 @@ def _five_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value,
 @kernel
 def q8_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _eight(data, b * 34, _half(data, b * 34), out, b * 32)
+        _eight(data, b * 34, half_at(data, b * 34), out, b * 32)
 
 
 @kernel
 def q4_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _four_centred(data, b * 18, _half(data, b * 18), out, b * 32)
+        _four_centred(data, b * 18, half_at(data, b * 18), out, b * 32)
 
 
 @kernel
 def q4_1(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _four_offset(data, b * 20, _half(data, b * 20), _half(data, b * 20 + 2), out, b * 32)
+        _four_offset(data, b * 20, half_at(data, b * 20), half_at(data, b * 20 + 2), out, b * 32)
 
 
 @kernel
 def q5_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _five_centred(data, b * 22, _half(data, b * 22), out, b * 32)
+        _five_centred(data, b * 22, half_at(data, b * 22), out, b * 32)
 
 
 @kernel
 def q5_1(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _five_offset(data, b * 24, _half(data, b * 24), _half(data, b * 24 + 2), out, b * 32)
+        _five_offset(data, b * 24, half_at(data, b * 24), half_at(data, b * 24 + 2), out, b * 32)
 
 
 @kernel
@@ -129,7 +129,7 @@ def mxfp4(data, out):  # type: ignore[no-untyped-def]
 def q2_k(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at, to = b * 84, b * 256
-        d, dmin = _half(data, at + 80), _half(data, at + 82)
+        d, dmin = half_at(data, at + 80), half_at(data, at + 82)
         for j in range(16):
             both = data[at + j]
             scale, low = d * np.float32(both & 15), dmin * np.float32(both >> 4)
@@ -143,7 +143,7 @@ def q2_k(data, out):  # type: ignore[no-untyped-def]
 def q3_k(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at, to = b * 110, b * 256
-        d = _half(data, at + 108)
+        d = half_at(data, at + 108)
         for j in range(16):
             nibble = (data[at + 96 + j % 8] >> np.uint8(4 * (j // 8))) & np.uint8(15)
             top = (data[at + 104 + j % 4] >> np.uint8(2 * (j // 4))) & np.uint8(3)
@@ -156,7 +156,7 @@ def q3_k(data, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _six_bits(data, at, j):  # type: ignore[no-untyped-def]
+def six_bits(data, at, j):  # type: ignore[no-untyped-def]
     """The scale and the minimum of sub-block j among twelve bytes at `at`."""
     if j < 4:
         return np.int32(data[at + j] & 63), np.int32(data[at + 4 + j] & 63)
@@ -193,9 +193,9 @@ def _line(
 def q4_k(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at = b * 144
-        d, dmin = _half(data, at), _half(data, at + 2)
+        d, dmin = half_at(data, at), half_at(data, at + 2)
         for j in range(8):
-            s, m = _six_bits(data, at + 4, j)
+            s, m = six_bits(data, at + 4, j)
             scale, low = d * np.float32(s), dmin * np.float32(m)
             start = at + 16 + 32 * (j // 2)
             _line(data, start, np.int32(4 * (j % 2)), start, np.int32(8), scale, low, out, b * 256 + 32 * j)
@@ -205,9 +205,9 @@ def q4_k(data, out):  # type: ignore[no-untyped-def]
 def q5_k(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at = b * 176
-        d, dmin = _half(data, at), _half(data, at + 2)
+        d, dmin = half_at(data, at), half_at(data, at + 2)
         for j in range(8):
-            s, m = _six_bits(data, at + 4, j)
+            s, m = six_bits(data, at + 4, j)
             scale, low = d * np.float32(s), dmin * np.float32(m)
             start = at + 48 + 32 * (j // 2)
             _line(data, start, np.int32(4 * (j % 2)), at + 16, np.int32(j), scale, low, out, b * 256 + 32 * j)
@@ -217,7 +217,7 @@ def q5_k(data, out):  # type: ignore[no-untyped-def]
 def q6_k(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at, to = b * 210, b * 256
-        d = _half(data, at + 208)
+        d = half_at(data, at + 208)
         for j in range(16):
             scale = d * np.float32(np.int8(data[at + 192 + j]))
             half, place = j // 8, j % 8  # of 128 weights: places 0 to 3 are low nibbles, 4 to 7 high ones
@@ -235,7 +235,7 @@ def tq1_0(data, out):  # type: ignore[no-untyped-def]
     """A trit is what the fraction times a power of three exceeds, three times over."""
     for b in range(out.size // 256):
         at, to = b * 54, b * 256
-        d = _half(data, at + 52)
+        d = half_at(data, at + 52)
         for i in range(52):
             first, step = (i, 32) if i < 32 else (160 + i - 32, 16) if i < 48 else (240 + i - 48, 4)
             fraction = np.uint32(data[at + i])
@@ -245,16 +245,23 @@ def tq1_0(data, out):  # type: ignore[no-untyped-def]
                 fraction = (fraction * np.uint32(3)) & np.uint32(255)
 
 
+@vector(types.void)
+def _four_trits(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    """128 weights of 32 bytes, whose pairs of bits lie 32 weights apart."""
+    for part in range(2):
+        raw = _integers(lanes, _load_bytes(lanes, data, at, 16 * part, 16))
+        for n in range(4):
+            codes = lanes.op("sub", lanes.op("and_", lanes.op("lshr", raw, 2 * n), 3), 1)
+            _put_scaled(lanes, codes, scale, None, out, to, 32 * n + 16 * part)
+
+
 @kernel
 def tq2_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at, to = b * 66, b * 256
-        d = _half(data, at + 64)
+        d = half_at(data, at + 64)
         for half in range(2):
-            for n in range(4):
-                for i in range(32):
-                    code = np.int32((data[at + 32 * half + i] >> np.uint8(2 * n)) & np.uint8(3))
-                    out[to + 128 * half + 32 * n + i] = np.float32(code - 1) * d
+            _four_trits(data, at + 32 * half, d, out, to + 128 * half)
 
 
 DECODERS = {

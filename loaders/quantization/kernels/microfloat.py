@@ -182,12 +182,3 @@ def decode_e2m1(packed, scales, group, out):  # type: ignore[no-untyped-def]
     for g in range(scales.size):
         for at in range(g * group, (g + 1) * group, LANES):
             _decode_e2m1(packed, at, scales[g], out)
-
-
-@kernel
-def decode_e4m3(codes, scales, group, table, out):  # type: ignore[no-untyped-def]
-    """Value * scale of whole groups. codes: uint8 (n,); scales: float32 (n / group,); out: float32 (n,)."""
-    for g in range(scales.size):
-        scale = scales[g]
-        for at in range(g * group, (g + 1) * group):
-            out[at] = table[codes[at]] * scale

@@ -1,0 +1,55 @@
+"""Whether decoded weights are the nearest that their groups' stored scales could give."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import types
+
+from loaders.quantization.kernels.compare import float_at
+from loaders.quantization.kernels.lanes import I32, Array, Lanes, Value, kernel, vector
+
+LANES = 16
+
+
+@vector(types.int32)
+def _is_off(
+    lanes: Lanes, x: Array, y: Array, group: Value, low: Array, high: Array, half: Array, slope: Value, count: Value
+) -> Value:
+    """1 where a pair of `count` groups, multiples of LANES long, is further apart than allowed, else 0; no NaN is."""
+    growth = lanes.splat(slope, LANES)
+
+    def add_group(g: Value, found: Value) -> list[Value]:
+        ends = [
+            lanes.splat(lanes.b.load(lanes.b.gep(each.data, [g])), LANES) for each in (low, high, half)
+        ]  # fmt: skip
+
+        def add(at: Value, found: Value) -> list[Value]:
+            source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
+            source = lanes.larger(ends[0], source)
+            source = lanes.b.select(lanes.b.fcmp_ordered("<", ends[1], source), ends[1], source)
+            allowed = lanes.b.fadd(ends[2], lanes.b.fmul(growth, lanes.absolute(decoded)))
+            is_off = lanes.b.fcmp_ordered(">", lanes.absolute(lanes.b.fsub(source, decoded)), allowed)
+            return [lanes.b.or_(found, lanes.b.sext(is_off, found.type))]
+
+        start = lanes.b.mul(g, group)
+        return lanes.fold(start, lanes.b.add(start, group), LANES, [found], add)
+
+    nothing = lanes.const(ir.VectorType(I32, LANES), 0)
+    [found] = lanes.fold(ir.Constant(count.type, 0), count, 1, [nothing], add_group)
+    return lanes.op("and_", lanes.reduce("or", found), 1)
+
+
+@kernel
+def is_off(x, y, group, low, high, half, slope):  # type: ignore[no-untyped-def]
+    """Whether a pair has |clip(x, low, high) - y| > half + slope |y|.
+
+    x: (n,) raw weights, n = low.size * group; y: float32 (n,); low, high, half: float32, one of each group.
+    """
+    if group % LANES == 0:
+        return _is_off(x, y, group, low, high, half, slope, low.size) != 0
+    found = False
+    for g in range(low.size):
+        for at in range(g * group, (g + 1) * group):
+            error = abs(min(max(float_at(x, at), low[g]), high[g]) - y[at])
+            found |= error > half[g] + slope * abs(y[at])
+    return found
