@@ -48,7 +48,8 @@ class OnePass(Launcher):
         self._loader = Remembering(hydra_context.config_loader)
         context: Any = hydra_context
         context.config_loader = self._loader  # the sweeper's, too
-        self._task: Any = task_function
+        task: Any = task_function
+        self._task = task
         self._config = config
         self._task.begins(config)
 
