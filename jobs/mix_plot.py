@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.metrics import LAYER
 
+MIXED = 0.75  # bits: less is what scales and padding of small matrices make
 MOST_LABELLED = 32  # layers whose numbers stand in the picture
 
 
@@ -25,7 +26,7 @@ def mix_plot(document: Mapping[str, Any], path: Path) -> bool:
             weights = max(1, tensor["sums"]["numel"])
             bits.setdefault((int(match[1]), module), []).append(tensor["output_bytes"] * 8 / weights)
     means = {place: sum(found) / len(found) for place, found in bits.items()}
-    if len({round(value, 2) for value in means.values()}) < 2:
+    if not means or max(means.values()) - min(means.values()) < MIXED:
         return False
     layers, modules = sorted({layer for layer, _ in means}), list(dict.fromkeys(module for _, module in means))
     grid = [[means.get((layer, module), math.nan) for layer in layers] for module in modules]

@@ -43,7 +43,7 @@ def refusal(refused: Sequence[Refused], good: Sequence[Composed], request: Reque
             rest.setdefault(each.without, []).append(left)
     commands = [command(grid, request, key) for key, kept in rest.items() for grid in grids(kept)]
     if commands:
-        problems.append("none of the jobs was started; those that make sense: " + " && ".join(commands))
+        problems.append("none of the jobs was started; what makes sense: " + " && ".join(commands))
     return BadSpec(problems)
 
 
