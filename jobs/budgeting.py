@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from jobs.mixing import (
     Choices,
     Mixed,
     base_preset,
+    budget_bytes,
     choices_of,
     choose_mix,
+    counted_bytes,
+    errors_of,
     rules_of,
 )
 from jobs.preparing import backend_of, check_output
@@ -86,6 +89,39 @@ def _choices(spec: JobSpec, quant: AutoQuant) -> Choices:
 
 def _folder(spec: JobSpec) -> Path:
     return Path(spec.output.root) / FOLDER
+
+
+# --- what is measured already
+
+
+@dataclass(frozen=True)
+class Known:
+    """What fits into a room, by what was measured: the error of each in the unit of `weighting`, least first."""
+
+    candidates: tuple[tuple[str, int, float], ...]  # name, bytes of weight files, weighted error
+    mix: Mixed | None  # None: no mix fits
+
+
+def known_within(spec: JobSpec) -> Known | None:
+    """What the candidates of quant=auto, each for the whole model, and their best mix lose, if it is measured.
+
+    Raises:
+        BadSpec: the candidates cannot be planned for this checkpoint.
+    """
+    assert isinstance(spec.quant, AutoQuant)
+    choices = _choices(spec, spec.quant)
+    measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
+    if _missing(choices, measurements):
+        return None
+    losses = _losses(choices, measurements)
+    errors, room = errors_of(choices, losses), budget_bytes(choices)
+    sizes = {name: counted_bytes(spec.quant, target) for name, target in choices.plan.targets.items()}
+    fitting = [(name, sizes[name], sum(errors[name].values())) for name in errors if sizes[name] <= room]
+    try:
+        mix = choose_mix(choices, losses)
+    except BadSpec:
+        mix = None
+    return Known(tuple(sorted(fitting, key=lambda row: row[2])), mix)
 
 
 # --- measuring

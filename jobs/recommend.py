@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from jobs.console import FAILED, Said, Verb
 from jobs.spec import BackendSpec, ModelSpec, SourceSpec
 from jobs.strict import Format, Spec
+
+if TYPE_CHECKING:
+    from loaders.recommending import Recommendation
+
+ENGINES = {"cuda": "vllm", "cpu": "gguf", "mlx": "mlx"}  # of quant=auto, by backend
 
 
 class MemorySpec(BackendSpec):
@@ -19,12 +26,19 @@ class MemorySpec(BackendSpec):
     )
 
 
+class Measured(Spec):
+    """Where quant=auto keeps what it measured."""
+
+    root: str = Field(description="the output.root of jobs with quant=auto, whose measurements are used")
+
+
 class RecommendSpec(Spec):
     """Which model, and where it is to run."""
 
     model: ModelSpec
     source: SourceSpec
     backend: MemorySpec
+    output: Measured
     context_tokens: int = Field(gt=0, description="of one sequence, whose keys and values must fit beside the weights")
     format: Format = Field(description="text, or json: one document on standard output")
 
@@ -55,17 +69,64 @@ def act(spec: RecommendSpec) -> Said:
         table.add_row(each.preset, weights, bits, verdict, each.why if each.weight_bytes is None else "")
     steps = [line for line in found.arithmetic if not line.startswith("  ")]
     take = [] if found.scheme is None else ["", f"quant={found.scheme} strategy={found.strategy}"]
+    measured, shown = by_measured_errors(spec, found)
     document = {
         "status": "failed" if found.scheme is None else "done",
         "path": str(checkpoint.root),
         **found.to_json(),
+        "measured": measured,
     }
+    take += shown
     return Said(document, Group(*steps[:-1], "", table, "", steps[-1], *take), FAILED if found.scheme is None else 0)
+
+
+def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list[dict[str, Any]] | None, list[Any]]:
+    """What fits and loses least, where quant=auto has measured this checkpoint; else how to have it measured."""
+    from rich.table import Table
+
+    from jobs.budgeting import known_within
+    from jobs.compose import compose, take_apart
+    from jobs.report import size
+    from jobs.spec import JobSpec
+    from loaders.errors import BadSpec
+
+    room, engine = found.available_bytes - found.reserve_bytes, ENGINES.get(found.backend)
+    if engine is None or room <= 0 or found.scheme == "none":
+        return None, []
+    step = 10 ** max(0, len(str(room)) - 4)  # a budget that can be read, and no larger
+    words = ["quant=auto", f"quant.engine={engine}", f"quant.target_gb={math.floor(room / step) * step / 1e9:g}"]
+    given = [
+        f"model.path={spec.model.path}",
+        f"source.container={spec.source.container}",
+        f"output.root={spec.output.root}",
+    ]
+    try:
+        known = known_within(compose("run", JobSpec, take_apart("run", [*given, *words])))
+    except BadSpec as error:
+        return None, ["", f"{' '.join(words)}: {error}"]
+    if known is None:
+        return None, [
+            "",
+            f"{' '.join(words)} measures what each loses, and writes the mix that loses least in that room",
+        ]
+    rows: list[dict[str, Any]] = [
+        {"quant": name, "bytes": size_, "weighted_error": error} for name, size_, error in known.candidates
+    ]
+    if known.mix is not None:
+        mixed = {"quant": " ".join(words), "bytes": known.mix.target.weight_bytes}
+        rows.append({**mixed, "weighted_error": known.mix.choice.error})
+    rows.sort(key=lambda row: row["weighted_error"])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("measured, what fits and loses least", "weights", "weighted error"):
+        table.add_column(column, justify="left" if column.startswith("measured") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(row["quant"], size(row["bytes"]), f"{row['weighted_error']:.4g}")
+    return rows, ["", table]
 
 
 VERB = Verb(
     "recommend",
-    "Which quantization of a model fits a memory, how to read it, and the arithmetic behind it. Reads headers only.",
+    "Which quantization of a model fits a memory, by size, and by errors that were measured. Reads headers only.",
     RecommendSpec,
     act,
     (

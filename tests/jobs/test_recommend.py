@@ -173,3 +173,20 @@ def test_the_verb_completes() -> None:
     assert completions("weightmill rec") == ["recommend"]
     assert "backend.memory_gb=" in completions("weightmill recommend backend.m")
     assert completions("weightmill recommend backend=ml") == ["backend=mlx"]
+
+
+def test_what_was_measured_says_what_loses_least(tmp_path: Path, weightmill: Any) -> None:
+    root = f"output.root={tmp_path / 'o'}"
+    asked = (str(DEMO), "backend=mlx", "backend.memory_gb=0.502", "context_tokens=64", root, "format=json")
+    before = weightmill("recommend", *asked)
+    assert before.document["measured"] is None
+    ran = weightmill("run", f"model.path={DEMO}", "quant=auto", "quant.engine=mlx", "quant.target_bits=5", root)
+    assert ran.status == 0, ran.err
+    rows = weightmill("recommend", *asked).document["measured"]
+    errors = [row["weighted_error"] for row in rows]
+    assert errors == sorted(errors)
+    assert rows[0]["quant"].startswith("quant=auto quant.engine=mlx quant.target_gb=")
+    room = before.document["available_bytes"] - before.document["reserve_bytes"]
+    assert all(row["bytes"] <= room for row in rows)
+    assert {"mlx_int3", "mlx_int2"} <= {row["quant"] for row in rows}
+    assert "mlx_int8" not in {row["quant"] for row in rows}
