@@ -281,7 +281,7 @@ def plot(cases: Sequence[Case], title: str, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     looks: Mapping[str, dict[str, Any]] = {
         "uniform": {"color": "gray", "marker": "s", "linestyle": "-"},
-        "preset": {"color": "tab:red", "marker": "*", "linestyle": "", "markersize": 11},
+        "preset": {"color": "black", "marker": "*", "linestyle": "", "markersize": 11},
     }
     for index, kind in enumerate(dict.fromkeys(case.kind for case in cases)):
         mine = sorted((case for case in cases if case.kind == kind), key=lambda case: case.bits)
