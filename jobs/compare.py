@@ -32,7 +32,7 @@ class CompareSpec(Spec):
 
 def act(spec: CompareSpec) -> Said:
     """Compare."""
-    from jobs.candidates import compare
+    from jobs.comparing import compare
 
     return compare(
         spec.tracking, spec.output.root, spec.output.path, sweep=spec.sweep, runs=spec.runs, where=spec.filter,

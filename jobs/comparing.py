@@ -1,150 +1,135 @@
-"""Two checkpoints side by side: which tensors are equal, and how far apart the others are."""
+"""Finding the jobs that are to be compared, in MLflow or in folders, and saying how they compare."""
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Group
 
-from jobs.console import Said
-from jobs.progress import Meter
-from jobs.unit import SMALL
-from loaders.backends import kernels_of
-from loaders.backends.machine import usable_cpus
-from loaders.checkpoint import open_checkpoint
-from loaders.quantization.kernels import casts, compare, cpu
-from loaders.quantization.scheme import View
-from loaders.recipes import Recipe
-from loaders.sources import recipes_of
-from loaders.specs import WEIGHT_DTYPES
-from loaders.stats import ErrorSums, finite
-from loaders.strategies import loader
-from loaders.views import view_of
-from loaders.work import ThreadedWork
+from jobs.comparison import (
+    BITS,
+    Candidate,
+    candidate_of,
+    differing,
+    differing_text,
+    front_text,
+    markdown,
+    pareto,
+    table,
+    to_json,
+    whole,
+)
+from jobs.console import Said, note
+from jobs.planning import json_bytes
+from jobs.plots import comparison_plot
+from jobs.spec import TrackingSpec
+from jobs.tracked import Store, Tracked
+from jobs.tracking import compare_page
+from loaders.atomic import write_file
+from loaders.checkpoint import OUR_REPORT, read_json
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
 
-EQUAL, DIFFERENT = "equal", "different"
+MANY = 10  # runs from which reading takes seconds
+LISTED = 50  # of the tensors that differ, in the document
 
 
-def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
-    """Compare by name.
+def compare(
+    tracking: TrackingSpec, root: str, path: str | None, *, sweep: str, runs: Sequence[str], where: str, error: str
+) -> Said:
+    """Compare a sweep, or the given runs and folders.
 
     Raises:
-        BadSpec, BadCheckpoint: one of them cannot be opened.
+        BadSpec: there are none.
+        StorageError: the store cannot be read.
     """
-    one, other = open_checkpoint(a, key="a"), open_checkpoint(b, key="b")
-    ours = {r.name: r for r in recipes_of(one, decode=True, split=True).recipes}
-    theirs = {r.name: r for r in recipes_of(other, decode=True, split=True).recipes}
-    common = [name for name in ours if name in theirs]
-    rows: dict[str, dict[str, Any]] = {}
-    with ExitStack() as stack:
-        specs = [[spec for name in common for _, spec in side[name].stored] for side in (ours, theirs)]
-        readers = [
-            stack.enter_context(loader("lazy").open(checkpoint.root, found))
-            for checkpoint, found in zip((one, other), specs, strict=True)
-        ]
-        pool = stack.enter_context(ThreadPoolExecutor(usable_cpus()))
-        meter = stack.enter_context(Meter("comparing", sum(ours[name].spec.size for name in common)))
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    folders = [run for run in runs if (Path(run) / OUR_REPORT).is_file()]
+    named = [run for run in runs if run not in folders]
+    title, candidates, page = "runs", [_of_folder(Path(folder)) for folder in folders], None
+    if named or not runs:
+        store = Store(tracking, Path(root))
+        title, found = _find(store, sweep, named, where) if not runs else (title, store.named(named, where))
+        if len(found) > MANY:
+            note(f"reading {len(found)} runs and their tables")
+        candidates += [_of_run(run) for run in found]
+        ids, of = [run.run_id for run in found], None if runs or sweep == "all" else title
+        page = compare_page(tracking, Path(root), ids, store.experiment, of) if ids else None
+    candidates = _told_apart(candidates)
+    if not any(error in c.metrics for c in candidates) and any(c.is_comparable for c in candidates):
+        known = sorted({name for c in candidates for name in c.metrics if name.startswith(("error", "quality"))})
+        raise BadSpec(f"error: no run has {error!r}; known: {', '.join(known)}")
+    return _said(title, candidates, error, Path(path) if path else Path(root) / "comparisons" / title, page)
 
-        def look(name: str) -> None:
-            x, y = (view_of(side[name], reader, work) for side, reader in zip((ours, theirs), readers, strict=True))
-            rows[name] = _row(ours[name], theirs[name], x, y, work)
-            meter.add(ours[name].spec.size)
 
-        for name in (n for n in common if ours[n].spec.size > SMALL):
-            look(name)
-        work.each([n for n in common if ours[n].spec.size <= SMALL], look)
-    found = [rows[name] for name in common]
-    only = [sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))]
-    equal = sum(row["status"] == EQUAL for row in found)
+def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[str, list[Tracked]]:
+    if sweep == "all":
+        return store.name, store.all(where)
+    name = store.last_sweep() if sweep == "last" else sweep
+    if name is None:
+        raise BadSpec(f"sweep: no sweep in experiment {store.name!r} of {store.uri}; sweep=all compares all its runs")
+    found = store.of_sweep(name, where)
+    if not found:
+        raise BadSpec(
+            f"sweep: no run of {name!r} in experiment {store.name!r} of {store.uri}; sweep=last is the newest"
+        )
+    return name, found
+
+
+def _of_folder(folder: Path) -> Candidate:
+    document = read_json(folder / OUR_REPORT)
+    try:
+        return candidate_of(folder.resolve().name, document, None, str(folder))
+    except (KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{folder / OUR_REPORT}: not a report of weightmill ({error!r})") from None
+
+
+def _of_run(run: Tracked) -> Candidate:
+    layers = run.series("layer/relative_error") if run.metrics else {}
+    tensors = _errors(run.artifact("tensors.json")) if run.status == "done" else {}
+    return Candidate(run.name, run.status, run.metrics, run.run_id, run.output, run.why, layers, tensors)
+
+
+def _errors(rows: Any) -> Mapping[str, float]:
+    """Relative errors by tensor, of the table that a run keeps."""
+    if not isinstance(rows, dict):
+        return {}
+    name, error = rows["columns"].index("name"), rows["columns"].index("relative_error")
+    return {row[name]: row[error] for row in rows["data"] if row[error] is not None}
+
+
+def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Runs of one name get a part of their id to it."""
+    names = [c.name for c in candidates]
+    return [
+        c
+        if names.count(c.name) == 1
+        else Candidate(**{**vars(c), "name": f"{c.name} {(c.run_id or c.output or '')[:8]}"})
+        for c in candidates
+    ]
+
+
+def _said(title: str, candidates: Sequence[Candidate], error: str, folder: Path, page: str | None) -> Said:
+    ordered = sorted(candidates, key=lambda c: (not c.is_comparable, c.metrics.get(BITS, 0.0), c.name))
+    front, differs = pareto(ordered, error), differing(ordered)
     document = {
         "status": "done",
-        "a": str(one.root),
-        "b": str(other.root),
-        "equal": equal,
-        "different": len(found) - equal,
-        "only_in_a": only[0],
-        "only_in_b": only[1],
-        "tensors": [row for row in found if all_tensors or row["status"] == DIFFERENT],
+        "title": title,
+        "error": error,
+        "runs": [to_json(candidate) for candidate in ordered],
+        "pareto": front,
+        "differing": differs[:LISTED],
+        "compare": page,
+        "files": [str(folder / name) for name in ("compare.md", "compare.png", "compare.json")],
     }
-    return Said(document, _text(document))
-
-
-def _row(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "name": one.name,
-        "a": _kind(one),
-        "b": _kind(other),
-        "status": DIFFERENT,
-        "relative_error": None,
-        "sqnr_db": None,
-        "cosine": None,
-        "max_error": None,
-        "why": "",
-    }
-    if one.shape != other.shape:
-        return {**row, "why": f"shapes {list(one.shape)} and {list(other.shape)}"}
-    if one.dtype.name not in WEIGHT_DTYPES or other.dtype.name not in WEIGHT_DTYPES:
-        if one.dtype != other.dtype:
-            return {**row, "why": f"dtypes {one.dtype} and {other.dtype}"}
-        same = all(work.sweep(one.spec.num_items, 1, lambda s, e: np.array_equal(x.read(s, e), y.read(s, e, 1))))
-        return {**row, "status": EQUAL} if same else {**row, "why": "other values"}
-    error = _errors(one, other, x, y, work)
-    if error.max_error == 0 and not error.nonfinite and not error.nonfinite_decoded:
-        return {**row, "status": EQUAL}
-    return {
-        **row,
-        "relative_error": finite(error.relative_error),
-        "sqnr_db": finite(error.sqnr_db),
-        "cosine": error.cosine,
-        "max_error": error.max_error,
-        "why": f"{error.nonfinite + error.nonfinite_decoded} not finite" if error.nonfinite else "",
-        "sums": asdict(error),
-    }
-
-
-def _errors(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> ErrorSums:
-    def compare_range(start: int, stop: int) -> np.ndarray:
-        sums = compare.new_sums()
-        decoded = casts.to_float32(y.read(start, stop, 1), other.dtype.name)
-        cpu.compare_into(x.read(start, stop), one.dtype.name, decoded, sums)
-        return sums
-
-    total = compare.new_sums()
-    for sums in work.sweep(one.spec.numel, 1, compare_range):
-        compare.merge(total, sums)
-    return ErrorSums.of(one.spec.numel, total)
-
-
-def _kind(recipe: Recipe) -> str:
-    return f"{recipe.decode.kind} of {recipe.dtype}" if recipe.decode else recipe.dtype.name
-
-
-def _text(document: dict[str, Any]) -> RenderableType:
-    shown = document["tensors"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    numbers = ("relative error", "SQNR dB", "cosine", "max error")
-    for column in ("tensor", "a", "b", "", *numbers):
-        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
-    for row in shown:
-        cells = [
-            "" if row[key] is None else format(row[key], spec)
-            for key, spec in (("relative_error", ".5g"), ("sqnr_db", ".2f"), ("cosine", ".6f"), ("max_error", ".4g"))
-        ]
-        table.add_row(
-            row["name"], row["a"], row["b"], row["status"] + (f": {row['why']}" if row["why"] else ""), *cells
-        )
-    lines: list[RenderableType] = [table] if shown else []
-    lines.append(f"{document['equal']} tensors equal, {document['different']} different")
-    for side in ("a", "b"):
-        names = document[f"only_in_{side}"]
-        if names:
-            more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
-            lines.append(f"only in {document[side]}: {', '.join(names[:8])}{more}")
-    return Group(*lines)
+    with io_errors("making", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "compare.png"
+    is_drawn = comparison_plot(ordered, front, error, picture)
+    text = markdown(title, ordered, front, error, picture.name if is_drawn else None)
+    write_file(folder / "compare.md", text.encode())
+    write_file(folder / "compare.json", json_bytes(document))
+    lines = [table(ordered, front), "", front_text(ordered, front, error), ""]
+    lines += [differing_text(differs), ""] if differs else []
+    lines += [f"written: {folder}/compare.md, compare.png, compare.json", *([whole(page)] if page else [])]
+    return Said(document, Group(f"{title}: {len(ordered)} runs", *lines))

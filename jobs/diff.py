@@ -22,7 +22,7 @@ class DiffSpec(Spec):
 
 def act(spec: DiffSpec) -> Said:
     """Compare."""
-    from jobs.comparing import compare_checkpoints
+    from jobs.differing import compare_checkpoints
 
     return compare_checkpoints(spec.a, spec.b, all_tensors=spec.tensors == "all")
 

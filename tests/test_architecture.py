@@ -16,8 +16,8 @@ FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglo
 LAYERS = [
     ("entries", ("jobs.__main__", "jobs.cli", "jobs.run", "jobs.plan", "jobs.verify", "jobs.lint", "jobs.inspect",
                  "jobs.diff", "jobs.clean", "jobs.bench", "jobs.compare", "jobs.recommend")),
-    ("sweeps", ("jobs.sweeping", "jobs.candidates")),
-    ("flows", ("jobs.running", "jobs.passing", "jobs.verifying", "jobs.comparing", "jobs.benching", "jobs.benches",
+    ("sweeps", ("jobs.sweeping", "jobs.comparing")),
+    ("flows", ("jobs.running", "jobs.passing", "jobs.verifying", "jobs.differing", "jobs.benching", "jobs.benches",
                "jobs.budgeting")),
     ("mixing", ("jobs.mixing",)),
     ("preparing", ("jobs.preparing", "jobs.judging")),
