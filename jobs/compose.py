@@ -203,12 +203,30 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
     _register_launcher()
     problems = list(request.problems)
     try:
+        values = [word for word in request.overrides if _is_value_of_a_group(verb, word)]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra_compose(verb, overrides=request.overrides, return_hydra_config=True)
+            overrides = [word for word in request.overrides if word not in values]
+            config = hydra_compose(verb, overrides=overrides, return_hydra_config=True)
+        for word in values:
+            _set(config, word)
         problems += _sweep_left_out(config, request)
         return check(spec, plain(config), problems)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadSpec([*problems, _said_by_hydra(error)]) from error
+
+
+def _is_value_of_a_group(verb: str, override: str) -> bool:
+    """Whether a plain value of this verb's has the name of a group that others choose from: Hydra takes it for one."""
+    key = override.lstrip("+~").partition("=")[0]
+    return override.startswith("++") and (CONF / key).is_dir() and key not in choices_of(verb)
+
+
+def _set(config: Any, override: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    parsed = OverridesParser.create().parse_override(override)
+    OmegaConf.update(config, parsed.key_or_group, parsed.value(), force_add=True)
 
 
 def _sweep_left_out(config: Any, request: Request) -> list[str]:

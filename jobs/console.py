@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TextIO, TypeVar
@@ -129,8 +129,9 @@ def leave(status: int) -> NoReturn:
     """End the process now. All work is done and synced; taking the interpreter down would only take a while longer,
     in which a kill would make a finished job look unfinished.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # a reader that has left
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

@@ -19,8 +19,8 @@ ADAPTER: TypeAdapter[Quant] = TypeAdapter(QuantSpec)
 
 
 def preset_names() -> tuple[str, ...]:
-    """What may be asked for."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+    """What may be asked for: all but `auto`, whose mix a job measures."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "auto"))
 
 
 def preset(name: str, **settings: Any) -> Quant:
