@@ -26,6 +26,7 @@ from jobs.mixing import (
     Mixed,
     base_preset,
     budget_bytes,
+    check_budget,
     choices_of,
     choose_mix,
     counted_bytes,
@@ -60,6 +61,7 @@ def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
     if not again:
         check_output(spec)
     choices = _choices(spec, spec.quant)
+    check_budget(choices)
     measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
     if _missing(choices, measurements):
         importances = _importances(spec.quant, choices.checkpoint, _folder(spec), measurements)
@@ -73,6 +75,7 @@ def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
     """For a plan: the job with its mix and what to show of it, if it is measured; else None, and what will be."""
     assert isinstance(spec.quant, AutoQuant)
     choices = _choices(spec, spec.quant)
+    check_budget(choices)
     measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
     if _missing(choices, measurements):
         return None, _to_be_measured(choices, measurements)
@@ -305,7 +308,7 @@ def _to_be_measured(choices: Choices, measurements: Measurements) -> str:
     candidates = sorted({c for _, mine in missing for c in mine}, key=list(choices.open).index)
     size = report.size(sum(recipe.source_bytes for recipe in tensors))
     return (
-        f"jobs.run will measure {len(tensors)} tensors, {size}, in {len(missing)} units, each under"
+        f"jobs.run will measure {len(tensors)} tensors, {size}, in {len(missing)} unit(s), each under"
         f" {', '.join(candidates)}; then it chooses, and writes in a second pass\n"
         "what was measured stays: another budget measures nothing again, and jobs.plan then shows its mix"
     )

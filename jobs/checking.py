@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -101,6 +102,8 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
         return f"{name}: missing"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if isinstance(found, dict):  # of values that do not go together, which the message names
+        return f"{name}{'.' if re.match(r'[a-z_]+: ', message) else ': '}{message}"
     return f"{name}: {message}; found {json.dumps(found, default=str)}"
 
 

@@ -180,6 +180,17 @@ def prior(recipe: Recipe, *, is_tied: bool) -> float:
 # --- the choice
 
 
+def check_budget(choices: Choices) -> None:
+    """Before anything is measured.
+
+    Raises:
+        BadSpec: tensors alone are more than the budget, whatever is chosen.
+    """
+    items = items_of(choices, {name: dict.fromkeys(taken, 0.0) for name, taken in choices.open.items()})
+    if least_size(items) > budget_bytes(choices) - choices.fixed_bytes:
+        raise BadSpec(_too_little(choices, items))
+
+
 def choose_mix(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> Mixed:
     """The mix with the least weighted error that keeps to the budget, headers and padding of files included.
 
