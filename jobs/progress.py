@@ -56,7 +56,9 @@ class Meter:
         """Said once; what it takes tells nothing of the time that is left."""
         is_first, self._compiled = self._compiled is None, time.monotonic()
         if is_first:
-            print("compiling kernels for this machine, once: half a minute or so", file=sys.stderr, flush=True)
+            print(
+                "compiling kernels for this machine, which are kept: half a minute or so", file=sys.stderr, flush=True
+            )
 
     def add(self, count: int) -> None:
         """So many bytes more; fewer when an attempt is begun again."""

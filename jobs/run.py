@@ -32,6 +32,11 @@ VERB = Verb(
         ("model=llama70b model.path=DIR quant=nf4 quant.double_quant=true cluster=ray", "a preset's name, on Ray"),
         ("model.path=DIR rules='[{name: mlp.down_proj, action: keep}]'", "keep some tensors as they are"),
         ("model.path=DIR quant=none quant.dtype=bfloat16", "cast"),
+        (
+            "model.path=DIR quant=auto quant.engine=mlx quant.target_bits=4.25",
+            "the mix that loses least within a budget",
+        ),
+        ("model.path=DIR quant=nf4 verify=logits", "and judge what it computes: KL, perplexity"),
         ("-m model.path=DIR quant=nf4,fp4 quant.group_size=64,128", "a sweep: four jobs, one pass over DIR"),
         ("-m experiment=four_bit_shootout model.path=DIR", "the sweep that a preset describes"),
     ),
