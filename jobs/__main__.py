@@ -1,5 +1,5 @@
 """python -m jobs VERB [key=value ...]."""
 
-from jobs.cli import script
+from jobs.cli.main import script
 
 script()

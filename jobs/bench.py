@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from jobs.console import Said, Verb
-from jobs.spec import TrackingSpec
-from jobs.strict import Format, Spec
+from jobs.cli.verb import Said, Verb
+from jobs.spec.base import Format, Spec
+from jobs.spec.job import TrackingSpec
 
 
 class BenchModel(Spec):
@@ -62,30 +62,38 @@ class BenchSpec(Spec):
 
 def act(spec: BenchSpec) -> Said:
     """Time."""
-    from jobs import benching
-
     if spec.what == "budget":
-        from jobs.benches import budget
+        from jobs.benchmarks import mixed_precision
 
-        budget.check(spec.model.path, spec.text, spec.engine)
+        mixed_precision.check(spec.model.path, spec.text, spec.engine)
         assert spec.model.path is not None
         assert spec.text is not None
-        return budget.budget(
+        return mixed_precision.budget(
             spec.model.path, spec.text, spec.engine, spec.calibration, Path(spec.output.root), spec.folder, spec.tokens,
             in_engine=spec.in_engine,
         )  # fmt: skip
     if spec.what == "loaders":
-        return benching.loaders(
+        from jobs.benchmarks.loaders import time_loaders
+
+        return time_loaders(
             spec.model.path, spec.gb, spec.folder, spec.strategies, spec.repeats, spec.cold, Path(spec.output.root),
             spec.tracking,
         )  # fmt: skip
     if spec.what == "sweep":
-        return benching.sweep(spec.model.path, spec.gb, spec.quants, spec.rate, spec.folder, spec.repeats)
+        from jobs.benchmarks.sweep import time_sweep
+
+        return time_sweep(spec.model.path, spec.gb, spec.quants, spec.rate, spec.folder, spec.repeats)
     if spec.what == "load":
-        return benching.load(spec.model.path, spec.gb, spec.quant, spec.folder, spec.repeats)
+        from jobs.benchmarks.load import time_load
+
+        return time_load(spec.model.path, spec.gb, spec.quant, spec.folder, spec.repeats)
     if spec.what == "kernels":
-        return benching.kernels(spec.rows, spec.columns, spec.threads, spec.repeats)
-    return benching.job(spec.path, spec.gb, spec.quant, spec.peer, spec.folder, spec.repeats)
+        from jobs.benchmarks.kernels import time_kernels
+
+        return time_kernels(spec.rows, spec.columns, spec.threads, spec.repeats)
+    from jobs.benchmarks.job import time_job
+
+    return time_job(spec.path, spec.gb, spec.quant, spec.peer, spec.folder, spec.repeats)
 
 
 VERB = Verb(

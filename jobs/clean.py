@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
-from jobs.console import Said, Verb
-from jobs.journal import LOGITS
-from jobs.strict import Format, Spec
+from jobs.cli.verb import Said, Verb
+from jobs.spec.base import Format, Spec
 
 
 class Place(Spec):
@@ -31,45 +28,16 @@ class CleanSpec(Spec):
 
 def act(spec: CleanSpec) -> Said:
     """Find journals that no process works on, and remove them."""
-    import shutil
-
-    from rich.console import Group
-    from rich.table import Table
-
-    from jobs.journal import find_journals, is_held
-    from jobs.report import size
-    from loaders.errors import io_errors
+    from jobs.output.leftovers import find_leftovers, remove
+    from jobs.report.leftovers import leftovers_text
 
     only = None if spec.output.path is None else Path(spec.output.path)
     folder = only.parent if only is not None else Path(spec.output.root)
-    found: list[dict[str, Any]] = []
-    paths = find_journals(folder, None if only is None else only.name)
-    if only is None and (folder / LOGITS).is_dir():
-        paths.append(folder / LOGITS)
-    for path in paths:
-        files = [p for p in path.rglob("*") if p.is_file()]
-        held = is_held(path)
-        left = "removed" if not spec.dry_run else "kept" if path.name == LOGITS else "abandoned"
-        row: dict[str, Any] = {
-            "path": str(path),
-            "bytes": sum(p.stat().st_size for p in files),
-            "units_done": sum(p.parent.name == "records" for p in files),
-            "age_s": time.time() - max((p.stat().st_mtime for p in files), default=path.stat().st_mtime),
-            "status": "in use" if held else left,
-        }
-        if not held and not spec.dry_run:
-            with io_errors("removing", path):
-                shutil.rmtree(path)
-        found.append(row)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("status", "units done", "size", "hours ago", "folder"):
-        table.add_column(column, overflow="fold")
-    for row in found:
-        table.add_row(
-            row["status"], str(row["units_done"]), size(row["bytes"]), f"{row['age_s'] / 3600:.1f}", row["path"]
-        )
-    text = Group(table) if found else f"nothing abandoned in {folder}"
-    return Said({"status": "done", "dry_run": spec.dry_run, "found": found}, text)
+    found = find_leftovers(folder, None if only is None else only.name)
+    rows = [leftover.document(will_remove=not spec.dry_run) for leftover in found]
+    if not spec.dry_run:
+        remove(found)
+    return Said({"status": "done", "dry_run": spec.dry_run, "found": rows}, leftovers_text(rows, folder))
 
 
 VERB = Verb(

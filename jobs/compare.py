@@ -6,9 +6,9 @@ import sys
 
 from pydantic import Field
 
-from jobs.console import Said, Verb
-from jobs.spec import TrackingSpec
-from jobs.strict import Format, Spec
+from jobs.cli.verb import Said, Verb
+from jobs.spec.base import Format, Spec
+from jobs.spec.job import TrackingSpec
 
 
 class ComparePlace(Spec):
@@ -32,7 +32,7 @@ class CompareSpec(Spec):
 
 def act(spec: CompareSpec) -> Said:
     """Compare."""
-    from jobs.comparing import compare
+    from jobs.orchestration.compare import compare
 
     return compare(
         spec.tracking, spec.output.root, spec.output.path, sweep=spec.sweep, runs=spec.runs, where=spec.filter,

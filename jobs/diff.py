@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from jobs.console import Said, Verb
-from jobs.strict import Format, Spec
+from jobs.cli.verb import Said, Verb
+from jobs.spec.base import Format, Spec
 
 
 class DiffSpec(Spec):
@@ -22,7 +22,7 @@ class DiffSpec(Spec):
 
 def act(spec: DiffSpec) -> Said:
     """Compare."""
-    from jobs.differing import compare_checkpoints
+    from jobs.verification.diff import compare_checkpoints
 
     return compare_checkpoints(spec.a, spec.b, all_tensors=spec.tensors == "all")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from jobs.console import FAILED, Said, Verb
-from jobs.strict import Format, Spec
+from jobs.cli.verb import FAILED, Said, Verb
+from jobs.spec.base import Format, Spec
 
 
 class Place(Spec):
@@ -26,7 +26,8 @@ class LintSpec(Spec):
 
 def act(spec: LintSpec) -> Said:
     """Lint."""
-    from jobs.report import findings_text, lint_document
+    from jobs.report.document import lint_document
+    from jobs.report.tables import findings_text
     from loaders.lint import lint_folder
 
     found = lint_folder(Path(spec.output.path))

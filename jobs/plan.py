@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from jobs.console import Said, Verb
-from jobs.spec import JobSpec
+from jobs.cli.verb import Said, Verb
+from jobs.spec.job import JobSpec
 
 
 class PlanSpec(JobSpec):
@@ -21,21 +21,23 @@ def act(spec: PlanSpec) -> Said:
     """Plan the job."""
     from rich.console import Group, RenderableType
 
-    from jobs import budgeting, preparing, report
-    from loaders.auto_quant import AutoQuant
+    from jobs.mixed_precision import search
+    from jobs.orchestration import preflight
+    from jobs.report import plan
+    from loaders.presets.auto import AutoQuant
 
     job: JobSpec = spec
     said: list[RenderableType] = []
     if isinstance(spec.quant, AutoQuant) and spec.quant.chosen is None:
-        found, mix = budgeting.known_mix(spec)
+        found, mix = search.known_mix(spec)
         if found is None:
             return Said({"status": "planned", "to_be_measured": str(mix)}, mix)
         job = found
         said = [mix, ""]
-    planned = preparing.plan_job(job)
-    notes = preparing.notes_of(planned)
-    text = report.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
-    return Said(preparing.plan_document(planned, notes), Group(*said, text))
+    planned = preflight.plan_job(job)
+    notes = preflight.notes_of(planned)
+    text = plan.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
+    return Said(plan.plan_document(job, planned.plan, planned.target, notes), Group(*said, text))
 
 
 VERB = Verb(

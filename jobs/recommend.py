@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from jobs.console import FAILED, Said, Verb
-from jobs.spec import BackendSpec, ModelSpec, SourceSpec
-from jobs.strict import Format, Spec
+from jobs.cli.verb import FAILED, Said, Verb
+from jobs.spec.base import Format, Spec
+from jobs.spec.job import BackendSpec, ModelSpec, SourceSpec
 
 if TYPE_CHECKING:
-    from loaders.recommending import Recommendation
+    from loaders.loading.recommend import Recommendation
 
 ENGINES = {"cuda": "vllm", "cpu": "gguf", "mlx": "mlx"}  # of quant=auto, by backend
 
@@ -48,10 +48,10 @@ def act(spec: RecommendSpec) -> Said:
     from rich.console import Group
     from rich.table import Table
 
-    from jobs.report import size
-    from loaders.checkpoint import open_checkpoint
+    from jobs.report.tables import size
+    from loaders.checkpoints.checkpoint import open_checkpoint
     from loaders.errors import BadSpec
-    from loaders.recommending import get_recommended_loader_config
+    from loaders.loading.recommend import get_recommended_loader_config
 
     if spec.model.path is None:
         raise BadSpec(f"model.path: missing; give the folder that holds {spec.model.hub_id}")
@@ -84,10 +84,10 @@ def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list
     """What fits and loses least, where quant=auto has measured this checkpoint; else how to have it measured."""
     from rich.table import Table
 
-    from jobs.budgeting import known_within
-    from jobs.compose import compose, take_apart
-    from jobs.report import size
-    from jobs.spec import JobSpec
+    from jobs.cli.compose import compose, take_apart
+    from jobs.mixed_precision.search import known_within
+    from jobs.report.tables import size
+    from jobs.spec.job import JobSpec
     from loaders.errors import BadSpec
 
     room, engine = found.available_bytes - found.reserve_bytes, ENGINES.get(found.backend)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from jobs.compose import Request
-from jobs.console import Said, Verb, leave
-from jobs.spec import JobSpec
+from jobs.cli.compose import Request
+from jobs.cli.verb import Said, Verb, leave
+from jobs.spec.job import JobSpec
 
 
 def act(spec: JobSpec) -> Said:
     """Do the job."""
-    from jobs.passing import run_job
+    from jobs.orchestration.source_pass import run_job
 
     return run_job(spec)
 
 
 def sweep(config: str, request: Request) -> Said:
     """Do all jobs of a sweep, those with one source in one pass."""
-    from jobs.sweeping import run_sweep
+    from jobs.orchestration.sweep import run_sweep
 
     return run_sweep(config, request)
 

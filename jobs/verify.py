@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from jobs.console import Said, Verb
-from jobs.spec import ClusterSpec, VerifySpec
-from jobs.strategies import StrategySpec
-from jobs.strict import Format, Spec
+from jobs.cli.verb import Said, Verb
+from jobs.spec.base import Format, Spec
+from jobs.spec.job import ClusterSpec, VerifySpec
+from jobs.spec.strategy import StrategySpec
 
 
 class SourcePlace(Spec):
@@ -38,7 +38,7 @@ class VerifyRequest(Spec):
 
 def act(spec: VerifyRequest) -> Said:
     """Verify."""
-    from jobs.verifying import verify_output
+    from jobs.verification.output import verify_output
 
     return verify_output(Path(spec.output.path), spec.model.path, spec.cluster, spec.strategy, spec.verify)
 

@@ -9,20 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders.atomic import AtomicWriter, atomic_writer, file_lock, get_file_lock_path
-    from loaders.cache import WeightCache
-    from loaders.checking import compute_weight_hash, filter_shared_tensors, validate_weight_shapes
-    from loaders.checkpoint import Checkpoint, open_checkpoint
-    from loaders.encoded import QuantizedTensor
+    from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+    from loaders.checkpoints.detect import WeightFormat, detect_weight_format
     from loaders.errors import BadCheckpoint, BadSpec, StorageError, TransientIOError, VerifyFailed, WeightmillError
-    from loaders.formats import WeightFormat, detect_weight_format
-    from loaders.load_config import LoadConfig
-    from loaders.loading import Statistics, clear_cache, load_and_quantize, load_weights
-    from loaders.presets import preset, preset_names
-    from loaders.recommending import Recommendation, get_recommended_loader_config
-    from loaders.shared import Shared, configure
+    from loaders.loading.cache import WeightCache
+    from loaders.loading.checks import compute_weight_hash, filter_shared_tensors, validate_weight_shapes
+    from loaders.loading.config import LoadConfig
+    from loaders.loading.load import Statistics, clear_cache, load_and_quantize, load_weights
+    from loaders.loading.quantized_tensor import QuantizedTensor
+    from loaders.loading.recommend import Recommendation, get_recommended_loader_config
+    from loaders.loading.resources import Shared, configure
+    from loaders.presets.catalog import preset, preset_names
     from loaders.specs import WeightSpec
     from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats
+    from loaders.storage.atomic import AtomicWriter, atomic_writer, file_lock, get_file_lock_path
     from loaders.strategies import (
         AutoLoader,
         EagerLoader,
@@ -93,20 +93,20 @@ __all__ = [
 ]
 
 _PLACES = {
-    "atomic": ("AtomicWriter", "atomic_writer", "file_lock", "get_file_lock_path"),
-    "cache": ("WeightCache",),
-    "checking": ("compute_weight_hash", "filter_shared_tensors", "validate_weight_shapes"),
-    "checkpoint": ("Checkpoint", "open_checkpoint"),
-    "encoded": ("QuantizedTensor",),
+    "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "checkpoints.detect": ("WeightFormat", "detect_weight_format"),
     "errors": ("BadCheckpoint", "BadSpec", "StorageError", "TransientIOError", "VerifyFailed", "WeightmillError"),
-    "formats": ("WeightFormat", "detect_weight_format"),
-    "load_config": ("LoadConfig",),
-    "loading": ("Statistics", "clear_cache", "load_and_quantize", "load_weights"),
-    "presets": ("preset", "preset_names"),
-    "recommending": ("Recommendation", "get_recommended_loader_config"),
-    "shared": ("Shared", "configure"),
+    "loading.cache": ("WeightCache",),
+    "loading.checks": ("compute_weight_hash", "filter_shared_tensors", "validate_weight_shapes"),
+    "loading.config": ("LoadConfig",),
+    "loading.load": ("Statistics", "clear_cache", "load_and_quantize", "load_weights"),
+    "loading.quantized_tensor": ("QuantizedTensor",),
+    "loading.recommend": ("Recommendation", "get_recommended_loader_config"),
+    "loading.resources": ("Shared", "configure"),
+    "presets.catalog": ("preset", "preset_names"),
     "specs": ("WeightSpec",),
     "stats": ("CompressionStats", "ErrorSums", "LayerStats", "LoadStats"),
+    "storage.atomic": ("AtomicWriter", "atomic_writer", "file_lock", "get_file_lock_path"),
 }
 _PLACE_OF = {name: module for module, names in _PLACES.items() for name in names}
 

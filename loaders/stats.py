@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from loaders.atomic import write_file
 from loaders.errors import BadCheckpoint, io_errors
+from loaders.storage.atomic import write_file
 
 MOST = 0.9
 
@@ -95,22 +93,6 @@ class ErrorSums:
     max_error: float = 0.0  # max |e|
     nonfinite: int = 0  # NaN and infinities of the source, left out of the sums
     nonfinite_decoded: int = 0  # those that only decoding brought
-
-    @staticmethod
-    def of(numel: int, sums: np.ndarray) -> ErrorSums:
-        """From the slots of kernels/compare.py."""
-        from loaders.quantization.kernels import compare  # whoever only loads needs no kernels
-
-        return ErrorSums(
-            numel,
-            float(sums[compare.ERROR2]),
-            float(sums[compare.SOURCE2]),
-            float(sums[compare.DECODED2]),
-            float(sums[compare.PRODUCT]),
-            float(sums[compare.MAX_ERROR]),
-            int(sums[compare.NONFINITE]),
-            int(sums[compare.NONFINITE_DECODED]),
-        )
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
         return ErrorSums(

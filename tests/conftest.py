@@ -37,7 +37,7 @@ def weightmill(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def run(verb: str, *arguments: Any) -> Ran:
-        from jobs.cli import main
+        from jobs.cli.main import main
 
         capsys.readouterr()
         given: Sequence[str] = [str(a) for a in arguments]

@@ -69,11 +69,14 @@ def report_data(folder: Path, work: Path) -> Any:
 def main(folder: str, *options: str) -> int:
     """Make them all; the number that failed."""
     work, failed = Path(folder).resolve(), 0
-    work.mkdir(parents=True, exist_ok=True)
+    source = work / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT / "jobs" / "demo", source, ignore=shutil.ignore_patterns("README.md"))  # it is prose
     for name, arguments in jobs(work):
         output = work / name
         shutil.rmtree(output, ignore_errors=True)
         command = [sys.executable, "-m", "jobs.run", f"output.path={output}", "tracking=none", "cluster=local"]
+        command += [] if any(each.startswith("model.path=") for each in arguments) else [f"model.path={source}"]
         made = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
         if made.returncode:
             failed += 1
@@ -84,6 +87,7 @@ def main(folder: str, *options: str) -> int:
         short = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
         print(f"{name:16} {hash_folder(output)} {short}", flush=True)
     if "--keep" not in options:
+        shutil.rmtree(source)
         for name, _ in jobs(work):
             shutil.rmtree(work / name, ignore_errors=True)
     return failed

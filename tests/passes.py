@@ -10,15 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jobs.compose import compose, take_apart
-from jobs.journal import Journal
-from jobs.planning import Plan, make_plan
-from jobs.preparing import target_of
-from jobs.publish import complete
-from jobs.spec import JobSpec
-from jobs.targets import NAMELESS, Target
-from jobs.unit import Share, UnitTask
-from loaders.checkpoint import open_checkpoint
+from jobs.cli.compose import compose, take_apart
+from jobs.execution.unit import Share, UnitTask
+from jobs.output.journal import Journal
+from jobs.output.publish import complete
+from jobs.planning.build import make_plan
+from jobs.planning.plan import Plan
+from jobs.planning.targets import NAMELESS, Target, target_of
+from jobs.spec.job import JobSpec
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.quantization.gate import Gate
 from loaders.strategies.lazy import LazyLoader
 

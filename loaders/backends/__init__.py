@@ -32,7 +32,7 @@ def kernels_of(backend: str) -> Kernels:
 
         return MlxKernels()
     try:
-        from loaders.quantization.kernels.device import DeviceKernels
+        from loaders.quantization.kernels.torch_device import DeviceKernels
     except ImportError as error:
         raise BadSpec(f"backend={backend}: it needs torch ({error}): pip install torch") from error
     return DeviceKernels(backend)

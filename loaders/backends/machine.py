@@ -58,3 +58,27 @@ def _limits(cgroup: Path = CGROUP) -> list[tuple[int, int]]:
             cached = [ln for ln in (folder / "memory.stat").read_text().splitlines() if ln.startswith(f"{cache} ")]
             found.append((most, int((folder / used).read_text()) - (int(cached[0].split()[1]) if cached else 0)))
     return found
+
+
+def max_open_files() -> int:
+    """How many files this process may open, once it has asked for all it can get."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else hard
+    if soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+        except (ValueError, OSError):
+            return soft
+    return wanted
+
+
+def disk_bytes_fetched() -> int | None:
+    """What the kernel has fetched from disks for this process."""
+    try:
+        rows = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(row.split()[1]) for row in rows if row.startswith("read_bytes:")), None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from loaders.containers import gguf, packed, pytorch, pytorch_pieces, pytorch_writing, safetensors
+from loaders.containers import gguf, packed, pytorch, pytorch_pieces, pytorch_write, safetensors
 from loaders.containers.base import Container
-from loaders.containers.writing import ShardWriter
+from loaders.containers.writer import ShardWriter
 from loaders.specs import OutputFile
 
 __all__ = ["CONTAINERS", "READERS", "Container", "ShardWriter", "writer_of"]
@@ -38,9 +38,9 @@ CONTAINERS = {
         Container(
             "pytorch",
             pytorch.read_specs,
-            pytorch_writing.lay_out,
-            pytorch_writing.place,
-            pytorch_writing.frame,
+            pytorch_write.lay_out,
+            pytorch_write.place,
+            pytorch_write.frame,
             single="pytorch_model.bin",
             shard="pytorch_model-{number:05d}-of-{count:05d}.bin",
             index="pytorch_model.bin.index.json",

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
+from loaders.dtypes import DTYPES, DType
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
-from loaders.specs import DTYPES, DType, OutputFile, Slot, StoredTensor, WeightSpec
+from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 
 MAGIC = b"GGUF"
 VERSION = 3

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
+from loaders.dtypes import DType, Shape, dtype_named
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
-from loaders.specs import DType, OutputFile, Shape, Slot, StoredTensor, WeightSpec, dtype_named
+from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 
 MANIFEST, WEIGHTS = "model_weights.json", "model_weights.bin"
 EXPERTS = "packed_experts"

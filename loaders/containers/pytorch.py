@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
+from loaders.dtypes import BY_TORCH_NAME, DTYPES, DType, Shape, is_contiguous
 from loaders.errors import BadCheckpoint, io_errors
-from loaders.specs import BY_TORCH_NAME, DTYPES, DType, Shape, WeightSpec, is_contiguous
+from loaders.specs import WeightSpec
 
 T = TypeVar("T")
 PICKLE_LIMIT = 1 << 30

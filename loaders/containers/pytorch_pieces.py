@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
-from loaders.containers.pytorch_writing import Member, directory_bytes, header_bytes, members_of, own_members
+from loaders.containers.pytorch_write import Member, directory_bytes, header_bytes, members_of, own_members
 from loaders.specs import OutputFile, Slot
 
 CHECKSUM_AT = 14  # in a member's header

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
+from loaders.dtypes import DType, dtype_named
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
-from loaders.specs import DType, OutputFile, Slot, StoredTensor, WeightSpec, dtype_named
+from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 
 HEADER_LIMIT = 100_000_000
 METADATA = {"format": "pt"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loaders.layouts.base import Assembling, Assembly, Layout, Naming, Placed
-from loaders.layouts.gguf import GgufLayout
+from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.hqq import HqqLayout
 from loaders.layouts.mlx import MlxLayout

@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from loaders.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers.pytorch_pieces import Tail
+from loaders.dtypes import DType
 from loaders.quantization.scheme import Scheme
-from loaders.recipes import Recipe
-from loaders.rules import Decision
-from loaders.specs import DType, OutputFile, RowOrder, StoredTensor
+from loaders.rules.rule import Decision
+from loaders.specs import OutputFile, RowOrder, StoredTensor
+from loaders.tensors.logical_tensor import Recipe
+
+
+def module_of(weight: str) -> str:
+    """The module that a weight belongs to."""
+    return weight.removesuffix(".weight")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from loaders.families import Family
-from loaders.layouts.naming import module_of
-from loaders.quantization.float4 import Mxfp4, Nvfp4
-from loaders.quantization.fp8_block import Fp8Block
-from loaders.quantization.kernels.float8 import BLOCK
-from loaders.quantization.packed_int import PackedInt
-from loaders.quantization.row_scaled import RowScaled
+from loaders.architectures.families import Family
+from loaders.layouts.base import module_of
+from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
-from loaders.rules import LINEAR, Decision
+from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
+from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
+from loaders.rules.defaults import LINEAR
+from loaders.rules.rule import Decision
 
 ENGINE = "compressed-tensors"
 VERSION = "0.20.0"  # of compressed-tensors, whose bytes ours are

@@ -12,20 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.checkpoint import Checkpoint
+from loaders.architectures.families import Family, family_of, load_dtype
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
-from loaders.families import Family, family_of, load_dtype
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
-from loaders.quantization.bnb4 import Bnb4
-from loaders.quantization.hqq import Hqq
-from loaders.quantization.int8 import LlmInt8
-from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
-from loaders.quantization.ternary import Ternary
-from loaders.recipes import stored_name
-from loaders.rules import LINEAR, Decision
-from loaders.specs import DTYPES, OutputFile, StoredTensor
+from loaders.quantization.schemes.bitnet import Ternary
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
+from loaders.quantization.schemes.hqq import Hqq
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.defaults import LINEAR
+from loaders.rules.rule import Decision
+from loaders.specs import OutputFile, StoredTensor
+from loaders.tensors.logical_tensor import stored_name
 
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
 LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")  # of which transformers makes an nn.Linear

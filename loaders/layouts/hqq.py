@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.checkpoint import Checkpoint
-from loaders.containers.pickling import Ref
+from loaders.architectures.families import load_dtype
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers.pytorch_pickle import Ref
 from loaders.containers.pytorch_pieces import cut
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
-from loaders.families import load_dtype
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.hf import plain_config
-from loaders.quantization.hqq import PACKING, Hqq
-from loaders.recipes import stored_name
-from loaders.rules import Decision
-from loaders.specs import DTYPES, OutputFile, StoredTensor, TensorSpec
+from loaders.quantization.schemes.hqq import PACKING, Hqq
+from loaders.rules.rule import Decision
+from loaders.specs import OutputFile, StoredTensor, TensorSpec
+from loaders.tensors.logical_tensor import stored_name
 
 EXPERTS = (
     "hqq finds experts that lie one by one beside transformers 4 only: transformers 5 fuses them, and hqq neither saves"

@@ -12,18 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.checkpoint import Checkpoint
+from loaders.architectures.mlx import MODELS, MlxModel, convert_dtype, model_of, stack_of
+from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.layouts.base import Placed
 from loaders.layouts.hf import plain_config
-from loaders.mlx_config import fault, head_fault, num_experts, translate_config
-from loaders.mlx_models import MODELS, MlxModel, convert_dtype, model_of, stack_of
-from loaders.quantization.mlx import BIASES, SCALES, MlxAffine
-from loaders.quantization.mlx_float import MlxFloat
-from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
-from loaders.rules import Decision
-from loaders.specs import DTYPES, OutputFile, StoredSpec, StoredTensor
+from loaders.quantization.schemes.mlx_affine import BIASES, SCALES, MlxAffine
+from loaders.quantization.schemes.mlx_float import MlxFloat
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.rule import Decision
+from loaders.specs import OutputFile, StoredSpec, StoredTensor
 
 SUFFIXES = {"weight": "weight", SCALES: "scales", BIASES: "biases"}
 

@@ -13,20 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from loaders.checkpoint import PACKED_GROUP, Checkpoint
+from loaders.architectures.families import text_config
+from loaders.architectures.mlx import MlxModel, model_of, packed_expert
+from loaders.architectures.mlx_config import fault, translate_config
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.derived_config import PACKED_GROUP
 from loaders.containers import packed
-from loaders.decoding.mlx import stored_scheme
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
-from loaders.families import text_config
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.hf import QUANTIZATION_KEYS, plain_config
 from loaders.layouts.mlx import SUFFIXES, quantization
-from loaders.mlx_config import fault, translate_config
-from loaders.mlx_models import MlxModel, model_of, packed_expert
-from loaders.quantization.mlx import MlxAffine
-from loaders.quantization.plain import Plain
-from loaders.rules import Decision
-from loaders.specs import DTYPES, OutputFile, Slot, StoredSpec, StoredTensor
+from loaders.quantization.schemes.mlx_affine import MlxAffine
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.rule import Decision
+from loaders.specs import OutputFile, Slot, StoredSpec, StoredTensor
+from loaders.tensors.quantized_sources.mlx import stored_scheme
 
 READ = ("U32", "BF16", "F32")  # what its engine knows
 TOWER = re.compile(r"(?:^|\.)(?:vision_tower|vision_model|visual|multi_modal_projector)\.")

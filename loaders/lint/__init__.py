@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loaders.checkpoint import Checkpoint, open_checkpoint, read_json
-from loaders.decoding import method_of
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint
 from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
-from loaders.sources import recipes_of
+from loaders.storage.json_files import read_json
+from loaders.tensors.quantized_sources import method_of
+from loaders.tensors.sources import recipes_of
 
 __all__ = ["BY_METHOD", "Finding", "lint", "lint_folder"]
 

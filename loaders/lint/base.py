@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loaders.checkpoint import Checkpoint
-from loaders.recipes import Recipe
-from loaders.rules import LINEAR
-from loaders.sources import Sources
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.rules.defaults import LINEAR
 from loaders.specs import WeightSpec
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.sources import Sources
 
 SHOWN = 4
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
-from loaders.quantization.float4 import Nvfp4
-from loaders.quantization.fp8_block import Fp8Block
-from loaders.quantization.kernels.float8 import BLOCK
-from loaders.recipes import Recipe
+from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
+from loaders.quantization.schemes.compressed_tensors_fp4 import Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.strategies import loader
+from loaders.tensors.logical_tensor import Recipe
 
 BOTH = "vLLM, transformers"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from loaders.families import text_config
+from loaders.architectures.families import text_config
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loaders.architectures import Architecture, architecture_named
+from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
-from loaders.layouts.gguf_tokenizer import PRE_BY_REGEX
+from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
+from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX
 from loaders.lint.base import Finding, Subject, doubt, fault, some
-from loaders.specs import GGML_BLOCKS, GGML_READ_BLOCKS, WeightSpec
+from loaders.specs import WeightSpec
 
 ENGINE = "llama.cpp"
 AGAIN = "convert the model again"

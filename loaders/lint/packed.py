@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loaders.containers.packed import EXPERTS
-from loaders.decoding.mlx import settings_of
 from loaders.layouts.packed import READ
 from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.tensors.quantized_sources.mlx import settings_of
 
 ENGINE = "moeflux"
 BITS = (4, 8)

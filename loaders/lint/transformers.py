@@ -7,8 +7,8 @@ from typing import Any
 
 from loaders.layouts.hf import DEFAULT_HEADS, is_skipped
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
-from loaders.quantization.bnb4 import CPU_ROWS, Bnb4
-from loaders.recipes import Recipe
+from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
+from loaders.tensors.logical_tensor import Recipe
 
 SKIP_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "bitnet": "modules_to_not_convert"}
 

@@ -9,11 +9,11 @@ from enum import Enum
 from pathlib import Path
 
 from loaders.errors import BadSpec
-from loaders.quantization.bnb4 import Bnb4
-from loaders.quantization.hqq import Hqq
-from loaders.quantization.int8 import LlmInt8
-from loaders.quantization.mlx import MlxAffine
 from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
+from loaders.quantization.schemes.hqq import Hqq
+from loaders.quantization.schemes.mlx_affine import MlxAffine
 
 SCHEMES: dict[str, Scheme] = {
     "nf4": Bnb4("nf4"),

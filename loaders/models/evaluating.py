@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from loaders.atomic import atomic_writer, file_lock, write_file
-from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
-from loaders.integrity import digest, hash_file, text_digest
-from loaders.layouts.gguf_tokenizer_files import tokenizer_files
+from loaders.layouts.gguf.tokenizer_files import tokenizer_files
 from loaders.models.quality import Quality, scores, summed_up
 from loaders.models.runners import ORIGINAL, Engine, Runner, check_engine, device_of, engine_of_folder, running
+from loaders.storage.atomic import atomic_writer, file_lock, write_file
+from loaders.storage.hashes import digest, hash_file, text_digest
 
 TOKENS, WINDOW = 8192, 256
 TEXT = Path(__file__).resolve().parent / "texts" / "held_out.txt"

@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from loaders.architectures.families import load_dtype
 from loaders.backends import best
-from loaders.checkpoint import Checkpoint, open_checkpoint
-from loaders.decoding import check_decodable, is_quantized
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.expansion import expand_checkpoint, expand_sources
-from loaders.families import load_dtype
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
-from loaders.models.engines import module_maker, runs_here
-from loaders.models.finding import folder_of
-from loaders.models.placing import device_map_of, hold_to, place_of
+from loaders.models.device_map import device_map_of, hold_to, place_of
+from loaders.models.hub_cache import folder_of
+from loaders.models.quantized_modules import module_maker, runs_here
 from loaders.models.sharding import is_first
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.streaming import stream
 from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
-from loaders.recipes import Recipe
-from loaders.rules import decide
-from loaders.sources import Sources, recipes_of
+from loaders.rules.decide import decide
+from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.quantized_sources import check_decodable, is_quantized
+from loaders.tensors.sources import Sources, recipes_of
 
 Models = tuple[Any, Any]
 

@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.checkpoint import Checkpoint
-from loaders.decoding import check_decodable, is_quantized
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
-from loaders.expansion import expand_checkpoint, expand_sources
 from loaders.layouts.base import Placed
 from loaders.layouts.mlx import MlxLayout
-from loaders.mixes.mlx import MlxRules
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.weights import ModelWeights
-from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Scheme
-from loaders.rules import Rule, decide
-from loaders.sources import recipes_of
-from loaders.specs import DTYPES
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.decide import decide
+from loaders.rules.mlx import MlxRules
+from loaders.rules.rule import Rule
+from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
+from loaders.tensors.quantized_sources import check_decodable, is_quantized
+from loaders.tensors.sources import recipes_of
 
 Models = tuple[Any, Any]
 

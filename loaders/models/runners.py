@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from loaders.backends.machine import usable_cpus
-from loaders.checkpoint import Checkpoint
-from loaders.decoding import is_quantized
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.tensors.quantized_sources import is_quantized
 
 METHODS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "bitnet": ""}
 INSTALLED_BY = {

@@ -1,4 +1,4 @@
-"""How much each weight's error matters, by one pass of a text through the model: see `loaders.quantization.weighing`.
+"""How much each weight's error matters, by one pass of a text through the model: see `loaders.quantization.importance`.
 
 The model reads windows of the text, forward and backward; the gradient is that of the log-likelihood of tokens drawn
 from the model's own predictions, so that its square is the Fisher information, the curvature of the divergence that
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.quantization.weighing import Importance
+from loaders.quantization.importance import Importance
 
 if TYPE_CHECKING:
     import torch

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from loaders.checkpoint import Checkpoint
+from loaders.architectures.families import load_dtype
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.families import load_dtype
 from loaders.layouts.hf import plain_config
 from loaders.models.weights import ModelWeights, Parts, torch_dtype
-from loaders.recipes import Recipe
-from loaders.sources import Sources
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.sources import Sources
 
 # transformers 5 fuses a layer's experts into one parameter each for gate and up, and for down
 EXPERT_PARTS = {

@@ -17,19 +17,20 @@ import numpy as np
 import torch
 
 from loaders.backends import kernels_of
-from loaders.checkpoint import Checkpoint
-from loaders.encoded import MemoryParts
+from loaders.backends.threads import RANGE, THREAD_BYTES, ThreadedWork
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import WEIGHT_DTYPES, DType, dtype_named, storage_of
 from loaders.errors import BadCheckpoint, StorageError
-from loaders.integrity import text_digest
+from loaders.loading.quantized_tensor import MemoryParts
+from loaders.loading.resources import shared
 from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Scheme, View
-from loaders.recipes import Recipe, Window
-from loaders.shared import shared
-from loaders.specs import WEIGHT_DTYPES, DType, StoredSpec, dtype_named, storage_of
+from loaders.specs import StoredSpec
+from loaders.storage.hashes import text_digest
 from loaders.strategies import loader
 from loaders.strategies.lazy import MappedFiles
-from loaders.views import encoded_view, view_of
-from loaders.work import RANGE, THREAD_BYTES, ThreadedWork
+from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.views import encoded_view, view_of
 
 Parts = tuple[Recipe, ...]
 CACHE_FORMAT = 1  # of a model's tensors in the cache

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from loaders.dtypes import Shape
 from loaders.quantization.scheme import BoxDecoder, Decoder, Stored, Work
-from loaders.specs import Shape, TensorSpec
+from loaders.specs import TensorSpec
 
 BOX = 1 << 20  # weights of a box at most: 4 MiB of float32
 

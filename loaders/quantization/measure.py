@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.plain import Plain
 from loaders.quantization.scheme import Bounded, Gridded, Scheme, Stored, View, Work
-from loaders.specs import WEIGHT_DTYPES, TensorSpec
+from loaders.quantization.schemes.plain import Plain
+from loaders.specs import TensorSpec
 from loaders.stats import ErrorSums
 
 INNER = 1 << 18  # weights decoded at once: they stay in the cache until they are compared
@@ -52,7 +53,7 @@ def measure(
     total = compare.new_sums()
     for sums in work.sweep(view.spec.num_items, align, compare_range):
         compare.merge(total, sums)
-    return ErrorSums.of(view.spec.numel, total)
+    return compare.error_sums(view.spec.numel, total)
 
 
 def _check_each(sums: np.ndarray, greatest: float) -> None:

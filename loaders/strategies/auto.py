@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from loaders.backends.devices import backend
-from loaders.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import io_errors
 from loaders.specs import WeightSpec
 from loaders.storage import local

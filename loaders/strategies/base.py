@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from loaders.backends.placing import gathered, placer
-from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.backends.arrays import gathered, placer
+from loaders.backends.memory import PeakMemory
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.dtypes import is_contiguous, storage_of
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
-from loaders.memory import PeakMemory
-from loaders.specs import WeightSpec, is_contiguous, storage_of
+from loaders.specs import WeightSpec
 from loaders.stats import LoadStats
 from loaders.storage import local
 

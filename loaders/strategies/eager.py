@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from loaders.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.specs import WeightSpec
 from loaders.strategies.base import Piece, PieceReader, WeightLoader
-from loaders.strategies.buffers import fresh
-from loaders.strategies.files import OpenFiles
 from loaders.strategies.lazy import LazyLoader, MappedFiles
+from loaders.strategies.reading.buffers import fresh
+from loaders.strategies.reading.open_files import OpenFiles
 
 
 class HeldTensors:

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from loaders.backends.arrays import Told, placer, storage_shape
 from loaders.backends.devices import torch_device
-from loaders.backends.placing import Told, placer, storage_shape
-from loaders.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, WeightmillError
 from loaders.specs import WeightSpec
 from loaders.storage import local

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loaders.backends.arrays import storage_shape
 from loaders.backends.devices import torch_device
-from loaders.backends.placing import storage_shape
-from loaders.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.strategies.auto import AutoLoader

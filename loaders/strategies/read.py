@@ -12,8 +12,8 @@ import numpy as np
 
 from loaders.specs import WeightSpec
 from loaders.strategies.base import Piece, PieceReader, WeightLoader
-from loaders.strategies.buffers import Buffers
-from loaders.strategies.files import AHEAD, OpenFiles
+from loaders.strategies.reading.buffers import Buffers
+from loaders.strategies.reading.open_files import AHEAD, OpenFiles
 
 BUFFERS = 64 << 20  # bytes kept for the next tensors
 

@@ -20,12 +20,12 @@ from loaders.backends.devices import fed
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.ahead import read_ahead
 from loaders.strategies.base import Piece, PieceReader, Source, WeightLoader
-from loaders.strategies.caching import MOST_THREADS, RANGE, CacheAhead
-from loaders.strategies.files import OpenFiles
 from loaders.strategies.lazy import map_privately
-from loaders.strategies.tuning import Workers
+from loaders.strategies.reading.open_files import OpenFiles
+from loaders.strategies.reading.page_cache import MOST_THREADS, RANGE, CacheAhead
+from loaders.strategies.reading.read_ahead import read_ahead
+from loaders.strategies.reading.thread_tuning import Workers
 
 MB = 1_000_000
 MOST_SLICE = 32 << 20

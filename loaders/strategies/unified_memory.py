@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loaders.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.strategies.lazy import LazyLoader

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.benches.budget import Case, against, plot, rows
+from jobs.benchmarks.mixed_precision import Case, against, plot, rows
 from loaders.models.quality import Quality
 
 

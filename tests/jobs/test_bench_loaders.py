@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from jobs.benches import busy, loading, loading_report, timing
-from jobs.benches.summing import Summing, total
-from jobs.strategies import StrategySpec
+from jobs.benchmarks import busy_machine, loader_timings, loaders, timing
+from jobs.benchmarks.summing import Summing, total
+from jobs.spec.strategy import StrategySpec
 from loaders.storage import local
 from tests.conftest import Ran
 
@@ -51,7 +51,7 @@ def test_the_winner_of_every_strategy_is_a_line_that_the_spec_takes() -> None:
     from loaders.strategies import LOADERS
 
     for name in LOADERS:
-        [(key, values)] = yaml.safe_load(loading.yaml_line(name)).items()
+        [(key, values)] = yaml.safe_load(loader_timings.yaml_line(name)).items()
         assert key == "strategy"
         assert TypeAdapter(StrategySpec).validate_json(json.dumps(values)).kind == name
 
@@ -68,7 +68,7 @@ def test_a_strategy_that_does_not_work_here_is_a_row_that_says_so(
     import sys
 
     monkeypatch.setitem(sys.modules, "runai_model_streamer.file_streamer", None)
-    document = loading.measure(str(source), ["lazy", "runai"], 1, cold=False)
+    document = loader_timings.measure(str(source), ["lazy", "runai"], 1, cold=False)
     [row] = [row for row in document["rows"] if row["case"] == "strategy=runai"]
     assert row["missing"].startswith("BadSpec: strategy=runai: it is not installed")
     assert "strategy=runai" not in document["ratios"]["warm"]
@@ -76,7 +76,7 @@ def test_a_strategy_that_does_not_work_here_is_a_row_that_says_so(
 
 def test_files_that_stay_in_the_page_cache_are_not_called_cold(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "drop_cached", lambda path: 0.5)
-    document = loading.measure(str(source), ["lazy"], 1, cold=True)
+    document = loader_timings.measure(str(source), ["lazy"], 1, cold=True)
     assert (document["is_cold"], document["stayed_in_cache"]) == (False, 0.5)
     assert set(document["winners"]) == {"warm"}
 
@@ -87,32 +87,35 @@ def test_what_auto_says_of_warm_files_is_not_what_it_says_of_cold_ones(
     dropped: list[Path] = []
     monkeypatch.setattr(local, "drop_cached", lambda path: dropped.append(path) or 0.0)
     monkeypatch.setattr(local, "cached_share", lambda path: 0.0 if dropped else 1.0)
-    document = loading.measure(str(source), ["auto"], 1, cold=True)
+    document = loader_timings.measure(str(source), ["auto"], 1, cold=True)
     [row] = [row for row in document["rows"] if row["is_strategy"]]
     assert row["said"]["warm"].startswith("lazy: 100% of the files are in the page cache")
     assert row["said"]["cold"].startswith("read: 0% of the files")
-    assert loading_report._said(row["said"]).startswith("warm: lazy")
+    assert loaders._said(row["said"]).startswith("warm: lazy")
 
 
 def test_a_busy_machine_is_said_aloud(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = {"load_1m": 0.2, "others_cpu_share": 0.04, "stolen_cpu_share": 0.01}
-    assert busy.warning(quiet) is None
-    assert busy.warning(dict.fromkeys(quiet)) is None
-    said = busy.warning({"load_1m": 9.0, "others_cpu_share": 0.6, "stolen_cpu_share": 0.07})
+    assert busy_machine.warning(quiet) is None
+    assert busy_machine.warning(dict.fromkeys(quiet)) is None
+    said = busy_machine.warning({"load_1m": 9.0, "others_cpu_share": 0.6, "stolen_cpu_share": 0.07})
     assert said is not None
     assert said.startswith("the machine was busy: other processes took 60% and other virtual machines 7% of its CPU")
-    monkeypatch.setattr(busy, "_machine", lambda: None)  # a system that does not tell
-    assert busy.Busy().document()["others_cpu_share"] is None
+    monkeypatch.setattr(busy_machine, "_machine", lambda: None)  # a system that does not tell
+    assert busy_machine.Busy().document()["others_cpu_share"] is None
 
 
 def test_what_others_take_of_the_machine_is_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(
-        [dict.fromkeys(busy.FIELDS, 0.0), {**dict.fromkeys(busy.FIELDS, 0.0), "user": 6, "idle": 2, "steal": 2}]
+        [
+            dict.fromkeys(busy_machine.FIELDS, 0.0),
+            {**dict.fromkeys(busy_machine.FIELDS, 0.0), "user": 6, "idle": 2, "steal": 2},
+        ]
     )
     own = iter([10.0, 13.0])
-    monkeypatch.setattr(busy, "_machine", lambda: next(times))
-    monkeypatch.setattr(busy, "_own_s", lambda: next(own))
-    found = busy.Busy().document()
+    monkeypatch.setattr(busy_machine, "_machine", lambda: next(times))
+    monkeypatch.setattr(busy_machine, "_own_s", lambda: next(own))
+    found = busy_machine.Busy().document()
     assert found["others_cpu_share"] == pytest.approx(0.3)
     assert found["stolen_cpu_share"] == pytest.approx(0.2)
 
@@ -131,11 +134,11 @@ def test_laps_are_in_another_order_each_and_the_same_in_every_run() -> None:
 
 
 def test_a_way_that_reads_other_bytes_is_no_winner() -> None:
-    cases = {name: loading.Sums(lambda: 0, 1) for name in "abc"}
+    cases = {name: loader_timings.Sums(lambda: 0, 1) for name in "abc"}
     for name, found in zip("abc", (7, 7, 8), strict=True):
         cases[name].sum = found
-    rows = {name: loading.Measured(name, True) for name in "abc"}
-    loading._check_sums(cases, rows)
+    rows = {name: loader_timings.Measured(name, True) for name in "abc"}
+    loader_timings._check_sums(cases, rows)
     assert [row.missing for row in rows.values()] == ["", "", "its bytes sum to 8, the others' to 7"]
 
 
@@ -184,9 +187,9 @@ def test_each_strategy_is_a_run_of_its_own(source: Path, tmp_path: Path, monkeyp
         def close(self, status: str) -> None:
             made[-1]["status"] = status
 
-    monkeypatch.setattr(loading_report, "open_run", Run)
-    document = loading.measure(str(source), ["lazy", "read"], 1, cold=False)
-    assert loading_report.track(document, None, tmp_path, tmp_path / "p.png") == "somewhere"  # type: ignore[arg-type]
+    monkeypatch.setattr(loaders, "open_run", Run)
+    document = loader_timings.measure(str(source), ["lazy", "read"], 1, cold=False)
+    assert loaders.track(document, None, tmp_path, tmp_path / "p.png") == "somewhere"  # type: ignore[arg-type]
     lazy, read, whole = made
     assert (lazy["params"]["case"], read["params"]["case"]) == ("strategy=lazy", "strategy=read")
     assert lazy["metrics"]["warm_gbps_median"] > 0

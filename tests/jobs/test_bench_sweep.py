@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benches import limiting
-from jobs.benches.limiting import limited_reads
+from jobs.benchmarks import disk_limit
+from jobs.benchmarks.disk_limit import limited_reads
 from loaders.errors import BadSpec
 from tests.conftest import Ran
 
@@ -31,7 +31,7 @@ def test_a_sweep_is_timed_beside_its_jobs_and_makes_the_same(
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_reads_are_limited_in_a_control_group(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limiting, "_disk", lambda path: "8:0")
+    monkeypatch.setattr(disk_limit, "_disk", lambda path: "8:0")
     if version == 1:
         parent, setting, wanted, members = tmp_path / "blkio", "blkio.throttle.read_bps_device", "8:0 5000000", "tasks"
         parent.mkdir()
@@ -47,6 +47,6 @@ def test_reads_are_limited_in_a_control_group(version: int, tmp_path: Path, monk
 
 
 def test_where_reads_cannot_be_limited_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limiting, "_disk", lambda path: "8:0")
+    monkeypatch.setattr(disk_limit, "_disk", lambda path: "8:0")
     with pytest.raises(BadSpec, match="no io or blkio controller"), limited_reads(tmp_path, 1, tmp_path):
         pass

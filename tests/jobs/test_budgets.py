@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.measuring import MeasuringTask
-from jobs.mixing import patterns
+from jobs.mixed_precision.allocation import patterns
+from jobs.mixed_precision.candidate_errors import MeasuringTask
 from tests.jobs.test_gguf import tokenizer
 from tests.making import snapshot, write_checkpoint, write_moe
 

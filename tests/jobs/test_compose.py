@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import VERBS, completions
-from jobs.compose import CONF, choices_of, compose, take_apart
-from jobs.spec import JobSpec
+from jobs.cli.compose import CONF, choices_of, compose, take_apart
+from jobs.cli.main import VERBS, completions
+from jobs.spec.job import JobSpec
 from loaders.errors import BadSpec
 
 GROUPS = choices_of("run")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint, read_config
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.checkpoints.derived_config import read_config
 from tests.making import read_safetensors, values_of, weights
 from tests.reference import decode_bnb4
 

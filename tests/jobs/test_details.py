@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.cli import completions
-from loaders.checkpoint import read_json
+from jobs.cli.main import completions
+from loaders.storage.json_files import read_json
 from tests.making import llama_tensors, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -136,10 +136,10 @@ def test_completion(line: str, wanted: list[str]) -> None:
 
 def test_completion_in_bash() -> None:
     """The script itself: the word under the cursor, not the line, decides what is cut at an equals sign."""
-    from jobs.cli import SCRIPT, SHELLS
+    from jobs.cli.main import SCRIPT, SHELLS
 
     script = SCRIPT.format(load=SHELLS["bash"]) + (
-        f'weightmill() {{ "{sys.executable}" -m jobs.cli "$@"; }}\n'
+        f'weightmill() {{ "{sys.executable}" -m jobs.cli.main "$@"; }}\n'
         'for COMP_LINE in "weightmill run quant=nf4 quant.do" "weightmill run quant=in"; do\n'
         "COMP_POINT=${#COMP_LINE}; _weightmill; echo ${COMPREPLY[@]}; done\n"
     )
@@ -148,6 +148,6 @@ def test_completion_in_bash() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    command = f'"{sys.executable}" -m jobs.cli run --help | head -n 1'
+    command = f'"{sys.executable}" -m jobs.cli.main run --help | head -n 1'
     ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Traceback" not in ran.stderr

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import jobs.unit
-from loaders.checkpoint import open_checkpoint
+import jobs.execution.unit
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
-from loaders.expansion import Expansion, expansion_of
+from loaders.tensors.block_expansion import Expansion, expansion_of
 from tests.conftest import Ran
 from tests.making import LLAMA, llama_tensors, read_safetensors, snapshot, write_checkpoint, write_moe
 
@@ -150,7 +150,7 @@ def test_an_interrupted_expansion_goes_on_to_the_same_bytes(
     given = (f"model.path={source}", *EXPAND, "transform.num_blocks=2", "quant=nf4", "source.unit_mb=0.02")
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert weightmill("run", *given, f"output.path={whole}").status == 0
-    honest, begun = jobs.unit.run_unit, []
+    honest, begun = jobs.execution.unit.run_unit, []
 
     def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
         begun.append(task.unit.id)
@@ -159,7 +159,7 @@ def test_an_interrupted_expansion_goes_on_to_the_same_bytes(
         return honest(task, on_bytes, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.unit, "run_unit", failing)
+        patch.setattr(jobs.execution.unit, "run_unit", failing)
         assert weightmill("run", *given, f"output.path={out}", "cluster.units_at_once=1").status == 130
     assert not out.exists()
     ran = weightmill("run", *given, f"output.path={out}", "format=json")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import jobs.joining
-import jobs.publish
-import jobs.unit
-from jobs.execution import LocalCluster
-from jobs.journal import find_journals
+import jobs.execution.unit
+import jobs.output.join
+import jobs.output.publish
+from jobs.execution.cluster import LocalCluster
+from jobs.output.journal import find_journals
 from loaders.containers import gguf
 from tests.making import LLAMA, llama_tensors, read_safetensors, snapshot, values_of, weights, write_checkpoint
 
@@ -88,11 +88,11 @@ def test_an_interrupted_join_is_done_again_and_no_unit(
 
     with monkeypatch.context() as patch:
         if when == "before the join":
-            patch.setattr(jobs.publish, "join", fail)
+            patch.setattr(jobs.output.publish, "join", fail)
         elif when == "within the join":
-            patch.setattr(jobs.joining, "sync_folder", fail)
+            patch.setattr(jobs.output.join, "sync_folder", fail)
         else:
-            patch.setattr(jobs.publish, "_remove_others", fail)
+            patch.setattr(jobs.output.publish, "_remove_others", fail)
         with pytest.raises(ValueError, match="a bug"):
             weightmill("run", *arguments(model, out))
     assert not out.exists()
@@ -109,7 +109,7 @@ def test_pieces_made_apart_and_in_place_go_together(
 ) -> None:
     """As when Ray's workers do some units, and this process the others."""
     assert weightmill("run", *arguments(model, tmp_path / "undisturbed")).status == 0
-    honest, ran, out = jobs.unit.run_unit, [], tmp_path / "out"
+    honest, ran, out = jobs.execution.unit.run_unit, [], tmp_path / "out"
 
     def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
         ran.append(task.unit.id)
@@ -119,7 +119,7 @@ def test_pieces_made_apart_and_in_place_go_together(
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalCluster, "is_local", first != "apart")
-        patch.setattr(jobs.unit, "run_unit", failing)
+        patch.setattr(jobs.execution.unit, "run_unit", failing)
         with pytest.raises(ValueError, match="a bug"):
             weightmill("run", *arguments(model, out), "cluster.units_at_once=1")
     [journal] = find_journals(tmp_path)
@@ -141,7 +141,7 @@ def test_pieces_go_into_the_file_one_by_one(
 ) -> None:
     """Neither twice on the disk, nor lost when the join is interrupted."""
     assert weightmill("run", *arguments(model, tmp_path / "undisturbed")).status == 0
-    honest, left = jobs.joining._put, []
+    honest, left = jobs.output.join._put, []
 
     def watched(path: Path, *rest: Any) -> None:
         if len(left) == 2:
@@ -151,7 +151,7 @@ def test_pieces_go_into_the_file_one_by_one(
         left.append(len(list(path.parent.iterdir())))
 
     monkeypatch.setattr(LocalCluster, "is_local", False)
-    monkeypatch.setattr(jobs.joining, "_put", watched)
+    monkeypatch.setattr(jobs.output.join, "_put", watched)
     with pytest.raises(ValueError, match="a bug"):
         weightmill("run", *arguments(model, tmp_path / "out"))
     units = left[0] + 1
@@ -164,7 +164,7 @@ def test_pieces_go_into_the_file_one_by_one(
 def test_a_piece_that_changes_before_the_join_fails_the_run(
     model: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = jobs.publish.join
+    honest = jobs.output.publish.join
 
     def flipping(joined: Any, pieces: Any, journal: Any, records: Any) -> Any:
         path, start = journal.find(pieces[0])
@@ -173,7 +173,7 @@ def test_a_piece_that_changes_before_the_join_fails_the_run(
         path.write_bytes(data)
         return honest(joined, pieces, journal, records)
 
-    monkeypatch.setattr(jobs.publish, "join", flipping)
+    monkeypatch.setattr(jobs.output.publish, "join", flipping)
     ran = weightmill("run", *arguments(model, tmp_path / "out"))
     assert ran.status != 0
     assert "it is not what was written" in ran.err

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.planning import make_plan
-from jobs.targets import Target
-from loaders.checkpoint import open_checkpoint
-from loaders.quantization.hqq import Hqq
+from jobs.planning.build import make_plan
+from jobs.planning.targets import Target
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.quantization.schemes.hqq import Hqq
 from tests.making import llama_tensors, read_safetensors, weights, write_checkpoint
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobs.compose import compose, take_apart
-from jobs.spec import JobSpec
+from jobs.cli.compose import compose, take_apart
+from jobs.spec.job import JobSpec
 from loaders.errors import BadSpec
 
 pytest.importorskip("torch")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loaders.checkpoint import read_json
+from loaders.storage.json_files import read_json
 from tests.making import llama_tensors, write_checkpoint, write_moe
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import jobs.unit
-from jobs.journal import find_journals
-from loaders.checkpoint import open_checkpoint
+import jobs.execution.unit
+from jobs.output.journal import find_journals
+from loaders.checkpoints.checkpoint import open_checkpoint
 from tests.making import LLAMA, Raw, llama_tensors, read_safetensors, snapshot, weights, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -260,7 +260,7 @@ def test_a_job_goes_on_where_it_was(
 ) -> None:
     settings = ["quant=mlx_int4", "output=packed"]
     run(weightmill, model, tmp_path / "undisturbed", *settings)
-    honest, ran = jobs.unit.run_unit, []
+    honest, ran = jobs.execution.unit.run_unit, []
 
     def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
         ran.append(task.unit.id)
@@ -270,7 +270,7 @@ def test_a_job_goes_on_where_it_was(
 
     arguments = [f"model.path={model}", f"output.path={tmp_path / 'out'}", "source.unit_mb=0.02", *settings]
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.unit, "run_unit", failing)
+        patch.setattr(jobs.execution.unit, "run_unit", failing)
         with pytest.raises(ValueError, match="a bug"):
             weightmill("run", *arguments, "cluster.units_at_once=1")
     assert run(weightmill, model, tmp_path / "out", *settings)["run"]["units_resumed"] == 3
@@ -287,7 +287,7 @@ def test_killed_in_the_middle_the_output_is_the_same_and_nothing_is_twice_on_the
     settings = [output] if output.startswith("quant") else ["quant=mlx_int4", output]
     whole = run(weightmill, model, tmp_path / "undisturbed", *settings)["files"][0]
     slow = (
-        "import time, jobs.journal as j; f = j.Journal.add\n"
+        "import time, jobs.output.journal as j; f = j.Journal.add\n"
         "def a(self, record): f(self, record); time.sleep(0.2)\n"
         "j.Journal.add = a\n"
         "import sys; from jobs.run import main; sys.exit(main())"

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from jobs.planning import cut_units, make_plan
-from jobs.targets import Target
-from loaders.checkpoint import open_checkpoint
+from jobs.planning.build import cut_units, make_plan
+from jobs.planning.targets import Target
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
-from loaders.quantization.bnb4 import Bnb4
-from loaders.quantization.plain import Plain
-from loaders.quantization.ternary import Ternary
-from loaders.rules import Rule
-from loaders.sources import recipes_of
+from loaders.quantization.schemes.bitnet import Ternary
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.rule import Rule
+from loaders.tensors.sources import recipes_of
 from tests.making import LLAMA, llama_tensors, write_checkpoint, write_moe
 
 TARGETS = [

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import completions, overview
+from jobs.cli.main import completions, overview
 from loaders import BadSpec, get_recommended_loader_config
-from loaders.recommending import PRESETS
+from loaders.loading.recommend import PRESETS
 
 DEMO = Path(__file__).parents[2] / "jobs" / "demo"
 NAMES = sorted({name for names in PRESETS.values() for name in names})

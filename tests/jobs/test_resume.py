@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-import jobs.unit
-from jobs.journal import Journal, find_journals
-from jobs.planning import FORMAT
+import jobs.execution.unit
+from jobs.output.journal import Journal, find_journals
+from jobs.planning.plan import FORMAT
 from tests.making import snapshot, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -45,7 +45,7 @@ def test_a_job_goes_on_where_it_was(
     source: Path, tmp_path: Path, weightmill: Any, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, ran = tmp_path / "out", []
-    honest = jobs.unit.run_unit
+    honest = jobs.execution.unit.run_unit
 
     def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
         ran.append(task.unit.id)
@@ -53,7 +53,7 @@ def test_a_job_goes_on_where_it_was(
             raise ValueError("a bug")
         return honest(task, on_bytes, stop)
 
-    monkeypatch.setattr(jobs.unit, "run_unit", failing)
+    monkeypatch.setattr(jobs.execution.unit, "run_unit", failing)
     with pytest.raises(ValueError, match="a bug"):
         weightmill("run", *arguments(source, out), "cluster.units_at_once=1")
     assert not out.exists()
@@ -75,7 +75,7 @@ def test_a_finished_part_that_was_damaged_since_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.running.complete", no)
+        patch.setattr("jobs.orchestration.job.complete", no)
         assert weightmill("run", *arguments(source, out)).status == 130
     [root] = find_journals(tmp_path)
     path = min((root / "files").iterdir())
@@ -96,16 +96,16 @@ def test_another_job_for_the_same_output_keeps_its_own_journal(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.running.complete", no)
+        patch.setattr("jobs.orchestration.job.complete", no)
         assert weightmill("run", *arguments(source, out)).status == 130
     assert weightmill("run", *arguments(source, out), "quant=fp4").status == 0
     assert len(find_journals(tmp_path)) == 1
 
 
 def test_two_processes_do_not_write_one_output(source: Path, tmp_path: Path, weightmill: Any) -> None:
-    from jobs.compose import compose, take_apart
-    from jobs.preparing import plan_job
-    from jobs.spec import JobSpec
+    from jobs.cli.compose import compose, take_apart
+    from jobs.orchestration.preflight import plan_job
+    from jobs.spec.job import JobSpec
 
     given = arguments(source, tmp_path / "out")
     planned = plan_job(compose("run", JobSpec, take_apart("run", given)))
@@ -116,9 +116,9 @@ def test_two_processes_do_not_write_one_output(source: Path, tmp_path: Path, wei
 
 
 def test_a_journal_of_another_version_is_refused_with_a_sentence(source: Path, tmp_path: Path, weightmill: Any) -> None:
-    from jobs.compose import compose, take_apart
-    from jobs.preparing import plan_job
-    from jobs.spec import JobSpec
+    from jobs.cli.compose import compose, take_apart
+    from jobs.orchestration.preflight import plan_job
+    from jobs.spec.job import JobSpec
 
     given = arguments(source, tmp_path / "out")
     journal = plan_job(compose("run", JobSpec, take_apart("run", given))).journal
@@ -140,9 +140,9 @@ def test_errors_that_may_pass_are_tried_again(
 ) -> None:
     from loaders.errors import TransientIOError
 
-    monkeypatch.setattr("jobs.execution.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("jobs.execution.cluster.FIRST_PAUSE_S", 0.01)
     failed = []
-    honest = jobs.unit.run_unit
+    honest = jobs.execution.unit.run_unit
 
     def flaky(task: Any, on_bytes: Any, stop: Any) -> Any:
         if len(failed) < 2:
@@ -150,7 +150,7 @@ def test_errors_that_may_pass_are_tried_again(
             raise TransientIOError("made up")
         return honest(task, on_bytes, stop)
 
-    monkeypatch.setattr(jobs.unit, "run_unit", flaky)
+    monkeypatch.setattr(jobs.execution.unit, "run_unit", flaky)
     ran = weightmill("run", *arguments(source, tmp_path / "out"), "format=json")
     assert ran.document["run"]["retries"] == 2
     assert comparable(tmp_path / "out") == undisturbed
@@ -167,7 +167,7 @@ def test_errors_that_do_not_pass_are_not_tried_again(
         calls.append(task.unit.id)
         raise StorageError("made up")
 
-    monkeypatch.setattr(jobs.unit, "run_unit", broken)
+    monkeypatch.setattr(jobs.execution.unit, "run_unit", broken)
     ran = weightmill("run", *arguments(source, tmp_path / "out"), "cluster.units_at_once=1")
     assert ran.status == 1
     assert "unit-00001: made up" in ran.err
@@ -200,7 +200,7 @@ def start(source: Path, out: Path, *extra: str) -> subprocess.Popen[str]:
 def test_an_interrupt_leaves_no_half_file_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", shards=2)
     slow = (
-        "import time, jobs.unit as u; honest = u.run_unit\n"
+        "import time, jobs.execution.unit as u; honest = u.run_unit\n"
         "def run(task, on_bytes, stop):\n"
         "    if task.unit.id > 'unit-00002': [time.sleep(0.1) for _ in range(100) if not stop.is_set()]\n"
         "    return honest(task, on_bytes, stop)\n"
@@ -252,10 +252,10 @@ def test_killed_at_thirty_moments_the_output_is_the_same_and_no_finished_unit_ru
 def _kill_once(source: Path, out: Path, where: str, rng: random.Random) -> tuple[bool, dict[str, int]]:
     """Kill a run at a random moment of a kind; whether it still lived, and the finished files it left."""
     slow = {
-        "publish": "import jobs.publish as p, os; f = p.write_file\n"
+        "publish": "import jobs.output.publish as p, os; f = p.write_file\n"
         "def w(path, data): time.sleep(0.05); f(path, data)\n"
         "p.write_file = w\n",
-        "units": "import jobs.journal as j; f = j.Journal.add\n"
+        "units": "import jobs.output.journal as j; f = j.Journal.add\n"
         "def a(self, record): f(self, record); time.sleep(0.05)\n"
         "j.Journal.add = a\n",
         "anywhere": "",

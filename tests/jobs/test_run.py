@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.planning import FORMAT
+from jobs.planning.plan import FORMAT
 from tests import reference
 from tests.making import (
     LLAMA,
@@ -136,7 +136,7 @@ def test_an_unwritable_output_is_one_clear_error(source: Path, tmp_path: Path, w
 def test_a_disk_without_room_is_found_before_the_work(
     source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.preparing.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("jobs.orchestration.preflight.free_bytes", lambda path: 1000)
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
     assert "are free there" in ran.err
@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_during_the_work_is_one_clear_error(
     def full(descriptor: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loaders.containers.writing.allocate", full)
+    monkeypatch.setattr("loaders.containers.writer.allocate", full)
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
     assert "No space left on device" in ran.err

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs.execution import LocalCluster
-from jobs.passing import units_for_gpus
-from jobs.spec import ClusterSpec
-from jobs.strategies import StrategySpec
+from jobs.execution.cluster import LocalCluster
+from jobs.orchestration.source_pass import units_for_gpus
+from jobs.spec.job import ClusterSpec
+from jobs.spec.strategy import StrategySpec
 from loaders.strategies import LOADERS, settings_of
 from tests.conftest import Ran
 from tests.making import snapshot

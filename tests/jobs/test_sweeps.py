@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-import jobs.unit
-from jobs.compose import Composed, Request
-from jobs.journal import find_journals
-from jobs.refusing import command, grids
+import jobs.execution.unit
+from jobs.cli.compose import Composed, Request
+from jobs.orchestration.refusals import command, grids
+from jobs.output.journal import find_journals
 from tests.making import snapshot, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,10 +82,10 @@ def test_a_sweep_that_was_done_is_not_done_again(source: Path, tmp_path: Path, w
 def test_killed_in_the_middle_only_what_is_missing_is_done(source: Path, tmp_path: Path, weightmill: Any) -> None:
     root, quants = tmp_path / "killed", "quant=nf4,fp4,mlx_int4"
     slow = (
-        "import sys, time, jobs.unit as u; honest = u.run_unit\n"
+        "import sys, time, jobs.execution.unit as u; honest = u.run_unit\n"
         "def run(task, on_bytes, stop):\n    time.sleep(0.3); return honest(task, on_bytes, stop)\n"
         "u.run_unit = run\n"
-        "from jobs.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from jobs.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["-m", *given(source, root, quants), "source.unit_mb=0.02", "tracking=none", "cluster.units_at_once=1"]
     process = subprocess.Popen([sys.executable, "-c", slow, "run", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
@@ -115,7 +115,7 @@ def test_a_job_that_fails_is_left_out_and_the_others_finish(
     source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = []
-    honest = jobs.unit.TargetRun.begin
+    honest = jobs.execution.unit.TargetRun.begin
 
     def broken(self: Any, placement: Any) -> Any:
         if "fp4" in str(self._share.output):
@@ -123,7 +123,7 @@ def test_a_job_that_fails_is_left_out_and_the_others_finish(
             raise ZeroDivisionError("a bug")
         return honest(self, placement)
 
-    monkeypatch.setattr(jobs.unit.TargetRun, "begin", broken)
+    monkeypatch.setattr(jobs.execution.unit.TargetRun, "begin", broken)
     arguments = ["-m", *given(source, tmp_path / "o", "quant=nf4,fp4,mlx_int4", UNITS), "cluster.units_at_once=1"]
     ran = weightmill("run", *arguments, "format=json")
     assert ran.status == 1
@@ -199,9 +199,9 @@ def test_a_command_takes_the_place_of_what_an_experiment_sweeps() -> None:
 
 @pytest.mark.parametrize("name", ["four_bit_shootout", "mlx_ladder", "gguf_ladder", "loader_shootout"])
 def test_an_experiment_describes_jobs(name: str) -> None:
-    from jobs.checking import check
-    from jobs.compose import sweep, take_apart
-    from jobs.spec import JobSpec
+    from jobs.cli.compose import sweep, take_apart
+    from jobs.cli.validation import check
+    from jobs.spec.job import JobSpec
 
     found: list[Composed] = []
 
@@ -216,8 +216,8 @@ def test_an_experiment_describes_jobs(name: str) -> None:
 
 
 def test_a_sweeper_gets_the_objective_of_each_job(source: Path, tmp_path: Path) -> None:
-    from jobs.compose import take_apart
-    from jobs.sweeping import Sweep
+    from jobs.cli.compose import take_apart
+    from jobs.orchestration.sweep import Sweep
 
     arguments = ["-m", *given(source, tmp_path / "o", "quant=nf4,none", "tracking=none")]
     request = take_apart("run", [*arguments, "objective=[size/bits_per_weight,error/relative]"])
@@ -230,7 +230,7 @@ def test_a_sweeper_gets_the_objective_of_each_job(source: Path, tmp_path: Path) 
         assert honest(tried_again, True) == found
         return found
 
-    from jobs.compose import sweep
+    from jobs.cli.compose import sweep
 
     sweep("run", request, together)
     under_way.close()

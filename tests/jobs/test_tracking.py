@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store; making one takes seconds."""
-    from jobs.spec import TrackingSpec
-    from jobs.tracking import open_run
+    from jobs.spec.job import TrackingSpec
+    from jobs.tracking.run import open_run
 
     root = tmp_path_factory.mktemp("store")
     open_run(TrackingSpec(kind="mlflow"), root, "first", {}, {}, "key").close("FINISHED")
@@ -89,7 +89,7 @@ def test_a_job_that_is_stopped_says_so_and_its_run_goes_on_when_it_does(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.running.complete", no)
+        patch.setattr("jobs.orchestration.job.complete", no)
         ran, killed = run(store, weightmill, source, tmp_path / "stopped")
     assert ran.status == 130
     assert killed.info.status == "KILLED"
@@ -126,8 +126,8 @@ def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -
 
 
 def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
-    from jobs.spec import TrackingSpec
-    from jobs.tracking import compare_page
+    from jobs.spec.job import TrackingSpec
+    from jobs.tracking.run import compare_page
 
     server = TrackingSpec(kind="mlflow", uri="http://host:5000/")
     few = compare_page(server, Path("out"), ["a", "b"], "7", "sweep-1")

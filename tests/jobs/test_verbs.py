@@ -90,7 +90,7 @@ def test_none_gives_back_an_equal_checkpoint(source: Path, tmp_path: Path, weigh
 
 
 def test_clean_lists_and_removes_what_no_process_holds(source: Path, tmp_path: Path, weightmill: Any) -> None:
-    from jobs.journal import Journal
+    from jobs.output.journal import Journal
 
     folder = tmp_path / "cwd" / "weightmill"
     held, left = Journal(folder / "held", "a" * 12), Journal(folder / "left", "b" * 12)

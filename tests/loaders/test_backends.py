@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 from loaders import backends
-from loaders.backends import Leases, backend, devices, machine, placing
+from loaders.backends import Leases, arrays, backend, devices, machine
 from loaders.backends.devices import Backend
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.quantization.kernels.mlx_device import MlxCoder
-from loaders.quantization.mlx import BITS, GROUP_SIZES, MlxAffine
-from loaders.quantization.mlx_float import SETTINGS, MlxFloat
 from loaders.quantization.scheme import Scheme
-from loaders.specs import DTYPES, WeightSpec
-from loaders.work import ThreadedWork
+from loaders.quantization.schemes.mlx_affine import BITS, GROUP_SIZES, MlxAffine
+from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
+from loaders.specs import WeightSpec
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import weights
 
@@ -126,20 +127,20 @@ def test_auto_takes_a_gpu_where_there_is_one(
 def test_devices_that_are_not_there_are_refused() -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
-        for call in (lambda: backend("cuda"), lambda: placing.placer("cuda:1"), lambda: backends.devices_of("cuda")):
+        for call in (lambda: backend("cuda"), lambda: arrays.placer("cuda:1"), lambda: backends.devices_of("cuda")):
             with pytest.raises(BadSpec, match="finds no such device here; use backend=cpu"):
                 call()
     with pytest.raises(BadSpec, match="backend: unknown 'tpu'; known: cpu, cuda, mps, mlx, auto"):
         backend("tpu")
     with pytest.raises(BadSpec, match="device: unknown 'gpu'"):
-        placing.placer("gpu")
+        arrays.placer("gpu")
 
 
 # --- dtypes
 
 
 def test_mps_gets_float16_for_bfloat16_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    told = placing.Told("mps")
+    told = arrays.Told("mps")
     with caplog.at_level(logging.WARNING, "weightmill"):
         for _ in range(3):
             assert told.dtype(DTYPES["BF16"]).name == "F16"
@@ -148,7 +149,7 @@ def test_mps_gets_float16_for_bfloat16_and_it_is_said_once(caplog: pytest.LogCap
     assert told.dtype(DTYPES["F16"]).name == "F16"
     with pytest.raises(BadSpec, match="device=mps: it has no float8_e4m3fn; load to device=cpu"):
         told.dtype(DTYPES["F8_E4M3"])
-    assert placing.allowed_dtype("cuda", DTYPES["BF16"]).name == "BF16"
+    assert arrays.allowed_dtype("cuda", DTYPES["BF16"]).name == "BF16"
 
 
 @pytest.mark.parametrize(
@@ -162,9 +163,9 @@ def test_mps_gets_float16_for_bfloat16_and_it_is_said_once(caplog: pytest.LogCap
     ],
 )
 def test_numbers_of_less_than_a_byte_are_rows_of_bytes(dtype: str, shape: Any, wanted: Any) -> None:
-    assert placing.storage_shape(DTYPES[dtype], shape) == wanted
+    assert arrays.storage_shape(DTYPES[dtype], shape) == wanted
     spec = WeightSpec("w", DTYPES[dtype], shape, "f", 0, DTYPES[dtype].size(shape))
-    assert placing.as_numpy(np.zeros(spec.size, np.uint8), spec).shape == wanted
+    assert arrays.as_numpy(np.zeros(spec.size, np.uint8), spec).shape == wanted
 
 
 @pytest.mark.engine
@@ -173,9 +174,9 @@ def test_crooked_and_read_only_memory_is_copied_for_torch() -> None:
     memory = np.arange(17, dtype=np.uint8)
     spec = WeightSpec("w", DTYPES["F32"], (4,), "f", 0, 16)
     wanted = memory[1:].copy().view(np.float32)
-    assert torch.equal(placing.as_torch(memory[1:], spec), torch.from_numpy(wanted))
+    assert torch.equal(arrays.as_torch(memory[1:], spec), torch.from_numpy(wanted))
     memory.flags.writeable = False
-    made = placing.as_torch(memory[:16], spec)
+    made = arrays.as_torch(memory[:16], spec)
     made.zero_()
     assert memory[1] == 1
 

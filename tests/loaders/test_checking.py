@@ -22,7 +22,7 @@ from loaders import (
     filter_shared_tensors,
     validate_weight_shapes,
 )
-from loaders.specs import DTYPES
+from loaders.dtypes import DTYPES
 
 torch = pytest.importorskip("torch")
 

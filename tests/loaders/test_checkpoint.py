@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.sources import recipes_of
+from loaders.tensors.sources import recipes_of
 from tests.making import Raw, llama_tensors, write_checkpoint, write_index, write_safetensors
 
 
@@ -164,7 +164,7 @@ def test_a_tied_head_that_is_stored_twice_stays_tied_only_if_it_is_the_same(tmp_
 
 
 def test_both_styles_of_config_are_read(tmp_path: Path) -> None:
-    from loaders.families import load_dtype
+    from loaders.architectures.families import load_dtype
 
     for key in ("dtype", "torch_dtype"):
         assert str(load_dtype({key: "bfloat16"})) == "BF16"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders import choosing
-from loaders.choosing import Item, Option, choose, least_size
+from loaders.rules import knapsack
+from loaders.rules.knapsack import Item, Option, choose, least_size
 
 ERRORS = st.one_of(st.integers(0, 6).map(float), st.floats(0, 1e3, allow_subnormal=False))
 OPTIONS = st.lists(st.tuples(st.integers(1, 60), ERRORS), min_size=1, max_size=4)
@@ -60,7 +60,7 @@ def test_with_little_memory_the_gap_covers_what_is_lost(problem: tuple[list[Item
     items, budget = problem
     best = choose(items, budget)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "MOST_STATES", 2)
+        patch.setattr(knapsack, "MOST_STATES", 2)
         found = choose(items, budget)
     assert found.size <= budget
     assert best.error <= found.error * (1 + 1e-9) + 1e-12

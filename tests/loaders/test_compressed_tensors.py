@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.checkpoint import read_config
+from loaders.backends.threads import ThreadedWork
+from loaders.checkpoints.derived_config import read_config
+from loaders.dtypes import DTYPES
 from loaders.layouts.compressed_tensors import targets_of
-from loaders.quantization.float4 import Mxfp4, Nvfp4
-from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.kernels.lanes import host_has
-from loaders.quantization.packed_int import PackedInt
-from loaders.quantization.row_scaled import RowScaled
 from loaders.quantization.scheme import Scheme
-from loaders.recipes import Recipe
-from loaders.rules import Decision, Rule
-from loaders.specs import DTYPES
-from loaders.work import ThreadedWork
+from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
+from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
+from loaders.rules.rule import Decision, Rule
+from loaders.tensors.logical_tensor import Recipe
 from tests import reference
 from tests.loaders.test_schemes import MemorySink, MemoryView, decode
 from tests.making import (

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.checkpoint import open_checkpoint
+from loaders.backends.threads import ThreadedWork
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint
 from loaders.quantization import boxes
-from loaders.recipes import Recipe, Window
-from loaders.sources import recipes_of
 from loaders.strategies import loader
-from loaders.views import view_of
-from loaders.work import ThreadedWork
+from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.sources import recipes_of
+from loaders.tensors.views import view_of
 from tests.making import LLAMA, TORCH_NAMES, Raw, llama_tensors, read_safetensors, values_of, weights, write_checkpoint
 from tests.reference import decode_int8
 
@@ -212,7 +212,7 @@ def test_fp8_comes_back_plain_and_quantizes_to_anything(tmp_path: Path, weightmi
     plain = weightmill("run", f"model.path={root}", f"output.path={tmp_path / 'plain'}", "quant=none",
                        "quant.dtype=bfloat16", "format=json")  # fmt: skip
     assert plain.status == 0, plain.err
-    from loaders.checkpoint import read_config
+    from loaders.checkpoints.derived_config import read_config
 
     config = read_config(tmp_path / "plain")
     assert "quantization_config" not in config

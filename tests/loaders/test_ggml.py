@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loaders.work
+import loaders.backends.threads
 from loaders.backends import kernels_of
-from loaders.quantization.ggml import TYPES, Ggml
-from loaders.specs import DTYPES, GGML_BLOCKS, TensorSpec
-from loaders.work import ThreadedWork
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DTYPES, GGML_BLOCKS
+from loaders.quantization.schemes.ggml import TYPES, Ggml
+from loaders.specs import TensorSpec
 from tests import reference
 from tests.loaders.test_schemes import DTYPE_NAMES, MemoryView, decode, encode, random
 from tests.making import Raw, values_of, weights
@@ -37,7 +38,7 @@ def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut(
 ) -> None:
     raw, found = random((7, 768), dtype), []
     for step in (1 << 21, 1100, 1):
-        monkeypatch.setattr(loaders.work, "RANGE", step)
+        monkeypatch.setattr(loaders.backends.threads, "RANGE", step)
         sink, error = encode(Ggml(name), raw, work)
         found.append(sink.as_bytes())
         assert error.relative_error <= Ggml(name).error_limit

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import loaders.quantization.ggml_reading as reading
+import loaders.quantization.read_only.ggml as reading
 from loaders.containers import gguf
+from loaders.dtypes import DTYPES, GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.errors import BadSpec
-from loaders.quantization.ggml import Ggml
-from loaders.specs import DTYPES, GGML_BLOCKS, GGML_READ_BLOCKS, StoredSpec, StoredTensor, TensorSpec
+from loaders.quantization.schemes.ggml import Ggml
+from loaders.specs import StoredSpec, StoredTensor, TensorSpec
 from tests.making import read_safetensors
 
 BLOCKS = GGML_BLOCKS | GGML_READ_BLOCKS
@@ -72,7 +73,7 @@ def test_they_are_not_written(name: str) -> None:
 def test_without_the_gguf_package_they_are_refused() -> None:
     code = (
         "import sys; sys.modules['gguf'] = None\n"
-        "from loaders.quantization.ggml_reading import check_readable\n"
+        "from loaders.quantization.read_only.ggml import check_readable\n"
         "check_readable('Q4_K')\n"
         "check_readable('IQ2_S')\n"
     )

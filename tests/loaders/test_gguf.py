@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.containers import gguf
+from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.layouts.gguf_tokenizer import pre_name
-from loaders.specs import DTYPES, RowOrder, StoredSpec, StoredTensor, TensorSpec
-from loaders.views import ReorderedView
+from loaders.layouts.gguf.tokenizer import pre_name
+from loaders.specs import RowOrder, StoredSpec, StoredTensor, TensorSpec
+from loaders.tensors.views import ReorderedView
 from tests.loaders.test_schemes import MemoryView
 from tests.making import Raw
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from loaders.errors import BadSpec
-from loaders.quantization.kernels import Kernels, affine, casts, compare, cpu, fourbit, microfloat, ternary
+from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
+from loaders.quantization.kernels.bitsandbytes import fourbit
 from loaders.quantization.kernels.lanes import host_has
+from loaders.quantization.kernels.mlx import affine, microfloat
 from tests.making import Raw, weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,7 +72,7 @@ def results() -> dict[str, bytes]:
         out = np.empty(1001, np.uint8)
         kernels.pack_ternary(runs, dtype, 0.7, out)  # type: ignore[arg-type]
         back = np.empty(1001, np.float32)
-        ternary.unpack(out, np.uint8(4), np.float32(0.5), back)
+        bitnet.unpack(out, np.uint8(4), np.float32(0.5), back)
         found[f"{dtype} ternary"] = out.tobytes() + back.tobytes()
         sums = compare.new_sums()
         cpu.scan_into(inputs(dtype).data.reshape(-1), dtype, sums)
@@ -113,7 +115,7 @@ def test_features_are_those_that_code_is_made_for(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def device() -> Kernels:
     pytest.importorskip("torch")
-    from loaders.quantization.kernels.device import DeviceKernels
+    from loaders.quantization.kernels.torch_device import DeviceKernels
 
     return DeviceKernels("cpu")
 

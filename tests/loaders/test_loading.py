@@ -22,9 +22,9 @@ from loaders import (
     load_and_quantize,
     load_weights,
 )
-from loaders import shared as shared_module
+from loaders.backends.threads import THREAD_BYTES
+from loaders.loading import resources as shared_module
 from loaders.storage import local
-from loaders.work import THREAD_BYTES
 from tests.making import llama_tensors, read_safetensors, values_of, weights, write_checkpoint
 
 torch = pytest.importorskip("torch")

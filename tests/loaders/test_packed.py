@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.checkpoints.detect import WeightFormat, detect_weight_format
 from loaders.containers import packed
+from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.formats import WeightFormat, detect_weight_format
-from loaders.loading import load_weights
-from loaders.sources import recipes_of
-from loaders.specs import DTYPES, StoredSpec, StoredTensor
+from loaders.loading.load import load_weights
+from loaders.specs import StoredSpec, StoredTensor
+from loaders.tensors.sources import recipes_of
 from tests.making import LLAMA
 
 EXPERT = 1024 + 2 * 64  # one part of an expert: words of 4 bits, scales, biases

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from loaders.containers.pytorch import read_specs
+from loaders.dtypes import storage_of
 from loaders.errors import BadCheckpoint
-from loaders.recipes import Recipe, Window
-from loaders.specs import WeightSpec, storage_of
+from loaders.specs import WeightSpec
 from loaders.strategies import LOADERS, loader
-from loaders.views import StoredView
+from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.views import StoredView
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.engine

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.containers import pytorch_writing, writer_of
-from loaders.containers.pickling import Ref
+from loaders.containers import pytorch_write, writer_of
 from loaders.containers.pytorch import read_specs, read_values
+from loaders.containers.pytorch_pickle import Ref
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
-from loaders.specs import DTYPES, OutputFile, StoredSpec, StoredTensor
+from loaders.specs import OutputFile, StoredSpec, StoredTensor
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.engine
@@ -51,7 +52,7 @@ EVERY = [
 
 
 def test_every_dtype_comes_back_from_torch_and_from_our_reader(tmp_path: Path) -> None:
-    file = pytorch_writing.lay_out("m.bin", EVERY)
+    file = pytorch_write.lay_out("m.bin", EVERY)
     contents = write(tmp_path, file)
     assert (tmp_path / "m.bin").stat().st_size == file.size
     for mapped in (False, True):
@@ -68,7 +69,7 @@ def test_every_dtype_comes_back_from_torch_and_from_our_reader(tmp_path: Path) -
 
 def test_any_zip_reader_finds_the_members_that_torch_writes(tmp_path: Path) -> None:
     tensors = [stored("a", "F32", (3,)), stored("b", "BF16", (2, 2))]
-    write(tmp_path, pytorch_writing.lay_out("name.bin", tensors))
+    write(tmp_path, pytorch_write.lay_out("name.bin", tensors))
     torch.save({"a": torch.zeros(3), "b": torch.zeros(2, 2).bfloat16()}, tmp_path / "name.pt")
     with zipfile.ZipFile(tmp_path / "name.bin") as ours, zipfile.ZipFile(tmp_path / "name.pt") as theirs:
         assert ours.testzip() is None
@@ -84,7 +85,7 @@ def test_a_tensor_whose_length_was_open_is_as_long_as_it_became(tmp_path: Path, 
         stored("a", "F32", (7,)),
         stored("y", "U8", (9,), is_bound=True),
     ]
-    file = pytorch_writing.lay_out("m.bin", tensors)
+    file = pytorch_write.lay_out("m.bin", tensors)
     contents = write(tmp_path, file, {"z": length, "y": 3})
     found = torch.load(tmp_path / "m.bin", weights_only=True)
     assert {name: bytes_of(tensor) for name, tensor in found.items()} == contents
@@ -98,7 +99,7 @@ def test_modules_hold_values_beside_their_tensors_and_share_them(tmp_path: Path)
                  ("shape", (3, 2)), ("dtype", DTYPES["BF16"]))),
         ("two", (("w", Ref("one.w")),)),
     )  # fmt: skip
-    write(tmp_path, pytorch_writing.lay_out("m.pt", [stored("one.w", "F32", (3, 2))], about))
+    write(tmp_path, pytorch_write.lay_out("m.pt", [stored("one.w", "F32", (3, 2))], about))
     found = torch.load(tmp_path / "m.pt", weights_only=True)
     one, two = found["one"], found["two"]
     assert isinstance(one["w"], torch.nn.Parameter)
@@ -115,9 +116,9 @@ def test_modules_hold_values_beside_their_tensors_and_share_them(tmp_path: Path)
 
 def test_zip64_takes_over_at_four_gibibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same code at a limit of 4096 bytes: fields are wide where they must be, and readers follow them."""
-    monkeypatch.setattr(pytorch_writing, "LIMIT", 4096)
-    monkeypatch.setattr(pytorch_writing, "STANDS_FOR_LIMIT", 0xFFFFFFFF)
-    file = pytorch_writing.lay_out(
+    monkeypatch.setattr(pytorch_write, "LIMIT", 4096)
+    monkeypatch.setattr(pytorch_write, "STANDS_FOR_LIMIT", 0xFFFFFFFF)
+    file = pytorch_write.lay_out(
         "m.bin", [stored("a", "U8", (5000,)), stored("b", "U8", (3,)), stored("c", "F32", (3000,))]
     )
     contents = write(tmp_path, file)
@@ -130,4 +131,4 @@ def test_zip64_takes_over_at_four_gibibytes(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_dtype_that_torch_lacks_is_refused() -> None:
     with pytest.raises(BadSpec, match="w is F6_E2M3, which PyTorch files cannot hold"):
-        pytorch_writing.lay_out("m.bin", [stored("w", "F6_E2M3", (4,))])
+        pytorch_write.lay_out("m.bin", [stored("w", "F6_E2M3", (4,))])

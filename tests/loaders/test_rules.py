@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
-from loaders.quantization.bnb4 import Bnb4
-from loaders.quantization.plain import Plain
-from loaders.quantization.ternary import Ternary
-from loaders.recipes import Recipe
-from loaders.rules import Decision, Rule, decide
-from loaders.sources import recipes_of
+from loaders.quantization.schemes.bitnet import Ternary
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.decide import decide
+from loaders.rules.rule import Decision, Rule
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.sources import recipes_of
 from tests.making import LLAMA, llama_tensors, write_checkpoint
 
 

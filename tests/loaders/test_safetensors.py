@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from loaders.containers.safetensors import header, lay_out, read_specs
+from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint
-from loaders.specs import DTYPES, StoredSpec, StoredTensor
+from loaders.specs import StoredSpec, StoredTensor
 from tests.making import Raw, write_header, write_safetensors
 
 

@@ -14,30 +14,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loaders.work
+import loaders.backends.threads
 from loaders.backends import kernels_of
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DTYPES, GGML_BLOCKS, storage_of
 from loaders.errors import VerifyFailed
-from loaders.quantization.bnb4 import GROUP_SIZES, Bnb4
-from loaders.quantization.float4 import Mxfp4, Nvfp4
-from loaders.quantization.fp8_block import Fp8Block
 from loaders.quantization.gate import Gate
-from loaders.quantization.ggml import Ggml
-from loaders.quantization.hqq import Hqq
-from loaders.quantization.int8 import LlmInt8
-from loaders.quantization.kernels import dynamic
+from loaders.quantization.kernels.bitsandbytes import dynamic_map
 from loaders.quantization.measure import measure
-from loaders.quantization.mlx import MlxAffine
-from loaders.quantization.mlx_float import MlxFloat
-from loaders.quantization.packed_int import PackedInt
-from loaders.quantization.plain import Plain
-from loaders.quantization.row_scaled import RowScaled
 from loaders.quantization.scheme import Block, Bounded, Gridded, Scheme, View
-from loaders.quantization.ternary import Ternary
-from loaders.recipes import stored_name
-from loaders.specs import DTYPES, GGML_BLOCKS, TensorSpec, storage_of
+from loaders.quantization.schemes.bitnet import Ternary
+from loaders.quantization.schemes.bitsandbytes_4bit import GROUP_SIZES, Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
+from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
+from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
+from loaders.quantization.schemes.ggml import Ggml
+from loaders.quantization.schemes.hqq import Hqq
+from loaders.quantization.schemes.mlx_affine import MlxAffine
+from loaders.quantization.schemes.mlx_float import MlxFloat
+from loaders.quantization.schemes.plain import Plain
+from loaders.specs import TensorSpec
 from loaders.stats import ErrorSums
-from loaders.views import encoded_view
-from loaders.work import ThreadedWork
+from loaders.tensors.logical_tensor import stored_name
+from loaders.tensors.views import encoded_view
 from tests import reference
 from tests.making import Raw, values_of, weights
 
@@ -130,7 +131,7 @@ def work() -> Iterator[ThreadedWork]:
 @pytest.fixture
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges of a few hundred weights, so that small tensors have many."""
-    monkeypatch.setattr(loaders.work, "RANGE", 300)
+    monkeypatch.setattr(loaders.backends.threads, "RANGE", 300)
 
 
 def encode(scheme: Scheme, raw: Raw, work: ThreadedWork) -> tuple[MemorySink, ErrorSums]:
@@ -181,7 +182,7 @@ def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut(
     raw = random(fitting(SCHEMES[name], np.empty((72, 68))).shape, dtype)
     found = []
     for step in (1 << 21, 300, 37):
-        monkeypatch.setattr(loaders.work, "RANGE", step)
+        monkeypatch.setattr(loaders.backends.threads, "RANGE", step)
         sink, error = encode(SCHEMES[name], raw, work)
         found.append(sink.as_bytes())
         assert error.relative_error <= SCHEMES[name].error_limit
@@ -332,7 +333,7 @@ def test_double_quantization_takes_the_exact_mean_of_the_scales(work: ThreadedWo
     state = json.loads(sink.stored["weight.quant_state.bitsandbytes__nf4"].tobytes())
     offset = np.float32(absmax.astype(np.float64).mean())
     assert state["nested_offset"] == float(offset)
-    codes, tops = dynamic.encode(absmax - offset)
+    codes, tops = dynamic_map.encode(absmax - offset)
     assert np.array_equal(sink.stored["weight.absmax"], codes)
     assert np.array_equal(sink.stored["weight.nested_absmax"], tops)
 
@@ -445,7 +446,7 @@ def awkward_rows(most: float) -> np.ndarray:
 def test_no_right_code_is_taken_for_one_that_is_not_the_nearest(
     name: str, dtype: str, cast: str | None, work: ThreadedWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders.work, "RANGE", 512)  # that have only their own scales
+    monkeypatch.setattr(loaders.backends.threads, "RANGE", 512)  # that have only their own scales
     most = 4 if "F16" in (dtype, cast) or name.startswith("ggml") else 30
     rows = awkward_rows(most)
     rows = np.clip(rows, -6e4, 6e4) if most == 4 else rows
@@ -551,7 +552,7 @@ def test_ternary_is_the_arithmetic_written_out(shape: tuple[int, int], dtype: st
 
 def test_the_dynamic_map_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert np.array_equal(dynamic.dynamic_map(), functional.create_dynamic_map().numpy())
+    assert np.array_equal(dynamic_map.dynamic_map(), functional.create_dynamic_map().numpy())
 
 
 @pytest.mark.engine
@@ -568,6 +569,6 @@ def test_scales_are_coded_as_bitsandbytes_codes_them() -> None:
     ):
         x = values.astype(np.float32)
         codes, state = functional.quantize_blockwise(torch.from_numpy(x.copy()), blocksize=256)
-        mine, tops = dynamic.encode(x)
+        mine, tops = dynamic_map.encode(x)
         assert np.array_equal(mine, codes.numpy())
         assert np.array_equal(tops, state.absmax.numpy())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from loaders.errors import BadCheckpoint
-from loaders.layouts.gguf_sentencepiece import from_json, is_sentencepiece
-from loaders.layouts.sentencepiece_model import BPE, BYTE, NORMAL, Piece, read_model
+from loaders.layouts.gguf.sentencepiece import from_json, is_sentencepiece
+from loaders.layouts.gguf.sentencepiece_model import BPE, BYTE, NORMAL, Piece, read_model
 
 
 def field(number: int, data: bytes) -> bytes:

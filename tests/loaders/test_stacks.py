@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.backends.threads import ThreadedWork
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint
-from loaders.sources import recipes_of
-from loaders.work import ThreadedWork
+from loaders.tensors.sources import recipes_of
 from tests.loaders.test_decoding import box, values, work  # noqa: F401
 from tests.loaders.test_families import text_model
 from tests.making import LLAMA, Raw, llama_tensors, read_safetensors, values_of, weights, write_checkpoint

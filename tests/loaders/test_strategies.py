@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.containers import CONTAINERS, gguf, writer_of
+from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
-from loaders.specs import DTYPES, StoredSpec, StoredTensor
+from loaders.specs import StoredSpec, StoredTensor
 from loaders.strategies import LOADERS, StreamingWeightLoader, WeightLoader, loader
 from tests.making import LLAMA, Raw, write_checkpoint
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec, StorageError
 from loaders.storage import local
 from loaders.strategies import (
@@ -33,9 +33,9 @@ from loaders.strategies import (
     fastsafetensors,
     loader,
 )
-from loaders.strategies.buffers import Buffers
+from loaders.strategies.reading.buffers import Buffers
+from loaders.strategies.reading.thread_tuning import LAP_BYTES, Workers
 from loaders.strategies.streaming import batched
-from loaders.strategies.tuning import LAP_BYTES, Workers
 from tests.making import LLAMA, Raw, write_checkpoint
 
 MB = 1_000_000
@@ -224,7 +224,7 @@ def test_buffers_in_excess_of_what_may_be_kept_are_let_go() -> None:
 def turn(workers: Workers, rate: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Many reads, of which `rate(threads)` GB come a second."""
     clock = [0.0]
-    monkeypatch.setattr("loaders.strategies.tuning.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("loaders.strategies.reading.thread_tuning.time.perf_counter", lambda: clock[0])
     for _ in range(40):
         with workers.reading(LAP_BYTES):
             clock[0] += LAP_BYTES / rate(workers.limit) / 1e9

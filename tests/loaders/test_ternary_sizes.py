@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.quantization.ggml import Ggml
-from loaders.work import ThreadedWork
+from loaders.backends.threads import ThreadedWork
+from loaders.quantization.schemes.ggml import Ggml
 from tests.jobs.test_gguf import tokenizer
 from tests.loaders.test_schemes import decode, encode
 from tests.making import values_of, weights

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.quantization.bnb4 import Bnb4
-from loaders.quantization.int8 import LlmInt8
+from loaders.backends.threads import ThreadedWork
 from loaders.quantization.scheme import Scheme, View
-from loaders.work import ThreadedWork
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw
 
@@ -198,7 +198,7 @@ def test_the_checkpoint_is_that_of_transformers_with_bitsandbytes(case: str, tmp
     ours, theirs = stored(tmp_path / "out"), stored(tmp_path / "peer")
     assert set(ours) == set(theirs)
     assert [name for name in ours if not same(ours[name], theirs[name])] == []
-    from loaders.checkpoint import read_config
+    from loaders.checkpoints.derived_config import read_config
 
     blocks = [read_config(tmp_path / d)["quantization_config"] for d in ("out", "peer")]
     assert blocks[0] == blocks[1]

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.checkpoint import read_config
-from loaders.quantization.packed_int import PackedInt
+from loaders.backends.threads import ThreadedWork
+from loaders.checkpoints.derived_config import read_config
+from loaders.presets.settings import COMPRESSED_TENSORS
 from loaders.quantization.scheme import Scheme
-from loaders.quants import COMPRESSED_TENSORS
-from loaders.work import ThreadedWork
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from tests.loaders.test_schemes import MemorySink, MemoryView, decode
 from tests.making import Raw
 

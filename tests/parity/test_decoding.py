@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.work import ThreadedWork
+from loaders.backends.threads import ThreadedWork
 from tests.loaders.test_decoding import recipes, values
 from tests.making import LLAMA
 

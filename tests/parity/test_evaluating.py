@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from tests.passes import run
 

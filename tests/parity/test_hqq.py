@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.quantization.hqq import Hqq
-from loaders.quantization.kernels import hqq as hqq_kernels
-from loaders.specs import DTYPES
-from loaders.work import ThreadedWork
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DTYPES
+from loaders.quantization.kernels.hqq import encode as hqq_kernels
+from loaders.quantization.schemes.hqq import Hqq
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw, read_safetensors
 

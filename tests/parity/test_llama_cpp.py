@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
+from loaders.backends.threads import ThreadedWork
 from loaders.containers import gguf
-from loaders.quantization.ggml import Ggml
-from loaders.quantization.ggml_reading import decode_blocks
-from loaders.specs import GGML_BLOCKS, GGML_READ_BLOCKS
-from loaders.work import ThreadedWork
+from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
+from loaders.quantization.read_only.ggml import decode_blocks
+from loaders.quantization.schemes.ggml import Ggml
 from tests.loaders.test_ggml_reading import random_blocks
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw, values_of, weights

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import mlx_models
+from loaders.architectures import mlx
 from loaders.backends import kernels_of
-from loaders.quantization.mlx import BITS, GROUP_SIZES, MlxAffine
-from loaders.quantization.mlx_float import MlxFloat
+from loaders.backends.threads import ThreadedWork
 from loaders.quantization.scheme import Scheme
-from loaders.work import ThreadedWork
+from loaders.quantization.schemes.mlx_affine import BITS, GROUP_SIZES, MlxAffine
+from loaders.quantization.schemes.mlx_float import MlxFloat
 from tests import reference
 from tests.loaders.test_schemes import MemorySink, MemoryView
 from tests.making import Raw, read_safetensors, values_of, weights, write_checkpoint, write_safetensors
@@ -336,10 +336,10 @@ def test_an_mlx_checkpoint_is_read_back_under_transformers_names(
     assert ran.status == 0, ran.err
     source, found, written = (read_safetensors(folder) for folder in (tmp_path / "source", back, out))
     assert set(found) == set(source)
-    model = mlx_models.model_of({"model_type": kind})
+    model = mlx.model_of({"model_type": kind})
     for name, raw in found.items():
         assert raw.dtype == "F32"
-        stack, index = mlx_models.stack_of(model, name) or (name, None)
+        stack, index = mlx.stack_of(model, name) or (name, None)
         module = stack.removesuffix(".weight")
         if f"{module}.scales" not in written:
             assert np.array_equal(raw.data, values_of(source[name])), name

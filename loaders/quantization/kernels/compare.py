@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
+from loaders.stats import ErrorSums
 
 CHUNK = 4096
 LANES = 16
@@ -141,3 +142,17 @@ def merge(total: np.ndarray, sums: np.ndarray) -> None:
 def new_sums() -> np.ndarray:
     """Sums of nothing: float64 (SLOTS,)."""
     return np.zeros(SLOTS)
+
+
+def error_sums(numel: int, sums: np.ndarray) -> ErrorSums:
+    """The sums of `numel` weights, by name."""
+    return ErrorSums(
+        numel,
+        float(sums[ERROR2]),
+        float(sums[SOURCE2]),
+        float(sums[DECODED2]),
+        float(sums[PRODUCT]),
+        float(sums[MAX_ERROR]),
+        int(sums[NONFINITE]),
+        int(sums[NONFINITE_DECODED]),
+    )

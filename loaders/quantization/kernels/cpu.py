@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from loaders.quantization.kernels import casts, compare, fourbit, ternary
+from loaders.quantization.kernels import bitnet, casts, compare
+from loaders.quantization.kernels.bitsandbytes import fourbit
 
 
 def kernel_input(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -34,15 +35,15 @@ class CpuKernels:
         fourbit.group_absmax(kernel_input(x, dtype), group, absmax)
 
     def magnitude_sum(self, x: np.ndarray, dtype: str) -> float:
-        return float(ternary.magnitude_sum(kernel_input(x, dtype)))
+        return float(bitnet.magnitude_sum(kernel_input(x, dtype)))
 
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray
     ) -> None:
         taken = "F32" if dtype == "F64" else dtype
-        limit, bound = ternary.zero_limit(taken, np.float32(inverse))
+        limit, bound = bitnet.zero_limit(taken, np.float32(inverse))
         a, b, c, d = (kernel_input(run, dtype) for run in runs)
-        ternary.pack(a, b, c, d, limit, bound, out)
+        bitnet.pack(a, b, c, d, limit, bound, out)
 
 
 def compare_into(x: np.ndarray, dtype: str, decoded: np.ndarray, sums: np.ndarray) -> None:

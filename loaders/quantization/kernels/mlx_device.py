@@ -14,8 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from loaders.errors import BadSpec
-from loaders.quantization.kernels import affine, casts
+from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.cpu import CpuKernels
+from loaders.quantization.kernels.mlx import affine
 
 PROBE_GROUPS = 512
 

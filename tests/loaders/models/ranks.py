@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from loaders.checkpoint import open_checkpoint
-from loaders.memory import PeakMemory
+from loaders.backends.memory import PeakMemory
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.models import open_weights, skeleton_of
 from loaders.models.config import LoadingStrategy
 from loaders.models.loading import load_model_and_tokenizer
 from loaders.models.sharding import broadcast, load_sharded, rows_of, scatter
-from loaders.sources import recipes_of
+from loaders.tensors.sources import recipes_of
 
 
 def main(folder: str, ways: list[str], does_compute: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loaders.errors import BadSpec
-from loaders.models.finding import folder_of
+from loaders.models.hub_cache import folder_of
 
 pytest.importorskip("huggingface_hub")
 DEMO = Path(__file__).resolve().parents[3] / "jobs" / "demo"

@@ -11,16 +11,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.measuring import _reordered
+from jobs.mixed_precision.candidate_errors import _reordered
 from loaders.backends import kernels_of
-from loaders.encoded import MemoryParts
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint
+from loaders.loading.quantized_tensor import MemoryParts
 from loaders.models.sensitivity import importances_of, load, save
-from loaders.quantization.mlx import MlxAffine
-from loaders.quantization.weighing import Importance, weighted_error
-from loaders.specs import RowOrder, TensorSpec, dtype_named
-from loaders.views import ReorderedView
-from loaders.work import ThreadedWork
+from loaders.quantization.importance import Importance, weighted_error
+from loaders.quantization.schemes.mlx_affine import MlxAffine
+from loaders.specs import RowOrder, TensorSpec
+from loaders.tensors.views import ReorderedView
 
 
 class Held:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+import loaders.backends.threads
+import loaders.loading.resources
 import loaders.models.weights
-import loaders.shared
-import loaders.work
 from loaders import configure
 from loaders.models import LoadingStrategy, load_model_and_tokenizer
-from loaders.quantization.hqq import Hqq
+from loaders.quantization.schemes.hqq import Hqq
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -29,11 +29,13 @@ DEMO = Path(__file__).resolve().parents[3] / "jobs" / "demo"
 
 
 def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (loaders.work, loaders.models.weights):
+    for module in (loaders.backends.threads, loaders.models.weights):
         monkeypatch.setattr(module, "RANGE", 1 << 12)  # so that the demo's tensors are several ranges
-    monkeypatch.setattr(loaders.shared, "_SHARED", [])
-    together = loaders.shared.configure(workers=2, memory_budget_mb=3 * loaders.work.THREAD_BYTES / 1e6)
-    honest_hold, honest_run = together.budget.hold, loaders.work.ThreadedWork._run
+    monkeypatch.setattr(loaders.loading.resources, "_SHARED", [])
+    together = loaders.loading.resources.configure(
+        workers=2, memory_budget_mb=3 * loaders.backends.threads.THREAD_BYTES / 1e6
+    )
+    honest_hold, honest_run = together.budget.hold, loaders.backends.threads.ThreadedWork._run
     used: list[int] = []
     threads: set[str] = set()
 
@@ -48,7 +50,7 @@ def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> Non
         return honest_run(self, body, start, stop)
 
     monkeypatch.setattr(together.budget, "hold", hold)
-    monkeypatch.setattr(loaders.work.ThreadedWork, "_run", run)
+    monkeypatch.setattr(loaders.backends.threads.ThreadedWork, "_run", run)
     ids = torch.arange(3, 40)[None]
 
     def logits(strategy: LoadingStrategy) -> Any:
@@ -64,7 +66,7 @@ def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         assert torch.equal(first, wanted(ids).logits)
     assert torch.equal(first, second)
-    assert 2 * loaders.work.THREAD_BYTES <= max(used) <= together.budget.size
+    assert 2 * loaders.backends.threads.THREAD_BYTES <= max(used) <= together.budget.size
     assert together.budget.used == 0
     workers = {name for name in threads if not name.startswith(("caller", "stream", "MainThread"))}
     assert workers
@@ -74,7 +76,7 @@ def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_was_quantized_once_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hqq")
-    monkeypatch.setattr(loaders.shared, "_SHARED", [])
+    monkeypatch.setattr(loaders.loading.resources, "_SHARED", [])
     together = configure(workers=2, cache_folder=tmp_path)
     encoded: list[str] = []
     real = Hqq.encode

@@ -25,7 +25,7 @@ import torch
 torch.set_num_threads(1)
 import loaders.models.loading, loaders.models.streaming
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from loaders.memory import PeakMemory, anonymous_bytes
+from loaders.backends.memory import PeakMemory, anonymous_bytes
 from loaders.models import LoadingStrategy
 folder, room = sys.argv[1], int(sys.argv[2])
 

@@ -1,0 +1,124 @@
+"""The rows of `jobs.bench kernels` for ggml's tensor types: ours, encoding and measuring, and ggml's own C.
+
+The K-quants take seconds for a large weight, so both are timed on a part of the rows, and their seconds multiplied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.benchmarks.timing import SCRATCH, Case, on_threads
+from loaders.containers.gguf import TYPE_IDS
+from loaders.dtypes import DTYPES
+from loaders.quantization.kernels import compare, cpu
+from loaders.quantization.kernels.ggml.decode import DECODERS
+from loaders.quantization.schemes.ggml import ENCODERS, Ggml
+from loaders.specs import TensorSpec
+
+PART = 16
+WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0")
+IN_PART = ("Q4_K", "Q6_K", "Q3_K", "MXFP4")
+INNER = 1 << 18  # weights encoded or decoded at once: both stay in the cache
+
+
+def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
+    """Ours, encoding and measuring, and ggml's. weight: bfloat16 bits (R, C)."""
+    library = _library()
+    for name in (*WHOLE, *IN_PART):
+        parts = 1 if name in WHOLE else PART
+        some = weight[: max(1, weight.shape[0] // parts)]
+        times, said = weight.shape[0] / some.shape[0], "" if parts == 1 else f" (a {PART}th, times {PART})"
+        if some.shape[1] % DTYPES[name].block:
+            yield Case(f"ggml {name}, bf16", None, f"rows do not divide into blocks of {DTYPES[name].block}")
+            continue
+        ours = f"ggml {name}, bf16{said}"
+        out = np.empty(DTYPES[name].size(some.shape), np.uint8)
+        yield Case(ours, _timed(partial(_encode, some, name, out, threads), times))
+        measuring = _timed(partial(_measure, some, name, out, threads), times)
+        yield Case(f"ggml {name} decode + compare (measuring){said}", measuring, after=ours)
+        call = None if library is None else _timed(_peer(library, some, name, threads), times)
+        yield Case(f"ggml's C, {name}, fp32", call, "" if call else "not installed: llama_cpp", ours)
+
+
+def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
+    def seconds() -> float:
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * times
+
+    return seconds
+
+
+def _spread(body: Callable[[int, int], object], count: int, threads: int) -> None:
+    """Ranges of rows, a thread each."""
+    edges = [count * i // threads for i in range(threads)] + [count]
+    on_threads(threads, body, edges[:-1], edges[1:])
+
+
+def _encode(weight: np.ndarray, name: str, out: np.ndarray, threads: int) -> None:
+    size = DTYPES[name].size((1, weight.shape[1]))
+    _spread(lambda a, b: ENCODERS[name](weight[a:b].reshape(-1), out[a * size : b * size]), weight.shape[0], threads)
+
+
+class _Held:
+    """What was stored, in memory."""
+
+    def __init__(self, stored: np.ndarray) -> None:
+        self._stored = stored
+
+    def read(self, role: str, start: int, stop: int) -> np.ndarray:
+        return self._stored[start:stop]
+
+
+def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) -> None:
+    flat, dtype, columns = weight.reshape(-1), DTYPES[name], weight.shape[1]
+    scheme, spec, held = Ggml(name), TensorSpec("w.weight", DTYPES["BF16"], weight.shape), _Held(stored)
+
+    def part(first: int, last: int) -> None:
+        decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
+        for at in range(first * columns, last * columns, INNER):
+            end = min(at + INNER, last * columns)
+            out = decoded[: end - at]
+            DECODERS[name](stored[dtype.size((at,)) : dtype.size((end,))], out)
+            cpu.compare_into(flat[at:end], "BF16", out, sums)
+            grid = scheme.grid(spec, held, at, end)
+            assert grid is None or grid.holds(flat[at:end], out)
+        scheme.greatest_error(spec, held, first * columns, last * columns)
+
+    _spread(part, weight.shape[0], threads)
+
+
+def _library() -> Any:
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None or found.origin is None:
+        return None
+    base = next(iter(sorted(Path(found.origin).parent.rglob("libggml-base.*"))), None)
+    if base is None:
+        return None
+    quantize = ctypes.CDLL(str(base)).ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    return quantize
+
+
+def _peer(quantize: Any, weight: np.ndarray, name: str, threads: int) -> Callable[[], object]:
+    """float32 in, as ggml takes it; the conversion is not timed."""
+    values = (weight.astype(np.uint32) << 16).view(np.float32)
+    out = np.empty(DTYPES[name].size(weight.shape), np.uint8)
+
+    def call() -> None:
+        def part(first: int, last: int) -> None:
+            start = first * weight.shape[1]
+            quantize(TYPE_IDS[name], values.ctypes.data, out.ctypes.data, start, last - first, weight.shape[1], None)
+
+        _spread(part, weight.shape[0], threads)
+
+    return call

@@ -1,0 +1,102 @@
+"""The rows of `jobs.bench kernels` for HQQ: ours, both passes, and the hqq package's own quantizer.
+
+hqq takes minutes for a large weight, so both are timed on a part of the rows, and their seconds multiplied.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from loaders.backends import kernels_of
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DTYPES
+from loaders.quantization.scheme import Block
+from loaders.quantization.schemes.hqq import Hqq
+from loaders.specs import TensorSpec
+
+PART = 16
+ROWS = ((4, 1), (4, 0), (3, 1), (8, 1))  # bits, axis
+
+
+class _View:
+    """bfloat16 weights in memory. See `View`."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        self.spec = TensorSpec("bench.weight", DTYPES["BF16"], weight.shape)
+        self._flat = weight.reshape(-1)
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        return self._flat[start:stop]
+
+
+class _Sink:
+    """Memory that takes what is stored. See `Sink`."""
+
+    def __init__(self, scheme: Hqq, spec: TensorSpec) -> None:
+        self._roles = {role: np.empty(part.size, np.uint8) for role, part in scheme.stored(spec).items()}
+
+    def write(self, role: str, start: int, data: Block) -> None:
+        at = start * data.itemsize
+        self._roles[role][at : at + data.nbytes] = data.view(np.uint8)
+
+
+def rows(weight: np.ndarray, threads: int) -> Iterator[tuple[str, Callable[[], float] | None, str, str]]:
+    """(name, call that gives seconds, why it is missing, the row it is a peer of). weight: bfloat16 bits (R, C)."""
+    some = weight[: max(1, weight.shape[0] // PART)]
+    times = weight.shape[0] / some.shape[0]
+    has_peer = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("hqq") is not None
+    for bits, axis in ROWS:
+        name = f"hqq{bits} g64 axis {axis}, bf16 (a {PART}th, times {PART})"
+        scheme: Any = Hqq(bits, 64, axis)  # type: ignore[arg-type]
+        refusal = scheme.refuses(_View(some).spec)
+        if refusal:
+            yield name, None, refusal, ""
+            continue
+        yield name, _timed(_ours(some, scheme, threads), times), "", ""
+        missing = "" if has_peer else "not installed: hqq"
+        yield (
+            f"hqq's own, {bits} bits axis {axis}",
+            _timed(_peer(some, scheme), times) if has_peer else None,
+            missing,
+            name,
+        )
+
+
+def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
+    def seconds() -> float:
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * times
+
+    return seconds
+
+
+def _ours(weight: np.ndarray, scheme: Hqq, threads: int) -> Callable[[], object]:
+    view = _View(weight)
+    sink = _Sink(scheme, view.spec)
+
+    def call() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+
+    return call
+
+
+def _peer(weight: np.ndarray, scheme: Hqq) -> Callable[[], object]:
+    def call() -> object:
+        torch, quantize = importlib.import_module("torch"), importlib.import_module("hqq.core.quantize")
+        tensor = torch.from_numpy(weight).view(torch.bfloat16)
+        return quantize.Quantizer.quantize(
+            tensor, nbits=scheme.bits, group_size=scheme.group_size, axis=scheme.axis, optimize=True,
+            round_zero=scheme.rounds_zero, device="cpu", compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    return call

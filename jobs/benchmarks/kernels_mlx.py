@@ -1,0 +1,71 @@
+"""The rows of MLX's formats in `python -m jobs.bench kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jobs.benchmarks.timing import SCRATCH, Case
+from loaders.backends.threads import RANGE
+from loaders.quantization.kernels import casts, compare, cpu
+from loaders.quantization.kernels.mlx import affine
+from loaders.quantization.schemes.mlx_float import SETTINGS, FloatMode, MlxFloat
+
+
+def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int], None]) -> Iterator[Case]:
+    """Ours; `spread` calls a body for ranges of the weights on the threads to be timed."""
+    packed, scales = np.empty(flat.size, np.uint8), np.empty((2, flat.size // 16), np.float32)
+
+    def affine_of(bits: int) -> Callable[[], None]:
+        def part(a: int, b: int) -> None:
+            own = slice(a // 64, b // 64)
+            codes = packed[a * bits // 8 : b * bits // 8]
+            affine.encode(flat[a:b], bits, 64, codes, scales[0, own], scales[1, own])
+            for each in scales[:, own]:
+                casts.cast(each, "F32", "BF16")
+
+        return lambda: spread(part, flat.size)
+
+    def measure() -> None:
+        def part(a: int, b: int) -> None:
+            decoded, sums = SCRATCH.array("decoded", 1 << 18, np.float32), compare.new_sums()
+            for at in range(a, b, decoded.size):
+                end = min(at + decoded.size, b)
+                own, out = slice(at // 64, end // 64), decoded[: end - at]
+                affine.decode(packed[at // 2 : end // 2], scales[0, own], scales[1, own], 4, 64, out)
+                cpu.compare_into(flat[at:end], "BF16", out, sums)
+
+        spread(part, flat.size)
+
+    def small_floats(mode: FloatMode) -> Callable[[], None]:
+        scheme = MlxFloat(mode)
+
+        def part(a: int, b: int) -> None:
+            for at in range(a, b, RANGE):
+                scheme.coded(flat[at : min(at + RANGE, b)], "BF16", packed)
+
+        return lambda: spread(part, flat.size)
+
+    yield Case("mlx affine 8 bits, bf16", affine_of(8))
+    yield Case("mlx affine 4 bits, bf16", affine_of(4))
+    yield Case("mlx affine 4 bits decode + compare (measuring)", measure, after="mlx affine 4 bits, bf16")
+    for mode in SETTINGS:
+        yield Case(f"mlx {mode}, bf16", small_floats(mode))
+
+
+def peers(weight: np.ndarray, mx: Any) -> Iterator[Case]:
+    """Mlx's own on a CPU. mx: mlx.core, or None where it is not installed."""
+    if mx:
+        mx.set_default_device(mx.cpu)
+    tensor: Any = mx.array(weight).view(mx.bfloat16) if mx else None
+
+    def quantize(mode: str, bits: int, group: int) -> Callable[[], None]:
+        return lambda: mx.eval(mx.quantize(tensor, group_size=group, bits=bits, mode=mode))
+
+    cases = {f"affine {bits} bits": ("affine", bits, 64) for bits in (8, 4)}
+    cases |= {mode: (mode, *SETTINGS[mode]) for mode in SETTINGS}
+    for name, settings in cases.items():
+        call, missing = (quantize(*settings), "") if mx else (None, "not installed: mlx")
+        yield Case(f"mx.quantize {name}, bf16", call, missing, f"mlx {name}, bf16")

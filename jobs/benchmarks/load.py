@@ -1,0 +1,138 @@
+"""`python -m jobs.bench load`: weights into tensors and models, beside safetensors' and transformers' own way.
+
+Every byte that comes of it is summed, so that a map is not credited for what it did not read. What is timed goes from
+the files, in the page cache, to weights that were looked at; importing libraries is not part of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jobs.benchmarks.busy_machine import Busy
+from jobs.benchmarks.random_llama import given_or_random
+from jobs.benchmarks.summing import Summing
+from jobs.benchmarks.table import cases_said
+from jobs.benchmarks.timing import Case, rotate
+from jobs.cli.verb import Said, note
+from loaders.backends.machine import usable_cpus
+from loaders.backends.memory import PeakMemory
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.loading.load import load_weights
+
+PLAIN, MODEL = "load_weights", "load_model_and_tokenizer"
+ENGINES = {"nf4": "nf4", "fp4": "fp4"}  # that transformers quantizes to on the way, by bitsandbytes' name
+
+
+def time_load(path: str | None, gb: float, quant: str, folder: str | None, repeats: int) -> Said:
+    """Weights into tensors and models, from the page cache, beside safetensors' and transformers' own way.
+
+    Raises:
+        BadSpec: no weights there.
+    """
+    with given_or_random(path, gb, folder) as (_, source), ThreadPoolExecutor(usable_cpus()) as pool:
+        checkpoint, busy = open_checkpoint(source), Busy()
+        made = list(cases(source, quant, pool))
+        note(f"timing {len(made)} cases, {repeats} laps each, after one that does not count")
+        rotate(made, repeats, shuffled=True)
+        about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
+        return cases_said(made, checkpoint.size, busy, about)
+
+
+class Loaded:
+    """A case: loads, sums what came, lets it go; `peak_bytes` is the most anonymous memory that it held."""
+
+    def __init__(self, load: Callable[[], Iterable[Any]], pool: ThreadPoolExecutor) -> None:
+        self.peak_bytes = 0
+        self._load = load
+        self._pool = pool
+
+    def __call__(self) -> float:
+        """The seconds it took."""
+        gc.collect()
+        with PeakMemory() as memory:
+            began = time.perf_counter()
+            summing, kept = Summing(self._pool, usable_cpus()), self._load()
+            for tensor in kept:
+                summing.add(_raw(tensor))
+            summing.total()
+            took = time.perf_counter() - began
+        self.peak_bytes = max(self.peak_bytes, memory.peak_bytes)
+        return took
+
+
+def _raw(tensor: Any) -> Any:
+    import torch
+
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def cases(folder: Path, quant: str, pool: ThreadPoolExecutor) -> Iterator[Case]:
+    """Ours, each beside its peer. Models need the extra `models`; those that are not there are rows that say so."""
+    missing = _missing("transformers") or _missing("accelerate")
+    engine = missing or (_missing("bitsandbytes") if quant in ENGINES else f"transformers does not quantize to {quant}")
+
+    def case(name: str, load: Callable[[], Iterable[Any]], lacking: str = "", beside: str = "") -> Case:
+        return Case(name, None if lacking else Loaded(load, pool), lacking, beside)
+
+    yield case(PLAIN, lambda: _parts(load_weights(folder)[0]))
+    yield case("safetensors.torch.load_file", lambda: _by_safetensors(folder), _none_of(folder), PLAIN)
+    yield case(f"{PLAIN}, {quant}", lambda: _parts(load_weights(folder, quantize=quant, measure=False)[0]))
+    yield case(f"{PLAIN}, {quant}, measured", lambda: _parts(load_weights(folder, quantize=quant)[0]))
+    yield case(MODEL, lambda: _ours(folder), missing)
+    yield case("transformers, from_pretrained", lambda: _theirs(folder), missing, MODEL)
+    yield case(f"{MODEL}, {quant}", lambda: _ours(folder, quantize=quant), engine)
+    yield case(f"transformers, from_pretrained, {quant}", lambda: _theirs(folder, quant), engine, f"{MODEL}, {quant}")
+
+
+def _missing(name: str) -> str:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return f"not installed: {name}"
+    return ""
+
+
+def _none_of(folder: Path) -> str:
+    return "" if any(folder.glob("*.safetensors")) else "the checkpoint is not in safetensors"
+
+
+def _by_safetensors(folder: Path) -> list[Any]:
+    from safetensors.torch import load_file
+
+    return [tensor for path in sorted(folder.glob("*.safetensors")) for tensor in load_file(path).values()]
+
+
+def _parts(weights: dict[str, Any]) -> Iterator[Any]:
+    for weight in weights.values():
+        yield from weight.tensors().values() if hasattr(weight, "tensors") else (weight,)
+
+
+def _ours(folder: Path, **settings: Any) -> list[Any]:
+    from loaders.models import load_model_and_tokenizer
+
+    model, _ = load_model_and_tokenizer(folder, "cpu", **settings)
+    return _weights_of(model)
+
+
+def _theirs(folder: Path, quant: str = "") -> list[Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if quant:
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True, bnb_4bit_quant_type=ENGINES[quant], bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    auto: Any = AutoModelForCausalLM
+    return _weights_of(auto.from_pretrained(str(folder), dtype="auto", device_map={"": "cpu"}, **options))
+
+
+def _weights_of(model: Any) -> list[Any]:
+    """Of a model, each tensor once; it is kept alive by them."""
+    return [parameter.data for parameter in model.parameters()]

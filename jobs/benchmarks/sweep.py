@@ -1,0 +1,166 @@
+"""`python -m jobs.bench sweep`: a sweep beside the single jobs that it stands for.
+
+Before each case the source is dropped from the page cache, so that every byte comes from the disk once more; a rate
+makes the disk slow, and reading what takes the time. Each case is a process of its own, whose fetched bytes the kernel
+counts, and the outputs of both ways are compared by their files' hashes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from jobs.benchmarks.disk_limit import limited_reads
+from jobs.benchmarks.random_llama import given_or_random
+from jobs.cli.verb import Said, note
+from jobs.report import tables
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import BadSpec, StorageError
+from loaders.places import ROOT
+from loaders.storage import local
+from loaders.storage.hashes import hash_file
+
+STAYED = 0.05  # the share of a file in the page cache up to which it counts as cold
+BLOCK = 512  # bytes that the kernel counts fetched ones in
+
+
+@dataclass
+class Timed:
+    """A command of this bench: what each lap took, and what came out, by output and file."""
+
+    name: str
+    quants: tuple[str, ...]
+    seconds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    fetched: list[int] = field(default_factory=list)  # bytes that the kernel fetched from disks for the process
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def time_sweep(
+    path: str | None, gb: float, quants: Sequence[str], rate: float | None, folder: str | None, repeats: int
+) -> Said:
+    """Time a sweep of `quants` and each of them alone, `rate` MB/s at most from the disk.
+
+    Raises:
+        BadSpec: no weights there, fewer than two quants, or the rate cannot be held.
+        StorageError: a job failed.
+    """
+    if len(set(quants)) < 2:
+        raise BadSpec("quants: a sweep is of two or more, such as [nf4,mlx_int4]")
+    with given_or_random(path, gb, folder) as (work, source):
+        checkpoint = open_checkpoint(source)
+        files = [source / tag.name for tag in checkpoint.files]
+        cases = [Timed("the sweep", tuple(quants)), *(Timed(quant, (quant,)) for quant in quants)]
+        limit: AbstractContextManager[list[str]] = (
+            nullcontext([]) if rate is None else limited_reads(source, int(rate * 1e6))
+        )
+        with limit as within:
+            for lap in range(repeats):
+                for case in cases:
+                    note(f"lap {lap + 1} of {repeats}: {case.name}")
+                    _run(case, source, files, work / "outputs", within)
+    return _said(cases, checkpoint, rate, repeats)
+
+
+def _run(case: Timed, source: Path, files: Sequence[Path], root: Path, within: Sequence[str]) -> None:
+    """One lap of a case, over a source that is not in the page cache."""
+    os.sync()  # pages not written yet cannot be dropped, and what the case before wrote is not this one's to wait for
+    stayed = max((local.drop_cached(file) or 0.0 for file in files), default=0.0)
+    if stayed > STAYED:
+        note(f"{stayed:.0%} of a file of the source stayed in the page cache: another process has it mapped, perhaps")
+    given = [f"model.path={source}", f"output.root={root}", "tracking=none", "cluster=local", "format=json"]
+    command = [sys.executable, "-m", "jobs.run", *(["-m"] if len(case.quants) > 1 else []), *given]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryFile("w+") as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [*within, *command, f"quant={','.join(case.quants)}"], stdout=subprocess.DEVNULL, stderr=said,
+            env={**os.environ, "PYTHONPATH": paths},
+        )  # fmt: skip
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        case.seconds.append(time.perf_counter() - began)
+        case.cpu_s.append(usage.ru_utime + usage.ru_stime)
+        case.fetched.append(usage.ru_inblock * BLOCK)
+        if process.returncode:
+            said.seek(0)
+            lines = said.read().strip().splitlines() or ["no message"]
+            raise StorageError(f"{case.name}: exit status {process.returncode}: {lines[-1]}")
+    case.hashes = {output.name: _hashes(output) for output in sorted(root.iterdir()) if (output / OUR_REPORT).exists()}
+    shutil.rmtree(root)
+
+
+def _hashes(output: Path) -> dict[str, str]:
+    """Of every file but the report, which tells when and where."""
+    names = (path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file())
+    return {str(name): hash_file(output / name) for name in names if str(name) != OUR_REPORT}
+
+
+def _said(cases: Sequence[Timed], checkpoint: Checkpoint, rate: float | None, repeats: int) -> Said:
+    together, *alone = cases
+    singles = {name: files for case in alone for name, files in case.hashes.items()}
+    rows = [_row(case, checkpoint.size) for case in cases]
+    slowest = max(row["median_s"] for row in rows[1:])
+    found: dict[str, Any] = {
+        "to_the_slowest": rows[0]["median_s"] / slowest,
+        "to_all": rows[0]["median_s"] / sum(row["median_s"] for row in rows[1:]),
+        "is_same": together.hashes == singles,
+    }
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("case")
+    for title in ("best s", "median s", "CPU s", "from the disk", "of the source"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", f"{row['cpu_s']:.2f}",
+            tables.size(row["fetched_bytes"]), f"{row['times_read']:.2f} x",
+        )  # fmt: skip
+    held = "as fast as the disk is" if rate is None else f"at most {rate:g} MB/s from the disk"
+    about = f"{checkpoint.root.name}, {tables.size(checkpoint.size)}, not in the page cache, {held}; {repeats} lap(s)"
+    files = sum(map(len, singles.values()))
+    text = Group(
+        about, table,
+        f"the sweep takes {found['to_the_slowest']:.2f} times as long as the slowest single job,"
+        f" {found['to_all']:.2f} of all of them together",
+        f"all {files} files of the {len(singles)} outputs are the same, byte for byte" if found["is_same"]
+        else f"the outputs DIFFER: {', '.join(_differing(together.hashes, singles))}",
+    )  # fmt: skip
+    status = 0 if found["is_same"] else 1
+    document = {
+        "status": "done" if found["is_same"] else "failed", "source": str(checkpoint.root), "bytes": checkpoint.size,
+        "rate_mb_s": rate, "repeats": repeats, "rows": rows, **found,
+    }  # fmt: skip
+    return Said(document, text, status)
+
+
+def _row(case: Timed, size: int) -> dict[str, Any]:
+    fetched = int(statistics.median(case.fetched))
+    return {
+        "case": case.name, "quants": list(case.quants), "best_s": min(case.seconds),
+        "median_s": statistics.median(case.seconds),
+        "cpu_s": statistics.median(case.cpu_s), "fetched_bytes": fetched, "times_read": fetched / size,
+    }  # fmt: skip
+
+
+def _differing(ours: Mapping[str, Mapping[str, str]], others: Mapping[str, Mapping[str, str]]) -> list[str]:
+    names = sorted({(output, file) for each in (ours, others) for output, files in each.items() for file in files})
+    return [f"{o}/{f}" for o, f in names if ours.get(o, {}).get(f) != others.get(o, {}).get(f)]

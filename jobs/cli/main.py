@@ -1,0 +1,93 @@
+"""The console script: weightmill VERB [key=value ...] is python -m jobs.VERB, and completes in the shell."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = ("run", "plan", "verify", "lint", "inspect", "diff", "compare", "recommend", "clean", "bench")
+SCRIPT = """\
+_weightmill() {{
+    local line="${{COMP_LINE:0:$COMP_POINT}}"
+    COMPREPLY=($(weightmill _complete "$line" 2>/dev/null))
+    [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *[=.] ]] && compopt -o nospace
+    local word="${{line##* }}"
+    [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && COMPREPLY=("${{COMPREPLY[@]#"${{word%%=*}}="}}")
+    return 0
+}}
+{load}complete -o default -F _weightmill weightmill
+"""
+SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verb = given[0] if given else "--help"
+    if verb in VERBS:
+        found = importlib.import_module(f"jobs.{verb}")
+        status: int = found.main(given[1:])
+        return status
+    if verb == "completion":
+        if given[1:] and given[1] in SHELLS:
+            print(SCRIPT.format(load=SHELLS[given[1]]))
+            return 0
+        print(f"weightmill: completion: expected one of {', '.join(SHELLS)}", file=sys.stderr)
+        return 2
+    if verb == "_complete":
+        print("\n".join(completions(" ".join(given[1:]))))
+        return 0
+    if verb in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"weightmill {version('weightmill')}")
+        return 0
+    print(f"weightmill: no such verb: {verb}; known: {', '.join(VERBS)}, completion", file=sys.stderr)
+    return 2
+
+
+def overview() -> str:
+    """All verbs, a line each."""
+    rows = [f"  {verb:12} {importlib.import_module(f'jobs.{verb}').VERB.summary}" for verb in VERBS]
+    rows.append(f'  {"completion":12} Complete in your shell: eval "$(weightmill completion bash)" (or zsh).')
+    return "\n".join(["usage: weightmill VERB [key=value ...]   (or python -m jobs.VERB; VERB --help)", "", *rows])
+
+
+def completions(line: str) -> list[str]:
+    """What may stand at the end of a command line: a verb, a group and its choices, a setting."""
+    words = [*line.split()[1:], *([""] if line.endswith(" ") else [])]
+    if len(words) <= 1:
+        return [v for v in (*VERBS, "completion") if v.startswith(words[0] if words else "")]
+    if words[0] == "completion":
+        return [shell for shell in SHELLS if shell.startswith(words[-1])]
+    if words[0] not in VERBS:
+        return []
+    from jobs.cli.compose import choices_of
+    from jobs.cli.help import settings_of, words_of
+
+    verb = importlib.import_module(f"jobs.{words[0]}").VERB
+    word = words[-1]
+    group, equals, start = word.partition("=")
+    choices = choices_of(verb.config or verb.name)
+    if equals:
+        *before, last = start.split(",")
+        lead = "".join(f"{b}," for b in before)
+        options = choices.get(group) or words_of(verb.spec, group)
+        return [f"{group}={lead}{option}" for option in options if option.startswith(last)]
+    keys = [f"{key}=" for key in (*choices, *settings_of(verb.spec))]
+    return sorted(key for key in keys if key.startswith(word))
+
+
+def script() -> None:
+    """The console script."""
+    from jobs.cli.verb import leave
+
+    leave(main())
+
+
+if __name__ == "__main__":
+    script()

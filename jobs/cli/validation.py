@@ -1,0 +1,166 @@
+"""From plain values to a checked model: strict, every fault at once, each with its place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from loaders.errors import BadSpec
+from loaders.places import DEMO
+
+PATHS = (
+    "model.path",
+    "output.root",
+    "output.path",
+    "verify.text",
+    "a",
+    "b",
+    "path",
+    "folder",
+    "quant.calibration",
+    "text",
+    "calibration",
+)  # relative to the user's working directory
+MISSING = "???"  # as conf/ marks what must be given
+# What people call things elsewhere
+SYNONYMS = {
+    "blocksize": "group_size", "block_size": "group_size", "compress_statistics": "double_quant",
+    "bnb_4bit_use_double_quant": "double_quant", "quant_storage": "storage_dtype", "model_path": "path",
+    "torch_dtype": "dtype", "num_workers": "threads", "workers": "threads", "force": "overwrite",
+}  # fmt: skip
+S = TypeVar("S", bound=BaseModel)
+
+
+def check(spec: type[S], values: dict[str, Any], problems: Sequence[str] = ()) -> S:
+    """Validate plain values; paths become absolute.
+
+    Raises:
+        BadSpec: every fault, those given first.
+    """
+    found = [*problems, *_missing(values), *_make_absolute(values)]
+    try:
+        made = spec.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        found += [_problem(spec, values, fault) for fault in error.errors() if fault["input"] != MISSING]
+    if found:
+        raise BadSpec(found)
+    return made
+
+
+def _missing(values: Any, name: str = "") -> list[str]:
+    """What conf/ requires and nobody gave."""
+    if isinstance(values, dict):
+        return [problem for key, value in values.items() for problem in _missing(value, f"{name}.{key}".lstrip("."))]
+    return [f"{name}: missing; give {name}=..."] if values == MISSING else []
+
+
+def _make_absolute(values: dict[str, Any]) -> list[str]:
+    problems = []
+    for path in PATHS:
+        *parents, leaf = path.split(".")
+        holder: Any = values
+        for parent in parents:
+            holder = holder.get(parent) if isinstance(holder, dict) else None
+        value = holder.get(leaf) if isinstance(holder, dict) else None
+        if not isinstance(value, str) or value == MISSING or (leaf, value) == ("calibration", "self"):
+            continue
+        if value == "demo://":
+            holder[leaf] = str(DEMO)
+        elif "://" in value and not value.startswith("file://"):
+            scheme = value.split("://")[0]
+            problems.append(f"{path}: {scheme}:// is not read or written yet; fetch it into a folder first")
+        elif value:
+            holder[leaf] = os.path.abspath(Path(value.removeprefix("file://")).expanduser())
+    return problems
+
+
+def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
+    """One line: where, what is expected, what was found."""
+    location = _without_tags(spec, fault["loc"])
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    kind, found = fault["type"], fault["input"]
+    if not location:  # of the whole
+        return str(fault["msg"].removeprefix("Value error, "))
+    if kind == "extra_forbidden":
+        known = list(_fields(spec, values, location[:-1]))
+        others = [m for m in _at(spec, location[:-1]) if location[-1] in m.model_fields]
+        if location[0] == "verify" and others:
+            [belongs] = get_args(others[0].model_fields["kind"].annotation)
+            return f"{name}: it belongs to verify={belongs}, which was not chosen"
+        meant = SYNONYMS.get(str(location[-1]))
+        hint = f"; did you mean {meant!r}?" if meant in known else near(str(location[-1]), known)
+        return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"
+    if kind == "missing":
+        return f"{name}: missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if isinstance(found, dict):  # of values that do not go together, which the message names
+        return f"{name}{'.' if re.match(r'[a-z_]+: ', message) else ': '}{message}"
+    return f"{name}: {message}; found {json.dumps(found, default=str)}"
+
+
+def _without_tags(spec: type[BaseModel], location: Sequence[Any]) -> list[Any]:
+    """Pydantic puts the tag of a union into a fault's place: ("quant", "bnb4", "group_size")."""
+    kept: list[Any] = []
+    for part in location:
+        if not (kept and isinstance(part, str) and part in _tags(spec, kept)):
+            kept.append(part)
+    return kept
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation may hold."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _models(get_args(annotation)[0])
+    elif origin in (Union, UnionType, tuple, list):
+        for inner in get_args(annotation):
+            yield from _models(inner)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+
+
+def at_field(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold; none for a plain value."""
+    return list(_models(annotation))
+
+
+def _at(spec: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]:
+    """The models at a place in the tree."""
+    models = [spec]
+    for part in location:
+        if isinstance(part, str):
+            fields = [m.model_fields[part] for m in models if part in m.model_fields]
+            models = [found for f in fields for found in _models(f.annotation)]
+    return models
+
+
+def _fields(spec: type[BaseModel], values: Any, location: Sequence[Any]) -> dict[str, None]:
+    """What may stand at a place: of several models, in the one whose kind was chosen."""
+    for part in location:
+        values = values[part]
+    kind = values.get("kind") if isinstance(values, dict) else None
+    models = _at(spec, location)
+    chosen = [m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)]
+    return {name: None for model in chosen or models for name in model.model_fields}
+
+
+def _tags(spec: type[BaseModel], location: Sequence[Any]) -> set[Any]:
+    models = _at(spec, location)
+    if len(models) < 2:
+        return set()
+    return {tag for m in models for tag in get_args(m.model_fields["kind"].annotation)}
+
+
+def near(name: str, known: Sequence[str] | dict[str, Any], phrase: str = "did you mean") -> str:
+    """; did you mean 'this'? Or nothing, where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; {phrase} {close[0]!r}?" if close else ""

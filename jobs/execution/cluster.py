@@ -1,0 +1,138 @@
+"""Running units: the contract of a cluster, what an attempt is, and this process as the simplest cluster."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+from jobs.planning.plan import Unit
+from jobs.spec.job import ClusterSpec
+from loaders.backends.machine import usable_cpus
+from loaders.errors import TransientIOError, WeightmillError
+
+ATTEMPTS = 4
+FIRST_PAUSE_S = 1.0
+MOST_THREADS = 8  # a unit's: beyond them, units side by side use a machine better
+OnBytes = Callable[[int], None]
+
+
+class Report(Protocol):
+    """What came of a unit."""
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def attempts(self) -> int: ...
+
+
+R_co = TypeVar("R_co", bound=Report, covariant=True)
+
+
+class Task(Protocol[R_co]):
+    """A unit and what to do with it: encode it (jobs/execution/unit.py), or verify it (jobs/verification/output.py)."""
+
+    @property
+    def unit(self) -> Unit: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    @property
+    def gpus(self) -> int: ...
+
+    def run(self, on_bytes: OnBytes, stop: threading.Event) -> R_co: ...
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFailed:
+    """A unit that could not be run at all: for every target of its task."""
+
+    unit: str
+    reason: str
+
+
+class Cluster(Protocol):
+    """A place for units."""
+
+    is_local: bool
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def threads(self) -> int:
+        """Threads of one unit."""
+        ...
+
+    def check(self, tasks: Sequence[Task[Report]]) -> None:
+        """Raises BadSpec when a task can never run here."""
+        ...
+
+    def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
+        """Outcomes as units finish. Closing the iterator, or an interrupt, stops what runs and leaves no half file."""
+        ...
+
+    def close(self) -> None:
+        """Stop what was started for this job."""
+        ...
+
+
+def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co | UnitFailed:
+    """Run a unit, again after errors that may pass; any other is its outcome."""
+    for number in range(1, ATTEMPTS + 1):
+        counted = 0
+
+        def count(size: int) -> None:
+            nonlocal counted
+            counted += size
+            on_bytes(size)
+
+        try:
+            return replace(task.run(count, stop), attempts=number)  # type: ignore[type-var]
+        except TransientIOError as error:
+            on_bytes(-counted)
+            if number == ATTEMPTS or stop.wait(FIRST_PAUSE_S * 2 ** (number - 1)):
+                return UnitFailed(task.unit.id, f"{error} (after {number} attempts)")
+        except (WeightmillError, OSError) as error:
+            return UnitFailed(task.unit.id, str(error))
+    raise AssertionError("unreachable")
+
+
+class LocalCluster:
+    """This process. See `Cluster`."""
+
+    is_local = True
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        cpus = usable_cpus()
+        self.threads = spec.threads or min(cpus, MOST_THREADS)
+        self.units_at_once = spec.units_at_once or -(-cpus // self.threads) + 1  # one more: syncing takes no CPU
+
+    @property
+    def description(self) -> str:
+        return f"this process, {self.units_at_once} units at once of {self.threads} threads each"
+
+    def check(self, tasks: Sequence[Task[Report]]) -> None:
+        pass
+
+    def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
+        stop = threading.Event()
+        todo, flight = list(reversed(tasks)), set[Future[R_co | UnitFailed]]()
+        pool = ThreadPoolExecutor(self.units_at_once, thread_name_prefix="unit")
+        try:
+            while todo or flight:
+                while todo and len(flight) < self.units_at_once:
+                    flight.add(pool.submit(attempt, todo.pop(), on_bytes, stop))
+                finished, flight = wait(flight, timeout=1, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,78 @@
+"""Tasks for several jobs over one source: units that read the same become one task, and every byte is read once.
+
+Jobs of one source have the same units. Those of an expanded model are cut where its new blocks make them longer: units
+that lie within another's tensors join that one's task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jobs.execution.unit import Share, UnitTask
+from jobs.planning.plan import Unit
+from loaders.strategies import WeightLoader
+from loaders.tensors.logical_tensor import Recipe
+
+Content = frozenset[tuple[str, int]]  # the stored tensors that a unit reads, by file and offset
+
+
+def merge(
+    shares: Sequence[tuple[int, Share]],
+    root: Path,
+    strategy: WeightLoader,
+    backend: str,
+    threads: int,
+    *,
+    in_place: bool,
+) -> list[UnitTask]:
+    """The tasks in which the shares of numbered jobs run; a share is called NUMBER/UNIT."""
+    by_content: dict[Content, list[tuple[int, Share]]] = {}
+    for number, share in shares:
+        by_content.setdefault(content_of(share.unit), []).append((number, share))
+    hosts: dict[Content, list[Content]] = {}
+    for content in sorted(by_content, key=len, reverse=True):
+        host = next((h for h in hosts if content < h), content)
+        hosts.setdefault(host, []).append(content)
+    tasks, taken = [], set[str]()
+    for host in sorted(hosts, key=lambda h: by_content[h][0][1].unit.id):
+        members = sorted(hosts[host], key=lambda c: (c == host, by_content[c][0][1].unit.id))
+        mine = [each for content in members for each in by_content[content]]
+        unit = _merged([share.unit for _, share in mine], _fresh(by_content[host][0][1].unit.id, taken))
+        named = {f"{number}/{share.unit.id}": share for number, share in mine}
+        tasks.append(UnitTask(unit, root, named, strategy, backend, threads, in_place))
+    return tasks
+
+
+def job_of(share: str) -> int:
+    """The number of the job whose share it is."""
+    return int(share.split("/", maxsplit=1)[0])
+
+
+def content_of(unit: Unit) -> Content:
+    """What it reads."""
+    return frozenset((spec.file, spec.offset) for recipe in unit.recipes for _, spec in recipe.stored)
+
+
+def _merged(units: Sequence[Unit], name: str) -> Unit:
+    """All units in one: the tensors of each, once."""
+    known: dict[str, list[Recipe]] = {}
+    for recipe in (recipe for unit in units for recipe in unit.recipes):
+        same_name = known.setdefault(recipe.name, [])
+        if recipe not in same_name:  # copied as stored and decoded, say, are two recipes
+            same_name.append(recipe)
+    sources = sorted({tag for unit in units for tag in unit.sources})
+    outputs = units[0].outputs if len(units) == 1 else {}
+    return Unit(name, tuple(sources), tuple(recipe for same in known.values() for recipe in same), outputs)
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """The name, or that with a number: tasks are known by theirs."""
+    found = next(n for n in _numbered(name) if n not in taken)
+    taken.add(found)
+    return found
+
+
+def _numbered(name: str) -> Iterable[str]:
+    yield name
+    yield from (f"{name}.{number}" for number in range(2, 1_000_000))

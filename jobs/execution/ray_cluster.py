@@ -1,0 +1,317 @@
+"""Units as Ray tasks: on the Ray cluster at an address, or on one started here. The only file that imports ray.
+
+Only paths travel to a task and only its small report comes back; progress comes as a stream. Ray itself repeats a task
+whose worker dies. A whole machine that vanishes it notices within seconds but repeats its tasks only after minutes, so
+the tasks of a dead machine are submitted again here; both attempts may finish, harmlessly. Each task asks for the CPUs
+and the memory of its plan; what no machine could ever give is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+from jobs.execution.cluster import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt
+from jobs.spec.addresses import check_reachable
+from jobs.spec.job import ClusterSpec
+from loaders.backends.machine import usable_cpus
+from loaders.errors import BadSpec, StorageError
+from loaders.places import ROOT
+
+STORE_BYTES = 100 << 20  # no tensor enters the object store
+BASE_BYTES = 300 << 20  # a worker with its libraries
+WORKER_DEATHS = 3
+WATCH_S = 2.0
+STOP_S = 10.0
+PROGRESS_S = 0.5
+
+
+class RayCluster:
+    """See `Cluster`."""
+
+    is_local = False
+
+    def __init__(self, spec: ClusterSpec, address: str | None) -> None:
+        self._spec = spec
+        self._address = address
+        self._at_once = 1
+        self.threads = spec.threads or min(usable_cpus(), MOST_THREADS)
+        self._ray = _start(spec, address)
+        if address and not spec.threads:
+            most = max((node["Resources"].get("CPU", 0) for node in self._live_nodes()), default=1)
+            self.threads = max(1, min(int(most), MOST_THREADS))
+
+    @property
+    def description(self) -> str:
+        nodes = self._live_nodes()
+        cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
+        where = f"the Ray cluster at {self._address}" if self._address else "Ray, started here"
+        return f"{where}: {len(nodes)} machine(s), {cpus:.0f} CPUs, {self.threads} threads a unit"
+
+    def _live_nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self._ray.nodes() if node["Alive"]]
+
+    def check(self, tasks: Sequence[Task[Report]]) -> None:
+        nodes = self._live_nodes()
+        gpus = max((task.gpus for task in tasks), default=0)
+        nodes = [node for node in nodes if node["Resources"].get("GPU", 0) >= gpus]
+        if not nodes:
+            raise BadSpec(
+                "cluster: a unit on backend=cuda needs a GPU, and no machine offers one to Ray; use backend=cpu"
+            )
+        need = max((_memory(task) for task in tasks), default=0)
+        fits = [
+            node
+            for node in nodes
+            if node["Resources"].get("CPU", 0) >= self.threads and node["Resources"].get("memory", 0) >= need
+        ]
+        if not fits:
+            largest = max(nodes, key=lambda node: node["Resources"].get("CPU", 0))["Resources"]
+            raise BadSpec(
+                f"cluster: a unit needs {self.threads} CPUs and {need / 1e9:.2f} GB of memory; the largest machine"
+                f" offers {largest.get('CPU', 0):.0f} and {largest.get('memory', 0) / 1e9:.2f} GB; lower threads"
+            )
+        slots = sum(_slots(node["Resources"], self.threads, gpus) for node in nodes)
+        self._at_once = self._spec.units_at_once or 2 * max(1, slots)
+
+    def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
+        flights = _Flights(self._ray, self.threads)
+        watch = _Watch(self._ray)
+        todo = {task.unit.id: task for task in tasks}
+        waiting = list(reversed(tasks))
+        try:
+            while todo:
+                while waiting and len(flights) < self._at_once:
+                    flights.launch(waiting.pop())
+                for unit, outcome in flights.advance(on_bytes):
+                    if todo.pop(unit, None) is not None:
+                        yield outcome
+                        flights.forget(unit)
+                for task in flights.lost(watch.dead):
+                    if task.unit.id in todo:
+                        flights.launch(task)
+        finally:
+            watch.close()
+            flights.cancel()
+
+    def close(self) -> None:
+        """Stop what was started here; a joined cluster stays."""
+        self._ray.shutdown()
+
+
+def _slots(resources: dict[str, Any], threads: int, gpus: int) -> int:
+    """Units that run on a machine side by side."""
+    by_cpu = int(resources.get("CPU", 0) // threads)
+    return min(by_cpu, int(resources.get("GPU", 0) // gpus)) if gpus else by_cpu
+
+
+def _start(spec: ClusterSpec, address: str | None) -> Any:
+    os.environ.setdefault("RAY_task_oom_retries", "2")  # Ray would repeat a task that is out of memory for ever
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
+    import ray
+
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
+    if address:
+        options["address"] = address
+        if spec.ship_code:
+            options["runtime_env"] = {"py_modules": [str(ROOT / name) for name in ("jobs", "loaders")]}
+    else:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": usable_cpus(),
+            "object_store_memory": STORE_BYTES,
+            # workers find the package wherever the driver runs from
+            "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *_inherited_path()])}},
+        }
+    if address and address != "auto":
+        check_reachable("cluster.address", address, "cluster=local runs in this process")
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        raise StorageError(
+            f"cluster.address: cannot join Ray at {address} ({str(error).splitlines()[0]}); is it running, and are"
+            " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) set here as on the cluster?"
+        ) from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler ends the process without cleaning up
+    return ray
+
+
+def _inherited_path() -> list[str]:
+    found = os.environ.get("PYTHONPATH", "")
+    return found.split(os.pathsep) if found else []
+
+
+def _memory(task: Task[Any]) -> int:
+    return BASE_BYTES + task.memory_bytes
+
+
+def run_remotely(task: Task[Any]) -> Iterator[tuple[str, Any]]:
+    """A Ray task: first where it runs, then bytes done, last the outcome."""
+    import ray
+
+    yield "node", ray.get_runtime_context().get_node_id()
+    stop, done = threading.Event(), threading.Event()
+    counted: list[int] = [0]
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(attempt(task, lambda size: counted.__setitem__(0, counted[0] + size), stop))
+        except BaseException as error:
+            found.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    told = 0
+    try:
+        while not done.wait(PROGRESS_S):
+            now = counted[0]
+            if now != told:
+                yield "bytes", now - told
+                told = now
+    finally:
+        stop.set()  # cancelled: let the unit remove its half file
+        thread.join()
+    yield "bytes", counted[0] - told
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    yield "outcome", found[0]
+
+
+class _Flight:
+    """One attempt under way."""
+
+    def __init__(self, task: Task[Any], stream: Any) -> None:
+        self.task = task
+        self.stream = stream
+        self.launched_s = time.monotonic()
+        self.node: str | None = None
+        self.counted = 0
+
+
+class _Flights:
+    """All attempts under way, by their stream of messages."""
+
+    def __init__(self, ray: Any, threads: int) -> None:
+        self._ray = ray
+        self._flights: list[_Flight] = []
+        self._threads = threads
+        self._remote = ray.remote(run_remotely)
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def launch(self, task: Task[Any]) -> None:
+        remote = self._remote.options(
+            num_cpus=self._threads,
+            num_gpus=task.gpus,
+            memory=_memory(task),
+            name=task.unit.id,
+            num_returns="streaming",
+            max_retries=WORKER_DEATHS,
+            scheduling_strategy="SPREAD",
+        )
+        self._flights.append(_Flight(task, remote.remote(task)))
+
+    def advance(self, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
+        """Wait a moment for messages; the outcomes among them."""
+        if not self._flights:
+            time.sleep(0.1)
+            return
+        by_stream = {flight.stream: flight for flight in self._flights}
+        ready, _ = self._ray.wait(list(by_stream), num_returns=1, timeout=1.0, fetch_local=False)
+        for stream in ready:
+            flight = by_stream[stream]
+            outcome = self._message(flight, on_bytes)
+            if outcome is not None:
+                self._flights.remove(flight)
+                yield flight.task.unit.id, outcome
+
+    def _message(self, flight: _Flight, on_bytes: OnBytes) -> Any | None:
+        try:
+            kind, value = self._ray.get(next(flight.stream))
+        except StopIteration:
+            return UnitFailed(flight.task.unit.id, "its worker ended without a report")
+        except self._ray.exceptions.RayError as error:
+            on_bytes(-flight.counted)
+            return UnitFailed(flight.task.unit.id, _said_by_ray(error))
+        if kind == "node":
+            on_bytes(-flight.counted)  # a repeated attempt counts from the start
+            flight.node, flight.counted = value, 0
+        elif kind == "bytes":
+            flight.counted += value
+            on_bytes(value)
+        else:
+            return value
+        return None
+
+    def forget(self, unit: str) -> None:
+        """Cancel slower twins of a finished unit."""
+        for flight in [f for f in self._flights if f.task.unit.id == unit]:
+            self._cancel(flight, force=False)
+            self._flights.remove(flight)
+
+    def lost(self, dead: dict[str, float]) -> list[Task[Any]]:
+        """Tasks on machines that died, or that may be stuck on the way to one; their attempts are given up."""
+        if not dead:
+            return []
+        latest = max(dead.values())
+        gone = [f for f in self._flights if f.node in dead or (f.node is None and f.launched_s < latest)]
+        for flight in gone:
+            self._cancel(flight, force=True)
+            self._flights.remove(flight)
+        return [flight.task for flight in gone]
+
+    def cancel(self) -> None:
+        """Ask all to stop, wait for their clean-up, then insist."""
+        for flight in self._flights:
+            self._cancel(flight, force=False)
+        deadline = time.monotonic() + STOP_S
+        for flight in self._flights:
+            with contextlib.suppress(Exception):
+                while time.monotonic() < deadline:
+                    self._ray.get(flight.stream._next_sync(timeout_s=deadline - time.monotonic()))
+            self._cancel(flight, force=True)
+        self._flights.clear()
+
+    def _cancel(self, flight: _Flight, *, force: bool) -> None:
+        with contextlib.suppress(Exception):
+            self._ray.cancel(flight.stream, force=force)
+
+
+def _said_by_ray(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+
+
+class _Watch:
+    """Looks for machines that died, on a thread of its own: asking can block."""
+
+    def __init__(self, ray: Any) -> None:
+        self.dead: dict[str, float] = {}
+        self._ray = ray
+        self._known = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        self._stop = threading.Event()
+        threading.Thread(target=self._look, name="ray-watch", daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._stop.wait(WATCH_S):
+            with contextlib.suppress(Exception):
+                for node in self._ray.nodes():
+                    if not node["Alive"] and node["NodeID"] not in self._known:
+                        self.dead.setdefault(node["NodeID"], time.monotonic())
+
+    def close(self) -> None:
+        self._stop.set()

@@ -1,0 +1,300 @@
+"""One unit: read its tensors once, and for each target encode, measure, finish the file, leave a record.
+
+A sweep's jobs share a task where they read the same: each tensor is encoded for all of them while it is hot. What goes
+wrong for one of them is its own affair; only what goes wrong for all of them, such as a damaged source, ends the unit.
+
+The same function runs on a thread of this process and in a Ray task; it knows of neither. Tensors of a few MiB run
+side by side, a thread each; large ones one after another, on all of the unit's threads.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.execution.part_files import Measured, PartFiles, TensorPart
+from jobs.execution.timing import TimedView, Timer
+from jobs.output.journal import Journal, Record, TensorRecord, Written
+from jobs.planning.plan import Placement, Unit
+from jobs.planning.targets import TargetId
+from loaders.backends import leased_kernels
+from loaders.backends.memory import PeakMemory
+from loaders.backends.scratch import Scratch
+from loaders.backends.threads import RANGE, Stopped, ThreadedWork
+from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
+from loaders.quantization.gate import Gate
+from loaders.quantization.measure import measure
+from loaders.quantization.scheme import Scheme, Sharing, View
+from loaders.stats import ErrorSums, LoadStats
+from loaders.strategies import Reader, WeightLoader
+from loaders.strategies.base import by_warmth, cached_share
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view_of
+
+SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
+Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One job's part in a task: its own unit, and where its file and record go."""
+
+    unit: Unit
+    target: TargetId
+    output: Path
+    key: str
+    gate: Gate
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.output, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTask:
+    """Everything a worker needs to run a unit: small, and only paths."""
+
+    unit: Unit
+    root: Path
+    shares: Mapping[str, Share]
+    strategy: WeightLoader
+    backend: str
+    threads: int
+    in_place: bool = False  # pieces go into the file they are ranges of, which is there: for one process only
+
+    @property
+    def memory_bytes(self) -> int:
+        """What running it holds at most, beyond the libraries."""
+        most = max(share.unit.memory_bytes(self.threads) for share in self.shares.values())
+        return most + self.strategy.held_bytes
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that a cluster must set aside for it."""
+        return int(self.backend == "cuda")
+
+    @property
+    def work_bytes(self) -> int:
+        """Source bytes to be encoded, once for each share."""
+        return sum(share.unit.source_bytes for share in self.shares.values())
+
+    def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
+        return run_unit(self, on_bytes, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What came of an attempt: by share, a record for each that is done, the reason for each that failed."""
+
+    unit: str
+    records: Mapping[str, Record]
+    failures: Mapping[str, str]
+    load: LoadStats
+    attempts: int = 1
+
+
+def run_unit(
+    task: UnitTask,
+    on_bytes: Callable[[int], None],
+    stop: threading.Event,
+) -> UnitReport:
+    """Run a unit for all shares of the task.
+
+    Raises:
+        TransientIOError: worth another attempt.
+        WeightmillError: the source cannot be read, or no output be written.
+    """
+    unit, began = task.unit, time.perf_counter()
+    warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
+    attempt, scratch = uuid.uuid4().hex[:12], Scratch()
+    specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
+    runs: dict[str, TargetRun] = {}
+    with (
+        PeakMemory() as memory,
+        task.strategy.open(task.root, specs) as reader,
+        leased_kernels(task.backend) as kernels,
+        ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
+    ):
+        work = ThreadedWork(kernels, pool, stop)
+        try:
+            for name, share in task.shares.items():
+                if not share.journal.is_left_out:
+                    runs[name] = TargetRun(
+                        share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
+                    )
+            passes = UnitPass(reader, work, runs, on_bytes)
+            for recipe in (r for r in unit.recipes if runs and r.source_bytes > SMALL):
+                passes.tensor(recipe, task.threads)
+            work.each([r for r in unit.recipes if runs and r.source_bytes <= SMALL], passes.tensor)
+            for run in runs.values():
+                work.check()
+                run.finish()
+            errors = [run.error for run in runs.values() if run.error is not None]
+            if errors and len(errors) == len(runs):  # it is the source's, or everybody's
+                raise errors[0]
+        finally:
+            for run in runs.values():
+                run.abort()
+    load = LoadStats(
+        files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes if runs else 0,
+        wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **(warmth if runs else {}),
+    )  # fmt: skip
+    records = {name: run.record(load) for name, run in runs.items() if not run.failure}
+    return UnitReport(unit.id, records, {name: run.failure for name, run in runs.items() if run.failure}, load)
+
+
+class TargetRun:
+    """One share under way: its files, and what was found wrong."""
+
+    def __init__(
+        self, share: Share, attempt: str, scratch: Scratch, warmth: Mapping[str, int], *, is_alone: bool, in_place: bool
+    ) -> None:
+        self._warmth = warmth
+        self._share = share
+        self._journal = share.journal
+        self._is_alone = is_alone
+        self._attempt = attempt
+        self._began = time.perf_counter()
+        self.timer = Timer()
+        self.recipes = {recipe.name: recipe for recipe in share.unit.recipes}
+        self.error: Exception | None = None
+        self.faults: list[tuple[float, str]] = []
+        self._measured: dict[str, Measured] = {}
+        self._finished: Finished | None = None
+        self._files: PartFiles | None = None
+        output = share.unit.outputs[share.target]
+        self.placements = {placement.recipe: placement for placement in output.placements}
+        with self.guarded():
+            if not self._journal.parts.is_dir():
+                raise StorageError(
+                    f"{self._journal.root}: not found on {socket.gethostname()}; on several machines the output must"
+                    " lie on a filesystem that all of them share"
+                )
+            name = f"{share.unit.id}.{attempt}"
+            self._files = PartFiles(self._journal, name, output, self.timer, scratch, in_place=in_place)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What goes wrong inside is this share's: beside others it ends only itself."""
+        try:
+            yield
+        except VerifyFailed as error:
+            self.faults.append((math.inf, str(error)))
+        except (Stopped, TransientIOError):
+            raise
+        except Exception as error:
+            if self._is_alone:
+                raise
+            self.error = error
+
+    def takes(self, recipe: Recipe) -> bool:
+        return self.error is None and self.recipes.get(recipe.name) == recipe
+
+    def begin(self, placement: Placement) -> TensorPart:
+        assert self._files is not None
+        return self._files.tensor(placement)
+
+    def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
+        self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
+        fault = self._share.gate.fault(recipe.name, error, placement.scheme)
+        if fault:
+            self.faults.append((error.relative_error, fault))
+
+    def finish(self) -> None:
+        """Make the files whole, unless something is wrong."""
+        if self._files is not None and not self.failure:
+            with self.guarded():
+                self._finished = self._files.finish([self._measured[name] for name in self.placements])
+
+    @property
+    def failure(self) -> str:
+        """The worst fault, and how many there are; empty if all is well."""
+        if self.error is not None:
+            known = isinstance(self.error, WeightmillError | OSError)
+            return str(self.error) if known else f"{type(self.error).__name__}: {self.error} (a fault of weightmill)"
+        if not self.faults:
+            return ""
+        worst = max(self.faults)[1]
+        return worst if len(self.faults) == 1 else f"{worst} (the worst of {len(self.faults)} in {self._share.unit.id})"
+
+    def record(self, load: LoadStats) -> Record:
+        """Leave the record: the unit is done for this target."""
+        unit = self._share.unit
+        written, tensors = self._finished or ((), ())
+        spent = self.timer.seconds()
+        own = LoadStats(
+            files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
+            wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
+            read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
+            write_s=spent["write_s"], **self._warmth,
+        )  # fmt: skip
+        key = unit.key(self._share.target)
+        record = Record(unit.id, key, written, tensors, own, socket.gethostname(), self._attempt)
+        self._journal.add(record)
+        return record
+
+    def abort(self) -> None:
+        if self._files is not None:
+            self._files.abort()
+
+
+class UnitPass:
+    """One pass over a unit's tensors, each for all targets while it is hot."""
+
+    def __init__(
+        self, reader: Reader, work: ThreadedWork, runs: Mapping[str, TargetRun], on_bytes: Callable[[int], None]
+    ) -> None:
+        self._reader = reader
+        self._work = work
+        self._runs = runs
+        self._on_bytes = on_bytes
+        self._shared: dict[tuple[str, str], Scheme] = {}
+        self._sharing = threading.Lock()
+
+    def tensor(self, recipe: Recipe, threads: int = 1) -> None:
+        """Encode and measure one tensor, with so many threads at work on it."""
+        plain = view_of(recipe, self._reader, self._work)
+        for name, run in self._runs.items():
+            if run.takes(recipe):
+                with run.guarded():
+                    self._encode(name, recipe, plain, threads)
+
+    def _encode(self, name: str, recipe: Recipe, plain: View, threads: int) -> None:
+        run = self._runs[name]
+        placement, timer = run.placements.get(recipe.name), run.timer
+        if placement is None:  # dropped
+            self._on_bytes(recipe.source_bytes)
+            return
+        ordered = numbers_view(ordered_view(plain, placement.order), placement.cast, self._work)
+        seen = encoded_view(TimedView(ordered, timer, "read"), placement.cast)
+        part = run.begin(placement)
+        with timer.phase("encode", threads):
+            self._knowing(name, recipe, placement.scheme).encode(seen, part, self._work)
+        with timer.phase("measure", threads):
+            again = TimedView(ordered, timer, "reread")
+            error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
+        run.measured(recipe, placement, error_sums)
+        part.done()
+
+    def _knowing(self, name: str, recipe: Recipe, scheme: Scheme) -> Scheme:
+        """The scheme with what it shares over the tensor's fused group, found once a group."""
+        if not isinstance(scheme, Sharing):
+            return scheme
+        run = self._runs[name]
+        group = [recipe] if recipe.group is None else [r for r in run.recipes.values() if r.group == recipe.group]
+        with self._sharing:
+            key = (name, recipe.group or recipe.name)
+            if key not in self._shared:
+                mine = [(r, run.placements[r.name]) for r in group if r.name in run.placements]
+                plain = ((ordered_view(view_of(r, self._reader, self._work), p.order), p) for r, p in mine)
+                views = [encoded_view(TimedView(v, run.timer, "read"), p.cast) for v, p in plain if p.scheme == scheme]
+                self._shared[key] = scheme.share(views, self._work)
+            return self._shared[key]

@@ -1,0 +1,334 @@
+"""From a budget to a mix: what each tensor may become, what that costs in bytes and error, and the choice. Pure.
+
+jobs/mixed_precision/search.py has it measured; loaders/rules/knapsack.py does the choosing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.mixed_precision.candidate_errors import Loss
+from jobs.planning.build import make_plan
+from jobs.planning.plan import Plan, TargetPlan
+from jobs.planning.targets import Target, target_of
+from jobs.spec.job import JobSpec
+from loaders.architectures.families import natural_key
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.errors import BadSpec
+from loaders.presets.auto import AutoQuant, Chosen
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
+from loaders.quantization.schemes.ggml import Ggml
+from loaders.quantization.schemes.mlx_affine import MlxAffine
+from loaders.quantization.schemes.mlx_float import MlxFloat
+from loaders.rules.candidates import KEEP, WHY, CandidateMix, ChosenMix, is_open
+from loaders.rules.decide import decide
+from loaders.rules.knapsack import Choice, Item, Option, choose, least_size
+from loaders.rules.rule import Decision
+from loaders.tensors.logical_tensor import Recipe
+
+GB = 1_000_000_000
+TRIES = 8  # headers and padding depend on the mix: what they take too much is taken off the budget
+# How much a weight's relative error matters where nothing is known but its name: see `prior`
+PRIORS = (
+    ("q_proj", 0.4), ("k_proj", 2.0), ("v_proj", 6.0), ("o_proj", 1.5), ("down_proj", 2.0), ("w2", 2.0),
+)  # fmt: skip
+HEAD_PRIOR = 4.0
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a mix is chosen from: a plan with a target for each candidate, and which tensors they may take."""
+
+    spec: JobSpec
+    quant: AutoQuant
+    checkpoint: Checkpoint
+    plan: Plan
+    open: Mapping[str, frozenset[str]]  # by candidate
+    kept_bytes: Mapping[str, int]  # of each tensor where it is not quantized
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """Those that some candidate may take, by name."""
+        taken = frozenset().union(*self.open.values())
+        return {recipe.name: recipe for recipe in self.plan.sources.recipes if recipe.name in taken}
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of the tensors that are stored in one way, whatever is chosen."""
+        recipes = self.recipes
+        return sum(size for name, size in self.kept_bytes.items() if name not in recipes)
+
+    def sizes(self, candidate: str) -> dict[str, int]:
+        """Stored bytes by tensor, of those it may take."""
+        stored = self.plan.targets[candidate].stored
+        return {name: sum(slot.size for slot in stored[name]) for name in self.open[candidate]}
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A mix that was chosen: the job with it, and how good it is."""
+
+    spec: JobSpec
+    target: TargetPlan
+    choice: Choice
+    errors: Mapping[str, Mapping[str, float]]  # weighted, by candidate and tensor
+
+
+def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choices:
+    """Plan all candidates.
+
+    Raises:
+        BadSpec: one cannot be done with this checkpoint, or no tensor is left to choose for.
+    """
+    usual = target_of(spec)
+    mixes = {name: CandidateMix(each.scheme, each.mix) for name, each in quant.candidates.items()}
+    targets = [
+        Target(
+            name, mix.scheme, usual.rules, usual.compute_dtype, mix, usual.layout_name, usual.container_name,
+            usual.naming, usual.new_blocks,
+        )
+        for name, mix in mixes.items()
+    ]  # fmt: skip
+    plan = make_plan(checkpoint, targets, spec.source.unit_mb)
+    taken = {name: frozenset(d.recipe.name for d in plan.targets[name].decisions if is_open(d)) for name in mixes}
+    every = frozenset().union(*taken.values())
+    if not every:
+        raise BadSpec("quant.among: the candidates quantize no tensor of this checkpoint that rules leave to them")
+    first = next(iter(mixes.values()))
+    keeping = ChosenMix(((first, frozenset()),), every)
+    rules = keeping.rules(plan.sources.recipes, plan.checkpoint.config)
+    decisions = decide(plan.sources.recipes, first.scheme, usual.rules, rules)
+    placed = usual.layout.place(plan.checkpoint, decisions)
+    kept = {each.recipe.name: sum(t.spec.size for t in each.stored.values()) for each in placed}
+    return Choices(spec, quant, checkpoint, plan, taken, kept)
+
+
+# --- what a mix is chosen from
+
+
+def partners(choices: Choices) -> dict[str, list[str]]:
+    """Tensors that must be stored alike: experts of one stack; what vLLM fuses (q/k/v, gate/up, a layer's experts)."""
+    stacks: dict[str, str] = {}
+    for target in choices.plan.targets.values():
+        stacks |= {name: slot.within[0] for name, slots in target.stored.items() for slot in slots[:1] if slot.within}
+    groups: dict[str, list[str]] = {}
+    for name, recipe in choices.recipes.items():
+        fused = name
+        if choices.quant.engine == "vllm":
+            fused = f"{recipe.block}, experts" if recipe.role == "expert" else recipe.group or name
+        groups.setdefault(stacks.get(name, fused), []).append(name)
+    return groups
+
+
+def items_of(choices: Choices, errors: Mapping[str, Mapping[str, float]]) -> tuple[Item, ...]:
+    """An item for each group of partners; the error of an option is in the unit of its weighting."""
+    sizes = {name: choices.sizes(name) for name in choices.open}
+    items = []
+    for group, members in partners(choices).items():
+        options = [
+            Option(name, sum(sizes[name][m] for m in members), sum(errors[name][m] for m in members))
+            for name in choices.open
+            if choices.open[name].issuperset(members)
+        ]
+        if choices.quant.keep or not options:
+            options.append(Option(KEEP, sum(choices.kept_bytes[m] for m in members), 0.0))
+        items.append(Item(group, tuple(options)))
+    return tuple(items)
+
+
+def errors_of(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> dict[str, dict[str, float]]:
+    """By candidate and tensor. What a calibration does not know is weighted without it, in proportion to the rest."""
+    recipes = choices.recipes
+    tied = not any(recipe.role == "head" for recipe in choices.plan.sources.recipes)
+    weights = {name: prior(recipe, is_tied=tied) * recipe.spec.numel for name, recipe in recipes.items()}
+    whole = sum(weights.values())
+    free = {
+        name: {t: weights[t] / whole * _relative2(loss) for t, loss in found.items()} for name, found in losses.items()
+    }
+    if choices.quant.calibration is None:
+        return free
+    known = [(free[name][t], e.weighted) for name, found in losses.items() for t, e in found.items() if e.weighted]
+    rest = sum(each for each, _ in known)
+    ratio = sum(weighted for _, weighted in known) / rest if rest else 1.0
+    return {
+        name: {t: ratio * free[name][t] if loss.weighted is None else loss.weighted for t, loss in found.items()}
+        for name, found in losses.items()
+    }
+
+
+def _relative2(loss: Loss) -> float:
+    return loss.error.error2 / loss.error.source2 if loss.error.source2 else 0.0
+
+
+def prior(recipe: Recipe, *, is_tied: bool) -> float:
+    """How much a weight's relative error matters, where nothing but names is known.
+
+    A table, as the engines' own mixes are: value and down projections, and the output projection, matter more. The
+    numbers are those of the demo model, rounded. On another model (Qwen3, another text), on which they were not tuned,
+    mixes weighted so have 0.84 (MLX) and 0.86 (GGUF) times the divergence of one scheme for all of the same size; with
+    a calibration 0.76 and 0.77. Without the table, by relative errors and sizes alone, mixes were worse than one scheme
+    for all: 1.0 to 1.3 times. `jobs.bench budget` measures it.
+    """
+    if recipe.role == "head" or (recipe.role == "embedding" and is_tied):
+        return HEAD_PRIOR
+    return next((weight for part, weight in PRIORS if re.search(rf"\b{part}\b", recipe.name)), 1.0)
+
+
+# --- the choice
+
+
+def check_budget(choices: Choices) -> None:
+    """Before anything is measured.
+
+    Raises:
+        BadSpec: tensors alone are more than the budget, whatever is chosen.
+    """
+    items = items_of(choices, {name: dict.fromkeys(taken, 0.0) for name, taken in choices.open.items()})
+    if least_size(items) > budget_bytes(choices) - choices.fixed_bytes:
+        raise BadSpec(_too_little(choices, items))
+
+
+def choose_mix(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> Mixed:
+    """The mix with the least weighted error that keeps to the budget, headers and padding of files included.
+
+    Raises:
+        BadSpec: no mix does.
+    """
+    errors = errors_of(choices, losses)
+    items = items_of(choices, errors)
+    budget = budget_bytes(choices)
+    room = budget - choices.fixed_bytes
+    for _ in range(TRIES):
+        if least_size(items) > room:
+            break
+        choice = choose(items, room)
+        mixed = _mixed(choices, items, choice, errors)
+        excess = counted_bytes(choices.quant, mixed.target) - budget
+        if excess <= 0:
+            return mixed
+        room -= excess
+    raise BadSpec(_too_little(choices, items))
+
+
+def budget_bytes(choices: Choices) -> int:
+    """In the bytes that `counted_bytes` counts."""
+    quant = choices.quant
+    if quant.target_gb is not None:
+        return int(quant.target_gb * GB)
+    assert quant.target_bits is not None
+    return int(quant.target_bits * _parameters(choices) / 8)
+
+
+def counted_bytes(quant: AutoQuant, target: TargetPlan) -> int:
+    """What the budget is for: with target_gb whole weight files, with target_bits the tensors in them."""
+    return target.weight_bytes if quant.target_gb is not None else target.tensor_bytes
+
+
+def _parameters(choices: Choices) -> int:
+    return next(iter(choices.plan.targets.values())).parameters
+
+
+def _mixed(choices: Choices, items: Sequence[Item], choice: Choice, errors: Mapping[str, Mapping[str, float]]) -> Mixed:
+    groups, recipes = partners(choices), choices.recipes
+    tensors: dict[str, list[str]] = {}
+    for item, option in zip(items, choice.options, strict=True):
+        tensors.setdefault(option.label, []).extend(groups[item.name])
+    order = sorted(tensors, key=lambda label: -sum(recipes[name].spec.numel for name in tensors[label]))
+    chosen = Chosen(
+        tensors={label: tuple(sorted(tensors[label], key=natural_key)) for label in order},
+        weighting="sizes and roles" if choices.quant.calibration is None else "the Fisher information of a calibration",
+        error=choice.error,
+        bound=min(choice.bound, choice.error),
+    )
+    quant = choices.quant.model_copy(update={"chosen": chosen})
+    spec = choices.spec.model_copy(update={"quant": quant})
+    plan = make_plan(choices.checkpoint, [target_of(spec)], spec.source.unit_mb)
+    [target] = plan.targets.values()
+    return Mixed(spec, target, choice, errors)
+
+
+def _too_little(choices: Choices, items: Sequence[Item]) -> str:
+    quant, parameters = choices.quant, _parameters(choices)
+    least = choices.fixed_bytes + least_size(items)
+    uniform = {name: counted_bytes(quant, target) for name, target in choices.plan.targets.items()}
+    if quant.target_gb is not None:
+        extra = min(t.weight_bytes - t.tensor_bytes for t in choices.plan.targets.values())
+        sizes = ", ".join(f"{name} {size / GB:.4g}" for name, size in uniform.items())
+        return (
+            f"quant.target_gb: {quant.target_gb:g} GB cannot be met: the least possible is about"
+            f" {(least + extra) / GB:.4g} GB; all of one kind: {sizes}"
+        )
+    sizes = ", ".join(f"{name} {size * 8 / parameters:.3f}" for name, size in uniform.items())
+    return (
+        f"quant.target_bits: {quant.target_bits:g} bits a weight cannot be met: the least possible is"
+        f" {least * 8 / parameters:.3f}; all of one kind: {sizes}"
+    )
+
+
+# --- the mix as rules
+
+
+def rules_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
+    """The mix as `rules` of a job, which need no measuring: for a preset of the engine, such as `base_preset`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    settings: dict[tuple[str, str], dict[str, Any]] = {}
+    names = [d.recipe.name for d in decisions]
+    for decision in decisions:
+        if decision.rule.names is None or not decision.rule.why.startswith(WHY):
+            continue
+        given = {} if decision.scheme is None or decision.action != "quantize" else settings_of_scheme(decision.scheme)
+        key = ("quantize" if decision.action == "quantize" else "keep", repr(given))
+        settings[key] = given
+        found.setdefault(key, []).append(decision.recipe.name)
+    return [
+        {"action": key[0], "name": pattern, **({"quant": settings[key]} if settings[key] else {})}
+        for key, mine in found.items()
+        for pattern in patterns(mine, names)
+    ]
+
+
+def settings_of_scheme(scheme: Scheme) -> dict[str, Any]:
+    """What a rule says of it."""
+    if isinstance(scheme, MlxAffine | MlxFloat):
+        mode = scheme.mode if isinstance(scheme, MlxFloat) else "affine"
+        return {"mode": mode, "bits": scheme.bits, "group_size": scheme.group_size}
+    if isinstance(scheme, Ggml):
+        return {"type": scheme.type}
+    if isinstance(scheme, PackedInt):
+        kind = f"w{scheme.bits}a16" + ("" if scheme.symmetric else "_asym")
+        return {"preset": kind, "group_size": scheme.group_size}
+    return {}
+
+
+def patterns(names: Sequence[str], every: Sequence[str]) -> list[str]:
+    """Regular expressions that match these of all names: one for all that differ in a layer's number alone."""
+    templates: dict[str, list[str]] = {}
+    for name in names:
+        head, number, tail = re.fullmatch(r"(.*?\.|)(\d+)(\..*)|.*", name).group(1, 2, 3)  # type: ignore[union-attr]
+        templates.setdefault(name if number is None else f"{head}\0{tail}", []).append(number or "")
+    made = []
+    for template, numbers in templates.items():
+        head, _, tail = template.partition("\0")
+        if not tail:
+            made.append(f"^{re.escape(template)}$")
+            continue
+        whole = re.compile(rf"{re.escape(head)}\d+{re.escape(tail)}")
+        all_of = sum(whole.fullmatch(name) is not None for name in every) == len(numbers)
+        middle = r"\d+" if all_of else f"(?:{'|'.join(numbers)})"
+        made.append(f"^{re.escape(head)}{middle}{re.escape(tail)}$")
+    return made
+
+
+def base_preset(quant: AutoQuant) -> str:
+    """A preset of conf/quant for the same engine: what the rules stand beside."""
+    return {"mlx": "mlx_int4", "gguf": "gguf_q4_k_m", "vllm": "w4a16"}.get(quant.engine or "", quant.among[0])
+
+
+def mix_document(quant: AutoQuant, decisions: Sequence[Decision]) -> dict[str, Any]:
+    """The mix for a run's artifacts, with the rules that need no measuring."""
+    assert quant.chosen is not None
+    return {**quant.chosen.model_dump(mode="json"), "quant": base_preset(quant), "rules": rules_of(decisions)}

@@ -1,0 +1,188 @@
+"""Measuring candidates: what each would lose on each tensor of a unit, with nothing written but the numbers.
+
+The same units, views, schemes and measurement as in a job, so that what is measured is what a job then writes. Every
+tensor is taken by all its candidates while it is hot. What a unit's candidate came to is kept in a file of its own,
+under a key of all that it depends on: a second budget measures nothing again, another candidate only itself.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from jobs.execution.unit import SMALL
+from jobs.planning.plan import FORMAT, Placement, Unit
+from loaders.backends import leased_kernels
+from loaders.backends.threads import ThreadedWork
+from loaders.errors import io_errors
+from loaders.loading.quantized_tensor import MemoryParts
+from loaders.quantization.importance import Importance, weighted_error
+from loaders.quantization.measure import measure
+from loaders.quantization.scheme import View
+from loaders.specs import RowOrder, StoredSpec
+from loaders.stats import ErrorSums
+from loaders.storage.atomic import write_file
+from loaders.storage.hashes import text_digest
+from loaders.strategies import WeightLoader
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view_of
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a candidate loses on a tensor; `weighted` by a calibration, if there is one that knows the tensor."""
+
+    error: ErrorSums
+    weighted: float | None
+
+
+Losses = Mapping[str, Loss]  # by tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuringTask:
+    """A unit, and its candidates that are not measured yet: by name, the tensors that each may take. See `Task`."""
+
+    unit: Unit
+    root: Path
+    wanted: Mapping[str, frozenset[str]]
+    strategy: WeightLoader
+    backend: str
+    threads: int
+    importances: Mapping[str, tuple[Importance, ...]] = field(default_factory=dict)  # by tensor
+
+    @property
+    def memory_bytes(self) -> int:
+        """What running it holds at most, beyond the libraries: with what is stored of the tensors under way."""
+        return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes + self._stored_bytes
+
+    @property
+    def _stored_bytes(self) -> int:
+        sizes = [
+            sum(slot.size for slot in placement.slots.values())
+            for name, names in self.wanted.items()
+            for placement in self.unit.outputs[name].placements
+            if placement.recipe in names
+        ]
+        return sum(sorted(sizes)[-self.threads :])
+
+    @property
+    def gpus(self) -> int:
+        return int(self.backend == "cuda")
+
+    @property
+    def work_bytes(self) -> int:
+        """Source bytes to be encoded, once for each candidate."""
+        sizes = {recipe.name: recipe.spec.num_items * recipe.dtype.item_bytes for recipe in self.unit.recipes}
+        return sum(sizes[name] for names in self.wanted.values() for name in names)
+
+    def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> MeasuringReport:
+        placements = {
+            name: {p.recipe: p for p in self.unit.outputs[name].placements if p.recipe in names}
+            for name, names in self.wanted.items()
+        }
+        taken = [r for r in self.unit.recipes if any(r.name in found for found in placements.values())]
+        specs = [spec for recipe in taken for _, spec in recipe.stored]
+        with (
+            self.strategy.open(self.root, specs) as reader,
+            leased_kernels(self.backend) as kernels,
+            ThreadPoolExecutor(self.threads, thread_name_prefix=self.unit.id) as pool,
+        ):
+            work = ThreadedWork(kernels, pool, stop)
+            losses: dict[str, dict[str, Loss]] = {name: {} for name in placements}
+
+            def look(recipe: Recipe) -> None:
+                view = view_of(recipe, reader, work)
+                known = dict[object, Loss]()  # two candidates may come to the same
+                for name, found in placements.items():
+                    if (placement := found.get(recipe.name)) is not None:
+                        same = (placement.scheme, placement.cast, placement.order)
+                        if same not in known:
+                            known[same] = self._loss(recipe, placement, view, work, on_bytes)
+                        losses[name][recipe.name] = known[same]
+
+            for recipe in (r for r in taken if r.source_bytes > SMALL):
+                look(recipe)
+            work.each([r for r in taken if r.source_bytes <= SMALL], look)
+        return MeasuringReport(self.unit.id, losses)
+
+    def _loss(
+        self, recipe: Recipe, placement: Placement, view: View, work: ThreadedWork, on_bytes: Callable[[int], None]
+    ) -> Loss:
+        """Encode, decode and compare one tensor under one candidate."""
+        numbers = numbers_view(ordered_view(view, placement.order), placement.cast, work)
+        seen, scheme = encoded_view(numbers, placement.cast), placement.scheme
+        parts = MemoryParts(scheme.stored(seen.spec))
+        scheme.encode(seen, parts, work)
+        error = measure(numbers, scheme, seen.spec, parts, work, on_bytes)
+        importances = self.importances.get(recipe.name)
+        if importances is None:
+            return Loss(error, None)
+        ordered = [_reordered(each, placement.order) for each in importances]
+        return Loss(error, weighted_error(numbers, scheme, seen.spec, parts, ordered, work))
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuringReport:
+    """What a unit's candidates lose, by name."""
+
+    unit: str
+    losses: Mapping[str, Losses]
+    attempts: int = 1
+
+
+def _reordered(importance: Importance, order: RowOrder | None) -> Importance:
+    """As `loaders.tensors.views.ReorderedView` orders rows."""
+    if order is None:
+        return importance
+    half = np.arange(order.size).reshape(2, -1).T.reshape(-1)
+    heads = importance.rows.reshape(-1, order.size)
+    return Importance(heads[:, np.argsort(half) if order.inverse else half].reshape(-1), importance.columns)
+
+
+# --- what was measured
+
+
+class Measurements:
+    """A folder of what was measured: a file a unit and candidate, named by a key of what it depends on."""
+
+    def __init__(self, folder: Path, weighting: str) -> None:
+        self.folder = folder
+        self._weighting = weighting
+
+    def key(self, unit: Unit, candidate: str) -> str:
+        """Of the sources, the tensors, what the candidate makes of them, and what errors are weighted by."""
+        made = [(p.recipe, p.scheme, p.cast, p.order) for p in unit.outputs[candidate].placements]
+        return text_digest(f"{FORMAT} {unit.sources!r} {unit.recipes!r} {made!r} {self._weighting}")
+
+    def find(self, unit: Unit, candidate: str, names: frozenset[str]) -> Losses | None:
+        """What is known of a unit under a candidate: of these tensors at least, or None."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            rows = json.loads((self.folder / f"{self.key(unit, candidate)}.json").read_text())
+            found = {name: Loss(ErrorSums(**row["error"]), row["weighted"]) for name, row in rows.items()}
+            return found if names <= set(found) else None
+        return None
+
+    def add(self, unit: Unit, candidate: str, losses: Losses) -> None:
+        """Keep what was measured."""
+        rows = {name: {"error": asdict(loss.error), "weighted": loss.weighted} for name, loss in losses.items()}
+        with io_errors("making", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_file(self.folder / f"{self.key(unit, candidate)}.json", json.dumps(rows).encode())
+
+
+def stored_bytes(stored: Mapping[str, StoredSpec]) -> int:
+    """Of all roles."""
+    return sum(spec.size for spec in stored.values())
+
+
+def of_all(found: Sequence[Losses]) -> dict[str, Loss]:
+    """Of several units."""
+    return {name: loss for losses in found for name, loss in losses.items()}

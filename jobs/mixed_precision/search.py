@@ -1,0 +1,315 @@
+"""quant=auto: measure what candidates lose, choose the mix, and hand on a job that says which tensor gets what.
+
+The job that comes out is a job like any other; its mix is part of its request, so that resuming, verifying and its key
+need no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from jobs.cli.progress import Meter
+from jobs.cli.verb import note, show
+from jobs.execution.choose import choose as choose_cluster
+from jobs.execution.cluster import UnitFailed
+from jobs.mixed_precision.allocation import (
+    Choices,
+    Mixed,
+    base_preset,
+    budget_bytes,
+    check_budget,
+    choices_of,
+    choose_mix,
+    counted_bytes,
+    errors_of,
+    rules_of,
+)
+from jobs.mixed_precision.candidate_errors import Loss, Measurements, MeasuringTask, of_all
+from jobs.output.destination import check_output
+from jobs.planning.targets import backend_of
+from jobs.report import tables
+from jobs.spec.job import JobSpec
+from jobs.spec.strategy import reading
+from loaders.backends import kernels_of
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.presets.auto import AutoQuant
+from loaders.quantization.importance import Importance
+from loaders.storage.hashes import text_digest
+
+FOLDER = ".measured"  # in output.root: what was measured, for the next budget
+Importances = Mapping[str, tuple[Importance, ...]]
+
+
+def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
+    """The job with its mix: measured, as far as that was not done before, and chosen. Other jobs as they are. With
+    `again`, its output may be there already.
+
+    Raises:
+        WeightmillError: it cannot be done; what was measured stays.
+        KeyboardInterrupt: likewise.
+    """
+    if not isinstance(spec.quant, AutoQuant) or spec.quant.chosen is not None:
+        return spec
+    if not again:
+        check_output(spec)
+    choices = _choices(spec, spec.quant)
+    check_budget(choices)
+    measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
+    if _missing(choices, measurements):
+        importances = _importances(spec.quant, choices.checkpoint, _folder(spec), measurements)
+        _measure(choices, measurements, importances)
+    found = choose_mix(choices, _losses(choices, measurements))
+    show(text_of(choices, found))
+    return found.spec
+
+
+def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
+    """For a plan: the job with its mix and what to show of it, if it is measured; else None, and what will be."""
+    assert isinstance(spec.quant, AutoQuant)
+    choices = _choices(spec, spec.quant)
+    check_budget(choices)
+    measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
+    if _missing(choices, measurements):
+        return None, _to_be_measured(choices, measurements)
+    found = choose_mix(choices, _losses(choices, measurements))
+    return found.spec, Group(text_of(choices, found), "", _rules_text(found))
+
+
+def _choices(spec: JobSpec, quant: AutoQuant) -> Choices:
+    if spec.model.path is None:
+        raise BadSpec(f"model.path: missing; give the folder that holds {spec.model.hub_id}")
+    kernels_of(backend_of(spec)[0])
+    return choices_of(spec, quant, open_checkpoint(spec.model.path, spec.source.container))
+
+
+def _folder(spec: JobSpec) -> Path:
+    return Path(spec.output.root) / FOLDER
+
+
+# --- what is measured already
+
+
+@dataclass(frozen=True)
+class Known:
+    """What fits into a room, by what was measured: the error of each in the unit of `weighting`, least first."""
+
+    candidates: tuple[tuple[str, int, float], ...]  # name, bytes of weight files, weighted error
+    mix: Mixed | None  # None: no mix fits
+
+
+def known_within(spec: JobSpec) -> Known | None:
+    """What the candidates of quant=auto, each for the whole model, and their best mix lose, if it is measured.
+
+    Raises:
+        BadSpec: the candidates cannot be planned for this checkpoint.
+    """
+    assert isinstance(spec.quant, AutoQuant)
+    choices = _choices(spec, spec.quant)
+    measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))
+    if _missing(choices, measurements):
+        return None
+    losses = _losses(choices, measurements)
+    errors, room = errors_of(choices, losses), budget_bytes(choices)
+    sizes = {name: counted_bytes(spec.quant, target) for name, target in choices.plan.targets.items()}
+    fitting = [(name, sizes[name], sum(errors[name].values())) for name in errors if sizes[name] <= room]
+    try:
+        mix = choose_mix(choices, losses)
+    except BadSpec:
+        mix = None
+    return Known(tuple(sorted(fitting, key=lambda row: row[2])), mix)
+
+
+# --- measuring
+
+
+def _missing(choices: Choices, measurements: Measurements) -> list[tuple[int, tuple[str, ...]]]:
+    """Units, by index, and the candidates of theirs that are not measured."""
+    found = []
+    for index, unit in enumerate(choices.plan.units):
+        names = {recipe.name for recipe in unit.recipes}
+        wanted = {c: frozenset(names & taken) for c, taken in choices.open.items()}
+        lacking = tuple(c for c, mine in wanted.items() if mine and measurements.find(unit, c, mine) is None)
+        found += [(index, lacking)] if lacking else []
+    return found
+
+
+def _measure(choices: Choices, measurements: Measurements, importances: Importances) -> None:
+    """Measure what is missing, a unit at a time on each of the cluster's places; each is kept as it is done."""
+    strategy, _ = reading(choices.spec.strategy, choices.plan.checkpoint)
+    cluster, _ = choose_cluster(choices.spec.cluster)
+    backend = backend_of(choices.spec)[0]
+    tasks, units = [], {unit.id: unit for unit in choices.plan.units}
+    missing = _missing(choices, measurements)
+    for index, lacking in missing:
+        unit = choices.plan.units[index]
+        names = {recipe.name for recipe in unit.recipes}
+        wanted = {c: frozenset(names & choices.open[c]) for c in lacking}
+        lean = replace(unit, outputs={c: unit.outputs[c] for c in lacking})
+        mine = {name: importances[name] for name in names & set(importances)}
+        tasks.append(
+            MeasuringTask(lean, choices.plan.checkpoint.root, wanted, strategy, backend, cluster.threads, mine)
+        )
+    taken = choices.recipes
+    some = sum(any(recipe.name in taken for recipe in unit.recipes) for unit in units.values())
+    if some > len(tasks):
+        note(f"{some - len(tasks)} of {some} units were measured before; going on with the rest")
+    try:
+        cluster.check(tasks)
+        with (
+            Meter("measuring", sum(task.work_bytes for task in tasks)) as meter,
+            closing(cluster.run(tasks, meter.add)) as outcomes,
+        ):
+            for outcome in outcomes:
+                if isinstance(outcome, UnitFailed):
+                    raise StorageError(f"{outcome.unit}: {outcome.reason}")
+                for candidate, losses in outcome.losses.items():
+                    measurements.add(units[outcome.unit], candidate, losses)
+    finally:
+        cluster.close()
+
+
+def _losses(choices: Choices, measurements: Measurements) -> dict[str, dict[str, Loss]]:
+    """By candidate and tensor."""
+    found: dict[str, dict[str, Loss]] = {}
+    for candidate, taken in choices.open.items():
+        of_units = []
+        for unit in choices.plan.units:
+            mine = taken & {recipe.name for recipe in unit.recipes}
+            losses = measurements.find(unit, candidate, mine) if mine else {}
+            assert losses is not None
+            of_units.append(losses)
+        found[candidate] = {name: loss for name, loss in of_all(of_units).items() if name in taken}
+    return found
+
+
+# --- the calibration
+
+
+def _weighting(quant: AutoQuant, checkpoint: Checkpoint) -> str:
+    """Names what errors are weighted by while they are measured."""
+    if quant.calibration is None:
+        return ""
+    text = "" if quant.calibration == "self" else _text(quant.calibration)
+    return text_digest(f"{checkpoint.files!r} {quant.calibration_tokens} {text_digest(text)}")
+
+
+@lru_cache(maxsize=1)
+def _text(path: str) -> str:
+    with io_errors("reading", path):
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSpec(f"quant.calibration: {path} is no text in UTF-8 ({error.reason})") from None
+        except FileNotFoundError:
+            raise BadSpec(f"quant.calibration: {path}: not found; give a text file, or self") from None
+
+
+def _importances(quant: AutoQuant, checkpoint: Checkpoint, folder: Path, measurements: Measurements) -> Importances:
+    """Those of the calibration, from the folder if they are known."""
+    if quant.calibration is None:
+        return {}
+    from loaders.models import sensitivity
+
+    path = folder / f"{_weighting(quant, checkpoint)}.npz"
+    if path.is_file():
+        return sensitivity.load(path)
+    text = None if quant.calibration == "self" else _text(quant.calibration)
+    note("calibrating: the model reads " + ("what it writes" if text is None else str(quant.calibration)))
+    passes = 2 if text is None else 1  # what it writes it then reads
+    with Meter("calibrating", passes * quant.calibration_tokens, "tokens") as meter:
+        found = sensitivity.importances_of(checkpoint.root, text, quant.calibration_tokens, meter.add)
+    sensitivity.save(found, path)
+    return found
+
+
+# --- what is said
+
+
+def text_of(choices: Choices, found: Mixed) -> RenderableType:
+    """The mix as a table: by scheme and by role, tensors, bytes, and the share of the error."""
+    quant = found.spec.quant
+    assert isinstance(quant, AutoQuant)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stored as", "role", "tensors", "weights", "bytes", "bits", "of the error"):
+        table.add_column(column, justify="left" if column in ("stored as", "role") else "right")
+    for row in rows_of(choices, found):
+        table.add_row(
+            row["candidate"], row["role"], str(row["tensors"]), f"{row['weights'] / 1e6:.2f} M",
+            tables.size(row["bytes"]), f"{row['bits']:.2f}", f"{row['error_share']:.0%}",
+        )  # fmt: skip
+    target, choice = found.target, found.choice
+    unit = "" if quant.calibration is None else " nats a token expected"
+    budget = f"{quant.target_bits:g} bits a weight" if quant.target_bits else f"{quant.target_gb:g} GB"
+    quality = "no mix loses less" if not choice.gap else f"at most {choice.gap:.2%} more than the least possible"
+    bits = target.tensor_bytes * 8 / max(1, target.parameters)
+    return Group(
+        table,
+        f"{bits:.4f} bits a weight, {tables.size(target.weight_bytes)} of files, for a budget of {budget}",
+        f"weighted error {choice.error:.4g}{unit}, by {quant.chosen.weighting if quant.chosen else ''}; {quality}",
+    )
+
+
+def rows_of(choices: Choices, found: Mixed) -> list[dict[str, Any]]:
+    """What the mix gives each role by each candidate."""
+    quant = found.spec.quant
+    assert isinstance(quant, AutoQuant)
+    assert quant.chosen is not None
+    recipes, whole = choices.recipes, found.choice.error or 1.0
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    sizes = {name: choices.sizes(name) for name in choices.open}
+    for label, names in quant.chosen.tensors.items():
+        for name in names:
+            recipe = recipes[name]
+            row = groups.setdefault((label, recipe.role), {"tensors": 0, "weights": 0, "bytes": 0, "error": 0.0})
+            row["tensors"] += 1
+            row["weights"] += recipe.spec.numel
+            row["bytes"] += sizes[label][name] if label in sizes else choices.kept_bytes[name]
+            row["error"] += found.errors[label][name] if label in sizes else 0.0
+    return [
+        {
+            "candidate": label,
+            "role": role,
+            **row,
+            "bits": row["bytes"] * 8 / row["weights"],
+            "error_share": row["error"] / whole,
+        }
+        for (label, role), row in groups.items()
+    ]
+
+
+def _rules_text(found: Mixed) -> str:
+    quant = found.spec.quant
+    assert isinstance(quant, AutoQuant)
+    lines = [f"the same as rules, for quant={base_preset(quant)}, with no measuring:"]
+    for rule in rules_of(found.target.decisions):
+        given = "".join(f", {key}: {_yaml(value)}" for key, value in rule.items() if key not in ("action", "name"))
+        lines.append(f"- {{action: {rule['action']}, name: '{rule['name']}'{given}}}")
+    return "\n".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def _to_be_measured(choices: Choices, measurements: Measurements) -> str:
+    missing = _missing(choices, measurements)
+    names = {recipe.name for index, _ in missing for recipe in choices.plan.units[index].recipes}
+    tensors = [recipe for recipe in choices.recipes.values() if recipe.name in names]
+    candidates = sorted({c for _, mine in missing for c in mine}, key=list(choices.open).index)
+    size = tables.size(sum(recipe.source_bytes for recipe in tensors))
+    return (
+        f"jobs.run will measure {len(tensors)} tensors, {size}, in {len(missing)} unit(s), each under"
+        f" {', '.join(candidates)}; then it chooses, and writes in a second pass\n"
+        "what was measured stays: another budget measures nothing again, and jobs.plan then shows its mix"
+    )

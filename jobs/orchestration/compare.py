@@ -1,0 +1,135 @@
+"""Finding the jobs that are to be compared, in MLflow or in folders, and saying how they compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+
+from jobs.cli.verb import Said, note
+from jobs.report.comparison import (
+    BITS,
+    Candidate,
+    candidate_of,
+    differing,
+    differing_text,
+    front_text,
+    markdown,
+    pareto,
+    table,
+    to_json,
+    whole,
+)
+from jobs.report.plots import comparison_plot
+from jobs.spec.job import TrackingSpec
+from jobs.tracking.run import compare_page
+from jobs.tracking.store import Store, Tracked
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.storage.atomic import write_file
+from loaders.storage.json_files import json_bytes, read_json
+
+MANY = 10  # runs from which reading takes seconds
+LISTED = 50  # of the tensors that differ, in the document
+
+
+def compare(
+    tracking: TrackingSpec, root: str, path: str | None, *, sweep: str, runs: Sequence[str], where: str, error: str
+) -> Said:
+    """Compare a sweep, or the given runs and folders.
+
+    Raises:
+        BadSpec: there are none.
+        StorageError: the store cannot be read.
+    """
+    folders = [run for run in runs if (Path(run) / OUR_REPORT).is_file()]
+    named = [run for run in runs if run not in folders]
+    title, candidates, page = "runs", [_of_folder(Path(folder)) for folder in folders], None
+    if named or not runs:
+        store = Store(tracking, Path(root))
+        title, found = _find(store, sweep, named, where) if not runs else (title, store.named(named, where))
+        if len(found) > MANY:
+            note(f"reading {len(found)} runs and their tables")
+        candidates += [_of_run(run) for run in found]
+        ids, of = [run.run_id for run in found], None if runs or sweep == "all" else title
+        page = compare_page(tracking, Path(root), ids, store.experiment, of) if ids else None
+    candidates = _told_apart(candidates)
+    if not any(error in c.metrics for c in candidates) and any(c.is_comparable for c in candidates):
+        known = sorted({name for c in candidates for name in c.metrics if name.startswith(("error", "quality"))})
+        raise BadSpec(f"error: no run has {error!r}; known: {', '.join(known)}")
+    return _said(title, candidates, error, Path(path) if path else Path(root) / "comparisons" / title, page)
+
+
+def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[str, list[Tracked]]:
+    if sweep == "all":
+        return store.name, store.all(where)
+    name = store.last_sweep() if sweep == "last" else sweep
+    if name is None:
+        raise BadSpec(f"sweep: no sweep in experiment {store.name!r} of {store.uri}; sweep=all compares all its runs")
+    found = store.of_sweep(name, where)
+    if not found:
+        raise BadSpec(
+            f"sweep: no run of {name!r} in experiment {store.name!r} of {store.uri}; sweep=last is the newest"
+        )
+    return name, found
+
+
+def _of_folder(folder: Path) -> Candidate:
+    document = read_json(folder / OUR_REPORT)
+    try:
+        return candidate_of(folder.resolve().name, document, None, str(folder))
+    except (KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{folder / OUR_REPORT}: not a report of weightmill ({error!r})") from None
+
+
+def _of_run(run: Tracked) -> Candidate:
+    layers = run.series("layer/relative_error") if run.metrics else {}
+    tensors = _errors(run.artifact("tensors.json")) if run.status == "done" else {}
+    return Candidate(run.name, run.status, run.metrics, run.run_id, run.output, run.why, layers, tensors)
+
+
+def _errors(rows: Any) -> Mapping[str, float]:
+    """Relative errors by tensor, of the table that a run keeps."""
+    if not isinstance(rows, dict):
+        return {}
+    name, error = rows["columns"].index("name"), rows["columns"].index("relative_error")
+    return {row[name]: row[error] for row in rows["data"] if row[error] is not None}
+
+
+def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Runs of one name get a part of their id to it."""
+    names = [c.name for c in candidates]
+    return [
+        c
+        if names.count(c.name) == 1
+        else Candidate(**{**vars(c), "name": f"{c.name} {(c.run_id or c.output or '')[:8]}"})
+        for c in candidates
+    ]
+
+
+def _said(title: str, candidates: Sequence[Candidate], error: str, folder: Path, page: str | None) -> Said:
+    ordered = sorted(candidates, key=lambda c: (not c.is_comparable, c.metrics.get(BITS, 0.0), c.name))
+    front, differs = pareto(ordered, error), differing(ordered)
+    document = {
+        "status": "done",
+        "title": title,
+        "error": error,
+        "runs": [to_json(candidate) for candidate in ordered],
+        "pareto": front,
+        "differing": differs[:LISTED],
+        "compare": page,
+        "files": [str(folder / name) for name in ("compare.md", "compare.png", "compare.json")],
+    }
+    with io_errors("making", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "compare.png"
+    is_drawn = comparison_plot(ordered, front, error, picture)
+    text = markdown(title, ordered, front, error, picture.name if is_drawn else None)
+    write_file(folder / "compare.md", text.encode())
+    write_file(folder / "compare.json", json_bytes(document))
+    lines = [table(ordered, front), "", front_text(ordered, front, error), ""]
+    lines += [differing_text(differs), ""] if differs else []
+    lines += [f"written: {folder}/compare.md, compare.png, compare.json", *([whole(page)] if page else [])]
+    return Said(document, Group(f"{title}: {len(ordered)} runs", *lines))

@@ -1,0 +1,270 @@
+"""A job from its spec to its report: plan, check, run what is not done, gate, publish, track.
+
+`Job` is one job under way; source_pass.py takes one, or several over the same source, through their
+units.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from jobs.cli.verb import FAILED, Said, note
+from jobs.execution.unit import Share
+from jobs.orchestration.preflight import Planned, notes_of
+from jobs.output.journal import Record
+from jobs.output.publish import complete, is_published, publish
+from jobs.planning.targets import TARGET
+from jobs.report import tables
+from jobs.report.document import Results, make_document
+from jobs.report.metrics import quality_metrics
+from jobs.report.plan import plan_document
+from jobs.tracking.job_run import open_job_run, track_job
+from jobs.tracking.run import NoRun, Recorder, Run
+from jobs.verification.logits import judged, pass_gate
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
+from loaders.lint import Finding, lint_folder
+from loaders.quantization.gate import Gate
+from loaders.storage.json_files import read_json
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass took as a whole, for all its jobs."""
+
+    started: float
+    wall_s: float
+    peak_bytes: int
+    cluster: str
+    strategy: str
+    jobs: int
+
+
+class Job:
+    """One job of a pass. After `finish`, `fail` or `stop` there is an `outcome`."""
+
+    def __init__(self, number: int, planned: Planned, sweep: str | None = None) -> None:
+        self.number = number
+        self.planned = planned
+        self.sweep = sweep
+        self.run: Run = NoRun()
+        self.records: dict[str, Record] = {}
+        self.resumed: frozenset[str] = frozenset()
+        self.retries = 0
+        self._is_held = False
+        self.outcome: Said | WeightmillError | None = None
+        self.document: Mapping[str, Any] | None = planned.done
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its output has its name already, and only what comes after is left."""
+        return is_published(self.planned.journal)
+
+    def begin(self, stack: ExitStack, recorder: Recorder | None) -> None:
+        """Keep other processes out until the stack is closed, open the run, and find what was done before.
+
+        Raises:
+            WeightmillError: it cannot be done now.
+        """
+        journal, spec = self.planned.journal, self.planned.spec
+        request = {"key": journal.key, "output": str(journal.output), "request": spec.resolved()}
+        stack.enter_context(journal.hold(request))
+        self._is_held = True
+        if journal.output.exists() and not spec.output.overwrite and not self.is_whole:
+            raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
+        self.run = open_job_run(
+            spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number
+        )
+        if self.is_whole:
+            note(f"{journal.output} was published before the job was interrupted; finishing what is left")
+            return
+        self.records = resume(self.planned)
+        self.resumed = frozenset(self.records)
+        if self.records:
+            units = len(self.planned.plan.units)
+            note(f"{len(self.records)} of {units} units were done before; going on with the rest")
+
+    def shares(self) -> list[tuple[int, Share]]:
+        """What is left to do."""
+        if self.is_whole or self.outcome is not None:
+            return []
+        journal = self.planned.journal
+        return [
+            (self.number, Share(unit, TARGET, journal.output, journal.key, self._gate))
+            for unit in self.planned.plan.units
+            if unit.id not in self.records
+        ]
+
+    @property
+    def _gate(self) -> Gate:
+        verify = self.planned.spec.verify
+        return Gate(verify.allow_nonfinite, verify.max_relative_error)
+
+    def finish(self, done: Pass) -> None:
+        """Pass the gate, publish, and hand the report to MLflow.
+
+        Raises:
+            WeightmillError: it may not be published.
+        """
+        if self.is_whole:
+            self.document = read_json(self.planned.journal.output / OUR_REPORT)
+        else:
+            self.document = self._publish(done)
+        planned = self.planned
+        if self.run.is_tracked:
+            plan = plan_document(planned.spec, planned.plan, planned.target, notes_of(planned))
+            track_job(self.run, planned.spec, planned.target, planned.journal.output, self.document, plan)
+        self.run.end("FINISHED")
+
+    def _publish(self, done: Pass) -> dict[str, Any]:
+        planned = self.planned
+        results = Results(tuple(self.records[unit.id] for unit in planned.plan.units))
+        _pass_gate(planned, results)
+        completed = complete(planned.plan, planned.target, planned.journal, results.records)
+        quality = self._judge([row["xxh3"] for row in completed.weights])
+        found = lint_folder(planned.journal.files)
+        document = make_document(
+            planned.spec, planned.plan, planned.target, results, completed, found, self._about(done, results), quality
+        )
+        publish(planned.journal, document, overwrite=planned.spec.output.overwrite)
+        return document
+
+    def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
+        """With verify=logits, what the finished files compute; the numbers of one that fails are tracked, too.
+
+        Raises:
+            VerifyFailed: it is beyond a limit, or its engine computes nothing of use.
+        """
+        judging, journal = self.planned.judging, self.planned.journal
+        if judging is None:
+            return None
+        try:
+            quality = judged(judging, journal.files, journal.output.name, journal.root, digests).to_json()
+        except BadCheckpoint as error:
+            raise VerifyFailed(f"not published: {error}") from error
+        try:
+            pass_gate(judging.spec, quality, journal.output)
+        except VerifyFailed:
+            self.run.metrics(quality_metrics({"quality": quality}))
+            raise
+        return quality
+
+    def _about(self, done: Pass, results: Results) -> dict[str, Any]:
+        """The report's `run`: when, where and how fast."""
+        load, nodes = results.load, sorted({record.node for record in results.records})
+        fresh = sum(record.load.bytes for unit, record in self.records.items() if unit not in self.resumed)
+        price = self.planned.spec.tracking.price_per_hour
+        machines = len({record.node for unit, record in self.records.items() if unit not in self.resumed})
+        return {
+            "key": self.planned.journal.key,
+            "sweep": self.sweep,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(done.started)),
+            "wall_s": done.wall_s,
+            "throughput_gbps": fresh / done.wall_s / 1e9,
+            "read_s": load.read_s,
+            "encode_s": load.encode_s,
+            "measure_s": load.measure_s,
+            "write_s": load.write_s,
+            "bytes": load.bytes,
+            "files": len(self.planned.plan.checkpoint.files),
+            "tensors": load.tensors,
+            "peak_anonymous_bytes": max(done.peak_bytes, load.peak_anonymous_bytes),
+            "units": len(self.planned.plan.units),
+            "units_resumed": len(self.resumed),
+            "retries": self.retries,
+            "jobs_in_pass": done.jobs,
+            "cost": None if price is None else price * machines * done.wall_s / 3600 / done.jobs,
+            "strategy": done.strategy,
+            "backend": self.planned.backend[0],
+            "cluster": done.cluster,
+            "nodes": nodes,
+            "python": platform.python_version(),
+        }
+
+    def fail(self, error: WeightmillError) -> None:
+        """It is over, and units begun from now on leave it out; what it finished stays for the next attempt."""
+        self.outcome = error
+        self.run.end("FAILED")
+        if self._is_held:
+            self.planned.journal.leave_out()
+
+    def stop(self, *, killed: bool) -> None:
+        """Something ends the whole pass."""
+        self.run.end("KILLED" if killed else "FAILED")
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Wait until all is tracked; a job that finished no unit leaves nothing behind."""
+        _wait(self.run)
+        if self._is_held and not self.planned.journal.has_records():
+            self.planned.journal.remove()
+
+    def settle(self) -> None:
+        """Wait until all is tracked, and say what came of it."""
+        if self.outcome is None and self.document is not None:
+            untracked = _wait(self.run)
+            address = None if untracked else self.run.address
+            self.outcome = _said(self.planned, self.document, address, untracked)
+        elif self.outcome is not None:
+            self._tidy()
+
+    @property
+    def how_to_go_on(self) -> str:
+        done, units = len(resume(self.planned)), len(self.planned.plan.units)
+        return (
+            f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
+            f" python -m jobs.clean output.path={self.planned.journal.output} forgets them"
+        )
+
+
+def resume(planned: Planned) -> dict[str, Record]:
+    """The valid records of earlier attempts, by unit."""
+    found = {unit.id: planned.journal.done(unit, TARGET) for unit in planned.plan.units}
+    return {unit: record for unit, record in found.items() if record is not None}
+
+
+def _pass_gate(planned: Planned, results: Results) -> None:
+    """The gate once more, over all records: those of earlier attempts may have passed a wider one.
+
+    Raises:
+        VerifyFailed: naming the worst tensor.
+    """
+    gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
+    schemes = {d.recipe.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
+    faults = [(t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name])) for t in results.tensors]
+    found = [(error, fault) for error, fault in faults if fault]
+    if found:
+        raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")
+
+
+# --- tracking and the report
+
+
+def _wait(run: Run) -> str:
+    """Wait for MLflow; why it does not hold everything, if so."""
+    try:
+        run.close()
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+def _said(planned: Planned, document: Mapping[str, Any], address: str | None, untracked: str) -> Said:
+    output = planned.journal.output
+    found = {"status": "done", "output": str(output), "tracked": address, **document}
+    lines = [Text(f"output: {output}", style="bold green")]
+    lines += [Text(f"run: {address}")] if address else []
+    lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
+    findings = [Finding(**row) for row in document["lint"]]
+    shown = [tables.findings_text(findings)] if findings else []
+    let_pass = [Text(f"warning: {w}", style="yellow") for w in document["warnings"] if w.endswith(": let pass")]
+    text = Group(tables.result_text(document), *let_pass, *shown, *lines)
+    return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)

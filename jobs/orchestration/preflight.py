@@ -1,0 +1,175 @@
+"""Before a job runs: what it would do, exactly, and everything cheap that can be wrong with it. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from jobs.execution.choose import is_local
+from jobs.execution.cluster import LocalCluster
+from jobs.output.destination import check_free, check_place
+from jobs.output.journal import Journal
+from jobs.output.publish import is_published
+from jobs.planning.build import make_plan
+from jobs.planning.plan import Plan, TargetPlan
+from jobs.planning.targets import TARGET, backend_of, target_of
+from jobs.report import tables
+from jobs.spec.job import JobSpec, LogitsSpec
+from jobs.spec.strategy import reading
+from jobs.verification.logits import Judging, judging_of
+from loaders.backends import kernels_of
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import BadSpec, StorageError, WeightmillError
+from loaders.storage.hashes import text_digest
+from loaders.storage.json_files import read_json
+from loaders.storage.local import free_bytes
+from loaders.strategies import WeightLoader
+
+SPARE_BYTES = 16 << 20  # for config, index, records
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job and its plan."""
+
+    spec: JobSpec
+    plan: Plan
+    journal: Journal
+    done: Mapping[str, Any] | None = None  # the report of an earlier run of this very job, where that may count
+    judging: Judging | None = None  # with verify=logits
+
+    @property
+    def target(self) -> TargetPlan:
+        return self.plan.targets[TARGET]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the disk holds twice: of pieces that other processes make apart, one at a time."""
+        return 0 if is_local(self.spec.cluster) else max((piece.size for piece in self.target.pieces), default=0)
+
+    @cached_property
+    def strategy(self) -> tuple[WeightLoader, str]:
+        """The strategy to read with, and why."""
+        return reading(self.spec.strategy, self.plan.checkpoint)
+
+    @cached_property
+    def backend(self) -> tuple[str, str]:
+        """Where encoders run, and why."""
+        return backend_of(self.spec)
+
+
+def plan_job(
+    spec: JobSpec, opened: Callable[[str, str], Checkpoint] = open_checkpoint, *, again: bool = False
+) -> Planned:
+    """Everything cheap: headers, rules, sizes, the output's place. Nothing is written.
+
+    With `again`, an output that this very job has made before is no fault: see `Planned.done`.
+
+    Raises:
+        BadSpec: it cannot be done; every fault of one kind at once.
+        BadCheckpoint: the source is damaged.
+    """
+    output = spec.output_path
+    check_place(spec, output)
+    if not again:
+        check_free(spec, output)
+    if spec.model.path is None:
+        raise BadSpec(
+            f"model.path: missing; fetch {spec.model.hub_id} into a folder (hf download {spec.model.hub_id}"
+            " --local-dir DIR) and give model.path=DIR: reading from the Hub is not built yet"
+        )
+    target = target_of(spec)
+    kernels_of(backend_of(spec)[0])
+    checkpoint = opened(spec.model.path, spec.source.container)
+    plan = make_plan(checkpoint, [target], spec.source.unit_mb)
+    made = plan.targets[TARGET]
+    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
+    planned = Planned(spec, plan, Journal(output, key))
+    assert planned.strategy  # which may be refused
+    if again and (done := _done_before(planned)) is not None:
+        return replace(planned, done=done)
+    if again:
+        check_free(spec, output)
+    if isinstance(spec.verify, LogitsSpec):
+        return replace(planned, judging=judging_of(spec.verify, plan, made, output.parent))
+    return planned
+
+
+def _done_before(planned: Planned) -> Mapping[str, Any] | None:
+    """The report of the output, if this very job made it, from this very source.
+
+    Raises:
+        BadSpec: it did, and did not verify it as is asked now.
+    """
+    output = planned.journal.output
+    if not (output / OUR_REPORT).is_file() or is_published(planned.journal):
+        return None
+    is_made, is_verified = False, False
+    with suppress(WeightmillError, KeyError, TypeError):
+        found = read_json(output / OUR_REPORT)
+        wanted = {k: v for k, v in planned.spec.resolved().items() if k in found["job"]}
+        gate = _gate(found["job"]["verify"], wanted["verify"])
+        is_made = found["run"]["key"] == planned.journal.key and {**found["job"], "verify": wanted["verify"]} == wanted
+        is_verified = gate == wanted["verify"]
+    if is_made and not is_verified:
+        raise BadSpec(
+            f"output.path: {output} is there, verified in another way; python -m jobs.verify"
+            f" output.path={output} verify={planned.spec.verify.kind} ... judges it, output.overwrite=true redoes it"
+        )
+    return found if is_made else None
+
+
+def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The gate that an output passed, as far as it is asked for: who passed logits is strict enough."""
+    if wanted["kind"] == "strict":
+        return {**{key: found[key] for key in wanted if key in found}, "kind": "strict"}
+    return found
+
+
+# --- plan
+
+
+def notes_of(planned: Planned) -> list[str]:
+    """What will be used, and what it will need."""
+    strategy, why = planned.strategy
+    cluster = LocalCluster(planned.spec.cluster)
+    memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
+    free = free_bytes(planned.spec.output_path.parent)
+    records = len(list(planned.journal.records.glob("*.json"))) if planned.journal.records.is_dir() else 0
+    done = (
+        [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
+    )
+    need = planned.target.weight_bytes + planned.scratch_bytes
+    room = " TOO LITTLE" if need > free else ""
+    judging = [] if planned.judging is None else [planned.judging.note]
+    return [
+        *done,
+        *judging,
+        f"read by {strategy.name}: {why}",
+        *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
+        f"memory: up to {tables.size(memory)} a unit of {cluster.threads} threads;"
+        f" disk: {tables.size(need)} of {tables.size(free)} free{room}",
+    ]
+
+
+def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
+    """Raises StorageError when outputs cannot fit; the bytes are those that a job has written before."""
+    needs: dict[int, list[tuple[Planned, int]]] = {}
+    for planned, done_bytes in jobs:
+        target = planned.target
+        aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
+        need = target.weight_bytes + planned.scratch_bytes - done_bytes + aux + SPARE_BYTES
+        needs.setdefault(planned.journal.root.stat().st_dev, []).append((planned, need))
+    for rows in needs.values():
+        output, need = rows[0][0].spec.output_path, sum(need for _, need in rows)
+        free = free_bytes(output.parent)
+        if need > free:
+            who = f"{output} needs" if len(rows) == 1 else f"{output} and {len(rows) - 1} more need"
+            raise StorageError(
+                f"output.path: {who} {tables.size(need)}, {tables.size(free)} are free there;"
+                " make room, or choose another path"
+            )

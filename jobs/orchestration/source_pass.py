@@ -1,0 +1,235 @@
+"""One job, or many at once: jobs with the same source are one pass over it, in which every byte is read once.
+
+Passes come one after another, on one cluster, under one progress display. A job that fails is left out from then on;
+the others finish.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from jobs.cli.progress import Meter
+from jobs.cli.verb import Said, note, show
+from jobs.execution.choose import choose
+from jobs.execution.cluster import Cluster, LocalCluster, UnitFailed
+from jobs.execution.merge import job_of, merge
+from jobs.execution.unit import UnitReport, UnitTask
+from jobs.mixed_precision.search import mixed
+from jobs.orchestration.job import Job, Pass
+from jobs.orchestration.preflight import Planned, check_space, notes_of, plan_job
+from jobs.report import plan
+from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.tracking.run import Recorder
+from loaders.backends import devices_of
+from loaders.backends.machine import disk_bytes_fetched, max_open_files
+from loaders.backends.memory import PeakMemory
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import StorageError, VerifyFailed, WeightmillError
+from loaders.strategies import WeightLoader
+
+FILES_AT_ONCE = 12  # of a job's, in a pass of many: units under way, and what a file takes beside itself
+Outcome = Said | WeightmillError
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a pass read."""
+
+    source: str
+    jobs: int
+    source_bytes: int
+    bytes_read: int  # stored bytes, each counted once however many jobs took them
+    disk_bytes: int | None  # what the kernel fetched from disks for this process, libraries too; None if not known
+    wall_s: float
+
+
+def run_job(spec: JobSpec) -> Said:
+    """Do a job, or what is left of it.
+
+    Raises:
+        WeightmillError: see the message; what was finished stays for the next attempt.
+        KeyboardInterrupt: likewise.
+    """
+    spec = mixed(spec)
+    planned = plan_job(spec)
+    show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
+    job = Job(1, planned)
+    run_pass([job], Clusters())
+    assert job.outcome is not None
+    if isinstance(job.outcome, WeightmillError):
+        raise job.outcome
+    return job.outcome
+
+
+def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | WeightmillError]:
+    """Plan numbered jobs; a checkpoint that several read is opened once. Nothing is written, but where a mix is to be
+    chosen what that takes is measured.
+    """
+    opened: Callable[..., Checkpoint] = cache(open_checkpoint)
+    found: dict[int, Planned | WeightmillError] = {}
+    for number, spec in specs:
+        try:
+            found[number] = plan_job(mixed(spec, again=True), opened, again=True)
+        except WeightmillError as error:
+            found[number] = error
+    return found
+
+
+def run_all(groups: Sequence[Sequence[Job]], recorder: Recorder) -> list[Read]:
+    """Do planned jobs, pass by pass; what came of each is its `outcome`. Gives what the passes read."""
+    clusters = Clusters()
+    try:
+        return [run_pass(group, clusters, recorder) for group in groups]
+    finally:
+        clusters.close()
+
+
+def passes(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that read the same in the same way, in the order of the first of each; as many as files may be open."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        spec = job.planned.spec
+        root = job.planned.plan.checkpoint.root.resolve()
+        backend = job.planned.backend[0]
+        how = (root, spec.source.container, spec.source.unit_mb, spec.strategy, backend, spec.cluster)
+        groups.setdefault(how, []).append(job)
+    most = max(1, max_open_files() // FILES_AT_ONCE)
+    return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
+
+
+class Clusters:
+    """One cluster for all passes that ask for the same."""
+
+    def __init__(self) -> None:
+        self._spec: ClusterSpec | None = None
+        self._cluster: Cluster | None = None
+
+    def get(self, planned: Planned) -> Cluster:
+        spec, (backend, _) = planned.spec.cluster, planned.backend
+        if backend == "cuda" and spec.units_at_once is None:
+            spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of(backend)))})
+        if self._cluster is None or spec != self._spec:
+            self.close()
+            self._cluster, why = choose(spec)
+            self._spec = spec
+            if why and spec.kind == "auto" and not self._cluster.is_local:
+                note(f"units run on {self._cluster.description}: {why}")
+        return self._cluster
+
+    def close(self) -> None:
+        if self._cluster is not None:
+            self._cluster.close()
+        self._cluster = None
+
+
+def units_for_gpus(spec: ClusterSpec, gpus: int) -> int:
+    """Units at once that keep every GPU of this machine at work: what the CPUs suggest, and at least two for each."""
+    return max(LocalCluster(spec).units_at_once, 2 * gpus)
+
+
+def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None = None) -> Read:
+    """Run the units that lack a record, once for all jobs; then pass each job's gate and publish it.
+
+    Raises:
+        KeyboardInterrupt: what was finished stays.
+    """
+    began, started, disk = time.perf_counter(), time.time(), disk_bytes_fetched()
+    with ExitStack() as stack, _stopping(jobs):
+        for job in jobs:
+            with _own_failure(job):
+                job.begin(stack, recorder)
+        cluster = clusters.get(jobs[0].planned)
+        if recorder is None:  # the cluster is this job's alone
+            stack.callback(clusters.close)
+        strategy = jobs[0].planned.strategy[0]
+        with PeakMemory() as memory:
+            bytes_read = _run_units(jobs, cluster, strategy)
+            description = cluster.description
+        if recorder is None:
+            clusters.close()
+        done = Pass(started, time.perf_counter() - began, memory.peak_bytes, description, strategy.name, len(jobs))
+        for job in jobs:
+            if job.outcome is None:
+                with _own_failure(job):
+                    job.finish(done)
+        for job in jobs:
+            job.settle()
+    plan, after = jobs[0].planned.plan, disk_bytes_fetched()
+    fetched = after - disk if after is not None and disk is not None and cluster.is_local else None
+    return Read(str(plan.checkpoint.root), len(jobs), plan.source_bytes, bytes_read, fetched, done.wall_s)
+
+
+@contextmanager
+def _own_failure(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except WeightmillError as error:
+        job.fail(error)
+
+
+@contextmanager
+def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
+    """What ends the whole pass closes every run as what it is, and says how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        unfinished = [job for job in jobs if job.outcome is None and not (job.is_whole and job.document is not None)]
+        for job in unfinished:
+            job.stop(killed=killed)
+        for job in jobs:
+            if job not in unfinished:
+                job.settle()
+        if killed and len(jobs) == 1 and jobs[0].planned.journal.has_records():
+            raise KeyboardInterrupt(jobs[0].how_to_go_on) from None
+        raise
+
+
+def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) -> int:
+    """Run what is left of all jobs; gives the stored bytes that were read."""
+    alive = [job for job in jobs if job.outcome is None]
+    check_space([(j.planned, j.planned.journal.taken_bytes) for j in alive if not j.is_whole])
+    for job in (j for j in alive if cluster.is_local and not j.is_whole):
+        if job.planned.target.shared is not None:
+            with _own_failure(job):
+                job.planned.journal.make_shared(job.planned.target.shared)
+    root, backend = jobs[0].planned.plan.checkpoint.root, jobs[0].planned.backend[0]
+    shares = [share for job in alive for share in job.shares()]
+    tasks = merge(shares, root, strategy, backend, cluster.threads, in_place=cluster.is_local)
+    tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.recipes for _, s in r.stored))
+    if not tasks:
+        return 0
+    cluster.check(tasks)
+    by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0
+    with (
+        Meter("quantizing", sum(task.work_bytes for task in tasks)) as meter,
+        closing(cluster.run(tasks, meter.add)) as outcomes,
+    ):
+        for outcome in outcomes:
+            read += _take(outcome, by_task[outcome.unit], by_number)
+            if all(job.outcome is not None for job in jobs):
+                break
+    return read
+
+
+def _take(outcome: UnitReport | UnitFailed, task: UnitTask, jobs: dict[int, Job]) -> int:
+    """Hand a unit's records to their jobs; its stored bytes."""
+    for name, share in task.shares.items():
+        job = jobs[job_of(name)]
+        if job.outcome is not None:
+            continue
+        with _own_failure(job):
+            job.run.check()
+            if isinstance(outcome, UnitFailed):
+                raise StorageError(f"{outcome.unit}: {outcome.reason}")
+            if name in outcome.failures:
+                raise VerifyFailed(f"not published: {outcome.failures[name]}")
+            if name in outcome.records:
+                job.records[share.unit.id] = outcome.records[name]
+                job.retries += outcome.attempts - 1
+    return 0 if isinstance(outcome, UnitFailed) else outcome.load.bytes

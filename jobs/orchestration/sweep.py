@@ -1,0 +1,270 @@
+"""A sweep from its command line to its table: compose all, refuse what makes no sense, run the passes, compare.
+
+A sweep is known by its request: the same command again goes on where it was, under the same numbers and the same tag in
+MLflow, and does nothing for jobs whose outputs are there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from jobs.cli.compose import Composed, Request, sweep
+from jobs.cli.validation import check
+from jobs.cli.verb import DONE, FAILED, WRONG, Said, note
+from jobs.orchestration.job import Job
+from jobs.orchestration.preflight import Planned
+from jobs.orchestration.refusals import Refused, refusal
+from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
+from jobs.report import tables
+from jobs.report.comparison import (
+    ERROR,
+    KL,
+    Candidate,
+    candidate_of,
+    differing,
+    differing_text,
+    front_text,
+    pareto,
+    table,
+    to_json,
+    whole,
+)
+from jobs.report.metrics import metrics
+from jobs.spec.job import JobSpec
+from jobs.tracking.job_run import run_key, sweep_tags
+from jobs.tracking.run import Recorder, compare_page
+from loaders.errors import BadSpec, WeightmillError
+from loaders.storage.hashes import text_digest
+
+UNKNOWN_KEY = re.compile(r"([\w.]+): unknown key")
+
+
+def run_sweep(config: str, request: Request) -> Said:
+    """Run a sweep through Hydra.
+
+    Raises:
+        BadSpec: some combinations cannot be; nothing was started.
+        KeyboardInterrupt: what was finished stays.
+    """
+    under_way = Sweep(request)
+    try:
+        sweep(config, request, under_way.together)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{str(error) or 'interrupted'}: {under_way.state}; the same command goes on") from None
+    except WeightmillError as error:
+        if not any(error is each for each in under_way.outcomes.values()):  # a search that gave up over a failed job
+            raise
+    finally:
+        under_way.close()
+    return under_way.said()
+
+
+class Sweep:
+    """A sweep under way, over the batches that its sweeper makes."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.id = f"sweep-{text_digest(f'{Path.cwd()} {sorted(request.given)}')[:12]}"
+        self.outcomes: dict[int, Said | WeightmillError] = {}
+        self._specs: dict[int, JobSpec] = {}
+        self._names: dict[int, str] = {}
+        self._run_ids: dict[int, str | None] = {}
+        self._reads: list[Read] = []
+        self._repeats: dict[int, int] = {}  # what a search tried more than once, with the first of it
+        self._recorder = Recorder()
+
+    # --- a batch
+
+    def together(self, composed: Sequence[Composed], searches: bool) -> list[Any]:
+        """Do a batch; the objective of each job, or its error where a sweeper searches."""
+        self._names |= {job.number: job.name for job in composed}
+        refused = self._check(composed)
+        again = self._tried_before(composed) if searches else {}
+        fresh = [job for job in composed if job.number in self._specs and job.number not in again]
+        refused += self._same_place(fresh)
+        planned = plan_all([(j.number, self._specs[j.number]) for j in fresh])
+        for job in composed:
+            plan = planned.get(job.number)
+            if isinstance(plan, BadSpec):
+                refused += [Refused(job, problem) for problem in plan.problems]
+            elif isinstance(plan, WeightmillError):
+                self.outcomes[job.number] = plan
+        if refused and not searches:
+            bad = {each.job.number for each in refused}
+            raise refusal(refused, [job for job in composed if job.number not in bad], self.request)
+        for each in refused:
+            self.outcomes[each.job.number] = BadSpec(each.problem)
+        self._run({n: p for n, p in planned.items() if isinstance(p, Planned) and n not in self.outcomes})
+        self.outcomes |= {number: self.outcomes[first] for number, first in again.items()}
+        self._repeats |= again
+        return [self._result(job.number, searches) for job in composed]
+
+    def _tried_before(self, composed: Sequence[Composed]) -> dict[int, int]:
+        """Jobs that a search tries once more, with the numbers of those that they repeat."""
+        wanted = {number: json.dumps(spec.resolved()) for number, spec in self._specs.items()}
+        first = {text: number for number, text in sorted(wanted.items(), reverse=True)}
+        mine = [job.number for job in composed if job.number in wanted]
+        return {number: first[wanted[number]] for number in mine if first[wanted[number]] != number}
+
+    def _check(self, composed: Sequence[Composed]) -> list[Refused]:
+        """Check every job's values; those that are no job."""
+        refused = []
+        for job in composed:
+            values = deepcopy(job.values)
+            output = values.get("output")
+            if job.suffix and isinstance(output, dict) and output.get("path") is None:
+                values["output"] = {**output, "suffix": job.suffix}
+            try:
+                self._specs[job.number] = check(JobSpec, deepcopy(values))
+            except BadSpec as error:
+                refused += [Refused(job, problem, _cure(values, problem, error)) for problem in error.problems]
+        return refused
+
+    def _same_place(self, composed: Sequence[Composed]) -> list[Refused]:
+        """Jobs that would write one output."""
+        places: dict[Path, list[Composed]] = {}
+        for job in composed:
+            places.setdefault(self._specs[job.number].output_path.resolve(), []).append(job)
+        return [
+            Refused(job, f"output.path: {path} is also that of {jobs[0].name}; give each a name or a path of its own")
+            for path, jobs in places.items()
+            for job in jobs[1:]
+        ]
+
+    def _run(self, planned: dict[int, Planned]) -> None:
+        old = {n: p for n, p in planned.items() if p.done is not None}
+        adopted: dict[int, Future[str | None]] = {}
+        for number, plan in old.items():
+            assert plan.done is not None
+            self.outcomes[number] = Said({"status": "done", "output": str(plan.journal.output), **plan.done}, "")
+            tracking, root = plan.spec.tracking, Path(plan.spec.output.root)
+            if tracking.kind == "mlflow":
+                tags = sweep_tags(self.id, number)
+                adopted[number] = self._recorder.adopt(tracking, root, run_key(plan.journal), tags)
+        jobs = [Job(number, plan, self.id) for number, plan in planned.items() if number not in old]
+        groups = passes(jobs)
+        note(f"{self.id}: {len(planned)} jobs, {len(old)} of them done before; {len(groups)} pass(es) over the sources")
+        for group in groups:
+            source = group[0].planned.plan
+            size = tables.size(source.source_bytes)
+            note(f"  {source.checkpoint.root}, {size}: {', '.join(j.planned.journal.output.name for j in group)}")
+        self._reads += run_all(groups, self._recorder)
+        for job in jobs:
+            assert job.outcome is not None
+            self.outcomes[job.number] = job.outcome
+            self._run_ids[job.number] = job.run.run_id
+            if isinstance(job.outcome, Said):
+                job.outcome.then()
+        for number, found in adopted.items():
+            self._run_ids[number] = found.result() if found.exception() is None else None
+
+    def _result(self, number: int, searches: bool) -> Any:
+        outcome = self.outcomes[number]
+        if isinstance(outcome, WeightmillError):
+            return outcome if searches else None
+        values = metrics(outcome.document)
+        found = tuple(values[name] for name in self._specs[number].objective)
+        return found[0] if len(found) == 1 else found
+
+    def close(self) -> None:
+        self._recorder.close()
+
+    @property
+    def state(self) -> str:
+        done = sum(isinstance(outcome, Said) for outcome in self.outcomes.values())
+        return f"{done} of {len(self._names)} jobs are done"
+
+    # --- the end
+
+    def said(self) -> Said:
+        """The table, the front, and where to look further."""
+        candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
+        error = KL if any(KL in c.metrics for c in candidates) else ERROR
+        front = pareto(candidates, error)
+        page = self._page()
+        reads: list[RenderableType] = [
+            f"{read.source}: {tables.size(read.bytes_read)} of {tables.size(read.source_bytes)} read once for"
+            f" {read.jobs} job(s) in {read.wall_s:.2f} s"
+            + (f"; the kernel fetched {tables.size(read.disk_bytes)} from disks" if read.disk_bytes is not None else "")
+            for read in self._reads
+        ]
+        failed = [n for n, outcome in sorted(self.outcomes.items()) if isinstance(outcome, WeightmillError)]
+        if self._repeats:
+            reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
+        faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
+        text = Group(
+            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front, error), "",
+            differing_text(differing(candidates)), "", *reads, *faults, *([whole(page)] if page else []),
+        )  # fmt: skip
+        document = {
+            "status": "failed" if failed else "done",
+            "sweep": self.id,
+            "jobs": [self._document(number) for number in sorted(self._names)],
+            "error": error,
+            "pareto": front,
+            "candidates": [to_json(candidate) for candidate in candidates],
+            "passes": [asdict(read) for read in self._reads],
+            "compare": page,
+        }
+        return Said(document, text, self._status())
+
+    def _status(self) -> int:
+        """The worst of the jobs'."""
+        found = [
+            outcome.status if isinstance(outcome, Said) else WRONG if isinstance(outcome, BadSpec) else FAILED
+            for outcome in self.outcomes.values()
+        ]
+        return max(found, default=DONE)
+
+    def _candidate(self, number: int) -> Candidate:
+        outcome, output = self.outcomes[number], self._specs[number].output_path if number in self._specs else None
+        name = self._names[number] if output is None else output.name
+        run_id = self._run_ids.get(number)
+        if isinstance(outcome, Said):
+            return candidate_of(name, outcome.document, run_id, str(output))
+        return Candidate(name, "failed", {}, run_id, str(output), str(outcome).splitlines()[0])
+
+    def _document(self, number: int) -> dict[str, Any]:
+        outcome, about = self.outcomes[number], {"job": number, "varied": self._names[number]}
+        if isinstance(outcome, Said):
+            return {**outcome.document, "number": number, "varied": self._names[number]}
+        problems = list(outcome.problems) if isinstance(outcome, BadSpec) else [str(outcome)]
+        status = WRONG if isinstance(outcome, BadSpec) else FAILED
+        return {"status": "failed", "exit_status": status, "problems": problems, "number": number, **about}
+
+    def _page(self) -> str | None:
+        """Where MLflow compares the runs."""
+        ids = [run for _, run in sorted(self._run_ids.items()) if run is not None]
+        spec = next((s for s in self._specs.values() if s.tracking.kind == "mlflow"), None)
+        if not ids or spec is None:
+            return None
+        experiment = self._recorder.experiment_of(spec.tracking)
+        return compare_page(spec.tracking, Path(spec.output.root), ids, experiment, self.id)
+
+
+def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
+    """The key without which the job would be one, if its only fault is a key that its scheme does not know."""
+    match = UNKNOWN_KEY.match(problem)
+    if match is None or len(error.problems) > 1:
+        return None
+    *parents, leaf = match[1].split(".")
+    left = deepcopy(values)
+    holder = left
+    for parent in parents:
+        holder = holder[parent]
+    del holder[leaf]
+    try:
+        check(JobSpec, left)
+    except BadSpec:
+        return None
+    return match[1]

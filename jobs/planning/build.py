@@ -1,0 +1,145 @@
+"""From a source and its targets to a plan: units cut, placements made, every byte's place. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, islice
+
+from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
+from jobs.planning.targets import Target, TargetId, is_decoded, is_split, new_blocks_of
+from jobs.planning.warnings import warnings
+from jobs.spec.job import MB
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.errors import BadSpec
+from loaders.layouts import Assembling, Placed
+from loaders.layouts.gguf.layout import GgufLayout
+from loaders.layouts.gguf.tokenizer_files import tokenizer_files
+from loaders.rules.decide import decide
+from loaders.specs import OutputFile, Slot, StoredTensor
+from loaders.storage.local import FileTag
+from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.sources import recipes_of
+
+
+def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
+    """Plan a pass.
+
+    Raises:
+        BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
+    """
+    sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
+    new_blocks = new_blocks_of(targets)
+    if new_blocks:
+        sources = expand_sources(checkpoint, sources, new_blocks)
+        checkpoint = expand_checkpoint(checkpoint, new_blocks)
+    groups = cut_units(sources.recipes, unit_mb * MB)
+    plans: dict[TargetId, TargetPlan] = {}
+    outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
+    for target in targets:
+        engine_rules = None if target.mix is None else target.mix.rules(sources.recipes, checkpoint.config)
+        decisions = decide(sources.recipes, target.scheme, target.rules, engine_rules)
+        layout = target.layout
+        placed = {p.recipe.name: p for p in layout.place(checkpoint, decisions)}
+        shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
+        per_unit, assembly = _files(target, checkpoint, shares), None
+        counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
+        if isinstance(layout, Assembling):
+            assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
+            planned = list(assembly.files)
+        elif target.naming.split:
+            raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
+        left = iter(planned)
+        for index, (share, count) in enumerate(zip(shares, counts, strict=True)):
+            outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
+        config = layout.config(checkpoint, decisions, target.compute_dtype)
+        plans[target.id] = TargetPlan(
+            target,
+            decisions,
+            tuple(planned),
+            {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
+            config,
+            (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
+            assembly,
+            {} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
+        )
+    tags = {tag.name: tag for tag in checkpoint.files}
+    units = tuple(
+        Unit(f"unit-{index:05d}", _files_of(group, tags), tuple(group), output)
+        for index, (group, output) in enumerate(zip(groups, outputs, strict=True), 1)
+    )
+    return Plan(checkpoint, sources, units, plans)
+
+
+def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
+    """Runs of whole blocks of at most `unit_bytes` of source, or one block.
+
+    Recipes come sorted by block, or in the order of a GGUF, whose tensors need no partners.
+    """
+    units: list[list[Recipe]] = []
+    size = 0
+    for _, run in groupby(recipes, key=lambda recipe: recipe.block):
+        block = list(run)
+        block_bytes = sum(recipe.source_bytes for recipe in block)
+        if not units or size + block_bytes > unit_bytes:
+            units.append([])
+            size = 0
+        units[-1].extend(block)
+        size += block_bytes
+    return units
+
+
+def _files(
+    target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]
+) -> Sequence[tuple[OutputFile, ...]]:
+    """For each unit a file of what it writes, if anything, and those that its consumer wants apart.
+
+    Raises:
+        BadSpec: none has, or the container cannot hold what there is.
+    """
+    layout, container = target.layout, target.container
+    stored = [[tensor for placed in share for tensor in placed.stored.values()] for share in shares]
+    count = sum(any(tensor.place is None for tensor in tensors) for tensors in stored)
+    if not any(stored):
+        raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
+    number, files = 0, []
+    for share, tensors in zip(shares, stored, strict=True):
+        about, mine = layout.about(checkpoint, share), []
+        usual = [tensor for tensor in tensors if tensor.place is None]
+        if usual:
+            number += 1
+            mine.append(container.lay_out(layout.file or container.file_name(number, count), usual, about))
+        for name in dict.fromkeys(tensor.place[0] for tensor in tensors if tensor.place is not None):
+            apart = [tensor for tensor in tensors if tensor.place is not None and tensor.place[0] == name]
+            mine.append(container.lay_out(name, apart, about))
+        files.append(tuple(mine))
+    return files
+
+
+def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> UnitOutput:
+    places = {slot.name: slot for file in files for slot in file.slots}
+    placements = tuple(
+        Placement(
+            placed.recipe.name,
+            placed.action,
+            placed.scheme,
+            placed.cast,
+            {role: _slot(places[tensor.name], tensor) for role, tensor in placed.stored.items()},
+            {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
+            placed.order,
+        )
+        for placed in share
+    )
+    return UnitOutput(files, placements)
+
+
+def _slot(place: Slot, tensor: StoredTensor) -> Slot:
+    """A stored tensor's own place: its file's, or a part of that."""
+    if tensor.whole is None:
+        return place
+    name, at = f"{place.name}@{tensor.offset}", place.offset + tensor.offset
+    return Slot(name, tensor.spec.dtype, tensor.spec.shape, at, within=(place.name, tensor.offset))
+
+
+def _files_of(recipes: Iterable[Recipe], tags: Mapping[str, FileTag]) -> tuple[FileTag, ...]:
+    return tuple(sorted({tags[spec.file] for recipe in recipes for _, spec in recipe.stored}))

@@ -1,0 +1,159 @@
+"""Targets: what is wanted of a checkpoint, and what all those of one pass must agree on to share its recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.spec.job import JobSpec
+from loaders.backends import best
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers import CONTAINERS, Container
+from loaders.containers.packed import EXPERTS
+from loaders.errors import BadSpec
+from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Layout, Naming
+from loaders.layouts.hf import HfLayout
+from loaders.presets.settings import Bnb4Quant
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.rule import Mix, Rule
+from loaders.tensors.quantized_sources import check_decodable, is_quantized, method_of
+
+TargetId = str
+NAMELESS = Naming("model", None, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One wanted result."""
+
+    id: TargetId
+    scheme: Scheme
+    rules: tuple[Rule, ...] = ()
+    compute_dtype: str | None = None
+    mix: Mix | None = None
+    layout_name: str = "auto"
+    container_name: str = "auto"
+    naming: Naming = NAMELESS
+    new_blocks: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        """What its consumer expects: the one asked for, or that of the scheme's engine."""
+        return LAYOUTS[BY_ENGINE[self.scheme.engine] if self.layout_name == "auto" else self.layout_name]
+
+    @property
+    def container(self) -> Container:
+        """The kind of its weight files: the one asked for, or the layout's usual one.
+
+        Raises:
+            BadSpec: the layout's consumer does not read such files.
+        """
+        known = self.layout.containers
+        if self.container_name not in ("auto", *known):
+            raise BadSpec(
+                f"output.container: {self.container_name} is not read there; layout {self.layout.name} takes"
+                f" {' or '.join(known)}"
+            )
+        return CONTAINERS[known[0] if self.container_name == "auto" else self.container_name]
+
+
+def new_blocks_of(targets: Sequence[Target]) -> int:
+    """How many blocks all targets want to have more.
+
+    Raises:
+        BadSpec: they differ in it, and so have other tensors.
+    """
+    wanted = {target.new_blocks for target in targets}
+    if len(wanted) > 1:
+        raise BadSpec("transform: outputs with other numbers of blocks are different work: run them apart")
+    return next(iter(wanted), 0)
+
+
+def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
+    """Whether an already quantized source is decoded on the way in, rather than copied as it is stored.
+
+    Raises:
+        BadSpec: its quantization is not known, or some targets want it decoded and others copied.
+    """
+    if checkpoint.container == "gguf":
+        return _is_gguf_decoded(targets)
+    layouts = ("auto", "hf", "packed") if method_of(checkpoint) == "mlx" else ("auto", "hf")  # MLX's words stay words
+    copies = [target for target in targets if target.scheme == Plain() and target.layout_name in layouts]
+    if len(copies) == len(targets) or not is_quantized(checkpoint):
+        _check_copies(checkpoint, copies)
+        return False
+    if copies:
+        raise BadSpec(
+            "quant: the source is already quantized; quant=none copies it as it is stored, the others decode it: run"
+            " quant=none apart, or give it a quant.dtype"
+        )
+    check_decodable(checkpoint)
+    return True
+
+
+def _check_copies(checkpoint: Checkpoint, copies: Sequence[Target]) -> None:
+    """Raises BadSpec: quantized experts one by one are for packed checkpoints alone."""
+    is_apart = any(w.file.startswith(EXPERTS) and w.dtype.name == "U32" for w in checkpoint.weights)
+    if checkpoint.container == "packed" and is_apart and any(target.layout_name != "packed" for target in copies):
+        raise BadSpec(
+            "quant: quant=none copies words as they are stored, and no other engine reads quantized experts one by one;"
+            " give quant.dtype=bfloat16, a quant, or output=packed"
+        )
+
+
+def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
+    """Tensors of a GGUF keep names, types and order for another GGUF; for others they are those of transformers."""
+    kept = [target for target in targets if target.layout is LAYOUTS["gguf"]]
+    if kept and len(kept) < len(targets):
+        raise BadSpec("output.layout: from a GGUF, outputs as GGUF and others are different work: run them apart")
+    return not kept
+
+
+def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
+    """Whether stacks of experts are taken apart: not where the model's own class loads the output.
+
+    Raises:
+        BadSpec: some targets want them whole and others apart, and the checkpoint has some.
+    """
+    wanted = {not (t.scheme.engine in WHOLE_STACKS and isinstance(t.layout, HfLayout)) for t in targets}
+    stacks = checkpoint.family.stacks
+    if len(wanted) == 2 and any(stack.pattern.search(w.name) for stack in stacks for w in checkpoint.weights):
+        raise BadSpec(
+            "quant: the checkpoint stacks its experts; transformers wants them whole, the other engines asked for one"
+            " by one: run them apart"
+        )
+    return True in wanted
+
+
+TARGET = "target"  # a single job's
+
+
+def backend_of(spec: JobSpec) -> tuple[str, str]:
+    """The backend of a job, and why: of `auto`, this machine's fastest that the scheme runs on."""
+    kind = spec.backend.kind
+    if kind != "auto":
+        return kind, "as asked"
+    found, known = best(), spec.quant.scheme.backends
+    if found == "cpu":
+        return found, "this machine has no GPU that torch or mlx finds"
+    if found in known:
+        return found, "this machine has one"
+    return "cpu", f"quant={spec.quant.name} runs on {', '.join(known)}, not on this machine's {found}"
+
+
+def target_of(spec: JobSpec) -> Target:
+    """The result that a job wants.
+
+    Raises:
+        BadSpec: its scheme does not run on the backend.
+    """
+    scheme, backend = spec.quant.scheme, backend_of(spec)[0]
+    if backend not in scheme.backends:
+        raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
+    compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
+    naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
+    return Target(
+        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container,
+        naming, spec.transform.num_blocks or 0,
+    )  # fmt: skip

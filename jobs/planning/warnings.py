@@ -1,0 +1,68 @@
+"""What a plan says aloud before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.layouts import Layout, compressed_tensors
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.rule import Decision
+
+
+def warnings(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    decisions: Sequence[Decision],
+    config: Mapping[str, Any] | None,
+    layout: Layout,
+) -> list[str]:
+    """One line each, of what is odd or will surprise."""
+    if isinstance(scheme, Plain):
+        return []
+    said = []
+    quantized = [d for d in decisions if d.action == "quantize"]
+    if not quantized and layout.name != "gguf":
+        said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
+    experts = [d for d in decisions if d.recipe.role == "expert"]
+    kept = [d for d in experts if d.action != "quantize"]
+    if kept and layout.name != "gguf":
+        total = sum(d.recipe.source_bytes for d in decisions)
+        share = sum(d.recipe.source_bytes for d in kept) / total
+        said.append(
+            f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
+            f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
+            " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
+        )
+    if len(kept) < len(experts) and scheme.engine in ("bitsandbytes", "bitnet"):
+        said.append(
+            "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
+            " transformers 5 fuses experts and fails on such names with a size mismatch"
+        )
+    if quantized and scheme.engine == "bitsandbytes" and checkpoint.family.name == "llama4":
+        said.append(
+            "transformers 5.23 saves a Llama 4 quantized by bitsandbytes with these very tensors, and fails to load it"
+            " again (\"normal_kernel_cpu\" not implemented for 'Byte'): it fills quantized weights with random numbers"
+            " first; a later version may load this output, compressed-tensors (quant=fp8_dynamic) has no such fault"
+        )
+    odd = [d.recipe for d in quantized if scheme.kind == "bnb4" and d.recipe.shape[0] % CPU_ROWS]
+    if odd:
+        said.append(
+            f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"
+            " first): GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be"
+            " divisible by block_n); keep them by a rule if such a CPU is to run the output"
+        )
+    if scheme.engine == "compressed-tensors":
+        said += compressed_tensors.warnings(decisions)
+    if checkpoint.family.is_generic:
+        model_type = checkpoint.config.get("model_type", "none")
+        said.append(
+            f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
+            " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
+        )
+    if config is None and layout.name != "gguf":
+        said.append("the source has no config.json: the engine will need one with a quantization_config")
+    return said

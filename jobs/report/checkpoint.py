@@ -1,0 +1,80 @@
+"""What a checkpoint holds: as a document, and as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from jobs.report.tables import size, table
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.tensors.quantized_sources import method_of
+from loaders.tensors.sources import Sources
+
+
+def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, Any]:
+    """Its files and all its tensors, for machines."""
+    return {
+        "status": "done",
+        "path": str(checkpoint.root),
+        "container": checkpoint.container,
+        "model_type": checkpoint.config.get("model_type"),
+        "family": checkpoint.family.name,
+        "quantization": method_of(checkpoint),
+        "parameters": sum(r.spec.numel for r in sources.recipes if r.dtype.is_float),
+        "bytes": checkpoint.size,
+        "fingerprint": checkpoint.fingerprint,
+        "files": [{"name": tag.name, "bytes": tag.size} for tag in checkpoint.files],
+        "aux": list(checkpoint.aux),
+        "tied": [{"kept": kept, "tied": tied} for kept, tied in sources.tied],
+        "notes": [*checkpoint.notes, *sources.notes],
+        "tensors": [
+            {
+                "name": r.name,
+                "role": r.role,
+                "dtype": r.dtype.name,
+                "shape": list(r.shape),
+                "stored_as": r.decode.kind if r.decode else r.dtype.name,
+                "parameters": r.spec.numel,
+                "bytes": r.source_bytes,
+                "file": r.stored[0][1].file,
+                "group": r.group,
+            }
+            for r in sources.recipes
+        ],
+    }
+
+
+def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> RenderableType:
+    """A summary by role, or every tensor."""
+    head = (
+        f"{document['path']}\n{document['family']} family (model_type {document['model_type']}),"
+        f" {document['container']}, {len(document['files'])} file(s), {len(document['tensors'])} tensors,"
+        f" {document['parameters']:,} parameters, {size(document['bytes'])}"
+        + (f", quantized by {document['quantization']}" if document["quantization"] else "")
+    )
+    ties = [f"{pair['tied']} is tied to {pair['kept']}" for pair in document["tied"]]
+    aux = f"other files: {', '.join(document['aux']) or 'none'}"
+    shown = _every_tensor(document) if all_tensors else _by_role(document)
+    return Group(head, shown, *ties, aux, *document["notes"])
+
+
+def _every_tensor(document: Mapping[str, Any]) -> RenderableType:
+    shown = table("tensor", "role", "stored as", "dtype", "shape", "bytes", "file", right=("bytes",))
+    for row in document["tensors"]:
+        shape = "x".join(map(str, row["shape"]))
+        shown.add_row(row["name"], row["role"], row["stored_as"], row["dtype"], shape, f"{row['bytes']:,}", row["file"])
+    return shown
+
+
+def _by_role(document: Mapping[str, Any]) -> RenderableType:
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in document["tensors"]:
+        groups.setdefault((row["role"], row["stored_as"]), []).append(row)
+    counts = ("tensors", "parameters", "bytes")
+    shown = table("role", "stored as", *counts, right=counts)
+    for (role, kind), found in groups.items():
+        numel, count = sum(row["parameters"] for row in found), sum(row["bytes"] for row in found)
+        shown.add_row(role, kind, str(len(found)), f"{numel:,}", size(count))
+    return shown

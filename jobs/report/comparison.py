@@ -1,0 +1,193 @@
+"""Jobs side by side: the table, the Pareto front of size against error, and where their errors differ. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jobs.report.metrics import error_by_layer, metrics
+from loaders.stats import finite
+
+BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
+SHOWN_TENSORS = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A job that is compared: how it stands, and its numbers as far as there are any."""
+
+    name: str
+    status: str  # done, failed, killed, running, crashed
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    run_id: str | None = None
+    output: str | None = None
+    why: str = ""
+    layers: Mapping[int, float] = field(default_factory=dict)  # relative error
+    tensors: Mapping[str, float] = field(default_factory=dict)  # relative error
+
+    @property
+    def is_comparable(self) -> bool:
+        return self.status == "done" and BITS in self.metrics
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    metric: str
+    pattern: str
+    scale: float = 1.0
+    second: str = ""  # another metric in the same cell
+
+
+COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is a job's own, summed over threads
+    Column("bits a weight", BITS, "{:.3f}"),
+    Column("times smaller", "size/ratio", "{:.2f}"),
+    Column("MB", "size/output_bytes", "{:,.2f}", 1e-6),
+    Column("relative error", ERROR, "{:.5f}"),
+    Column("worst", "error/worst", "{:.5f}"),
+    Column("SQNR dB", "error/sqnr_db", "{:.2f}"),
+    Column("KL", "quality/kl", "{:.5f}"),
+    Column("95 %", "quality/kl_low", "{:.5f} to {:.5f}", second="quality/kl_high"),
+    Column("perplexity", "quality/perplexity", "{:.3f}"),
+    Column("x original's", "quality/perplexity_ratio", "{:.4f}"),
+    Column("top-1 %", "quality/top1", "{:.2f}", 100.0),
+    Column("pass s", "time/wall_s", "{:.2f}"),
+    Column("encoding s", "time/encode_s", "{:.2f}"),
+    Column("pass GB/s", "load/gigabytes_per_second", "{:.3f}"),
+    Column("pass peak MB", "load/peak_anonymous_bytes", "{:,.0f}", 1e-6),
+    Column("cost", "cost/estimate", "{:.4g}"),
+)
+
+
+def candidate_of(name: str, document: Mapping[str, Any], run_id: str | None = None, output: str = "") -> Candidate:
+    """A finished job, from its report."""
+    layers = {layer: e.relative_error for layer, e in error_by_layer(document).items()}
+    tensors = {t["name"]: t["relative_error"] for t in document["tensors"] if t["relative_error"] is not None}
+    return Candidate(name, "done", metrics(document), run_id, output, "", layers, tensors)
+
+
+def pareto(candidates: Sequence[Candidate], error: str = ERROR) -> list[str]:
+    """Names of those that no other beats in bits a weight and error at once, smallest first."""
+    comparable = sorted(
+        (c for c in candidates if c.is_comparable and error in c.metrics),
+        key=lambda c: (c.metrics[BITS], c.metrics[error]),
+    )
+    front: list[Candidate] = []
+    for each in comparable:
+        if not front or each.metrics[error] < front[-1].metrics[error]:
+            front.append(each)
+    return [each.name for each in front]
+
+
+def differing(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """The tensors whose relative errors lie furthest apart, by ratio of the greatest and the least that is not 0."""
+    rows = []
+    for name in dict.fromkeys(name for c in candidates for name in c.tensors):
+        errors = {c.name: c.tensors[name] for c in candidates if name in c.tensors}
+        changed = {who: error for who, error in errors.items() if error > 0}
+        if len(changed) > 1:
+            best, worst = min(changed, key=lambda w: changed[w]), max(changed, key=lambda w: changed[w])
+            ratio = changed[worst] / changed[best]
+            rows.append({"tensor": name, "ratio": ratio, "least": best, "most": worst, "errors": errors})
+    return sorted(rows, key=lambda row: (-row["ratio"], row["tensor"]))
+
+
+def columns_of(candidates: Sequence[Candidate]) -> list[Column]:
+    """Those for which some job has a number."""
+    return [column for column in COLUMNS if any(column.metric in c.metrics for c in candidates)]
+
+
+def cells(candidate: Candidate, columns: Sequence[Column]) -> list[str]:
+    found = [(c, [candidate.metrics.get(name) for name in (c.metric, c.second) if name]) for c in columns]
+    return [
+        c.pattern.format(*(v * c.scale for v in values if v is not None))
+        if all(v is not None and math.isfinite(v) for v in values)
+        else ""
+        for c, values in found
+    ]
+
+
+def table(candidates: Sequence[Candidate], front: Sequence[str]) -> RenderableType:
+    """For a terminal; a star marks the front."""
+    columns = columns_of(candidates)
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column("")
+    made.add_column("job", overflow="fold")
+    made.add_column("status", overflow="fold")
+    for column in columns:
+        made.add_column(column.title, justify="right")
+    for each in candidates:
+        style = "" if each.status == "done" else "yellow" if each.status == "running" else "red"
+        status = f"{each.status}: {each.why}" if each.why else each.status
+        made.add_row("*" if each.name in front else "", each.name, Text(status, style=style), *cells(each, columns))
+    return made
+
+
+def front_text(candidates: Sequence[Candidate], front: Sequence[str], error: str = ERROR) -> str:
+    """The front in a line each."""
+    by_name = {c.name: c.metrics for c in candidates if c.is_comparable}
+    rows = [f"  {by_name[n][BITS]:7.3f} bits  {error} {by_name[n][error]:.5f}  {n}" for n in front]
+    return "\n".join([f"Pareto front (*) of bits a weight against {error}, smallest first:", *rows])
+
+
+def differing_text(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The first few, for a terminal."""
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("tensors that differ most", "times", "least error", "", "most error", ""):
+        made.add_column(title, justify="right" if title == "times" else "left", overflow="fold")
+    for row in rows[:SHOWN_TENSORS]:
+        errors = row["errors"]
+        least, most = row["least"], row["most"]
+        made.add_row(row["tensor"], f"{row['ratio']:.2f}", f"{errors[least]:.5f}", least, f"{errors[most]:.5f}", most)
+    return made
+
+
+def whole(address: str) -> Text:
+    """An address as one line, however long, so that it can be clicked and pasted."""
+    return Text(address, no_wrap=True, overflow="ignore")
+
+
+def markdown(title: str, candidates: Sequence[Candidate], front: Sequence[str], error: str, picture: str | None) -> str:
+    """The whole comparison as a page."""
+    columns = columns_of(candidates)
+    lines = [f"# {title}", ""]
+    lines += ["|  | job | status | " + " | ".join(c.title for c in columns) + " |"]
+    lines += ["|--|-----|--------|" + "|".join("---:" for _ in columns) + "|"]
+    for each in candidates:
+        status = f"{each.status}: {each.why}" if each.why else each.status
+        said = [_cell(text) for text in ("*" if each.name in front else "", each.name, status, *cells(each, columns))]
+        lines.append("| " + " | ".join(said) + " |")
+    lines += ["", f"\\* on the Pareto front of bits a weight against {error}.", ""]
+    rows = differing(candidates)[:SHOWN_TENSORS]
+    if rows:
+        lines += ["| tensors that differ most | times | least error | most error |", "|--|--:|--|--|"]
+        for row in rows:
+            ends = [f"{row['errors'][row[end]]:.5f} {_cell(row[end])}" for end in ("least", "most")]
+            lines.append(f"| {_cell(row['tensor'])} | {row['ratio']:.2f} | {ends[0]} | {ends[1]} |")
+        lines.append("")
+    if picture is not None:
+        lines += [f"![error against size, and by layer]({picture})", ""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def to_json(candidate: Candidate) -> dict[str, Any]:
+    """For machines; tensors only as far as `differing` tells."""
+    return {
+        "name": candidate.name,
+        "status": candidate.status,
+        "why": candidate.why,
+        "run_id": candidate.run_id,
+        "output": candidate.output,
+        "metrics": {name: finite(value) for name, value in sorted(candidate.metrics.items())},
+        "error_by_layer": {str(layer): finite(value) for layer, value in candidate.layers.items()},
+    }

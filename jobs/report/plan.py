@@ -1,0 +1,149 @@
+"""A plan as a person reads it, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jobs.planning.plan import Plan, TargetPlan
+from jobs.report.document import source_document
+from jobs.report.tables import size, table, times
+from jobs.spec.job import JobSpec
+
+
+def plan_text(
+    spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence[str], *, all_tensors: bool
+) -> RenderableType:
+    """What would be done."""
+    checkpoint = plan.checkpoint
+    head = Table.grid(padding=(0, 2))
+    head.add_row("source", f"{checkpoint.root}")
+    head.add_row(
+        "",
+        f"{checkpoint.family.name} family, {checkpoint.container}, {len(checkpoint.files)} file(s),"
+        f" {len(plan.sources.recipes)} tensors, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
+    )
+    head.add_row("output", str(spec.output_path))
+    head.add_row(
+        "",
+        f"{spec.quant.name}, {len(target.finals)} file(s), {target.weight_bytes:,} bytes"
+        + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
+        + f": {times(plan.source_bytes / target.tensor_bytes)},"
+        f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
+    )
+    head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
+    for note in notes:
+        head.add_row("", note)
+    parts: list[RenderableType] = [head, _decision_table(target)]
+    if len(target.finals) > 1:
+        parts.append(_file_table(target))
+    if all_tensors:
+        parts.append(_tensor_table(target))
+    parts += [Text(f"note: {note}", style="cyan") for note in (*checkpoint.notes, *plan.sources.notes)]
+    parts += [
+        Text(f"note: {dropped} is tied to {kept}: written once", style="cyan") for kept, dropped in plan.sources.tied
+    ]
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in target.warnings]
+    return Group(*parts)
+
+
+def _decision_table(target: TargetPlan) -> Table:
+    shown = table("action", "tensors", "source", "output", "which", "why", right=("tensors", "source", "output"))
+    for row in decision_rows(target):
+        which = row["rule"] if row["own"] else f"{row['rule']}"
+        shown.add_row(
+            row["action"], str(row["tensors"]), size(row["source_bytes"]), size(row["output_bytes"]), which, row["why"]
+        )
+    return shown
+
+
+def decision_rows(target: TargetPlan) -> list[dict[str, Any]]:
+    """All rules that applied, in their order, and what each took."""
+    sizes = output_sizes(target)
+    rows: dict[int, dict[str, Any]] = {}
+    order = {id(rule): index for index, rule in enumerate(dict.fromkeys(d.rule for d in target.decisions))}
+    for decision in target.decisions:
+        row = rows.setdefault(
+            id(decision.rule),
+            {
+                "action": decision.action,
+                "rule": str(decision.rule),
+                "own": bool(decision.rule.label),
+                "why": decision.rule.why,
+                "tensors": 0,
+                "source_bytes": 0,
+                "output_bytes": 0,
+            },
+        )
+        row["tensors"] += 1
+        row["source_bytes"] += decision.recipe.source_bytes
+        row["output_bytes"] += sizes.get(decision.recipe.name, 0)
+    return [rows[key] for key in sorted(rows, key=lambda key: (rows[key]["action"] != "quantize", order.get(key, 0)))]
+
+
+def output_sizes(target: TargetPlan) -> dict[str, int]:
+    """Planned bytes by tensor."""
+    return {name: sum(slot.size for slot in slots) for name, slots in target.stored.items()}
+
+
+def _file_table(target: TargetPlan) -> Table:
+    shown = table("file", "bytes", "tensors", right=("bytes", "tensors"))
+    for file in target.finals:
+        shown.add_row(file.name, f"{file.size:,}", str(len(file.slots)))
+    return shown
+
+
+def _tensor_table(target: TargetPlan) -> Table:
+    shown = table("tensor", "role", "dtype", "shape", "action", "bytes", right=("bytes",))
+    sizes = output_sizes(target)
+    for d in target.decisions:
+        shape = "x".join(map(str, d.recipe.shape))
+        shown.add_row(
+            d.recipe.name, d.recipe.role, d.recipe.dtype.torch, shape, d.action, f"{sizes.get(d.recipe.name, 0):,}"
+        )
+    return shown
+
+
+def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence[str]) -> dict[str, Any]:
+    """The plan for machines."""
+    return {
+        "status": "planned",
+        "source": {**source_document(plan), "parameters": plan.parameters, "bytes": plan.source_bytes},
+        "output": {
+            "path": str(spec.output_path),
+            "quant": spec.quant.name,
+            "tensor_bytes": target.tensor_bytes,
+            "file_bytes": target.weight_bytes,
+            "slack_bytes": target.slack_bytes,
+            "ratio": plan.source_bytes / target.tensor_bytes,
+            "bits_per_weight": target.tensor_bytes * 8 / max(1, plan.parameters),
+            "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.slots)} for file in target.finals],
+        },
+        "rules": decision_rows(target),
+        "tensors": [
+            {
+                "name": d.recipe.name,
+                "role": d.recipe.role,
+                "action": d.action,
+                "why": d.rule.why,
+                "dtype": d.recipe.dtype.name,
+                "shape": list(d.recipe.shape),
+                "source_bytes": d.recipe.source_bytes,
+                "stored": [
+                    {"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape), "bytes": s.size}
+                    for s in target.stored.get(d.recipe.name, ())
+                ],
+            }
+            for d in target.decisions
+        ],
+        "units": [
+            {"id": unit.id, "source_bytes": unit.source_bytes, "tensors": len(unit.recipes)} for unit in plan.units
+        ],
+        "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
+        "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings],
+        "notes": list(notes),
+    }

@@ -1,0 +1,113 @@
+"""What a person reads at the end of a job: tables and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jobs.report.metrics import worst_rows
+from loaders.lint import Finding
+
+
+def size(count: float) -> str:
+    """1_234_567 -> "1.23 MB"."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def result_text(document: Mapping[str, Any]) -> RenderableType:
+    """What was done, from weightmill.json."""
+    run, total = document["run"], document["totals"]
+    changed = total["changed"]
+    shown = table("", "before", "after", "", right=("before", "after"))
+    shown.add_row("weights", size(total["source_bytes"]), size(total["output_bytes"]), times(total["ratio"]))
+    before = total["source_bytes"] * 8 / max(1, total["parameters"])
+    shown.add_row(
+        "bits a weight", f"{before:.2f}", f"{total['bits_per_weight']:.2f}", f"{total['parameters']:,} parameters"
+    )
+    parts: list[RenderableType] = [shown]
+    if changed:
+        parts.append(
+            Text(
+                f"{changed['tensors']} tensors changed: relative error {changed['relative_error']:.5f}"
+                + (f" (SQNR {changed['sqnr_db']:.2f} dB)" if changed["sqnr_db"] is not None else "")
+                + f", cosine {changed['cosine']:.6f}; {total['tensors'] - changed['tensors']} copied bit by bit"
+            )
+        )
+        worst = table(
+            "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
+        )
+        rows = worst_rows(document)
+        for row in rows:
+            sqnr = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
+            error = "inf" if row["relative_error"] is None else f"{row['relative_error']:.5f}"
+            worst.add_row(row["name"], error, sqnr, f"{row['max_error']:.4g}")
+        parts += [worst] if rows else []
+    speed = table(
+        "seconds",
+        "GB/s",
+        "of threads: read",
+        "encode",
+        "measure",
+        "write",
+        "peak memory, with libraries",
+        "units",
+        right=("seconds", "GB/s"),
+    )
+    speed.add_row(
+        f"{run['wall_s']:.2f}", f"{run['throughput_gbps']:.2f}",
+        *(f"{run[f'{phase}_s']:.2f}" for phase in ("read", "encode", "measure", "write")),
+        size(run["peak_anonymous_bytes"]), f"{run['units']} ({run['units_resumed']} done before)",
+    )  # fmt: skip
+    parts += [speed, *([quality_text(document["quality"])] if "quality" in document else [])]
+    return Group(*parts)
+
+
+def quality_text(quality: Mapping[str, Any]) -> RenderableType:
+    """What an output computes, against its original."""
+    shown = table(f"over {quality['tokens']:,} tokens of {quality['text']}", " ", "95 %", "", right=(" ",))
+    spread = f"99 % of tokens below {quality['kl_p99']:.4f}, none above {quality['kl_max']:.4f}"
+    shown.add_row("KL(original || output), nats a token", f"{quality['kl']:.5f}", _interval(quality, "kl"), spread)
+    shown.add_row(
+        "perplexity, times the original's",
+        f"{quality['perplexity_ratio']:.5f}",
+        _interval(quality, "perplexity_ratio"),
+        f"{quality['perplexity']:.4f}, the original's {quality['perplexity_original']:.4f}",
+    )
+    seconds = f"{quality['seconds']:.1f} s, the original {quality['reference_seconds']:.1f} s"
+    shown.add_row("same token most likely", f"{quality['top1']:.2%}", "", f"in {quality['engine']}; {seconds}")
+    return shown
+
+
+def _interval(quality: Mapping[str, Any], name: str) -> str:
+    return f"{quality[f'{name}_low']:.5f} to {quality[f'{name}_high']:.5f}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f} times smaller" if ratio >= 1 or not ratio else f"{1 / ratio:.2f} times larger"
+
+
+def findings_text(found: Sequence[Finding]) -> RenderableType:
+    """Findings for people: what, where it matters, what to do."""
+    if not found:
+        return Text("no findings: nothing was found that its engine would stumble over", style="green")
+    shown = table("", "what", "what will happen", "what to do")
+    for finding in found:
+        style = "red" if finding.level == "fault" else "yellow"
+        shown.add_row(
+            Text(finding.level, style=style), finding.what, f"{finding.engine}: {finding.happens}", finding.remedy
+        )
+    return shown

@@ -1,0 +1,304 @@
+"""What a job is: a frozen tree of checked values. Whoever holds a `JobSpec` need not check it again.
+
+The names are those of conf/; every field's description is shown by `--help`. Paths are absolute here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from jobs.spec.base import FloatName, Format, Spec
+from jobs.spec.strategy import StrategySpec
+from loaders.architectures.families import ROLES
+from loaders.dtypes import DTYPES
+from loaders.presets.auto import QuantSpec
+from loaders.presets.settings import Quant
+from loaders.rules.rule import Rule
+
+MB = 1_000_000
+OBJECTIVES = (
+    "error/relative", "error/worst", "error/max", "size/bits_per_weight", "size/output_bytes", "time/wall_s",
+    "load/gigabytes_per_second", "load/peak_anonymous_bytes",
+    "quality/kl", "quality/perplexity", "quality/perplexity_ratio", "quality/top1",
+)  # fmt: skip
+STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
+
+
+class ModelSpec(Spec):
+    """conf/model: where the checkpoint is."""
+
+    name: str | None = Field(description="names the output; the folder's name by default")
+    path: str | None = Field(description="the folder of the checkpoint")
+    hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
+    revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[\w.\-]+", name):
+            raise ValueError("letters, digits, '.', '_' and '-' only: it becomes a folder's name")
+        return name
+
+
+class SourceSpec(Spec):
+    """conf/source: how it is read and cut."""
+
+    container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
+        description="which weight files to read"
+    )
+    unit_mb: float = Field(
+        gt=0,
+        description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
+    )
+
+
+class TransformSpec(Spec):
+    """conf/transform: how the model itself changes on the way."""
+
+    kind: Literal["none", "block_expansion"] = "none"
+    num_blocks: int | None = Field(
+        default=None, ge=1, description="block_expansion: new decoder blocks, a divisor of those there are"
+    )
+
+    @model_validator(mode="after")
+    def _blocks_belong_to_expansion(self) -> TransformSpec:
+        if (self.kind == "block_expansion") != (self.num_blocks is not None):
+            raise ValueError("num_blocks belongs to block_expansion, which needs it")
+        return self
+
+
+class RuleSpec(Spec):
+    """One of `rules`: all conditions given must hold; the first rule that matches a tensor decides."""
+
+    action: Literal["quantize", "keep", "cast", "drop"]
+    name: str | None = Field(default=None, description="a regular expression, searched in the tensor's name")
+    shape: tuple[int | None, ...] | None = Field(default=None, description="one entry a dimension, null for any")
+    dtype: str | None = Field(default=None, description="a dtype such as bfloat16")
+    role: str | None = Field(default=None, description=f"one of {', '.join(ROLES)}")
+    cast_to: FloatName | None = Field(default=None, description="with action cast: the new dtype")
+    quant: dict[str, Any] | None = Field(
+        default=None, description="with action quantize: settings of quant that differ for these tensors"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_pattern(cls, name: str | None) -> str | None:
+        try:
+            re.compile(name or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return name
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype_is_known(cls, dtype: str | None) -> str | None:
+        if dtype is not None and not any(dtype in (d.name, d.torch) for d in DTYPES.values()):
+            raise ValueError(f"unknown dtype; known: {', '.join(d.torch for d in DTYPES.values())}")
+        return dtype
+
+    @field_validator("role")
+    @classmethod
+    def _role_is_known(cls, role: str | None) -> str | None:
+        if role is not None and role not in ROLES:
+            raise ValueError(f"unknown role; known: {', '.join(ROLES)}")
+        return role
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> RuleSpec:
+        if self.name is None and self.shape is None and self.dtype is None and self.role is None:
+            raise ValueError("expected at least one of name, shape, dtype, role: this would match everything")
+        if self.action == "cast" and self.cast_to is None:
+            raise ValueError("cast_to is missing: action cast needs the new dtype")
+        if self.action != "cast" and self.cast_to is not None:
+            raise ValueError("cast_to belongs to action cast, and to no other")
+        if self.quant is not None and self.action != "quantize":
+            raise ValueError("quant belongs to action quantize, and to no other")
+        return self
+
+    def rule(self, label: str, quant: Quant) -> Rule:
+        dtype = next((d.name for d in DTYPES.values() if self.dtype in (d.name, d.torch)), None)
+        cast_to = next((d.name for d in DTYPES.values() if d.torch == self.cast_to), None)
+        return Rule(
+            self.action,
+            "your rule",
+            name=self.name,
+            shape=self.shape,
+            dtype=None if dtype is None else (dtype,),
+            role=None if self.role is None else (self.role,),
+            cast_to=cast_to,
+            label=label,
+            scheme=None if self.quant is None else quant.varied(self.quant),
+        )
+
+
+class OutputSpec(Spec):
+    """conf/output: what is written, and where."""
+
+    root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
+    path: str | None = Field(description="the output's folder; root / model-quant by default")
+    layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
+        description="names and config of which consumer; auto: the scheme's engine"
+    )
+    container: Literal["auto", "safetensors", "pytorch", "gguf", "packed"] = Field(
+        description="the kind of weight files; auto: the layout's usual one"
+    )
+    split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
+    overwrite: bool = Field(
+        description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
+    )
+    suffix: str = Field(default="", description="added to the default name; a sweep sets it")
+
+
+class BackendSpec(Spec):
+    """conf/backend: where encoders run."""
+
+    kind: Literal["auto", "cpu", "cuda", "mps", "mlx"]
+
+
+class ClusterSpec(Spec):
+    """conf/cluster: where units run."""
+
+    kind: Literal["auto", "local", "ray"]
+    address: str | None = Field(default=None, description="the Ray cluster to join; null starts one here")
+    threads: int | None = Field(default=None, ge=1, description="threads a unit; by default what the CPUs suggest")
+    units_at_once: int | None = Field(
+        default=None, ge=1, description="units in flight; by default what the CPUs suggest"
+    )
+    ship_code: bool = Field(default=True, description="send weightmill to a joined cluster's workers")
+
+
+class TrackingSpec(Spec):
+    """conf/tracking: where the numbers go."""
+
+    kind: Literal["mlflow", "none"]
+    uri: str | None = Field(default=None, description="a tracking server or database; sqlite in output.root by default")
+    experiment: str = Field(default="weightmill", description="the MLflow experiment")
+    price_per_hour: float | None = Field(default=None, ge=0, description="of a machine: for the estimate of the cost")
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_is_a_store(cls, uri: str | None) -> str | None:
+        if uri is not None and not STORE.match(uri):
+            raise ValueError("expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db")
+        return uri
+
+
+class WeightsGate(Spec):
+    """What holds for every tensor."""
+
+    allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
+    max_relative_error: float | None = Field(
+        gt=0, description="fail above sqrt(sum e^2 / sum x^2) of any tensor; never above the scheme's own limit"
+    )
+
+
+class StrictSpec(WeightsGate):
+    """conf/verify/strict: the weights."""
+
+    kind: Literal["strict"] = "strict"
+
+
+class LogitsSpec(WeightsGate):
+    """conf/verify/logits: the weights, and what the output computes in its engine."""
+
+    kind: Literal["logits"]
+    text: str | None = Field(description="logits: a file of UTF-8 text to predict; null: one that comes along")
+    tokens: int = Field(ge=32, description="logits: how many tokens of the text to take, at most")
+    window: int = Field(ge=16, description="logits: tokens that are seen at once; no more than the model's positions")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        description="logits: where original and output run; auto: on a GPU, where the engine can use one"
+    )
+    dtype: FloatName = Field(
+        description="logits: of float arithmetic; below float32 its own rounding is measured along with the weights'"
+    )
+    max_kl: float | None = Field(gt=0, description="logits: fail above this mean KL(original || output), nats a token")
+    max_perplexity_ratio: float | None = Field(
+        gt=0, description="logits: fail if the output's perplexity is more than so many times the original's"
+    )
+    min_top1: float | None = Field(
+        gt=0, le=1, description="logits: fail if both find the same token most likely for less than this share"
+    )
+
+    @field_validator("window")
+    @classmethod
+    def _there_are_two(cls, window: int, about: ValidationInfo) -> int:
+        if window > about.data.get("tokens", 2 * window) // 2:
+            raise ValueError(f"expected at most half of verify.tokens={about.data['tokens']}: an interval takes two")
+        return window
+
+
+VerifySpec = Annotated[StrictSpec | LogitsSpec, Field(discriminator="kind")]
+
+
+class JobSpec(Spec):
+    """A whole job."""
+
+    model: ModelSpec
+    source: SourceSpec
+    transform: TransformSpec = Field(default=TransformSpec())
+    quant: QuantSpec
+    rules: tuple[RuleSpec, ...] = Field(description="what becomes of which tensors, before the engine's own rules")
+    output: OutputSpec
+    strategy: StrategySpec
+    backend: BackendSpec
+    cluster: ClusterSpec
+    tracking: TrackingSpec
+    verify: VerifySpec
+    objective: tuple[str, ...] = Field(
+        default=("error/relative",),
+        description="metrics that a job returns to Hydra's sweeper, for it to search by",
+    )
+    format: Format = Field(description="text for people; json: one document on standard output")
+
+    @field_validator("objective")
+    @classmethod
+    def _objectives_are_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in OBJECTIVES:
+                raise ValueError(f"expected some of {', '.join(OBJECTIVES)}")
+        return names
+
+    @model_validator(mode="after")
+    def _objectives_are_measured(self) -> JobSpec:
+        for name in self.objective:
+            if name.startswith("quality/") and self.verify.kind != "logits":
+                raise ValueError(f"objective: {name} is measured with verify=logits")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_fit_the_quant(self) -> JobSpec:
+        for index, rule in enumerate(self.rules):
+            try:
+                rule.rule("", self.quant)
+            except ValidationError as error:
+                faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+                raise ValueError(f"rules[{index}].quant: {'; '.join(faults)}") from None
+        return self
+
+    @property
+    def source_path(self) -> Path:
+        assert self.model.path is not None
+        return Path(self.model.path)
+
+    @property
+    def model_name(self) -> str:
+        return self.model.name or self.source_path.name
+
+    @property
+    def output_path(self) -> Path:
+        if self.output.path is not None:
+            return Path(self.output.path)
+        grown = f"-plus{self.transform.num_blocks}" if self.transform.num_blocks else ""
+        return Path(self.output.root) / f"{self.model_name}{grown}-{self.quant.name}{self.output.suffix}"
+
+    @property
+    def own_rules(self) -> tuple[Rule, ...]:
+        return tuple(rule.rule(f"rules[{index}]", self.quant) for index, rule in enumerate(self.rules))
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, for records and tracking."""
+        return self.model_dump(mode="json")

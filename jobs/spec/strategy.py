@@ -1,0 +1,88 @@
+"""What can be asked of a strategy: one model for each `kind` in conf/strategy, and the loader it stands for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.spec.base import Spec
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.errors import BadSpec
+from loaders.strategies import WeightLoader, auto, loader
+from loaders.strategies.streaming import LEAST_MB
+
+
+class Strategy(Spec):
+    """What all of conf/strategy have in common; those without settings are just their kind."""
+
+    @property
+    def loader(self) -> WeightLoader:
+        """Its loader.
+
+        Raises:
+            BadSpec: it needs a library that is not installed.
+        """
+        settings = self.model_dump()
+        return loader(settings.pop("kind"), **settings)
+
+
+class PlainStrategy(Strategy):
+    kind: Literal["auto", "lazy", "eager", "read", "full", "unified_memory"]
+
+
+class MultiThreadStrategy(Strategy):
+    kind: Literal["multithread"]
+    max_workers: int | None = Field(ge=1, description="threads at most; null: what CPUs and storage suggest")
+    adaptive_workers: bool = Field(description="begin with two, and measure whether more are faster")
+    min_file_size_per_worker: float = Field(gt=0, description="megabytes (1e6 bytes) a thread has to read, at least")
+
+
+class StreamingStrategy(Strategy):
+    kind: Literal["streaming"]
+    memory_budget_mb: float = Field(ge=LEAST_MB, description="megabytes (1e6 bytes) in use and on their way")
+    prefetch_count: int = Field(ge=0, description="batches fetched ahead of the one in use")
+    priority_weights: tuple[str, ...] = Field(description="names, parts of names or patterns that come first")
+
+
+class FastSafetensorsStrategy(Strategy):
+    kind: Literal["fastsafetensors"]
+    gds: bool | None = Field(
+        description="GPU direct storage: null uses it where it is, true fails without, false does not"
+    )
+
+
+class RunaiStrategy(Strategy):
+    kind: Literal["runai"]
+    batch_mb: float = Field(gt=0, description="megabytes (1e6 bytes) asked for at once")
+
+
+class LowMemoryStrategy(Strategy):
+    kind: Literal["low_memory"]
+    rank: int | None = Field(ge=0, description="which process this is; null: torch.distributed's, or RANK")
+
+
+StrategySpec = Annotated[
+    PlainStrategy
+    | MultiThreadStrategy
+    | StreamingStrategy
+    | FastSafetensorsStrategy
+    | RunaiStrategy
+    | LowMemoryStrategy,
+    Field(discriminator="kind"),
+]
+
+
+def reading(spec: StrategySpec, checkpoint: Checkpoint) -> tuple[WeightLoader, str]:
+    """The loader that a job reads its source with, and why.
+
+    Raises:
+        BadSpec: the strategy does not serve jobs.
+    """
+    if spec.kind == "auto":
+        name, why = auto.choose(checkpoint.root, [tag.name for tag in checkpoint.files])
+        return loader(name), why
+    made = spec.loader
+    if made.not_for_jobs:
+        raise BadSpec(f"strategy: {spec.kind} does not serve jobs: {made.not_for_jobs}")
+    return made, "as asked"

@@ -1,0 +1,113 @@
+"""A job's run in MLflow: its parameters, tags, metrics, files."""
+
+from __future__ import annotations
+
+import getpass
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jobs.mixed_precision.allocation import mix_document
+from jobs.output.journal import Journal
+from jobs.planning.plan import TargetPlan
+from jobs.report.document import versions
+from jobs.report.metrics import error_by_layer, metrics, table_columns
+from jobs.report.plots import plots
+from jobs.spec.job import JobSpec
+from jobs.tracking.run import SWEEP, Recorder, Run, open_run
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.places import ROOT
+from loaders.presets.auto import AutoQuant
+from loaders.storage.hashes import text_digest
+
+CHOSEN = "quant.chosen."  # every tensor by name: it is an artifact, not a parameter
+
+
+def open_job_run(
+    spec: JobSpec, journal: Journal, fingerprint: str, recorder: Recorder | None, *, sweep: str | None, number: int
+) -> Run:
+    """The run of a job: begun, or gone on with where an interrupted attempt left one of the same key.
+
+    Raises:
+        StorageError: the tracking store cannot be reached or written.
+    """
+    params = {k: v for k, v in flat(spec.resolved()) if v is not None and not k.startswith(CHOSEN)}
+    tags = {
+        "weightmill.kind": "job",
+        "weightmill.source": fingerprint,
+        "weightmill.output": str(journal.output),
+        "weightmill.git_commit": _git_commit(),
+        **_shown_by_mlflow(),
+        **{f"weightmill.version.{name}": version for name, version in versions().items()},
+        **sweep_tags(sweep, number),
+    }
+    root, name = Path(spec.output.root), spec.output_path.name
+    return open_run(spec.tracking, root, name, params, tags, run_key(journal), recorder)
+
+
+def run_key(journal: Journal) -> str:
+    """Names the job in MLflow: one output of one plan."""
+    return text_digest(f"{journal.key} {journal.output}")
+
+
+def track_job(
+    run: Run, spec: JobSpec, target: TargetPlan, output: Path, document: Mapping[str, Any], plan: Mapping[str, Any]
+) -> None:
+    """Log a finished job's report, and the plan it followed."""
+    run.describe(_description(spec, output, document))
+    run.metrics(metrics(document))
+    run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(document).items()])
+    run.table("tensors.json", table_columns(document))
+    run.document("plan.json", plan)
+    run.document(OUR_REPORT, document)
+    if isinstance(spec.quant, AutoQuant):
+        run.document("mix.json", mix_document(spec.quant, target.decisions))
+    run.figures(lambda folder: plots(document, folder))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"quant": {"group_size": 64}} -> ("quant.group_size", 64)."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def sweep_tags(sweep: str | None, number: int) -> dict[str, str]:
+    """What tells of a run that it belongs to a sweep."""
+    return {} if sweep is None else {SWEEP: sweep, f"{SWEEP}.job": str(number)}
+
+
+@cache
+def _shown_by_mlflow() -> dict[str, str]:
+    """Tags from which its pages tell who made a run, and with what."""
+    found = {"mlflow.source.name": "python -m jobs.run", "mlflow.source.type": "LOCAL"}
+    if _git_commit() != "none":
+        found["mlflow.source.git.commit"] = _git_commit()
+    with suppress(KeyError, OSError):  # a user without a name, as in many containers
+        found["mlflow.user"] = getpass.getuser()
+    return found
+
+
+@cache
+def _git_commit() -> str:
+    """The commit of this checkout of weightmill, or "none" for an installed one."""
+    if not (ROOT / ".git").exists():
+        return "none"
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "none"
+
+
+def _description(spec: JobSpec, output: Path, document: Mapping[str, Any]) -> str:
+    """What came of the job, in a few words of Markdown."""
+    total = document["totals"]
+    error = (total["changed"] or {}).get("relative_error", 0.0)
+    return (
+        f"**{spec.model_name} to {spec.quant.name}**: {total['bits_per_weight']:.3f} bits a weight,"
+        f" {total['ratio']:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{output}`\n\n"
+        "Error by layer: Model metrics, `layer/relative_error`. Every tensor: Artifacts, `tensors.json`."
+    )

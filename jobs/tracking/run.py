@@ -1,0 +1,401 @@
+"""One MLflow run a job. The only file that imports mlflow, and only when tracking is asked for.
+
+The driver alone talks to MLflow. A new sqlite store is made under a lock, once: two processes that make one at the
+same time leave it broken for good. Runs are opened and closed by the client itself, so that a job that failed or was
+stopped says so; the module-level API would close it as finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from filelock import FileLock
+
+from jobs.spec.addresses import check_reachable
+from jobs.spec.job import TrackingSpec
+from loaders.errors import StorageError
+
+LOCK_S = 120
+LONGEST_PARAM = 6000
+METRICS_AT_ONCE = 1000
+PARAMS_AT_ONCE = 100
+BEAT_S = 30.0
+COMPARED = 20  # runs that a compare page can show side by side; more are listed
+# MLflow 3 shows experiments and runs as those of language-model traces unless it is told otherwise
+TRAINING = "workflowType=machine_learning"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+HOST, PID, HEARTBEAT, SWEEP = "weightmill.host", "weightmill.pid", "weightmill.heartbeat", "weightmill.sweep"
+
+
+class Run(Protocol):
+    """Where a job's numbers go."""
+
+    is_tracked: bool
+
+    @property
+    def address(self) -> str | None:
+        """Where to find it."""
+        ...
+
+    @property
+    def run_id(self) -> str | None: ...
+
+    def check(self) -> None:
+        """Raises StorageError when the store turned out not to be usable."""
+        ...
+
+    def metrics(self, values: Mapping[str, float]) -> None: ...
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
+        """One metric with a value for each step."""
+        ...
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
+        """Files that `draw` makes in a folder, as artifacts."""
+        ...
+
+    def document(self, name: str, value: Any) -> None:
+        """A JSON artifact."""
+        ...
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
+
+    def describe(self, text: str) -> None:
+        """What the run's page says first, in Markdown."""
+        ...
+
+    def end(self, status: str) -> None:
+        """End as FINISHED, FAILED or KILLED, when all before is logged."""
+        ...
+
+    def close(self, status: str | None = None) -> None:
+        """End, unless `end` did, and wait until all is logged."""
+        ...
+
+
+class NoRun:
+    """tracking=none."""
+
+    is_tracked = False
+    address = None
+    run_id = None
+
+    def check(self) -> None: ...
+
+    def metrics(self, values: Mapping[str, float]) -> None: ...
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None: ...
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None: ...
+
+    def document(self, name: str, value: Any) -> None: ...
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
+
+    def describe(self, text: str) -> None: ...
+
+    def end(self, status: str) -> None: ...
+
+    def close(self, status: str | None = None) -> None: ...
+
+
+class Recorder:
+    """The one thread of a process that talks to MLflow, for all its runs: their stores, and a sign of life of each."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._stores: dict[tuple[str, str], tuple[Any, str]] = {}
+        self._alive: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._beats: threading.Thread | None = None
+
+    def store(self, spec: TrackingSpec, root: Path) -> tuple[Any, str, str]:
+        """The client, the address and the experiment's id; made once."""
+        uri = spec.uri or default_uri(root)
+        if (uri, spec.experiment) not in self._stores:
+            with _store_lock(uri):
+                client = mlflow_client(uri)
+                self._stores[uri, spec.experiment] = client, _experiment(client, spec.experiment, uri, root)
+        client, experiment = self._stores[uri, spec.experiment]
+        return client, uri, experiment
+
+    def experiment_of(self, spec: TrackingSpec) -> str:
+        """The id of an experiment that was used, or "0"."""
+        return next((found for (_, name), (_, found) in self._stores.items() if name == spec.experiment), "0")
+
+    def live(self, run: str, client: Any) -> None:
+        self._alive[run] = client
+        if self._beats is None:
+            self._beats = threading.Thread(target=self._beat, name="mlflow-heartbeat", daemon=True)
+            self._beats.start()
+
+    def ended(self, run: str) -> None:
+        self._alive.pop(run, None)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            for run, client in list(self._alive.items()):
+                with suppress(Exception):
+                    client.set_tag(run, HEARTBEAT, str(int(time.time())))
+
+    def adopt(self, spec: TrackingSpec, root: Path, key: str, tags: Mapping[str, str]) -> Future[str | None]:
+        """Give the finished run of a key more tags; gives its id."""
+
+        def call() -> str | None:
+            client, _, experiment = self.store(spec, root)
+            found = client.search_runs([experiment], f"tags.`weightmill.key` = '{key}'", max_results=1)
+            for name, value in tags.items() if found else ():
+                client.set_tag(found[0].info.run_id, name, value)
+            return str(found[0].info.run_id) if found else None
+
+        return self.pool.submit(call)
+
+    def close(self) -> None:
+        self._stop.set()
+        self.pool.shutdown(wait=True)
+
+
+def open_run(
+    spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
+    recorder: Recorder | None = None,
+) -> Run:  # fmt: skip
+    """Begin a run, or go on with the one of the same key that a stopped job left. Returns at once: mlflow
+    is slow to import and its first store slow to make, so that happens beside the job; errors come out when it is
+    closed. Whoever gives a key sees to it that no two processes work under it at once.
+    """
+    if spec.kind == "none":
+        return NoRun()
+    if spec.uri is not None and spec.uri.startswith("http"):
+        check_reachable("tracking.uri", spec.uri, "tracking=none runs without")
+    return BackgroundRun(spec, root, name, params, tags, key, recorder)
+
+
+class BackgroundRun:
+    """Hands everything, in order, to the one thread that talks to MLflow."""
+
+    is_tracked = True
+
+    def __init__(
+        self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
+        recorder: Recorder | None,
+    ) -> None:  # fmt: skip
+        self._own = Recorder() if recorder is None else None
+        self._recorder = recorder or self._own or Recorder()
+        self._errors: list[BaseException] = []
+        self._last: Future[None] | None = None
+        began = time.time()
+        self._opened: Future[MlflowRun] = self._recorder.pool.submit(
+            MlflowRun, self._recorder, spec, root, name, params, tags, key, began
+        )
+
+    def check(self) -> None:
+        if self._opened.done() and (failed := self._opened.exception()) is not None:
+            raise StorageError(f"tracking.uri: cannot be used ({first_line(failed)}); tracking=none runs without")
+
+    def _later(self, method: str, *arguments: Any) -> None:
+        def call() -> None:
+            if self._opened.exception() is None and not self._errors:
+                try:
+                    getattr(self._opened.result(), method)(*arguments)
+                except Exception as error:  # whatever a store may raise: it must not end the job
+                    self._errors.append(error)
+
+        self._last = self._recorder.pool.submit(call)
+
+    @property
+    def address(self) -> str | None:
+        return self._opened.result().address if self._opened.exception() is None else None
+
+    @property
+    def run_id(self) -> str | None:
+        return self._opened.result().run_id if self._opened.exception() is None else None
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self._later("metrics", dict(values))
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
+        self._later("series", name, list(values))
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
+        self._later("figures", draw)
+
+    def document(self, name: str, value: Any) -> None:
+        self._later("document", name, value)
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._later("table", name, columns)
+
+    def describe(self, text: str) -> None:
+        self._later("describe", text)
+
+    def end(self, status: str) -> None:
+        self._later("close", status)
+
+    def close(self, status: str | None = None) -> None:
+        """Raises StorageError when something could not be logged."""
+        if status is not None:
+            self.end(status)
+        if self._last is not None:
+            self._last.result()
+        if self._own is not None:
+            self._own.close()
+        failed = self._opened.exception() or (self._errors[0] if self._errors else None)
+        if failed is not None:
+            raise StorageError(f"tracking: not everything was logged: {first_line(failed)}") from failed
+
+
+class MlflowRun:
+    """One run, through the client. Made and used on one thread."""
+
+    def __init__(
+        self, recorder: Recorder, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any],
+        tags: Mapping[str, str], key: str, began: float,
+    ) -> None:  # fmt: skip
+        self._began = began
+        self._recorder = recorder
+        self._client, self._uri, self._experiment = recorder.store(spec, root)
+        self._run = self._find(key, tags) or self._new(name, {**tags, "weightmill.key": key})
+        self.run_id = self._run
+        page = f"{self._uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
+        self.address = page if self._uri.startswith("http") else f"{self._uri} run {self._run}"
+        self._log_params(params)
+        recorder.live(self._run, self._client)
+
+    def _find(self, key: str, tags: Mapping[str, str]) -> str | None:
+        """A run of this job that did not end: its process was killed."""
+        found = self._client.search_runs(
+            [self._experiment],
+            f"tags.`weightmill.key` = '{key}' and attributes.status != 'FINISHED' and attributes.status != 'FAILED'",
+            max_results=1,
+        )
+        if not found:
+            return None
+        run_id: str = found[0].info.run_id
+        self._client.update_run(run_id, status="RUNNING")
+        for name, value in {**tags, **here(), "weightmill.resumed": "true"}.items():
+            self._client.set_tag(run_id, name, value)
+        return run_id
+
+    def _new(self, name: str, tags: Mapping[str, str]) -> str:
+        run = self._client.create_run(
+            self._experiment, run_name=name, tags={**tags, **here()}, start_time=int(self._began * 1000)
+        )
+        return str(run.info.run_id)
+
+    def _log_params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self._run).data.params
+        logged = [Param(k, str(v)[:LONGEST_PARAM]) for k, v in params.items() if k not in known]
+        for start in range(0, len(logged), PARAMS_AT_ONCE):
+            self._client.log_batch(self._run, params=logged[start : start + PARAMS_AT_ONCE])
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self._log([(name, value, 0) for name, value in values.items()])
+
+    def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
+        self._log([(name, value, step) for step, value in values])
+
+    def _log(self, points: Sequence[tuple[str, float, int]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for name, value, step in points]
+        for start in range(0, len(metrics), METRICS_AT_ONCE):
+            self._client.log_batch(self._run, metrics=metrics[start : start + METRICS_AT_ONCE])
+
+    def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in draw(Path(folder)):
+                self._client.log_artifact(self._run, str(path))
+
+    def document(self, name: str, value: Any) -> None:
+        self._client.log_dict(self._run, value, name)
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        rows = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
+        self._client.log_dict(self._run, rows, name)
+        shown = [{"path": name, "type": "table"}]  # or the page would print it as JSON
+        self._client.set_tag(self._run, "mlflow.loggedArtifacts", json.dumps(shown))
+
+    def describe(self, text: str) -> None:
+        self._client.set_tag(self._run, "mlflow.note.content", text)
+
+    def close(self, status: str) -> None:
+        self._recorder.ended(self._run)
+        self._client.set_terminated(self._run, status)
+
+
+def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str, sweep: str | None = None) -> str:
+    """Where MLflow shows runs side by side, or lists those of a sweep if they are too many for that: an address, or
+    the command that serves it and the address then.
+    """
+    page = (
+        f"#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}&{TRAINING}"
+    )
+    if len(runs) > COMPARED:
+        mine = f"tags.`{SWEEP}` = '{sweep}'"
+        page = f"#/experiments/{experiment}/runs?{TRAINING}" + (
+            f"&searchFilter={quote(mine, safe='')}" if sweep else ""
+        )
+    uri = spec.uri or default_uri(root)
+    if uri.startswith("http"):
+        return f"compare: {uri.rstrip('/')}/{page}"
+    return f"compare: mlflow ui --backend-store-uri {uri}   and then http://127.0.0.1:5000/{page}"
+
+
+def here() -> dict[str, str]:
+    """Which process a run is of: compare tells by it whether a run that never ended is still going on."""
+    return {HOST: socket.gethostname(), PID: str(os.getpid()), HEARTBEAT: str(int(time.time()))}
+
+
+def mlflow_client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # we say where a run is
+    from mlflow.tracking import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def default_uri(root: Path) -> str:
+    """The sqlite store in the folder of outputs."""
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+def _store_lock(uri: str) -> AbstractContextManager[object]:
+    """Held while a sqlite file may have to be made."""
+    if not uri.startswith("sqlite:///"):
+        return nullcontext()
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    lock.touch()  # where nothing can be written, waiting for the lock would not help
+    return FileLock(lock, timeout=LOCK_S)
+
+
+def _experiment(client: Any, name: str, uri: str, root: Path) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    local = (root / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    return str(client.create_experiment(name, artifact_location=local, tags=EXPERIMENT_TAGS))

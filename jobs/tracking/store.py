@@ -1,0 +1,162 @@
+"""Reading runs back from MLflow: those of a sweep, of an experiment, or by name; and which of them crashed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.spec.addresses import check_reachable
+from jobs.spec.job import TrackingSpec
+from jobs.tracking.run import BEAT_S, HEARTBEAT, HOST, PID, SWEEP, default_uri, first_line, mlflow_client
+from loaders.errors import BadSpec, StorageError
+
+SILENT_S = 10 * BEAT_S
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run as MLflow has it. `status`: done, failed, killed, running, or crashed: never ended, its process gone."""
+
+    run_id: str
+    name: str
+    status: str
+    why: str
+    metrics: Mapping[str, float]
+    output: str | None
+    client: Any
+
+    def series(self, name: str) -> dict[int, float]:
+        """A stepped metric."""
+        if name not in self.metrics:
+            return {}
+        points = sorted((point.step, point.value) for point in self.client.get_metric_history(self.run_id, name))
+        return dict(points)
+
+    def artifact(self, name: str) -> Any:
+        """A JSON artifact, or None if the run has none of that name."""
+        with tempfile.TemporaryDirectory() as folder, suppress(Exception):  # whatever a store may raise
+            return json.loads(Path(self.client.download_artifacts(self.run_id, name, folder)).read_bytes())
+        return None
+
+
+class Store:
+    """An experiment's runs, to be read.
+
+    Raises:
+        BadSpec: there is no such store or experiment.
+        StorageError: it cannot be read.
+    """
+
+    def __init__(self, spec: TrackingSpec, root: Path) -> None:
+        self.uri, self.name = spec.uri or default_uri(root), spec.experiment
+        if self.uri.startswith("http"):
+            check_reachable("tracking.uri", self.uri, "runs='[FOLDER,...]' compares outputs without")
+        path = Path(self.uri.removeprefix("sqlite:///"))
+        if self.uri.startswith("sqlite:///") and not path.is_file():
+            raise BadSpec(f"tracking.uri: no {path}; give output.root or tracking.uri as the jobs had it")
+        with self._reading():
+            self._client = mlflow_client(self.uri)
+            found = self._client.get_experiment_by_name(spec.experiment)
+            known = [] if found else [each.name for each in self._client.search_experiments()]
+        if found is None:
+            raise BadSpec(f"tracking.experiment: no {spec.experiment!r} in {self.uri}; known: {', '.join(known)}")
+        self.experiment = str(found.experiment_id)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a store may raise
+            raise StorageError(f"tracking.uri: {self.uri} cannot be read: {first_line(error)}") from error
+
+    def all(self, where: str = "") -> list[Tracked]:
+        """Every run that a filter lets through, oldest first."""
+        found, token = [], None
+        with self._reading():
+            while True:
+                page = self._client.search_runs(
+                    [self.experiment], where, order_by=["attributes.start_time ASC"], page_token=token
+                )
+                found += [self._tracked(run) for run in page]
+                token = page.token
+                if not token:
+                    return found
+
+    def of_sweep(self, name: str, where: str = "") -> list[Tracked]:
+        mine = f"tags.`{SWEEP}` = '{name}'"
+        return self.all(f"{mine} and {where}" if where else mine)
+
+    def last_sweep(self) -> str | None:
+        """The sweep of the newest run that is of one."""
+        with self._reading():
+            found = self._client.search_runs(
+                [self.experiment], f"tags.`{SWEEP}` LIKE '%'", order_by=["attributes.start_time DESC"], max_results=1
+            )
+        return str(found[0].data.tags[SWEEP]) if found else None
+
+    def named(self, runs: Sequence[str], where: str = "") -> list[Tracked]:
+        """Runs by their id or name.
+
+        Raises:
+            BadSpec: some are not there.
+        """
+        known, chosen = self.all(where), []
+        for wanted in runs:
+            found = [run for run in known if wanted in (run.run_id, run.name)]
+            if not found:
+                names = ", ".join(dict.fromkeys(run.name for run in known))
+                raise BadSpec(f"runs: no folder of an output and no run {wanted!r} in {self.uri}; known: {names}")
+            chosen += found
+        return chosen
+
+    def _tracked(self, run: Any) -> Tracked:
+        status, why = _status(run)
+        metrics = dict(run.data.metrics)
+        return Tracked(
+            run.info.run_id, run.info.run_name or run.info.run_id, status, why, metrics,
+            run.data.tags.get("weightmill.output"), self._client,
+        )  # fmt: skip
+
+
+def _status(run: Any) -> tuple[str, str]:
+    """How a run stands, and how that is known where it never ended."""
+    ended = {"FINISHED": "done", "FAILED": "failed", "KILLED": "killed"}.get(run.info.status)
+    if ended is not None:
+        return ended, ""
+    tags, began = run.data.tags, (run.info.start_time or 0) / 1000
+    if tags.get(HOST) == socket.gethostname() and tags.get(PID, "").isdigit():
+        seen = float(tags.get(HEARTBEAT, began))
+        born = _process_began(int(tags[PID]))
+        if born is None or born > seen + 1:
+            return "crashed", f"its process, {tags[PID]}, is gone"
+        return "running", f"process {tags[PID]}"
+    silent = time.time() - float(tags.get(HEARTBEAT, began))
+    if silent > SILENT_S:
+        return "crashed", f"no sign of life from {tags.get(HOST, 'its machine')} for {silent / 60:.0f} minutes"
+    return "running", f"on {tags.get(HOST, 'another machine')}"
+
+
+def _process_began(pid: int) -> float | None:
+    """When a process of this machine began, seconds since 1970; 0 where the system does not say, None if it is gone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] == "Z":
+            return None
+        booted = next(int(row.split()[1]) for row in Path("/proc/stat").read_text().splitlines() if "btime" in row)
+        return booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0.0

@@ -1,0 +1,150 @@
+"""Two checkpoints side by side: which tensors are equal, and how far apart the others are."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from jobs.cli.progress import Meter
+from jobs.cli.verb import Said
+from jobs.execution.unit import SMALL
+from loaders.backends import kernels_of
+from loaders.backends.machine import usable_cpus
+from loaders.backends.threads import ThreadedWork
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.dtypes import WEIGHT_DTYPES
+from loaders.quantization.kernels import casts, compare, cpu
+from loaders.quantization.scheme import View
+from loaders.stats import ErrorSums, finite
+from loaders.strategies import loader
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.sources import recipes_of
+from loaders.tensors.views import view_of
+
+EQUAL, DIFFERENT = "equal", "different"
+
+
+def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
+    """Compare by name.
+
+    Raises:
+        BadSpec, BadCheckpoint: one of them cannot be opened.
+    """
+    one, other = open_checkpoint(a, key="a"), open_checkpoint(b, key="b")
+    ours = {r.name: r for r in recipes_of(one, decode=True, split=True).recipes}
+    theirs = {r.name: r for r in recipes_of(other, decode=True, split=True).recipes}
+    common = [name for name in ours if name in theirs]
+    rows: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        specs = [[spec for name in common for _, spec in side[name].stored] for side in (ours, theirs)]
+        readers = [
+            stack.enter_context(loader("lazy").open(checkpoint.root, found))
+            for checkpoint, found in zip((one, other), specs, strict=True)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(usable_cpus()))
+        meter = stack.enter_context(Meter("comparing", sum(ours[name].spec.size for name in common)))
+        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+
+        def look(name: str) -> None:
+            x, y = (view_of(side[name], reader, work) for side, reader in zip((ours, theirs), readers, strict=True))
+            rows[name] = _row(ours[name], theirs[name], x, y, work)
+            meter.add(ours[name].spec.size)
+
+        for name in (n for n in common if ours[n].spec.size > SMALL):
+            look(name)
+        work.each([n for n in common if ours[n].spec.size <= SMALL], look)
+    found = [rows[name] for name in common]
+    only = [sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))]
+    equal = sum(row["status"] == EQUAL for row in found)
+    document = {
+        "status": "done",
+        "a": str(one.root),
+        "b": str(other.root),
+        "equal": equal,
+        "different": len(found) - equal,
+        "only_in_a": only[0],
+        "only_in_b": only[1],
+        "tensors": [row for row in found if all_tensors or row["status"] == DIFFERENT],
+    }
+    return Said(document, _text(document))
+
+
+def _row(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": one.name,
+        "a": _kind(one),
+        "b": _kind(other),
+        "status": DIFFERENT,
+        "relative_error": None,
+        "sqnr_db": None,
+        "cosine": None,
+        "max_error": None,
+        "why": "",
+    }
+    if one.shape != other.shape:
+        return {**row, "why": f"shapes {list(one.shape)} and {list(other.shape)}"}
+    if one.dtype.name not in WEIGHT_DTYPES or other.dtype.name not in WEIGHT_DTYPES:
+        if one.dtype != other.dtype:
+            return {**row, "why": f"dtypes {one.dtype} and {other.dtype}"}
+        same = all(work.sweep(one.spec.num_items, 1, lambda s, e: np.array_equal(x.read(s, e), y.read(s, e, 1))))
+        return {**row, "status": EQUAL} if same else {**row, "why": "other values"}
+    error = _errors(one, other, x, y, work)
+    if error.max_error == 0 and not error.nonfinite and not error.nonfinite_decoded:
+        return {**row, "status": EQUAL}
+    return {
+        **row,
+        "relative_error": finite(error.relative_error),
+        "sqnr_db": finite(error.sqnr_db),
+        "cosine": error.cosine,
+        "max_error": error.max_error,
+        "why": f"{error.nonfinite + error.nonfinite_decoded} not finite" if error.nonfinite else "",
+        "sums": asdict(error),
+    }
+
+
+def _errors(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> ErrorSums:
+    def compare_range(start: int, stop: int) -> np.ndarray:
+        sums = compare.new_sums()
+        decoded = casts.to_float32(y.read(start, stop, 1), other.dtype.name)
+        cpu.compare_into(x.read(start, stop), one.dtype.name, decoded, sums)
+        return sums
+
+    total = compare.new_sums()
+    for sums in work.sweep(one.spec.numel, 1, compare_range):
+        compare.merge(total, sums)
+    return compare.error_sums(one.spec.numel, total)
+
+
+def _kind(recipe: Recipe) -> str:
+    return f"{recipe.decode.kind} of {recipe.dtype}" if recipe.decode else recipe.dtype.name
+
+
+def _text(document: dict[str, Any]) -> RenderableType:
+    shown = document["tensors"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    numbers = ("relative error", "SQNR dB", "cosine", "max error")
+    for column in ("tensor", "a", "b", "", *numbers):
+        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
+    for row in shown:
+        cells = [
+            "" if row[key] is None else format(row[key], spec)
+            for key, spec in (("relative_error", ".5g"), ("sqnr_db", ".2f"), ("cosine", ".6f"), ("max_error", ".4g"))
+        ]
+        table.add_row(
+            row["name"], row["a"], row["b"], row["status"] + (f": {row['why']}" if row["why"] else ""), *cells
+        )
+    lines: list[RenderableType] = [table] if shown else []
+    lines.append(f"{document['equal']} tensors equal, {document['different']} different")
+    for side in ("a", "b"):
+        names = document[f"only_in_{side}"]
+        if names:
+            more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
+            lines.append(f"only in {document[side]}: {', '.join(names[:8])}{more}")
+    return Group(*lines)

@@ -1,0 +1,176 @@
+"""verify=logits: what a job's output computes in its engine, against its original, before it appears.
+
+Everything that can be wrong is found while planning: the text, the tokenizer, the engines, the room. The original's
+logits lie in a folder beside the outputs, so that jobs of one source evaluate it once; `jobs.clean` removes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.cli.progress import Meter
+from jobs.cli.verb import note
+from jobs.output.journal import LOGITS
+from jobs.planning.plan import Plan, TargetPlan
+from jobs.report.tables import size
+from jobs.spec.job import LogitsSpec
+from loaders.architectures.families import text_config
+from loaders.backends.machine import total_memory
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.errors import BadSpec, StorageError, VerifyFailed
+from loaders.storage.atomic import write_file
+from loaders.storage.hashes import text_digest
+from loaders.storage.json_files import json_bytes, read_json
+from loaders.storage.local import free_bytes
+
+if TYPE_CHECKING:  # they import torch
+    from loaders.models.evaluating import Reference, Windows
+    from loaders.models.quality import Quality
+    from loaders.models.runners import Engine
+
+KEPT = "quality.json"
+
+
+@dataclass(frozen=True)
+class Judging:
+    """An evaluation that is planned: the settings, the original, the output's engine, where the logits lie."""
+
+    spec: LogitsSpec
+    reference: Reference
+    engine: Engine
+    folder: Path
+    logits_bytes: int
+
+    @property
+    def note(self) -> str:
+        """What will be done, in a line."""
+        windows, length = self.reference.windows.ids.shape
+        is_there = self.reference.is_in(self.folder)
+        return (
+            f"judged by its logits: {windows} windows of {length} tokens of {self.reference.windows.text}, in"
+            f" {self.engine.described}; the original's ({size(self.logits_bytes)})"
+            f" {'are' if is_there else 'go'} in {self.folder}"
+        )
+
+
+def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, beside: Path) -> Judging:
+    """Plan an evaluation of an output that is to lie in the folder `beside`.
+
+    Raises:
+        BadSpec: the text, the tokenizer or the model is none that can be judged; an engine is missing.
+        StorageError: the original's logits do not fit on the disk.
+    """
+    from importlib import util
+
+    from loaders.models import runners
+
+    if missing := [name for name in ("torch", "transformers", "accelerate") if util.find_spec(name) is None]:
+        raise BadSpec(
+            f"verify=logits: the original runs in transformers, and {', '.join(missing)} is not installed here:"
+            " pip install 'weightmill[models]'; or verify=strict, which does without"
+        )
+    from loaders.models.evaluating import Reference
+
+    engine = runners.engine_of(target.target.layout.name, target.config)
+    for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
+        runners.check_engine(each, spec.device, what)
+    _check_memory(spec, plan)
+    windows = _windows(plan.checkpoint.root, plan.checkpoint.container, spec.text, _changed(spec.text), spec.tokens,
+                       spec.window)  # fmt: skip
+    reference = Reference(plan.checkpoint, windows, spec.device, spec.dtype)
+    words = text_config(plan.checkpoint.config, "vocab_size") or windows.vocabulary
+    folder, need = beside / LOGITS, 4 * windows.tokens * int(words)
+    while not beside.exists():
+        beside = beside.parent
+    if not reference.is_in(folder) and need > free_bytes(beside):
+        raise StorageError(
+            f"verify.tokens: the original's logits take {size(need)} in {folder}, {size(free_bytes(beside))} are free"
+            " there; take fewer tokens, or make room"
+        )
+    return Judging(spec, reference, engine, folder, need)
+
+
+def _changed(text: str | None) -> int:
+    return Path(text).stat().st_mtime_ns if text is not None and Path(text).is_file() else 0
+
+
+@lru_cache(maxsize=8)
+def _windows(root: Path, container: str, text: str | None, changed: int, tokens: int, window: int) -> Windows:
+    """Read once for all jobs of a sweep."""
+    from loaders.models.evaluating import read_windows
+
+    return read_windows(open_checkpoint(root, container), text, tokens=tokens, window=window)
+
+
+def _check_memory(spec: LogitsSpec, plan: Plan) -> None:
+    from loaders.models.runners import ORIGINAL, device_of
+
+    need = plan.parameters * (4 if spec.dtype == "float32" else 2)
+    if device_of(ORIGINAL, spec.device) == "cpu" and need > total_memory():
+        less = "; verify.dtype=bfloat16 takes half of it" if spec.dtype == "float32" else ""
+        raise BadSpec(
+            f"verify=logits: the original takes {size(need)} in {spec.dtype}, this machine has"
+            f" {size(total_memory())}{less}; or verify=strict, which needs no model in memory"
+        )
+
+
+def judged(judging: Judging, output: Path, name: str, keep: Path | None = None, digests: Sequence[str] = ()) -> Quality:
+    """Evaluate an output's files. What comes out is kept in the folder `keep`, for files with the same digests.
+
+    Raises:
+        BadCheckpoint: an engine does not load the original or the output.
+        VerifyFailed: the output computes NaN or infinities, or has too few logits.
+        StorageError: the disk is full, ...
+    """
+    from loaders.models.evaluating import judge, kept
+    from loaders.models.quality import Quality
+
+    reference = judging.reference
+    key = text_digest(" ".join([reference.key, judging.engine.described, *digests]))
+    if keep is not None and (keep / KEPT).is_file():
+        found = read_json(keep / KEPT)
+        if found.get("key") == key:
+            return Quality(**{**found["quality"], "kl_by_window": tuple(found["quality"]["kl_by_window"])})
+    with kept(judging.folder) as folder:
+        done = "its logits are there" if reference.is_in(folder) else "in transformers"
+        note(f"evaluating {name} in {judging.engine.described}; the original: {done}")
+        with Meter(f"evaluating {name}", 2 * reference.windows.tokens, "tokens") as meter:
+            quality = judge(
+                reference, open_checkpoint(output, key="output.path"), judging.engine, folder, key=name,
+                on_tokens=meter.add,
+            )  # fmt: skip
+    if keep is not None:
+        write_file(keep / KEPT, json_bytes({"key": key, "quality": quality.to_json()}))
+    return quality
+
+
+def faults_of(spec: LogitsSpec, quality: Mapping[str, Any]) -> list[str]:
+    """Which limits an output's quality is beyond."""
+    found = []
+    if spec.max_kl is not None and quality["kl"] > spec.max_kl:
+        found.append(
+            f"KL of the logits is {quality['kl']:.5g} nats a token (95 %: {quality['kl_low']:.5g} to"
+            f" {quality['kl_high']:.5g}), above verify.max_kl={spec.max_kl:g}"
+        )
+    ratio, most = quality["perplexity_ratio"], spec.max_perplexity_ratio
+    if most is not None and ratio > most:
+        found.append(
+            f"perplexity is {ratio:.5g} times the original's (95 %: {quality['perplexity_ratio_low']:.5g} to"
+            f" {quality['perplexity_ratio_high']:.5g}), above verify.max_perplexity_ratio={most:g}"
+        )
+    if spec.min_top1 is not None and quality["top1"] < spec.min_top1:
+        found.append(f"top-1 agreement is {quality['top1']:.5g}, below verify.min_top1={spec.min_top1:g}")
+    return found
+
+
+def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Path) -> None:
+    """Raises VerifyFailed: the output is beyond a limit."""
+    if faults := faults_of(spec, quality):
+        raise VerifyFailed(
+            f"not published: {'; '.join(faults)}. Its files are kept: a wider limit publishes them as they are,"
+            f" python -m jobs.clean output.path={output} removes them"
+        )

@@ -1,0 +1,362 @@
+"""Verifying an output again: the same units, nothing encoded.
+
+Every file must hash as its report says; every tensor, decoded and compared with the source, must pass the gate and come
+to the very sums that were recorded when it was written. With verify=logits it then runs in its engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from rich.console import Group
+
+from jobs.cli.progress import Meter
+from jobs.cli.verb import FAILED, Said
+from jobs.execution.choose import choose
+from jobs.execution.cluster import UnitFailed
+from jobs.execution.unit import SMALL
+from jobs.output.publish import files_of_others
+from jobs.planning.build import make_plan
+from jobs.planning.plan import FORMAT, Placement, Plan, Unit
+from jobs.planning.targets import TARGET, target_of
+from jobs.report.document import tensor_errors
+from jobs.report.tables import quality_text
+from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
+from jobs.spec.strategy import StrategySpec, reading
+from jobs.verification.logits import Judging, faults_of, judged, judging_of
+from loaders.backends import kernels_of
+from loaders.backends.threads import ThreadedWork
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, io_errors
+from loaders.quantization.gate import Gate
+from loaders.quantization.measure import measure
+from loaders.specs import OutputFile, Slot, WeightSpec
+from loaders.stats import ErrorSums
+from loaders.storage.atomic import write_file
+from loaders.storage.hashes import BLOCK, hash_file
+from loaders.storage.json_files import json_bytes, read_json
+from loaders.strategies import WeightLoader
+from loaders.tensors.views import StoredRoles, numbers_view, ordered_view, view_of
+
+SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyTask:
+    """A unit to look at again: where its source and its output are, and what was recorded of it. See `Task`."""
+
+    unit: Unit
+    root: Path
+    output: Path
+    weights: Mapping[str, WeightSpec]  # of the output, by name
+    files: tuple[Mapping[str, Any], ...]  # name, offset, bytes, xxh3
+    recorded: Mapping[str, Mapping[str, Any]]  # by tensor
+    strategy: WeightLoader
+    threads: int
+    gate: Gate
+    gpus: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.unit.memory_bytes(self.threads) + 2 * self.strategy.held_bytes
+
+    def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
+        faults = [fault for file in self.files for fault in _file_faults(self, file)]
+        is_as_written = not faults
+        recipes = {recipe.name: recipe for recipe in self.unit.recipes}
+        sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
+        with (
+            self.strategy.open(self.root, sources) as source,
+            self.strategy.open(self.output, list(self.weights.values())) as written,
+            ThreadPoolExecutor(self.threads) as pool,
+        ):
+            work = ThreadedWork(kernels_of("cpu"), pool, stop)
+
+            def look(placement: Placement) -> list[str]:
+                recipe = recipes[placement.recipe]
+                view = numbers_view(ordered_view(view_of(recipe, source, work), placement.order), placement.cast, work)
+                encoded = placement.encoded_spec(recipe)
+                stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
+                error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
+                fault = self.gate.fault(recipe.name, error, placement.scheme)
+                found = [fault] if fault else []
+                if error != ErrorSums(**self.recorded[recipe.name]["sums"]):
+                    found.append(
+                        f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded"
+                        + (f"; the output is as it was written: {self.root} has changed" if is_as_written else "")
+                    )
+                return found
+
+            placements = self.unit.outputs[TARGET].placements
+            large = [p for p in placements if recipes[p.recipe].source_bytes > SMALL]
+            small = [p for p in placements if recipes[p.recipe].source_bytes <= SMALL]
+            faults += [fault for p in large for fault in look(p)]
+            faults += [fault for found in work.each(small, look) for fault in found]
+        return VerifyReport(self.unit.id, tuple(faults), len(placements))
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What is wrong with a unit's output."""
+
+    unit: str
+    faults: tuple[str, ...]
+    tensors: int
+    attempts: int = 1
+
+
+def _file_faults(task: VerifyTask, row: Mapping[str, Any]) -> list[str]:
+    """Tensors whose bytes are not those recorded, or the file as a whole."""
+    path = task.output / row["name"]
+    if hash_file(path, start=row.get("offset", 0), size=row["bytes"]) == row["xxh3"]:
+        return []
+    digests = {name: each["xxh3"] for row in task.recorded.values() for name, each in row["stored"].items()}
+    faults = []
+    with io_errors("reading", path), path.open("rb") as file:
+        for spec in (spec for spec in task.weights.values() if spec.file == row["name"]):
+            file.seek(spec.offset)
+            hasher = xxhash.xxh3_64()
+            for at in range(0, spec.size, BLOCK):
+                hasher.update(file.read(min(BLOCK, spec.size - at)))
+            if hasher.hexdigest() != digests[spec.name]:
+                faults.append(f"{path.name}: {spec.name}: its bytes are not those that were written")
+    return faults or [f"{path.name}: what stands around its tensors is not as it was written"]
+
+
+def verify_output(
+    output: Path,
+    source: str | None,
+    cluster_spec: ClusterSpec,
+    strategy_spec: StrategySpec,
+    verify: VerifySpec | None = None,
+) -> Said:
+    """Verify an output against its source, which may have moved. The limits of `verify` come on top of the job's own.
+
+    Raises:
+        BadSpec: it is no output of weightmill, of another version, or the source is not the one it was made from.
+        BadCheckpoint: a file of either is damaged beyond reading.
+    """
+    report = read_report(output)
+    spec = _recorded_spec(report, source, verify)
+    plan = _plan_again(spec, report)
+    judging = None
+    if isinstance(verify, LogitsSpec):
+        judging = judging_of(verify, plan, plan.targets[TARGET], output.parent)
+    written = open_checkpoint(output)
+    faults = _list_faults(plan, written, report)
+    checked = 0
+    if not faults:
+        cluster, _ = choose(cluster_spec)
+        strategy, _ = reading(strategy_spec, plan.checkpoint)
+        tasks = _tasks(plan, written, report, spec, output, strategy, cluster.threads)
+        try:
+            cluster.check(tasks)
+            with Meter("verifying", plan.source_bytes) as meter, closing(cluster.run(tasks, meter.add)) as outcomes:
+                for outcome in outcomes:
+                    if isinstance(outcome, UnitFailed):
+                        raise StorageError(f"{outcome.unit}: {outcome.reason}")
+                    faults += outcome.faults
+                    checked += outcome.tensors
+        finally:
+            cluster.close()
+    quality = None if judging is None or faults else _judge(judging, output, report, faults)
+    return _said(output, plan, checked, faults, quality)
+
+
+def _judge(judging: Judging, output: Path, report: Mapping[str, Any], faults: list[str]) -> dict[str, Any] | None:
+    """Evaluate an output, add what is wrong to the faults, and put the numbers into its report."""
+    try:
+        quality = judged(judging, output, output.name).to_json()
+    except (BadCheckpoint, VerifyFailed) as error:
+        faults.append(str(error))
+        return None
+    faults += faults_of(judging.spec, quality)
+    write_file(output / OUR_REPORT, json_bytes({**report, "quality": quality}))
+    return quality
+
+
+def read_report(output: Path) -> dict[str, Any]:
+    """weightmill.json of an output.
+
+    Raises:
+        BadSpec: there is none, or it is of another format version.
+    """
+    if not (output / OUR_REPORT).is_file():
+        raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
+    report = read_json(output / OUR_REPORT)
+    if report.get("format") != FORMAT:
+        raise BadSpec(
+            f"output.path: {OUR_REPORT} is of format {report.get('format')}, this weightmill reads {FORMAT};"
+            " use the version that wrote it"
+        )
+    return report
+
+
+def _recorded_spec(report: Mapping[str, Any], source: str | None, verify: VerifySpec | None) -> JobSpec:
+    try:
+        job = {**report["run"]["request"], **report["job"]}
+        job["verify"] = _both({"kind": "strict", **job["verify"]}, verify)
+        spec = JobSpec.model_validate(job, strict=False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
+    if source is None:
+        source = spec.model.path
+        if source is None or not Path(source).is_dir():
+            raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
+    named = {"path": source, "name": spec.model_name}  # its files may be called after where it was
+    return spec.model_copy(update={"model": spec.model.model_copy(update=named)})
+
+
+def _both(recorded: dict[str, Any], asked: VerifySpec | None) -> dict[str, Any]:
+    """The gate that an output was made under, wider or narrower by what is asked now."""
+    if asked is None:
+        return recorded
+    limits = [each for each in (recorded["max_relative_error"], asked.max_relative_error) if each is not None]
+    lets_pass = recorded["allow_nonfinite"] or asked.allow_nonfinite
+    return {**recorded, "allow_nonfinite": lets_pass, "max_relative_error": min(limits, default=None)}
+
+
+def _plan_again(spec: JobSpec, report: Mapping[str, Any]) -> Plan:
+    checkpoint = open_checkpoint(spec.source_path, spec.source.container)
+    if checkpoint.fingerprint != report["source"]["fingerprint"]:
+        raise BadSpec(
+            f"model.path: {checkpoint.root} is not the checkpoint that the output was made from: expected fingerprint"
+            f" {report['source']['fingerprint']}, found {checkpoint.fingerprint}"
+        )
+    return make_plan(checkpoint, [target_of(spec)], spec.source.unit_mb)
+
+
+def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> list[str]:
+    """What names, shapes, dtypes, the index and the aux files already tell."""
+    wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
+    found = {spec.name: spec for spec in written.weights}
+    faults = [f"{name}: missing from the output" for name in sorted(set(wanted) - set(found))]
+    places = {(spec.file, spec.offset, spec.size) for name, spec in found.items() if name in wanted}
+    for name in sorted(set(found) - set(wanted)):
+        if (found[name].file, found[name].offset, found[name].size) not in places:  # a tied tensor's second name
+            faults.append(f"{name}: in the output, but not planned")
+    for name in sorted(set(wanted) & set(found)):
+        slot, spec = wanted[name], found[name]
+        fits = spec.size <= slot.size if slot.is_bound else spec.shape == slot.shape
+        if spec.dtype != slot.dtype or not fits:
+            found_is = f"{spec.dtype} {list(spec.shape)} in {spec.file}"
+            faults.append(f"{name}: expected {slot.dtype} {list(slot.shape)}, found {found_is}")
+    for name, digest in report["aux"].items():
+        path = written.root / name
+        if not path.is_file():
+            faults.append(f"{name}: missing from the output")
+        elif hash_file(path) != digest:
+            faults.append(f"{name}: it is not as it was written")
+    faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.root)]
+    for row in report["tensors"]:
+        shown = tensor_errors(ErrorSums(**row["sums"]))
+        wrong = [key for key in shown if row[key] != shown[key]]
+        faults += [f"{row['name']}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
+    target = plan.targets[TARGET]
+    faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
+    faults += [fault for row in report["files"] for fault in _tail_faults(written.root, row)]
+    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
+    path = written.root / target.target.container.index
+    if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
+        faults.append(f"{path.name}: it does not say what the files hold")
+    return faults
+
+
+def _tail_faults(root: Path, row: Mapping[str, Any]) -> list[str]:
+    """Of a file in pieces, whether what no unit has written is as it was."""
+    tail = next((piece for piece in row.get("pieces", ()) if piece["name"] == f"{row['name']}.tail"), None)
+    if tail is None or not (root / row["name"]).is_file():
+        return []
+    found = hash_file(root / row["name"], start=tail["offset"], size=tail["bytes"])
+    return [] if found == tail["xxh3"] else [f"{row['name']}: what follows its tensors is not as it was written"]
+
+
+def _size_faults(root: Path, file: OutputFile) -> list[str]:
+    """Of a file that the plan knows to the byte how long it is, and whether it begins as planned."""
+    if file.container != "packed" and not isinstance(file.about, bytes):
+        return []
+    path, head = root / file.name, file.about or b""
+    if not path.is_file():
+        return [f"{file.name}: missing from the output"]
+    with io_errors("reading", path), path.open("rb") as opened:
+        is_there = opened.read(len(head)) == head
+    found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
+    size = path.stat().st_size
+    return found if size == file.size else [*found, f"{file.name}: expected {file.size} bytes, found {size}"]
+
+
+def _tasks(
+    plan: Plan,
+    written: Checkpoint,
+    report: Mapping[str, Any],
+    spec: JobSpec,
+    output: Path,
+    strategy: WeightLoader,
+    threads: int,
+) -> list[VerifyTask]:
+    weights = {spec.name: spec for spec in written.weights}
+    files = _ranges(report)
+    recorded = {row["name"]: row for row in report["tensors"]}
+    gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
+    tasks = []
+    for unit in plan.units:
+        share = unit.outputs[TARGET]
+        slots = [slot for p in share.placements for slot in p.slots.values()]
+        tasks.append(
+            VerifyTask(
+                unit,
+                plan.checkpoint.root,
+                output,
+                {slot.name: _written(slot, weights) for slot in slots},
+                tuple(files[file.name] for file in share.files),
+                {p.recipe: recorded[p.recipe] for p in share.placements},
+                strategy,
+                threads,
+                gate,
+            )
+        )
+    return tasks
+
+
+def _ranges(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each unit has written, by the name of its file or piece: which bytes of which file, and their hash."""
+    found = {}
+    for file in report["files"]:
+        for piece in file.get("pieces", ({"name": file["name"], **file},)):
+            found[piece["name"]] = {**piece, "name": file["name"]}
+    return found
+
+
+def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:
+    """Where a slot's bytes are in the output."""
+    if slot.within is None:
+        return weights[slot.name]
+    name, offset = slot.within
+    whole = weights[name]
+    return WeightSpec(slot.name, slot.dtype, slot.shape, whole.file, whole.offset + offset, slot.size)
+
+
+def _said(output: Path, plan: Plan, checked: int, faults: list[str], quality: Mapping[str, Any] | None) -> Said:
+    document = {
+        "status": "failed" if faults else "verified",
+        "output": str(output),
+        "source": str(plan.checkpoint.root),
+        "tensors": checked,
+        "faults": faults,
+        **({} if quality is None else {"quality": quality}),
+    }
+    shown = [] if quality is None else [quality_text(quality)]
+    if not faults:
+        text = f"verified: {output}: {checked} tensors, every byte and every error as recorded"
+        return Said(document, Group(text, *shown))
+    lines = [f"NOT right: {output}: {len(faults)} fault(s)", *(f"  {fault}" for fault in faults[:SHOWN])]
+    lines += [f"  ... and {len(faults) - SHOWN} more (format=json lists all)"] if len(faults) > SHOWN else []
+    return Said(document, Group(*lines, *shown), FAILED)

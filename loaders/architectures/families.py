@@ -1,0 +1,338 @@
+"""Families: what a `model_type` says of its tensors. Tables of names, checked against the models of transformers 5.23
+(but for DeepSeek's layer that predicts several tokens, and not against the headers of the large published checkpoints).
+
+A family gives each tensor a role (what the engine's module is), a block (tensors that belong in one unit: a layer's
+attention, its MLP with all experts) and, where several are fused by engines, a group (q/k/v, gate/up). Tensors that a
+family does not name, and all those of an unknown model_type, are told by the generic names at the end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.dtypes import DTYPES, DType, Shape
+
+ROLES = {
+    "attention": "a linear layer of attention",
+    "mlp": "a linear layer of an MLP",
+    "expert": "a linear layer of one expert of a mixture",
+    "linear": "another linear layer",
+    "vision": "a linear layer of a tower for images, or between it and the text model",
+    "embedding": "a table looked up by id",
+    "head": "the output projection onto the vocabulary or the labels",
+    "router": "what chooses a mixture's experts",
+    "norm": "a normalization",
+    "conv": "a convolution",
+    "bias": "a bias",
+    "buffer": "numbers that are no weights (position ids, ...)",
+    "other": "anything else: stacked, one-dimensional, unknown",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What is known of a tensor from its name and shape."""
+
+    role: str
+    block: str
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A stored tensor that holds a layer's experts, and how to cut it into theirs.
+
+    `name` is that of an expert's tensor: expanded with the match's groups, then with {expert} and {part}. `parts` share
+    the dimension of outputs, one after another or, if interleaved, in turn. Matrices are (experts, outputs, inputs), or
+    if transposed (experts, inputs, outputs); biases (experts, outputs).
+    """
+
+    pattern: re.Pattern[str]
+    name: str
+    parts: tuple[str, ...]
+    is_transposed: bool
+    is_interleaved: bool = False
+    is_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`tensors` rows are (pattern, role, block, group): expanded with the match's groups, first match wins.
+
+    `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what an
+    absent `tie_word_embeddings` means. `stacks` say how the model's class holds experts, where it stacks them on disk.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    tensors: tuple[tuple[re.Pattern[str], str, str, str | None], ...]
+    tied: tuple[tuple[str, str], ...] = ()
+    ties: bool = False
+    stacks: tuple[Stack, ...] = ()
+    is_generic: bool = False
+
+    def traits(self, name: str, shape: Shape) -> Traits:
+        """Role, block and group of a tensor."""
+        for pattern, role, block, group in self.tensors:
+            match = pattern.search(name)
+            if match:
+                return Traits(role, match.expand(block), None if group is None else match.expand(group))
+        return _generic_traits(name, shape)
+
+    def tied_pairs(self, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """(kept, dropped) names that the engine ties for this config."""
+        return self.tied if text_config(config, "tie_word_embeddings", self.ties) else ()
+
+
+def text_config(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A value of config.json, at the top or in the text part of a multimodal one."""
+    nested = config.get("text_config")
+    if key not in config and isinstance(nested, Mapping):
+        return nested.get(key, default)
+    return config.get(key, default)
+
+
+def load_dtype(config: Mapping[str, Any]) -> DType | None:
+    """The float dtype that transformers gives the weights when it loads them: `dtype`, or `torch_dtype` before 5."""
+    name = text_config(config, "dtype") or text_config(config, "torch_dtype")
+    known = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    return DTYPES[known[name]] if isinstance(name, str) and name in known else None
+
+
+def _rows(*rows: tuple[str, str, str, str | None]) -> tuple[tuple[re.Pattern[str], str, str, str | None], ...]:
+    return tuple((re.compile(pattern), role, block, group) for pattern, role, block, group in rows)
+
+
+LAYER = r"(?P<layer>(?:^|.*\.)layers\.\d+)\."
+ATTENTION = _rows(
+    (LAYER + r"self_attn\.[qkv]_proj\.weight$", "attention", r"\g<layer>.self_attn", r"\g<layer>.self_attn.qkv"),
+    (LAYER + r"self_attn\.o_proj\.weight$", "attention", r"\g<layer>.self_attn", None),
+    (LAYER + r"self_attn\.[qkvo]_proj\.bias$", "bias", r"\g<layer>.self_attn", None),
+    (LAYER + r"self_attn\.[qk]_norm\.weight$", "norm", r"\g<layer>.self_attn", None),
+    (LAYER + r"self_attn\.rotary_emb\.inv_freq$", "buffer", r"\g<layer>.self_attn", None),
+    (LAYER + r"input_layernorm\.weight$", "norm", r"\g<layer>.self_attn", None),
+    (LAYER + r"post_attention_layernorm\.weight$", "norm", r"\g<layer>.mlp", None),
+)
+MLP = _rows(
+    (LAYER + r"mlp\.(?:gate|up)_proj\.weight$", "mlp", r"\g<layer>.mlp", r"\g<layer>.mlp.gate_up"),
+    (LAYER + r"mlp\.down_proj\.weight$", "mlp", r"\g<layer>.mlp", None),
+    (LAYER + r"mlp\.(?:gate|up|down)_proj\.bias$", "bias", r"\g<layer>.mlp", None),
+)
+QWEN_EXPERTS = _rows(
+    (LAYER + r"mlp\.gate\.weight$", "router", r"\g<layer>.mlp", None),
+    (
+        LAYER + r"mlp\.experts\.(?P<expert>\d+)\.(?:gate|up)_proj\.weight$",
+        "expert",
+        r"\g<layer>.mlp",
+        r"\g<layer>.mlp.experts.\g<expert>.gate_up",
+    ),
+    (LAYER + r"mlp\.experts\.\d+\.down_proj\.weight$", "expert", r"\g<layer>.mlp", None),
+)
+MIXTRAL_EXPERTS = _rows(
+    (LAYER + r"block_sparse_moe\.gate\.weight$", "router", r"\g<layer>.mlp", None),
+    (
+        LAYER + r"block_sparse_moe\.experts\.(?P<expert>\d+)\.w[13]\.weight$",
+        "expert",
+        r"\g<layer>.mlp",
+        r"\g<layer>.block_sparse_moe.experts.\g<expert>.w1_w3",
+    ),
+    (LAYER + r"block_sparse_moe\.experts\.\d+\.w2\.weight$", "expert", r"\g<layer>.mlp", None),
+)
+ENDS = _rows(
+    (r"(?:^|\.)embed_tokens\.weight$", "embedding", "embed_tokens", None),
+    (r"^(?:language_model\.)?(?:lm_head|score)\.weight$", "head", "lm_head", None),
+    (r"^(?:model\.)?(?:language_model\.)?(?:model\.)?norm\.weight$", "norm", "norm", None),
+)
+SHARED_EXPERTS = _rows(
+    (LAYER + r"mlp\.shared_expert_gate\.weight$", "router", r"\g<layer>.mlp", None),
+    (
+        LAYER + r"(?P<shared>(?:mlp|feed_forward)\.shared_experts?)\.(?:gate|up)_proj\.weight$",
+        "mlp",
+        r"\g<layer>.mlp",
+        r"\g<layer>.\g<shared>.gate_up",
+    ),
+    (LAYER + r"(?:mlp|feed_forward)\.shared_experts?\.down_proj\.weight$", "mlp", r"\g<layer>.mlp", None),
+)
+# DeepSeek's attention; engines fuse its two projections to the latent space. The layer after the last is for predicting
+# several tokens: its names are those of the published checkpoints, transformers has no class to hold them against.
+MLA = _rows(
+    (
+        LAYER + r"self_attn\.(?:q_a_proj|kv_a_proj_with_mqa)\.weight$",
+        "attention",
+        r"\g<layer>.self_attn",
+        r"\g<layer>.self_attn.qkv_a",
+    ),
+    (LAYER + r"self_attn\.(?:q_b|kv_b|q)_proj\.weight$", "attention", r"\g<layer>.self_attn", None),
+    (LAYER + r"self_attn\.(?:q_a_proj|kv_a_proj_with_mqa)\.bias$", "bias", r"\g<layer>.self_attn", None),
+    (LAYER + r"self_attn\.(?:q_a|kv_a)_layernorm\.weight$", "norm", r"\g<layer>.self_attn", None),
+    (LAYER + r"mlp\.gate\.e_score_correction_bias$", "router", r"\g<layer>.mlp", None),
+    (LAYER + r"(?:eh_proj|embed_tokens|shared_head\.head)\.weight$", "other", r"\g<layer>.mtp", None),
+    (LAYER + r"(?:enorm|hnorm|shared_head\.norm)\.weight$", "norm", r"\g<layer>.mtp", None),
+)
+GEMMA_NORMS = _rows((LAYER + r"(?:pre|post)_feedforward_layernorm\.weight$", "norm", r"\g<layer>.mlp", None))
+PHI3 = _rows(  # whose layers are fused on disk
+    (LAYER + r"self_attn\.qkv_proj\.weight$", "attention", r"\g<layer>.self_attn", None),
+    (LAYER + r"mlp\.gate_up_proj\.weight$", "mlp", r"\g<layer>.mlp", None),
+)
+GPT_OSS = _rows(
+    (LAYER + r"self_attn\.sinks$", "other", r"\g<layer>.self_attn", None),
+    (LAYER + r"mlp\.router\.(?:weight|bias)$", "router", r"\g<layer>.mlp", None),
+    (LAYER + r"mlp\.experts\.(?:\d+\.)?\w+?[._]bias$", "bias", r"\g<layer>.mlp", None),
+    (LAYER + r"mlp\.experts\.(?:gate_up|down)_proj(?:_blocks|_scales)?$", "expert", r"\g<layer>.mlp", None),
+)
+LLAMA4 = _rows(
+    (LAYER + r"feed_forward\.router\.weight$", "router", r"\g<layer>.mlp", None),
+    (LAYER + r"feed_forward\.experts\.(?:gate_up|down)_proj$", "expert", r"\g<layer>.mlp", None),
+    (
+        LAYER + r"feed_forward\.experts\.(?P<expert>\d+)\.(?:gate|up)_proj\.weight$",
+        "expert",
+        r"\g<layer>.mlp",
+        r"\g<layer>.feed_forward.experts.\g<expert>.gate_up",
+    ),
+    (LAYER + r"feed_forward\.experts\.\d+\.down_proj\.weight$", "expert", r"\g<layer>.mlp", None),
+    (LAYER + r"feed_forward\.(?:gate|up)_proj\.weight$", "mlp", r"\g<layer>.mlp", r"\g<layer>.mlp.gate_up"),
+    (LAYER + r"feed_forward\.down_proj\.weight$", "mlp", r"\g<layer>.mlp", None),
+)
+TOWER = r"^(?P<tower>(?:.*\.)?(?:vision_(?:tower|model)|multi_modal_projector))\."
+TOWER_LAYER = r"^(?P<layer>(?:.*\.)?vision_(?:tower|model)\.(?:.*\.)?layers\.\d+)\."
+TOWERS = _rows(
+    (TOWER_LAYER + r".*norm\d?\.(?:weight|bias)$", "norm", r"\g<layer>", None),
+    (TOWER_LAYER + r".*bias$", "bias", r"\g<layer>", None),
+    (TOWER_LAYER + r".*(?:proj|fc\d)\.weight$", "vision", r"\g<layer>", None),
+    (TOWER + r".*norm\w*\.(?:weight|bias)$", "norm", r"\g<tower>", None),
+    (TOWER + r".*bias$", "bias", r"\g<tower>", None),
+    (TOWER + r".*position_embedding\.weight$", "embedding", r"\g<tower>", None),
+    (TOWER + r".*patch_embedding\.weight$", "conv", r"\g<tower>", None),
+    (TOWER + r".*(?:proj|fc\d|linear(?:_\d)?)\.weight$", "vision", r"\g<tower>", None),
+    (TOWER, "other", r"\g<tower>", None),
+)
+BERT_LAYER = r"(?P<layer>(?:^|.*\.)layer\.\d+)\."
+BERT = _rows(
+    (
+        BERT_LAYER + r"attention\.self\.(?:query|key|value)\.weight$",
+        "attention",
+        r"\g<layer>.attention",
+        r"\g<layer>.attention.qkv",
+    ),
+    (BERT_LAYER + r"attention\.output\.dense\.weight$", "attention", r"\g<layer>.attention", None),
+    (BERT_LAYER + r"attention\.(?:self\.\w+|output\.dense)\.bias$", "bias", r"\g<layer>.attention", None),
+    (BERT_LAYER + r"attention\.output\.LayerNorm\.(?:weight|bias|gamma|beta)$", "norm", r"\g<layer>.attention", None),
+    (BERT_LAYER + r"(?:intermediate|output)\.dense\.weight$", "mlp", r"\g<layer>.mlp", None),
+    (BERT_LAYER + r"(?:intermediate|output)\.dense\.bias$", "bias", r"\g<layer>.mlp", None),
+    (BERT_LAYER + r"output\.LayerNorm\.(?:weight|bias|gamma|beta)$", "norm", r"\g<layer>.mlp", None),
+    (r"(?:^|\.)embeddings\.position_ids$", "buffer", "embeddings", None),
+    (r"(?:^|\.)embeddings\.\w+_embeddings\.weight$", "embedding", "embeddings", None),
+    (r"(?:^|\.)embeddings\.LayerNorm\.(?:weight|bias|gamma|beta)$", "norm", "embeddings", None),
+    (r"(?:^|\.)pooler\.dense\.weight$", "linear", "pooler", None),
+    (r"(?:^|\.)predictions\.decoder\.weight$", "head", "predictions", None),
+    (r"(?:^|\.)predictions\.transform\.dense\.weight$", "linear", "predictions", None),
+    (r"(?:^|\.)predictions\.transform\.LayerNorm\.(?:weight|bias|gamma|beta)$", "norm", "predictions", None),
+    (r"(?:^|\.)(?:classifier|seq_relationship|qa_outputs)\.weight$", "linear", "classifier", None),
+)
+TIED_HEAD = (("model.embed_tokens.weight", "lm_head.weight"),)
+TIED_GEMMA = (
+    *TIED_HEAD,
+    ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+)
+GPT_OSS_STACK = r"(?P<experts>(?:^|.*\.)mlp\.experts)\."
+GPT_OSS_STACKS = (
+    Stack(
+        re.compile(GPT_OSS_STACK + "gate_up_proj$"), r"\g<experts>.{expert}.{part}_proj.weight", ("gate", "up"),
+        is_transposed=True, is_interleaved=True,
+    ),
+    Stack(
+        re.compile(GPT_OSS_STACK + "down_proj$"), r"\g<experts>.{expert}.{part}_proj.weight", ("down",),
+        is_transposed=True,
+    ),
+    Stack(
+        re.compile(GPT_OSS_STACK + "gate_up_proj_bias$"), r"\g<experts>.{expert}.{part}_proj.bias", ("gate", "up"),
+        is_transposed=True, is_interleaved=True, is_bias=True,
+    ),
+    Stack(
+        re.compile(GPT_OSS_STACK + "down_proj_bias$"), r"\g<experts>.{expert}.{part}_proj.bias", ("down",),
+        is_transposed=True, is_bias=True,
+    ),
+)  # fmt: skip
+LLAMA4_STACKS = tuple(
+    Stack(
+        re.compile(rf"(?P<experts>(?:^|.*\.)feed_forward\.experts)\.{stored}$"),
+        r"\g<experts>.{expert}.{part}_proj.weight", parts, is_transposed=True,
+    )
+    for stored, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",)))
+)  # fmt: skip
+TIED_BERT = (
+    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+)
+
+FAMILIES = (
+    Family("llama", ("llama",), ATTENTION + MLP + ENDS, TIED_HEAD),
+    Family("mistral", ("mistral",), ATTENTION + MLP + ENDS, TIED_HEAD),
+    Family("mixtral", ("mixtral",), ATTENTION + MIXTRAL_EXPERTS + ENDS, TIED_HEAD),
+    Family("qwen2", ("qwen2",), ATTENTION + MLP + ENDS, TIED_HEAD),
+    Family("qwen3", ("qwen3",), ATTENTION + MLP + ENDS, TIED_HEAD),
+    Family("qwen3_moe", ("qwen3_moe",), ATTENTION + QWEN_EXPERTS + MLP + ENDS, TIED_HEAD),
+    Family("qwen2_moe", ("qwen2_moe",), ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS, TIED_HEAD),
+    Family("gemma", ("gemma", "gemma2"), ATTENTION + GEMMA_NORMS + MLP + ENDS, TIED_HEAD, ties=True),
+    Family("phi3", ("phi3",), PHI3 + ATTENTION + MLP + ENDS, TIED_HEAD),
+    Family("gemma3", ("gemma3", "gemma3_text"), TOWERS + ATTENTION + GEMMA_NORMS + MLP + ENDS, TIED_GEMMA, ties=True),
+    Family(
+        "deepseek",
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32"),
+        MLA + ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS,
+        TIED_HEAD,
+    ),
+    Family("gpt_oss", ("gpt_oss",), GPT_OSS + ATTENTION + QWEN_EXPERTS + ENDS, TIED_HEAD, stacks=GPT_OSS_STACKS),
+    Family(
+        "llama4",
+        ("llama4", "llama4_text"),
+        TOWERS + ATTENTION + LLAMA4 + SHARED_EXPERTS + ENDS,
+        TIED_HEAD,
+        stacks=LLAMA4_STACKS,
+    ),
+    Family("bert", ("bert",), BERT, TIED_BERT, ties=True),
+)
+GENERIC = Family("generic", (), (), TIED_HEAD, is_generic=True)
+
+# What names usually mean, for tensors no family knows: only a matrix that looks like nothing else is a linear layer.
+GENERIC_ROLES = _rows(
+    (r"(?:^|[._])(?:embed|emb|wte|wpe|shared)[a-z_]*\.|embedding", "embedding", "", None),
+    (r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier|cls)\.(?:[\w.]*\.)?weight$", "head", "", None),
+    (r"(?:^|[._])(?:layer_?norm|norm\d*|ln(?:_\w+)?|rms_?norm)\b", "norm", "", None),
+    (r"norm\.(?:weight|bias)$", "norm", "", None),
+    (r"(?:^|\.)(?:router|gate|shared_expert_gate|wg)(?:\.\w+)?$", "router", "", None),
+    (r"(?:^|[._])conv\w*\.", "conv", "", None),
+    (r"(?:^|\.)experts?\.\d+\..*weight$", "expert", "", None),
+    (r"bias$", "bias", "", None),
+    (r"(?:position_ids|inv_freq|num_batches_tracked|running_(?:mean|var)|attn\.(?:masked_)?bias)$", "buffer", "", None),
+)
+GENERIC_BLOCK = re.compile(r"^(.*?\b(?:layers?|blocks?|h|blk)\.\d+)\.")
+
+
+def _generic_traits(name: str, shape: Shape) -> Traits:
+    match = GENERIC_BLOCK.match(name)
+    block = match.group(1) if match else name
+    for pattern, role, _, _ in GENERIC_ROLES:
+        if pattern.search(name):
+            fits = len(shape) == 2 or role in ("norm", "conv", "bias", "buffer")
+            return Traits(role if fits else "other", block)
+    return Traits("linear" if len(shape) == 2 and name.endswith("weight") else "other", block)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by its `model_type`; the generic one if none knows it."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    return GENERIC
+
+
+def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
+    """Sorts "layers.2" before "layers.10"."""
+    parts = re.split(r"(\d+)", text)
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts if part)

@@ -1,0 +1,65 @@
+"""A scheme's tools at work: threads, their reusable memory, and the cut of a tensor into ranges. See `Work`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from loaders.backends.scratch import Scratch
+from loaders.errors import WeightmillError
+from loaders.quantization.kernels import Kernels
+
+RANGE = 1 << 21  # weights in a range: 4 MiB of bfloat16
+THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
+T = TypeVar("T")
+
+
+class Stopped(WeightmillError):
+    """The work was asked to stop."""
+
+
+class ThreadedWork:
+    """Runs the ranges of one tensor at a time on a pool's threads, or inline inside one of them."""
+
+    def __init__(self, kernels: Kernels, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+        self.kernels = kernels
+        self._pool = pool
+        self._stop = stop
+        self._scratch = Scratch()
+        self._inside = threading.local()
+
+    def array(self, name: str, count: int, dtype: Any) -> np.ndarray:
+        return self._scratch.array(name, count, dtype)
+
+    def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
+        step = -(-RANGE // align) * align
+        ranges = [(start, min(start + step, count)) for start in range(0, count, step)]
+        if len(ranges) == 1 or getattr(self._inside, "is_worker", False):
+            return [self._run(body, *each) for each in ranges]
+        return list(self._pool.map(lambda each: self._run(body, *each), ranges))
+
+    def each(self, items: list[Any], body: Callable[[Any], T]) -> list[T]:
+        """Call the body for each item, a thread an item; sweeps inside stay on that thread."""
+
+        def call(item: Any) -> T:
+            self._inside.is_worker = True
+            try:
+                self.check()
+                return body(item)
+            finally:
+                self._inside.is_worker = False
+
+        return list(self._pool.map(call, items))
+
+    def check(self) -> None:
+        """Raises Stopped once a stop was asked for."""
+        if self._stop.is_set():
+            raise Stopped("stopped")
+
+    def _run(self, body: Callable[[int, int], T], start: int, stop: int) -> T:
+        self.check()
+        return body(start, stop)

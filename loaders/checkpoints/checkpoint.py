@@ -1,0 +1,220 @@
+"""A checkpoint: a folder with weight files, perhaps an index, and everything else (config, tokenizer, code).
+
+Opening one reads headers only, and checks all that headers can tell: every indexed file and tensor is there, none
+stands twice, no path leaves the folder. Nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loaders.architectures.families import Family, family_of
+from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, find_aux
+from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
+from loaders.containers import READERS, packed
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.specs import WeightSpec
+from loaders.storage import local
+from loaders.storage.hashes import text_digest
+from loaders.storage.json_files import INDEX_LIMIT, read_json
+
+HEADER_THREADS = 8
+SUFFIXES = {
+    "safetensors": (".safetensors",),
+    "pytorch": (".bin", ".pt", ".pth"),
+    "gguf": (".gguf",),
+}
+SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:safetensors|bin|pt|pth|gguf)$")
+# Files of training runs: pickles of other things than weights
+TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(?:bin|pt|pth)$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds. `notes` says what was found and left alone."""
+
+    root: Path
+    container: str
+    files: tuple[local.FileTag, ...]
+    weights: tuple[WeightSpec, ...]
+    config: Mapping[str, Any]
+    aux: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    family: Family = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "family", family_of(self.config))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights by all that headers say of them, wherever the folder lies: 32 hex digits."""
+        sizes = [(tag.name, tag.size) for tag in self.files]
+        specs = [(w.name, w.dtype.name, w.shape, w.file, w.offset, w.size, w.stride) for w in self.weights]
+        return text_digest(json.dumps([sizes, specs]))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all stored tensors; shared ones count once."""
+        return sum(spec.size for spec in self.weights if spec.alias is None)
+
+
+def open_checkpoint(path: str | os.PathLike[str], container: str = "auto", key: str = "model.path") -> Checkpoint:
+    """Open a folder of weights.
+
+    Raises:
+        BadSpec: there is no such folder, or no weights of the container in it.
+        BadCheckpoint: what is there is damaged, incomplete or hostile.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        found = "a file; give the folder it lies in" if root.exists() else "nothing there"
+        raise BadSpec(f"{key}: expected a folder of weights at {root}, found {found}")
+    container, files, index, notes = _find(root, container, key)
+    if container == "packed":
+        files, weights, config = packed_checkpoint(root)
+    else:
+        with ThreadPoolExecutor(HEADER_THREADS) as pool:
+            read = list(pool.map(lambda file: READERS[container](root, file), files))
+        weights = tuple(spec for specs in read for spec in specs)
+        _check_names(weights, index)
+        config = gguf_config(root, files, weights) if container == "gguf" else read_config(root)
+    if not weights:
+        raise BadCheckpoint(f"{root}: its weight files hold no tensors")
+    tags = tuple(local.tag(root, file) for file in files)
+    return Checkpoint(root, container, tags, weights, config, find_aux(root), tuple(notes))
+
+
+# --- which files
+
+
+def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
+    """The container, its weight files in order, the index's map of tensors to files, and notes."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith("."))
+    for candidate in READERS if container == "auto" else (container,):
+        if candidate == "packed":
+            others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and not TRAINING.match(n)]
+            others = [n for n in others if n != packed.WEIGHTS]
+            if packed.is_packed(names, alone=not others) or (container == "packed" and packed.WEIGHTS in names):
+                return candidate, [], None, [_others(others)] if others else []
+            continue
+        mine = [n for n in names if n.endswith(SUFFIXES[candidate]) and not TRAINING.match(n)]
+        indexes = [n for n in names if n.endswith(tuple(s + INDEX_SUFFIX for s in SUFFIXES[candidate]))]
+        if mine or indexes:
+            files, index = _with_index(root, indexes) if indexes else (_without_index(root, mine), None)
+            skipped = sorted(set(mine) - set(files))
+            notes = [f"not read, since {_why_not(index)}: {', '.join(skipped)}"] if skipped else []
+            if candidate == "gguf" and len(files) > 1 and not SHARD.match(files[0]):
+                raise BadSpec(
+                    f"model.path: {len(files)} GGUF files in {root}, each a model of its own: {', '.join(files[:4])};"
+                    " put the one that is wanted in a folder of its own"
+                )
+            others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in mine and not TRAINING.match(n)]
+            notes += [_others(others)] if others else []
+            return candidate, files, index, notes
+    wanted = " or ".join(READERS) if container == "auto" else container
+    others = [n for n in names if n.endswith(WEIGHT_SUFFIXES)]
+    found = f"{len(others)} other weight files ({', '.join(others[:4])})" if others else f"{len(names)} files"
+    raise BadSpec(f"{key}: expected {wanted} weights in {root}, found {found}")
+
+
+def _others(names: Sequence[str]) -> str:
+    return f"other weight files, not read and not carried over: {', '.join(names)}"
+
+
+def _why_not(index: dict[str, str] | None) -> str:
+    return "they are not one set of shards with the others" if index is None else "the index does not name them"
+
+
+def _with_index(root: Path, indexes: list[str]) -> tuple[list[str], dict[str, str]]:
+    preferred = [n for n in indexes if n in ("model.safetensors" + INDEX_SUFFIX, "pytorch_model.bin" + INDEX_SUFFIX)]
+    if len(indexes) > 1 and not preferred:
+        raise BadCheckpoint(f"{root}: several indexes, expected one: {', '.join(indexes)}; remove those that are stale")
+    name = (preferred or indexes)[0]
+    index = read_json(root / name, INDEX_LIMIT)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise BadCheckpoint(f"{name}: expected a weight_map of tensor names to file names")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        _check_inside(name, file)
+    missing = [file for file in files if not (root / file).is_file()]
+    if missing:
+        raise BadCheckpoint(f"{name}: {len(missing)} of its {len(files)} files are missing: {', '.join(missing[:4])}")
+    return files, weight_map
+
+
+def _check_inside(index: str, file: str) -> None:
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
+        raise BadCheckpoint(
+            f"{index}: it names {file!r}, which leaves the checkpoint's folder; do not trust this index"
+        )
+
+
+def _without_index(root: Path, names: list[str]) -> list[str]:
+    """One whole file by its usual name, else a complete set of shards, else all there is."""
+    for usual in ("model.safetensors", "pytorch_model.bin"):
+        if usual in names:
+            return [usual]
+    shards: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        match = SHARD.match(name)
+        if match:
+            shards.setdefault((match["stem"], int(match["count"])), []).append(name)
+    if not shards:
+        return names
+    (stem, count), found = max(shards.items(), key=lambda item: len(item[1]))
+    if len(found) != count:
+        numbers = {int(SHARD.match(name)["number"]) for name in found}  # type: ignore[index]
+        missing = sorted(set(range(1, count + 1)) - numbers)
+        raise BadCheckpoint(f"{root}: {stem} has {len(found)} of {count} shards; missing: {missing[:8]}; fetch them")
+    return found
+
+
+def _check_names(weights: tuple[WeightSpec, ...], index: dict[str, str] | None) -> None:
+    files: dict[str, str] = {}
+    for spec in weights:
+        if spec.name in files:
+            raise BadCheckpoint(f"{spec.name!r} is in {files[spec.name]} and in {spec.file}; one of them is stale")
+        files[spec.name] = spec.file
+    if index is None:
+        return
+    wrong = [name for name, file in index.items() if files.get(name) != file]
+    if wrong:
+        name = wrong[0]
+        where = f"it is in {files[name]}" if name in files else "no file has it"
+        raise BadCheckpoint(
+            f"the index puts {len(wrong)} tensors where they are not, {name!r} in {index[name]}: {where};"
+            " fetch the index and its shards again"
+        )
+    extra = sorted(set(files) - set(index))
+    if extra:
+        raise BadCheckpoint(
+            f"{files[extra[0]]}: it holds {len(extra)} tensors that the index does not name, {extra[0]!r} first;"
+            " fetch the index again, or remove it to read every shard"
+        )
+
+
+# --- the rest
+
+
+def open_file(path: str | os.PathLike[str], container: str) -> Checkpoint:
+    """One weight file as a checkpoint, with the config.json that lies beside it, if one does.
+
+    Raises:
+        BadCheckpoint: it is damaged, or holds no tensors.
+    """
+    root, name = Path(path).parent, Path(path).name
+    weights = READERS[container](root, name)
+    if not weights:
+        raise BadCheckpoint(f"{path}: it holds no tensors")
+    _check_names(weights, None)
+    config = gguf_config(root, [name], weights) if container == "gguf" else read_config(root)
+    return Checkpoint(root, container, (local.tag(root, name),), weights, config, ())

@@ -1,0 +1,83 @@
+"""A checkpoint's config.json, or what stands in its place: GGUF's metadata, a packed manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loaders.architectures.gguf import config_of
+from loaders.architectures.mlx import packed_expert_name
+from loaders.containers import gguf, packed
+from loaders.errors import BadCheckpoint
+from loaders.specs import WeightSpec
+from loaders.storage.json_files import read_json
+
+PACKED_GROUP = 64  # weights that share a scale in packed checkpoints: compiled into their engine
+
+
+def gguf_config(root: Path, files: Sequence[str], weights: Sequence[WeightSpec]) -> dict[str, Any]:
+    """config.json as the metadata of a GGUF says it; of a split one, as that of its first file."""
+    metadata = [gguf.plain(gguf.read_metadata(root, file)) for file in files]
+    for number, each in enumerate(metadata):
+        found = (each.get(gguf.SPLIT_NUMBER, 0), each.get(gguf.SPLIT_COUNT, 1))
+        if found != (number, len(files)):
+            raise BadCheckpoint(
+                f"{files[number]}: it says it is file {found[0]} of {found[1]} (from 0), of {len(files)}"
+            )
+    wanted = metadata[0].get(gguf.SPLIT_TENSORS)
+    if wanted is not None and wanted != len(weights):
+        raise BadCheckpoint(f"{files[0]}: its model has {wanted} tensors, its files {len(weights)}; fetch them again")
+    matrices = {spec.dtype.name for spec in weights if len(spec.shape) > 1}
+    dtype = next((t for t, name in (("bfloat16", "BF16"), ("float16", "F16")) if name in matrices), "float32")
+    return config_of(metadata[0], [spec.name for spec in weights], dtype)
+
+
+def packed_checkpoint(root: Path) -> tuple[list[str], tuple[WeightSpec, ...], dict[str, Any]]:
+    """Files, tensors, and config.json (or the manifest's) with MLX's settings as the bits tell them.
+
+    Raises:
+        BadCheckpoint: ..., or words of quantized weights lack their scales, or do not fit them.
+    """
+    own = read_config(root)
+    found = packed.read(root, lambda layer, expert, part: packed_expert_name(own, layer, expert, part))
+    listed = found.manifest.get("config")
+    config = own or (listed if isinstance(listed, dict) else {})
+    if not own and config:  # the experts' names are the model's
+        found = packed.read(root, lambda layer, expert, part: packed_expert_name(config, layer, expert, part))
+    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    bits = {name.removesuffix(".weight"): n for name in found.by_name if (n := _word_bits(found, name)) is not None}
+    if bits:
+        [(usual, _)] = Counter(bits.values()).most_common(1)
+        block: dict[str, Any] = {"group_size": PACKED_GROUP, "bits": usual, "mode": "affine"}
+        block |= {name: {"group_size": PACKED_GROUP, "bits": n} for name, n in bits.items() if n != usual}
+        config["quantization"] = config["quantization_config"] = block
+    return list(found.files), tuple(found.by_name.values()), config
+
+
+def _word_bits(found: packed.Packed, name: str) -> int | None:
+    """The bits of a quantized weight; None for any other tensor."""
+    spec = found[name]
+    if spec.dtype.name != "U32" or not name.endswith(".weight"):
+        return None
+    scales, biases = (found.by_name.get(name.removesuffix("weight") + part) for part in ("scales", "biases"))
+    if scales is None or biases is None:
+        raise BadCheckpoint(
+            f"{name}: it is quantized, but its scales or biases are missing; fetch the checkpoint again"
+        )
+    words, groups = (each.shape[-1] if each.shape else 0 for each in (spec, scales))
+    fitting = words * 32 // (groups * PACKED_GROUP) if groups else 0
+    bits = found.bits.get(name, fitting)
+    if words * 32 != bits * groups * PACKED_GROUP or bits not in packed.BITS:
+        raise BadCheckpoint(
+            f"{name}: {bits} bits ({packed.ASSUMED_BITS} where the manifest says none) in groups of {PACKED_GROUP} do"
+            f" not fit words {list(spec.shape)} with scales {list(scales.shape)}; the manifest must say its bits"
+        )
+    return bits
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """config.json, or nothing where there is none."""
+    path = root / "config.json"
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,112 @@
+"""Which kind of weight file something is: by its first bytes, then by its name."""
+
+from __future__ import annotations
+
+import enum
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+from loaders.checkpoints.checkpoint import SUFFIXES, open_checkpoint
+from loaders.containers import READERS, packed
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
+
+LONGEST_HEADER = 1 << 30
+LEGACY_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch pickled first, before its files were zips
+LFS = b"version https://git-lfs"
+TEXT = (b"<!DOCTYPE", b"<html", LFS)
+
+
+class WeightFormat(enum.Enum):
+    """The containers that are read, and all the rest."""
+
+    SAFETENSORS = "safetensors"
+    PYTORCH = "pytorch"
+    GGUF = "gguf"
+    PACKED = "packed"
+    UNKNOWN = "unknown"
+
+
+def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
+    """The format of a file, or of the weights that a folder holds.
+
+    A file's bytes decide, whatever it is called. Those of other things (and pickles of before 2020 that do not say
+    what they hold, unless they are called .bin, .pt or .pth) are UNKNOWN; so is a folder without weights. Packed
+    files have no first bytes of their own: they are known by their names and their manifest, which is checked.
+
+    Raises:
+        BadSpec: nothing is there.
+        BadCheckpoint: a file is empty, ends within what its first bytes promise, or holds something else than its name
+            says (an error page, a Git LFS pointer).
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path)
+    if not path.is_file():
+        raise BadSpec(f"{path}: expected a file of weights or a folder, found nothing there")
+    with io_errors("reading", path), path.open("rb") as file:
+        first = file.read(64)
+        size = os.fstat(file.fileno()).st_size
+    is_torch = first[:4] == b"PK\x03\x04" or LEGACY_TORCH in first
+    if not is_torch and (folder := packed.folder_of(path)) is not None:
+        packed.read(folder)
+        return WeightFormat.PACKED
+    named = _by_name(path)
+    found = _by_bytes(path, first, size, named)
+    if found is WeightFormat.UNKNOWN and named is not WeightFormat.UNKNOWN:
+        lone = f", with {packed.MANIFEST} beside it if it is packed" if path.name == packed.WEIGHTS else ""
+        raise BadCheckpoint(f"{path}: its name says {named.value}, but {_what(first, size)}; fetch it again{lone}")
+    return found
+
+
+def _of_folder(path: Path) -> WeightFormat:
+    try:
+        return WeightFormat(open_checkpoint(path).container)
+    except BadSpec:
+        return WeightFormat.UNKNOWN
+
+
+def _by_name(path: Path) -> WeightFormat:
+    for name, suffixes in SUFFIXES.items():
+        if path.name.endswith(suffixes):
+            return WeightFormat(name) if name in {each.value for each in WeightFormat} else WeightFormat.UNKNOWN
+    return WeightFormat.UNKNOWN
+
+
+def _by_bytes(path: Path, first: bytes, size: int, named: WeightFormat) -> WeightFormat:
+    if first[:4] == b"GGUF":
+        return _checked(path, WeightFormat.GGUF)
+    if first[:4] == b"PK\x03\x04":
+        return _of_zip(path)
+    if first[:1] == b"\x80" and (LEGACY_TORCH in first or named is WeightFormat.PYTORCH):
+        return WeightFormat.PYTORCH
+    if len(first) >= 9 and first[8:9] == b"{" and struct.unpack("<Q", first[:8])[0] <= LONGEST_HEADER:
+        return _checked(path, WeightFormat.SAFETENSORS)
+    return WeightFormat.UNKNOWN
+
+
+def _checked(path: Path, found: WeightFormat) -> WeightFormat:
+    """Read its header, which says of itself what is wrong with it."""
+    READERS[found.value](path.parent, path.name)
+    return found
+
+
+def _of_zip(path: Path) -> WeightFormat:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise BadCheckpoint(f"{path}: it begins as a zip, but {error}: it is cut short or damaged; fetch it") from None
+    is_torch = any(name == "data.pkl" or name.endswith("/data.pkl") for name in names)
+    return WeightFormat.PYTORCH if is_torch else WeightFormat.UNKNOWN
+
+
+def _what(first: bytes, size: int) -> str:
+    if size == 0:
+        return "it is empty"
+    if first.startswith(LFS):
+        return "it is a Git LFS pointer, not what that points to (git lfs pull)"
+    if first.lstrip().startswith(TEXT):
+        return "it is a page of a website"
+    return f"it begins with {first[:16]!r} and has {size} bytes"

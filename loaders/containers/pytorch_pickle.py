@@ -1,0 +1,136 @@
+"""The pickle of a PyTorch file, written out: tensors by name, or modules of tensors and plain values.
+
+Only what torch.load(weights_only=True) takes is written, in protocol 2, and every number in a fixed width: how long the
+pickle is does not depend on the numbers in it. Forms: torch/_utils.py, torch/_weights_only_unpickler.py.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.dtypes import DType, Shape, row_major
+from loaders.errors import BadSpec
+
+STORAGES = {
+    "F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
+    "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage", "U8": "ByteStorage",
+    "BOOL": "BoolStorage", "C64": "ComplexFloatStorage",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor of the file, by name; `is_parameter`: as a torch.nn.Parameter."""
+
+    tensor: str
+    is_parameter: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as the pickle describes it: the storage that holds it, dtype, shape."""
+
+    key: str
+    dtype: DType
+    shape: Shape
+
+
+def check_dtype(name: str, dtype: DType) -> None:
+    """Raises BadSpec: torch has no such dtype."""
+    if dtype.bits < 8:
+        raise BadSpec(f"output.container: {name} is {dtype}, which PyTorch files cannot hold; use safetensors")
+
+
+def state_dict(tree: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bytes:
+    """A dict, perhaps of dicts, of references to tensors, whole numbers, flags, text, shapes (tuples) and dtypes."""
+    written = _Pickle(tensors)
+    written.value(tree)
+    return b"".join([pickle.PROTO, b"\x02", *written.parts, pickle.STOP])
+
+
+class _Pickle:
+    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+        self.parts: list[bytes] = []
+        self._tensors = tensors
+        self._memo: dict[tuple[str, str], int] = {}
+
+    def value(self, value: Any) -> None:
+        if isinstance(value, Ref):
+            self._parameter(value.tensor) if value.is_parameter else self._tensor(value.tensor)
+        elif isinstance(value, Mapping):
+            self.parts += [pickle.EMPTY_DICT, pickle.MARK]
+            for key, each in value.items():
+                self.value(key)
+                self.value(each)
+            self.parts.append(pickle.SETITEMS)
+        elif isinstance(value, bool):
+            self.parts.append(pickle.NEWTRUE if value else pickle.NEWFALSE)
+        elif isinstance(value, int):
+            self._number(value)
+        elif isinstance(value, str):
+            raw = value.encode()
+            self.parts += [pickle.BINUNICODE, struct.pack("<I", len(raw)), raw]
+        elif isinstance(value, DType):
+            self._known("torch", value.torch)
+        else:
+            self._known("torch", "Size")
+            self._tuple([value])
+            self.parts.append(pickle.REDUCE)
+
+    def _number(self, value: int) -> None:
+        if value < 1 << 31:
+            self.parts += [pickle.BININT, struct.pack("<i", value)]
+        else:
+            self.parts += [pickle.LONG1, b"\x08", struct.pack("<q", value)]
+
+    def _known(self, module: str, name: str) -> None:
+        """A name of torch's, spelled out once."""
+        if (module, name) in self._memo:
+            self.parts += [pickle.BINGET, bytes([self._memo[module, name]])]
+            return
+        index = self._memo[module, name] = len(self._memo)
+        self.parts += [pickle.GLOBAL, f"{module}\n{name}\n".encode(), pickle.BINPUT, bytes([index])]
+
+    def _tuple(self, values: Iterable[Any]) -> None:
+        """Plain values; a tuple among them stays one."""
+        self.parts.append(pickle.MARK)
+        for value in values:
+            self._tuple(value) if isinstance(value, tuple) else self.value(value)
+        self.parts.append(pickle.TUPLE)
+
+    def _hooks(self) -> None:
+        self._known("collections", "OrderedDict")
+        self.parts += [pickle.EMPTY_TUPLE, pickle.REDUCE]
+
+    def _tensor(self, name: str) -> None:
+        stored = self._tensors[name]
+        typed = STORAGES.get(stored.dtype.name)
+        self._known("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
+        self.parts += [pickle.MARK, pickle.MARK]
+        self.value("storage")
+        self._known("torch" if typed else "torch.storage", typed or "UntypedStorage")
+        self.value(stored.key)
+        self.value("cpu")
+        items = stored.dtype.size(stored.shape) // (stored.dtype.item_bytes if typed else 1)
+        self._number(items)
+        self.parts += [pickle.TUPLE, pickle.BINPERSID]
+        self._number(0)
+        self._tuple(stored.shape)
+        self._tuple(row_major(stored.shape))
+        self.value(False)
+        self._hooks()
+        if not typed:
+            self.value(stored.dtype)
+        self.parts += [pickle.TUPLE, pickle.REDUCE]
+
+    def _parameter(self, name: str) -> None:
+        self._known("torch._utils", "_rebuild_parameter")
+        self.parts.append(pickle.MARK)
+        self._tensor(name)
+        self.value(False)
+        self._hooks()
+        self.parts += [pickle.TUPLE, pickle.REDUCE]

@@ -1,0 +1,170 @@
+"""Writing PyTorch files: torch.save's zip, whose members are stored as they are and so can be planned to the byte.
+
+    NAME/data.pkl                the pickle: see pickling.py
+    NAME/.format_version, .storage_alignment, byteorder
+    NAME/data/0, 1, ...          a tensor each; every member's bytes begin at a multiple of 64, as torch's do
+    NAME/version
+and the directory. A member's header has its CRC-32, so all are read back once more when the file is finished (torch
+does not look at them, other tools do). Members and offsets from 4 GiB have zip64's fields.
+
+Formats: PKWARE's APPNOTE 6.3, sections 4.3 to 4.5; torch's caffe2/serialize/inline_container.cc.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from loaders.containers.base import Checksum, Places
+from loaders.containers.pytorch_pickle import Ref, Stored, check_dtype, state_dict
+from loaders.specs import OutputFile, Slot, StoredTensor
+
+ALIGNMENT = 64
+LIMIT = 0xFFFFFFFF  # from here on, numbers stand in zip64's fields,
+STANDS_FOR_LIMIT = 0xFFFFFFFF  # and this in those of 32 bits
+MANY = 0xFFFF
+UTF8 = 0x0800
+NO_LENGTHS: Mapping[str, int] = {}
+BEFORE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
+AFTER = {"version": b"3\n"}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of the zip: its header's first byte, its first byte, how many it has, and the tensor that it is."""
+
+    name: str
+    header: int
+    start: int
+    size: int
+    slot: str | None
+
+    @property
+    def is_large(self) -> bool:
+        return self.size >= LIMIT
+
+
+def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
+    """Give every tensor its place: by name, lengths still unknown last. `about`: modules, each with its keys' values.
+
+    Raises:
+        BadSpec: torch has no such dtype.
+    """
+    whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
+    slots = []
+    for name, spec in sorted(whole.items(), key=lambda each: (each[1].is_bound, each[0])):
+        check_dtype(name, spec.dtype)
+        slots.append(Slot(name, spec.dtype, spec.shape, 0, spec.is_bound))
+    members = members_of(file, slots, about)
+    starts = {member.slot: member.start for member in members if member.slot is not None}
+    first = min(starts.values(), default=0)
+    end = max(member.start + member.size for member in members if member.slot is not None or not starts)
+    placed = tuple(Slot(slot.name, slot.dtype, slot.shape, starts[slot.name] - first, slot.is_bound) for slot in slots)
+    last = members[-1]
+    tail = last.start + last.size + len(directory_bytes(members, {})) - end
+    return OutputFile(file, first, end - first, placed, "pytorch", tail, about)
+
+
+def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
+    """Where the tensors lie, given the lengths that were open."""
+    members = members_of(file.name, file.slots, file.about, lengths)
+    return {member.slot: (member.start, member.size) for member in members if member.slot is not None}
+
+
+def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
+    """Every member that is no tensor, every member's header, the directory."""
+    lengths = {slot.name: places[slot.name][1] for slot in file.slots if slot.is_bound}
+    members = members_of(file.name, file.slots, file.about, lengths)
+    own = own_members(file.name, file.slots, file.about, lengths)
+    pieces, sums = [], {}
+    for member in members:
+        if member.slot is None:
+            data = own[member.name]
+            sums[member.name] = zlib.crc32(data)
+            pieces.append((member.start, data))
+        else:
+            sums[member.name] = checksum(member.start, member.size)
+        pieces.append((member.header, header_bytes(member, sums[member.name])))
+    last = members[-1]
+    pieces.append((last.start + last.size, directory_bytes(members, sums)))
+    return pieces
+
+
+def own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int]) -> dict[str, bytes]:
+    """The members that are no tensors."""
+    root = PurePosixPath(file).stem
+    tensors = {}
+    for key, slot in enumerate(slots):
+        size = lengths.get(slot.name, slot.size)
+        shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
+        tensors[slot.name] = Stored(str(key), slot.dtype, shape)
+    tree = dict.fromkeys(tensors) if about is None else {module: dict(values) for module, values in about}
+    pickled = state_dict({name: Ref(name) for name in tree} if about is None else tree, tensors)
+    plain = {"data.pkl": pickled, **BEFORE, **AFTER}
+    return {f"{root}/{name}": data for name, data in plain.items()}
+
+
+def members_of(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int] = NO_LENGTHS) -> list[Member]:
+    """All members in order."""
+    slots, root = list(slots), PurePosixPath(file).stem
+    sizes = {name: len(data) for name, data in own_members(file, slots, about, lengths).items()}
+    order: list[tuple[str, int, str | None]] = [(f"{root}/{name}", 0, None) for name in ("data.pkl", *BEFORE)]
+    order += [(f"{root}/data/{key}", lengths.get(s.name, s.size), s.name) for key, s in enumerate(slots)]
+    order += [(f"{root}/{name}", 0, None) for name in AFTER]
+    members, at = [], 0
+    for name, size, slot in order:
+        size = sizes.get(name, size)
+        start = at + 30 + len(name.encode()) + (20 if size >= LIMIT else 0) + 4
+        start += -start % ALIGNMENT
+        members.append(Member(name, at, start, size, slot))
+        at = start + size
+    return members
+
+
+def header_bytes(member: Member, checksum: int) -> bytes:
+    """A member's local header, padded by an extra field so that its bytes are aligned."""
+    name, size = member.name.encode(), STANDS_FOR_LIMIT if member.is_large else member.size
+    extra = struct.pack("<HHQQ", 1, 16, member.size, member.size) if member.is_large else b""
+    room = member.start - member.header - 30 - len(name) - len(extra) - 4
+    extra += b"FB" + struct.pack("<H", room) + b"Z" * room
+    version = 45 if member.is_large else 20
+    return (
+        struct.pack("<4sHHHHHIIIHH", b"PK\3\4", version, UTF8, 0, 0, 0, checksum, size, size, len(name), len(extra))
+        + name
+        + extra
+    )
+
+
+def _narrow(number: int) -> int:
+    return STANDS_FOR_LIMIT if number >= LIMIT else number
+
+
+def directory_bytes(members: list[Member], checksums: Mapping[str, int]) -> bytes:
+    """What follows the last member: an entry for each, and where the entries are."""
+    entries = []
+    for member in members:
+        wide = [each for each in (member.size, member.size, member.header) if each >= LIMIT]
+        extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        size, header = _narrow(member.size), _narrow(member.header)
+        name, version = member.name.encode(), 45 if wide else 20
+        entries.append(
+            struct.pack(
+                "<4sHHHHHHIIIHHHHHII", b"PK\1\2", version, version, UTF8, 0, 0, 0, checksums.get(member.name, 0), size,
+                size, len(name), len(extra), 0, 0, 0, 0, header,
+            )
+            + name
+            + extra
+        )  # fmt: skip
+    made, last = b"".join(entries), members[-1]
+    at, count = last.start + last.size, len(members)
+    end = b""
+    if at >= LIMIT or count >= MANY or len(made) >= LIMIT:
+        end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(made), at)
+        end += struct.pack("<4sIQI", b"PK\6\7", 0, at + len(made), 1)
+    few = min(count, MANY)
+    end += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, few, few, _narrow(len(made)), _narrow(at), 0)
+    return made + end

@@ -1,0 +1,239 @@
+"""The layout of llama.cpp: GGUF's names, stacked experts, the row order of its rotary embeddings, metadata for config.
+
+From transformers' checkpoints of the architectures in loaders/architectures/gguf.py; from another GGUF everything stays
+as it is but the types of tensors that are quantized, and its metadata is carried over. There is no config.json: the
+one file, MODEL-TYPE.gguf, says all; or a file for each unit, after a first one that holds the metadata alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, ClassVar
+
+from loaders.architectures.gguf import Architecture, GgufName, architecture_of, experts_of
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers import gguf
+from loaders.dtypes import DTYPES
+from loaders.errors import BadSpec
+from loaders.layouts.base import Assembly, Joined, Naming, Placed
+from loaders.layouts.gguf.metadata import (
+    FILE_TYPES,
+    general_metadata,
+    model_metadata,
+    quantization_metadata,
+    rope_factors,
+)
+from loaders.layouts.gguf.tokenizer import tokenizer_metadata
+from loaders.quantization.read_only.ggml import check_readable
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.rule import Decision
+from loaders.specs import OutputFile, StoredSpec, StoredTensor
+
+ENGINES = ("ggml", "plain")
+LEGAL = ("LICENSE", "NOTICE", "COPYING")  # aux files that go along, by their beginnings
+SPLIT_KEYS = (gguf.SPLIT_NUMBER, gguf.SPLIT_COUNT, gguf.SPLIT_TENSORS)
+EMBEDDING = "token_embd.weight"
+ROUTER = "ffn_gate_inp.weight"
+FLOATS = ("F32", "F16", "BF16")
+
+
+class GgufLayout:
+    """See `Layout` and `Assembling`."""
+
+    name: ClassVar[str] = "gguf"
+    containers: ClassVar[tuple[str, ...]] = ("gguf",)
+    file: ClassVar[str | None] = None
+
+    def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
+        for decision in decisions:
+            if decision.scheme is not None and decision.scheme.engine not in ENGINES:
+                raise BadSpec(
+                    f"output.layout: GGUF holds ggml's types, not {decision.scheme.kind}; choose a quant of gguf_*, or"
+                    " another layout"
+                )
+        if checkpoint.container == "gguf":
+            return tuple(_as_it_is(d) for d in decisions if d.scheme is not None)
+        return _Converting(checkpoint, decisions).place()
+
+    def config(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
+    ) -> dict[str, Any] | None:
+        return None
+
+    def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        return None
+
+    def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
+        return None
+
+    def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
+        again = [d for d in decisions if d.action == "quantize" and d.recipe.dtype.block > 1]
+        if not again:
+            return ()
+        types = ", ".join(sorted({d.recipe.dtype.name for d in again}))
+        return (
+            f"{len(again)} tensors are quantized already ({types}) and are quantized again, from what they decode to,"
+            " as llama-quantize --allow-requantize does: more is lost than from the weights they came from",
+        )
+
+    def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        return tuple(name for name in checkpoint.aux if name.upper().startswith(LEGAL))
+
+    def assemble(
+        self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
+    ) -> Assembly:
+        is_copy = checkpoint.container == "gguf" and all(d.scheme in (None, Plain()) for d in decisions)
+        label = naming.label or (_own_label(checkpoint) if is_copy else None) or _label(files)
+        stem = f"{naming.model}-{label}"
+        metadata = _metadata(checkpoint, files, naming.model, None if is_copy else label)
+        tensors = sum(len(file.slots) for file in files)
+        if naming.split:
+            count = len(files) + 1
+            names = [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+            whole = tuple(
+                gguf.with_head(replace(file, name=names[number]), gguf.split_metadata(number, count, tensors))
+                for number, file in enumerate(files, 1)
+            )
+            first = gguf.header(metadata | gguf.split_metadata(0, count, tensors), [])
+            return Assembly(whole, {names[0]: first}, None)
+        starts = list(accumulate((file.data_bytes for file in files), initial=0))
+        places = [(slot, at + slot.offset) for at, file in zip(starts, files, strict=False) for slot in file.slots]
+        joined = Joined(f"{stem}.gguf", gguf.header(metadata, places))
+        pieces = tuple(
+            replace(file, name=f"{joined.name}.{number:05d}", within=(joined.name, len(joined.head) + at))
+            for number, (at, file) in enumerate(zip(starts, files, strict=False), 1)
+        )
+        return Assembly(pieces, {}, joined)
+
+
+def _as_it_is(decision: Decision) -> Placed:
+    """A tensor of a GGUF for another: copied, or from its weights, which are decoded first if they are in blocks."""
+    scheme, recipe, cast = decision.scheme, decision.recipe, None
+    assert scheme is not None
+    if isinstance(scheme, Plain) and (len(recipe.shape) < 2 or recipe.name.endswith(ROUTER)):
+        scheme = Plain()  # llama.cpp has these in float32, whatever is asked for the others
+    if recipe.dtype.block > 1 and scheme != Plain():
+        check_readable(recipe.dtype.name)
+        cast = DTYPES["F32"]
+    spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+    stored = {role: StoredTensor(recipe.name, part) for role, part in scheme.stored(spec).items()}
+    return Placed(recipe, decision.action if scheme != Plain() else "keep", scheme, cast, stored)
+
+
+class _Converting:
+    """A checkpoint of transformers on its way to GGUF."""
+
+    def __init__(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> None:
+        self._config = checkpoint.config
+        self._architecture: Architecture = architecture_of(checkpoint.config)
+        self._experts = experts_of(checkpoint.config)
+        self._decisions = [d for d in decisions if d.scheme is not None and d.recipe.role != "buffer"]
+
+    def place(self) -> tuple[Placed, ...]:
+        """Raises BadSpec: a tensor has no place in the architecture, or a stack of experts is not whole."""
+        names = {d.recipe.name: self._architecture.gguf_name(d.recipe.name) for d in self._decisions}
+        unknown = [name for name, found in names.items() if found is None]
+        if unknown:
+            raise BadSpec(
+                f"output.layout: llama.cpp's {self._architecture.name} has no place for {len(unknown)} tensors"
+                f" ({', '.join(unknown[:4])}); drop them by a rule if the model works without"
+            )
+        placed = [self._placed(d, name) for d in self._decisions if (name := names[d.recipe.name]) is not None]
+        self._check_stacks(names, placed)
+        return self._with_rope_factors(placed)
+
+    def _placed(self, decision: Decision, name: GgufName) -> Placed:
+        recipe = decision.recipe
+        scheme, action = _type_for(decision)
+        order = self._architecture.row_order(recipe.name, recipe.shape[0], self._config, inverse=False)
+        [(role, part)] = scheme.stored(recipe.spec).items()
+        tensor = StoredTensor(name.name, part)
+        if name.expert is not None:
+            whole = StoredSpec(part.dtype, (self._experts, *part.shape))
+            tensor = StoredTensor(name.name, part, whole, name.expert * part.size)
+        return Placed(recipe, action, scheme, None, {role: tensor}, order)
+
+    def _check_stacks(self, names: Mapping[str, GgufName | None], placed: Sequence[Placed]) -> None:
+        stacks: dict[str, list[int]] = {}
+        shapes: dict[str, set[object]] = {}
+        for each in placed:
+            found = names[each.recipe.name]
+            if found is not None and found.expert is not None:
+                stacks.setdefault(found.name, []).append(found.expert)
+                shapes.setdefault(found.name, set()).add((each.recipe.shape, each.stored["weight"].spec.dtype.name))
+        for name, experts in stacks.items():
+            if sorted(experts) != list(range(self._experts)):
+                raise BadSpec(f"{name}: {len(experts)} experts to stack, config.json says {self._experts}")
+            if len(shapes[name]) > 1:
+                raise BadSpec(f"{name}: its experts differ in shape or type ({shapes[name]}); a stack has one of each")
+
+    def _with_rope_factors(self, placed: list[Placed]) -> tuple[Placed, ...]:
+        """The one tensor that no other comes from: it goes along with the embedding."""
+        factors = rope_factors(self._config)
+        if factors is None:
+            return tuple(placed)
+        part = StoredSpec(DTYPES["F32"], factors.shape, factors.tobytes())
+        extra = {"rope_freqs": StoredTensor("rope_freqs.weight", part)}
+        return tuple(
+            replace(p, stored={**p.stored, **extra}) if p.stored["weight"].name == EMBEDDING else p for p in placed
+        )
+
+
+def _type_for(decision: Decision) -> tuple[Scheme, str]:
+    """The scheme and action for a tensor: vectors and routers are float32, whatever is asked for all others."""
+    recipe, scheme = decision.recipe, decision.scheme
+    assert scheme is not None
+    wide = Plain("F32")
+    if len(recipe.shape) < 2 or recipe.role == "router":
+        scheme = Plain() if recipe.dtype.name == "F32" and isinstance(scheme, Plain) else wide
+    elif isinstance(scheme, Plain) and scheme.dtype is None and recipe.dtype.name not in FLOATS:
+        scheme = wide
+    refusal = scheme.refuses(recipe.spec)
+    if refusal:
+        raise BadSpec(f"{recipe.name}: it cannot be in a GGUF: {refusal}")
+    if isinstance(scheme, Plain):
+        return scheme, "keep" if scheme.dtype in (None, recipe.dtype.name) else "cast"
+    return scheme, decision.action
+
+
+def _label(files: Sequence[OutputFile]) -> str:
+    """What most weights are stored as, where a job does not say."""
+    counts = Counter[str]()
+    for file in files:
+        for slot in file.slots:
+            if slot.dtype.name in FILE_TYPES:
+                counts[slot.dtype.name] += slot.size
+    return counts.most_common(1)[0][0] if counts else "F32"
+
+
+def _own_label(checkpoint: Checkpoint) -> str | None:
+    """What a GGUF says its tensors are stored as."""
+    found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name).get("general.file_type")
+    return next((label for label, number in FILE_TYPES.items() if found is not None and number == found.value), None)
+
+
+def _metadata(
+    checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str | None
+) -> dict[str, gguf.Entry]:
+    """`label` is None for a copy of a GGUF."""
+    if checkpoint.container == "gguf":
+        found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name)
+        is_usual = found.get(gguf.ALIGNMENT_KEY, gguf.uint32(0)).value == gguf.ALIGNMENT
+        dropped = SPLIT_KEYS if is_usual else (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
+        kept = {key: entry for key, entry in found.items() if key not in dropped}
+        return kept if label is None else kept | quantization_metadata(label)
+    assert label is not None
+    architecture = architecture_of(checkpoint.config)
+    rows = next((slot.shape[0] for file in files for slot in file.slots if slot.name == EMBEDDING), None)
+    if rows is None:
+        raise BadSpec(f"output.layout: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
+    config = {**checkpoint.config, "vocab_size": rows}
+    return {
+        **general_metadata(architecture.name, model, label),
+        **model_metadata(architecture, config),
+        **tokenizer_metadata(checkpoint.root, checkpoint.config, rows),
+    }

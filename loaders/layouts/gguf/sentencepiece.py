@@ -1,0 +1,171 @@
+"""The vocabulary of a SentencePiece tokenizer as llama.cpp wants it: tokens, scores, token types.
+
+From tokenizer.model, as convert_hf_to_gguf.py makes it (llama.cpp, conversion/base.py, _create_vocab_sentencepiece).
+From a tokenizer.json alone, tokens and types are those of gguf-py's LlamaHfVocab; that gives every token the score
+-1000, with which llama.cpp merges from the left whatever comes: here scores follow the order of the merges, as
+SentencePiece numbers them, so that text is cut as transformers cuts it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loaders.errors import BadSpec
+from loaders.layouts.gguf import sentencepiece_model
+from loaders.layouts.gguf.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from loaders.storage.json_files import read_json
+
+SPACE = "▁"  # stands for a space in tokens
+ABSENT_SCORE, ADDED_SCORE = -10000.0, -1000.0
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+ALSO_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Vocabulary:
+    """By the number of a token: its text, score and type. `adds_prefix`: None for llama.cpp's default, true."""
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    adds_prefix: bool | None = None
+
+    @staticmethod
+    def empty(rows: int) -> Vocabulary:
+        return Vocabulary([f"[PAD{n}]" for n in range(rows)], [ABSENT_SCORE] * rows, [UNUSED] * rows)
+
+    def put(self, number: int, text: str, score: float, kind: int) -> None:
+        """A token; one that has no row in the embedding is left out, as the converter does."""
+        if 0 <= number < len(self.tokens):
+            self.tokens[number], self.scores[number], self.types[number] = text, score, kind
+
+    def add(self, number: int, text: str, is_special: bool) -> None:
+        """A token that was added to the model's own."""
+        if is_special or text in ALSO_SPECIAL or LOOKS_SPECIAL.fullmatch(text):
+            self.put(number, text, ADDED_SCORE, CONTROL)
+        else:
+            self.put(number, text.replace(SPACE, " "), ADDED_SCORE, USER_DEFINED)
+
+
+def from_model(root: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> Vocabulary:
+    """From tokenizer.model, and what other files add.
+
+    Raises:
+        BadCheckpoint: tokenizer.model is damaged.
+        BadSpec: its model is none that llama.cpp's "llama" computes, or has more tokens than the embedding rows.
+    """
+    model = sentencepiece_model.read_model(root / "tokenizer.model")
+    if model.model_type != sentencepiece_model.BPE:
+        raise BadSpec(
+            f"tokenizer.model: its model_type is {model.model_type}; llama.cpp cuts text so for BPE (2) only, and would"
+            " cut it otherwise here"
+        )
+    if len(model.pieces) > rows:
+        raise BadSpec(f"tokenizer.model: it has {len(model.pieces)} tokens, but the embedding has {rows} rows")
+    made = Vocabulary.empty(rows)
+    for number, piece in enumerate(model.pieces):
+        kind = NORMAL if piece.type == USER_DEFINED else piece.type  # as the converter, which does not ask for these
+        made.put(number, piece.text, piece.score, kind)
+    if (root / "added_tokens.json").is_file():
+        for text, number in read_json(root / "added_tokens.json").items():
+            made.put(int(number), text, ADDED_SCORE, USER_DEFINED)
+    known = settings.get("added_tokens_decoder") or {}
+    for each in tokenizer.get("added_tokens", ()):  # transformers 5 writes them nowhere else
+        if str(each["id"]) not in known and len(model.pieces) <= each["id"]:
+            made.add(each["id"], each["content"], bool(each.get("special")))
+    for number, each in known.items():
+        made.add(int(number), each["content"], bool(each.get("special")))
+    made.adds_prefix = _prefix_setting(settings, model.adds_prefix)
+    return made
+
+
+def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json is a SentencePiece BPE in tokenizers' form: one that falls back to bytes."""
+    model = tokenizer.get("model") or {}
+    return isinstance(model, Mapping) and model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+
+
+def from_json(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> Vocabulary:
+    """From tokenizer.json.
+
+    Raises:
+        BadSpec: it changes or cuts text in a way that llama.cpp's "llama" does not, or has tokens beyond the rows.
+    """
+    adds_prefix = _adds_prefix(tokenizer)
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    if max(vocabulary.values(), default=0) >= rows:
+        raise BadSpec(f"tokenizer.json: its tokens go to {max(vocabulary.values())}, but the embedding has {rows} rows")
+    made = Vocabulary.empty(rows)
+    added = {each["content"]: each for each in tokenizer.get("added_tokens", ())}
+    for text, score in _scored(tokenizer, vocabulary, set(added)):
+        made.put(vocabulary[text], text, score, BYTE if BYTE_TOKEN.fullmatch(text) else NORMAL)
+    for text, each in added.items():
+        made.add(each["id"], text, bool(each.get("special")))
+        if text in vocabulary:
+            made.scores[each["id"]] = 0.0
+    made.adds_prefix = _prefix_setting(settings, adds_prefix)
+    return made
+
+
+def _prefix_setting(settings: Mapping[str, Any], default: bool) -> bool | None:
+    found = settings.get("add_prefix_space")
+    return found if isinstance(found, bool) else None if default else False
+
+
+def _scored(
+    tokenizer: Mapping[str, Any], vocabulary: Mapping[str, int], added: set[str]
+) -> Iterator[tuple[str, float]]:
+    """Tokens with scores as SentencePiece gives them: 0, -1, -2, ... in the order of merges, then for what no merge
+    makes; bytes and added tokens have 0.
+    """
+    merged: dict[str, None] = {}
+    for merge in tokenizer["model"]["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        merged[left + right] = None
+    rest = sorted(vocabulary, key=vocabulary.__getitem__)
+    plain = [t for t in (*merged, *(t for t in rest if t not in merged)) if t in vocabulary]
+    rank = 0
+    for text in plain:
+        if text in added or BYTE_TOKEN.fullmatch(text):
+            yield text, 0.0
+        else:
+            yield text, -float(rank)
+            rank += 1
+
+
+def _adds_prefix(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a space is put before a text.
+
+    Raises:
+        BadSpec: text is changed or cut in another way than llama.cpp does.
+    """
+    found = False
+    for step in _steps(tokenizer.get("normalizer"), "normalizers"):
+        if step == {"type": "Prepend", "prepend": SPACE}:
+            found = True
+        elif step.get("type") != "Replace" or step.get("pattern") != {"String": " "} or step.get("content") != SPACE:
+            raise BadSpec(f"tokenizer.json: its normalizer {_short(step)} has no counterpart in llama.cpp")
+    for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") != "Metaspace" or step.get("replacement") != SPACE or step.get("split"):
+            raise BadSpec(
+                f"tokenizer.json: its pre_tokenizer {_short(step)} is not one that llama.cpp is known to have"
+            )
+        scheme = step.get("prepend_scheme")
+        found = found or (bool(step.get("add_prefix_space")) if scheme is None else scheme != "never")
+    return found
+
+
+def _steps(part: Any, inner: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    return list(part[inner]) if part.get("type") == "Sequence" else [part]
+
+
+def _short(part: object) -> str:
+    return json.dumps(part, ensure_ascii=False)[:200]

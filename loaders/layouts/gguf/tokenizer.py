@@ -1,0 +1,202 @@
+"""A tokenizer as llama.cpp's metadata: SentencePiece, or byte-level BPE with the name of the way it cuts text.
+
+llama.cpp has each way of cutting built in and knows it by a name, tokenizer.ggml.pre; a wrong name cuts wrongly
+without a word. The name is told here by the regular expression that tokenizer.json holds, and what cannot be told is
+refused. Keys and token types are those of gguf-py (gguf/constants.py, gguf/vocab.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loaders.containers.gguf import Entry, boolean, float32s, int32s, text, texts, uint32
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
+from loaders.storage.json_files import read_json
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>")
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# the regular expression that cuts words -> llama.cpp's name (src/llama-vocab.cpp)
+PRE_BY_REGEX = {
+    rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",
+    rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}": "qwen2",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes of transformers that add nothing by themselves
+# CodeLlama's tokens for filling in, which llama.cpp's converter knows by the size of the vocabulary
+CODE_LLAMA_ROWS = 32016
+CODE_LLAMA_IDS = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
+SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+def tokenizer_metadata(root: Path, config: Mapping[str, Any], rows: int) -> dict[str, Entry]:
+    """tokenizer.ggml.* for a model whose embedding has so many rows.
+
+    Raises:
+        BadSpec: there is no tokenizer.json, or one that llama.cpp could not be told of.
+    """
+    path, model = root / "tokenizer.json", root / "tokenizer.model"
+    if not path.is_file() and not model.is_file():
+        raise BadSpec(f"output.layout: gguf needs the tokenizer, and {root} has no tokenizer.json; fetch it")
+    try:
+        tokenizer = read_json(path) if path.is_file() else {}
+        settings = read_json(root / "tokenizer_config.json") if (root / "tokenizer_config.json").is_file() else {}
+        template = _template(root, settings)
+        # what Llama 3 calls tokenizer.model is none of SentencePiece's: tokenizer.json goes first
+        if not tokenizer or is_sentencepiece(tokenizer):
+            made = (
+                from_model(root, tokenizer, settings, rows) if model.is_file() else from_json(tokenizer, settings, rows)
+            )
+            return _sentencepiece_metadata(made, tokenizer, settings, template, config)
+        return _metadata(tokenizer, settings, template, config, rows)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BadCheckpoint(f"tokenizer.json: not as tokenizers writes it ({type(error).__name__}: {error})") from None
+
+
+def _sentencepiece_metadata(
+    made: Vocabulary,
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    template: str | None,
+    config: Mapping[str, Any],
+) -> dict[str, Entry]:
+    found = {
+        "tokenizer.ggml.model": text("llama"),
+        "tokenizer.ggml.pre": text("default"),
+        "tokenizer.ggml.tokens": texts(made.tokens),
+        "tokenizer.ggml.scores": float32s(made.scores),
+        "tokenizer.ggml.token_type": int32s(made.types),
+    }
+    if isinstance(made.adds_prefix, bool):
+        found["tokenizer.ggml.add_space_prefix"] = boolean(made.adds_prefix)
+    rows, vocabulary = len(made.tokens), {token: number for number, token in enumerate(made.tokens)}
+    ids = {name: _special_id(settings.get(key), config.get(f"{key}_id"), vocabulary) for name, key in SPECIAL.items()}
+    if rows == CODE_LLAMA_ROWS:
+        ids |= CODE_LLAMA_IDS
+    found |= {
+        f"tokenizer.ggml.{name}_token_id": uint32(number)
+        for name, number in ids.items()
+        if number is not None and number < rows
+    }
+    for name in ("bos", "eos"):
+        says = f"add_{name}_token" in settings or tokenizer.get("post_processor") is not None
+        if says or str(settings.get("tokenizer_class", "Llama")).startswith(GENERIC):  # else llama.cpp's default: bos
+            adds = _adds(name, tokenizer, settings, made.tokens, ids[name])
+            found[f"tokenizer.ggml.add_{name}_token"] = boolean(adds)
+    return found | ({} if template is None else {"tokenizer.chat_template": text(template)})
+
+
+def _metadata(
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    template: str | None,
+    config: Mapping[str, Any],
+    rows: int,
+) -> dict[str, Entry]:
+    pre = pre_name(tokenizer)
+    vocabulary = dict(tokenizer["model"]["vocab"])
+    added = {each["content"]: each for each in tokenizer.get("added_tokens", ())}
+    vocabulary |= {content: each["id"] for content, each in added.items()}
+    by_id = {number: token for token, number in vocabulary.items()}
+    if not all(type(number) is int and 0 <= number < rows for number in by_id):
+        raise BadSpec(f"tokenizer.json: its tokens go to {max(by_id)}, but the embedding has {rows} rows")
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
+    types = [_type(by_id.get(number), added) for number in range(rows)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    broken = [merge for merge in merges if merge.count(" ") != 1]
+    if broken:
+        raise BadSpec(f"tokenizer.json: GGUF cannot hold the merge {broken[0]!r}, whose parts have spaces")
+    found = {
+        "tokenizer.ggml.model": text("gpt2"),
+        "tokenizer.ggml.pre": text(pre),
+        "tokenizer.ggml.tokens": texts(tokens),
+        "tokenizer.ggml.token_type": int32s(types),
+        "tokenizer.ggml.merges": texts(merges),
+    }
+    ids = {name: _special_id(settings.get(key), config.get(f"{key}_id"), vocabulary) for name, key in SPECIAL.items()}
+    found |= {f"tokenizer.ggml.{name}_token_id": uint32(number) for name, number in ids.items() if number is not None}
+    for name in ("bos", "eos"):
+        found[f"tokenizer.ggml.add_{name}_token"] = boolean(_adds(name, tokenizer, settings, tokens, ids[name]))
+    return found | ({} if template is None else {"tokenizer.chat_template": text(template)})
+
+
+def _type(token: str | None, added: Mapping[str, Any]) -> int:
+    if token is None:
+        return UNUSED
+    if token not in added:
+        return NORMAL
+    return CONTROL if added[token].get("special") or LOOKS_SPECIAL.fullmatch(token) else USER_DEFINED
+
+
+def pre_name(tokenizer: Mapping[str, Any]) -> str:
+    """The name llama.cpp has for the way this tokenizer cuts words.
+
+    Raises:
+        BadSpec: it has none that is known here, or the tokenizer is no byte-level BPE.
+    """
+    model = tokenizer.get("model") or {}
+    kind = model.get("type", "none") if isinstance(model, Mapping) else "none"
+    if kind != "BPE":
+        raise BadSpec(f"tokenizer.json: its model is {kind}; for gguf, BPE is converted: byte-level or SentencePiece's")
+    normalizer = tokenizer.get("normalizer")
+    if normalizer is not None and normalizer.get("type") != "NFC":
+        raise BadSpec(f"tokenizer.json: its normalizer {_short(normalizer)} has no counterpart in llama.cpp")
+    steps = tokenizer.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", ()) if steps.get("type") == "Sequence" else (steps,)
+    *before, last = steps or ({},)
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        raise BadSpec(f"tokenizer.json: its pre_tokenizer {_short(last)} is not one that llama.cpp is known to have")
+    if not before and last.get("use_regex", True):
+        return "gpt-2"
+    if len(before) == 1 and before[0].get("type") == "Split" and not last.get("use_regex", True):
+        pattern = before[0].get("pattern") or {}
+        name = PRE_BY_REGEX.get(pattern.get("Regex", ""))
+        if name is not None and before[0].get("behavior") == "Isolated" and not before[0].get("invert"):
+            return name
+    if [step.get("type") for step in before] == ["Digits"] and before[0].get("individual_digits"):
+        return "smollm"
+    raise BadSpec(f"tokenizer.json: it cuts words by {_short(before)}, which is no way that llama.cpp is known to have")
+
+
+def _short(part: object) -> str:
+    return json.dumps(part, ensure_ascii=False)[:200]
+
+
+def _special_id(name: Any, number: Any, vocabulary: Mapping[str, int]) -> int | None:
+    """By the name in tokenizer_config.json, else by the number in config.json, of several the first."""
+    name = name.get("content") if isinstance(name, Mapping) else name
+    if isinstance(name, str) and name in vocabulary:
+        return vocabulary[name]
+    number = number[0] if isinstance(number, list) and number else number
+    return number if type(number) is int and number >= 0 else None
+
+
+def _adds(
+    name: str, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], tokens: list[str], number: int | None
+) -> bool:
+    """Whether encoding puts the token before (bos) or after (eos) a text."""
+    if isinstance(settings.get(f"add_{name}_token"), bool):
+        return bool(settings[f"add_{name}_token"])
+    processor = tokenizer.get("post_processor") or {}
+    for step in processor.get("processors", (processor,)):
+        if step.get("type") == "TemplateProcessing" and step.get("single") and number is not None:
+            part = step["single"][0 if name == "bos" else -1]
+            return bool(part.get("SpecialToken", {}).get("id") == tokens[number])
+    return False
+
+
+def _template(root: Path, settings: Mapping[str, Any]) -> str | None:
+    path = root / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = settings.get("chat_template")
+    return found if isinstance(found, str) else None

@@ -1,0 +1,170 @@
+"""A GGUF's tokenizer as transformers' files: tokenizer.json and tokenizer_config.json, from tokenizer.ggml.*.
+
+Of byte-level BPE, if llama.cpp's name for the way it cuts words is known here, and of SentencePiece's BPE. Text is cut
+as llama.cpp cuts it, which is as the tokenizer that the GGUF was made from, but that transformers 5's LlamaTokenizer
+puts no space before a text that begins with one, and Llama 2's tokenizer.json and SentencePiece do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers import gguf
+from loaders.layouts.gguf.sentencepiece import SPACE
+from loaders.layouts.gguf.tokenizer import CONTROL, NORMAL, PRE_BY_REGEX, SPECIAL, UNUSED, USER_DEFINED
+
+UNKNOWN = 2
+PRE_NAMES = {name: regex for regex, name in PRE_BY_REGEX.items()}
+# other names under which llama.cpp cuts the same way (src/llama-vocab.cpp)
+SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+IGNORES_MERGES = ("llama-bpe",)  # whole words that are tokens are taken as such (ibid.)
+NORMALIZED = ("qwen2",)  # Qwen's own tokenizers compose characters first
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files by name; none where the vocabulary is of another kind, or the folder has some already."""
+    if checkpoint.container != "gguf" or {"tokenizer.json", "tokenizer.model"} & set(checkpoint.aux):
+        return {}
+    metadata = gguf.plain(gguf.read_metadata(checkpoint.root, checkpoint.files[0].name))
+    try:
+        tokenizer = _tokenizer(metadata)
+        if tokenizer is None:
+            return {}
+        made = {"tokenizer.json": tokenizer, "tokenizer_config.json": _settings(metadata)}
+        return {name: json.dumps(each, ensure_ascii=False, indent=1).encode() + b"\n" for name, each in made.items()}
+    except (KeyError, IndexError, TypeError, ValueError):  # lists that do not agree, characters that are none
+        return {}
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
+    tokens = metadata.get("tokenizer.ggml.tokens") or ()
+    types = metadata.get("tokenizer.ggml.token_type") or (NORMAL,) * len(tokens)
+    vocabulary = {
+        token: number
+        for number, (token, each) in enumerate(zip(tokens, types, strict=True))
+        if each != UNUSED or token != f"[PAD{number}]"
+    }
+    if kind == "gpt2":
+        parts = _byte_level(SAME.get(pre, pre), metadata, vocabulary)
+    elif kind == "llama":
+        parts = _sentencepiece(metadata, vocabulary, types)
+    else:
+        return None
+    if parts is None:
+        return None
+    added = [
+        {
+            "id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": types[number] != USER_DEFINED,
+        }
+        for token, number in vocabulary.items()
+        if types[number] in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]  # fmt: skip
+    head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    return head | {"post_processor": _processor(metadata, tokens)} | parts
+
+
+def _byte_level(pre: str, metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, Any] | None:
+    steps: list[dict[str, Any]]
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": pre not in PRE_NAMES}
+    if pre in PRE_NAMES:
+        steps = [
+            {"type": "Split", "pattern": {"Regex": PRE_NAMES[pre]}, "behavior": "Isolated", "invert": False},
+            last,
+        ]
+    elif pre == "smollm":
+        steps = [{"type": "Digits", "individual_digits": True}, last]
+    elif pre == "gpt-2":
+        steps = [last]
+    else:
+        return None
+    return {
+        "normalizer": {"type": "NFC"} if pre in NORMALIZED else None,
+        "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": pre in IGNORES_MERGES, "vocab": dict(vocabulary),
+            "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
+        },
+    }  # fmt: skip
+
+
+def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Mapping[str, int], types: Sequence[int]) -> dict[str, Any]:
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if prefix else [])]
+    unknown = metadata["tokenizer.ggml.tokens"][metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, spaces]} if prefix else spaces,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+            "vocab": dict(vocabulary), "merges": _merges(vocabulary, types, metadata["tokenizer.ggml.scores"]),
+        },
+    }  # fmt: skip
+
+
+def _merges(vocabulary: Mapping[str, int], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """What makes each token of two others, the token of the greatest score first."""
+    found = []
+    for token, number in vocabulary.items():
+        if types[number] != NORMAL:
+            continue
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-scores[number], number, vocabulary[left], vocabulary[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _processor(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any] | None:
+    """The tokens that encoding puts before and after a text."""
+    is_llama = metadata["tokenizer.ggml.model"] == "llama"
+    adds = {"bos": metadata.get("tokenizer.ggml.add_bos_token", is_llama),
+            "eos": metadata.get("tokenizer.ggml.add_eos_token", False)}  # fmt: skip
+    usual = {"bos": 1, "eos": 2} if is_llama else {}
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name)) for name in adds}
+    names = {name: tokens[number] for name, number in ids.items() if adds[name] and number is not None}
+    if not names:
+        return None
+
+    def around(letter: str, kind: int) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = [{"Sequence": {"id": letter, "type_id": kind}}]
+        if "bos" in names:
+            parts.insert(0, {"SpecialToken": {"id": names["bos"], "type_id": kind}})
+        if "eos" in names:
+            parts.append({"SpecialToken": {"id": names["eos"], "type_id": kind}})
+        return parts
+
+    special = {token: {"id": token, "ids": [ids[name]], "tokens": [token]} for name, token in sorted(names.items())}
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": special,
+    }
+
+
+def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    found: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+    for name, key in SPECIAL.items():
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None:
+            found[key] = tokens[number]
+    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    found |= {} if length is None else {"model_max_length": length}
+    template = metadata.get("tokenizer.chat_template")
+    found |= {"chat_template": template} if isinstance(template, str) else {}
+    return found | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -1,0 +1,98 @@
+"""How weights are loaded: the settings of `load_weights`, checked."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from loaders.backends import DEVICES
+from loaders.errors import BadSpec
+from loaders.presets.base import FloatName, Spec
+from loaders.presets.catalog import DEFAULT, preset
+from loaders.presets.settings import Quant
+from loaders.strategies import loader
+
+
+class LoadConfig(Spec):
+    """How weights are loaded: frozen, and checked when it is made."""
+
+    quantize: str | bool | None = Field(default=None, description="a preset of conf/quant; true: nf4")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the preset: group_size, ...")
+    layer_filter: str | tuple[str, ...] | None = Field(
+        default=None, description="parts of names, or patterns with * and ?: what is loaded"
+    )
+    device: str = Field(default="cpu", description="where weights come to lie: cpu, cuda, cuda:1, mps")
+    dtype: FloatName | None = Field(default=None, description="of float weights; null: as they are stored")
+    strategy: str = Field(default="auto", description="how files are read")
+    backend: Literal["cpu", "cuda", "mps", "mlx"] = Field(default="cpu", description="where encoders run")
+    use_cache: bool = Field(default=False, description="keep on disk what was made of weights, and take it from there")
+    measure: bool = Field(default=True, description="decode what was quantized, compare it with its source")
+    allow_nonfinite: bool = Field(default=False, description="quantize tensors with NaN or infinities, too")
+    check_finite: bool = Field(default=False, description="look for NaN and infinities in plain weights, too")
+    max_relative_error: float | None = Field(default=None, gt=0, description="of each tensor; null: its scheme's own")
+    expected_shapes: dict[str, tuple[int, ...]] | None = Field(
+        default=None, description="by name, what must be there, and nothing else (of what the filter takes)"
+    )
+
+    def __init__(self, **values: Any) -> None:
+        """Raises BadSpec: a field is unknown or wrong; all such faults at once."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise BadSpec([_said(each) for each in error.errors()]) from None
+        loader(self.strategy)
+        self.quant  # noqa: B018  it raises where there is no such preset, or no such setting of it
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str) -> str:
+        kind, _, index = device.partition(":")
+        if kind not in DEVICES or (index and not index.isdecimal()):
+            raise ValueError(f"expected one of {', '.join(DEVICES)}, cuda:N")
+        return device
+
+    @property
+    def quant(self) -> Quant | None:
+        """The quantization that is asked for.
+
+        Raises:
+            BadSpec: no such preset or setting.
+        """
+        if self.quantize is None or self.quantize is False:
+            if self.settings:
+                raise BadSpec("settings: they are of a preset; give quantize")
+            return None
+        return preset(DEFAULT if self.quantize is True else self.quantize, **self.settings)
+
+
+def load_config(config: Mapping[str, Any]) -> LoadConfig:
+    """A config from a mapping of its fields.
+
+    Raises:
+        BadSpec: a field is unknown or wrong; all such faults at once.
+    """
+    if not isinstance(config, Mapping):
+        raise BadSpec(
+            f"config: expected a LoadConfig or a mapping of its fields, such as {{'quantize': 'nf4'}}, found {config!r}"
+        )
+    return LoadConfig(**config)
+
+
+def _said(fault: Any) -> str:
+    """What is wrong with a field."""
+    where = ".".join(map(str, fault["loc"]))
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg']}"
+    known = ", ".join(LoadConfig.model_fields)
+    return f"{where}: no such field; known: {known}. A preset's own settings go into settings={{{where!r}: ...}}"
+
+
+def matches(name: str, filters: str | Sequence[str] | None) -> bool:
+    """Whether a layer filter takes a name."""
+    if filters is None:
+        return True
+    each = (filters,) if isinstance(filters, str) else filters
+    return any(fnmatch.fnmatchcase(name, one) if set("*?[") & set(one) else one in name for one in each)

@@ -1,0 +1,349 @@
+"""`load_weights`: the weights of any checkpoint in memory, as they are, cast, decoded or quantized on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.backends.arrays import as_torch
+from loaders.backends.devices import torch_device
+from loaders.backends.memory import PeakMemory
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_file
+from loaders.checkpoints.detect import WeightFormat, detect_weight_format
+from loaders.containers import packed
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, storage_of
+from loaders.errors import BadSpec, VerifyFailed
+from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Placed
+from loaders.loading.checks import validate_weight_shapes
+from loaders.loading.config import LoadConfig, load_config, matches
+from loaders.loading.encode import Item, Made, make
+from loaders.loading.quantized_tensor import QuantizedTensor, float_dtype
+from loaders.loading.resources import shared
+from loaders.presets.settings import Quant
+from loaders.quantization.gate import Gate
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.decide import decide
+from loaders.rules.rule import Decision
+from loaders.specs import WeightSpec
+from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
+from loaders.storage.hashes import text_digest
+from loaders.strategies import WeightLoader, loader
+from loaders.strategies.base import by_warmth, cached_share
+from loaders.tensors.quantized_sources import check_decodable, is_quantized
+from loaders.tensors.sources import recipes_of
+
+CACHE_FORMAT = 1
+Weights = dict[str, Any]  # torch tensors; QuantizedTensor where a scheme made one
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Beside loaded weights: `compression` is None where nothing was quantized, `notes` say what was decided. With
+    `from_cache`, what was made of weights came from disk, and `load` counts the source's bytes that it stands for.
+    """
+
+    load: LoadStats
+    compression: CompressionStats | None = None
+    from_cache: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [str(self.load), *([] if self.compression is None else [repr(self.compression)]), *self.notes]
+        return "\n".join([*lines, *(["from the cache"] if self.from_cache else [])])
+
+
+def load_weights(
+    path: str | os.PathLike[str],
+    quantize: str | bool | None = None,
+    layer_filter: str | Sequence[str] | None = None,
+    device: str = "cpu",
+    dtype: Any = None,
+    **settings: Any,
+) -> tuple[Weights, Statistics]:
+    """Load a file's or a folder's weights, whatever container they are in; torch tensors by name.
+
+    quantize: a preset ("nf4", "hqq4", "w4a16", "mlx_int4", "gguf_q4_k_m", ...) or True (nf4). Its engine's rules say
+    which tensors are quantized; these are `QuantizedTensor`s. What was quantized in the source is decoded where
+    `quantize` or `dtype` asks, and comes as it is stored otherwise. A tensor tied to another comes once then.
+    layer_filter: part of a name, a pattern with * and ?, or several: what matches any is loaded.
+    settings: other fields of `LoadConfig`, as use_cache=True, strategy="multithread".
+
+    Nothing is copied that can lie where it is: unchanged weights on the CPU are private maps of their file.
+
+    Raises:
+        BadSpec: what is asked for cannot be done.
+        BadCheckpoint: files are damaged, or shapes not those expected.
+        VerifyFailed: NaN or infinities, or errors beyond the limit.
+        StorageError: a file cannot be read.
+    """
+    filters = layer_filter if isinstance(layer_filter, str) or layer_filter is None else tuple(layer_filter)
+    wanted = None if dtype is None else float_dtype(dtype).torch
+    asked = {"quantize": quantize, "layer_filter": filters, "device": device, "dtype": wanted, **settings}
+    return load_and_quantize(path, asked)
+
+
+def load_and_quantize(
+    path: str | os.PathLike[str], config: LoadConfig | Mapping[str, Any]
+) -> tuple[Weights, Statistics]:
+    """`load_weights` by a config, or by a mapping of its fields.
+
+    Raises:
+        As load_weights; BadSpec: a field is unknown or wrong, all such faults at once.
+    """
+    checked = config if isinstance(config, LoadConfig) else load_config(config)
+    quant, began = checked.quant, time.perf_counter()
+    checkpoint = open_weights(path)
+    with PeakMemory() as memory:
+        if quant is None and checked.dtype is None:
+            weights, stats = _as_stored(checkpoint, checked)
+        else:
+            weights, stats = Loading(checkpoint, checked, quant).run()
+    if checked.check_finite:
+        _check_finite(weights)
+    took = time.perf_counter() - began
+    return weights, replace(stats, load=replace(stats.load, wall_s=took, peak_anonymous_bytes=memory.peak_bytes))
+
+
+def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
+    """A folder, or one file whatever it is called, as a checkpoint. A file of a packed one stands for its folder.
+
+    Raises:
+        BadSpec: nothing there that is known.
+        BadCheckpoint: it is damaged.
+    """
+    if Path(path).is_dir():
+        return open_checkpoint(path, key="path")
+    found = detect_weight_format(path)
+    if found is WeightFormat.PACKED and (folder := packed.folder_of(Path(path))) is not None:
+        return open_checkpoint(folder, found.value, key="path")
+    if found is WeightFormat.UNKNOWN:
+        known = ", ".join(f.value for f in WeightFormat if f is not WeightFormat.UNKNOWN)
+        raise BadSpec(f"{os.fspath(path)}: no file of weights; known: {known}")
+    return open_file(path, found.value)
+
+
+def clear_cache() -> int:
+    """Remove what was kept of loads with use_cache=True; returns the bytes that were freed.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
+    return shared().cache.clear()
+
+
+def _none_matches(config: LoadConfig, names: Sequence[str]) -> BadSpec:
+    return BadSpec(f"layer_filter: {config.layer_filter!r} matches none of {len(names)} tensors, such as {names[0]!r}")
+
+
+def _as_stored(checkpoint: Checkpoint, config: LoadConfig) -> tuple[Weights, Statistics]:
+    names = [spec.name for spec in checkpoint.weights]
+    wanted = [name for name in names if matches(name, config.layer_filter)]
+    if not wanted:
+        raise _none_matches(config, names)
+    _check_shapes(config, [spec for spec in checkpoint.weights if spec.name in set(wanted)])
+    strategy = loader(config.strategy)
+    weights = strategy.load_weights(checkpoint, names=wanted, device=config.device)
+    notes = ("quantized in the source: weights are as stored; dtype or quantize decodes them",)
+    return weights, Statistics(strategy.stats, notes=notes if is_quantized(checkpoint) else ())
+
+
+def _check_shapes(config: LoadConfig, found: Sequence[Any]) -> None:
+    if config.expected_shapes is not None:
+        expected = {n: s for n, s in config.expected_shapes.items() if matches(n, config.layer_filter)}
+        validate_weight_shapes(found, expected)
+
+
+def _check_finite(weights: Weights) -> None:
+    import torch
+
+    wrong = [
+        f"{name}: {count} NaN or infinite weights"
+        for name, weight in weights.items()
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1
+        for count in (int((~torch.isfinite(weight)).sum()),)
+        if count
+    ]
+    if wrong:
+        raise VerifyFailed("\n".join([*wrong, "mend the source, or load it without check_finite"]))
+
+
+class Loading:
+    """One load that changes weights."""
+
+    def __init__(self, checkpoint: Checkpoint, config: LoadConfig, quant: Quant | None) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        if config.device == "mlx":
+            raise BadSpec("device: cast and quantized weights are torch's; load with device=cpu, or plainly onto mlx")
+        torch_device(config.device)  # which may not be there
+        if quant is not None and config.backend not in quant.scheme.backends:
+            raise BadSpec(f"backend: {quant.name} runs on {', '.join(quant.scheme.backends)}, not on {config.backend}")
+        self._strategy: WeightLoader = loader(config.strategy)
+        if self._strategy.not_for_jobs:
+            raise BadSpec(f"strategy={config.strategy}: {self._strategy.not_for_jobs}")
+        check_decodable(checkpoint)
+        split = quant is not None and quant.scheme.engine not in WHOLE_STACKS
+        sources = recipes_of(checkpoint, decode=True, split=split)
+        self._notes = (
+            *checkpoint.notes, *sources.notes, *(f"{dropped} is tied to {kept}" for kept, dropped in sources.tied),
+        )  # fmt: skip
+        self._items = self._selected(sources.recipes, quant)
+        _check_shapes(config, [item.recipe for item in self._items])
+
+    def _selected(self, recipes: Sequence[Any], quant: Quant | None) -> list[Item]:
+        config = self._config
+        scheme = Plain() if quant is None else quant.scheme
+        mix = None if quant is None else quant.mix
+        rules = None if mix is None else mix.rules(recipes, self._checkpoint.config)
+        mine = [recipe for recipe in recipes if matches(recipe.name, config.layer_filter)]
+        if not mine:
+            raise _none_matches(config, [recipe.name for recipe in recipes])
+        decisions = decide(mine, scheme, (), rules)
+        placed = self._placed(decisions, quant)
+        return [
+            self._item(decision, placed.get(decision.recipe.name))
+            for decision in decisions
+            if decision.action != "drop"
+        ]
+
+    def _placed(self, decisions: Sequence[Decision], quant: Quant | None) -> dict[str, Placed]:
+        """What the engine's layout says of tensors: the dtype they take before they are quantized, names of parts."""
+        if quant is None or BY_ENGINE[quant.scheme.engine] == "gguf":  # which takes any dtype, and knows few models
+            return {}
+        layout = LAYOUTS[BY_ENGINE[quant.scheme.engine]]
+        return {placed.recipe.name: placed for placed in layout.place(self._checkpoint, decisions)}
+
+    def _item(self, decision: Decision, placed: Placed | None) -> Item:
+        recipe, scheme = decision.recipe, decision.scheme
+        if scheme is not None and not isinstance(scheme, Plain):
+            if placed is None:
+                return Item(recipe, recipe.dtype, scheme)
+            names = {role: tensor.name for role, tensor in placed.stored.items() if tensor.whole is None}
+            return Item(recipe, recipe.dtype, scheme, placed.cast, names)
+        if recipe.dtype.name not in WEIGHT_DTYPES:
+            return Item(recipe, recipe.dtype)
+        chosen = self._config.dtype or (DTYPES[scheme.dtype].torch if scheme is not None and scheme.dtype else None)
+        return Item(recipe, recipe.dtype if chosen is None else float_dtype(chosen))
+
+    def run(self) -> tuple[Weights, Statistics]:
+        used = {spec.file for item in self._items for _, spec in item.recipe.stored}
+        share = cached_share(self._checkpoint.root, [tag for tag in self._checkpoint.files if tag.name in used])
+        in_place = {item.recipe.stored[0][1].name: item for item in self._items if item.is_in_place}
+        loaded = {}
+        if in_place:
+            loaded = self._strategy.load_weights(self._checkpoint, names=list(in_place), device=self._config.device)
+        others = [item for item in self._items if not item.is_in_place]
+        made, from_cache = self._made(others) if others else (Made({}, {}), False)
+        self._judge(others, made.errors)
+        weights: Weights = {}
+        for item in self._items:
+            name = item.recipe.name
+            weights[name] = loaded[item.recipe.stored[0][1].name] if item.is_in_place else self._result(item, made)
+        return weights, self._statistics(made, from_cache, share)
+
+    def _result(self, item: Item, made: Made) -> Any:
+        name, parts = item.recipe.name, made.parts[item.recipe.name]
+        if item.scheme is not None:
+            return QuantizedTensor(name, item.scheme, item.spec, parts, self._config.device, item.stored, item.names)
+        raw = parts["weight"].view(np.uint8)
+        tensor = as_torch(raw, WeightSpec(name, item.dtype, item.recipe.shape, "", 0, raw.nbytes))
+        return tensor if self._config.device == "cpu" else tensor.to(torch_device(self._config.device)[1])
+
+    def _judge(self, items: Sequence[Item], errors: Mapping[str, ErrorSums]) -> None:
+        gate = Gate(self._config.allow_nonfinite, self._config.max_relative_error, "")
+        faults = [
+            (errors[item.recipe.name].relative_error, fault)
+            for item in items
+            if item.scheme is not None and item.recipe.name in errors
+            for fault in (gate.fault(item.recipe.name, errors[item.recipe.name], item.scheme),)
+            if fault
+        ]
+        if faults:
+            raise VerifyFailed(max(faults)[1] + (f" (the worst of {len(faults)})" if len(faults) > 1 else ""))
+
+    def _made(self, items: Sequence[Item]) -> tuple[Made, bool]:
+        def fresh() -> Made:
+            root, config = self._checkpoint.root, self._config
+            return make(root, items, self._strategy, config.backend, measured=config.measure)
+
+        if not self._config.use_cache:
+            return fresh(), False
+        cache = shared().cache
+        key = self._key(items)
+        if (found := _from_cache(key, items)) is not None:
+            return found, True
+        with cache.making(key):
+            if (found := _from_cache(key, items)) is not None:
+                return found, True
+            made = fresh()
+            self._judge(items, made.errors)
+            parts = {f"{n}|{role}": part for n, each in made.parts.items() for role, part in each.items()}
+            errors = {name: sums_json(error) for name, error in made.errors.items()}
+            cache.put(key, parts, {"errors": errors, "source": str(self._checkpoint.root)})
+        return made, False
+
+    def _key(self, items: Sequence[Item]) -> str:
+        """Names the content and what is made of it."""
+        checkpoint, cache = self._checkpoint, shared().cache
+        used = {spec.file for item in items for _, spec in item.recipe.stored}
+        content = [(t.name, cache.content_of(checkpoint.root / t.name)) for t in checkpoint.files if t.name in used]
+        config = json.dumps(checkpoint.config, sort_keys=True, default=str)
+        return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}")
+
+    def _statistics(self, made: Made, from_cache: bool, share: float | None) -> Statistics:
+        items, before = self._items, self._strategy.stats
+        read = sum(item.recipe.source_bytes for item in items)
+        files = {spec.file for item in items for _, spec in item.recipe.stored}
+        load = LoadStats(
+            files=len(files), tensors=len(items), bytes=read, read_s=before.read_s, encode_s=made.encode_s,
+            measure_s=made.measure_s, **by_warmth(share, read),
+        )  # fmt: skip
+        layers = {
+            item.recipe.name: LayerStats(
+                item.scheme.kind, item.recipe.spec.numel, item.recipe.source_bytes,
+                sum(part.nbytes for part in made.parts[item.recipe.name].values()),
+                made.errors.get(item.recipe.name, ErrorSums(item.recipe.spec.numel)),
+            )
+            for item in items
+            if item.scheme is not None
+        }  # fmt: skip
+        if not layers:
+            return Statistics(load, None, from_cache, self._notes)
+        plain = [item for item in items if item.scheme is None]
+        compression = CompressionStats(
+            len(items),
+            sum(item.recipe.spec.numel for item in items),
+            read,
+            sum(layer.output_bytes for layer in layers.values()) + sum(item.spec.size for item in plain),
+            sum((layer.error for layer in layers.values()), ErrorSums()),
+            layers,
+        )
+        return Statistics(load, compression, from_cache, self._notes)
+
+
+def _from_cache(key: str, items: Sequence[Item]) -> Made | None:
+    entry = shared().cache.get(key)
+    if entry is None:
+        return None
+    try:
+        parts: dict[str, Mapping[str, np.ndarray]] = {
+            item.recipe.name: {
+                role: entry.parts[f"{item.recipe.name}|{role}"].view(storage_of(stored.dtype))
+                for role, stored in item.stored.items()
+            }
+            for item in items
+        }
+        errors = {name: sums_of(each) for name, each in entry.about["errors"].items()}
+    except (KeyError, ValueError, TypeError):
+        return None
+    return Made(parts, errors)
+
+
+__all__ = ["LoadConfig", "Statistics", "clear_cache", "load_and_quantize", "load_weights", "open_weights"]

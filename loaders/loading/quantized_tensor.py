@@ -1,0 +1,177 @@
+"""Quantized tensors in memory: what a scheme stored, and the way back to weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loaders.backends import kernels_of
+from loaders.backends.arrays import as_torch
+from loaders.backends.devices import torch_device
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DType, Shape, dtype_named, storage_of
+from loaders.errors import BadSpec
+from loaders.loading.resources import shared
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Block, Scheme
+from loaders.specs import StoredSpec, TensorSpec, WeightSpec
+from loaders.tensors.logical_tensor import stored_name
+
+if TYPE_CHECKING:
+    import torch
+
+INNER = 1 << 18  # weights decoded at once: they stay in the cache until they are rounded
+
+
+class MemoryParts:
+    """Takes what a scheme stores for one tensor, gives it back. See `Sink` and `Stored`."""
+
+    def __init__(self, stored: Mapping[str, StoredSpec]) -> None:
+        self._specs = stored
+        self._parts: dict[str, np.ndarray] = {}
+        self._lengths: dict[str, int] = {}
+        for role, spec in stored.items():
+            raw = np.empty(spec.size, np.uint8)
+            if spec.constant is not None:
+                raw[:] = np.frombuffer(spec.constant, np.uint8)
+            self._parts[role] = raw.view(storage_of(spec.dtype))
+            self._lengths[role] = self._parts[role].size
+
+    def write(self, role: str, start: int, data: Block) -> None:
+        flat = np.ascontiguousarray(data).reshape(-1)
+        part = self._parts[role]
+        part.view(np.uint8)[start * data.itemsize : start * data.itemsize + flat.nbytes] = flat.view(np.uint8)
+        if self._specs[role].is_bound:
+            self._lengths[role] = (start * data.itemsize + flat.nbytes) // part.itemsize
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        return self._parts[role][start : min(stop, self._lengths[role])]
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """What is stored, by role, flat; of a length that depends on weights, as much as there is."""
+        return {role: part[: self._lengths[role]] for role, part in self._parts.items()}
+
+
+class HeldParts:
+    """See `Stored`."""
+
+    def __init__(self, parts: Mapping[str, np.ndarray]) -> None:
+        self._parts = parts
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        return self._parts[role][start:stop]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """A quantized weight: `parts` are what `scheme` stores for it, by role, flat, as numpy holds them.
+
+    `spec` is what was encoded: `shape` and `dtype` are those of the weight that `dequantize` gives back. `device` is
+    where that one lies. `names` are those under which the engine looks for the parts, where they are not the usual.
+    """
+
+    name: str
+    scheme: Scheme
+    spec: TensorSpec
+    parts: Mapping[str, np.ndarray]
+    device: str = "cpu"
+    stored: Mapping[str, StoredSpec] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.spec.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def numel(self) -> int:
+        """Numbers in the weight."""
+        return self.spec.numel
+
+    def tensors(self) -> dict[str, Any]:
+        """The parts as torch tensors on the device, by the names under which an engine stores them."""
+        return {self._name(role): self._tensor(role) for role in self.parts}
+
+    def _name(self, role: str) -> str:
+        return self.names.get(role) or stored_name(self.name, role)
+
+    def _tensor(self, role: str) -> Any:
+        part, stored = self.parts[role], self.stored[role]
+        shape = (part.size,) if stored.is_bound else stored.shape
+        made = as_torch(part.view(np.uint8), WeightSpec(self._name(role), stored.dtype, shape, "", 0, part.nbytes))
+        return made if self.device == "cpu" else made.to(torch_device(self.device)[1])
+
+    def dequantize(self, dtype: Any = None) -> torch.Tensor:
+        """The weight, of its own float dtype or another ("float32", torch.float16), on all of the process's threads.
+
+        Raises:
+            BadSpec: no such float dtype.
+        """
+        wanted = self.dtype if dtype is None else float_dtype(dtype)
+        return self._decoded(0, self.spec.numel, wanted, self.shape)
+
+    def dequantize_range(self, start: int, stop: int, dtype: Any = None) -> torch.Tensor:
+        """Weights [start, stop) of the flattened tensor, (stop - start,): no more than these, and their group, are
+        decoded.
+
+        Raises:
+            BadSpec: no such float dtype, or not within the tensor.
+        """
+        if not 0 <= start <= stop <= self.spec.numel:
+            raise BadSpec(f"{self.name}: [{start}, {stop}) is not within its {self.spec.numel} weights")
+        wanted = self.dtype if dtype is None else float_dtype(dtype)
+        return self._decoded(start, stop, wanted, (stop - start,))
+
+    def _decoded(self, start: int, stop: int, dtype: DType, shape: Shape) -> torch.Tensor:
+        work = ThreadedWork(kernels_of("cpu"), shared().pool, threading.Event())
+        align = self.scheme.align(self.spec)
+        first = start // align * align
+        out = np.empty(stop - start, storage_of(dtype))
+        stored = HeldParts(self.parts)
+        inner = -(-INNER // align) * align
+
+        def decode(begin: int, end: int) -> None:
+            for at in range(first + begin, first + end, inner):
+                last = min(at + inner, self.spec.numel, first + end)
+                values = work.array("dequantized", last - at, np.float32)
+                self.scheme.decode(self.spec, stored, at, last, values, work)
+                low, high = max(at, start), min(last, stop)
+                out[low - start : high - start] = casts.cast(values[low - at : high - at], "F32", dtype.name)
+
+        end = min(-(-stop // align) * align, self.spec.numel)
+        if stop > start:
+            work.sweep(end - first, align, decode)
+        made = as_torch(out.view(np.uint8), WeightSpec(self.name, dtype, shape, "", 0, out.nbytes))
+        placed: torch.Tensor = made if self.device == "cpu" else made.to(torch_device(self.device)[1])
+        return placed
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"QuantizedTensor({self.name}, {self.scheme.kind}, {shape} of {self.dtype.torch}, {self.nbytes:,} bytes)"
+
+
+def float_dtype(dtype: Any) -> DType:
+    """A float dtype by safetensors' name, torch's name or torch's object.
+
+    Raises:
+        BadSpec: it is none that weights are cast to.
+    """
+    found = next((d for n in ("F32", "F16", "BF16") for d in (dtype_named(n),) if str(dtype) in _names(d)), None)
+    if found is None:
+        raise BadSpec(f"dtype: expected float32, float16 or bfloat16, found {dtype}")
+    return found
+
+
+def _names(dtype: DType) -> tuple[str, ...]:
+    return dtype.name, dtype.torch, f"torch.{dtype.torch}"

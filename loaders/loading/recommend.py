@@ -1,0 +1,269 @@
+"""What to load a model as: which scheme fits into a memory, which strategy reads it, how many workers; and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loaders.architectures.families import text_config
+from loaders.backends.devices import NAMES, Backend, backend, best
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import dtype_named
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS
+from loaders.loading.config import LoadConfig
+from loaders.loading.load import open_weights
+from loaders.presets.catalog import preset
+from loaders.presets.settings import Quant
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.decide import decide
+from loaders.specs import TensorSpec
+from loaders.storage import local
+from loaders.strategies.auto import choose
+from loaders.tensors.sources import Sources, recipes_of
+
+GB = 1_000_000_000
+# By backend, what its engines load there, from most bits to fewest: the first that fits is taken
+PRESETS = {
+    "cuda": ("none", "int8", "nf4", "w4a16", "hqq3", "hqq2"),  # w4a16 quantizes experts, which bitsandbytes does not
+    "cpu": ("none", "gguf_q8_0", "gguf_q6_k", "gguf_q5_k_m", "gguf_q4_k_m"),
+    "mps": ("none", "hqq8", "hqq4", "hqq3", "hqq2"),
+    "mlx": ("none", "mlx_int8", "mlx_mixed_4_6", "mlx_int4"),
+}
+RUNTIME_BYTES = {
+    "cuda": 1 * GB,
+    "cpu": GB // 2,
+    "mps": GB // 2,
+    "mlx": GB // 2,
+}  # libraries, their kernels, the context
+CACHE_ITEM_BYTES = 2  # keys and values are 16 bit
+CHUNK_TOKENS = 2048  # a prompt goes through the model in pieces of so many tokens
+UNKNOWN_RESERVE = 0.2  # of the memory, where no config says how large keys and values are
+LARGE = TensorSpec("model.layers.0.mlp.up_proj.weight", dtype_named("BF16"), (4096, 4096))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A preset for this model. `weight_bytes` is None where it cannot be; `why` says so, or how it was found."""
+
+    preset: str
+    weight_bytes: int | None
+    bits_per_weight: float | None
+    fits: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """What to take. `scheme` is None where nothing fits; `arithmetic` is what led here, a line a step."""
+
+    scheme: str | None
+    strategy: str
+    workers: int
+    backend: str
+    available_bytes: int
+    reserve_bytes: int
+    candidates: tuple[Candidate, ...]
+    arithmetic: tuple[str, ...]
+
+    def load_config(self) -> LoadConfig:
+        """For `load_and_quantize`, on the CPU's memory.
+
+        Raises:
+            BadSpec: nothing fits.
+        """
+        if self.scheme is None:
+            raise BadSpec(f"nothing fits: {self.arithmetic[-1]}")
+        return LoadConfig(quantize=None if self.scheme == "none" else self.scheme, strategy=self.strategy)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(self.arithmetic)
+
+
+def get_recommended_loader_config(
+    model: str | os.PathLike[str] | Checkpoint | int,
+    backend: str = "auto",
+    available_memory_gb: float | None = None,
+    *,
+    context_tokens: int = 8192,
+) -> Recommendation:
+    """Which preset, strategy and number of workers suit a model, a device and its memory.
+
+    model: a folder or file of weights, whose sizes are planned exactly from headers, or a number of parameters, whose
+    sizes are estimated. available_memory_gb: gigabytes (1e9 bytes); by default what is free. context_tokens: the length
+    of one sequence whose keys and values must fit beside the weights. The backend need not be of this machine, if the
+    memory is given.
+
+    Raises:
+        BadSpec: no such backend, or not here and without a memory; a number that is not positive.
+        BadCheckpoint: the checkpoint is damaged.
+    """
+    for name, number in (("available_memory_gb", available_memory_gb), ("context_tokens", context_tokens)):
+        if number is not None and number <= 0:
+            raise BadSpec(f"{name}: expected more than 0, found {number}")
+    device = _device(backend, available_memory_gb)
+    checkpoint = None if isinstance(model, int) else model if isinstance(model, Checkpoint) else open_weights(model)
+    reserve, said = _reserve(checkpoint, device, context_tokens)
+    room = device.free_bytes - reserve
+    lines = [f"{_gb(device.free_bytes)} for {device.name} ({device.description})", *said]
+    lines += [f"room for weights: {_gb(device.free_bytes)} - {_gb(reserve)} = {_gb(room)}"]
+    candidates: list[Candidate] = []
+    known: dict[tuple[bool, bool], Sources] = {}
+    for name in PRESETS[device.name]:
+        candidates.append(_candidate(name, model if isinstance(model, int) else checkpoint, room, known))
+        lines.append(_said(candidates[-1], room))
+    chosen = next((each.preset for each in candidates if each.fits), None)
+    strategy, why = ("auto", "no files to look at") if checkpoint is None else _strategy(checkpoint, device)
+    medium = "local" if checkpoint is None else local.medium(checkpoint.root)
+    workers = device.workers(strategy, medium)
+    lines += [f"strategy {strategy}: {why}", f"workers: {workers}, to begin with, from {medium} storage"]
+    lines.append(_verdict(chosen, candidates, room))
+    return Recommendation(
+        chosen, strategy, workers, device.name, device.free_bytes, reserve, tuple(candidates), tuple(lines)
+    )
+
+
+def _device(name: str, memory_gb: float | None) -> Backend:
+    if name not in (*NAMES, "auto"):
+        raise BadSpec(f"backend: unknown {name!r}; known: {', '.join(NAMES)}, auto")
+    name = best() if name == "auto" else name
+    if memory_gb is None:
+        return backend(name)
+    total = round(memory_gb * GB)
+    return Backend(name, (name,), "as given", total, total)
+
+
+def _reserve(checkpoint: Checkpoint | None, device: Backend, tokens: int) -> tuple[int, list[str]]:
+    """Bytes for all but weights, and how they came about."""
+    runtime = RUNTIME_BYTES[device.name]
+    sizes = None if checkpoint is None else _sizes(checkpoint.config)
+    if sizes is None:
+        share = int(UNKNOWN_RESERVE * device.free_bytes)
+        return runtime + share, [
+            f"assumed beside weights: {_gb(runtime)} of runtime, and {_gb(share)}, {UNKNOWN_RESERVE:.0%} of the memory:"
+            " no config says how large keys, values and activations are"
+        ]
+    layers, hidden, inner, vocabulary = sizes
+    assert checkpoint is not None
+    kept, said = _kept(checkpoint.config, layers, device)
+    cache = kept * tokens * CACHE_ITEM_BYTES
+    chunk = min(tokens, CHUNK_TOKENS)
+    active = chunk * (8 * hidden + 3 * inner) * 2 + vocabulary * 4
+    return runtime + cache + active, [
+        f"assumed, keys and values: {said} x {tokens} tokens x {CACHE_ITEM_BYTES} bytes = {_gb(cache)} (one sequence)",
+        f"assumed, activations: {chunk} tokens x (8 x {hidden} + 3 x {inner}) x 2 bytes, and {vocabulary} logits ="
+        f" {_gb(active)}",
+        f"assumed, runtime: {_gb(runtime)}",
+    ]
+
+
+def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    """Layers, hidden and inner sizes, vocabulary: as transformers names them. None where not all are said."""
+    try:
+        layers, hidden, heads = (
+            int(text_config(config, key)) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        )
+        inner = int(text_config(config, "intermediate_size") or 4 * hidden)
+        return (layers, hidden, inner, int(text_config(config, "vocab_size"))) if heads > 0 else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _kept(config: Mapping[str, Any], layers: int, device: Backend) -> tuple[int, str]:
+    """Numbers that are kept of a token, and how they come about.
+
+    DeepSeek's latent attention: llama.cpp and mlx-lm keep the latent vector and one rotary key, transformers keeps the
+    keys and values of every head that come of them.
+    """
+    heads = int(text_config(config, "num_attention_heads"))
+    latent = [
+        text_config(config, key) for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    ]
+    if all(isinstance(each, int) and each > 0 for each in latent):
+        rank, rotary, plain, value = latent
+        if device.name in ("cpu", "mlx"):
+            return layers * (rank + rotary), f"{layers} layers x ({rank} + {rotary})"
+        said = f"{layers} layers x {heads} heads x ({plain} + {rotary} + {value})"
+        return layers * heads * (plain + rotary + value), said
+    head = int(text_config(config, "head_dim") or int(text_config(config, "hidden_size")) // heads)
+    width = int(text_config(config, "num_key_value_heads") or heads) * head
+    return 2 * layers * width, f"2 x {layers} layers x {width}"
+
+
+def _candidate(
+    name: str, model: Checkpoint | int | None, room: int, known: dict[tuple[bool, bool], Sources]
+) -> Candidate:
+    quant = preset(name)
+    try:
+        if isinstance(model, int):
+            size, bits = _estimated(quant, model)
+            return Candidate(name, size, bits, size <= room, "estimated from the number of parameters")
+        assert model is not None
+        size, parameters = planned_bytes(model, quant, known)
+        return Candidate(name, size, size * 8 / max(1, parameters), size <= room, "planned from headers")
+    except (BadSpec, BadCheckpoint) as error:
+        return Candidate(name, None, None, False, str(error).splitlines()[0])
+
+
+def planned_bytes(
+    checkpoint: Checkpoint, quant: Quant, known: dict[tuple[bool, bool], Sources] | None = None
+) -> tuple[int, int]:
+    """Bytes of all tensors under a preset, as a job would store them (at most, where a length depends on values), and
+    the numbers in them. `known` keeps the tensors of this checkpoint from one preset to the next.
+
+    Raises:
+        BadSpec: the preset cannot take this checkpoint.
+    """
+    scheme = quant.scheme
+    is_copy = scheme == Plain()
+    how, known = (not is_copy, scheme.engine not in WHOLE_STACKS), {} if known is None else known
+    if how not in known:
+        known[how] = recipes_of(checkpoint, decode=how[0], split=how[1])
+    sources = known[how]
+    rules = None if quant.mix is None else quant.mix.rules(sources.recipes, checkpoint.config)
+    decisions = decide(sources.recipes, scheme, (), rules)
+    layout = LAYOUTS[BY_ENGINE[scheme.engine]]
+    placed = layout.place(checkpoint, decisions)
+    size = sum(tensor.spec.size for each in placed for tensor in each.stored.values())
+    return size, sum(each.recipe.spec.numel for each in placed)
+
+
+def _estimated(quant: Quant, parameters: int) -> tuple[int, float]:
+    """As if every parameter were in one large matrix."""
+    stored = quant.scheme.stored(LARGE)
+    bits = 8 * sum(part.size for part in stored.values()) / LARGE.numel
+    return int(parameters * bits / 8), bits
+
+
+def _strategy(checkpoint: Checkpoint, device: Backend) -> tuple[str, str]:
+    if device.name in ("mps", "mlx") and local.medium(checkpoint.root) in ("local", "memory"):
+        return "unified_memory", "the device shares the CPU's memory: a map of the files is all it needs"
+    return choose(checkpoint.root, [tag.name for tag in checkpoint.files], device.device)
+
+
+def _said(each: Candidate, room: int) -> str:
+    if each.weight_bytes is None:
+        return f"  {each.preset}: cannot be: {each.why}"
+    relation = "<=" if each.fits else ">"
+    return (
+        f"  {each.preset}: {_gb(each.weight_bytes)} ({each.bits_per_weight:.2f} bits a weight, {each.why}) {relation}"
+        f" {_gb(room)}"
+    )
+
+
+def _verdict(chosen: str | None, candidates: Sequence[Candidate], room: int) -> str:
+    if chosen is not None:
+        return f"scheme {chosen}: the most bits a weight that fit"
+    known = [each.weight_bytes for each in candidates if each.weight_bytes is not None]
+    if not known:
+        return "nothing fits: no preset can take this checkpoint"
+    return f"nothing fits: {_gb(min(known) - room)} more, or strategy=streaming, or fewer context tokens"
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.2f} GB" if abs(size) >= GB // 10 else f"{size / 1e6:.2f} MB"

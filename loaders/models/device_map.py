@@ -1,0 +1,114 @@
+"""Which module goes to which device, within the memory that each may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.architectures.families import load_dtype
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.errors import BadSpec
+from loaders.models.skeleton import Skeleton
+from loaders.quantization.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device's limits."""
+
+    device: str
+
+    def dtype(self, asked: str | None, checkpoint: Checkpoint) -> str | None:
+        """The dtype of float weights there: MPS computes bfloat16 as float16.
+
+        Raises:
+            BadSpec: it was asked for, and the device has none.
+        """
+        if not self.device.startswith("mps"):
+            return asked
+        if asked == "bfloat16":
+            raise BadSpec("dtype: MPS has no bfloat16 matrix products worth having; give float16")
+        found = load_dtype(checkpoint.config)
+        return asked or ("float16" if found is not None and found.name == "BF16" else None)
+
+
+def place_of(device: str) -> Place:
+    """What a device can hold."""
+    return Place(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The device of each module; `modules` is empty where all are on one."""
+
+    device: str
+    modules: Mapping[str, str]
+
+    @property
+    def device_of(self) -> Callable[[str], str]:
+        def find(name: str) -> str:
+            held = [m for m in self.modules if name == m or name.startswith(m + ".") or not m]
+            return self.modules[max(held, key=len)] if held else self.device
+
+        return find
+
+
+def device_map_of(
+    skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]], limits: Mapping[str, int], device: str
+) -> Places:
+    """Fill the devices of `limits` in their order, decoder blocks whole.
+
+    Raises:
+        BadSpec: the model does not fit.
+    """
+    if not limits:
+        return Places(device, {})
+    size = bytes_of(skeleton, schemes)
+    if sum(limits.values()) < size:
+        raise BadSpec(
+            f"max_memory: the model takes {size} bytes, {dict(limits)} are {sum(limits.values())};"
+            " quantize it, or use LoadingStrategy.STREAMING, which holds a few modules at a time"
+        )
+    if len(limits) == 1:
+        return Places(next(iter(limits)), {})
+    from accelerate import infer_auto_device_map
+
+    keys = {int(name.partition(":")[2]) if name.startswith("cuda:") else name: n for name, n in limits.items()}
+    found = infer_auto_device_map(
+        skeleton.model, max_memory=keys, no_split_module_classes=_blocks(skeleton.model), dtype=skeleton.model.dtype
+    )
+    if "disk" in found.values():
+        raise BadSpec(f"max_memory: blocks do not divide over {dict(limits)}; give one of them more, or use STREAMING")
+    return Places(device, {m: f"cuda:{d}" if isinstance(d, int) else str(d) for m, d in found.items()})
+
+
+def bytes_of(skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]]) -> int:
+    """What the loaded model takes."""
+    total, seen = 0, set()
+    for name, parameter in skeleton.model.named_parameters():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if name in schemes:
+            spec = skeleton.parameters[name][0].spec
+            total += sum(part.size for part in schemes[name][0].stored(spec).values())
+        else:
+            total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def _blocks(model: Any) -> list[str]:
+    """The classes of what stands in lists of modules: decoder blocks."""
+    from torch import nn
+
+    return sorted({type(item).__name__ for m in model.modules() if isinstance(m, nn.ModuleList) for item in m})
+
+
+def hold_to(model: Any, places: Places) -> Any:
+    """Move activations between devices, where there are several."""
+    if len(set(places.modules.values())) < 2:
+        return model
+    from accelerate import dispatch_model
+
+    return dispatch_model(model, device_map=dict(places.modules))

@@ -1,0 +1,110 @@
+"""Engines' own quantized modules, made of what a scheme stores: bitsandbytes' and hqq's.
+
+bitsandbytes 0.50: nn/modules.py (Params4bit.from_prequantized, Int8Params); hqq 0.2.8: core/quantize.py
+(HQQLinear.load_state_dict). Public interfaces of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from loaders.errors import BadSpec
+from loaders.quantization.scheme import Decoder
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import SCALES, LlmInt8
+from loaders.quantization.schemes.hqq import PACKING, Hqq
+from loaders.specs import TensorSpec
+
+Stored = Mapping[str, torch.Tensor]
+OUTLIERS = 6.0  # transformers' llm_int8_threshold
+
+
+def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:
+    """A Linear4bit of bitsandbytes."""
+    bitsandbytes: Any = import_module("bitsandbytes")
+
+    rows, columns = spec.shape
+    made: Any = bitsandbytes.nn.Linear4bit(
+        columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=scheme.table,
+        compress_statistics=scheme.double_quant, device="meta",
+    )  # fmt: skip
+    statistics = {role.removeprefix("weight."): part.to(device) for role, part in stored.items() if role != "weight"}
+    made.weight = bitsandbytes.nn.Params4bit.from_prequantized(
+        stored["weight"], quantized_stats=statistics, requires_grad=False, device=device, module=made
+    )
+    made.bias = bias
+    return made  # type: ignore[no-any-return]
+
+
+def linear_8bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:
+    """A Linear8bitLt of bitsandbytes."""
+    bitsandbytes: Any = import_module("bitsandbytes")
+
+    rows, columns = spec.shape
+    made: Any = bitsandbytes.nn.Linear8bitLt(
+        columns, rows, bias=bias is not None, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
+    )
+    codes, scales = stored["weight"].to(device), stored[SCALES].to(device)
+    made.weight = bitsandbytes.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    made.bias = bias
+    return made  # type: ignore[no-any-return]
+
+
+def hqq_linear(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:
+    """An HQQLinear of hqq."""
+    hqq: Any = import_module("hqq.core.quantize")
+    made: Any = hqq.HQQLinear(None, None, compute_dtype=dtype, device=device, initialize=False)
+    made.load_state_dict(
+        {
+            "W_q": nn.Parameter(stored["W_q"], requires_grad=False),
+            "nbits": scheme.bits,
+            "group_size": scheme.group_size,
+            "shape": spec.shape,
+            "scale": stored["scale"],
+            "zero": stored["zero"],
+            "axis": scheme.axis,
+            "packing": PACKING[scheme.bits],
+            "unpack_view_dtype": torch.int32 if scheme.bits == 3 else torch.uint8,
+            "view_as_float": False,
+            "quant_scale": False,
+            "quant_zero": False,
+            "compute_dtype": dtype,
+            "bias": bias,
+            "offload_meta": False,
+            "stores_quant_config": True,
+            "channel_wise": True,
+            "optimize": True,
+            "round_zero": scheme.rounds_zero,
+        }
+    )
+    made.encoded_state_dict = False
+    return made  # type: ignore[no-any-return]
+
+
+ENGINES: dict[type, Callable[..., nn.Module]] = {Bnb4: linear_4bit, LlmInt8: linear_8bit, Hqq: hqq_linear}
+
+
+def module_maker(scheme: Decoder) -> Callable[..., nn.Module]:
+    """What makes an engine's module of what the scheme stores.
+
+    Raises:
+        BadSpec: no engine here takes it in a model of transformers.
+    """
+    for kind, make in ENGINES.items():
+        if isinstance(scheme, kind):
+            return make
+    known = ", ".join(kind.kind for kind in ENGINES)  # type: ignore[attr-defined]
+    raise BadSpec(
+        f"quantize: no modules for {scheme.kind} are made here; known: {known}. Give its weights as floats with"
+        " decode=True, or load an output of the job with transformers' from_pretrained"
+    )
+
+
+def runs_here(scheme: Decoder) -> bool:
+    """Whether modules for the scheme can be made."""
+    return isinstance(scheme, tuple(ENGINES))

@@ -1,0 +1,56 @@
+"""Quantizations by name: the presets of conf/quant, for whoever asks without a job."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from loaders.errors import BadSpec
+from loaders.places import CONF
+from loaders.presets.auto import QuantSpec
+from loaders.presets.settings import Quant
+
+FOLDER = CONF / "quant"
+DEFAULT = "nf4"
+ADAPTER: TypeAdapter[Quant] = TypeAdapter(QuantSpec)
+
+
+def preset_names() -> tuple[str, ...]:
+    """What may be asked for: all but `auto`, whose mix a job measures."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "auto"))
+
+
+def preset(name: str, **settings: Any) -> Quant:
+    """A preset, with some of its settings changed (`group_size=128`).
+
+    Raises:
+        BadSpec: no such preset, no such setting, or a wrong value; all faults at once.
+    """
+    if name not in preset_names():
+        raise BadSpec(f"quantize: unknown preset {name!r}; known: {', '.join(preset_names())}")
+    try:
+        return ADAPTER.validate_python({**_values(name), **settings})
+    except ValidationError as error:
+        raise BadSpec([_problem(name, fault) for fault in error.errors()]) from None
+
+
+def _problem(name: str, fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"][1:])  # the first is the kind
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(key for key in type(preset(name)).model_fields if key not in ("kind", "name"))
+        return f"quantize: {name} has no setting {where!r}; it has {known or 'none'}"
+    return f"quantize: {where}{': ' if where else ''}{fault['msg']}"
+
+
+@cache
+def _values(name: str) -> dict[str, Any]:
+    """A preset's file over the one that it begins with."""
+    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    base: dict[str, Any] = {}
+    for other in values.pop("defaults", []):
+        if other != "_self_":
+            base |= _values(other)
+    return {**base, **values}

@@ -1,0 +1,150 @@
+"""E4M3 codes by row or by block of 128 x 128, as compressed-tensors computes them: each step in the weights' dtype.
+
+scale = amax / 448;  code = E4M3 of clamp(w / scale, -448, 448). A scale of zero becomes the dtype's eps.
+A block at an edge has fewer weights, and no others count: compressed-tensors fills it up with zeros, and drops them
+again (compressed_tensors 0.20, compressors/naive_quantized/base.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba.core import types
+
+from loaders.quantization.kernels import rounding
+from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, prefetch, vector
+from loaders.quantization.kernels.rounding import (
+    GROUPS,
+    STEP,
+    float_of_bits,
+    quick_inverse,
+    quotient_like,
+    symmetric_scales,
+    top_bits,
+    top_bits_1,
+)
+
+BLOCK = 128
+TOP = np.float32(448)
+
+
+def _code(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array, count: int) -> None:
+    quotients = lanes.b.fdiv(lanes.floats(x, at, count), lanes.splat(scale, count))
+    rounding.store_bytes(lanes, rounding.to_e4m3(lanes, rounding.like(lanes, x, quotients)), out, at)
+
+
+@vector(types.void)
+def _code_step(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
+    _code(lanes, x, at, scale, out, STEP)
+
+
+@vector(types.void)
+def _code_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
+    if x.holds == types.uint16:
+        even, odd = (
+            rounding.quick_e4m3(lanes, rounding.quick(lanes, values, inverse)) for values in lanes.pairs(x, at, STEP)
+        )
+        rounding.store_byte_pairs(lanes, even, odd, out, at)
+
+
+@vector(types.void)
+def _code_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
+    _code(lanes, x, at, scale, out, 1)
+
+
+@kernel
+def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
+    """A scale a row. x: (rows * columns,); out: uint8; scales: float32 (rows,), rounded to the dtype of x."""
+    for r in range(scales.size):
+        start, stop = r * columns, (r + 1) * columns
+        whole = start + columns // STEP * STEP
+        top = top_bits(x, start, whole)
+        for at in range(whole, stop):
+            top = max(top, top_bits_1(x, at))
+        scale = quotient_like(x, float_of_bits(x, top), TOP)
+        scale = eps if scale == 0 else scale
+        scales[r] = scale
+        inverse = quick_inverse(x, scale)
+        if inverse:
+            for at in range(start, whole, STEP):
+                prefetch(x, at + columns, at + columns + STEP)
+                _code_quick(x, at, inverse, out)
+        else:
+            for at in range(start, whole, STEP):
+                _code_step(x, at, scale, out)
+        for at in range(whole, stop):
+            _code_one(x, at, scale, out)
+
+
+@kernel
+def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
+    """A scale for every BLOCK columns of up to BLOCK rows. x: (rows * columns,); scales: float32 (blocks,)."""
+    blocks, padded = scales.size, -(-scales.size // GROUPS) * GROUPS
+    tops = np.zeros(padded, np.uint32)
+    some, inverses = np.empty(padded, np.float32), np.empty(padded, np.float32)
+    for row in range(0, x.size, columns):
+        for b in range(blocks):
+            start, stop = row + b * BLOCK, row + min((b + 1) * BLOCK, columns)
+            whole = start + (stop - start) // STEP * STEP
+            tops[b] = max(tops[b], top_bits(x, start, whole))
+            for at in range(whole, stop):
+                tops[b] = max(tops[b], top_bits_1(x, at))
+    for b in range(0, blocks, GROUPS):
+        symmetric_scales(x, tops, b, TOP, eps, some, inverses)
+    for b in range(blocks):
+        scales[b] = some[b]
+    for row in range(0, x.size, columns):
+        for b in range(blocks):
+            start, stop = row + b * BLOCK, row + min((b + 1) * BLOCK, columns)
+            whole = start + (stop - start) // STEP * STEP
+            if inverses[b]:
+                for at in range(start, whole, STEP):
+                    _code_quick(x, at, inverses[b], out)
+            else:
+                for at in range(start, whole, STEP):
+                    _code_step(x, at, some[b], out)
+            for at in range(whole, stop):
+                _code_one(x, at, some[b], out)
+
+
+# --- decoding
+
+
+def _value(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array, count: int) -> None:
+    values = rounding.from_e4m3(lanes, lanes.load(codes, at, count))
+    lanes.store(lanes.b.fmul(values, lanes.splat(scale, count)), out, at)
+
+
+@vector(types.void)
+def _value_step(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    _value(lanes, codes, at, scale, out, STEP)
+
+
+@vector(types.void)
+def _value_one(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    _value(lanes, codes, at, scale, out, 1)
+
+
+@kernel
+def _decode_run(codes, start, stop, scale, out):  # type: ignore[no-untyped-def]
+    whole = start + (stop - start) // STEP * STEP
+    for at in range(start, whole, STEP):
+        _value_step(codes, at, scale, out)
+    for at in range(whole, stop):
+        _value_one(codes, at, scale, out)
+
+
+@kernel
+def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
+    """Values of uint8 codes times their row's scale; all float32."""
+    for r in range(scales.size):
+        _decode_run(codes, r * columns, (r + 1) * columns, scales[r], out)
+
+
+@kernel
+def decode_blocks(codes, columns, first, scales, out):  # type: ignore[no-untyped-def]
+    """Values times their block's scale. `first`: rows of the first block before these; scales: (bands, blocks)."""
+    for row in range(out.size // columns):
+        band = (first + row) // BLOCK
+        for b in range(scales.shape[1]):
+            start, stop = row * columns + b * BLOCK, row * columns + min((b + 1) * BLOCK, columns)
+            _decode_run(codes, start, stop, scales[band, b], out)

@@ -1,0 +1,315 @@
+"""Integer codes by group or by row, as compressed-tensors computes them: every step in the dtype of the weights.
+
+Symmetric:  scale = amax / ((2^bits - 1) / 2);  code = clamp(round(w / scale), -2^(bits-1), 2^(bits-1) - 1)
+Asymmetric, four bits:  low = min(w, 0), high = max(w, 0);  scale = (high - low) / 15;
+    zero = round(clamp(-8 - low / scale, -8, 7));  code = clamp(round(w / scale + zero), -8, 7)
+A scale of zero becomes the dtype's eps, and the zero of a group of zeros is 0 (compressed_tensors 0.20,
+quantization/utils/helpers.py, calculate_qparams; quantization/lifecycle/forward_helpers.py, _quantize).
+
+Packed, a code is stored plus 2^(bits-1), the first in a little-endian word's lowest bits: nibbles or bytes in order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from loaders.quantization.kernels import rounding
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
+from loaders.quantization.kernels.rounding import (
+    BATCH,
+    GROUPS,
+    STEP,
+    float_of_bits,
+    quick_inverse,
+    quotient_like,
+    symmetric_scales,
+    top_bits,
+    top_bits_1,
+)
+
+
+def _quotients(lanes: Lanes, x: Array, at: Value, scale: Value, count: int) -> Value:
+    return rounding.like(lanes, x, lanes.b.fdiv(lanes.floats(x, at, count), lanes.splat(scale, count)))
+
+
+def _code(lanes: Lanes, x: Array, at: Value, scale: Value, bits: int, count: int) -> Value:
+    half = 1 << (bits - 1)
+    return rounding.to_integers(lanes, _quotients(lanes, x, at, scale, count), -half, half - 1)
+
+
+@vector(types.void)
+def _pack_4(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
+    codes = lanes.op("add", _code(lanes, x, at, scale, 4, STEP), 8)
+    rounding.store_nibbles(lanes, codes, packed, lanes.op("lshr", at, 1))
+
+
+@vector(types.void)
+def _pack_8(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
+    rounding.store_bytes(lanes, lanes.op("add", _code(lanes, x, at, scale, 8, STEP), 128), packed, at)
+
+
+@vector(types.void)
+def _pack_4_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Array) -> None:
+    if x.holds == types.uint16:
+        codes = [
+            rounding.quick_integers(lanes, rounding.quick(lanes, values, inverse), -8, 7, 8)
+            for values in lanes.pairs(x, at, STEP)
+        ]
+        rounding.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
+
+
+def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out: Array) -> None:
+    if x.holds == types.uint16:
+        codes = [
+            rounding.quick_integers(lanes, rounding.quick(lanes, values, inverse), -128, 127, shift)
+            for values in lanes.pairs(x, at, STEP)
+        ]
+        rounding.store_byte_pairs(lanes, codes[0], codes[1], out, at)
+
+
+@vector(types.void)
+def _pack_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Array) -> None:
+    _quick_8(lanes, x, at, inverse, 128, packed)
+
+
+@vector(types.void)
+def _plain_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
+    _quick_8(lanes, x, at, inverse, 0, out)
+
+
+@vector(types.void)
+def _pack_zero_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, zero: Value, packed: Array) -> None:
+    if x.holds == types.uint16:
+        codes = []
+        for values in lanes.pairs(x, at, STEP):
+            quotients = rounding.quick(lanes, values, inverse)
+            shifted = rounding.like(lanes, x, lanes.b.fadd(quotients, lanes.splat(zero, STEP // 2)))
+            codes.append(rounding.quick_integers(lanes, shifted, -8, 7, 8))
+        rounding.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
+
+
+@vector(types.void)
+def _pack_zero(lanes: Lanes, x: Array, at: Value, scale: Value, zero: Value, packed: Array) -> None:
+    shifted = lanes.b.fadd(_quotients(lanes, x, at, scale, STEP), lanes.splat(zero, STEP))
+    codes = rounding.to_integers(lanes, rounding.like(lanes, x, shifted), -8, 7)
+    rounding.store_nibbles(lanes, lanes.op("add", codes, 8), packed, lanes.op("lshr", at, 1))
+
+
+@vector(types.void)
+def _plain_8(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
+    rounding.store_bytes(lanes, _code(lanes, x, at, scale, 8, STEP), out, at)
+
+
+@vector(types.void)
+def _plain_8_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
+    rounding.store_bytes(lanes, _code(lanes, x, at, scale, 8, 1), out, at)
+
+
+@vector(types.void)
+def _ends(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
+    """The least and the greatest of weights [start, stop) and 0, as int32s that sort like the floats, into a slot."""
+    kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
+    width = kind.element.width - 1
+    found = [cgutils.alloca_once_value(lanes.b, lanes.const(kind, 0)) for _ in range(2)]  # type: ignore[no-untyped-call]
+    with cgutils.for_range_slice(lanes.b, start, stop, ir.Constant(start.type, STEP), inc=True) as (at, _):
+        bits = lanes.b.bitcast(lanes.load(x, at, STEP), kind)
+        sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, width), (1 << width) - 1))
+        for end, comparison in zip(found, "<>", strict=True):
+            before = lanes.b.load(end)
+            lanes.b.store(lanes.b.select(lanes.b.icmp_signed(comparison, sortable, before), sortable, before), end)
+    for end, name, out in zip(found, ("smin", "smax"), (lows, highs), strict=True):
+        value = lanes.reduce(name, lanes.b.load(end))
+        value = value if x.element is F32 else lanes.b.sext(value, I32)
+        lanes.b.store(value, lanes.b.gep(out.data, [slot]))
+
+
+@vector(types.void)
+def _zeros_and_scales(
+    lanes: Lanes,
+    x: Array,
+    lows: Array,
+    highs: Array,
+    at: Value,
+    eps: Value,
+    zeros: Array,
+    scales: Array,
+    inverses: Array,
+) -> None:
+    """Zeros, whole numbers in float32, and scales of GROUPS groups from their ends."""
+    low, high = lanes.load(lows, at, GROUPS), lanes.load(highs, at, GROUPS)
+    nothing = lanes.const(ir.VectorType(F32, GROUPS), 0.0)
+    # the bits of a negative number's magnitude are ~sortable; those of a positive one are sortable itself
+    least = lanes.b.fneg(rounding.values_of_bits(lanes, x, lanes.op("xor", low, -1)))
+    is_negative = lanes.b.icmp_signed("<", low, lanes.const(low.type, 0))
+    least = lanes.b.select(is_negative, least, nothing)
+    spread = rounding.like(lanes, x, lanes.b.fsub(rounding.values_of_bits(lanes, x, high), least))
+    scale = rounding.like(lanes, x, lanes.op("fdiv", spread, 15.0))
+    quotient = rounding.like(lanes, x, lanes.b.fdiv(least, scale))
+    zero = rounding.like(lanes, x, lanes.b.fsub(lanes.const(least.type, -8.0), quotient))
+    whole = rounding.to_integers(lanes, zero, -8, 7)
+    is_nan = lanes.b.fcmp_unordered("uno", zero, zero)
+    lanes.store(lanes.b.select(is_nan, nothing, lanes.b.sitofp(whole, zero.type)), zeros, at)
+    rounding.store_scales(lanes, x, scale, eps, at, scales, inverses)
+
+
+@kernel
+def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
+    """Symmetric codes of four or eight bits, packed. x: (n,) in groups of a multiple of STEP; packed: uint8; scales:
+    float32 (n / group,), rounded to the dtype of x.
+    """
+    half = np.float32(7.5) if bits == 4 else np.float32(127.5)
+    tops = np.zeros(BATCH, np.uint32)
+    some, inverses = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    for first in range(0, scales.size, BATCH):
+        count = min(BATCH, scales.size - first)
+        for slot in range(count):
+            tops[slot] = top_bits(x, (first + slot) * group, (first + slot + 1) * group)
+        for slot in range(0, count, GROUPS):
+            symmetric_scales(x, tops, slot, half, eps, some, inverses)
+        for slot in range(count):
+            start, scale, inverse = (first + slot) * group, some[slot], inverses[slot]
+            scales[first + slot] = scale
+            prefetch(x, start + BATCH * group, start + BATCH * group + group)
+            if inverse and bits == 4:
+                for at in range(start, start + group, STEP):
+                    _pack_4_quick(x, at, inverse, packed)
+            elif inverse:
+                for at in range(start, start + group, STEP):
+                    _pack_8_quick(x, at, inverse, packed)
+            elif bits == 4:
+                for at in range(start, start + group, STEP):
+                    _pack_4(x, at, scale, packed)
+            else:
+                for at in range(start, start + group, STEP):
+                    _pack_8(x, at, scale, packed)
+
+
+@kernel
+def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untyped-def]
+    """Asymmetric codes of four bits. zeros: int8 (n / group,), -8 to 7; the rest as in `encode`."""
+    lows, highs = np.zeros(BATCH, np.int32), np.zeros(BATCH, np.int32)
+    some, inverses, wholes = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    for first in range(0, scales.size, BATCH):
+        count = min(BATCH, scales.size - first)
+        for slot in range(count):
+            _ends(x, (first + slot) * group, (first + slot + 1) * group, lows, highs, slot)
+        for slot in range(0, count, GROUPS):
+            _zeros_and_scales(x, lows, highs, slot, eps, wholes, some, inverses)
+        for slot in range(count):
+            start, scale, inverse, zero = (first + slot) * group, some[slot], inverses[slot], wholes[slot]
+            scales[first + slot] = scale
+            zeros[first + slot] = np.int8(zero)
+            prefetch(x, start + BATCH * group, start + BATCH * group + group)
+            if inverse:
+                for at in range(start, start + group, STEP):
+                    _pack_zero_quick(x, at, inverse, zero, packed)
+            else:
+                for at in range(start, start + group, STEP):
+                    _pack_zero(x, at, scale, zero, packed)
+
+
+@kernel
+def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
+    """Symmetric codes of eight bits, a scale a row. x: (rows * columns,); out: int8 bits as uint8; scales as above."""
+    for r in range(scales.size):
+        start, stop = r * columns, (r + 1) * columns
+        whole = start + columns // STEP * STEP
+        top = top_bits(x, start, whole)
+        for at in range(whole, stop):
+            top = max(top, top_bits_1(x, at))
+        scale = quotient_like(x, float_of_bits(x, top), np.float32(127.5))
+        scale = eps if scale == 0 else scale
+        scales[r] = scale
+        inverse = quick_inverse(x, scale)
+        for at in range(start, whole, STEP):
+            prefetch(x, at + columns, at + columns + STEP)
+            if inverse:
+                _plain_8_quick(x, at, inverse, out)
+            else:
+                _plain_8(x, at, scale, out)
+        for at in range(whole, stop):
+            _plain_8_one(x, at, scale, out)
+
+
+def pack_zeros(zeros: np.ndarray) -> np.ndarray:
+    """int8 (R, G) zeros to uint32 (ceil(R / 8), G): eight rows to a word, the first lowest; missing rows are 0 bits."""
+    rows, groups = zeros.shape
+    codes = np.zeros((-(-rows // 8) * 8, groups), np.uint32)
+    codes[:rows] = zeros.astype(np.int32) + 8
+    eights = codes.reshape(-1, 8, groups)
+    words = np.zeros((eights.shape[0], groups), np.uint32)
+    for row in range(8):
+        words |= eights[:, row] << np.uint32(4 * row)
+    return words
+
+
+# --- decoding
+
+
+def _times(lanes: Lanes, codes: Value, shift: Value, scale: Value, out: Array, at: Value) -> None:
+    """(codes - shift) * scale, where `shift` is a float32 scalar."""
+    values = lanes.b.sitofp(codes, rounding.floats(codes))
+    count = codes.type.count
+    lanes.store(lanes.b.fmul(lanes.b.fsub(values, lanes.splat(shift, count)), lanes.splat(scale, count)), out, at)
+
+
+@vector(types.void)
+def _unpack_4(lanes: Lanes, packed: Array, at: Value, shift: Value, scale: Value, out: Array) -> None:
+    _times(lanes, rounding.load_nibbles(lanes, packed, lanes.op("lshr", at, 1), STEP), shift, scale, out, at)
+
+
+@vector(types.void)
+def _unpack_8(lanes: Lanes, packed: Array, at: Value, shift: Value, scale: Value, out: Array) -> None:
+    _times(lanes, rounding.load_bytes(lanes, packed, at, STEP), shift, scale, out, at)
+
+
+@kernel
+def decode(packed, group, bits, scales, shifts, out):  # type: ignore[no-untyped-def]
+    """(stored code - shift) * scale; groups of a multiple of STEP. packed: uint8; scales, shifts: float32 by group."""
+    for g in range(scales.size):
+        for at in range(g * group, (g + 1) * group, STEP):
+            if bits == 4:
+                _unpack_4(packed, at, shifts[g], scales[g], out)
+            else:
+                _unpack_8(packed, at, shifts[g], scales[g], out)
+
+
+@kernel
+def decode_any(packed, bits, columns, group, scales, shifts, out):  # type: ignore[no-untyped-def]
+    """`decode` for any group and row length: each row of `columns` begins a word. scales, shifts: (rows, groups)."""
+    row_bytes = (columns * bits + 31) // 32 * 4
+    mask = (1 << bits) - 1
+    for r in range(scales.shape[0]):
+        for c in range(columns):
+            at = c * bits
+            code = (packed[r * row_bytes + at // 8] >> (at % 8)) & mask
+            g = c // group
+            out[r * columns + c] = (np.float32(code) - shifts[r, g]) * scales[r, g]
+
+
+@vector(types.void)
+def _plain_values(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    wide = lanes.b.sext(lanes.load(codes, at, STEP), ir.VectorType(I32, STEP))
+    values = lanes.b.sitofp(wide, rounding.floats(wide))
+    lanes.store(lanes.b.fmul(values, lanes.splat(scale, STEP)), out, at)
+
+
+@kernel
+def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
+    """Plain int8 codes times their row's scale. codes: int8 (rows * columns,)."""
+    for r in range(scales.size):
+        start, stop = r * columns, (r + 1) * columns
+        whole = start + columns // STEP * STEP
+        for at in range(start, whole, STEP):
+            _plain_values(codes, at, scales[r], out)
+        for at in range(whole, stop):
+            out[at] = np.float32(codes[at]) * scales[r]
+
+
+def unpack_zeros(words: np.ndarray, rows: int) -> np.ndarray:
+    """uint32 (ceil(rows / 8), G) words to float32 (rows, G) shifts: the stored zeros, with their 8."""
+    shifts = np.arange(8, dtype=np.uint32) * np.uint32(4)
+    codes = (words[:, None, :] >> shifts[None, :, None]) & np.uint32(15)
+    return np.ascontiguousarray(codes.reshape(-1, words.shape[1])[:rows]).astype(np.float32)

@@ -1,0 +1,356 @@
+"""ggml's blocks of 32 weights: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and MXFP4, byte for byte as its reference quantizers.
+
+A block begins with its scale in float16 (Q4_1 and Q5_1: and its least weight; MXFP4: an exponent byte), then:
+    Q8_0   32 int8                                               w = d q
+    Q4_0   16 bytes, weight j low and j + 16 high                w = d (q - 8)
+    Q4_1   likewise                                              w = d q + m
+    Q5_0   32 fifth bits as one uint32, then as Q4_0             w = d (q - 16)
+    Q5_1   likewise                                              w = d q + m
+    MXFP4  as Q4_0, codes of E2M1 with a sign                    w = e2m1(q) 2^(e - 127)
+All arithmetic is float32, in the order of quantize_row_*_ref (llama.cpp, ggml/src/ggml-quants.c), as x86-64 builds of
+ggml do it: no products are fused into sums. Codes take the unrounded scale; casts to integers cut. Scales that are so
+small that their inverse is infinite make C's cast undefined; x86 gives code 0, and so it is here.
+
+Blocks go through in batches: the scales of sixteen are worked out side by side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from loaders.quantization.kernels import rounding
+from loaders.quantization.kernels.compare import float_at
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
+
+N = 32  # weights in a block
+BATCH = 16
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled
+MIDDLES = (0.5, 1.5, 2.5, 3.5, 5, 7, 10)
+ROUND_AWAY = 0x3EFFFFFF  # the last float32 below one half
+
+
+def _bits(lanes: Lanes, x: Array, at: Value) -> Value:
+    """A block's raw bits as integers: 16 or 32 wide."""
+    bits = lanes.load(x, at, N)
+    return lanes.b.bitcast(bits, ir.VectorType(I32, N)) if x.element is F32 else bits
+
+
+def _value(lanes: Lanes, x: Array, bits: Value) -> Value:
+    """One weight's raw bits as float32."""
+    if x.element is F32:
+        return lanes.b.bitcast(bits, F32)
+    one = lanes.splat(bits, 1)
+    values = lanes.from_bf16(one) if x.holds == types.uint16 else lanes.from_f16(one)
+    return lanes.b.extract_element(values, ir.Constant(I32, 0))
+
+
+def _first_sign(lanes: Lanes, bits: Value, among: Value) -> Value:
+    """Whether the first of the lanes in `among` is negative."""
+    zero, one = ir.Constant(I32, 0), ir.Constant(I32, 1)
+    places = lanes.b.bitcast(among, I32)
+    first = lanes.b.and_(places, lanes.b.sub(zero, places))
+    negative = lanes.b.bitcast(lanes.b.icmp_signed("<", bits, lanes.const(bits.type, 0)), I32)
+    return lanes.b.icmp_unsigned(">=", lanes.b.and_(first, negative), one)
+
+
+@vector(types.float32)
+def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
+    """The largest magnitude of a block."""
+    bits = _bits(lanes, x, at)
+    mask = 0x7FFFFFFF if x.element is F32 else 0x7FFF
+    return _value(lanes, x, lanes.reduce("umax", lanes.op("and_", bits, mask)))
+
+
+@vector(types.float32)
+def _extreme(lanes: Lanes, x: Array, at: Value) -> Value:
+    """The weight of greatest magnitude with its sign, of equals the first; of zeros +0."""
+    bits = _bits(lanes, x, at)
+    kind, is_wide = bits.type.element, x.element is F32
+    magnitudes = lanes.op("and_", bits, 0x7FFFFFFF if is_wide else 0x7FFF)
+    top = lanes.reduce("umax", magnitudes)
+    among = lanes.b.icmp_unsigned("==", magnitudes, lanes.splat(top, N))
+    minus = lanes.b.and_(_first_sign(lanes, bits, among), lanes.b.icmp_unsigned("!=", top, ir.Constant(kind, 0)))
+    sign = ir.Constant(kind, 1 << (31 if is_wide else 15))
+    return _value(lanes, x, lanes.b.or_(top, lanes.b.select(minus, sign, ir.Constant(kind, 0))))
+
+
+def _sortable(lanes: Lanes, bits: Value, is_wide: bool) -> Value:
+    """Integers that sort as the floats do, -0 just below +0; its own inverse."""
+    shift, mask = (31, 0x7FFFFFFF) if is_wide else (15, 0x7FFF)
+    return lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, shift), mask))
+
+
+@vector(types.float32)
+def _highest(lanes: Lanes, x: Array, at: Value) -> Value:
+    """The greatest weight of a block."""
+    is_wide = x.element is F32
+    top = lanes.reduce("smax", _sortable(lanes, _bits(lanes, x, at), is_wide))
+    one = _sortable(lanes, lanes.splat(top, 1), is_wide)
+    return _value(lanes, x, lanes.b.extract_element(one, ir.Constant(I32, 0)))
+
+
+@vector(types.float32)
+def _lowest(lanes: Lanes, x: Array, at: Value) -> Value:
+    """The least weight of a block; where that is zero, with the sign of the first zero."""
+    bits = _bits(lanes, x, at)
+    kind, is_wide = bits.type.element, x.element is F32
+    low = lanes.reduce("smin", _sortable(lanes, bits, is_wide))
+    one = _sortable(lanes, lanes.splat(low, 1), is_wide)
+    found = lanes.b.extract_element(one, ir.Constant(I32, 0))
+    mask = 0x7FFFFFFF if is_wide else 0x7FFF
+    among = lanes.b.icmp_unsigned("==", lanes.op("and_", bits, mask), lanes.const(bits.type, 0))
+    sign = ir.Constant(kind, 1 << (31 if is_wide else 15))
+    zero = lanes.b.select(_first_sign(lanes, bits, among), sign, ir.Constant(kind, 0))
+    is_zero = lanes.b.icmp_unsigned("==", lanes.b.and_(found, ir.Constant(kind, mask)), ir.Constant(kind, 0))
+    return _value(lanes, x, lanes.b.select(is_zero, zero, found))
+
+
+@vector(types.void)
+def _scales(
+    lanes: Lanes, spans: Array, divisor: Value, offset: Value, inverses: Array, offsets: Array, halves: Array
+) -> Value:
+    """Of BATCH blocks: d = span / divisor as float16 bits, 1/d (0 for 0), and what is added before codes are cut."""
+    at, kind = ir.Constant(ir.IntType(64), 0), ir.VectorType(F32, BATCH)
+    zero, one = lanes.const(kind, 0), lanes.const(kind, 1)
+    d = lanes.b.fdiv(lanes.load(spans, at, BATCH), lanes.splat(divisor, BATCH))
+    inverse = lanes.b.select(lanes.b.fcmp_unordered("!=", d, zero), lanes.b.fdiv(one, d), zero)
+    endless = lanes.b.fcmp_ordered("==", lanes.absolute(inverse), lanes.const(kind, math.inf))
+    lanes.store(lanes.b.select(endless, zero, inverse), inverses, at)
+    lanes.store(lanes.b.select(endless, zero, lanes.splat(offset, BATCH)), offsets, at)
+    lanes.store(lanes.b.bitcast(lanes.to_f16(d), ir.VectorType(I16, BATCH)), halves, at)
+
+
+@vector(types.void)
+def _halves(lanes: Lanes, values: Array, halves: Array) -> Value:
+    """BATCH float32 as float16 bits."""
+    at = ir.Constant(ir.IntType(64), 0)
+    lanes.store(lanes.to_f16(lanes.load(values, at, BATCH)), halves, at)
+
+
+def _place(lanes: Lanes, value: Value, out: Array, at: Value, offset: int) -> None:
+    """Store a scalar or a vector at byte `at` + `offset`."""
+    lanes.b.store(value, out.pointer(lanes.op("add", at, offset), value.type), align=1)
+
+
+@vector(types.void)
+def _write_q8_0(lanes: Lanes, x: Array, at: Value, inverse: Value, half: Value, out: Array, to: Value) -> None:
+    codes, wide = [], ir.VectorType(I32, N // 2)
+    for values in lanes.pairs(x, at, N):
+        v = lanes.b.fmul(values, lanes.splat(inverse, N // 2))
+        # roundf: half away from zero, as the sum with the last float below 0.5, cut to an integer
+        nudge = lanes.op("or_", lanes.op("and_", lanes.b.bitcast(v, wide), -0x80000000), ROUND_AWAY)
+        codes.append(lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, v.type)), wide))
+    _place(lanes, half, out, to, 0)
+    rounding.store_byte_pairs(lanes, codes[0], codes[1], out, lanes.op("add", to, 2))
+
+
+def _codes(
+    lanes: Lanes, x: Array, at: Value, low: Value | None, inverse: Value, offset: Value, top: int
+) -> list[Value]:
+    """The block's two halves as int16 codes: min(top, int(x * inverse + offset))."""
+    found, count = [], N // 4
+    for half in range(2):
+        pair = []
+        for v in lanes.pairs(x, lanes.op("add", at, half * N // 2), N // 2):
+            v = v if low is None else lanes.b.fsub(v, lanes.splat(low, count))
+            v = lanes.b.fadd(lanes.b.fmul(v, lanes.splat(inverse, count)), lanes.splat(offset, count))
+            pair.append(lanes.b.fptosi(v, ir.VectorType(I32, count)))
+        codes = lanes.woven(*pair)
+        limit = lanes.const(codes.type, top)
+        found.append(lanes.b.select(lanes.b.icmp_signed("<", codes, limit), codes, limit))
+    return found
+
+
+def _nibbles(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
+    low, high = (lanes.op("and_", half, 15) for half in codes)
+    both = lanes.b.or_(low, lanes.op("shl", high, 4))
+    _place(lanes, lanes.b.trunc(both, ir.VectorType(I8, N // 2)), out, to, offset)
+
+
+def _fifth_bits(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
+    whole = lanes.join(codes)
+    is_set = lanes.b.icmp_unsigned("!=", lanes.op("and_", whole, 16), lanes.const(whole.type, 0))
+    _place(lanes, lanes.b.bitcast(is_set, I32), out, to, offset)
+
+
+@vector(types.void)
+def _write_q4_0(
+    lanes: Lanes, x: Array, at: Value, inverse: Value, offset: Value, half: Value, out: Array, to: Value
+) -> None:
+    _place(lanes, half, out, to, 0)
+    _nibbles(lanes, _codes(lanes, x, at, None, inverse, offset, 15), out, to, 2)
+
+
+@vector(types.void)
+def _write_q5_0(
+    lanes: Lanes, x: Array, at: Value, inverse: Value, offset: Value, half: Value, out: Array, to: Value
+) -> None:
+    codes = _codes(lanes, x, at, None, inverse, offset, 31)
+    _place(lanes, half, out, to, 0)
+    _fifth_bits(lanes, codes, out, to, 2)
+    _nibbles(lanes, codes, out, to, 6)
+
+
+@vector(types.void)
+def _write_q4_1(
+    lanes: Lanes,
+    x: Array,
+    at: Value,
+    low: Value,
+    inverse: Value,
+    offset: Value,
+    half: Value,
+    low_half: Value,
+    out: Array,
+    to: Value,
+) -> None:
+    _place(lanes, half, out, to, 0)
+    _place(lanes, low_half, out, to, 2)
+    _nibbles(lanes, _codes(lanes, x, at, low, inverse, offset, 15), out, to, 4)
+
+
+@vector(types.void)
+def _write_q5_1(
+    lanes: Lanes,
+    x: Array,
+    at: Value,
+    low: Value,
+    inverse: Value,
+    offset: Value,
+    half: Value,
+    low_half: Value,
+    out: Array,
+    to: Value,
+) -> None:
+    codes = _codes(lanes, x, at, low, inverse, offset, 31)
+    _place(lanes, half, out, to, 0)
+    _place(lanes, low_half, out, to, 2)
+    _fifth_bits(lanes, codes, out, to, 4)
+    _nibbles(lanes, codes, out, to, 8)
+
+
+@vector(types.void)
+def _write_mxfp4(lanes: Lanes, x: Array, at: Value, inverse: Value, exponent: Value, out: Array, to: Value) -> None:
+    """Each finite weight takes the value nearest to it, of two as near the lesser; zeros have no sign."""
+    codes, kind = [], ir.VectorType(I32, N // 4)
+    for half in range(2):
+        pair = []
+        for v in lanes.pairs(x, lanes.op("add", at, half * N // 2), N // 2):
+            steps = lanes.b.fmul(v, lanes.splat(inverse, N // 4))  # exact, as the scale is a power of two
+            size, code = lanes.absolute(steps), lanes.const(kind, 0)
+            for middle in MIDDLES:
+                code = lanes.b.sub(
+                    code, lanes.b.sext(lanes.b.fcmp_ordered(">", size, lanes.const(v.type, middle)), kind)
+                )
+            sign = lanes.op("and_", lanes.op("lshr", lanes.b.bitcast(steps, kind), 28), 8)
+            is_zero = lanes.b.icmp_unsigned("==", code, lanes.const(kind, 0))
+            pair.append(lanes.b.select(is_zero, code, lanes.b.or_(code, sign)))
+        codes.append(lanes.woven(*pair))
+    _place(lanes, exponent, out, to, 0)
+    _nibbles(lanes, codes, out, to, 1)
+
+
+@kernel
+def _write_mxfp4_slowly(x, at, out, to):  # type: ignore[no-untyped-def]
+    """By the definition, for an exponent of 0: each weight takes the value nearest in float32, of equals the first."""
+    out[to : to + 17] = 0
+    for i in range(N):
+        value, best = float_at(x, at + i), np.float32(0)
+        for code in range(len(E2M1)):
+            error = abs(np.float32(E2M1[code]) * np.float32(2.0**-128) - value)
+            if code == 0 or error < best:
+                best, found = error, code
+        out[to + 1 + i % 16] |= np.uint8(found << (4 * (i // 16)))
+
+
+@kernel
+def encode_q8_0(x, out):  # type: ignore[no-untyped-def]
+    """x: (n,), n a multiple of 32; out: uint8 (n / 32 * 34,)."""
+    spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    halves = np.empty(BATCH, np.uint16)
+    for first in range(0, x.size // N, BATCH):
+        count = min(BATCH, x.size // N - first)
+        for k in range(count):
+            spans[k] = _largest(x, (first + k) * N)
+        _scales(spans, np.float32(127), np.float32(0), inverses, offsets, halves)
+        for k in range(count):
+            _write_q8_0(x, (first + k) * N, inverses[k], halves[k], out, (first + k) * 34)
+
+
+@kernel
+def encode_q4_0(x, out):  # type: ignore[no-untyped-def]
+    """out: uint8 (n / 32 * 18,)."""
+    spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    halves = np.empty(BATCH, np.uint16)
+    for first in range(0, x.size // N, BATCH):
+        count = min(BATCH, x.size // N - first)
+        for k in range(count):
+            spans[k] = _extreme(x, (first + k) * N)
+        _scales(spans, np.float32(-8), np.float32(8.5), inverses, offsets, halves)
+        for k in range(count):
+            _write_q4_0(x, (first + k) * N, inverses[k], offsets[k], halves[k], out, (first + k) * 18)
+
+
+@kernel
+def encode_q5_0(x, out):  # type: ignore[no-untyped-def]
+    """out: uint8 (n / 32 * 22,)."""
+    spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    halves = np.empty(BATCH, np.uint16)
+    for first in range(0, x.size // N, BATCH):
+        count = min(BATCH, x.size // N - first)
+        for k in range(count):
+            spans[k] = _extreme(x, (first + k) * N)
+        _scales(spans, np.float32(-16), np.float32(16.5), inverses, offsets, halves)
+        for k in range(count):
+            _write_q5_0(x, (first + k) * N, inverses[k], offsets[k], halves[k], out, (first + k) * 22)
+
+
+@kernel
+def _encode_offset(x, is_five, out):  # type: ignore[no-untyped-def]
+    """Q4_1 or Q5_1."""
+    spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
+    lows, halves, low_halves = np.zeros(BATCH, np.float32), np.empty(BATCH, np.uint16), np.empty(BATCH, np.uint16)
+    divisor, size = (np.float32(31), 24) if is_five else (np.float32(15), 20)
+    for first in range(0, x.size // N, BATCH):
+        count = min(BATCH, x.size // N - first)
+        for k in range(count):
+            lows[k] = _lowest(x, (first + k) * N)
+            spans[k] = np.float32(_highest(x, (first + k) * N) - lows[k])
+        _scales(spans, divisor, np.float32(0.5), inverses, offsets, halves)
+        _halves(lows, low_halves)
+        for k in range(count):
+            at, to = (first + k) * N, (first + k) * size
+            if is_five:
+                _write_q5_1(x, at, lows[k], inverses[k], offsets[k], halves[k], low_halves[k], out, to)
+            else:
+                _write_q4_1(x, at, lows[k], inverses[k], offsets[k], halves[k], low_halves[k], out, to)
+
+
+def encode_q4_1(x: np.ndarray, out: np.ndarray) -> None:
+    """out: uint8 (n / 32 * 20,)."""
+    _encode_offset(x, False, out)
+
+
+def encode_q5_1(x: np.ndarray, out: np.ndarray) -> None:
+    """out: uint8 (n / 32 * 24,)."""
+    _encode_offset(x, True, out)
+
+
+@kernel
+def encode_mxfp4(x, out):  # type: ignore[no-untyped-def]
+    """out: uint8 (n / 32 * 17,). The exponent is floor(log2 of the largest magnitude) - 2, in float32's rounding."""
+    for block in range(x.size // N):
+        top = _largest(x, block * N)
+        exponent = np.int32(0)
+        if top > 0 and top < np.inf:
+            exponent = np.int32(math.floor(np.float32(math.log2(np.float64(top))))) + np.int32(125)
+        exponent &= np.int32(0xFF)  # below 2^-125 ggml's byte wraps: such blocks come out as zeros, and so here
+        if exponent == 0:
+            _write_mxfp4_slowly(x, block * N, out, block * 17)
+        else:
+            inverse = np.float32(2.0 ** (128.0 - np.float64(exponent)))
+            _write_mxfp4(x, block * N, inverse, np.uint8(exponent), out, block * 17)

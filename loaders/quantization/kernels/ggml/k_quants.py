@@ -1,0 +1,317 @@
+"""ggml's super-blocks of 256 weights: Q2_K to Q6_K, byte for byte as its reference quantizers.
+
+By bytes (l, j count within what stands before them; sub-blocks are 16 or 32 weights, each with a small scale):
+    Q2_K   16 scales and minima of 4 bits, 64 codes, d, dmin                       w = d s q - dmin m
+    Q3_K   32 high bits, 64 low codes, 12 scales of 6 bits, d                      w = d (s - 32) (q - 4)
+    Q4_K   d, dmin, 12 scales and minima of 6 bits, 128 codes                      w = d s q - dmin m
+    Q5_K   d, dmin, 12 scales and minima of 6 bits, 32 fifth bits, 128 codes       w = d s q - dmin m
+    Q6_K   128 low codes, 64 high codes, 16 int8 scales, d                         w = d s (q - 32)
+d and dmin are float16. Scales come from kernels/ggml_search.py and ggml_line.py; sub-blocks whose stored scale is zero
+keep the codes of the search.
+
+Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_*_ref.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from loaders.quantization.kernels.ggml import search
+from loaders.quantization.kernels.ggml import search_line as line
+from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, half_bits, half_value, kernel, transpose, vector
+
+SUPER = 256
+PART = 64  # super-blocks searched at once: their float32s stay in the cache
+LANES = search.LANES
+F = np.float32
+NOTHING = np.float32(search.NOTHING)
+
+
+@vector(types.void)
+def _widen(lanes: Lanes, x: Array, at: Value, values: Array) -> None:
+    lanes.store(lanes.floats(x, at, 32), values, at)
+
+
+@kernel
+def to_floats(x, values):  # type: ignore[no-untyped-def]
+    """Raw weights (n,), n a multiple of 32, as float32."""
+    for at in range(0, x.size, 32):
+        _widen(x, at, values)
+
+
+@kernel
+def _nearest(value):  # type: ignore[no-untyped-def]
+    """The nearest_int of ggml, as its bits make it."""
+    bits = np.float32(value + np.float32(12582912.0)).view(np.int32)
+    return np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000)
+
+
+@kernel
+def _spread(x, start, n, xt):  # type: ignore[no-untyped-def]
+    """LANES sub-blocks of n weights from `start` on, a lane each; beyond the end of x, zeros."""
+    whole = min(LANES, (x.size - start) // n)
+    for i in range(0, n, 16):
+        if whole == LANES:
+            transpose(x, start + i, n, xt, i * LANES)
+            continue
+        for lane in range(LANES):
+            for j in range(i, i + 16):
+                xt[j * LANES + lane] = x[start + lane * n + j] if lane < whole else np.float32(0)
+
+
+@vector(types.void)
+def _order(lanes: Lanes, small: Array, n: Value, codes: Array) -> None:
+    """Bytes (n, LANES) into those of one lane after another's, (LANES, n)."""
+    row = ir.Constant(n.type, LANES)
+
+    def turn(at: Value) -> list[Value]:
+        rows = [lanes.load(small, lanes.b.mul(lanes.op("add", at, i), row), LANES) for i in range(LANES)]
+        for lane, found in enumerate(lanes.transposed(rows)):
+            lanes.store(found, codes, lanes.b.add(lanes.op("mul", n, lane), at))
+        return []
+
+    lanes.fold(ir.Constant(n.type, 0), n, LANES, [], turn)
+
+
+@vector(types.void)
+def _merge(
+    lanes: Lanes,
+    codes: Array,
+    at: Value,
+    apart: Value,
+    shift: Value,
+    width: Value,
+    count: Value,
+    out: Array,
+    to: Value,
+) -> None:
+    """32 bytes of `count` fields each, the first lowest: `width` bits, from `shift` on, of codes that lie `apart`."""
+    kind, one = ir.VectorType(I8, 32), ir.Constant(width.type, 1)
+
+    def wide(number: Value) -> Value:
+        return lanes.splat(lanes.b.trunc(number, I8), 32)
+
+    mask = wide(lanes.b.sub(lanes.b.shl(one, width), one))
+
+    def add(k: Value, found: Value) -> list[Value]:
+        field = lanes.load(codes, lanes.b.add(at, lanes.b.mul(apart, k)), 32)
+        field = lanes.b.and_(lanes.b.lshr(field, wide(shift)), mask)
+        return [lanes.b.or_(found, lanes.b.shl(field, wide(lanes.b.mul(width, k))))]
+
+    [found] = lanes.fold(ir.Constant(count.type, 0), count, 1, [lanes.const(kind, 0)], add)
+    lanes.store(found, out, to)
+
+
+@kernel
+def put_half(out, at, value):  # type: ignore[no-untyped-def]
+    """Store as float16; gives what it now is."""
+    bits = half_bits(np.float32(value))
+    out[at], out[at + 1] = np.uint8(bits & np.uint16(255)), np.uint8(bits >> np.uint16(8))
+    return half_value(bits)
+
+
+@kernel
+def _scales_of_6_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-def]
+    """Of one super-block of Q4_K or Q5_K: d, dmin and the twelve bytes at `at`; scales and lows become as stored."""
+    top, under = np.float32(0), np.float32(0)
+    for k in range(first, first + 8):
+        top = max(top, scales[k])
+        under = max(under, np.float32(-lows[k]))
+    up = np.float32(63) / top if top > 0 else np.float32(0)
+    down = np.float32(63) / under if under > 0 else np.float32(0)
+    d = put_half(out, at, top / np.float32(63))
+    dmin = put_half(out, at + 2, under / np.float32(63))
+    for j in range(8):
+        k = first + j
+        s = min(np.int32(63), _nearest(up * scales[k]) & np.int32(255))
+        m = min(np.int32(63), _nearest(down * np.float32(-lows[k])) & np.int32(255))
+        if j < 4:
+            out[at + 4 + j], out[at + 8 + j] = np.uint8(s), np.uint8(m)
+        else:
+            out[at + 8 + j] = np.uint8((s & 15) | ((m & 15) << 4))
+            out[at + j] |= np.uint8((s >> 4) << 6)
+            out[at + 4 + j] |= np.uint8((m >> 4) << 6)
+        scales[k], lows[k] = d * np.float32(s), dmin * np.float32(m)
+
+
+@kernel
+def _q4_k(x, out):  # type: ignore[no-untyped-def]
+    """144 bytes a super-block."""
+    xt, weights, codes = np.empty(32 * LANES, F), np.empty(32 * LANES, F), np.empty(32 * LANES, F)
+    scales, lows = np.empty(LANES, F), np.empty(LANES, F)
+    small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
+    count = x.size // SUPER
+    for first in range(0, count, 2):
+        _spread(x, first * SUPER, 32, xt)
+        line.search_q4(xt, weights, codes, scales, lows)
+        here = min(2, count - first)
+        for s in range(here):
+            _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 144)
+        search.finish_q4(xt, codes, scales, lows, small)
+        _order(small, 32, ordered)
+        for s in range(here):
+            for j in range(4):
+                _merge(ordered, s * SUPER + 64 * j, 32, 0, 4, 2, out, (first + s) * 144 + 16 + 32 * j)
+
+
+@kernel
+def _q5_k(x, out):  # type: ignore[no-untyped-def]
+    """176 bytes a super-block."""
+    xt, weights, codes = np.empty(32 * LANES, F), np.empty(32 * LANES, F), np.empty(32 * LANES, F)
+    scales, lows = np.empty(LANES, F), np.empty(LANES, F)
+    small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
+    count = x.size // SUPER
+    for first in range(0, count, 2):
+        _spread(x, first * SUPER, 32, xt)
+        line.search_q5(xt, weights, codes, scales, lows)
+        here = min(2, count - first)
+        for s in range(here):
+            _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 176)
+        search.finish_q5(xt, codes, scales, lows, small)
+        _order(small, 32, ordered)
+        for s in range(here):
+            at = (first + s) * 176
+            _merge(ordered, s * SUPER, 32, 4, 1, 8, out, at + 16)
+            for j in range(4):
+                _merge(ordered, s * SUPER + 64 * j, 32, 0, 4, 2, out, at + 48 + 32 * j)
+
+
+@kernel
+def _scales_of_4_bits(scales, lows, out, at):  # type: ignore[no-untyped-def]
+    """Of one super-block of Q2_K at `at`; scales and lows become as stored."""
+    top, under = np.float32(0), np.float32(0)
+    for j in range(16):
+        top = max(top, scales[j])
+        under = max(under, np.float32(-lows[j]))
+    d = put_half(out, at + 80, top / np.float32(15) if top > 0 else np.float32(0))
+    dmin = put_half(out, at + 82, under / np.float32(15) if under > 0 else np.float32(0))
+    for j in range(16):
+        both = np.int32(0)
+        if top > 0:
+            both = _nearest(np.float32(15) / top * scales[j]) & np.int32(255)
+        if under > 0:
+            low = np.float32(15) / under * np.float32(-lows[j])
+            both |= (_nearest(low) << np.int32(4)) & np.int32(255)
+        out[at + j] = np.uint8(both)
+        scales[j], lows[j] = d * np.float32(both & 15), dmin * np.float32(both >> 4)
+
+
+@kernel
+def quarters(codes, out, at, shift):  # type: ignore[no-untyped-def]
+    """Two bits, from `shift` on, of 256 codes: byte l of a half holds its weights l, l + 32, l + 64, l + 96."""
+    for half in range(2):
+        _merge(codes, 128 * half, 32, shift, 2, 4, out, at + 32 * half)
+
+
+@kernel
+def _q2_k(x, out):  # type: ignore[no-untyped-def]
+    """84 bytes a super-block."""
+    xt, weights, codes = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.empty(16 * LANES, F)
+    scales, lows = np.empty(LANES, F), np.empty(LANES, F)
+    small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
+    for block in range(x.size // SUPER):
+        _spread(x, block * SUPER, 16, xt)
+        line.search_q2(xt, weights, codes, scales, lows)
+        _scales_of_4_bits(scales, lows, out, block * 84)
+        search.finish_q2(xt, codes, scales, lows, small)
+        _order(small, 16, ordered)
+        quarters(ordered, out, block * 84 + 16, 0)
+
+
+@kernel
+def _largest_scale(scales):  # type: ignore[no-untyped-def]
+    """Of sixteen scales that of greatest magnitude, the first of equals."""
+    found, size = np.float32(0), np.float32(0)
+    for k in range(16):
+        scale = scales[k]
+        if abs(scale) > size:
+            found, size = scale, abs(scale)
+    return found
+
+
+@kernel
+def _q3_k(x, out):  # type: ignore[no-untyped-def]
+    """110 bytes a super-block."""
+    xt, codes, lows = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.zeros(LANES, F)
+    state, scales = np.empty(3 * LANES, F), np.empty(LANES, F)
+    small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
+    for block in range(x.size // SUPER):
+        _spread(x, block * SUPER, 16, xt)
+        search.begin_q3(xt, codes, state)
+        for _ in range(5):
+            if search.improve_q3(xt, codes, state) == 0:
+                break
+        search.end_q3(codes, state, scales)
+        at = block * 110
+        top = _largest_scale(scales)
+        inverse = np.float32(-32) / top if top != 0 else np.float32(0)
+        d = put_half(out, at + 108, np.float32(1) / inverse if top != 0 else np.float32(0))
+        out[at + 96 : at + 108] = 0
+        for j in range(16):
+            scale = np.int32(0)
+            if top != 0:
+                scale = np.int32(np.int8(_nearest(inverse * scales[j])))
+                scale = max(np.int32(-32), min(np.int32(31), scale)) + np.int32(32)
+            out[at + 96 + j % 8] |= np.uint8((scale & 15) << (4 * (j // 8)))
+            out[at + 104 + j % 4] |= np.uint8((scale >> 4) << (2 * (j // 4)))
+            scales[j] = d * np.float32(scale - 32)
+        search.finish_q3(xt, codes, scales, lows, small)
+        _order(small, 16, ordered)
+        _merge(ordered, 0, 32, 2, 1, 8, out, at)
+        quarters(ordered, out, at + 32, 0)
+
+
+@kernel
+def _q6_k(x, out):  # type: ignore[no-untyped-def]
+    """210 bytes a super-block."""
+    xt, codes, lows = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.zeros(LANES, F)
+    scales = np.empty(LANES, F)
+    small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
+    for block in range(x.size // SUPER):
+        _spread(x, block * SUPER, 16, xt)
+        search.search_q6(xt, codes, scales)
+        at = block * 210
+        top = _largest_scale(scales)
+        is_nothing = abs(top) < NOTHING
+        inverse = np.float32(0) if is_nothing else np.float32(-128) / top
+        d = put_half(out, at + 208, np.float32(0) if is_nothing else np.float32(1) / inverse)
+        for j in range(16):
+            scale = min(np.int32(127), _nearest(inverse * scales[j]))
+            out[at + 192 + j] = np.uint8(scale & 255)
+            scales[j] = d * np.float32(np.int8(scale))
+        search.finish_q6(xt, codes, scales, lows, small)
+        if is_nothing:
+            out[at : at + 192] = 0
+            continue
+        _order(small, 16, ordered)
+        for part in range(4):  # of each half, bytes 0 to 31 and 32 to 63
+            _merge(ordered, part // 2 * 128 + part % 2 * 32, 64, 0, 4, 2, out, at + 32 * part)
+        quarters(ordered, out, at + 128, 4)
+
+
+def _of_floats(encode: Callable[[np.ndarray, np.ndarray], None], size: int) -> Callable[[np.ndarray, np.ndarray], None]:
+    """An encoder of any weights by one of float32s, for which alone the searches are compiled.
+
+    x: (n,), n a multiple of 256; out: uint8 (n / 256 * size,).
+    """
+
+    def run(x: np.ndarray, out: np.ndarray) -> None:
+        if x.dtype == np.float32:
+            encode(x, out)
+            return
+        values = np.empty(PART * SUPER, np.float32)
+        for start in range(0, x.size, values.size):
+            some = x[start : start + values.size]
+            to_floats(some, values[: some.size])
+            encode(values[: some.size], out[start // SUPER * size :])
+
+    return run
+
+
+encode_q2_k, encode_q3_k = _of_floats(_q2_k, 84), _of_floats(_q3_k, 110)
+encode_q4_k, encode_q5_k = _of_floats(_q4_k, 144), _of_floats(_q5_k, 176)
+encode_q6_k = _of_floats(_q6_k, 210)

@@ -1,0 +1,172 @@
+"""The search for a scale and a least value of Q2_K, Q4_K and Q5_K: llama.cpp's make_qkx2_quants, sixteen side by side.
+
+How and why side by side: see kernels/ggml_search.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+from numba.core import types
+
+from loaders.quantization.kernels.ggml.search import (
+    KIND,
+    LANES,
+    MAGIC,
+    TENTH,
+    in_all,
+    is_less,
+    over_rows,
+    place_of,
+    put_row,
+)
+from loaders.quantization.kernels.lanes import F32, Array, Lanes, Value, vector
+
+
+def _steps(lanes: Lanes, v: Value, top: int) -> Value:
+    """`nearest_int` from 0 to `top` for what is finite and small, in fewer operations; NaN becomes 0."""
+    raised, least, most = lanes.op("fadd", v, MAGIC), lanes.const(v.type, MAGIC), lanes.const(v.type, MAGIC + top)
+    raised = lanes.b.select(is_less(lanes, least, raised), raised, least)
+    return lanes.op("fsub", lanes.b.select(is_less(lanes, raised, most), raised, most), MAGIC)
+
+
+def _finite(lanes: Lanes, step: Value) -> Value:
+    """A step, or 0 for an infinite one: of a sub-block so narrow that ggml's codes all come out as 0, and so here."""
+    endless = lanes.b.fcmp_ordered("==", lanes.absolute(step), in_all(lanes, math.inf))
+    return lanes.b.select(endless, in_all(lanes, 0), step)
+
+
+def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, by_square: bool) -> list[Value]:
+    """Each weight's importance; the least and the greatest weight, the sums of importances and of what they weigh.
+
+    Weights count by their magnitude, with `by_square` also by the sub-block's root mean square.
+    """
+    b, zero, mean = lanes.b, in_all(lanes, 0), None
+    if by_square:
+
+        def add_square(at: Value, total: Value) -> list[Value]:
+            v = lanes.load(x, at, LANES)
+            return [b.fadd(total, b.fmul(v, v))]
+
+        [squares] = over_rows(lanes, range(n), [zero], add_square)
+        mean = lanes.call(f"llvm.sqrt.v{LANES}f32", KIND, lanes.op("fdiv", squares, n))
+
+    def weigh(at: Value) -> tuple[Value, Value]:
+        v = lanes.load(x, at, LANES)
+        w = lanes.absolute(v) if mean is None else b.fadd(mean, lanes.absolute(v))
+        lanes.store(w, weights, at)
+        return v, w
+
+    def extend(at: Value, low: Value, high: Value, sum_w: Value, sum_x: Value) -> list[Value]:
+        v, w = weigh(at)
+        low, high = b.select(is_less(lanes, v, low), v, low), b.select(is_less(lanes, high, v), v, high)
+        return [low, high, b.fadd(sum_w, w), b.fadd(sum_x, b.fmul(w, v))]
+
+    v, w = weigh(place_of(0))
+    return over_rows(lanes, range(1, n), [v, v, w, b.fmul(w, v)], extend)
+
+
+class _Line:
+    """make_qkx2_quants: a scale and a least value for codes from 0 to `top`."""
+
+    def __init__(self, lanes: Lanes, x: Array, weights: Array, codes: Array, n: int, top: int, by_square: bool) -> None:
+        self.lanes = lanes
+        self._arrays = x, weights, codes
+        self._n = n
+        self._top = top
+        self._by_square = by_square
+        low, self._high, self._sum_w, self._sum_x = _weigh(lanes, x, weights, n, by_square)
+        self._first_low = lanes.b.select(is_less(lanes, in_all(lanes, 0), low), in_all(lanes, 0), low)
+
+    def search(self, first: float, tries: int, scales: Array, lows: Array) -> None:
+        """Take the best of the first guess and of `tries` numbers of steps, 0.1 apart, from top + `first` on."""
+        lanes, b, number = self.lanes, self.lanes.b, ir.IntType(64)
+        step = b.fdiv(in_all(lanes, self._top), b.fsub(self._high, self._first_low))
+        scale, step = b.fdiv(in_all(lanes, 1), step), _finite(lanes, step)
+        self._put_codes(step, self._first_low)
+        begun = [scale, self._first_low, self._misfit(scale, self._first_low), step, self._first_low]
+
+        def improve(index: Value, *best: Value) -> list[Value]:
+            reach = lanes.op("fmul", b.sitofp(index, F32), TENTH)
+            return self._try(lanes.op("fadd", lanes.op("fadd", reach, first), self._top), list(best))
+
+        scale, low, _, step, start = lanes.fold(ir.Constant(number, 0), ir.Constant(number, tries), 1, begun, improve)
+        is_flat = b.fcmp_ordered("==", self._high, self._first_low)  # one value: scale and codes are 0
+        self._put_codes(b.select(is_flat, in_all(lanes, 0), step), start)
+        put_row(lanes, b.select(is_flat, in_all(lanes, 0), scale), scales, 0)
+        put_row(lanes, b.select(is_flat, self._first_low, low), lows, 0)
+
+    def _try(self, reach: Value, best: list[Value]) -> list[Value]:
+        """Codes from the present least value in steps of (high - low) / reach; the best line through them, or before.
+
+        What is best is a scale, a least value, their misfit, and the step and least value that codes come from.
+        """
+        lanes, b, zero = self.lanes, self.lanes.b, in_all(self.lanes, 0)
+        low, sum_w, sum_x = best[1], self._sum_w, self._sum_x
+        step = _finite(lanes, b.fdiv(lanes.splat(reach, LANES), b.fsub(self._high, low)))
+        self._put_codes(step, low)
+        sum_l, sum_l2, sum_xl = self._sums()
+        d = b.fsub(b.fmul(sum_w, sum_l2), b.fmul(sum_l, sum_l))
+        scale = b.fdiv(b.fsub(b.fmul(sum_w, sum_xl), b.fmul(sum_x, sum_l)), d)
+        least = b.fdiv(b.fsub(b.fmul(sum_l2, sum_x), b.fmul(sum_l, sum_xl)), d)
+        above = is_less(lanes, zero, least)
+        scale = b.select(above, b.fdiv(sum_xl, sum_l2), scale)
+        least = b.select(above, zero, least)
+        error = self._misfit(scale, least)
+        is_better = b.and_(is_less(lanes, zero, d), is_less(lanes, error, best[2]))
+        tried = (scale, least, error, step, low)
+        return [b.select(is_better, new, old) for new, old in zip(tried, best, strict=True)]
+
+    def _put_codes(self, step: Value, low: Value) -> None:
+        """The codes nearest (x - low) * step."""
+        lanes, b, (x, _, codes) = self.lanes, self.lanes.b, self._arrays
+
+        def put(at: Value) -> list[Value]:
+            steps = b.fmul(step, b.fsub(lanes.load(x, at, LANES), low))
+            lanes.store(_steps(lanes, steps, self._top), codes, at)
+            return []
+
+        over_rows(lanes, range(self._n), [], put)
+
+    def _sums(self) -> list[Value]:
+        """The weighted sums of code, of its square, and of code times x.
+
+        A loop of its own: beside the making of codes, what waits for its turn is more than a CPU looks ahead.
+        """
+        lanes, b = self.lanes, self.lanes.b
+
+        def add(at: Value, *sums: Value) -> list[Value]:
+            v, w, code = (lanes.load(array, at, LANES) for array in self._arrays)
+            weighted = b.fmul(w, code)
+            return [*map(b.fadd, sums, (weighted, b.fmul(weighted, code), b.fmul(weighted, v)))]
+
+        return over_rows(lanes, range(self._n), [in_all(lanes, 0)] * 3, add)
+
+    def _misfit(self, scale: Value, low: Value) -> Value:
+        """The weighted sum of what the codes' line misses, or of its squares."""
+        lanes, b = self.lanes, self.lanes.b
+
+        def add(at: Value, error: Value) -> list[Value]:
+            v, w, code = (lanes.load(array, at, LANES) for array in self._arrays)
+            missed = b.fsub(b.fadd(b.fmul(scale, code), low), v)
+            missed = b.fmul(missed, missed) if self._by_square else lanes.absolute(missed)
+            return [b.fadd(error, b.fmul(w, missed))]
+
+        [error] = over_rows(lanes, range(self._n), [in_all(lanes, 0)], add)
+        return error
+
+
+@vector(types.void)
+def search_q4(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
+    _Line(lanes, x, weights, codes, 32, 15, True).search(-1, 21, scales, lows)
+
+
+@vector(types.void)
+def search_q5(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
+    _Line(lanes, x, weights, codes, 32, 31, True).search(-0.5, 16, scales, lows)
+
+
+@vector(types.void)
+def search_q2(lanes: Lanes, x: Array, weights: Array, codes: Array, scales: Array, lows: Array) -> None:
+    _Line(lanes, x, weights, codes, 16, 3, False).search(-0.5, 16, scales, lows)

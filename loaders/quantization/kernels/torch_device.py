@@ -1,0 +1,74 @@
+"""The kernels in torch, for CUDA and MPS: blocks go to the device, codes come back.
+
+The arithmetic is that of the CPU kernels, operation by operation in float32, so the bytes are the same wherever the
+device rounds a float32 product and quotient correctly and keeps subnormal numbers. CUDA does. MPS flushes subnormals,
+so groups whose weights are all below 1e-38 may differ there, and has no float64: sums for `ternary` are then taken on
+the CPU. Every output is measured by the CPU's decoder whatever encoded it.
+
+These kernels are tested here on torch's own CPU device. They have not been run on a CUDA or an MPS device yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.errors import BadSpec
+from loaders.quantization.kernels.bitsandbytes import fourbit
+from loaders.quantization.kernels.cpu import CpuKernels
+
+
+class DeviceKernels:
+    """See `Kernels`."""
+
+    def __init__(self, device: str) -> None:
+        is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if not is_there[device.partition(":")[0]]:
+            raise BadSpec(f"backend={device}: torch {torch.__version__} finds no such device here; use backend=cpu")
+        self._device = torch.device(device)
+
+    def _values(self, x: np.ndarray, dtype: str) -> torch.Tensor:
+        """Raw weights as float32 on the device."""
+        raw = torch.from_numpy(np.array(x) if not x.flags.writeable else x)
+        raw = raw.view(torch.bfloat16) if dtype == "BF16" else raw
+        if dtype == "F64" or (dtype == "BF16" and self._device.type == "mps"):  # which MPS does not hold
+            raw = raw.float()
+        return raw.to(self._device).float()
+
+    def encode_fourbit(
+        self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray
+    ) -> None:
+        code = fourbit.table(table)
+        values = self._values(x, dtype).reshape(-1, group)
+        tops = _tops(values)
+        scaled = values * (1.0 / tops.clamp(min=1e-38))[:, None]
+        bounds = torch.from_numpy(code.bounds[:15]).to(self._device)
+        ranks = torch.bucketize(scaled.reshape(-1).clamp(-1, 1), bounds)
+        codes = torch.from_numpy(code.order).to(self._device)[ranks]
+        packed[:] = (codes[::2] << 4 | codes[1::2]).cpu().numpy()
+        absmax[:] = tops.cpu().numpy()
+
+    def group_absmax(self, x: np.ndarray, dtype: str, group: int, absmax: np.ndarray) -> None:
+        absmax[:] = _tops(self._values(x, dtype).reshape(-1, group)).cpu().numpy()
+
+    def magnitude_sum(self, x: np.ndarray, dtype: str) -> float:
+        if self._device.type == "mps":
+            return CpuKernels().magnitude_sum(x, dtype)
+        return float(self._values(x, dtype).abs().double().sum())
+
+    def pack_ternary(
+        self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray
+    ) -> None:
+        scale = torch.tensor(inverse, dtype=torch.float32, device=self._device)
+        total: Any = 0
+        for quarter, run in enumerate(runs):
+            codes = (self._values(run, dtype) * scale).round().clamp(-1, 1).to(torch.int8) + 1
+            total = total | codes.to(torch.uint8) << (2 * quarter)
+        out[:] = total.cpu().numpy()
+
+
+def _tops(groups: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row, NaN if there is one."""
+    return groups.abs().amax(dim=1)

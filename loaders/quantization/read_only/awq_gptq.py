@@ -1,0 +1,120 @@
+"""AWQ's and GPTQ's integer weights, which are only read: both need calibration data to be made.
+
+By role, for a weight (R outputs, C inputs) with G groups of inputs:
+    AWQ, version gemm                        GPTQ, of b = 2, 4 or 8 bits
+    qweight  int32 (C, R/8)                  qweight  int32 (C*b/32, R)
+    qzeros   int32 (G, R/8)                  qzeros   int32 (G, R*b/32)
+    scales   float16 (G, R)                  scales   float16 (G, R)
+                                             g_idx    int32 (C,): each input's group; without it they lie in order
+A word of AWQ holds eight outputs, from its lowest bits on the outputs 0 2 4 6 1 3 5 7; GPTQ's are in order. Zeros of
+GPTQ's first format are stored less one, modulo 2**b; those of gptq_v2 as they are.
+
+Values are (code - zero) * scale, as AutoAWQ (awq/utils/packing_utils.py) and AutoGPTQ (qlinear_cuda_old.py) have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.errors import BadCheckpoint
+from loaders.quantization.boxes import ByBoxes
+from loaders.quantization.kernels import casts
+from loaders.quantization.kernels.read_only import awq_gptq
+from loaders.quantization.scheme import Stored, Work
+from loaders.specs import TensorSpec
+
+WORDS = 1 << 20  # of qweight read at once: 4 MiB
+
+
+@dataclass(frozen=True)
+class Awq(ByBoxes):
+    """Four bits, version gemm. `group_size` inputs share a scale."""
+
+    kind: ClassVar[str] = "awq"
+    group_size: int
+    scale_dtype: str
+
+    def decode_box(
+        self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
+    ) -> None:
+        width = spec.shape[0] // 8
+        first, last = rows[0] // 8, rows[-1] // 8 + 1
+        outputs = np.arange(rows.start, rows.stop, rows.step) - first * 8
+        many = max(1, WORDS // width)
+        for at in range(columns.start, columns.stop, many):
+            end = min(columns.stop, at + many)
+            groups = np.arange(at, end) // self.group_size
+            used, local = np.unique(groups, return_inverse=True)
+            scales = _rows_of(stored, "scales", used, spec.shape[0], rows, self.scale_dtype)
+            packed = np.stack([stored.read("qzeros", g * width + first, g * width + last).copy() for g in used])
+            zeros = _codes(packed.view(np.uint32), 4, awq_gptq.AWQ_SHIFTS)[:, outputs]
+            words = stored.read("qweight", at * width, end * width).view(np.uint32).reshape(-1, width)
+            words = np.ascontiguousarray(words[:, first:last].T)  # a stride of a whole row costs a cache line a word
+            part = out[:, at - columns.start : end - columns.start]
+            awq_gptq.decode_outputs(words, outputs, local, zeros.T.astype(np.float32), scales, part)
+
+
+@dataclass(frozen=True)
+class Gptq(ByBoxes):
+    """`zero_offset` is what a stored zero lacks; `has_index` says whether inputs name their groups."""
+
+    kind: ClassVar[str] = "gptq"
+    bits: int
+    group_size: int
+    zero_offset: int
+    has_index: bool
+    scale_dtype: str
+
+    def decode_box(
+        self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
+    ) -> None:
+        height, each = spec.shape[0], 32 // self.bits
+        many = max(each, WORDS // height * each)
+        for at in range(columns.start, columns.stop, many):
+            end = min(columns.stop, at + many)
+            used, local = np.unique(self._groups(spec, stored, at, end), return_inverse=True)
+            scales = _rows_of(stored, "scales", used, height, rows, self.scale_dtype)
+            zeros = self._zeros(stored, used, height, rows)
+            first, last = at // each, -(-end // each)
+            words = stored.read("qweight", first * height, last * height).view(np.uint32).reshape(-1, height)
+            words = np.ascontiguousarray(words[:, rows.start : rows.stop : rows.step].T)
+            part = out[:, at - columns.start : end - columns.start]
+            awq_gptq.decode_inputs(words, self.bits, at - first * each, local, zeros, scales, part)
+
+    def _groups(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
+        if not self.has_index:
+            return np.arange(start, stop) // self.group_size
+        groups = stored.read("g_idx", start, stop).astype(np.int64)
+        count = -(-spec.shape[1] // self.group_size)
+        if groups.min() < 0 or groups.max() >= count:
+            raise BadCheckpoint(
+                f"{spec.name}: its g_idx names group {int(groups.max() if groups.min() >= 0 else groups.min())} of"
+                f" {count}; fetch the checkpoint again"
+            )
+        return groups
+
+    def _zeros(self, stored: Stored, used: np.ndarray, height: int, rows: range) -> np.ndarray:
+        each = 32 // self.bits
+        width, first, last = height // each, rows[0] // each, rows[-1] // each + 1
+        packed = np.stack([stored.read("qzeros", g * width + first, g * width + last).copy() for g in used])
+        codes = _codes(packed.view(np.uint32), self.bits, np.arange(0, 32, self.bits, dtype=np.uint32))
+        codes = codes[:, np.arange(rows.start, rows.stop, rows.step) - first * each]
+        return ((codes + self.zero_offset) & ((1 << self.bits) - 1)).T.astype(np.float32)
+
+
+def _codes(words: np.ndarray, bits: int, shifts: np.ndarray) -> np.ndarray:
+    """(groups, words) to (groups, codes), int64."""
+    codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+    return np.asarray(codes.reshape(words.shape[0], -1), np.int64)
+
+
+def _rows_of(stored: Stored, role: str, groups: np.ndarray, width: int, rows: range, dtype: str) -> np.ndarray:
+    """(rows, groups) of a role's (G, width), float32."""
+    found = np.empty((len(rows), groups.size), np.float32)
+    for index, group in enumerate(groups):
+        block = stored.read(role, int(group) * width + rows[0], int(group) * width + rows[-1] + 1)
+        found[:, index] = casts.to_float32(block[:: rows.step], dtype)
+    return found

@@ -1,0 +1,55 @@
+"""float4 weights that are only read: gpt-oss' MXFP4 and ModelOpt's NVFP4.
+
+MXFP4, by role: blocks, uint8 (..., R, C/32, 16); scales, uint8 (..., R, C/32), powers of two (e8m0).
+NVFP4, by role: weight, uint8 (..., R, C/2); weight_scale, F8_E4M3 (..., R, C/16); weight_scale_2, one float32, which
+multiplies the others. Two codes a byte, the first low.
+
+Values are code * scale, for NVFP4 code * (scale * scale_2), in float32, as transformers' convert_moe_packed_tensors
+(integrations/mxfp4.py) and ModelOpt's NVFP4QTensor.dequantize compute them. A scale byte of 255 is NaN here, by the
+format's definition; transformers takes it for 2**128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.quantization.boxes import ByBoxes, read_rows
+from loaders.quantization.kernels.read_only.fp4 import decode_fp4
+from loaders.quantization.kernels.read_only.fp8_int8 import E4M3
+from loaders.quantization.read_only.deepseek_fp8 import e8m0
+from loaders.quantization.scheme import Stored, Work
+from loaders.specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class Mxfp4(ByBoxes):
+    """Groups of 32 with a power of two."""
+
+    kind: ClassVar[str] = "mxfp4"
+    group: ClassVar[int] = 32
+
+    def decode_box(
+        self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
+    ) -> None:
+        scales = e8m0(read_rows(stored, "scales", rows, spec.shape[-1] // self.group))
+        packed = read_rows(stored, "blocks", rows, spec.shape[-1] // 2)
+        decode_fp4(packed, scales, columns.start, self.group, out)
+
+
+@dataclass(frozen=True)
+class Nvfp4(ByBoxes):
+    """Groups of 16 with a float8, and one float32 for all."""
+
+    kind: ClassVar[str] = "nvfp4"
+    group: ClassVar[int] = 16
+
+    def decode_box(
+        self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
+    ) -> None:
+        top = stored.read("weight_scale_2", 0, 1)[0]
+        scales = E4M3[read_rows(stored, "weight_scale", rows, spec.shape[-1] // self.group)] * top
+        packed = read_rows(stored, "weight", rows, spec.shape[-1] // 2)
+        decode_fp4(packed, scales, columns.start, self.group, out)

@@ -1,0 +1,94 @@
+"""compressed-tensors' FP8_BLOCK (float-quantized): E4M3 with a scale for every 128 x 128 weights.
+
+Shapes: R rows, C columns. By role:
+    weight         F8_E4M3 (R, C)
+    weight_scale   (ceil(R / 128), ceil(C / 128)), in the weights' dtype
+The engine quantizes activations as it runs, 128 of a token at a time, so that columns that are no multiple of 128 stop
+it: such are read, but not made. Rows may end within a block. Bytes are those of compressed-tensors 0.20, edge blocks
+too; llm-compressor 0.14's model_free_ptq gives the same, and cannot save matrices with edge blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.dtypes import DTYPES
+from loaders.quantization.kernels import casts
+from loaders.quantization.kernels.compressed_tensors import fp8
+from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.schemes.compressed_tensors_int import E4M3_STEPS, EPS, UNDERFLOW, refuses_matrix, scale_dtype
+from loaders.specs import StoredSpec, TensorSpec
+
+LONG = 1 << 21  # weights in a band, beyond which it counts as state
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Block:
+    """E4M3 in blocks of 128 x 128."""
+
+    kind: ClassVar[str] = "fp8_block"
+    engine: ClassVar[str] = "compressed-tensors"
+    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    error_limit: ClassVar[float] = 0.08  # see `RowScaled.error_limit`: the same codes
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        refusal = refuses_matrix(spec, "FP8_BLOCK")
+        if refusal is None and spec.shape[1] % BLOCK:
+            return (
+                f"its {spec.shape[1]} columns are no multiple of {BLOCK}, and FP8_BLOCK's engines quantize activations"
+                f" {BLOCK} at a time; keep it by a rule, or use fp8_dynamic"
+            )
+        return refusal
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        rows, columns = spec.shape
+        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+        return {
+            "weight": StoredSpec(DTYPES["F8_E4M3"], spec.shape),
+            "weight_scale": StoredSpec(scale_dtype(spec.dtype), blocks),
+        }
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        """A band of 128 rows, where it is more than a range."""
+        band = BLOCK * spec.shape[1]
+        return 0 if band <= LONG else band * (1 + spec.dtype.item_bytes)
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        spec, columns, dtype = view.spec, view.spec.shape[1], scale_dtype(view.spec.dtype).name
+        band, blocks = BLOCK * columns, -(-columns // BLOCK)
+
+        def encode_range(start: int, stop: int) -> None:
+            for first in range(start, stop, band):
+                x = kernel_input(view.read(first, min(first + band, stop)), spec.dtype.name)
+                codes = work.array("codes", x.size, np.uint8)
+                scales = work.array("scales", blocks, np.float32)
+                fp8.encode_band(x, columns, EPS[dtype], codes, scales)
+                sink.write("weight", first, codes)
+                sink.write("weight_scale", first // band * blocks, casts.cast(scales, "F32", dtype))
+
+        work.sweep(spec.numel, band, encode_range)
+
+    def align(self, spec: TensorSpec) -> int:
+        """Rows: a band may be large, and its scales are few."""
+        return spec.shape[1]
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """See `RowScaled.greatest_error`: the same codes."""
+        columns = spec.shape[1]
+        first, last, blocks = start // columns, -(-stop // columns), -(-columns // BLOCK)
+        raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)
+        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name)
+        return float(np.abs(scales).max(initial=0)) * E4M3_STEPS + 448 * UNDERFLOW
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        columns = spec.shape[1]
+        first, last, blocks = start // columns, stop // columns, -(-columns // BLOCK)
+        raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)
+        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name).reshape(-1, blocks)
+        fp8.decode_blocks(stored.read("weight", start, stop), columns, first % BLOCK, scales, out)

@@ -1,0 +1,159 @@
+"""compressed-tensors' pack-quantized format: integer codes by group, packed into int32 words (W4A16, W8A16).
+
+Shapes: R rows, C columns, G groups a row; C = G * group_size. By role:
+    weight_packed       int32 (R, C * bits / 32)   codes plus 2^(bits-1), the first column in the lowest bits
+    weight_scale        (R, G), in the weights' dtype
+    weight_zero_point   int32 (ceil(R / 8), G)     only asymmetric: zeros plus 8, eight rows to a word
+    weight_shape        int64 (2,)                 R, C
+Bytes are those of compressed-tensors 0.20 and of llm-compressor's model_free_ptq; see kernels/packed_int.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
+from loaders.quantization.kernels import casts, rounding
+from loaders.quantization.kernels.compressed_tensors import packed_int
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.specs import StoredSpec, TensorSpec
+
+GROUP_SIZES = (32, 64, 128)
+EPS = {"BF16": np.float32(2**-7), "F16": np.float32(2**-10), "F32": np.float32(2**-23)}
+
+
+def scale_dtype(dtype: DType) -> DType:
+    """What scales are computed in and stored as: the weights' dtype, float32 for float64."""
+    return DTYPES["F32"] if dtype.name == "F64" else dtype
+
+
+def refuses_matrix(spec: TensorSpec, scheme: str) -> str | None:
+    """Why a tensor is none of a linear layer's weights."""
+    if spec.dtype.name not in WEIGHT_DTYPES:
+        return f"its dtype is {spec.dtype}; {scheme} takes {', '.join(WEIGHT_DTYPES)}"
+    if len(spec.shape) != 2 or spec.numel == 0:
+        return f"its shape is {list(spec.shape)}; {scheme} takes matrices; keep it by a rule"
+    return None
+
+
+E4M3_STEPS = 20.0  # scales: half of 32, E4M3's widest gap, and the roundings of quotient, scale, cast
+UNDERFLOW = 2.0**-24  # what a float16 scale may be off where it is not a normal number
+
+
+def packed_steps(bits: int) -> tuple[float, float]:
+    """How many scales a weight may be off, and how many the largest is: see `PackedInt.error_limit`.
+
+    With a cast from a wider dtype, which moves a weight by 2^-9 of itself.
+    """
+    top, step = (8.0, 0.62) if bits == 4 else (128.0, 1.05)
+    return step * 1.05 + top * 2**-8, top
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt:
+    """Four or eight bits. Checkpoints with a scale a row are read as groups of whole rows."""
+
+    kind: ClassVar[str] = "packed_int"
+    engine: ClassVar[str] = "compressed-tensors"
+    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    @property
+    def error_limit(self) -> float:
+        """Of groups that hold one weight of full size and else only weights that round to zero.
+
+        A weight w is off by at most `step` scales, and by at most |w|, since zero is a code: the sum of the others'
+        squared errors is at most that of their squares, so the worst is where both are at their bounds. Half a scale is
+        the rounding; the rest is for quotients rounded to bfloat16, the top code (7, not 7.5) and rounded zeros.
+        """
+        top, step = (7.5, 0.62) if self.bits == 4 else (127.5, 1.05)
+        others = (self.group_size - 1) * step**2
+        return math.sqrt((others + step**2) / (top**2 + others)) * 1.01
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        name = f"W{self.bits}A16"
+        refusal = refuses_matrix(spec, name)
+        if refusal is None and spec.shape[1] % self.group_size:
+            return (
+                f"its {spec.shape[1]} columns are no multiple of quant.group_size={self.group_size}; keep it by a rule,"
+                " or choose a group size that divides them"
+            )
+        return refusal
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        rows, columns = spec.shape
+        groups = columns // self.group_size
+        roles = {
+            "weight_packed": StoredSpec(DTYPES["I32"], (rows, -(-columns * self.bits // 32))),
+            "weight_scale": StoredSpec(scale_dtype(spec.dtype), (rows, groups)),
+            "weight_shape": StoredSpec(DTYPES["I64"], (2,), np.array([rows, columns], "<i8").tobytes()),
+        }
+        if not self.symmetric:
+            roles["weight_zero_point"] = StoredSpec(DTYPES["I32"], (-(-rows * self.bits // 32), groups))
+        return roles
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return 0
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        spec, group, dtype = view.spec, self.group_size, scale_dtype(view.spec.dtype).name
+        groups = spec.shape[1] // group
+
+        def encode_range(start: int, stop: int) -> None:
+            x = kernel_input(view.read(start, stop), spec.dtype.name)
+            packed = work.array("packed", (stop - start) * self.bits // 8, np.uint8)
+            scales = work.array("scales", (stop - start) // group, np.float32)
+            if self.symmetric:
+                packed_int.encode(x, group, self.bits, EPS[dtype], packed, scales)
+            else:
+                zeros = work.array("zeros", scales.size, np.int8)
+                packed_int.encode_zero(x, group, EPS[dtype], packed, scales, zeros)
+                words = packed_int.pack_zeros(zeros.reshape(-1, groups))
+                sink.write("weight_zero_point", -(-(start // spec.shape[1]) // 8) * groups, words.view(np.int32))
+            sink.write("weight_packed", start * self.bits // 32, packed.view(np.int32))
+            sink.write("weight_scale", start // group, casts.cast(scales, "F32", dtype))
+
+        work.sweep(spec.numel, self.align(spec), encode_range)
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """See `packed_steps`; with zero points, twice the top is the range."""
+        raw = stored.read("weight_scale", start // self.group_size, -(-stop // self.group_size))
+        steps, top = packed_steps(self.bits)
+        scale = float(np.abs(casts.to_float32(raw, scale_dtype(spec.dtype).name)).max(initial=0))
+        return scale * (steps if self.symmetric else steps + top * 2**-8) + 2 * top * UNDERFLOW
+
+    def align(self, spec: TensorSpec) -> int:
+        """Groups; rows where they are no whole words (never asked for); eight rows where a word holds eight zeros."""
+        columns = spec.shape[1]
+        if not self.symmetric:
+            return 8 * columns
+        return self.group_size if columns * self.bits % 32 == 0 else columns
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        columns, group = spec.shape[1], self.group_size
+        groups, row_words = columns // group, -(-columns * self.bits // 32)
+        raw = stored.read("weight_scale", start // group, stop // group)
+        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name)
+        if self.symmetric:
+            shifts = np.full(scales.size, 1 << (self.bits - 1), np.float32)
+        else:
+            rows, first = (stop - start) // columns, start // columns
+            words = stored.read("weight_zero_point", first // 8 * groups, -(-(first + rows) // 8) * groups)
+            shifts = packed_int.unpack_zeros(words.view(np.uint32).reshape(-1, groups), rows).reshape(-1)
+        if group % rounding.STEP == 0:
+            packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
+            packed_int.decode(packed, group, self.bits, scales, shifts, out)
+        else:
+            packed = stored.read("weight_packed", start // columns * row_words, stop // columns * row_words)
+            shape = (-1, groups)
+            packed_int.decode_any(
+                packed.view(np.uint8), self.bits, columns, group, scales.reshape(shape), shifts.reshape(shape), out
+            )

@@ -1,0 +1,100 @@
+"""compressed-tensors' formats of eight bits with a scale a row: FP8_DYNAMIC (float-quantized), W8A8 (int-quantized).
+
+Shapes: R rows, C columns. By role:
+    weight         F8_E4M3 or int8 (R, C)
+    weight_scale   (R, 1), in the weights' dtype
+The engine quantizes activations as it runs, a token at a time. Bytes are those of compressed-tensors 0.20 and of
+llm-compressor's model_free_ptq; see kernels/float8.py and kernels/packed_int.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from loaders.dtypes import DTYPES
+from loaders.quantization.kernels import casts
+from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.schemes.compressed_tensors_int import (
+    E4M3_STEPS,
+    EPS,
+    UNDERFLOW,
+    packed_steps,
+    refuses_matrix,
+    scale_dtype,
+)
+from loaders.specs import StoredSpec, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RowScaled:
+    """Eight bits, "float" (E4M3) or "int". `whole`: one scale for the tensor, only read, never asked for."""
+
+    kind: ClassVar[str] = "row_scaled"
+    engine: ClassVar[str] = "compressed-tensors"
+    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    type: Literal["float", "int"]
+    whole: bool = False
+
+    @property
+    def error_limit(self) -> float:
+        """E4M3: a sixteenth of a weight, or 2^-10 of a scale, which is nothing beside a row's largest of 448 scales
+        for any row below 10^8 weights; and bfloat16's roundings of quotient and scale. Integers: no weight is off by
+        more than itself, whatever the others, and a row may be long.
+        """
+        return 0.08 if self.type == "float" else 1.01
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        return refuses_matrix(spec, "FP8_DYNAMIC" if self.type == "float" else "W8A8")
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        codes = DTYPES["F8_E4M3" if self.type == "float" else "I8"]
+        return {
+            "weight": StoredSpec(codes, spec.shape),
+            "weight_scale": StoredSpec(scale_dtype(spec.dtype), (1,) if self.whole else (spec.shape[0], 1)),
+        }
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return 0
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        assert not self.whole
+        spec, columns, dtype = view.spec, view.spec.shape[1], scale_dtype(view.spec.dtype).name
+        encode_rows = fp8.encode_rows if self.type == "float" else packed_int.encode_rows
+
+        def encode_range(start: int, stop: int) -> None:
+            x = kernel_input(view.read(start, stop), spec.dtype.name)
+            codes = work.array("codes", stop - start, np.uint8)
+            scales = work.array("scales", (stop - start) // columns, np.float32)
+            encode_rows(x, columns, EPS[dtype], codes, scales)
+            sink.write("weight", start, codes)
+            sink.write("weight_scale", start // columns, casts.cast(scales, "F32", dtype))
+
+        work.sweep(spec.numel, columns, encode_range)
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """E4M3: `E4M3_STEPS`. Integers: `packed_steps`."""
+        columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
+        first, last = (0, 1) if self.whole else (start // columns, -(-stop // columns))
+        scale = float(np.abs(casts.to_float32(stored.read("weight_scale", first, last), dtype)).max(initial=0))
+        steps, top = (E4M3_STEPS, 448.0) if self.type == "float" else packed_steps(8)
+        return scale * steps + top * UNDERFLOW
+
+    def align(self, spec: TensorSpec) -> int:
+        return spec.shape[1]
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        columns = spec.shape[1]
+        first, last = (0, 1) if self.whole else (start // columns, stop // columns)
+        scales = casts.to_float32(stored.read("weight_scale", first, last), scale_dtype(spec.dtype).name)
+        scales = np.full((stop - start) // columns, scales[0]) if self.whole else scales
+        codes = stored.read("weight", start, stop)
+        if self.type == "float":
+            fp8.decode_rows(codes, columns, scales, out)
+        else:
+            packed_int.decode_rows(codes, columns, scales, out)

@@ -1,0 +1,170 @@
+"""ggml's tensor types, as llama.cpp stores and loads them: blocks along each row, and plain floats.
+
+Stored, by role: weight, in the dtype of that name (loaders.specs), the tensor's shape. Bytes are those of ggml's
+reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and bfloat16
+sources; kernels/ggml_blocks.py, ggml_super.py and ggml_ternary.py say what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.dtypes import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES
+from loaders.quantization import grid as grids
+from loaders.quantization.grid import Grid
+from loaders.quantization.kernels import casts
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.ggml import blocks, bounds, k_quants, ternary
+from loaders.quantization.kernels.ggml.decode import DECODERS
+from loaders.quantization.read_only.ggml import decode_blocks
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.schemes.bitnet import absmean
+from loaders.quantization.schemes.plain import Plain
+from loaders.specs import StoredSpec, TensorSpec
+
+FLOATS = ("F32", "F16", "BF16")
+TYPES = (*GGML_BLOCKS, *FLOATS)
+ENCODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
+    "Q4_0": blocks.encode_q4_0, "Q4_1": blocks.encode_q4_1, "Q5_0": blocks.encode_q5_0,
+    "Q5_1": blocks.encode_q5_1, "Q8_0": blocks.encode_q8_0, "MXFP4": blocks.encode_mxfp4,
+    "Q2_K": k_quants.encode_q2_k, "Q3_K": k_quants.encode_q3_k, "Q4_K": k_quants.encode_q4_k,
+    "Q5_K": k_quants.encode_q5_k, "Q6_K": k_quants.encode_q6_k, "TQ1_0": ternary.encode_tq1_0,
+    "TQ2_0": ternary.encode_tq2_0,
+}  # fmt: skip
+assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
+
+# Steps between the greatest and the least code of a block (or sub-block): see error_limit
+STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
+
+
+# Types whose codes are found at once: where a block's scale is; whether a minimum follows; see `Ggml.greatest_error`
+ROUNDED = {
+    "Q8_0": (0, False, 0.5, 127), "Q4_0": (0, False, 1.0, 8), "Q4_1": (0, True, 0.5, 15), "Q5_0": (0, False, 1.0, 16),
+    "Q5_1": (0, True, 0.5, 31), "TQ1_0": (52, False, 0.5, 1), "TQ2_0": (64, False, 0.5, 1),
+}  # fmt: skip
+
+
+class TernaryView:
+    """Another view's weights rounded to -1, 0 or 1 times one scale, float32."""
+
+    def __init__(self, view: View, scale: np.float32) -> None:
+        self.spec = replace(view.spec, dtype=DTYPES["F32"])
+        self._view = view
+        self._scale = scale
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        values = casts.to_float32(self._view.read(start, stop, slot), self._view.spec.dtype.name)
+        return np.clip(np.rint(values * (np.float32(1) / self._scale)), -1, 1).astype(np.float32) * self._scale
+
+
+@dataclass(frozen=True, slots=True)
+class Ggml:
+    """A tensor type of ggml: a block format, or F32, F16, BF16.
+
+    `absmean` is for the ternary types: weights are first rounded to -1, 0 or 1 times the mean magnitude of the whole
+    tensor, as BitNet's layers do while they train (and llama.cpp's convert_hf_to_gguf.py in BitnetModel). Without it a
+    ternary type takes each block's largest magnitude for its scale.
+    """
+
+    kind: ClassVar[str] = "ggml"
+    engine: ClassVar[str] = "ggml"
+    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    type: str
+    absmean: bool = False
+
+    @property
+    def error_limit(self) -> float:
+        """Where float16 holds the scales as normal numbers; a tensor of mostly smaller weights cannot be stored so.
+
+        Q8_0, Q4_0, Q5_0: the worst block has one weight of magnitude 1 and 31 others that lie half a step, s = 2/steps,
+        off; the far end of Q4_0 and Q5_0 may be a whole step off: sqrt(31 s^2/4 + s^2). The others can lose what is
+        small beside its neighbours altogether: Q4_1 and Q5_1 all that varies in a block far from zero, the K-quants
+        whole sub-blocks, MXFP4 and the ternary types whatever is below a quarter or half of the greatest. What is lost
+        so comes back as less than it was, never as more, and the error is then at most the weights themselves.
+        """
+        if self.type in FLOATS:
+            return Plain(self.type).error_limit
+        if self.type in STEPS:
+            step = 2 / STEPS[self.type]
+            return float(np.sqrt(31 * step**2 / 4 + step**2)) * 1.01 + 2**-10
+        return 1.01
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        if self.type not in TYPES:
+            return f"{self.type} is read, not written: its codes are found with calibration data"
+        if spec.dtype.name not in WEIGHT_DTYPES and spec.dtype.block == 1:
+            return f"its dtype is {spec.dtype}; {self.type} takes {', '.join(WEIGHT_DTYPES)}, and other blocks of ggml"
+        if self.type in FLOATS:
+            return None
+        if len(spec.shape) < 2 or spec.numel == 0:
+            return f"its shape is {list(spec.shape)}; {self.type} takes matrices"
+        block = DTYPES[self.type].block
+        if spec.shape[-1] % block:
+            return (
+                f"its rows of {spec.shape[-1]} weights do not divide into {self.type}'s blocks of {block}; give it"
+                " another type by a rule (quant.pure=false falls back as llama.cpp does)"
+            )
+        return None
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        return {"weight": StoredSpec(DTYPES[self.type], spec.shape)}
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return 0
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        if self.type in FLOATS:
+            Plain(self.type).encode(view, sink, work)
+            return
+        dtype, encoder = DTYPES[self.type], ENCODERS[self.type]
+        view = TernaryView(view, absmean(view, work)) if self.absmean else view
+
+        def encode_range(start: int, stop: int) -> None:
+            out = work.array("blocks", dtype.size((stop - start,)), np.uint8)
+            encoder(kernel_input(view.read(start, stop), view.spec.dtype.name), out)
+            sink.write("weight", dtype.size((start,)), out)
+
+        work.sweep(view.spec.numel, dtype.block, encode_range)
+
+    def align(self, spec: TensorSpec) -> int:
+        return DTYPES[self.type].block
+
+    @property
+    def _is_plain_block(self) -> bool:
+        return self.type in ROUNDED and not self.absmean
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """Half a step, or a whole one at the far end of Q4_0 and Q5_0, which have one code less there; and what
+        float16's roundings of scale and minimum, 2^-11 or 2^-25 each, move the greatest code. A cast: 2^-8 of it.
+        """
+        if not self._is_plain_block:
+            return math.inf  # see `grid`
+        at, has_offset, steps, top = ROUNDED[self.type]
+        size = DTYPES[self.type].size
+        blocks, block = stored.read("weight", size((start,)), size((stop,))), size((DTYPES[self.type].block,))
+        scale = bounds.largest_half(blocks, block, at)
+        offset = bounds.largest_half(blocks, block, at + 2) if has_offset else 0.0
+        cast = 2**-8 if spec.dtype.name != "F32" else 0.0
+        return scale * (steps + top * (2**-10 + cast)) + offset * (2**-10 + cast) + (top + 2) * 2.0**-24
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
+        """See kernels/ggml_grid.py; what finds its codes at once has a `greatest_error`."""
+        if self.type not in bounds.GROUPS or self._is_plain_block:
+            return None
+        dtype, group = DTYPES[self.type], bounds.GROUPS[self.type]
+        low, high, half = (np.empty((stop - start) // group, np.float32) for _ in range(3))
+        bounds.grid(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), low, high, half)
+        slope = grids.SMALL + (grids.E2M1_SLOPE if self.type == "MXFP4" else 0)
+        return Grid(group, low, high, half, slope)
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        if self.type in FLOATS:
+            Plain(self.type).decode(spec, stored, start, stop, out, work)
+            return
+        dtype = DTYPES[self.type]
+        decode_blocks(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), out)

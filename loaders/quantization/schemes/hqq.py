@@ -1,0 +1,333 @@
+"""HQQ, as the hqq package stores and loads it: 8, 4, 3, 2 or 1 bits a weight, groups with a scale and a zero.
+
+The weight's flat values are a matrix of (groups, group_size) with axis=1, of (group_size, groups) with axis=0; groups
+run across ends of rows. Its rows are packed in `parts` runs of `rows` each: a byte (3 bits: an int32) holds the same
+place of every run, the first run highest. By role, with n values:
+    W_q    uint8 (rows, group_size) or (rows, groups); 3 bits: int32, runs of a tenth, the last padded with zeros
+    scale  (groups, 1) or (1, groups), in the compute dtype: weight = (code - zero) * scale, each step rounded to it
+    zero   likewise
+and what hqq says of them, a tensor each (hqq/core/utils.py, encode_safetensor_type).
+
+Two passes, since hqq stops where the mean error of the whole tensor stops falling: the first adds up the errors of all
+updates, the second repeats as many as hqq would make, and codes. The sums are of TILE groups each and added exactly, so
+they do not depend on how a tensor is cut; the mean is a float32, as hqq's. Given the same number of updates, bytes are
+hqq's wherever torch sums a group in the kernel's order. hqq sums the tensor's errors in another order, so where they
+hardly fall any more it may stop an update earlier or later; the error is then the same to about 1e-4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
+from loaders.errors import VerifyFailed
+from loaders.quantization import grid as grids
+from loaders.quantization.grid import Grid
+from loaders.quantization.kernels import casts
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.hqq import decode, encode
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.specs import StoredSpec, TensorSpec
+
+BITS = (8, 4, 3, 2, 1)
+PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+TILE = 1024  # groups whose errors are one sum
+HELD = 1 << 20  # scales that are held at once where groups are columns
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a weight's values lie: a matrix whose rows are packed in `parts` runs of `rows`."""
+
+    groups: int
+    packed_rows: int
+    columns: int
+
+    @property
+    def run(self) -> int:
+        """Values of a part, and items of W_q."""
+        return self.packed_rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Hqq:
+    """See above. `compute_dtype` is that of scales and zeros ("BF16", ...); None: the weight's."""
+
+    kind: ClassVar[str] = "hqq"
+    engine: ClassVar[str] = "hqq"
+    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    bits: Literal[8, 4, 3, 2, 1] = 4
+    group_size: int = 64
+    axis: Literal[0, 1] = 1
+    compute_dtype: str | None = None
+
+    @property
+    def error_limit(self) -> float:
+        """Of groups that hold two opposite ends of their range and else only weights midway between two codes.
+
+        The first codes are at most half a step off. No update adds to the sum of squares: a zero is the mean that
+        makes it least for the codes, and the next codes are the nearest. A step is a `top`th of the range, or half of
+        it where the scale is at its greatest; flat groups become their mean. Zeros and scales are then rounded.
+        """
+        steps = math.sqrt(self.group_size / 2) / min(self.top, 2 if self.bits > 1 else 1)
+        return max(1.0, steps) + 0.02 * math.sqrt(self.group_size)
+
+    @property
+    def top(self) -> int:
+        """The greatest code."""
+        return int(2**self.bits - 1)
+
+    @property
+    def rounds_zero(self) -> bool:
+        """Whether the first zero is rounded: hqq does so at four bits."""
+        return self.bits == 4
+
+    def dtype_of(self, spec: TensorSpec) -> DType:
+        """Of scales and zeros, and of the engine's arithmetic."""
+        dtype = spec.dtype if self.compute_dtype is None else DTYPES[self.compute_dtype]
+        return DTYPES["F32"] if dtype.name == "F64" else dtype
+
+    def layout(self, spec: TensorSpec) -> Layout:
+        groups = spec.numel // self.group_size
+        matrix = (groups, self.group_size) if self.axis == 1 else (self.group_size, groups)
+        return Layout(groups, -(-matrix[0] // PARTS[self.bits]), matrix[1])
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        if spec.dtype.name not in WEIGHT_DTYPES:
+            return f"its dtype is {spec.dtype}; hqq takes {', '.join(WEIGHT_DTYPES)}"
+        if len(spec.shape) != 2 or spec.numel == 0:
+            return f"its shape is {list(spec.shape)}; hqq takes matrices"
+        if not spec.name.endswith("weight"):
+            return "its name does not end in weight, and hqq keeps what it stores in the module that holds the weight"
+        if spec.numel % self.group_size:
+            return f"its {spec.numel} weights do not divide into groups of {self.group_size}"
+        groups, parts = spec.numel // self.group_size, PARTS[self.bits]
+        if self.axis == 1 and self.bits != 3 and groups % parts:
+            return (
+                f"its {groups} groups of {self.group_size} are no multiple of {parts}, and a byte holds the"
+                f" {self.bits}-bit codes of {parts} groups; use another quant.group_size, or keep it by a rule"
+            )
+        return None
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        layout, dtype = self.layout(spec), self.dtype_of(spec)
+        of_groups = (layout.groups, 1) if self.axis == 1 else (1, layout.groups)
+        roles = {
+            "W_q": StoredSpec(DTYPES["I32" if self.bits == 3 else "U8"], (layout.packed_rows, layout.columns)),
+            "scale": StoredSpec(dtype, of_groups),
+            "zero": StoredSpec(dtype, of_groups),
+        }
+        return roles | {role: _constant(value) for role, value in self.said(spec).items()}
+
+    def said(self, spec: TensorSpec) -> dict[str, Any]:
+        """What the safetensors form says of a module, in tensors: ints, flags, text, a shape."""
+        return {
+            "nbits": self.bits,
+            "group_size": self.group_size,
+            "shape": spec.shape,
+            "axis": self.axis,
+            "packing": PACKING[self.bits],
+            "unpack_view_dtype": "torch.int32" if self.bits == 3 else "torch.uint8",
+            "view_as_float": False,
+            "quant_scale": False,
+            "quant_zero": False,
+            "compute_dtype": f"torch.{self.dtype_of(spec).torch}",
+            "offload_meta": False,
+            "encoded_state_dict": True,
+            "stores_quant_config": True,
+            "channel_wise": True,
+            "optimize": True,
+            "round_zero": self.rounds_zero,
+        }
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return -(-self.layout(spec).groups // TILE) * encode.UPDATES * 8
+
+    # --- encoding
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        updates = self._updates(view, work)
+        if self.axis == 1:
+            self._encode_rows(view, sink, work, updates)
+        else:
+            self._encode_columns(view, sink, work, updates)
+
+    def _updates(self, view: View, work: Work) -> int:
+        """How many updates hqq would make: one past the one whose mean error stopped falling."""
+        layout, size = self.layout(view.spec), self.group_size
+
+        def errors(first: int, last: int) -> np.ndarray:
+            x, stride = self._groups(view, first, last, work)
+            sums = np.zeros((-(-(last - first) // TILE), encode.UPDATES))
+            scales, zeros = (work.array(name, TILE, np.float32) for name in ("scales", "zeros"))
+            for tile, at in enumerate(range(0, last - first, TILE)):
+                count = min(TILE, last - first - at)
+                encode.solve(
+                    x[at * stride[0] :], *stride, size, np.float32(self.top), self.rounds_zero, encode.UPDATES,
+                    scales[:count], zeros[:count], sums[tile],
+                )  # fmt: skip
+            return sums
+
+        found = self._sweep(work, layout.groups, TILE, errors)
+        with np.errstate(over="ignore"):
+            means = [np.float32(math.fsum(column) / view.spec.numel) for column in np.concatenate(found).T]
+        if not all(map(math.isfinite, means)):
+            raise VerifyFailed(
+                f"{view.spec.name}: it holds NaN or infinities (or weights near float32's end), and HQQ's search, which"
+                " ends by the error of all weights, would end by them; keep the tensor by a rule"
+            )
+        return next((i + 1 for i in range(1, encode.UPDATES) if not means[i] < means[i - 1]), encode.UPDATES)
+
+    def _sweep(self, work: Work, groups: int, align: int, body: Callable[[int, int], Any]) -> list[Any]:
+        """Ranges of groups, each of about as many weights as a range of weights has."""
+        size = self.group_size
+        return work.sweep(groups * size, align * size, lambda start, stop: body(start // size, stop // size))
+
+    def _groups(self, view: View, first: int, last: int, work: Work) -> tuple[np.ndarray, tuple[int, int]]:
+        """Weights of groups [first, last), and the strides of a group and of a weight among them."""
+        size, dtype = self.group_size, view.spec.dtype.name
+        if self.axis == 1:
+            return kernel_input(view.read(first * size, last * size), dtype), (size, 1)
+        groups, count = self.layout(view.spec).groups, last - first
+        if count == groups:
+            return kernel_input(view.read(0, size * groups), dtype), (1, count)
+        gathered: np.ndarray | None = None
+        for k in range(size):
+            row = kernel_input(view.read(k * groups + first, k * groups + last), dtype)
+            if gathered is None:
+                gathered = work.array("gathered", size * count, row.dtype)
+            gathered[k * count : (k + 1) * count] = row
+        assert gathered is not None
+        return gathered, (1, count)
+
+    def _solved(
+        self, x: np.ndarray, stride: tuple[int, int], first: int, count: int, updates: int, spec: TensorSpec,
+        sink: Sink, work: Work,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """Scales and zeros of groups, which are stored in the compute dtype."""
+        scales, zeros = (work.array(name, count, np.float32) for name in ("scales", "zeros"))
+        encode.solve(
+            x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, updates, scales, zeros,
+            np.zeros(updates),
+        )  # fmt: skip
+        dtype = self.dtype_of(spec).name
+        sink.write("scale", first, casts.cast(np.float32(1) / scales, "F32", dtype))
+        sink.write("zero", first, casts.cast(zeros, "F32", dtype))
+        return scales, zeros
+
+    def _shifts(self) -> list[int]:
+        """Where each part's codes stand in an item of W_q."""
+        return [self.bits * (PARTS[self.bits] - 1 - part) for part in range(PARTS[self.bits])]
+
+    def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int) -> None:
+        """Groups are rows: an item of W_q holds codes of distant groups."""
+        spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
+        item = np.int32 if self.bits == 3 else np.uint8
+
+        def pack(first: int, last: int) -> None:
+            packed = work.array("packed", (last - first) * size, item)
+            packed[:] = 0
+            for part, shift in enumerate(self._shifts()):
+                begin = part * layout.packed_rows + first
+                end = min(part * layout.packed_rows + last, layout.groups)
+                if end <= begin:
+                    break
+                x, stride = self._groups(view, begin, end, work)
+                scales, zeros = self._solved(x, stride, begin, end - begin, updates, spec, sink, work)
+                encode.code_rows(x, size, scales, zeros, np.float32(self.top), shift, packed)
+            sink.write("W_q", first * size, packed)
+
+        self._sweep(work, layout.packed_rows, 1, pack)
+
+    def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int) -> None:
+        """Groups are columns: an item of W_q holds codes of one group."""
+        spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
+        item = np.int32 if self.bits == 3 else np.uint8
+
+        def pack(first: int, last: int) -> None:
+            count = last - first
+            x, stride = self._groups(view, first, last, work)
+            scales, zeros = self._solved(x, stride, first, count, updates, spec, sink, work)
+            packed = work.array("packed", count, item)
+            for row in range(layout.packed_rows):
+                packed[:] = 0
+                for part, shift in enumerate(self._shifts()):
+                    k = part * layout.packed_rows + row
+                    if k < size:
+                        weights = x[k * count : (k + 1) * count]
+                        encode.code_column(weights, scales, zeros, np.float32(self.top), shift, packed)
+                sink.write("W_q", row * layout.groups + first, packed)
+
+        self._sweep(work, layout.groups, 1, pack)
+
+    # --- decoding
+
+    def align(self, spec: TensorSpec) -> int:
+        return self.group_size if self.axis == 1 else 1
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
+        """Codes are the nearest by scale and zero before those take the compute dtype, whose roundings (u each) come
+        to 4 u of (greatest code + |zero|) steps in what is decoded and 2 u in the ends.
+        """
+        groups, dtype, top = self.layout(spec).groups, self.dtype_of(spec).name, self.top
+        first, last = (start // self.group_size, -(-stop // self.group_size)) if self.axis == 1 else (0, groups)
+        scales, zeros = (casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero"))
+        reach, least = top + np.abs(zeros), grids.LEAST[dtype]
+        with np.errstate(over="ignore", invalid="ignore"):
+            half = scales * (0.5 + (6 * grids.ROUNDING[dtype] + grids.SMALL) * reach) + (reach + 1) * least + grids.TINY
+            ends = [(end - zeros) * scales for end in (np.float32(0), np.float32(top))]
+        arrays = [np.asarray(each, np.float32) for each in (*ends, half)]
+        if self.axis == 0:  # neighbours are of different groups
+            arrays = [np.take(each, np.arange(start, stop) % groups) for each in arrays]
+        low, high, halves = arrays
+        return Grid(self.group_size if self.axis == 1 else 1, low, high, halves)
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        layout, groups, dtype = self.layout(spec), self.layout(spec).groups, self.dtype_of(spec).name
+
+        def read(first: int, last: int) -> list[np.ndarray]:
+            return [casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero")]
+
+        if self.axis == 1:
+            base = start // self.group_size
+            held = read(base, -(-stop // self.group_size))
+        else:
+            base = 0
+            held = read(0, groups) if groups <= HELD else []
+        for part in range(start // layout.run, -(-stop // layout.run)):
+            begin, shift = part * layout.run, self._shifts()[part]
+            for at, end in self._pieces(groups, max(start, begin), min(stop, begin + layout.run)):
+                codes, values = stored.read("W_q", at - begin, end - begin), out[at - start : end - start]
+                if self.axis == 1:
+                    first, last = at // self.group_size - base, end // self.group_size - base
+                    scales, zeros = (each[first:last] for each in held)
+                    decode.decode_rows(codes, shift, self.top, scales, zeros, dtype, values)
+                else:
+                    first = at % groups
+                    last = first + end - at
+                    scales, zeros = (each[first:last] for each in held) if held else read(first, last)
+                    decode.decode_column(codes, shift, self.top, scales, zeros, dtype, values)
+
+    def _pieces(self, groups: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Ranges of one part that its scales cover without beginning again."""
+        while start < stop:
+            end = stop if self.axis == 1 else min(stop, (start // groups + 1) * groups)
+            yield start, end
+            start = end
+
+
+def _constant(value: Any) -> StoredSpec:
+    """A fact of the safetensors form as a tensor."""
+    if isinstance(value, bool):
+        return StoredSpec(DTYPES["U8"], (), bytes([value]))
+    if isinstance(value, int):
+        return StoredSpec(DTYPES["I32"], (), value.to_bytes(4, "little"))
+    if isinstance(value, str):
+        return StoredSpec(DTYPES["U8"], (len(value),), value.encode("ascii"))
+    return StoredSpec(DTYPES["I64"], (len(value),), b"".join(n.to_bytes(8, "little") for n in value))

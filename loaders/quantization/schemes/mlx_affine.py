@@ -1,0 +1,132 @@
+"""MLX's affine weights, as mlx-lm stores and loads them.
+
+Groups of `group_size` weights within a row, R rows of C weights, by role (the layout names them):
+    weight         uint32 (R, C * bits / 32)    codes as a stream of bits, the first lowest
+    weight_scales  (R, C / group_size)          in the weights' own dtype, as are
+    weight_biases  (R, C / group_size)
+A weight is code * scale + bias. Bytes are those of mlx 0.32 on a CPU. Its Metal kernel gives slightly other ones: there
+a group's greatest weight is at least 0 and halves round away from zero, so that of bfloat16 weights about 2 codes in a
+thousand differ by one (read in mlx/backend/metal/kernels/quantized.h, affine_quantize; not run). Both are equally good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
+from loaders.quantization.grid import LEAST, ROUNDING, SMALL
+from loaders.quantization.kernels import casts
+from loaders.quantization.kernels.compressed_tensors import fp4
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.mlx import affine
+from loaders.quantization.kernels.mlx_device import MlxCoder
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.specs import StoredSpec, TensorSpec
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+SCALES, BIASES = "weight_scales", "weight_biases"
+
+
+@dataclass(frozen=True, slots=True)
+class MlxAffine:
+    """Codes of `bits` bits between a group's least and greatest weight."""
+
+    kind: ClassVar[str] = "mlx"
+    engine: ClassVar[str] = "mlx"
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "mlx")
+    mode: ClassVar[str] = "affine"
+    bits: int = 4
+    group_size: int = 64
+
+    @property
+    def error_limit(self) -> float:
+        """Of groups of one weight E, else only weights half a step from zero; and of bfloat16 scales and biases.
+
+        A step is at most E / floor(n / 2), n = 2^bits - 1, since scale <= 2 E / n and E / scale is rounded. Zero, where
+        it lies within the range, is one of the codes' values: so no weight's error exceeds itself, or half a step;
+        those cut off at the far end, by up to one step, are near E themselves and weigh less. Rounded to bfloat16,
+        scale and bias move a weight by up to 2^-9 of n steps and E: 3 E.
+        """
+        half = 0.5 / ((1 << self.bits) - 1 >> 1)
+        others = (self.group_size - 1) * half**2
+        return math.sqrt(others / (1 + others)) + 3 * 2**-9 * math.sqrt(self.group_size)
+
+    @property
+    def error_floor(self) -> float:
+        """Steps are at least 1e-7, and a float16 scale is a multiple of 2^-24: half of it, times the codes."""
+        return affine.SMALLEST_SCALE + 2.0 ** (self.bits - 25)
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        if spec.dtype.name not in WEIGHT_DTYPES:
+            return f"its dtype is {spec.dtype}; MLX takes {', '.join(WEIGHT_DTYPES)}"
+        if len(spec.shape) != 2 or spec.numel == 0:
+            return f"its shape is {list(spec.shape)}; MLX quantizes matrices"
+        if spec.shape[-1] % self.group_size:
+            return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; keep it by a rule"
+        return None
+
+    def scale_dtype(self, spec: TensorSpec) -> DType:
+        """That of the weights."""
+        return DTYPES["F32"] if spec.dtype.name == "F64" else spec.dtype
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        rows, columns = spec.shape
+        scales = StoredSpec(self.scale_dtype(spec), (rows, columns // self.group_size))
+        words = StoredSpec(DTYPES["U32"], (rows, columns * self.bits // 32))
+        return {"weight": words, SCALES: scales, BIASES: scales}
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return 0
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        spec, group, bits = view.spec, self.group_size, self.bits
+        dtype = self.scale_dtype(spec).name
+
+        def encode_range(start: int, stop: int) -> None:
+            groups = (stop - start) // group
+            if isinstance(work.kernels, MlxCoder):
+                codes, *ends = work.kernels.mlx_codes(view.read(start, stop), spec.dtype.name, self.mode, bits, group)
+                sink.write("weight", start * bits // 32, codes.view(np.uint32))
+                for role, values in zip((SCALES, BIASES), ends, strict=True):
+                    assert values is not None
+                    sink.write(role, start // group, values.view(storage_of(DTYPES[dtype])))
+                return
+            packed = work.array("packed", (stop - start) * bits // 8, np.uint8)
+            scales, biases = work.array("scales", groups, np.float32), work.array("biases", groups, np.float32)
+            affine.encode(kernel_input(view.read(start, stop), spec.dtype.name), bits, group, packed, scales, biases)
+            sink.write("weight", start * bits // 32, packed.view(np.uint32))
+            sink.write(SCALES, start // group, casts.cast(scales, "F32", dtype))
+            sink.write(BIASES, start // group, casts.cast(biases, "F32", dtype))
+
+        work.sweep(spec.numel, group, encode_range)
+
+    def align(self, spec: TensorSpec) -> int:
+        return self.group_size
+
+    def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
+        """A step, and the roundings of scale and bias to the weights' dtype, twice each to be safe.
+
+        Let n be the greatest code: |edge| is at least n / 2 of the first scale, so q >= (n + 1) / 2, and the range is
+        at most n q / (q - 1/2) <= n + 1 of the scale that is stored. The far end is cut off by a step at most.
+        """
+        group, dtype, top = self.group_size, self.scale_dtype(spec).name, (1 << self.bits) - 1
+        scale, bias = (
+            float(fp4.largest(kernel_input(stored.read(role, start // group, -(-stop // group)), dtype)))
+            for role in (SCALES, BIASES)
+        )
+        u = ROUNDING[dtype] + SMALL
+        cast = 2**-7 * (bias + top * scale) + 2.0**-24 * (dtype == "F16")
+        return scale * (1 + 2 * top * u) + 2 * bias * u + (top + 1) * LEAST[dtype] + cast
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        group, dtype = self.group_size, self.scale_dtype(spec).name
+        scales = casts.to_float32(stored.read(SCALES, start // group, stop // group), dtype)
+        biases = casts.to_float32(stored.read(BIASES, start // group, stop // group), dtype)
+        words = stored.read("weight", start * self.bits // 32, stop * self.bits // 32)
+        affine.decode(words.view(np.uint8), scales, biases, self.bits, group, out)

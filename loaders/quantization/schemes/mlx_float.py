@@ -1,0 +1,146 @@
+"""MLX's small floats, mxfp4, mxfp8 and nvfp4, as mlx-lm stores and loads them.
+
+Groups of 32 weights (nvfp4: 16) within a row, R rows of C weights, by role (the layout names them):
+    weight         uint32 (R, C * bits / 32)    E2M1 (4 bits) or E4M3 (8 bits), the first lowest
+    weight_scales  uint8 (R, C / group)         exponents + 127 (E8M0), nvfp4's E4M3
+Bytes are those of mlx 0.32 on a CPU: see kernels/microfloat.py. Metal's differ little (read in
+mlx/backend/metal/kernels/fp_quantized.h and fp4.h; not run): halves go to the even E2M1, its zeros keep their sign,
+nvfp4 multiplies by 1 / scale, and a group of zeros has mxfp's scale 2^-127.
+mlx-lm writes no scale of the whole tensor beside nvfp4's, so that groups below 0.006 vanish and those a little above
+are coarse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES
+from loaders.quantization import grid as grids
+from loaders.quantization.grid import Grid
+from loaders.quantization.kernels.compressed_tensors import fp8
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.mlx import microfloat
+from loaders.quantization.kernels.mlx_device import MlxCoder
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.schemes.mlx_affine import SCALES
+from loaders.specs import StoredSpec, TensorSpec
+
+FloatMode = Literal["mxfp4", "mxfp8", "nvfp4"]
+SETTINGS: dict[FloatMode, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group size
+
+
+@dataclass(frozen=True, slots=True)
+class MlxFloat:
+    """Floats of `bits` bits times their group's scale."""
+
+    kind: ClassVar[str] = "mlx_float"
+    engine: ClassVar[str] = "mlx"
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "mlx")
+    mode: FloatMode = "mxfp4"
+
+    @property
+    def bits(self) -> int:
+        return SETTINGS[self.mode][0]
+
+    @property
+    def group_size(self) -> int:
+        return SETTINGS[self.mode][1]
+
+    @property
+    def error_limit(self) -> float:
+        """Of groups of one weight that sets the scale, else only weights midway between two codes: the worst.
+
+        That weight is at least 3 scales (mxfp4: half the greatest) or 5.25 (nvfp4: the rounding of a scale of four
+        steps or more; smaller ones are `error_floor`'s). E4M3 rounds by 1/16 at most, and by 2^-10 scales where the
+        largest weight is at least 224.
+        """
+        if self.mode == "mxfp8":
+            return 1 / 16 + 1e-4
+        top, others = {"mxfp4": 3.0, "nvfp4": 5.25}[self.mode], self.group_size - 1
+        values = np.array(microfloat.E2M1[:8])
+        middle, half = (values[1:] + values[:-1]) / 2, (values[1:] - values[:-1]) / 2
+        return float(np.sqrt(others * half**2 / (top**2 + others * middle**2)).max()) * 1.001
+
+    @property
+    def error_floor(self) -> float:
+        """nvfp4's scales are multiples of 2^-9, up to half of that off; float16 rounds the others' to 2^-24."""
+        if self.mode == "nvfp4":
+            return 6 * 2.0**-10
+        return microfloat.GREATEST[self.bits] * 2.0**-23
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        if spec.dtype.name not in WEIGHT_DTYPES:
+            return f"its dtype is {spec.dtype}; MLX takes {', '.join(WEIGHT_DTYPES)}"
+        if len(spec.shape) != 2 or spec.numel == 0:
+            return f"its shape is {list(spec.shape)}; MLX quantizes matrices"
+        if spec.shape[-1] % self.group_size:
+            return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; keep it by a rule"
+        return None
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        rows, columns = spec.shape
+        return {
+            "weight": StoredSpec(DTYPES["U32"], (rows, columns * self.bits // 32)),
+            SCALES: StoredSpec(DTYPES["U8"], (rows, columns // self.group_size)),
+        }
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return 0
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        spec, group, bits = view.spec, self.group_size, self.bits
+        dtype = "F32" if spec.dtype.name == "F64" else spec.dtype.name
+
+        def encode_range(start: int, stop: int) -> None:
+            if isinstance(work.kernels, MlxCoder):
+                raw = view.read(start, stop)
+                codes, scales, _ = work.kernels.mlx_codes(raw, spec.dtype.name, self.mode, bits, group)
+                sink.write("weight", start * bits // 32, codes.view(np.uint32))
+                sink.write(SCALES, start // group, scales)
+                return
+            block = kernel_input(view.read(start, stop), spec.dtype.name)
+            packed = work.array("packed", (stop - start) * bits // 8, np.uint8)
+            scales = self.coded(block, dtype, packed)
+            sink.write("weight", start * bits // 32, packed.view(np.uint32))
+            sink.write(SCALES, start // group, scales)
+
+        work.sweep(spec.numel, group, encode_range)
+
+    def coded(self, block: np.ndarray, dtype: str, packed: np.ndarray) -> np.ndarray:
+        """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,); gives the scales as stored."""
+        absmax = np.empty(block.size // self.group_size, np.float32)
+        microfloat.group_absmax(block, self.group_size, absmax)
+        scales = self._scales(absmax, dtype)
+        microfloat.encode(block, self.group_size, self.bits, self._values(scales), packed)
+        return scales
+
+    def _scales(self, absmax: np.ndarray, dtype: str) -> np.ndarray:
+        if self.mode == "nvfp4":
+            return microfloat.e4m3_scales(absmax, dtype)
+        return microfloat.power_scales(absmax, self.bits, dtype)
+
+    def _values(self, scales: np.ndarray) -> np.ndarray:
+        return microfloat.e4m3_table()[scales] if self.mode == "nvfp4" else microfloat.power_values(scales)
+
+    def align(self, spec: TensorSpec) -> int:
+        return self.group_size
+
+    def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
+        """Codes are the nearest, by the scale that is stored."""
+        scales = self._values(stored.read(SCALES, start // self.group_size, stop // self.group_size))
+        if self.bits == 4:
+            return grids.symmetric(self.group_size, scales, 6, grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL)
+        return grids.symmetric(self.group_size, scales, 448, grids.E4M3_HALF, grids.E4M3_SLOPE + grids.SMALL)
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        group = self.group_size
+        scales = self._values(stored.read(SCALES, start // group, stop // group))
+        codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
+        if self.bits == 4:
+            microfloat.decode_e2m1(codes, scales, group, out)
+        else:
+            fp8.decode_rows(codes, group, scales, out)

@@ -1,0 +1,56 @@
+"""No quantization: weights as they are, or cast to another float dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.specs import StoredSpec, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A copy; with `dtype` ("BF16", "F16", "F32") float weights are rounded to it, nearest even."""
+
+    kind: ClassVar[str] = "none"
+    engine: ClassVar[str] = "plain"
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "mlx")
+    dtype: str | None = None
+
+    @property
+    def error_limit(self) -> float:
+        return {"BF16": 2**-8, "F16": 2**-10, "F32": 2**-23, None: 0.0}[self.dtype]
+
+    def refuses(self, spec: TensorSpec) -> str | None:
+        if self.dtype is not None and spec.dtype.name not in WEIGHT_DTYPES and spec.dtype.block == 1:
+            return f"its dtype is {spec.dtype}, which is not cast; {', '.join(WEIGHT_DTYPES)} are"
+        return None
+
+    def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
+        dtype = spec.dtype if self.dtype is None else DTYPES[self.dtype]
+        return {"weight": StoredSpec(dtype, spec.shape)}
+
+    def state_bytes(self, spec: TensorSpec) -> int:
+        return 0
+
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        def copy(start: int, stop: int) -> None:
+            block = view.read(start, stop)
+            if self.dtype is not None:
+                block = casts.cast(block, view.spec.dtype.name, self.dtype)
+            sink.write("weight", start, block)
+
+        work.sweep(view.spec.num_items, 1, copy)
+
+    def align(self, spec: TensorSpec) -> int:
+        return 1
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        dtype = spec.dtype.name if self.dtype is None else self.dtype
+        out[:] = casts.to_float32(stored.read("weight", start, stop), dtype)

@@ -1,0 +1,161 @@
+"""Mixes within a budget: which candidates an engine can mix in one output, and the rules of a mix that was chosen.
+
+A candidate is a whole-model quantization by name, such as mlx_int6 or gguf_q5_k; what it makes of a tensor is what its
+engine's own rules make of it (a type for rows that do not divide, experts stacked), so that a mix holds nothing that
+the engine would not have written somewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any, Literal, get_args
+
+from loaders.errors import BadSpec
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.ggml import TYPES
+from loaders.rules.decide import decide
+from loaders.rules.defaults import default_rules
+from loaders.rules.llama_cpp import MIXES
+from loaders.rules.mlx import kept
+from loaders.rules.rule import Decision, Mix, Rule
+from loaders.tensors.logical_tensor import Recipe
+
+Engine = Literal["mlx", "gguf", "vllm", "transformers"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+KEEP = "keep"
+WHY = "chosen within the budget"
+AMONG: dict[str, tuple[str, ...]] = {
+    "mlx": ("mlx_int2", "mlx_int3", "mlx_int4", "mlx_int5", "mlx_int6", "mlx_int8"),
+    "gguf": ("gguf_q2_k", "gguf_q3_k", "gguf_q4_k", "gguf_q5_k", "gguf_q6_k", "gguf_q8_0"),
+    "vllm": ("w4a16", "w4a16_g32", "w8a16"),
+    "transformers": ("nf4",),
+}
+KNOWN = {
+    "mlx": "mlx_int2, 3, 4, 5, 6, 8, with _g32 or _g128 for other groups than of 64; mlx_mxfp4, mlx_mxfp8, mlx_nvfp4",
+    "gguf": f"gguf_ and one of {', '.join(name.lower() for name in TYPES)}",
+    "vllm": "w4a16, w4a16_asym, w8a16, with _g32, _g64 or _g128 for other groups; mxfp4a16",
+    "transformers": "nf4 or fp4",
+}
+REFUSED = {
+    **dict.fromkeys(
+        ("fp8_dynamic", "fp8_block", "w8a8", "mxfp4"),
+        "it rounds activations too, and what that loses cannot be measured on weights",
+    ),
+    "nvfp4a16": "fused layers share a scale, so that one tensor's error depends on what its partners get",
+    "int8": "transformers loads a checkpoint with 4-bit layers or with int8 layers, not with both; and nf4 is smaller",
+}
+
+
+def engine_of(name: str) -> str | None:
+    """Whose candidate it is."""
+    return next((engine for engine in ENGINES if settings_of(engine, name) is not None), None)
+
+
+def settings_of(engine: str, name: str) -> dict[str, Any] | None:
+    """What conf/quant would say of a candidate; None if the engine has none of this name."""
+    base, _, group = name.partition("_g") if re.search(r"_g(32|64|128)$", name) else (name, "", "")
+    if engine == "mlx" and (match := re.fullmatch(r"mlx_int([234568])", base)):
+        return {"kind": "mlx", "name": name, "mode": "affine", "bits": int(match[1]), "group_size": int(group or 64)}
+    floats = {"mlx_mxfp4": (4, 32), "mlx_mxfp8": (8, 32), "mlx_nvfp4": (4, 16)}
+    if engine == "mlx" and name in floats:
+        bits, size = floats[name]
+        return {"kind": "mlx", "name": name, "mode": name[4:], "bits": bits, "group_size": size}
+    if engine == "gguf" and name.startswith("gguf_"):
+        return _ggml_settings(name)
+    if engine == "vllm" and (base in ("w4a16", "w4a16_asym", "w8a16") or name == "mxfp4a16"):
+        own = int(group) if group else None
+        return {"kind": "compressed_tensors", "name": name, "preset": base, "group_size": own}
+    if engine == "transformers" and name in ("nf4", "fp4"):
+        common = {"group_size": 64, "double_quant": False, "storage_dtype": "uint8", "compute_dtype": None}
+        return {"kind": "bnb4", "name": name, "table": name, **common}
+    return None
+
+
+def _ggml_settings(name: str) -> dict[str, Any] | None:
+    """A type for every matrix that its blocks divide; a mix such as gguf_q4_k_m stands for its first type."""
+    wanted = name.removeprefix("gguf_").upper()
+    chosen = MIXES.get(wanted, wanted)
+    file_type = next((mix for mix, first in MIXES.items() if first == chosen), None)
+    if file_type is None or chosen not in TYPES:
+        return None
+    others = {"type": None, "embedding_type": None, "output_type": None, "absmean": False}
+    return {"kind": "ggml", "name": name, "file_type": file_type, "pure": True, **others}
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateMix:
+    """An engine's rules for one candidate, where tensors that its scheme refuses stay as they are."""
+
+    scheme: Scheme
+    mix: Mix | None
+
+    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        usual = default_rules(self.scheme) if self.mix is None else self.mix.rules(recipes, config)
+        refused = {
+            recipe.name
+            for recipe in recipes
+            for rule in [next(rule for rule in usual if rule.matches(recipe))]
+            if rule.action == "quantize" and (rule.scheme or self.scheme).refuses(recipe.spec)
+        }
+        whole = frozenset(refused)
+        return (*_keeping(self.scheme, config, "it does not divide into groups", whole), *usual) if whole else usual
+
+    def choices(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> dict[str, Decision]:
+        """What it quantizes, by tensor, where the engine leaves that open."""
+        found = decide(recipes, self.scheme, (), self.rules(recipes, config))
+        return {d.recipe.name: d for d in found if is_open(d)}
+
+
+def is_open(decision: Decision) -> bool:
+    """Whether a mix may give the tensor another scheme: not where a user's rule or the engine sets one."""
+    is_own = decision.rule.scheme is not None and decision.rule.scheme.engine != "ggml"
+    return decision.action == "quantize" and not decision.rule.label and not is_own
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenMix:
+    """A mix: which tensors get which candidate, and those that are kept. The rest is as the first candidate has it."""
+
+    parts: tuple[tuple[CandidateMix, frozenset[str]], ...]
+    kept: frozenset[str]
+
+    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        """Rules by name, one for each scheme.
+
+        Raises:
+            BadSpec: a tensor is not there, or its candidate cannot take it: the mix is of another checkpoint.
+        """
+        first = self.parts[0][0]
+        by_scheme: dict[Scheme, set[str]] = {}
+        known = {recipe.name for recipe in recipes}
+        strangers = set(self.kept) - known
+        for candidate, names in self.parts:
+            found = candidate.choices(recipes, config)
+            strangers |= names - set(found)
+            for name in names & set(found):
+                scheme = found[name].rule.scheme or candidate.scheme
+                by_scheme.setdefault(scheme, set()).add(name)
+        if strangers:
+            raise BadSpec(
+                f"quant.chosen: it names {len(strangers)} tensors ({min(strangers)}) that this checkpoint lacks or its"
+                " candidates cannot take: leave it away, and the mix is chosen for this checkpoint"
+            )
+        return (
+            *(Rule("quantize", f"{WHY}: {said(s)}", names=frozenset(n), scheme=s) for s, n in by_scheme.items()),
+            *(_keeping(first.scheme, config, WHY, self.kept) if self.kept else ()),
+            *first.rules(recipes, config),
+        )
+
+
+def said(scheme: Scheme) -> str:
+    """A scheme and its settings, in a few words."""
+    settings: dict[str, Any] = asdict(scheme) if is_dataclass(scheme) else {}
+    return " ".join([scheme.kind, *(f"{key}={value}" for key, value in settings.items() if value is not False)])
+
+
+def _keeping(scheme: Scheme, config: Mapping[str, Any], why: str, names: frozenset[str]) -> tuple[Rule, ...]:
+    """Rules that leave tensors unquantized, as their engine does."""
+    usual = kept(config, why, None, None) if scheme.engine == "mlx" else (Rule("keep", why),)
+    return tuple(replace(rule, names=names) for rule in usual)

@@ -1,0 +1,58 @@
+"""Which tensors each engine quantizes, keeps and casts where the user says nothing."""
+
+from __future__ import annotations
+
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.rule import Rule
+
+NOT_FLOAT = tuple(name for name in DTYPES if name not in WEIGHT_DTYPES)
+LINEAR = ("attention", "mlp", "linear")
+
+EXPERTS_KEPT = (
+    "transformers 5 fuses a layer's experts into one parameter, which {engine} does not quantize; experts quantized one"
+    " by one load in transformers 4 only"
+)
+
+
+def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
+    return (
+        Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
+        Rule("keep", f"{engine} keeps embeddings", role=("embedding",)),
+        Rule("keep", f"{engine} keeps the output projection", role=("head",)),
+        Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
+        Rule("keep", EXPERTS_KEPT.format(engine=engine), role=("expert",)),
+        Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
+        Rule("quantize", conversion, role=(*LINEAR, "vision"), shape=(None, None)),
+        Rule("keep", "no matrix"),
+    )
+
+
+DEFAULTS: dict[str, tuple[Rule, ...]] = {
+    "hqq": _engine_rules("hqq", "hqq makes every nn.Linear but the head an HQQLinear"),
+    "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit or Linear8bitLt"),
+    "bitnet": _engine_rules("bitnet", "transformers makes every nn.Linear a BitLinear"),
+    "compressed-tensors": (
+        Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
+        Rule("keep", "llm-compressor's recipes keep embeddings", role=("embedding",)),
+        Rule("keep", "llm-compressor's recipes keep the output projection", role=("head",)),
+        Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
+        Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
+        Rule("quantize", "llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
+        Rule("quantize", "each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
+        Rule("keep", "no matrix"),
+    ),
+}
+
+
+def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
+    """The engine's own rules for a scheme."""
+    if isinstance(scheme, Plain):
+        if scheme.dtype is None:
+            return (Rule("keep", "copied as it is"),)
+        return (
+            Rule("keep", "not a float dtype that is cast", dtype=tuple(n for n in NOT_FLOAT if DTYPES[n].block == 1)),
+            Rule("cast", "quant.dtype", cast_to=scheme.dtype),
+        )
+    return DEFAULTS[scheme.engine]

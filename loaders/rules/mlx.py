@@ -1,0 +1,102 @@
+"""What mlx_lm.convert does with each tensor: mlx_lm 0.32, utils.py (quantize_model) and convert.py (mixed recipes).
+
+Every linear layer, embedding and expert is quantized, the output projection and the router too, if the group size
+divides its rows; the rest stays. All of it takes the config's torch_dtype first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from loaders.architectures.families import text_config
+from loaders.architectures.mlx import ROUTER_GROUP, TOWERS, convert_dtype, model_of
+from loaders.dtypes import WEIGHT_DTYPES
+from loaders.quantization.schemes.mlx_affine import MlxAffine
+from loaders.rules.defaults import LINEAR, NOT_FLOAT
+from loaders.rules.rule import Rule
+from loaders.tensors.logical_tensor import Recipe
+
+MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
+MIXED_RECIPES: tuple[str, ...] = get_args(MixedRecipe)
+MODULES = (*LINEAR, "expert", "embedding", "head", "router")
+FINE = (
+    r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj|\.experts\.\d+\.w2)\."  # w2: mixtral's down_proj
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MlxRules:
+    """The rules of mlx_lm.convert for groups of `group_size`; with `high`, by one of its mixed recipes.
+
+    A mixed recipe gives `high` to the output projection, and to the value and down projections of the first and last
+    eighth of the layers and of every third between.
+    """
+
+    group_size: int
+    high: MlxAffine | None = None
+
+    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        ragged = sorted({r.shape[-1] for r in recipes if len(r.shape) == 2 and r.shape[-1] % self.group_size})
+        why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
+        return (
+            Rule("drop", "mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
+            *_towers(config),
+            Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
+            *(rule for columns in ragged for rule in kept(config, why, MODULES, (None, columns))),
+            *(self._router(config) if self.high is None else self._mixed(self.high, config)),
+            Rule("quantize", "mlx-lm quantizes every linear layer and embedding", role=MODULES, shape=(None, None)),
+            *kept(config, "no linear layer or embedding", None, None),
+        )
+
+    def _router(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        model = model_of(config)
+        if model is not None and not model.router_is_linear:
+            return kept(config, "this model's router is no linear layer to mlx-lm", ("router",), None)
+        if model is None or model.router_bits is None:
+            return ()
+        why = f"mlx-lm gives this model's routers {model.router_bits} bits"
+        return (
+            Rule(
+                "quantize", why, role=("router",), shape=(None, None), scheme=MlxAffine(model.router_bits, ROUTER_GROUP)
+            ),
+        )
+
+    def _mixed(self, high: MlxAffine, config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        count = int(text_config(config, "num_hidden_layers", 0))
+        eighth = count // 8
+        fine = [i for i in range(count) if i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2]
+        why, pattern = f"{high.bits} bits by the mixed recipe", FINE.format(layers="|".join(map(str, fine)))
+        return (
+            Rule("quantize", why, role=("head",), shape=(None, None), scheme=high),
+            Rule("quantize", why, name=pattern, role=MODULES, shape=(None, None), scheme=high),
+        )
+
+
+def _towers(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    model = model_of(config)
+    if model is None or not model.is_nested:
+        return ()
+    return (Rule("drop", "mlx-lm's language models have no tower for images", name=TOWERS),)
+
+
+def kept(
+    config: Mapping[str, Any], why: str, role: tuple[str, ...] | None, shape: tuple[int | None, ...] | None
+) -> tuple[Rule, ...]:
+    """Rules that keep tensors, but for the dtype that mlx-lm gives all."""
+    dtype = convert_dtype(config)
+    keep = Rule("keep", why, role=role, shape=shape)
+    if dtype is None:
+        return (keep,)
+    others = tuple(name for name in WEIGHT_DTYPES if name != dtype.name)
+    cast = Rule("cast", f"{why}, and casts it to torch_dtype", role=role, shape=shape, dtype=others, cast_to=dtype.name)
+    return (cast, keep)
+
+
+def bits_of(recipe: str) -> tuple[int, int]:
+    """The low and the high bits of a mixed recipe."""
+    match = re.fullmatch(r"mixed_(\d)_(\d)", recipe)
+    assert match is not None, recipe
+    return int(match[1]), int(match[2])

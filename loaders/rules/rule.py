@@ -1,0 +1,75 @@
+"""Rules: which tensor gets quantized, kept, cast or dropped. An ordered list, the first that matches decides.
+
+A user's rules come first, then the engine's own: what its loader does and does not quantize, by the family's roles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from loaders.quantization.scheme import Scheme
+from loaders.tensors.logical_tensor import Recipe
+
+Action = Literal["quantize", "keep", "cast", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """All that is given must hold.
+
+    name: a regular expression, searched in the tensor's name. shape: one entry a dimension, None for any size.
+    dtype: names such as "BF16". role: see `loaders.architectures.families.ROLES`. cast_to: the dtype of action "cast".
+    scheme: that of action "quantize" where it is not the target's. names: exact ones, of a mix.
+    """
+
+    action: Action
+    why: str
+    name: str | None = None
+    shape: tuple[int | None, ...] | None = None
+    dtype: tuple[str, ...] | None = None
+    role: tuple[str, ...] | None = None
+    cast_to: str | None = None
+    label: str = ""
+    scheme: Scheme | None = None
+    names: frozenset[str] | None = None
+
+    def matches(self, recipe: Recipe) -> bool:
+        return (
+            (self.names is None or recipe.name in self.names)
+            and (self.role is None or recipe.role in self.role)
+            and (self.dtype is None or recipe.dtype.name in self.dtype)
+            and (self.shape is None or _fits(self.shape, recipe.shape))
+            and (self.name is None or re.search(self.name, recipe.name) is not None)
+        )
+
+    def __str__(self) -> str:
+        conditions = [f"name ~ {self.name}"] if self.name is not None else []
+        if self.shape is not None:
+            conditions.append(f"shape {'x'.join('*' if n is None else str(n) for n in self.shape)}")
+        conditions += [f"dtype {'|'.join(self.dtype)}"] if self.dtype else []
+        conditions += [f"role {'|'.join(self.role)}"] if self.role else []
+        conditions += [f"{len(self.names)} by name"] if self.names is not None else []
+        return " and ".join(conditions) or "everything else"
+
+
+def _fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    return len(wanted) == len(shape) and all(w is None or w == n for w, n in zip(wanted, shape, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of a tensor, by which scheme, and the rule that said so."""
+
+    recipe: Recipe
+    action: Action
+    scheme: Scheme | None  # None: dropped
+    rule: Rule
+
+
+class Mix(Protocol):
+    """A preset that gives tensors different schemes: a function over the whole list that makes the engine's rules."""
+
+    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]: ...

@@ -1,0 +1,75 @@
+"""Open files of a checkpoint, and their bytes into memory by positioned reads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from loaders.backends.scratch import Scratch
+from loaders.errors import io_errors
+from loaders.specs import WeightSpec
+from loaders.strategies.base import cut_short
+from loaders.strategies.lazy import MappedFiles
+
+AHEAD = 16 << 20  # bytes the kernel is asked to fetch beyond a range
+
+
+class OpenFiles:
+    """Descriptors, each opened at its first use; any thread may read. See `Reader`."""
+
+    def __init__(self, root: Path, readahead: int = AHEAD) -> None:
+        self._root = root
+        self._readahead = readahead
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._scratch = Scratch()
+        self._maps = MappedFiles(root)
+
+    def descriptor(self, file: str) -> int:
+        found = self._descriptors.get(file)
+        if found is not None:
+            return found
+        with self._lock, io_errors("opening", self._root / file):
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self._root / file, os.O_RDONLY)
+            return self._descriptors[file]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def advise(self, spec: WeightSpec, start: int, stop: int) -> None:
+        """Ask the kernel to begin fetching a range."""
+        if hasattr(os, "posix_fadvise"):
+            with io_errors("reading", self._root / spec.file):
+                descriptor = self.descriptor(spec.file)
+                os.posix_fadvise(descriptor, spec.offset + start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def fill(self, spec: WeightSpec, start: int, out: np.ndarray) -> None:
+        """Bytes from `start` of a tensor on, as many as `out` (uint8) holds.
+
+        Raises:
+            BadCheckpoint: the file ends before.
+            StorageError: it cannot be read.
+        """
+        descriptor, at, left = self.descriptor(spec.file), spec.offset + start, out.data
+        with io_errors("reading", self._root / spec.file):
+            while left:
+                count = os.preadv(descriptor, [left], at)
+                if count == 0:
+                    raise cut_short(spec, at)
+                at, left = at + count, left[count:]
+
+    def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
+        out = self._scratch.array(f"read {slot}", stop - start, np.uint8)
+        if self._readahead:
+            self.advise(spec, stop, stop + self._readahead)
+        self.fill(spec, start, out)
+        return out
+
+    def mapped(self, spec: WeightSpec) -> np.ndarray:
+        return self._maps.mapped(spec)

@@ -1,0 +1,86 @@
+"""Fetching ahead into the page cache, for readers whose ranges come from any thread in about a known order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from loaders.errors import WeightmillError
+from loaders.specs import WeightSpec
+from loaders.strategies.reading.open_files import OpenFiles
+from loaders.strategies.reading.thread_tuning import Workers
+
+RANGE = 8 << 20
+MOST_THREADS = 8  # each holds a range; what they fetch lies in the page cache
+
+
+class CacheAhead:
+    """Threads that read what comes next, and throw it away: the kernel keeps it. They start at the first range that is
+    asked for, and stay within `window` bytes of the furthest.
+    """
+
+    def __init__(self, files: OpenFiles, specs: Sequence[WeightSpec], window: int, workers: Workers) -> None:
+        self._files = files
+        self._window = window
+        self._workers = workers
+        self._begins: dict[str, int] = {}
+        self._ranges: list[tuple[int, WeightSpec, int, int]] = []
+        total = 0
+        for spec in specs:
+            if spec.name in self._begins:
+                continue
+            self._begins[spec.name] = total
+            for start in range(0, spec.size, RANGE):
+                self._ranges.append((total + start, spec, start, min(start + RANGE, spec.size)))
+            total += spec.size
+        self._next = 0
+        self._reached = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+
+    def reached(self, spec: WeightSpec, stop: int) -> None:
+        """A range that ends at byte `stop` of a tensor is being read: what follows may be fetched."""
+        at = self._begins.get(spec.name, 0) + stop
+        if at <= self._reached:
+            return
+        with self._changed:
+            self._reached = max(self._reached, at)
+            while self._next < len(self._ranges) and self._ranges[self._next][0] < at:
+                self._next += 1  # too late to help there
+            if not self._threads and not self._stopped and self._next < len(self._ranges):
+                for _ in range(min(MOST_THREADS, self._workers.most)):
+                    self._threads.append(threading.Thread(target=self._fetch, name="cache-ahead", daemon=True))
+                    self._threads[-1].start()
+            self._changed.notify_all()
+
+    def _fetch(self) -> None:
+        memory = np.empty(RANGE, np.uint8)
+        while (found := self._take()) is not None:
+            _, spec, start, stop = found
+            try:
+                with self._workers.reading(stop - start):
+                    self._files.fill(spec, start, memory[: stop - start])
+            except (WeightmillError, OSError):
+                return  # whoever reads the range next says what is wrong with it
+
+    def _take(self) -> tuple[int, WeightSpec, int, int] | None:
+        with self._changed:
+            while not self._stopped:
+                if self._next >= len(self._ranges):
+                    return None
+                if self._ranges[self._next][0] <= self._reached + self._window:
+                    self._next += 1
+                    return self._ranges[self._next - 1]
+                self._changed.wait()
+            return None
+
+    def stop(self) -> None:
+        """End the threads; the file they read from may be closed after."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()

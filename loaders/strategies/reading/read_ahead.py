@@ -1,0 +1,75 @@
+"""Reading ahead: threads fill buffers with the pieces that come next, within a budget of bytes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from loaders.strategies.base import Piece
+from loaders.strategies.reading.buffers import Buffers
+from loaders.strategies.reading.open_files import OpenFiles
+from loaders.strategies.reading.thread_tuning import Workers
+
+RANGE = 8 << 20  # bytes of one read; smaller ones are slow on cold disks, larger ones leave threads idle at the end
+
+
+@dataclass(slots=True)
+class _Coming:
+    """A piece that is being read."""
+
+    memory: np.ndarray
+    size: int
+    reads: list[Future[None]]
+
+
+def read_ahead(
+    files: OpenFiles,
+    pieces: Sequence[Piece],
+    workers: Workers,
+    budget: int,
+    may_begin: Callable[[int, int], bool] = lambda index, current: True,
+) -> Iterator[np.ndarray]:
+    """The bytes of each piece, in order. Those on their way and the one handed out last stay within `budget` bytes, or
+    are two pieces. `may_begin(index, current)` holds a piece back while `current` is the one asked for.
+    """
+    buffers, coming, begun = Buffers(budget), deque[_Coming](), 0
+    pool = ThreadPoolExecutor(workers.most, thread_name_prefix="read-ahead")
+
+    def fill(piece: Piece, at: int, part: np.ndarray) -> None:
+        with workers.reading(part.size):
+            files.fill(piece.spec, piece.start + at, part)
+
+    def begin(piece: Piece, room: int) -> None:
+        memory = buffers.take(piece.size, room=room)
+        files.advise(piece.spec, piece.start, piece.stop)
+        reads = [pool.submit(fill, piece, at, memory[at : at + RANGE]) for at in range(0, piece.size, RANGE)]
+        coming.append(_Coming(memory, piece.size, reads))
+
+    try:
+        held = last = 0  # bytes on their way, and those of the piece handed out last, which a loop drops after the next
+        for current in range(len(pieces)):
+            while begun < len(pieces):
+                size = pieces[begun].size
+                if coming and (held + size > budget or not may_begin(begun, current)):
+                    break
+                begin(pieces[begun], max(0, budget - held - size))
+                held += size
+                begun += 1
+            ready = coming.popleft()
+            for read in ready.reads:
+                read.result()
+            memory = ready.memory
+            held, last = held - last, ready.size
+            del ready
+            yield memory
+            del memory
+    finally:
+        for each in coming:
+            for read in each.reads:
+                read.cancel()
+        wait([read for each in coming for read in each.reads])  # they write to memory that is about to go
+        pool.shutdown(wait=True)

@@ -1,0 +1,56 @@
+"""Stacks of experts cut into the matrices of each, by windows: no byte moves.
+
+A window of a plain stack picks its elements; that of a quantized one, what to decode of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from loaders.architectures.families import Family, Stack
+from loaders.dtypes import Shape, row_major
+from loaders.errors import BadCheckpoint
+from loaders.tensors.logical_tensor import Recipe, Window
+
+
+def cut(recipe: Recipe, family: Family) -> Iterator[Recipe]:
+    """The tensors of each expert, or the recipe itself where the family knows of no stack by its name.
+
+    Raises:
+        BadCheckpoint: the stack does not have the shape that the family gives it.
+    """
+    for stack in family.stacks:
+        match = stack.pattern.search(recipe.name)
+        if match:
+            yield from _experts(recipe, stack, match, family)
+            return
+    yield recipe
+
+
+def _experts(recipe: Recipe, stack: Stack, match: re.Match[str], family: Family) -> Iterator[Recipe]:
+    shape, parts = recipe.shape, stack.parts
+    outputs = 2 if stack.is_transposed and len(shape) == 3 else 1
+    if len(shape) != (2 if stack.is_bias else 3) or shape[outputs] % len(parts):
+        wanted = "[experts, outputs]" if stack.is_bias else "[experts, inputs, outputs]"
+        wanted = wanted if stack.is_transposed or stack.is_bias else "[experts, outputs, inputs]"
+        raise BadCheckpoint(
+            f"{recipe.name}: expected {wanted}, the outputs of {' and '.join(parts)}, found {list(shape)}"
+        )
+    outer = recipe.window or Window(0, row_major(shape))
+    rows = shape[outputs] // len(parts)
+    for expert in range(shape[0]):
+        for index, part in enumerate(parts):
+            first, step = (index, len(parts)) if stack.is_interleaved else (index * rows, 1)
+            offset = outer.offset + expert * outer.stride[0] + first * outer.stride[outputs]
+            stride: Shape = (step * outer.stride[outputs],)
+            size: Shape = (rows,)
+            if not stack.is_bias:
+                stride, size = (*stride, outer.stride[3 - outputs]), (*size, shape[3 - outputs])
+            name = match.expand(stack.name).format(expert=expert, part=part)
+            traits = family.traits(name, size)
+            yield replace(
+                recipe, name=name, shape=size, window=Window(offset, stride), whole=recipe.whole or shape,
+                role=traits.role, block=traits.block, group=traits.group,
+            )  # fmt: skip

@@ -1,0 +1,85 @@
+"""What the decoders of checkpoints have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from loaders.architectures.families import load_dtype, text_config
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DTYPES, DType, Shape
+from loaders.errors import BadCheckpoint
+from loaders.quantization.scheme import Decoder, Scheme
+from loaders.specs import TensorSpec, WeightSpec
+from loaders.tensors.logical_tensor import Recipe, stored_name
+
+# Scales of activations and caches, which stand beside a quantized weight and mean nothing to the decoded one
+RUN_TIME = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale", "weight_format")
+
+
+def decoded(
+    by_name: Mapping[str, WeightSpec], spec: TensorSpec, scheme: Scheme, optional: Collection[str] = ()
+) -> Recipe:
+    """The recipe of a weight whose parts have the names, dtypes and sizes that the scheme would give them; `optional`
+    roles may be absent.
+
+    Raises:
+        BadCheckpoint: a part is missing, or is not what it should be.
+    """
+    stored = []
+    for role, wanted in scheme.stored(spec).items():
+        if role in optional and stored_name(spec.name, role) not in by_name:
+            continue
+        found = part(by_name, spec.name, stored_name(spec.name, role))
+        is_fitting = found.size <= wanted.size if wanted.is_bound else found.size == wanted.size
+        if found.dtype != wanted.dtype or not is_fitting:
+            raise BadCheckpoint(
+                f"{found.name}: expected {wanted.dtype} {list(wanted.shape)} for {spec.dtype} {list(spec.shape)},"
+                f" found {found.dtype} {list(found.shape)}"
+            )
+        stored.append((role, found))
+    return Recipe(spec.name, spec.dtype, spec.shape, tuple(stored), None, scheme, "", "", None)
+
+
+def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpec:
+    """A part of a quantized weight.
+
+    Raises:
+        BadCheckpoint: it is missing.
+    """
+    if name not in by_name:
+        raise BadCheckpoint(f"{weight}: it is quantized, but {name} is missing; fetch the checkpoint again")
+    return by_name[name]
+
+
+def undecoded(
+    spec: TensorSpec, decoder: Decoder, parts: Mapping[str, WeightSpec], by_name: Mapping[str, WeightSpec]
+) -> Recipe:
+    """The recipe of a weight that is only ever read; its activations' scales go with it."""
+    module = spec.name.removesuffix("weight")
+    beside = {name: by_name[module + name] for name in RUN_TIME if module != spec.name and module + name in by_name}
+    return Recipe(spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder, "", "", None)
+
+
+def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -> WeightSpec:
+    """A part that has one of the dtypes, and the shape.
+
+    Raises:
+        BadCheckpoint: it has not.
+    """
+    if found.dtype.name not in dtypes or found.shape != shape:
+        raise BadCheckpoint(
+            f"{found.name}: expected {'/'.join(dtypes)} {list(shape)} {why}, found {found.dtype} {list(found.shape)}"
+        )
+    return found
+
+
+def quantization_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """config.json's quantization_config, at the top or in the text part; empty where there is none."""
+    block = text_config(checkpoint.config, "quantization_config")
+    return block if isinstance(block, Mapping) else {}
+
+
+def float_dtype(checkpoint: Checkpoint) -> DType:
+    """What weights are decoded to: the config's dtype, else bfloat16, in which such models are published."""
+    return load_dtype(checkpoint.config) or DTYPES["BF16"]

@@ -1,0 +1,28 @@
+"""BitNet's packed ternary weights, each with a weight_scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.errors import BadCheckpoint
+from loaders.quantization.schemes.bitnet import Ternary
+from loaders.specs import TensorSpec, WeightSpec
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.quantized_sources.base import decoded, part
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """The quantized weights, by name."""
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    weights = (name.removesuffix("_scale") for name in by_name if name.endswith(".weight_scale"))
+    return {weight: _recipe(checkpoint, by_name, weight) for weight in weights}
+
+
+def _recipe(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) -> Recipe:
+    packed = part(by_name, name, name)
+    if len(packed.shape) != 2:
+        raise BadCheckpoint(f"{name}: expected packed ternary rows, found shape {list(packed.shape)}")
+    linear_class = checkpoint.config["quantization_config"].get("linear_class", "bitlinear")
+    shape = (packed.shape[0] * 4, packed.shape[1])
+    return decoded(by_name, TensorSpec(name, by_name[name + "_scale"].dtype, shape), Ternary(linear_class))

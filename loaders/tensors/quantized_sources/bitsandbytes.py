@@ -1,0 +1,59 @@
+"""bitsandbytes' weights: 4-bit ones, each described by its own quant_state, and int8 ones with their SCB."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import dtype_named
+from loaders.errors import BadCheckpoint
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4, read_state
+from loaders.quantization.schemes.bitsandbytes_int8 import FORMAT, SCALES, LlmInt8
+from loaders.specs import TensorSpec, WeightSpec
+from loaders.strategies import loader
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.quantized_sources.base import decoded, expect, float_dtype, part, undecoded
+
+STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__(nf4|fp4)$")
+IS_PART = re.compile(rf"{STATE.pattern}|\.{SCALES}$")  # a name that only bitsandbytes gives
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """The quantized weights, by name."""
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    states = (STATE.match(name) for name in by_name)
+    found = {state[1]: _recipe(checkpoint, by_name, state[1], state[2]) for state in states if state}
+    scaled = [name.removesuffix(SCALES) + "weight" for name in by_name if name.endswith("." + SCALES)]
+    coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "I8" and spec.name.endswith(".weight")]
+    return found | {name: _int8(checkpoint, by_name, name) for name in dict.fromkeys([*scaled, *coded])}
+
+
+def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) -> Recipe:
+    module = name.removesuffix("weight")
+    weight, scales = part(by_name, name, name), part(by_name, name, module + SCALES)
+    rows = weight.shape[0] if weight.shape else 0
+    if weight.dtype.name != "I8" or len(weight.shape) != 2:
+        raise BadCheckpoint(f"{name}: expected I8 [R, C] beside its SCB, found {weight.dtype} {list(weight.shape)}")
+    expect(scales, ("F32",), (rows, 1) if len(scales.shape) == 2 else (rows,), f"for {name}")
+    order = by_name.get(module + FORMAT)
+    if order is not None:
+        with loader("read").open(checkpoint.root, (order,)) as reader:
+            if reader.read(order, 0, order.size).any():
+                raise BadCheckpoint(
+                    f"{order.name}: only 0, rows as they are, is read; it was made by an old bitsandbytes on a GPU:"
+                    " load and save it with a newer one"
+                )
+    spec = TensorSpec(name, float_dtype(checkpoint), weight.shape)
+    return undecoded(spec, LlmInt8(), {"weight": weight, SCALES: scales}, by_name)
+
+
+def _recipe(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str, table: str) -> Recipe:
+    spec = by_name[f"{name}.quant_state.bitsandbytes__{table}"]
+    with loader("read").open(checkpoint.root, (spec,)) as reader:
+        state = read_state(reader.read(spec, 0, spec.size).tobytes(), name)
+    packed = part(by_name, name, name)
+    storage = "uint8" if packed.dtype.name == "U8" else packed.dtype.torch
+    scheme = Bnb4(state["quant_type"], state["blocksize"], "nested_offset" in state, storage)
+    dtype, shape = dtype_named(state["dtype"]), tuple(state["shape"])
+    return decoded(by_name, TensorSpec(name, dtype, shape), scheme)

@@ -1,0 +1,172 @@
+"""compressed-tensors' weights: which scheme each has is said by config.json's groups, the rest by its tensors.
+
+Read are the formats that are written here, and weights of eight bits with one scale for the whole tensor (FP8).
+What else belongs to a module's quantization (input_scale, ...) goes with its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from loaders.architectures.families import load_dtype
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DTYPES, DType, Shape
+from loaders.errors import BadCheckpoint
+from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
+from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
+from loaders.specs import TensorSpec, WeightSpec
+from loaders.strategies import loader
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.quantized_sources.base import decoded, part, quantization_block
+
+CODES = ("F8_E4M3", "I8")
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """The quantized weights, by name.
+
+    Raises:
+        BadCheckpoint: a part is missing, or the format is none that is read here.
+    """
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    block = quantization_block(checkpoint)
+    if (block.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise BadCheckpoint("config.json: weights compressed by their zeros (sparsity_config) are not decoded here")
+    groups = _Groups(block)
+    found = {}
+    for module in sorted(_modules(by_name)):
+        recipe = _recipe(checkpoint, by_name, module, groups.weights_of(module))
+        companions = tuple((name.removeprefix(f"{module}."), by_name[name]) for name in _companions(by_name, module))
+        found[recipe.name] = Recipe(
+            recipe.name, recipe.dtype, recipe.shape, recipe.stored + companions, None, recipe.decode, "", "", None
+        )
+    return found
+
+
+def _modules(by_name: Mapping[str, WeightSpec]) -> set[str]:
+    """Modules of which something is quantized."""
+    ends = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_global_scale", ".weight_shape")
+    found = {name.rsplit(".", 1)[0] for name in by_name if name.endswith(ends)}
+    plain = (name for name, spec in by_name.items() if name.endswith(".weight") and spec.dtype.name in CODES)
+    return found | {name.removesuffix(".weight") for name in plain}
+
+
+def _companions(by_name: Mapping[str, WeightSpec], module: str) -> Iterator[str]:
+    for kind in ("input", "output"):
+        for what in ("scale", "zero_point", "global_scale"):
+            if f"{module}.{kind}_{what}" in by_name:
+                yield f"{module}.{kind}_{what}"
+
+
+class _Groups:
+    """The groups of config.json, and which of them a module belongs to: by name, by pattern, by class."""
+
+    def __init__(self, block: Mapping[str, Any]) -> None:
+        groups = block.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise BadCheckpoint("config.json: quantization_config has no config_groups; fetch it again")
+        self._exact: dict[str, Mapping[str, Any]] = {}
+        self._patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+        self._classes: list[Mapping[str, Any]] = []
+        for group in groups.values():
+            for target in group.get("targets") or ():
+                self._add(str(target), group)
+
+    def _add(self, target: str, group: Mapping[str, Any]) -> None:
+        if not target.startswith("re:"):
+            self._exact[target] = group
+            if "." not in target:
+                self._classes.append(group)
+            return
+        try:
+            self._patterns.append((re.compile(target.removeprefix("re:")), group))
+        except re.error as error:
+            raise BadCheckpoint(f"config.json: the target {target!r} is no regular expression: {error}") from None
+
+    def weights_of(self, module: str) -> Mapping[str, Any]:
+        """The settings of a module's weights.
+
+        Raises:
+            BadCheckpoint: no group has it.
+        """
+        matching = (group for pattern, group in self._patterns if pattern.match(module))
+        group = self._exact.get(module) or next(matching, None) or next(iter(self._classes), None)
+        if group is None or not isinstance(group.get("weights"), Mapping):
+            raise BadCheckpoint(
+                f"{module}: it is stored quantized, but no group of config.json's quantization_config has it"
+            )
+        return {**group["weights"], "activations": group.get("input_activations") is not None}
+
+
+def _recipe(
+    checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str, weights: Mapping[str, Any]
+) -> Recipe:
+    name = f"{module}.weight"
+    if f"{module}.weight_g_idx" in by_name:
+        raise BadCheckpoint(f"{module}: its groups are not of neighbours (weight_g_idx), which is not decoded here")
+    scale = part(by_name, name, f"{module}.weight_scale")
+    packed = by_name.get(f"{module}.weight_packed") or part(by_name, name, name)
+    if len(packed.shape) != 2:
+        raise BadCheckpoint(f"{packed.name}: expected a matrix of codes, found shape {list(packed.shape)}")
+    scheme, shape = _scheme(checkpoint, by_name, packed, scale, weights)
+    if scheme is None:
+        said = {key: weights.get(key) for key in ("num_bits", "type", "strategy", "group_size", "symmetric")}
+        raise BadCheckpoint(f"{module}: its scheme is not decoded here: {said}")
+    return decoded(by_name, TensorSpec(name, _dtype(checkpoint, scheme, scale), shape), scheme)
+
+
+def _scheme(
+    checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec, scale: WeightSpec,
+    weights: Mapping[str, Any],
+) -> tuple[Scheme | None, Shape]:  # fmt: skip
+    bits, number, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    rows, columns = packed.shape
+    if packed.name.endswith(".weight"):
+        type_: Any = number
+        known = bits == 8 and number in ("float", "int") and weights.get("symmetric", True)
+        if known and strategy in ("channel", "tensor"):
+            return RowScaled(type_, whole=strategy == "tensor"), packed.shape
+        is_block = known and number == "float" and strategy == "block"
+        return (Fp8Block() if is_block and weights.get("block_structure") == [128, 128] else None), packed.shape
+    if number == "float" and bits == 4:
+        if strategy == "tensor_group" and weights.get("group_size") == 16:
+            return Nvfp4(), (rows, columns * 2)
+        is_mx = strategy == "group" and weights.get("group_size") == 32
+        return (Mxfp4(weights["activations"]) if is_mx else None), (rows, columns * 2)
+    symmetric = bool(weights.get("symmetric", True))
+    if number != "int" or bits not in (4, 8) or (bits == 8 and not symmetric):
+        return None, packed.shape
+    if strategy == "channel":
+        columns = _stored_columns(checkpoint, by_name, packed)
+        return PackedInt(bits, columns, symmetric), (rows, columns)
+    group = weights.get("group_size")
+    if strategy != "group" or type(group) is not int or group < 1 or len(scale.shape) != 2:
+        return None, packed.shape
+    return PackedInt(bits, group, symmetric), (rows, scale.shape[1] * group)
+
+
+def _stored_columns(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec) -> int:
+    """Words hold whole numbers of codes; how many of the last word's are meant is in weight_shape."""
+    spec = part(by_name, packed.name, packed.name.removesuffix("packed") + "shape")
+    with loader("read").open(checkpoint.root, (spec,)) as reader:
+        raw = reader.read(spec, 0, spec.size).tobytes()
+    shape = np.frombuffer(raw, "<i8") if spec.dtype.name == "I64" and spec.size == 16 else np.zeros(2, "<i8")
+    if shape[0] != packed.shape[0] or shape[1] < 1:
+        raise BadCheckpoint(f"{spec.name}: expected the two sizes of {packed.name}'s weight, found {shape.tolist()}")
+    return int(shape[1])
+
+
+def _dtype(checkpoint: Checkpoint, scheme: Scheme, scale: WeightSpec) -> DType:
+    """That of the weights before: of their scales, where those are floats of a model's dtype."""
+    if isinstance(scheme, Nvfp4 | Mxfp4):
+        return load_dtype(checkpoint.config) or DTYPES["BF16"]
+    if scale.dtype.name not in ("BF16", "F16", "F32"):
+        raise BadCheckpoint(f"{scale.name}: expected scales of BF16, F16 or F32, found {scale.dtype}")
+    return scale.dtype

@@ -1,0 +1,61 @@
+"""float8 weights by blocks (quant_method fp8): DeepSeek V3, and what transformers writes in the same form.
+
+A weight and its scale are paired by name over all shards. Besides `X.weight` with `X.weight_scale_inv` there are the
+3-D experts of transformers, `X` with `X_scale_inv`, and `X.scale` (DeepSeek V4's spelling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DType
+from loaders.errors import BadCheckpoint
+from loaders.quantization.read_only.deepseek_fp8 import SCALE_DTYPES, Fp8Blocks
+from loaders.specs import TensorSpec, WeightSpec
+from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
+
+SUFFIX = "_scale_inv"
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """The quantized weights, by name.
+
+    Raises:
+        BadCheckpoint: a float8 weight without its scale, or one of another shape than its blocks give.
+    """
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    block = _block_size(quantization_block(checkpoint))
+    dtype = float_dtype(checkpoint)
+    coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "F8_E4M3"]
+    scaled = (name.removesuffix(SUFFIX) for name in by_name if name.endswith(SUFFIX))
+    return {name: _recipe(by_name, name, block, dtype) for name in dict.fromkeys([*coded, *scaled])}
+
+
+def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    block = settings.get("weight_block_size", [128, 128])
+    if block is None:
+        return None
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise BadCheckpoint(f"config.json: expected a weight_block_size of two positive numbers, found {block!r}")
+    return block[0], block[1]
+
+
+def _recipe(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int] | None, dtype: DType) -> Recipe:
+    weight = part(by_name, name + SUFFIX, name)
+    other = name.removesuffix("weight") + "scale"
+    scale = by_name[other] if name + SUFFIX not in by_name and other in by_name else part(by_name, name, name + SUFFIX)
+    if weight.dtype.name != "F8_E4M3" or len(weight.shape) < 2:
+        raise BadCheckpoint(
+            f"{name}: it has a {scale.name}; expected an F8_E4M3 matrix, found {weight.dtype} {list(weight.shape)}"
+        )
+    decoder = Fp8Blocks(block, scale.dtype.name)
+    wanted = decoder.scale_shape(weight.shape)
+    if block is None and scale.numel() == 1 and len(weight.shape) == 2:
+        wanted = scale.shape  # [], [1] or [1, 1]
+    blocks = "the whole matrix" if block is None else f"blocks of {block[0]}x{block[1]}"
+    expect(scale, SCALE_DTYPES, wanted, f"for {name} {list(weight.shape)} in {blocks}")
+    parts = {"weight": weight, "weight_scale_inv": scale}
+    return undecoded(TensorSpec(name, dtype, weight.shape), decoder, parts, by_name)

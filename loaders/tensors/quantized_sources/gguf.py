@@ -1,0 +1,65 @@
+"""GGUF as a checkpoint of transformers: its names, experts one by one, the rows of q and k back in their order."""
+
+from __future__ import annotations
+
+from loaders.architectures.gguf import ARCHITECTURES, architecture_of
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DTYPES
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.quantization.read_only.ggml import check_readable
+from loaders.quantization.schemes.ggml import Ggml
+from loaders.specs import WeightSpec
+from loaders.tensors.logical_tensor import Recipe, Window
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """Every tensor under its name in transformers; blocks are decoded to float32.
+
+    Raises:
+        BadSpec: the architecture is not known, or has no place for a tensor.
+    """
+    if not checkpoint.config:
+        known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+        raise BadSpec(f"model.path: {checkpoint.root} is a GGUF of an architecture that is not known here: {known} are")
+    architecture, found = architecture_of(checkpoint.config), {}
+    for spec in checkpoint.weights:
+        name = architecture.hf_name(spec.name)
+        if spec.name == "rope_freqs.weight":  # worked out from the rope scaling
+            continue
+        if name is None:
+            raise BadSpec(f"{spec.name}: transformers has no such tensor for {architecture.name}")
+        for each, part in _parts(name, spec):
+            order = architecture.row_order(each, part.shape[0], checkpoint.config, inverse=True)
+            is_block = part.dtype.block > 1
+            if is_block:
+                check_readable(part.dtype.name)
+            found[each] = Recipe(
+                each,
+                DTYPES["F32"] if is_block else part.dtype,
+                part.shape,
+                (("weight", part),),
+                None if is_block else Window.whole(part),
+                Ggml(part.dtype.name) if is_block else None,
+                "",
+                "",
+                None,
+                order=order,
+            )
+    return found
+
+
+def _parts(name: str, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
+    """A tensor, or the experts that are stacked in it."""
+    if "{}" not in name:
+        return [(name, spec)]
+    if len(spec.shape) != 3:
+        raise BadCheckpoint(f"{spec.name}: expected stacked experts, found shape {list(spec.shape)}")
+    count, *shape = spec.shape
+    size = spec.size // max(1, count)
+    return [
+        (
+            name.format(expert),
+            WeightSpec(spec.name, spec.dtype, tuple(shape), spec.file, spec.offset + expert * size, size),
+        )
+        for expert in range(count)
+    ]

@@ -1,0 +1,164 @@
+"""MLX's weights, affine or small floats, with stacked experts cut into transformers' one by one.
+
+config.json's `quantization` has the settings of all modules, and of single ones by their path. Plain weights are taken
+too where they are stacked: an unquantized MLX checkpoint is read like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from loaders.architectures.families import load_dtype
+from loaders.architectures.mlx import MODELS, expert_names, is_stack, model_of, stack_of
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import DTYPES
+from loaders.errors import BadCheckpoint
+from loaders.quantization.schemes.mlx_affine import BIASES, BITS, GROUP_SIZES, SCALES, MlxAffine
+from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
+from loaders.specs import TensorSpec, WeightSpec
+from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.quantized_sources.base import part
+
+Scheme = MlxAffine | MlxFloat
+
+
+def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The block of settings; None where config.json has none of MLX's."""
+    for key in ("quantization", "quantization_config"):
+        block = config.get(key)
+        if isinstance(block, Mapping) and "group_size" in block and "bits" in block and "quant_method" not in block:
+            return block
+    return None
+
+
+def is_mlx(checkpoint: Checkpoint) -> bool:
+    """Whether mlx-lm wrote it: by its settings, or by stacked experts."""
+    model = model_of(checkpoint.config)
+    return settings_of(checkpoint.config) is not None or any(is_stack(model, s.name) for s in checkpoint.weights)
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """The quantized weights and the stacked ones, by transformers' names."""
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    modules = [name.removesuffix(".scales") for name in by_name if name.endswith(".scales")]
+    found = [recipe for module in modules for recipe in _quantized(checkpoint, by_name, module)]
+    model = model_of(checkpoint.config)
+    for spec in (spec for spec in checkpoint.weights if is_stack(model, spec.name)):
+        if spec.name.removesuffix(".weight") + ".scales" not in by_name:
+            for name, [(role, slice_)] in _cut(checkpoint, spec.name, [("weight", spec)]):
+                stored = ((role, slice_),)
+                recipe = Recipe(name, spec.dtype, slice_.shape, stored, Window.whole(slice_), None, "", "", None)
+                found.append(recipe)
+    return {recipe.name: recipe for recipe in found}
+
+
+def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str) -> Iterator[Recipe]:
+    name = module + ".weight"
+    packed, scales = part(by_name, name, name), by_name[module + ".scales"]
+    scheme = _scheme(checkpoint.config, module, packed, scales)
+    stored = [("weight", packed), (SCALES, scales)]
+    if isinstance(scheme, MlxAffine):
+        stored.append((BIASES, part(by_name, name, module + ".biases")))
+    plain = load_dtype(checkpoint.config) or DTYPES["BF16"]
+    dtype = scales.dtype if isinstance(scheme, MlxAffine) else plain
+    for own_name, roles in _cut(checkpoint, name, stored):
+        rows, words = roles[0][1].shape
+        spec = TensorSpec(own_name, dtype, (rows, words * 32 // scheme.bits))
+        wanted = scheme.stored(spec)
+        for role, found in roles:
+            if (found.dtype, found.shape) != (wanted[role].dtype, wanted[role].shape):
+                raise BadCheckpoint(
+                    f"{found.name}: expected {wanted[role].dtype} {list(wanted[role].shape)} for {scheme.bits} bits in"
+                    f" groups of {scheme.group_size}, found {found.dtype} {list(found.shape)}; config.json's"
+                    f" quantization must say how {module} is quantized"
+                )
+        yield Recipe(own_name, spec.dtype, spec.shape, tuple(roles), None, scheme, "", "", None)
+
+
+def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: WeightSpec) -> Scheme:
+    """A module's own settings, else the block's where the shapes agree, else what the shapes allow alone."""
+    block = settings_of(config) or {}
+    own = block.get(module)
+    if isinstance(own, Mapping):
+        return _named(module, own.get("mode", "affine"), own.get("bits"), own.get("group_size"))
+    base = _named(module, block.get("mode", "affine"), block.get("bits"), block.get("group_size"))
+    if _fits(base, packed, scales):
+        return base
+    known: list[Scheme] = [MlxAffine(bits, group) for bits in BITS for group in GROUP_SIZES]
+    known += [MlxFloat(mode) for mode in ("mxfp4", "mxfp8", "nvfp4")]
+    fitting = [scheme for scheme in known if _fits(scheme, packed, scales)]
+    return fitting[0] if len(fitting) == 1 else base
+
+
+def stored_scheme(checkpoint: Checkpoint, weight: Recipe, scales: Recipe) -> Scheme:
+    """How a weight that is copied as it is stored was quantized; that of an expert stands under its stack's name.
+
+    Raises:
+        BadCheckpoint: the settings cannot be read.
+    """
+    model, block = model_of(checkpoint.config), settings_of(checkpoint.config) or {}
+    stack = None if model is None else stack_of(model, weight.name)
+    names = [name.removesuffix(".weight") for name in (weight.name, *(stack[:1] if stack else ()))]
+    module = next((name for name in names if name in block), names[0])
+    return _scheme(checkpoint.config, module, weight.stored[0][1], scales.stored[0][1])
+
+
+def cut_stored(checkpoint: Checkpoint, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
+    """A stack's part as it is stored, cut into those of the experts, by transformers' names; any other as it is."""
+    model, (base, _, suffix) = model_of(checkpoint.config), spec.name.rpartition(".")
+    count = spec.shape[0] if len(spec.shape) == 3 else 0
+    if model is None or not count:
+        return [(spec.name, spec)]
+    names = expert_names(model, f"{base}.weight", count) or ()
+    cut = [(name.removesuffix("weight") + suffix, _slice(spec, index)) for index, name in enumerate(names)]
+    return cut or [(spec.name, spec)]
+
+
+def _fits(scheme: Scheme, packed: WeightSpec, scales: WeightSpec) -> bool:
+    columns = packed.shape[-1] * 32 // scheme.bits if packed.shape else 0
+    is_affine = scales.dtype.name != "U8"
+    same_kind = is_affine == isinstance(scheme, MlxAffine)
+    return same_kind and bool(scales.shape) and scales.shape[-1] * scheme.group_size == columns
+
+
+def _named(module: str, mode: Any, bits: Any, group: Any) -> Scheme:
+    if mode == "affine" and bits in BITS and group in GROUP_SIZES:
+        return MlxAffine(bits, group)
+    if mode in SETTINGS and SETTINGS[mode] == (bits, group):
+        return MlxFloat(mode)
+    raise BadCheckpoint(
+        f"{module}: quantization says mode {mode!r}, bits {bits!r}, group_size {group!r}; known are affine with"
+        f" {', '.join(map(str, BITS))} bits in groups of {', '.join(map(str, GROUP_SIZES))}, and {', '.join(SETTINGS)}"
+    )
+
+
+def _cut(
+    checkpoint: Checkpoint, name: str, stored: list[tuple[str, WeightSpec]]
+) -> Iterator[tuple[str, list[tuple[str, WeightSpec]]]]:
+    """A weight's parts under its name; those of a stack expert by expert.
+
+    Raises:
+        BadCheckpoint: the stack's experts have no names that are known here.
+    """
+    if not name.endswith(".bias") and all(len(spec.shape) == 2 for _, spec in stored):
+        yield name, stored
+        return
+    count, model = (stored[0][1].shape or (0,))[0], model_of(checkpoint.config)
+    names = expert_names(model, name, count) if model is not None else None
+    dimensions = 2 if name.endswith(".bias") else 3
+    is_even = all(len(spec.shape) == dimensions and spec.shape[0] == count for _, spec in stored)
+    if names is None or not is_even:
+        raise BadCheckpoint(
+            f"{name}: {[list(spec.shape) for _, spec in stored]} is no stack of experts of a model_type known here"
+            f" ({checkpoint.config.get('model_type', 'none')!r}; known: {', '.join(MODELS)})"
+        )
+    for index, own in enumerate(names):
+        yield own, [(role, _slice(spec, index)) for role, spec in stored]
+
+
+def _slice(spec: WeightSpec, index: int) -> WeightSpec:
+    """Entry `index` of a stored tensor's first dimension, under the same name: a part of its bytes."""
+    size = spec.size // spec.shape[0]
+    return replace(spec, shape=spec.shape[1:], offset=spec.offset + index * size, size=size)

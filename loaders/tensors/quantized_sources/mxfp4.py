@@ -1,0 +1,47 @@
+"""gpt-oss' experts (quant_method mxfp4): `X_blocks` and `X_scales` for X, a stack of matrices.
+
+Blocks lie along a matrix's inputs, so what is stored is (experts, outputs, inputs); the model's class has its stacks
+(experts, inputs, outputs). Which it is comes from the model_type: down_proj is square in gpt-oss, shapes tell nothing.
+"""
+
+from __future__ import annotations
+
+from loaders.architectures.families import text_config
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.errors import BadCheckpoint
+from loaders.quantization.read_only.mxfp4_nvfp4 import Mxfp4
+from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.quantized_sources.base import expect, float_dtype, part
+
+BLOCKS, SCALES = "_blocks", "_scales"
+TRANSPOSED = ("gpt_oss",)  # model types whose class holds (experts, inputs, outputs)
+
+
+def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """The quantized stacks, by name.
+
+    Raises:
+        BadCheckpoint: blocks without scales, of other shapes, or of a model whose orientation is not known.
+    """
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    names = (n.removesuffix(s) for n in by_name for s in (BLOCKS, SCALES) if n.endswith(s))
+    found = {}
+    for name in dict.fromkeys(names):
+        model_type = text_config(checkpoint.config, "model_type")
+        if model_type not in TRANSPOSED:
+            raise BadCheckpoint(
+                f"{name}: whether experts of model_type {model_type!r} are stored transposed is not known (known:"
+                f" {', '.join(TRANSPOSED)}), and their shapes do not tell; copy the checkpoint as it is (quant=none)"
+            )
+        blocks, scales = part(by_name, name, name + BLOCKS), part(by_name, name, name + SCALES)
+        if blocks.dtype.name != "U8" or len(blocks.shape) != 4 or blocks.shape[3] != 16:
+            raise BadCheckpoint(
+                f"{blocks.name}: expected U8 [experts, rows, groups, 16], found {blocks.dtype} {list(blocks.shape)}"
+            )
+        expect(scales, ("U8", "F8_E8M0"), blocks.shape[:3], f"for {blocks.name}")
+        experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * Mxfp4.group
+        found[name] = Recipe(
+            name, float_dtype(checkpoint), (experts, columns, rows), (("blocks", blocks), ("scales", scales)),
+            Window(0, (rows * columns, 1, columns)), Mxfp4(), "", "", None, (experts, rows, columns),
+        )  # fmt: skip
+    return found

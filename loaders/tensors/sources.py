@@ -1,0 +1,128 @@
+"""The logical tensors of a checkpoint: plain ones as they are, quantized ones by what decodes them, tied ones once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loaders.architectures.families import natural_key
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.dtypes import WEIGHT_DTYPES
+from loaders.specs import WeightSpec
+from loaders.strategies import loader
+from loaders.tensors.expert_stacks import cut
+from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.quantized_sources import mlx, quantized_tensors
+
+COMPARE_BYTES = 4 << 20
+EXPERTS = re.compile(r"(?:^|\.)experts?\.")
+DERIVED = ("rope_freqs.weight",)  # of a GGUF: worked out from the rope scaling
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """A checkpoint's recipes, and what was decided on the way to them."""
+
+    recipes: tuple[Recipe, ...]
+    tied: tuple[tuple[str, str], ...]  # (kept, dropped): the engine ties them again when it loads
+    notes: tuple[str, ...]
+
+
+def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
+    """The logical tensors of a checkpoint, in natural order of blocks and names; of a GGUF not decoded, in its own.
+
+    With `decode`, tensors that a known scheme quantized become one recipe that decodes them; without, every stored
+    tensor is its own, as it is. With `split`, stacks of experts that the family knows become the tensors of each.
+
+    Raises:
+        BadCheckpoint: a quantized weight lacks one of its parts.
+    """
+    family = checkpoint.family
+    by_name = {spec.name: spec for spec in checkpoint.weights}
+    tied, notes = _tied(checkpoint, by_name)
+    gone = {dropped for _, dropped in tied}
+    quantized = quantized_tensors(checkpoint) if decode else {}
+    parts = {spec.name for found in quantized.values() for _, spec in found.stored}
+    recipes = []
+    for name, found in quantized.items():
+        traits = family.traits(name, found.shape)
+        recipes.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
+    for spec in checkpoint.weights:
+        if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
+            for name, part in mlx.cut_stored(checkpoint, spec) if split else [(spec.name, spec)]:
+                traits = family.traits(name, part.shape)
+                block = traits.block if decode else family.traits(_weight_of(name, spec, by_name), part.shape).block
+                recipes.append(
+                    Recipe(
+                        name, part.dtype, part.shape, (("weight", part),), Window.whole(part), None,
+                        traits.role, block, traits.group,
+                    )
+                )  # fmt: skip
+    if split:
+        recipes = [piece for recipe in recipes for piece in cut(recipe, family)]
+        notes = (*notes, *_unknown_stacks(checkpoint, recipes))
+    if checkpoint.container == "gguf" and not decode:  # for another GGUF: a copy has the order of what it is a copy of
+        files = {tag.name: number for number, tag in enumerate(checkpoint.files)}
+        recipes.sort(key=lambda recipe: (files[recipe.stored[0][1].file], recipe.stored[0][1].offset))
+    else:
+        recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
+    return Sources(tuple(recipes), tied, notes)
+
+
+def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:
+    """The weight that a copied tensor goes with: one unit has both."""
+    module, _, suffix = stored.name.rpartition(".")
+    is_part = suffix in ("scales", "biases") and f"{module}.weight" in by_name
+    return name.removesuffix(suffix) + "weight" if is_part else name
+
+
+def _unknown_stacks(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> list[str]:
+    whole = [r for r in recipes if len(r.shape) == 3 and r.dtype.name in WEIGHT_DTYPES and EXPERTS.search(r.name)]
+    if not whole:
+        return []
+    return [
+        f"{len(whole)} stacks of experts stay whole and unquantized, {whole[0].name} {list(whole[0].shape)} first:"
+        f" which of their dimensions are outputs is not known for model_type {checkpoint.config.get('model_type')!r}"
+    ]
+
+
+def _tied(
+    checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec]
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Which tensors the engine ties to others, so that they are not written, and what is odd about the rest.
+
+    As transformers does: a tied pair that is stored twice stays tied only if both hold the same bytes.
+    """
+    tied, notes = [], []
+    for kept, dropped in checkpoint.family.tied_pairs(checkpoint.config):
+        if kept in by_name and dropped in by_name:
+            if _same_bytes(checkpoint.root, by_name[kept], by_name[dropped]):
+                tied.append((kept, dropped))
+            else:
+                notes.append(f"config.json ties {dropped} to {kept}, but their weights differ: both are kept, untied")
+    known = {dropped for _, dropped in tied}
+    shared = [spec for spec in checkpoint.weights if spec.alias is not None and spec.name not in known]
+    pairs = {frozenset(pair) for pair in tied}
+    for spec in shared:
+        if frozenset((spec.name, spec.alias)) not in pairs:
+            notes.append(
+                f"{spec.name} shares its bytes with {spec.alias}; config.json does not tie them: both are written"
+            )
+    return tuple(tied), tuple(notes)
+
+
+def _same_bytes(root: Path, one: WeightSpec, other: WeightSpec) -> bool:
+    if (one.dtype, one.shape, one.stride, one.size) != (other.dtype, other.shape, other.stride, other.size):
+        return False
+    if (one.file, one.offset) == (other.file, other.offset):
+        return True
+    with loader("read").open(root, (one, other)) as reader:
+        return all(
+            np.array_equal(reader.read(one, at, at + n, slot=0), reader.read(other, at, at + n, slot=1))
+            for at in range(0, one.size, COMPARE_BYTES)
+            for n in (min(COMPARE_BYTES, one.size - at),)
+        )

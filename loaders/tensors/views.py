@@ -1,0 +1,167 @@
+"""Views: a logical tensor's weights through its recipe, any range, any number of times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from loaders.dtypes import DTYPES, DType, is_contiguous, storage_of
+from loaders.quantization.boxes import decode_window
+from loaders.quantization.kernels import casts
+from loaders.quantization.read_only.ggml import decode_blocks
+from loaders.quantization.scheme import Block, Decoder, View, Work
+from loaders.specs import RowOrder, TensorSpec, WeightSpec
+from loaders.strategies import Reader
+from loaders.tensors.logical_tensor import Recipe, Window
+
+
+class StoredView:
+    """Plain weights of one stored tensor. See `View`."""
+
+    def __init__(self, reader: Reader, spec: TensorSpec, stored: WeightSpec, window: Window) -> None:
+        self.spec = spec
+        self._reader = reader
+        self._stored = stored
+        self._window = window
+        self._storage = storage_of(spec.dtype)
+        self._in_place = spec.dtype.bits < 8 or is_contiguous(spec.shape, window.stride)
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        item = self._storage.itemsize
+        if self._in_place:
+            first = self._window.offset * item
+            return self._reader.read(self._stored, first + start * item, first + stop * item, slot).view(self._storage)
+        return self._gather(start, stop)
+
+    def _gather(self, start: int, stop: int) -> Block:
+        """Elements that do not lie in order are picked from a map, whole rows of the first dimension at a time."""
+        item, shape, window = self._storage.itemsize, self.spec.shape, self._window
+        data = self._reader.mapped(self._stored)[window.offset * item :]
+        data = data[: data.size // item * item].view(self._storage)
+        strides = tuple(step * item for step in window.stride)
+        whole = np.lib.stride_tricks.as_strided(data, shape, strides, writeable=False)
+        row = max(1, self.spec.numel // shape[0])
+        first, last = start // row, -(-stop // row)
+        return np.ascontiguousarray(whole[first:last]).reshape(-1)[start - first * row : stop - first * row]
+
+
+class CastView:
+    """Another view's weights in another float dtype."""
+
+    def __init__(self, view: View, dtype: DType) -> None:
+        self.spec = TensorSpec(view.spec.name, dtype, view.spec.shape)
+        self._view = view
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        return casts.cast(self._view.read(start, stop, slot), self._view.spec.dtype.name, self.spec.dtype.name)
+
+
+class StoredRoles:
+    """What a scheme stored for a tensor, in a checkpoint. See `Stored`."""
+
+    def __init__(self, reader: Reader, roles: dict[str, WeightSpec]) -> None:
+        self._reader = reader
+        self._roles = roles
+        self._slots = {role: 100 + index for index, role in enumerate(roles)}
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        spec = self._roles[role]
+        storage = storage_of(spec.dtype)
+        first, last = start * storage.itemsize, min(stop * storage.itemsize, spec.size)
+        return self._reader.read(spec, first, last, self._slots[role]).view(storage)
+
+
+class DecodedView:
+    """A quantized tensor's weights, decoded on the way in and rounded to its dtype, or at once to another."""
+
+    def __init__(
+        self, recipe: Recipe, stored: StoredRoles, decoder: Decoder, work: Work, dtype: DType | None = None
+    ) -> None:
+        self.spec = recipe.spec if dtype is None else TensorSpec(recipe.name, dtype, recipe.shape)
+        self._whole = recipe.decoded_spec
+        self._window = recipe.window
+        self._stored = stored
+        self._decoder = decoder
+        self._work = work
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        if self._window is not None and not is_contiguous(self.spec.shape, self._window.stride):
+            values = self._work.array(f"decoded {slot}", stop - start, np.float32)
+            window = self._window
+            decode_window(
+                self._decoder, self._whole, self._stored, self.spec.shape, window.offset, window.stride, start, values,
+                self._work,
+            )  # fmt: skip
+        else:
+            offset = 0 if self._window is None else self._window.offset
+            values = self._flat(offset + start, offset + stop, slot)
+        return casts.cast(values, "F32", self.spec.dtype.name)
+
+    def _flat(self, start: int, stop: int, slot: int) -> np.ndarray:
+        """Ranges of what is decoded start at `align`."""
+        align = self._decoder.align(self._whole)
+        first = start // align * align
+        last = min(-(-stop // align) * align, self._whole.numel)
+        values = self._work.array(f"decoded {slot}", last - first, np.float32)
+        self._decoder.decode(self._whole, self._stored, first, last, values, self._work)
+        return values[start - first : stop - first]
+
+
+class BlocksView:
+    """Another view's blocks of a type of ggml, decoded to float32."""
+
+    def __init__(self, view: View, work: Work) -> None:
+        self.spec = replace(view.spec, dtype=DTYPES["F32"])
+        self._view = view
+        self._dtype = view.spec.dtype
+        self._work = work
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        block, size = self._dtype.block, self._dtype.size((self._dtype.block,))
+        first, last = start // block, -(-stop // block)
+        values = self._work.array(f"blocks {slot}", (last - first) * block, np.float32)
+        decode_blocks(self._dtype.name, self._view.read(first * size, last * size, slot), values)
+        return values[start - first * block : stop - first * block]
+
+
+class ReorderedView:
+    """Another view's weights with the rows of each head in another order: whole heads are read."""
+
+    def __init__(self, view: View, order: RowOrder) -> None:
+        self.spec = view.spec
+        self._view = view
+        half = np.arange(order.size).reshape(2, -1)
+        self._rows = half.T.reshape(-1) if not order.inverse else np.argsort(half.T.reshape(-1))
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        columns = max(1, self.spec.numel // self.spec.shape[0])
+        head = columns * self._rows.size
+        first, last = start // head * head, -(-stop // head) * head
+        block = self._view.read(first, last, slot).reshape(-1, self._rows.size, columns)
+        return block[:, self._rows].reshape(-1)[start - first : stop - first]
+
+
+def ordered_view(view: View, order: RowOrder | None) -> View:
+    """A view, or its rows in another order."""
+    return view if order is None else ReorderedView(view, order)
+
+
+def view_of(recipe: Recipe, reader: Reader, work: Work, decoded_dtype: DType | None = None) -> View:
+    """A recipe's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given."""
+    if recipe.decode is not None:
+        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work, decoded_dtype)
+        return ordered_view(decoded, recipe.order)
+    [(_, stored)] = recipe.stored
+    assert recipe.window is not None
+    return ordered_view(StoredView(reader, recipe.spec, stored, recipe.window), recipe.order)
+
+
+def numbers_view(view: View, cast: DType | None, work: Work) -> View:
+    """A view, or where blocks of ggml are to become something else, their weights."""
+    return BlocksView(view, work) if cast is not None and view.spec.dtype.block > 1 else view
+
+
+def encoded_view(view: View, cast: DType | None) -> View:
+    """What a scheme is given of a tensor: its weights, cast where the engine would."""
+    return view if cast is None else CastView(view, cast)
