@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs.execution.unit import Share, UnitTask
 from jobs.planning.plan import Unit
 from loaders.strategies import WeightLoader
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 Content = frozenset[tuple[str, int]]  # the stored tensors that a unit reads, by file and offset
 
@@ -51,19 +51,19 @@ def job_of(share: str) -> int:
 
 def content_of(unit: Unit) -> Content:
     """What it reads."""
-    return frozenset((spec.file, spec.offset) for recipe in unit.recipes for _, spec in recipe.stored)
+    return frozenset((spec.file, spec.offset) for tensor in unit.tensors for _, spec in tensor.stored)
 
 
 def _merged(units: Sequence[Unit], name: str) -> Unit:
     """All units in one: the tensors of each, once."""
-    known: dict[str, list[Recipe]] = {}
-    for recipe in (recipe for unit in units for recipe in unit.recipes):
-        same_name = known.setdefault(recipe.name, [])
-        if recipe not in same_name:  # copied as stored and decoded, say, are two recipes
-            same_name.append(recipe)
+    known: dict[str, list[LogicalTensor]] = {}
+    for tensor in (tensor for unit in units for tensor in unit.tensors):
+        same_name = known.setdefault(tensor.name, [])
+        if tensor not in same_name:  # a tensor copied as it is stored and the same one decoded differ
+            same_name.append(tensor)
     sources = sorted({tag for unit in units for tag in unit.sources})
     outputs = units[0].outputs if len(units) == 1 else {}
-    return Unit(name, tuple(sources), tuple(recipe for same in known.values() for recipe in same), outputs)
+    return Unit(name, tuple(sources), tuple(tensor for same in known.values() for tensor in same), outputs)
 
 
 def _fresh(name: str, taken: set[str]) -> str:

@@ -24,7 +24,7 @@ from loaders.quantization.scheme import Block
 from loaders.specs import OutputFile, Slot
 from loaders.stats import ErrorSums
 from loaders.storage.atomic import sync_folder
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 HASH_BLOCK = 4 << 20
 Piece = tuple[int, int]  # bytes [start, stop) of a tensor
@@ -71,7 +71,7 @@ class TensorPart:
 class Measured:
     """One tensor, encoded and measured."""
 
-    recipe: Recipe
+    tensor: LogicalTensor
     action: str
     placement: Placement
     error: ErrorSums
@@ -221,11 +221,11 @@ def _place(slot: Slot, places: Places) -> tuple[int, int]:
 
 
 def _tensor_record(each: Measured, places: Places, hashes: Mapping[str, str]) -> TensorRecord:
-    recipe, stored = each.recipe, {}
+    tensor, stored = each.tensor, {}
     for slot in each.placement.slots.values():
         _, size = _place(slot, places)
         shape = slot.shape if not slot.is_bound else (size // slot.dtype.item_bytes,)
         stored[slot.name] = (slot.dtype.name, shape, size, hashes[slot.name])
     return TensorRecord(
-        recipe.name, recipe.role, each.action, recipe.dtype.name, recipe.shape, recipe.source_bytes, stored, each.error
+        tensor.name, tensor.role, each.action, tensor.dtype.name, tensor.shape, tensor.source_bytes, stored, each.error
     )

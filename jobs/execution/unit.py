@@ -36,7 +36,7 @@ from loaders.quantization.scheme import Scheme, Sharing, View
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view_of
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
@@ -115,7 +115,7 @@ def run_unit(
     unit, began = task.unit, time.perf_counter()
     warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
     attempt, scratch = uuid.uuid4().hex[:12], Scratch()
-    specs = [spec for recipe in unit.recipes for _, spec in recipe.stored]
+    specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]
     runs: dict[str, TargetRun] = {}
     with (
         PeakMemory() as memory,
@@ -131,9 +131,9 @@ def run_unit(
                         share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
                     )
             passes = UnitPass(reader, work, runs, on_bytes)
-            for recipe in (r for r in unit.recipes if runs and r.source_bytes > SMALL):
-                passes.tensor(recipe, task.threads)
-            work.each([r for r in unit.recipes if runs and r.source_bytes <= SMALL], passes.tensor)
+            for tensor in (r for r in unit.tensors if runs and r.source_bytes > SMALL):
+                passes.tensor(tensor, task.threads)
+            work.each([r for r in unit.tensors if runs and r.source_bytes <= SMALL], passes.tensor)
             for run in runs.values():
                 work.check()
                 run.finish()
@@ -144,7 +144,7 @@ def run_unit(
             for run in runs.values():
                 run.abort()
     load = LoadStats(
-        files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes if runs else 0,
+        files=len(unit.sources), tensors=len(unit.tensors), bytes=unit.source_bytes if runs else 0,
         wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **(warmth if runs else {}),
     )  # fmt: skip
     records = {name: run.record(load) for name, run in runs.items() if not run.failure}
@@ -164,14 +164,14 @@ class TargetRun:
         self._attempt = attempt
         self._began = time.perf_counter()
         self.timer = Timer()
-        self.recipes = {recipe.name: recipe for recipe in share.unit.recipes}
+        self.tensors = {tensor.name: tensor for tensor in share.unit.tensors}
         self.error: Exception | None = None
         self.faults: list[tuple[float, str]] = []
         self._measured: dict[str, Measured] = {}
         self._finished: Finished | None = None
         self._files: PartFiles | None = None
         output = share.unit.outputs[share.target]
-        self.placements = {placement.recipe: placement for placement in output.placements}
+        self.placements = {placement.tensor: placement for placement in output.placements}
         with self.guarded():
             if not self._journal.parts.is_dir():
                 raise StorageError(
@@ -195,16 +195,16 @@ class TargetRun:
                 raise
             self.error = error
 
-    def takes(self, recipe: Recipe) -> bool:
-        return self.error is None and self.recipes.get(recipe.name) == recipe
+    def takes(self, tensor: LogicalTensor) -> bool:
+        return self.error is None and self.tensors.get(tensor.name) == tensor
 
     def begin(self, placement: Placement) -> TensorPart:
         assert self._files is not None
         return self._files.tensor(placement)
 
-    def measured(self, recipe: Recipe, placement: Placement, error: ErrorSums) -> None:
-        self._measured[recipe.name] = Measured(recipe, placement.action, placement, error)
-        fault = self._share.gate.fault(recipe.name, error, placement.scheme)
+    def measured(self, tensor: LogicalTensor, placement: Placement, error: ErrorSums) -> None:
+        self._measured[tensor.name] = Measured(tensor, placement.action, placement, error)
+        fault = self._share.gate.fault(tensor.name, error, placement.scheme)
         if fault:
             self.faults.append((error.relative_error, fault))
 
@@ -231,7 +231,7 @@ class TargetRun:
         written, tensors = self._finished or ((), ())
         spent = self.timer.seconds()
         own = LoadStats(
-            files=len(unit.sources), tensors=len(unit.recipes), bytes=unit.source_bytes,
+            files=len(unit.sources), tensors=len(unit.tensors), bytes=unit.source_bytes,
             wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
             read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
             write_s=spent["write_s"], **self._warmth,
@@ -259,39 +259,39 @@ class UnitPass:
         self._shared: dict[tuple[str, str], Scheme] = {}
         self._sharing = threading.Lock()
 
-    def tensor(self, recipe: Recipe, threads: int = 1) -> None:
+    def tensor(self, logical: LogicalTensor, threads: int = 1) -> None:
         """Encode and measure one tensor, with so many threads at work on it."""
-        plain = view_of(recipe, self._reader, self._work)
+        plain = view_of(logical, self._reader, self._work)
         for name, run in self._runs.items():
-            if run.takes(recipe):
+            if run.takes(logical):
                 with run.guarded():
-                    self._encode(name, recipe, plain, threads)
+                    self._encode(name, logical, plain, threads)
 
-    def _encode(self, name: str, recipe: Recipe, plain: View, threads: int) -> None:
+    def _encode(self, name: str, tensor: LogicalTensor, plain: View, threads: int) -> None:
         run = self._runs[name]
-        placement, timer = run.placements.get(recipe.name), run.timer
+        placement, timer = run.placements.get(tensor.name), run.timer
         if placement is None:  # dropped
-            self._on_bytes(recipe.source_bytes)
+            self._on_bytes(tensor.source_bytes)
             return
         ordered = numbers_view(ordered_view(plain, placement.order), placement.cast, self._work)
         seen = encoded_view(TimedView(ordered, timer, "read"), placement.cast)
         part = run.begin(placement)
         with timer.phase("encode", threads):
-            self._knowing(name, recipe, placement.scheme).encode(seen, part, self._work)
+            self._knowing(name, tensor, placement.scheme).encode(seen, part, self._work)
         with timer.phase("measure", threads):
             again = TimedView(ordered, timer, "reread")
             error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
-        run.measured(recipe, placement, error_sums)
+        run.measured(tensor, placement, error_sums)
         part.done()
 
-    def _knowing(self, name: str, recipe: Recipe, scheme: Scheme) -> Scheme:
+    def _knowing(self, name: str, tensor: LogicalTensor, scheme: Scheme) -> Scheme:
         """The scheme with what it shares over the tensor's fused group, found once a group."""
         if not isinstance(scheme, Sharing):
             return scheme
         run = self._runs[name]
-        group = [recipe] if recipe.group is None else [r for r in run.recipes.values() if r.group == recipe.group]
+        group = [tensor] if tensor.group is None else [r for r in run.tensors.values() if r.group == tensor.group]
         with self._sharing:
-            key = (name, recipe.group or recipe.name)
+            key = (name, tensor.group or tensor.name)
             if key not in self._shared:
                 mine = [(r, run.placements[r.name]) for r in group if r.name in run.placements]
                 plain = ((ordered_view(view_of(r, self._reader, self._work), p.order), p) for r, p in mine)

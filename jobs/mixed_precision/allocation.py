@@ -28,7 +28,7 @@ from loaders.rules.candidates import KEEP, WHY, CandidateMix, ChosenMix, is_open
 from loaders.rules.decide import decide
 from loaders.rules.knapsack import Choice, Item, Option, choose, least_size
 from loaders.rules.rule import Decision
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 GB = 1_000_000_000
 TRIES = 8  # headers and padding depend on the mix: what they take too much is taken off the budget
@@ -51,16 +51,16 @@ class Choices:
     kept_bytes: Mapping[str, int]  # of each tensor where it is not quantized
 
     @property
-    def recipes(self) -> dict[str, Recipe]:
+    def tensors(self) -> dict[str, LogicalTensor]:
         """Those that some candidate may take, by name."""
         taken = frozenset().union(*self.open.values())
-        return {recipe.name: recipe for recipe in self.plan.sources.recipes if recipe.name in taken}
+        return {tensor.name: tensor for tensor in self.plan.sources.tensors if tensor.name in taken}
 
     @property
     def fixed_bytes(self) -> int:
         """Of the tensors that are stored in one way, whatever is chosen."""
-        recipes = self.recipes
-        return sum(size for name, size in self.kept_bytes.items() if name not in recipes)
+        tensors = self.tensors
+        return sum(size for name, size in self.kept_bytes.items() if name not in tensors)
 
     def sizes(self, candidate: str) -> dict[str, int]:
         """Stored bytes by tensor, of those it may take."""
@@ -94,16 +94,16 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
         for name, mix in mixes.items()
     ]  # fmt: skip
     plan = make_plan(checkpoint, targets, spec.source.unit_mb)
-    taken = {name: frozenset(d.recipe.name for d in plan.targets[name].decisions if is_open(d)) for name in mixes}
+    taken = {name: frozenset(d.tensor.name for d in plan.targets[name].decisions if is_open(d)) for name in mixes}
     every = frozenset().union(*taken.values())
     if not every:
         raise BadSpec("quant.among: the candidates quantize no tensor of this checkpoint that rules leave to them")
     first = next(iter(mixes.values()))
     keeping = ChosenMix(((first, frozenset()),), every)
-    rules = keeping.rules(plan.sources.recipes, plan.checkpoint.config)
-    decisions = decide(plan.sources.recipes, first.scheme, usual.rules, rules)
+    rules = keeping.rules(plan.sources.tensors, plan.checkpoint.config)
+    decisions = decide(plan.sources.tensors, first.scheme, usual.rules, rules)
     placed = usual.layout.place(plan.checkpoint, decisions)
-    kept = {each.recipe.name: sum(t.spec.size for t in each.stored.values()) for each in placed}
+    kept = {each.tensor.name: sum(t.spec.size for t in each.stored.values()) for each in placed}
     return Choices(spec, quant, checkpoint, plan, taken, kept)
 
 
@@ -116,10 +116,10 @@ def partners(choices: Choices) -> dict[str, list[str]]:
     for target in choices.plan.targets.values():
         stacks |= {name: slot.within[0] for name, slots in target.stored.items() for slot in slots[:1] if slot.within}
     groups: dict[str, list[str]] = {}
-    for name, recipe in choices.recipes.items():
+    for name, tensor in choices.tensors.items():
         fused = name
         if choices.quant.engine == "vllm":
-            fused = f"{recipe.block}, experts" if recipe.role == "expert" else recipe.group or name
+            fused = f"{tensor.block}, experts" if tensor.role == "expert" else tensor.group or name
         groups.setdefault(stacks.get(name, fused), []).append(name)
     return groups
 
@@ -142,9 +142,9 @@ def items_of(choices: Choices, errors: Mapping[str, Mapping[str, float]]) -> tup
 
 def errors_of(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> dict[str, dict[str, float]]:
     """By candidate and tensor. What a calibration does not know is weighted without it, in proportion to the rest."""
-    recipes = choices.recipes
-    tied = not any(recipe.role == "head" for recipe in choices.plan.sources.recipes)
-    weights = {name: prior(recipe, is_tied=tied) * recipe.spec.numel for name, recipe in recipes.items()}
+    tensors = choices.tensors
+    tied = not any(tensor.role == "head" for tensor in choices.plan.sources.tensors)
+    weights = {name: prior(tensor, is_tied=tied) * tensor.spec.numel for name, tensor in tensors.items()}
     whole = sum(weights.values())
     free = {
         name: {t: weights[t] / whole * _relative2(loss) for t, loss in found.items()} for name, found in losses.items()
@@ -164,7 +164,7 @@ def _relative2(loss: Loss) -> float:
     return loss.error.error2 / loss.error.source2 if loss.error.source2 else 0.0
 
 
-def prior(recipe: Recipe, *, is_tied: bool) -> float:
+def prior(tensor: LogicalTensor, *, is_tied: bool) -> float:
     """How much a weight's relative error matters, where nothing but names is known.
 
     A table, as the engines' own mixes are: value and down projections, and the output projection, matter more. The
@@ -173,9 +173,9 @@ def prior(recipe: Recipe, *, is_tied: bool) -> float:
     a calibration 0.76 and 0.77. Without the table, by relative errors and sizes alone, mixes were worse than one scheme
     for all: 1.0 to 1.3 times. `jobs.bench budget` measures it.
     """
-    if recipe.role == "head" or (recipe.role == "embedding" and is_tied):
+    if tensor.role == "head" or (tensor.role == "embedding" and is_tied):
         return HEAD_PRIOR
-    return next((weight for part, weight in PRIORS if re.search(rf"\b{part}\b", recipe.name)), 1.0)
+    return next((weight for part, weight in PRIORS if re.search(rf"\b{part}\b", tensor.name)), 1.0)
 
 
 # --- the choice
@@ -233,11 +233,11 @@ def _parameters(choices: Choices) -> int:
 
 
 def _mixed(choices: Choices, items: Sequence[Item], choice: Choice, errors: Mapping[str, Mapping[str, float]]) -> Mixed:
-    groups, recipes = partners(choices), choices.recipes
+    groups, logicals = partners(choices), choices.tensors
     tensors: dict[str, list[str]] = {}
     for item, option in zip(items, choice.options, strict=True):
         tensors.setdefault(option.label, []).extend(groups[item.name])
-    order = sorted(tensors, key=lambda label: -sum(recipes[name].spec.numel for name in tensors[label]))
+    order = sorted(tensors, key=lambda label: -sum(logicals[name].spec.numel for name in tensors[label]))
     chosen = Chosen(
         tensors={label: tuple(sorted(tensors[label], key=natural_key)) for label in order},
         weighting="sizes and roles" if choices.quant.calibration is None else "the Fisher information of a calibration",
@@ -276,14 +276,14 @@ def rules_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
     """The mix as `rules` of a job, which need no measuring: for a preset of the engine, such as `base_preset`."""
     found: dict[tuple[str, str], list[str]] = {}
     settings: dict[tuple[str, str], dict[str, Any]] = {}
-    names = [d.recipe.name for d in decisions]
+    names = [d.tensor.name for d in decisions]
     for decision in decisions:
         if decision.rule.names is None or not decision.rule.why.startswith(WHY):
             continue
         given = {} if decision.scheme is None or decision.action != "quantize" else settings_of_scheme(decision.scheme)
         key = ("quantize" if decision.action == "quantize" else "keep", repr(given))
         settings[key] = given
-        found.setdefault(key, []).append(decision.recipe.name)
+        found.setdefault(key, []).append(decision.tensor.name)
     return [
         {"action": key[0], "name": pattern, **({"quant": settings[key]} if settings[key] else {})}
         for key, mine in found.items()

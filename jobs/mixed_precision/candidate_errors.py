@@ -31,7 +31,7 @@ from loaders.stats import ErrorSums
 from loaders.storage.atomic import write_file
 from loaders.storage.hashes import text_digest
 from loaders.strategies import WeightLoader
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view_of
 
 
@@ -69,7 +69,7 @@ class MeasuringTask:
             sum(slot.size for slot in placement.slots.values())
             for name, names in self.wanted.items()
             for placement in self.unit.outputs[name].placements
-            if placement.recipe in names
+            if placement.tensor in names
         ]
         return sum(sorted(sizes)[-self.threads :])
 
@@ -80,16 +80,16 @@ class MeasuringTask:
     @property
     def work_bytes(self) -> int:
         """Source bytes to be encoded, once for each candidate."""
-        sizes = {recipe.name: recipe.spec.num_items * recipe.dtype.item_bytes for recipe in self.unit.recipes}
+        sizes = {tensor.name: tensor.spec.num_items * tensor.dtype.item_bytes for tensor in self.unit.tensors}
         return sum(sizes[name] for names in self.wanted.values() for name in names)
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> MeasuringReport:
         placements = {
-            name: {p.recipe: p for p in self.unit.outputs[name].placements if p.recipe in names}
+            name: {p.tensor: p for p in self.unit.outputs[name].placements if p.tensor in names}
             for name, names in self.wanted.items()
         }
-        taken = [r for r in self.unit.recipes if any(r.name in found for found in placements.values())]
-        specs = [spec for recipe in taken for _, spec in recipe.stored]
+        taken = [r for r in self.unit.tensors if any(r.name in found for found in placements.values())]
+        specs = [spec for tensor in taken for _, spec in tensor.stored]
         with (
             self.strategy.open(self.root, specs) as reader,
             leased_kernels(self.backend) as kernels,
@@ -98,23 +98,28 @@ class MeasuringTask:
             work = ThreadedWork(kernels, pool, stop)
             losses: dict[str, dict[str, Loss]] = {name: {} for name in placements}
 
-            def look(recipe: Recipe) -> None:
-                view = view_of(recipe, reader, work)
+            def look(tensor: LogicalTensor) -> None:
+                view = view_of(tensor, reader, work)
                 known = dict[object, Loss]()  # two candidates may come to the same
                 for name, found in placements.items():
-                    if (placement := found.get(recipe.name)) is not None:
+                    if (placement := found.get(tensor.name)) is not None:
                         same = (placement.scheme, placement.cast, placement.order)
                         if same not in known:
-                            known[same] = self._loss(recipe, placement, view, work, on_bytes)
-                        losses[name][recipe.name] = known[same]
+                            known[same] = self._loss(tensor, placement, view, work, on_bytes)
+                        losses[name][tensor.name] = known[same]
 
-            for recipe in (r for r in taken if r.source_bytes > SMALL):
-                look(recipe)
+            for tensor in (r for r in taken if r.source_bytes > SMALL):
+                look(tensor)
             work.each([r for r in taken if r.source_bytes <= SMALL], look)
         return MeasuringReport(self.unit.id, losses)
 
     def _loss(
-        self, recipe: Recipe, placement: Placement, view: View, work: ThreadedWork, on_bytes: Callable[[int], None]
+        self,
+        tensor: LogicalTensor,
+        placement: Placement,
+        view: View,
+        work: ThreadedWork,
+        on_bytes: Callable[[int], None],
     ) -> Loss:
         """Encode, decode and compare one tensor under one candidate."""
         numbers = numbers_view(ordered_view(view, placement.order), placement.cast, work)
@@ -122,7 +127,7 @@ class MeasuringTask:
         parts = MemoryParts(scheme.stored(seen.spec))
         scheme.encode(seen, parts, work)
         error = measure(numbers, scheme, seen.spec, parts, work, on_bytes)
-        importances = self.importances.get(recipe.name)
+        importances = self.importances.get(tensor.name)
         if importances is None:
             return Loss(error, None)
         ordered = [_reordered(each, placement.order) for each in importances]
@@ -159,8 +164,8 @@ class Measurements:
 
     def key(self, unit: Unit, candidate: str) -> str:
         """Of the sources, the tensors, what the candidate makes of them, and what errors are weighted by."""
-        made = [(p.recipe, p.scheme, p.cast, p.order) for p in unit.outputs[candidate].placements]
-        return text_digest(f"{FORMAT} {unit.sources!r} {unit.recipes!r} {made!r} {self._weighting}")
+        made = [(p.tensor, p.scheme, p.cast, p.order) for p in unit.outputs[candidate].placements]
+        return text_digest(f"{FORMAT} {unit.sources!r} {unit.tensors!r} {made!r} {self._weighting}")
 
     def find(self, unit: Unit, candidate: str, names: frozenset[str]) -> Losses | None:
         """What is known of a unit under a candidate: of these tensors at least, or None."""

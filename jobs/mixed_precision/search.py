@@ -135,7 +135,7 @@ def _missing(choices: Choices, measurements: Measurements) -> list[tuple[int, tu
     """Units, by index, and the candidates of theirs that are not measured."""
     found = []
     for index, unit in enumerate(choices.plan.units):
-        names = {recipe.name for recipe in unit.recipes}
+        names = {tensor.name for tensor in unit.tensors}
         wanted = {c: frozenset(names & taken) for c, taken in choices.open.items()}
         lacking = tuple(c for c, mine in wanted.items() if mine and measurements.find(unit, c, mine) is None)
         found += [(index, lacking)] if lacking else []
@@ -151,15 +151,15 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
     missing = _missing(choices, measurements)
     for index, lacking in missing:
         unit = choices.plan.units[index]
-        names = {recipe.name for recipe in unit.recipes}
+        names = {tensor.name for tensor in unit.tensors}
         wanted = {c: frozenset(names & choices.open[c]) for c in lacking}
         lean = replace(unit, outputs={c: unit.outputs[c] for c in lacking})
         mine = {name: importances[name] for name in names & set(importances)}
         tasks.append(
             MeasuringTask(lean, choices.plan.checkpoint.root, wanted, strategy, backend, cluster.threads, mine)
         )
-    taken = choices.recipes
-    some = sum(any(recipe.name in taken for recipe in unit.recipes) for unit in units.values())
+    taken = choices.tensors
+    some = sum(any(tensor.name in taken for tensor in unit.tensors) for unit in units.values())
     if some > len(tasks):
         note(f"{some - len(tasks)} of {some} units were measured before; going on with the rest")
     try:
@@ -183,7 +183,7 @@ def _losses(choices: Choices, measurements: Measurements) -> dict[str, dict[str,
     for candidate, taken in choices.open.items():
         of_units = []
         for unit in choices.plan.units:
-            mine = taken & {recipe.name for recipe in unit.recipes}
+            mine = taken & {tensor.name for tensor in unit.tensors}
             losses = measurements.find(unit, candidate, mine) if mine else {}
             assert losses is not None
             of_units.append(losses)
@@ -263,15 +263,15 @@ def rows_of(choices: Choices, found: Mixed) -> list[dict[str, Any]]:
     quant = found.spec.quant
     assert isinstance(quant, AutoQuant)
     assert quant.chosen is not None
-    recipes, whole = choices.recipes, found.choice.error or 1.0
+    tensors, whole = choices.tensors, found.choice.error or 1.0
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     sizes = {name: choices.sizes(name) for name in choices.open}
     for label, names in quant.chosen.tensors.items():
         for name in names:
-            recipe = recipes[name]
-            row = groups.setdefault((label, recipe.role), {"tensors": 0, "weights": 0, "bytes": 0, "error": 0.0})
+            tensor = tensors[name]
+            row = groups.setdefault((label, tensor.role), {"tensors": 0, "weights": 0, "bytes": 0, "error": 0.0})
             row["tensors"] += 1
-            row["weights"] += recipe.spec.numel
+            row["weights"] += tensor.spec.numel
             row["bytes"] += sizes[label][name] if label in sizes else choices.kept_bytes[name]
             row["error"] += found.errors[label][name] if label in sizes else 0.0
     return [
@@ -304,10 +304,10 @@ def _yaml(value: Any) -> str:
 
 def _to_be_measured(choices: Choices, measurements: Measurements) -> str:
     missing = _missing(choices, measurements)
-    names = {recipe.name for index, _ in missing for recipe in choices.plan.units[index].recipes}
-    tensors = [recipe for recipe in choices.recipes.values() if recipe.name in names]
+    names = {tensor.name for index, _ in missing for tensor in choices.plan.units[index].tensors}
+    tensors = [tensor for tensor in choices.tensors.values() if tensor.name in names]
     candidates = sorted({c for _, mine in missing for c in mine}, key=list(choices.open).index)
-    size = tables.size(sum(recipe.source_bytes for recipe in tensors))
+    size = tables.size(sum(tensor.source_bytes for tensor in tensors))
     return (
         f"jobs.run will measure {len(tensors)} tensors, {size}, in {len(missing)} unit(s), each under"
         f" {', '.join(candidates)}; then it chooses, and writes in a second pass\n"

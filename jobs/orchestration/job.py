@@ -238,7 +238,7 @@ def _pass_gate(planned: Planned, results: Results) -> None:
         VerifyFailed: naming the worst tensor.
     """
     gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
-    schemes = {d.recipe.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
+    schemes = {d.tensor.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
     faults = [(t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name])) for t in results.tensors]
     found = [(error, fault) for error, fault in faults if fault]
     if found:

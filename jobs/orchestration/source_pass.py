@@ -201,7 +201,7 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     root, backend = jobs[0].planned.plan.checkpoint.root, jobs[0].planned.backend[0]
     shares = [share for job in alive for share in job.shares()]
     tasks = merge(shares, root, strategy, backend, cluster.threads, in_place=cluster.is_local)
-    tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.recipes for _, s in r.stored))
+    tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
     if not tasks:
         return 0
     cluster.check(tasks)

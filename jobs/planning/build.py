@@ -18,8 +18,8 @@ from loaders.rules.decide import decide
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.local import FileTag
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
-from loaders.tensors.logical_tensor import Recipe
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.sources import tensors_of
 
 
 def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
@@ -28,19 +28,19 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
     """
-    sources = recipes_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
+    sources = tensors_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
     new_blocks = new_blocks_of(targets)
     if new_blocks:
         sources = expand_sources(checkpoint, sources, new_blocks)
         checkpoint = expand_checkpoint(checkpoint, new_blocks)
-    groups = cut_units(sources.recipes, unit_mb * MB)
+    groups = cut_units(sources.tensors, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
-        engine_rules = None if target.mix is None else target.mix.rules(sources.recipes, checkpoint.config)
-        decisions = decide(sources.recipes, target.scheme, target.rules, engine_rules)
+        engine_rules = None if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
+        decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules)
         layout = target.layout
-        placed = {p.recipe.name: p for p in layout.place(checkpoint, decisions)}
+        placed = {p.tensor.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
         per_unit, assembly = _files(target, checkpoint, shares), None
         counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
@@ -57,7 +57,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             target,
             decisions,
             tuple(planned),
-            {p.recipe: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
+            {p.tensor: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
             (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
@@ -71,16 +71,16 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     return Plan(checkpoint, sources, units, plans)
 
 
-def cut_units(recipes: Sequence[Recipe], unit_bytes: float) -> list[list[Recipe]]:
+def cut_units(tensors: Sequence[LogicalTensor], unit_bytes: float) -> list[list[LogicalTensor]]:
     """Runs of whole blocks of at most `unit_bytes` of source, or one block.
 
-    Recipes come sorted by block, or in the order of a GGUF, whose tensors need no partners.
+    Tensors come sorted by block, or in the order of a GGUF, whose tensors need no partners.
     """
-    units: list[list[Recipe]] = []
+    units: list[list[LogicalTensor]] = []
     size = 0
-    for _, run in groupby(recipes, key=lambda recipe: recipe.block):
+    for _, run in groupby(tensors, key=lambda tensor: tensor.block):
         block = list(run)
-        block_bytes = sum(recipe.source_bytes for recipe in block)
+        block_bytes = sum(tensor.source_bytes for tensor in block)
         if not units or size + block_bytes > unit_bytes:
             units.append([])
             size = 0
@@ -120,7 +120,7 @@ def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> Unit
     places = {slot.name: slot for file in files for slot in file.slots}
     placements = tuple(
         Placement(
-            placed.recipe.name,
+            placed.tensor.name,
             placed.action,
             placed.scheme,
             placed.cast,
@@ -141,5 +141,5 @@ def _slot(place: Slot, tensor: StoredTensor) -> Slot:
     return Slot(name, tensor.spec.dtype, tensor.spec.shape, at, within=(place.name, tensor.offset))
 
 
-def _files_of(recipes: Iterable[Recipe], tags: Mapping[str, FileTag]) -> tuple[FileTag, ...]:
-    return tuple(sorted({tags[spec.file] for recipe in recipes for _, spec in recipe.stored}))
+def _files_of(tensors: Iterable[LogicalTensor], tags: Mapping[str, FileTag]) -> tuple[FileTag, ...]:
+    return tuple(sorted({tags[spec.file] for tensor in tensors for _, spec in tensor.stored}))

@@ -20,18 +20,18 @@ from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, RowOrder, Slot, TensorSpec
 from loaders.storage.hashes import text_digest
 from loaders.storage.local import FileTag
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import METHOD_FILES
 from loaders.tensors.sources import Sources
 
-FORMAT = 1  # of plans and records: another version's are refused
+FORMAT = 2  # of plans and records: another version's are refused
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What becomes of one recipe, and the bytes that its results fill."""
+    """What becomes of one tensor, and the bytes that its results fill."""
 
-    recipe: str
+    tensor: str
     action: str
     scheme: Scheme
     cast: DType | None
@@ -39,9 +39,9 @@ class Placement:
     constants: Mapping[str, bytes]
     order: RowOrder | None = None
 
-    def encoded_spec(self, recipe: Recipe) -> TensorSpec:
-        """What the scheme sees: the recipe's weights after the cast."""
-        return recipe.spec if self.cast is None else replace(recipe.spec, dtype=self.cast)
+    def encoded_spec(self, tensor: LogicalTensor) -> TensorSpec:
+        """What the scheme sees: the tensor's weights after the cast."""
+        return tensor.spec if self.cast is None else replace(tensor.spec, dtype=self.cast)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,24 @@ class Unit:
 
     id: str
     sources: tuple[FileTag, ...]
-    recipes: tuple[Recipe, ...]
+    tensors: tuple[LogicalTensor, ...]
     outputs: Mapping[TargetId, UnitOutput]
 
     @property
     def source_bytes(self) -> int:
-        return sum(recipe.source_bytes for recipe in self.recipes)
+        return sum(tensor.source_bytes for tensor in self.tensors)
 
     def key(self, target: TargetId) -> str:
         """Names the work that this unit is for a target: a record with another key is of other work."""
         output = self.outputs[target]
-        return text_digest(f"{FORMAT} {self.sources!r} {self.recipes!r} {output!r}")
+        return text_digest(f"{FORMAT} {self.sources!r} {self.tensors!r} {output!r}")
 
     def memory_bytes(self, threads: int) -> int:
         """What running it holds at most, beyond the libraries."""
-        recipes = {recipe.name: recipe for recipe in self.recipes}
+        tensors = {tensor.name: tensor for tensor in self.tensors}
         state = max(
             (
-                p.scheme.state_bytes(p.encoded_spec(recipes[p.recipe]))
+                p.scheme.state_bytes(p.encoded_spec(tensors[p.tensor]))
                 for output in self.outputs.values()
                 for p in output.placements
             ),
@@ -128,7 +128,7 @@ class TargetPlan:
     @property
     def parameters(self) -> int:
         """Numbers in all tensors that are written, before they were quantized."""
-        return sum(d.recipe.spec.numel for d in self.decisions if d.action != "drop")
+        return sum(d.tensor.spec.numel for d in self.decisions if d.action != "drop")
 
     @property
     def tensor_bytes(self) -> int:
@@ -165,7 +165,7 @@ class Plan:
     @property
     def aux(self) -> tuple[str, ...]:
         """The other files that may go along: once weights are decoded, none that tells how they were quantized."""
-        is_decoded = any(recipe.decode is not None for recipe in self.sources.recipes)
+        is_decoded = any(tensor.decode is not None for tensor in self.sources.tensors)
         return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
 
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
@@ -177,4 +177,4 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Numbers in all float weights."""
-        return sum(r.spec.numel for r in self.sources.recipes if r.dtype.is_float)
+        return sum(r.spec.numel for r in self.sources.tensors if r.dtype.is_float)

@@ -1,4 +1,4 @@
-"""Targets: what is wanted of a checkpoint, and what all those of one pass must agree on to share its recipes."""
+"""Targets: what is wanted of a checkpoint, and what all targets of a pass must agree on to share its tensors."""
 
 from __future__ import annotations
 

@@ -27,14 +27,14 @@ def warnings(
     quantized = [d for d in decisions if d.action == "quantize"]
     if not quantized and layout.name != "gguf":
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
-    experts = [d for d in decisions if d.recipe.role == "expert"]
+    experts = [d for d in decisions if d.tensor.role == "expert"]
     kept = [d for d in experts if d.action != "quantize"]
     if kept and layout.name != "gguf":
-        total = sum(d.recipe.source_bytes for d in decisions)
-        share = sum(d.recipe.source_bytes for d in kept) / total
+        total = sum(d.tensor.source_bytes for d in decisions)
+        share = sum(d.tensor.source_bytes for d in kept) / total
         said.append(
             f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
-            f" {kept[0].recipe.dtype.torch}: {kept[0].rule.why}."
+            f" {kept[0].tensor.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         )
     if len(kept) < len(experts) and scheme.engine in ("bitsandbytes", "bitnet"):
@@ -48,7 +48,7 @@ def warnings(
             " again (\"normal_kernel_cpu\" not implemented for 'Byte'): it fills quantized weights with random numbers"
             " first; a later version may load this output, compressed-tensors (quant=fp8_dynamic) has no such fault"
         )
-    odd = [d.recipe for d in quantized if scheme.kind == "bnb4" and d.recipe.shape[0] % CPU_ROWS]
+    odd = [d.tensor for d in quantized if scheme.kind == "bnb4" and d.tensor.shape[0] % CPU_ROWS]
     if odd:
         said.append(
             f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"

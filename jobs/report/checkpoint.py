@@ -22,7 +22,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
         "model_type": checkpoint.config.get("model_type"),
         "family": checkpoint.family.name,
         "quantization": method_of(checkpoint),
-        "parameters": sum(r.spec.numel for r in sources.recipes if r.dtype.is_float),
+        "parameters": sum(r.spec.numel for r in sources.tensors if r.dtype.is_float),
         "bytes": checkpoint.size,
         "fingerprint": checkpoint.fingerprint,
         "files": [{"name": tag.name, "bytes": tag.size} for tag in checkpoint.files],
@@ -41,7 +41,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
                 "file": r.stored[0][1].file,
                 "group": r.group,
             }
-            for r in sources.recipes
+            for r in sources.tensors
         ],
     }
 

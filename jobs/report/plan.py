@@ -25,7 +25,7 @@ def plan_text(
     head.add_row(
         "",
         f"{checkpoint.family.name} family, {checkpoint.container}, {len(checkpoint.files)} file(s),"
-        f" {len(plan.sources.recipes)} tensors, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
+        f" {len(plan.sources.tensors)} tensors, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
     )
     head.add_row("output", str(spec.output_path))
     head.add_row(
@@ -80,8 +80,8 @@ def decision_rows(target: TargetPlan) -> list[dict[str, Any]]:
             },
         )
         row["tensors"] += 1
-        row["source_bytes"] += decision.recipe.source_bytes
-        row["output_bytes"] += sizes.get(decision.recipe.name, 0)
+        row["source_bytes"] += decision.tensor.source_bytes
+        row["output_bytes"] += sizes.get(decision.tensor.name, 0)
     return [rows[key] for key in sorted(rows, key=lambda key: (rows[key]["action"] != "quantize", order.get(key, 0)))]
 
 
@@ -101,9 +101,9 @@ def _tensor_table(target: TargetPlan) -> Table:
     shown = table("tensor", "role", "dtype", "shape", "action", "bytes", right=("bytes",))
     sizes = output_sizes(target)
     for d in target.decisions:
-        shape = "x".join(map(str, d.recipe.shape))
+        shape = "x".join(map(str, d.tensor.shape))
         shown.add_row(
-            d.recipe.name, d.recipe.role, d.recipe.dtype.torch, shape, d.action, f"{sizes.get(d.recipe.name, 0):,}"
+            d.tensor.name, d.tensor.role, d.tensor.dtype.torch, shape, d.action, f"{sizes.get(d.tensor.name, 0):,}"
         )
     return shown
 
@@ -126,22 +126,22 @@ def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence
         "rules": decision_rows(target),
         "tensors": [
             {
-                "name": d.recipe.name,
-                "role": d.recipe.role,
+                "name": d.tensor.name,
+                "role": d.tensor.role,
                 "action": d.action,
                 "why": d.rule.why,
-                "dtype": d.recipe.dtype.name,
-                "shape": list(d.recipe.shape),
-                "source_bytes": d.recipe.source_bytes,
+                "dtype": d.tensor.dtype.name,
+                "shape": list(d.tensor.shape),
+                "source_bytes": d.tensor.source_bytes,
                 "stored": [
                     {"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape), "bytes": s.size}
-                    for s in target.stored.get(d.recipe.name, ())
+                    for s in target.stored.get(d.tensor.name, ())
                 ],
             }
             for d in target.decisions
         ],
         "units": [
-            {"id": unit.id, "source_bytes": unit.source_bytes, "tensors": len(unit.recipes)} for unit in plan.units
+            {"id": unit.id, "source_bytes": unit.source_bytes, "tensors": len(unit.tensors)} for unit in plan.units
         ],
         "tied": [{"kept": kept, "tied": tied} for kept, tied in plan.sources.tied],
         "warnings": [*plan.checkpoint.notes, *plan.sources.notes, *target.warnings],

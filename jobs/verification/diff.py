@@ -24,8 +24,8 @@ from loaders.quantization.kernels import casts, compare, cpu
 from loaders.quantization.scheme import View
 from loaders.stats import ErrorSums, finite
 from loaders.strategies import loader
-from loaders.tensors.logical_tensor import Recipe
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.sources import tensors_of
 from loaders.tensors.views import view_of
 
 EQUAL, DIFFERENT = "equal", "different"
@@ -38,8 +38,8 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         BadSpec, BadCheckpoint: one of them cannot be opened.
     """
     one, other = open_checkpoint(a, key="a"), open_checkpoint(b, key="b")
-    ours = {r.name: r for r in recipes_of(one, decode=True, split=True).recipes}
-    theirs = {r.name: r for r in recipes_of(other, decode=True, split=True).recipes}
+    ours = {r.name: r for r in tensors_of(one, decode=True, split=True).tensors}
+    theirs = {r.name: r for r in tensors_of(other, decode=True, split=True).tensors}
     common = [name for name in ours if name in theirs]
     rows: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
     return Said(document, _text(document))
 
 
-def _row(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> dict[str, Any]:
+def _row(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: ThreadedWork) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": one.name,
         "a": _kind(one),
@@ -109,7 +109,7 @@ def _row(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> di
     }
 
 
-def _errors(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) -> ErrorSums:
+def _errors(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: ThreadedWork) -> ErrorSums:
     def compare_range(start: int, stop: int) -> np.ndarray:
         sums = compare.new_sums()
         decoded = casts.to_float32(y.read(start, stop, 1), other.dtype.name)
@@ -122,8 +122,8 @@ def _errors(one: Recipe, other: Recipe, x: View, y: View, work: ThreadedWork) ->
     return compare.error_sums(one.spec.numel, total)
 
 
-def _kind(recipe: Recipe) -> str:
-    return f"{recipe.decode.kind} of {recipe.dtype}" if recipe.decode else recipe.dtype.name
+def _kind(tensor: LogicalTensor) -> str:
+    return f"{tensor.decode.kind} of {tensor.dtype}" if tensor.decode else tensor.dtype.name
 
 
 def _text(document: dict[str, Any]) -> RenderableType:

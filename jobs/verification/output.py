@@ -71,8 +71,8 @@ class VerifyTask:
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
         faults = [fault for file in self.files for fault in _file_faults(self, file)]
         is_as_written = not faults
-        recipes = {recipe.name: recipe for recipe in self.unit.recipes}
-        sources = [spec for recipe in self.unit.recipes for _, spec in recipe.stored]
+        tensors = {tensor.name: tensor for tensor in self.unit.tensors}
+        sources = [spec for tensor in self.unit.tensors for _, spec in tensor.stored]
         with (
             self.strategy.open(self.root, sources) as source,
             self.strategy.open(self.output, list(self.weights.values())) as written,
@@ -81,23 +81,23 @@ class VerifyTask:
             work = ThreadedWork(kernels_of("cpu"), pool, stop)
 
             def look(placement: Placement) -> list[str]:
-                recipe = recipes[placement.recipe]
-                view = numbers_view(ordered_view(view_of(recipe, source, work), placement.order), placement.cast, work)
-                encoded = placement.encoded_spec(recipe)
+                tensor = tensors[placement.tensor]
+                view = numbers_view(ordered_view(view_of(tensor, source, work), placement.order), placement.cast, work)
+                encoded = placement.encoded_spec(tensor)
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
                 error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
-                fault = self.gate.fault(recipe.name, error, placement.scheme)
+                fault = self.gate.fault(tensor.name, error, placement.scheme)
                 found = [fault] if fault else []
-                if error != ErrorSums(**self.recorded[recipe.name]["sums"]):
+                if error != ErrorSums(**self.recorded[tensor.name]["sums"]):
                     found.append(
-                        f"{recipe.name}: its error is {error.relative_error:.6g}, not what was recorded"
+                        f"{tensor.name}: its error is {error.relative_error:.6g}, not what was recorded"
                         + (f"; the output is as it was written: {self.root} has changed" if is_as_written else "")
                     )
                 return found
 
             placements = self.unit.outputs[TARGET].placements
-            large = [p for p in placements if recipes[p.recipe].source_bytes > SMALL]
-            small = [p for p in placements if recipes[p.recipe].source_bytes <= SMALL]
+            large = [p for p in placements if tensors[p.tensor].source_bytes > SMALL]
+            small = [p for p in placements if tensors[p.tensor].source_bytes <= SMALL]
             faults += [fault for p in large for fault in look(p)]
             faults += [fault for found in work.each(small, look) for fault in found]
         return VerifyReport(self.unit.id, tuple(faults), len(placements))
@@ -317,7 +317,7 @@ def _tasks(
                 output,
                 {slot.name: _written(slot, weights) for slot in slots},
                 tuple(files[file.name] for file in share.files),
-                {p.recipe: recorded[p.recipe] for p in share.placements},
+                {p.tensor: recorded[p.tensor] for p in share.placements},
                 strategy,
                 threads,
                 gate,

@@ -12,7 +12,7 @@ from loaders.dtypes import DType
 from loaders.quantization.scheme import Scheme
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, RowOrder, StoredTensor
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 
 def module_of(weight: str) -> str:
@@ -22,12 +22,12 @@ def module_of(weight: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A recipe's result as a layout wants it: by which scheme, and what each role of it is called.
+    """A tensor's result as a layout wants it: by which scheme, and what each role of it is called.
 
     `cast` is the dtype that the weights take before the scheme sees them, as the engine's own loading would.
     """
 
-    recipe: Recipe
+    tensor: LogicalTensor
     action: str
     scheme: Scheme
     cast: DType | None

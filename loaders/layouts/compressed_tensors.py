@@ -40,7 +40,7 @@ def config_block(decisions: Sequence[Decision], config: Mapping[str, Any], famil
         assert decision.scheme is not None
         members.setdefault(decision.scheme, []).append(decision)
     formats = {format_of(scheme) for scheme in members}
-    everything = [module_of(d.recipe.name) for d in decisions if is_linear(d)]
+    everything = [module_of(d.tensor.name) for d in decisions if is_linear(d)]
     groups = {
         f"group_{index}": {
             "format": format_of(scheme),
@@ -71,8 +71,8 @@ def quantized(decisions: Sequence[Decision]) -> list[Decision]:
 
 def is_linear(decision: Decision) -> bool:
     """Whether an engine may take the tensor's module for a linear layer."""
-    recipe = decision.recipe
-    return recipe.role in LINEAR_ROLES and len(recipe.shape) == 2 and recipe.name.endswith(".weight")
+    tensor = decision.tensor
+    return tensor.role in LINEAR_ROLES and len(tensor.shape) == 2 and tensor.name.endswith(".weight")
 
 
 def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Family) -> list[str]:
@@ -80,16 +80,16 @@ def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Fa
 
     Experts that stay a stack are named by a pattern: engines ask for them one by one.
     """
-    kept = {module_of(d.recipe.name) for d in decisions if is_linear(d) and d.action in ("keep", "cast")}
+    kept = {module_of(d.tensor.name) for d in decisions if is_linear(d) and d.action in ("keep", "cast")}
     tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
-    stacks = {found[1] for d in decisions if len(d.recipe.shape) == 3 and (found := STACK.match(d.recipe.name))}
+    stacks = {found[1] for d in decisions if len(d.tensor.shape) == 3 and (found := STACK.match(d.tensor.name))}
     return sorted(kept | tied) + sorted(rf"re:{re.escape(stack)}\..+$" for stack in stacks)
 
 
 def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[str]:
     """Targets that match these modules and, of `everything`, no others: names; for experts regular expressions."""
-    names = [module_of(d.recipe.name) for d in members if d.recipe.role != "expert"]
-    experts = {module_of(d.recipe.name) for d in members if d.recipe.role == "expert"}
+    names = [module_of(d.tensor.name) for d in members if d.tensor.role != "expert"]
+    experts = {module_of(d.tensor.name) for d in members if d.tensor.role == "expert"}
     others = [name for name in everything if name not in experts]
     return sorted(names) + list(_patterns(experts, others))
 
@@ -192,7 +192,7 @@ def warnings(decisions: Sequence[Decision]) -> list[str]:
 
 
 def _transformers(found: Sequence[Decision]) -> Iterator[str]:
-    experts = {d.scheme for d in found if d.recipe.role == "expert"}
+    experts = {d.scheme for d in found if d.tensor.role == "expert"}
     if any(isinstance(scheme, Nvfp4) for scheme in experts):
         yield (
             "experts in NVFP4: transformers 5.23 loads them without a word and computes wrong numbers (it forgets their"
@@ -204,7 +204,7 @@ def _transformers(found: Sequence[Decision]) -> Iterator[str]:
         yield f"experts in {names}: transformers 5.23 fails to load them (CONVERSION); vLLM is what runs them"
     if len(experts) > 1:
         yield "experts in several schemes: transformers 5 takes one scheme for all experts, and loads others wrong"
-    if any(_is_asymmetric(d.scheme) and d.recipe.role != "expert" for d in found):
+    if any(_is_asymmetric(d.scheme) and d.tensor.role != "expert" for d in found):
         yield (
             "W4A16_ASYM: transformers 5.23 with compressed-tensors 0.20 stops at the zero points (size mismatch); load"
             " it with quantization_config=CompressedTensorsConfig(dequantize=True); vLLM loads it as it is"
@@ -233,14 +233,14 @@ def name_of(scheme: Decoder | None) -> str:
 
 
 def _dtypes(found: Sequence[Decision]) -> Iterator[str]:
-    fours = [d.recipe for d in found if isinstance(d.scheme, Nvfp4 | Mxfp4)]
-    others = sorted({recipe.dtype.torch for recipe in fours if recipe.dtype.name != "BF16"})
+    fours = [d.tensor for d in found if isinstance(d.scheme, Nvfp4 | Mxfp4)]
+    others = sorted({tensor.dtype.torch for tensor in fours if tensor.dtype.name != "BF16"})
     if others:
         yield (
             f"FP4 of a {others[0]} model: transformers decompresses to bfloat16, which does not multiply with"
             f" {others[0]}; load it with dtype=torch.bfloat16"
         )
-    if any(d.recipe.dtype.name == "F16" for d in found if isinstance(d.scheme, Nvfp4)):
+    if any(d.tensor.dtype.name == "F16" for d in found if isinstance(d.scheme, Nvfp4)):
         yield (
             "NVFP4 of float16 weights: compressed-tensors computes in float16, where the global scale overflows below a"
             " largest magnitude of 0.041, and is left out; such tensors get coarse scales: cast to bfloat16 first"
@@ -251,8 +251,8 @@ def _dtypes(found: Sequence[Decision]) -> Iterator[str]:
 def _fused(decisions: Sequence[Decision]) -> Iterator[str]:
     groups: dict[str, list[Decision]] = {}
     for decision in decisions:
-        if decision.recipe.group is not None and decision.action != "drop":
-            groups.setdefault(decision.recipe.group, []).append(decision)
+        if decision.tensor.group is not None and decision.action != "drop":
+            groups.setdefault(decision.tensor.group, []).append(decision)
     unlike = [
         name for name, group in groups.items()
         if any(d.action == "quantize" for d in group) and len({d.scheme for d in group}) > 1
@@ -264,7 +264,7 @@ def _fused(decisions: Sequence[Decision]) -> Iterator[str]:
         )
     ragged = [
         name for name, group in groups.items()
-        if any(isinstance(d.scheme, Fp8Block) and d.recipe.shape[0] % BLOCK for d in group[:-1])
+        if any(isinstance(d.scheme, Fp8Block) and d.tensor.shape[0] % BLOCK for d in group[:-1])
     ]  # fmt: skip
     if ragged:
         yield (

@@ -81,26 +81,26 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
     wants_stacks = bool(family_of(config).stacks) and engines <= WHOLE
     for decision in decisions:
-        recipe, scheme = decision.recipe, decision.scheme
+        tensor, scheme = decision.tensor, decision.scheme
         if scheme is None:
             continue
-        if wants_stacks and SINGLE.search(recipe.name):
+        if wants_stacks and SINGLE.search(tensor.name):
             raise BadSpec(
                 f"output.layout: transformers' {config['model_type']} holds experts in stacks, and this source has them"
-                f" one by one ({recipe.name} first), which is not put together again; choose output=mlx, or a quant of"
+                f" one by one ({tensor.name} first), which is not put together again; choose output=mlx, or a quant of"
                 " compressed-tensors"
             )
-        if decision.action == "quantize" and recipe.role == "expert" and len(recipe.shape) == 3:
+        if decision.action == "quantize" and tensor.role == "expert" and len(tensor.shape) == 3:
             raise BadSpec(
-                f"{decision.rule.label or 'quant'}: {recipe.name} is a stack of experts, which transformers loads as"
+                f"{decision.rule.label or 'quant'}: {tensor.name} is a stack of experts, which transformers loads as"
                 f" one parameter and {scheme.engine} does not quantize; keep it"
             )
-        cast = wanted if decision.action == "quantize" and wanted != recipe.dtype else None
-        spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+        cast = wanted if decision.action == "quantize" and wanted != tensor.dtype else None
+        spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
         stored = {
-            role: StoredTensor(stored_name(recipe.name, role), part) for role, part in scheme.stored(spec).items()
+            role: StoredTensor(stored_name(tensor.name, role), part) for role, part in scheme.stored(spec).items()
         }
-        placed.append(Placed(recipe, decision.action, scheme, cast, stored))
+        placed.append(Placed(tensor, decision.action, scheme, cast, stored))
     return tuple(placed)
 
 
@@ -149,11 +149,11 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_copied(decisions: Sequence[Decision]) -> bool:
     """Whether the source's own quantization stays: its tensors are copied as they are stored."""
-    return all(decision.recipe.decode is None for decision in decisions)
+    return all(decision.tensor.decode is None for decision in decisions)
 
 
 def _model_dtype(config: Mapping[str, Any], decisions: Sequence[Decision]) -> str:
-    dtype = load_dtype(config) or next(d.recipe.dtype for d in decisions if d.action == "quantize")
+    dtype = load_dtype(config) or next(d.tensor.dtype for d in decisions if d.action == "quantize")
     return dtype.torch if dtype.name != "F64" else "float32"
 
 
@@ -211,7 +211,7 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
     """
     quantized = {_module(d) for d in decisions if d.action == "quantize"}
     kept = {_module(d) for d in decisions if d.action in ("keep", "cast") and _is_linear(d)}
-    heads = {_module(d) for d in decisions if d.recipe.role in DEFAULT_HEADS and len(d.recipe.shape) == 2}
+    heads = {_module(d) for d in decisions if d.tensor.role in DEFAULT_HEADS and len(d.tensor.shape) == 2}
     if kept == heads - quantized and not heads & quantized and not family.is_generic:
         return None
     skip = sorted(kept)
@@ -231,10 +231,10 @@ def is_skipped(module: str, patterns: Sequence[str]) -> bool:
 
 
 def _module(decision: Decision) -> str:
-    return decision.recipe.name.removesuffix(".weight")
+    return decision.tensor.name.removesuffix(".weight")
 
 
 def _is_linear(decision: Decision) -> bool:
-    recipe = decision.recipe
-    is_layer = recipe.role in (*LINEAR, "head", "vision") or recipe.name.endswith(LINEAR_ROUTERS)
-    return is_layer and len(recipe.shape) == 2 and recipe.name.endswith(".weight")
+    tensor = decision.tensor
+    is_layer = tensor.role in (*LINEAR, "head", "vision") or tensor.name.endswith(LINEAR_ROUTERS)
+    return is_layer and len(tensor.shape) == 2 and tensor.name.endswith(".weight")

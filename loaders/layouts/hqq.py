@@ -42,29 +42,29 @@ class HqqLayout:
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         wanted, placed = load_dtype(checkpoint.config), []
         for decision in decisions:
-            recipe, scheme = decision.recipe, decision.scheme
+            tensor, scheme = decision.tensor, decision.scheme
             if scheme is None:
                 continue
             if decision.action == "quantize" and not isinstance(scheme, Hqq):
                 raise BadSpec(f"output.layout: hqq holds what hqq quantizes, not {scheme.kind}; use output=auto")
-            cast = wanted if decision.action == "quantize" and wanted != recipe.dtype else None
-            spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
+            cast = wanted if decision.action == "quantize" and wanted != tensor.dtype else None
+            spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
             stored = {
-                role: StoredTensor(stored_name(recipe.name, role), part)
+                role: StoredTensor(stored_name(tensor.name, role), part)
                 for role, part in scheme.stored(spec).items()
                 if role in ROLES or not isinstance(scheme, Hqq)
             }
-            placed.append(Placed(recipe, decision.action, scheme, cast, stored))
+            placed.append(Placed(tensor, decision.action, scheme, cast, stored))
         return tuple(placed)
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
         """Modules in the order of their names, each with its keys and values, in hqq's order."""
         modules: dict[str, dict[str, Any]] = {}
         for each in placed:
-            module, _, key = each.recipe.name.rpartition(".")
+            module, _, key = each.tensor.name.rpartition(".")
             values = modules.setdefault(module, {})
             if isinstance(each.scheme, Hqq):
-                spec = each.recipe.spec if each.cast is None else replace(each.recipe.spec, dtype=each.cast)
+                spec = each.tensor.spec if each.cast is None else replace(each.tensor.spec, dtype=each.cast)
                 bias = values.pop("bias", None)
                 values |= _module(each.scheme, spec, {role: tensor.name for role, tensor in each.stored.items()})
                 if bias is not None:
@@ -93,7 +93,7 @@ class HqqLayout:
         return Assembly(pieces, {}, Joined(QMODEL, head, tail))
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
-        if any(decision.recipe.role == "expert" for decision in decisions):
+        if any(decision.tensor.role == "expert" for decision in decisions):
             return (EXPERTS,)
         return ()
 

@@ -44,23 +44,23 @@ class MlxLayout:
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
-        has_head = any(d.recipe.role == "head" and d.action != "drop" for d in decisions)
+        has_head = any(d.tensor.role == "head" and d.action != "drop" for d in decisions)
         problem = head_fault(model, str(checkpoint.config["model_type"]), has_head=has_head)
         if problem:
             raise BadSpec(f"model.path: {problem}")
         cast_to, placed = convert_dtype(checkpoint.config), []
         for decision in decisions:
-            recipe, scheme = decision.recipe, decision.scheme
+            tensor, scheme = decision.tensor, decision.scheme
             if scheme is None:
                 continue
-            _check_scheme(recipe.name, scheme)
-            cast = cast_to if decision.action == "quantize" and cast_to != recipe.dtype else None
-            spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
-            stack = stack_of(model, recipe.name)
-            name, index = stack or (recipe.name, 0)
+            _check_scheme(tensor.name, scheme)
+            cast = cast_to if decision.action == "quantize" and cast_to != tensor.dtype else None
+            spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
+            stack = stack_of(model, tensor.name)
+            name, index = stack or (tensor.name, 0)
             count = (num_experts(model, checkpoint.config) or 0) if stack else None
             stored = {role: _stored(name, role, part, index, count) for role, part in scheme.stored(spec).items()}
-            placed.append(Placed(recipe, decision.action, scheme, cast, stored))
+            placed.append(Placed(tensor, decision.action, scheme, cast, stored))
         _check_stacks(placed, model, checkpoint)
         return tuple(placed)
 
@@ -68,7 +68,7 @@ class MlxLayout:
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
     ) -> dict[str, Any] | None:
         model = _known_model(checkpoint)
-        is_tied = not any(d.recipe.role == "head" and d.action != "drop" for d in decisions)
+        is_tied = not any(d.tensor.role == "head" and d.action != "drop" for d in decisions)
         made = translate_config(model, plain_config(checkpoint.config), is_tied=is_tied)
         quantized = [d for d in decisions if d.action == "quantize"]
         if quantized:
@@ -120,7 +120,7 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
     count = num_experts(model, checkpoint.config)
     stacks: dict[str, list[tuple[int, Placed]]] = {}
     for each in placed:
-        stack = stack_of(model, each.recipe.name)
+        stack = stack_of(model, each.tensor.name)
         if stack is not None:
             stacks.setdefault(stack[0], []).append((stack[1], each))
     for name, found in stacks.items():
@@ -137,8 +137,8 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
 
 
 def _module(decision: Decision, model: MlxModel) -> str:
-    stack = stack_of(model, decision.recipe.name)
-    return (stack[0] if stack else decision.recipe.name).removesuffix(".weight")
+    stack = stack_of(model, decision.tensor.name)
+    return (stack[0] if stack else decision.tensor.name).removesuffix(".weight")
 
 
 # --- config.json

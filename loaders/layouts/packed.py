@@ -57,7 +57,7 @@ class PackedLayout:
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
         said = []
-        towers = [d.recipe.name for d in decisions if d.scheme is not None and _is_tower(d)]
+        towers = [d.tensor.name for d in decisions if d.scheme is not None and _is_tower(d)]
         if towers:
             said.append(f"packed holds no towers for images: {len(towers)} tensors are left out, {towers[0]} first")
         is_plain = not any(_is_words(d) for d in decisions)
@@ -66,7 +66,7 @@ class PackedLayout:
                 "nothing is quantized: a packed checkpoint of plain weights is for storage and conversion; its engine"
                 " computes with MLX's words (quant=mlx_int4)"
             )
-        odd = sorted({d.recipe.dtype.name for d in decisions if is_plain and d.scheme == Plain()} - set(READ))
+        odd = sorted({d.tensor.dtype.name for d in decisions if is_plain and d.scheme == Plain()} - set(READ))
         if odd:
             said.append(f"its engine reads {', '.join(READ)}, not {', '.join(odd)}, which stay here as they are")
         others = sorted({d.scheme.bits for d in decisions if isinstance(d.scheme, MlxAffine)} - {4, 8})
@@ -83,11 +83,11 @@ class PackedLayout:
         if not checkpoint.config:
             return None
         if model is not None and fault(model, checkpoint.config) is None:
-            is_tied = not any(d.recipe.role == "head" and d.action != "drop" for d in decisions)
+            is_tied = not any(d.tensor.role == "head" and d.action != "drop" for d in decisions)
             made = translate_config(model, checkpoint.config, is_tied=is_tied)
         else:
             made = dict(checkpoint.config)
-        if any(d.recipe.decode is None and _is_words(d) for d in decisions if d.action != "quantize"):
+        if any(d.tensor.decode is None and _is_words(d) for d in decisions if d.action != "quantize"):
             return made  # copied words, and the block that tells of them
         made = {key: value for key, value in plain_config(made).items() if key not in QUANTIZATION_KEYS}
         quantized = [d for d in decisions if d.action == "quantize"]
@@ -132,7 +132,7 @@ class PackedLayout:
 
 def _check_scheme(decision: Decision) -> None:
     """Raises BadSpec: packed's engine has no such codes."""
-    scheme, name = decision.scheme, decision.recipe.name
+    scheme, name = decision.scheme, decision.tensor.name
     if scheme is None or isinstance(scheme, Plain):
         return
     if not isinstance(scheme, MlxAffine):
@@ -148,13 +148,13 @@ def _check_scheme(decision: Decision) -> None:
 
 
 def _is_tower(decision: Decision) -> bool:
-    return TOWER.search(decision.recipe.name) is not None
+    return TOWER.search(decision.tensor.name) is not None
 
 
 def _is_words(decision: Decision) -> bool:
     """Whether it is stored as quantized words: made here, or copied."""
-    recipe = decision.recipe
-    is_copy = recipe.decode is None and recipe.dtype.name == "U32" and recipe.name.endswith(".weight")
+    tensor = decision.tensor
+    is_copy = tensor.decode is None and tensor.dtype.name == "U32" and tensor.name.endswith(".weight")
     return isinstance(decision.scheme, MlxAffine) or (decision.scheme == Plain() and is_copy)
 
 
@@ -164,14 +164,14 @@ def _bits(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> dict[str, in
     Raises:
         BadSpec: copied words are not those of affine groups of 64.
     """
-    found, by_name = {}, {d.recipe.name: d.recipe for d in decisions if d.scheme is not None}
+    found, by_name = {}, {d.tensor.name: d.tensor for d in decisions if d.scheme is not None}
     for decision in decisions:
-        name = decision.recipe.name
+        name = decision.tensor.name
         if isinstance(decision.scheme, MlxAffine):
             found[_own_name(name)] = decision.scheme.bits
         elif _is_words(decision):
             scales = by_name.get(name.removesuffix("weight") + "scales")
-            scheme = None if scales is None else stored_scheme(checkpoint, decision.recipe, scales)
+            scheme = None if scales is None else stored_scheme(checkpoint, decision.tensor, scales)
             if not isinstance(scheme, MlxAffine) or scheme.group_size != PACKED_GROUP:
                 raise BadSpec(
                     f"output.layout: {name} is U32 but not of MLX's affine groups of {PACKED_GROUP}, which packed's"
@@ -188,18 +188,18 @@ def _own_name(name: str) -> str:
 
 def _placed(decision: Decision, *, is_quantized: bool) -> Placed:
     """Under its name in the one file: experts are moved later. Beside words, floats are bfloat16 or float32."""
-    recipe, scheme, action = decision.recipe, decision.scheme, decision.action
+    tensor, scheme, action = decision.tensor, decision.scheme, decision.action
     assert scheme is not None
-    cast = DTYPES["BF16"] if action == "quantize" and recipe.dtype.name != "BF16" else None
+    cast = DTYPES["BF16"] if action == "quantize" and tensor.dtype.name != "BF16" else None
     if is_quantized and isinstance(scheme, Plain):
-        dtype = scheme.dtype or recipe.dtype.name
-        wanted = "F32" if recipe.name.endswith(WIDE) else "BF16"
+        dtype = scheme.dtype or tensor.dtype.name
+        wanted = "F32" if tensor.name.endswith(WIDE) else "BF16"
         if dtype in NARROWED or (dtype == "BF16" and wanted == "F32"):
             scheme, action = Plain(wanted), "cast"
-    spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
-    name = _own_name(recipe.name)
+    spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
+    name = _own_name(tensor.name)
     stored = {role: StoredTensor(_part(name, role), part) for role, part in scheme.stored(spec).items()}
-    return Placed(recipe, action, scheme, cast, stored)
+    return Placed(tensor, action, scheme, cast, stored)
 
 
 def _part(name: str, role: str) -> str:
@@ -228,7 +228,7 @@ class _Experts:
                 if expert is not None:
                     layer, index, component = expert
                     found.setdefault((layer, index), {})[component] = (tensor.spec, bits.get(tensor.name))
-                    blocks.setdefault(layer, set()).add(each.recipe.block)
+                    blocks.setdefault(layer, set()).add(each.tensor.block)
         if not found or any(len(names) > 1 for names in blocks.values()):
             return None
         return cls(_expert_layout(found), checkpoint.config)

@@ -12,7 +12,7 @@ from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, tran
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.storage.json_files import read_json
 from loaders.tensors.quantized_sources import method_of
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 
 __all__ = ["BY_METHOD", "Finding", "lint", "lint_folder"]
 
@@ -47,7 +47,7 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
         BadCheckpoint: a quantized weight lacks one of its parts.
     """
     is_gguf = checkpoint.container == "gguf"  # of any architecture, read under its own names
-    subject = Subject(checkpoint, recipes_of(checkpoint, decode=not is_gguf), _index_of(checkpoint))
+    subject = Subject(checkpoint, tensors_of(checkpoint, decode=not is_gguf), _index_of(checkpoint))
     found = list(gguf.check(subject) if is_gguf else files.check(subject))
     method = method_of(checkpoint)
     check = BY_METHOD.get(method or "")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.rules.defaults import LINEAR
 from loaders.specs import WeightSpec
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
 
 SHOWN = 4
@@ -56,14 +56,14 @@ class Subject:
         return {spec.name: spec for spec in self.checkpoint.weights}
 
     @property
-    def linears(self) -> list[Recipe]:
+    def linears(self) -> list[LogicalTensor]:
         """Matrices of modules that engines quantize: linear layers, experts, the head."""
-        return [r for r in self.sources.recipes if r.role in (*LINEAR, "expert", "head") and len(r.shape) == 2]
+        return [r for r in self.sources.tensors if r.role in (*LINEAR, "expert", "head") and len(r.shape) == 2]
 
 
-def module(recipe: Recipe) -> str:
+def module(tensor: LogicalTensor) -> str:
     """The module that a weight belongs to."""
-    return recipe.name.removesuffix(".weight")
+    return tensor.name.removesuffix(".weight")
 
 
 def some(names: list[str]) -> str:

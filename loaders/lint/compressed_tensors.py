@@ -12,7 +12,7 @@ from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.schemes.compressed_tensors_fp4 import Nvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.strategies import loader
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 BOTH = "vLLM, transformers"
 
@@ -28,11 +28,11 @@ def check(subject: Subject) -> Iterator[Finding]:
     if broken:
         yield fault(BOTH, f"ignore has what is no regular expression: {some(broken)}", "fails", "mend it")
         return
-    recipes = [r for r in subject.sources.recipes if r.role in LINEAR_ROLES and len(r.shape) == 2]
+    tensors = [r for r in subject.sources.tensors if r.role in LINEAR_ROLES and len(r.shape) == 2]
     yield from _targets(block)
-    yield from _ignored(recipes, ignore)
-    yield from _fused(subject, recipes)
-    yield from _experts(recipes)
+    yield from _ignored(tensors, ignore)
+    yield from _fused(subject, tensors)
+    yield from _experts(tensors)
 
 
 def _compiles(pattern: str) -> bool:
@@ -61,8 +61,8 @@ def is_named(name: str, patterns: list[str]) -> bool:
     return any(re.match(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns)
 
 
-def _ignored(recipes: list[Recipe], ignore: list[str]) -> Iterator[Finding]:
-    bare = [module(r) for r in recipes if _is_plain(r) and not is_named(module(r), ignore)]
+def _ignored(tensors: list[LogicalTensor], ignore: list[str]) -> Iterator[Finding]:
+    bare = [module(r) for r in tensors if _is_plain(r) and not is_named(module(r), ignore)]
     if bare:
         yield fault(
             BOTH,
@@ -70,7 +70,7 @@ def _ignored(recipes: list[Recipe], ignore: list[str]) -> Iterator[Finding]:
             "looks for their scales and fails (a router or an MTP layer: KeyError)",
             "name them in quantization_config.ignore",
         )
-    caught = [module(r) for r in recipes if r.decode is not None and is_named(module(r), ignore)]
+    caught = [module(r) for r in tensors if r.decode is not None and is_named(module(r), ignore)]
     if caught:
         yield fault(
             BOTH,
@@ -80,15 +80,15 @@ def _ignored(recipes: list[Recipe], ignore: list[str]) -> Iterator[Finding]:
         )
 
 
-def _is_plain(recipe: Recipe) -> bool:
-    return recipe.decode is None and recipe.dtype.is_float and recipe.role != "other"
+def _is_plain(tensor: LogicalTensor) -> bool:
+    return tensor.decode is None and tensor.dtype.is_float and tensor.role != "other"
 
 
-def _fused(subject: Subject, recipes: list[Recipe]) -> Iterator[Finding]:
-    groups: dict[str, list[Recipe]] = {}
-    for recipe in recipes:
-        if recipe.group is not None:
-            groups.setdefault(recipe.group, []).append(recipe)
+def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
+    groups: dict[str, list[LogicalTensor]] = {}
+    for tensor in tensors:
+        if tensor.group is not None:
+            groups.setdefault(tensor.group, []).append(tensor)
     unlike = [name for name, group in groups.items() if len({r.decode for r in group}) > 1]
     if unlike:
         yield fault(
@@ -119,17 +119,17 @@ def _fused(subject: Subject, recipes: list[Recipe]) -> Iterator[Finding]:
         )
 
 
-def _global_scale(subject: Subject, recipe: Recipe) -> bytes | None:
+def _global_scale(subject: Subject, tensor: LogicalTensor) -> bytes | None:
     """The four bytes of an NVFP4 weight's global scale."""
-    if not isinstance(recipe.decode, Nvfp4):
+    if not isinstance(tensor.decode, Nvfp4):
         return None
-    [scale] = [spec for role, spec in recipe.stored if role == "weight_global_scale"]
+    [scale] = [spec for role, spec in tensor.stored if role == "weight_global_scale"]
     with loader("read").open(subject.checkpoint.root, (scale,)) as reader:
         return reader.read(scale, 0, scale.size).tobytes()
 
 
-def _experts(recipes: list[Recipe]) -> Iterator[Finding]:
-    schemes = {r.decode for r in recipes if r.role == "expert" and r.decode is not None}
+def _experts(tensors: list[LogicalTensor]) -> Iterator[Finding]:
+    schemes = {r.decode for r in tensors if r.role == "expert" and r.decode is not None}
     for scheme in schemes:
         if isinstance(scheme, Nvfp4):
             yield fault(

@@ -66,23 +66,23 @@ def _dimensions(subject: Subject) -> Iterator[Finding]:
     """Whether config.json's sizes are those of the tensors, where every family means the same by them."""
     if subject.checkpoint.family.is_generic or subject.checkpoint.container == "gguf":
         return
-    for name, recipe in ((r.name, r) for r in subject.sources.recipes):
+    for name, tensor in ((r.name, r) for r in subject.sources.tensors):
         wanted: tuple[tuple[int, str], ...] = ()
         if EMBEDDING.search(name):
             wanted = ((0, "vocab_size"), (1, "hidden_size"))
         elif FROM_HIDDEN.search(name):
             wanted = ((1, "hidden_size"),)
-        for axis, key in wanted if len(recipe.shape) == 2 else ():
+        for axis, key in wanted if len(tensor.shape) == 2 else ():
             size = text_config(subject.config, key)
-            if isinstance(size, int) and recipe.shape[axis] != size:
+            if isinstance(size, int) and tensor.shape[axis] != size:
                 yield fault(
                     ANY,
-                    f"config.json says {key} {size}, but {name} is {list(recipe.shape)}",
+                    f"config.json says {key} {size}, but {name} is {list(tensor.shape)}",
                     "fails on the shapes",
-                    f"set {key} to {recipe.shape[axis]}, if the tensor is right",
+                    f"set {key} to {tensor.shape[axis]}, if the tensor is right",
                 )
                 return
-    layers = {int(match[1]) for r in subject.sources.recipes if (match := OF_LAYER.search(r.name))}
+    layers = {int(match[1]) for r in subject.sources.tensors if (match := OF_LAYER.search(r.name))}
     count = text_config(subject.config, "num_hidden_layers")
     missing = sorted(set(range(count)) - layers) if isinstance(count, int) and layers and count < MOST_LAYERS else []
     if missing:
@@ -117,7 +117,7 @@ def _index(subject: Subject) -> Iterator[Finding]:
 
 def _head(subject: Subject) -> Iterator[Finding]:
     """Whether the output projection is there exactly where config.json says so."""
-    names = {recipe.name for recipe in subject.sources.recipes}
+    names = {tensor.name for tensor in subject.sources.tensors}
     pairs = subject.checkpoint.family.tied_pairs(subject.config)
     for kept, tied in pairs:
         parts = [name for name in subject.by_name if name.startswith(tied) and name != tied]
@@ -137,7 +137,7 @@ def _head(subject: Subject) -> Iterator[Finding]:
             )
     if not pairs and "model.embed_tokens.weight" in names and subject.config.get("architectures"):
         is_causal = any("ForCausalLM" in str(name) for name in subject.config["architectures"])
-        if is_causal and not any(recipe.role == "head" for recipe in subject.sources.recipes):
+        if is_causal and not any(tensor.role == "head" for tensor in subject.sources.tensors):
             yield fault(
                 "transformers",
                 "there is no lm_head.weight, and config.json does not tie it to the embedding",

@@ -26,7 +26,7 @@ def check(subject: Subject) -> Iterator[Finding]:
             "does not load HQQ: it warns of missing weights and computes with random ones",
             "load it with transformers 4 (on a CPU in float32), or make it again with output=hqq for the hqq package",
         )
-    experts = [module(recipe) for recipe in subject.sources.recipes if recipe.role == "expert"]
+    experts = [module(tensor) for tensor in subject.sources.tensors if tensor.role == "expert"]
     if experts:
         yield doubt(
             "hqq, transformers 5",

@@ -42,7 +42,7 @@ def check(subject: Subject) -> Iterator[Finding]:
                 "is known to read 4 and 8",
                 "quantize them to 4 or 8 bits",
             )
-    inside = [r.name for r in subject.sources.recipes if r.role == "expert" and not _is_apart(r.stored[0][1].file)]
+    inside = [r.name for r in subject.sources.tensors if r.role == "expert" and not _is_apart(r.stored[0][1].file)]
     if inside:
         yield doubt(
             ENGINE,

@@ -8,7 +8,7 @@ from typing import Any
 from loaders.layouts.hf import DEFAULT_HEADS, is_skipped
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 SKIP_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "bitnet": "modules_to_not_convert"}
 
@@ -28,10 +28,10 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _skip_list(subject: Subject, key: str, skip: Sequence[str] | None) -> Iterator[Finding]:
-    def is_left_alone(recipe: Recipe) -> bool:
-        return recipe.role in DEFAULT_HEADS if skip is None else is_skipped(module(recipe), skip)
+    def is_left_alone(tensor: LogicalTensor) -> bool:
+        return tensor.role in DEFAULT_HEADS if skip is None else is_skipped(module(tensor), skip)
 
-    linears = [recipe for recipe in subject.linears if recipe.role != "expert"]
+    linears = [tensor for tensor in subject.linears if tensor.role != "expert"]
     bare = [module(r) for r in linears if r.decode is None and not is_left_alone(r)]
     if bare:
         yield fault(
@@ -51,7 +51,7 @@ def _skip_list(subject: Subject, key: str, skip: Sequence[str] | None) -> Iterat
 
 
 def _experts(subject: Subject) -> Iterator[Finding]:
-    experts = [module(r) for r in subject.sources.recipes if r.role == "expert" and r.decode is not None]
+    experts = [module(r) for r in subject.sources.tensors if r.role == "expert" and r.decode is not None]
     if experts:
         yield fault(
             "transformers 5",
@@ -59,7 +59,7 @@ def _experts(subject: Subject) -> Iterator[Finding]:
             "fuses experts and fails with a size mismatch; transformers 4 loads them",
             "keep experts by a rule",
         )
-    routers = [module(r) for r in subject.sources.recipes if r.role == "router" and r.decode is not None]
+    routers = [module(r) for r in subject.sources.tensors if r.role == "router" and r.decode is not None]
     if routers:
         yield fault(
             "transformers 5",
@@ -70,8 +70,8 @@ def _experts(subject: Subject) -> Iterator[Finding]:
 
 
 def _bitsandbytes(subject: Subject) -> Iterator[Finding]:
-    four_bit = [recipe for recipe in subject.sources.recipes if isinstance(recipe.decode, Bnb4)]
-    odd = [module(recipe) for recipe in four_bit if recipe.shape[0] % CPU_ROWS]
+    four_bit = [tensor for tensor in subject.sources.tensors if isinstance(tensor.decode, Bnb4)]
+    odd = [module(tensor) for tensor in four_bit if tensor.shape[0] % CPU_ROWS]
     if odd:
         yield doubt(
             "bitsandbytes on a CPU with AVX512-BF16",
@@ -80,7 +80,7 @@ def _bitsandbytes(subject: Subject) -> Iterator[Finding]:
             "keep them by a rule if such a CPU is to run it",
         )
     for group in sorted({r.group for r in four_bit if r.group}):
-        partners = [r for r in subject.sources.recipes if r.group == group]
+        partners = [r for r in subject.sources.tensors if r.group == group]
         if any(r.decode is None for r in partners):
             yield doubt(
                 "vLLM, which fuses them",

@@ -22,7 +22,7 @@ from loaders.quantization.scheme import Scheme, Sharing, View
 from loaders.specs import StoredSpec, TensorSpec
 from loaders.stats import ErrorSums
 from loaders.strategies import Reader, WeightLoader
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.views import encoded_view, view_of
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
@@ -35,7 +35,7 @@ class Item:
     `names` are those of the parts, by role, where an engine looks for others than the usual.
     """
 
-    recipe: Recipe
+    tensor: LogicalTensor
     dtype: DType
     scheme: Scheme | None = None
     cast: DType | None = None
@@ -44,24 +44,24 @@ class Item:
     @property
     def is_in_place(self) -> bool:
         """Whether the file's own bytes are the result."""
-        recipe = self.recipe
-        if self.scheme is not None or recipe.decode is not None or recipe.order is not None:
+        tensor = self.tensor
+        if self.scheme is not None or tensor.decode is not None or tensor.order is not None:
             return False
-        stored = recipe.stored[0][1]
-        is_whole = recipe.whole is None and recipe.shape == stored.shape and recipe.window == Window.whole(stored)
-        return is_whole and self.dtype == recipe.dtype
+        stored = tensor.stored[0][1]
+        is_whole = tensor.whole is None and tensor.shape == stored.shape and tensor.window == Window.whole(stored)
+        return is_whole and self.dtype == tensor.dtype
 
     @property
     def spec(self) -> TensorSpec:
         """What a scheme is given, or what the plain weights are."""
-        recipe = self.recipe
-        return TensorSpec(recipe.name, self.cast or (recipe.dtype if self.scheme else self.dtype), recipe.shape)
+        tensor = self.tensor
+        return TensorSpec(tensor.name, self.cast or (tensor.dtype if self.scheme else self.dtype), tensor.shape)
 
     @property
     def stored(self) -> Mapping[str, StoredSpec]:
         """The parts that there will be."""
         if self.scheme is None:
-            return {"weight": StoredSpec(self.dtype, self.recipe.shape)}
+            return {"weight": StoredSpec(self.dtype, self.tensor.shape)}
         return self.scheme.stored(self.spec)
 
 
@@ -84,7 +84,7 @@ def make(root: Path, items: Sequence[Item], strategy: WeightLoader, backend: str
         WeightmillError: a file cannot be read, or is damaged.
     """
     together, stop = shared(), threading.Event()
-    specs = [spec for item in items for _, spec in item.recipe.stored]
+    specs = [spec for item in items for _, spec in item.tensor.stored]
     state = max((i.scheme.state_bytes(i.spec) for i in items if i.scheme is not None), default=0)
     with (
         together.budget.hold(together.workers * THREAD_BYTES + state),
@@ -93,9 +93,9 @@ def make(root: Path, items: Sequence[Item], strategy: WeightLoader, backend: str
         work = ThreadedWork(kernels_of(backend), together.pool, stop)
         making = Making(reader, work, items, measured=measured)
         try:
-            for item in (i for i in items if i.recipe.source_bytes > SMALL):
+            for item in (i for i in items if i.tensor.source_bytes > SMALL):
                 making.tensor(item)
-            work.each([i for i in items if i.recipe.source_bytes <= SMALL], making.tensor)
+            work.each([i for i in items if i.tensor.source_bytes <= SMALL], making.tensor)
         except BaseException:
             stop.set()
             raise
@@ -110,31 +110,31 @@ class Making:
         self._work = work
         self._measured = measured
         self._groups: dict[str, list[Item]] = {}
-        for item in (i for i in items if i.recipe.group is not None):
-            self._groups.setdefault(str(item.recipe.group), []).append(item)
+        for item in (i for i in items if i.tensor.group is not None):
+            self._groups.setdefault(str(item.tensor.group), []).append(item)
         self._shared: dict[str, Scheme] = {}
         self._sharing, self._counting = threading.Lock(), threading.Lock()
         self.made = Made({}, {})
 
     def tensor(self, item: Item) -> None:
         if item.scheme is None:
-            view = view_of(item.recipe, self._reader, self._work, item.dtype)  # decoded weights are rounded once
-            self.made.parts[item.recipe.name] = {"weight": self._plain(item, view)}
+            view = view_of(item.tensor, self._reader, self._work, item.dtype)  # decoded weights are rounded once
+            self.made.parts[item.tensor.name] = {"weight": self._plain(item, view)}
             return
-        view = view_of(item.recipe, self._reader, self._work)
+        view = view_of(item.tensor, self._reader, self._work)
         sink, seen = MemoryParts(item.stored), encoded_view(view, item.cast)
         scheme = self._knowing(item, item.scheme)
         self._timed("encode_s", lambda: scheme.encode(seen, sink, self._work))
         if self._measured:
-            again = view_of(item.recipe, self._reader, self._work)
+            again = view_of(item.tensor, self._reader, self._work)
 
             def look() -> None:
-                self.made.errors[item.recipe.name] = measure(
+                self.made.errors[item.tensor.name] = measure(
                     again, scheme, seen.spec, sink, self._work, lambda count: None
                 )
 
             self._timed("measure_s", look)
-        self.made.parts[item.recipe.name] = sink.parts()
+        self.made.parts[item.tensor.name] = sink.parts()
 
     def _timed(self, phase: str, body: Callable[[], Any]) -> None:
         began = time.perf_counter()
@@ -157,12 +157,12 @@ class Making:
         """The scheme with what it shares over the tensor's fused group, found once a group."""
         if not isinstance(scheme, Sharing):
             return scheme
-        key = item.recipe.group or item.recipe.name
+        key = item.tensor.group or item.tensor.name
         with self._sharing:
             if key not in self._shared:
-                partners = self._groups[key] if item.recipe.group is not None else [item]
+                partners = self._groups[key] if item.tensor.group is not None else [item]
                 views = [
-                    encoded_view(view_of(p.recipe, self._reader, self._work), p.cast)
+                    encoded_view(view_of(p.tensor, self._reader, self._work), p.cast)
                     for p in partners
                     if p.scheme == scheme
                 ]

@@ -37,9 +37,9 @@ from loaders.storage.hashes import text_digest
 from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.quantized_sources import check_decodable, is_quantized
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 Weights = dict[str, Any]  # torch tensors; QuantizedTensor where a scheme made one
 
 
@@ -190,25 +190,25 @@ class Loading:
             raise BadSpec(f"strategy={config.strategy}: {self._strategy.not_for_jobs}")
         check_decodable(checkpoint)
         split = quant is not None and quant.scheme.engine not in WHOLE_STACKS
-        sources = recipes_of(checkpoint, decode=True, split=split)
+        sources = tensors_of(checkpoint, decode=True, split=split)
         self._notes = (
             *checkpoint.notes, *sources.notes, *(f"{dropped} is tied to {kept}" for kept, dropped in sources.tied),
         )  # fmt: skip
-        self._items = self._selected(sources.recipes, quant)
-        _check_shapes(config, [item.recipe for item in self._items])
+        self._items = self._selected(sources.tensors, quant)
+        _check_shapes(config, [item.tensor for item in self._items])
 
-    def _selected(self, recipes: Sequence[Any], quant: Quant | None) -> list[Item]:
+    def _selected(self, tensors: Sequence[Any], quant: Quant | None) -> list[Item]:
         config = self._config
         scheme = Plain() if quant is None else quant.scheme
         mix = None if quant is None else quant.mix
-        rules = None if mix is None else mix.rules(recipes, self._checkpoint.config)
-        mine = [recipe for recipe in recipes if matches(recipe.name, config.layer_filter)]
+        rules = None if mix is None else mix.rules(tensors, self._checkpoint.config)
+        mine = [tensor for tensor in tensors if matches(tensor.name, config.layer_filter)]
         if not mine:
-            raise _none_matches(config, [recipe.name for recipe in recipes])
+            raise _none_matches(config, [tensor.name for tensor in tensors])
         decisions = decide(mine, scheme, (), rules)
         placed = self._placed(decisions, quant)
         return [
-            self._item(decision, placed.get(decision.recipe.name))
+            self._item(decision, placed.get(decision.tensor.name))
             for decision in decisions
             if decision.action != "drop"
         ]
@@ -218,24 +218,24 @@ class Loading:
         if quant is None or BY_ENGINE[quant.scheme.engine] == "gguf":  # which takes any dtype, and knows few models
             return {}
         layout = LAYOUTS[BY_ENGINE[quant.scheme.engine]]
-        return {placed.recipe.name: placed for placed in layout.place(self._checkpoint, decisions)}
+        return {placed.tensor.name: placed for placed in layout.place(self._checkpoint, decisions)}
 
     def _item(self, decision: Decision, placed: Placed | None) -> Item:
-        recipe, scheme = decision.recipe, decision.scheme
+        logical, scheme = decision.tensor, decision.scheme
         if scheme is not None and not isinstance(scheme, Plain):
             if placed is None:
-                return Item(recipe, recipe.dtype, scheme)
+                return Item(logical, logical.dtype, scheme)
             names = {role: tensor.name for role, tensor in placed.stored.items() if tensor.whole is None}
-            return Item(recipe, recipe.dtype, scheme, placed.cast, names)
-        if recipe.dtype.name not in WEIGHT_DTYPES:
-            return Item(recipe, recipe.dtype)
+            return Item(logical, logical.dtype, scheme, placed.cast, names)
+        if logical.dtype.name not in WEIGHT_DTYPES:
+            return Item(logical, logical.dtype)
         chosen = self._config.dtype or (DTYPES[scheme.dtype].torch if scheme is not None and scheme.dtype else None)
-        return Item(recipe, recipe.dtype if chosen is None else float_dtype(chosen))
+        return Item(logical, logical.dtype if chosen is None else float_dtype(chosen))
 
     def run(self) -> tuple[Weights, Statistics]:
-        used = {spec.file for item in self._items for _, spec in item.recipe.stored}
+        used = {spec.file for item in self._items for _, spec in item.tensor.stored}
         share = cached_share(self._checkpoint.root, [tag for tag in self._checkpoint.files if tag.name in used])
-        in_place = {item.recipe.stored[0][1].name: item for item in self._items if item.is_in_place}
+        in_place = {item.tensor.stored[0][1].name: item for item in self._items if item.is_in_place}
         loaded = {}
         if in_place:
             loaded = self._strategy.load_weights(self._checkpoint, names=list(in_place), device=self._config.device)
@@ -244,25 +244,25 @@ class Loading:
         self._judge(others, made.errors)
         weights: Weights = {}
         for item in self._items:
-            name = item.recipe.name
-            weights[name] = loaded[item.recipe.stored[0][1].name] if item.is_in_place else self._result(item, made)
+            name = item.tensor.name
+            weights[name] = loaded[item.tensor.stored[0][1].name] if item.is_in_place else self._result(item, made)
         return weights, self._statistics(made, from_cache, share)
 
     def _result(self, item: Item, made: Made) -> Any:
-        name, parts = item.recipe.name, made.parts[item.recipe.name]
+        name, parts = item.tensor.name, made.parts[item.tensor.name]
         if item.scheme is not None:
             return QuantizedTensor(name, item.scheme, item.spec, parts, self._config.device, item.stored, item.names)
         raw = parts["weight"].view(np.uint8)
-        tensor = as_torch(raw, WeightSpec(name, item.dtype, item.recipe.shape, "", 0, raw.nbytes))
+        tensor = as_torch(raw, WeightSpec(name, item.dtype, item.tensor.shape, "", 0, raw.nbytes))
         return tensor if self._config.device == "cpu" else tensor.to(torch_device(self._config.device)[1])
 
     def _judge(self, items: Sequence[Item], errors: Mapping[str, ErrorSums]) -> None:
         gate = Gate(self._config.allow_nonfinite, self._config.max_relative_error, "")
         faults = [
-            (errors[item.recipe.name].relative_error, fault)
+            (errors[item.tensor.name].relative_error, fault)
             for item in items
-            if item.scheme is not None and item.recipe.name in errors
-            for fault in (gate.fault(item.recipe.name, errors[item.recipe.name], item.scheme),)
+            if item.scheme is not None and item.tensor.name in errors
+            for fault in (gate.fault(item.tensor.name, errors[item.tensor.name], item.scheme),)
             if fault
         ]
         if faults:
@@ -292,24 +292,24 @@ class Loading:
     def _key(self, items: Sequence[Item]) -> str:
         """Names the content and what is made of it."""
         checkpoint, cache = self._checkpoint, shared().cache
-        used = {spec.file for item in items for _, spec in item.recipe.stored}
+        used = {spec.file for item in items for _, spec in item.tensor.stored}
         content = [(t.name, cache.content_of(checkpoint.root / t.name)) for t in checkpoint.files if t.name in used]
         config = json.dumps(checkpoint.config, sort_keys=True, default=str)
         return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}")
 
     def _statistics(self, made: Made, from_cache: bool, share: float | None) -> Statistics:
         items, before = self._items, self._strategy.stats
-        read = sum(item.recipe.source_bytes for item in items)
-        files = {spec.file for item in items for _, spec in item.recipe.stored}
+        read = sum(item.tensor.source_bytes for item in items)
+        files = {spec.file for item in items for _, spec in item.tensor.stored}
         load = LoadStats(
             files=len(files), tensors=len(items), bytes=read, read_s=before.read_s, encode_s=made.encode_s,
             measure_s=made.measure_s, **by_warmth(share, read),
         )  # fmt: skip
         layers = {
-            item.recipe.name: LayerStats(
-                item.scheme.kind, item.recipe.spec.numel, item.recipe.source_bytes,
-                sum(part.nbytes for part in made.parts[item.recipe.name].values()),
-                made.errors.get(item.recipe.name, ErrorSums(item.recipe.spec.numel)),
+            item.tensor.name: LayerStats(
+                item.scheme.kind, item.tensor.spec.numel, item.tensor.source_bytes,
+                sum(part.nbytes for part in made.parts[item.tensor.name].values()),
+                made.errors.get(item.tensor.name, ErrorSums(item.tensor.spec.numel)),
             )
             for item in items
             if item.scheme is not None
@@ -319,7 +319,7 @@ class Loading:
         plain = [item for item in items if item.scheme is None]
         compression = CompressionStats(
             len(items),
-            sum(item.recipe.spec.numel for item in items),
+            sum(item.tensor.spec.numel for item in items),
             read,
             sum(layer.output_bytes for layer in layers.values()) + sum(item.spec.size for item in plain),
             sum((layer.error for layer in layers.values()), ErrorSums()),
@@ -334,8 +334,8 @@ def _from_cache(key: str, items: Sequence[Item]) -> Made | None:
         return None
     try:
         parts: dict[str, Mapping[str, np.ndarray]] = {
-            item.recipe.name: {
-                role: entry.parts[f"{item.recipe.name}|{role}"].view(storage_of(stored.dtype))
+            item.tensor.name: {
+                role: entry.parts[f"{item.tensor.name}|{role}"].view(storage_of(stored.dtype))
                 for role, stored in item.stored.items()
             }
             for item in items

@@ -22,7 +22,7 @@ from loaders.rules.decide import decide
 from loaders.specs import TensorSpec
 from loaders.storage import local
 from loaders.strategies.auto import choose
-from loaders.tensors.sources import Sources, recipes_of
+from loaders.tensors.sources import Sources, tensors_of
 
 GB = 1_000_000_000
 # By backend, what its engines load there, from most bits to fewest: the first that fits is taken
@@ -223,14 +223,14 @@ def planned_bytes(
     is_copy = scheme == Plain()
     how, known = (not is_copy, scheme.engine not in WHOLE_STACKS), {} if known is None else known
     if how not in known:
-        known[how] = recipes_of(checkpoint, decode=how[0], split=how[1])
+        known[how] = tensors_of(checkpoint, decode=how[0], split=how[1])
     sources = known[how]
-    rules = None if quant.mix is None else quant.mix.rules(sources.recipes, checkpoint.config)
-    decisions = decide(sources.recipes, scheme, (), rules)
+    rules = None if quant.mix is None else quant.mix.rules(sources.tensors, checkpoint.config)
+    decisions = decide(sources.tensors, scheme, (), rules)
     layout = LAYOUTS[BY_ENGINE[scheme.engine]]
     placed = layout.place(checkpoint, decisions)
     size = sum(tensor.spec.size for each in placed for tensor in each.stored.values())
-    return size, sum(each.recipe.spec.numel for each in placed)
+    return size, sum(each.tensor.spec.numel for each in placed)
 
 
 def _estimated(quant: Quant, parameters: int) -> tuple[int, float]:

@@ -24,9 +24,9 @@ from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
 from loaders.rules.decide import decide
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import check_decodable, is_quantized
-from loaders.tensors.sources import Sources, recipes_of
+from loaders.tensors.sources import Sources, tensors_of
 
 Models = tuple[Any, Any]
 
@@ -141,20 +141,20 @@ def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
                 f"quantize: {checkpoint.root} is quantized already; leave quantize out to load it as it is, or run a"
                 " job with this source"
             )
-    return recipes_of(checkpoint, decode=True)
+    return tensors_of(checkpoint, decode=True)
 
 
 def _needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
     """Whether there are quantized tensors that only transformers has modules for."""
     if config.decode or config.strategy is not LoadingStrategy.FULL or config.llama_pro_blocks:
         return False
-    decoders = {r.decode for r in sources.recipes if r.decode is not None and not _is_ggml(r)}
+    decoders = {r.decode for r in sources.tensors if r.decode is not None and not _is_ggml(r)}
     return any(not runs_here(decoder) for decoder in decoders)
 
 
-def _is_ggml(recipe: Recipe) -> bool:
+def _is_ggml(tensor: LogicalTensor) -> bool:
     """GGUF's tensors have no modules in torch: they are always decoded."""
-    return any(spec.file.endswith(".gguf") for _, spec in recipe.stored)
+    return any(spec.file.endswith(".gguf") for _, spec in tensor.stored)
 
 
 def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device: str) -> Any:
@@ -189,7 +189,7 @@ def schemes_of(
             if parts[0].decode is not None and runs_here(parts[0].decode) and _is_linear(skeleton.model, name)
         }
     module_maker(scheme)
-    chosen = {d.recipe.name for d in decide(sources.recipes, scheme, ()) if d.action == "quantize"}
+    chosen = {d.tensor.name for d in decide(sources.tensors, scheme, ()) if d.action == "quantize"}
     return {
         name: (scheme, True)
         for name, parts in skeleton.parameters.items()
@@ -224,12 +224,12 @@ def fill_model(
         set_parameter(model, name, model.get_parameter(original))
     for name, (scheme, is_new) in schemes.items():
         path = name.rpartition(".")[0]
-        linear, [recipe] = model.get_submodule(path), skeleton.parameters[name]
-        wanted = load_dtype(weights.checkpoint.config) if is_new else recipe.dtype
-        stored = weights.encoded(recipe, scheme, wanted) if is_new else weights.stored(recipe)
+        linear, [logical] = model.get_submodule(path), skeleton.parameters[name]
+        wanted = load_dtype(weights.checkpoint.config) if is_new else logical.dtype
+        stored = weights.encoded(logical, scheme, wanted) if is_new else weights.stored(logical)
         with BUILDING:
             made = module_maker(scheme)(
-                scheme, recipe.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))
+                scheme, logical.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))
             )
         model.set_submodule(path, made.eval())
     for path, buffer in list(model.named_buffers()):

@@ -29,7 +29,7 @@ from loaders.rules.mlx import MlxRules
 from loaders.rules.rule import Rule
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.quantized_sources import check_decodable, is_quantized
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 
 Models = tuple[Any, Any]
 
@@ -75,7 +75,7 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
         check_decodable(checkpoint)
         if config.quantize is not None:
             raise BadSpec(f"quantize: {checkpoint.root} is quantized already; leave it out, or give decode=True")
-    sources = recipes_of(checkpoint, decode=True, split=True)
+    sources = tensors_of(checkpoint, decode=True, split=True)
     if config.llama_pro_blocks:
         sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
         checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
@@ -83,16 +83,16 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
     rules: tuple[Rule, ...] | None = None
     if config.scheme is not None:
         group_size = getattr(scheme, "group_size", 64)
-        rules = MlxRules(group_size).rules(sources.recipes, checkpoint.config)
-    decisions = decide(sources.recipes, scheme, (), rules)
+        rules = MlxRules(group_size).rules(sources.tensors, checkpoint.config)
+    decisions = decide(sources.tensors, scheme, (), rules)
     layout = MlxLayout()
     placed = layout.place(checkpoint, decisions)
     made = layout.config(checkpoint, decisions, None)
     (folder / "config.json").write_text(json.dumps(made))
     blocks: dict[str, list[Placed]] = {}
     for each in placed:
-        blocks.setdefault(each.recipe.block, []).append(each)
-    parameters = {r.name: (r,) for r in sources.recipes}
+        blocks.setdefault(each.tensor.block, []).append(each)
+    parameters = {r.name: (r,) for r in sources.tensors}
     with ModelWeights(checkpoint, parameters, workers=config.workers, use_cache=config.use_cache) as weights:
         for number, block in enumerate(blocks.values()):
             _write(folder / f"model-{number:05d}.safetensors", block, weights)
@@ -103,7 +103,7 @@ def _write(path: Path, block: list[Placed], weights: ModelWeights) -> None:
 
     tensors: dict[str, torch.Tensor] = {}
     for each in block:
-        encoded = weights.encoded(each.recipe, each.scheme, each.cast)
+        encoded = weights.encoded(each.tensor, each.scheme, each.cast)
         for role, stored in each.stored.items():
             if stored.whole is None:
                 tensors[stored.name] = encoded[role]

@@ -21,7 +21,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.layouts.hf import plain_config
 from loaders.models.weights import ModelWeights, Parts, torch_dtype
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
 
 # transformers 5 fuses a layer's experts into one parameter each for gate and up, and for down
@@ -147,7 +147,7 @@ def model_config(checkpoint: Checkpoint) -> Any:
 
 def default_dtype(checkpoint: Checkpoint, sources: Sources) -> torch.dtype:
     """The config's, else that of the first float weight, as transformers takes it."""
-    found = load_dtype(checkpoint.config) or next((r.dtype for r in sources.recipes if r.dtype.is_float), None)
+    found = load_dtype(checkpoint.config) or next((r.dtype for r in sources.tensors if r.dtype.is_float), None)
     return torch.float32 if found is None or found.name == "F64" else torch_dtype(found)
 
 
@@ -160,24 +160,24 @@ def matched(model: Any, sources: Sources, ignore: Sequence[str]) -> tuple[dict[s
     Raises:
         BadCheckpoint: see `skeleton_of`.
     """
-    recipes = {recipe.name: recipe for recipe in sources.recipes}
+    tensors = {tensor.name: tensor for tensor in sources.tensors}
     expected = dict(model.state_dict(keep_vars=True))
     found: dict[str, Parts] = {}
     missing = []
     ties = {dropped: kept for kept, dropped in sources.tied} | dict(getattr(model, "all_tied_weights_keys", {}))
     tied = {}
     for name in expected:
-        parts = parts_of(name, recipes)
+        parts = parts_of(name, tensors)
         if parts:
             found[name] = parts
-        elif name in ties and parts_of(ties[name], recipes):
+        elif name in ties and parts_of(ties[name], tensors):
             tied[name] = ties[name]
         else:
             missing.append(name)
-    used = {recipe.name for parts in found.values() for recipe in parts}
+    used = {tensor.name for parts in found.values() for tensor in parts}
     unexpected = [
         r.name
-        for r in sources.recipes
+        for r in sources.tensors
         if r.name not in used and r.role != "buffer" and not any(re.search(p, r.name) for p in ignore)
     ]
     wrong = [
@@ -201,20 +201,20 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def parts_of(name: str, recipes: Mapping[str, Recipe]) -> Parts:
+def parts_of(name: str, tensors: Mapping[str, LogicalTensor]) -> Parts:
     """The logical tensors that make a parameter, in its flat order; none if there are none."""
     for each in (name, name.replace(*MIXTRAL)):
-        if each in recipes:
-            return (recipes[each],)
+        if each in tensors:
+            return (tensors[each],)
     match = FUSED.match(name)
     if match is None:
         return ()
     for prefix in MIXTRAL:
         for parts in EXPERT_PARTS[match["part"]]:
-            made: list[Recipe] = []
+            made: list[LogicalTensor] = []
             stem = f"{match['layer']}{prefix}experts"
-            while all(f"{stem}.{len(made) // len(parts)}.{part}.weight" in recipes for part in parts):
-                made += [recipes[f"{stem}.{len(made) // len(parts)}.{part}.weight"] for part in parts]
+            while all(f"{stem}.{len(made) // len(parts)}.{part}.weight" in tensors for part in parts):
+                made += [tensors[f"{stem}.{len(made) // len(parts)}.{part}.weight"] for part in parts]
             if made:
                 return tuple(made)
     return ()

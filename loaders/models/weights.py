@@ -29,11 +29,11 @@ from loaders.specs import StoredSpec
 from loaders.storage.hashes import text_digest
 from loaders.strategies import loader
 from loaders.strategies.lazy import MappedFiles
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.views import encoded_view, view_of
 
-Parts = tuple[Recipe, ...]
-CACHE_FORMAT = 1  # of a model's tensors in the cache
+Parts = tuple[LogicalTensor, ...]
+CACHE_FORMAT = 2  # of a model's tensors in the cache
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -85,8 +85,8 @@ class ModelWeights:
         """Close the files, and end the threads that are not shared."""
         self._exit.close()
 
-    def view(self, recipe: Recipe) -> View:
-        return view_of(recipe, self._reader, self._work)
+    def view(self, tensor: LogicalTensor) -> View:
+        return view_of(tensor, self._reader, self._work)
 
     def fill(self, name: str, out: torch.Tensor, start: int = 0) -> None:
         """Put a parameter's flat elements from `start` on into a contiguous tensor, in that tensor's dtype."""
@@ -101,19 +101,19 @@ class ModelWeights:
         wanted = dtype_named(str(out.dtype))
         flat = out.detach().view(-1).view(torch.uint8).numpy().view(storage_of(wanted))
         at = 0
-        for recipe in self.parameters[name]:
-            first, last = max(start - at, 0), min(start + out.numel() - at, recipe.spec.numel)
+        for tensor in self.parameters[name]:
+            first, last = max(start - at, 0), min(start + out.numel() - at, tensor.spec.numel)
             if first < last:
                 into = flat[at + first - start : at + last - start]
-                self._copy(recipe, first, last, wanted, into)
-            at += recipe.spec.numel
+                self._copy(tensor, first, last, wanted, into)
+            at += tensor.spec.numel
 
-    def _copy(self, recipe: Recipe, first: int, last: int, wanted: DType, into: np.ndarray) -> None:
-        view = self.view(recipe)
+    def _copy(self, tensor: LogicalTensor, first: int, last: int, wanted: DType, into: np.ndarray) -> None:
+        view = self.view(tensor)
 
         def copy(begin: int, end: int) -> None:
             block = view.read(first + begin, first + end)
-            into[begin:end] = block if wanted == recipe.dtype else _cast(block, recipe, wanted)
+            into[begin:end] = block if wanted == tensor.dtype else _cast(block, tensor, wanted)
 
         busy = min(self._workers, -(-(last - first) // RANGE))
         with self._budget.hold(busy * THREAD_BYTES):
@@ -125,11 +125,11 @@ class ModelWeights:
         Pages are private to this process: writing to one copies it, and never reaches the file. None, too, where the
         system refuses the map: private maps count towards a process's limit of data.
         """
-        [recipe, *others] = self.parameters[name]
-        if others or recipe.decode is not None or recipe.order is not None or dtype_named(str(dtype)) != recipe.dtype:
+        [tensor, *others] = self.parameters[name]
+        if others or tensor.decode is not None or tensor.order is not None or dtype_named(str(dtype)) != tensor.dtype:
             return None
-        [(_, spec)] = recipe.stored
-        if spec.shape != recipe.shape or spec.stride is not None or recipe.window != Window.whole(spec):
+        [(_, spec)] = tensor.stored
+        if spec.shape != tensor.shape or spec.stride is not None or tensor.window != Window.whole(spec):
             return None
         try:
             raw = self._maps.mapped(spec)
@@ -139,30 +139,30 @@ class ModelWeights:
             return None
         return torch.from_numpy(raw).view(dtype).reshape(spec.shape)
 
-    def encoded(self, recipe: Recipe, scheme: Scheme, cast: DType | None) -> dict[str, torch.Tensor]:
+    def encoded(self, tensor: LogicalTensor, scheme: Scheme, cast: DType | None) -> dict[str, torch.Tensor]:
         """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
-        view = encoded_view(self.view(recipe), None if cast == recipe.dtype else cast)
+        view = encoded_view(self.view(tensor), None if cast == tensor.dtype else cast)
         stored = scheme.stored(view.spec)
         return {
             role: _tensor(part if stored[role].is_bound else part.reshape(stored[role].shape), stored[role].dtype)
-            for role, part in self._parts(recipe, scheme, view, stored).items()
+            for role, part in self._parts(tensor, scheme, view, stored).items()
         }
 
     def _parts(
-        self, recipe: Recipe, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]
+        self, tensor: LogicalTensor, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]
     ) -> dict[str, np.ndarray]:
         cache = self._cache
         if cache is None:
             return self._made(scheme, view, stored)
-        root, files = self.checkpoint.root, sorted({spec.file for _, spec in recipe.stored})
+        root, files = self.checkpoint.root, sorted({spec.file for _, spec in tensor.stored})
         content = [cache.content_of(root / file) for file in files]
-        key = text_digest(f"{CACHE_FORMAT} {content} {recipe!r} {scheme!r} {view.spec!r}")
+        key = text_digest(f"{CACHE_FORMAT} {content} {tensor!r} {scheme!r} {view.spec!r}")
         with cache.making(key):
             entry = cache.get(key)
             if entry is not None and set(entry.parts) == set(stored):
                 return {role: part.view(storage_of(stored[role].dtype)) for role, part in entry.parts.items()}
             made = self._made(scheme, view, stored)
-            cache.put(key, made, {"source": str(root), "tensor": recipe.name})
+            cache.put(key, made, {"source": str(root), "tensor": tensor.name})
         return made
 
     def _made(self, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
@@ -171,10 +171,10 @@ class ModelWeights:
             scheme.encode(view, sink, self._work)
         return sink.parts()
 
-    def stored(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+    def stored(self, tensor: LogicalTensor) -> dict[str, torch.Tensor]:
         """What the checkpoint holds for a quantized tensor, by role, as it is."""
         made = {}
-        for role, spec in recipe.stored:
+        for role, spec in tensor.stored:
             data = np.empty(spec.size, np.uint8)
             for at in range(0, spec.size, RANGE):
                 end = min(at + RANGE, spec.size)
@@ -183,10 +183,10 @@ class ModelWeights:
         return made
 
 
-def _cast(block: np.ndarray, recipe: Recipe, wanted: DType) -> np.ndarray:
-    if recipe.dtype.name not in WEIGHT_DTYPES or wanted.name not in WEIGHT_DTYPES:
-        raise BadCheckpoint(f"{recipe.name}: expected {wanted}, found {recipe.dtype}, which is not cast to it")
-    return casts.cast(block, recipe.dtype.name, wanted.name)
+def _cast(block: np.ndarray, tensor: LogicalTensor, wanted: DType) -> np.ndarray:
+    if tensor.dtype.name not in WEIGHT_DTYPES or wanted.name not in WEIGHT_DTYPES:
+        raise BadCheckpoint(f"{tensor.name}: expected {wanted}, found {tensor.dtype}, which is not cast to it")
+    return casts.cast(block, tensor.dtype.name, wanted.name)
 
 
 def _tensor(data: np.ndarray, dtype: DType) -> Any:

@@ -20,7 +20,7 @@ from loaders.rules.defaults import default_rules
 from loaders.rules.llama_cpp import MIXES
 from loaders.rules.mlx import kept
 from loaders.rules.rule import Decision, Mix, Rule
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 Engine = Literal["mlx", "gguf", "vllm", "transformers"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -91,21 +91,21 @@ class CandidateMix:
     scheme: Scheme
     mix: Mix | None
 
-    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        usual = default_rules(self.scheme) if self.mix is None else self.mix.rules(recipes, config)
+    def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        usual = default_rules(self.scheme) if self.mix is None else self.mix.rules(tensors, config)
         refused = {
-            recipe.name
-            for recipe in recipes
-            for rule in [next(rule for rule in usual if rule.matches(recipe))]
-            if rule.action == "quantize" and (rule.scheme or self.scheme).refuses(recipe.spec)
+            tensor.name
+            for tensor in tensors
+            for rule in [next(rule for rule in usual if rule.matches(tensor))]
+            if rule.action == "quantize" and (rule.scheme or self.scheme).refuses(tensor.spec)
         }
         whole = frozenset(refused)
         return (*_keeping(self.scheme, config, "it does not divide into groups", whole), *usual) if whole else usual
 
-    def choices(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> dict[str, Decision]:
+    def choices(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> dict[str, Decision]:
         """What it quantizes, by tensor, where the engine leaves that open."""
-        found = decide(recipes, self.scheme, (), self.rules(recipes, config))
-        return {d.recipe.name: d for d in found if is_open(d)}
+        found = decide(tensors, self.scheme, (), self.rules(tensors, config))
+        return {d.tensor.name: d for d in found if is_open(d)}
 
 
 def is_open(decision: Decision) -> bool:
@@ -121,7 +121,7 @@ class ChosenMix:
     parts: tuple[tuple[CandidateMix, frozenset[str]], ...]
     kept: frozenset[str]
 
-    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
         """Rules by name, one for each scheme.
 
         Raises:
@@ -129,10 +129,10 @@ class ChosenMix:
         """
         first = self.parts[0][0]
         by_scheme: dict[Scheme, set[str]] = {}
-        known = {recipe.name for recipe in recipes}
+        known = {tensor.name for tensor in tensors}
         strangers = set(self.kept) - known
         for candidate, names in self.parts:
-            found = candidate.choices(recipes, config)
+            found = candidate.choices(tensors, config)
             strangers |= names - set(found)
             for name in names & set(found):
                 scheme = found[name].rule.scheme or candidate.scheme
@@ -145,7 +145,7 @@ class ChosenMix:
         return (
             *(Rule("quantize", f"{WHY}: {said(s)}", names=frozenset(n), scheme=s) for s, n in by_scheme.items()),
             *(_keeping(first.scheme, config, WHY, self.kept) if self.kept else ()),
-            *first.rules(recipes, config),
+            *first.rules(tensors, config),
         )
 
 

@@ -10,11 +10,11 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules
 from loaders.rules.rule import Decision, Rule
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 
 def decide(
-    recipes: Sequence[Recipe], scheme: Scheme, own: Sequence[Rule], engine: Sequence[Rule] | None = None
+    tensors: Sequence[LogicalTensor], scheme: Scheme, own: Sequence[Rule], engine: Sequence[Rule] | None = None
 ) -> tuple[Decision, ...]:
     """Give every tensor its action. `engine` are the rules after the user's own, by default those of the scheme.
 
@@ -24,44 +24,44 @@ def decide(
     rules = (*own, *(default_rules(scheme) if engine is None else engine))
     decisions, problems = [], []
     used: set[int] = set()
-    for recipe in recipes:
-        index = next(i for i, rule in enumerate(rules) if rule.matches(recipe))
+    for tensor in tensors:
+        index = next(i for i, rule in enumerate(rules) if rule.matches(tensor))
         used.add(index)
-        decision, problem = _decision(recipe, rules[index], scheme)
+        decision, problem = _decision(tensor, rules[index], scheme)
         decisions.append(decision)
         problems += [problem] if problem else []
     for index, rule in enumerate(own):
         if index not in used:
-            problems.append(_unused(rule, recipes))
+            problems.append(_unused(rule, tensors))
     if problems:
         raise BadSpec(problems)
     return tuple(decisions)
 
 
-def _decision(recipe: Recipe, rule: Rule, scheme: Scheme) -> tuple[Decision, str | None]:
+def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decision, str | None]:
     if rule.action == "drop":
-        return Decision(recipe, "drop", None, rule), None
+        return Decision(tensor, "drop", None, rule), None
     chosen: Scheme = rule.scheme or scheme
     if rule.action == "quantize" and isinstance(chosen, Plain):
-        said = f"{rule.label or 'quant'}: cannot quantize {recipe.name}: quant=none has no codes; choose a quant"
-        return Decision(recipe, "keep", Plain(), rule), said
+        said = f"{rule.label or 'quant'}: cannot quantize {tensor.name}: quant=none has no codes; choose a quant"
+        return Decision(tensor, "keep", Plain(), rule), said
     if rule.action == "keep":
         chosen = Plain()
     elif rule.action == "cast":
         chosen = Plain(rule.cast_to)
-    refusal = chosen.refuses(recipe.spec)
+    refusal = chosen.refuses(tensor.spec)
     place = rule.label or "quant"
-    problem = f"{place}: cannot {rule.action} {recipe.name}: {refusal}" if refusal else None
-    return Decision(recipe, rule.action, chosen, rule), problem
+    problem = f"{place}: cannot {rule.action} {tensor.name}: {refusal}" if refusal else None
+    return Decision(tensor, rule.action, chosen, rule), problem
 
 
-def _unused(rule: Rule, recipes: Sequence[Recipe]) -> str:
-    matching = sum(rule.matches(recipe) for recipe in recipes)
+def _unused(rule: Rule, tensors: Sequence[LogicalTensor]) -> str:
+    matching = sum(rule.matches(tensor) for tensor in tensors)
     if matching:
         return (
             f"{rule.label}: the {matching} tensors it matches ({rule}) are all taken by rules before it; reorder them"
         )
-    names = [recipe.name for recipe in recipes]
+    names = [tensor.name for tensor in tensors]
     likely = [name for name in names if rule.name and fnmatch.fnmatch(name, f"*{rule.name.strip('^$*')}*")]
     hint = f"such as {likely[0]!r}" if likely else f"the checkpoint's names look like {names[len(names) // 2]!r}"
     return f"{rule.label}: it matches no tensor ({rule}); {hint}"

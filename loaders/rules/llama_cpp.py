@@ -18,7 +18,7 @@ from loaders.architectures.gguf import Architecture, architecture_of, experts_of
 from loaders.dtypes import DTYPES
 from loaders.quantization.schemes.ggml import FLOATS, Ggml
 from loaders.rules.rule import Rule
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 # a mix -> the type that most tensors get
 MIXES = {
@@ -49,25 +49,25 @@ class GgmlMix:
     output: str | None = None
     absmean: bool = False
 
-    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
         """Rules for every tensor, by name, a rule for each type.
 
         Raises:
             BadSpec: the model's architecture is not known.
         """
         architecture = architecture_of(config)
-        names = {recipe.name: _gguf_name(architecture, recipe.name) for recipe in recipes}
+        names = {tensor.name: _gguf_name(architecture, tensor.name) for tensor in tensors}
         model = _Model(architecture, config, set(names.values()))
         by_type: dict[tuple[str, str], set[str]] = {}
-        for recipe in recipes:
-            name = names[recipe.name]
-            if not _is_quantized(recipe, name):
+        for tensor in tensors:
+            name = names[tensor.name]
+            if not _is_quantized(tensor, name):
                 chosen, why = "keep", "llama.cpp keeps vectors, norms and routers"
             else:
-                chosen, why = self._type(recipe, name, model)
-            if recipe.dtype.name == chosen:
+                chosen, why = self._type(tensor, name, model)
+            if tensor.dtype.name == chosen:
                 chosen, why = "keep", "it is of its type already"
-            by_type.setdefault((chosen, why), set()).add(recipe.name)
+            by_type.setdefault((chosen, why), set()).add(tensor.name)
         return tuple(self._rule(chosen, why, frozenset(found)) for (chosen, why), found in sorted(by_type.items()))
 
     def _rule(self, chosen: str, why: str, names: frozenset[str]) -> Rule:
@@ -84,13 +84,13 @@ class GgmlMix:
             return self.output
         return self.embedding if name == "token_embd.weight" else None
 
-    def _type(self, recipe: Recipe, name: str, model: _Model) -> tuple[str, str]:
+    def _type(self, tensor: LogicalTensor, name: str, model: _Model) -> tuple[str, str]:
         default = MIXES[self.name]
         if default in FLOATS:
             return default, f"llama.cpp's {self.name}"
         asked = self._asked(name, model)
-        chosen = asked or (default if self.pure else _chosen(self.name, default, recipe, name, model))
-        fitting = fallback(chosen, recipe.shape[-1])
+        chosen = asked or (default if self.pure else _chosen(self.name, default, tensor, name, model))
+        fitting = fallback(chosen, tensor.shape[-1])
         if fitting != chosen:
             return fitting, f"its rows do not divide into {chosen}'s blocks of {DTYPES[chosen].block}"
         return chosen, f"llama.cpp's {self.name}"
@@ -138,8 +138,8 @@ def _gguf_name(architecture: Architecture, name: str) -> str:
     return name if found is None else found.name
 
 
-def _is_quantized(recipe: Recipe, name: str) -> bool:
-    is_matrix = len(recipe.shape) >= 2 and name.endswith("weight")
+def _is_quantized(tensor: LogicalTensor, name: str) -> bool:
+    is_matrix = len(tensor.shape) >= 2 and name.endswith("weight")
     return is_matrix and not name.endswith("_norm.weight") and "ffn_gate_inp." not in name
 
 
@@ -156,10 +156,10 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _chosen(mix: str, default: str, recipe: Recipe, name: str, model: _Model) -> str:
+def _chosen(mix: str, default: str, tensor: LogicalTensor, name: str, model: _Model) -> str:
     """The type by the tensor's part in the model."""
     if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
-        if mix == "MXFP4_MOE" or recipe.shape[-1] % DTYPES[default].block:
+        if mix == "MXFP4_MOE" or tensor.shape[-1] % DTYPES[default].block:
             return "Q8_0"
         return default if default == "Q8_0" else "Q6_K"
     if mix == "MXFP4_MOE":

@@ -17,7 +17,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.schemes.mlx_affine import MlxAffine
 from loaders.rules.defaults import LINEAR, NOT_FLOAT
 from loaders.rules.rule import Rule
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 MIXED_RECIPES: tuple[str, ...] = get_args(MixedRecipe)
@@ -38,8 +38,8 @@ class MlxRules:
     group_size: int
     high: MlxAffine | None = None
 
-    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        ragged = sorted({r.shape[-1] for r in recipes if len(r.shape) == 2 and r.shape[-1] % self.group_size})
+    def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        ragged = sorted({r.shape[-1] for r in tensors if len(r.shape) == 2 and r.shape[-1] % self.group_size})
         why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
         return (
             Rule("drop", "mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from loaders.quantization.scheme import Scheme
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 
 Action = Literal["quantize", "keep", "cast", "drop"]
 
@@ -36,13 +36,13 @@ class Rule:
     scheme: Scheme | None = None
     names: frozenset[str] | None = None
 
-    def matches(self, recipe: Recipe) -> bool:
+    def matches(self, tensor: LogicalTensor) -> bool:
         return (
-            (self.names is None or recipe.name in self.names)
-            and (self.role is None or recipe.role in self.role)
-            and (self.dtype is None or recipe.dtype.name in self.dtype)
-            and (self.shape is None or _fits(self.shape, recipe.shape))
-            and (self.name is None or re.search(self.name, recipe.name) is not None)
+            (self.names is None or tensor.name in self.names)
+            and (self.role is None or tensor.role in self.role)
+            and (self.dtype is None or tensor.dtype.name in self.dtype)
+            and (self.shape is None or _fits(self.shape, tensor.shape))
+            and (self.name is None or re.search(self.name, tensor.name) is not None)
         )
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ def _fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
 class Decision:
     """What becomes of a tensor, by which scheme, and the rule that said so."""
 
-    recipe: Recipe
+    tensor: LogicalTensor
     action: Action
     scheme: Scheme | None  # None: dropped
     rule: Rule
@@ -72,4 +72,4 @@ class Decision:
 class Mix(Protocol):
     """A preset that gives tensors different schemes: a function over the whole list that makes the engine's rules."""
 
-    def rules(self, recipes: Sequence[Recipe], config: Mapping[str, Any]) -> tuple[Rule, ...]: ...
+    def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]: ...

@@ -15,7 +15,7 @@ from typing import Any
 from loaders.architectures.families import natural_key
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
 from loaders.tensors.zeros import Zeros
 
@@ -112,20 +112,20 @@ def _config(config: Mapping[str, Any], expansion: Expansion) -> dict[str, Any]:
 
 
 def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) -> Sources:
-    """The recipes of the expanded model; `checkpoint` is the one as it is stored.
+    """The logical tensors of the expanded model; `checkpoint` is the one as it is stored.
 
     Raises:
         BadSpec: as `expansion_of`; or a block's tensors are not weights but parts of quantized ones.
     """
     expansion = expansion_of(checkpoint, num_blocks)
-    blocks: dict[int, list[tuple[str, Recipe]]] = {}
+    blocks: dict[int, list[tuple[str, LogicalTensor]]] = {}
     made = []
-    for recipe in sources.recipes:
-        match = BLOCK.match(recipe.name)
+    for tensor in sources.tensors:
+        match = BLOCK.match(tensor.name)
         if match is None:
-            made.append(recipe)
+            made.append(tensor)
         else:
-            blocks.setdefault(int(match["number"]), []).append((match["rest"], recipe))
+            blocks.setdefault(int(match["number"]), []).append((match["rest"], tensor))
     if sorted(blocks) != list(range(expansion.layers)):
         raise BadSpec(
             f"{KEY}: expected the tensors of {expansion.layers} blocks under model.layers.N, found those of"
@@ -134,16 +134,16 @@ def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) ->
     for number, (origin, is_new) in enumerate(expansion.origins):
         zeroed = {rest for rest, _ in blocks[origin] if ADDED.match(rest)}
         _check_block(checkpoint, origin, blocks[origin], zeroed)
-        for rest, recipe in blocks[origin]:
-            moved = _moved(checkpoint, recipe, f"model.layers.{number}.{rest}")
+        for rest, tensor in blocks[origin]:
+            moved = _moved(checkpoint, tensor, f"model.layers.{number}.{rest}")
             made.append(_zeros(moved) if is_new and rest in zeroed else moved)
-    made.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
-    return replace(sources, recipes=tuple(made))
+    made.sort(key=lambda tensor: (natural_key(tensor.block), natural_key(tensor.name)))
+    return replace(sources, tensors=tuple(made))
 
 
-def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, Recipe]], zeroed: set[str]) -> None:
+def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, LogicalTensor]], zeroed: set[str]) -> None:
     """Raises BadSpec unless both projections are there, as numbers."""
-    coded = [recipe.name for _, recipe in block if not recipe.dtype.is_float]
+    coded = [tensor.name for _, tensor in block if not tensor.dtype.is_float]
     if coded:
         raise BadSpec(
             f"{KEY}: {coded[0]} is no float, but a part of a quantized weight that is copied as it is stored; choose a"
@@ -155,10 +155,10 @@ def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, Rec
         raise BadSpec(f"{KEY}: block {origin} of {checkpoint.root} has no {missing} to be zero in its copy")
 
 
-def _moved(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Recipe:
-    traits = checkpoint.family.traits(name, recipe.shape)
-    return replace(recipe, name=name, role=traits.role, block=traits.block, group=traits.group)
+def _moved(checkpoint: Checkpoint, tensor: LogicalTensor, name: str) -> LogicalTensor:
+    traits = checkpoint.family.traits(name, tensor.shape)
+    return replace(tensor, name=name, role=traits.role, block=traits.block, group=traits.group)
 
 
-def _zeros(recipe: Recipe) -> Recipe:
-    return replace(recipe, stored=(), window=None, decode=Zeros(), whole=None, order=None)
+def _zeros(tensor: LogicalTensor) -> LogicalTensor:
+    return replace(tensor, stored=(), window=None, decode=Zeros(), whole=None, order=None)

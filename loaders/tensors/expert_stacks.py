@@ -12,33 +12,33 @@ from dataclasses import replace
 from loaders.architectures.families import Family, Stack
 from loaders.dtypes import Shape, row_major
 from loaders.errors import BadCheckpoint
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
-def cut(recipe: Recipe, family: Family) -> Iterator[Recipe]:
-    """The tensors of each expert, or the recipe itself where the family knows of no stack by its name.
+def cut(tensor: LogicalTensor, family: Family) -> Iterator[LogicalTensor]:
+    """The tensors of each expert, or the tensor itself where the family knows of no stack by its name.
 
     Raises:
         BadCheckpoint: the stack does not have the shape that the family gives it.
     """
     for stack in family.stacks:
-        match = stack.pattern.search(recipe.name)
+        match = stack.pattern.search(tensor.name)
         if match:
-            yield from _experts(recipe, stack, match, family)
+            yield from _experts(tensor, stack, match, family)
             return
-    yield recipe
+    yield tensor
 
 
-def _experts(recipe: Recipe, stack: Stack, match: re.Match[str], family: Family) -> Iterator[Recipe]:
-    shape, parts = recipe.shape, stack.parts
+def _experts(tensor: LogicalTensor, stack: Stack, match: re.Match[str], family: Family) -> Iterator[LogicalTensor]:
+    shape, parts = tensor.shape, stack.parts
     outputs = 2 if stack.is_transposed and len(shape) == 3 else 1
     if len(shape) != (2 if stack.is_bias else 3) or shape[outputs] % len(parts):
         wanted = "[experts, outputs]" if stack.is_bias else "[experts, inputs, outputs]"
         wanted = wanted if stack.is_transposed or stack.is_bias else "[experts, outputs, inputs]"
         raise BadCheckpoint(
-            f"{recipe.name}: expected {wanted}, the outputs of {' and '.join(parts)}, found {list(shape)}"
+            f"{tensor.name}: expected {wanted}, the outputs of {' and '.join(parts)}, found {list(shape)}"
         )
-    outer = recipe.window or Window(0, row_major(shape))
+    outer = tensor.window or Window(0, row_major(shape))
     rows = shape[outputs] // len(parts)
     for expert in range(shape[0]):
         for index, part in enumerate(parts):
@@ -51,6 +51,6 @@ def _experts(recipe: Recipe, stack: Stack, match: re.Match[str], family: Family)
             name = match.expand(stack.name).format(expert=expert, part=part)
             traits = family.traits(name, size)
             yield replace(
-                recipe, name=name, shape=size, window=Window(offset, stride), whole=recipe.whole or shape,
+                tensor, name=name, shape=size, window=Window(offset, stride), whole=tensor.whole or shape,
                 role=traits.role, block=traits.block, group=traits.group,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Recipes: how a logical tensor comes from stored ones. The source half of a plan, the same for every target."""
+"""A logical tensor and its origin: how it comes from stored ones. The same for every target of a plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class LogicalTensor:
     """A logical tensor and its origin.
 
     `stored` maps roles to stored tensors: plain weights have one, called "weight"; a quantized one has those of the

@@ -15,7 +15,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.specs import WeightSpec
 from loaders.strategies import loader
 from loaders.tensors.expert_stacks import cut
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.quantized_sources import mlx, quantized_tensors
 
 COMPARE_BYTES = 4 << 20
@@ -25,17 +25,17 @@ DERIVED = ("rope_freqs.weight",)  # of a GGUF: worked out from the rope scaling
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """A checkpoint's recipes, and what was decided on the way to them."""
+    """A checkpoint's logical tensors, and what was decided on the way to them."""
 
-    recipes: tuple[Recipe, ...]
+    tensors: tuple[LogicalTensor, ...]
     tied: tuple[tuple[str, str], ...]  # (kept, dropped): the engine ties them again when it loads
     notes: tuple[str, ...]
 
 
-def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
+def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
     """The logical tensors of a checkpoint, in natural order of blocks and names; of a GGUF not decoded, in its own.
 
-    With `decode`, tensors that a known scheme quantized become one recipe that decodes them; without, every stored
+    With `decode`, the stored parts of a quantized weight become one tensor that decodes them; without, every stored
     tensor is its own, as it is. With `split`, stacks of experts that the family knows become the tensors of each.
 
     Raises:
@@ -47,30 +47,30 @@ def recipes_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
     gone = {dropped for _, dropped in tied}
     quantized = quantized_tensors(checkpoint) if decode else {}
     parts = {spec.name for found in quantized.values() for _, spec in found.stored}
-    recipes = []
+    tensors = []
     for name, found in quantized.items():
         traits = family.traits(name, found.shape)
-        recipes.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
+        tensors.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
     for spec in checkpoint.weights:
         if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
             for name, part in mlx.cut_stored(checkpoint, spec) if split else [(spec.name, spec)]:
                 traits = family.traits(name, part.shape)
                 block = traits.block if decode else family.traits(_weight_of(name, spec, by_name), part.shape).block
-                recipes.append(
-                    Recipe(
+                tensors.append(
+                    LogicalTensor(
                         name, part.dtype, part.shape, (("weight", part),), Window.whole(part), None,
                         traits.role, block, traits.group,
                     )
                 )  # fmt: skip
     if split:
-        recipes = [piece for recipe in recipes for piece in cut(recipe, family)]
-        notes = (*notes, *_unknown_stacks(checkpoint, recipes))
+        tensors = [piece for tensor in tensors for piece in cut(tensor, family)]
+        notes = (*notes, *_unknown_stacks(checkpoint, tensors))
     if checkpoint.container == "gguf" and not decode:  # for another GGUF: a copy has the order of what it is a copy of
         files = {tag.name: number for number, tag in enumerate(checkpoint.files)}
-        recipes.sort(key=lambda recipe: (files[recipe.stored[0][1].file], recipe.stored[0][1].offset))
+        tensors.sort(key=lambda tensor: (files[tensor.stored[0][1].file], tensor.stored[0][1].offset))
     else:
-        recipes.sort(key=lambda recipe: (natural_key(recipe.block), natural_key(recipe.name)))
-    return Sources(tuple(recipes), tied, notes)
+        tensors.sort(key=lambda tensor: (natural_key(tensor.block), natural_key(tensor.name)))
+    return Sources(tuple(tensors), tied, notes)
 
 
 def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:
@@ -80,8 +80,8 @@ def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec])
     return name.removesuffix(suffix) + "weight" if is_part else name
 
 
-def _unknown_stacks(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> list[str]:
-    whole = [r for r in recipes if len(r.shape) == 3 and r.dtype.name in WEIGHT_DTYPES and EXPERTS.search(r.name)]
+def _unknown_stacks(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> list[str]:
+    whole = [r for r in tensors if len(r.shape) == 3 and r.dtype.name in WEIGHT_DTYPES and EXPERTS.search(r.name)]
     if not whole:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Views: a logical tensor's weights through its recipe, any range, any number of times."""
+"""Views: a logical tensor's weights through its origin, any range, any number of times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
 from loaders.strategies import Reader
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
 class StoredView:
@@ -76,11 +76,11 @@ class DecodedView:
     """A quantized tensor's weights, decoded on the way in and rounded to its dtype, or at once to another."""
 
     def __init__(
-        self, recipe: Recipe, stored: StoredRoles, decoder: Decoder, work: Work, dtype: DType | None = None
+        self, tensor: LogicalTensor, stored: StoredRoles, decoder: Decoder, work: Work, dtype: DType | None = None
     ) -> None:
-        self.spec = recipe.spec if dtype is None else TensorSpec(recipe.name, dtype, recipe.shape)
-        self._whole = recipe.decoded_spec
-        self._window = recipe.window
+        self.spec = tensor.spec if dtype is None else TensorSpec(tensor.name, dtype, tensor.shape)
+        self._whole = tensor.decoded_spec
+        self._window = tensor.window
         self._stored = stored
         self._decoder = decoder
         self._work = work
@@ -147,14 +147,14 @@ def ordered_view(view: View, order: RowOrder | None) -> View:
     return view if order is None else ReorderedView(view, order)
 
 
-def view_of(recipe: Recipe, reader: Reader, work: Work, decoded_dtype: DType | None = None) -> View:
-    """A recipe's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given."""
-    if recipe.decode is not None:
-        decoded = DecodedView(recipe, StoredRoles(reader, dict(recipe.stored)), recipe.decode, work, decoded_dtype)
-        return ordered_view(decoded, recipe.order)
-    [(_, stored)] = recipe.stored
-    assert recipe.window is not None
-    return ordered_view(StoredView(reader, recipe.spec, stored, recipe.window), recipe.order)
+def view_of(tensor: LogicalTensor, reader: Reader, work: Work, decoded_dtype: DType | None = None) -> View:
+    """A logical tensor's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given."""
+    if tensor.decode is not None:
+        decoded = DecodedView(tensor, StoredRoles(reader, dict(tensor.stored)), tensor.decode, work, decoded_dtype)
+        return ordered_view(decoded, tensor.order)
+    [(_, stored)] = tensor.stored
+    assert tensor.window is not None
+    return ordered_view(StoredView(reader, tensor.spec, stored, tensor.window), tensor.order)
 
 
 def numbers_view(view: View, cast: DType | None, work: Work) -> View:

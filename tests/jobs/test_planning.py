@@ -15,7 +15,7 @@ from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Rule
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 from tests.making import LLAMA, llama_tensors, write_checkpoint, write_moe
 
 TARGETS = [
@@ -29,10 +29,10 @@ TARGETS = [
 def test_units_are_whole_blocks_and_the_same_for_every_set_of_targets(source: Path) -> None:
     checkpoint = open_checkpoint(source)
     plans = [make_plan(checkpoint, TARGETS[:count], 0.05) for count in (1, 4)]
-    names = [[[r.name for r in unit.recipes] for unit in plan.units] for plan in plans]
+    names = [[[r.name for r in unit.tensors] for unit in plan.units] for plan in plans]
     assert names[0] == names[1]
     assert len(names[0]) > 2
-    blocks = [{r.block for r in unit.recipes} for unit in plans[0].units]
+    blocks = [{r.block for r in unit.tensors} for unit in plans[0].units]
     assert sum(len(b) for b in blocks) == len(set.union(*blocks))
     assert sorted(n for unit in names[0] for n in unit) == sorted(llama_tensors())
 
@@ -45,9 +45,9 @@ def test_a_single_job_and_a_sweep_make_the_same_records(source: Path) -> None:
 
 
 def test_a_unit_is_as_large_as_asked_or_one_block(source: Path) -> None:
-    recipes = recipes_of(open_checkpoint(source), decode=False).recipes
-    assert len(cut_units(recipes, 1e12)) == 1
-    for unit in cut_units(recipes, 60_000):
+    tensors = tensors_of(open_checkpoint(source), decode=False).tensors
+    assert len(cut_units(tensors, 1e12)) == 1
+    for unit in cut_units(tensors, 60_000):
         assert sum(r.source_bytes for r in unit) <= 60_000 or len({r.block for r in unit}) == 1
 
 
@@ -96,7 +96,7 @@ def test_a_quantized_source_can_only_be_copied(tmp_path: Path) -> None:
 def test_weights_are_cast_as_the_engine_would_before_they_are_quantized(tmp_path: Path) -> None:
     config = {**LLAMA, "torch_dtype": "float16"}
     plan = make_plan(open_checkpoint(write_checkpoint(tmp_path / "m", config=config)), [Target("x", Bnb4("nf4"))], 100)
-    casts = {p.recipe: p.cast for p in plan.units[0].outputs["x"].placements}
+    casts = {p.tensor: p.cast for p in plan.units[0].outputs["x"].placements}
     assert str(casts["model.layers.0.mlp.up_proj.weight"]) == "F16"
     assert casts["model.norm.weight"] is None
 

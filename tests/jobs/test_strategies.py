@@ -82,7 +82,7 @@ def test_units_with_weights_of_priority_run_first(
     run = LocalCluster.run
 
     def noted(self: Any, tasks: Any, on_bytes: Any) -> Any:
-        made.extend(task.unit.recipes[0].name for task in tasks)
+        made.extend(task.unit.tensors[0].name for task in tasks)
         return run(self, tasks, on_bytes)
 
     monkeypatch.setattr(LocalCluster, "run", noted)

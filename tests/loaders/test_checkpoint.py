@@ -10,7 +10,7 @@ import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 from tests.making import Raw, llama_tensors, write_checkpoint, write_index, write_safetensors
 
 
@@ -153,13 +153,13 @@ def test_a_tied_head_that_is_stored_twice_stays_tied_only_if_it_is_the_same(tmp_
     tensors = llama_tensors(tied=True)
     config = json.loads((write_checkpoint(tmp_path / "t", tensors) / "config.json").read_text())
     same = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    found = recipes_of(open_checkpoint(write_checkpoint(tmp_path / "a", same, config=config, shards=2)), decode=False)
+    found = tensors_of(open_checkpoint(write_checkpoint(tmp_path / "a", same, config=config, shards=2)), decode=False)
     assert found.tied == (("model.embed_tokens.weight", "lm_head.weight"),)
-    assert "lm_head.weight" not in {recipe.name for recipe in found.recipes}
+    assert "lm_head.weight" not in {tensor.name for tensor in found.tensors}
     other = {**tensors, "lm_head.weight": llama_tensors(seed=5)["lm_head.weight"]}
-    found = recipes_of(open_checkpoint(write_checkpoint(tmp_path / "b", other, config=config)), decode=False)
+    found = tensors_of(open_checkpoint(write_checkpoint(tmp_path / "b", other, config=config)), decode=False)
     assert found.tied == ()
-    assert "lm_head.weight" in {recipe.name for recipe in found.recipes}
+    assert "lm_head.weight" in {tensor.name for tensor in found.tensors}
     assert "their weights differ" in found.notes[0]
 
 

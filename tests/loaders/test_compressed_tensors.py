@@ -29,7 +29,7 @@ from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
 from loaders.rules.rule import Decision, Rule
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from tests import reference
 from tests.loaders.test_schemes import MemorySink, MemoryView, decode
 from tests.making import (
@@ -163,10 +163,10 @@ def test_the_first_code_is_the_lowest() -> None:
 
 
 def members(names: list[str], role: str) -> list[Decision]:
-    def recipe(name: str) -> Recipe:
-        return Recipe(f"{name}.weight", DTYPES["BF16"], (64, 64), (), None, None, role, "", None)
+    def tensor(name: str) -> LogicalTensor:
+        return LogicalTensor(f"{name}.weight", DTYPES["BF16"], (64, 64), (), None, None, role, "", None)
 
-    return [Decision(recipe(name), "quantize", PackedInt(4), Rule("quantize", "")) for name in names]
+    return [Decision(tensor(name), "quantize", PackedInt(4), Rule("quantize", "")) for name in names]
 
 
 EXPERTS = [f"model.layers.{n}.mlp.experts.{e}.{p}_proj" for n in range(3) for e in (0, 1, 10) for p in ("up", "down")]

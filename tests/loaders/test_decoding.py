@@ -19,8 +19,8 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint
 from loaders.quantization import boxes
 from loaders.strategies import loader
-from loaders.tensors.logical_tensor import Recipe, Window
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.logical_tensor import LogicalTensor, Window
+from loaders.tensors.sources import tensors_of
 from loaders.tensors.views import view_of
 from tests.making import LLAMA, TORCH_NAMES, Raw, llama_tensors, read_safetensors, values_of, weights, write_checkpoint
 from tests.reference import decode_int8
@@ -39,17 +39,17 @@ def box(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boxes, "BOX", request.param)
 
 
-def recipes(root: Path) -> dict[str, Recipe]:
-    return {r.name: r for r in recipes_of(open_checkpoint(root), decode=True).recipes}
+def tensors_in(root: Path) -> dict[str, LogicalTensor]:
+    return {r.name: r for r in tensors_of(open_checkpoint(root), decode=True).tensors}
 
 
-def values(root: Path, recipe: Recipe, work: ThreadedWork, step: int | None = None) -> np.ndarray:
+def values(root: Path, tensor: LogicalTensor, work: ThreadedWork, step: int | None = None) -> np.ndarray:
     """A recipe's values as float32, read `step` at a time."""
-    numel = recipe.spec.numel
-    with loader("read").open(root, [spec for _, spec in recipe.stored]) as reader:
-        view = view_of(recipe, reader, work)
+    numel = tensor.spec.numel
+    with loader("read").open(root, [spec for _, spec in tensor.stored]) as reader:
+        view = view_of(tensor, reader, work)
         found = [np.array(view.read(at, min(at + (step or numel), numel))) for at in range(0, numel, step or numel)]
-    return values_of(Raw(recipe.dtype.name, np.concatenate(found))).reshape(recipe.shape)
+    return values_of(Raw(tensor.dtype.name, np.concatenate(found))).reshape(tensor.shape)
 
 
 def write(root: Path, tensors: Mapping[str, Raw], block: Mapping[str, Any], shards: int = 1, **config: Any) -> Path:
@@ -122,17 +122,17 @@ def test_fp8_is_each_code_times_its_blocks_scale(
     block: tuple[int, int], step: int | None, tmp_path: Path, work: ThreadedWork
 ) -> None:
     root, wanted = fp8_checkpoint(tmp_path, block, shards=3)
-    recipe = recipes(root)[Q_PROJ]
-    assert np.array_equal(values(root, recipe, work, step), wanted)
-    assert recipe.role == "attention"
-    assert Q_PROJ + "_scale_inv" not in recipes(root)
+    tensor = tensors_in(root)[Q_PROJ]
+    assert np.array_equal(values(root, tensor, work, step), wanted)
+    assert tensor.role == "attention"
+    assert Q_PROJ + "_scale_inv" not in tensors_in(root)
 
 
 def test_every_code_of_fp8_is_decoded(tmp_path: Path, work: ThreadedWork) -> None:
     tensors = {**llama_tensors("F32"), Q_PROJ: Raw("F8_E4M3", np.arange(256, dtype=np.uint8).reshape(2, 128))}
     tensors[Q_PROJ + "_scale_inv"] = Raw("F32", np.array([[3.0]], np.float32))
     root = write(tmp_path, tensors, {"quant_method": "fp8"})
-    found = values(root, recipes(root)[Q_PROJ], work).reshape(-1)
+    found = values(root, tensors_in(root)[Q_PROJ], work).reshape(-1)
     assert np.array_equal(found, e4m3_values_once * np.float32(3), equal_nan=True)
 
 
@@ -146,7 +146,7 @@ def test_fp8_scales_may_be_powers_of_two(dtype: str, tmp_path: Path, work: Threa
     root = write(tmp_path, tensors, settings)
     scales = np.ldexp(1.0, powers.astype(int) - 127)
     with np.errstate(over="ignore"):
-        assert np.array_equal(values(root, recipes(root)[Q_PROJ], work), blockwise(codes, scales, (16, 16)))
+        assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), blockwise(codes, scales, (16, 16)))
 
 
 def test_a_stack_of_fp8_experts_has_scales_for_each(tmp_path: Path, work: ThreadedWork) -> None:
@@ -154,7 +154,7 @@ def test_a_stack_of_fp8_experts_has_scales_for_each(tmp_path: Path, work: Thread
     name = "model.layers.0.mlp.experts.down_proj"
     tensors = {**llama_tensors("F32"), name: Raw("F8_E4M3", codes), name + "_scale_inv": Raw("F32", scales)}
     root = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [16, 16]})
-    assert np.array_equal(values(root, recipes(root)[name], work, 101), blockwise(codes, scales, (16, 16)))
+    assert np.array_equal(values(root, tensors_in(root)[name], work, 101), blockwise(codes, scales, (16, 16)))
 
 
 def test_fp8_scales_may_be_called_scale_alone(tmp_path: Path, work: ThreadedWork) -> None:
@@ -162,7 +162,7 @@ def test_fp8_scales_may_be_called_scale_alone(tmp_path: Path, work: ThreadedWork
     tensors = {**llama_tensors("F32"), Q_PROJ: Raw("F8_E4M3", codes)}
     tensors[Q_PROJ.replace("weight", "scale")] = Raw("F32", scales)
     root = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [16, 16]})
-    assert np.array_equal(values(root, recipes(root)[Q_PROJ], work), blockwise(codes, scales, (16, 16)))
+    assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), blockwise(codes, scales, (16, 16)))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -172,8 +172,8 @@ def test_fp8_may_have_one_scale_a_matrix(shape: tuple[int, ...], tmp_path: Path,
     tensors[Q_PROJ + "_scale_inv"] = Raw("F32", np.full(shape, 0.5, np.float32))
     tensors[Q_PROJ.replace("weight", "activation_scale")] = Raw("F32", np.ones(shape, np.float32))
     root = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": None})
-    assert np.array_equal(values(root, recipes(root)[Q_PROJ], work), e4m3_values_once[codes] * np.float32(0.5))
-    assert not any("activation_scale" in name for name in recipes(root))
+    assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), e4m3_values_once[codes] * np.float32(0.5))
+    assert not any("activation_scale" in name for name in tensors_in(root))
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ def test_fp8_that_is_not_whole_is_refused(change: dict[str, Raw | None], message
     write(tmp_path, {n: raw for n, raw in tensors.items() if raw is not None}, {
         "quant_method": "fp8", "weight_block_size": [32, 16]})  # fmt: skip
     with pytest.raises(BadCheckpoint, match=message):
-        recipes(root)
+        tensors_in(root)
 
 
 def test_a_block_size_that_is_none_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path, llama_tensors("F32"), {"quant_method": "fp8", "weight_block_size": [128, 0]})
     with pytest.raises(BadCheckpoint, match=r"expected a weight_block_size of two positive numbers, found \[128, 0\]"):
-        recipes(root)
+        tensors_in(root)
 
 
 def test_fp8_comes_back_plain_and_quantizes_to_anything(tmp_path: Path, weightmill: Any) -> None:
@@ -272,7 +272,7 @@ def test_int8_that_is_not_whole_is_refused(change: dict[str, Raw | None], messag
     root = write(tmp_path, {n: raw for n, raw in tensors.items() if raw is not None}, {
         "quant_method": "bitsandbytes", "load_in_8bit": True})  # fmt: skip
     with pytest.raises(BadCheckpoint, match=message):
-        recipes(root)
+        tensors_in(root)
 
 
 # --- AWQ and GPTQ
@@ -340,7 +340,7 @@ GPTQ = {"quant_method": "gptq", "group_size": 24, "desc_act": True, "sym": False
 def test_awq_is_code_less_zero_times_scale(step: int | None, tmp_path: Path, work: ThreadedWork) -> None:
     parts, wanted = awq_parts(MODULE)
     root = write(tmp_path, {**without(llama_tensors("F32"), Q_PROJ), **parts}, AWQ, shards=2)
-    found = recipes(root)
+    found = tensors_in(root)
     assert not any(name.endswith(("qweight", "qzeros", "scales")) for name in found)
     assert found[Q_PROJ].role == "attention"
     assert np.array_equal(values(root, found[Q_PROJ], work, step), wanted)
@@ -357,29 +357,29 @@ def test_gptq_is_code_less_zero_times_scale(
     parts, wanted = gptq_parts(MODULE, bits, int(form == "gptq"), index)
     settings = {**GPTQ, "bits": bits, "checkpoint_format": form}
     root = write(tmp_path, {**without(llama_tensors("F32"), Q_PROJ), **parts}, settings)
-    assert np.array_equal(values(root, recipes(root)[Q_PROJ], work, step), wanted)
+    assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work, step), wanted)
 
 
 def test_gptq_may_give_each_module_its_bits(tmp_path: Path, work: ThreadedWork) -> None:
     parts, wanted = gptq_parts(MODULE, 8, 1, "order")
     settings = {**GPTQ, "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}
     root = write(tmp_path, {**without(llama_tensors("F32"), Q_PROJ), **parts}, settings)
-    assert np.array_equal(values(root, recipes(root)[Q_PROJ], work), wanted)
+    assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), wanted)
 
 
 def test_windows_over_gptq_step_and_transpose(tmp_path: Path, work: ThreadedWork) -> None:
     parts, wanted = gptq_parts(MODULE, 4, 1, "shuffled")
     root = write(tmp_path, {**without(llama_tensors("F32"), Q_PROJ), **parts}, {**GPTQ, "bits": 4})
-    whole = recipes(root)[Q_PROJ]
+    whole = tensors_in(root)[Q_PROJ]
     for window, shape, cut in (
         (Window(80, (160, 1)), (32, 80), wanted[1::2]),
         (Window(0, (1, 80)), (80, 64), wanted.T),
         (Window(5, (1, 160)), (60, 32), wanted[::2, 5:65].T),
         (Window(800, (80, 1)), (8, 80), wanted[10:18]),
     ):
-        recipe = replace(whole, shape=shape, window=window, whole=(64, 80))
+        tensor = replace(whole, shape=shape, window=window, whole=(64, 80))
         for step in (None, 11, 300):
-            assert np.array_equal(values(root, recipe, work, step), cut)
+            assert np.array_equal(values(root, tensor, work, step), cut)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_integers_that_are_not_whole_are_refused(
     tensors = {**without(llama_tensors("F32"), Q_PROJ), **parts, **{f"{MODULE}.{n}": raw for n, raw in change.items()}}
     root = write(tmp_path, {n: raw for n, raw in tensors.items() if raw is not None}, settings)
     with pytest.raises(BadCheckpoint, match=message):
-        recipes(root)
+        tensors_in(root)
 
 
 def test_a_group_that_does_not_exist_is_refused(tmp_path: Path, work: ThreadedWork) -> None:
@@ -422,7 +422,7 @@ def test_a_group_that_does_not_exist_is_refused(tmp_path: Path, work: ThreadedWo
     parts[f"{MODULE}.g_idx"] = Raw("I32", np.full(80, 4, np.int32))
     root = write(tmp_path, {**without(llama_tensors("F32"), Q_PROJ), **parts}, {**GPTQ, "bits": 4})
     with pytest.raises(BadCheckpoint, match=r"q_proj.weight: its g_idx names group 4 of 4"):
-        values(root, recipes(root)[Q_PROJ], work)
+        values(root, tensors_in(root)[Q_PROJ], work)
 
 
 # --- NVFP4 of ModelOpt
@@ -461,7 +461,7 @@ def modelopt_checkpoint(root: Path, tensors: Mapping[str, Raw], place: str, algo
 def test_nvfp4_is_code_times_both_scales(place: str, step: int | None, tmp_path: Path, work: ThreadedWork) -> None:
     parts, wanted = nvfp4_parts(Q_PROJ)
     root = modelopt_checkpoint(tmp_path, {**llama_tensors("F32"), **parts}, place)
-    found = recipes(root)
+    found = tensors_in(root)
     assert np.array_equal(values(root, found[Q_PROJ], work, step), wanted)
     assert not any("scale" in name for name in found)
 
@@ -471,7 +471,7 @@ def test_modelopts_fp8_has_one_scale(tmp_path: Path, work: ThreadedWork) -> None
     tensors = {**llama_tensors("F32"), Q_PROJ: Raw("F8_E4M3", codes)}
     tensors[Q_PROJ + "_scale"] = Raw("F32", np.array(0.25, np.float32))
     root = modelopt_checkpoint(tmp_path, tensors, "config.json", "FP8")
-    assert np.array_equal(values(root, recipes(root)[Q_PROJ], work), e4m3_values_once[codes] * np.float32(0.25))
+    assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), e4m3_values_once[codes] * np.float32(0.25))
 
 
 def test_nvfp4_comes_back_plain_without_its_settings(tmp_path: Path, weightmill: Any) -> None:
@@ -512,4 +512,4 @@ def test_nvfp4_that_is_not_whole_is_refused(
     whole = {n: raw for n, raw in tensors.items() if raw is not None}
     root = modelopt_checkpoint(tmp_path, whole, "config.json", algorithm)
     with pytest.raises(BadCheckpoint, match=message):
-        recipes(root)
+        tensors_in(root)

@@ -17,7 +17,7 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.loading.load import load_weights
 from loaders.specs import StoredSpec, StoredTensor
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 from tests.making import LLAMA
 
 EXPERT = 1024 + 2 * 64  # one part of an expert: words of 4 bits, scales, biases
@@ -70,10 +70,10 @@ def test_a_checkpoint_is_recognized_and_its_bits_become_settings(tmp_path: Path)
         "model_weights.bin", "packed_experts/layer_00.bin", "packed_experts/layer_02.bin"
     ]  # fmt: skip
     assert checkpoint.aux == ("config.json",)
-    recipes = {recipe.name: recipe for recipe in recipes_of(checkpoint, decode=True).recipes}
-    assert len(recipes) == 2 + 2 * 9
-    assert recipes["model.layers.0.mlp.gate.weight"].decode.bits == 8  # type: ignore[union-attr]
-    expert = recipes["model.layers.0.mlp.experts.2.down_proj.weight"]
+    tensors = {tensor.name: tensor for tensor in tensors_of(checkpoint, decode=True).tensors}
+    assert len(tensors) == 2 + 2 * 9
+    assert tensors["model.layers.0.mlp.gate.weight"].decode.bits == 8  # type: ignore[union-attr]
+    expert = tensors["model.layers.0.mlp.experts.2.down_proj.weight"]
     assert (expert.shape, expert.decode.bits) == ((32, 64), 4)  # type: ignore[union-attr]
 
 
@@ -94,8 +94,8 @@ def test_four_bits_are_assumed_where_the_manifest_says_none(tmp_path: Path) -> N
         entry.update(shape=[4, 8], size=128)
 
     edit(folder / "model_weights.json", four)
-    recipes = {recipe.name: recipe for recipe in recipes_of(open_checkpoint(folder), decode=True).recipes}
-    gate = recipes["model.layers.0.mlp.gate.weight"]
+    tensors = {tensor.name: tensor for tensor in tensors_of(open_checkpoint(folder), decode=True).tensors}
+    gate = tensors["model.layers.0.mlp.gate.weight"]
     assert (gate.shape, gate.decode.bits) == ((4, 64), 4)  # type: ignore[union-attr]
 
 

@@ -17,7 +17,7 @@ from loaders.dtypes import storage_of
 from loaders.errors import BadCheckpoint
 from loaders.specs import WeightSpec
 from loaders.strategies import LOADERS, loader
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.views import StoredView
 
 torch = pytest.importorskip("torch")
@@ -51,11 +51,11 @@ def read_all(root: Path, specs: tuple[WeightSpec, ...], strategy: str) -> dict[s
     found = {}
     with loader(strategy).open(root, specs) as reader:
         for spec in specs:
-            recipe = Recipe(
+            tensor = LogicalTensor(
                 spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None, "", "", None
             )
-            view = StoredView(reader, recipe.spec, spec, Window.whole(spec))
-            count = recipe.spec.num_items
+            view = StoredView(reader, tensor.spec, spec, Window.whole(spec))
+            count = tensor.spec.num_items
             halves = [view.read(0, count // 2).copy(), view.read(count // 2, count).copy()] if count else []
             found[spec.name] = b"".join(half.astype(storage_of(spec.dtype)).tobytes() for half in halves)
     return found

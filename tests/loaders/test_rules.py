@@ -13,33 +13,33 @@ from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
 from loaders.rules.rule import Decision, Rule
-from loaders.tensors.logical_tensor import Recipe
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.sources import tensors_of
 from tests.making import LLAMA, llama_tensors, write_checkpoint
 
 
 @pytest.fixture
-def recipes(tmp_path: Path) -> tuple[Recipe, ...]:
-    return recipes_of(open_checkpoint(write_checkpoint(tmp_path / "m")), decode=False).recipes
+def tensors_in(tmp_path: Path) -> tuple[LogicalTensor, ...]:
+    return tensors_of(open_checkpoint(write_checkpoint(tmp_path / "m")), decode=False).tensors
 
 
 def actions(decisions: tuple[Decision, ...]) -> dict[str, str]:
-    return {decision.recipe.name: decision.action for decision in decisions}
+    return {decision.tensor.name: decision.action for decision in decisions}
 
 
 def own(action: str, **conditions: object) -> Rule:
     return Rule(action, "test", label="rules[0]", **conditions)  # type: ignore[arg-type]
 
 
-def test_bitsandbytes_quantizes_linear_layers_and_nothing_else(recipes: tuple[Recipe, ...]) -> None:
-    found = actions(decide(recipes, Bnb4("nf4"), ()))
+def test_bitsandbytes_quantizes_linear_layers_and_nothing_else(tensors_in: tuple[LogicalTensor, ...]) -> None:
+    found = actions(decide(tensors_in, Bnb4("nf4"), ()))
     quantized = {name for name, action in found.items() if action == "quantize"}
     assert quantized == {name for name in llama_tensors() if "_proj" in name}
 
 
-def test_the_first_matching_rule_decides(recipes: tuple[Recipe, ...]) -> None:
+def test_the_first_matching_rule_decides(tensors_in: tuple[LogicalTensor, ...]) -> None:
     rules = (own("keep", name="layers.0.*down_proj"), own("cast", name="down_proj", cast_to="F16"))
-    found = actions(decide(recipes, Bnb4("nf4"), rules))
+    found = actions(decide(tensors_in, Bnb4("nf4"), rules))
     assert found["model.layers.0.mlp.down_proj.weight"] == "keep"
     assert found["model.layers.1.mlp.down_proj.weight"] == "cast"
 
@@ -55,26 +55,26 @@ def test_the_first_matching_rule_decides(recipes: tuple[Recipe, ...]) -> None:
     ],
 )
 def test_rules_match_by_role_shape_and_dtype(
-    recipes: tuple[Recipe, ...], conditions: dict[str, object], expected: int
+    tensors_in: tuple[LogicalTensor, ...], conditions: dict[str, object], expected: int
 ) -> None:
-    assert sum(own("keep", **conditions).matches(recipe) for recipe in recipes) == expected
+    assert sum(own("keep", **conditions).matches(tensor) for tensor in tensors_in) == expected
 
 
-def test_a_rule_that_matches_nothing_is_an_error_with_a_hint(recipes: tuple[Recipe, ...]) -> None:
+def test_a_rule_that_matches_nothing_is_an_error_with_a_hint(tensors_in: tuple[LogicalTensor, ...]) -> None:
     with pytest.raises(BadSpec, match=r"rules\[0\]: it matches no tensor \(name ~ dwn_proj\); the checkpoint's names"):
-        decide(recipes, Bnb4("nf4"), (own("keep", name="dwn_proj"),))
+        decide(tensors_in, Bnb4("nf4"), (own("keep", name="dwn_proj"),))
 
 
-def test_a_rule_behind_one_that_takes_all_is_an_error(recipes: tuple[Recipe, ...]) -> None:
+def test_a_rule_behind_one_that_takes_all_is_an_error(tensors_in: tuple[LogicalTensor, ...]) -> None:
     rules = (own("keep", name="proj"), Rule("keep", "test", name="down_proj", label="rules[1]"))
     with pytest.raises(BadSpec, match=r"rules\[1\]: the 2 tensors it matches .* are all taken by rules before it"):
-        decide(recipes, Bnb4("nf4"), rules)
+        decide(tensors_in, Bnb4("nf4"), rules)
 
 
-def test_all_faults_are_told_at_once(recipes: tuple[Recipe, ...]) -> None:
+def test_all_faults_are_told_at_once(tensors_in: tuple[LogicalTensor, ...]) -> None:
     rules = (own("quantize", role=("norm",)), Rule("keep", "test", name="ghost", label="rules[1]"))
     with pytest.raises(BadSpec) as caught:
-        decide(recipes, Ternary(), rules)
+        decide(tensors_in, Ternary(), rules)
     assert len(caught.value.problems) == 6
     assert "cannot quantize model.norm.weight: its shape is [64]; ternary takes matrices" in str(caught.value)
 
@@ -86,9 +86,9 @@ def test_rows_that_do_not_divide_are_refused_by_ternary_before_the_work(tmp_path
     )
     root = write_checkpoint(tmp_path / "m", tensors, config={**LLAMA, "dtype": "bfloat16"})
     with pytest.raises(BadSpec, match="k_proj.weight: its 30 rows are no multiple of 4"):
-        decide(recipes_of(open_checkpoint(root), decode=False).recipes, Ternary(), ())
+        decide(tensors_of(open_checkpoint(root), decode=False).tensors, Ternary(), ())
 
 
-def test_none_copies_and_casts(recipes: tuple[Recipe, ...]) -> None:
-    assert set(actions(decide(recipes, Plain(), ())).values()) == {"keep"}
-    assert set(actions(decide(recipes, Plain("F32"), ())).values()) == {"cast"}
+def test_none_copies_and_casts(tensors_in: tuple[LogicalTensor, ...]) -> None:
+    assert set(actions(decide(tensors_in, Plain(), ())).values()) == {"keep"}
+    assert set(actions(decide(tensors_in, Plain("F32"), ())).values()) == {"cast"}

@@ -11,7 +11,7 @@ import pytest
 from loaders.backends.threads import ThreadedWork
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 from tests.loaders.test_decoding import box, values, work  # noqa: F401
 from tests.loaders.test_families import text_model
 from tests.making import LLAMA, Raw, llama_tensors, read_safetensors, values_of, weights, write_checkpoint
@@ -31,7 +31,7 @@ def saved(model_type: str, root: Path) -> Any:
 
 
 def split(root: Path) -> dict[str, Any]:
-    return {r.name: r for r in recipes_of(open_checkpoint(root), decode=True, split=True).recipes}
+    return {r.name: r for r in tensors_of(open_checkpoint(root), decode=True, split=True).tensors}
 
 
 @pytest.mark.parametrize("step", [None, 7, 100])
@@ -51,10 +51,10 @@ def test_gpt_oss_experts_are_every_second_column_transposed(
             "down_proj.bias": experts.down_proj_bias[expert],
         }
         for name, tensor in wanted.items():
-            recipe = found[f"{GPT_OSS}{expert}.{name}"]
-            assert np.array_equal(values(tmp_path, recipe, work, step), tensor.detach().numpy()), name
-            assert recipe.block == "model.layers.1.mlp"
-            assert recipe.role == ("bias" if name.endswith("bias") else "expert")
+            logical = found[f"{GPT_OSS}{expert}.{name}"]
+            assert np.array_equal(values(tmp_path, logical, work, step), tensor.detach().numpy()), name
+            assert logical.block == "model.layers.1.mlp"
+            assert logical.role == ("bias" if name.endswith("bias") else "expert")
     assert found[GPT_OSS + "0.gate_proj.weight"].group == found[GPT_OSS + "0.up_proj.weight"].group is not None
     assert sum(r.source_bytes for r in found.values()) == open_checkpoint(tmp_path).size
 
@@ -87,9 +87,9 @@ def test_llama4_experts_are_halves_transposed(
     for expert in range(2):
         gate, up = experts.gate_up_proj[expert].chunk(2, dim=-1)
         for name, tensor in {"gate": gate, "up": up, "down": experts.down_proj[expert]}.items():
-            recipe = found[f"{LLAMA4}{expert}.{name}_proj.weight"]
-            assert np.array_equal(values(tmp_path, recipe, work, step), tensor.T.detach().numpy()), name
-            assert recipe.role == "expert"
+            logical = found[f"{LLAMA4}{expert}.{name}_proj.weight"]
+            assert np.array_equal(values(tmp_path, logical, work, step), tensor.T.detach().numpy()), name
+            assert logical.role == "expert"
 
 
 @pytest.mark.usefixtures("box")
@@ -102,14 +102,14 @@ def test_mxfp4_is_what_transformers_dequantizes(
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     root, packed = mxfp4(tmp_path)
-    whole = {r.name: r for r in recipes_of(open_checkpoint(root), decode=True).recipes}
+    whole = {r.name: r for r in tensors_of(open_checkpoint(root), decode=True).tensors}
     found = split(root)
     for name in ("gate_up_proj", "down_proj"):
         parts = [torch.from_numpy(np.array(packed[f"{GPT_OSS}{name}_{part}"].data)) for part in ("blocks", "scales")]
         wanted = convert_moe_packed_tensors(*parts, dtype=torch.float32).numpy()
-        recipe = whole[GPT_OSS + name]
-        assert recipe.shape == wanted.shape
-        assert np.array_equal(values(root, recipe, work, step), wanted)
+        tensor = whole[GPT_OSS + name]
+        assert tensor.shape == wanted.shape
+        assert np.array_equal(values(root, tensor, work, step), wanted)
         for expert in range(2):
             if name == "down_proj":
                 cut = {"down": wanted[expert].T}
@@ -201,6 +201,6 @@ def test_an_unknown_stack_stays_whole_and_is_named(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     tensors = {**llama_tensors(), name: weights(np.ones((2, 64, 64), np.float32), "BF16")}
     root = write_checkpoint(tmp_path, tensors, config={**LLAMA, "model_type": "new"})
-    found = recipes_of(open_checkpoint(root), decode=True, split=True)
-    assert name in {r.name for r in found.recipes}
+    found = tensors_of(open_checkpoint(root), decode=True, split=True)
+    assert name in {r.name for r in found.tensors}
     assert any("1 stacks of experts stay whole and unquantized, " + name in note for note in found.notes)

@@ -12,7 +12,7 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
-from tests.loaders.test_decoding import recipes, values
+from tests.loaders.test_decoding import tensors, values
 from tests.making import LLAMA
 
 torch = pytest.importorskip("torch")
@@ -51,4 +51,4 @@ def test_fp8_is_what_transformers_dequantizes(scale_dtype: str, tmp_path: Path, 
         tmp_path / "m", {Q_PROJ: weight, Q_PROJ + "_scale_inv": scale},
         quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
     )  # fmt: skip
-    assert torch.equal(torch.from_numpy(values(root, recipes(root)[Q_PROJ], work)), wanted)
+    assert torch.equal(torch.from_numpy(values(root, tensors(root)[Q_PROJ], work)), wanted)

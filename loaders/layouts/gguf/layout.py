@@ -71,10 +71,10 @@ class GgufLayout:
         return None
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
-        again = [d for d in decisions if d.action == "quantize" and d.recipe.dtype.block > 1]
+        again = [d for d in decisions if d.action == "quantize" and d.tensor.dtype.block > 1]
         if not again:
             return ()
-        types = ", ".join(sorted({d.recipe.dtype.name for d in again}))
+        types = ", ".join(sorted({d.tensor.dtype.name for d in again}))
         return (
             f"{len(again)} tensors are quantized already ({types}) and are quantized again, from what they decode to,"
             " as llama-quantize --allow-requantize does: more is lost than from the weights they came from",
@@ -112,16 +112,16 @@ class GgufLayout:
 
 def _as_it_is(decision: Decision) -> Placed:
     """A tensor of a GGUF for another: copied, or from its weights, which are decoded first if they are in blocks."""
-    scheme, recipe, cast = decision.scheme, decision.recipe, None
+    scheme, tensor, cast = decision.scheme, decision.tensor, None
     assert scheme is not None
-    if isinstance(scheme, Plain) and (len(recipe.shape) < 2 or recipe.name.endswith(ROUTER)):
+    if isinstance(scheme, Plain) and (len(tensor.shape) < 2 or tensor.name.endswith(ROUTER)):
         scheme = Plain()  # llama.cpp has these in float32, whatever is asked for the others
-    if recipe.dtype.block > 1 and scheme != Plain():
-        check_readable(recipe.dtype.name)
+    if tensor.dtype.block > 1 and scheme != Plain():
+        check_readable(tensor.dtype.name)
         cast = DTYPES["F32"]
-    spec = recipe.spec if cast is None else replace(recipe.spec, dtype=cast)
-    stored = {role: StoredTensor(recipe.name, part) for role, part in scheme.stored(spec).items()}
-    return Placed(recipe, decision.action if scheme != Plain() else "keep", scheme, cast, stored)
+    spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
+    stored = {role: StoredTensor(tensor.name, part) for role, part in scheme.stored(spec).items()}
+    return Placed(tensor, decision.action if scheme != Plain() else "keep", scheme, cast, stored)
 
 
 class _Converting:
@@ -131,40 +131,40 @@ class _Converting:
         self._config = checkpoint.config
         self._architecture: Architecture = architecture_of(checkpoint.config)
         self._experts = experts_of(checkpoint.config)
-        self._decisions = [d for d in decisions if d.scheme is not None and d.recipe.role != "buffer"]
+        self._decisions = [d for d in decisions if d.scheme is not None and d.tensor.role != "buffer"]
 
     def place(self) -> tuple[Placed, ...]:
         """Raises BadSpec: a tensor has no place in the architecture, or a stack of experts is not whole."""
-        names = {d.recipe.name: self._architecture.gguf_name(d.recipe.name) for d in self._decisions}
+        names = {d.tensor.name: self._architecture.gguf_name(d.tensor.name) for d in self._decisions}
         unknown = [name for name, found in names.items() if found is None]
         if unknown:
             raise BadSpec(
                 f"output.layout: llama.cpp's {self._architecture.name} has no place for {len(unknown)} tensors"
                 f" ({', '.join(unknown[:4])}); drop them by a rule if the model works without"
             )
-        placed = [self._placed(d, name) for d in self._decisions if (name := names[d.recipe.name]) is not None]
+        placed = [self._placed(d, name) for d in self._decisions if (name := names[d.tensor.name]) is not None]
         self._check_stacks(names, placed)
         return self._with_rope_factors(placed)
 
     def _placed(self, decision: Decision, name: GgufName) -> Placed:
-        recipe = decision.recipe
+        logical = decision.tensor
         scheme, action = _type_for(decision)
-        order = self._architecture.row_order(recipe.name, recipe.shape[0], self._config, inverse=False)
-        [(role, part)] = scheme.stored(recipe.spec).items()
+        order = self._architecture.row_order(logical.name, logical.shape[0], self._config, inverse=False)
+        [(role, part)] = scheme.stored(logical.spec).items()
         tensor = StoredTensor(name.name, part)
         if name.expert is not None:
             whole = StoredSpec(part.dtype, (self._experts, *part.shape))
             tensor = StoredTensor(name.name, part, whole, name.expert * part.size)
-        return Placed(recipe, action, scheme, None, {role: tensor}, order)
+        return Placed(logical, action, scheme, None, {role: tensor}, order)
 
     def _check_stacks(self, names: Mapping[str, GgufName | None], placed: Sequence[Placed]) -> None:
         stacks: dict[str, list[int]] = {}
         shapes: dict[str, set[object]] = {}
         for each in placed:
-            found = names[each.recipe.name]
+            found = names[each.tensor.name]
             if found is not None and found.expert is not None:
                 stacks.setdefault(found.name, []).append(found.expert)
-                shapes.setdefault(found.name, set()).add((each.recipe.shape, each.stored["weight"].spec.dtype.name))
+                shapes.setdefault(found.name, set()).add((each.tensor.shape, each.stored["weight"].spec.dtype.name))
         for name, experts in stacks.items():
             if sorted(experts) != list(range(self._experts)):
                 raise BadSpec(f"{name}: {len(experts)} experts to stack, config.json says {self._experts}")
@@ -185,18 +185,18 @@ class _Converting:
 
 def _type_for(decision: Decision) -> tuple[Scheme, str]:
     """The scheme and action for a tensor: vectors and routers are float32, whatever is asked for all others."""
-    recipe, scheme = decision.recipe, decision.scheme
+    tensor, scheme = decision.tensor, decision.scheme
     assert scheme is not None
     wide = Plain("F32")
-    if len(recipe.shape) < 2 or recipe.role == "router":
-        scheme = Plain() if recipe.dtype.name == "F32" and isinstance(scheme, Plain) else wide
-    elif isinstance(scheme, Plain) and scheme.dtype is None and recipe.dtype.name not in FLOATS:
+    if len(tensor.shape) < 2 or tensor.role == "router":
+        scheme = Plain() if tensor.dtype.name == "F32" and isinstance(scheme, Plain) else wide
+    elif isinstance(scheme, Plain) and scheme.dtype is None and tensor.dtype.name not in FLOATS:
         scheme = wide
-    refusal = scheme.refuses(recipe.spec)
+    refusal = scheme.refuses(tensor.spec)
     if refusal:
-        raise BadSpec(f"{recipe.name}: it cannot be in a GGUF: {refusal}")
+        raise BadSpec(f"{tensor.name}: it cannot be in a GGUF: {refusal}")
     if isinstance(scheme, Plain):
-        return scheme, "keep" if scheme.dtype in (None, recipe.dtype.name) else "cast"
+        return scheme, "keep" if scheme.dtype in (None, tensor.dtype.name) else "cast"
     return scheme, decision.action
 
 

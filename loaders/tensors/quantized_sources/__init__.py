@@ -1,4 +1,4 @@
-"""Checkpoints that are already quantized: which weights were, and the recipe that decodes each. One file per format."""
+"""Checkpoints that are already quantized: which weights were, and what decodes each. One file per format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from loaders.architectures.families import text_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import (
     awq_gptq,
     bitnet,
@@ -22,8 +22,8 @@ from loaders.tensors.quantized_sources import (
     mxfp4,
 )
 
-# By config.json's quant_method. Recipes come without role, block and group: those are the family's to say.
-FINDERS: dict[str, Callable[[Checkpoint], dict[str, Recipe]]] = {
+# By config.json's quant_method. Tensors come without role, block and group: those are the family's to say.
+FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
     "hqq": hqq.find,
@@ -75,7 +75,7 @@ def check_decodable(checkpoint: Checkpoint) -> None:
         )
 
 
-def quantized_tensors(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def quantized_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights of a checkpoint, by name; none where its format is not decoded here.
 
     Raises:

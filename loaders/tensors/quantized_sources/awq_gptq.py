@@ -10,7 +10,7 @@ from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.awq_gptq import Awq, Gptq
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
 
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
@@ -19,7 +19,7 @@ AWQ_VERSIONS = ("gemm", "ipex")  # which are stored alike
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
 
-def find_awq(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find_awq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name.
 
     Raises:
@@ -37,7 +37,7 @@ def find_awq(checkpoint: Checkpoint) -> dict[str, Recipe]:
     return {f"{m}.weight": _awq(by_name, m, size, float_dtype(checkpoint)) for m in _modules(by_name)}
 
 
-def _awq(by_name: Mapping[str, WeightSpec], module: str, size: int, dtype: DType) -> Recipe:
+def _awq(by_name: Mapping[str, WeightSpec], module: str, size: int, dtype: DType) -> LogicalTensor:
     name = f"{module}.weight"
     parts = {role: part(by_name, name, f"{module}.{role}") for role in ("qweight", "qzeros", "scales")}
     inputs, width = _matrix(parts["qweight"])
@@ -49,7 +49,7 @@ def _awq(by_name: Mapping[str, WeightSpec], module: str, size: int, dtype: DType
     return undecoded(TensorSpec(name, dtype, (outputs, inputs)), decoder, parts, by_name)
 
 
-def find_gptq(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find_gptq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name. With `dynamic` settings each weight's bits follow from its shapes.
 
     Raises:
@@ -69,7 +69,7 @@ def find_gptq(checkpoint: Checkpoint) -> dict[str, Recipe]:
 
 def _gptq(
     by_name: Mapping[str, WeightSpec], module: str, settings: Mapping[str, Any], offset: int, dtype: DType
-) -> Recipe:
+) -> LogicalTensor:
     name = f"{module}.weight"
     parts = {role: part(by_name, name, f"{module}.{role}") for role in ("qweight", "qzeros", "scales")}
     index = by_name.get(f"{module}.g_idx")

@@ -11,7 +11,7 @@ from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
 from loaders.quantization.scheme import Decoder, Scheme
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.tensors.logical_tensor import Recipe, stored_name
+from loaders.tensors.logical_tensor import LogicalTensor, stored_name
 
 # Scales of activations and caches, which stand beside a quantized weight and mean nothing to the decoded one
 RUN_TIME = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale", "weight_format")
@@ -19,9 +19,10 @@ RUN_TIME = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", 
 
 def decoded(
     by_name: Mapping[str, WeightSpec], spec: TensorSpec, scheme: Scheme, optional: Collection[str] = ()
-) -> Recipe:
-    """The recipe of a weight whose parts have the names, dtypes and sizes that the scheme would give them; `optional`
-    roles may be absent.
+) -> LogicalTensor:
+    """The logical tensor of a weight whose parts have the names, dtypes and sizes that the scheme gives them.
+
+    Roles in `optional` may be absent.
 
     Raises:
         BadCheckpoint: a part is missing, or is not what it should be.
@@ -38,7 +39,7 @@ def decoded(
                 f" found {found.dtype} {list(found.shape)}"
             )
         stored.append((role, found))
-    return Recipe(spec.name, spec.dtype, spec.shape, tuple(stored), None, scheme, "", "", None)
+    return LogicalTensor(spec.name, spec.dtype, spec.shape, tuple(stored), None, scheme, "", "", None)
 
 
 def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpec:
@@ -54,11 +55,13 @@ def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpe
 
 def undecoded(
     spec: TensorSpec, decoder: Decoder, parts: Mapping[str, WeightSpec], by_name: Mapping[str, WeightSpec]
-) -> Recipe:
-    """The recipe of a weight that is only ever read; its activations' scales go with it."""
+) -> LogicalTensor:
+    """The logical tensor of a weight that is only ever read; its activations' scales go with it."""
     module = spec.name.removesuffix("weight")
     beside = {name: by_name[module + name] for name in RUN_TIME if module != spec.name and module + name in by_name}
-    return Recipe(spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder, "", "", None)
+    return LogicalTensor(
+        spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder, "", "", None
+    )
 
 
 def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -> WeightSpec:

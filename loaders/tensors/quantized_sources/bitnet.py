@@ -8,18 +8,18 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name."""
     by_name = {spec.name: spec for spec in checkpoint.weights}
     weights = (name.removesuffix("_scale") for name in by_name if name.endswith(".weight_scale"))
-    return {weight: _recipe(checkpoint, by_name, weight) for weight in weights}
+    return {weight: _tensor(checkpoint, by_name, weight) for weight in weights}
 
 
-def _recipe(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) -> Recipe:
+def _tensor(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) -> LogicalTensor:
     packed = part(by_name, name, name)
     if len(packed.shape) != 2:
         raise BadCheckpoint(f"{name}: expected packed ternary rows, found shape {list(packed.shape)}")

@@ -12,24 +12,24 @@ from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4, read_state
 from loaders.quantization.schemes.bitsandbytes_int8 import FORMAT, SCALES, LlmInt8
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.strategies import loader
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, expect, float_dtype, part, undecoded
 
 STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__(nf4|fp4)$")
 IS_PART = re.compile(rf"{STATE.pattern}|\.{SCALES}$")  # a name that only bitsandbytes gives
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name."""
     by_name = {spec.name: spec for spec in checkpoint.weights}
     states = (STATE.match(name) for name in by_name)
-    found = {state[1]: _recipe(checkpoint, by_name, state[1], state[2]) for state in states if state}
+    found = {state[1]: _tensor(checkpoint, by_name, state[1], state[2]) for state in states if state}
     scaled = [name.removesuffix(SCALES) + "weight" for name in by_name if name.endswith("." + SCALES)]
     coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "I8" and spec.name.endswith(".weight")]
     return found | {name: _int8(checkpoint, by_name, name) for name in dict.fromkeys([*scaled, *coded])}
 
 
-def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) -> Recipe:
+def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) -> LogicalTensor:
     module = name.removesuffix("weight")
     weight, scales = part(by_name, name, name), part(by_name, name, module + SCALES)
     rows = weight.shape[0] if weight.shape else 0
@@ -48,7 +48,7 @@ def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) 
     return undecoded(spec, LlmInt8(), {"weight": weight, SCALES: scales}, by_name)
 
 
-def _recipe(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str, table: str) -> Recipe:
+def _tensor(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str, table: str) -> LogicalTensor:
     spec = by_name[f"{name}.quant_state.bitsandbytes__{table}"]
     with loader("read").open(checkpoint.root, (spec,)) as reader:
         state = read_state(reader.read(spec, 0, spec.size).tobytes(), name)

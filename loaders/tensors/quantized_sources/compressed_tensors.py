@@ -23,13 +23,13 @@ from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.strategies import loader
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part, quantization_block
 
 CODES = ("F8_E4M3", "I8")
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name.
 
     Raises:
@@ -42,10 +42,10 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
     groups = _Groups(block)
     found = {}
     for module in sorted(_modules(by_name)):
-        recipe = _recipe(checkpoint, by_name, module, groups.weights_of(module))
+        tensor = _tensor(checkpoint, by_name, module, groups.weights_of(module))
         companions = tuple((name.removeprefix(f"{module}."), by_name[name]) for name in _companions(by_name, module))
-        found[recipe.name] = Recipe(
-            recipe.name, recipe.dtype, recipe.shape, recipe.stored + companions, None, recipe.decode, "", "", None
+        found[tensor.name] = LogicalTensor(
+            tensor.name, tensor.dtype, tensor.shape, tensor.stored + companions, None, tensor.decode, "", "", None
         )
     return found
 
@@ -105,9 +105,9 @@ class _Groups:
         return {**group["weights"], "activations": group.get("input_activations") is not None}
 
 
-def _recipe(
+def _tensor(
     checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str, weights: Mapping[str, Any]
-) -> Recipe:
+) -> LogicalTensor:
     name = f"{module}.weight"
     if f"{module}.weight_g_idx" in by_name:
         raise BadCheckpoint(f"{module}: its groups are not of neighbours (weight_g_idx), which is not decoded here")

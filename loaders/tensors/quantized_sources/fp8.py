@@ -14,13 +14,13 @@ from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.deepseek_fp8 import SCALE_DTYPES, Fp8Blocks
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
 
 SUFFIX = "_scale_inv"
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name.
 
     Raises:
@@ -31,7 +31,7 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
     dtype = float_dtype(checkpoint)
     coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "F8_E4M3"]
     scaled = (name.removesuffix(SUFFIX) for name in by_name if name.endswith(SUFFIX))
-    return {name: _recipe(by_name, name, block, dtype) for name in dict.fromkeys([*coded, *scaled])}
+    return {name: _tensor(by_name, name, block, dtype) for name in dict.fromkeys([*coded, *scaled])}
 
 
 def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -43,7 +43,7 @@ def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _recipe(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int] | None, dtype: DType) -> Recipe:
+def _tensor(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int] | None, dtype: DType) -> LogicalTensor:
     weight = part(by_name, name + SUFFIX, name)
     other = name.removesuffix("weight") + "scale"
     scale = by_name[other] if name + SUFFIX not in by_name and other in by_name else part(by_name, name, name + SUFFIX)

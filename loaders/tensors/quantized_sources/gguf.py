@@ -9,10 +9,10 @@ from loaders.errors import BadCheckpoint, BadSpec
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import WeightSpec
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """Every tensor under its name in transformers; blocks are decoded to float32.
 
     Raises:
@@ -33,7 +33,7 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
             is_block = part.dtype.block > 1
             if is_block:
                 check_readable(part.dtype.name)
-            found[each] = Recipe(
+            found[each] = LogicalTensor(
                 each,
                 DTYPES["F32"] if is_block else part.dtype,
                 part.shape,

@@ -12,7 +12,7 @@ from loaders.errors import BadCheckpoint
 from loaders.quantization.schemes.hqq import BITS, Hqq
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.strategies import loader
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part
 
 PACKED = ".W_q"
@@ -21,7 +21,7 @@ FACTS = (*NUMBERS, "shape", "compute_dtype")
 LONGEST = 64  # bytes of a fact
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name."""
     by_name = {spec.name: spec for spec in checkpoint.weights}
     modules = [name.removesuffix(PACKED) for name in by_name if name.endswith(PACKED)]
@@ -29,7 +29,7 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
         said = _in_tensors(checkpoint, by_name, modules)
     else:
         said = {key: value for tag in checkpoint.files for key, value in read_values(checkpoint.root, tag.name).items()}
-    return {f"{module}.weight": _recipe(by_name, said, module) for module in modules}
+    return {f"{module}.weight": _tensor(by_name, said, module) for module in modules}
 
 
 def _in_tensors(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], modules: list[str]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _in_tensors(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], modul
     return found
 
 
-def _recipe(by_name: Mapping[str, WeightSpec], said: Mapping[str, Any], module: str) -> Recipe:
+def _tensor(by_name: Mapping[str, WeightSpec], said: Mapping[str, Any], module: str) -> LogicalTensor:
     name = f"{module}.weight"
     facts: list[Any] = [said.get(f"{module}.{fact}") for fact in FACTS]
     bits, group_size, axis, shape, dtype = facts

@@ -18,7 +18,7 @@ from loaders.errors import BadCheckpoint
 from loaders.quantization.schemes.mlx_affine import BIASES, BITS, GROUP_SIZES, SCALES, MlxAffine
 from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.quantized_sources.base import part
 
 Scheme = MlxAffine | MlxFloat
@@ -39,22 +39,22 @@ def is_mlx(checkpoint: Checkpoint) -> bool:
     return settings_of(checkpoint.config) is not None or any(is_stack(model, s.name) for s in checkpoint.weights)
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights and the stacked ones, by transformers' names."""
     by_name = {spec.name: spec for spec in checkpoint.weights}
     modules = [name.removesuffix(".scales") for name in by_name if name.endswith(".scales")]
-    found = [recipe for module in modules for recipe in _quantized(checkpoint, by_name, module)]
+    found = [tensor for module in modules for tensor in _quantized(checkpoint, by_name, module)]
     model = model_of(checkpoint.config)
     for spec in (spec for spec in checkpoint.weights if is_stack(model, spec.name)):
         if spec.name.removesuffix(".weight") + ".scales" not in by_name:
             for name, [(role, slice_)] in _cut(checkpoint, spec.name, [("weight", spec)]):
                 stored = ((role, slice_),)
-                recipe = Recipe(name, spec.dtype, slice_.shape, stored, Window.whole(slice_), None, "", "", None)
-                found.append(recipe)
-    return {recipe.name: recipe for recipe in found}
+                tensor = LogicalTensor(name, spec.dtype, slice_.shape, stored, Window.whole(slice_), None, "", "", None)
+                found.append(tensor)
+    return {tensor.name: tensor for tensor in found}
 
 
-def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str) -> Iterator[Recipe]:
+def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str) -> Iterator[LogicalTensor]:
     name = module + ".weight"
     packed, scales = part(by_name, name, name), by_name[module + ".scales"]
     scheme = _scheme(checkpoint.config, module, packed, scales)
@@ -74,7 +74,7 @@ def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module
                     f" groups of {scheme.group_size}, found {found.dtype} {list(found.shape)}; config.json's"
                     f" quantization must say how {module} is quantized"
                 )
-        yield Recipe(own_name, spec.dtype, spec.shape, tuple(roles), None, scheme, "", "", None)
+        yield LogicalTensor(own_name, spec.dtype, spec.shape, tuple(roles), None, scheme, "", "", None)
 
 
 def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: WeightSpec) -> Scheme:
@@ -92,7 +92,7 @@ def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: 
     return fitting[0] if len(fitting) == 1 else base
 
 
-def stored_scheme(checkpoint: Checkpoint, weight: Recipe, scales: Recipe) -> Scheme:
+def stored_scheme(checkpoint: Checkpoint, weight: LogicalTensor, scales: LogicalTensor) -> Scheme:
     """How a weight that is copied as it is stored was quantized; that of an expert stands under its stack's name.
 
     Raises:

@@ -16,7 +16,7 @@ from loaders.quantization.read_only.deepseek_fp8 import Fp8Blocks
 from loaders.quantization.read_only.mxfp4_nvfp4 import Nvfp4
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.storage.json_files import read_json
-from loaders.tensors.logical_tensor import Recipe
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
 
 CONFIG = "hf_quant_config.json"
@@ -24,7 +24,7 @@ ALGORITHMS = ("NVFP4", "FP8", "MIXED_PRECISION")  # mixed: each tensor shows whi
 ENDS = (".weight_scale", ".weight_scale_2")
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name.
 
     Raises:
@@ -47,10 +47,10 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
         )
     scaled = [name.removesuffix(end) + ".weight" for name in by_name for end in ENDS if name.endswith(end)]
     coded = [s.name for s in checkpoint.weights if s.dtype.name in ("U8", "F8_E4M3") and s.name.endswith(".weight")]
-    return {name: _recipe(by_name, name, float_dtype(checkpoint)) for name in dict.fromkeys([*scaled, *coded])}
+    return {name: _tensor(by_name, name, float_dtype(checkpoint)) for name in dict.fromkeys([*scaled, *coded])}
 
 
-def _recipe(by_name: Mapping[str, WeightSpec], name: str, dtype: DType) -> Recipe:
+def _tensor(by_name: Mapping[str, WeightSpec], name: str, dtype: DType) -> LogicalTensor:
     weight, scale = part(by_name, name, name), part(by_name, name, name + "_scale")
     if len(weight.shape) < 2 or weight.dtype.name not in ("U8", "F8_E4M3"):
         raise BadCheckpoint(f"{name}: expected U8 or F8_E4M3 [R, C], found {weight.dtype} {list(weight.shape)}")

@@ -10,14 +10,14 @@ from loaders.architectures.families import text_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.mxfp4_nvfp4 import Mxfp4
-from loaders.tensors.logical_tensor import Recipe, Window
+from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part
 
 BLOCKS, SCALES = "_blocks", "_scales"
 TRANSPOSED = ("gpt_oss",)  # model types whose class holds (experts, inputs, outputs)
 
 
-def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized stacks, by name.
 
     Raises:
@@ -40,7 +40,7 @@ def find(checkpoint: Checkpoint) -> dict[str, Recipe]:
             )
         expect(scales, ("U8", "F8_E8M0"), blocks.shape[:3], f"for {blocks.name}")
         experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * Mxfp4.group
-        found[name] = Recipe(
+        found[name] = LogicalTensor(
             name, float_dtype(checkpoint), (experts, columns, rows), (("blocks", blocks), ("scales", scales)),
             Window(0, (rows * columns, 1, columns)), Mxfp4(), "", "", None, (experts, rows, columns),
         )  # fmt: skip

@@ -21,7 +21,7 @@ from loaders.models import open_weights, skeleton_of
 from loaders.models.config import LoadingStrategy
 from loaders.models.loading import load_model_and_tokenizer
 from loaders.models.sharding import broadcast, load_sharded, rows_of, scatter
-from loaders.tensors.sources import recipes_of
+from loaders.tensors.sources import tensors_of
 
 
 def main(folder: str, ways: list[str], does_compute: bool) -> None:
@@ -36,7 +36,7 @@ def main(folder: str, ways: list[str], does_compute: bool) -> None:
 
 def load(folder: str, way: str, does_compute: bool) -> dict[str, Any]:
     checkpoint = open_checkpoint(folder)
-    sources = recipes_of(checkpoint, decode=True)
+    sources = tensors_of(checkpoint, decode=True)
     dist.barrier()  # the backend's own buffers are there before memory is counted
     with PeakMemory() as memory:
         if way == "broadcast":
@@ -78,7 +78,7 @@ def check(model: torch.nn.Module, checkpoint: object, sources: object) -> bool:
     from safetensors import safe_open
 
     root = checkpoint.root  # type: ignore[attr-defined]
-    files = {r.name: r.stored[0][1].file for r in sources.recipes}  # type: ignore[attr-defined]
+    files = {r.name: r.stored[0][1].file for r in sources.tensors}  # type: ignore[attr-defined]
     opened = {file: safe_open(Path(root) / file, "pt") for file in set(files.values())}
     for name, parameter in model.named_parameters():
         part = opened[files[name]].get_slice(name)
