@@ -11,7 +11,7 @@ from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Spec
 
 
-class Place(Spec):
+class CleanedFolder(Spec):
     """Where to look."""
 
     root: str = Field(description="a folder of outputs to look into")
@@ -21,7 +21,7 @@ class Place(Spec):
 class CleanSpec(Spec):
     """What to clean."""
 
-    output: Place
+    output: CleanedFolder
     dry_run: bool = Field(description="only list")
     format: Format = Field(description="text, or json: one document on standard output")
 

@@ -11,7 +11,7 @@ from jobs.cli.verb import FAILED, Said, Verb
 from jobs.spec.base import Format, Spec
 
 
-class Place(Spec):
+class LintedFolder(Spec):
     """What to look at."""
 
     path: str = Field(description="a checkpoint, whoever wrote it")
@@ -20,7 +20,7 @@ class Place(Spec):
 class LintSpec(Spec):
     """Which checkpoint."""
 
-    output: Place
+    output: LintedFolder
     format: Format = Field(description="text, or json: one document on standard output")
 
 

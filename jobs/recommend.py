@@ -26,7 +26,7 @@ class MemorySpec(BackendSpec):
     )
 
 
-class Measured(Spec):
+class MeasuredRoot(Spec):
     """Where quant=auto keeps what it measured."""
 
     root: str = Field(description="the output.root of jobs with quant=auto, whose measurements are used")
@@ -38,7 +38,7 @@ class RecommendSpec(Spec):
     model: ModelSpec
     source: SourceSpec
     backend: MemorySpec
-    output: Measured
+    output: MeasuredRoot
     context_tokens: int = Field(gt=0, description="of one sequence, whose keys and values must fit beside the weights")
     format: Format = Field(description="text, or json: one document on standard output")
 

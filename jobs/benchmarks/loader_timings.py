@@ -43,7 +43,7 @@ FIRST_BYTE = (
 
 
 @dataclass
-class Measured:
+class StrategyTimings:
     """One way of reading: GB/s of each lap, warm and cold, the CPU seconds, and what was seen besides."""
 
     name: str
@@ -95,10 +95,10 @@ def measure(path: str, names: Sequence[str], repeats: int, *, cold: bool) -> dic
     with ThreadPoolExecutor(threads) as pool:
         size = sum(file.stat().st_size for file in files)
         cases = {name: Sums(way, size) for name, way in plain_ways(files, pool, threads).items()}
-        found = {name: Measured(name, False) for name in cases}
+        found = {name: StrategyTimings(name, False) for name in cases}
         for name in names or [n for n in LOADERS if n not in SKIPPED]:
             key = f"strategy={name}"
-            found[key] = Measured(key, True, not LOADERS[name]().not_for_jobs)
+            found[key] = StrategyTimings(key, True, not LOADERS[name]().not_for_jobs)
             cases[key] = _by_strategy(name, checkpoint, pool, threads, found[key])
         stayed = _run(cases, found, files, repeats, cold=cold)
         _check_sums(cases, found)
@@ -125,7 +125,9 @@ class Sums:
         return time.perf_counter() - began
 
 
-def _by_strategy(name: str, checkpoint: Checkpoint, pool: ThreadPoolExecutor, threads: int, seen: Measured) -> Sums:
+def _by_strategy(
+    name: str, checkpoint: Checkpoint, pool: ThreadPoolExecutor, threads: int, seen: StrategyTimings
+) -> Sums:
     def call() -> int:
         made: WeightLoader = loader(name)
         summing = Summing(pool, threads)
@@ -151,7 +153,7 @@ def _raw(value: Any) -> np.ndarray:
 
 
 def _run(
-    cases: Mapping[str, Sums], found: Mapping[str, Measured], files: Sequence[Path], repeats: int, *, cold: bool
+    cases: Mapping[str, Sums], found: Mapping[str, StrategyTimings], files: Sequence[Path], repeats: int, *, cold: bool
 ) -> float | None:
     """Warm laps, then cold ones; the greatest share that stayed in the page cache, None where nothing is dropped."""
     stayed: list[float] = []
@@ -199,7 +201,7 @@ def _settle(files: Sequence[Path]) -> None:
                 left -= count
 
 
-def _check_sums(cases: Mapping[str, Sums], found: Mapping[str, Measured]) -> None:
+def _check_sums(cases: Mapping[str, Sums], found: Mapping[str, StrategyTimings]) -> None:
     """Strategies sum to one number, reads of whole files to another: a way that differs has not read what is there."""
     for kind in (True, False):
         sums = {
@@ -211,7 +213,7 @@ def _check_sums(cases: Mapping[str, Sums], found: Mapping[str, Measured]) -> Non
                 found[name].missing = f"its bytes sum to {own:x}, the others' to {usual:x}"
 
 
-def _first_bytes(checkpoint: Checkpoint, found: Mapping[str, Measured]) -> None:
+def _first_bytes(checkpoint: Checkpoint, found: Mapping[str, StrategyTimings]) -> None:
     """Seconds from the start of a process to the first weight in it."""
     for name, each in found.items():
         if each.is_strategy and not each.missing:
@@ -227,7 +229,7 @@ def _first_bytes(checkpoint: Checkpoint, found: Mapping[str, Measured]) -> None:
 
 
 def _document(
-    checkpoint: Checkpoint, found: Mapping[str, Measured], repeats: int, threads: int, stayed: float | None
+    checkpoint: Checkpoint, found: Mapping[str, StrategyTimings], repeats: int, threads: int, stayed: float | None
 ) -> dict[str, Any]:
     is_cold = stayed is not None and stayed <= STAYED
     rows = [each.row() for each in found.values()]
@@ -262,7 +264,9 @@ def _yardstick(rows: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any
     return max(plain, key=lambda row: float(row[key]), default=None)
 
 
-def _spread(found: Mapping[str, Measured], rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[float]]:
+def _spread(
+    found: Mapping[str, StrategyTimings], rows: Sequence[Mapping[str, Any]], kind: str
+) -> dict[str, list[float]]:
     """Of each strategy, its ratio to the yardstick in each lap, sorted."""
     yardstick = _yardstick(rows, kind)
     if yardstick is None:

@@ -50,7 +50,7 @@ SIDES = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
-class Case:
+class JudgedOutput:
     """One output, judged. `kind`: "uniform", "preset", or "auto" with what it weights by; `beside` has its size."""
 
     name: str
@@ -108,7 +108,7 @@ def budget(
     return _said(cases, model, engine, picture)
 
 
-def _cases(model: str, judged: _Judged, engine: str, calibration: str | None, scratch: Path) -> list[Case]:
+def _cases(model: str, judged: _Judged, engine: str, calibration: str | None, scratch: Path) -> list[JudgedOutput]:
     base = _spec(model, scratch, engine, 16.0, None)
     assert isinstance(base.quant, AutoQuant)
     makes = _Making(base, judged, scratch)
@@ -157,7 +157,7 @@ class _Making:
         self._judged = judged
         self._scratch = scratch
 
-    def case(self, name: str, kind: str, quant: Quant) -> Case:
+    def case(self, name: str, kind: str, quant: Quant) -> JudgedOutput:
         note(f"{name} ...")
         out = self._scratch / "out"
         output = self._base.output.model_copy(update={"path": str(out)})
@@ -167,13 +167,13 @@ class _Making:
         shutil.rmtree(out)
         chosen = document["job"]["quant"].get("chosen")
         expected = chosen["error"] if chosen and document["job"]["quant"]["calibration"] else None
-        return Case(name, kind, document["totals"]["bits_per_weight"], quality, expected=expected)
+        return JudgedOutput(name, kind, document["totals"]["bits_per_weight"], quality, expected=expected)
 
 
 # --- what comes of it
 
 
-def against(case: Case, others: Sequence[Case]) -> Ratio | None:
+def against(case: JudgedOutput, others: Sequence[JudgedOutput]) -> Ratio | None:
     """A case's KL over that of the others at its size, interpolated; None where its size is not between theirs."""
     if len(others) == 1:  # the preset whose size was the budget: a mix is at most a few bytes smaller
         return _ratio_to(case, others[0], others[0], 0.0)
@@ -185,7 +185,7 @@ def against(case: Case, others: Sequence[Case]) -> Ratio | None:
     return _ratio_to(case, low, high, 0.0 if low is high else (case.bits - low.bits) / (high.bits - low.bits))
 
 
-def _ratio_to(case: Case, low: Case, high: Case, share: float) -> Ratio:
+def _ratio_to(case: JudgedOutput, low: JudgedOutput, high: JudgedOutput, share: float) -> Ratio:
     """To what lies so far between two."""
     count = len(case.kl_by_window)
     drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
@@ -198,7 +198,7 @@ def _ratio_to(case: Case, low: Case, high: Case, share: float) -> Ratio:
     return Ratio(float(ratio(np.arange(count))), float(lower), float(upper))
 
 
-def rows(cases: Sequence[Case]) -> list[dict[str, Any]]:
+def rows(cases: Sequence[JudgedOutput]) -> list[dict[str, Any]]:
     """For machines and for the table: each mix beside uniform schemes and beside the preset of its size."""
     uniform = [case for case in cases if case.kind == "uniform"]
     named = {case.name: case for case in cases}
@@ -226,7 +226,7 @@ def _json(ratio: Ratio | None) -> list[float] | None:
     return None if ratio is None else [ratio.value, ratio.low, ratio.high]
 
 
-def _said(cases: Sequence[Case], model: str, engine: str, picture: Path) -> Said:
+def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path) -> Said:
     found = rows(cases)
     table = Table(box=None, pad_edge=False, header_style="bold")
     heads = (
@@ -267,13 +267,13 @@ def _ratio(value: list[float] | None) -> str:
     return "" if value is None else str(Ratio(*value))
 
 
-def _mean(cases: Sequence[Case], kind: str) -> str:
+def _mean(cases: Sequence[JudgedOutput], kind: str) -> str:
     uniform = [case for case in cases if case.kind == "uniform"]
     found = [r.value for c in cases if c.kind == kind and (r := against(c, uniform)) is not None]
     return f"{np.exp(np.mean(np.log(found))):.3f}" if found else "-"
 
 
-def plot(cases: Sequence[Case], title: str, path: Path) -> None:
+def plot(cases: Sequence[JudgedOutput], title: str, path: Path) -> None:
     """KL and perplexity against bits a weight, as a PNG."""
     from matplotlib.figure import Figure
 

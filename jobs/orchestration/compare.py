@@ -11,7 +11,7 @@ from rich.console import Group
 from jobs.cli.verb import Said, note
 from jobs.report.comparison import (
     BITS,
-    Candidate,
+    ComparedJob,
     candidate_of,
     differing,
     differing_text,
@@ -76,7 +76,7 @@ def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[s
     return name, found
 
 
-def _of_folder(folder: Path) -> Candidate:
+def _of_folder(folder: Path) -> ComparedJob:
     document = read_json(folder / OUR_REPORT)
     try:
         return candidate_of(folder.resolve().name, document, None, str(folder))
@@ -84,10 +84,10 @@ def _of_folder(folder: Path) -> Candidate:
         raise BadCheckpoint(f"{folder / OUR_REPORT}: not a report of weightmill ({error!r})") from None
 
 
-def _of_run(run: Tracked) -> Candidate:
+def _of_run(run: Tracked) -> ComparedJob:
     layers = run.series("layer/relative_error") if run.metrics else {}
     tensors = _errors(run.artifact("tensors.json")) if run.status == "done" else {}
-    return Candidate(run.name, run.status, run.metrics, run.run_id, run.output, run.why, layers, tensors)
+    return ComparedJob(run.name, run.status, run.metrics, run.run_id, run.output, run.why, layers, tensors)
 
 
 def _errors(rows: Any) -> Mapping[str, float]:
@@ -98,18 +98,18 @@ def _errors(rows: Any) -> Mapping[str, float]:
     return {row[name]: row[error] for row in rows["data"] if row[error] is not None}
 
 
-def _told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
+def _told_apart(candidates: Sequence[ComparedJob]) -> list[ComparedJob]:
     """Runs of one name get a part of their id to it."""
     names = [c.name for c in candidates]
     return [
         c
         if names.count(c.name) == 1
-        else Candidate(**{**vars(c), "name": f"{c.name} {(c.run_id or c.output or '')[:8]}"})
+        else ComparedJob(**{**vars(c), "name": f"{c.name} {(c.run_id or c.output or '')[:8]}"})
         for c in candidates
     ]
 
 
-def _said(title: str, candidates: Sequence[Candidate], error: str, folder: Path, page: str | None) -> Said:
+def _said(title: str, candidates: Sequence[ComparedJob], error: str, folder: Path, page: str | None) -> Said:
     ordered = sorted(candidates, key=lambda c: (not c.is_comparable, c.metrics.get(BITS, 0.0), c.name))
     front, differs = pareto(ordered, error), differing(ordered)
     document = {

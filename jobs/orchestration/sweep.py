@@ -29,7 +29,7 @@ from jobs.report import tables
 from jobs.report.comparison import (
     ERROR,
     KL,
-    Candidate,
+    ComparedJob,
     candidate_of,
     differing,
     differing_text,
@@ -226,13 +226,13 @@ class Sweep:
         ]
         return max(found, default=DONE)
 
-    def _candidate(self, number: int) -> Candidate:
+    def _candidate(self, number: int) -> ComparedJob:
         outcome, output = self.outcomes[number], self._specs[number].output_path if number in self._specs else None
         name = self._names[number] if output is None else output.name
         run_id = self._run_ids.get(number)
         if isinstance(outcome, Said):
             return candidate_of(name, outcome.document, run_id, str(output))
-        return Candidate(name, "failed", {}, run_id, str(output), str(outcome).splitlines()[0])
+        return ComparedJob(name, "failed", {}, run_id, str(output), str(outcome).splitlines()[0])
 
     def _document(self, number: int) -> dict[str, Any]:
         outcome, about = self.outcomes[number], {"job": number, "varied": self._names[number]}

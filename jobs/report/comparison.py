@@ -19,7 +19,7 @@ SHOWN_TENSORS = 8
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparedJob:
     """A job that is compared: how it stands, and its numbers as far as there are any."""
 
     name: str
@@ -65,27 +65,27 @@ COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is 
 )
 
 
-def candidate_of(name: str, document: Mapping[str, Any], run_id: str | None = None, output: str = "") -> Candidate:
+def candidate_of(name: str, document: Mapping[str, Any], run_id: str | None = None, output: str = "") -> ComparedJob:
     """A finished job, from its report."""
     layers = {layer: e.relative_error for layer, e in error_by_layer(document).items()}
     tensors = {t["name"]: t["relative_error"] for t in document["tensors"] if t["relative_error"] is not None}
-    return Candidate(name, "done", metrics(document), run_id, output, "", layers, tensors)
+    return ComparedJob(name, "done", metrics(document), run_id, output, "", layers, tensors)
 
 
-def pareto(candidates: Sequence[Candidate], error: str = ERROR) -> list[str]:
+def pareto(candidates: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
     """Names of those that no other beats in bits a weight and error at once, smallest first."""
     comparable = sorted(
         (c for c in candidates if c.is_comparable and error in c.metrics),
         key=lambda c: (c.metrics[BITS], c.metrics[error]),
     )
-    front: list[Candidate] = []
+    front: list[ComparedJob] = []
     for each in comparable:
         if not front or each.metrics[error] < front[-1].metrics[error]:
             front.append(each)
     return [each.name for each in front]
 
 
-def differing(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+def differing(candidates: Sequence[ComparedJob]) -> list[dict[str, Any]]:
     """The tensors whose relative errors lie furthest apart, by ratio of the greatest and the least that is not 0."""
     rows = []
     for name in dict.fromkeys(name for c in candidates for name in c.tensors):
@@ -98,12 +98,12 @@ def differing(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["ratio"], row["tensor"]))
 
 
-def columns_of(candidates: Sequence[Candidate]) -> list[Column]:
+def columns_of(candidates: Sequence[ComparedJob]) -> list[Column]:
     """Those for which some job has a number."""
     return [column for column in COLUMNS if any(column.metric in c.metrics for c in candidates)]
 
 
-def cells(candidate: Candidate, columns: Sequence[Column]) -> list[str]:
+def cells(candidate: ComparedJob, columns: Sequence[Column]) -> list[str]:
     found = [(c, [candidate.metrics.get(name) for name in (c.metric, c.second) if name]) for c in columns]
     return [
         c.pattern.format(*(v * c.scale for v in values if v is not None))
@@ -113,7 +113,7 @@ def cells(candidate: Candidate, columns: Sequence[Column]) -> list[str]:
     ]
 
 
-def table(candidates: Sequence[Candidate], front: Sequence[str]) -> RenderableType:
+def table(candidates: Sequence[ComparedJob], front: Sequence[str]) -> RenderableType:
     """For a terminal; a star marks the front."""
     columns = columns_of(candidates)
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
@@ -129,7 +129,7 @@ def table(candidates: Sequence[Candidate], front: Sequence[str]) -> RenderableTy
     return made
 
 
-def front_text(candidates: Sequence[Candidate], front: Sequence[str], error: str = ERROR) -> str:
+def front_text(candidates: Sequence[ComparedJob], front: Sequence[str], error: str = ERROR) -> str:
     """The front in a line each."""
     by_name = {c.name: c.metrics for c in candidates if c.is_comparable}
     rows = [f"  {by_name[n][BITS]:7.3f} bits  {error} {by_name[n][error]:.5f}  {n}" for n in front]
@@ -153,7 +153,9 @@ def whole(address: str) -> Text:
     return Text(address, no_wrap=True, overflow="ignore")
 
 
-def markdown(title: str, candidates: Sequence[Candidate], front: Sequence[str], error: str, picture: str | None) -> str:
+def markdown(
+    title: str, candidates: Sequence[ComparedJob], front: Sequence[str], error: str, picture: str | None
+) -> str:
     """The whole comparison as a page."""
     columns = columns_of(candidates)
     lines = [f"# {title}", ""]
@@ -180,7 +182,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def to_json(candidate: Candidate) -> dict[str, Any]:
+def to_json(candidate: ComparedJob) -> dict[str, Any]:
     """For machines; tensors only as far as `differing` tells."""
     return {
         "name": candidate.name,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.report.comparison import BITS, Candidate
+from jobs.report.comparison import BITS, ComparedJob
 from jobs.report.metrics import LAYER, error_by_layer
 
 NAMED = 20  # runs that a picture tells apart; of more, those on the front, over the others in gray
@@ -102,7 +102,7 @@ def _saved(figure: Any, path: Path) -> Path:
     return path
 
 
-def comparison_plot(candidates: Sequence[Candidate], front: Sequence[str], error: str, path: Path) -> bool:
+def comparison_plot(candidates: Sequence[ComparedJob], front: Sequence[str], error: str, path: Path) -> bool:
     """Error against size with the front, and error by layer of all, in one PNG; False if there is nothing to draw."""
     from matplotlib.figure import Figure
 

@@ -13,13 +13,13 @@ from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 
 log = logging.getLogger("weightmill")
-Place = Callable[[np.ndarray, WeightSpec], Any]
+Placer = Callable[[np.ndarray, WeightSpec], Any]
 # What a device cannot hold, and what it gets instead
 INSTEAD = {"mps": {"BF16": "F16", "F64": "F32"}, "mlx": {"F64": "F32"}}
 REFUSED = {"mps": ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")}
 
 
-def placer(device: str | None) -> Place:
+def placer(device: str | None) -> Placer:
     """A function that makes an array of a stored tensor's bytes, on the device.
 
     Raises:
@@ -84,7 +84,7 @@ class Told:
         return allowed
 
 
-def _torch_placer(device: str) -> Place:
+def _torch_placer(device: str) -> Placer:
     from loaders.backends.devices import torch_device
 
     torch, target = torch_device(device)
@@ -116,7 +116,7 @@ def as_torch(raw: np.ndarray, spec: WeightSpec) -> Any:
     return flat.view(kind).reshape(spec.shape)
 
 
-def _mlx_placer() -> Place:
+def _mlx_placer() -> Placer:
     from loaders.backends.devices import mlx_core
 
     mx = mlx_core()

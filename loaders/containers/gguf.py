@@ -42,7 +42,7 @@ SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.ten
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MetadataValue:
     """A value of the metadata with its type: a number of gguf_metadata_value_type; of an array, that of its items."""
 
     type: int
@@ -50,35 +50,35 @@ class Entry:
     is_array: bool = False
 
 
-Metadata = Mapping[str, Entry]
+Metadata = Mapping[str, MetadataValue]
 
 
-def text(value: str) -> Entry:
-    return Entry(STRING, value)
+def text(value: str) -> MetadataValue:
+    return MetadataValue(STRING, value)
 
 
-def uint32(value: int) -> Entry:
-    return Entry(4, value)
+def uint32(value: int) -> MetadataValue:
+    return MetadataValue(4, value)
 
 
-def float32(value: float) -> Entry:
-    return Entry(6, value)
+def float32(value: float) -> MetadataValue:
+    return MetadataValue(6, value)
 
 
-def boolean(value: bool) -> Entry:
-    return Entry(7, value)
+def boolean(value: bool) -> MetadataValue:
+    return MetadataValue(7, value)
 
 
-def texts(values: Sequence[str]) -> Entry:
-    return Entry(STRING, tuple(values), is_array=True)
+def texts(values: Sequence[str]) -> MetadataValue:
+    return MetadataValue(STRING, tuple(values), is_array=True)
 
 
-def int32s(values: Sequence[int]) -> Entry:
-    return Entry(5, tuple(values), is_array=True)
+def int32s(values: Sequence[int]) -> MetadataValue:
+    return MetadataValue(5, tuple(values), is_array=True)
 
 
-def float32s(values: Sequence[float]) -> Entry:
-    return Entry(6, tuple(values), is_array=True)
+def float32s(values: Sequence[float]) -> MetadataValue:
+    return MetadataValue(6, tuple(values), is_array=True)
 
 
 def plain(metadata: Metadata) -> dict[str, Any]:
@@ -98,12 +98,12 @@ def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
     return _read(root, file)[1]
 
 
-def read_metadata(root: Path, file: str) -> dict[str, Entry]:
+def read_metadata(root: Path, file: str) -> dict[str, MetadataValue]:
     """The metadata of one file. Raises BadCheckpoint as `read_specs` does."""
     return _read(root, file)[0]
 
 
-def _read(root: Path, file: str) -> tuple[dict[str, Entry], tuple[WeightSpec, ...]]:
+def _read(root: Path, file: str) -> tuple[dict[str, MetadataValue], tuple[WeightSpec, ...]]:
     path = root / file
     with io_errors("reading", path), path.open("rb") as handle:
         size = path.stat().st_size
@@ -125,7 +125,7 @@ class _Header:
         self._size = size
         self._at = 0
 
-    def read(self) -> tuple[dict[str, Entry], tuple[WeightSpec, ...]]:
+    def read(self) -> tuple[dict[str, MetadataValue], tuple[WeightSpec, ...]]:
         if self._take(4) != MAGIC:
             raise BadCheckpoint("it does not begin with GGUF; fetch it again")
         version = self._number("I")
@@ -134,7 +134,7 @@ class _Header:
             what = "of a big-endian machine" if swapped else f"of version {version}"
             raise BadCheckpoint(f"a GGUF {what}; versions 2 and 3, little endian, are read")
         tensors, entries = self._count(32), self._count(13)
-        metadata: dict[str, Entry] = {}
+        metadata: dict[str, MetadataValue] = {}
         for _ in range(entries):
             key = self._string("a key")
             if not key or key in metadata:
@@ -174,19 +174,19 @@ class _Header:
                 raise BadCheckpoint(f"{what} is not UTF-8: {raw[:40]!r}") from None
             return raw.decode(errors="surrogateescape")  # some vocabularies hold broken characters
 
-    def _entry(self, key: str) -> Entry:
+    def _entry(self, key: str) -> MetadataValue:
         kind, is_array = self._number("I"), False
         if kind == ARRAY:
             kind, is_array = self._number("I"), True
         if kind != STRING and kind not in SCALARS:
             raise BadCheckpoint(f"metadata key {key!r} has the unknown type {kind}")
         if not is_array:
-            return Entry(kind, self._string(key) if kind == STRING else self._number(SCALARS[kind]))
+            return MetadataValue(kind, self._string(key) if kind == STRING else self._number(SCALARS[kind]))
         if kind == STRING:
-            return Entry(kind, tuple(self._string(key) for _ in range(self._count(8))), True)
+            return MetadataValue(kind, tuple(self._string(key) for _ in range(self._count(8))), True)
         item = struct.calcsize("<" + SCALARS[kind])
         count = self._count(item)
-        return Entry(kind, struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * item)), True)
+        return MetadataValue(kind, struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * item)), True)
 
     def _tensor(self) -> tuple[str, DType, tuple[int, ...], int]:
         name = self._string("a tensor's name")
@@ -279,7 +279,7 @@ def _string_bytes(value: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _entry_bytes(entry: Entry) -> bytes:
+def _entry_bytes(entry: MetadataValue) -> bytes:
     if not entry.is_array:
         head = struct.pack("<I", entry.type)
         return head + (
@@ -291,6 +291,10 @@ def _entry_bytes(entry: Entry) -> bytes:
     return head + struct.pack(f"<{len(entry.value)}{SCALARS[entry.type]}", *entry.value)
 
 
-def split_metadata(number: int, count: int, tensors: int) -> dict[str, Entry]:
+def split_metadata(number: int, count: int, tensors: int) -> dict[str, MetadataValue]:
     """What each file of a split model says of itself; numbers count from 0, tensors over all files."""
-    return {SPLIT_NUMBER: Entry(2, number), SPLIT_COUNT: Entry(2, count), SPLIT_TENSORS: Entry(5, tensors)}
+    return {
+        SPLIT_NUMBER: MetadataValue(2, number),
+        SPLIT_COUNT: MetadataValue(2, count),
+        SPLIT_TENSORS: MetadataValue(5, tensors),
+    }

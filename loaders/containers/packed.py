@@ -92,7 +92,7 @@ def read(root: Path, name_expert: NameExpert = plain_name) -> Packed:
     bits = {spec.name: count for spec, count in found if count is not None}
     specs, files = [spec for spec, _ in found], [WEIGHTS]
     if (root / EXPERT_LAYOUT).exists():
-        experts = _Experts(_json(root, EXPERT_LAYOUT))
+        experts = _ExpertFiles(_json(root, EXPERT_LAYOUT))
         for layer in experts.layers:
             experts.check_size(layer, _size(root, expert_file(layer), f"a layer of {EXPERT_LAYOUT}"))
             files.append(expert_file(layer))
@@ -212,7 +212,7 @@ def _bits(where: str, bits: Any) -> int:
     return bits
 
 
-class _Experts:
+class _ExpertFiles:
     """What layout.json says, checked but for the sizes of the files."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ class Ref:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class PickledTensor:
     """A tensor as the pickle describes it: the storage that holds it, dtype, shape."""
 
     key: str
@@ -45,7 +45,7 @@ def check_dtype(name: str, dtype: DType) -> None:
         raise BadSpec(f"output.container: {name} is {dtype}, which PyTorch files cannot hold; use safetensors")
 
 
-def state_dict(tree: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bytes:
+def state_dict(tree: Mapping[str, Any], tensors: Mapping[str, PickledTensor]) -> bytes:
     """A dict, perhaps of dicts, of references to tensors, whole numbers, flags, text, shapes (tuples) and dtypes."""
     written = _Pickle(tensors)
     written.value(tree)
@@ -53,7 +53,7 @@ def state_dict(tree: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bytes:
 
 
 class _Pickle:
-    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, tensors: Mapping[str, PickledTensor]) -> None:
         self.parts: list[bytes] = []
         self._tensors = tensors
         self._memo: dict[tuple[str, str], int] = {}

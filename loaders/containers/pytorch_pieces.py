@@ -22,7 +22,7 @@ Read = Callable[[int, int], bytes]  # offset, size
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ZipPiece:
     """What a piece knows of its file: the folder in the zip, the key of its first tensor, and where it begins."""
 
     root: str
@@ -70,7 +70,7 @@ def cut(file: str, shares: Sequence[Sequence[Slot]], about: Any) -> tuple[bytes,
             Slot(slot.name, slot.dtype, slot.shape, member.start - start)
             for slot, member in zip(share, own, strict=True)
         )
-        piece = Piece(PurePosixPath(file).stem, first, start)
+        piece = ZipPiece(PurePosixPath(file).stem, first, start)
         pieces.append(
             OutputFile(
                 f"{file}.{number:05d}", 0, end - start, placed, "pytorch piece", about=piece, within=(file, start)
@@ -92,7 +92,7 @@ def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
     """Every member's header."""
     piece, found, at = file.about, [], 0
-    assert isinstance(piece, Piece)
+    assert isinstance(piece, ZipPiece)
     for key, slot in enumerate(file.slots, piece.first_key):
         name = f"{piece.root}/data/{key}"
         member = Member(name, piece.start + at, piece.start + slot.offset, slot.size, slot.name)

@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
-from loaders.containers.pytorch_pickle import Ref, Stored, check_dtype, state_dict
+from loaders.containers.pytorch_pickle import PickledTensor, Ref, check_dtype, state_dict
 from loaders.specs import OutputFile, Slot, StoredTensor
 
 ALIGNMENT = 64
@@ -101,7 +101,7 @@ def own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[s
     for key, slot in enumerate(slots):
         size = lengths.get(slot.name, slot.size)
         shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
-        tensors[slot.name] = Stored(str(key), slot.dtype, shape)
+        tensors[slot.name] = PickledTensor(str(key), slot.dtype, shape)
     tree = dict.fromkeys(tensors) if about is None else {module: dict(values) for module, values in about}
     pickled = state_dict({name: Ref(name) for name in tree} if about is None else tree, tensors)
     plain = {"data.pkl": pickled, **BEFORE, **AFTER}

@@ -19,7 +19,7 @@ from loaders.architectures.families import Family
 from loaders.layouts.base import module_of
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
-from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
@@ -131,8 +131,8 @@ def format_of(scheme: Scheme) -> str:
     """The name of a scheme's format."""
     if isinstance(scheme, RowScaled):
         return f"{scheme.type}-quantized"
-    return {PackedInt: "pack-quantized", Fp8Block: "float-quantized", Nvfp4: "nvfp4-pack-quantized",
-            Mxfp4: "mxfp4-pack-quantized"}[type(scheme)]  # fmt: skip
+    return {PackedInt: "pack-quantized", Fp8Block: "float-quantized", CompressedNvfp4: "nvfp4-pack-quantized",
+            CompressedMxfp4: "mxfp4-pack-quantized"}[type(scheme)]  # fmt: skip
 
 
 def arguments(bits: int, number: str, strategy: str, **settings: Any) -> dict[str, Any]:
@@ -160,9 +160,9 @@ def weights_of(scheme: Scheme) -> dict[str, Any]:
         return arguments(8, scheme.type, "channel")
     if isinstance(scheme, Fp8Block):
         return arguments(8, "float", "block", block_structure=[BLOCK, BLOCK])
-    if isinstance(scheme, Nvfp4):
+    if isinstance(scheme, CompressedNvfp4):
         return arguments(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
-    if isinstance(scheme, Mxfp4):
+    if isinstance(scheme, CompressedMxfp4):
         return arguments(4, "float", "group", group_size=32, scale_dtype="torch.uint8")
     assert isinstance(scheme, PackedInt), scheme
     zeros = None if scheme.symmetric else "torch.int8"
@@ -177,7 +177,7 @@ def activations_of(scheme: Scheme) -> dict[str, Any] | None:
         return arguments(8, scheme.type, "token", dynamic=True)
     if isinstance(scheme, Fp8Block):
         return arguments(8, "float", "group", dynamic=True, group_size=BLOCK)
-    if isinstance(scheme, Mxfp4) and scheme.activations:
+    if isinstance(scheme, CompressedMxfp4) and scheme.activations:
         return arguments(4, "float", "group", dynamic=True, group_size=32, scale_dtype="torch.uint8")
     return None
 
@@ -193,7 +193,7 @@ def warnings(decisions: Sequence[Decision]) -> list[str]:
 
 def _transformers(found: Sequence[Decision]) -> Iterator[str]:
     experts = {d.scheme for d in found if d.tensor.role == "expert"}
-    if any(isinstance(scheme, Nvfp4) for scheme in experts):
+    if any(isinstance(scheme, CompressedNvfp4) for scheme in experts):
         yield (
             "experts in NVFP4: transformers 5.23 loads them without a word and computes wrong numbers (it forgets their"
             " global scale); vLLM is what runs them"
@@ -227,20 +227,20 @@ def name_of(scheme: Decoder | None) -> str:
         return "FP8_DYNAMIC" if scheme.type == "float" else "W8A8"
     if isinstance(scheme, PackedInt):
         return f"W{scheme.bits}A16{'' if scheme.symmetric else '_ASYM'}"
-    if isinstance(scheme, Mxfp4):
+    if isinstance(scheme, CompressedMxfp4):
         return "MXFP4" if scheme.activations else "MXFP4A16"
     return "FP8_BLOCK" if isinstance(scheme, Fp8Block) else "NVFP4A16"
 
 
 def _dtypes(found: Sequence[Decision]) -> Iterator[str]:
-    fours = [d.tensor for d in found if isinstance(d.scheme, Nvfp4 | Mxfp4)]
+    fours = [d.tensor for d in found if isinstance(d.scheme, CompressedNvfp4 | CompressedMxfp4)]
     others = sorted({tensor.dtype.torch for tensor in fours if tensor.dtype.name != "BF16"})
     if others:
         yield (
             f"FP4 of a {others[0]} model: transformers decompresses to bfloat16, which does not multiply with"
             f" {others[0]}; load it with dtype=torch.bfloat16"
         )
-    if any(d.tensor.dtype.name == "F16" for d in found if isinstance(d.scheme, Nvfp4)):
+    if any(d.tensor.dtype.name == "F16" for d in found if isinstance(d.scheme, CompressedNvfp4)):
         yield (
             "NVFP4 of float16 weights: compressed-tensors computes in float16, where the global scale overflows below a"
             " largest magnitude of 0.041, and is left out; such tensors get coarse scales: cast to bfloat16 first"

@@ -49,7 +49,7 @@ class PackedLayout:
             _check_scheme(decision)
         bits = _bits(checkpoint, decisions)
         placed = [_placed(d, is_quantized=bool(bits)) for d in decisions if d.scheme is not None and not _is_tower(d)]
-        experts = _Experts.of(checkpoint, placed, bits)
+        experts = _PlacedExperts.of(checkpoint, placed, bits)
         return tuple(placed) if experts is None else tuple(experts.placed(each) for each in placed)
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
@@ -120,7 +120,7 @@ class PackedLayout:
             at += file.size
         config = self.config(checkpoint, decisions, None) or {}
         made = {packed.MANIFEST: packed.json_bytes(packed.manifest(naming.model, config, slots, bits))}
-        experts = _Experts.of(checkpoint, self.place(checkpoint, decisions), bits)
+        experts = _PlacedExperts.of(checkpoint, self.place(checkpoint, decisions), bits)
         if experts is not None:
             num_layers = text_config(config, "num_hidden_layers")
             layers = max(num_layers if isinstance(num_layers, int) else 0, experts.layout.layers[-1] + 1)
@@ -207,14 +207,14 @@ def _part(name: str, role: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Experts:
+class _PlacedExperts:
     """The experts that go into packed_experts/, and their places there."""
 
     layout: packed.ExpertLayout
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, placed: Sequence[Placed], bits: Mapping[str, int]) -> _Experts | None:
+    def of(cls, checkpoint: Checkpoint, placed: Sequence[Placed], bits: Mapping[str, int]) -> _PlacedExperts | None:
         """None where there are none, or a layer's are not one block: then they stay in the one file.
 
         Raises:

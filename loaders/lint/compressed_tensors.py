@@ -9,7 +9,7 @@ from typing import Any
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
-from loaders.quantization.schemes.compressed_tensors_fp4 import Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.strategies import loader
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -121,7 +121,7 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
 
 def _global_scale(subject: Subject, tensor: LogicalTensor) -> bytes | None:
     """The four bytes of an NVFP4 weight's global scale."""
-    if not isinstance(tensor.decode, Nvfp4):
+    if not isinstance(tensor.decode, CompressedNvfp4):
         return None
     [scale] = [spec for role, spec in tensor.stored if role == "weight_global_scale"]
     with loader("read").open(subject.checkpoint.root, (scale,)) as reader:
@@ -131,7 +131,7 @@ def _global_scale(subject: Subject, tensor: LogicalTensor) -> bytes | None:
 def _experts(tensors: list[LogicalTensor]) -> Iterator[Finding]:
     schemes = {r.decode for r in tensors if r.role == "expert" and r.decode is not None}
     for scheme in schemes:
-        if isinstance(scheme, Nvfp4):
+        if isinstance(scheme, CompressedNvfp4):
             yield fault(
                 "transformers 5",
                 "experts are in NVFP4",

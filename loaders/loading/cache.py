@@ -37,7 +37,7 @@ def default_folder() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CachedParts:
     """Parts by name, flat bytes in a private map of the file, and what was said of them."""
 
     parts: Mapping[str, np.ndarray]
@@ -73,7 +73,7 @@ class WeightCache:
         write_file(memo, found.encode())
         return found
 
-    def get(self, key: str) -> Entry | None:
+    def get(self, key: str) -> CachedParts | None:
         """An entry, or None. One that is damaged is as if it were not there."""
         from loaders.containers.safetensors import read_specs
         from loaders.strategies.lazy import map_file
@@ -88,7 +88,7 @@ class WeightCache:
         except (OSError, ValueError, KeyError, TypeError, BadCheckpoint, StorageError):
             return None
         parts = {spec.name: whole[spec.offset : spec.offset + spec.size] for spec in specs}
-        return Entry(parts, said["about"])
+        return CachedParts(parts, said["about"])
 
     def put(self, key: str, parts: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
         """Keep an entry.

@@ -45,7 +45,7 @@ LARGE = TensorSpec("model.layers.0.mlp.up_proj.weight", dtype_named("BF16"), (40
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class FittedPreset:
     """A preset for this model. `weight_bytes` is None where it cannot be; `why` says so, or how it was found."""
 
     preset: str
@@ -65,7 +65,7 @@ class Recommendation:
     backend: str
     available_bytes: int
     reserve_bytes: int
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[FittedPreset, ...]
     arithmetic: tuple[str, ...]
 
     def load_config(self) -> LoadConfig:
@@ -112,7 +112,7 @@ def get_recommended_loader_config(
     room = device.free_bytes - reserve
     lines = [f"{_gb(device.free_bytes)} for {device.name} ({device.description})", *said]
     lines += [f"room for weights: {_gb(device.free_bytes)} - {_gb(reserve)} = {_gb(room)}"]
-    candidates: list[Candidate] = []
+    candidates: list[FittedPreset] = []
     known: dict[tuple[bool, bool], Sources] = {}
     for name in PRESETS[device.name]:
         candidates.append(_candidate(name, model if isinstance(model, int) else checkpoint, room, known))
@@ -197,17 +197,17 @@ def _kept(config: Mapping[str, Any], layers: int, device: Backend) -> tuple[int,
 
 def _candidate(
     name: str, model: Checkpoint | int | None, room: int, known: dict[tuple[bool, bool], Sources]
-) -> Candidate:
+) -> FittedPreset:
     quant = preset(name)
     try:
         if isinstance(model, int):
             size, bits = _estimated(quant, model)
-            return Candidate(name, size, bits, size <= room, "estimated from the number of parameters")
+            return FittedPreset(name, size, bits, size <= room, "estimated from the number of parameters")
         assert model is not None
         size, parameters = planned_bytes(model, quant, known)
-        return Candidate(name, size, size * 8 / max(1, parameters), size <= room, "planned from headers")
+        return FittedPreset(name, size, size * 8 / max(1, parameters), size <= room, "planned from headers")
     except (BadSpec, BadCheckpoint) as error:
-        return Candidate(name, None, None, False, str(error).splitlines()[0])
+        return FittedPreset(name, None, None, False, str(error).splitlines()[0])
 
 
 def planned_bytes(
@@ -246,7 +246,7 @@ def _strategy(checkpoint: Checkpoint, device: Backend) -> tuple[str, str]:
     return choose(checkpoint.root, [tag.name for tag in checkpoint.files], device.device)
 
 
-def _said(each: Candidate, room: int) -> str:
+def _said(each: FittedPreset, room: int) -> str:
     if each.weight_bytes is None:
         return f"  {each.preset}: cannot be: {each.why}"
     relation = "<=" if each.fits else ">"
@@ -256,7 +256,7 @@ def _said(each: Candidate, room: int) -> str:
     )
 
 
-def _verdict(chosen: str | None, candidates: Sequence[Candidate], room: int) -> str:
+def _verdict(chosen: str | None, candidates: Sequence[FittedPreset], room: int) -> str:
     if chosen is not None:
         return f"scheme {chosen}: the most bits a weight that fit"
     known = [each.weight_bytes for each in candidates if each.weight_bytes is not None]

@@ -14,7 +14,7 @@ from loaders.quantization.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DeviceLimits:
     """A device's limits."""
 
     device: str
@@ -33,9 +33,9 @@ class Place:
         return asked or ("float16" if found is not None and found.name == "BF16" else None)
 
 
-def place_of(device: str) -> Place:
+def place_of(device: str) -> DeviceLimits:
     """What a device can hold."""
-    return Place(device)
+    return DeviceLimits(device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import GROUP_SIZES, STORAGE_DTYPES, Bnb4
 from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
-from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import GROUP_SIZES as INT_GROUP_SIZES
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
@@ -152,9 +152,9 @@ COMPRESSED_TENSORS: dict[str, Scheme] = {
     "w8a16": PackedInt(8),
     "w4a16": PackedInt(4),
     "w4a16_asym": PackedInt(4, symmetric=False),
-    "nvfp4a16": Nvfp4(),
-    "mxfp4a16": Mxfp4(),
-    "mxfp4": Mxfp4(activations=True),
+    "nvfp4a16": CompressedNvfp4(),
+    "mxfp4a16": CompressedMxfp4(),
+    "mxfp4": CompressedMxfp4(activations=True),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from loaders.errors import BadSpec
 from loaders.strategies.auto import AutoLoader
-from loaders.strategies.base import Piece, PieceReader, Reader, WeightLoader, WeightSlice
+from loaders.strategies.base import PieceReader, Reader, TensorBytes, WeightLoader, WeightSlice
 from loaders.strategies.eager import EagerLoader, SafetensorsLoader
 from loaders.strategies.fastsafetensors import FastSafetensorsLoader
 from loaders.strategies.full import FullLoader
@@ -36,13 +36,13 @@ __all__ = [
     "LazyLoader",
     "LowMemoryLoader",
     "MultiThreadWeightLoader",
-    "Piece",
     "PieceReader",
     "ReadLoader",
     "Reader",
     "RunaiLoader",
     "SafetensorsLoader",
     "StreamingWeightLoader",
+    "TensorBytes",
     "UnifiedMemoryLoader",
     "WeightLoader",
     "WeightSlice",

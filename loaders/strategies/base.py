@@ -31,7 +31,7 @@ SAMPLED = 16  # files whose share in the page cache is looked at
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorBytes:
     """Bytes [start, stop) of a stored tensor."""
 
     spec: WeightSpec
@@ -43,8 +43,8 @@ class Piece:
         return self.stop - self.start
 
     @staticmethod
-    def whole(spec: WeightSpec) -> Piece:
-        return Piece(spec, 0, spec.size)
+    def whole(spec: WeightSpec) -> TensorBytes:
+        return TensorBytes(spec, 0, spec.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Reader(Protocol):
 class PieceReader(Reader, Protocol):
     """Open tensors that also come one after another."""
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         """The bytes of each piece, uint8, in this order, fetched ahead as the strategy does. An array is its taker's.
 
         Raises:
@@ -131,7 +131,7 @@ class WeightLoader(ABC):
                 with counting:
                     unchanged.check(spec.file)
                     value = next(tensors)
-                counting.count(Piece.whole(spec), fetches=self.fetches)
+                counting.count(TensorBytes.whole(spec), fetches=self.fetches)
                 yield spec.name, value
                 del value
 
@@ -208,7 +208,7 @@ class WeightLoader(ABC):
         """Whole tensors in order, on the device: a generator."""
         place = placer(device)
         with self.open_on(device, checkpoint.root, specs) as reader:
-            arrays = reader.stream([Piece.whole(spec) for spec in specs])
+            arrays = reader.stream([TensorBytes.whole(spec) for spec in specs])
             for spec in specs:
                 yield place(gathered(next(arrays), spec), spec)
 
@@ -243,7 +243,7 @@ class Stopwatch:
         self.files: set[str] = set()
         self._began = 0.0
 
-    def count(self, piece: Piece, *, fetches: bool = True) -> None:
+    def count(self, piece: TensorBytes, *, fetches: bool = True) -> None:
         self.tensors += piece.stop == piece.spec.size
         if not fetches:
             return
@@ -303,7 +303,7 @@ def _same_place(checkpoint: Checkpoint, spec: WeightSpec) -> bool:
     return replace(spec, name=original.name, alias=original.alias) == original
 
 
-def _cut(spec: WeightSpec, size: int) -> Iterator[Piece]:
+def _cut(spec: WeightSpec, size: int) -> Iterator[TensorBytes]:
     item = storage_of(spec.dtype).itemsize
     if size < item:
         raise BadSpec(f"slice_bytes: expected at least {item}, the size of a number of {spec.name!r}, found {size}")
@@ -314,7 +314,7 @@ def _cut(spec: WeightSpec, size: int) -> Iterator[Piece]:
         )
     step = size // item * item
     for start in range(0, spec.size, step):
-        yield Piece(spec, start, min(start + step, spec.size))
+        yield TensorBytes(spec, start, min(start + step, spec.size))
 
 
 def cached_share(root: Path, tags: Sequence[local.FileTag]) -> float | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.specs import WeightSpec
-from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
 from loaders.strategies.lazy import LazyLoader, MappedFiles
 from loaders.strategies.reading.buffers import fresh
 from loaders.strategies.reading.open_files import OpenFiles
@@ -30,7 +30,7 @@ class HeldTensors:
     def mapped(self, spec: WeightSpec) -> np.ndarray:
         return self._held[spec.name]
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         """A tensor is let go with its last piece."""
         for piece in pieces:
             found = self._held[piece.spec.name]

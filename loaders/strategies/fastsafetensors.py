@@ -24,7 +24,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, WeightmillError
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import Piece, PieceReader, WeightLoader, cut_short
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short
 from loaders.strategies.lazy import MappedFiles
 
 log = logging.getLogger("weightmill")
@@ -108,7 +108,7 @@ class FastFiles:
     def mapped(self, spec: WeightSpec) -> np.ndarray:
         return self._maps.mapped(spec)
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         for piece in pieces:
             yield self.read(piece.spec, piece.start, piece.stop)
 

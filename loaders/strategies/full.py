@@ -9,7 +9,7 @@ from pathlib import Path
 from loaders.backends.machine import free_memory
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
-from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
 from loaders.strategies.eager import HeldTensors
 from loaders.strategies.lazy import MappedFiles
 from loaders.strategies.multithread import MultiThreadWeightLoader
@@ -30,6 +30,6 @@ class FullLoader(WeightLoader):
                 " strategy=streaming loads within a budget, strategy=lazy maps the files"
             )
         with MultiThreadWeightLoader().open(root, specs) as reader:
-            arrays = reader.stream([Piece.whole(spec) for spec in specs])
+            arrays = reader.stream([TensorBytes.whole(spec) for spec in specs])
             held = {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
         yield HeldTensors(held, MappedFiles(root))

@@ -12,7 +12,7 @@ import numpy as np
 
 from loaders.errors import io_errors
 from loaders.specs import WeightSpec
-from loaders.strategies.base import Piece, PieceReader, WeightLoader, cut_short
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short
 
 NO_RESERVE = 0x4000 if sys.platform.startswith("linux") else 0  # MAP_NORESERVE, which mmap does not name
 
@@ -67,7 +67,7 @@ class MappedFiles:
             raise cut_short(spec, found.size)
         return found[spec.offset : spec.offset + spec.size]
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         for piece in pieces:
             yield self.read(piece.spec, piece.start, piece.stop)
 

@@ -16,7 +16,7 @@ from loaders.backends.devices import fed
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.page_cache import MOST_THREADS, RANGE, CacheAhead
 from loaders.strategies.reading.read_ahead import read_ahead
@@ -39,7 +39,7 @@ class ThreadedFiles(OpenFiles):
         self._cache.reached(spec, stop)
         return super().read(spec, start, stop, slot)
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         return read_ahead(self, pieces, self._workers, WINDOW)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.specs import WeightSpec
-from loaders.strategies.base import Piece, PieceReader, WeightLoader
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
 from loaders.strategies.reading.buffers import Buffers
 from loaders.strategies.reading.open_files import AHEAD, OpenFiles
 
@@ -21,7 +21,7 @@ BUFFERS = 64 << 20  # bytes kept for the next tensors
 class ReadFiles(OpenFiles):
     """Reads a piece when it is asked for, the kernel one ahead. See `PieceReader`."""
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         buffers = Buffers(BUFFERS)
         for piece in pieces:
             out = buffers.take(piece.size)

@@ -18,7 +18,7 @@ import numpy as np
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import Piece, PieceReader, WeightLoader, cut_short
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short
 from loaders.strategies.lazy import MappedFiles
 from loaders.strategies.streaming import batched
 
@@ -53,13 +53,13 @@ class StreamedByRunai:
         if session is None:
             session = self._own.session = streamer().__enter__()
             self._sessions.append(session)
-        [found] = self._fetched(session, [Piece(spec, start, stop)])
+        [found] = self._fetched(session, [TensorBytes(spec, start, stop)])
         return found
 
     def mapped(self, spec: WeightSpec) -> np.ndarray:
         return self._maps.mapped(spec)
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         at = 0
         with streamer() as session:
             for batch in batched([piece.size for piece in pieces], self._batch):
@@ -72,7 +72,7 @@ class StreamedByRunai:
         for session in self._sessions:
             session.__exit__(None, None, None)
 
-    def _fetched(self, session: Any, pieces: Sequence[Piece]) -> list[np.ndarray]:
+    def _fetched(self, session: Any, pieces: Sequence[TensorBytes]) -> list[np.ndarray]:
         from runai_model_streamer.file_streamer import FileChunks
 
         found = {index: np.empty(0, np.uint8) for index, piece in enumerate(pieces) if piece.size == 0}
@@ -95,7 +95,7 @@ class StreamedByRunai:
                 raise StorageError(f"strategy=runai: reading {', '.join(by_file)} in {self._root}: {error}") from error
         return [found[index] for index in range(len(pieces))]
 
-    def _check(self, file: str, pieces: Sequence[Piece]) -> None:
+    def _check(self, file: str, pieces: Sequence[TensorBytes]) -> None:
         size = local.tag(self._root, file).size
         for piece in pieces:
             if size < piece.spec.offset + piece.spec.size:

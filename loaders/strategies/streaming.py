@@ -20,7 +20,7 @@ from loaders.backends.devices import fed
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import Piece, PieceReader, Source, WeightLoader
+from loaders.strategies.base import PieceReader, Source, TensorBytes, WeightLoader
 from loaders.strategies.lazy import map_privately
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.page_cache import MOST_THREADS, RANGE, CacheAhead
@@ -51,7 +51,7 @@ class StreamedFiles(OpenFiles):
             self._cache.reached(spec, stop)
         return super().read(spec, start, stop, slot)
 
-    def stream(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         batches = batched([piece.size for piece in pieces], self._budget // (self._prefetch + 1))
         number = [batch for batch, count in enumerate(map(len, batches)) for _ in range(count)]
         largest = self._budget // 2  # two at a time: one in use, one on its way
@@ -71,7 +71,7 @@ class StreamedFiles(OpenFiles):
         finally:
             arrays.close()  # type: ignore[attr-defined]
 
-    def _map(self, piece: Piece) -> np.ndarray:
+    def _map(self, piece: TensorBytes) -> np.ndarray:
         spec = piece.spec
         found = self.mapped(spec)  # which checks where the file ends
         if not self._writable:

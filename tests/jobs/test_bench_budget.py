@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from jobs.benchmarks.mixed_precision import Case, against, plot, rows
+from jobs.benchmarks.mixed_precision import JudgedOutput, against, plot, rows
 from loaders.models.quality import Quality
 
 
-def case(name: str, kind: str, bits: float, kl: list[float], beside: str | None = None) -> Case:
+def case(name: str, kind: str, bits: float, kl: list[float], beside: str | None = None) -> JudgedOutput:
     values: dict[str, Any] = {field.name: 1.0 for field in fields(Quality)}
     mean = sum(kl) / len(kl)
     quality = Quality(**{**values, "kl": mean, "kl_low": mean, "kl_high": mean, "kl_by_window": tuple(kl)})
-    return Case(name, kind, bits, quality, beside)
+    return JudgedOutput(name, kind, bits, quality, beside)
 
 
 def test_a_mix_is_held_against_what_has_its_size(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_way_that_reads_other_bytes_is_no_winner() -> None:
     cases = {name: loader_timings.Sums(lambda: 0, 1) for name in "abc"}
     for name, found in zip("abc", (7, 7, 8), strict=True):
         cases[name].sum = found
-    rows = {name: loader_timings.Measured(name, True) for name in "abc"}
+    rows = {name: loader_timings.StrategyTimings(name, True) for name in "abc"}
     loader_timings._check_sums(cases, rows)
     assert [row.missing for row in rows.values()] == ["", "", "its bytes sum to 8, the others' to 7"]
 

@@ -12,7 +12,7 @@ from loaders.containers import gguf
 from loaders.specs import StoredSpec, StoredTensor, WeightSpec
 from tests.jobs.test_gguf import make_source
 
-Metadata = dict[str, gguf.Entry]
+Metadata = dict[str, gguf.MetadataValue]
 Change = Callable[[Metadata, dict[str, WeightSpec]], Any]
 
 
@@ -44,7 +44,7 @@ def changed(file: Path, folder: Path, change: Change) -> Path:
     return folder
 
 
-def set_(key: str, entry: gguf.Entry) -> Change:
+def set_(key: str, entry: gguf.MetadataValue) -> Change:
     return lambda metadata, specs: metadata.update({key: entry})
 
 

@@ -24,7 +24,7 @@ from loaders.dtypes import DTYPES
 from loaders.layouts.compressed_tensors import targets_of
 from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.scheme import Scheme
-from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
@@ -52,8 +52,8 @@ SCHEMES: dict[str, Scheme] = {
     "fp8_dynamic": RowScaled("float"),
     "w8a8": RowScaled("int"),
     "fp8_block": Fp8Block(),
-    "nvfp4a16": Nvfp4(),
-    "mxfp4a16": Mxfp4(),
+    "nvfp4a16": CompressedNvfp4(),
+    "mxfp4a16": CompressedMxfp4(),
 }
 
 
@@ -150,10 +150,10 @@ def test_the_first_code_is_the_lowest() -> None:
     values = np.zeros((1, 32), np.float32)
     values[0, :4] = 7.5, 1, -2, 3
     assert encode(PackedInt(4, 32), weights(values, "BF16")).stored["weight_packed"].view(np.uint32)[0] == 0x8888B69F
-    assert encode(Mxfp4(), weights(values, "BF16")).stored["weight_packed"][:2].tolist() == [0x16, 0x3A]
-    assert encode(Mxfp4(), weights(values, "BF16")).stored["weight_scale"].tolist() == [128]
+    assert encode(CompressedMxfp4(), weights(values, "BF16")).stored["weight_packed"][:2].tolist() == [0x16, 0x3A]
+    assert encode(CompressedMxfp4(), weights(values, "BF16")).stored["weight_scale"].tolist() == [128]
     values[0, 4:16] = -6
-    fours = encode(Nvfp4(), weights(np.clip(values, -6, 6), "BF16"))
+    fours = encode(CompressedNvfp4(), weights(np.clip(values, -6, 6), "BF16"))
     assert fours.stored["weight_global_scale"].tolist() == [448]
     assert fours.stored["weight_scale"].tolist() == [0x7E, 0x20]  # 448; of a group of zeros the least, 0.125
     assert fours.stored["weight_packed"][:3].tolist() == [0x27, 0x5C, 0xFF]

@@ -28,7 +28,7 @@ METADATA = {
 }
 
 
-def write(path: Path, metadata: dict[str, gguf.Entry] | None = None) -> Path:
+def write(path: Path, metadata: dict[str, gguf.MetadataValue] | None = None) -> Path:
     """Two tensors: 2 x 32 Q8_0 and three floats."""
     tensors = [
         StoredTensor("a.weight", StoredSpec(DTYPES["Q8_0"], (2, 32))),

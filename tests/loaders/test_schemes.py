@@ -26,7 +26,7 @@ from loaders.quantization.scheme import Block, Bounded, Gridded, Scheme, View
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import GROUP_SIZES, Bnb4
 from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
-from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
@@ -67,8 +67,8 @@ SCHEMES: dict[str, Scheme] = {
     "w8a8": RowScaled("int"),
     "fp8 dynamic": RowScaled("float"),
     "fp8 block": Fp8Block(),
-    "nvfp4": Nvfp4(),
-    "mxfp4": Mxfp4(),
+    "nvfp4": CompressedNvfp4(),
+    "mxfp4": CompressedMxfp4(),
     "mlx 4": MlxAffine(4),
     "mlx 8 g32": MlxAffine(8, 32),
     "mlx 2 g128": MlxAffine(2, 128),

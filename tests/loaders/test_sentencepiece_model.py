@@ -9,7 +9,7 @@ import pytest
 
 from loaders.errors import BadCheckpoint
 from loaders.layouts.gguf.sentencepiece import from_json, is_sentencepiece
-from loaders.layouts.gguf.sentencepiece_model import BPE, BYTE, NORMAL, Piece, read_model
+from loaders.layouts.gguf.sentencepiece_model import BPE, BYTE, NORMAL, Token, read_model
 
 
 def field(number: int, data: bytes) -> bytes:
@@ -31,7 +31,7 @@ HONEST = (
 def test_pieces_scores_types_and_settings_are_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(HONEST)
     found = read_model(tmp_path / "tokenizer.model")
-    assert found.pieces == (Piece("▁a", -1.5, NORMAL), Piece("<0x0A>", 0.0, BYTE))
+    assert found.pieces == (Token("▁a", -1.5, NORMAL), Token("<0x0A>", 0.0, BYTE))
     assert (found.model_type, found.adds_prefix) == (BPE, False)
 
 

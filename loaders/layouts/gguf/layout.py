@@ -218,7 +218,7 @@ def _own_label(checkpoint: Checkpoint) -> str | None:
 
 def _metadata(
     checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str | None
-) -> dict[str, gguf.Entry]:
+) -> dict[str, gguf.MetadataValue]:
     """`label` is None for a copy of a GGUF."""
     if checkpoint.container == "gguf":
         found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name)

@@ -16,7 +16,7 @@ import numpy as np
 
 from loaders.architectures.families import text_config
 from loaders.architectures.gguf import Architecture, experts_of, number, rope_of
-from loaders.containers.gguf import Entry, float32, text, uint32
+from loaders.containers.gguf import MetadataValue, float32, text, uint32
 from loaders.errors import BadSpec
 
 QUANTIZATION_VERSION = 2
@@ -28,7 +28,7 @@ FILE_TYPES = {
 }  # fmt: skip
 
 
-def general_metadata(architecture: str, model: str, label: str) -> dict[str, Entry]:
+def general_metadata(architecture: str, model: str, label: str) -> dict[str, MetadataValue]:
     """general.*: what the file is, and how its tensors are stored."""
     return {
         "general.architecture": text(architecture),
@@ -38,7 +38,7 @@ def general_metadata(architecture: str, model: str, label: str) -> dict[str, Ent
     }
 
 
-def quantization_metadata(label: str) -> dict[str, Entry]:
+def quantization_metadata(label: str) -> dict[str, MetadataValue]:
     """The keys that quantizing changes."""
     return {
         "general.file_type": uint32(FILE_TYPES[label]),
@@ -46,7 +46,7 @@ def quantization_metadata(label: str) -> dict[str, Entry]:
     }
 
 
-def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Entry]:
+def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """ARCHITECTURE.*: the sizes of the model.
 
     Raises:
@@ -88,7 +88,7 @@ def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> No
             raise BadSpec("config.json: llama.cpp takes every layer of qwen3moe for a mixture; some here are dense")
 
 
-def _expert_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Entry]:
+def _expert_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     count = experts_of(config)
     if not count:
         return {}
@@ -101,7 +101,7 @@ def _expert_metadata(architecture: Architecture, config: Mapping[str, Any]) -> d
     return found
 
 
-def _rope_metadata(config: Mapping[str, Any]) -> dict[str, Entry]:
+def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     rope = rope_of(config)
     found = {"rope.freq_base": float32(float(rope.get("rope_theta", 10000.0)))}
     kind = rope.get("rope_type", "default")

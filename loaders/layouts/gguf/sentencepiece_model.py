@@ -20,7 +20,7 @@ VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Token:
     """A token: its text with U+2581 for spaces, its score, and one of the types above."""
 
     text: str
@@ -32,7 +32,7 @@ class Piece:
 class SentencePieceModel:
     """`model_type`: UNIGRAM, BPE, or another. `adds_prefix`: a text gets a space before it."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Token, ...]
     model_type: int
     adds_prefix: bool
 
@@ -66,7 +66,7 @@ def read_model(path: Path) -> SentencePieceModel:
     return SentencePieceModel(tuple(pieces), model_type, adds_prefix)
 
 
-def _piece(raw: bytes) -> Piece:
+def _piece(raw: bytes) -> Token:
     text, score, kind = "", 0.0, NORMAL
     for number, value in _fields(raw):
         if number == 1 and isinstance(value, bytes):
@@ -77,7 +77,7 @@ def _piece(raw: bytes) -> Piece:
             kind = value
     if not NORMAL <= kind <= BYTE:
         raise ValueError(f"the piece {text!r} has the unknown type {kind}")
-    return Piece(text, score, kind)
+    return Token(text, score, kind)
 
 
 def _last_int(raw: bytes, wanted: int, default: int) -> int:

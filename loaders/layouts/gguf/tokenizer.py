@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loaders.containers.gguf import Entry, boolean, float32s, int32s, text, texts, uint32
+from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
 from loaders.storage.json_files import read_json
@@ -38,7 +38,7 @@ CODE_LLAMA_IDS = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 3201
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
-def tokenizer_metadata(root: Path, config: Mapping[str, Any], rows: int) -> dict[str, Entry]:
+def tokenizer_metadata(root: Path, config: Mapping[str, Any], rows: int) -> dict[str, MetadataValue]:
     """tokenizer.ggml.* for a model whose embedding has so many rows.
 
     Raises:
@@ -68,7 +68,7 @@ def _sentencepiece_metadata(
     settings: Mapping[str, Any],
     template: str | None,
     config: Mapping[str, Any],
-) -> dict[str, Entry]:
+) -> dict[str, MetadataValue]:
     found = {
         "tokenizer.ggml.model": text("llama"),
         "tokenizer.ggml.pre": text("default"),
@@ -101,7 +101,7 @@ def _metadata(
     template: str | None,
     config: Mapping[str, Any],
     rows: int,
-) -> dict[str, Entry]:
+) -> dict[str, MetadataValue]:
     pre = pre_name(tokenizer)
     vocabulary = dict(tokenizer["model"]["vocab"])
     added = {each["content"]: each for each in tokenizer.get("added_tokens", ())}

@@ -25,7 +25,7 @@ from loaders.specs import TensorSpec
 
 
 @dataclass(frozen=True)
-class Mxfp4(ByBoxes):
+class GptOssMxfp4(ByBoxes):
     """Groups of 32 with a power of two."""
 
     kind: ClassVar[str] = "mxfp4"
@@ -40,7 +40,7 @@ class Mxfp4(ByBoxes):
 
 
 @dataclass(frozen=True)
-class Nvfp4(ByBoxes):
+class ModelOptNvfp4(ByBoxes):
     """Groups of 16 with a float8, and one float32 for all."""
 
     kind: ClassVar[str] = "nvfp4"

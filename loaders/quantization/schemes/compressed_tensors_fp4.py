@@ -48,7 +48,7 @@ def _stored(spec: TensorSpec, group: int, scales: str) -> dict[str, StoredSpec]:
 
 
 @dataclass(frozen=True, slots=True)
-class Nvfp4:
+class CompressedNvfp4:
     """NVFP4 weights. `global_scale` is that of the fused group, once it is known: see `share`."""
 
     kind: ClassVar[str] = "nvfp4"
@@ -68,7 +68,7 @@ class Nvfp4:
     def state_bytes(self, spec: TensorSpec) -> int:
         return 0
 
-    def share(self, views: Sequence[View], work: Work) -> Nvfp4:
+    def share(self, views: Sequence[View], work: Work) -> CompressedNvfp4:
         """With the global scale of the views, whose largest magnitude it takes to 448 * 6.
 
         Raises:
@@ -139,7 +139,7 @@ def _largest(view: View, work: Work) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Mxfp4:
+class CompressedMxfp4:
     """MXFP4 weights; with `activations` the engine quantizes those too, as it runs."""
 
     kind: ClassVar[str] = "mxfp4"

@@ -42,7 +42,7 @@ HELD = 1 << 20  # scales that are held at once where groups are columns
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackedRuns:
     """How a weight's values lie: a matrix whose rows are packed in `parts` runs of `rows`."""
 
     groups: int
@@ -93,10 +93,10 @@ class Hqq:
         dtype = spec.dtype if self.compute_dtype is None else DTYPES[self.compute_dtype]
         return DTYPES["F32"] if dtype.name == "F64" else dtype
 
-    def layout(self, spec: TensorSpec) -> Layout:
+    def layout(self, spec: TensorSpec) -> PackedRuns:
         groups = spec.numel // self.group_size
         matrix = (groups, self.group_size) if self.axis == 1 else (self.group_size, groups)
-        return Layout(groups, -(-matrix[0] // PARTS[self.bits]), matrix[1])
+        return PackedRuns(groups, -(-matrix[0] // PARTS[self.bits]), matrix[1])
 
     def refuses(self, spec: TensorSpec) -> str | None:
         if spec.dtype.name not in WEIGHT_DTYPES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.strategies.base import Piece
+from loaders.strategies.base import TensorBytes
 from loaders.strategies.reading.buffers import Buffers
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.thread_tuning import Workers
@@ -28,7 +28,7 @@ class _Coming:
 
 def read_ahead(
     files: OpenFiles,
-    pieces: Sequence[Piece],
+    pieces: Sequence[TensorBytes],
     workers: Workers,
     budget: int,
     may_begin: Callable[[int, int], bool] = lambda index, current: True,
@@ -39,11 +39,11 @@ def read_ahead(
     buffers, coming, begun = Buffers(budget), deque[_Coming](), 0
     pool = ThreadPoolExecutor(workers.most, thread_name_prefix="read-ahead")
 
-    def fill(piece: Piece, at: int, part: np.ndarray) -> None:
+    def fill(piece: TensorBytes, at: int, part: np.ndarray) -> None:
         with workers.reading(part.size):
             files.fill(piece.spec, piece.start + at, part)
 
-    def begin(piece: Piece, room: int) -> None:
+    def begin(piece: TensorBytes, room: int) -> None:
         memory = buffers.take(piece.size, room=room)
         files.advise(piece.spec, piece.start, piece.stop)
         reads = [pool.submit(fill, piece, at, memory[at : at + RANGE]) for at in range(0, piece.size, RANGE)]

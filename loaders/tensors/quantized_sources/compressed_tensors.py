@@ -17,7 +17,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
 from loaders.quantization.scheme import Scheme
-from loaders.quantization.schemes.compressed_tensors_fp4 import Mxfp4, Nvfp4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
@@ -137,9 +137,9 @@ def _scheme(
         return (Fp8Block() if is_block and weights.get("block_structure") == [128, 128] else None), packed.shape
     if number == "float" and bits == 4:
         if strategy == "tensor_group" and weights.get("group_size") == 16:
-            return Nvfp4(), (rows, columns * 2)
+            return CompressedNvfp4(), (rows, columns * 2)
         is_mx = strategy == "group" and weights.get("group_size") == 32
-        return (Mxfp4(weights["activations"]) if is_mx else None), (rows, columns * 2)
+        return (CompressedMxfp4(weights["activations"]) if is_mx else None), (rows, columns * 2)
     symmetric = bool(weights.get("symmetric", True))
     if number != "int" or bits not in (4, 8) or (bits == 8 and not symmetric):
         return None, packed.shape
@@ -165,7 +165,7 @@ def _stored_columns(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], p
 
 def _dtype(checkpoint: Checkpoint, scheme: Scheme, scale: WeightSpec) -> DType:
     """That of the weights before: of their scales, where those are floats of a model's dtype."""
-    if isinstance(scheme, Nvfp4 | Mxfp4):
+    if isinstance(scheme, CompressedNvfp4 | CompressedMxfp4):
         return load_dtype(checkpoint.config) or DTYPES["BF16"]
     if scale.dtype.name not in ("BF16", "F16", "F32"):
         raise BadCheckpoint(f"{scale.name}: expected scales of BF16, F16 or F32, found {scale.dtype}")

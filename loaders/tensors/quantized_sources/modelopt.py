@@ -13,7 +13,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.deepseek_fp8 import Fp8Blocks
-from loaders.quantization.read_only.mxfp4_nvfp4 import Nvfp4
+from loaders.quantization.read_only.mxfp4_nvfp4 import ModelOptNvfp4
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.storage.json_files import read_json
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -33,10 +33,10 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     settings: Mapping[str, Any] = quantization_block(checkpoint)
     if "quant_algo" not in settings and CONFIG in checkpoint.aux:
         settings = read_json(checkpoint.root / CONFIG).get("quantization") or {}
-    if settings.get("quant_algo") not in ALGORITHMS or settings.get("group_size") not in (None, Nvfp4.group):
+    if settings.get("quant_algo") not in ALGORITHMS or settings.get("group_size") not in (None, ModelOptNvfp4.group):
         raise BadCheckpoint(
             f"ModelOpt's quant_algo {settings.get('quant_algo')!r} in groups of {settings.get('group_size')} is not"
-            f" decoded; NVFP4 in groups of {Nvfp4.group}, and FP8, are"
+            f" decoded; NVFP4 in groups of {ModelOptNvfp4.group}, and FP8, are"
         )
     by_name = {spec.name: spec for spec in checkpoint.weights}
     foreign = [n for n in by_name if n.endswith(("pre_quant_scale", "_weight_scale", "_weight_scale_2"))]
@@ -61,9 +61,9 @@ def _tensor(by_name: Mapping[str, WeightSpec], name: str, dtype: DType) -> Logic
         return undecoded(TensorSpec(name, dtype, weight.shape), Fp8Blocks(None, scale.dtype.name), parts, by_name)
     top = part(by_name, name, name + "_scale_2")
     shape = (*weight.shape[:-1], weight.shape[-1] * 2)
-    expect(scale, ("F8_E4M3",), (*shape[:-1], shape[-1] // Nvfp4.group), f"for {name} {list(shape)}")
+    expect(scale, ("F8_E4M3",), (*shape[:-1], shape[-1] // ModelOptNvfp4.group), f"for {name} {list(shape)}")
     expect(top, ("F32",), top.shape if top.numel() == 1 else (), f"for {name}")
-    if shape[-1] % Nvfp4.group:
-        raise BadCheckpoint(f"{name}: its rows of {shape[-1]} do not divide into groups of {Nvfp4.group}")
+    if shape[-1] % ModelOptNvfp4.group:
+        raise BadCheckpoint(f"{name}: its rows of {shape[-1]} do not divide into groups of {ModelOptNvfp4.group}")
     parts = {"weight": weight, "weight_scale": scale, "weight_scale_2": top}
-    return undecoded(TensorSpec(name, dtype, shape), Nvfp4(), parts, by_name)
+    return undecoded(TensorSpec(name, dtype, shape), ModelOptNvfp4(), parts, by_name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from loaders.architectures.families import text_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint
-from loaders.quantization.read_only.mxfp4_nvfp4 import Mxfp4
+from loaders.quantization.read_only.mxfp4_nvfp4 import GptOssMxfp4
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part
 
@@ -39,9 +39,9 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
                 f"{blocks.name}: expected U8 [experts, rows, groups, 16], found {blocks.dtype} {list(blocks.shape)}"
             )
         expect(scales, ("U8", "F8_E8M0"), blocks.shape[:3], f"for {blocks.name}")
-        experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * Mxfp4.group
+        experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * GptOssMxfp4.group
         found[name] = LogicalTensor(
             name, float_dtype(checkpoint), (experts, columns, rows), (("blocks", blocks), ("scales", scales)),
-            Window(0, (rows * columns, 1, columns)), Mxfp4(), "", "", None, (experts, rows, columns),
+            Window(0, (rows * columns, 1, columns)), GptOssMxfp4(), "", "", None, (experts, rows, columns),
         )  # fmt: skip
     return found
