@@ -27,9 +27,10 @@ class LoadStats:
     files: int = 0  # of weights, that were read from
     tensors: int = 0  # that came of it; pieces of a tensor count with its last
     bytes: int = 0  # of source: as stored there, before anything was decoded, cast or quantized
-    read_s: float = 0.0  # seconds of waiting for the source's bytes; of maps, of making them
-    encode_s: float = 0.0  # seconds of casting and quantizing, reading on the way
-    measure_s: float = 0.0  # seconds of decoding what was quantized and comparing it with its source
+    # seconds, summed over threads, of waiting for the source's bytes; of maps, of making them
+    read_s: float = 0.0
+    encode_s: float = 0.0  # of casting and quantizing, without the reading and writing inside
+    measure_s: float = 0.0  # of decoding what was quantized and comparing it with its source
     write_s: float = 0.0  # seconds of writing an output
     wall_s: float = 0.0  # seconds from the first look at the files to the last tensor
     peak_anonymous_bytes: int = 0  # bytes of memory beyond what the process held before; pages of maps do not count

@@ -34,7 +34,7 @@ tensors
 strategies
 checkpoints backends
 architectures containers quantization
-specs stats
+specs stats clock
 storage dtypes
 errors places
 """

@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.execution.part_files import Measured, PartFiles, TensorPart
-from jobs.execution.timing import TimedView, Timer
+from jobs.execution.part_files import MeasuredTensor, PartFiles
 from jobs.output.journal import Journal, Record, TensorRecord, Written
 from jobs.planning.plan import Placement, Unit
 from jobs.planning.targets import TargetId
@@ -29,15 +28,15 @@ from loaders.backends import leased_kernels
 from loaders.backends.memory import PeakMemory
 from loaders.backends.scratch import Scratch
 from loaders.backends.threads import RANGE, Stopped, ThreadedWork
+from loaders.clock import Clock
+from loaders.containers.writer import TensorSink
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
 from loaders.quantization.gate import Gate
-from loaders.quantization.measure import measure
-from loaders.quantization.scheme import Scheme, Sharing, View
 from loaders.stats import ErrorSums, LoadStats
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
+from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
-from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view_of
 
 SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
@@ -163,15 +162,15 @@ class TargetRun:
         self._is_alone = is_alone
         self._attempt = attempt
         self._began = time.perf_counter()
-        self.timer = Timer()
+        self._clock = Clock()
         self.tensors = {tensor.name: tensor for tensor in share.unit.tensors}
         self.error: Exception | None = None
         self.faults: list[tuple[float, str]] = []
-        self._measured: dict[str, Measured] = {}
+        self._measured: dict[str, MeasuredTensor] = {}
         self._finished: Finished | None = None
         self._files: PartFiles | None = None
         output = share.unit.outputs[share.target]
-        self.placements = {placement.tensor: placement for placement in output.placements}
+        self.placements = {placement.name: placement for placement in output.placements}
         with self.guarded():
             if not self._journal.parts.is_dir():
                 raise StorageError(
@@ -179,7 +178,7 @@ class TargetRun:
                     " lie on a filesystem that all of them share"
                 )
             name = f"{share.unit.id}.{attempt}"
-            self._files = PartFiles(self._journal, name, output, self.timer, scratch, in_place=in_place)
+            self._files = PartFiles(self._journal, name, output, self._clock, scratch, in_place=in_place)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -198,13 +197,17 @@ class TargetRun:
     def takes(self, tensor: LogicalTensor) -> bool:
         return self.error is None and self.tensors.get(tensor.name) == tensor
 
-    def begin(self, placement: Placement) -> TensorPart:
+    def encoder(self, reader: Reader, work: ThreadedWork) -> TensorEncoder:
+        """What takes this share's tensors through their schemes."""
+        return TensorEncoder(reader, work, [p.encoding for p in self.placements.values()], self._clock)
+
+    def begin(self, placement: Placement) -> TensorSink:
         assert self._files is not None
         return self._files.tensor(placement)
 
-    def measured(self, tensor: LogicalTensor, placement: Placement, error: ErrorSums) -> None:
-        self._measured[tensor.name] = Measured(tensor, placement.action, placement, error)
-        fault = self._share.gate.fault(tensor.name, error, placement.scheme)
+    def measured(self, placement: Placement, error: ErrorSums) -> None:
+        self._measured[placement.name] = MeasuredTensor(placement, error)
+        fault = self._share.gate.fault(placement.name, error, placement.encoding.scheme)
         if fault:
             self.faults.append((error.relative_error, fault))
 
@@ -229,7 +232,7 @@ class TargetRun:
         """Leave the record: the unit is done for this target."""
         unit = self._share.unit
         written, tensors = self._finished or ((), ())
-        spent = self.timer.seconds()
+        spent = self._clock.seconds()
         own = LoadStats(
             files=len(unit.sources), tensors=len(unit.tensors), bytes=unit.source_bytes,
             wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
@@ -252,49 +255,22 @@ class UnitPass:
     def __init__(
         self, reader: Reader, work: ThreadedWork, runs: Mapping[str, TargetRun], on_bytes: Callable[[int], None]
     ) -> None:
-        self._reader = reader
-        self._work = work
-        self._runs = runs
+        self._runs = [(run, run.encoder(reader, work)) for run in runs.values()]
         self._on_bytes = on_bytes
-        self._shared: dict[tuple[str, str], Scheme] = {}
-        self._sharing = threading.Lock()
 
-    def tensor(self, logical: LogicalTensor, threads: int = 1) -> None:
+    def tensor(self, tensor: LogicalTensor, threads: int = 1) -> None:
         """Encode and measure one tensor, with so many threads at work on it."""
-        plain = view_of(logical, self._reader, self._work)
-        for name, run in self._runs.items():
-            if run.takes(logical):
+        for run, encoder in self._runs:
+            if run.takes(tensor):
                 with run.guarded():
-                    self._encode(name, logical, plain, threads)
+                    self._encode(run, encoder, tensor, threads)
 
-    def _encode(self, name: str, tensor: LogicalTensor, plain: View, threads: int) -> None:
-        run = self._runs[name]
-        placement, timer = run.placements.get(tensor.name), run.timer
+    def _encode(self, run: TargetRun, encoder: TensorEncoder, tensor: LogicalTensor, threads: int) -> None:
+        placement = run.placements.get(tensor.name)
         if placement is None:  # dropped
             self._on_bytes(tensor.source_bytes)
             return
-        ordered = numbers_view(ordered_view(plain, placement.order), placement.cast, self._work)
-        seen = encoded_view(TimedView(ordered, timer, "read"), placement.cast)
-        part = run.begin(placement)
-        with timer.phase("encode", threads):
-            self._knowing(name, tensor, placement.scheme).encode(seen, part, self._work)
-        with timer.phase("measure", threads):
-            again = TimedView(ordered, timer, "reread")
-            error_sums = measure(again, placement.scheme, seen.spec, part, self._work, self._on_bytes)
-        run.measured(tensor, placement, error_sums)
-        part.done()
-
-    def _knowing(self, name: str, tensor: LogicalTensor, scheme: Scheme) -> Scheme:
-        """The scheme with what it shares over the tensor's fused group, found once a group."""
-        if not isinstance(scheme, Sharing):
-            return scheme
-        run = self._runs[name]
-        group = [tensor] if tensor.group is None else [r for r in run.tensors.values() if r.group == tensor.group]
-        with self._sharing:
-            key = (name, tensor.group or tensor.name)
-            if key not in self._shared:
-                mine = [(r, run.placements[r.name]) for r in group if r.name in run.placements]
-                plain = ((ordered_view(view_of(r, self._reader, self._work), p.order), p) for r, p in mine)
-                views = [encoded_view(TimedView(v, run.timer, "read"), p.cast) for v, p in plain if p.scheme == scheme]
-                self._shared[key] = scheme.share(views, self._work)
-            return self._shared[key]
+        sink = run.begin(placement)
+        encoder.encode(placement.encoding, sink, threads=threads)
+        run.measured(placement, encoder.measure(placement.encoding, sink, self._on_bytes, threads=threads))
+        sink.done()

@@ -18,21 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from jobs.execution.unit import SMALL
-from jobs.planning.plan import FORMAT, Placement, Unit
+from jobs.planning.plan import FORMAT, Unit
 from loaders.backends import leased_kernels
 from loaders.backends.threads import ThreadedWork
 from loaders.errors import io_errors
 from loaders.loading.quantized_tensor import MemoryParts
 from loaders.quantization.importance import Importance, weighted_error
-from loaders.quantization.measure import measure
-from loaders.quantization.scheme import View
-from loaders.specs import RowOrder, StoredSpec
+from loaders.specs import RowOrder
 from loaders.stats import ErrorSums
 from loaders.storage.atomic import write_file
 from loaders.storage.hashes import text_digest
 from loaders.strategies import WeightLoader
+from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
-from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class MeasuringTask:
             sum(slot.size for slot in placement.slots.values())
             for name, names in self.wanted.items()
             for placement in self.unit.outputs[name].placements
-            if placement.tensor in names
+            if placement.name in names
         ]
         return sum(sorted(sizes)[-self.threads :])
 
@@ -84,11 +82,11 @@ class MeasuringTask:
         return sum(sizes[name] for names in self.wanted.values() for name in names)
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> MeasuringReport:
-        placements = {
-            name: {p.tensor: p for p in self.unit.outputs[name].placements if p.tensor in names}
+        encodings = {
+            name: {p.name: p.encoding for p in self.unit.outputs[name].placements if p.name in names}
             for name, names in self.wanted.items()
         }
-        taken = [r for r in self.unit.tensors if any(r.name in found for found in placements.values())]
+        taken = [r for r in self.unit.tensors if any(r.name in found for found in encodings.values())]
         specs = [spec for tensor in taken for _, spec in tensor.stored]
         with (
             self.strategy.open(self.root, specs) as reader,
@@ -96,17 +94,17 @@ class MeasuringTask:
             ThreadPoolExecutor(self.threads, thread_name_prefix=self.unit.id) as pool,
         ):
             work = ThreadedWork(kernels, pool, stop)
-            losses: dict[str, dict[str, Loss]] = {name: {} for name in placements}
+            losses: dict[str, dict[str, Loss]] = {name: {} for name in encodings}
+
+            encoder = TensorEncoder(reader, work)
 
             def look(tensor: LogicalTensor) -> None:
-                view = view_of(tensor, reader, work)
-                known = dict[object, Loss]()  # two candidates may come to the same
-                for name, found in placements.items():
-                    if (placement := found.get(tensor.name)) is not None:
-                        same = (placement.scheme, placement.cast, placement.order)
-                        if same not in known:
-                            known[same] = self._loss(tensor, placement, view, work, on_bytes)
-                        losses[name][tensor.name] = known[same]
+                known = dict[Encoding, Loss]()  # two candidates may come to the same
+                for name, found in encodings.items():
+                    if (encoding := found.get(tensor.name)) is not None:
+                        if encoding not in known:
+                            known[encoding] = self._loss(encoding, encoder, work, on_bytes)
+                        losses[name][tensor.name] = known[encoding]
 
             for tensor in (r for r in taken if r.source_bytes > SMALL):
                 look(tensor)
@@ -114,24 +112,17 @@ class MeasuringTask:
         return MeasuringReport(self.unit.id, losses)
 
     def _loss(
-        self,
-        tensor: LogicalTensor,
-        placement: Placement,
-        view: View,
-        work: ThreadedWork,
-        on_bytes: Callable[[int], None],
+        self, encoding: Encoding, encoder: TensorEncoder, work: ThreadedWork, on_bytes: Callable[[int], None]
     ) -> Loss:
         """Encode, decode and compare one tensor under one candidate."""
-        numbers = numbers_view(ordered_view(view, placement.order), placement.cast, work)
-        seen, scheme = encoded_view(numbers, placement.cast), placement.scheme
-        parts = MemoryParts(scheme.stored(seen.spec))
-        scheme.encode(seen, parts, work)
-        error = measure(numbers, scheme, seen.spec, parts, work, on_bytes)
-        importances = self.importances.get(tensor.name)
+        parts = MemoryParts(encoding.stored)
+        encoder.encode(encoding, parts)
+        error = encoder.measure(encoding, parts, on_bytes)
+        importances = self.importances.get(encoding.tensor.name)
         if importances is None:
             return Loss(error, None)
-        ordered = [_reordered(each, placement.order) for each in importances]
-        return Loss(error, weighted_error(numbers, scheme, seen.spec, parts, ordered, work))
+        ordered, numbers = [_reordered(each, encoding.order) for each in importances], encoder.numbers(encoding)
+        return Loss(error, weighted_error(numbers, encoding.scheme, encoding.spec, parts, ordered, work))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +155,7 @@ class Measurements:
 
     def key(self, unit: Unit, candidate: str) -> str:
         """Of the sources, the tensors, what the candidate makes of them, and what errors are weighted by."""
-        made = [(p.tensor, p.scheme, p.cast, p.order) for p in unit.outputs[candidate].placements]
+        made = [placement.encoding for placement in unit.outputs[candidate].placements]
         return text_digest(f"{FORMAT} {unit.sources!r} {unit.tensors!r} {made!r} {self._weighting}")
 
     def find(self, unit: Unit, candidate: str, names: frozenset[str]) -> Losses | None:
@@ -181,11 +172,6 @@ class Measurements:
         with io_errors("making", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_file(self.folder / f"{self.key(unit, candidate)}.json", json.dumps(rows).encode())
-
-
-def stored_bytes(stored: Mapping[str, StoredSpec]) -> int:
-    """Of all roles."""
-    return sum(spec.size for spec in stored.values())
 
 
 def of_all(found: Sequence[Losses]) -> dict[str, Loss]:

@@ -57,7 +57,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             target,
             decisions,
             tuple(planned),
-            {p.tensor: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
+            {p.name: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config,
             (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
             assembly,
@@ -120,13 +120,9 @@ def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> Unit
     places = {slot.name: slot for file in files for slot in file.slots}
     placements = tuple(
         Placement(
-            placed.tensor.name,
-            placed.action,
-            placed.scheme,
-            placed.cast,
+            placed.encoding,
             {role: _slot(places[tensor.name], tensor) for role, tensor in placed.stored.items()},
             {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
-            placed.order,
         )
         for placed in share
     )

@@ -13,13 +13,12 @@ from typing import Any
 from jobs.planning.targets import Target, TargetId
 from loaders.backends.threads import THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.dtypes import DType
 from loaders.layouts import Assembling, Assembly
-from loaders.quantization.scheme import Scheme
 from loaders.rules.rule import Decision
-from loaders.specs import OutputFile, RowOrder, Slot, TensorSpec
+from loaders.specs import OutputFile, Slot
 from loaders.storage.hashes import text_digest
 from loaders.storage.local import FileTag
+from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import METHOD_FILES
 from loaders.tensors.sources import Sources
@@ -29,19 +28,19 @@ FORMAT = 2  # of plans and records: another version's are refused
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What becomes of one tensor, and the bytes that its results fill."""
+    """A tensor's encoding, and the bytes of the output that its results fill: slots by role.
 
-    tensor: str
-    action: str
-    scheme: Scheme
-    cast: DType | None
+    `constants` are the bytes of those roles that do not depend on weights.
+    """
+
+    encoding: Encoding
     slots: Mapping[str, Slot]
     constants: Mapping[str, bytes]
-    order: RowOrder | None = None
 
-    def encoded_spec(self, tensor: LogicalTensor) -> TensorSpec:
-        """What the scheme sees: the tensor's weights after the cast."""
-        return tensor.spec if self.cast is None else replace(tensor.spec, dtype=self.cast)
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.encoding.tensor.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +71,8 @@ class Unit:
 
     def memory_bytes(self, threads: int) -> int:
         """What running it holds at most, beyond the libraries."""
-        tensors = {tensor.name: tensor for tensor in self.tensors}
-        state = max(
-            (
-                p.scheme.state_bytes(p.encoded_spec(tensors[p.tensor]))
-                for output in self.outputs.values()
-                for p in output.placements
-            ),
-            default=0,
-        )
+        encodings = (p.encoding for output in self.outputs.values() for p in output.placements)
+        state = max((encoding.state_bytes for encoding in encodings), default=0)
         return threads * THREAD_BYTES + state
 
 

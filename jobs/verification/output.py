@@ -37,14 +37,14 @@ from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, io_errors
 from loaders.quantization.gate import Gate
-from loaders.quantization.measure import measure
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums
 from loaders.storage.atomic import write_file
 from loaders.storage.hashes import BLOCK, hash_file
 from loaders.storage.json_files import json_bytes, read_json
 from loaders.strategies import WeightLoader
-from loaders.tensors.views import StoredRoles, numbers_view, ordered_view, view_of
+from loaders.tensors.encoding import TensorEncoder
+from loaders.tensors.views import StoredRoles
 
 SHOWN = 10
 
@@ -71,7 +71,6 @@ class VerifyTask:
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
         faults = [fault for file in self.files for fault in _file_faults(self, file)]
         is_as_written = not faults
-        tensors = {tensor.name: tensor for tensor in self.unit.tensors}
         sources = [spec for tensor in self.unit.tensors for _, spec in tensor.stored]
         with (
             self.strategy.open(self.root, sources) as source,
@@ -80,24 +79,24 @@ class VerifyTask:
         ):
             work = ThreadedWork(kernels_of("cpu"), pool, stop)
 
+            encoder = TensorEncoder(source, work)
+
             def look(placement: Placement) -> list[str]:
-                tensor = tensors[placement.tensor]
-                view = numbers_view(ordered_view(view_of(tensor, source, work), placement.order), placement.cast, work)
-                encoded = placement.encoded_spec(tensor)
+                name, encoding = placement.name, placement.encoding
                 stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
-                error = measure(view, placement.scheme, encoded, stored, work, on_bytes)
-                fault = self.gate.fault(tensor.name, error, placement.scheme)
+                error = encoder.measure(encoding, stored, on_bytes)
+                fault = self.gate.fault(name, error, encoding.scheme)
                 found = [fault] if fault else []
-                if error != ErrorSums(**self.recorded[tensor.name]["sums"]):
+                if error != ErrorSums(**self.recorded[name]["sums"]):
                     found.append(
-                        f"{tensor.name}: its error is {error.relative_error:.6g}, not what was recorded"
+                        f"{name}: its error is {error.relative_error:.6g}, not what was recorded"
                         + (f"; the output is as it was written: {self.root} has changed" if is_as_written else "")
                     )
                 return found
 
             placements = self.unit.outputs[TARGET].placements
-            large = [p for p in placements if tensors[p.tensor].source_bytes > SMALL]
-            small = [p for p in placements if tensors[p.tensor].source_bytes <= SMALL]
+            large = [p for p in placements if p.encoding.tensor.source_bytes > SMALL]
+            small = [p for p in placements if p.encoding.tensor.source_bytes <= SMALL]
             faults += [fault for p in large for fault in look(p)]
             faults += [fault for found in work.each(small, look) for fault in found]
         return VerifyReport(self.unit.id, tuple(faults), len(placements))
@@ -317,7 +316,7 @@ def _tasks(
                 output,
                 {slot.name: _written(slot, weights) for slot in slots},
                 tuple(files[file.name] for file in share.files),
-                {p.tensor: recorded[p.tensor] for p in share.placements},
+                {p.name: recorded[p.name] for p in share.placements},
                 strategy,
                 threads,
                 gate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from loaders.clock import Clock
 from loaders.containers import gguf, packed, pytorch, pytorch_pieces, pytorch_write, safetensors
 from loaders.containers.base import Container
 from loaders.containers.writer import ShardWriter
@@ -63,6 +64,6 @@ READERS = {name: container.read_specs for name, container in CONTAINERS.items()}
 PIECES = {"pytorch piece": replace(CONTAINERS["pytorch"], place=pytorch_pieces.place, frame=pytorch_pieces.frame)}
 
 
-def writer_of(path: Path, file: OutputFile, start: int | None = None) -> ShardWriter:
-    """Begin a planned file at a path, or a piece in the file there, at a byte of it."""
-    return ShardWriter(path, file, (CONTAINERS | PIECES)[file.container], start)
+def writer_of(path: Path, file: OutputFile, start: int | None = None, clock: Clock | None = None) -> ShardWriter:
+    """Begin a planned file at a path, or a piece in the file there, at a byte of it. Writing counts on the clock."""
+    return ShardWriter(path, file, (CONTAINERS | PIECES)[file.container], start, clock)

@@ -6,10 +6,17 @@ import ctypes
 import errno
 import os
 import zlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import xxhash
+
+from loaders.clock import Clock
 from loaders.containers.base import Container, Places
+from loaders.dtypes import storage_of
 from loaders.errors import StorageError, io_errors
 from loaders.specs import OutputFile, Slot
 
@@ -25,8 +32,11 @@ class ShardWriter:
     written in place: into the file that is there already, from that byte on.
     """
 
-    def __init__(self, path: Path, file: OutputFile, container: Container, start: int | None = None) -> None:
+    def __init__(
+        self, path: Path, file: OutputFile, container: Container, start: int | None = None, clock: Clock | None = None
+    ) -> None:
         self.path = path
+        self._clock = clock or Clock()
         self.file = file
         self.start = start or 0
         self.size = 0
@@ -56,7 +66,8 @@ class ShardWriter:
             assert offset == 0
             self._bound[slot.name] = bytes(data)
             return
-        self._put(data, self.file.header_bytes + slot.offset + offset)
+        with self._clock.phase("write"):
+            self._put(data, self.file.header_bytes + slot.offset + offset)
 
     def read(self, slot: Slot, offset: int, out: memoryview) -> int:
         """Read back bytes from `offset` of a tensor as the file has them; how many there were."""
@@ -122,6 +133,52 @@ class ShardWriter:
         if not self._is_in_place:
             with suppress(OSError):
                 self.path.unlink()
+
+
+Piece = tuple[int, int]  # bytes [start, stop) of a stored tensor
+
+
+class TensorSink:
+    """The slots of one tensor in files being written. Takes what a scheme stores and gives it back: `Sink`, `Stored`.
+
+    What is measured is what leaves: every piece that is read back is hashed, and `pieces` keeps the hashes, so that
+    the finished file can be held against them. `array` gives this thread's reusable memory.
+    """
+
+    def __init__(
+        self,
+        writers: Mapping[str, ShardWriter],
+        slots: Mapping[str, Slot],
+        constants: Mapping[str, bytes],
+        array: Callable[[str, int, Any], np.ndarray],
+    ) -> None:
+        self._writers = writers
+        self._slots = slots
+        self._array = array
+        self.pieces: dict[str, dict[Piece, str]] = {slot.name: {} for slot in slots.values()}
+        for role, data in constants.items():
+            slot = slots[role]
+            writers[slot.name].write(slot, 0, memoryview(data))
+            self.pieces[slot.name][0, len(data)] = xxhash.xxh3_64_hexdigest(data)
+
+    def write(self, role: str, start: int, data: np.ndarray) -> None:
+        slot = self._slots[role]
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        self._writers[slot.name].write(slot, start * data.itemsize, raw)
+
+    def read(self, role: str, start: int, stop: int) -> np.ndarray:
+        slot = self._slots[role]
+        storage = storage_of(slot.dtype)
+        first, last = start * storage.itemsize, min(stop * storage.itemsize, slot.size)
+        buffer = self._array(f"back {role}", last - first, np.uint8)
+        buffer = buffer[: self._writers[slot.name].read(slot, first, buffer.data)]
+        self.pieces[slot.name][first, first + buffer.size] = xxhash.xxh3_64_hexdigest(buffer.data)
+        return buffer.view(storage)
+
+    def done(self) -> None:
+        """The tensor is whole and measured: the system may begin to put it on the disk."""
+        for slot in self._slots.values():
+            self._writers[slot.name].start_syncing(slot)
 
 
 def begin_writeback(descriptor: int, offset: int, size: int) -> None:

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers.pytorch_pieces import Tail
-from loaders.dtypes import DType
-from loaders.quantization.scheme import Scheme
 from loaders.rules.rule import Decision
-from loaders.specs import OutputFile, RowOrder, StoredTensor
+from loaders.specs import OutputFile, StoredTensor
+from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 
 
@@ -22,17 +21,14 @@ def module_of(weight: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A tensor's result as a layout wants it: by which scheme, and what each role of it is called.
+    """A tensor's encoding as a layout wants it, and what each role of the result is called."""
 
-    `cast` is the dtype that the weights take before the scheme sees them, as the engine's own loading would.
-    """
-
-    tensor: LogicalTensor
-    action: str
-    scheme: Scheme
-    cast: DType | None
+    encoding: Encoding
     stored: Mapping[str, StoredTensor]
-    order: RowOrder | None = None  # the consumer's order of rows, where it is another
+
+    @property
+    def tensor(self) -> LogicalTensor:
+        return self.encoding.tensor
 
 
 class Layout(Protocol):

@@ -81,8 +81,8 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
     wants_stacks = bool(family_of(config).stacks) and engines <= WHOLE
     for decision in decisions:
-        tensor, scheme = decision.tensor, decision.scheme
-        if scheme is None:
+        tensor, encoding = decision.tensor, decision.encoding
+        if encoding is None:
             continue
         if wants_stacks and SINGLE.search(tensor.name):
             raise BadSpec(
@@ -93,14 +93,12 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
         if decision.action == "quantize" and tensor.role == "expert" and len(tensor.shape) == 3:
             raise BadSpec(
                 f"{decision.rule.label or 'quant'}: {tensor.name} is a stack of experts, which transformers loads as"
-                f" one parameter and {scheme.engine} does not quantize; keep it"
+                f" one parameter and {encoding.scheme.engine} does not quantize; keep it"
             )
-        cast = wanted if decision.action == "quantize" and wanted != tensor.dtype else None
-        spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
-        stored = {
-            role: StoredTensor(stored_name(tensor.name, role), part) for role, part in scheme.stored(spec).items()
-        }
-        placed.append(Placed(tensor, decision.action, scheme, cast, stored))
+        if encoding.action == "quantize" and wanted != tensor.dtype:
+            encoding = replace(encoding, cast=wanted)
+        stored = {role: StoredTensor(stored_name(tensor.name, role), part) for role, part in encoding.stored.items()}
+        placed.append(Placed(encoding, stored))
     return tuple(placed)
 
 

@@ -42,19 +42,20 @@ class HqqLayout:
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         wanted, placed = load_dtype(checkpoint.config), []
         for decision in decisions:
-            tensor, scheme = decision.tensor, decision.scheme
-            if scheme is None:
+            tensor, encoding = decision.tensor, decision.encoding
+            if encoding is None:
                 continue
-            if decision.action == "quantize" and not isinstance(scheme, Hqq):
+            scheme = encoding.scheme
+            if encoding.action == "quantize" and not isinstance(scheme, Hqq):
                 raise BadSpec(f"output.layout: hqq holds what hqq quantizes, not {scheme.kind}; use output=auto")
-            cast = wanted if decision.action == "quantize" and wanted != tensor.dtype else None
-            spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
+            if encoding.action == "quantize" and wanted != tensor.dtype:
+                encoding = replace(encoding, cast=wanted)
             stored = {
                 role: StoredTensor(stored_name(tensor.name, role), part)
-                for role, part in scheme.stored(spec).items()
+                for role, part in encoding.stored.items()
                 if role in ROLES or not isinstance(scheme, Hqq)
             }
-            placed.append(Placed(tensor, decision.action, scheme, cast, stored))
+            placed.append(Placed(encoding, stored))
         return tuple(placed)
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
@@ -63,10 +64,11 @@ class HqqLayout:
         for each in placed:
             module, _, key = each.tensor.name.rpartition(".")
             values = modules.setdefault(module, {})
-            if isinstance(each.scheme, Hqq):
-                spec = each.tensor.spec if each.cast is None else replace(each.tensor.spec, dtype=each.cast)
+            if isinstance(scheme := each.encoding.scheme, Hqq):
                 bias = values.pop("bias", None)
-                values |= _module(each.scheme, spec, {role: tensor.name for role, tensor in each.stored.items()})
+                values |= _module(
+                    scheme, each.encoding.spec, {role: tensor.name for role, tensor in each.stored.items()}
+                )
                 if bias is not None:
                     _set_bias(values, bias)
             elif key == "bias" and "W_q" in values:

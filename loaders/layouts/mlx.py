@@ -50,17 +50,17 @@ class MlxLayout:
             raise BadSpec(f"model.path: {problem}")
         cast_to, placed = convert_dtype(checkpoint.config), []
         for decision in decisions:
-            tensor, scheme = decision.tensor, decision.scheme
-            if scheme is None:
+            tensor, encoding = decision.tensor, decision.encoding
+            if encoding is None:
                 continue
-            _check_scheme(tensor.name, scheme)
-            cast = cast_to if decision.action == "quantize" and cast_to != tensor.dtype else None
-            spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
+            _check_scheme(tensor.name, encoding.scheme)
+            if encoding.action == "quantize" and cast_to != tensor.dtype:
+                encoding = replace(encoding, cast=cast_to)
             stack = stack_of(model, tensor.name)
             name, index = stack or (tensor.name, 0)
             count = (num_experts(model, checkpoint.config) or 0) if stack else None
-            stored = {role: _stored(name, role, part, index, count) for role, part in scheme.stored(spec).items()}
-            placed.append(Placed(tensor, decision.action, scheme, cast, stored))
+            stored = {role: _stored(name, role, part, index, count) for role, part in encoding.stored.items()}
+            placed.append(Placed(encoding, stored))
         _check_stacks(placed, model, checkpoint)
         return tuple(placed)
 
@@ -129,7 +129,7 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
                 f"{name}: mlx-lm stacks {count} experts, of which {len(found)} are to be written; keep or drop all"
             )
         shapes = {tuple((role, t.spec) for role, t in sorted(each.stored.items())) for _, each in found}
-        if len({each.scheme for _, each in found}) > 1 or len(shapes) > 1:
+        if len({each.encoding.scheme for _, each in found}) > 1 or len(shapes) > 1:
             raise BadSpec(
                 f"{name}: mlx-lm stacks a layer's {count} experts into one tensor, but the rules give them different"
                 " schemes, or their shapes or dtypes differ; let the rules treat all experts of a matrix alike"

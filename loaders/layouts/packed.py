@@ -188,18 +188,19 @@ def _own_name(name: str) -> str:
 
 def _placed(decision: Decision, *, is_quantized: bool) -> Placed:
     """Under its name in the one file: experts are moved later. Beside words, floats are bfloat16 or float32."""
-    tensor, scheme, action = decision.tensor, decision.scheme, decision.action
-    assert scheme is not None
-    cast = DTYPES["BF16"] if action == "quantize" and tensor.dtype.name != "BF16" else None
+    tensor, encoding = decision.tensor, decision.encoding
+    assert encoding is not None
+    scheme = encoding.scheme
+    if encoding.action == "quantize" and tensor.dtype.name != "BF16":
+        encoding = replace(encoding, cast=DTYPES["BF16"])
     if is_quantized and isinstance(scheme, Plain):
         dtype = scheme.dtype or tensor.dtype.name
         wanted = "F32" if tensor.name.endswith(WIDE) else "BF16"
         if dtype in NARROWED or (dtype == "BF16" and wanted == "F32"):
-            scheme, action = Plain(wanted), "cast"
-    spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
+            encoding = replace(encoding, scheme=Plain(wanted), action="cast")
     name = _own_name(tensor.name)
-    stored = {role: StoredTensor(_part(name, role), part) for role, part in scheme.stored(spec).items()}
-    return Placed(tensor, action, scheme, cast, stored)
+    stored = {role: StoredTensor(_part(name, role), part) for role, part in encoding.stored.items()}
+    return Placed(encoding, stored)
 
 
 def _part(name: str, role: str) -> str:

@@ -23,7 +23,7 @@ from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Placed
 from loaders.loading.checks import validate_weight_shapes
 from loaders.loading.config import LoadConfig, load_config, matches
-from loaders.loading.encode import Item, Made, make
+from loaders.loading.encode import MadeTensors, WantedTensor, make
 from loaders.loading.quantized_tensor import QuantizedTensor, float_dtype
 from loaders.loading.resources import shared
 from loaders.presets.settings import Quant
@@ -197,7 +197,7 @@ class Loading:
         self._items = self._selected(sources.tensors, quant)
         _check_shapes(config, [item.tensor for item in self._items])
 
-    def _selected(self, tensors: Sequence[Any], quant: Quant | None) -> list[Item]:
+    def _selected(self, tensors: Sequence[Any], quant: Quant | None) -> list[WantedTensor]:
         config = self._config
         scheme = Plain() if quant is None else quant.scheme
         mix = None if quant is None else quant.mix
@@ -208,7 +208,7 @@ class Loading:
         decisions = decide(mine, scheme, (), rules)
         placed = self._placed(decisions, quant)
         return [
-            self._item(decision, placed.get(decision.tensor.name))
+            self._wanted(decision, placed.get(decision.tensor.name))
             for decision in decisions
             if decision.action != "drop"
         ]
@@ -220,17 +220,17 @@ class Loading:
         layout = LAYOUTS[BY_ENGINE[quant.scheme.engine]]
         return {placed.tensor.name: placed for placed in layout.place(self._checkpoint, decisions)}
 
-    def _item(self, decision: Decision, placed: Placed | None) -> Item:
-        logical, scheme = decision.tensor, decision.scheme
+    def _wanted(self, decision: Decision, placed: Placed | None) -> WantedTensor:
+        tensor, scheme = decision.tensor, decision.scheme
         if scheme is not None and not isinstance(scheme, Plain):
             if placed is None:
-                return Item(logical, logical.dtype, scheme)
-            names = {role: tensor.name for role, tensor in placed.stored.items() if tensor.whole is None}
-            return Item(logical, logical.dtype, scheme, placed.cast, names)
-        if logical.dtype.name not in WEIGHT_DTYPES:
-            return Item(logical, logical.dtype)
+                return WantedTensor(tensor=tensor, dtype=tensor.dtype, encoding=decision.encoding)
+            names = {role: stored.name for role, stored in placed.stored.items() if stored.whole is None}
+            return WantedTensor(tensor=tensor, dtype=tensor.dtype, encoding=placed.encoding, names=names)
+        if tensor.dtype.name not in WEIGHT_DTYPES:
+            return WantedTensor(tensor=tensor, dtype=tensor.dtype)
         chosen = self._config.dtype or (DTYPES[scheme.dtype].torch if scheme is not None and scheme.dtype else None)
-        return Item(logical, logical.dtype if chosen is None else float_dtype(chosen))
+        return WantedTensor(tensor=tensor, dtype=tensor.dtype if chosen is None else float_dtype(chosen))
 
     def run(self) -> tuple[Weights, Statistics]:
         used = {spec.file for item in self._items for _, spec in item.tensor.stored}
@@ -240,7 +240,7 @@ class Loading:
         if in_place:
             loaded = self._strategy.load_weights(self._checkpoint, names=list(in_place), device=self._config.device)
         others = [item for item in self._items if not item.is_in_place]
-        made, from_cache = self._made(others) if others else (Made({}, {}), False)
+        made, from_cache = self._made(others) if others else (MadeTensors(), False)
         self._judge(others, made.errors)
         weights: Weights = {}
         for item in self._items:
@@ -248,28 +248,30 @@ class Loading:
             weights[name] = loaded[item.tensor.stored[0][1].name] if item.is_in_place else self._result(item, made)
         return weights, self._statistics(made, from_cache, share)
 
-    def _result(self, item: Item, made: Made) -> Any:
+    def _result(self, item: WantedTensor, made: MadeTensors) -> Any:
         name, parts = item.tensor.name, made.parts[item.tensor.name]
-        if item.scheme is not None:
-            return QuantizedTensor(name, item.scheme, item.spec, parts, self._config.device, item.stored, item.names)
+        if item.encoding is not None:
+            return QuantizedTensor(
+                name, item.encoding.scheme, item.spec, parts, self._config.device, item.stored, item.names
+            )
         raw = parts["weight"].view(np.uint8)
         tensor = as_torch(raw, WeightSpec(name, item.dtype, item.tensor.shape, "", 0, raw.nbytes))
         return tensor if self._config.device == "cpu" else tensor.to(torch_device(self._config.device)[1])
 
-    def _judge(self, items: Sequence[Item], errors: Mapping[str, ErrorSums]) -> None:
+    def _judge(self, items: Sequence[WantedTensor], errors: Mapping[str, ErrorSums]) -> None:
         gate = Gate(self._config.allow_nonfinite, self._config.max_relative_error, "")
         faults = [
             (errors[item.tensor.name].relative_error, fault)
             for item in items
-            if item.scheme is not None and item.tensor.name in errors
-            for fault in (gate.fault(item.tensor.name, errors[item.tensor.name], item.scheme),)
+            if item.encoding is not None and item.tensor.name in errors
+            for fault in (gate.fault(item.tensor.name, errors[item.tensor.name], item.encoding.scheme),)
             if fault
         ]
         if faults:
             raise VerifyFailed(max(faults)[1] + (f" (the worst of {len(faults)})" if len(faults) > 1 else ""))
 
-    def _made(self, items: Sequence[Item]) -> tuple[Made, bool]:
-        def fresh() -> Made:
+    def _made(self, items: Sequence[WantedTensor]) -> tuple[MadeTensors, bool]:
+        def fresh() -> MadeTensors:
             root, config = self._checkpoint.root, self._config
             return make(root, items, self._strategy, config.backend, measured=config.measure)
 
@@ -289,7 +291,7 @@ class Loading:
             cache.put(key, parts, {"errors": errors, "source": str(self._checkpoint.root)})
         return made, False
 
-    def _key(self, items: Sequence[Item]) -> str:
+    def _key(self, items: Sequence[WantedTensor]) -> str:
         """Names the content and what is made of it."""
         checkpoint, cache = self._checkpoint, shared().cache
         used = {spec.file for item in items for _, spec in item.tensor.stored}
@@ -297,26 +299,26 @@ class Loading:
         config = json.dumps(checkpoint.config, sort_keys=True, default=str)
         return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}")
 
-    def _statistics(self, made: Made, from_cache: bool, share: float | None) -> Statistics:
+    def _statistics(self, made: MadeTensors, from_cache: bool, share: float | None) -> Statistics:
         items, before = self._items, self._strategy.stats
         read = sum(item.tensor.source_bytes for item in items)
         files = {spec.file for item in items for _, spec in item.tensor.stored}
         load = LoadStats(
-            files=len(files), tensors=len(items), bytes=read, read_s=before.read_s, encode_s=made.encode_s,
-            measure_s=made.measure_s, **by_warmth(share, read),
+            files=len(files), tensors=len(items), bytes=read, read_s=before.read_s + made.seconds["read_s"],
+            encode_s=made.seconds["encode_s"], measure_s=made.seconds["measure_s"], **by_warmth(share, read),
         )  # fmt: skip
         layers = {
             item.tensor.name: LayerStats(
-                item.scheme.kind, item.tensor.spec.numel, item.tensor.source_bytes,
+                item.encoding.scheme.kind, item.tensor.spec.numel, item.tensor.source_bytes,
                 sum(part.nbytes for part in made.parts[item.tensor.name].values()),
                 made.errors.get(item.tensor.name, ErrorSums(item.tensor.spec.numel)),
             )
             for item in items
-            if item.scheme is not None
+            if item.encoding is not None
         }  # fmt: skip
         if not layers:
             return Statistics(load, None, from_cache, self._notes)
-        plain = [item for item in items if item.scheme is None]
+        plain = [item for item in items if item.encoding is None]
         compression = CompressionStats(
             len(items),
             sum(item.tensor.spec.numel for item in items),
@@ -328,7 +330,7 @@ class Loading:
         return Statistics(load, compression, from_cache, self._notes)
 
 
-def _from_cache(key: str, items: Sequence[Item]) -> Made | None:
+def _from_cache(key: str, items: Sequence[WantedTensor]) -> MadeTensors | None:
     entry = shared().cache.get(key)
     if entry is None:
         return None
@@ -343,7 +345,7 @@ def _from_cache(key: str, items: Sequence[Item]) -> Made | None:
         errors = {name: sums_of(each) for name, each in entry.about["errors"].items()}
     except (KeyError, ValueError, TypeError):
         return None
-    return Made(parts, errors)
+    return MadeTensors(parts, errors)
 
 
 __all__ = ["LoadConfig", "Statistics", "clear_cache", "load_and_quantize", "load_weights", "open_weights"]

@@ -24,6 +24,7 @@ from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
 from loaders.rules.decide import decide
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
+from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import check_decodable, is_quantized
 from loaders.tensors.sources import Sources, tensors_of
@@ -225,8 +226,10 @@ def fill_model(
     for name, (scheme, is_new) in schemes.items():
         path = name.rpartition(".")[0]
         linear, [logical] = model.get_submodule(path), skeleton.parameters[name]
-        wanted = load_dtype(weights.checkpoint.config) if is_new else logical.dtype
-        stored = weights.encoded(logical, scheme, wanted) if is_new else weights.stored(logical)
+        wanted = load_dtype(weights.checkpoint.config)
+        cast = None if wanted == logical.dtype else wanted
+        encoding = Encoding(tensor=logical, action="quantize", scheme=scheme, cast=cast)
+        stored = weights.encoded(encoding) if is_new else weights.stored(logical)
         with BUILDING:
             made = module_maker(scheme)(
                 scheme, logical.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))

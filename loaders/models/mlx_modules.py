@@ -103,7 +103,7 @@ def _write(path: Path, block: list[Placed], weights: ModelWeights) -> None:
 
     tensors: dict[str, torch.Tensor] = {}
     for each in block:
-        encoded = weights.encoded(each.tensor, each.scheme, each.cast)
+        encoded = weights.encoded(each.encoding)
         for role, stored in each.stored.items():
             if stored.whole is None:
                 tensors[stored.name] = encoded[role]

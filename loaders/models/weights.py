@@ -24,13 +24,14 @@ from loaders.errors import BadCheckpoint, StorageError
 from loaders.loading.quantized_tensor import MemoryParts
 from loaders.loading.resources import shared
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Scheme, View
+from loaders.quantization.scheme import View
 from loaders.specs import StoredSpec
 from loaders.storage.hashes import text_digest
 from loaders.strategies import loader
 from loaders.strategies.lazy import MappedFiles
+from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor, Window
-from loaders.tensors.views import encoded_view, view_of
+from loaders.tensors.views import view_of
 
 Parts = tuple[LogicalTensor, ...]
 CACHE_FORMAT = 2  # of a model's tensors in the cache
@@ -139,37 +140,34 @@ class ModelWeights:
             return None
         return torch.from_numpy(raw).view(dtype).reshape(spec.shape)
 
-    def encoded(self, tensor: LogicalTensor, scheme: Scheme, cast: DType | None) -> dict[str, torch.Tensor]:
+    def encoded(self, encoding: Encoding) -> dict[str, torch.Tensor]:
         """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
-        view = encoded_view(self.view(tensor), None if cast == tensor.dtype else cast)
-        stored = scheme.stored(view.spec)
+        stored = encoding.stored
         return {
             role: _tensor(part if stored[role].is_bound else part.reshape(stored[role].shape), stored[role].dtype)
-            for role, part in self._parts(tensor, scheme, view, stored).items()
+            for role, part in self._parts(encoding, stored).items()
         }
 
-    def _parts(
-        self, tensor: LogicalTensor, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]
-    ) -> dict[str, np.ndarray]:
+    def _parts(self, encoding: Encoding, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
         cache = self._cache
         if cache is None:
-            return self._made(scheme, view, stored)
-        root, files = self.checkpoint.root, sorted({spec.file for _, spec in tensor.stored})
+            return self._made(encoding, stored)
+        root, files = self.checkpoint.root, sorted({spec.file for _, spec in encoding.tensor.stored})
         content = [cache.content_of(root / file) for file in files]
-        key = text_digest(f"{CACHE_FORMAT} {content} {tensor!r} {scheme!r} {view.spec!r}")
+        key = text_digest(f"{CACHE_FORMAT} {content} {encoding!r}")
         with cache.making(key):
             entry = cache.get(key)
             if entry is not None and set(entry.parts) == set(stored):
                 return {role: part.view(storage_of(stored[role].dtype)) for role, part in entry.parts.items()}
-            made = self._made(scheme, view, stored)
-            cache.put(key, made, {"source": str(root), "tensor": tensor.name})
+            made = self._made(encoding, stored)
+            cache.put(key, made, {"source": str(root), "tensor": encoding.tensor.name})
         return made
 
-    def _made(self, scheme: Scheme, view: View, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
-        sink = MemoryParts(stored)
-        with self._budget.hold(self._workers * THREAD_BYTES + scheme.state_bytes(view.spec)):
-            scheme.encode(view, sink, self._work)
-        return sink.parts()
+    def _made(self, encoding: Encoding, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
+        parts = MemoryParts(stored)
+        with self._budget.hold(self._workers * THREAD_BYTES + encoding.state_bytes):
+            TensorEncoder(self._reader, self._work, [encoding]).encode(encoding, parts)
+        return parts.parts()
 
     def stored(self, tensor: LogicalTensor) -> dict[str, torch.Tensor]:
         """What the checkpoint holds for a quantized tensor, by role, as it is."""

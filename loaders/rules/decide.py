@@ -10,6 +10,7 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules
 from loaders.rules.rule import Decision, Rule
+from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 
 
@@ -40,11 +41,11 @@ def decide(
 
 def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decision, str | None]:
     if rule.action == "drop":
-        return Decision(tensor, "drop", None, rule), None
+        return Decision(tensor, rule, None), None
     chosen: Scheme = rule.scheme or scheme
     if rule.action == "quantize" and isinstance(chosen, Plain):
         said = f"{rule.label or 'quant'}: cannot quantize {tensor.name}: quant=none has no codes; choose a quant"
-        return Decision(tensor, "keep", Plain(), rule), said
+        return Decision(tensor, rule, Encoding(tensor=tensor, action="keep", scheme=Plain())), said
     if rule.action == "keep":
         chosen = Plain()
     elif rule.action == "cast":
@@ -52,7 +53,7 @@ def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decisi
     refusal = chosen.refuses(tensor.spec)
     place = rule.label or "quant"
     problem = f"{place}: cannot {rule.action} {tensor.name}: {refusal}" if refusal else None
-    return Decision(tensor, rule.action, chosen, rule), problem
+    return Decision(tensor, rule, Encoding(tensor=tensor, action=rule.action, scheme=chosen)), problem
 
 
 def _unused(rule: Rule, tensors: Sequence[LogicalTensor]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from loaders.quantization.scheme import Scheme
+from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 
 Action = Literal["quantize", "keep", "cast", "drop"]
@@ -61,12 +62,19 @@ def _fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of a tensor, by which scheme, and the rule that said so."""
+    """What becomes of a tensor, and the rule that said so. Without an encoding it is dropped."""
 
     tensor: LogicalTensor
-    action: Action
-    scheme: Scheme | None  # None: dropped
     rule: Rule
+    encoding: Encoding | None
+
+    @property
+    def action(self) -> str:
+        return "drop" if self.encoding is None else self.encoding.action
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return None if self.encoding is None else self.encoding.scheme
 
 
 class Mix(Protocol):

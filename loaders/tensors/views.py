@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from loaders.clock import Clock
 from loaders.dtypes import DTYPES, DType, is_contiguous, storage_of
 from loaders.quantization.boxes import decode_window
 from loaders.quantization.kernels import casts
@@ -19,8 +21,18 @@ from loaders.tensors.logical_tensor import LogicalTensor, Window
 class StoredView:
     """Plain weights of one stored tensor. See `View`."""
 
-    def __init__(self, reader: Reader, spec: TensorSpec, stored: WeightSpec, window: Window) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        spec: TensorSpec,
+        stored: WeightSpec,
+        window: Window,
+        clock: Clock | None = None,
+        phase: str = "read",
+    ) -> None:
         self.spec = spec
+        self._clock = clock or Clock()
+        self._phase = phase
         self._reader = reader
         self._stored = stored
         self._window = window
@@ -28,11 +40,12 @@ class StoredView:
         self._in_place = spec.dtype.bits < 8 or is_contiguous(spec.shape, window.stride)
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
-        item = self._storage.itemsize
-        if self._in_place:
+        with self._clock.phase(self._phase):
+            if not self._in_place:
+                return self._gather(start, stop)
+            item = self._storage.itemsize
             first = self._window.offset * item
             return self._reader.read(self._stored, first + start * item, first + stop * item, slot).view(self._storage)
-        return self._gather(start, stop)
 
     def _gather(self, start: int, stop: int) -> Block:
         """Elements that do not lie in order are picked from a map, whole rows of the first dimension at a time."""
@@ -60,8 +73,12 @@ class CastView:
 class StoredRoles:
     """What a scheme stored for a tensor, in a checkpoint. See `Stored`."""
 
-    def __init__(self, reader: Reader, roles: dict[str, WeightSpec]) -> None:
+    def __init__(
+        self, reader: Reader, roles: Mapping[str, WeightSpec], clock: Clock | None = None, phase: str = "read"
+    ) -> None:
         self._reader = reader
+        self._clock = clock or Clock()
+        self._phase = phase
         self._roles = roles
         self._slots = {role: 100 + index for index, role in enumerate(roles)}
 
@@ -69,7 +86,8 @@ class StoredRoles:
         spec = self._roles[role]
         storage = storage_of(spec.dtype)
         first, last = start * storage.itemsize, min(stop * storage.itemsize, spec.size)
-        return self._reader.read(spec, first, last, self._slots[role]).view(storage)
+        with self._clock.phase(self._phase):
+            return self._reader.read(spec, first, last, self._slots[role]).view(storage)
 
 
 class DecodedView:
@@ -147,14 +165,26 @@ def ordered_view(view: View, order: RowOrder | None) -> View:
     return view if order is None else ReorderedView(view, order)
 
 
-def view_of(tensor: LogicalTensor, reader: Reader, work: Work, decoded_dtype: DType | None = None) -> View:
-    """A logical tensor's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given."""
+def view_of(
+    tensor: LogicalTensor,
+    reader: Reader,
+    work: Work,
+    decoded_dtype: DType | None = None,
+    *,
+    clock: Clock | None = None,
+    phase: str = "read",
+) -> View:
+    """A logical tensor's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given.
+
+    Reading counts on the clock under `phase`.
+    """
+    clock = clock or Clock()
     if tensor.decode is not None:
-        decoded = DecodedView(tensor, StoredRoles(reader, dict(tensor.stored)), tensor.decode, work, decoded_dtype)
-        return ordered_view(decoded, tensor.order)
+        roles = StoredRoles(reader, dict(tensor.stored), clock, phase)
+        return ordered_view(DecodedView(tensor, roles, tensor.decode, work, decoded_dtype), tensor.order)
     [(_, stored)] = tensor.stored
     assert tensor.window is not None
-    return ordered_view(StoredView(reader, tensor.spec, stored, tensor.window), tensor.order)
+    return ordered_view(StoredView(reader, tensor.spec, stored, tensor.window, clock, phase), tensor.order)
 
 
 def numbers_view(view: View, cast: DType | None, work: Work) -> View:

@@ -96,7 +96,7 @@ def test_a_quantized_source_can_only_be_copied(tmp_path: Path) -> None:
 def test_weights_are_cast_as_the_engine_would_before_they_are_quantized(tmp_path: Path) -> None:
     config = {**LLAMA, "torch_dtype": "float16"}
     plan = make_plan(open_checkpoint(write_checkpoint(tmp_path / "m", config=config)), [Target("x", Bnb4("nf4"))], 100)
-    casts = {p.tensor: p.cast for p in plan.units[0].outputs["x"].placements}
+    casts = {p.name: p.encoding.cast for p in plan.units[0].outputs["x"].placements}
     assert str(casts["model.layers.0.mlp.up_proj.weight"]) == "F16"
     assert casts["model.norm.weight"] is None
 

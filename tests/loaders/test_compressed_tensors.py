@@ -29,6 +29,7 @@ from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
 from loaders.rules.rule import Decision, Rule
+from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from tests import reference
 from tests.loaders.test_schemes import MemorySink, MemoryView, decode
@@ -166,7 +167,10 @@ def members(names: list[str], role: str) -> list[Decision]:
     def tensor(name: str) -> LogicalTensor:
         return LogicalTensor(f"{name}.weight", DTYPES["BF16"], (64, 64), (), None, None, role, "", None)
 
-    return [Decision(tensor(name), "quantize", PackedInt(4), Rule("quantize", "")) for name in names]
+    return [
+        Decision(each, Rule("quantize", ""), Encoding(tensor=each, action="quantize", scheme=PackedInt(4)))
+        for each in map(tensor, names)
+    ]
 
 
 EXPERTS = [f"model.layers.{n}.mlp.experts.{e}.{p}_proj" for n in range(3) for e in (0, 1, 10) for p in ("up", "down")]

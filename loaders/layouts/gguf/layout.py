@@ -32,6 +32,7 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
+from loaders.tensors.encoding import Encoding
 
 ENGINES = ("ggml", "plain")
 LEGAL = ("LICENSE", "NOTICE", "COPYING")  # aux files that go along, by their beginnings
@@ -112,16 +113,16 @@ class GgufLayout:
 
 def _as_it_is(decision: Decision) -> Placed:
     """A tensor of a GGUF for another: copied, or from its weights, which are decoded first if they are in blocks."""
-    scheme, tensor, cast = decision.scheme, decision.tensor, None
-    assert scheme is not None
-    if isinstance(scheme, Plain) and (len(tensor.shape) < 2 or tensor.name.endswith(ROUTER)):
-        scheme = Plain()  # llama.cpp has these in float32, whatever is asked for the others
-    if tensor.dtype.block > 1 and scheme != Plain():
+    encoding, tensor = decision.encoding, decision.tensor
+    assert encoding is not None
+    if isinstance(encoding.scheme, Plain) and (len(tensor.shape) < 2 or tensor.name.endswith(ROUTER)):
+        encoding = replace(encoding, scheme=Plain())  # llama.cpp has these in float32, whatever is asked for the others
+    if encoding.scheme == Plain():
+        encoding = replace(encoding, action="keep")
+    elif tensor.dtype.block > 1:
         check_readable(tensor.dtype.name)
-        cast = DTYPES["F32"]
-    spec = tensor.spec if cast is None else replace(tensor.spec, dtype=cast)
-    stored = {role: StoredTensor(tensor.name, part) for role, part in scheme.stored(spec).items()}
-    return Placed(tensor, decision.action if scheme != Plain() else "keep", scheme, cast, stored)
+        encoding = replace(encoding, cast=DTYPES["F32"])
+    return Placed(encoding, {role: StoredTensor(tensor.name, part) for role, part in encoding.stored.items()})
 
 
 class _Converting:
@@ -147,15 +148,16 @@ class _Converting:
         return self._with_rope_factors(placed)
 
     def _placed(self, decision: Decision, name: GgufName) -> Placed:
-        logical = decision.tensor
+        source = decision.tensor
         scheme, action = _type_for(decision)
-        order = self._architecture.row_order(logical.name, logical.shape[0], self._config, inverse=False)
-        [(role, part)] = scheme.stored(logical.spec).items()
+        order = self._architecture.row_order(source.name, source.shape[0], self._config, inverse=False)
+        encoding = Encoding(tensor=source, action=action, scheme=scheme, order=order)
+        [(role, part)] = encoding.stored.items()
         tensor = StoredTensor(name.name, part)
         if name.expert is not None:
             whole = StoredSpec(part.dtype, (self._experts, *part.shape))
             tensor = StoredTensor(name.name, part, whole, name.expert * part.size)
-        return Placed(logical, action, scheme, None, {role: tensor}, order)
+        return Placed(encoding, {role: tensor})
 
     def _check_stacks(self, names: Mapping[str, GgufName | None], placed: Sequence[Placed]) -> None:
         stacks: dict[str, list[int]] = {}

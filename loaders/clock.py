@@ -1,4 +1,4 @@
-"""Clocks that several threads add to."""
+"""Seconds by phase, summed over the threads that spend them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from loaders.quantization.scheme import Block, View
+PHASES = ("read", "reread", "encode", "measure", "write", "finish")
 
 
-class Timer:
-    """Seconds by phase, summed over threads."""
+class Clock:
+    """Adds up what threads spend in each phase.
+
+    Reading and writing happen inside encoding and measuring: views count as "read" while a tensor is encoded and as
+    "reread" while it is measured, files as "write" while they are written and as "finish" while they are made whole.
+    """
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(("read", "reread", "encode", "measure", "write", "finish"), 0.0)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._lock = threading.Lock()
 
     @contextmanager
-    def phase(self, name: str, weight: int = 1) -> Iterator[None]:
-        """Count a block's time, `weight` times for so many threads at work in it."""
+    def phase(self, name: str, threads: int = 1) -> Iterator[None]:
+        """Count a block's time, once for each of the `threads` at work in it."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            spent = (time.perf_counter() - began) * weight
+            spent = (time.perf_counter() - began) * threads
             with self._lock:
                 self._seconds[name] += spent
 
@@ -37,17 +41,3 @@ class Timer:
             "measure_s": max(0.0, spent["measure"] - spent["reread"]),
             "write_s": spent["write"] + spent["finish"],
         }
-
-
-class TimedView:
-    """A view whose reading is timed."""
-
-    def __init__(self, view: View, timer: Timer, phase: str) -> None:
-        self.spec = view.spec
-        self._view = view
-        self._timer = timer
-        self._phase = phase
-
-    def read(self, start: int, stop: int, slot: int = 0) -> Block:
-        with self._timer.phase(self._phase):
-            return self._view.read(start, stop, slot)
