@@ -46,9 +46,8 @@ class RecommendSpec(Spec):
 def act(spec: RecommendSpec) -> Said:
     """Recommend."""
     from rich.console import Group
-    from rich.table import Table
 
-    from jobs.report.tables import size
+    from jobs.report.tables import size, table
     from loaders.checkpoints.checkpoint import open_checkpoint
     from loaders.errors import BadSpec
     from loaders.loading.recommend import get_recommended_loader_config
@@ -59,14 +58,13 @@ def act(spec: RecommendSpec) -> Said:
     found = get_recommended_loader_config(
         checkpoint, spec.backend.kind, spec.backend.memory_gb, context_tokens=spec.context_tokens
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("quant", "weights", "bits a weight", "fits", ""):
-        table.add_column(column, justify="left" if column in ("quant", "") else "right", overflow="fold")
+    numbers = ("weights", "bits a weight", "fits")
+    fitting = table("quant", *numbers, "", right=numbers)
     for each in found.candidates:
         weights = "-" if each.weight_bytes is None else size(each.weight_bytes)
         bits = "-" if each.bits_per_weight is None else f"{each.bits_per_weight:.2f}"
         verdict = "taken" if each.preset == found.scheme else "yes" if each.fits else "no"
-        table.add_row(each.preset, weights, bits, verdict, each.why if each.weight_bytes is None else "")
+        fitting.add_row(each.preset, weights, bits, verdict, each.why if each.weight_bytes is None else "")
     steps = [line for line in found.arithmetic if not line.startswith("  ")]
     take = [] if found.scheme is None else ["", f"quant={found.scheme} strategy={found.strategy}"]
     measured, shown = by_measured_errors(spec, found)
@@ -77,16 +75,14 @@ def act(spec: RecommendSpec) -> Said:
         "measured": measured,
     }
     take += shown
-    return Said(document, Group(*steps[:-1], "", table, "", steps[-1], *take), FAILED if found.scheme is None else 0)
+    return Said(document, Group(*steps[:-1], "", fitting, "", steps[-1], *take), FAILED if found.scheme is None else 0)
 
 
 def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list[dict[str, Any]] | None, list[Any]]:
     """What fits and loses least, where quant=auto has measured this checkpoint; else how to have it measured."""
-    from rich.table import Table
-
     from jobs.cli.compose import compose, take_apart
     from jobs.mixed_precision.search import known_within
-    from jobs.report.tables import size
+    from jobs.report.tables import size, table
     from jobs.spec.job import JobSpec
     from loaders.errors import BadSpec
 
@@ -116,12 +112,11 @@ def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list
         mixed = {"quant": " ".join(words), "bytes": known.mix.target.weight_bytes}
         rows.append({**mixed, "weighted_error": known.mix.choice.error})
     rows.sort(key=lambda row: row["weighted_error"])
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("measured, what fits and loses least", "weights", "weighted error"):
-        table.add_column(column, justify="left" if column.startswith("measured") else "right", overflow="fold")
+    numbers = ("weights", "weighted error")
+    shown = table("measured, what fits and loses least", *numbers, right=numbers)
     for row in rows:
-        table.add_row(row["quant"], size(row["bytes"]), f"{row['weighted_error']:.4g}")
-    return rows, ["", table]
+        shown.add_row(row["quant"], size(row["bytes"]), f"{row['weighted_error']:.4g}")
+    return rows, ["", shown]
 
 
 VERB = Verb(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from jobs.benchmarks.busy_machine import warning
 from jobs.benchmarks.loader_timings import measure, yaml_line
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said
+from jobs.report.tables import table
 from jobs.spec.job import TrackingSpec
 from jobs.tracking.run import open_run
 
@@ -38,14 +38,13 @@ def time_loaders(
         document = measure(str(source), names, repeats, cold=cold)
     plot = draw(document, root / f"loaders-{source.name}.png")
     tracked = track(document, tracking, root, plot)
-    return Said({**document, "plot": str(plot), "tracked": tracked}, table(document, plot))
+    return Said({**document, "plot": str(plot), "tracked": tracked}, timings_text(document, plot))
 
 
-def table(document: Mapping[str, Any], plot: Path | None) -> RenderableType:
+def timings_text(document: Mapping[str, Any], plot: Path | None) -> RenderableType:
     """Medians and bests in GB/s, the ratios, the winners as YAML."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("GB/s:", *COLUMNS, "peak MB", "of the yardstick", ""):
-        shown.add_column(column, overflow="fold", justify="left" if column in ("GB/s:", "") else "right")
+    titles = (*COLUMNS, "peak MB", "of the yardstick")
+    shown = table("GB/s:", *titles, "", right=titles)
     for row in document["rows"]:
         if row["missing"]:
             shown.add_row(row["case"], *[""] * (len(COLUMNS) + 2), row["missing"])

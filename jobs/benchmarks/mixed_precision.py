@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
 
 from jobs.cli.compose import compose, take_apart
 from jobs.cli.verb import Said, note
 from jobs.orchestration.source_pass import run_job
+from jobs.report.tables import table
 from jobs.spec.job import JobSpec
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec, io_errors
@@ -228,21 +228,18 @@ def _json(ratio: Ratio | None) -> list[float] | None:
 
 def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path) -> Said:
     found = rows(cases)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    heads = (
-        "output",
+    numbers = (
         "bits a weight",
         "KL, nats a token",
         "perplexity over the original's",
         "KL to uniform's",
         "to the preset's",
     )
-    for column in heads:
-        table.add_column(column, justify="left" if column == "output" else "right")
+    shown = table("output", *numbers, right=numbers)
     for row in found:
         low, high = row["kl_interval"]
         below, above = row["perplexity_ratio_interval"]
-        table.add_row(
+        shown.add_row(
             row["name"], f"{row['bits_per_weight']:.3f}", f"{row['kl']:.5f} [{low:.5f}, {high:.5f}]",
             f"{row['perplexity_ratio']:.4f} [{below:.4f}, {above:.4f}]", _ratio(row["to_uniform"]),
             _ratio(row["to_preset"]) + (f" {row['preset']}" if row["preset"] else ""),
@@ -256,7 +253,7 @@ def _said(cases: Sequence[JudgedOutput], model: str, engine: str, picture: Path)
         document,
         Group(
             f"{model}, {engine}, run by {quality.engine}; {quality.tokens} tokens, {quality.windows} windows; [95 %]",
-            table,
+            shown,
             "KL over uniform's at the same size, geometric mean of all sizes: " + "; ".join(means),
             f"picture: {picture}",
         ),

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 
 from jobs.benchmarks.disk_limit import limited_reads
 from jobs.benchmarks.random_llama import given_or_random
@@ -125,12 +124,10 @@ def _said(cases: Sequence[Timed], checkpoint: Checkpoint, rate: float | None, re
         "to_all": rows[0]["median_s"] / sum(row["median_s"] for row in rows[1:]),
         "is_same": together.hashes == singles,
     }
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("case")
-    for title in ("best s", "median s", "CPU s", "from the disk", "of the source"):
-        table.add_column(title, justify="right")
+    numbers = ("best s", "median s", "CPU s", "from the disk", "of the source")
+    shown = tables.table("case", *numbers, right=numbers)
     for row in rows:
-        table.add_row(
+        shown.add_row(
             row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", f"{row['cpu_s']:.2f}",
             tables.size(row["fetched_bytes"]), f"{row['times_read']:.2f} x",
         )  # fmt: skip
@@ -138,7 +135,7 @@ def _said(cases: Sequence[Timed], checkpoint: Checkpoint, rate: float | None, re
     about = f"{checkpoint.root.name}, {tables.size(checkpoint.size)}, not in the page cache, {held}; {repeats} lap(s)"
     files = sum(map(len, singles.values()))
     text = Group(
-        about, table,
+        about, shown,
         f"the sweep takes {found['to_the_slowest']:.2f} times as long as the slowest single job,"
         f" {found['to_all']:.2f} of all of them together",
         f"all {files} files of the {len(singles)} outputs are the same, byte for byte" if found["is_same"]

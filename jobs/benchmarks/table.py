@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from jobs.benchmarks.busy_machine import Busy, machine, warning
 from jobs.benchmarks.timing import Case
 from jobs.cli.verb import Said
+from jobs.report.tables import table
 
 SAID = """faster: median over median, of this run
 measured: encoding and measuring, of the time of encoding alone"""
@@ -22,24 +22,22 @@ def cases_said(cases: Sequence[Case], size: int, busy: Busy, about: Mapping[str,
     """Every case beside its peers: `size` bytes of input in the seconds that each took."""
     taken = busy.document()
     rows = [_row(case, size, {c.name: c for c in cases}) for case in cases]
-    table = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("best s", "median s", "GB/s best", "GB/s median", "ours is faster", "measured", "peak RSS MB")
-    for column in ("case", *numbers):
-        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
+    shown = table("case", *numbers, right=numbers)
     for row in rows:
         if row["missing"]:
-            table.add_row(row["case"], row["missing"])
+            shown.add_row(row["case"], row["missing"])
             continue
         faster = f"{row['times_faster']:.1f} x" if row["times_faster"] else ""
         measured = f"{row['times_encoding']:.2f}" if row["times_encoding"] else ""
         peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else ""
-        table.add_row(
+        shown.add_row(
             row["case"], f"{row['best_s']:.4g}", f"{row['median_s']:.4g}", f"{row['gbps_best']:.3g}",
             f"{row['gbps_median']:.3g}", faster, measured, peak,
         )  # fmt: skip
     here, said = machine(), warning(taken)
     lines = ", ".join(f"{key} {value}" for key, value in about.items())
-    text = Group(f"{here}; {lines}", table, SAID, *([] if said is None else [Text(said, style="yellow")]))
+    text = Group(f"{here}; {lines}", shown, SAID, *([] if said is None else [Text(said, style="yellow")]))
     return Said({"status": "done", "machine": here, "busy": taken, **about, "rows": rows}, text)
 
 

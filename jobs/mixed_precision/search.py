@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from jobs.cli.progress import Meter
 from jobs.cli.verb import note, show
 from jobs.execution.choose import choose as choose_cluster
-from jobs.execution.cluster import UnitFailed
+from jobs.execution.run_tasks import run_all
 from jobs.mixed_precision.allocation import (
     Choices,
     Mixed,
@@ -40,7 +39,7 @@ from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
 from loaders.backends import kernels_of
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.errors import BadSpec, io_errors
 from loaders.presets.auto import AutoQuant
 from loaders.quantization.importance import Importance
 from loaders.storage.hashes import text_digest
@@ -162,19 +161,10 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
     some = sum(any(tensor.name in taken for tensor in unit.tensors) for unit in units.values())
     if some > len(tasks):
         note(f"{some - len(tasks)} of {some} units were measured before; going on with the rest")
-    try:
-        cluster.check(tasks)
-        with (
-            Meter("measuring", sum(task.work_bytes for task in tasks)) as meter,
-            closing(cluster.run(tasks, meter.add)) as outcomes,
-        ):
-            for outcome in outcomes:
-                if isinstance(outcome, UnitFailed):
-                    raise StorageError(f"{outcome.unit}: {outcome.reason}")
-                for candidate, losses in outcome.losses.items():
-                    measurements.add(units[outcome.unit], candidate, losses)
-    finally:
-        cluster.close()
+    with closing(run_all(cluster, tasks, "measuring", sum(task.work_bytes for task in tasks))) as reports:
+        for report in reports:
+            for candidate, losses in report.losses.items():
+                measurements.add(units[report.unit], candidate, losses)
 
 
 def _losses(choices: Choices, measurements: Measurements) -> dict[str, dict[str, Loss]]:
@@ -238,11 +228,10 @@ def text_of(choices: Choices, found: Mixed) -> RenderableType:
     """The mix as a table: by scheme and by role, tensors, bytes, and the share of the error."""
     quant = found.spec.quant
     assert isinstance(quant, AutoQuant)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stored as", "role", "tensors", "weights", "bytes", "bits", "of the error"):
-        table.add_column(column, justify="left" if column in ("stored as", "role") else "right")
+    numbers = ("tensors", "weights", "bytes", "bits", "of the error")
+    shown = tables.table("stored as", "role", *numbers, right=numbers)
     for row in rows_of(choices, found):
-        table.add_row(
+        shown.add_row(
             row["candidate"], row["role"], str(row["tensors"]), f"{row['weights'] / 1e6:.2f} M",
             tables.size(row["bytes"]), f"{row['bits']:.2f}", f"{row['error_share']:.0%}",
         )  # fmt: skip
@@ -252,7 +241,7 @@ def text_of(choices: Choices, found: Mixed) -> RenderableType:
     quality = "no mix loses less" if not choice.gap else f"at most {choice.gap:.2%} more than the least possible"
     bits = target.tensor_bytes * 8 / max(1, target.parameters)
     return Group(
-        table,
+        shown,
         f"{bits:.4f} bits a weight, {tables.size(target.weight_bytes)} of files, for a budget of {budget}",
         f"weighted error {choice.error:.4g}{unit}, by {quant.chosen.weighting if quant.chosen else ''}; {quality}",
     )

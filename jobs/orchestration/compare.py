@@ -9,19 +9,7 @@ from typing import Any
 from rich.console import Group
 
 from jobs.cli.verb import Said, note
-from jobs.report.comparison import (
-    BITS,
-    ComparedJob,
-    candidate_of,
-    differing,
-    differing_text,
-    front_text,
-    markdown,
-    pareto,
-    table,
-    to_json,
-    whole,
-)
+from jobs.report.comparison import BITS, ComparedJob, Comparison, candidate_of, to_json, whole
 from jobs.report.plots import comparison_plot
 from jobs.spec.job import TrackingSpec
 from jobs.tracking.run import compare_page
@@ -111,25 +99,27 @@ def _told_apart(candidates: Sequence[ComparedJob]) -> list[ComparedJob]:
 
 def _said(title: str, candidates: Sequence[ComparedJob], error: str, folder: Path, page: str | None) -> Said:
     ordered = sorted(candidates, key=lambda c: (not c.is_comparable, c.metrics.get(BITS, 0.0), c.name))
-    front, differs = pareto(ordered, error), differing(ordered)
+    compared = Comparison(ordered, error)
     document = {
         "status": "done",
         "title": title,
         "error": error,
         "runs": [to_json(candidate) for candidate in ordered],
-        "pareto": front,
-        "differing": differs[:LISTED],
+        "pareto": compared.front,
+        "differing": compared.differing[:LISTED],
         "compare": page,
         "files": [str(folder / name) for name in ("compare.md", "compare.png", "compare.json")],
     }
     with io_errors("making", folder):
         folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "compare.png"
-    is_drawn = comparison_plot(ordered, front, error, picture)
-    text = markdown(title, ordered, front, error, picture.name if is_drawn else None)
+    is_drawn = comparison_plot(ordered, compared.front, error, picture)
+    text = compared.markdown(title, picture.name if is_drawn else None)
     write_file(folder / "compare.md", text.encode())
     write_file(folder / "compare.json", json_bytes(document))
-    lines = [table(ordered, front), "", front_text(ordered, front, error), ""]
-    lines += [differing_text(differs), ""] if differs else []
-    lines += [f"written: {folder}/compare.md, compare.png, compare.json", *([whole(page)] if page else [])]
+    lines = [
+        *compared.lines(),
+        f"written: {folder}/compare.md, compare.png, compare.json",
+        *([whole(page)] if page else []),
+    ]
     return Said(document, Group(f"{title}: {len(ordered)} runs", *lines))

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from jobs.cli.progress import Meter
 from jobs.cli.verb import Said, note, show
 from jobs.execution.choose import choose
 from jobs.execution.cluster import Cluster, LocalCluster, UnitFailed
 from jobs.execution.merge import job_of, merge
+from jobs.execution.run_tasks import run_tasks
 from jobs.execution.unit import UnitReport, UnitTask
 from jobs.mixed_precision.search import mixed
 from jobs.orchestration.job import Job, Pass
@@ -202,14 +202,8 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     shares = [share for job in alive for share in job.shares()]
     tasks = merge(shares, root, strategy, backend, cluster.threads, in_place=cluster.is_local)
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
-    if not tasks:
-        return 0
-    cluster.check(tasks)
     by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0
-    with (
-        Meter("quantizing", sum(task.work_bytes for task in tasks)) as meter,
-        closing(cluster.run(tasks, meter.add)) as outcomes,
-    ):
+    with closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks))) as outcomes:
         for outcome in outcomes:
             read += _take(outcome, by_task[outcome.unit], by_number)
             if all(job.outcome is not None for job in jobs):

@@ -26,19 +26,7 @@ from jobs.orchestration.preflight import Planned
 from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
 from jobs.report import tables
-from jobs.report.comparison import (
-    ERROR,
-    KL,
-    ComparedJob,
-    candidate_of,
-    differing,
-    differing_text,
-    front_text,
-    pareto,
-    table,
-    to_json,
-    whole,
-)
+from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, candidate_of, to_json, whole
 from jobs.report.metrics import metrics
 from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import run_key, sweep_tags
@@ -190,7 +178,7 @@ class Sweep:
         """The table, the front, and where to look further."""
         candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
         error = KL if any(KL in c.metrics for c in candidates) else ERROR
-        front = pareto(candidates, error)
+        compared = Comparison(candidates, error)
         page = self._page()
         reads: list[RenderableType] = [
             f"{read.source}: {tables.size(read.bytes_read)} of {tables.size(read.source_bytes)} read once for"
@@ -203,15 +191,14 @@ class Sweep:
             reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
         text = Group(
-            f"{len(candidates)} jobs:", table(candidates, front), "", front_text(candidates, front, error), "",
-            differing_text(differing(candidates)), "", *reads, *faults, *([whole(page)] if page else []),
+            f"{len(candidates)} jobs:", *compared.lines(), *reads, *faults, *([whole(page)] if page else []),
         )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",
             "sweep": self.id,
             "jobs": [self._document(number) for number in sorted(self._names)],
             "error": error,
-            "pareto": front,
+            "pareto": compared.front,
             "candidates": [to_json(candidate) for candidate in candidates],
             "passes": [asdict(read) for read in self._reads],
             "compare": page,

@@ -17,7 +17,7 @@ from loaders.presets.settings import Bnb4Quant
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Mix, Rule
-from loaders.tensors.quantized_sources import check_decodable, is_quantized, method_of
+from loaders.tensors.quantized_sources import check_decodable
 
 TargetId = str
 NAMELESS = Naming("model", None, False)
@@ -78,9 +78,9 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     """
     if checkpoint.container == "gguf":
         return _is_gguf_decoded(targets)
-    layouts = ("auto", "hf", "packed") if method_of(checkpoint) == "mlx" else ("auto", "hf")  # MLX's words stay words
+    layouts = ("auto", "hf", "packed") if checkpoint.quantized_by == "mlx" else ("auto", "hf")  # MLX's words stay words
     copies = [target for target in targets if target.scheme == Plain() and target.layout_name in layouts]
-    if len(copies) == len(targets) or not is_quantized(checkpoint):
+    if len(copies) == len(targets) or checkpoint.quantized_by is None:
         _check_copies(checkpoint, copies)
         return False
     if copies:

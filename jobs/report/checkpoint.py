@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 
 from jobs.report.tables import size, table
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.tensors.quantized_sources import method_of
 from loaders.tensors.sources import Sources
 
 
@@ -21,7 +20,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
         "container": checkpoint.container,
         "model_type": checkpoint.config.get("model_type"),
         "family": checkpoint.family.name,
-        "quantization": method_of(checkpoint),
+        "quantization": checkpoint.quantized_by,
         "parameters": sum(r.spec.numel for r in sources.tensors if r.dtype.is_float),
         "bytes": checkpoint.size,
         "fingerprint": checkpoint.fingerprint,

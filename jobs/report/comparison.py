@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from jobs.report.metrics import error_by_layer, metrics
+from jobs.report.tables import table
 from loaders.stats import finite
 
 BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
@@ -30,6 +30,11 @@ class ComparedJob:
     why: str = ""
     layers: Mapping[int, float] = field(default_factory=dict)  # relative error
     tensors: Mapping[str, float] = field(default_factory=dict)  # relative error
+
+    @property
+    def status_text(self) -> str:
+        """How it stands, and why."""
+        return f"{self.status}: {self.why}" if self.why else self.status
 
     @property
     def is_comparable(self) -> bool:
@@ -72,11 +77,11 @@ def candidate_of(name: str, document: Mapping[str, Any], run_id: str | None = No
     return ComparedJob(name, "done", metrics(document), run_id, output, "", layers, tensors)
 
 
-def pareto(candidates: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
+def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
     """Names of those that no other beats in bits a weight and error at once, smallest first."""
     comparable = sorted(
-        (c for c in candidates if c.is_comparable and error in c.metrics),
-        key=lambda c: (c.metrics[BITS], c.metrics[error]),
+        (job for job in jobs if job.is_comparable and error in job.metrics),
+        key=lambda job: (job.metrics[BITS], job.metrics[error]),
     )
     front: list[ComparedJob] = []
     for each in comparable:
@@ -85,11 +90,11 @@ def pareto(candidates: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
     return [each.name for each in front]
 
 
-def differing(candidates: Sequence[ComparedJob]) -> list[dict[str, Any]]:
+def differing(jobs: Sequence[ComparedJob]) -> list[dict[str, Any]]:
     """The tensors whose relative errors lie furthest apart, by ratio of the greatest and the least that is not 0."""
     rows = []
-    for name in dict.fromkeys(name for c in candidates for name in c.tensors):
-        errors = {c.name: c.tensors[name] for c in candidates if name in c.tensors}
+    for name in dict.fromkeys(name for job in jobs for name in job.tensors):
+        errors = {job.name: job.tensors[name] for job in jobs if name in job.tensors}
         changed = {who: error for who, error in errors.items() if error > 0}
         if len(changed) > 1:
             best, worst = min(changed, key=lambda w: changed[w]), max(changed, key=lambda w: changed[w])
@@ -98,84 +103,81 @@ def differing(candidates: Sequence[ComparedJob]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["ratio"], row["tensor"]))
 
 
-def columns_of(candidates: Sequence[ComparedJob]) -> list[Column]:
-    """Those for which some job has a number."""
-    return [column for column in COLUMNS if any(column.metric in c.metrics for c in candidates)]
+class Comparison:
+    """Jobs beside one another: for a terminal, as a page, and for machines."""
 
+    def __init__(self, jobs: Sequence[ComparedJob], error: str = ERROR) -> None:
+        self.jobs = jobs
+        self.error = error
+        self.front = pareto(jobs, error)
+        self.differing = differing(jobs)
+        self._columns = [column for column in COLUMNS if any(column.metric in job.metrics for job in jobs)]
 
-def cells(candidate: ComparedJob, columns: Sequence[Column]) -> list[str]:
-    found = [(c, [candidate.metrics.get(name) for name in (c.metric, c.second) if name]) for c in columns]
-    return [
-        c.pattern.format(*(v * c.scale for v in values if v is not None))
-        if all(v is not None and math.isfinite(v) for v in values)
-        else ""
-        for c, values in found
-    ]
+    def lines(self) -> list[RenderableType]:
+        """The table, the front in a line each, the tensors that differ most."""
+        differs: list[RenderableType] = [self._differing_table(), ""] if self.differing else []
+        return [self._table(), "", self._front_text(), "", *differs]
 
+    def document(self) -> dict[str, Any]:
+        """For machines."""
+        return {"error": self.error, "jobs": [to_json(job) for job in self.jobs], "pareto": self.front}
 
-def table(candidates: Sequence[ComparedJob], front: Sequence[str]) -> RenderableType:
-    """For a terminal; a star marks the front."""
-    columns = columns_of(candidates)
-    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    made.add_column("")
-    made.add_column("job", overflow="fold")
-    made.add_column("status", overflow="fold")
-    for column in columns:
-        made.add_column(column.title, justify="right")
-    for each in candidates:
-        style = "" if each.status == "done" else "yellow" if each.status == "running" else "red"
-        status = f"{each.status}: {each.why}" if each.why else each.status
-        made.add_row("*" if each.name in front else "", each.name, Text(status, style=style), *cells(each, columns))
-    return made
+    def _cells(self, job: ComparedJob) -> list[str]:
+        found = [(c, [job.metrics.get(name) for name in (c.metric, c.second) if name]) for c in self._columns]
+        return [
+            c.pattern.format(*(v * c.scale for v in values if v is not None))
+            if all(v is not None and math.isfinite(v) for v in values)
+            else ""
+            for c, values in found
+        ]
 
+    def _table(self) -> RenderableType:
+        """A row a job; a star marks the front."""
+        titles = [column.title for column in self._columns]
+        shown = table("", "job", "status", *titles, right=titles)
+        for job in self.jobs:
+            style = "" if job.status == "done" else "yellow" if job.status == "running" else "red"
+            star = "*" if job.name in self.front else ""
+            shown.add_row(star, job.name, Text(job.status_text, style=style), *self._cells(job))
+        return shown
 
-def front_text(candidates: Sequence[ComparedJob], front: Sequence[str], error: str = ERROR) -> str:
-    """The front in a line each."""
-    by_name = {c.name: c.metrics for c in candidates if c.is_comparable}
-    rows = [f"  {by_name[n][BITS]:7.3f} bits  {error} {by_name[n][error]:.5f}  {n}" for n in front]
-    return "\n".join([f"Pareto front (*) of bits a weight against {error}, smallest first:", *rows])
+    def _front_text(self) -> str:
+        by_name = {job.name: job.metrics for job in self.jobs if job.is_comparable}
+        rows = [f"  {by_name[n][BITS]:7.3f} bits  {self.error} {by_name[n][self.error]:.5f}  {n}" for n in self.front]
+        return "\n".join([f"Pareto front (*) of bits a weight against {self.error}, smallest first:", *rows])
 
+    def _differing_table(self) -> RenderableType:
+        shown = table("tensors that differ most", "times", "least error", "", "most error", "", right=("times",))
+        for row in self.differing[:SHOWN_TENSORS]:
+            errors, least, most = row["errors"], row["least"], row["most"]
+            cells = (f"{row['ratio']:.2f}", f"{errors[least]:.5f}", least, f"{errors[most]:.5f}", most)
+            shown.add_row(row["tensor"], *cells)
+        return shown
 
-def differing_text(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """The first few, for a terminal."""
-    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("tensors that differ most", "times", "least error", "", "most error", ""):
-        made.add_column(title, justify="right" if title == "times" else "left", overflow="fold")
-    for row in rows[:SHOWN_TENSORS]:
-        errors = row["errors"]
-        least, most = row["least"], row["most"]
-        made.add_row(row["tensor"], f"{row['ratio']:.2f}", f"{errors[least]:.5f}", least, f"{errors[most]:.5f}", most)
-    return made
+    def markdown(self, title: str, picture: str | None) -> str:
+        """The whole comparison as a page."""
+        lines = [f"# {title}", ""]
+        lines += ["|  | job | status | " + " | ".join(c.title for c in self._columns) + " |"]
+        lines += ["|--|-----|--------|" + "|".join("---:" for _ in self._columns) + "|"]
+        for job in self.jobs:
+            star = "*" if job.name in self.front else ""
+            said = [_cell(text) for text in (star, job.name, job.status_text, *self._cells(job))]
+            lines.append("| " + " | ".join(said) + " |")
+        lines += ["", f"\\* on the Pareto front of bits a weight against {self.error}.", ""]
+        if rows := self.differing[:SHOWN_TENSORS]:
+            lines += ["| tensors that differ most | times | least error | most error |", "|--|--:|--|--|"]
+            for row in rows:
+                ends = [f"{row['errors'][row[end]]:.5f} {_cell(row[end])}" for end in ("least", "most")]
+                lines.append(f"| {_cell(row['tensor'])} | {row['ratio']:.2f} | {ends[0]} | {ends[1]} |")
+            lines.append("")
+        if picture is not None:
+            lines += [f"![error against size, and by layer]({picture})", ""]
+        return "\n".join(lines)
 
 
 def whole(address: str) -> Text:
     """An address as one line, however long, so that it can be clicked and pasted."""
     return Text(address, no_wrap=True, overflow="ignore")
-
-
-def markdown(
-    title: str, candidates: Sequence[ComparedJob], front: Sequence[str], error: str, picture: str | None
-) -> str:
-    """The whole comparison as a page."""
-    columns = columns_of(candidates)
-    lines = [f"# {title}", ""]
-    lines += ["|  | job | status | " + " | ".join(c.title for c in columns) + " |"]
-    lines += ["|--|-----|--------|" + "|".join("---:" for _ in columns) + "|"]
-    for each in candidates:
-        status = f"{each.status}: {each.why}" if each.why else each.status
-        said = [_cell(text) for text in ("*" if each.name in front else "", each.name, status, *cells(each, columns))]
-        lines.append("| " + " | ".join(said) + " |")
-    lines += ["", f"\\* on the Pareto front of bits a weight against {error}.", ""]
-    rows = differing(candidates)[:SHOWN_TENSORS]
-    if rows:
-        lines += ["| tensors that differ most | times | least error | most error |", "|--|--:|--|--|"]
-        for row in rows:
-            ends = [f"{row['errors'][row[end]]:.5f} {_cell(row[end])}" for end in ("least", "most")]
-            lines.append(f"| {_cell(row['tensor'])} | {row['ratio']:.2f} | {ends[0]} | {ends[1]} |")
-        lines.append("")
-    if picture is not None:
-        lines += [f"![error against size, and by layer]({picture})", ""]
-    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -22,6 +22,7 @@ def size(count: float) -> str:
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table with these columns; those in `right` hold numbers, which are read from their ends."""
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")

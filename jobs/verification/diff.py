@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from jobs.cli.progress import Meter
 from jobs.cli.verb import Said
 from jobs.execution.unit import SMALL
+from jobs.report.tables import table
 from loaders.backends import kernels_of
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import ThreadedWork
@@ -128,19 +128,17 @@ def _kind(tensor: LogicalTensor) -> str:
 
 def _text(document: dict[str, Any]) -> RenderableType:
     shown = document["tensors"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("relative error", "SQNR dB", "cosine", "max error")
-    for column in ("tensor", "a", "b", "", *numbers):
-        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
+    compared = table("tensor", "a", "b", "", *numbers, right=numbers)
     for row in shown:
         cells = [
             "" if row[key] is None else format(row[key], spec)
             for key, spec in (("relative_error", ".5g"), ("sqnr_db", ".2f"), ("cosine", ".6f"), ("max_error", ".4g"))
         ]
-        table.add_row(
+        compared.add_row(
             row["name"], row["a"], row["b"], row["status"] + (f": {row['why']}" if row["why"] else ""), *cells
         )
-    lines: list[RenderableType] = [table] if shown else []
+    lines: list[RenderableType] = [compared] if shown else []
     lines.append(f"{document['equal']} tensors equal, {document['different']} different")
     for side in ("a", "b"):
         names = document[f"only_in_{side}"]

@@ -17,10 +17,9 @@ from typing import Any
 import xxhash
 from rich.console import Group
 
-from jobs.cli.progress import Meter
 from jobs.cli.verb import FAILED, Said
 from jobs.execution.choose import choose
-from jobs.execution.cluster import UnitFailed
+from jobs.execution.run_tasks import run_all
 from jobs.execution.unit import SMALL
 from jobs.output.publish import files_of_others
 from jobs.planning.build import make_plan
@@ -35,7 +34,7 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, io_errors
+from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
 from loaders.quantization.gate import Gate
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.stats import ErrorSums
@@ -156,16 +155,10 @@ def verify_output(
         cluster, _ = choose(cluster_spec)
         strategy, _ = reading(strategy_spec, plan.checkpoint)
         tasks = _tasks(plan, written, report, spec, output, strategy, cluster.threads)
-        try:
-            cluster.check(tasks)
-            with Meter("verifying", plan.source_bytes) as meter, closing(cluster.run(tasks, meter.add)) as outcomes:
-                for outcome in outcomes:
-                    if isinstance(outcome, UnitFailed):
-                        raise StorageError(f"{outcome.unit}: {outcome.reason}")
-                    faults += outcome.faults
-                    checked += outcome.tensors
-        finally:
-            cluster.close()
+        with closing(run_all(cluster, tasks, "verifying", plan.source_bytes)) as reports:
+            for report_of_unit in reports:
+                faults += report_of_unit.faults
+                checked += report_of_unit.tensors
     quality = None if judging is None or faults else _judge(judging, output, report, faults)
     return _said(output, plan, checked, faults, quality)
 

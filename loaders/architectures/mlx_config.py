@@ -138,3 +138,12 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     if model.experts is not None:
         made[model.num_experts] = num_experts(model, {**text, "text_config": text})
     return made | {key: value for key, value in model.needs.items() if text.get(key) is None}
+
+
+def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The block of settings; None where config.json has none of MLX's."""
+    for key in ("quantization", "quantization_config"):
+        block = config.get(key)
+        if isinstance(block, Mapping) and "group_size" in block and "bits" in block and "quant_method" not in block:
+            return block
+    return None

@@ -12,12 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loaders.architectures.families import Family, family_of
 from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, find_aux
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
+from loaders.checkpoints.quantized_by import quantized_by
 from loaders.containers import READERS, packed
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import WeightSpec
@@ -51,6 +53,11 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", family_of(self.config))
+
+    @cached_property
+    def quantized_by(self) -> str | None:
+        """The method that its weights were quantized by; None for plain ones."""
+        return quantized_by(self.container, self.config, self.aux, [spec.name for spec in self.weights])
 
     @property
     def fingerprint(self) -> str:

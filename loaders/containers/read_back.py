@@ -41,8 +41,8 @@ def hash_in_order(
 
             if not _check_in_order(file, length, measured[slot.name], take):
                 raise VerifyFailed(
-                    f"{slot.name}: its bytes in {writer.file.name} are not those that were measured; something changed them"
-                    " on the way to the disk: suspect memory or storage"
+                    f"{slot.name}: its bytes in {writer.file.name} are not those that were measured;"
+                    " something changed them on the way to the disk: suspect memory or storage"
                 )
             file.seek(first + start + length)
             hashes[slot.name] = hasher.hexdigest()

@@ -11,7 +11,6 @@ from loaders.errors import BadCheckpoint
 from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.storage.json_files import read_json
-from loaders.tensors.quantized_sources import method_of
 from loaders.tensors.sources import tensors_of
 
 __all__ = ["BY_METHOD", "Finding", "lint", "lint_folder"]
@@ -49,7 +48,7 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     is_gguf = checkpoint.container == "gguf"  # of any architecture, read under its own names
     subject = Subject(checkpoint, tensors_of(checkpoint, decode=not is_gguf), _index_of(checkpoint))
     found = list(gguf.check(subject) if is_gguf else files.check(subject))
-    method = method_of(checkpoint)
+    method = checkpoint.quantized_by
     check = BY_METHOD.get(method or "")
     if checkpoint.container == "packed":
         found += packed.check(subject)

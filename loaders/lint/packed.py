@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loaders.architectures.mlx_config import settings_of
 from loaders.containers.packed import EXPERTS
 from loaders.layouts.packed import READ
 from loaders.lint.base import Finding, Subject, doubt, fault, some
-from loaders.tensors.quantized_sources.mlx import settings_of
 
 ENGINE = "moeflux"
 BITS = (4, 8)

@@ -36,7 +36,7 @@ from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, su
 from loaders.storage.hashes import text_digest
 from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
-from loaders.tensors.quantized_sources import check_decodable, is_quantized
+from loaders.tensors.quantized_sources import check_decodable
 from loaders.tensors.sources import tensors_of
 
 CACHE_FORMAT = 2
@@ -151,7 +151,7 @@ def _as_stored(checkpoint: Checkpoint, config: LoadConfig) -> tuple[Weights, Sta
     strategy = loader(config.strategy)
     weights = strategy.load_weights(checkpoint, names=wanted, device=config.device)
     notes = ("quantized in the source: weights are as stored; dtype or quantize decodes them",)
-    return weights, Statistics(strategy.stats, notes=notes if is_quantized(checkpoint) else ())
+    return weights, Statistics(strategy.stats, notes=notes if checkpoint.quantized_by is not None else ())
 
 
 def _check_shapes(config: LoadConfig, found: Sequence[Any]) -> None:

@@ -26,7 +26,7 @@ from loaders.rules.decide import decide
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
-from loaders.tensors.quantized_sources import check_decodable, is_quantized
+from loaders.tensors.quantized_sources import check_decodable
 from loaders.tensors.sources import Sources, tensors_of
 
 Models = tuple[Any, Any]
@@ -135,7 +135,7 @@ def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
     Raises:
         BadSpec: they are quantized in a way that is not known here, or already, and quantize asks for more.
     """
-    if is_quantized(checkpoint):
+    if checkpoint.quantized_by is not None:
         check_decodable(checkpoint)
         if config.quantize is not None:
             raise BadSpec(

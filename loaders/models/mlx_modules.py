@@ -28,7 +28,7 @@ from loaders.rules.decide import decide
 from loaders.rules.mlx import MlxRules
 from loaders.rules.rule import Rule
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
-from loaders.tensors.quantized_sources import check_decodable, is_quantized
+from loaders.tensors.quantized_sources import check_decodable
 from loaders.tensors.sources import tensors_of
 
 Models = tuple[Any, Any]
@@ -71,7 +71,7 @@ def _tokenizer(folder: Path) -> Any:
 
 def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) -> None:
     """Write a checkpoint as mlx-lm reads it, a file a block, nothing of it whole in memory but the block in codes."""
-    if is_quantized(checkpoint):
+    if checkpoint.quantized_by is not None:
         check_decodable(checkpoint)
         if config.quantize is not None:
             raise BadSpec(f"quantize: {checkpoint.root} is quantized already; leave it out, or give decode=True")

@@ -25,7 +25,6 @@ import numpy as np
 from loaders.backends.machine import usable_cpus
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.tensors.quantized_sources import is_quantized
 
 METHODS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "bitnet": ""}
 INSTALLED_BY = {
@@ -230,7 +229,7 @@ def _decoded(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> An
     """A checkpoint of any kind as floats in transformers: what an output is held against."""
     from loaders.models.loading import load_model_and_tokenizer
 
-    if checkpoint.container in ("safetensors", "pytorch") and not is_quantized(checkpoint):
+    if checkpoint.container in ("safetensors", "pytorch") and checkpoint.quantized_by is None:
         return _transformers(checkpoint, device, dtype, window)
     model, _ = load_model_and_tokenizer(checkpoint.root, device, decode=True, dtype=dtype)
     return _torch_runner(model, device), lambda: None

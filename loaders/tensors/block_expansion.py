@@ -15,7 +15,7 @@ from typing import Any
 from loaders.architectures.families import natural_key
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.logical_tensor import LogicalTensor, known
 from loaders.tensors.sources import Sources
 from loaders.tensors.zeros import Zeros
 
@@ -135,7 +135,7 @@ def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) ->
         zeroed = {rest for rest, _ in blocks[origin] if ADDED.match(rest)}
         _check_block(checkpoint, origin, blocks[origin], zeroed)
         for rest, tensor in blocks[origin]:
-            moved = _moved(checkpoint, tensor, f"model.layers.{number}.{rest}")
+            moved = known(replace(tensor, name=f"model.layers.{number}.{rest}"), checkpoint.family)
             made.append(_zeros(moved) if is_new and rest in zeroed else moved)
     made.sort(key=lambda tensor: (natural_key(tensor.block), natural_key(tensor.name)))
     return replace(sources, tensors=tuple(made))
@@ -153,11 +153,6 @@ def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, Log
     if not has_attention or not any("o_proj" not in rest for rest in zeroed):
         missing = "down_proj" if has_attention else "o_proj"
         raise BadSpec(f"{KEY}: block {origin} of {checkpoint.root} has no {missing} to be zero in its copy")
-
-
-def _moved(checkpoint: Checkpoint, tensor: LogicalTensor, name: str) -> LogicalTensor:
-    traits = checkpoint.family.traits(name, tensor.shape)
-    return replace(tensor, name=name, role=traits.role, block=traits.block, group=traits.group)
 
 
 def _zeros(tensor: LogicalTensor) -> LogicalTensor:

@@ -24,12 +24,12 @@ def cut(tensor: LogicalTensor, family: Family) -> Iterator[LogicalTensor]:
     for stack in family.stacks:
         match = stack.pattern.search(tensor.name)
         if match:
-            yield from _experts(tensor, stack, match, family)
+            yield from _experts(tensor, stack, match)
             return
     yield tensor
 
 
-def _experts(tensor: LogicalTensor, stack: Stack, match: re.Match[str], family: Family) -> Iterator[LogicalTensor]:
+def _experts(tensor: LogicalTensor, stack: Stack, match: re.Match[str]) -> Iterator[LogicalTensor]:
     shape, parts = tensor.shape, stack.parts
     outputs = 2 if stack.is_transposed and len(shape) == 3 else 1
     if len(shape) != (2 if stack.is_bias else 3) or shape[outputs] % len(parts):
@@ -49,8 +49,4 @@ def _experts(tensor: LogicalTensor, stack: Stack, match: re.Match[str], family: 
             if not stack.is_bias:
                 stride, size = (*stride, outer.stride[3 - outputs]), (*size, shape[3 - outputs])
             name = match.expand(stack.name).format(expert=expert, part=part)
-            traits = family.traits(name, size)
-            yield replace(
-                tensor, name=name, shape=size, window=Window(offset, stride), whole=tensor.whole or shape,
-                role=traits.role, block=traits.block, group=traits.group,
-            )  # fmt: skip
+            yield replace(tensor, name=name, shape=size, window=Window(offset, stride), whole=tensor.whole or shape)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from loaders.architectures.families import Family
 from loaders.dtypes import DType, Shape, row_major
 from loaders.quantization.scheme import Decoder
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
@@ -33,8 +34,8 @@ class LogicalTensor:
     `stored` maps roles to stored tensors: plain weights have one, called "weight"; a quantized one has those of the
     decoder in `decode`. `whole` is the shape of the tensor that `window` shows elements of, where that is another one:
     the decoded tensor, or the stack this is a part of; a quantized tensor without a window is all of what is decoded.
-    `role`, `block` and `group` are what the family says of it. `order` is that in which the logical tensor takes the
-    rows of all this.
+    `role`, `block` and `group` are what the family says of it: see `known`. `order` is that in which the tensor takes
+    the rows of all this.
     """
 
     name: str
@@ -43,9 +44,9 @@ class LogicalTensor:
     stored: tuple[tuple[str, WeightSpec], ...]
     window: Window | None
     decode: Decoder | None
-    role: str
-    block: str
-    group: str | None
+    role: str = ""
+    block: str = ""
+    group: str | None = None
     whole: Shape | None = None
     order: RowOrder | None = None
 
@@ -63,6 +64,18 @@ class LogicalTensor:
     def decoded_spec(self) -> TensorSpec:
         """What the decoder decodes: this tensor, or the one it is a window of."""
         return self.spec if self.whole is None else TensorSpec(self.name, self.dtype, self.whole)
+
+
+def plain_tensor(name: str, stored: WeightSpec) -> LogicalTensor:
+    """A stored tensor that is a logical one as it is."""
+    return LogicalTensor(name, stored.dtype, stored.shape, (("weight", stored),), Window.whole(stored), None)
+
+
+def known(tensor: LogicalTensor, family: Family, beside: str | None = None) -> LogicalTensor:
+    """The tensor with what its family says of it; one that only goes along with another has the block of that one."""
+    traits = family.traits(tensor.name, tensor.shape)
+    block = traits.block if beside is None else family.traits(beside, tensor.shape).block
+    return replace(tensor, role=traits.role, block=block, group=traits.group)
 
 
 def stored_name(weight: str, role: str) -> str:

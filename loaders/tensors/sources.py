@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.specs import WeightSpec
 from loaders.strategies import loader
 from loaders.tensors.expert_stacks import cut
-from loaders.tensors.logical_tensor import LogicalTensor, Window
+from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor
 from loaders.tensors.quantized_sources import mlx, quantized_tensors
 
 COMPARE_BYTES = 4 << 20
@@ -47,23 +47,17 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
     gone = {dropped for _, dropped in tied}
     quantized = quantized_tensors(checkpoint) if decode else {}
     parts = {spec.name for found in quantized.values() for _, spec in found.stored}
-    tensors = []
-    for name, found in quantized.items():
-        traits = family.traits(name, found.shape)
-        tensors.append(replace(found, role=traits.role, block=traits.block, group=traits.group))
+    found, beside = list(quantized.values()), dict[str, str]()
     for spec in checkpoint.weights:
         if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
             for name, part in mlx.cut_stored(checkpoint, spec) if split else [(spec.name, spec)]:
-                traits = family.traits(name, part.shape)
-                block = traits.block if decode else family.traits(_weight_of(name, spec, by_name), part.shape).block
-                tensors.append(
-                    LogicalTensor(
-                        name, part.dtype, part.shape, (("weight", part),), Window.whole(part), None,
-                        traits.role, block, traits.group,
-                    )
-                )  # fmt: skip
+                found.append(plain_tensor(name, part))
+                if not decode:
+                    beside[name] = _weight_of(name, spec, by_name)
     if split:
-        tensors = [piece for tensor in tensors for piece in cut(tensor, family)]
+        found = [piece for tensor in found for piece in cut(tensor, family)]
+    tensors = [known(tensor, family, beside.get(tensor.name)) for tensor in found]
+    if split:
         notes = (*notes, *_unknown_stacks(checkpoint, tensors))
     if checkpoint.container == "gguf" and not decode:  # for another GGUF: a copy has the order of what it is a copy of
         files = {tag.name: number for number, tag in enumerate(checkpoint.files)}

@@ -51,9 +51,7 @@ def read_all(root: Path, specs: tuple[WeightSpec, ...], strategy: str) -> dict[s
     found = {}
     with loader(strategy).open(root, specs) as reader:
         for spec in specs:
-            tensor = LogicalTensor(
-                spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None, "", "", None
-            )
+            tensor = LogicalTensor(spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None)
             view = StoredView(reader, tensor.spec, spec, Window.whole(spec))
             count = tensor.spec.num_items
             halves = [view.read(0, count // 2).copy(), view.read(count // 2, count).copy()] if count else []

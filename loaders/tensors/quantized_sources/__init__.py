@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from loaders.architectures.families import text_config
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.quantized_by import MODELOPT_CONFIG
 from loaders.errors import BadSpec
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import (
@@ -39,35 +38,12 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
 }
 
 # What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
-METHOD_FILES = (modelopt.CONFIG, "quantize_config.json", "quant_config.json")
-
-
-def method_of(checkpoint: Checkpoint) -> str | None:
-    """How a checkpoint says that it was quantized; None for a plain one. A GGUF is read as one that was."""
-    if checkpoint.container == "gguf":
-        return "gguf"
-    block: Any = text_config(checkpoint.config, "quantization_config")
-    if mlx.is_mlx(checkpoint):
-        return "mlx"
-    if block is None and modelopt.CONFIG in checkpoint.aux:
-        return "modelopt"
-    if block is None:
-        names = [spec.name for spec in checkpoint.weights]
-        if any(name.endswith(hqq.PACKED) for name in names):
-            return "hqq"
-        return "bitsandbytes" if any(map(bitsandbytes.IS_PART.search, names)) else None
-    method = block.get("quant_method") if isinstance(block, dict) else None
-    return method if isinstance(method, str) else "an unknown method"
-
-
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether some of its weights are stored quantized."""
-    return method_of(checkpoint) is not None
+METHOD_FILES = (MODELOPT_CONFIG, "quantize_config.json", "quant_config.json")
 
 
 def check_decodable(checkpoint: Checkpoint) -> None:
     """Raises BadSpec: no code here decodes the checkpoint's format."""
-    method = method_of(checkpoint)
+    method = checkpoint.quantized_by
     if method is not None and method not in FINDERS:
         raise BadSpec(
             f"model.path: the checkpoint is already quantized ({method}), which is not decoded here; it can be copied"
@@ -81,5 +57,5 @@ def quantized_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.
     """
-    find = FINDERS.get(method_of(checkpoint) or "")
+    find = FINDERS.get(checkpoint.quantized_by or "")
     return {} if find is None else find(checkpoint)

@@ -39,7 +39,7 @@ def decoded(
                 f" found {found.dtype} {list(found.shape)}"
             )
         stored.append((role, found))
-    return LogicalTensor(spec.name, spec.dtype, spec.shape, tuple(stored), None, scheme, "", "", None)
+    return LogicalTensor(spec.name, spec.dtype, spec.shape, tuple(stored), None, scheme)
 
 
 def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpec:
@@ -59,9 +59,7 @@ def undecoded(
     """The logical tensor of a weight that is only ever read; its activations' scales go with it."""
     module = spec.name.removesuffix("weight")
     beside = {name: by_name[module + name] for name in RUN_TIME if module != spec.name and module + name in by_name}
-    return LogicalTensor(
-        spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder, "", "", None
-    )
+    return LogicalTensor(spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder)
 
 
 def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -> WeightSpec:

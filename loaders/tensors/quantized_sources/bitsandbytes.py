@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.quantized_by import BNB_STATE
 from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4, read_state
@@ -15,14 +15,11 @@ from loaders.strategies import loader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, expect, float_dtype, part, undecoded
 
-STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__(nf4|fp4)$")
-IS_PART = re.compile(rf"{STATE.pattern}|\.{SCALES}$")  # a name that only bitsandbytes gives
-
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name."""
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    states = (STATE.match(name) for name in by_name)
+    states = (BNB_STATE.match(name) for name in by_name)
     found = {state[1]: _tensor(checkpoint, by_name, state[1], state[2]) for state in states if state}
     scaled = [name.removesuffix(SCALES) + "weight" for name in by_name if name.endswith("." + SCALES)]
     coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "I8" and spec.name.endswith(".weight")]

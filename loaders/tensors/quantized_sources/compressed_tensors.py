@@ -45,7 +45,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         tensor = _tensor(checkpoint, by_name, module, groups.weights_of(module))
         companions = tuple((name.removeprefix(f"{module}."), by_name[name]) for name in _companions(by_name, module))
         found[tensor.name] = LogicalTensor(
-            tensor.name, tensor.dtype, tensor.shape, tensor.stored + companions, None, tensor.decode, "", "", None
+            tensor.name, tensor.dtype, tensor.shape, tensor.stored + companions, None, tensor.decode
         )
     return found
 

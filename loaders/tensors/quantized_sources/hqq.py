@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.quantized_by import HQQ_CODES
 from loaders.containers.pytorch import read_values
 from loaders.dtypes import DType, dtype_named
 from loaders.errors import BadCheckpoint
@@ -15,7 +16,6 @@ from loaders.strategies import loader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part
 
-PACKED = ".W_q"
 NUMBERS = ("nbits", "group_size", "axis")
 FACTS = (*NUMBERS, "shape", "compute_dtype")
 LONGEST = 64  # bytes of a fact
@@ -24,7 +24,7 @@ LONGEST = 64  # bytes of a fact
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """The quantized weights, by name."""
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    modules = [name.removesuffix(PACKED) for name in by_name if name.endswith(PACKED)]
+    modules = [name.removesuffix(HQQ_CODES) for name in by_name if name.endswith(HQQ_CODES)]
     if checkpoint.container == "safetensors":
         said = _in_tensors(checkpoint, by_name, modules)
     else:

@@ -12,31 +12,17 @@ from typing import Any
 
 from loaders.architectures.families import load_dtype
 from loaders.architectures.mlx import MODELS, expert_names, is_stack, model_of, stack_of
+from loaders.architectures.mlx_config import settings_of
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint
 from loaders.quantization.schemes.mlx_affine import BIASES, BITS, GROUP_SIZES, SCALES, MlxAffine
 from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.tensors.logical_tensor import LogicalTensor, Window
+from loaders.tensors.logical_tensor import LogicalTensor, plain_tensor
 from loaders.tensors.quantized_sources.base import part
 
 Scheme = MlxAffine | MlxFloat
-
-
-def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The block of settings; None where config.json has none of MLX's."""
-    for key in ("quantization", "quantization_config"):
-        block = config.get(key)
-        if isinstance(block, Mapping) and "group_size" in block and "bits" in block and "quant_method" not in block:
-            return block
-    return None
-
-
-def is_mlx(checkpoint: Checkpoint) -> bool:
-    """Whether mlx-lm wrote it: by its settings, or by stacked experts."""
-    model = model_of(checkpoint.config)
-    return settings_of(checkpoint.config) is not None or any(is_stack(model, s.name) for s in checkpoint.weights)
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
@@ -47,10 +33,8 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     model = model_of(checkpoint.config)
     for spec in (spec for spec in checkpoint.weights if is_stack(model, spec.name)):
         if spec.name.removesuffix(".weight") + ".scales" not in by_name:
-            for name, [(role, slice_)] in _cut(checkpoint, spec.name, [("weight", spec)]):
-                stored = ((role, slice_),)
-                tensor = LogicalTensor(name, spec.dtype, slice_.shape, stored, Window.whole(slice_), None, "", "", None)
-                found.append(tensor)
+            for name, [(_, slice_)] in _cut(checkpoint, spec.name, [("weight", spec)]):
+                found.append(plain_tensor(name, slice_))
     return {tensor.name: tensor for tensor in found}
 
 
@@ -74,7 +58,7 @@ def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module
                     f" groups of {scheme.group_size}, found {found.dtype} {list(found.shape)}; config.json's"
                     f" quantization must say how {module} is quantized"
                 )
-        yield LogicalTensor(own_name, spec.dtype, spec.shape, tuple(roles), None, scheme, "", "", None)
+        yield LogicalTensor(own_name, spec.dtype, spec.shape, tuple(roles), None, scheme)
 
 
 def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: WeightSpec) -> Scheme:

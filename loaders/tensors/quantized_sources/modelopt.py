@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.quantized_by import MODELOPT_CONFIG
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.deepseek_fp8 import Fp8Blocks
@@ -19,7 +20,6 @@ from loaders.storage.json_files import read_json
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
 
-CONFIG = "hf_quant_config.json"
 ALGORITHMS = ("NVFP4", "FP8", "MIXED_PRECISION")  # mixed: each tensor shows which
 ENDS = (".weight_scale", ".weight_scale_2")
 
@@ -31,8 +31,8 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         BadCheckpoint: another algorithm, or a weight that is not whole.
     """
     settings: Mapping[str, Any] = quantization_block(checkpoint)
-    if "quant_algo" not in settings and CONFIG in checkpoint.aux:
-        settings = read_json(checkpoint.root / CONFIG).get("quantization") or {}
+    if "quant_algo" not in settings and MODELOPT_CONFIG in checkpoint.aux:
+        settings = read_json(checkpoint.root / MODELOPT_CONFIG).get("quantization") or {}
     if settings.get("quant_algo") not in ALGORITHMS or settings.get("group_size") not in (None, ModelOptNvfp4.group):
         raise BadCheckpoint(
             f"ModelOpt's quant_algo {settings.get('quant_algo')!r} in groups of {settings.get('group_size')} is not"

@@ -42,6 +42,6 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * GptOssMxfp4.group
         found[name] = LogicalTensor(
             name, float_dtype(checkpoint), (experts, columns, rows), (("blocks", blocks), ("scales", scales)),
-            Window(0, (rows * columns, 1, columns)), GptOssMxfp4(), "", "", None, (experts, rows, columns),
+            Window(0, (rows * columns, 1, columns)), GptOssMxfp4(), whole=(experts, rows, columns),
         )  # fmt: skip
     return found

@@ -1,0 +1,38 @@
+"""How a checkpoint says that it was quantized: by config.json, by a file beside it, or by the names of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from loaders.architectures.families import text_config
+from loaders.architectures.mlx import is_stack, model_of
+from loaders.architectures.mlx_config import settings_of
+from loaders.quantization.schemes.bitsandbytes_int8 import SCALES
+
+HQQ_CODES = ".W_q"
+MODELOPT_CONFIG = "hf_quant_config.json"
+BNB_STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__(nf4|fp4)$")
+BNB_PART = re.compile(rf"{BNB_STATE.pattern}|\.{SCALES}$")  # a name that only bitsandbytes gives
+
+
+def quantized_by(container: str, config: Mapping[str, Any], aux: Collection[str], names: Sequence[str]) -> str | None:
+    """The method's name, as config.json's quant_method has it; None for a plain checkpoint.
+
+    A GGUF is read as one that was quantized. What mlx-lm wrote is told by its settings, or by stacked experts.
+    """
+    if container == "gguf":
+        return "gguf"
+    block: Any = text_config(config, "quantization_config")
+    model = model_of(config)
+    if settings_of(config) is not None or any(is_stack(model, name) for name in names):
+        return "mlx"
+    if block is None and MODELOPT_CONFIG in aux:
+        return "modelopt"
+    if block is None:
+        if any(name.endswith(HQQ_CODES) for name in names):
+            return "hqq"
+        return "bitsandbytes" if any(map(BNB_PART.search, names)) else None
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    return method if isinstance(method, str) else "an unknown method"
