@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import Field
@@ -26,7 +27,6 @@ class LintSpec(Spec):
 
 def act(spec: LintSpec) -> Said:
     """Lint."""
-    from jobs.report.document import lint_document
     from jobs.report.tables import findings_text
     from loaders.lint import lint_folder
 
@@ -37,7 +37,7 @@ def act(spec: LintSpec) -> Said:
         "output": spec.output.path,
         "faults": faults,
         "doubts": len(found) - faults,
-        "findings": lint_document(found),
+        "findings": [asdict(finding) for finding in found],
     }
     return Said(document, findings_text(found), FAILED if faults else 0)
 

@@ -94,6 +94,7 @@ class ErrorSums:
     max_error: float = 0.0  # max |e|
     nonfinite: int = 0  # NaN and infinities of the source, left out of the sums
     nonfinite_decoded: int = 0  # those that only decoding brought
+    wrong: int = 0  # ranges that hold a weight which no right encoder, or no copy, would have left: see `measure`
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
         return ErrorSums(
@@ -105,6 +106,7 @@ class ErrorSums:
             max(self.max_error, other.max_error),
             self.nonfinite + other.nonfinite,
             self.nonfinite_decoded + other.nonfinite_decoded,
+            self.wrong + other.wrong,
         )
 
     @property

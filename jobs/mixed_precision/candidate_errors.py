@@ -21,8 +21,9 @@ from jobs.execution.unit import SMALL
 from jobs.planning.plan import FORMAT, Unit
 from loaders.backends import leased_kernels
 from loaders.backends.threads import ThreadedWork
-from loaders.errors import io_errors
+from loaders.errors import VerifyFailed, io_errors
 from loaders.loading.quantized_tensor import MemoryParts
+from loaders.quantization.gate import Gate
 from loaders.quantization.importance import Importance, weighted_error
 from loaders.specs import RowOrder
 from loaders.stats import ErrorSums
@@ -118,6 +119,8 @@ class MeasuringTask:
         parts = MemoryParts(encoding.stored)
         encoder.encode(encoding, parts)
         error = encoder.measure(encoding, parts, on_bytes)
+        if error.wrong and (fault := Gate().fault(encoding.tensor.name, error, encoding.scheme)):
+            raise VerifyFailed(fault)
         importances = self.importances.get(encoding.tensor.name)
         if importances is None:
             return Loss(error, None)

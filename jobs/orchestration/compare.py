@@ -9,15 +9,16 @@ from typing import Any
 from rich.console import Group
 
 from jobs.cli.verb import Said, note
-from jobs.report.comparison import BITS, ComparedJob, Comparison, candidate_of, to_json, whole
+from jobs.output.report import read_report
+from jobs.report.comparison import BITS, ComparedJob, Comparison, compared_job, to_json, whole
 from jobs.report.plots import comparison_plot
 from jobs.spec.job import TrackingSpec
 from jobs.tracking.run import compare_page
 from jobs.tracking.store import Store, Tracked
 from loaders.checkpoints.aux_files import OUR_REPORT
-from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.errors import BadSpec, io_errors
 from loaders.storage.atomic import write_file
-from loaders.storage.json_files import json_bytes, read_json
+from loaders.storage.json_files import json_bytes
 
 MANY = 10  # runs from which reading takes seconds
 LISTED = 50  # of the tensors that differ, in the document
@@ -65,11 +66,7 @@ def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[s
 
 
 def _of_folder(folder: Path) -> ComparedJob:
-    document = read_json(folder / OUR_REPORT)
-    try:
-        return candidate_of(folder.resolve().name, document, None, str(folder))
-    except (KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{folder / OUR_REPORT}: not a report of weightmill ({error!r})") from None
+    return compared_job(folder.resolve().name, read_report(folder), None, str(folder))
 
 
 def _of_run(run: Tracked) -> ComparedJob:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +21,19 @@ from jobs.execution.unit import Share
 from jobs.orchestration.preflight import Planned, notes_of
 from jobs.output.journal import Record
 from jobs.output.publish import complete, is_published, publish
+from jobs.output.report import Report, read_report
 from jobs.planning.targets import TARGET
 from jobs.report import tables
-from jobs.report.document import Results, make_document
+from jobs.report.document import make_report
 from jobs.report.metrics import quality_metrics
 from jobs.report.plan import plan_document
 from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
 from jobs.verification.logits import judged, pass_gate
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
-from loaders.lint import Finding, lint_folder
+from loaders.lint import lint_folder
 from loaders.quantization.gate import Gate
-from loaders.storage.json_files import read_json
+from loaders.stats import LoadStats
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Job:
         self.retries = 0
         self._is_held = False
         self.outcome: Said | WeightmillError | None = None
-        self.document: Mapping[str, Any] | None = planned.done
+        self.report: Report | None = planned.done
 
     @property
     def is_whole(self) -> bool:
@@ -115,27 +115,27 @@ class Job:
             WeightmillError: it may not be published.
         """
         if self.is_whole:
-            self.document = read_json(self.planned.journal.output / OUR_REPORT)
+            self.report = read_report(self.planned.journal.output)
         else:
-            self.document = self._publish(done)
+            self.report = self._publish(done)
         planned = self.planned
         if self.run.is_tracked:
             plan = plan_document(planned.spec, planned.plan, planned.target, notes_of(planned))
-            track_job(self.run, planned.spec, planned.target, planned.journal.output, self.document, plan)
+            track_job(self.run, planned.spec, planned.target, planned.journal.output, self.report, plan)
         self.run.end("FINISHED")
 
-    def _publish(self, done: Pass) -> dict[str, Any]:
+    def _publish(self, done: Pass) -> Report:
         planned = self.planned
-        results = Results(tuple(self.records[unit.id] for unit in planned.plan.units))
-        _pass_gate(planned, results)
-        completed = complete(planned.plan, planned.target, planned.journal, results.records)
-        quality = self._judge([row["xxh3"] for row in completed.weights])
+        records = [self.records[unit.id] for unit in planned.plan.units]
+        _pass_gate(planned, records)
+        completed = complete(planned.plan, planned.target, planned.journal, records)
+        quality = self._judge([file.xxh3 for file in completed.weights])
         found = lint_folder(planned.journal.files)
-        document = make_document(
-            planned.spec, planned.plan, planned.target, results, completed, found, self._about(done, results), quality
+        report = make_report(
+            planned.spec, planned.plan, planned.target, records, completed, found, self._about(done, records), quality
         )
-        publish(planned.journal, document, overwrite=planned.spec.output.overwrite)
-        return document
+        publish(planned.journal, report, overwrite=planned.spec.output.overwrite)
+        return report
 
     def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
         """With verify=logits, what the finished files compute; the numbers of one that fails are tracked, too.
@@ -153,13 +153,14 @@ class Job:
         try:
             pass_gate(judging.spec, quality, journal.output)
         except VerifyFailed:
-            self.run.metrics(quality_metrics({"quality": quality}))
+            self.run.metrics(quality_metrics(quality))
             raise
         return quality
 
-    def _about(self, done: Pass, results: Results) -> dict[str, Any]:
+    def _about(self, done: Pass, records: Sequence[Record]) -> dict[str, Any]:
         """The report's `run`: when, where and how fast."""
-        load, nodes = results.load, sorted({record.node for record in results.records})
+        load = sum((record.load for record in records), LoadStats())
+        nodes = tuple(sorted({record.node for record in records}))
         fresh = sum(record.load.bytes for unit, record in self.records.items() if unit not in self.resumed)
         price = self.planned.spec.tracking.price_per_hour
         machines = len({record.node for unit, record in self.records.items() if unit not in self.resumed})
@@ -209,10 +210,10 @@ class Job:
 
     def settle(self) -> None:
         """Wait until all is tracked, and say what came of it."""
-        if self.outcome is None and self.document is not None:
+        if self.outcome is None and self.report is not None:
             untracked = _wait(self.run)
             address = None if untracked else self.run.address
-            self.outcome = _said(self.planned, self.document, address, untracked)
+            self.outcome = _said(self.planned, self.report, address, untracked)
         elif self.outcome is not None:
             self._tidy()
 
@@ -231,7 +232,7 @@ def resume(planned: Planned) -> dict[str, Record]:
     return {unit: record for unit, record in found.items() if record is not None}
 
 
-def _pass_gate(planned: Planned, results: Results) -> None:
+def _pass_gate(planned: Planned, records: Sequence[Record]) -> None:
     """The gate once more, over all records: those of earlier attempts may have passed a wider one.
 
     Raises:
@@ -239,7 +240,11 @@ def _pass_gate(planned: Planned, results: Results) -> None:
     """
     gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
     schemes = {d.tensor.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
-    faults = [(t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name])) for t in results.tensors]
+    faults = [
+        (t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name]))
+        for record in records
+        for t in record.tensors
+    ]
     found = [(error, fault) for error, fault in faults if fault]
     if found:
         raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")
@@ -257,14 +262,13 @@ def _wait(run: Run) -> str:
     return ""
 
 
-def _said(planned: Planned, document: Mapping[str, Any], address: str | None, untracked: str) -> Said:
+def _said(planned: Planned, report: Report, address: str | None, untracked: str) -> Said:
     output = planned.journal.output
-    found = {"status": "done", "output": str(output), "tracked": address, **document}
+    found = {"status": "done", "output": str(output), "tracked": address, **report.to_json()}
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
-    findings = [Finding(**row) for row in document["lint"]]
-    shown = [tables.findings_text(findings)] if findings else []
-    let_pass = [Text(f"warning: {w}", style="yellow") for w in document["warnings"] if w.endswith(": let pass")]
-    text = Group(tables.result_text(document), *let_pass, *shown, *lines)
+    shown = [tables.findings_text(report.lint)] if report.lint else []
+    let_pass = [Text(f"warning: {w}", style="yellow") for w in report.warnings if w.endswith(": let pass")]
+    text = Group(tables.result_text(report), *let_pass, *shown, *lines)
     return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,19 +12,20 @@ from jobs.execution.cluster import LocalCluster
 from jobs.output.destination import check_free, check_place
 from jobs.output.journal import Journal
 from jobs.output.publish import is_published
+from jobs.output.report import Report, read_report
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import TARGET, backend_of, target_of
 from jobs.report import tables
+from jobs.report.document import job_document
 from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
 from loaders.backends import kernels_of
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from loaders.errors import BadSpec, StorageError, WeightmillError
+from loaders.errors import BadCheckpoint, BadSpec, StorageError
 from loaders.storage.hashes import text_digest
-from loaders.storage.json_files import read_json
 from loaders.storage.local import free_bytes
 from loaders.strategies import WeightLoader
 
@@ -39,7 +39,7 @@ class Planned:
     spec: JobSpec
     plan: Plan
     journal: Journal
-    done: Mapping[str, Any] | None = None  # the report of an earlier run of this very job, where that may count
+    done: Report | None = None  # the report of an earlier run of this very job, where that may count
     judging: Judging | None = None  # with verify=logits
 
     @property
@@ -99,7 +99,7 @@ def plan_job(
     return planned
 
 
-def _done_before(planned: Planned) -> Mapping[str, Any] | None:
+def _done_before(planned: Planned) -> Report | None:
     """The report of the output, if this very job made it, from this very source.
 
     Raises:
@@ -108,13 +108,13 @@ def _done_before(planned: Planned) -> Mapping[str, Any] | None:
     output = planned.journal.output
     if not (output / OUR_REPORT).is_file() or is_published(planned.journal):
         return None
-    is_made, is_verified = False, False
-    with suppress(WeightmillError, KeyError, TypeError):
-        found = read_json(output / OUR_REPORT)
-        wanted = {k: v for k, v in planned.spec.resolved().items() if k in found["job"]}
-        gate = _gate(found["job"]["verify"], wanted["verify"])
-        is_made = found["run"]["key"] == planned.journal.key and {**found["job"], "verify": wanted["verify"]} == wanted
-        is_verified = gate == wanted["verify"]
+    try:
+        found = read_report(output)
+    except (BadSpec, BadCheckpoint):
+        return None  # of another version, or damaged: whoever asks for its place is told that it is taken
+    wanted = job_document(planned.spec)
+    is_made = found.run.key == planned.journal.key and {**found.job, "verify": wanted["verify"]} == wanted
+    is_verified = is_made and _gate(found.job["verify"], wanted["verify"]) == wanted["verify"]
     if is_made and not is_verified:
         raise BadSpec(
             f"output.path: {output} is there, verified in another way; python -m jobs.verify"

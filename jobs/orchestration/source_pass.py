@@ -33,7 +33,6 @@ from loaders.errors import StorageError, VerifyFailed, WeightmillError
 from loaders.strategies import WeightLoader
 
 FILES_AT_ONCE = 12  # of a job's, in a pass of many: units under way, and what a file takes beside itself
-Outcome = Said | WeightmillError
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
         yield
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
-        unfinished = [job for job in jobs if job.outcome is None and not (job.is_whole and job.document is not None)]
+        unfinished = [job for job in jobs if job.outcome is None and not (job.is_whole and job.report is not None)]
         for job in unfinished:
             job.stop(killed=killed)
         for job in jobs:

@@ -25,8 +25,10 @@ from jobs.orchestration.job import Job
 from jobs.orchestration.preflight import Planned
 from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
+from jobs.output.report import Report
 from jobs.report import tables
-from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, candidate_of, to_json, whole
+from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, compared_job, to_json, whole
+from jobs.report.document import job_document
 from jobs.report.metrics import metrics
 from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import run_key, sweep_tags
@@ -65,6 +67,7 @@ class Sweep:
         self.id = f"sweep-{text_digest(f'{Path.cwd()} {sorted(request.given)}')[:12]}"
         self.outcomes: dict[int, Said | WeightmillError] = {}
         self._specs: dict[int, JobSpec] = {}
+        self._reports: dict[int, Report] = {}
         self._names: dict[int, str] = {}
         self._run_ids: dict[int, str | None] = {}
         self._reads: list[Read] = []
@@ -94,6 +97,7 @@ class Sweep:
             self.outcomes[each.job.number] = BadSpec(each.problem)
         self._run({n: p for n, p in planned.items() if isinstance(p, Planned) and n not in self.outcomes})
         self.outcomes |= {number: self.outcomes[first] for number, first in again.items()}
+        self._reports |= {n: self._reports[first] for n, first in again.items() if first in self._reports}
         self._repeats |= again
         return [self._result(job.number, searches) for job in composed]
 
@@ -134,7 +138,10 @@ class Sweep:
         adopted: dict[int, Future[str | None]] = {}
         for number, plan in old.items():
             assert plan.done is not None
-            self.outcomes[number] = Said({"status": "done", "output": str(plan.journal.output), **plan.done}, "")
+            self.outcomes[number] = Said(
+                {"status": "done", "output": str(plan.journal.output), **plan.done.to_json()}, ""
+            )
+            self._reports[number] = plan.done
             tracking, root = plan.spec.tracking, Path(plan.spec.output.root)
             if tracking.kind == "mlflow":
                 tags = sweep_tags(self.id, number)
@@ -150,6 +157,8 @@ class Sweep:
         for job in jobs:
             assert job.outcome is not None
             self.outcomes[job.number] = job.outcome
+            if job.report is not None:
+                self._reports[job.number] = job.report
             self._run_ids[job.number] = job.run.run_id
             if isinstance(job.outcome, Said):
                 job.outcome.then()
@@ -160,7 +169,7 @@ class Sweep:
         outcome = self.outcomes[number]
         if isinstance(outcome, WeightmillError):
             return outcome if searches else None
-        values = metrics(outcome.document)
+        values = metrics(self._reports[number])
         found = tuple(values[name] for name in self._specs[number].objective)
         return found[0] if len(found) == 1 else found
 
@@ -218,16 +227,17 @@ class Sweep:
         name = self._names[number] if output is None else output.name
         run_id = self._run_ids.get(number)
         if isinstance(outcome, Said):
-            return candidate_of(name, outcome.document, run_id, str(output))
+            return compared_job(name, self._reports[number], run_id, str(output))
         return ComparedJob(name, "failed", {}, run_id, str(output), str(outcome).splitlines()[0])
 
     def _document(self, number: int) -> dict[str, Any]:
-        outcome, about = self.outcomes[number], {"job": number, "varied": self._names[number]}
+        outcome, about = self.outcomes[number], {"number": number, "varied": self._names[number]}
         if isinstance(outcome, Said):
-            return {**outcome.document, "number": number, "varied": self._names[number]}
+            return {**outcome.document, **about}
         problems = list(outcome.problems) if isinstance(outcome, BadSpec) else [str(outcome)]
         status = WRONG if isinstance(outcome, BadSpec) else FAILED
-        return {"status": "failed", "exit_status": status, "problems": problems, "number": number, **about}
+        job = job_document(self._specs[number]) if number in self._specs else None  # what could not even be checked
+        return {"status": "failed", "exit_status": status, "problems": problems, "job": job, **about}
 
     def _page(self) -> str | None:
         """Where MLflow compares the runs."""

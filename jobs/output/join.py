@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import xxhash
 
 from jobs.output.journal import Journal, Record
+from jobs.output.report import FileRange, WeightFile
 from loaders.errors import VerifyFailed, io_errors
 from loaders.layouts.base import Joined
 from loaders.specs import OutputFile
@@ -22,8 +23,8 @@ from loaders.storage.atomic import sync_folder
 from loaders.storage.hashes import BLOCK
 
 
-def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records: Sequence[Record]) -> dict[str, Any]:
-    """Make the file whole among the finished ones; its row in the report.
+def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records: Sequence[Record]) -> WeightFile:
+    """Make the file whole among the finished ones; as the report has it.
 
     Raises:
         VerifyFailed: a piece is not what its record says.
@@ -50,14 +51,14 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records
                 record = written[piece.name]
                 if _hash(file, record.size, whole) != record.xxh3:
                     raise VerifyFailed(f"{piece.name}: it is not what was written; run the same command again")
-                rows.append({"name": piece.name, "offset": _start(piece), "bytes": record.size, "xxh3": record.xxh3})
+                rows.append(FileRange(name=piece.name, offset=_start(piece), bytes=record.size, xxh3=record.xxh3))
             found = file.read(len(tail))
             whole.update(found)
             if tail:
                 digest = xxhash.xxh3_128_hexdigest(found)
-                rows.append({"name": f"{joined.name}.tail", "offset": end, "bytes": len(tail), "xxh3": digest})
+                rows.append(FileRange(name=f"{joined.name}.tail", offset=end, bytes=len(tail), xxh3=digest))
         sync_folder(target.parent)
-    return {"name": joined.name, "bytes": size, "xxh3": whole.hexdigest(), "pieces": rows}
+    return WeightFile(name=joined.name, bytes=size, xxh3=whole.hexdigest(), pieces=tuple(rows))
 
 
 def _start(piece: OutputFile) -> int:

@@ -11,19 +11,19 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs.output.join import join
 from jobs.output.journal import Journal, Record
+from jobs.output.report import Report, WeightFile, files_named
 from jobs.planning.plan import Plan, TargetPlan
 from loaders.checkpoints.aux_files import OUR_REPORT
-from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
+from loaders.errors import BadSpec, VerifyFailed, io_errors
 from loaders.storage.atomic import sync_folder, write_file
 from loaders.storage.hashes import hash_file
-from loaders.storage.json_files import json_bytes, read_json
+from loaders.storage.json_files import json_bytes
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -35,7 +35,7 @@ class Completed:
     """The files of an output: the xxh3-128 of those beside the weights, and the report's rows of weight files."""
 
     aux: dict[str, str]
-    weights: list[dict[str, Any]]
+    weights: tuple[WeightFile, ...]
 
 
 def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence[Record]) -> Completed:
@@ -55,7 +55,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
         made["config.json"] = json_bytes(target.config)
     apart = {file.name for file in target.files if file.within is None}
     written = [file for record in records for file in record.files if file.name in apart]
-    weights = [{"name": file.name, "bytes": file.size, "xxh3": file.xxh3} for file in written]
+    weights = [WeightFile(name=file.name, bytes=file.size, xxh3=file.xxh3) for file in written]
     if target.assembly is not None:
         made |= target.assembly.made
         if target.assembly.joined is not None:
@@ -67,7 +67,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     for name, data in made.items():
         (journal.files / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(journal.files / name, data)
-    return Completed({name: hash_file(journal.files / name) for name in (*copied, *made)}, weights)
+    return Completed({name: hash_file(journal.files / name) for name in (*copied, *made)}, tuple(weights))
 
 
 def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]) -> None:
@@ -104,14 +104,14 @@ def _remove_others(folder: Path, wanted: set[str]) -> None:
                 path.unlink()
 
 
-def publish(journal: Journal, report: Mapping[str, Any], *, overwrite: bool) -> None:
+def publish(journal: Journal, report: Report, *, overwrite: bool) -> None:
     """Give the output its name.
 
     Raises:
         BadSpec: something else stands there by now.
         StorageError: it cannot be renamed.
     """
-    document = json_bytes(report)
+    document = report.to_bytes()
     write_file(journal.files / OUR_REPORT, document)
     for folder in [journal.files, *(p for p in journal.files.rglob("*") if p.is_dir())]:
         sync_folder(folder)
@@ -154,11 +154,7 @@ def files_of_others(output: Path) -> list[str]:
     """Files in an output that its report does not name, by their paths in it."""
     if not (output / OUR_REPORT).is_file():
         return []
-    report = read_json(output / OUR_REPORT)
-    try:
-        ours = {OUR_REPORT, *report["aux"], *(file["name"] for file in report["files"])}
-    except (KeyError, TypeError):
-        raise BadCheckpoint(f"{output / OUR_REPORT}: it does not say which files weightmill wrote") from None
+    ours = files_named(output)
     found = (path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
     return sorted(name for name in found if name not in ours)
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from jobs.output.report import Report
 from jobs.report.metrics import error_by_layer, metrics
 from jobs.report.tables import table
 from loaders.stats import finite
@@ -70,11 +71,11 @@ COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is 
 )
 
 
-def candidate_of(name: str, document: Mapping[str, Any], run_id: str | None = None, output: str = "") -> ComparedJob:
+def compared_job(name: str, report: Report, run_id: str | None = None, output: str = "") -> ComparedJob:
     """A finished job, from its report."""
-    layers = {layer: e.relative_error for layer, e in error_by_layer(document).items()}
-    tensors = {t["name"]: t["relative_error"] for t in document["tensors"] if t["relative_error"] is not None}
-    return ComparedJob(name, "done", metrics(document), run_id, output, "", layers, tensors)
+    layers = {layer: e.relative_error for layer, e in error_by_layer(report).items()}
+    tensors = {t.name: t.relative_error for t in report.tensors if t.relative_error is not None}
+    return ComparedJob(name, "done", metrics(report), run_id, output, "", layers, tensors)
 
 
 def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.output.report import Report, ReportedTensor
 from loaders.stats import ErrorSums, finite
 
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|blk)\.(\d+)(?:\.|$)")
 WORST = 5  # tensors that are named
 
 
-def metrics(document: Mapping[str, Any]) -> dict[str, float]:
+def metrics(report: Report) -> dict[str, float]:
     """What compares between runs, what matters most first, as MLflow shows them.
 
     Of jobs that shared a pass (`load/jobs_in_pass` of them), time/wall_s, load/gigabytes_per_second and
@@ -20,89 +22,89 @@ def metrics(document: Mapping[str, Any]) -> dict[str, float]:
     error/relative is over all weights, as bits are, so that jobs compare that keep different tensors;
     error/relative_changed is over those that were quantized or cast.
     """
-    total, run = document["totals"], document["run"]
-    changed = total["changed"] or {}
-    worst = worst_rows(document)
+    total, run, changed = report.totals, report.run, report.totals.changed
+    worst = worst_tensors(report)
     found = {
-        "error/relative": total["relative_error"],
-        "size/bits_per_weight": total["bits_per_weight"],
-        "size/ratio": total["ratio"],
-        "size/output_bytes": total["output_bytes"],
-        "size/source_bytes": total["source_bytes"],
-        "size/parameters": total["parameters"],
-        "error/relative_changed": changed.get("relative_error", 0.0),
-        "error/sqnr_db": total["sqnr_db"],
-        "error/cosine": total["cosine"],
-        "error/worst": worst[0]["relative_error"] if worst else 0.0,
-        "error/max": max((t["max_error"] for t in document["tensors"]), default=0.0),
-        "error/sqnr_worst_db": worst[0]["sqnr_db"] if worst else None,
-        **_by_tensor(document),
-        **_by_role(document),
-        "time/wall_s": run["wall_s"],
-        **{f"time/{phase}_s": run[f"{phase}_s"] for phase in ("read", "encode", "measure", "write")},
-        "load/gigabytes_per_second": run["throughput_gbps"],
-        "load/bytes": run["bytes"],
-        "load/files": run["files"],
-        "load/tensors": run["tensors"],
-        "load/peak_anonymous_bytes": run["peak_anonymous_bytes"],
-        "load/jobs_in_pass": run["jobs_in_pass"],
-        "cost/estimate": run.get("cost"),
-        "units/total": run["units"],
-        "units/resumed": run["units_resumed"],
-        "units/retries": run["retries"],
-        **quality_metrics(document),
+        "error/relative": total.relative_error,
+        "size/bits_per_weight": total.bits_per_weight,
+        "size/ratio": total.ratio,
+        "size/output_bytes": total.output_bytes,
+        "size/source_bytes": total.source_bytes,
+        "size/parameters": total.parameters,
+        "error/relative_changed": changed.relative_error if changed else 0.0,
+        "error/sqnr_db": total.sqnr_db,
+        "error/cosine": total.cosine,
+        "error/worst": worst[0].relative_error if worst else 0.0,
+        "error/max": max((tensor.max_error for tensor in report.tensors), default=0.0),
+        "error/sqnr_worst_db": worst[0].sqnr_db if worst else None,
+        **_by_tensor(report),
+        **_by_role(report),
+        "time/wall_s": run.wall_s,
+        **{f"time/{phase}_s": getattr(run, f"{phase}_s") for phase in ("read", "encode", "measure", "write")},
+        "load/gigabytes_per_second": run.throughput_gbps,
+        "load/bytes": run.bytes,
+        "load/files": run.files,
+        "load/tensors": run.tensors,
+        "load/peak_anonymous_bytes": run.peak_anonymous_bytes,
+        "load/jobs_in_pass": run.jobs_in_pass,
+        "cost/estimate": run.cost,
+        "units/total": run.units,
+        "units/resumed": run.units_resumed,
+        "units/retries": run.retries,
+        **quality_metrics(report.quality),
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def quality_metrics(document: Mapping[str, Any]) -> dict[str, float]:
+def quality_metrics(quality: Mapping[str, Any] | None) -> dict[str, float]:
     """What verify=logits found, if it was asked for."""
-    quality = document.get("quality") or {}
-    return {f"quality/{name}": float(value) for name, value in quality.items() if isinstance(value, int | float)}
-
-
-def _by_tensor(document: Mapping[str, Any]) -> dict[str, float]:
-    """Means over the quantized and cast tensors, each counted once however large it is."""
-    changed = [t for t in document["tensors"] if t["action"] != "keep" and t["relative_error"]]
-    if not changed:
-        return {}
     return {
-        "error/relative_mean": sum(t["relative_error"] for t in changed) / len(changed),
-        "error/sqnr_mean_db": sum(t["sqnr_db"] for t in changed) / len(changed),
+        f"quality/{name}": float(value) for name, value in (quality or {}).items() if isinstance(value, int | float)
     }
 
 
-def _by_role(document: Mapping[str, Any]) -> dict[str, float | None]:
+def _by_tensor(report: Report) -> dict[str, float | None]:
+    """Means over the quantized and cast tensors, each counted once however large it is."""
+    changed = [t for t in report.tensors if t.action != "keep" and t.relative_error]
+    if not changed:
+        return {}
+    return {
+        "error/relative_mean": sum(t.relative_error or 0.0 for t in changed) / len(changed),
+        "error/sqnr_mean_db": sum(t.sqnr_db or 0.0 for t in changed) / len(changed),
+    }
+
+
+def _by_role(report: Report) -> dict[str, float | None]:
     """Errors of each class of modules: attention, mlp, expert, ..."""
     sums: dict[str, ErrorSums] = {}
-    for tensor in document["tensors"]:
-        if tensor["action"] != "keep":
-            sums[tensor["role"]] = sums.get(tensor["role"], ErrorSums()) + ErrorSums(**tensor["sums"])
+    for tensor in report.tensors:
+        if tensor.action != "keep":
+            sums[tensor.role] = sums.get(tensor.role, ErrorSums()) + tensor.sums
     return {
         **{f"error_by_class/{role}": finite(each.relative_error) for role, each in sums.items()},
         **{f"sqnr_db_by_class/{role}": finite(each.sqnr_db) for role, each in sums.items()},
     }
 
 
-def table_columns(document: Mapping[str, Any]) -> dict[str, list[Any]]:
+def table_columns(report: Report) -> dict[str, list[Any]]:
     """The per-tensor table, by column."""
-    names = [key for key in document["tensors"][0] if key not in ("sums", "stored")]
-    rows = [{**t, "shape": "x".join(map(str, t["shape"]))} for t in document["tensors"]]
-    return {name: [row[name] for row in rows] for name in names}
+    rows = [tensor.model_dump(mode="json", exclude={"sums", "stored"}) for tensor in report.tensors]
+    rows = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def error_by_layer(document: Mapping[str, Any]) -> dict[int, ErrorSums]:
+def error_by_layer(report: Report) -> dict[int, ErrorSums]:
     """Sums over the quantized or cast tensors of each layer."""
     layers: dict[int, ErrorSums] = {}
-    for tensor in document["tensors"]:
-        match = LAYER.search(tensor["name"])
-        if match and tensor["action"] != "keep":
-            layers[int(match[1])] = layers.get(int(match[1]), ErrorSums()) + ErrorSums(**tensor["sums"])
+    for tensor in report.tensors:
+        match = LAYER.search(tensor.name)
+        if match and tensor.action != "keep":
+            layers[int(match[1])] = layers.get(int(match[1]), ErrorSums()) + tensor.sums
     return dict(sorted(layers.items()))
 
 
-def worst_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def worst_tensors(report: Report) -> list[ReportedTensor]:
     """The tensors with the greatest relative error among those that are not copies."""
-    changed = [t for t in document["tensors"] if t["action"] != "keep" and t["relative_error"] != 0]
-    changed.sort(key=lambda t: -(t["relative_error"] if t["relative_error"] is not None else float("inf")))
+    changed = [t for t in report.tensors if t.action != "keep" and t.relative_error != 0]
+    changed.sort(key=lambda t: -(t.relative_error if t.relative_error is not None else math.inf))
     return changed[:WORST]

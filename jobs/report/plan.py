@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.planning.plan import Plan, TargetPlan
-from jobs.report.document import source_document
+from jobs.report.document import source_of
 from jobs.report.tables import size, table, times
 from jobs.spec.job import JobSpec
 
@@ -112,7 +112,11 @@ def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence
     """The plan for machines."""
     return {
         "status": "planned",
-        "source": {**source_document(plan), "parameters": plan.parameters, "bytes": plan.source_bytes},
+        "source": {
+            **source_of(plan).model_dump(mode="json"),
+            "parameters": plan.parameters,
+            "bytes": plan.source_bytes,
+        },
         "output": {
             "path": str(spec.output_path),
             "quant": spec.quant.name,

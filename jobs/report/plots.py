@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.output.report import Report
 from jobs.report.comparison import BITS, ComparedJob
 from jobs.report.metrics import LAYER, error_by_layer
 
@@ -16,11 +17,11 @@ MIXED = 0.75  # bits: less is what scales and padding of small matrices make
 MOST_LABELLED = 32  # layers whose numbers stand in the picture of a mix
 
 
-def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
+def plots(report: Report, folder: Path) -> list[Path]:
     """Error by layer, and size before and after by role, as PNG files in a folder."""
     made = []
-    title = document["job"]["quant"]["name"]
-    layers = error_by_layer(document)
+    title = report.job["quant"]["name"]
+    layers = error_by_layer(report)
     if layers:
         figure, axes = _figure(3.5)
         errors = [error.relative_error for error in layers.values()]
@@ -30,9 +31,9 @@ def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
         _whole_numbers(axes)
         made.append(_saved(figure, folder / "error_by_layer.png"))
     roles: dict[str, tuple[float, float]] = {}
-    for tensor in document["tensors"]:
-        before, after = roles.get(tensor["role"], (0.0, 0.0))
-        roles[tensor["role"]] = (before + tensor["source_bytes"] / 1e6, after + tensor["output_bytes"] / 1e6)
+    for tensor in report.tensors:
+        before, after = roles.get(tensor.role, (0.0, 0.0))
+        roles[tensor.role] = (before + tensor.source_bytes / 1e6, after + tensor.output_bytes / 1e6)
     names = sorted(roles, key=lambda role: roles[role])
     figure, axes = _figure(1.5 + 0.5 * len(names))
     places = range(len(names))
@@ -42,22 +43,22 @@ def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
     axes.set(xlabel="MB", title=f"{title}: size by role")
     axes.legend(loc="lower right")
     made.append(_saved(figure, folder / "size.png"))
-    if mix_plot(document, folder / "mix.png"):
+    if mix_plot(report, folder / "mix.png"):
         made.append(folder / "mix.png")
     return made
 
 
-def mix_plot(document: Mapping[str, Any], path: Path) -> bool:
+def mix_plot(report: Report, path: Path) -> bool:
     """Bits a weight of every quantized matrix, layers by modules, as a PNG; False if all have the same."""
     from matplotlib.figure import Figure
 
     bits: dict[tuple[int, str], list[float]] = {}
-    for tensor in document["tensors"]:
-        match = LAYER.search(tensor["name"])
-        if match and len(tensor["shape"]) > 1:
-            module = re.sub(r"\.\d+\.", ".*.", tensor["name"][match.end() :].removesuffix(".weight"))
-            weights = max(1, tensor["sums"]["numel"])
-            bits.setdefault((int(match[1]), module), []).append(tensor["output_bytes"] * 8 / weights)
+    for tensor in report.tensors:
+        match = LAYER.search(tensor.name)
+        if match and len(tensor.shape) > 1:
+            module = re.sub(r"\.\d+\.", ".*.", tensor.name[match.end() :].removesuffix(".weight"))
+            weights = max(1, tensor.sums.numel)
+            bits.setdefault((int(match[1]), module), []).append(tensor.output_bytes * 8 / weights)
     means = {place: sum(found) / len(found) for place, found in bits.items()}
     if not means or max(means.values()) - min(means.values()) < MIXED:
         return False
@@ -74,7 +75,7 @@ def mix_plot(document: Mapping[str, Any], path: Path) -> bool:
     axes.set_yticks(range(len(modules)), modules)
     step = -(-len(layers) // MOST_LABELLED)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set(xlabel="layer", title=f"{document['job']['quant']['name']}: bits a weight")
+    axes.set(xlabel="layer", title=f"{report.job['quant']['name']}: bits a weight")
     figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=120)
     return True

@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jobs.report.metrics import worst_rows
+from jobs.output.report import LintFinding, Report
+from jobs.report.metrics import worst_tensors
 from loaders.lint import Finding
 
 
@@ -29,33 +30,30 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     return made
 
 
-def result_text(document: Mapping[str, Any]) -> RenderableType:
-    """What was done, from weightmill.json."""
-    run, total = document["run"], document["totals"]
-    changed = total["changed"]
+def result_text(report: Report) -> RenderableType:
+    """What was done."""
+    run, total, changed = report.run, report.totals, report.totals.changed
     shown = table("", "before", "after", "", right=("before", "after"))
-    shown.add_row("weights", size(total["source_bytes"]), size(total["output_bytes"]), times(total["ratio"]))
-    before = total["source_bytes"] * 8 / max(1, total["parameters"])
-    shown.add_row(
-        "bits a weight", f"{before:.2f}", f"{total['bits_per_weight']:.2f}", f"{total['parameters']:,} parameters"
-    )
+    shown.add_row("weights", size(total.source_bytes), size(total.output_bytes), times(total.ratio))
+    before = total.source_bytes * 8 / max(1, total.parameters)
+    shown.add_row("bits a weight", f"{before:.2f}", f"{total.bits_per_weight:.2f}", f"{total.parameters:,} parameters")
     parts: list[RenderableType] = [shown]
     if changed:
         parts.append(
             Text(
-                f"{changed['tensors']} tensors changed: relative error {changed['relative_error']:.5f}"
-                + (f" (SQNR {changed['sqnr_db']:.2f} dB)" if changed["sqnr_db"] is not None else "")
-                + f", cosine {changed['cosine']:.6f}; {total['tensors'] - changed['tensors']} copied bit by bit"
+                f"{changed.tensors} tensors changed: relative error {changed.relative_error:.5f}"
+                + (f" (SQNR {changed.sqnr_db:.2f} dB)" if changed.sqnr_db is not None else "")
+                + f", cosine {changed.cosine:.6f}; {total.tensors - changed.tensors} copied bit by bit"
             )
         )
         worst = table(
             "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
         )
-        rows = worst_rows(document)
+        rows = worst_tensors(report)
         for row in rows:
-            sqnr = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
-            error = "inf" if row["relative_error"] is None else f"{row['relative_error']:.5f}"
-            worst.add_row(row["name"], error, sqnr, f"{row['max_error']:.4g}")
+            sqnr = "inf" if row.sqnr_db is None else f"{row.sqnr_db:.2f}"
+            error = "inf" if row.relative_error is None else f"{row.relative_error:.5f}"
+            worst.add_row(row.name, error, sqnr, f"{row.max_error:.4g}")
         parts += [worst] if rows else []
     speed = table(
         "seconds",
@@ -69,11 +67,11 @@ def result_text(document: Mapping[str, Any]) -> RenderableType:
         right=("seconds", "GB/s"),
     )
     speed.add_row(
-        f"{run['wall_s']:.2f}", f"{run['throughput_gbps']:.2f}",
-        *(f"{run[f'{phase}_s']:.2f}" for phase in ("read", "encode", "measure", "write")),
-        size(run["peak_anonymous_bytes"]), f"{run['units']} ({run['units_resumed']} done before)",
+        f"{run.wall_s:.2f}", f"{run.throughput_gbps:.2f}",
+        *(f"{getattr(run, f'{phase}_s'):.2f}" for phase in ("read", "encode", "measure", "write")),
+        size(run.peak_anonymous_bytes), f"{run.units} ({run.units_resumed} done before)",
     )  # fmt: skip
-    parts += [speed, *([quality_text(document["quality"])] if "quality" in document else [])]
+    parts += [speed, *([] if report.quality is None else [quality_text(report.quality)])]
     return Group(*parts)
 
 
@@ -101,7 +99,7 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f} times smaller" if ratio >= 1 or not ratio else f"{1 / ratio:.2f} times larger"
 
 
-def findings_text(found: Sequence[Finding]) -> RenderableType:
+def findings_text(found: Sequence[Finding | LintFinding]) -> RenderableType:
     """Findings for people: what, where it matters, what to do."""
     if not found:
         return Text("no findings: nothing was found that its engine would stumble over", style="green")

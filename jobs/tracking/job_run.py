@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.mixed_precision.allocation import mix_document
 from jobs.output.journal import Journal
+from jobs.output.report import Report
 from jobs.planning.plan import TargetPlan
 from jobs.report.document import versions
 from jobs.report.metrics import error_by_layer, metrics, table_columns
@@ -54,18 +55,18 @@ def run_key(journal: Journal) -> str:
 
 
 def track_job(
-    run: Run, spec: JobSpec, target: TargetPlan, output: Path, document: Mapping[str, Any], plan: Mapping[str, Any]
+    run: Run, spec: JobSpec, target: TargetPlan, output: Path, report: Report, plan: Mapping[str, Any]
 ) -> None:
     """Log a finished job's report, and the plan it followed."""
-    run.describe(_description(spec, output, document))
-    run.metrics(metrics(document))
-    run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(document).items()])
-    run.table("tensors.json", table_columns(document))
+    run.describe(_description(spec, output, report))
+    run.metrics(metrics(report))
+    run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(report).items()])
+    run.table("tensors.json", table_columns(report))
     run.document("plan.json", plan)
-    run.document(OUR_REPORT, document)
+    run.document(OUR_REPORT, report.to_json())
     if isinstance(spec.quant, AutoQuant):
         run.document("mix.json", mix_document(spec.quant, target.decisions))
-    run.figures(lambda folder: plots(document, folder))
+    run.figures(lambda folder: plots(report, folder))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,12 +103,12 @@ def _git_commit() -> str:
     return done.stdout.strip() or "none"
 
 
-def _description(spec: JobSpec, output: Path, document: Mapping[str, Any]) -> str:
+def _description(spec: JobSpec, output: Path, report: Report) -> str:
     """What came of the job, in a few words of Markdown."""
-    total = document["totals"]
-    error = (total["changed"] or {}).get("relative_error", 0.0)
+    total = report.totals
+    error = total.changed.relative_error if total.changed else 0.0
     return (
-        f"**{spec.model_name} to {spec.quant.name}**: {total['bits_per_weight']:.3f} bits a weight,"
-        f" {total['ratio']:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{output}`\n\n"
+        f"**{spec.model_name} to {spec.quant.name}**: {total.bits_per_weight:.3f} bits a weight,"
+        f" {total.ratio:.2f} times smaller, relative error {error:.5f}.\n\nOutput: `{output}`\n\n"
         "Error by layer: Model metrics, `layer/relative_error`. Every tensor: Artifacts, `tensors.json`."
     )

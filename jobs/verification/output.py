@@ -22,10 +22,10 @@ from jobs.execution.choose import choose
 from jobs.execution.run_tasks import run_all
 from jobs.execution.unit import SMALL
 from jobs.output.publish import files_of_others
+from jobs.output.report import FileRange, Report, ReportedTensor, WeightFile, read_report, tensor_errors
 from jobs.planning.build import make_plan
-from jobs.planning.plan import FORMAT, Placement, Plan, Unit
+from jobs.planning.plan import Placement, Plan, Unit
 from jobs.planning.targets import TARGET, target_of
-from jobs.report.document import tensor_errors
 from jobs.report.tables import quality_text
 from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading
@@ -37,10 +37,9 @@ from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
 from loaders.quantization.gate import Gate
 from loaders.specs import OutputFile, Slot, WeightSpec
-from loaders.stats import ErrorSums
 from loaders.storage.atomic import write_file
 from loaders.storage.hashes import BLOCK, hash_file
-from loaders.storage.json_files import json_bytes, read_json
+from loaders.storage.json_files import json_bytes
 from loaders.strategies import WeightLoader
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.views import StoredRoles
@@ -56,8 +55,8 @@ class VerifyTask:
     root: Path
     output: Path
     weights: Mapping[str, WeightSpec]  # of the output, by name
-    files: tuple[Mapping[str, Any], ...]  # name, offset, bytes, xxh3
-    recorded: Mapping[str, Mapping[str, Any]]  # by tensor
+    files: tuple[tuple[str, FileRange], ...]  # of which file, and what the unit wrote of it
+    recorded: Mapping[str, ReportedTensor]
     strategy: WeightLoader
     threads: int
     gate: Gate
@@ -68,7 +67,7 @@ class VerifyTask:
         return self.unit.memory_bytes(self.threads) + 2 * self.strategy.held_bytes
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
-        faults = [fault for file in self.files for fault in _file_faults(self, file)]
+        faults = [fault for name, written in self.files for fault in _file_faults(self, name, written)]
         is_as_written = not faults
         sources = [spec for tensor in self.unit.tensors for _, spec in tensor.stored]
         with (
@@ -86,7 +85,7 @@ class VerifyTask:
                 error = encoder.measure(encoding, stored, on_bytes)
                 fault = self.gate.fault(name, error, encoding.scheme)
                 found = [fault] if fault else []
-                if error != ErrorSums(**self.recorded[name]["sums"]):
+                if error != self.recorded[name].sums:
                     found.append(
                         f"{name}: its error is {error.relative_error:.6g}, not what was recorded"
                         + (f"; the output is as it was written: {self.root} has changed" if is_as_written else "")
@@ -111,15 +110,15 @@ class VerifyReport:
     attempts: int = 1
 
 
-def _file_faults(task: VerifyTask, row: Mapping[str, Any]) -> list[str]:
+def _file_faults(task: VerifyTask, name: str, written: FileRange) -> list[str]:
     """Tensors whose bytes are not those recorded, or the file as a whole."""
-    path = task.output / row["name"]
-    if hash_file(path, start=row.get("offset", 0), size=row["bytes"]) == row["xxh3"]:
+    path = task.output / name
+    if hash_file(path, start=written.offset, size=written.bytes) == written.xxh3:
         return []
-    digests = {name: each["xxh3"] for row in task.recorded.values() for name, each in row["stored"].items()}
+    digests = {part: each.xxh3 for row in task.recorded.values() for part, each in row.stored.items()}
     faults = []
     with io_errors("reading", path), path.open("rb") as file:
-        for spec in (spec for spec in task.weights.values() if spec.file == row["name"]):
+        for spec in (spec for spec in task.weights.values() if spec.file == name):
             file.seek(spec.offset)
             hasher = xxhash.xxh3_64()
             for at in range(0, spec.size, BLOCK):
@@ -163,7 +162,7 @@ def verify_output(
     return _said(output, plan, checked, faults, quality)
 
 
-def _judge(judging: Judging, output: Path, report: Mapping[str, Any], faults: list[str]) -> dict[str, Any] | None:
+def _judge(judging: Judging, output: Path, report: Report, faults: list[str]) -> dict[str, Any] | None:
     """Evaluate an output, add what is wrong to the faults, and put the numbers into its report."""
     try:
         quality = judged(judging, output, output.name).to_json()
@@ -171,30 +170,13 @@ def _judge(judging: Judging, output: Path, report: Mapping[str, Any], faults: li
         faults.append(str(error))
         return None
     faults += faults_of(judging.spec, quality)
-    write_file(output / OUR_REPORT, json_bytes({**report, "quality": quality}))
+    write_file(output / OUR_REPORT, report.model_copy(update={"quality": quality}).to_bytes())
     return quality
 
 
-def read_report(output: Path) -> dict[str, Any]:
-    """weightmill.json of an output.
-
-    Raises:
-        BadSpec: there is none, or it is of another format version.
-    """
-    if not (output / OUR_REPORT).is_file():
-        raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
-    report = read_json(output / OUR_REPORT)
-    if report.get("format") != FORMAT:
-        raise BadSpec(
-            f"output.path: {OUR_REPORT} is of format {report.get('format')}, this weightmill reads {FORMAT};"
-            " use the version that wrote it"
-        )
-    return report
-
-
-def _recorded_spec(report: Mapping[str, Any], source: str | None, verify: VerifySpec | None) -> JobSpec:
+def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None) -> JobSpec:
     try:
-        job = {**report["run"]["request"], **report["job"]}
+        job = {**report.run.request, **report.job}
         job["verify"] = _both({"kind": "strict", **job["verify"]}, verify)
         spec = JobSpec.model_validate(job, strict=False)
     except (KeyError, TypeError, ValueError) as error:
@@ -216,17 +198,17 @@ def _both(recorded: dict[str, Any], asked: VerifySpec | None) -> dict[str, Any]:
     return {**recorded, "allow_nonfinite": lets_pass, "max_relative_error": min(limits, default=None)}
 
 
-def _plan_again(spec: JobSpec, report: Mapping[str, Any]) -> Plan:
+def _plan_again(spec: JobSpec, report: Report) -> Plan:
     checkpoint = open_checkpoint(spec.source_path, spec.source.container)
-    if checkpoint.fingerprint != report["source"]["fingerprint"]:
+    if checkpoint.fingerprint != report.source.fingerprint:
         raise BadSpec(
             f"model.path: {checkpoint.root} is not the checkpoint that the output was made from: expected fingerprint"
-            f" {report['source']['fingerprint']}, found {checkpoint.fingerprint}"
+            f" {report.source.fingerprint}, found {checkpoint.fingerprint}"
         )
     return make_plan(checkpoint, [target_of(spec)], spec.source.unit_mb)
 
 
-def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> list[str]:
+def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
     """What names, shapes, dtypes, the index and the aux files already tell."""
     wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
     found = {spec.name: spec for spec in written.weights}
@@ -241,20 +223,20 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
         if spec.dtype != slot.dtype or not fits:
             found_is = f"{spec.dtype} {list(spec.shape)} in {spec.file}"
             faults.append(f"{name}: expected {slot.dtype} {list(slot.shape)}, found {found_is}")
-    for name, digest in report["aux"].items():
+    for name, digest in report.aux.items():
         path = written.root / name
         if not path.is_file():
             faults.append(f"{name}: missing from the output")
         elif hash_file(path) != digest:
             faults.append(f"{name}: it is not as it was written")
     faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.root)]
-    for row in report["tensors"]:
-        shown = tensor_errors(ErrorSums(**row["sums"]))
-        wrong = [key for key in shown if row[key] != shown[key]]
-        faults += [f"{row['name']}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
+    for row in report.tensors:
+        shown = tensor_errors(row.sums)
+        wrong = [key for key, value in shown.items() if getattr(row, key) != value]
+        faults += [f"{row.name}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
     target = plan.targets[TARGET]
     faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
-    faults += [fault for row in report["files"] for fault in _tail_faults(written.root, row)]
+    faults += [fault for file in report.files for fault in _tail_faults(written.root, file)]
     index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
     path = written.root / target.target.container.index
     if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
@@ -262,13 +244,13 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Mapping[str, Any]) -> 
     return faults
 
 
-def _tail_faults(root: Path, row: Mapping[str, Any]) -> list[str]:
+def _tail_faults(root: Path, file: WeightFile) -> list[str]:
     """Of a file in pieces, whether what no unit has written is as it was."""
-    tail = next((piece for piece in row.get("pieces", ()) if piece["name"] == f"{row['name']}.tail"), None)
-    if tail is None or not (root / row["name"]).is_file():
+    tail = next((piece for piece in file.ranges if piece.name == f"{file.name}.tail"), None)
+    if tail is None or not (root / file.name).is_file():
         return []
-    found = hash_file(root / row["name"], start=tail["offset"], size=tail["bytes"])
-    return [] if found == tail["xxh3"] else [f"{row['name']}: what follows its tensors is not as it was written"]
+    found = hash_file(root / file.name, start=tail.offset, size=tail.bytes)
+    return [] if found == tail.xxh3 else [f"{file.name}: what follows its tensors is not as it was written"]
 
 
 def _size_faults(root: Path, file: OutputFile) -> list[str]:
@@ -288,15 +270,15 @@ def _size_faults(root: Path, file: OutputFile) -> list[str]:
 def _tasks(
     plan: Plan,
     written: Checkpoint,
-    report: Mapping[str, Any],
+    report: Report,
     spec: JobSpec,
     output: Path,
     strategy: WeightLoader,
     threads: int,
 ) -> list[VerifyTask]:
     weights = {spec.name: spec for spec in written.weights}
-    files = _ranges(report)
-    recorded = {row["name"]: row for row in report["tensors"]}
+    files = {written.name: (file.name, written) for file in report.files for written in file.ranges}
+    recorded = {row.name: row for row in report.tensors}
     gate = Gate(spec.verify.allow_nonfinite, spec.verify.max_relative_error)
     tasks = []
     for unit in plan.units:
@@ -316,15 +298,6 @@ def _tasks(
             )
         )
     return tasks
-
-
-def _ranges(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each unit has written, by the name of its file or piece: which bytes of which file, and their hash."""
-    found = {}
-    for file in report["files"]:
-        for piece in file.get("pieces", ({"name": file["name"], **file},)):
-            found[piece["name"]] = {**piece, "name": file["name"]}
-    return found
 
 
 def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:

@@ -30,7 +30,7 @@ class Gate:
         if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
             count = error.nonfinite_decoded
             return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
-        if math.isinf(error.error2):  # what `measure` makes of a single wrong weight
+        if error.wrong:
             return (
                 f"{name}: a weight came back as not the nearest that its stored scale allows (a copy: not as it was);"
                 " it was encoded or stored wrong: run the job again, and report it if that repeats"

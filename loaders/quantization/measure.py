@@ -57,9 +57,9 @@ def measure(
 
 
 def _check_each(sums: np.ndarray, greatest: float) -> None:
-    """A weight that is further off than its scale allows was encoded wrong: then the error is infinite."""
+    """A weight that is further off than its scale allows was encoded wrong."""
     if sums[compare.MAX_ERROR] > greatest:
-        sums[compare.ERROR2] = np.inf
+        sums[compare.WRONG] = 1
 
 
 def _check_grid(
@@ -69,7 +69,7 @@ def _check_grid(
     if grid is not None and source.dtype != spec.dtype:
         grid = grid.after_cast()
     if grid is not None and not grid.holds(kernel_input(block, source.dtype.name), decoded):
-        sums[compare.ERROR2] = np.inf
+        sums[compare.WRONG] = 1
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
@@ -81,8 +81,8 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _compare_copy(block: np.ndarray, copy: np.ndarray, dtype: str, sums: np.ndarray, is_number: bool) -> None:
-    """A copy is exact or wrong: then its error is infinite."""
+    """A copy is exact or wrong."""
     if not _same_bits(block, copy):
-        sums[compare.ERROR2] = sums[compare.MAX_ERROR] = np.inf
+        sums[compare.WRONG] = 1
     elif is_number:
         cpu.scan_into(block, dtype, sums)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from loaders.architectures.families import text_config
 from loaders.architectures.mlx import ROUTER_GROUP, TOWERS, convert_dtype, model_of
@@ -20,7 +20,6 @@ from loaders.rules.rule import Rule
 from loaders.tensors.logical_tensor import LogicalTensor
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
-MIXED_RECIPES: tuple[str, ...] = get_args(MixedRecipe)
 MODULES = (*LINEAR, "expert", "embedding", "head", "router")
 FINE = (
     r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj|\.experts\.\d+\.w2)\."  # w2: mixtral's down_proj

@@ -19,7 +19,7 @@ CHUNK = 4096
 LANES = 16
 F64 = ir.DoubleType()
 # the slots of `sums`
-ERROR2, SOURCE2, DECODED2, PRODUCT, MAX_ERROR, NONFINITE, NONFINITE_DECODED, SLOTS = range(8)
+ERROR2, SOURCE2, DECODED2, PRODUCT, MAX_ERROR, NONFINITE, NONFINITE_DECODED, WRONG, SLOTS = range(9)
 LEAST_DECODED = 0.1  # of the source's sum of squares: where the decoded have less, differences are too coarse
 TRUSTED = (np.float32(1e-25), np.float32(1e30))  # of a chunk's sum of squares: none over- or underflowed that matter
 
@@ -155,4 +155,5 @@ def error_sums(numel: int, sums: np.ndarray) -> ErrorSums:
         float(sums[MAX_ERROR]),
         int(sums[NONFINITE]),
         int(sums[NONFINITE_DECODED]),
+        int(sums[WRONG]),
     )

@@ -55,12 +55,6 @@ def quotient_like(lanes: Lanes, x: Array, value: Value, divisor: Value) -> Value
     return lanes.b.extract_element(one, ir.Constant(I32, 0))
 
 
-@vector(types.float32)
-def rounded_like(lanes: Lanes, x: Array, value: Value) -> Value:
-    """A float32 scalar rounded to the dtype of `x`."""
-    return lanes.b.extract_element(like(lanes, x, lanes.splat(value, 1)), ir.Constant(I32, 0))
-
-
 def to_integers(lanes: Lanes, values: Value, lowest: int, highest: int) -> Value:
     """int32 lanes: the nearest integers within bounds. NaN becomes a bound; magnitudes are below 2^22 or clamped."""
     within = clamp(lanes, values, float(lowest), float(highest))

@@ -1,0 +1,277 @@
+"""weightmill.json, the report that stays with an output: what was made of what, how far it lies from its source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from jobs.output.journal import TensorRecord
+from jobs.planning.plan import FORMAT
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.stats import CompressionStats, ErrorSums, finite
+from loaders.storage.json_files import json_bytes, read_json
+
+
+class Part(BaseModel):
+    """What every part of a report is: frozen, strict, with nothing unknown in it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class NamedFile(Part):
+    """A file of the source."""
+
+    name: str
+    bytes: int
+
+
+class ReportedSource(Part):
+    """The checkpoint that an output was made from. `fingerprint` names its weights by all that headers say of them."""
+
+    path: str
+    fingerprint: str
+    container: str
+    model_type: Any  # as config.json has it
+    family: str
+    files: tuple[NamedFile, ...]
+
+
+class Changed(Part):
+    """Sizes and errors over the tensors that were quantized or cast."""
+
+    tensors: int
+    parameters: int
+    source_bytes: int
+    output_bytes: int
+    ratio: float
+    bits_per_weight: float
+    relative_error: float
+    sqnr_db: float | None
+    cosine: float
+
+
+class Totals(Changed):
+    """Sizes and errors of the whole, and of what was changed; None where nothing was."""
+
+    changed: Changed | None
+
+
+class FileRange(Part):
+    """A range of a weight file that one unit wrote, or what follows the last: its first byte, its length, xxh3-128."""
+
+    name: str
+    offset: int
+    bytes: int
+    xxh3: str
+
+
+class WeightFile(Part):
+    """A weight file of the output. `pieces` are the ranges that several units wrote, of one that they share."""
+
+    name: str
+    bytes: int
+    xxh3: str
+    pieces: tuple[FileRange, ...] | None = None
+
+    @property
+    def ranges(self) -> tuple[FileRange, ...]:
+        """What each unit has written of it."""
+        return self.pieces or (FileRange(name=self.name, offset=0, bytes=self.bytes, xxh3=self.xxh3),)
+
+
+class TiedPair(Part):
+    """Two tensors of the source that the engine ties again when it loads: one is written."""
+
+    kept: str
+    tied: str
+
+
+class StoredPart(Part):
+    """A tensor that was written: xxh3 is its xxh3-64."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    xxh3: str
+
+
+class ReportedTensor(Part):
+    """What became of one tensor, and how far it lies from its source. Infinities are None."""
+
+    name: str
+    role: str
+    action: str
+    dtype: str
+    shape: tuple[int, ...]
+    source_bytes: int
+    output_bytes: int
+    relative_error: float | None
+    sqnr_db: float | None
+    cosine: float
+    max_error: float
+    sums: ErrorSums
+    stored: dict[str, StoredPart]
+
+    @staticmethod
+    def of(tensor: TensorRecord) -> ReportedTensor:
+        """From what its unit recorded."""
+        return ReportedTensor(
+            name=tensor.name, role=tensor.role, action=tensor.action, dtype=tensor.dtype, shape=tensor.shape,
+            source_bytes=tensor.source_bytes, output_bytes=tensor.output_bytes, **tensor_errors(tensor.error),
+            sums=tensor.error,
+            stored={
+                name: StoredPart(dtype=dtype, shape=shape, bytes=size, xxh3=digest)
+                for name, (dtype, shape, size, digest) in tensor.stored.items()
+            },
+        )  # fmt: skip
+
+
+class LintFinding(Part):
+    """Something an engine will stumble over: see `loaders.lint.Finding`."""
+
+    level: str
+    engine: str
+    what: str
+    happens: str
+    remedy: str
+
+
+class RunReport(Part):
+    """When, where and how fast a job ran. Seconds by phase are its own, summed over threads; `wall_s`,
+    `throughput_gbps` and `peak_anonymous_bytes` those of the pass, which `jobs_in_pass` jobs shared.
+    """
+
+    key: str
+    sweep: str | None
+    started: str
+    wall_s: float
+    throughput_gbps: float
+    read_s: float
+    encode_s: float
+    measure_s: float
+    write_s: float
+    bytes: int
+    files: int
+    tensors: int
+    peak_anonymous_bytes: int
+    units: int
+    units_resumed: int
+    retries: int
+    jobs_in_pass: int
+    cost: float | None
+    strategy: str
+    backend: str
+    cluster: str
+    nodes: tuple[str, ...]
+    python: str
+    request: dict[str, Any]
+
+
+class Report(Part):
+    """weightmill.json: all but `run` and `quality`, which machines compute, is the same wherever the job runs.
+
+    `job` is the resolved request without what cannot change the result; `aux` maps the other files to their xxh3-128.
+    """
+
+    format: int
+    job: dict[str, Any]
+    source: ReportedSource
+    totals: Totals
+    files: tuple[WeightFile, ...]
+    aux: dict[str, str]
+    tied: tuple[TiedPair, ...]
+    warnings: tuple[str, ...]
+    lint: tuple[LintFinding, ...]
+    tensors: tuple[ReportedTensor, ...]
+    versions: dict[str, str]
+    quality: dict[str, Any] | None = None
+    run: RunReport
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file: what does not apply is left out."""
+        document = self.model_dump(mode="json")
+        if self.quality is None:
+            del document["quality"]
+        for file in document["files"]:
+            if file["pieces"] is None:
+                del file["pieces"]
+        return document
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        return json_bytes(self.to_json())
+
+    @staticmethod
+    def from_json(raw: bytes | str, where: str = OUR_REPORT) -> Report:
+        """Back from the file's content.
+
+        Raises:
+            BadSpec: it is of another format version.
+            BadCheckpoint: it is no report.
+        """
+        try:
+            found = json.loads(raw)
+            version = found["format"]
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise BadCheckpoint(f"{where}: not a report of weightmill ({type(error).__name__}: {error})") from None
+        if version != FORMAT:
+            raise BadSpec(
+                f"output.path: {where} is of format {version}, this weightmill reads {FORMAT};"
+                " use the version that wrote it"
+            )
+        try:
+            return Report.model_validate_json(raw)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, fault["loc"]))
+            raise BadCheckpoint(f"{where}: not a report of this version ({place}: {fault['msg']})") from None
+
+
+def read_report(output: Path) -> Report:
+    """The report of an output.
+
+    Raises:
+        BadSpec: there is none, or it is of another format version.
+        BadCheckpoint: it is damaged.
+    """
+    path = output / OUR_REPORT
+    if not path.is_file():
+        raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
+    with io_errors("reading", path):
+        return Report.from_json(path.read_bytes(), str(path))
+
+
+def files_named(output: Path) -> set[str]:
+    """The files that an output's report names, itself among them; those of older versions say it likewise.
+
+    Raises:
+        BadCheckpoint: it does not say.
+    """
+    found = read_json(output / OUR_REPORT)
+    try:
+        return {OUR_REPORT, *found["aux"], *(file["name"] for file in found["files"])}
+    except (KeyError, TypeError):
+        raise BadCheckpoint(f"{output / OUR_REPORT}: it does not say which files weightmill wrote") from None
+
+
+def totals_of(tensors: Sequence[TensorRecord]) -> Totals:
+    """Sizes and errors of the whole, and of what was quantized or cast."""
+    whole = sum((tensor.stats for tensor in tensors), CompressionStats())
+    mine = [tensor.stats for tensor in tensors if tensor.action in ("quantize", "cast")]
+    changed = Changed(**sum(mine, CompressionStats()).to_json()) if mine else None
+    return Totals(**whole.to_json(), changed=changed)
+
+
+def tensor_errors(error: ErrorSums) -> Mapping[str, Any]:
+    """What follows from a tensor's sums, as the report has it."""
+    return {
+        "relative_error": finite(error.relative_error),
+        "sqnr_db": finite(error.sqnr_db),
+        "cosine": error.cosine,
+        "max_error": error.max_error,
+    }
