@@ -1,9 +1,11 @@
-"""Families: what a `model_type` says of its tensors. Tables of names, checked against the models of transformers 5.23
-(but for DeepSeek's layer that predicts several tokens, and not against the headers of the large published checkpoints).
+"""Families of models: the roles, blocks and groups of their tensors, as tables of names by `model_type`.
 
-A family gives each tensor a role (what the engine's module is), a block (tensors that belong in one unit: a layer's
-attention, its MLP with all experts) and, where several are fused by engines, a group (q/k/v, gate/up). Tensors that a
-family does not name, and all those of an unknown model_type, are told by the generic names at the end.
+A family gives each tensor a role (what the engine's module is), a block (the tensors that belong in one unit: a layer's
+attention, or its MLP with all experts) and, where engines fuse several tensors, a group (q/k/v, gate/up). The generic
+rows at the end serve tensors that a family does not name, and all tensors of an unknown model_type.
+
+The tables were checked against the models of transformers 5.23, except for DeepSeek's layer for multi-token prediction,
+and not against the headers of the large published checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What is known of a tensor from its name and shape."""
+    """The facts about a tensor that its name and shape tell."""
 
     role: str
     block: str
@@ -43,11 +45,11 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A stored tensor that holds a layer's experts, and how to cut it into theirs.
+    """A stored tensor that holds all experts of a layer, and how to cut it into the experts' tensors.
 
-    `name` is that of an expert's tensor: expanded with the match's groups, then with {expert} and {part}. `parts` share
-    the dimension of outputs, one after another or, if interleaved, in turn. Matrices are (experts, outputs, inputs), or
-    if transposed (experts, inputs, outputs); biases (experts, outputs).
+    `name` is the pattern for an expert's tensor: it is expanded with the match's groups, then with {expert} and {part}.
+    `parts` share the dimension of outputs, one after another, or in turn if interleaved. Matrices are (experts,
+    outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs).
     """
 
     pattern: re.Pattern[str]
@@ -60,10 +62,11 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`tensors` rows are (pattern, role, block, group): expanded with the match's groups, first match wins.
+    """The names of the tensors of some model types.
 
-    `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what an
-    absent `tie_word_embeddings` means. `stacks` say how the model's class holds experts, where it stacks them on disk.
+    `tensors` rows are (pattern, role, block, group); the first match wins, and block and group are expanded with its
+    groups. `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what
+    an absent `tie_word_embeddings` means. `stacks` say how experts are stacked on disk, where they are.
     """
 
     name: str
@@ -75,7 +78,7 @@ class Family:
     is_generic: bool = False
 
     def traits(self, name: str, shape: Shape) -> Traits:
-        """Role, block and group of a tensor."""
+        """Return a tensor's role, block and group."""
         for pattern, role, block, group in self.tensors:
             match = pattern.search(name)
             if match:
@@ -83,12 +86,12 @@ class Family:
         return _generic_traits(name, shape)
 
     def tied_pairs(self, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-        """(kept, dropped) names that the engine ties for this config."""
+        """Return the (kept, dropped) names that the engine ties for this config."""
         return self.tied if text_config(config, "tie_word_embeddings", self.ties) else ()
 
 
 def text_config(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A value of config.json, at the top or in the text part of a multimodal one."""
+    """Return a value of config.json, from the top or from the text part of a multimodal model's config."""
     nested = config.get("text_config")
     if key not in config and isinstance(nested, Mapping):
         return nested.get(key, default)
@@ -96,7 +99,7 @@ def text_config(config: Mapping[str, Any], key: str, default: Any = None) -> Any
 
 
 def load_dtype(config: Mapping[str, Any]) -> DType | None:
-    """The float dtype that transformers gives the weights when it loads them: `dtype`, or `torch_dtype` before 5."""
+    """Return the float dtype in which transformers loads the weights: `dtype`, or `torch_dtype` before version 5."""
     name = text_config(config, "dtype") or text_config(config, "torch_dtype")
     known = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     return DTYPES[known[name]] if isinstance(name, str) and name in known else None
@@ -156,8 +159,8 @@ SHARED_EXPERTS = _rows(
     ),
     (LAYER + r"(?:mlp|feed_forward)\.shared_experts?\.down_proj\.weight$", "mlp", r"\g<layer>.mlp", None),
 )
-# DeepSeek's attention; engines fuse its two projections to the latent space. The layer after the last is for predicting
-# several tokens: its names are those of the published checkpoints, transformers has no class to hold them against.
+# DeepSeek's attention, of which engines fuse the two projections to the latent space. The layer after the last is for
+# multi-token prediction: its names are those of the published checkpoints, since transformers has no class for it.
 MLA = _rows(
     (
         LAYER + r"self_attn\.(?:q_a_proj|kv_a_proj_with_mqa)\.weight$",
@@ -298,7 +301,8 @@ FAMILIES = (
 )
 GENERIC = Family("generic", (), (), TIED_HEAD, is_generic=True)
 
-# What names usually mean, for tensors no family knows: only a matrix that looks like nothing else is a linear layer.
+# The usual meanings of names, for tensors that no family knows. Only a matrix that looks like nothing else is a linear
+# layer: quantizing an embedding or a router by mistake costs more than keeping a linear layer.
 GENERIC_ROLES = _rows(
     (r"(?:^|[._])(?:embed|emb|wte|wpe|shared)[a-z_]*\.|embedding", "embedding", "", None),
     (r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier|cls)\.(?:[\w.]*\.)?weight$", "head", "", None),
@@ -314,6 +318,7 @@ GENERIC_BLOCK = re.compile(r"^(.*?\b(?:layers?|blocks?|h|blk)\.\d+)\.")
 
 
 def _generic_traits(name: str, shape: Shape) -> Traits:
+    """Tell a tensor's role by the usual meanings of names; its block is the numbered module that it is in."""
     match = GENERIC_BLOCK.match(name)
     block = match.group(1) if match else name
     for pattern, role, _, _ in GENERIC_ROLES:
@@ -324,7 +329,7 @@ def _generic_traits(name: str, shape: Shape) -> Traits:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by its `model_type`; the generic one if none knows it."""
+    """Return the family of a config.json by its `model_type`, or the generic one if none knows it."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -333,6 +338,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
-    """Sorts "layers.2" before "layers.10"."""
+    """Return a sort key that puts "layers.2" before "layers.10"."""
     parts = re.split(r"(\d+)", text)
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts if part)

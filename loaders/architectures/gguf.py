@@ -1,7 +1,7 @@
-"""llama.cpp's architectures, as far as they are known here: tensor names both ways, row orders, config and metadata.
+"""llama.cpp's architectures: tensor names in both directions, row orders, and config.json from metadata.
 
-Names and keys are those of gguf-py (llama.cpp, gguf-py/gguf/constants.py) and of its converter (conversion/llama.py,
-conversion/qwen.py). Only models listed here are converted between transformers' form and GGUF.
+Names and keys are those of gguf-py (llama.cpp, gguf-py/gguf/constants.py) and of llama.cpp's converter
+(conversion/llama.py, conversion/qwen.py). Only models listed here are converted between transformers' form and GGUF.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loaders.architectures.families import text_config
 from loaders.errors import BadSpec
 from loaders.specs import RowOrder
 
-# transformers' name within a layer -> GGUF's; biases and norms likewise
+# transformers' name of a module within a layer -> GGUF's; weights and biases alike
 LAYER_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -23,7 +23,7 @@ LAYER_NAMES = {
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-# stacked experts: the place of the number is {}
+# GGUF stacks experts: {} stands for an expert's number in transformers' name
 QWEN_EXPERTS = {
     "mlp.gate": "ffn_gate_inp", "mlp.experts.{}.gate_proj": "ffn_gate_exps", "mlp.experts.{}.up_proj": "ffn_up_exps",
     "mlp.experts.{}.down_proj": "ffn_down_exps",
@@ -39,7 +39,7 @@ GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
 @dataclass(frozen=True, slots=True)
 class GgufName:
-    """Where a tensor of transformers is in a GGUF: its name, and its place in a stack of experts."""
+    """The place of transformers' tensor in a GGUF: a name, and the expert's number in a stack."""
 
     name: str
     expert: int | None = None
@@ -47,7 +47,12 @@ class GgufName:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One of llama.cpp's, and the models that it holds. `permutes`: q and k rows stand in another order there."""
+    """An architecture of llama.cpp and the model types that it holds.
+
+    `class_name` is transformers' class for config.json. `permutes` says that rows of q and k are in another order in a
+    GGUF: llama.cpp's rotary embedding pairs neighbours, transformers' pairs the halves of a head (`permute` in
+    conversion/llama.py).
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -56,7 +61,7 @@ class Architecture:
     permutes: bool = False
 
     def gguf_name(self, name: str) -> GgufName | None:
-        """What a tensor of transformers is called; None for one that the architecture does not have."""
+        """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
         top, _, suffix = name.rpartition(".")
         if top in TOP_NAMES and suffix == "weight":
             return GgufName(f"{TOP_NAMES[top]}.weight")
@@ -73,7 +78,7 @@ class Architecture:
         return GgufName(f"blk.{layer}.{found}.weight", None if expert is None else int(expert[1]))
 
     def hf_name(self, name: str) -> str | None:
-        """Back: a name of transformers, with {} where experts count; None for one that is unknown."""
+        """Return transformers' name of a GGUF's tensor, with {} for an expert's number; None if it is unknown."""
         tops = {f"{gguf}.weight": f"{hf}.weight" for hf, gguf in TOP_NAMES.items()}
         if name in tops:
             return tops[name]
@@ -85,7 +90,11 @@ class Architecture:
         return f"model.layers.{layer}.{known[inner]}.{suffix}" if inner in known else None
 
     def row_order(self, name: str, rows: int, config: Mapping[str, Any], *, inverse: bool) -> RowOrder | None:
-        """How the rows of transformers' tensor `name` are taken for GGUF, or with `inverse` those of GGUF's for it."""
+        """Return the order in which GGUF takes the rows of transformers' tensor `name`; with `inverse`, the way back.
+
+        Raises:
+            BadSpec: the rows do not divide into heads.
+        """
         match = HF_LAYER.match(name)
         if not self.permutes or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
             return None
@@ -107,7 +116,7 @@ CLASS_NAMES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a config.json.
+    """Return the architecture of a config.json.
 
     Raises:
         BadSpec: none here is for its model_type.
@@ -121,15 +130,15 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def architecture_named(name: object) -> Architecture | None:
-    """The architecture that a GGUF calls general.architecture."""
+    """Return the architecture of the name that a GGUF gives as general.architecture."""
     return next((a for a in ARCHITECTURES if a.name == name), None)
 
 
 def number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number of config.json.
+    """Return a whole number of config.json.
 
     Raises:
-        BadSpec: it is missing, or something else.
+        BadSpec: it is missing, negative, or not a whole number.
     """
     found = text_config(config, key)
     found = default if found is None else found
@@ -139,7 +148,7 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
 
 
 def experts_of(config: Mapping[str, Any]) -> int:
-    """How many experts a layer has; 0 for a dense model. transformers 5 renamed the key."""
+    """Return the number of experts in a layer; 0 for a dense model. transformers 5 renamed the key."""
     for key in ("num_local_experts", "num_experts"):
         if text_config(config, key) is not None:
             return number(config, key)
@@ -147,7 +156,7 @@ def experts_of(config: Mapping[str, Any]) -> int:
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta, rope_type and what scaling has, from either style of config.json."""
+    """Return rope_theta, rope_type and the scaling's settings from either style of config.json."""
     found: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         block = text_config(config, key)
@@ -164,7 +173,10 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(metadata: Mapping[str, Any], names: Sequence[str], dtype: str) -> dict[str, Any]:
-    """config.json of a GGUF's metadata (plain values by key) and tensor names; empty for an unknown architecture."""
+    """Make a config.json from a GGUF's metadata (plain values by key) and tensor names.
+
+    `dtype` is transformers' name for the weights' dtype. The result is empty for an unknown architecture.
+    """
     architecture = architecture_named(metadata.get("general.architecture"))
     if architecture is None:
         return {}
@@ -174,6 +186,7 @@ def config_of(metadata: Mapping[str, Any], names: Sequence[str], dtype: str) -> 
 
     heads, hidden = value("attention.head_count"), value("embedding_length")
     experts = value("expert_count", 0)
+    # llama.cpp holds Mixtral as a llama with experts. A Mistral cannot be told from a Llama, and becomes one.
     model_type = "mixtral" if architecture.name == "llama" and experts else architecture.model_types[0]
     config: dict[str, Any] = {
         "architectures": [CLASS_NAMES.get(model_type, architecture.class_name)],
@@ -204,6 +217,7 @@ def config_of(metadata: Mapping[str, Any], names: Sequence[str], dtype: str) -> 
         config["num_experts_per_tok"] = value("expert_used_count")
         if architecture.name == "qwen3moe":
             config |= {"moe_intermediate_size": value("expert_feed_forward_length"), "norm_topk_prob": True}
+    # Qwen2's attention always has biases, and its config no such key.
     if any(name.endswith("attn_q.bias") for name in names) and architecture.name != "qwen2":
         config["attention_bias"] = True
     scaling = value("rope.scaling.type")

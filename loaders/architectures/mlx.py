@@ -1,8 +1,9 @@
-"""What mlx-lm calls the tensors of a model, where it differs from transformers.
+"""mlx-lm's models: the names of their tensors and their settings, where they differ from transformers'.
 
-Facts from mlx_lm 0.32 (models/*.py, ModelArgs and sanitize). Names are the same but for a mixture's experts: it
-stacks them, an expert's matrix is one of E along the first dimension of MODULE.switch_mlp.gate_proj and so on. Norms of
-Gemma are stored as they are. deepseek_v3 is not here: mlx-lm cuts its kv_b_proj by heads, and transposes one half.
+Facts are from mlx_lm 0.32, models/*.py (ModelArgs and sanitize). Names are the same except those of a mixture's
+experts: mlx-lm stacks them, so that an expert's matrix is one of E along the first dimension of
+MODULE.switch_mlp.gate_proj and its like. Norms of Gemma are stored as they are. deepseek_v3 is missing: mlx-lm cuts its
+kv_b_proj by heads and transposes one half.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 @dataclass(frozen=True, slots=True)
 class MlxModel:
-    """A model_type that mlx-lm and we know.
+    """What mlx-lm makes of a model_type.
 
-    experts: the module that holds them and their three matrices' names, by those in the stack. stack: what mlx-lm calls
-    the stacks within that module. has_head_dim: whether a head_dim other than hidden_size / num_attention_heads can be
-    told. head: whether the output projection is there or tied as the config says ("either"), must be there ("own"), or
-    must not ("tied"). needs: settings without a default, which older configs leave to transformers.
-    is_nested: the language model's settings are in text_config. router_is_linear: whether mlx-lm quantizes it.
+    experts: the module that holds experts, and transformers' names of their three matrices by mlx-lm's.
+    num_experts: mlx-lm's key for the number of experts.
+    has_head_dim: whether mlx-lm can be told a head_dim other than hidden_size / num_attention_heads.
+    router_bits: bits of the router's affine groups of ROUTER_GROUP; None: as everything else.
+    needs: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
+    stack: mlx-lm's name of the module that stacks experts.
+    head: the output projection is there or tied as the config says ("either"), must be there ("own"), or must not
+    ("tied").
+    is_nested: whether the language model's settings are in text_config.
+    router_is_linear: whether mlx-lm has a linear layer as router, which it then quantizes.
     """
 
     experts: tuple[str, Mapping[str, str]] | None = None
     num_experts: str = ""
     has_head_dim: bool = False
-    router_bits: int | None = None  # of affine groups of 64; None: as everything else
+    router_bits: int | None = None
     needs: Mapping[str, Any] = field(default_factory=dict)
     stack: str = "switch_mlp"
     head: str = "either"
@@ -73,18 +79,18 @@ MODELS = {
 }  # fmt: skip
 ROUTER_GROUP = 64
 LAYER = r"(?:language_model\.)?model\.layers\.\d+"
-TOWERS = r"^(?:vision_tower|vision_model|multi_modal_projector)\."  # which mlx-lm's language models leave out
+TOWERS = r"^(?:vision_tower|vision_model|multi_modal_projector)\."  # parts that mlx-lm's language models leave out
 
 
 def model_of(config: Mapping[str, Any]) -> MlxModel | None:
-    """What is known of a config's model_type."""
+    """Return the entry of a config's model_type, or None if it is unknown."""
     return MODELS.get(str(config.get("model_type")))
 
 
 def convert_dtype(config: Mapping[str, Any]) -> DType | None:
-    """The dtype that mlx_lm.convert gives all float weights first; None: each keeps its own.
+    """Return the dtype to which mlx_lm.convert casts all float weights first; None if each keeps its own.
 
-    It reads `torch_dtype` alone, or the `dtype` of a text_config: not the `dtype` that transformers 5 writes.
+    mlx_lm.convert reads `torch_dtype`, or the `dtype` of a text_config, but not the top `dtype` of transformers 5.
     """
     text = config.get("text_config")
     name = config.get("torch_dtype") or (text.get("dtype") if isinstance(text, Mapping) else None)
@@ -95,7 +101,7 @@ def convert_dtype(config: Mapping[str, Any]) -> DType | None:
 
 
 def stack_of(model: MlxModel, name: str) -> tuple[str, int] | None:
-    """The stacked weight or bias that an expert's is part of, and which part."""
+    """Return the stacked weight or bias of which an expert's tensor is a part, and the expert's number."""
     if model.experts is None:
         return None
     module, matrices = model.experts
@@ -110,7 +116,7 @@ def is_stack(model: MlxModel | None, name: str) -> bool:
 
 
 def expert_names(model: MlxModel, stacked: str, count: int) -> tuple[str, ...] | None:
-    """The experts in a stacked weight or bias by transformers' names, in order."""
+    """Return transformers' names of the experts in a stacked weight or bias, in order; None if it is no stack."""
     if model.experts is None:
         return None
     module, matrices = model.experts
@@ -120,24 +126,27 @@ def expert_names(model: MlxModel, stacked: str, count: int) -> tuple[str, ...] |
     return tuple(f"{match[1]}.experts.{e}.{matrices[match[2]]}.{match[3]}" for e in range(count))
 
 
-# --- the packed container's experts, which bear mlx-lm's names of matrices
+# --- the packed container's experts, whose matrices have mlx-lm's names
 
 
 def packed_experts(config: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
-    """The module that holds the experts, and their matrices' own names by mlx-lm's; of unknown models, the usual."""
+    """Return the module that holds experts, and transformers' names of their matrices by mlx-lm's.
+
+    A model that is unknown gets the most common ones.
+    """
     model = model_of(config)
     return QWEN_EXPERTS if model is None or model.experts is None else model.experts
 
 
 def packed_expert_name(config: Mapping[str, Any], layer: int, expert: int, component: str) -> str:
-    """An expert's tensor by its own name: component is such as "gate_proj.weight"."""
+    """Return transformers' name of a component of an expert, such as "gate_proj.weight"."""
     module, matrices = packed_experts(config)
     matrix, _, suffix = component.partition(".")
     return f"model.layers.{layer}.{module}.experts.{expert}.{matrices[matrix]}.{suffix}"
 
 
 def packed_expert(config: Mapping[str, Any], name: str) -> tuple[int, int, str] | None:
-    """Layer, expert and component of an expert's tensor; None for any other."""
+    """Return the layer, expert and component that an expert's tensor is; None for any other tensor."""
     module, matrices = packed_experts(config)
     own = {hf: mlx for mlx, hf in matrices.items()}
     match = re.fullmatch(

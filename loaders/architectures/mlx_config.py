@@ -1,4 +1,7 @@
-"""config.json as mlx-lm reads it, and what it could not be told of a model. Facts from mlx_lm 0.32 (models/*.py)."""
+"""config.json as mlx-lm reads it, and the models of which it cannot be told something that they need.
+
+Facts are from mlx_lm 0.32, models/*.py: each model's ModelArgs and what its layers make of them.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,25 @@ from typing import Any
 
 from loaders.architectures.mlx import MlxModel
 
-NEEDS_TYPE = ("phi3", "qwen2_moe")  # whose rope_scaling must have the older key
+NEEDS_TYPE = ("phi3", "qwen2_moe")  # models whose rope_scaling must have "type", the older name of "rope_type"
 VISION = "vision_config"
 
 
 def text_of(model: MlxModel, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's settings."""
+    """Return the settings of the language model, which a multimodal config holds one level down."""
     nested = config.get("text_config")
     return nested if model.is_nested and isinstance(nested, Mapping) else config
 
 
 def num_experts(model: MlxModel, config: Mapping[str, Any]) -> int | None:
-    """How many experts a layer has, by whichever name the config has it."""
+    """Return the number of experts in a layer, by whichever name the config has; None for a dense model."""
     text = text_of(model, config)
     found = next((text[k] for k in (model.num_experts, "num_experts", "num_local_experts") if k in text), None)
     return found if model.experts is not None and isinstance(found, int) else None
 
 
 def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
-    """What mlx-lm could not be told of a config, or None."""
+    """Say what of a config mlx-lm would get wrong or could not load, or return None."""
     text, model_type = text_of(model, config), config["model_type"]
     head_dim, usual = text.get("head_dim"), _usual_head_dim(text)
     if not model.has_head_dim and head_dim not in (None, usual):
@@ -36,15 +39,18 @@ def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
     if model.experts is not None and num_experts(model, config) is None:
         return f"config.json: expected {model.num_experts}, which {model_type} needs, found none"
     if model_type == "deepseek_v2" and _rope(text)[1] is None:
-        return "config.json: mlx-lm's deepseek_v2 fails without a rope scaling, which this model has not"
+        return "config.json: mlx-lm's deepseek_v2 fails without a rope scaling, which this model lacks"
     if model_type == "qwen2_moe" and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
-        return "config.json: mlx-lm's qwen2_moe has experts in every layer; this model has not (mlp_only_layers)"
+        return "config.json: mlx-lm's qwen2_moe has experts in every layer; this model does not (mlp_only_layers)"
     said = _layers_fault(str(model_type), text)
     return None if said is None else f"config.json: mlx-lm's {model_type} {said}; it would compute something else"
 
 
 def _layers_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
-    """Layers of a kind that mlx-lm works out from their numbers, and not as the config says."""
+    """Say which kind of layers mlx-lm would find at other places than the config says, or return None.
+
+    It works out from a layer's number whether the layer attends fully, has rotary embeddings, or has experts.
+    """
     layers = int(text.get("num_hidden_layers", 0))
     if model_type.startswith("gemma3") and isinstance(text.get("layer_types"), list):
         pattern = sliding_pattern(text)
@@ -63,7 +69,7 @@ def _layers_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
 
 
 def head_fault(model: MlxModel, model_type: str, *, has_head: bool) -> str | None:
-    """Whether the output projection is where mlx-lm's class expects it."""
+    """Say why the output projection is not where mlx-lm's class expects it, or return None."""
     if model.head == "own" and not has_head:
         return f"mlx-lm's {model_type} has an output projection of its own: it cannot load a tied one; untie it first"
     if model.head == "tied" and has_head:
@@ -72,19 +78,21 @@ def head_fault(model: MlxModel, model_type: str, *, has_head: bool) -> str | Non
 
 
 def sliding_pattern(text: Mapping[str, Any]) -> int:
-    """Gemma 3: every so manieth layer attends to all."""
+    """Return Gemma 3's period: every layer whose number, from 1, it divides attends to all tokens. 6 is the default."""
     return int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or 6)
 
 
 def _usual_head_dim(text: Mapping[str, Any]) -> int | None:
+    """Return hidden_size / num_attention_heads, which is a head's size where the config says nothing."""
     hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
 
 
 def _rope(text: Mapping[str, Any]) -> tuple[Any, Any]:
-    """rope_theta and rope_scaling, from the older places or from rope_parameters; None where there is none."""
+    """Return rope_theta and rope_scaling from the older places or from rope_parameters; None where there is none."""
     rope = text.get("rope_parameters")
     theta, scaling = text.get("rope_theta"), text.get("rope_scaling")
+    # Gemma 3 has parameters for each kind of layer; mlx-lm's rope_theta is that of layers with full attention.
     if isinstance(rope, Mapping) and isinstance(rope.get("full_attention"), Mapping):
         rope = rope["full_attention"]
     if isinstance(rope, Mapping):
@@ -95,11 +103,11 @@ def _rope(text: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def translate_config(model: MlxModel, config: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
-    """config.json as mlx-lm reads it; transformers reads it too.
+    """Return a config.json that mlx-lm reads, and transformers as well.
 
-    transformers 5 keeps rope_theta and the scaling in rope_parameters and calls num_experts num_local_experts: mlx-lm
-    reads the older places, and without them takes its own defaults without a word. An absent tie_word_embeddings means
-    true to mlx-lm and false to transformers: it is always written.
+    transformers 5 keeps rope_theta and the scaling in rope_parameters, and calls num_experts num_local_experts. mlx-lm
+    reads the older places, and where they are missing takes its own defaults silently. An absent tie_word_embeddings
+    means true to mlx-lm and false to transformers, so it is always written.
     """
     made = {key: value for key, value in config.items() if key not in ("_name_or_path", VISION)}
     made["tie_word_embeddings"] = is_tied
@@ -113,7 +121,7 @@ def translate_config(model: MlxModel, config: Mapping[str, Any], *, is_tied: boo
 
 
 def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None = None) -> dict[str, Any]:
-    """The language model's settings that must stand elsewhere, or be said."""
+    """Return the language model's settings that mlx-lm looks for in other places, or that it needs stated."""
     made: dict[str, Any] = {}
     model_type = model_type or str(text.get("model_type"))
     theta, scaling = _rope(text)
@@ -141,7 +149,7 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The block of settings; None where config.json has none of MLX's."""
+    """Return MLX's block of settings in config.json, or None if there is none."""
     for key in ("quantization", "quantization_config"):
         block = config.get(key)
         if isinstance(block, Mapping) and "group_size" in block and "bits" in block and "quant_method" not in block:

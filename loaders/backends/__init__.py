@@ -1,4 +1,4 @@
-"""Where the arithmetic of encoders runs, and where weights go: cpu, cuda, mps, mlx."""
+"""Backends: where the arithmetic of encoders runs, and to where weights are loaded: cpu, cuda, mps, mlx."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DEVICES = NAMES
 
 
 def kernels_of(backend: str) -> Kernels:
-    """The kernels of a backend, by its name in conf/backend/, or of one device of several ("cuda:1").
+    """Return the kernels of a backend by its name in conf/backend/, or of one of several devices ("cuda:1").
 
     Raises:
         BadSpec: this machine has no such device, or its library is not installed.
     """
     if backend == "cpu":
-        from loaders.quantization.kernels.cpu import CpuKernels  # numba is slow to import; who only loads needs none
+        from loaders.quantization.kernels.cpu import CpuKernels  # numba is slow to import, and only loading needs none
 
         return CpuKernels()
     if backend.partition(":")[0] not in DEVICES:
@@ -39,7 +39,7 @@ def kernels_of(backend: str) -> Kernels:
 
 
 class Leases:
-    """Which of several devices are in use, by how many units."""
+    """A count of the units that use each of several devices."""
 
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
@@ -47,7 +47,7 @@ class Leases:
 
     @contextmanager
     def least_used(self, devices: tuple[str, ...]) -> Iterator[str]:
-        """One of the devices, that which fewest hold; the first of several such."""
+        """Hold the device that fewest units hold, the first of equals, while the context is open."""
         with self._lock:
             device = min(devices, key=lambda name: self._held.get(name, 0))
             self._held[device] = self._held.get(device, 0) + 1
@@ -59,7 +59,7 @@ class Leases:
 
 
 def devices_of(name: str) -> tuple[str, ...]:
-    """A backend's devices by name: every GPU of "cuda", else the one.
+    """Return the names of a backend's devices: every GPU of "cuda", or the one device of another.
 
     Raises:
         BadSpec: this machine has none.
@@ -67,11 +67,11 @@ def devices_of(name: str) -> tuple[str, ...]:
     return backend(name).devices if name == "cuda" else (name,)
 
 
-_LEASES = Leases()  # of this process: units on its threads share the machine's devices
+_LEASES = Leases()  # one for the process, since the units on its threads share the machine's devices
 
 
 @contextmanager
 def leased_kernels(name: str) -> Iterator[Kernels]:
-    """The kernels of a backend; of several GPUs, those of the one that fewest units of this process use."""
+    """Give the kernels of a backend; of several GPUs, those of the one that fewest units of this process use."""
     with _LEASES.least_used(devices_of(name)) as device:
         yield kernels_of(device)

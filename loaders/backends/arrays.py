@@ -1,4 +1,4 @@
-"""Stored bytes as arrays: numpy's, torch's on a device, or mlx's. Nothing is copied that can be looked at in place."""
+"""Stored bytes as arrays: numpy's, torch's on a device, or mlx's. Bytes that can be used in place are not copied."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from loaders.specs import WeightSpec
 
 log = logging.getLogger("weightmill")
 Placer = Callable[[np.ndarray, WeightSpec], Any]
-# What a device cannot hold, and what it gets instead
+# dtypes that a device does not have, and what weights become on it instead
 INSTEAD = {"mps": {"BF16": "F16", "F64": "F32"}, "mlx": {"F64": "F32"}}
 REFUSED = {"mps": ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")}
 
 
 def placer(device: str | None) -> Placer:
-    """A function that makes an array of a stored tensor's bytes, on the device.
+    """Return a function that makes an array on the device from a stored tensor's bytes; None is numpy.
 
     Raises:
         BadSpec: this machine has no such device, or its library is not installed.
@@ -33,7 +33,7 @@ def placer(device: str | None) -> Placer:
 
 
 def gathered(raw: np.ndarray, spec: WeightSpec) -> np.ndarray:
-    """The bytes of a tensor in row-major order: as they are, unless it is stored otherwise."""
+    """Return the bytes of a tensor in row-major order; they are copied only if it is stored in another order."""
     if spec.stride is None or is_contiguous(spec.shape, spec.stride):
         return raw
     storage = storage_of(spec.dtype)
@@ -44,7 +44,10 @@ def gathered(raw: np.ndarray, spec: WeightSpec) -> np.ndarray:
 
 
 def storage_shape(dtype: DType, shape: Shape) -> Shape:
-    """The shape in storage items: of formats of less than a byte, and of blocks, rows of bytes."""
+    """Return a tensor's shape in storage items. Formats of less than a byte, and blocks, have rows of bytes.
+
+    Where a row does not fill whole bytes, the shape is flat.
+    """
     if dtype.block == 1 and dtype.bits >= 8:
         return shape
     *rows, columns = shape or (1,)
@@ -54,15 +57,15 @@ def storage_shape(dtype: DType, shape: Shape) -> Shape:
 
 
 def as_numpy(raw: np.ndarray, spec: WeightSpec) -> np.ndarray:
-    """uint8 bytes as an array of the dtype's storage."""
+    """View uint8 bytes as an array of the dtype's storage."""
     return raw.view(storage_of(spec.dtype)).reshape(storage_shape(spec.dtype, spec.shape))
 
 
 def allowed_dtype(device: str, dtype: DType) -> DType:
-    """The dtype that a device ("mps", "mlx", ...) holds a tensor in: its own, mostly.
+    """Return the dtype in which a device ("mps", "mlx", ...) holds a tensor: mostly the tensor's own.
 
     Raises:
-        BadSpec: it can hold nothing of the kind.
+        BadSpec: the device has no dtype that could stand for it.
     """
     if dtype.name in REFUSED.get(device, ()):
         raise BadSpec(f"device={device}: it has no {dtype.torch}; load to device=cpu, or decode on the way")
@@ -70,7 +73,7 @@ def allowed_dtype(device: str, dtype: DType) -> DType:
 
 
 class Told:
-    """Says once a loader that a dtype becomes another."""
+    """A loader's warnings that a dtype becomes another on the device, each given once."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -101,7 +104,10 @@ def _torch_placer(device: str) -> Placer:
 
 
 def as_torch(raw: np.ndarray, spec: WeightSpec) -> Any:
-    """uint8 bytes as a torch tensor over the same memory; read-only or crooked memory is copied."""
+    """View uint8 bytes as a torch tensor over the same memory. Read-only and unaligned memory is copied.
+
+    torch has no read-only tensors, and needs elements at multiples of their size.
+    """
     import torch
 
     kind = getattr(torch, spec.dtype.torch, None)

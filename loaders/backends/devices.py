@@ -1,6 +1,6 @@
-"""Devices: which there are, their memory, and what a strategy should do to feed them.
+"""Devices: which ones there are, their memory, and how a strategy should feed them.
 
-Worker counts are starting points: what multithread then measures decides (strategies/tuning.py).
+Worker counts are starting points; the multithread strategy then measures (strategies/reading/thread_tuning.py).
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from loaders.backends import machine
 from loaders.errors import BadSpec
 
 NAMES = ("cpu", "cuda", "mps", "mlx")
-GPU_BYTES_A_WORKER = 10 << 30  # a worker's pinned memory and copies pay off with the GPU's size: 1 for 10 GiB, 8 for 80
+# A rule of thumb: a GPU with more memory sits in a machine that can read faster. 1 worker for 10 GiB, 8 for 80 GiB.
+GPU_BYTES_A_WORKER = 10 << 30
 MOST_GPU_WORKERS = 8
-APPLE_WORKERS = 4  # unified memory: as many copies as its controllers take
-# Threads that keep a medium busy, at least and at most: those that read another machine's disks mostly wait
+APPLE_WORKERS = 4  # a rule of thumb: with unified memory, its controllers limit how many copies help
+# The least and the most threads that keep a medium busy. Threads that read another machine's disks mostly wait; more
+# than two on a rotating disk make it seek.
 FED_BY = {"memory": (1, 8), "local": (2, 8), "rotational": (1, 2), "network": (8, 16), "object": (16, 32)}
-OWN_THREADS = ("fastsafetensors", "runai")  # libraries that bring their workers
+OWN_THREADS = ("fastsafetensors", "runai")  # strategies whose libraries have workers of their own
 ONE_THREAD = ("lazy", "eager", "read", "unified_memory")
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A device that there is. `devices` names each of several ("cuda:0", "cuda:1"); memory is of the first."""
+    """A device of this machine. `devices` names each of several ("cuda:0", "cuda:1"); memory is that of the first."""
 
     name: str
     devices: tuple[str, ...]
@@ -34,12 +36,12 @@ class Backend:
 
     @property
     def device(self) -> str:
-        """The name that loaders take."""
+        """The name of the device that loaders take."""
         return self.devices[0]
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """What loads weights onto it, the one to try first first; `auto` chooses by the files as well."""
+        """The strategies that load weights onto it, the best first; strategy=auto looks at the files as well."""
         if self.name == "cuda":
             return ("fastsafetensors", "multithread", "streaming", "lazy")
         if self.name in ("mps", "mlx"):
@@ -47,7 +49,7 @@ class Backend:
         return ("lazy", "multithread", "streaming", "read")
 
     def workers(self, strategy: str, medium: str = "local") -> int:
-        """Threads to begin reading with, from a medium as loaders/storage names it ("local", "network", ...)."""
+        """Return the most threads to read with, from a medium as loaders/storage names it ("local", "network", ...)."""
         if strategy in OWN_THREADS or strategy in ONE_THREAD:
             return 1
         least, most = FED_BY[medium]
@@ -60,7 +62,7 @@ class Backend:
 
 
 def backend(name: str = "auto") -> Backend:
-    """A device by its name: cpu, cuda, mps, mlx; auto takes a GPU where there is one.
+    """Return a device by its name: cpu, cuda, mps, mlx; auto is a GPU if there is one.
 
     Raises:
         BadSpec: this machine has no such device, or its library is not installed.
@@ -83,13 +85,13 @@ def backend(name: str = "auto") -> Backend:
 
 
 def fed(device: str | None) -> Backend:
-    """The backend of a device that loaders take ("cuda:1", "mlx", None for numpy's arrays)."""
+    """Return the backend of a device as loaders name it ("cuda:1", "mlx", None for numpy's arrays)."""
     kind = (device or "cpu").partition(":")[0]
     return backend(kind if kind in NAMES else "cpu")
 
 
 def best() -> str:
-    """The name of this machine's fastest device: a GPU of torch's, Apple's, else the CPU."""
+    """Return the name of this machine's fastest device: a GPU of torch's, else Apple's by mlx, else the CPU."""
     torch = _library("torch")
     if torch is not None:
         if torch.cuda.is_available():
@@ -118,7 +120,7 @@ def _mlx() -> Backend:
 
 
 def torch_device(device: str) -> tuple[Any, Any]:
-    """torch, and its device of that name ("cpu", "cuda", "cuda:1", "mps").
+    """Return torch, and its device of a name ("cpu", "cuda", "cuda:1", "mps").
 
     Raises:
         BadSpec: torch is not installed, or finds no such device.
@@ -142,7 +144,7 @@ def torch_device(device: str) -> tuple[Any, Any]:
 
 
 def mlx_core() -> Any:
-    """mlx.core.
+    """Return mlx.core.
 
     Raises:
         BadSpec: it is not installed, or does not work here.
@@ -155,6 +157,7 @@ def mlx_core() -> Any:
 
 
 def _library(name: str) -> Any:
+    """Import a library, or return None if it is not installed or does not work here."""
     import importlib
 
     try:

@@ -1,4 +1,4 @@
-"""What this machine lets the process use: CPUs and memory, within its affinity and the limits of its container."""
+"""The CPUs, memory and files that this process may use, within its affinity and the limits of its container."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """The CPUs this process may use: its affinity, and the quota of its container (cgroup 2 or 1)."""
+    """Return how many CPUs this process may use: its affinity, and the quota of its container (cgroup 2 or 1)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota, period in _quotas(cgroup):
         if quota > 0 and period > 0:
@@ -19,6 +19,10 @@ def usable_cpus(cgroup: Path = CGROUP) -> int:
 
 
 def _quotas(cgroup: Path) -> list[tuple[int, int]]:
+    """Return (quota, period) of a container's CPU time, in microseconds.
+
+    A file that is missing or holds something else means that this version of cgroups sets no limit.
+    """
     found = []
     with suppress(OSError, ValueError):
         most, within = (cgroup / "cpu.max").read_text().split()
@@ -32,14 +36,14 @@ def _quotas(cgroup: Path) -> list[tuple[int, int]]:
 
 
 def total_memory() -> int:
-    """Bytes of memory: the machine's, or the container's limit where that is less."""
+    """Return the bytes of memory: the machine's, or the container's limit if that is less."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _limits())])
 
 
 def free_memory() -> int:
-    """Bytes that can be taken without pushing anything out that cannot be read again."""
+    """Return the bytes that can be taken without evicting what cannot be read again: page cache counts as free."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    with suppress(OSError):
+    with suppress(OSError):  # only Linux has /proc; elsewhere free pages, without the cache, are what is known
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
@@ -47,7 +51,10 @@ def free_memory() -> int:
 
 
 def _limits(cgroup: Path = CGROUP) -> list[tuple[int, int]]:
-    """A container's limit of memory, and how much of it is used by what cannot be read again."""
+    """Return a container's limit of memory, and how much of it is used by what cannot be read again.
+
+    Of cgroup 2 and cgroup 1, the one whose files are missing is passed over, as is the limit "max".
+    """
     found = []
     for folder, limit, used, cache in (
         (cgroup, "memory.max", "memory.current", "file"),
@@ -61,7 +68,7 @@ def _limits(cgroup: Path = CGROUP) -> list[tuple[int, int]]:
 
 
 def max_open_files() -> int:
-    """How many files this process may open, once it has asked for all it can get."""
+    """Raise this process's limit of open files to the hard limit, and return it; the old one if that is refused."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -76,7 +83,7 @@ def max_open_files() -> int:
 
 
 def disk_bytes_fetched() -> int | None:
-    """What the kernel has fetched from disks for this process."""
+    """Return the bytes that the kernel has fetched from disks for this process; None where it does not tell."""
     try:
         rows = Path("/proc/self/io").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How much memory a piece of work held: anonymous memory, which the kernel cannot take back as it can mapped files."""
+"""The memory that a piece of work held: anonymous memory, which unlike mapped files the kernel cannot take back."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from types import TracebackType
 
 STATUS = Path("/proc/self/status")
-INTERVAL_S = 0.02
+INTERVAL_S = 0.02  # between two samples: shorter peaks may be missed, more samples cost time
 
 
 def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process now; the peak of all resident memory where the system has no better."""
+    """Return this process's anonymous resident memory now, or the peak of all resident memory outside of Linux."""
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class PeakMemory:
-    """Samples while it is open; `peak_bytes` is the most that was held beyond what there was at the start."""
+    """A sampler of anonymous memory; `peak_bytes` is the most that was held beyond what there was at the start."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0

@@ -1,4 +1,4 @@
-"""Memory that threads use again and again: a fresh large array costs several times its use."""
+"""Memory that threads use again and again, since a fresh large array costs several times its use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 class Scratch:
-    """Named buffers, each thread's own, that grow to the largest size asked for and go with the thread."""
+    """Named buffers of each thread, which grow to the largest size asked for and are freed with the thread."""
 
     def __init__(self) -> None:
         self._local = threading.local()
 
     def array(self, name: str, count: int, dtype: Any) -> np.ndarray:
-        """An uninitialized array (count,); asking for the name again gives the same memory."""
+        """Return an uninitialized array (count,); asking for the name again gives the same memory again."""
         buffers: dict[str, np.ndarray] = self._local.__dict__.setdefault("buffers", {})
         size = count * np.dtype(dtype).itemsize
         buffer = buffers.get(name)

@@ -1,4 +1,4 @@
-"""A scheme's tools at work: threads, their reusable memory, and the cut of a tensor into ranges. See `Work`."""
+"""A scheme's tools (`Work`) on threads: kernels, reusable memory, and the cut of a tensor into ranges."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from loaders.backends.scratch import Scratch
 from loaders.errors import WeightmillError
 from loaders.quantization.kernels import Kernels
 
-RANGE = 1 << 21  # weights in a range: 4 MiB of bfloat16
-THREAD_BYTES = 12 * RANGE  # a thread's buffers at most: float32 source, decoded weights, codes
+# Weights in a range, 4 MiB of bfloat16. Longer ranges take more memory in every thread and leave threads idle at the
+# end of a tensor; shorter ones cost more calls. Sums of errors depend on it in their last bits.
+RANGE = 1 << 21
+THREAD_BYTES = 12 * RANGE  # what a thread's buffers take at most: float32 source, decoded weights, codes
 T = TypeVar("T")
 
 
 class Stopped(WeightmillError):
-    """The work was asked to stop."""
+    """Raised in threads of a piece of work that was asked to stop."""
 
 
 class ThreadedWork:
-    """Runs the ranges of one tensor at a time on a pool's threads, or inline inside one of them."""
+    """`Work` that runs ranges on the threads of a pool, or inline when it is called from one of them.
+
+    Inside a pool's thread, waiting for other ranges of the same pool could block it for ever.
+    """
 
     def __init__(self, kernels: Kernels, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
         self.kernels = kernels
@@ -43,7 +48,7 @@ class ThreadedWork:
         return list(self._pool.map(lambda each: self._run(body, *each), ranges))
 
     def each(self, items: list[Any], body: Callable[[Any], T]) -> list[T]:
-        """Call the body for each item, a thread an item; sweeps inside stay on that thread."""
+        """Call the body for each item, a thread for each; sweeps inside stay on that thread."""
 
         def call(item: Any) -> T:
             self._inside.is_worker = True
@@ -56,7 +61,7 @@ class ThreadedWork:
         return list(self._pool.map(call, items))
 
     def check(self) -> None:
-        """Raises Stopped once a stop was asked for."""
+        """Raise Stopped once a stop was asked for."""
         if self._stop.is_set():
             raise Stopped("stopped")
 

@@ -18,9 +18,10 @@ BNB_PART = re.compile(rf"{BNB_STATE.pattern}|\.{SCALES}$")  # a name that only b
 
 
 def quantized_by(container: str, config: Mapping[str, Any], aux: Collection[str], names: Sequence[str]) -> str | None:
-    """The method's name, as config.json's quant_method has it; None for a plain checkpoint.
+    """Return the method by which a checkpoint says it was quantized; None for a plain one.
 
-    A GGUF is read as one that was quantized. What mlx-lm wrote is told by its settings, or by stacked experts.
+    A GGUF always counts as quantized, since its names and row orders need the same translation. Settings of its own, or
+    stacked experts, tell that mlx-lm wrote a checkpoint.
     """
     if container == "gguf":
         return "gguf"
@@ -30,7 +31,7 @@ def quantized_by(container: str, config: Mapping[str, Any], aux: Collection[str]
         return "mlx"
     if block is None and MODELOPT_CONFIG in aux:
         return "modelopt"
-    if block is None:
+    if block is None:  # some files have no block, but tensors with names that no other tool gives
         if any(name.endswith(HQQ_CODES) for name in names):
             return "hqq"
         return "bitsandbytes" if any(map(BNB_PART.search, names)) else None

@@ -1,4 +1,4 @@
-"""How bytes sit in files: headers and offsets. Knows nothing of models."""
+"""Containers: how tensors lie in files, by headers and offsets. Nothing here knows of models or engines."""
 
 from __future__ import annotations
 
@@ -61,9 +61,13 @@ CONTAINERS = {
 READERS = {name: container.read_specs for name, container in CONTAINERS.items()}
 
 
+# Not a container of its own: a range of a PyTorch file that one unit writes; see pytorch_pieces.py.
 PIECES = {"pytorch piece": replace(CONTAINERS["pytorch"], place=pytorch_pieces.place, frame=pytorch_pieces.frame)}
 
 
 def writer_of(path: Path, file: OutputFile, start: int | None = None, clock: Clock | None = None) -> ShardWriter:
-    """Begin a planned file at a path, or a piece in the file there, at a byte of it. Writing counts on the clock."""
+    """Begin to write a planned file at a path; with `start`, a piece of the file that is there, from that byte on.
+
+    Writing counts on the clock.
+    """
     return ShardWriter(path, file, (CONTAINERS | PIECES)[file.container], start, clock)

@@ -1,4 +1,4 @@
-"""What every container offers, and what a layout may ask of it."""
+"""The interface of a container: how its files are read, laid out and framed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any, Protocol
 
 from loaders.specs import OutputFile, StoredTensor, WeightSpec
 
-Places = Mapping[str, tuple[int, int]]  # a tensor's first byte in its file, and how many it has
+Places = Mapping[str, tuple[int, int]]  # by tensor: its first byte in the file, and its number of bytes
 Checksum = Callable[[int, int], int]  # CRC-32 of bytes [offset, offset + size) of the file
 
 
 class LayOut(Protocol):
+    """The function of a container that plans a file."""
+
     def __call__(self, file: str, tensors: list[StoredTensor], about: Any = None) -> OutputFile:
-        """Give every tensor its place. `about`: what the file says beside its tensors, from the layout.
+        """Give every tensor its place. `about` is what the layout wants the file to say beside its tensors.
 
         Raises:
             BadSpec: the container cannot hold one of them.
@@ -25,10 +27,11 @@ class LayOut(Protocol):
 
 @dataclass(frozen=True)
 class Container:
-    """A kind of weight files: how it is read, laid out and framed, and what its files are called.
+    """A kind of weight file: how it is read, laid out and framed, and what its files are called.
 
-    place: where the tensors lie at last, given the lengths of those whose length depends on values.
-    frame: all other bytes of the file, by offset, to its end.
+    place: find where the tensors lie in the end, given the lengths of those whose length depends on values.
+    frame: make all other bytes of the file, by offset, up to its end.
+    single, shard, index: the names of a lone file, of one of several, and of their index.
     """
 
     name: str
@@ -41,5 +44,5 @@ class Container:
     index: str
 
     def file_name(self, number: int, count: int) -> str:
-        """The name of file `number` (from 1) of so many."""
+        """Return the name of file `number`, from 1, of `count` files."""
         return self.single if count == 1 else self.shard.format(number=number, count=count)

@@ -1,8 +1,8 @@
-"""GGUF: magic, version, counts, metadata, one entry a tensor, padding, then the tensors, each aligned.
+"""The GGUF container: magic, version, counts, metadata, one entry a tensor, padding, then the tensors, each aligned.
 
 Reading trusts nothing: every count, length, offset and type is checked against what is left of the file before it is
-used. Versions 2 and 3, little endian. Dimensions stand in GGUF from the fastest on; here as everywhere else the last
-is the fastest.
+used. Versions 2 and 3, little endian, are read; version 3 is written. GGUF lists dimensions from the fastest on; shapes
+here have the fastest last, as everywhere else in this project.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the limits are those of llama.cpp's gguf.cpp.
 """
@@ -24,11 +24,12 @@ from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 
 MAGIC = b"GGUF"
 VERSION = 3
-ALIGNMENT = 32
+ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 ALIGNMENT_KEY = "general.alignment"
-LONGEST_NAME = 63  # bytes: GGML_MAX_NAME less its end
-MOST_DIMENSIONS = 4
+LONGEST_NAME = 63  # bytes: GGML_MAX_NAME without the terminating zero
+MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 STRING, ARRAY = 8, 9
+# gguf_metadata_value_type -> struct's letter
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # ggml_type; those without an entry in DTYPES cannot be read
 TYPE_IDS = {
@@ -43,7 +44,7 @@ SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.ten
 
 @dataclass(frozen=True, slots=True)
 class MetadataValue:
-    """A value of the metadata with its type: a number of gguf_metadata_value_type; of an array, that of its items."""
+    """A value of the metadata. `type` is its gguf_metadata_value_type; for an array, that of the items."""
 
     type: int
     value: Any
@@ -82,7 +83,7 @@ def float32s(values: Sequence[float]) -> MetadataValue:
 
 
 def plain(metadata: Metadata) -> dict[str, Any]:
-    """The values alone."""
+    """Return the values alone, without their types."""
     return {key: entry.value for key, entry in metadata.items()}
 
 
@@ -90,7 +91,7 @@ def plain(metadata: Metadata) -> dict[str, Any]:
 
 
 def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
-    """The tensors of one file, in the order of their bytes.
+    """Read the tensors of one file from its header, in the order of their bytes.
 
     Raises:
         BadCheckpoint: truncated, overlapping, out of range, unknown type, absurd counts, ...
@@ -99,7 +100,7 @@ def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
 
 
 def read_metadata(root: Path, file: str) -> dict[str, MetadataValue]:
-    """The metadata of one file. Raises BadCheckpoint as `read_specs` does."""
+    """Read the metadata of one file. Raises BadCheckpoint as `read_specs` does."""
     return _read(root, file)[0]
 
 
@@ -107,7 +108,7 @@ def _read(root: Path, file: str) -> tuple[dict[str, MetadataValue], tuple[Weight
     path = root / file
     with io_errors("reading", path), path.open("rb") as handle:
         size = path.stat().st_size
-        if size < 24:
+        if size < 24:  # magic, version and two counts
             raise BadCheckpoint(f"{file}: {size} bytes; not GGUF, or truncated: fetch it again")
         with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
@@ -133,12 +134,13 @@ class _Header:
             swapped = version & 0xFFFF == 0
             what = "of a big-endian machine" if swapped else f"of version {version}"
             raise BadCheckpoint(f"a GGUF {what}; versions 2 and 3, little endian, are read")
+        # The least that an entry takes: 32 bytes for a tensor of one dimension, 13 for a value of metadata.
         tensors, entries = self._count(32), self._count(13)
         metadata: dict[str, MetadataValue] = {}
         for _ in range(entries):
             key = self._string("a key")
             if not key or key in metadata:
-                raise BadCheckpoint(f"metadata key {key!r} is empty or stands twice")
+                raise BadCheckpoint(f"metadata key {key!r} is empty or appears twice")
             metadata[key] = self._entry(key)
         alignment = metadata.get(ALIGNMENT_KEY, uint32(ALIGNMENT))
         step = alignment.value
@@ -159,7 +161,7 @@ class _Header:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
 
     def _count(self, least: int) -> int:
-        """How many things of at least so many bytes follow."""
+        """Read a count of things that take at least `least` bytes each, so that the rest of the file bounds it."""
         count = int(self._number("Q"))
         if count > (self._size - self._at) // least:
             raise BadCheckpoint(f"it announces {count} entries in the {self._size - self._at} bytes that are left")
@@ -172,7 +174,9 @@ class _Header:
         except UnicodeDecodeError:
             if what == "a key" or what == "a tensor's name":
                 raise BadCheckpoint(f"{what} is not UTF-8: {raw[:40]!r}") from None
-            return raw.decode(errors="surrogateescape")  # some vocabularies hold broken characters
+            # Some vocabularies hold tokens that are not UTF-8; escaped so, `_string_bytes` writes them back as they
+            # were.
+            return raw.decode(errors="surrogateescape")
 
     def _entry(self, key: str) -> MetadataValue:
         kind, is_array = self._number("I"), False
@@ -206,7 +210,7 @@ class _Header:
     def _place(
         self, found: Sequence[tuple[str, DType, tuple[int, ...], int]], start: int, step: int
     ) -> tuple[WeightSpec, ...]:
-        """Where the tensors lie, sorted by their bytes."""
+        """Check where the tensors lie, and return their specs sorted by their bytes."""
         specs, end = [], start
         for name, dtype, shape, offset in sorted(found, key=lambda each: each[3]):
             try:
@@ -220,7 +224,7 @@ class _Header:
                 raise BadCheckpoint(f"{name!r} ends at byte {end} of {self._size}; truncated? fetch it again")
             specs.append(WeightSpec(name, dtype, shape, self._file, start + offset, size))
         if len({spec.name for spec in specs}) < len(specs):
-            raise BadCheckpoint("a tensor's name stands twice")
+            raise BadCheckpoint("a tensor's name appears twice")
         return tuple(specs)
 
 
@@ -228,7 +232,7 @@ class _Header:
 
 
 def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
-    """Give every tensor its place, aligned, in the order given. A piece has no header: `with_head` adds one.
+    """Give every tensor its place, aligned, in the order given. The file has no header yet: see `with_head`.
 
     Raises:
         BadSpec: a name is too long, or GGUF has no such dtype.
@@ -244,25 +248,25 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
 
 
 def with_head(file: OutputFile, metadata: Metadata) -> OutputFile:
-    """A file with its header before its data."""
+    """Return a planned file with its header before its data. A piece of a file stays without one."""
     head = header(metadata, [(slot, slot.offset) for slot in file.slots])
     return replace(file, about=head, header_bytes=len(head))
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Where the tensors lie: where they were planned."""
+    """Return where the tensors lie: where they were planned."""
     return {slot.name: (file.header_bytes + slot.offset, slot.size) for slot in file.slots}
 
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
-    """The header, if the file has one, and what aligns whatever comes after the last tensor."""
+    """Return the header, if the file has one, and the zeros that align what comes after the last tensor."""
     end, last = file.header_bytes + file.data_bytes, max((at + size for at, size in places.values()), default=0)
     head = [(0, bytes(file.about))] if file.about is not None else []
     return [*head, (last, bytes(end - last))]
 
 
 def header(metadata: Metadata, tensors: Sequence[tuple[Slot, int]]) -> bytes:
-    """The first bytes of a file: metadata, and the tensors with their offsets among the data; padded."""
+    """Return the first bytes of a file: metadata, and the tensors with their offsets among the data; padded."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, entry in metadata.items():
         parts += [_string_bytes(key), _entry_bytes(entry)]
@@ -292,7 +296,10 @@ def _entry_bytes(entry: MetadataValue) -> bytes:
 
 
 def split_metadata(number: int, count: int, tensors: int) -> dict[str, MetadataValue]:
-    """What each file of a split model says of itself; numbers count from 0, tensors over all files."""
+    """Return the metadata by which llama.cpp joins a split model: this file's number from 0, and counts over all files.
+
+    The types are those of llama.cpp's gguf-split: uint16, and int32 for the number of tensors.
+    """
     return {
         SPLIT_NUMBER: MetadataValue(2, number),
         SPLIT_COUNT: MetadataValue(2, count),

@@ -1,12 +1,12 @@
-"""packed: one file of tensors to be mapped into memory, a manifest beside it, and the experts of mixtures by layers.
+"""The packed container: one file of tensors to be mapped into memory, its manifest, and files of experts by layer.
 
     model_weights.json          {"tensors": {NAME: {"offset", "size", "shape", "dtype", "bits"}}, ...}
     model_weights.bin           the tensors, each at a multiple of 64, zeros between
     packed_experts/layout.json  {"expert_size", "num_layers", "num_experts", "components": [...], "moe_layers"}
     packed_experts/layer_NN.bin the experts of a layer one after another, each with its components at the same offsets
 
-`bits` is for U32, whose words hold quantized weights; where it is absent they are of 4. Reading trusts nothing: every
-number is checked against the files' real sizes before any weight is read. No path is ever taken from the JSON.
+`bits` is for U32 tensors, whose words hold quantized weights; without it they are 4 bits each. Reading trusts nothing:
+every number is checked against the files' real sizes before any weight is read. No path is ever taken from the JSON.
 
 Format: https://github.com/mdegans/moeflux, its weight loader and its export of weights and experts.
 """
@@ -29,30 +29,31 @@ from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 MANIFEST, WEIGHTS = "model_weights.json", "model_weights.bin"
 EXPERTS = "packed_experts"
 EXPERT_LAYOUT = f"{EXPERTS}/layout.json"
-ALIGNMENT = 64
-ASSUMED_BITS = 4
-BITS = (2, 3, 4, 5, 6, 8)
+ALIGNMENT = 64  # bytes: the engine maps the file and asks for tensors that begin so
+ASSUMED_BITS = 4  # what the engine takes where an entry says nothing
+BITS = (2, 3, 4, 5, 6, 8)  # those of MLX's affine weights
 PARTS = ("gate_proj", "up_proj", "down_proj")
 LAYER_FILE = re.compile(r"layer_\d{2,}\.bin")
 COMPONENT = re.compile(rf"(?:{'|'.join(PARTS)})\.(?:weight|scales|biases)")
-JSON_LIMIT = 1 << 30
+JSON_LIMIT = 1 << 30  # bytes: a manifest is read whole, and real ones take some hundred bytes a tensor
 NameExpert = Callable[[int, int, str], str]  # layer, expert, component -> the tensor's name
 
 
 def expert_file(layer: int) -> str:
-    """Where the experts of a layer lie."""
+    """Return the file that holds the experts of a layer."""
     return f"{EXPERTS}/layer_{layer:02d}.bin"
 
 
 def plain_name(layer: int, expert: int, component: str) -> str:
-    """What most models call it."""
+    """Return the name that most models give to a component of an expert."""
     return f"model.layers.{layer}.mlp.experts.{expert}.{component}"
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What a folder holds, found by name in one step. `bits` are those of U32 tensors, by name, as far as they are
-    said; an expert's component may leave them to the shapes.
+    """The contents of a folder. `bits` are the widths of U32 tensors by name, where the JSON states them.
+
+    A component of an expert may leave its width to be worked out from the shapes.
     """
 
     by_name: Mapping[str, WeightSpec]
@@ -65,12 +66,15 @@ class Packed:
 
 
 def is_packed(names: Collection[str], *, alone: bool) -> bool:
-    """Whether a folder with files of these names is meant; one without weights of its own, if there are no others."""
+    """Whether files of these names are a packed checkpoint.
+
+    A manifest without its weights counts as one, to be refused by name, if the folder has no other weights (`alone`).
+    """
     return MANIFEST in names and (WEIGHTS in names or alone)
 
 
 def folder_of(path: Path) -> Path | None:
-    """The folder of a packed checkpoint that a file is a part of, by its name and what lies beside it."""
+    """Return the folder of the packed checkpoint to which a file belongs by its name and what lies beside it."""
     if path.name == MANIFEST or (path.name == WEIGHTS and (path.parent / MANIFEST).is_file()):
         return path.parent
     is_expert = path.parent.name == EXPERTS and (path.name == "layout.json" or LAYER_FILE.fullmatch(path.name))
@@ -81,7 +85,7 @@ def folder_of(path: Path) -> Path | None:
 
 
 def read(root: Path, name_expert: NameExpert = plain_name) -> Packed:
-    """All tensors of a folder, in the order of their bytes.
+    """Read all tensors of a folder, in the order of their bytes.
 
     Raises:
         BadCheckpoint: a span leaves its file, is on another, does not fit its shape, ...
@@ -109,11 +113,12 @@ def read(root: Path, name_expert: NameExpert = plain_name) -> Packed:
 
 
 def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
-    """The tensors of one file. Raises BadCheckpoint as `read` does."""
+    """Read the tensors of one file. Raises BadCheckpoint as `read` does."""
     return tuple(spec for spec in read(root).by_name.values() if spec.file == file)
 
 
 def _size(root: Path, file: str, what: str) -> int:
+    """Return a file's size in bytes; `what` says in the message what was expected if it is missing."""
     path = root / file
     if not path.is_file():
         raise BadCheckpoint(f"{file}: missing; expected {what}; fetch the checkpoint again")
@@ -139,15 +144,17 @@ def _json(root: Path, file: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of JSON's pairs. Python would keep the last of equal names, another reader the first."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name!r} stands there twice")
+            raise ValueError(f"{name!r} appears twice")
         found[name] = value
     return found
 
 
 def _tensors(manifest: Mapping[str, Any], file_size: int) -> list[tuple[WeightSpec, int | None]]:
+    """Check the manifest's tensors; return them with their bits, None for dtypes that are not packed words."""
     entries = manifest.get("tensors")
     if not isinstance(entries, dict):
         raise BadCheckpoint(f"{MANIFEST}: expected tensors, an object of entries by name; fetch it again")
@@ -171,7 +178,7 @@ def _tensors(manifest: Mapping[str, Any], file_size: int) -> list[tuple[WeightSp
 
 
 def _check_spans(specs: Iterable[WeightSpec], size: int, where: str, what: str) -> None:
-    """Of spans sorted by their beginnings, whether they stay within `size` bytes and off each other."""
+    """Check that tensors, sorted by offset, stay within `size` bytes and do not overlap."""
     end, before = 0, ""
     for spec in specs:
         if spec.offset + spec.size > size:
@@ -185,6 +192,7 @@ def _check_spans(specs: Iterable[WeightSpec], size: int, where: str, what: str) 
 
 
 def _entry(where: str, entry: Any) -> tuple[DType, Shape, int, int]:
+    """Check one entry of a JSON file; return its dtype, shape, offset and size."""
     try:
         dtype, shape, offset, size = dtype_named(entry["dtype"]), entry["shape"], entry["offset"], entry["size"]
     except BadCheckpoint as error:
@@ -213,7 +221,7 @@ def _bits(where: str, bits: Any) -> int:
 
 
 class _ExpertFiles:
-    """What layout.json says, checked but for the sizes of the files."""
+    """The contents of layout.json, checked but for the sizes of the layers' files (see `check_size`)."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._size, self._count = (self._number(document, key, 1) for key in ("expert_size", "num_experts"))
@@ -248,7 +256,7 @@ class _ExpertFiles:
             bits = _bits(f"{EXPERT_LAYOUT}: {name!r}", entry["bits"]) if "bits" in entry else None
             found.append((WeightSpec(name, dtype, shape, "", offset, size), bits))
         if len({spec.name for spec, _ in found}) < len(found):
-            raise BadCheckpoint(f"{EXPERT_LAYOUT}: a component stands there twice")
+            raise BadCheckpoint(f"{EXPERT_LAYOUT}: a component appears twice")
         found.sort(key=lambda each: (each[0].offset, each[0].size))
         specs = [spec for spec, _ in found]
         _check_spans(specs, self._size, f"{EXPERT_LAYOUT}:", f"an expert's {self._size}")
@@ -273,7 +281,7 @@ class _ExpertFiles:
 
 
 def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
-    """Give every tensor its place: by name, each aligned; or where it says that it goes.
+    """Give every tensor its place: by name, each aligned; or at the place that it asks for.
 
     Raises:
         BadSpec: the container has no such dtype.
@@ -291,12 +299,12 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Where the tensors lie: where they were planned."""
+    """Return where the tensors lie: where they were planned."""
     return {slot.name: (slot.offset, slot.size) for slot in file.slots}
 
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
-    """Zeros between the tensors."""
+    """Return the zeros between the tensors."""
     gaps, end = [], 0
     for at, size in sorted(places.values()):
         gaps += [(end, bytes(at - end))] if at > end else []
@@ -305,12 +313,13 @@ def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[in
 
 
 def manifest(model: str, config: Any, slots: Iterable[Slot], bits: Mapping[str, int]) -> dict[str, Any]:
-    """model_weights.json of tensors at their places in the file."""
+    """Return the document of model_weights.json for tensors at their places in the file."""
     entries = {slot.name: _described(slot, slot.offset, bits.get(slot.name)) for slot in slots}
     return {"model": model, "num_tensors": len(entries), "tensors": dict(sorted(entries.items())), "config": config}
 
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """Return a document as it is written."""
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -321,7 +330,7 @@ def _described(slot: Slot, offset: int, bits: int | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """What packed_experts/ holds: of each expert the components with their places, dtypes, shapes and bits."""
+    """The layout of packed_experts/: an expert's size, and its components with their places and bits."""
 
     size: int
     num_experts: int
@@ -329,7 +338,7 @@ class ExpertLayout:
     layers: tuple[int, ...]
 
     def document(self, num_layers: int) -> dict[str, Any]:
-        """layout.json. Bits are said where they are not those assumed."""
+        """Return the document of layout.json. Bits are stated only where they differ from ASSUMED_BITS."""
         components = [
             {
                 "name": slot.name,

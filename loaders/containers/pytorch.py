@@ -1,8 +1,9 @@
-"""PyTorch files (`.bin`, `.pt`, `.pth`): a pickle that says what the tensors are, and their storages as raw bytes.
+"""The reader of PyTorch files (`.bin`, `.pt`, `.pth`): a pickle that describes tensors, and their storages as raw
+bytes.
 
 Both forms are read in place: the zip of torch >= 1.6, whose members are stored uncompressed, and the legacy stream
-before it. The pickle is run by an unpickler that knows a few harmless names and calls nothing else, so a file that
-wants to run code is refused before it does (CWE-502). What it yields is checked against the file's real size.
+before it. The pickle is run by an unpickler that knows a few harmless names and calls nothing else, so that a file that
+wants to run code is refused before it does (CWE-502). What it describes is checked against the file's real size.
 
 Formats: torch/serialization.py (_save, _legacy_save) and torch/_utils.py (_rebuild_tensor_v2, _v3).
 """
@@ -25,8 +26,8 @@ from loaders.errors import BadCheckpoint, io_errors
 from loaders.specs import WeightSpec
 
 T = TypeVar("T")
-PICKLE_LIMIT = 1 << 30
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+PICKLE_LIMIT = 1 << 30  # bytes of data.pkl: it is read whole, and real ones take some hundred bytes a tensor
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # MAGIC_NUMBER in torch/serialization.py
 NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the weights
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -35,6 +36,7 @@ STORAGES = {
 }  # fmt: skip
 
 
+# Operations that build objects of arbitrary classes, beside REDUCE, which is narrowed below.
 OBJECT_CODES = [
     code[0]
     for code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4)
@@ -43,6 +45,8 @@ OBJECT_CODES = [
 
 @dataclass(frozen=True)
 class _Storage:
+    """A run of numbers of one dtype in the file, which tensors show parts of."""
+
     key: str
     dtype: DType
     num_items: int
@@ -50,6 +54,8 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
+    """A tensor as the pickle describes it; offset and stride count elements of the storage."""
+
     storage: _Storage
     dtype: DType
     offset: int
@@ -62,7 +68,7 @@ class _Refused(Exception):
 
 
 def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
-    """The tensors of one file, in the order of their bytes; tensors that share bytes name each other in `alias`.
+    """Read the tensors of one file, in the order of their bytes. One that shares an earlier one's bytes names it.
 
     Raises:
         BadCheckpoint: not a PyTorch file, truncated, wants to run code, tensors outside their storage, ...
@@ -76,7 +82,7 @@ def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
 
 
 def read_values(root: Path, file: str) -> dict[str, Any]:
-    """What a file of modules (see `_modules`) says beside its tensors: "module.key" -> int, bool, str, tuple, DType.
+    """Read the plain values of a file of modules (see `_flat`): "module.key" -> int, bool, str, tuple or DType.
 
     Raises:
         BadCheckpoint: as `read_specs`.
@@ -99,6 +105,8 @@ def _read(root: Path, file: str, use: Callable[[Any, dict[str, tuple[int, int]]]
             ) from None
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{file}: {error}") from None
+        # What Python's pickle and zipfile raise for damaged files. The unpickler runs nothing but what is listed in
+        # this file, so that none of these hides a fault elsewhere.
         except (
             pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, TypeError,
             AttributeError, struct.error, MemoryError, RecursionError, OverflowError,
@@ -136,7 +144,7 @@ def _read_zip(handle: IO[bytes], size: int) -> tuple[Any, dict[str, tuple[int, i
 
 
 def _data_offset(handle: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """A member's bytes begin after its local header, whose two last lengths differ from the directory's."""
+    """Return where a member's bytes begin: after its local header, whose extra field differs from the directory's."""
     handle.seek(info.header_offset)
     local = handle.read(30)
     if local[:4] != b"PK\x03\x04":
@@ -146,7 +154,7 @@ def _data_offset(handle: IO[bytes], info: zipfile.ZipInfo) -> int:
 
 
 def _read_legacy(handle: IO[bytes], size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """magic, protocol, system, object, storage keys; then for each key a count (int64) and its bytes."""
+    """Read a legacy file: magic, protocol, system, object, storage keys; then for each key a count and its bytes."""
     if _unpickle(handle) != LEGACY_MAGIC:
         raise BadCheckpoint("neither a zip nor a legacy file of torch")
     _unpickle(handle)
@@ -171,11 +179,15 @@ def _read_legacy(handle: IO[bytes], size: int) -> tuple[Any, dict[str, tuple[int
 
 
 def _unpickle(stream: IO[bytes], storages: dict[str, _Storage] | None = None) -> Any:
+    """Run one pickle of the stream; `storages` collects those that it refers to, by key."""
     return _Unpickler(stream, {} if storages is None else storages).load()
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own pickle machine (the C one can be made to allocate at will), with a closed list of names."""
+    """Python's own pickle machine with a closed list of names.
+
+    The one in C cannot be narrowed operation by operation, and can be made to allocate memory at will.
+    """
 
     def __init__(self, stream: IO[bytes], storages: dict[str, _Storage]) -> None:
         super().__init__(stream, encoding="utf-8")
@@ -200,9 +212,11 @@ class _Unpickler(pickle._Unpickler):
             raise ValueError("it holds views of storages, a form that torch left in 2017; save it again")
         return self._storages.setdefault(key, _Storage(key, storage_type.dtype, num_items))
 
-    # Two operations can touch what is already there, and are narrowed; those that build objects otherwise are refused.
+    # REDUCE and BUILD can call or change what is already there, and are narrowed; the other operations that build
+    # objects are refused.
 
     def load_reduce(self) -> None:
+        # find_class allows only these names, but a storage type or dtype could be called too.
         arguments = self.stack.pop()
         function = self.stack[-1]
         if not any(function is known for known in ALLOWED.values()):
@@ -227,6 +241,8 @@ class _Unpickler(pickle._Unpickler):
 
 @dataclass(frozen=True)
 class _StorageType:
+    """A class of torch's such as FloatStorage: only its dtype is of interest."""
+
     dtype: DType
 
 
@@ -269,7 +285,7 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def _state_dict(found: Any) -> dict[str, _Tensor]:
-    """The tensors by name; a trainer's checkpoint holds them one level down."""
+    """Find the tensors by name. A trainer's checkpoint holds them one level down."""
     for key in NESTED_KEYS:
         if isinstance(found, dict) and not _tensors(found) and isinstance(found.get(key), dict):
             found = found[key]
@@ -281,7 +297,7 @@ def _state_dict(found: Any) -> dict[str, _Tensor]:
 
 
 def _flat(found: Any) -> dict[str, Any]:
-    """A dict of modules, as hqq saves them ({module: {key: value}}), by "module.key"."""
+    """Flatten a dict of modules, as hqq saves them ({module: {key: value}}), to names "module.key"."""
     if not isinstance(found, dict):
         return {}
     modules = {name: values for name, values in found.items() if isinstance(name, str) and isinstance(values, dict)}
@@ -300,6 +316,7 @@ def _tensors(found: Any) -> dict[str, _Tensor]:
 
 
 def _spec(name: str, tensor: _Tensor, file: str, places: dict[str, tuple[int, int]], size: int) -> WeightSpec:
+    """Check that a tensor lies within its storage and that within the file, and return the spec of its bytes."""
     place = places.get(tensor.storage.key)
     if place is None:
         raise BadCheckpoint(f"{name!r}: its storage {tensor.storage.key!r} is not in the file")
@@ -317,7 +334,7 @@ def _spec(name: str, tensor: _Tensor, file: str, places: dict[str, tuple[int, in
 
 
 def _with_aliases(specs: list[WeightSpec]) -> tuple[WeightSpec, ...]:
-    """Sort by place; a tensor with the same bytes as an earlier one names it."""
+    """Sort specs by place; a tensor with the same bytes as an earlier one names that one as its alias."""
     first: dict[tuple[Any, ...], str] = {}
     found = []
     for spec in sorted(specs, key=lambda s: (s.offset, s.size, s.name)):

@@ -1,7 +1,8 @@
-"""The pickle of a PyTorch file, written out: tensors by name, or modules of tensors and plain values.
+"""The writer of a PyTorch file's pickle: tensors by name, or modules of tensors and plain values.
 
-Only what torch.load(weights_only=True) takes is written, in protocol 2, and every number in a fixed width: how long the
-pickle is does not depend on the numbers in it. Forms: torch/_utils.py, torch/_weights_only_unpickler.py.
+It writes, in protocol 2, only what torch.load(weights_only=True) takes. Numbers have a fixed width, so that the
+pickle's length, which the plan needs, is the same before and after bound lengths are known. Python's own pickler would
+do neither. Forms: torch/_utils.py, torch/_weights_only_unpickler.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ STORAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A tensor of the file, by name; `is_parameter`: as a torch.nn.Parameter."""
+    """A reference to a tensor of the file, by name; with `is_parameter` it loads as a torch.nn.Parameter."""
 
     tensor: str
     is_parameter: bool = False
@@ -40,19 +41,24 @@ class PickledTensor:
 
 
 def check_dtype(name: str, dtype: DType) -> None:
-    """Raises BadSpec: torch has no such dtype."""
+    """Raise BadSpec if torch has no such dtype."""
     if dtype.bits < 8:
         raise BadSpec(f"output.container: {name} is {dtype}, which PyTorch files cannot hold; use safetensors")
 
 
 def state_dict(tree: Mapping[str, Any], tensors: Mapping[str, PickledTensor]) -> bytes:
-    """A dict, perhaps of dicts, of references to tensors, whole numbers, flags, text, shapes (tuples) and dtypes."""
+    """Pickle a dict, perhaps of dicts, of references (`Ref`), whole numbers, flags, text, shapes (tuples) and dtypes.
+
+    `tensors` says what the references stand for.
+    """
     written = _Pickle(tensors)
     written.value(tree)
     return b"".join([pickle.PROTO, b"\x02", *written.parts, pickle.STOP])
 
 
 class _Pickle:
+    """The parts of a pickle so far. `_memo` holds the names of torch that were written already."""
+
     def __init__(self, tensors: Mapping[str, PickledTensor]) -> None:
         self.parts: list[bytes] = []
         self._tensors = tensors
@@ -88,7 +94,7 @@ class _Pickle:
             self.parts += [pickle.LONG1, b"\x08", struct.pack("<q", value)]
 
     def _known(self, module: str, name: str) -> None:
-        """A name of torch's, spelled out once."""
+        """Write a global name; it is spelled out once and looked up from then on."""
         if (module, name) in self._memo:
             self.parts += [pickle.BINGET, bytes([self._memo[module, name]])]
             return
@@ -96,17 +102,19 @@ class _Pickle:
         self.parts += [pickle.GLOBAL, f"{module}\n{name}\n".encode(), pickle.BINPUT, bytes([index])]
 
     def _tuple(self, values: Iterable[Any]) -> None:
-        """Plain values; a tuple among them stays one."""
+        """Write a tuple of plain values; a tuple among them stays a tuple."""
         self.parts.append(pickle.MARK)
         for value in values:
             self._tuple(value) if isinstance(value, tuple) else self.value(value)
         self.parts.append(pickle.TUPLE)
 
     def _hooks(self) -> None:
+        """Write an empty OrderedDict: torch's backward hooks of a tensor."""
         self._known("collections", "OrderedDict")
         self.parts += [pickle.EMPTY_TUPLE, pickle.REDUCE]
 
     def _tensor(self, name: str) -> None:
+        """Write the call that rebuilds a tensor. Dtypes without a storage class, such as float8, need version 3."""
         stored = self._tensors[name]
         typed = STORAGES.get(stored.dtype.name)
         self._known("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")

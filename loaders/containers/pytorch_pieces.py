@@ -1,7 +1,8 @@
-"""A PyTorch file that several units write: its head, a piece of tensors for each unit, its directory at the end.
+"""A PyTorch file that several units write: a head, a piece of tensors for each unit, and the directory at the end.
 
-A piece is a run of members with their headers, checksums included, so that it is whole by itself. What stands before
-the first tensor is known in the plan; the directory repeats the checksums, read back from the headers.
+A piece is a run of zip members with their headers, checksums included, so that it needs nothing of the other pieces.
+The head, everything before the first tensor, is known in the plan. The directory repeats the checksums, which are read
+back from the members' headers.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from loaders.containers.base import Checksum, Places
 from loaders.containers.pytorch_write import Member, directory_bytes, header_bytes, members_of, own_members
 from loaders.specs import OutputFile, Slot
 
-CHECKSUM_AT = 14  # in a member's header
-Read = Callable[[int, int], bytes]  # offset, size
+CHECKSUM_AT = 14  # the offset of the CRC-32 in a member's local header
+Read = Callable[[int, int], bytes]  # (offset, size) -> bytes of the file
 
 
 @dataclass(frozen=True, slots=True)
 class ZipPiece:
-    """What a piece knows of its file: the folder in the zip, the key of its first tensor, and where it begins."""
+    """What a piece must know of its file: the folder in the zip, the key of its first tensor, and where it begins."""
 
     root: str
     first_key: int
@@ -32,7 +33,7 @@ class ZipPiece:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows the last piece: the version, and the directory."""
+    """What follows the last piece: the member `version`, and the directory."""
 
     file: str
     slots: tuple[Slot, ...]
@@ -43,7 +44,7 @@ class Tail:
         return len(self.made(lambda at, size: bytes(size)))
 
     def made(self, read: Read) -> bytes:
-        """Its bytes, given how to read the file before it."""
+        """Return the bytes of the tail; `read` reads from the file before it."""
         own, members = own_members(self.file, self.slots, self.about, {}), members_of(self.file, self.slots, self.about)
         sums = {
             member.name: zlib.crc32(own[member.name])
@@ -56,7 +57,7 @@ class Tail:
 
 
 def cut(file: str, shares: Sequence[Sequence[Slot]], about: Any) -> tuple[bytes, tuple[OutputFile, ...], Tail]:
-    """The head, a piece for each share of the tensors, and the tail of a file; lengths are all known."""
+    """Cut a file whose lengths are all known into its head, a piece for each share of the tensors, and its tail."""
     slots = tuple(slot for share in shares for slot in share)
     members = members_of(file, slots, about)
     mine = [member for member in members if member.slot is not None]
@@ -80,17 +81,17 @@ def cut(file: str, shares: Sequence[Sequence[Slot]], about: Any) -> tuple[bytes,
 
 
 def _whole(members: Sequence[Member], own: Mapping[str, bytes]) -> bytes:
-    """Members that are no tensors, one after another, with their headers."""
+    """Return members that are no tensors, one after another, with their headers."""
     return b"".join(header_bytes(m, zlib.crc32(own[m.name])) + own[m.name] for m in members)
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Where the tensors lie in the piece: where they were planned."""
+    """Return where the tensors lie in the piece: where they were planned."""
     return {slot.name: (slot.offset, slot.size) for slot in file.slots}
 
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
-    """Every member's header."""
+    """Return every member's header, with the checksum of its tensor."""
     piece, found, at = file.about, [], 0
     assert isinstance(piece, ZipPiece)
     for key, slot in enumerate(file.slots, piece.first_key):

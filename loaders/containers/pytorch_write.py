@@ -1,11 +1,11 @@
-"""Writing PyTorch files: torch.save's zip, whose members are stored as they are and so can be planned to the byte.
+"""The writer of PyTorch files: torch.save's zip, whose members are not compressed and so can be planned to the byte.
 
-    NAME/data.pkl                the pickle: see pickling.py
+    NAME/data.pkl                the pickle: see pytorch_pickle.py
     NAME/.format_version, .storage_alignment, byteorder
     NAME/data/0, 1, ...          a tensor each; every member's bytes begin at a multiple of 64, as torch's do
     NAME/version
-and the directory. A member's header has its CRC-32, so all are read back once more when the file is finished (torch
-does not look at them, other tools do). Members and offsets from 4 GiB have zip64's fields.
+Then the directory follows. A member's header has its CRC-32, so that all tensors are read back once more when the file
+is finished (torch does not check it, other tools do). Members and offsets from 4 GiB on use zip64's fields.
 
 Formats: PKWARE's APPNOTE 6.3, sections 4.3 to 4.5; torch's caffe2/serialize/inline_container.cc.
 """
@@ -23,11 +23,11 @@ from loaders.containers.base import Checksum, Places
 from loaders.containers.pytorch_pickle import PickledTensor, Ref, check_dtype, state_dict
 from loaders.specs import OutputFile, Slot, StoredTensor
 
-ALIGNMENT = 64
-LIMIT = 0xFFFFFFFF  # from here on, numbers stand in zip64's fields,
-STANDS_FOR_LIMIT = 0xFFFFFFFF  # and this in those of 32 bits
-MANY = 0xFFFF
-UTF8 = 0x0800
+ALIGNMENT = 64  # kFieldAlignment in torch's inline_container.h
+LIMIT = 0xFFFFFFFF  # numbers from here on are in zip64's fields of 64 bits,
+STANDS_FOR_LIMIT = 0xFFFFFFFF  # and this is in the fields of 32 bits
+MANY = 0xFFFF  # the same for the number of members, in fields of 16 bits
+UTF8 = 0x0800  # the flag that says that names are UTF-8
 NO_LENGTHS: Mapping[str, int] = {}
 BEFORE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
 AFTER = {"version": b"3\n"}
@@ -35,7 +35,7 @@ AFTER = {"version": b"3\n"}
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the zip: its header's first byte, its first byte, how many it has, and the tensor that it is."""
+    """A member of the zip: where its header and its bytes begin, its size, and its tensor's name, if it is one."""
 
     name: str
     header: int
@@ -49,7 +49,9 @@ class Member:
 
 
 def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
-    """Give every tensor its place: by name, lengths still unknown last. `about`: modules, each with its keys' values.
+    """Give every tensor its place: by name, lengths that are not known yet last.
+
+    `about` is the tree that the pickle describes, as (module, {key: value}) pairs; None is a flat dict of the tensors.
 
     Raises:
         BadSpec: torch has no such dtype.
@@ -70,13 +72,13 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Where the tensors lie, given the lengths that were open."""
+    """Return where the tensors lie, given the lengths of those that depend on values."""
     members = members_of(file.name, file.slots, file.about, lengths)
     return {member.slot: (member.start, member.size) for member in members if member.slot is not None}
 
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
-    """Every member that is no tensor, every member's header, the directory."""
+    """Return every member that is no tensor, every member's header, and the directory."""
     lengths = {slot.name: places[slot.name][1] for slot in file.slots if slot.is_bound}
     members = members_of(file.name, file.slots, file.about, lengths)
     own = own_members(file.name, file.slots, file.about, lengths)
@@ -95,7 +97,7 @@ def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[in
 
 
 def own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int]) -> dict[str, bytes]:
-    """The members that are no tensors."""
+    """Return the bytes of the members that are no tensors, by name."""
     root = PurePosixPath(file).stem
     tensors = {}
     for key, slot in enumerate(slots):
@@ -109,7 +111,7 @@ def own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[s
 
 
 def members_of(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int] = NO_LENGTHS) -> list[Member]:
-    """All members in order."""
+    """Return all members in the order of their bytes."""
     slots, root = list(slots), PurePosixPath(file).stem
     sizes = {name: len(data) for name, data in own_members(file, slots, about, lengths).items()}
     order: list[tuple[str, int, str | None]] = [(f"{root}/{name}", 0, None) for name in ("data.pkl", *BEFORE)]
@@ -118,6 +120,7 @@ def members_of(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[st
     members, at = [], 0
     for name, size, slot in order:
         size = sizes.get(name, size)
+        # 30 bytes of local header, the name, zip64's extra field where it is needed, and 4 of the one that pads.
         start = at + 30 + len(name.encode()) + (20 if size >= LIMIT else 0) + 4
         start += -start % ALIGNMENT
         members.append(Member(name, at, start, size, slot))
@@ -126,12 +129,15 @@ def members_of(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[st
 
 
 def header_bytes(member: Member, checksum: int) -> bytes:
-    """A member's local header, padded by an extra field so that its bytes are aligned."""
+    """Return a member's local header, padded by an extra field so that the member's bytes are aligned.
+
+    The field has the id "FB" and is filled with "Z", as torch's getPadding in inline_container.cc makes it.
+    """
     name, size = member.name.encode(), STANDS_FOR_LIMIT if member.is_large else member.size
     extra = struct.pack("<HHQQ", 1, 16, member.size, member.size) if member.is_large else b""
     room = member.start - member.header - 30 - len(name) - len(extra) - 4
     extra += b"FB" + struct.pack("<H", room) + b"Z" * room
-    version = 45 if member.is_large else 20
+    version = 45 if member.is_large else 20  # 4.5 is the first version of the format with zip64
     return (
         struct.pack("<4sHHHHHIIIHH", b"PK\3\4", version, UTF8, 0, 0, 0, checksum, size, size, len(name), len(extra))
         + name
@@ -140,11 +146,15 @@ def header_bytes(member: Member, checksum: int) -> bytes:
 
 
 def _narrow(number: int) -> int:
+    """Return what a field of 32 bits holds for a number."""
     return STANDS_FOR_LIMIT if number >= LIMIT else number
 
 
 def directory_bytes(members: list[Member], checksums: Mapping[str, int]) -> bytes:
-    """What follows the last member: an entry for each, and where the entries are."""
+    """Return the directory, which follows the last member: an entry for each, and where the entries begin.
+
+    A missing checksum counts as 0, which is enough to know the directory's length.
+    """
     entries = []
     for member in members:
         wide = [each for each in (member.size, member.size, member.header) if each >= LIMIT]

@@ -1,8 +1,8 @@
-"""safetensors: eight bytes of header length, a JSON header, then the tensors without gaps.
+"""The safetensors container: eight bytes of header length, a JSON header, then the tensors without gaps.
 
 Reading trusts nothing: lengths, offsets, shapes, dtypes and names are checked against the file's real size before any
-weight is read. Writing puts the header last, at its planned place and length, since a tensor whose length depends on
-values (`Slot.is_bound`, always at the end of the file) is known only then.
+weight is read. The header is written last, at its planned place and length, since a length that depends on values
+(`Slot.is_bound`, always at the end of the file) is known only then.
 
 Format: https://github.com/huggingface/safetensors, "Format"; the reading limits are those of its Rust code.
 """
@@ -19,12 +19,12 @@ from loaders.dtypes import DType, dtype_named
 from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 
-HEADER_LIMIT = 100_000_000
-METADATA = {"format": "pt"}
+HEADER_LIMIT = 100_000_000  # bytes: MAX_HEADER_SIZE of safetensors' Rust code
+METADATA = {"format": "pt"}  # what transformers writes; before version 5 it refused files whose metadata lacks it
 
 
 def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
-    """The tensors of one file, in the order of their bytes.
+    """Read the tensors of one file from its header, in the order of their bytes.
 
     Raises:
         BadCheckpoint: truncated, overlapping, out of range, unknown dtype, absurd lengths, ...
@@ -42,6 +42,7 @@ def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
 
 
 def _read_header(root: Path, file: str) -> tuple[dict[str, Any], int, int]:
+    """Return the header's entries by name, the first byte of the data, and how many bytes of data there are."""
     path = root / file
     with io_errors("reading", path), path.open("rb") as handle:
         size = path.stat().st_size
@@ -63,10 +64,11 @@ def _read_header(root: Path, file: str) -> tuple[dict[str, Any], int, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of JSON's pairs. Python would keep the last of equal names, another reader the first."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
     return found
 
 
@@ -90,6 +92,7 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
 
 
 def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_size: int) -> None:
+    """Check that the tensors, sorted by their bytes, cover the data without gaps or overlaps, as the format asks."""
     end = data_start
     for spec in specs:
         if spec.offset != end:
@@ -104,7 +107,7 @@ def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_s
 
 
 def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
-    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths still unknown last.
+    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths that are not known yet last.
 
     `about` is the file's `__metadata__`, by default what transformers writes.
 
@@ -124,7 +127,10 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
 
 
 def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = None, room: int = 0) -> bytes:
-    """The first bytes of a file: name -> (dtype, shape, offset among the data), padded to `room` and to 8 bytes."""
+    """Return the first bytes of a file, padded to a multiple of 8 bytes, and to `room` bytes at least.
+
+    `tensors` are (dtype, shape, offset among the data) by name.
+    """
     entries: dict[str, Any] = {"__metadata__": METADATA if about is None else about}
     for name, (dtype, shape, offset) in tensors.items():
         stop = offset + dtype.size(shape)
@@ -135,7 +141,7 @@ def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = 
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Where the tensors lie: one after another."""
+    """Return where the tensors lie: one after another."""
     places, at = {}, file.header_bytes
     for slot in file.slots:
         size = lengths[slot.name] if slot.is_bound else slot.size
@@ -145,7 +151,7 @@ def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
 
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
-    """The header."""
+    """Return the header, padded to its planned length: a shorter tensor may have made its JSON shorter."""
     entries: dict[str, tuple[DType, tuple[int, ...], int]] = {}
     for slot in file.slots:
         at, size = places[slot.name]

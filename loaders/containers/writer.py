@@ -1,4 +1,4 @@
-"""Writing a planned file of any container: tensors in any order, from any threads, and at last what frames them."""
+"""The writer of a planned file of any container: tensors in any order, from any threads, and then what frames them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from loaders.dtypes import storage_of
 from loaders.errors import StorageError, io_errors
 from loaders.specs import OutputFile, Slot
 
-SYNC_FILE_RANGE_WRITE = 2
-BLOCK = 4 << 20
+SYNC_FILE_RANGE_WRITE = 2  # Linux's fcntl.h: start writing dirty pages out, and wait for nothing
+BLOCK = 4 << 20  # bytes read at a time for a checksum, so that a tensor of any size takes little memory
 
 
 class ShardWriter:
-    """Writes one planned file; `seal` makes it whole, durable and known.
+    """The writer of one planned file; `seal` completes it and makes it durable.
 
-    The file is made new at `path`, which must not exist, with all its room taken at once: a disk that is too full says
-    so before any work. Whoever owns the path renames it when it is finished. With `start` it is a piece instead,
-    written in place: into the file that is there already, from that byte on.
+    The file is created at `path`, which must not exist, and all its room is taken at once, so that a disk that is too
+    full is found before any work. The caller renames the file when it is finished. With `start` a piece is written
+    instead, in place: into the file that is there already, from that byte on.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ShardWriter:
             StorageError: the disk is full, ...
         """
         assert offset + len(data) <= slot.size, f"{slot.name}: {offset} + {len(data)} exceeds {slot.size}"
-        if slot.is_bound:
+        if slot.is_bound:  # its place depends on the lengths of all such tensors, so `seal` writes it
             assert offset == 0
             self._bound[slot.name] = bytes(data)
             return
@@ -70,7 +70,10 @@ class ShardWriter:
             self._put(data, self.file.header_bytes + slot.offset + offset)
 
     def read(self, slot: Slot, offset: int, out: memoryview) -> int:
-        """Read back bytes from `offset` of a tensor as the file has them; how many there were."""
+        """Read back bytes from `offset` of a tensor as the file has them; return how many there were.
+
+        Only a tensor of bound length can have fewer than asked for.
+        """
         if slot.is_bound:
             found = self._bound[slot.name][offset : offset + len(out)]
             out[: len(found)] = found
@@ -79,12 +82,12 @@ class ShardWriter:
         return len(out)
 
     def start_syncing(self, slot: Slot) -> None:
-        """Let the system begin to put a finished tensor on the disk, so that `seal` has less to wait for."""
+        """Let the system begin to write a finished tensor to the disk, so that `seal` has less to wait for."""
         if not slot.is_bound:
             begin_writeback(self._descriptor, self.start + self.file.header_bytes + slot.offset, slot.size)
 
     def seal(self) -> Places:
-        """Write what comes last, tensors of bound length and the frame, durably; where every tensor lies."""
+        """Write tensors of bound length and the frame, and wait until all is on the disk; return where tensors lie."""
         places = self._container.place(self.file, {name: len(data) for name, data in self._bound.items()})
         for name, data in self._bound.items():
             self._put(memoryview(data), places[name][0])
@@ -100,6 +103,7 @@ class ShardWriter:
         return places
 
     def _checksum(self, offset: int, size: int) -> int:
+        """Return the CRC-32 of bytes of the file, read back."""
         found, buffer = 0, memoryview(bytearray(min(size, BLOCK)))
         for at in range(0, size, BLOCK):
             block = buffer[: min(BLOCK, size - at)]
@@ -109,7 +113,7 @@ class ShardWriter:
 
     def _put(self, data: memoryview, at: int) -> None:
         with io_errors("writing", self.path):
-            while data:
+            while data:  # one call writes at most about 2 GiB on Linux
                 count = os.pwrite(self._descriptor, data, self.start + at)
                 at, data = at + count, data[count:]
 
@@ -122,15 +126,16 @@ class ShardWriter:
                 at, out = at + count, out[count:]
 
     def close(self) -> None:
-        """Let go of the file; it stays."""
+        """Close the file, which stays."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def abort(self) -> None:
-        """Remove the file; one that is written in place stays, and the piece is not done."""
+        """Close and remove the file. A file that is written in place stays, since other units write it too."""
         self.close()
         if not self._is_in_place:
+            # This runs because of another error, which must not be hidden; `clean` removes what is left.
             with suppress(OSError):
                 self.path.unlink()
 
@@ -182,19 +187,20 @@ class TensorSink:
 
 
 def begin_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Ask for a range to be written out, without waiting; where the system cannot, `fsync` does it all."""
+    """Ask the system to write out a range, without waiting. Only Linux can; elsewhere `fsync` does all of it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "sync_file_range"):
         libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Take a file's room where the filesystem can; else only set its length."""
+    """Reserve a file's room on the disk; where the filesystem cannot, only set its length."""
     if hasattr(os, "posix_fallocate") and size:
         try:
             os.posix_fallocate(descriptor, 0, size)
             return
         except OSError as error:
+            # The codes by which filesystems say that they cannot reserve; any other, such as a full disk, is an error.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
     os.ftruncate(descriptor, size)

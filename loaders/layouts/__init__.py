@@ -1,4 +1,4 @@
-"""What a consumer expects of an output: names, places, config.json, index. One file per consumer."""
+"""Layouts: what a consumer expects of an output, in names, places, config.json and index. One file per consumer."""
 
 from __future__ import annotations
 
@@ -24,5 +24,6 @@ BY_ENGINE = {
     "ggml": "gguf",
 }  # the layout that a scheme's engine reads
 
-# Engines whose loader builds the model's own class and quantizes linear layers alone: a stack of experts stays as it is
+# Engines whose loader builds the model's own class and quantizes only linear layers: stacks of experts stay as they
+# are.
 WHOLE_STACKS = ("plain", "bitsandbytes", "bitnet", "hqq")

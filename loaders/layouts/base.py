@@ -1,4 +1,4 @@
-"""What every layout offers."""
+"""The interface of a layout: what a consumer of checkpoints expects of names, files, config.json and index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loaders.tensors.logical_tensor import LogicalTensor
 
 
 def module_of(weight: str) -> str:
-    """The module that a weight belongs to."""
+    """Return the name of the module to which a weight belongs."""
     return weight.removesuffix(".weight")
 
 
@@ -32,42 +32,41 @@ class Placed:
 
 
 class Layout(Protocol):
-    """A consumer's expectations. Refuses, as BadSpec, what the consumer could not load."""
+    """A consumer's expectations. Its methods raise BadSpec for what the consumer could not load."""
 
     name: ClassVar[str]
-    containers: ClassVar[tuple[str, ...]]  # the kinds of weight files it reads, the usual one first
-    file: ClassVar[str | None]  # the one weight file that it reads; None: one a unit, called as its container's are
+    containers: ClassVar[tuple[str, ...]]  # the kinds of weight files that the consumer reads, the usual one first
+    file: ClassVar[str | None]  # the one weight file that it reads; None: a file a unit, named by the container
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
-        """What will be stored, and under which names: one for each decision that is not "drop"."""
+        """Return what will be stored under which names: one entry for each decision that is not "drop"."""
         ...
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
-        """What a file of these results says beside its tensors, as its container takes it; mostly nothing."""
+        """Return what a file of these tensors says beside them, in the form that its container takes; mostly None."""
         ...
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
-        """What to know of the consumer before anything is written."""
+        """Return what the user should know of the consumer before anything is written."""
         ...
 
     def config(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], compute_dtype: str | None
     ) -> dict[str, Any] | None:
-        """config.json; None where there will be none."""
+        """Return the output's config.json, or None if it has none."""
         ...
 
     def index(self, files: Sequence[OutputFile], total_bytes: int, parameters: int) -> Mapping[str, Any] | None:
-        """The index; None where there will be none. `total_bytes` are those of all tensors, `parameters` the numbers
-        in them before they were quantized.
+        """Return the output's index, or None if it has none.
+
+        `total_bytes` are the bytes of all tensors, `parameters` the number of weights before they were quantized.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The one file that the units' pieces are ranges of: its name, the bytes before the first of them, and what is made
-    of them to follow the last.
-    """
+    """The one file of which the units' pieces are ranges: its name, the bytes before the first, and what follows."""
 
     name: str
     head: bytes
@@ -76,7 +75,10 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """What the units' files are once their layout has seen them all, in the same order, and what comes to them."""
+    """The units' files after their layout has seen all of them, in the same order, and the files that it adds.
+
+    `made` are small files by name. `joined` is the file of which the units' files are pieces, if they are.
+    """
 
     files: tuple[OutputFile, ...]
     made: Mapping[str, bytes]
@@ -85,18 +87,22 @@ class Assembly:
 
 @runtime_checkable
 class Assembling(Protocol):
-    """A layout whose files know of each other: it says which aux files go along, and puts the rest together."""
+    """A layout whose files depend on each other, so that it must see all of them before their headers are known."""
 
-    def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]: ...
+    def aux(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Return the source's other files that are copied into the output."""
+        ...
 
     def assemble(
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
-    ) -> Assembly: ...
+    ) -> Assembly:
+        """Put the units' files together: names, headers, manifests, or one file of which they are pieces."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What a job says of its files: the model's name, what its quantization is called, one file or one a unit."""
+    """A job's choices of names: the model's, the quantization's, and whether there is one file or one a unit."""
 
     model: str
     label: str | None

@@ -1,11 +1,12 @@
-"""compressed-tensors' block in config.json: which modules have which scheme, and which have none.
+"""compressed-tensors' block in config.json, which says which modules have which scheme, and which have none.
 
 The keys are those that llm-compressor 0.14 writes (QuantizationConfig of compressed-tensors). Three readers match
-module names against `targets` and `ignore`, each in its way:
-- compressed-tensors in transformers: an exact name, then a regular expression ("re:", from the start), then a class;
-- vLLM: the fused module's own name, then its class, and only then the names of its parts. Beside a target "Linear"
-  no other target would reach a fused layer, so several schemes have names for targets, all of them;
-- transformers 5 for experts, which it fuses: the first group with a regular expression in which "experts" stands.
+module names against `targets` and `ignore`, each in its own way:
+- compressed-tensors in transformers matches an exact name, then a regular expression ("re:", from the start), then a
+  class;
+- vLLM matches the fused module's own name, then its class, and only then the names of its parts. Beside a target
+  "Linear" no other target would reach a fused layer, so that with several schemes all targets are names;
+- transformers 5, for experts, which it fuses, takes the first group with a regular expression that contains "experts".
 `ignore` holds every linear module that stays as it is, by its exact name.
 """
 
@@ -27,14 +28,14 @@ from loaders.rules.defaults import LINEAR
 from loaders.rules.rule import Decision
 
 ENGINE = "compressed-tensors"
-VERSION = "0.20.0"  # of compressed-tensors, whose bytes ours are
+VERSION = "0.20.0"  # the version of compressed-tensors whose bytes are written
 LINEAR_ROLES = (*LINEAR, "expert", "head", "router", "other")
 EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
 STACK = re.compile(r"(.*\bexperts)\.")
 
 
 def config_block(decisions: Sequence[Decision], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The whole block."""
+    """Return the whole block."""
     members: dict[Scheme, list[Decision]] = {}
     for decision in quantized(decisions):
         assert decision.scheme is not None
@@ -76,9 +77,9 @@ def is_linear(decision: Decision) -> bool:
 
 
 def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Family) -> list[str]:
-    """Every linear module that is not quantized: the head that is tied and not stored, too.
+    """Return every linear module that is not quantized, including a head that is tied and not stored.
 
-    Experts that stay a stack are named by a pattern: engines ask for them one by one.
+    Experts that stay a stack are named by a pattern, since engines ask for each expert by name.
     """
     kept = {module_of(d.tensor.name) for d in decisions if is_linear(d) and d.action in ("keep", "cast")}
     tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
@@ -87,7 +88,7 @@ def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Fa
 
 
 def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[str]:
-    """Targets that match these modules and, of `everything`, no others: names; for experts regular expressions."""
+    """Return targets that match these modules, and of `everything` no others: names, or patterns for experts."""
     names = [module_of(d.tensor.name) for d in members if d.tensor.role != "expert"]
     experts = {module_of(d.tensor.name) for d in members if d.tensor.role == "expert"}
     others = [name for name in everything if name not in experts]
@@ -95,7 +96,10 @@ def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[s
 
 
 def _patterns(wanted: set[str], others: Sequence[str]) -> Iterator[str]:
-    """Few patterns for many experts: those of all layers, of a layer, of one projection, or one by one."""
+    """Yield few patterns that match many experts: of all layers, of one layer, of one projection, or one by one.
+
+    A pattern is taken only if it matches none of `others`.
+    """
     left = set(wanted)
     for candidates in (_all_layers, _one_layer, _one_projection, _one):
         found = sorted({pattern for name in left for pattern in candidates(name)})
@@ -128,7 +132,7 @@ def _one(name: str) -> Iterator[str]:
 
 
 def format_of(scheme: Scheme) -> str:
-    """The name of a scheme's format."""
+    """Return compressed-tensors' name of a scheme's format."""
     if isinstance(scheme, RowScaled):
         return f"{scheme.type}-quantized"
     return {PackedInt: "pack-quantized", Fp8Block: "float-quantized", CompressedNvfp4: "nvfp4-pack-quantized",
@@ -136,7 +140,7 @@ def format_of(scheme: Scheme) -> str:
 
 
 def arguments(bits: int, number: str, strategy: str, **settings: Any) -> dict[str, Any]:
-    """QuantizationArgs, all of them."""
+    """Return all keys of compressed-tensors' QuantizationArgs, with its defaults where nothing is given."""
     return {
         "actorder": None,
         "block_structure": None,
@@ -155,7 +159,7 @@ def arguments(bits: int, number: str, strategy: str, **settings: Any) -> dict[st
 
 
 def weights_of(scheme: Scheme) -> dict[str, Any]:
-    """How a scheme's weights are quantized."""
+    """Return the QuantizationArgs of a scheme's weights."""
     if isinstance(scheme, RowScaled):
         return arguments(8, scheme.type, "channel")
     if isinstance(scheme, Fp8Block):
@@ -172,7 +176,7 @@ def weights_of(scheme: Scheme) -> dict[str, Any]:
 
 
 def activations_of(scheme: Scheme) -> dict[str, Any] | None:
-    """How the engine quantizes activations as it runs; None: it does not."""
+    """Return the QuantizationArgs of activations, which the engine quantizes as it runs; None if it does not."""
     if isinstance(scheme, RowScaled):
         return arguments(8, scheme.type, "token", dynamic=True)
     if isinstance(scheme, Fp8Block):
@@ -182,11 +186,11 @@ def activations_of(scheme: Scheme) -> dict[str, Any] | None:
     return None
 
 
-# --- what is said aloud
+# --- warnings
 
 
 def warnings(decisions: Sequence[Decision]) -> list[str]:
-    """What transformers 5.23 with compressed-tensors 0.20, and vLLM, make of the output otherwise than one expects."""
+    """Return what transformers 5.23 with compressed-tensors 0.20, or vLLM, do with the output unexpectedly."""
     found = quantized(decisions)
     return [*_transformers(found), *_dtypes(found), *_fused(decisions)]
 
@@ -222,7 +226,7 @@ def fails_for_experts(scheme: Decoder | None) -> bool:
 
 
 def name_of(scheme: Decoder | None) -> str:
-    """What compressed-tensors calls a scheme."""
+    """Return compressed-tensors' name of a scheme."""
     if isinstance(scheme, RowScaled):
         return "FP8_DYNAMIC" if scheme.type == "float" else "W8A8"
     if isinstance(scheme, PackedInt):

@@ -1,8 +1,8 @@
-"""The layout of transformers: a tensor's parts beside it by suffix, and a quantization_config in config.json.
+"""The layout of transformers: the parts of a weight beside it by suffix, and a quantization_config in config.json.
 
 The blocks are those that transformers 5.23 writes for the same settings (utils/quantization_config.py,
-BitsAndBytesConfig and BitNetQuantConfig); which modules its loader converts is `should_convert_module`
-(quantizers/quantizers_utils.py) over the skip list.
+BitsAndBytesConfig and BitNetQuantConfig). Which modules its loader converts is decided by `should_convert_module`
+(quantizers/quantizers_utils.py) with the skip list.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, StoredTensor
 from loaders.tensors.logical_tensor import stored_name
 
-QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers', mlx-lm's
-LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")  # of which transformers makes an nn.Linear
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers' key, and mlx-lm's
+# Routers that are an nn.Linear in transformers' classes, so that its loader would convert them.
+LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")
 WHOLE = {"plain", "bitsandbytes", "bitnet"}  # engines for which transformers builds the model's own class
 SINGLE = re.compile(r"\.experts\.\d+\.")
-DEFAULT_HEADS = ("head",)  # what transformers' loaders skip by themselves
+DEFAULT_HEADS = ("head",)  # the roles that transformers' loaders skip by default
 
 HQQ_HERE = (
     "transformers 5 does not load HQQ, and does not fail either: it warns of missing weights and computes with random"
@@ -43,7 +44,7 @@ HQQ_HERE = (
 
 
 class HfLayout:
-    """See `Layout`."""
+    """The layout of transformers; see `Layout`."""
 
     name: ClassVar[str] = "hf"
     containers: ClassVar[tuple[str, ...]] = ("safetensors", "pytorch")
@@ -75,7 +76,11 @@ class HfLayout:
 
 
 def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Placed, ...]:
-    """Name what will be stored. Weights to be quantized are first cast as transformers would cast them on loading."""
+    """Name what will be stored. Weights to be quantized are first cast as transformers casts them when it loads them.
+
+    Raises:
+        BadSpec: transformers could not load it.
+    """
     wanted = load_dtype(config)
     placed = []
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
@@ -108,10 +113,10 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
 def config_json(
     config: Mapping[str, Any], decisions: Sequence[Decision], family: Family, compute_dtype: str | None
 ) -> dict[str, Any]:
-    """The source's config.json with what the engine must know of the quantization.
+    """Return the source's config.json with what the engine must know of the quantization.
 
     Raises:
-        BadSpec: the engine's skip list cannot say which modules are quantized.
+        BadSpec: the engine's skip list cannot express which modules are quantized.
     """
     made = dict(config) if is_copied(decisions) else plain_config(config)
     schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
@@ -138,7 +143,7 @@ def config_json(
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without its quantization_config, at the top or in the text part."""
+    """Return a config.json without its quantization_config, at the top and in the text part."""
     made = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if isinstance(made.get("text_config"), Mapping):
         made["text_config"] = {k: v for k, v in made["text_config"].items() if k not in QUANTIZATION_KEYS}
@@ -146,23 +151,25 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_copied(decisions: Sequence[Decision]) -> bool:
-    """Whether the source's own quantization stays: its tensors are copied as they are stored."""
+    """Whether the source's own quantization stays, because its tensors are copied as they are stored."""
     return all(decision.tensor.decode is None for decision in decisions)
 
 
 def _model_dtype(config: Mapping[str, Any], decisions: Sequence[Decision]) -> str:
+    """Return torch's name of the dtype in which the engine will compute by default."""
     dtype = load_dtype(config) or next(d.tensor.dtype for d in decisions if d.action == "quantize")
     return dtype.torch if dtype.name != "F64" else "float32"
 
 
 def quantization_config(scheme: Scheme, skip: list[str] | None, compute_dtype: str) -> dict[str, Any]:
-    """The block of an engine. `skip` is None where its own defaults say the same."""
+    """Return an engine's quantization_config. `skip` is None where the engine's own defaults say the same."""
     if isinstance(scheme, Bnb4 | LlmInt8):
         four = scheme if isinstance(scheme, Bnb4) else None
         return {
             "_load_in_4bit": four is not None,
             "_load_in_8bit": four is None,
-            "bnb_4bit_compute_dtype": compute_dtype if four else "float32",  # of int8: the defaults, which mean nothing
+            # transformers writes the 4-bit keys for int8 too, with their defaults, which mean nothing there
+            "bnb_4bit_compute_dtype": compute_dtype if four else "float32",
             "bnb_4bit_quant_storage": four.storage if four else "uint8",
             "bnb_4bit_quant_type": four.table if four else "fp4",
             "bnb_4bit_use_double_quant": four is not None and four.double_quant,
@@ -203,9 +210,12 @@ def quantization_config(scheme: Scheme, skip: list[str] | None, compute_dtype: s
 
 
 def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None:
-    """The linear modules that stay as they are, by exact name; None where the engine's defaults cover them.
+    """Return the linear modules that stay as they are, by exact name; None where the engine's defaults cover them.
 
-    A list given replaces the defaults, so the head is named too.
+    A list replaces the defaults, so that it names the head too.
+
+    Raises:
+        BadSpec: a quantized module's name matches a kept one's, as transformers compares them.
     """
     quantized = {_module(d) for d in decisions if d.action == "quantize"}
     kept = {_module(d) for d in decisions if d.action in ("keep", "cast") and _is_linear(d)}
@@ -223,7 +233,10 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
 
 
 def is_skipped(module: str, patterns: Sequence[str]) -> bool:
-    """Whether transformers leaves a module alone: a pattern is its beginning, a regular expression, or its end."""
+    """Whether transformers leaves a module alone: should_convert_module in quantizers/quantizers_utils.py.
+
+    A pattern is a regular expression for the beginning of a name, up to a dot or the end, or the end of a name.
+    """
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     return any(re.match(rf"(?:{p}){boundary}", module) or module.endswith(p) for p in patterns)
 
@@ -233,6 +246,7 @@ def _module(decision: Decision) -> str:
 
 
 def _is_linear(decision: Decision) -> bool:
+    """Whether the tensor is the weight of an nn.Linear, which transformers' loader would convert."""
     tensor = decision.tensor
     is_layer = tensor.role in (*LINEAR, "head", "vision") or tensor.name.endswith(LINEAR_ROUTERS)
     return is_layer and len(tensor.shape) == 2 and tensor.name.endswith(".weight")

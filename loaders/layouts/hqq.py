@@ -1,8 +1,10 @@
 """The layout of the hqq package: config.json as the source has it, and all weights in qmodel.pt.
 
-qmodel.pt is what torch.save makes of {module: {key: value}}: a quantized module's W_q, scale and zero with plain values
-beside them, a plain module's parameters; every module has its own entry, tied ones too (of the same bytes).
-hqq/models/base.py, serialize_weights and from_quantized; hqq/core/quantize.py, HQQLinear.state_dict.
+qmodel.pt is what torch.save makes of {module: {key: value}}. A quantized module has W_q, scale and zero, and plain
+values beside them; a plain module has its parameters. Every module has an entry, also one that is tied to another, of
+the same bytes.
+
+Source: hqq/models/base.py (serialize_weights, from_quantized) and hqq/core/quantize.py (HQQLinear.state_dict).
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ EXPERTS = (
     " nor loads fused ones"
 )
 QMODEL = "qmodel.pt"
-ROLES = ("W_q", "scale", "zero")
+ROLES = ("W_q", "scale", "zero")  # the roles of `Hqq` that are tensors in qmodel.pt; all others are plain values
 
 
 class HqqLayout:
-    """See `Layout`."""
+    """The layout of the hqq package; see `Layout` and `Assembling`."""
 
     name: ClassVar[str] = "hqq"
     containers: ClassVar[tuple[str, ...]] = ("pytorch",)
@@ -59,7 +61,7 @@ class HqqLayout:
         return tuple(placed)
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
-        """Modules in the order of their names, each with its keys and values, in hqq's order."""
+        """Return the modules in the order of their names, each with its keys and values in hqq's order."""
         modules: dict[str, dict[str, Any]] = {}
         for each in placed:
             module, _, key = each.tensor.name.rpartition(".")
@@ -109,7 +111,7 @@ class HqqLayout:
 
 
 def _module(scheme: Hqq, spec: TensorSpec, names: Mapping[str, str]) -> dict[str, Any]:
-    """A quantized module without a bias."""
+    """Return the entry of a quantized module without a bias."""
     return {
         "W_q": Ref(names["W_q"], is_parameter=True),
         "nbits": scheme.bits,
@@ -133,7 +135,7 @@ def _module(scheme: Hqq, spec: TensorSpec, names: Mapping[str, str]) -> dict[str
 
 
 def _set_bias(values: dict[str, Any], bias: Ref) -> None:
-    """A bias stands after compute_dtype."""
+    """Put a bias where hqq's state_dict has it: after compute_dtype, before the keys of LATER."""
     later = {key: values.pop(key) for key in list(values) if key in LATER}
     values |= {"bias": bias, **later}
 

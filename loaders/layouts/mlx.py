@@ -1,8 +1,8 @@
 """The layout of mlx-lm: MODULE.weight, .scales, .biases, experts stacked, a `quantization` block in config.json.
 
-As mlx_lm 0.32 writes it (utils.py: quantize_model, save_model, save_config). Its loader reads every model*.safetensors
-of the folder, takes a module for quantized where it has scales, and its settings from the block: those of its path,
-else what the shapes tell (older ones: the block's own).
+It is what mlx_lm 0.32 writes (utils.py: quantize_model, save_model, save_config). mlx-lm's loader reads every
+model*.safetensors of the folder, and takes a module as quantized if it has scales. The settings of a module are those
+under its path in the block, or else what the shapes tell (in older versions, the block's own).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUFFIXES = {"weight": "weight", SCALES: "scales", BIASES: "biases"}
 
 
 class MlxLayout:
-    """See `Layout`."""
+    """The layout of mlx-lm; see `Layout`."""
 
     name: ClassVar[str] = "mlx"
     containers: ClassVar[tuple[str, ...]] = ("safetensors",)
@@ -108,7 +108,7 @@ def _check_scheme(name: str, scheme: Scheme) -> None:
 
 
 def _stored(weight: str, role: str, part: StoredSpec, index: int, count: int | None) -> StoredTensor:
-    """A part of a weight by mlx-lm's name; one of `count` experts lies in their stack."""
+    """Return a part of a weight under mlx-lm's name; with `count`, it is expert `index` in a stack of so many."""
     name = weight.removesuffix("weight") + SUFFIXES[role] if role != "weight" else weight
     if count is None:
         return StoredTensor(name, part)
@@ -116,7 +116,7 @@ def _stored(weight: str, role: str, part: StoredSpec, index: int, count: int | N
 
 
 def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpoint) -> None:
-    """Raises BadSpec: a stack is not whole, or its experts are stored in different ways."""
+    """Raise BadSpec if a stack lacks experts, or its experts are stored in different ways."""
     count = num_experts(model, checkpoint.config)
     stacks: dict[str, list[tuple[int, Placed]]] = {}
     for each in placed:
@@ -145,7 +145,7 @@ def _module(decision: Decision, model: MlxModel) -> str:
 
 
 def quantization(quantized: Sequence[Decision], model: MlxModel) -> dict[str, Any]:
-    """The block: the settings of the target's scheme, or the most frequent, and those of modules that have others."""
+    """Return the block: the settings of the target's scheme or the most frequent, and of modules that have others."""
     own = [d.scheme for d in quantized if d.rule.scheme is None]
     base = own[0] if own else Counter(d.scheme for d in quantized).most_common(1)[0][0]
     block: dict[str, Any] = _settings(base, with_mode=True)
@@ -156,14 +156,14 @@ def quantization(quantized: Sequence[Decision], model: MlxModel) -> dict[str, An
 
 
 def _settings(scheme: Scheme | None, *, with_mode: bool) -> dict[str, Any]:
-    """As mlx-lm writes them; a module's without a mode are affine."""
+    """Return a scheme's settings as mlx-lm writes them. Those of a module have no mode if they are affine."""
     assert isinstance(scheme, MlxAffine | MlxFloat), scheme
     settings: dict[str, Any] = {"group_size": scheme.group_size, "bits": scheme.bits}
     return settings | ({"mode": scheme.mode} if with_mode or scheme.mode != "affine" else {})
 
 
 def _name_dtype(made: dict[str, Any], decisions: Sequence[Decision]) -> None:
-    """Say the dtype that all were cast to, if they were."""
+    """State in config.json the dtype to which all weights were cast, if they were."""
     casts = {d.scheme.dtype for d in decisions if d.action == "cast" and isinstance(d.scheme, Plain)}
     if len(casts) == 1 and (dtype := next(iter(casts))) is not None:
         made["torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"] = DTYPES[dtype].torch

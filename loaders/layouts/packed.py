@@ -1,8 +1,8 @@
-"""The layout of packed checkpoints: MLX's names and codes in model_weights.bin, experts by layers in packed_experts/.
+"""The layout of packed checkpoints: MLX's names and codes in model_weights.bin, experts by layer in packed_experts/.
 
-What its engine reads: words of 32 bits with affine groups of 64 compiled in, their scales and biases in bfloat16, other
-weights in bfloat16 or float32; a `language_model.` before a name is gone, and there are no towers for images. Plain
-copies keep the dtypes that they have. Config and tokenizer lie beside the manifest.
+The engine, moeflux, reads words of 32 bits whose affine groups of 64 are compiled in, their scales and biases in
+bfloat16, and other weights in bfloat16 or float32. Names lose a `language_model.` in front, and towers for images are
+left out. Plain copies keep their dtypes. Config and tokenizer lie beside the manifest.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot, StoredSpec, StoredTensor
 from loaders.tensors.quantized_sources.mlx import stored_scheme
 
-READ = ("U32", "BF16", "F32")  # what its engine knows
+READ = ("U32", "BF16", "F32")  # the dtypes that the engine reads
 TOWER = re.compile(r"(?:^|\.)(?:vision_tower|vision_model|visual|multi_modal_projector)\.")
 PREFIX = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")
-WIDE = "linear_attn.A_log"  # which its engine reads as float32
-NARROWED = ("F16", "F64")
+WIDE = "linear_attn.A_log"  # the one weight that the engine reads as float32
+NARROWED = ("F16", "F64")  # dtypes that the engine does not read; such weights become bfloat16 beside quantized ones
 
 
 class PackedLayout:
-    """See `Layout` and `Assembling`."""
+    """The layout of packed checkpoints; see `Layout` and `Assembling`."""
 
     name: ClassVar[str] = "packed"
     containers: ClassVar[tuple[str, ...]] = ("packed",)
@@ -88,7 +88,7 @@ class PackedLayout:
         else:
             made = dict(checkpoint.config)
         if any(d.tensor.decode is None and _is_words(d) for d in decisions if d.action != "quantize"):
-            return made  # copied words, and the block that tells of them
+            return made  # quantized words are copied, and so the source's block that describes them stays
         made = {key: value for key, value in plain_config(made).items() if key not in QUANTIZATION_KEYS}
         quantized = [d for d in decisions if d.action == "quantize"]
         if quantized:
@@ -131,7 +131,7 @@ class PackedLayout:
 
 
 def _check_scheme(decision: Decision) -> None:
-    """Raises BadSpec: packed's engine has no such codes."""
+    """Raise BadSpec if the engine does not compute with this scheme."""
     scheme, name = decision.scheme, decision.tensor.name
     if scheme is None or isinstance(scheme, Plain):
         return
@@ -152,14 +152,14 @@ def _is_tower(decision: Decision) -> bool:
 
 
 def _is_words(decision: Decision) -> bool:
-    """Whether it is stored as quantized words: made here, or copied."""
+    """Whether the tensor is stored as quantized words, made by this job or copied."""
     tensor = decision.tensor
     is_copy = tensor.decode is None and tensor.dtype.name == "U32" and tensor.name.endswith(".weight")
     return isinstance(decision.scheme, MlxAffine) or (decision.scheme == Plain() and is_copy)
 
 
 def _bits(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> dict[str, int]:
-    """The bits of every tensor of words, by its name in the output.
+    """Return the bits of every tensor that is stored as words, by its name in the output.
 
     Raises:
         BadSpec: copied words are not those of affine groups of 64.
@@ -182,12 +182,16 @@ def _bits(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> dict[str, in
 
 
 def _own_name(name: str) -> str:
+    """Return a tensor's name in the output, without the prefix of a language model."""
     found = PREFIX.sub("", name)
     return name if found == name else found if found.startswith("lm_head") else f"model.{found}"
 
 
 def _placed(decision: Decision, *, is_quantized: bool) -> Placed:
-    """Under its name in the one file: experts are moved later. Beside words, floats are bfloat16 or float32."""
+    """Place a tensor under its name in the one file; experts are moved out of it later.
+
+    Beside quantized words, plain weights become bfloat16, or float32 where the engine reads that.
+    """
     tensor, encoding = decision.tensor, decision.encoding
     assert encoding is not None
     scheme = encoding.scheme
@@ -216,7 +220,10 @@ class _PlacedExperts:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, placed: Sequence[Placed], bits: Mapping[str, int]) -> _PlacedExperts | None:
-        """None where there are none, or a layer's are not one block: then they stay in the one file.
+        """Return the experts' layout, or None where experts stay in the one file.
+
+        They stay if there are none, or if a layer's are in several blocks, of which different units may write the
+        parts.
 
         Raises:
             BadSpec: the experts are not all alike.
@@ -235,7 +242,7 @@ class _PlacedExperts:
         return cls(_expert_layout(found), checkpoint.config)
 
     def placed(self, each: Placed) -> Placed:
-        """With the places of its tensors, if it is an expert's."""
+        """Return the tensor with its places in packed_experts/, if it is an expert's."""
         return replace(each, stored={role: self._moved(tensor) for role, tensor in each.stored.items()})
 
     def _moved(self, tensor: StoredTensor) -> StoredTensor:
@@ -250,10 +257,10 @@ class _PlacedExperts:
 def _expert_layout(
     found: Mapping[tuple[int, int], Mapping[str, tuple[StoredSpec, int | None]]],
 ) -> packed.ExpertLayout:
-    """Where each component lies in an expert, in the engine's order, without padding.
+    """Return where each component lies in an expert, in the engine's order, without padding.
 
     Raises:
-        BadSpec: some layers or experts lack what others have, or have it otherwise.
+        BadSpec: some layers or experts lack what others have, or store it in another way.
     """
     layers = sorted({layer for layer, _ in found})
     kinds = Counter(tuple(sorted(components.items(), key=lambda each: each[0])) for components in found.values())

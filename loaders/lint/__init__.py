@@ -1,4 +1,4 @@
-"""Will the engine load it? Checks of a finished checkpoint, whoever wrote it, from its headers and config alone."""
+"""Lint: checks whether engines will load a checkpoint, whoever wrote it, from its headers and config alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loaders.tensors.sources import tensors_of
 
 __all__ = ["BY_METHOD", "Finding", "lint", "lint_folder"]
 
-# Checks by how the checkpoint says it was quantized
+# the check for each method by which a checkpoint says that it was quantized
 BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
     "bitsandbytes": transformers.check,
     "bitnet": transformers.check,
@@ -24,11 +24,11 @@ BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
     "hqq": hqq.check,
 }
 
-BY_FILES = ("hqq", "mlx")  # told by their tensors, and checked even where config.json has no block
+BY_FILES = ("hqq", "mlx")  # recognized by their tensors, so that they are checked even without a block in config.json
 
 
 def lint_folder(path: Path) -> list[Finding]:
-    """All findings of a folder; one that cannot be opened is a finding, too.
+    """Return all findings about a folder. That a checkpoint cannot be opened is a finding, too.
 
     Raises:
         BadSpec: there are no weights.
@@ -40,12 +40,12 @@ def lint_folder(path: Path) -> list[Finding]:
 
 
 def lint(checkpoint: Checkpoint) -> list[Finding]:
-    """All findings of an open checkpoint, faults first.
+    """Return all findings about an open checkpoint, faults first.
 
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.
     """
-    is_gguf = checkpoint.container == "gguf"  # of any architecture, read under its own names
+    is_gguf = checkpoint.container == "gguf"  # checked under GGUF's own names, so that any architecture can be
     subject = Subject(checkpoint, tensors_of(checkpoint, decode=not is_gguf), _index_of(checkpoint))
     found = list(gguf.check(subject) if is_gguf else files.check(subject))
     method = checkpoint.quantized_by
@@ -67,6 +67,7 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _index_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """Read the index of the weight files, if there is one."""
     paths = sorted(
         p for p in checkpoint.root.iterdir() if p.name.endswith((".safetensors.index.json", ".bin.index.json"))
     )

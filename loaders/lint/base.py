@@ -1,4 +1,4 @@
-"""What a finding is, and what the checks look at."""
+"""Findings, and the checkpoint as the checks see it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from loaders.specs import WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
 
-SHOWN = 4
+SHOWN = 4  # names that a finding lists before it counts the rest
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something an engine will stumble over."""
+    """A problem that an engine will have with a checkpoint: what it is, what happens then, and what to do."""
 
     level: Literal["fault", "doubt"]
     engine: str
@@ -30,12 +30,12 @@ class Finding:
 
 
 def fault(engine: str, what: str, happens: str, remedy: str) -> Finding:
-    """The engine fails, or computes something else."""
+    """Return a finding that the engine fails, or computes something else."""
     return Finding("fault", engine, what, happens, remedy)
 
 
 def doubt(engine: str, what: str, happens: str, remedy: str) -> Finding:
-    """It may."""
+    """Return a finding that the engine may fail, or may compute something else."""
     return Finding("doubt", engine, what, happens, remedy)
 
 
@@ -57,16 +57,16 @@ class Subject:
 
     @property
     def linears(self) -> list[LogicalTensor]:
-        """Matrices of modules that engines quantize: linear layers, experts, the head."""
+        """The matrices of modules that engines quantize: linear layers, experts, the head."""
         return [r for r in self.sources.tensors if r.role in (*LINEAR, "expert", "head") and len(r.shape) == 2]
 
 
 def module(tensor: LogicalTensor) -> str:
-    """The module that a weight belongs to."""
+    """Return the name of the module to which a weight belongs."""
     return tensor.name.removesuffix(".weight")
 
 
 def some(names: list[str]) -> str:
-    """A few of many names."""
+    """Return the first few of many names as text."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -18,7 +18,7 @@ BOTH = "vLLM, transformers"
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """What vLLM or transformers would stumble over."""
+    """Yield the problems that vLLM or transformers would have."""
     block: Mapping[str, Any] = subject.config["quantization_config"]
     ignore = block.get("ignore") or []
     if not (isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)):
@@ -120,7 +120,7 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
 
 
 def _global_scale(subject: Subject, tensor: LogicalTensor) -> bytes | None:
-    """The four bytes of an NVFP4 weight's global scale."""
+    """Read the four bytes of an NVFP4 weight's global scale; None for another scheme."""
     if not isinstance(tensor.decode, CompressedNvfp4):
         return None
     [scale] = [spec for role, spec in tensor.stored if role == "weight_global_scale"]
@@ -135,7 +135,7 @@ def _experts(tensors: list[LogicalTensor]) -> Iterator[Finding]:
             yield fault(
                 "transformers 5",
                 "experts are in NVFP4",
-                "forgets their global scale and computes wrong numbers, without a word",
+                "forgets their global scale and silently computes wrong numbers",
                 "run it in vLLM",
             )
         elif fails_for_experts(scheme):

@@ -1,4 +1,4 @@
-"""Checks of what stands beside the weights: config.json, index, tokenizer, code; and of tied heads."""
+"""Checks of the files beside the weights (config.json, index, tokenizer, code), of sizes, and of tied heads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ANY = "every engine"
 EMBEDDING = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?embed_tokens\.weight$")
 FROM_HIDDEN = re.compile(r"\.layers\.\d+\.(?:self_attn\.[qkv]_proj|mlp\.(?:gate|up)_proj)\.weight$")
 OF_LAYER = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.")
-MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000  # a larger num_hidden_layers is taken for nonsense, and layers are not looked for
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """What any engine would stumble over."""
+    """Yield the problems that any engine would have."""
     yield from _config(subject)
     yield from _dimensions(subject)
     yield from _index(subject)
@@ -63,7 +63,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
 
 
 def _dimensions(subject: Subject) -> Iterator[Finding]:
-    """Whether config.json's sizes are those of the tensors, where every family means the same by them."""
+    """Check that config.json's sizes are those of the tensors, for keys that mean the same in every family."""
     if subject.checkpoint.family.is_generic or subject.checkpoint.container == "gguf":
         return
     for name, tensor in ((r.name, r) for r in subject.sources.tensors):
@@ -116,7 +116,7 @@ def _index(subject: Subject) -> Iterator[Finding]:
 
 
 def _head(subject: Subject) -> Iterator[Finding]:
-    """Whether the output projection is there exactly where config.json says so."""
+    """Check that the output projection is there if, and only if, config.json says so."""
     names = {tensor.name for tensor in subject.sources.tensors}
     pairs = subject.checkpoint.family.tied_pairs(subject.config)
     for kept, tied in pairs:

@@ -1,8 +1,8 @@
-"""Checks of GGUF files, as llama.cpp reads them: metadata it needs, a tensor for every place, sizes that agree.
+"""Checks of GGUF files, as llama.cpp reads them: metadata that it needs, a tensor for every place, sizes that agree.
 
-What is required, and what is taken for granted without a word: llama.cpp, src/llama-model.cpp (load_hparams,
-load_tensors of each architecture) and src/llama-vocab.cpp. Architectures that are not known here are checked for what
-holds of all.
+The keys that are required, and those for which llama.cpp silently takes a default, are from src/llama-model.cpp
+(load_hparams and load_tensors of each architecture) and src/llama-vocab.cpp. Architectures that are not known here are
+checked only for what holds for all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENGINE = "llama.cpp"
 AGAIN = "convert the model again"
 BLOCK = re.compile(r"^blk\.(\d+)\.")
 EMBEDDING, NORM, HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
-# keys under the architecture's name without which loading fails; the others have a default that may be wrong
+# keys under the architecture's name without which loading fails; those of DEFAULTED have a default that may be wrong
 REQUIRED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
             "attention.layer_norm_rms_epsilon")  # fmt: skip
 MOE_REQUIRED = ("expert_count", "expert_used_count")
@@ -36,7 +36,7 @@ BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """What llama.cpp would stumble over."""
+    """Yield the problems that llama.cpp would have."""
     checkpoint = subject.checkpoint
     metadata = gguf.plain(gguf.read_metadata(checkpoint.root, checkpoint.files[0].name))
     specs, name = subject.by_name, metadata.get("general.architecture")
@@ -64,7 +64,7 @@ def _sizes(name: str, metadata: Mapping[str, Any]) -> Iterator[Finding]:
         yield fault(ENGINE, f"the metadata lacks {some(missing)}", "fails: key not found in model", AGAIN)
     for key, taken in DEFAULTED.items():
         if f"{name}.{key}" not in metadata:
-            yield doubt(ENGINE, f"the metadata does not say {name}.{key}", f"takes {taken}, without a word", AGAIN)
+            yield doubt(ENGINE, f"the metadata does not say {name}.{key}", f"silently takes {taken}", AGAIN)
 
 
 def _tokenizer(metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
@@ -138,7 +138,7 @@ def _types(specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
 def _blocks(
     architecture: Architecture, metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec]
 ) -> Iterator[Finding]:
-    """Every block is there, and whole, and nothing is there that no block has."""
+    """Check that every block is there with all its tensors, and that there are no others."""
     count = metadata.get(f"{architecture.name}.block_count")
     if not isinstance(count, int):
         return
@@ -169,7 +169,7 @@ def _blocks(
 
 
 def _shapes(name: str, metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
-    """Tensors are as large as the metadata says."""
+    """Check that tensors have the shapes that the metadata implies."""
     hidden, heads = metadata.get(f"{name}.embedding_length"), metadata.get(f"{name}.attention.head_count")
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
         return

@@ -9,7 +9,7 @@ from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """What hqq or transformers would stumble over."""
+    """Yield the problems that hqq or transformers would have."""
     files = [tag.name for tag in subject.checkpoint.files]
     is_own = files == [HqqLayout.file]
     if subject.checkpoint.container == "pytorch" and not is_own:

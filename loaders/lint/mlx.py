@@ -1,4 +1,4 @@
-"""Checks of MLX checkpoints, as mlx-lm reads them: its own config keys, settings that agree, files that it finds."""
+"""Checks of MLX checkpoints, as mlx-lm reads them: its config keys, settings that agree, files that it finds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
 ENGINE = "mlx-lm"
-FILES = "model"  # it reads every model*.safetensors
+FILES = "model"  # mlx-lm reads every model*.safetensors, and no other file
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """What mlx-lm would stumble over."""
+    """Yield the problems that mlx-lm would have."""
     config, names = subject.config, subject.by_name
     yield from _config(config)
     strange = [tag.name for tag in subject.checkpoint.files if not tag.name.startswith(FILES)]
@@ -56,6 +56,6 @@ def _config(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield fault(
             ENGINE,
             "rope_theta stands in rope_parameters only, as transformers 5 writes it",
-            "uses 10000 without a word, or fails",
+            "silently uses 10000, or fails",
             "write rope_theta at the top of config.json, too",
         )

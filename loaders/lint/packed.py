@@ -1,6 +1,6 @@
-"""Checks of packed checkpoints, as moeflux maps them: dtypes it knows, bits it computes with, experts where it looks.
+"""Checks of packed checkpoints, as moeflux maps them: dtypes that it knows, bits and places of experts.
 
-That spans, shapes, alignment and bits agree is checked when a packed checkpoint is opened.
+Spans, shapes, alignment and bits are checked when a packed checkpoint is opened; see containers/packed.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from loaders.layouts.packed import READ
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
 ENGINE = "moeflux"
-BITS = (4, 8)
+BITS = (4, 8)  # the widths that moeflux is known to compute with
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """What moeflux would stumble over."""
+    """Yield the problems that moeflux would have."""
     weights = subject.checkpoint.weights
     odd = [f"{spec.name} ({spec.dtype})" for spec in weights if spec.dtype.name not in READ]
     if odd:

@@ -14,7 +14,7 @@ SKIP_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "bitnet": "modules_to_not_
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """What transformers would stumble over in a checkpoint of bitsandbytes or BitNet."""
+    """Yield the problems that transformers would have with a checkpoint of bitsandbytes or BitNet."""
     block: Mapping[str, Any] = subject.config["quantization_config"]
     key = SKIP_KEYS[block["quant_method"]]
     skip = block.get(key)

@@ -1,4 +1,4 @@
-"""What can be asked of quant=auto: a mix of candidates within a budget; and with it, of any quantization."""
+"""The settings of quant=auto, a mix of candidates within a budget; and `QuantSpec`, which is any quantization's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loaders.rules.rule import Mix
 
 
 class Chosen(Spec):
-    """A mix that was chosen: what a job with quant=auto finds out, and records."""
+    """A mix that was chosen: what a job with quant=auto finds, and records in its output."""
 
     tensors: dict[str, tuple[str, ...]] = Field(description="by candidate, the names of its tensors; keep: unquantized")
     weighting: str = Field(description="what the errors were weighted by")
@@ -34,7 +34,7 @@ class Chosen(Spec):
 
 
 class AutoQuant(Quant):
-    """quant=auto."""
+    """The settings of quant=auto."""
 
     kind: Literal["auto"]
     engine: Engine | None = Field(description=f"what is to load it: {', '.join(ENGINES)}; null: whose `among` are")
@@ -50,7 +50,7 @@ class AutoQuant(Quant):
 
     @property
     def candidates(self) -> dict[str, Quant]:
-        """By name, in the order given."""
+        """The candidates by name, in the order given."""
         assert self.engine is not None
         return {name: self._candidate(name) for name in self.among}
 
@@ -64,7 +64,7 @@ class AutoQuant(Quant):
 
     @property
     def base(self) -> Quant:
-        """The candidate that the chosen mix has most of, or the first."""
+        """The first candidate of the chosen mix, or of all; its rules decide about tensors that the mix leaves out."""
         taken = [] if self.chosen is None else [name for name in self.chosen.tensors if name != KEEP]
         return self._candidate((taken or list(self.among))[0])
 
@@ -88,7 +88,7 @@ class AutoQuant(Quant):
     @model_validator(mode="before")
     @classmethod
     def _engine_and_candidates(cls, values: Any) -> Any:
-        """The engine by its candidates, the candidates by their engine."""
+        """Fill in the engine from the candidates, or the candidates from the engine."""
         if not isinstance(values, dict) or not isinstance(values.get("among", []), list | tuple):
             return values
         engine, among = values.get("engine"), list(values.get("among") or ())
@@ -115,7 +115,7 @@ class AutoQuant(Quant):
 
     @property
     def known(self) -> str:
-        """What the engine can mix."""
+        """The candidates that the engine has, for messages."""
         return KNOWN[self.engine or ""]
 
 

@@ -1,4 +1,4 @@
-"""What every checked model of values that a person gave is made of."""
+"""The base of every pydantic model that checks values which a person gave."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ FloatName = Literal["float32", "float16", "bfloat16"]
 
 
 class Spec(BaseModel):
-    """Strict, closed and frozen."""
+    """A model that converts no types, refuses unknown keys, and cannot be changed."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")

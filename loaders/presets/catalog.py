@@ -1,4 +1,4 @@
-"""Quantizations by name: the presets of conf/quant, for whoever asks without a job."""
+"""The presets of conf/quant by name, for callers of the library, who have no job and no Hydra."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ADAPTER: TypeAdapter[Quant] = TypeAdapter(QuantSpec)
 
 
 def preset_names() -> tuple[str, ...]:
-    """What may be asked for: all but `auto`, whose mix a job measures."""
+    """Return the names of all presets but `auto`, whose mix only a job can measure."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "auto"))
 
 
 def preset(name: str, **settings: Any) -> Quant:
-    """A preset, with some of its settings changed (`group_size=128`).
+    """Return a preset, with some of its settings changed (`group_size=128`).
 
     Raises:
         BadSpec: no such preset, no such setting, or a wrong value; all faults at once.
@@ -38,6 +38,7 @@ def preset(name: str, **settings: Any) -> Quant:
 
 
 def _problem(name: str, fault: Any) -> str:
+    """Say one fault of pydantic's in terms of the preset."""
     where = ".".join(str(part) for part in fault["loc"][1:])  # the first is the kind
     if fault["type"] == "extra_forbidden":
         known = ", ".join(key for key in type(preset(name)).model_fields if key not in ("kind", "name"))
@@ -47,7 +48,7 @@ def _problem(name: str, fault: Any) -> str:
 
 @cache
 def _values(name: str) -> dict[str, Any]:
-    """A preset's file over the one that it begins with."""
+    """Read a preset's file over those that its `defaults` name, as Hydra composes them."""
     values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     base: dict[str, Any] = {}
     for other in values.pop("defaults", []):

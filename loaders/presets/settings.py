@@ -1,4 +1,4 @@
-"""What can be asked of a quantization: one model for each `kind` in conf/quant, and the scheme it stands for."""
+"""The settings of quantizations: one model for each `kind` in conf/quant, and the scheme that it stands for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from loaders.rules.rule import Mix
 
 
 class Quant(Spec):
-    """What all of conf/quant have in common."""
+    """What all of conf/quant have in common; its subclasses are the kinds."""
 
     name: str = Field(pattern=r"^[\w.\-]+$", description="names the output")
 
@@ -42,16 +42,16 @@ class Quant(Spec):
 
     @property
     def mix(self) -> Mix | None:
-        """What gives tensors different schemes, if something does."""
+        """The mix, if the quantization gives tensors different schemes; else None."""
         return None
 
     @property
     def label(self) -> str | None:
-        """What files are called after it, where they are called after their quantization."""
+        """The quantization's name in file names, for engines that name files after it; else None."""
         return None
 
     def varied(self, settings: dict[str, Any]) -> Scheme:
-        """The scheme with some settings changed.
+        """Return the scheme with some settings changed, as a rule's own `quant` asks for.
 
         Raises:
             ValidationError: an unknown setting, or a wrong value.
@@ -60,7 +60,7 @@ class Quant(Spec):
 
 
 class NoneQuant(Quant):
-    """quant=none."""
+    """The settings of quant=none."""
 
     kind: Literal["none"]
     dtype: FloatName | None = Field(description="cast float weights to this dtype; null copies them")
@@ -71,7 +71,7 @@ class NoneQuant(Quant):
 
 
 class Bnb4Quant(Quant):
-    """quant=nf4, quant=fp4."""
+    """The settings of quant=nf4 and quant=fp4."""
 
     kind: Literal["bnb4"]
     table: Literal["nf4", "fp4"] = Field(description="the sixteen values of a code")
@@ -106,7 +106,7 @@ class Bnb4Quant(Quant):
 
 
 class Int8Quant(Quant):
-    """quant=int8."""
+    """The settings of quant=int8."""
 
     kind: Literal["int8"]
 
@@ -116,7 +116,7 @@ class Int8Quant(Quant):
 
 
 class TernaryQuant(Quant):
-    """quant=ternary."""
+    """The settings of quant=ternary."""
 
     kind: Literal["ternary"]
     linear_class: Literal["bitlinear", "autobitlinear"] = Field(
@@ -129,7 +129,7 @@ class TernaryQuant(Quant):
 
 
 class HqqQuant(Quant):
-    """quant=hqq8, hqq4, hqq3, hqq2."""
+    """The settings of quant=hqq8, hqq4, hqq3 and hqq2."""
 
     kind: Literal["hqq"]
     bits: Literal[8, 4, 3, 2, 1] = Field(description=f"bits of a code: {', '.join(map(str, BITS))}")
@@ -145,6 +145,7 @@ class HqqQuant(Quant):
         return Hqq(self.bits, self.group_size, self.axis, dtype)
 
 
+# compressed-tensors' preset schemes by name, with the group sizes of quantization/quant_scheme.py there
 COMPRESSED_TENSORS: dict[str, Scheme] = {
     "fp8_dynamic": RowScaled("float"),
     "fp8_block": Fp8Block(),
@@ -159,7 +160,7 @@ COMPRESSED_TENSORS: dict[str, Scheme] = {
 
 
 class CompressedTensorsQuant(Quant):
-    """quant=w4a16 and the other preset schemes of compressed-tensors."""
+    """The settings of quant=w4a16 and the other preset schemes of compressed-tensors."""
 
     kind: Literal["compressed_tensors"]
     preset: Literal[
@@ -192,7 +193,7 @@ class CompressedTensorsQuant(Quant):
 
 
 class MlxQuant(Quant):
-    """quant=mlx_int4, quant=mlx_int8, quant=mlx_mxfp4, ..."""
+    """The settings of quant=mlx_int4, quant=mlx_int8, quant=mlx_mxfp4 and the like."""
 
     kind: Literal["mlx"]
     mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = Field(description="whole numbers, or small floats")
@@ -220,7 +221,7 @@ class MlxQuant(Quant):
 
 
 class MlxMixedQuant(Quant):
-    """quant=mlx_mixed_4_6."""
+    """The settings of quant=mlx_mixed_4_6."""
 
     kind: Literal["mlx_mixed"]
     recipe: MixedRecipe = Field(description="mlx-lm's, by its low and its high bits")
@@ -253,7 +254,7 @@ class MlxMixedQuant(Quant):
 
 
 class GgmlQuant(Quant):
-    """quant=gguf_*."""
+    """The settings of quant=gguf_*."""
 
     kind: Literal["ggml"]
     file_type: str = Field(description=f"llama.cpp's mix of types: {', '.join(MIXES)}")

@@ -1,7 +1,7 @@
-"""Decoders that work by rows and columns: flat ranges of them, and windows that step over rows or transpose.
+"""Boxes of a matrix, for decoders that work by rows and columns: flat ranges, and windows that step or transpose.
 
-A box is where some rows meet some columns. Formats whose scales belong to rows and columns of a matrix decode boxes;
-what is asked for as a flat range is cut into boxes here, once for all of them.
+A box is where some rows meet some columns. Formats whose scales belong to rows and columns of a matrix decode boxes.
+Callers ask for flat ranges; these are cut into boxes here, once for all such formats.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from loaders.dtypes import Shape
 from loaders.quantization.scheme import BoxDecoder, Decoder, Stored, Work
 from loaders.specs import TensorSpec
 
-BOX = 1 << 20  # weights of a box at most: 4 MiB of float32
+# The most weights in a box, 4 MiB of float32. Larger boxes need fewer calls, and more memory in every thread.
+BOX = 1 << 20
 
 
 class ByBoxes:
-    """The flat half of a `BoxDecoder`."""
+    """The flat `decode` of a `BoxDecoder`, by its `decode_box`."""
 
     __slots__ = ()
 
@@ -37,7 +38,7 @@ class ByBoxes:
 
 
 def flat_boxes(start: int, stop: int, width: int) -> Iterator[tuple[range, range]]:
-    """The boxes of a flat range, in its order: the end of a row, whole rows in runs of at most BOX, part of a row."""
+    """Cut a flat range into boxes, in order: the end of a row, runs of whole rows of at most BOX, part of a row."""
     at = start
     while at < stop:
         row, column = divmod(at, width)
@@ -52,13 +53,16 @@ def flat_boxes(start: int, stop: int, width: int) -> Iterator[tuple[range, range
 
 
 def matrices(shape: Shape) -> tuple[int, int, int]:
-    """How many matrices a shape (..., R, C) has, R and C; one row for a vector."""
+    """Return the number of matrices in a shape (..., R, C), R and C. A vector counts as one row."""
     rows = shape[-2] if len(shape) > 1 else 1
     return math.prod(shape[:-2]), rows, shape[-1]
 
 
 def read_rows(stored: Stored, role: str, rows: range, width: int) -> np.ndarray:
-    """Rows of a role's row-major items, (len(rows), width). A step is read over: a run of rows lies together."""
+    """Read rows of a role's row-major items as (len(rows), width).
+
+    With a step, the rows in between are read too and dropped: one long read costs less than many short ones.
+    """
     block = stored.read(role, rows[0] * width, (rows[-1] + 1) * width)
     return block.reshape(-1, width)[:: rows.step]
 
@@ -66,9 +70,9 @@ def read_rows(stored: Stored, role: str, rows: range, width: int) -> np.ndarray:
 def decode_rows(
     decoder: Decoder, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
 ) -> None:
-    """A box by any decoder; one that is no `BoxDecoder` decodes all of the rows' span, a few at a time."""
+    """Decode a box by any decoder. One that is no `BoxDecoder` decodes whole spans of rows, a few rows at a time."""
     width = spec.shape[-1]
-    many = max(1, 4 * BOX // (width * rows.step))
+    many = max(1, 4 * BOX // (width * rows.step))  # a span takes at most 16 MiB, unless a single row is longer
     for at in range(0, len(rows), many):
         some, part = rows[at : at + many], out[at : at + many]
         if isinstance(decoder, BoxDecoder):
@@ -89,9 +93,10 @@ def decode_window(
     decoder: Decoder, whole: TensorSpec, stored: Stored, shape: Shape, offset: int, stride: Shape, start: int,
     out: np.ndarray, work: Work,
 ) -> None:  # fmt: skip
-    """The values of a window of a decoded tensor: flat items of the window's `shape` from `start` on, into out.
+    """Decode part of a window into a tensor: out.size flat items of the window from item `start` on.
 
-    A window's last two dimensions are rows and columns of the whole, or columns and rows.
+    The window has `shape`, begins at flat item `offset` of the whole tensor (spec `whole`), and steps by `stride` items
+    in each dimension. Its last two dimensions are rows and columns of the whole, or columns and rows (a transpose).
     """
     width, (high, wide) = whole.shape[-1], shape[-2:]
     outer = tuple(math.prod(shape[i + 1 : -2]) for i in range(len(shape) - 2))

@@ -1,4 +1,4 @@
-"""What a quantized tensor must satisfy to be handed on."""
+"""The gate that every quantized tensor must pass before it is published or handed to a caller."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from loaders.stats import ErrorSums
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a tensor must satisfy to leave. `max_relative_error` tightens the scheme's own limit.
+    """The limits on a tensor's error. `max_relative_error` tightens the scheme's own limit, and never loosens it.
 
-    `settings` is where whoever asked finds these settings, for messages.
+    `settings` is the prefix under which the caller finds these settings; messages name them with it.
     """
 
     allow_nonfinite: bool = False
@@ -21,13 +21,14 @@ class Gate:
     settings: str = "verify."
 
     def fault(self, name: str, error: ErrorSums, scheme: Scheme) -> str | None:
-        """Why a tensor must not leave, or None."""
+        """Say why a tensor must not pass, or return None."""
         if error.nonfinite and not self.allow_nonfinite:
             return (
                 f"{name}: the source holds {error.nonfinite} NaN or infinite weights; mend it, or let them pass with"
                 f" {self.settings}allow_nonfinite=true"
             )
-        if error.nonfinite_decoded and not error.nonfinite:  # a NaN takes its whole group with it, in the engine too
+        # Where the source itself holds a NaN, its whole group may decode to NaN, in the engine too: that is no fault.
+        if error.nonfinite_decoded and not error.nonfinite:
             count = error.nonfinite_decoded
             return f"{name}: {count} finite weights come back as NaN or infinities; the dtype is too narrow"
         if error.wrong:
@@ -36,12 +37,16 @@ class Gate:
                 " it was encoded or stored wrong: run the job again, and report it if that repeats"
             )
         limit = min(scheme.error_limit, self.max_relative_error or math.inf)
+        # `not <=` rather than `>`, so that a NaN fails.
         if not error.relative_error <= limit and not self._is_floor(error, scheme):
             return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"
         return None
 
     def _is_floor(self, error: ErrorSums, scheme: Scheme) -> bool:
-        """Whether weights are so small that the steps of the format's scales explain the error; no limit asked for."""
+        """Whether the weights are so small that the least step of the format's scales explains their error.
+
+        A limit that the caller set below the scheme's is meant as it is: then nothing is excused.
+        """
         if not isinstance(scheme, Floored) or (self.max_relative_error or math.inf) < scheme.error_limit:
             return False
         floor = scheme.error_floor * math.sqrt(error.numel)

@@ -1,9 +1,10 @@
-"""How much a tensor's errors matter: the second-order loss that they bring, by the statistics of a calibration.
+"""The importance of a tensor's errors: the second-order loss that they cause, by the statistics of a calibration.
 
-An error dW of a linear layer y = W x changes the logits, which then diverge from the original's (Kullback-Leibler, nats
-a token) by about 1/2 sum_ij E[g_i^2] E[x_j^2] dW_ij^2, where g is the gradient by y of the log-likelihood of what the
-model itself would say: the diagonal of the Fisher information, in the Kronecker-factored form of Martens and Grosse,
-Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015.
+An error dW of a linear layer y = W x moves the logits. Their Kullback-Leibler divergence from the original's, in nats a
+token, is then about 1/2 sum_ij E[g_i^2] E[x_j^2] dW_ij^2, where g is the gradient with respect to y of the
+log-likelihood of tokens drawn from the model's own predictions. This is the diagonal of the Fisher information in the
+Kronecker-factored form of Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature,
+2015, arXiv:1503.05671.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Scheme, Stored, View, Work
 from loaders.specs import TensorSpec
 
-INNER = 1 << 18  # weights at once: they stay in the cache
+INNER = 1 << 18  # weights decoded at once, 1 MiB of float32: they stay in the cache until they are summed
 
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Weight (i, j) of a matrix matters rows[i] * columns[j]: float32 (R,) and (C,)."""
+    """The importance of a matrix's weights: rows[i] * columns[j] for weight (i, j), float32 (R,) and (C,)."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -31,9 +32,9 @@ class Importance:
 def weighted_error(
     view: View, scheme: Scheme, spec: TensorSpec, stored: Stored, importances: Sequence[Importance], work: Work
 ) -> float:
-    """sum_ij rows[i] columns[j] dW_ij^2, over all importances (a tied matrix has that of each of its uses).
+    """Return sum_ij rows[i] columns[j] dW_ij^2, added over all importances: a tied matrix has one for each of its uses.
 
-    `spec` is what the scheme encoded: the view's, or its cast. Weights that are NaN or infinite count nothing.
+    `spec` is what the scheme encoded: the view's spec, or that of its cast. Errors that are NaN or infinite count as 0.
     """
     columns, align = spec.shape[-1], scheme.align(spec)
     inner = -(-INNER // align) * align

@@ -1,6 +1,7 @@
-"""How far what was stored lies from its source: decode the stored bytes, compare with the view, add up.
+"""The error of a stored tensor: decode the stored bytes, compare them with the source's view, and add up.
 
-Works for every scheme by its `decode` alone, and shares nothing with its encoder. A plain copy is compared bit by bit.
+This works for every scheme by its `decode` alone and shares no code with its encoder, so that a mistake in one does not
+hide a mistake in the other. A plain copy is compared bit by bit.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
 from loaders.stats import ErrorSums
 
-INNER = 1 << 18  # weights decoded at once: they stay in the cache until they are compared
+INNER = 1 << 18  # weights decoded at once, 1 MiB of float32: they stay in the cache until they are compared
 
 
 def measure(
     view: View, scheme: Scheme, spec: TensorSpec, stored: Stored, work: Work, on_bytes: Callable[[int], None]
 ) -> ErrorSums:
-    """Sums over one tensor. `spec` is what the scheme encoded: the view's, or its cast."""
+    """Measure one tensor. An error2 of infinity says that a single weight came back wrong.
+
+    `spec` is what the scheme encoded: the view's spec, or that of its cast. `on_bytes` is called with the source bytes
+    of each range once it was compared.
+    """
     is_number = view.spec.dtype.name in WEIGHT_DTYPES
     align = scheme.align(spec)
     gridded = scheme if isinstance(scheme, Gridded) else None
@@ -43,6 +48,7 @@ def measure(
                 scheme.decode(spec, stored, at, end, decoded, work)
                 part = block[at - start : end - start]
                 cpu.compare_into(part, view.spec.dtype.name, decoded, sums)
+                # A NaN in the source may spoil the scale of its whole group, so bounds by scales say nothing there.
                 if gridded is not None and not sums[compare.NONFINITE]:
                     _check_grid(part, decoded, gridded.grid(spec, stored, at, end), view.spec, spec, sums)
             if bounded is not None and not sums[compare.NONFINITE]:
@@ -57,7 +63,7 @@ def measure(
 
 
 def _check_each(sums: np.ndarray, greatest: float) -> None:
-    """A weight that is further off than its scale allows was encoded wrong."""
+    """Count the range as wrong if a weight is further off than the stored scales allow."""
     if sums[compare.MAX_ERROR] > greatest:
         sums[compare.WRONG] = 1
 
@@ -65,7 +71,7 @@ def _check_each(sums: np.ndarray, greatest: float) -> None:
 def _check_grid(
     block: np.ndarray, decoded: np.ndarray, grid: Grid | None, source: TensorSpec, spec: TensorSpec, sums: np.ndarray
 ) -> None:
-    """A weight that did not come back as the nearest that its scale allows was encoded wrong."""
+    """Make the error infinite if a weight is not the nearest that its stored scale allows: it was encoded wrong."""
     if grid is not None and source.dtype != spec.dtype:
         grid = grid.after_cast()
     if grid is not None and not grid.holds(kernel_input(block, source.dtype.name), decoded):
@@ -73,6 +79,7 @@ def _check_grid(
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Compare bits rather than values, so that NaN equals NaN and -0 differs from 0; by words, eight bytes at once."""
     if one.nbytes != other.nbytes:
         return False
     a, b, words = one.view(np.uint8), other.view(np.uint8), one.nbytes // 8 * 8
@@ -81,7 +88,7 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _compare_copy(block: np.ndarray, copy: np.ndarray, dtype: str, sums: np.ndarray, is_number: bool) -> None:
-    """A copy is exact or wrong."""
+    """Compare a copy, which is exact or wrong."""
     if not _same_bits(block, copy):
         sums[compare.WRONG] = 1
     elif is_number:

@@ -1,7 +1,8 @@
-"""The contract of a quantization scheme, and the three things it works with.
+"""The contract of a quantization scheme, and the three things that it works with: a view, a sink and tools.
 
-A scheme is a function from a view to a sink. It reads flat ranges of weights where and as often as it wants, holds a
-few MiB of them, and writes what its engine stores. It knows exactly which tensors those are before it has read any.
+A scheme is a function from a view to a sink. It reads flat ranges of weights, where and as often as it wants, holds a
+few MiB of them at a time, and writes the tensors that its engine stores. Their names, dtypes and shapes follow from the
+weight's spec alone, so that a plan can place them before any weight is read.
 """
 
 from __future__ import annotations
@@ -20,46 +21,51 @@ T = TypeVar("T")
 
 
 class View(Protocol):
-    """A tensor's weights."""
+    """The weights of one logical tensor, readable in any range and any number of times."""
 
     @property
     def spec(self) -> TensorSpec: ...
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
-        """Flat items [start, stop), raw. Valid until this thread reads into the same slot again."""
+        """Return flat items [start, stop) as raw bits, valid until this thread reads into the same slot again."""
         ...
 
 
 class Stored(Protocol):
-    """What a scheme has stored for one tensor, to be read back."""
+    """The tensors that a scheme has stored for one weight, by role, to be read back."""
 
     def read(self, role: str, start: int, stop: int) -> Block:
-        """Flat items [start, stop) of a role. Valid until this thread reads the same role again."""
+        """Return flat items [start, stop) of a role. They are valid until this thread reads the same role again."""
         ...
 
 
 class Sink(Protocol):
-    """Takes what a scheme stores for one tensor."""
+    """The receiver of what a scheme stores for one tensor."""
 
     def write(self, role: str, start: int, data: Block) -> None:
-        """Put items at flat item `start` of a role. Threads may write at once; a bound role is written in one go."""
+        """Put `data` at flat item `start` of a role.
+
+        Several threads may write at once. A role whose length is only bounded in the plan (`StoredSpec.is_bound`) is
+        written by a single call.
+        """
         ...
 
 
 class Work(Protocol):
-    """A scheme's tools: kernels of the backend, this thread's reusable arrays, and loops over ranges."""
+    """A scheme's tools: the backend's kernels, reusable arrays of the calling thread, and a loop over ranges."""
 
     @property
     def kernels(self) -> Kernels: ...
 
     def array(self, name: str, count: int, dtype: Any) -> np.ndarray:
-        """An uninitialized array; the same memory whenever this thread asks for the name again."""
+        """Return an uninitialized array. A thread that asks for the same name again gets the same memory again."""
         ...
 
     def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
-        """Call body(start, stop) for ranges that cut [0, count) at multiples of `align`; results in range order.
+        """Call body(start, stop) for ranges that cut [0, count) at multiples of `align`; return results in range order.
 
-        The cut depends on the arguments alone; which threads run the ranges, and when, is open.
+        The cut depends on the arguments alone, so that sums over ranges come out the same everywhere. Which threads run
+        the ranges, and in which order, is left open.
         """
         ...
 
@@ -70,24 +76,24 @@ class Decoder(Protocol):
     kind: ClassVar[str]
 
     def align(self, spec: TensorSpec) -> int:
-        """Items at whose multiples `decode` may start."""
+        """Return the number of items at whose multiples `decode` may start."""
         ...
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        """The float32 values of items [start, stop), into out (stop - start,)."""
+        """Write the float32 values of items [start, stop) into out (stop - start,)."""
         ...
 
 
 @runtime_checkable
 class BoxDecoder(Decoder, Protocol):
-    """A decoder that finds any rows and columns without decoding what lies between: see `quantization/boxes.py`."""
+    """A decoder that reaches any rows and columns without decoding what lies between: see `quantization/boxes.py`."""
 
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
-        """The float32 values where `rows` and `columns` (step 1) meet, into out (rows, columns), row-major.
+        """Write the float32 values where `rows` and `columns` (of step 1) meet into out (rows, columns), row-major.
 
-        Rows are those of all matrices of a stack, one after another: a shape (..., R, C) has ... * R of them.
+        Rows count through all matrices of a stack: a shape (E, R, C) has E * R of them.
         """
         ...
 
@@ -95,49 +101,56 @@ class BoxDecoder(Decoder, Protocol):
 class Scheme(Decoder, Protocol):
     """A quantization method with its parameters: a frozen value."""
 
-    engine: ClassVar[str]  # whose format it writes: decides layout, default rules and the config block
-    backends: ClassVar[tuple[str, ...]]  # where its encoder runs
+    engine: ClassVar[str]  # the engine whose format is written; it decides layout, default rules and the config block
+    backends: ClassVar[tuple[str, ...]]  # where the encoder runs
 
     def refuses(self, spec: TensorSpec) -> str | None:
-        """Why this tensor cannot be stored, or None."""
+        """Say why this tensor cannot be stored, or return None."""
         ...
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
-        """By role, exactly (or at most) what will be stored. Roles are the suffixes that the engine uses."""
+        """Return the tensors that will be stored, by role; exact, or for a bound role the greatest length.
+
+        Roles are the suffixes that the engine uses in its checkpoints.
+        """
         ...
 
     def state_bytes(self, spec: TensorSpec) -> int:
-        """Memory held between ranges while a tensor is encoded."""
+        """Return the bytes of memory held between ranges while a tensor is encoded."""
         ...
 
-    def encode(self, view: View, sink: Sink, work: Work) -> None: ...
+    def encode(self, view: View, sink: Sink, work: Work) -> None:
+        """Read the view, and write every role of `stored`, except constants, to the sink."""
+        ...
 
     @property
     def error_limit(self) -> float:
-        """The greatest relative error, sqrt(sum e^2 / sum x^2), that a right encoding can have."""
+        """The greatest relative error of a tensor, sqrt(sum e^2 / sum x^2), that a right encoding can have."""
         ...
 
 
 @runtime_checkable
 class Floored(Protocol):
-    """A scheme whose scales cannot be as small as weights can."""
+    """A scheme whose scales have a least value, so that weights far below it are lost altogether."""
 
     @property
     def error_floor(self) -> float:
-        """The root mean square error, beside `error_limit`'s share, that a right encoding of tiny weights can have."""
+        """The root mean square error that a right encoding of tiny weights may have beyond `error_limit`."""
         ...
 
 
 @runtime_checkable
 class Bounded(Protocol):
-    """A scheme whose stored scales say how far any one weight may be off.
+    """A scheme whose stored scales say how far any single weight may be off.
 
-    `error_limit` bounds a tensor's sum, in which one wrong code among millions is lost; this bounds each weight.
+    `error_limit` bounds the error of a whole tensor, in which one wrong code among millions is lost; this bound is for
+    each weight.
     """
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """The greatest error of a finite weight of this range that a right encoding can have. `spec` is what was
-        encoded; a cast to it from a wider dtype is allowed for.
+        """Return the greatest absolute error that a right encoding can leave on a finite weight of items [start, stop).
+
+        `spec` is what was encoded; the bound allows for a cast to its dtype from a wider one.
         """
         ...
 
@@ -147,16 +160,20 @@ class Gridded(Protocol):
     """A scheme that takes the nearest of the values that a group's stored scales allow: see `quantization/grid.py`."""
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
-        """That of items [start, stop), multiples of `align`, from the scales that are stored for them. `spec` is what
-        was encoded. None where there is nothing but a cast.
+        """Return the grid of items [start, stop), multiples of `align`, from the scales that are stored for them.
+
+        `spec` is what was encoded. None means that there is no grid: weights are only cast, or another bound is used.
         """
         ...
 
 
 @runtime_checkable
 class Sharing(Protocol):
-    """A scheme whose fused partners (q/k/v, gate/up) must have something in common."""
+    """A scheme whose fused partners (q/k/v, gate/up) must have something in common, such as one scale."""
 
     def share(self, views: Sequence[View], work: Work) -> Scheme:
-        """This scheme, knowing what the partners share. `views` are all of one fused group that the scheme encodes."""
+        """Return this scheme with what the partners share filled in.
+
+        `views` are all members of one fused group that the scheme encodes.
+        """
         ...

@@ -1,8 +1,8 @@
-"""Mixes within a budget: which candidates an engine can mix in one output, and the rules of a mix that was chosen.
+"""Candidates for a mix within a budget: those that an engine can mix in one output, and the rules of a chosen mix.
 
-A candidate is a whole-model quantization by name, such as mlx_int6 or gguf_q5_k; what it makes of a tensor is what its
-engine's own rules make of it (a type for rows that do not divide, experts stacked), so that a mix holds nothing that
-the engine would not have written somewhere.
+A candidate is a whole-model quantization by name, such as mlx_int6 or gguf_q5_k. It makes of a tensor what its engine's
+own rules make of it (another type where blocks do not divide rows, experts stacked), so that a mix holds nothing that
+the engine itself would not write.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ from loaders.tensors.logical_tensor import LogicalTensor
 
 Engine = Literal["mlx", "gguf", "vllm", "transformers"]
 ENGINES: tuple[str, ...] = get_args(Engine)
-KEEP = "keep"
+KEEP = "keep"  # what stands for a candidate where a tensor stays unquantized
 WHY = "chosen within the budget"
+# the candidates of each engine where the user names none
 AMONG: dict[str, tuple[str, ...]] = {
     "mlx": ("mlx_int2", "mlx_int3", "mlx_int4", "mlx_int5", "mlx_int6", "mlx_int8"),
     "gguf": ("gguf_q2_k", "gguf_q3_k", "gguf_q4_k", "gguf_q5_k", "gguf_q6_k", "gguf_q8_0"),
     "vllm": ("w4a16", "w4a16_g32", "w8a16"),
     "transformers": ("nf4",),
 }
+# what each engine can mix, for messages
 KNOWN = {
     "mlx": "mlx_int2, 3, 4, 5, 6, 8, with _g32 or _g128 for other groups than of 64; mlx_mxfp4, mlx_mxfp8, mlx_nvfp4",
     "gguf": f"gguf_ and one of {', '.join(name.lower() for name in TYPES)}",
     "vllm": "w4a16, w4a16_asym, w8a16, with _g32, _g64 or _g128 for other groups; mxfp4a16",
     "transformers": "nf4 or fp4",
 }
+# quantizations that can be no candidates, and why
 REFUSED = {
     **dict.fromkeys(
         ("fp8_dynamic", "fp8_block", "w8a8", "mxfp4"),
@@ -49,12 +52,12 @@ REFUSED = {
 
 
 def engine_of(name: str) -> str | None:
-    """Whose candidate it is."""
+    """Return the engine of which this is a candidate, or None."""
     return next((engine for engine in ENGINES if settings_of(engine, name) is not None), None)
 
 
 def settings_of(engine: str, name: str) -> dict[str, Any] | None:
-    """What conf/quant would say of a candidate; None if the engine has none of this name."""
+    """Return a candidate's settings, as conf/quant would state them; None if the engine has none of this name."""
     base, _, group = name.partition("_g") if re.search(r"_g(32|64|128)$", name) else (name, "", "")
     if engine == "mlx" and (match := re.fullmatch(r"mlx_int([234568])", base)):
         return {"kind": "mlx", "name": name, "mode": "affine", "bits": int(match[1]), "group_size": int(group or 64)}
@@ -74,7 +77,7 @@ def settings_of(engine: str, name: str) -> dict[str, Any] | None:
 
 
 def _ggml_settings(name: str) -> dict[str, Any] | None:
-    """A type for every matrix that its blocks divide; a mix such as gguf_q4_k_m stands for its first type."""
+    """Return the settings of one type for every matrix. A mix such as gguf_q4_k_m stands for its main type."""
     wanted = name.removeprefix("gguf_").upper()
     chosen = MIXES.get(wanted, wanted)
     file_type = next((mix for mix, first in MIXES.items() if first == chosen), None)
@@ -86,7 +89,7 @@ def _ggml_settings(name: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class CandidateMix:
-    """An engine's rules for one candidate, where tensors that its scheme refuses stay as they are."""
+    """An engine's rules for one candidate, except that tensors which its scheme refuses are kept."""
 
     scheme: Scheme
     mix: Mix | None
@@ -103,7 +106,7 @@ class CandidateMix:
         return (*_keeping(self.scheme, config, "it does not divide into groups", whole), *usual) if whole else usual
 
     def choices(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> dict[str, Decision]:
-        """What it quantizes, by tensor, where the engine leaves that open."""
+        """Return the candidate's decisions by tensor, for tensors whose scheme the engine leaves open."""
         found = decide(tensors, self.scheme, (), self.rules(tensors, config))
         return {d.tensor.name: d for d in found if is_open(d)}
 
@@ -116,16 +119,16 @@ def is_open(decision: Decision) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ChosenMix:
-    """A mix: which tensors get which candidate, and those that are kept. The rest is as the first candidate has it."""
+    """A mix: which tensors get which candidate, and which are kept. All others are as the first candidate has them."""
 
     parts: tuple[tuple[CandidateMix, frozenset[str]], ...]
     kept: frozenset[str]
 
     def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        """Rules by name, one for each scheme.
+        """Return rules by name, one for each scheme.
 
         Raises:
-            BadSpec: a tensor is not there, or its candidate cannot take it: the mix is of another checkpoint.
+            BadSpec: a tensor is missing, or its candidate cannot take it: the mix is of another checkpoint.
         """
         first = self.parts[0][0]
         by_scheme: dict[Scheme, set[str]] = {}
@@ -150,12 +153,12 @@ class ChosenMix:
 
 
 def said(scheme: Scheme) -> str:
-    """A scheme and its settings, in a few words."""
+    """Return a scheme and its settings as a few words."""
     settings: dict[str, Any] = asdict(scheme) if is_dataclass(scheme) else {}
     return " ".join([scheme.kind, *(f"{key}={value}" for key, value in settings.items() if value is not False)])
 
 
 def _keeping(scheme: Scheme, config: Mapping[str, Any], why: str, names: frozenset[str]) -> tuple[Rule, ...]:
-    """Rules that leave tensors unquantized, as their engine does."""
+    """Return rules that leave tensors unquantized in the way of their engine."""
     usual = kept(config, why, None, None) if scheme.engine == "mlx" else (Rule("keep", why),)
     return tuple(replace(rule, names=names) for rule in usual)

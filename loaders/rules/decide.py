@@ -1,4 +1,4 @@
-"""From rules to one decision a tensor: the first rule that matches."""
+"""The decision about each tensor, by the first rule that matches it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from loaders.tensors.logical_tensor import LogicalTensor
 def decide(
     tensors: Sequence[LogicalTensor], scheme: Scheme, own: Sequence[Rule], engine: Sequence[Rule] | None = None
 ) -> tuple[Decision, ...]:
-    """Give every tensor its action. `engine` are the rules after the user's own, by default those of the scheme.
+    """Decide about every tensor. `own` are the user's rules; `engine` follow them, by default those of the scheme.
 
     Raises:
-        BadSpec: a rule of the user's matches nothing, or asks for what the scheme cannot do; all such faults at once.
+        BadSpec: a rule of the user's matches nothing, or asks for what a scheme cannot do; all such faults at once.
     """
     rules = (*own, *(default_rules(scheme) if engine is None else engine))
     decisions, problems = [], []
     used: set[int] = set()
     for tensor in tensors:
+        # There is always a match: an engine's rules take every tensor that is left.
         index = next(i for i, rule in enumerate(rules) if rule.matches(tensor))
         used.add(index)
         decision, problem = _decision(tensor, rules[index], scheme)
@@ -40,6 +41,7 @@ def decide(
 
 
 def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decision, str | None]:
+    """Decide about a tensor by a rule; the second result says why the rule cannot be followed."""
     if rule.action == "drop":
         return Decision(tensor, rule, None), None
     chosen: Scheme = rule.scheme or scheme
@@ -57,6 +59,7 @@ def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decisi
 
 
 def _unused(rule: Rule, tensors: Sequence[LogicalTensor]) -> str:
+    """Say why a rule decided about no tensor: earlier rules took all that it matches, or it matches none."""
     matching = sum(rule.matches(tensor) for tensor in tensors)
     if matching:
         return (

@@ -1,4 +1,4 @@
-"""Which tensors each engine quantizes, keeps and casts where the user says nothing."""
+"""The default rules of each engine: which tensors are quantized, kept and cast where the user says nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Rule
 
 NOT_FLOAT = tuple(name for name in DTYPES if name not in WEIGHT_DTYPES)
-LINEAR = ("attention", "mlp", "linear")
+LINEAR = ("attention", "mlp", "linear")  # the roles of linear layers that every engine quantizes
 
 EXPERTS_KEPT = (
     "transformers 5 fuses a layer's experts into one parameter, which {engine} does not quantize; experts quantized one"
@@ -17,6 +17,7 @@ EXPERTS_KEPT = (
 
 
 def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
+    """Return the rules of an engine that converts a model's nn.Linear modules; `conversion` is the reason to give."""
     return (
         Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
         Rule("keep", f"{engine} keeps embeddings", role=("embedding",)),
@@ -47,7 +48,7 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
 
 
 def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
-    """The engine's own rules for a scheme."""
+    """Return the engine's own rules for a scheme."""
     if isinstance(scheme, Plain):
         if scheme.dtype is None:
             return (Rule("keep", "copied as it is"),)

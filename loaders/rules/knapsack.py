@@ -1,11 +1,11 @@
-"""The best mix within a budget: one option for each item, the least sum of errors whose sizes fit. Pure.
+"""The solver for the best mix within a budget: one option for each item, so that sizes fit and errors sum to the least.
 
-This is the multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11).
-Its linear relaxation is solved by taking the steps of every item's convex hull in the order of error saved a byte; the
-step that no longer fits gives the price of a byte and a bound below which no mix can come. Options whose reduced cost
-exceeds the gap cannot be in a better mix and go; what is left is solved by dynamic programming over the undominated
-(size, error) pairs, pruned by the same bound. That is exact unless more than `MOST_STATES` pairs have to be held: then
-the least promising ones go, and the gap to the bound says how much could have been lost at most.
+This is the multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). Its
+linear relaxation is solved by taking the steps of every item's convex hull in the order of error saved per byte. The
+first step that no longer fits gives the price of a byte, and a bound that no mix can be below. Options whose reduced
+cost exceeds the gap cannot be in a better mix and are left out. The rest is solved by dynamic programming over the
+undominated (size, error) pairs, pruned by the same bound. That is exact unless more than MOST_STATES pairs would have
+to be held: then the least promising ones are dropped, and the gap to the bound says how much could be lost at most.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from itertools import pairwise
 
 import numpy as np
 
+# (size, error) pairs held after an item. More pairs make fewer problems inexact; time and memory grow with pairs times
+# options, and memory with pairs times items, since each pair remembers its parent.
 MOST_STATES = 50_000
-ROUNDING = 1e-12  # of a bound: sums in another order differ
+ROUNDING = 1e-12  # a share of the bound by which sums may differ when they are added in another order
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to store an item. `error` is finite and not negative; `size` in bytes."""
+    """One way to store an item. `error` is finite and not negative; `size` is in bytes."""
 
     label: str
     size: int
@@ -31,7 +33,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What gets one of its options."""
+    """Something to store, such as a tensor, which gets one of its options."""
 
     name: str
     options: tuple[Option, ...]
@@ -39,7 +41,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An option for each item, in their order. No mix within the budget has less error than `bound`."""
+    """A solution: an option for each item, in their order. No mix within the budget has less error than `bound`."""
 
     options: tuple[Option, ...]
     bound: float
@@ -55,20 +57,20 @@ class Choice:
 
     @property
     def gap(self) -> float:
-        """By how much the error could be less at most, as a share of it; 0.0 where it is known to be the least."""
+        """The share of the error that a better mix could save at most; 0.0 where the error is known to be the least."""
         return 0.0 if self.is_optimal or not self.error else max(0.0, 1 - self.bound / self.error)
 
 
 def least_size(items: Sequence[Item]) -> int:
-    """Below it no budget can be met."""
+    """Return the least size of any mix, in bytes: no smaller budget can be met."""
     return sum(min(option.size for option in item.options) for item in items)
 
 
 def choose(items: Sequence[Item], budget: int) -> Choice:
-    """The mix with the least error whose sizes sum to at most `budget` bytes; of equal ones, a smaller.
+    """Return the mix of least error whose sizes sum to at most `budget` bytes; of equal ones, a smaller.
 
     Raises:
-        ValueError: none fits.
+        ValueError: no mix fits.
     """
     if least_size(items) > budget:
         raise ValueError(f"a budget of {budget} bytes cannot be met: the least possible is {least_size(items)}")
@@ -83,7 +85,7 @@ def choose(items: Sequence[Item], budget: int) -> Choice:
 
 
 def _undominated(options: Sequence[Option]) -> list[Option]:
-    """By size; each has less error than those before it."""
+    """Return the options that are worth their size, sorted by size: each has less error than all before it."""
     front: list[Option] = []
     for option in sorted(options, key=lambda o: (o.size, o.error, o.label)):
         if not front or option.error < front[-1].error:
@@ -92,7 +94,7 @@ def _undominated(options: Sequence[Option]) -> list[Option]:
 
 
 def _hull(front: Sequence[Option]) -> list[int]:
-    """Indices of the options on the lower convex hull."""
+    """Return the indices of the options on the lower convex hull of (size, error)."""
     hull: list[int] = []
     for at, option in enumerate(front):
         while len(hull) > 1 and _rate(front[hull[-2]], front[hull[-1]]) <= _rate(front[hull[-1]], option):
@@ -102,12 +104,16 @@ def _hull(front: Sequence[Option]) -> list[int]:
 
 
 def _rate(low: Option, high: Option) -> float:
-    """Error saved a byte."""
+    """Return the error saved per byte."""
     return (low.error - high.error) / (high.size - low.size)
 
 
 def _relaxed(fronts: Sequence[Sequence[Option]], budget: int) -> tuple[list[int], float, float]:
-    """A mix that fits, the price of a byte, and the bound; the price is 0 where everything fits."""
+    """Solve the linear relaxation: return a mix that fits, the price of a byte, and the bound.
+
+    The price is 0 where everything fits. After the first step that does not fit, smaller ones are still taken, which
+    makes the mix better and leaves the bound as it is.
+    """
     steps = []
     for item, front in enumerate(fronts):
         hull = _hull(front)
@@ -130,7 +136,10 @@ def _relaxed(fronts: Sequence[Sequence[Option]], budget: int) -> tuple[list[int]
 def _search(
     fronts: Sequence[Sequence[Option]], budget: int, price: float, known: float
 ) -> tuple[list[int] | None, bool]:
-    """A mix with less error than `known`, if one is found; and whether there can be none better."""
+    """Search for a mix with no more error than `known`; return it, if there is one, and whether the search was exact.
+
+    Items go in the order of the spread of their reduced costs, so that pairs which cannot win exceed the gap early.
+    """
     reduced = [np.array([o.error + price * o.size for o in front]) for front in fronts]
     bound = sum(float(costs.min()) for costs in reduced) - price * budget
     slack = known - bound + ROUNDING * (abs(known) + price * budget)

@@ -1,7 +1,7 @@
-"""llama.cpp's mixes: which type each tensor gets when a whole model is quantized to, say, Q4_K_M.
+"""llama.cpp's mixes: the type of each tensor when a whole model is quantized to, say, Q4_K_M.
 
-A function over the whole list of tensors, as llama-quantize decides without an importance matrix: by a tensor's part in
-the model, its layer, the number of experts, and what its rows divide into.
+A mix is a function over the whole list of tensors. It decides as llama-quantize does without an importance matrix: by a
+tensor's part in the model, its layer, the number of experts, and the blocks that divide its rows.
 
 Source: llama.cpp 0.5 (as in llama-cpp-python 0.3.36), src/llama-quant.cpp: llama_tensor_get_type and what it calls.
 """
@@ -20,14 +20,14 @@ from loaders.quantization.schemes.ggml import FLOATS, Ggml
 from loaders.rules.rule import Rule
 from loaders.tensors.logical_tensor import LogicalTensor
 
-# a mix -> the type that most tensors get
+# mix (llama.cpp: file type) -> the type of most of its tensors
 MIXES = {
     "F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0",
     "Q5_1": "Q5_1", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K",
     "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "TQ1_0": "TQ1_0", "TQ2_0": "TQ2_0",
     "MXFP4_MOE": "MXFP4",
 }  # fmt: skip
-# where rows do not divide into a type's blocks; float16 where they do not divide into these either
+# type -> the type instead where its blocks do not divide rows; float16 where those of the second do not either
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
             "Q6_K": "Q8_0"}  # fmt: skip
 TERNARY = ("TQ1_0", "TQ2_0")
@@ -37,10 +37,11 @@ LAYER = re.compile(r"^blk\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class GgmlMix:
-    """A file type of llama.cpp. `pure`: every matrix gets its type, but for rows that do not divide.
+    """A file type of llama.cpp.
 
-    `embedding` and `output` are types for the embedding and the output projection (llama-quantize has options for them;
-    a tied one is the output's). `absmean`: ternary types as BitNet rounds.
+    pure: every matrix gets the mix's main type, except where its blocks do not divide rows (llama-quantize --pure).
+    embedding, output: types for the embedding and the output projection (--token-embedding-type, --output-tensor-type);
+    a tied embedding takes that of the output projection. absmean: ternary types round as BitNet does.
     """
 
     name: str
@@ -50,7 +51,7 @@ class GgmlMix:
     absmean: bool = False
 
     def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        """Rules for every tensor, by name, a rule for each type.
+        """Return rules for all tensors by name, one for each type and reason.
 
         Raises:
             BadSpec: the model's architecture is not known.
@@ -79,12 +80,13 @@ class GgmlMix:
         return Rule("quantize", f"{why}: {chosen}", names=names, scheme=scheme)
 
     def _asked(self, name: str, model: _Model) -> str | None:
-        """The type that was asked for."""
+        """Return the type that the user asked for, if this is the embedding or the output projection."""
         if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
             return self.output
         return self.embedding if name == "token_embd.weight" else None
 
     def _type(self, tensor: LogicalTensor, name: str, model: _Model) -> tuple[str, str]:
+        """Return a matrix's type, and the reason for it."""
         default = MIXES[self.name]
         if default in FLOATS:
             return default, f"llama.cpp's {self.name}"
@@ -98,7 +100,7 @@ class GgmlMix:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the choice of types looks at, beside the tensor."""
+    """The facts about a model by which types are chosen."""
 
     architecture: Architecture
     config: Mapping[str, Any]
@@ -123,12 +125,12 @@ class _Model:
 
     @property
     def is_70b(self) -> bool:
-        """llama.cpp knows it by its 80 layers, and a 65B by as many keys as queries."""
+        """Whether llama.cpp would take it for a 70B: by its 80 layers, and unlike a 65B by fewer keys than queries."""
         is_llama = self.architecture.name == "llama" and self.queries_per_key != 1
         return self.layers == 80 and (is_llama or self.architecture.name == "qwen2")
 
     def rank(self, part: str, name: str) -> tuple[int, int]:
-        """Which of the model's tensors of this part it is, and how many there are."""
+        """Return which of the model's tensors of this part it is, and how many there are."""
         mine = [n for n in self.names if f".{part}." in n and n.endswith(".weight")]
         return sorted(mine, key=natural_key).index(name), len(mine)
 
@@ -144,7 +146,7 @@ def _is_quantized(tensor: LogicalTensor, name: str) -> bool:
 
 
 def fallback(chosen: str, columns: int) -> str:
-    """The type that a tensor gets whose rows may not divide into the blocks of the one chosen."""
+    """Return the chosen type, or what llama.cpp takes instead where its blocks do not divide rows of `columns`."""
     if columns % DTYPES[chosen].block == 0:
         return chosen
     second = FALLBACK.get(chosen, chosen)
@@ -152,12 +154,13 @@ def fallback(chosen: str, columns: int) -> str:
 
 
 def _more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's use_more_bits: the first and last eighth of the layers, and every third between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _chosen(mix: str, default: str, tensor: LogicalTensor, name: str, model: _Model) -> str:
-    """The type by the tensor's part in the model."""
+    """Return the type of a tensor by its part in the model: llama_tensor_get_type."""
     if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
         if mix == "MXFP4_MOE" or tensor.shape[-1] % DTYPES[default].block:
             return "Q8_0"
@@ -173,6 +176,7 @@ def _chosen(mix: str, default: str, tensor: LogicalTensor, name: str, model: _Mo
         return "Q8_0"
     if part == "ffn_down":
         layer = LAYER.match(name)
+        # llama.cpp counts the tensors of a dense model, and reads the layer's number from the name of a mixture's.
         rank = int(layer[1]) if model.experts > 1 and layer else _down_rank(model, name)
         return _down_type(mix, default, rank, model.layers)
     if part == "attn_output":

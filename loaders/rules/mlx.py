@@ -1,7 +1,7 @@
-"""What mlx_lm.convert does with each tensor: mlx_lm 0.32, utils.py (quantize_model) and convert.py (mixed recipes).
+"""The rules of mlx_lm.convert: mlx_lm 0.32, utils.py (quantize_model) and convert.py (mixed_quant_predicate_builder).
 
-Every linear layer, embedding and expert is quantized, the output projection and the router too, if the group size
-divides its rows; the rest stays. All of it takes the config's torch_dtype first.
+Every linear layer, embedding and expert is quantized, and the output projection and the router too, where the group
+size divides the length of rows; the rest stays. All weights are cast to the config's torch_dtype first.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from loaders.tensors.logical_tensor import LogicalTensor
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 MODULES = (*LINEAR, "expert", "embedding", "head", "router")
-FINE = (
-    r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj|\.experts\.\d+\.w2)\."  # w2: mixtral's down_proj
-)
+# The modules that a mixed recipe gives more bits; w2 is Mixtral's down_proj.
+FINE = r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj|\.experts\.\d+\.w2)\."
 
 
 @dataclass(frozen=True, slots=True)
 class MlxRules:
-    """The rules of mlx_lm.convert for groups of `group_size`; with `high`, by one of its mixed recipes.
+    """The rules of mlx_lm.convert for groups of `group_size`; with `high`, those of one of its mixed recipes.
 
-    A mixed recipe gives `high` to the output projection, and to the value and down projections of the first and last
-    eighth of the layers and of every third between.
+    A mixed recipe gives the scheme `high` to the output projection, and to the value and down projections in the first
+    and last eighth of the layers and in every third layer between.
     """
 
     group_size: int
@@ -51,6 +50,7 @@ class MlxRules:
         )
 
     def _router(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        """Return the rules for routers of models that mlx-lm's quant_predicate treats apart."""
         model = model_of(config)
         if model is not None and not model.router_is_linear:
             return kept(config, "this model's router is no linear layer to mlx-lm", ("router",), None)
@@ -64,6 +64,7 @@ class MlxRules:
         )
 
     def _mixed(self, high: MlxAffine, config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        """Return the rules that give `high` to what mlx-lm's mixed_quant_predicate gives it to."""
         count = int(text_config(config, "num_hidden_layers", 0))
         eighth = count // 8
         fine = [i for i in range(count) if i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2]
@@ -84,7 +85,7 @@ def _towers(config: Mapping[str, Any]) -> tuple[Rule, ...]:
 def kept(
     config: Mapping[str, Any], why: str, role: tuple[str, ...] | None, shape: tuple[int | None, ...] | None
 ) -> tuple[Rule, ...]:
-    """Rules that keep tensors, but for the dtype that mlx-lm gives all."""
+    """Return rules that leave tensors unquantized, and cast them to the dtype that mlx_lm.convert gives all weights."""
     dtype = convert_dtype(config)
     keep = Rule("keep", why, role=role, shape=shape)
     if dtype is None:
@@ -95,7 +96,7 @@ def kept(
 
 
 def bits_of(recipe: str) -> tuple[int, int]:
-    """The low and the high bits of a mixed recipe."""
+    """Return the low and the high bits of a mixed recipe."""
     match = re.fullmatch(r"mixed_(\d)_(\d)", recipe)
     assert match is not None, recipe
     return int(match[1]), int(match[2])

@@ -1,6 +1,6 @@
-"""Rules: which tensor gets quantized, kept, cast or dropped. An ordered list, the first that matches decides.
+"""Rules, which say which tensor is quantized, kept, cast or dropped: an ordered list, of which the first match decides.
 
-A user's rules come first, then the engine's own: what its loader does and does not quantize, by the family's roles.
+A user's rules come first. The engine's own follow: what its loader does and does not quantize, by the family's roles.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Action = Literal["quantize", "keep", "cast", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """All that is given must hold.
+    """Conditions on a tensor, of which all that are given must hold, and what is then done with it.
 
-    name: a regular expression, searched in the tensor's name. shape: one entry a dimension, None for any size.
-    dtype: names such as "BF16". role: see `loaders.architectures.families.ROLES`. cast_to: the dtype of action "cast".
-    scheme: that of action "quantize" where it is not the target's. names: exact ones, of a mix.
+    why: the reason, for plans and reports. name: a regular expression, searched in the tensor's name. shape: one entry
+    a dimension, None for any size. dtype: names such as "BF16". role: see `loaders.architectures.families.ROLES`.
+    names: exact names; a mix chooses by these. cast_to: the dtype for the action "cast". scheme: the scheme for the
+    action "quantize" where it is not the target's. label: where the user wrote the rule; empty for the engine's own.
     """
 
     action: Action
@@ -62,7 +63,7 @@ def _fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of a tensor, and the rule that said so. Without an encoding it is dropped."""
+    """What is done with a tensor, and the rule that decided it. Without an encoding the tensor is dropped."""
 
     tensor: LogicalTensor
     rule: Rule
@@ -78,6 +79,6 @@ class Decision:
 
 
 class Mix(Protocol):
-    """A preset that gives tensors different schemes: a function over the whole list that makes the engine's rules."""
+    """A preset that gives tensors different schemes: a function from the whole list of tensors to rules."""
 
     def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]: ...

@@ -1,4 +1,4 @@
-"""How stored bytes get into memory. One loader per file; adding one is a file and a row here."""
+"""Strategies: how stored bytes get into memory. One loader per file; adding one is a file and a row here."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def loader(strategy: str | WeightLoader, **settings: Any) -> WeightLoader:
-    """Look up a loader by the name used in conf/strategy/, with the settings listed there; a loader is itself.
+    """Return a loader by its name in conf/strategy/, with the settings listed there; a loader is returned as it is.
 
     Raises:
         BadSpec: no such strategy, or it has no such setting.
@@ -69,5 +69,5 @@ def loader(strategy: str | WeightLoader, **settings: Any) -> WeightLoader:
 
 
 def settings_of(made: type[WeightLoader]) -> tuple[str, ...]:
-    """The names of a strategy's settings."""
+    """Return the names of a strategy's settings."""
     return tuple(name for name in signature(made).parameters if made.__init__ is not object.__init__)

@@ -1,7 +1,7 @@
-"""`auto`: which strategy fits the files, by where they lie, what of them is in memory already, the device, and rates.
+"""`auto`: the choice of a strategy by where files lie, how much of them is cached, the device, and measured rates.
 
-Rates are measured where they matter: large files on a local disk that are mostly not cached. A fraction of a second of
-reading, of pages that are needed anyway; once for a disk in a process.
+Rates are measured only where they matter: for large files on a local disk that are mostly not cached. Measuring takes a
+fraction of a second, reads pages that are needed anyway, and is done once for each disk in a process.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from loaders.strategies.multithread import MultiThreadWeightLoader
 from loaders.strategies.read import ReadLoader
 
 log = logging.getLogger("weightmill")
-MOSTLY = 0.5
-WORTH_MEASURING = 1 << 30  # bytes below which nobody notices the difference
-PROBE_S = 0.12  # for each way of reading
-PROBE_BYTES = 128 << 20
-CHUNK = 8 << 20
+MOSTLY = 0.5  # the share of cached pages from which on a map is taken without measuring
+WORTH_MEASURING = 1 << 30  # bytes; for less, the difference would not pay for measuring
+PROBE_S = 0.12  # seconds for each way of reading: short beside any file that is worth it, long beside one request
+PROBE_BYTES = 128 << 20  # bytes read for each way at most, which a fast disk reads in less time
+CHUNK = 8 << 20  # bytes of one read, as in reading/read_ahead.py
 BY_NAME: dict[str, Callable[[], WeightLoader]] = {
     "lazy": LazyLoader, "read": ReadLoader, "multithread": MultiThreadWeightLoader,
     "fastsafetensors": FastSafetensorsLoader,
@@ -44,7 +44,10 @@ _RATES: dict[int, dict[str, float]] = {}  # GB/s by way, of each disk, as this p
 
 
 def choose(root: Path, files: Sequence[str], device: str | None = None) -> tuple[str, str]:
-    """The name of a strategy, and the reason in a few words. `device`: where whole tensors go; None for a job."""
+    """Return the name of a strategy, and the reason in a few words.
+
+    `device` is where whole tensors go; it is None for a job.
+    """
     if device is not None and device.startswith("cuda") and _all_safetensors(files) and _has_fastsafetensors():
         index = int(device.partition(":")[2] or 0)
         if gds_available(index):
@@ -82,7 +85,7 @@ def _has_fastsafetensors() -> bool:
 
 
 def measured(root: Path, files: Sequence[str]) -> dict[str, float]:
-    """GB/s of each way of reading the largest file where it is not cached, measured once for its disk."""
+    """Measure the GB/s of each way of reading the largest file, once for its disk."""
     path = max((root / file for file in files), key=lambda p: p.stat().st_size)
     disk = path.stat().st_dev
     if disk not in _RATES:
@@ -91,6 +94,7 @@ def measured(root: Path, files: Sequence[str]) -> dict[str, float]:
         threads = backend("cpu").workers("multithread", local.medium(root))
         if threads > 1:
             ways["multithread"] = _by_reads(threads)
+        # Each way reads another part of the file, so that none finds what the one before it left in the cache.
         places = [size * index // len(ways) // CHUNK * CHUNK for index in range(len(ways))]
         with io_errors("measuring", path):
             _RATES[disk] = {name: way(path, at) for (name, way), at in zip(ways.items(), places, strict=True)}
@@ -98,6 +102,8 @@ def measured(root: Path, files: Sequence[str]) -> dict[str, float]:
 
 
 def _by_reads(threads: int) -> Callable[[Path, int], float]:
+    """Return a measurement of reads by some threads: GB/s of a file from a byte on."""
+
     def way(path: Path, begin: int) -> float:
         lock, chunks, done = threading.Lock(), iter(range(begin, begin + PROBE_BYTES, CHUNK)), []
         began = time.perf_counter()
@@ -123,6 +129,7 @@ def _by_reads(threads: int) -> Callable[[Path, int], float]:
 
 
 def _by_map(path: Path, begin: int) -> float:
+    """Measure the GB/s of a map of a file from a byte on, by touching every page."""
     whole, began, done = map_file(path), time.perf_counter(), 0
     while done < PROBE_BYTES and time.perf_counter() - began < PROBE_S:
         part = whole[begin + done : begin + done + CHUNK]
@@ -137,7 +144,7 @@ def _by_map(path: Path, begin: int) -> float:
 
 
 class AutoLoader(WeightLoader):
-    """Chooses for each checkpoint; `chosen` and `why` say what, after the first tensor."""
+    """The strategy `auto`, which chooses for each checkpoint; `chosen` and `why` say what, after the first tensor."""
 
     name = "auto"
 

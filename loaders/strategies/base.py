@@ -1,6 +1,7 @@
-"""What every strategy offers: whole tensors in order, pieces of them, or byte ranges from any thread.
+"""The interface of a strategy: whole tensors in order, pieces of them, or byte ranges from any thread.
 
-A strategy writes `open`: some files, and a reader over them. Iterating, loading, counting are written here, once.
+A strategy implements `open`, which opens some files and gives a reader over them. Iterating, loading and counting are
+written here, once for all.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from loaders.stats import LoadStats
 from loaders.storage import local
 
 Source = Checkpoint | Path | str
-SLICE_BYTES = 32 << 20
-SAMPLED = 16  # files whose share in the page cache is looked at
+SLICE_BYTES = 32 << 20  # the default slice: large enough for a disk's full rate, small beside any memory
+SAMPLED = 16  # files that are sampled for the share that is in the page cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,10 @@ class WeightSlice:
 
 
 class Reader(Protocol):
-    """Open tensors."""
+    """Open files of a checkpoint, from which stored tensors are read."""
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
-        """Bytes [start, stop) of a stored tensor, uint8. Valid until this thread reads into the same slot again.
+        """Read bytes [start, stop) of a stored tensor, uint8, valid until this thread reads into the slot again.
 
         Raises:
             BadCheckpoint: the file is shorter than it was when it was planned for.
@@ -69,15 +70,15 @@ class Reader(Protocol):
         ...
 
     def mapped(self, spec: WeightSpec) -> np.ndarray:
-        """All bytes of a stored tensor as a map, for tensors that are not contiguous."""
+        """Return all bytes of a stored tensor as a map of its file, for tensors that are not contiguous."""
         ...
 
 
 class PieceReader(Reader, Protocol):
-    """Open tensors that also come one after another."""
+    """A reader that also gives pieces one after another, and so can fetch ahead."""
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
-        """The bytes of each piece, uint8, in this order, fetched ahead as the strategy does. An array is its taker's.
+        """Yield the bytes of each piece, uint8, in this order. An array belongs to whoever takes it.
 
         Raises:
             BadCheckpoint, StorageError: as for `read`.
@@ -86,20 +87,23 @@ class PieceReader(Reader, Protocol):
 
 
 class WeightLoader(ABC):
-    """A way of reading. `stats` adds up over all that one loader has loaded."""
+    """A way of reading. `stats` adds up over everything that one loader has loaded.
+
+    `not_for_jobs` says why a job, which reads ranges within a stated memory, cannot use the strategy; else it is empty.
+    """
 
     name: ClassVar[str]
-    not_for_jobs: ClassVar[str] = ""  # why a job, which reads ranges within a stated memory, cannot use it
+    not_for_jobs: ClassVar[str] = ""
     stats: LoadStats = LoadStats()
 
     @abstractmethod
     def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
-        """Open the files of `specs`, which will be read about in this order."""
+        """Open the files of `specs`, which will be read in about this order."""
 
-    # --- written once, over open()
+    # --- the same for all strategies, by open()
 
     def get_weight_specs(self, source: Source) -> dict[str, WeightSpec]:
-        """What a checkpoint stores, by name, in the order in which it is loaded. Reads headers only.
+        """Return what a checkpoint stores, by name, in the order in which it is loaded. Only headers are read.
 
         Raises:
             BadSpec: no weights there.
@@ -110,11 +114,11 @@ class WeightLoader(ABC):
     def iterate_weights(
         self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """Every stored tensor, whole and as stored, in order.
+        """Yield every stored tensor, whole and as it is stored, in order.
 
         Without a device they are numpy arrays of the dtype's `storage` (bfloat16 as uint16); with "cpu", "cuda",
-        "cuda:1", "mps" torch tensors there, with "mlx" mlx arrays. Formats of ggml and others of less than a byte stay
-        bytes. Each is the caller's to keep; what is not kept makes room for the next.
+        "cuda:1", "mps" they are torch tensors there, and with "mlx" mlx arrays. Formats of ggml, and others of less
+        than a byte, stay bytes. A tensor belongs to the caller; one that is not kept makes room for the next.
 
         Raises:
             BadSpec: a name that the checkpoint does not have, or no such device.
@@ -138,7 +142,8 @@ class WeightLoader(ABC):
     def iterate_slices(
         self, source: Source, *, names: Iterable[str] | None = None, slice_bytes: int | None = None
     ) -> Iterator[WeightSlice]:
-        """Every stored tensor in pieces of at most `slice_bytes` bytes: memory that no tensor's size changes.
+        """Yield every stored tensor in pieces of at most `slice_bytes` bytes, in memory that does not grow with
+        tensors.
 
         Raises:
             As iterate_weights; BadSpec: `slice_bytes` is less than a number takes.
@@ -161,7 +166,7 @@ class WeightLoader(ABC):
     def load_weights(
         self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
     ) -> dict[str, Any]:
-        """All of them, by name. Tensors that share their bytes in the checkpoint share their memory."""
+        """Load all tensors, or those of `names`, by name. Those that share their bytes on disk share their memory."""
         checkpoint = _opened(source)
         specs = _selected(checkpoint, names)
         aliases = {s.name: s.alias for s in specs if s.alias is not None and _same_place(checkpoint, s)}
@@ -173,7 +178,7 @@ class WeightLoader(ABC):
         )
         return {s.name: loaded[s.name if s.name in fetched else str(s.alias)] for s in self.order(specs)}
 
-    # --- what a strategy may change
+    # --- what a strategy may override
 
     @property
     def fetches(self) -> bool:
@@ -182,30 +187,30 @@ class WeightLoader(ABC):
 
     @property
     def held_bytes(self) -> int:
-        """What its reader holds beside the ranges that it is asked for: a job counts it."""
+        """The bytes that its reader holds beside the ranges that it is asked for; a job's memory includes them."""
         return 0
 
     def priority(self, name: str) -> int:
-        """Lower comes first, where the order is free: a job's units."""
+        """Return the rank of a tensor where the order is free, as that of a job's units is; lower comes first."""
         return 0
 
     @property
     def slice_bytes(self) -> int:
-        """The largest slice where none is asked for."""
+        """The largest slice where the caller does not ask for one."""
         return SLICE_BYTES
 
     def open_on(
         self, device: str | None, root: Path, specs: Sequence[WeightSpec]
     ) -> AbstractContextManager[PieceReader]:
-        """Open them for whole tensors on a device; torch wants memory that it may write to."""
+        """Open the files for whole tensors on a device. torch wants memory that it may write to."""
         return self.open(root, specs)
 
     def order(self, specs: Sequence[WeightSpec]) -> list[WeightSpec]:
-        """The order in which tensors come: file by file, as they lie there."""
+        """Return tensors in the order in which they come: file by file, as they lie there."""
         return list(specs)
 
     def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
-        """Whole tensors in order, on the device: a generator."""
+        """Yield whole tensors in order, on the device."""
         place = placer(device)
         with self.open_on(device, checkpoint.root, specs) as reader:
             arrays = reader.stream([TensorBytes.whole(spec) for spec in specs])
@@ -214,6 +219,7 @@ class WeightLoader(ABC):
 
     @contextmanager
     def _counted(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> Iterator[Stopwatch]:
+        """Add what happens inside the context to `stats`; what was cached is sampled before anything is read."""
         files = {spec.file for spec in specs}
         share = cached_share(checkpoint.root, [tag for tag in checkpoint.files if tag.name in files])
         watch, began = Stopwatch(), time.perf_counter()
@@ -234,7 +240,7 @@ class WeightLoader(ABC):
 
 
 class Stopwatch:
-    """Adds up what runs inside `with`, and what came of it."""
+    """A sum of the seconds spent inside `with`, and of the tensors, bytes and files that came of it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -258,7 +264,7 @@ class Stopwatch:
 
 
 def cut_short(spec: WeightSpec, size: int) -> BadCheckpoint:
-    """The error of a file that ends before a tensor does."""
+    """Return the error of a file that ends before a tensor does."""
     return BadCheckpoint(
         f"{spec.file}: {spec.name!r} ends at byte {spec.offset + spec.size}, the file now has {size};"
         " it changed while it was read"
@@ -266,13 +272,16 @@ def cut_short(spec: WeightSpec, size: int) -> BadCheckpoint:
 
 
 class Unchanged:
-    """Checks that files are those whose headers were read; a few microseconds, so that every tensor's is looked at."""
+    """A check that files are still those whose headers were read.
+
+    It takes a few microseconds, so that it is made for every tensor; os.path and os.stat are faster than pathlib.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._wanted = {tag.name: (os.path.join(checkpoint.root, tag.name), tag) for tag in checkpoint.files}  # noqa: PTH118
 
     def check(self, file: str) -> None:
-        """Raises StorageError when a file is gone, BadCheckpoint when it has another size or time."""
+        """Raise StorageError if a file is gone, BadCheckpoint if it has another size or time."""
         path, wanted = self._wanted[file]
         with io_errors("looking at", path):
             found = os.stat(path)  # noqa: PTH116
@@ -298,12 +307,13 @@ def _selected(checkpoint: Checkpoint, names: Iterable[str] | None) -> Sequence[W
 
 
 def _same_place(checkpoint: Checkpoint, spec: WeightSpec) -> bool:
-    """Whether a tensor is just what it shares its bytes with."""
+    """Whether a tensor is the same, name apart, as the one with which it shares its bytes."""
     [original] = [other for other in checkpoint.weights if other.name == spec.alias]
     return replace(spec, name=original.name, alias=original.alias) == original
 
 
 def _cut(spec: WeightSpec, size: int) -> Iterator[TensorBytes]:
+    """Yield a tensor in pieces of whole numbers, of at most `size` bytes each."""
     item = storage_of(spec.dtype).itemsize
     if size < item:
         raise BadSpec(f"slice_bytes: expected at least {item}, the size of a number of {spec.name!r}, found {size}")
@@ -318,10 +328,10 @@ def _cut(spec: WeightSpec, size: int) -> Iterator[TensorBytes]:
 
 
 def cached_share(root: Path, tags: Sequence[local.FileTag]) -> float | None:
-    """The share of files that is in the page cache, judged by samples; None where the system does not tell."""
+    """Return the share of files that is in the page cache, by samples; None where the system does not tell."""
     seen = []
     for tag in tags[:: max(1, -(-len(tags) // SAMPLED))]:
-        if (root / tag.name).is_file():  # whoever reads it next says what is wrong with it
+        if (root / tag.name).is_file():  # if it is missing, the read that follows says so
             share = local.cached_share(root / tag.name)
             if share is not None:
                 seen.append((share, tag.size))
@@ -330,6 +340,6 @@ def cached_share(root: Path, tags: Sequence[local.FileTag]) -> float | None:
 
 
 def by_warmth(share: float | None, size: int) -> dict[str, int]:
-    """How many of so many bytes were cached and were not, as LoadStats names them."""
+    """Return how many of `size` bytes were cached and how many were not, as LoadStats names them."""
     warm = 0 if share is None else round(share * size)
     return {} if share is None else {"warm_bytes": warm, "cold_bytes": size - warm}

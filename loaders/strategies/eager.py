@@ -1,4 +1,4 @@
-"""`eager`: every tensor read into memory of its own before the first is handed out, by one thread."""
+"""`eager`: every tensor is read into memory of its own before the first is handed out, by one thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loaders.strategies.reading.open_files import OpenFiles
 
 
 class HeldTensors:
-    """Tensors that lie in memory, whole. See `PieceReader`."""
+    """A `PieceReader` of tensors that lie in memory, whole."""
 
     def __init__(self, held: dict[str, np.ndarray], maps: MappedFiles) -> None:
         self._held = held
@@ -31,7 +31,7 @@ class HeldTensors:
         return self._held[spec.name]
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
-        """A tensor is let go with its last piece."""
+        """Yield the pieces; a tensor is released with its last one."""
         for piece in pieces:
             found = self._held[piece.spec.name]
             if piece.stop == piece.spec.size:
@@ -41,7 +41,7 @@ class HeldTensors:
 
 
 class EagerLoader(WeightLoader):
-    """Holds all that it is opened for."""
+    """The strategy `eager`, whose reader holds everything that it is opened for."""
 
     name = "eager"
     not_for_jobs = "it holds all tensors of a unit of work at once; strategy=read reads the same bytes in a few MiB"
@@ -60,7 +60,7 @@ class EagerLoader(WeightLoader):
 
 
 class SafetensorsLoader(WeightLoader):
-    """A checkpoint as safetensors loads one: mapped (`lazy`), or read into memory. Other containers load likewise."""
+    """A loader with safetensors' choice: mapped (`lazy`), or read into memory. Other containers load likewise."""
 
     name = "lazy"
 

@@ -1,10 +1,10 @@
-"""`fastsafetensors`: files to a device as a whole, past the CPU's memory where there is GPU direct storage (GDS).
+"""`fastsafetensors`: whole files to a device, past the CPU's memory where there is GPU direct storage (GDS).
 
-Where GDS is missing, or fails when it is used, the library copies through the CPU's memory, and that is said aloud;
-with gds=True it is an error. One file's buffer is on the device at a time, the largest file's size, and 16 MiB for the
-library's copies; what is handed out is copied from the buffer, on the device. Tensors that point into a buffer would
-hold all of it, and up to version 0.5 their end runs Python code that fails where an exception is on its way, and turns
-any error into "SystemError: error return without exception set".
+Where GDS is missing, or fails when it is used, the library copies through the CPU's memory, and that is logged; with
+gds=True it is an error. One file's buffer is on the device at a time, and 16 MiB for the library's copies. Tensors are
+copied out of the buffer, on the device: tensors that point into it would keep all of it. Up to version 0.5 there is
+another reason: when such a tensor is freed, the library runs Python code that fails while an exception is being raised,
+and turns any error into "SystemError: error return without exception set".
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_
 from loaders.strategies.lazy import MappedFiles
 
 log = logging.getLogger("weightmill")
-GDS_DEVICE = Path("/dev/nvidia-fs0")
-NEEDED = (0, 5)  # older ones lack the filter, or free buffers under tensors
+GDS_DEVICE = Path("/dev/nvidia-fs0")  # made by GDS' kernel module, nvidia-fs
+NEEDED = (0, 5)  # older versions lack the tensor filter, or free buffers that tensors still use
 
 
 def library() -> Any:
-    """The package.
+    """Return the package.
 
     Raises:
-        BadSpec: it is not installed, or older than what keeps buffers safe.
+        BadSpec: it is not installed, or is older than NEEDED.
     """
     try:
         import fastsafetensors
@@ -51,19 +51,19 @@ def library() -> Any:
 
 
 def gds_available(index: int = 0) -> bool:
-    """Whether the driver of GPU direct storage is loaded, and its library and a GPU support it."""
+    """Whether the driver of GPU direct storage is loaded, and its library and GPU `index` support it."""
     if not GDS_DEVICE.exists():
         return False
     from fastsafetensors import cpp
 
-    with suppress(Exception):  # a broken driver may raise whatever it likes: then there is no GDS
+    with suppress(Exception):  # a broken driver may raise anything, and then there is no GDS
         cpp.load_library_functions()
         return bool(cpp.is_cufile_found()) and cpp.is_gds_supported(index) == 1
     return False
 
 
 class Buffer:
-    """One file's tensors on a device."""
+    """One file's tensors in a buffer on a device."""
 
     def __init__(self, path: Path, names: Sequence[str], device: str, gds: bool) -> None:
         self._files = library().SafeTensorsFileLoader(None, device, nogds=not gds, set_numa=False)
@@ -80,13 +80,13 @@ class Buffer:
         return self._buffer.get_tensor(name).clone()
 
     def close(self) -> None:
-        """Free the buffer; nothing that was handed out lies in it."""
+        """Free the buffer. Tensors that were handed out are copies, and stay."""
         self._buffer.close()
         self._files.close()
 
 
 class FastFiles:
-    """Reads ranges out of whole files in the CPU's memory, one file at a time. See `PieceReader`."""
+    """A `PieceReader` that reads whole files into the CPU's memory, one at a time, and takes ranges from there."""
 
     def __init__(self, loader: FastSafetensorsLoader, root: Path, specs: Sequence[WeightSpec]) -> None:
         self._loader = loader
@@ -114,14 +114,14 @@ class FastFiles:
 
 
 class FastSafetensorsLoader(WeightLoader):
-    """Loads safetensors by fastsafetensors. `gds` None: use it where it is there; True: fail without; False: do not."""
+    """The strategy `fastsafetensors`. `gds` None uses GDS if it is there, True fails without it, False uses none."""
 
     name = "fastsafetensors"
     not_for_jobs = "it loads whole files, for a device; strategy=multithread reads ranges in parallel"
 
     def __init__(self, gds: bool | None = None) -> None:
         self.gds = gds
-        self.said = ""  # how the last file came
+        self.said = ""  # how the last file was loaded, for logs and reports
 
     @contextmanager
     def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
@@ -146,7 +146,7 @@ class FastSafetensorsLoader(WeightLoader):
                     yield place(_bytes_of(tensor), spec)
 
     def file(self, root: Path, specs: Sequence[WeightSpec], device: str | None) -> Iterator[Any]:
-        """The tensors of one file, on a device of torch's.
+        """Yield the tensors of one file, on a device of torch's.
 
         Raises:
             BadCheckpoint: the file is shorter than it was.
@@ -167,6 +167,7 @@ class FastSafetensorsLoader(WeightLoader):
             buffer.close()
 
     def _filled(self, path: Path, names: Sequence[str], device: str) -> Buffer:
+        """Load a file's tensors into a buffer, with GDS or without it."""
         gds, why = self._wants_gds(device)
         if gds:
             try:
@@ -175,7 +176,7 @@ class FastSafetensorsLoader(WeightLoader):
                 return buffer
             except WeightmillError:
                 raise
-            except Exception as error:  # the driver's own errors have no common class
+            except Exception as error:  # the errors of the library and of the driver have no common class
                 if self.gds:
                     raise StorageError(f"strategy.gds: GPU direct storage failed on {path} ({error})") from error
                 why = f"GPU direct storage failed ({error})"
@@ -186,7 +187,7 @@ class FastSafetensorsLoader(WeightLoader):
             raise StorageError(f"reading {path}: {error}") from error
         except WeightmillError:
             raise
-        except Exception as error:  # likewise
+        except Exception as error:  # likewise: here the library could not make sense of the file
             raise BadCheckpoint(
                 f"{path.name}: fastsafetensors cannot read it ({error}); strategy=lazy may say why"
             ) from error
@@ -195,7 +196,11 @@ class FastSafetensorsLoader(WeightLoader):
         return Buffer(path, names, device, gds)
 
     def _wants_gds(self, device: str) -> tuple[bool, str]:
-        """Whether to try it, and if not, why not."""
+        """Return whether to try GDS, and if not, why.
+
+        Raises:
+            BadSpec: it was asked for, and there is none.
+        """
         if self.gds is False:
             return False, "as asked"
         if not device.startswith("cuda"):
@@ -209,6 +214,7 @@ class FastSafetensorsLoader(WeightLoader):
         return True, ""
 
     def _say(self, how: str) -> None:
+        """Log how files are loaded, once for each way; a fallback that nobody asked for is a warning."""
         if how != self.said:
             self.said = how
             level = logging.WARNING if "failed" in how or "none" in how else logging.INFO
@@ -216,7 +222,7 @@ class FastSafetensorsLoader(WeightLoader):
 
 
 def check_container(specs: Sequence[WeightSpec]) -> None:
-    """Raises BadSpec when a file is no safetensors file."""
+    """Raise BadSpec if a file is not a safetensors file."""
     others = sorted({spec.file for spec in specs if not spec.file.endswith(".safetensors")})
     if others:
         raise BadSpec(
@@ -233,7 +239,7 @@ def _bytes_of(tensor: Any) -> np.ndarray:
 
 
 def _shaped(tensor: Any, spec: WeightSpec) -> Any:
-    """As other strategies give it: formats of less than a byte as bytes."""
+    """Return a tensor in the shape that other strategies give it: formats of less than a byte are bytes."""
     import torch
 
     if spec.dtype.bits < 8:

@@ -1,4 +1,4 @@
-"""`full`: everything at once, by all threads that help, then handed out from memory. For a model that fits."""
+"""`full`: everything is read at once, by all threads that help, and then handed out from memory. The model must fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loaders.strategies.multithread import MultiThreadWeightLoader
 
 
 class FullLoader(WeightLoader):
-    """Holds all that it is opened for; refuses at once what does not fit."""
+    """The strategy `full`, whose reader holds everything that it is opened for; what does not fit is refused first."""
 
     name = "full"
     not_for_jobs = "it holds all tensors of a unit of work at once; strategy=multithread reads as fast within 256 MB"

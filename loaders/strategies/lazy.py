@@ -14,13 +14,15 @@ from loaders.errors import io_errors
 from loaders.specs import WeightSpec
 from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short
 
-NO_RESERVE = 0x4000 if sys.platform.startswith("linux") else 0  # MAP_NORESERVE, which mmap does not name
+# MAP_NORESERVE, which Python's mmap does not name: without it, Linux counts all of a private writable map as memory
+# that may be needed, and may refuse to map a file larger than that.
+NO_RESERVE = 0x4000 if sys.platform.startswith("linux") else 0
 
 
 def map_file(path: Path, *, private: bool = False) -> np.ndarray:
-    """A map of a file, uint8; it lives as long as something refers to it.
+    """Map a file as a uint8 array, which lives as long as something refers to it.
 
-    It cannot be written to, unless it is private: then what is written stays in this process, and out of the file.
+    It cannot be written to, unless it is private: then writes stay in this process and do not reach the file.
     """
     if private:
         with io_errors("mapping", path):
@@ -33,8 +35,9 @@ def map_file(path: Path, *, private: bool = False) -> np.ndarray:
 
 
 def map_privately(path: Path, start: int, stop: int) -> np.ndarray:
-    """A private map of bytes [start, stop) of a file: it can be written to, but the file does not change."""
+    """Map bytes [start, stop) of a file privately: the array can be written to, but the file does not change."""
     with io_errors("mapping", path), path.open("rb") as file:
+        # A map must begin at a page.
         first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         if stop == start:
             return np.empty(0, np.uint8)
@@ -49,7 +52,7 @@ def map_privately(path: Path, start: int, stop: int) -> np.ndarray:
 
 
 class MappedFiles:
-    """Maps files at their first use. See `PieceReader`."""
+    """A `PieceReader` that maps files at their first use."""
 
     def __init__(self, root: Path, *, private: bool = False) -> None:
         self._root = root
@@ -73,7 +76,10 @@ class MappedFiles:
 
 
 class LazyLoader(WeightLoader):
-    """Maps, and lets the kernel read ahead. Torch tensors lie in private maps: writing to one copies its page."""
+    """The strategy `lazy`: files are mapped, and the kernel reads ahead.
+
+    Torch tensors lie in private maps, so that writing to one copies the page and leaves the file alone.
+    """
 
     name = "lazy"
 

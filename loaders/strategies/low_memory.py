@@ -1,5 +1,7 @@
-"""`low_memory`: of several processes, the first loads to the CPU; the others get tensors without memory (torch's meta
-device), to be filled by broadcasting or sharding. A machine then holds a model once, however many processes it runs.
+"""`low_memory`: of several processes, only the first loads a model, to the CPU.
+
+The others get tensors without memory (torch's meta device), to be filled by broadcasting or sharding. A machine then
+holds a model once, however many processes it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from loaders.strategies.base import PieceReader, WeightLoader
 
 
 class LowMemoryLoader(WeightLoader):
-    """`rank` None: torch.distributed's, if it is initialized, else RANK of the environment, else 0."""
+    """The strategy `low_memory`.
+
+    `rank` is this process's number; None takes torch.distributed's if it is initialized, else RANK from the
+    environment, else 0.
+    """
 
     name = "low_memory"
     not_for_jobs = "it is for loading one model into several processes; strategy=lazy or read reads for a job"
@@ -49,13 +55,14 @@ class LowMemoryLoader(WeightLoader):
     def _rank(self) -> int:
         if self.rank is not None:
             return self.rank
-        distributed = sys.modules.get("torch.distributed")
+        distributed = sys.modules.get("torch.distributed")  # if nobody imported it, nobody initialized it
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
             return int(distributed.get_rank())
         return int(os.environ.get("RANK", "0"))
 
 
 def _empty(specs: Sequence[WeightSpec]) -> Iterator[Any]:
+    """Yield tensors on the meta device, with the shapes and dtypes that rank 0 gets."""
     torch, device = torch_device("meta")
     for spec in specs:
         kind = getattr(torch, spec.dtype.torch, None)

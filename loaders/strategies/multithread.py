@@ -1,7 +1,8 @@
-"""`multithread`: files and ranges of them side by side, by as many threads as measuring says.
+"""`multithread`: files and ranges of them are read side by side, by as many threads as measuring shows to be best.
 
-Whole tensors and slices are read ahead within a fixed window. A job's ranges come from any thread: there the threads
-bring what comes next into the page cache, a window ahead of the furthest range that was asked for.
+Whole tensors and slices are read ahead within a fixed window. A job asks for ranges from any of its threads: then the
+strategy's threads fetch what comes next into the page cache, within a window ahead of the furthest range that was asked
+for.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from loaders.strategies.reading.read_ahead import read_ahead
 from loaders.strategies.reading.thread_tuning import Workers
 
 MB = 1_000_000
-WINDOW = 256 * MB  # bytes read ahead
-FEWEST = 2
+WINDOW = 256 * MB  # bytes read ahead: enough to keep many threads busy, and the strategy's promise about memory
+FEWEST = 2  # threads that it begins with
 
 
 class ThreadedFiles(OpenFiles):
-    """See `PieceReader`."""
+    """A `PieceReader` whose threads read ahead."""
 
     def __init__(self, root: Path, specs: Sequence[WeightSpec], workers: Workers) -> None:
         super().__init__(root)
@@ -48,10 +49,11 @@ class ThreadedFiles(OpenFiles):
 
 
 class MultiThreadWeightLoader(WeightLoader):
-    """Reads with several threads, at most `max_workers`, each with `min_file_size_per_worker` megabytes (1e6) to read.
+    """The strategy `multithread`.
 
-    With `adaptive_workers` it begins with two and measures whether more are faster; without, it takes the most at once.
-    `max_workers` None: what the device and the storage suggest. Memory: 256 MB ahead, or one tensor.
+    It reads with several threads: at most `max_workers` (None: what the device and the storage suggest), and no more
+    than have `min_file_size_per_worker` megabytes (1e6 bytes) each to read. With `adaptive_workers` it begins with two
+    and measures whether more are faster; without, it takes the most at once. It holds 256 MB ahead, or one tensor.
     """
 
     name = "multithread"
@@ -64,7 +66,7 @@ class MultiThreadWeightLoader(WeightLoader):
         self.max_workers = max_workers
         self.adaptive_workers = adaptive_workers
         self.min_file_size_per_worker = min_file_size_per_worker
-        self.workers_said = ""  # how many threads read last, and the rates that led to it
+        self.workers_said = ""  # how many threads read last, and the rates that led to it, for reports
 
     @property
     def held_bytes(self) -> int:

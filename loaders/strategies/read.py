@@ -1,5 +1,7 @@
-"""`read`: large reads into buffers that are used again, by whoever asks. Never far from the best where files are not
-cached, and better than a map on a network filesystem, where a map fetches page by page.
+"""`read`: large reads into reused buffers, by the thread that asks.
+
+It is never far from the best where files are not cached, and better than a map on a network filesystem, where a map
+fetches page by page.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
 from loaders.strategies.reading.buffers import Buffers
 from loaders.strategies.reading.open_files import AHEAD, OpenFiles
 
-BUFFERS = 64 << 20  # bytes kept for the next tensors
+BUFFERS = 64 << 20  # bytes of unused buffers kept for the next tensors: more is reused oftener, and held from others
 
 
 class ReadFiles(OpenFiles):
-    """Reads a piece when it is asked for, the kernel one ahead. See `PieceReader`."""
+    """A `PieceReader` that reads a piece when it is asked for, while the kernel fetches the next."""
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         buffers = Buffers(BUFFERS)
@@ -34,7 +36,7 @@ class ReadFiles(OpenFiles):
 
 
 class ReadLoader(WeightLoader):
-    """Reads each range when it is asked for, the kernel one range ahead."""
+    """The strategy `read`: each range is read when it is asked for, while the kernel fetches the next."""
 
     name = "read"
 

@@ -1,7 +1,7 @@
 """`runai`: the Run:ai model streamer, an optional library that keeps many requests in flight, made for network storage.
 
-It hands ranges back as they arrive; here they wait for their turn, a batch of `batch_mb` megabytes at a time. Threads
-and block size are the library's (RUNAI_STREAMER_CONCURRENCY and its other variables).
+The library gives ranges as they arrive; here they wait for their turn, a batch of `batch_mb` megabytes at a time. The
+library's environment variables set threads and block size (RUNAI_STREAMER_CONCURRENCY and others).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MB = 1_000_000
 
 
 def streamer() -> Any:
-    """A session of the library.
+    """Open a session of the library.
 
     Raises:
         BadSpec: it is not installed.
@@ -39,7 +39,7 @@ def streamer() -> Any:
 
 
 class StreamedByRunai:
-    """See `PieceReader`. A thread's ranges go through a session of its own."""
+    """A `PieceReader` over the library. Each thread's ranges go through a session of its own."""
 
     def __init__(self, root: Path, batch: int) -> None:
         self._root = root
@@ -73,6 +73,7 @@ class StreamedByRunai:
             session.__exit__(None, None, None)
 
     def _fetched(self, session: Any, pieces: Sequence[TensorBytes]) -> list[np.ndarray]:
+        """Read pieces in one request; those without bytes are not asked for."""
         from runai_model_streamer.file_streamer import FileChunks
 
         found = {index: np.empty(0, np.uint8) for index, piece in enumerate(pieces) if piece.size == 0}
@@ -91,11 +92,12 @@ class StreamedByRunai:
                 session.stream_files(chunks)
                 for number, index, tensor in session.get_chunks():
                     found[places[number][index]] = tensor.reshape(-1).numpy()
-            except ValueError as error:  # what the library raises for whatever its core reports
+            except ValueError as error:  # the library raises this for every error of its C++ core
                 raise StorageError(f"strategy=runai: reading {', '.join(by_file)} in {self._root}: {error}") from error
         return [found[index] for index in range(len(pieces))]
 
     def _check(self, file: str, pieces: Sequence[TensorBytes]) -> None:
+        """Raise for a file that is too short or cannot be opened, which says more than the library's errors."""
         size = local.tag(self._root, file).size
         for piece in pieces:
             if size < piece.spec.offset + piece.spec.size:
@@ -105,7 +107,7 @@ class StreamedByRunai:
 
 
 class RunaiLoader(WeightLoader):
-    """Loads through the streamer. Memory: `batch_mb` megabytes (1e6 bytes), or one tensor."""
+    """The strategy `runai`. It holds `batch_mb` megabytes (1e6 bytes), or one tensor."""
 
     name = "runai"
     not_for_jobs = "its sessions serve one stream at a time; strategy=multithread reads ranges in parallel"
@@ -117,7 +119,7 @@ class RunaiLoader(WeightLoader):
 
     @contextmanager
     def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        streamer()
+        streamer()  # so that a missing library is reported before any file is opened
         files = StreamedByRunai(root, int(self.batch_mb * MB))
         try:
             yield files

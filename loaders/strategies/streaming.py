@@ -1,9 +1,9 @@
-"""`streaming`: weights in batches within a budget of memory, the next ones fetched while one is used.
+"""`streaming`: weights come in batches within a budget of memory, and the next ones are fetched while one is used.
 
-The budget holds the batches on their way and the one in use; what the caller keeps beyond that is the caller's. Which
-batch comes next is known from the headers, so that fetching ahead never guesses wrong. A tensor larger than half the
-budget comes in slices that fit (iterate_slices), or, where a whole one is asked for, as a map of its file, whose pages
-the kernel can take back: a loop still holds one tensor while it asks for the next.
+The budget holds the batches that are being fetched and the one in use; what the caller keeps is beyond it. Headers tell
+which batch comes next, so that fetching ahead never guesses wrong. A tensor larger than half the budget comes in slices
+that fit (iterate_slices), or, if it is asked for as a whole, as a map of its file, whose pages the kernel can take
+back. Half, because a loop still holds one tensor while it asks for the next.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from loaders.strategies.reading.read_ahead import read_ahead
 from loaders.strategies.reading.thread_tuning import Workers
 
 MB = 1_000_000
-MOST_SLICE = 32 << 20
-LEAST_MB = 16
+MOST_SLICE = 32 << 20  # bytes of a slice at most, however large the budget: enough for a disk's full rate
+LEAST_MB = 16  # a smaller budget would not hold two of the ranges that threads read
 
 
 class StreamedFiles(OpenFiles):
-    """See `PieceReader`."""
+    """A `PieceReader` that fetches ahead within a budget of bytes."""
 
     def __init__(
         self, root: Path, specs: Sequence[WeightSpec], budget: int, prefetch: int, workers: Workers, writable: bool
@@ -43,7 +43,7 @@ class StreamedFiles(OpenFiles):
         self._budget = budget
         self._prefetch = prefetch
         self._workers = workers
-        window = max(0, budget - RANGE * min(MOST_THREADS, workers.most))  # their own buffers count
+        window = max(0, budget - RANGE * min(MOST_THREADS, workers.most))  # the threads' own buffers are in the budget
         self._cache = CacheAhead(self, specs, window, workers) if prefetch else None
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
@@ -73,7 +73,7 @@ class StreamedFiles(OpenFiles):
 
     def _map(self, piece: TensorBytes) -> np.ndarray:
         spec = piece.spec
-        found = self.mapped(spec)  # which checks where the file ends
+        found = self.mapped(spec)  # also for a private map, since this checks that the file is long enough
         if not self._writable:
             return found[piece.start : piece.stop]
         return map_privately(self._root / spec.file, spec.offset + piece.start, spec.offset + piece.stop)
@@ -85,9 +85,10 @@ class StreamedFiles(OpenFiles):
 
 
 class StreamingWeightLoader(WeightLoader):
-    """Loads within `memory_budget_mb` megabytes (1e6 bytes), `prefetch_count` batches ahead of the one in use.
+    """The strategy `streaming`.
 
-    `priority_weights` names tensors that come first, in that order: names, parts of names, or patterns with * and ?.
+    It loads within `memory_budget_mb` megabytes (1e6 bytes), `prefetch_count` batches ahead of the one in use.
+    `priority_weights` are tensors that come first, in that order: names, parts of names, or patterns with * and ?.
     """
 
     name = "streaming"
@@ -105,7 +106,7 @@ class StreamingWeightLoader(WeightLoader):
 
     @property
     def budget(self) -> int:
-        """Bytes."""
+        """The budget in bytes."""
         return int(self.memory_budget_mb * MB)
 
     @property
@@ -120,14 +121,14 @@ class StreamingWeightLoader(WeightLoader):
         return sorted(specs, key=lambda spec: self.priority(spec.name))
 
     def priority(self, name: str) -> int:
-        """The place of the first of `priority_weights` that names it; the others come after all of them."""
+        """Return the place of the first of `priority_weights` that names the tensor; others come after all of them."""
         found = (index for index, wanted in enumerate(self.priority_weights) if _names(wanted, name))
         return next(found, len(self.priority_weights))
 
     def iterate_batches(
         self, source: Source, *, names: Iterable[str] | None = None, device: str | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Weights a batch at a time, each within the budget divided by `prefetch_count` + 1, or one tensor.
+        """Yield weights a batch at a time, each within the budget divided by `prefetch_count` + 1, or one tensor.
 
         Raises:
             As iterate_weights.
@@ -138,7 +139,7 @@ class StreamingWeightLoader(WeightLoader):
         weights = self.iterate_weights(source, names=wanted, device=device)
         for batch in batched(sizes, self.budget // (self.prefetch_count + 1)):
             yield dict(next(weights) for _ in batch)
-        for _ in weights:  # to its end, where it counts
+        for _ in weights:  # a generator's statistics are added when it ends
             raise AssertionError("more weights than specs")
 
     def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
@@ -159,7 +160,7 @@ def _names(wanted: str, name: str) -> bool:
 
 
 def batched(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Runs of sizes that sum to at most `limit`, or are one."""
+    """Cut sizes into runs that sum to at most `limit`, or that are one size."""
     batches: list[list[int]] = []
     total = 0
     for size in sizes:

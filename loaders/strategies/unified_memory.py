@@ -1,7 +1,7 @@
-"""`unified_memory`: a map of the files, shared with the device: for devices that work in the CPU's own memory.
+"""`unified_memory`: files are mapped, for devices that work in the CPU's own memory.
 
-On the CPU tensors lie in the map. MLX and MPS take arrays of their own: each byte is copied once, from the map to where
-the GPU reads it, and there is no other copy of it.
+On the CPU tensors lie in the map. MLX and MPS want arrays of their own: each byte is copied once, from the map to where
+the GPU reads it, and there is no other copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHARED = ("cpu", "mps", "mlx")
 
 
 class UnifiedMemoryLoader(LazyLoader):
-    """Maps for the CPU, MPS and MLX; refuses a GPU with memory of its own."""
+    """The strategy `unified_memory`: maps for the CPU, MPS and MLX. It refuses a GPU with memory of its own."""
 
     name = "unified_memory"
     not_for_jobs = "it is for loading onto a device; strategy=lazy maps the files for a job"

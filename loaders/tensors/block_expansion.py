@@ -1,8 +1,9 @@
-"""Block expansion: more decoder blocks that change nothing before they are trained.
+"""Block expansion: additional decoder blocks that change nothing until they are trained.
 
-LLaMA Pro (arXiv 2401.02415, section 3.2): the L blocks are cut into equal runs, and behind each comes a copy of its
-last block whose o_proj and down_proj are zero, so that the copy adds nothing to the residual stream. The old blocks
-stay as they are, under new numbers. Biases of the two projections are zero as well: they too would be added.
+LLaMA Pro (Wu et al. 2024, arXiv:2401.02415, section 3.2): the L blocks are cut into equal runs, and each run is
+followed by a copy of its last block whose o_proj and down_proj are zero, so that the copy adds nothing to the residual
+stream. The old blocks stay as they are, under new numbers. Biases of the two projections are zero as well, since they
+would be added too.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from loaders.tensors.logical_tensor import LogicalTensor, known
 from loaders.tensors.sources import Sources
 from loaders.tensors.zeros import Zeros
 
-# Model types whose blocks are model.layers.N, add o_proj's and down_proj's results to the stream, and do nothing else
-# that depends on their number but what the config lists
+# Model types whose blocks are model.layers.N, add the results of o_proj and down_proj to the stream, and depend on
+# their number only in ways that the config lists.
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma3_text")
 BLOCK = re.compile(r"^model\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
 ADDED = re.compile(
@@ -29,21 +30,21 @@ ADDED = re.compile(
     r"|^mlp\.experts\.down_proj(?:\.weight)?$"
     r"|^block_sparse_moe\.experts\.\d+\.w2\.weight$"
 )
-PER_LAYER = ("layer_types", "mlp_layer_types")  # config.json's lists with an entry a block
-SLIDING = ("qwen2", "qwen3", "qwen2_moe")  # with use_sliding_window the list is derived, where there is none
+PER_LAYER = ("layer_types", "mlp_layer_types")  # config.json's lists with an entry for each block
+SLIDING = ("qwen2", "qwen3", "qwen2_moe")  # with use_sliding_window, a missing layer_types follows from the numbers
 KEY = "transform"
 
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """So many new blocks, in a checkpoint of `layers`."""
+    """The expansion of a model of `layers` blocks by `num_blocks` new ones."""
 
     layers: int
     num_blocks: int
 
     @property
     def origins(self) -> tuple[tuple[int, bool], ...]:
-        """For each block of the result, which old one it is made of, and whether it is new."""
+        """For each block of the result, the old block of which it is made, and whether it is new."""
         run = self.layers // self.num_blocks
         made: list[tuple[int, bool]] = []
         for layer in range(self.layers):
@@ -54,10 +55,10 @@ class Expansion:
 
 
 def expansion_of(checkpoint: Checkpoint, num_blocks: int) -> Expansion:
-    """Check that a checkpoint can be expanded so.
+    """Check that a checkpoint can be expanded by so many blocks, and return the expansion.
 
     Raises:
-        BadSpec: its blocks are not known, the number does not divide theirs, or the config cannot say it.
+        BadSpec: its blocks are not known, the number does not divide theirs, or the config cannot express the result.
     """
     config = checkpoint.config
     model_type, layers = config.get("model_type"), config.get("num_hidden_layers")
@@ -90,7 +91,7 @@ def expansion_of(checkpoint: Checkpoint, num_blocks: int) -> Expansion:
 
 
 def expand_checkpoint(checkpoint: Checkpoint, num_blocks: int) -> Checkpoint:
-    """The checkpoint with the config of the expanded model; its stored weights are the same.
+    """Return the checkpoint with the config of the expanded model; its stored weights stay the same.
 
     Raises:
         BadSpec: as `expansion_of`.
@@ -112,7 +113,7 @@ def _config(config: Mapping[str, Any], expansion: Expansion) -> dict[str, Any]:
 
 
 def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) -> Sources:
-    """The logical tensors of the expanded model; `checkpoint` is the one as it is stored.
+    """Return the logical tensors of the expanded model; `checkpoint` has the config of the stored one.
 
     Raises:
         BadSpec: as `expansion_of`; or a block's tensors are not weights but parts of quantized ones.
@@ -142,7 +143,7 @@ def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) ->
 
 
 def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, LogicalTensor]], zeroed: set[str]) -> None:
-    """Raises BadSpec unless both projections are there, as numbers."""
+    """Raise BadSpec unless both projections are there, as floats."""
     coded = [tensor.name for _, tensor in block if not tensor.dtype.is_float]
     if coded:
         raise BadSpec(

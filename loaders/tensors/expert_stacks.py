@@ -1,6 +1,6 @@
-"""Stacks of experts cut into the matrices of each, by windows: no byte moves.
+"""Stacks of experts cut into the experts' matrices by windows, without moving a byte.
 
-A window of a plain stack picks its elements; that of a quantized one, what to decode of it.
+A window of a plain stack picks its elements; a window of a quantized one says what to decode of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
 def cut(tensor: LogicalTensor, family: Family) -> Iterator[LogicalTensor]:
-    """The tensors of each expert, or the tensor itself where the family knows of no stack by its name.
+    """Yield the tensors of a stack's experts, or the tensor itself if its name is no stack of the family's.
 
     Raises:
         BadCheckpoint: the stack does not have the shape that the family gives it.
@@ -39,6 +39,7 @@ def _experts(tensor: LogicalTensor, stack: Stack, match: re.Match[str]) -> Itera
             f"{tensor.name}: expected {wanted}, the outputs of {' and '.join(parts)}, found {list(shape)}"
         )
     outer = tensor.window or Window(0, row_major(shape))
+    # Dimension `outputs` is 1 or 2 of a stack of matrices, so that 3 - outputs is the dimension of inputs.
     rows = shape[outputs] // len(parts)
     for expert in range(shape[0]):
         for index, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""A logical tensor and its origin: how it comes from stored ones. The same for every target of a plan."""
+"""A logical tensor and its origin: how it comes from stored ones. It is the same for every target of a plan."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loaders.specs import RowOrder, TensorSpec, WeightSpec
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Which elements of a tensor make the logical one: a first element and a stride for each dimension.
+    """The elements of a tensor that make a logical one: a first element, and a stride for each dimension.
 
-    Row-major, rows, every second row, one matrix of a stack, transposed: all are windows. They count the elements of
-    the stored tensor, or where it is quantized those of what it decodes to.
+    A whole tensor, some rows, every second row, one matrix of a stack, a transpose: all are windows. Offset and strides
+    count elements of the stored tensor, or of what it decodes to if it is quantized.
     """
 
     offset: int
@@ -31,11 +31,12 @@ class Window:
 class LogicalTensor:
     """A logical tensor and its origin.
 
-    `stored` maps roles to stored tensors: plain weights have one, called "weight"; a quantized one has those of the
-    decoder in `decode`. `whole` is the shape of the tensor that `window` shows elements of, where that is another one:
-    the decoded tensor, or the stack this is a part of; a quantized tensor without a window is all of what is decoded.
-    `role`, `block` and `group` are what the family says of it: see `known`. `order` is that in which the tensor takes
-    the rows of all this.
+    stored: (role, stored tensor) pairs; a plain weight has one, called "weight", a quantized one has the decoder's.
+    window: the elements that make this tensor; None for a quantized tensor that is all of what is decoded.
+    decode: the decoder of a quantized tensor.
+    role, block, group: what the family says of the tensor; see `known`.
+    whole: the shape of what `window` picks from, if it differs: the decoded tensor, or the stack this is a part of.
+    order: the order in which the logical tensor takes the rows, applied last.
     """
 
     name: str
@@ -56,13 +57,13 @@ class LogicalTensor:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes that leave storage for this tensor: of a stack, its share."""
+        """The bytes that leave storage for this tensor; of a stack, its share."""
         total = sum(spec.size for _, spec in self.stored)
         return total if self.whole is None else total * self.spec.numel // max(1, math.prod(self.whole))
 
     @property
     def decoded_spec(self) -> TensorSpec:
-        """What the decoder decodes: this tensor, or the one it is a window of."""
+        """The spec of what the decoder decodes: this tensor, or the one of which it is a window."""
         return self.spec if self.whole is None else TensorSpec(self.name, self.dtype, self.whole)
 
 
@@ -79,5 +80,5 @@ def known(tensor: LogicalTensor, family: Family, beside: str | None = None) -> L
 
 
 def stored_name(weight: str, role: str) -> str:
-    """The name of a stored part: roles begin with "weight" and stand in its place. See `Scheme.stored`."""
+    """Return the name of a stored part: a role replaces the "weight" at the end of a name. See `Scheme.stored`."""
     return weight.removesuffix("weight") + role if weight.endswith("weight") else weight + role.removeprefix("weight")

@@ -1,4 +1,4 @@
-"""The logical tensors of a checkpoint: plain ones as they are, quantized ones by what decodes them, tied ones once."""
+"""The logical tensors of a checkpoint: plain ones as they are, quantized ones by their decoder, tied ones once."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ from loaders.tensors.expert_stacks import cut
 from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor
 from loaders.tensors.quantized_sources import mlx, quantized_tensors
 
-COMPARE_BYTES = 4 << 20
+COMPARE_BYTES = 4 << 20  # bytes of two tied tensors that are compared at a time
 EXPERTS = re.compile(r"(?:^|\.)experts?\.")
-DERIVED = ("rope_freqs.weight",)  # of a GGUF: worked out from the rope scaling
+DERIVED = ("rope_freqs.weight",)  # tensors of a GGUF that follow from its metadata, here from the rope scaling
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """A checkpoint's logical tensors, and what was decided on the way to them."""
+    """A checkpoint's logical tensors, and what was found on the way to them.
+
+    `tied` are (kept, dropped) names, which the engine ties again when it loads; `notes` are for the user.
+    """
 
     tensors: tuple[LogicalTensor, ...]
-    tied: tuple[tuple[str, str], ...]  # (kept, dropped): the engine ties them again when it loads
+    tied: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
 
 def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
-    """The logical tensors of a checkpoint, in natural order of blocks and names; of a GGUF not decoded, in its own.
+    """Return the logical tensors of a checkpoint, in natural order of blocks and names.
 
-    With `decode`, the stored parts of a quantized weight become one tensor that decodes them; without, every stored
-    tensor is its own, as it is. With `split`, stacks of experts that the family knows become the tensors of each.
+    With `decode`, the stored parts of a weight that a known scheme quantized become one tensor, which decodes them.
+    Without, every stored tensor is its own, as it is, and those of a GGUF keep their order. With `split`, stacks of
+    experts that the family knows are cut into the experts' tensors.
 
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.
@@ -59,7 +63,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
     tensors = [known(tensor, family, beside.get(tensor.name)) for tensor in found]
     if split:
         notes = (*notes, *_unknown_stacks(checkpoint, tensors))
-    if checkpoint.container == "gguf" and not decode:  # for another GGUF: a copy has the order of what it is a copy of
+    if checkpoint.container == "gguf" and not decode:  # for another GGUF, which keeps the order of the source
         files = {tag.name: number for number, tag in enumerate(checkpoint.files)}
         tensors.sort(key=lambda tensor: (files[tensor.stored[0][1].file], tensor.stored[0][1].offset))
     else:
@@ -68,7 +72,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
 
 
 def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:
-    """The weight that a copied tensor goes with: one unit has both."""
+    """Return the weight to which a copied tensor belongs, whose block it takes, so that one unit has both."""
     module, _, suffix = stored.name.rpartition(".")
     is_part = suffix in ("scales", "biases") and f"{module}.weight" in by_name
     return name.removesuffix(suffix) + "weight" if is_part else name
@@ -87,9 +91,9 @@ def _unknown_stacks(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) ->
 def _tied(
     checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Which tensors the engine ties to others, so that they are not written, and what is odd about the rest.
+    """Return the tensors that the engine ties to others, so that they are not written, and notes about odd ones.
 
-    As transformers does: a tied pair that is stored twice stays tied only if both hold the same bytes.
+    A tied pair that is stored twice stays tied only if both hold the same bytes, as in transformers.
     """
     tied, notes = [], []
     for kept, dropped in checkpoint.family.tied_pairs(checkpoint.config):

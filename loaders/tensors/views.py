@@ -1,4 +1,4 @@
-"""Views: a logical tensor's weights through its origin, any range, any number of times."""
+"""Views: the weights of a logical tensor through its origin, in any range and any number of times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
 class StoredView:
-    """Plain weights of one stored tensor. See `View`."""
+    """The weights of a plain stored tensor; see `View`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class StoredView:
             return self._reader.read(self._stored, first + start * item, first + stop * item, slot).view(self._storage)
 
     def _gather(self, start: int, stop: int) -> Block:
-        """Elements that do not lie in order are picked from a map, whole rows of the first dimension at a time."""
+        """Copy elements that do not lie in order from a mapped file, whole rows of the first dimension at a time."""
         item, shape, window = self._storage.itemsize, self.spec.shape, self._window
         data = self._reader.mapped(self._stored)[window.offset * item :]
         data = data[: data.size // item * item].view(self._storage)
@@ -71,7 +71,7 @@ class CastView:
 
 
 class StoredRoles:
-    """What a scheme stored for a tensor, in a checkpoint. See `Stored`."""
+    """The tensors that a scheme stored for a weight in a checkpoint; see `Stored`."""
 
     def __init__(
         self, reader: Reader, roles: Mapping[str, WeightSpec], clock: Clock | None = None, phase: str = "read"
@@ -80,6 +80,7 @@ class StoredRoles:
         self._clock = clock or Clock()
         self._phase = phase
         self._roles = roles
+        # Reader slots from 100 on, so that a view's own reads, which count from 0, do not overwrite a role's.
         self._slots = {role: 100 + index for index, role in enumerate(roles)}
 
     def read(self, role: str, start: int, stop: int) -> Block:
@@ -91,7 +92,7 @@ class StoredRoles:
 
 
 class DecodedView:
-    """A quantized tensor's weights, decoded on the way in and rounded to its dtype, or at once to another."""
+    """A quantized tensor's weights, decoded as they are read, and rounded to its dtype or directly to another."""
 
     def __init__(
         self, tensor: LogicalTensor, stored: StoredRoles, decoder: Decoder, work: Work, dtype: DType | None = None
@@ -117,7 +118,7 @@ class DecodedView:
         return casts.cast(values, "F32", self.spec.dtype.name)
 
     def _flat(self, start: int, stop: int, slot: int) -> np.ndarray:
-        """Ranges of what is decoded start at `align`."""
+        """Decode a flat range, from the multiple of `align` before it to the one after it."""
         align = self._decoder.align(self._whole)
         first = start // align * align
         last = min(-(-stop // align) * align, self._whole.numel)
@@ -127,7 +128,7 @@ class DecodedView:
 
 
 class BlocksView:
-    """Another view's blocks of a type of ggml, decoded to float32."""
+    """Another view's blocks of one of ggml's types, decoded to float32."""
 
     def __init__(self, view: View, work: Work) -> None:
         self.spec = replace(view.spec, dtype=DTYPES["F32"])
@@ -144,7 +145,7 @@ class BlocksView:
 
 
 class ReorderedView:
-    """Another view's weights with the rows of each head in another order: whole heads are read."""
+    """Another view's weights with the rows of each head in another order. It reads whole heads."""
 
     def __init__(self, view: View, order: RowOrder) -> None:
         self.spec = view.spec
@@ -161,7 +162,7 @@ class ReorderedView:
 
 
 def ordered_view(view: View, order: RowOrder | None) -> View:
-    """A view, or its rows in another order."""
+    """Return a view with its rows in an order; None leaves them."""
     return view if order is None else ReorderedView(view, order)
 
 
@@ -174,7 +175,7 @@ def view_of(
     clock: Clock | None = None,
     phase: str = "read",
 ) -> View:
-    """A logical tensor's weights through an open reader; of what is decoded, in `decoded_dtype` if that is given.
+    """Return a tensor's weights through an open reader; weights that are decoded are in `decoded_dtype`, if given.
 
     Reading counts on the clock under `phase`.
     """
@@ -188,10 +189,10 @@ def view_of(
 
 
 def numbers_view(view: View, cast: DType | None, work: Work) -> View:
-    """A view, or where blocks of ggml are to become something else, their weights."""
+    """Return a view, or the weights of its blocks where blocks of ggml are to become something else."""
     return BlocksView(view, work) if cast is not None and view.spec.dtype.block > 1 else view
 
 
 def encoded_view(view: View, cast: DType | None) -> View:
-    """What a scheme is given of a tensor: its weights, cast where the engine would."""
+    """Return the view that a scheme gets of a tensor: its weights, cast where the engine would cast them."""
     return view if cast is None else CastView(view, cast)

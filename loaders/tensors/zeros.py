@@ -1,4 +1,4 @@
-"""Zeros: a tensor that is nowhere stored."""
+"""Zeros: the decoder of a tensor of zeros that is stored nowhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loaders.specs import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """Decodes nothing into zeros. See `Decoder`."""
+    """A decoder that needs nothing stored and gives zeros; see `Decoder`."""
 
     kind: ClassVar[str] = "zeros"
 

@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "an offset that is not aligned": (put(lambda d: at(d, b"b.weight", 16), "Q", 97), "not aligned"),
     "one on another": (put(lambda d: at(d, b"b.weight", 16), "Q", 32), "on another"),
     "an offset beyond the file": (put(lambda d: at(d, b"b.weight", 16), "Q", 1 << 50), "truncated"),
-    "a name twice": (lambda d: d.replace(b"b.weight", b"a.weight"), "name stands twice"),
+    "a name twice": (lambda d: d.replace(b"b.weight", b"a.weight"), "name appears twice"),
     "a name that is no text": (lambda d: d.replace(b"b.weight", b"\xff.weight"), "not UTF-8"),
 }
 

@@ -186,7 +186,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "one on another": (
         entry(offset=320), "'model.norm.weight' begins at byte 320, within 'model.layers.0.mlp.gate.weight'"
     ),
-    "a name twice": (twice, "'model.layers.0.mlp.gate.scales' stands there twice"),
+    "a name twice": (twice, "'model.layers.0.mlp.gate.scales' appears twice"),
     "a name here and there": (clash, "is in model_weights.bin and in packed_experts/"),
     "an entry that is none": (listed(tensors={"a": 7}, num_tensors=1), "'a' lacks offset, size, shape or dtype"),
     "no entries": (listed(tensors=[]), "expected tensors, an object"),
@@ -211,7 +211,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "layers without end": (layout(num_layers=1 << 70, moe_layers=None), "moe_layers 'None'"),
     "a path as a component": (component(name="../../weights"), "a component is called '../../weights'"),
     "a component without a name": (component(name=None), "a component is called None"),
-    "a component twice": (component(3, name="gate_proj.weight"), "a component stands there twice"),
+    "a component twice": (component(3, name="gate_proj.weight"), "a component appears twice"),
     "a component that leaves its expert": (component(8, offset=3400), r"\[3400, 3464\) of an expert's 3456"),
     "a component on another": (
         component(1, offset=1000), "'gate_proj.scales' begins at byte 1000, within 'gate_proj.weight'"

@@ -110,7 +110,7 @@ def test_a_header_that_is_no_object_is_refused(tmp_path: Path, head: bytes) -> N
 
 def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     one = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
-    assert "'a' stands there twice" in refused(tmp_path, f'{{"a":{one},"a":{one}}}'.encode(), b"\0")
+    assert "'a' appears twice" in refused(tmp_path, f'{{"a":{one},"a":{one}}}'.encode(), b"\0")
 
 
 def test_a_layout_is_aligned_and_puts_unknown_lengths_last() -> None:

@@ -146,7 +146,7 @@ def test_it_is_read_again(kind: str, sources: Any, tmp_path: Path) -> None:
     ("kind", "changes", "message"),
     [
         ("gemma3_text", {"layer_types": ["full_attention"] * 2}, "attends fully in every layer whose number 2 divides"),
-        ("qwen2_moe", {"mlp_only_layers": [0]}, "has experts in every layer; this model has not"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, "has experts in every layer; this model does not"),
         (
             "deepseek_v2",
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},

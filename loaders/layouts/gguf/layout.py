@@ -1,8 +1,9 @@
-"""The layout of llama.cpp: GGUF's names, stacked experts, the row order of its rotary embeddings, metadata for config.
+"""The layout of llama.cpp: GGUF's names, stacked experts, the row order of its rotary embeddings, metadata as config.
 
-From transformers' checkpoints of the architectures in loaders/architectures/gguf.py; from another GGUF everything stays
-as it is but the types of tensors that are quantized, and its metadata is carried over. There is no config.json: the
-one file, MODEL-TYPE.gguf, says all; or a file for each unit, after a first one that holds the metadata alone.
+It takes transformers' checkpoints of the architectures in loaders/architectures/gguf.py. From another GGUF everything
+stays as it is except the types of tensors that are quantized, and its metadata is carried over. There is no
+config.json: the one file, MODEL-TYPE.gguf, holds everything. Split, there is a file for each unit, after a first one
+that holds only the metadata.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from loaders.specs import OutputFile, StoredSpec, StoredTensor
 from loaders.tensors.encoding import Encoding
 
 ENGINES = ("ggml", "plain")
-LEGAL = ("LICENSE", "NOTICE", "COPYING")  # aux files that go along, by their beginnings
+LEGAL = ("LICENSE", "NOTICE", "COPYING")  # how the names begin of the source's files that are copied
 SPLIT_KEYS = (gguf.SPLIT_NUMBER, gguf.SPLIT_COUNT, gguf.SPLIT_TENSORS)
 EMBEDDING = "token_embd.weight"
 ROUTER = "ffn_gate_inp.weight"
@@ -43,7 +44,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufLayout:
-    """See `Layout` and `Assembling`."""
+    """The layout of llama.cpp; see `Layout` and `Assembling`."""
 
     name: ClassVar[str] = "gguf"
     containers: ClassVar[tuple[str, ...]] = ("gguf",)
@@ -112,11 +113,12 @@ class GgufLayout:
 
 
 def _as_it_is(decision: Decision) -> Placed:
-    """A tensor of a GGUF for another: copied, or from its weights, which are decoded first if they are in blocks."""
+    """Place a tensor of one GGUF in another: it is copied, or quantized again from what its blocks decode to."""
     encoding, tensor = decision.encoding, decision.tensor
     assert encoding is not None
     if isinstance(encoding.scheme, Plain) and (len(tensor.shape) < 2 or tensor.name.endswith(ROUTER)):
-        encoding = replace(encoding, scheme=Plain())  # llama.cpp has these in float32, whatever is asked for the others
+        # llama.cpp needs vectors and routers in float32, whatever is asked for the others.
+        encoding = replace(encoding, scheme=Plain())
     if encoding.scheme == Plain():
         encoding = replace(encoding, action="keep")
     elif tensor.dtype.block > 1:
@@ -135,7 +137,11 @@ class _Converting:
         self._decisions = [d for d in decisions if d.scheme is not None and d.tensor.role != "buffer"]
 
     def place(self) -> tuple[Placed, ...]:
-        """Raises BadSpec: a tensor has no place in the architecture, or a stack of experts is not whole."""
+        """Place all tensors.
+
+        Raises:
+            BadSpec: a tensor has no place in the architecture, or a stack of experts is not whole.
+        """
         names = {d.tensor.name: self._architecture.gguf_name(d.tensor.name) for d in self._decisions}
         unknown = [name for name, found in names.items() if found is None]
         if unknown:
@@ -160,6 +166,7 @@ class _Converting:
         return Placed(encoding, {role: tensor})
 
     def _check_stacks(self, names: Mapping[str, GgufName | None], placed: Sequence[Placed]) -> None:
+        """Raise BadSpec if a stack lacks experts, or they differ in shape or type."""
         stacks: dict[str, list[int]] = {}
         shapes: dict[str, set[object]] = {}
         for each in placed:
@@ -174,7 +181,7 @@ class _Converting:
                 raise BadSpec(f"{name}: its experts differ in shape or type ({shapes[name]}); a stack has one of each")
 
     def _with_rope_factors(self, placed: list[Placed]) -> tuple[Placed, ...]:
-        """The one tensor that no other comes from: it goes along with the embedding."""
+        """Add rope_freqs.weight, a constant that no tensor of the source becomes, to what the embedding stores."""
         factors = rope_factors(self._config)
         if factors is None:
             return tuple(placed)
@@ -186,7 +193,7 @@ class _Converting:
 
 
 def _type_for(decision: Decision) -> tuple[Scheme, str]:
-    """The scheme and action for a tensor: vectors and routers are float32, whatever is asked for all others."""
+    """Return the scheme and action for a tensor: vectors and routers are float32, whatever is asked for the others."""
     tensor, scheme = decision.tensor, decision.scheme
     assert scheme is not None
     wide = Plain("F32")
@@ -203,7 +210,7 @@ def _type_for(decision: Decision) -> tuple[Scheme, str]:
 
 
 def _label(files: Sequence[OutputFile]) -> str:
-    """What most weights are stored as, where a job does not say."""
+    """Return the type in which most bytes are stored, for the file's name where a job does not give a label."""
     counts = Counter[str]()
     for file in files:
         for slot in file.slots:
@@ -213,7 +220,7 @@ def _label(files: Sequence[OutputFile]) -> str:
 
 
 def _own_label(checkpoint: Checkpoint) -> str | None:
-    """What a GGUF says its tensors are stored as."""
+    """Return the name of the file type that a GGUF states in its metadata, or None."""
     found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name).get("general.file_type")
     return next((label for label, number in FILE_TYPES.items() if found is not None and number == found.value), None)
 
@@ -221,9 +228,10 @@ def _own_label(checkpoint: Checkpoint) -> str | None:
 def _metadata(
     checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str | None
 ) -> dict[str, gguf.MetadataValue]:
-    """`label` is None for a copy of a GGUF."""
+    """Make the metadata; `label` is the name of its file type, or None for a copy of a GGUF, whose own stays."""
     if checkpoint.container == "gguf":
         found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name)
+        # The output is aligned to the default, so that another alignment of the source's must not be carried over.
         is_usual = found.get(gguf.ALIGNMENT_KEY, gguf.uint32(0)).value == gguf.ALIGNMENT
         dropped = SPLIT_KEYS if is_usual else (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
         kept = {key: entry for key, entry in found.items() if key not in dropped}

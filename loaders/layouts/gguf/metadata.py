@@ -1,9 +1,10 @@
 """The metadata of a GGUF from config.json: what llama.cpp refuses to load without, and what it would guess wrongly.
 
-Absent, rope.freq_base would be 10000, key_length hidden/heads, and so on, without a word: all is written that
-config.json says, in either of transformers' styles. What llama.cpp computes otherwise than the model is refused.
+llama.cpp silently takes 10000 for a missing rope.freq_base, hidden/heads for a missing key_length, and so on. So
+everything is written that config.json says, in either of transformers' styles. Models that llama.cpp would compute
+differently are refused.
 
-Keys: gguf-py (gguf/constants.py); what goes into them: llama.cpp, conversion/base.py, llama.py, qwen.py.
+Keys are those of gguf-py (gguf/constants.py); their values follow llama.cpp's conversion/base.py, llama.py and qwen.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from loaders.architectures.gguf import Architecture, experts_of, number, rope_of
 from loaders.containers.gguf import MetadataValue, float32, text, uint32
 from loaders.errors import BadSpec
 
-QUANTIZATION_VERSION = 2
-# general.file_type by what llama-quantize calls it (llama.h, llama_ftype)
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+# llama-quantize's name of a file type -> general.file_type (llama_ftype in llama.h)
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12,
     "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32, "TQ1_0": 36,
@@ -29,7 +30,7 @@ FILE_TYPES = {
 
 
 def general_metadata(architecture: str, model: str, label: str) -> dict[str, MetadataValue]:
-    """general.*: what the file is, and how its tensors are stored."""
+    """Return general.*: what the file is, and how its tensors are stored."""
     return {
         "general.architecture": text(architecture),
         "general.type": text("model"),
@@ -39,7 +40,7 @@ def general_metadata(architecture: str, model: str, label: str) -> dict[str, Met
 
 
 def quantization_metadata(label: str) -> dict[str, MetadataValue]:
-    """The keys that quantizing changes."""
+    """Return the keys that quantizing changes."""
     return {
         "general.file_type": uint32(FILE_TYPES[label]),
         "general.quantization_version": uint32(QUANTIZATION_VERSION),
@@ -47,10 +48,10 @@ def quantization_metadata(label: str) -> dict[str, MetadataValue]:
 
 
 def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
-    """ARCHITECTURE.*: the sizes of the model.
+    """Return ARCHITECTURE.*: the sizes of the model.
 
     Raises:
-        BadSpec: config.json lacks one, or asks for what llama.cpp does not compute.
+        BadSpec: config.json lacks a size, or asks for what llama.cpp does not compute.
     """
     _check_computed(architecture, config)
     heads, hidden = number(config, "num_attention_heads"), number(config, "hidden_size")
@@ -78,6 +79,7 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
 
 
 def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> None:
+    """Raise BadSpec if llama.cpp would compute the model differently."""
     activation = text_config(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise BadSpec(f"config.json: llama.cpp computes {architecture.name} with silu, not with {activation}")
@@ -102,6 +104,7 @@ def _expert_metadata(architecture: Architecture, config: Mapping[str, Any]) -> d
 
 
 def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    """Return the keys of rotary embeddings. Llama 3.1's scaling is a tensor instead: see `rope_factors`."""
     rope = rope_of(config)
     found = {"rope.freq_base": float32(float(rope.get("rope_theta", 10000.0)))}
     kind = rope.get("rope_type", "default")
@@ -122,9 +125,10 @@ def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
 
 
 def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
-    """Of Llama 3.1's scaling, by what each frequency is divided: float32 (head/2,), the tensor rope_freqs.weight.
+    """Return the divisors of the frequencies in Llama 3.1's rope scaling: float32 (head/2,); None for another scaling.
 
-    In float32, as llama.cpp's converter computes it, but for the last bit of a power (conversion/llama.py).
+    They are the tensor rope_freqs.weight. The arithmetic is float32, as in llama.cpp's converter (conversion/llama.py,
+    generate_extra_tensors), and gives the same but for the last bit of a power.
     """
     rope = rope_of(config)
     if rope.get("rope_type") != "llama3":

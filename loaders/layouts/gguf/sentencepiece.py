@@ -1,9 +1,9 @@
 """The vocabulary of a SentencePiece tokenizer as llama.cpp wants it: tokens, scores, token types.
 
-From tokenizer.model, as convert_hf_to_gguf.py makes it (llama.cpp, conversion/base.py, _create_vocab_sentencepiece).
-From a tokenizer.json alone, tokens and types are those of gguf-py's LlamaHfVocab; that gives every token the score
--1000, with which llama.cpp merges from the left whatever comes: here scores follow the order of the merges, as
-SentencePiece numbers them, so that text is cut as transformers cuts it.
+From tokenizer.model it is made as convert_hf_to_gguf.py makes it (llama.cpp, conversion/base.py,
+_create_vocab_sentencepiece). From a tokenizer.json alone, tokens and types are those of gguf-py's LlamaHfVocab. That
+gives every token the score -1000, with which llama.cpp merges pairs from the left in any order. Here scores follow the
+order of the merges instead, as SentencePiece numbers them, so that text is tokenized as in transformers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from loaders.layouts.gguf import sentencepiece_model
 from loaders.layouts.gguf.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from loaders.storage.json_files import read_json
 
-SPACE = "▁"  # stands for a space in tokens
-ABSENT_SCORE, ADDED_SCORE = -10000.0, -1000.0
+SPACE = "▁"  # U+2581, which stands for a space in tokens
+ABSENT_SCORE, ADDED_SCORE = -10000.0, -1000.0  # what the converter gives to absent and to added tokens
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Added tokens that the converter takes as control tokens whatever their files say (does_token_look_special).
 ALSO_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 
 
 @dataclass(slots=True)
 class Vocabulary:
-    """By the number of a token: its text, score and type. `adds_prefix`: None for llama.cpp's default, true."""
+    """The tokens' texts, scores and types by id. `adds_prefix` is None for llama.cpp's default, which is true."""
 
     tokens: list[str]
     scores: list[float]
@@ -41,12 +42,12 @@ class Vocabulary:
         return Vocabulary([f"[PAD{n}]" for n in range(rows)], [ABSENT_SCORE] * rows, [UNUSED] * rows)
 
     def put(self, number: int, text: str, score: float, kind: int) -> None:
-        """A token; one that has no row in the embedding is left out, as the converter does."""
+        """Set a token. One that has no row in the embedding is left out, as in the converter."""
         if 0 <= number < len(self.tokens):
             self.tokens[number], self.scores[number], self.types[number] = text, score, kind
 
     def add(self, number: int, text: str, is_special: bool) -> None:
-        """A token that was added to the model's own."""
+        """Set a token that was added to the model's own."""
         if is_special or text in ALSO_SPECIAL or LOOKS_SPECIAL.fullmatch(text):
             self.put(number, text, ADDED_SCORE, CONTROL)
         else:
@@ -54,11 +55,11 @@ class Vocabulary:
 
 
 def from_model(root: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> Vocabulary:
-    """From tokenizer.model, and what other files add.
+    """Make the vocabulary from tokenizer.model, and from the tokens that other files add.
 
     Raises:
         BadCheckpoint: tokenizer.model is damaged.
-        BadSpec: its model is none that llama.cpp's "llama" computes, or has more tokens than the embedding rows.
+        BadSpec: llama.cpp's "llama" does not compute its kind of model, or it has more tokens than the embedding rows.
     """
     model = sentencepiece_model.read_model(root / "tokenizer.model")
     if model.model_type != sentencepiece_model.BPE:
@@ -70,13 +71,13 @@ def from_model(root: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, 
         raise BadSpec(f"tokenizer.model: it has {len(model.pieces)} tokens, but the embedding has {rows} rows")
     made = Vocabulary.empty(rows)
     for number, piece in enumerate(model.pieces):
-        kind = NORMAL if piece.type == USER_DEFINED else piece.type  # as the converter, which does not ask for these
+        kind = NORMAL if piece.type == USER_DEFINED else piece.type  # the converter does not tell these apart
         made.put(number, piece.text, piece.score, kind)
     if (root / "added_tokens.json").is_file():
         for text, number in read_json(root / "added_tokens.json").items():
             made.put(int(number), text, ADDED_SCORE, USER_DEFINED)
     known = settings.get("added_tokens_decoder") or {}
-    for each in tokenizer.get("added_tokens", ()):  # transformers 5 writes them nowhere else
+    for each in tokenizer.get("added_tokens", ()):  # transformers 5 writes added tokens only here
         if str(each["id"]) not in known and len(model.pieces) <= each["id"]:
             made.add(each["id"], each["content"], bool(each.get("special")))
     for number, each in known.items():
@@ -86,16 +87,16 @@ def from_model(root: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, 
 
 
 def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is a SentencePiece BPE in tokenizers' form: one that falls back to bytes."""
+    """Whether a tokenizer.json holds a SentencePiece BPE, which in tokenizers' form falls back to bytes."""
     model = tokenizer.get("model") or {}
     return isinstance(model, Mapping) and model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
 def from_json(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> Vocabulary:
-    """From tokenizer.json.
+    """Make the vocabulary from tokenizer.json.
 
     Raises:
-        BadSpec: it changes or cuts text in a way that llama.cpp's "llama" does not, or has tokens beyond the rows.
+        BadSpec: it changes or splits text in a way that llama.cpp's "llama" does not, or has tokens beyond the rows.
     """
     adds_prefix = _adds_prefix(tokenizer)
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
@@ -114,6 +115,7 @@ def from_json(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: i
 
 
 def _prefix_setting(settings: Mapping[str, Any], default: bool) -> bool | None:
+    """Return whether a space goes before a text; None for true by default, which the converter does not write."""
     found = settings.get("add_prefix_space")
     return found if isinstance(found, bool) else None if default else False
 
@@ -121,8 +123,9 @@ def _prefix_setting(settings: Mapping[str, Any], default: bool) -> bool | None:
 def _scored(
     tokenizer: Mapping[str, Any], vocabulary: Mapping[str, int], added: set[str]
 ) -> Iterator[tuple[str, float]]:
-    """Tokens with scores as SentencePiece gives them: 0, -1, -2, ... in the order of merges, then for what no merge
-    makes; bytes and added tokens have 0.
+    """Yield tokens with scores as SentencePiece gives them: 0, -1, -2, ... in the order of the merges.
+
+    Tokens that no merge makes come after those, by id. Bytes and added tokens have the score 0.
     """
     merged: dict[str, None] = {}
     for merge in tokenizer["model"]["merges"]:
@@ -140,10 +143,10 @@ def _scored(
 
 
 def _adds_prefix(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a space is put before a text.
+    """Whether the tokenizer puts a space before a text.
 
     Raises:
-        BadSpec: text is changed or cut in another way than llama.cpp does.
+        BadSpec: it changes or splits text in another way than llama.cpp.
     """
     found = False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
@@ -162,6 +165,7 @@ def _adds_prefix(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _steps(part: Any, inner: str) -> list[Mapping[str, Any]]:
+    """Return the steps of a part of tokenizer.json, which may be one step, a sequence under `inner`, or null."""
     if part is None:
         return []
     return list(part[inner]) if part.get("type") == "Sequence" else [part]

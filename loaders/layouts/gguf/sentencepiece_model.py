@@ -1,7 +1,7 @@
-"""A tokenizer.model of SentencePiece: the pieces of its vocabulary, and what it says of itself.
+"""The reader of SentencePiece's tokenizer.model: the pieces of its vocabulary, and the settings that matter here.
 
-The file is a protobuf message (sentencepiece, src/sentencepiece_model.proto: ModelProto). Only what is needed is read;
-a length or a number is never trusted further than the bytes that are left.
+The file is a protobuf message (sentencepiece, src/sentencepiece_model.proto: ModelProto). Only what is needed is read,
+which takes no protobuf library. No length or number is trusted beyond the bytes that are left.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from loaders.errors import BadCheckpoint, io_errors
 
-LARGEST = 1 << 28  # bytes: the largest that are published have some 5 MB
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-UNIGRAM, BPE = 1, 2
-VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
+LARGEST = 1 << 28  # bytes: the largest published models have some 5 MB
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """`model_type`: UNIGRAM, BPE, or another. `adds_prefix`: a text gets a space before it."""
+    """A tokenizer.model. `model_type` is UNIGRAM, BPE, or another; `adds_prefix`: a text gets a space before it."""
 
     pieces: tuple[Token, ...]
     model_type: int
@@ -41,7 +41,7 @@ def read_model(path: Path) -> SentencePieceModel:
     """Read a tokenizer.model.
 
     Raises:
-        BadCheckpoint: it is no such file, or damaged.
+        BadCheckpoint: it is not a SentencePiece model, or damaged.
     """
     with io_errors("reading", path):
         size = path.stat().st_size
@@ -81,12 +81,13 @@ def _piece(raw: bytes) -> Token:
 
 
 def _last_int(raw: bytes, wanted: int, default: int) -> int:
+    """Return an integer field of a message. Of repeated ones the last counts, as protobuf wants it."""
     found = [value for number, value in _fields(raw) if number == wanted and isinstance(value, int)]
     return found[-1] if found else default
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """The fields of a message by number; 64-bit ones are passed over."""
+    """Yield the fields of a message by number. Those of 64 bits are skipped: none of them is needed."""
     at = 0
     while at < len(raw):
         key, at = _varint(raw, at)
@@ -110,6 +111,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, int | float | bytes]]:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    """Read a number of seven bits a byte, the lowest first, of at most ten bytes; return it and where it ends."""
     value = 0
     for index in range(10):
         if at + index >= len(raw):

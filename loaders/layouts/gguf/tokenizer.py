@@ -1,8 +1,8 @@
-"""A tokenizer as llama.cpp's metadata: SentencePiece, or byte-level BPE with the name of the way it cuts text.
+"""A tokenizer as llama.cpp's metadata: SentencePiece, or byte-level BPE with the name of its pre-tokenizer.
 
-llama.cpp has each way of cutting built in and knows it by a name, tokenizer.ggml.pre; a wrong name cuts wrongly
-without a word. The name is told here by the regular expression that tokenizer.json holds, and what cannot be told is
-refused. Keys and token types are those of gguf-py (gguf/constants.py, gguf/vocab.py).
+llama.cpp has every pre-tokenizer built in and knows it by a name, tokenizer.ggml.pre; with a wrong name it silently
+splits text wrongly. Here the name is found by the regular expression that tokenizer.json holds, and a tokenizer whose
+expression is unknown is refused. Keys and token types are those of gguf-py (gguf/constants.py, gguf/vocab.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from loaders.errors import BadCheckpoint, BadSpec
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
 from loaders.storage.json_files import read_json
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf-py's TokenType
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# the regular expression that cuts words -> llama.cpp's name (src/llama-vocab.cpp)
+# the regular expression that splits text into words -> llama.cpp's name (src/llama-vocab.cpp)
 PRE_BY_REGEX = {
     rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",
     rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}": "qwen2",
@@ -32,17 +32,18 @@ PRE_BY_REGEX = {
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes of transformers that add nothing by themselves
-# CodeLlama's tokens for filling in, which llama.cpp's converter knows by the size of the vocabulary
+# CodeLlama's tokens for filling in the middle, which llama.cpp's converter recognizes by the size of the vocabulary
 CODE_LLAMA_ROWS = 32016
 CODE_LLAMA_IDS = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def tokenizer_metadata(root: Path, config: Mapping[str, Any], rows: int) -> dict[str, MetadataValue]:
-    """tokenizer.ggml.* for a model whose embedding has so many rows.
+    """Return tokenizer.ggml.* for a model whose embedding has `rows` rows.
 
     Raises:
-        BadSpec: there is no tokenizer.json, or one that llama.cpp could not be told of.
+        BadSpec: there is no tokenizer, or one that llama.cpp has no counterpart for.
+        BadCheckpoint: its files are damaged.
     """
     path, model = root / "tokenizer.json", root / "tokenizer.model"
     if not path.is_file() and not model.is_file():
@@ -51,13 +52,14 @@ def tokenizer_metadata(root: Path, config: Mapping[str, Any], rows: int) -> dict
         tokenizer = read_json(path) if path.is_file() else {}
         settings = read_json(root / "tokenizer_config.json") if (root / "tokenizer_config.json").is_file() else {}
         template = _template(root, settings)
-        # what Llama 3 calls tokenizer.model is none of SentencePiece's: tokenizer.json goes first
+        # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
         if not tokenizer or is_sentencepiece(tokenizer):
             made = (
                 from_model(root, tokenizer, settings, rows) if model.is_file() else from_json(tokenizer, settings, rows)
             )
             return _sentencepiece_metadata(made, tokenizer, settings, template, config)
         return _metadata(tokenizer, settings, template, config, rows)
+    # What reading JSON of another shape than tokenizers writes raises.
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadCheckpoint(f"tokenizer.json: not as tokenizers writes it ({type(error).__name__}: {error})") from None
 
@@ -69,6 +71,7 @@ def _sentencepiece_metadata(
     template: str | None,
     config: Mapping[str, Any],
 ) -> dict[str, MetadataValue]:
+    """Return the keys of a SentencePiece vocabulary, with special tokens from transformers' files."""
     found = {
         "tokenizer.ggml.model": text("llama"),
         "tokenizer.ggml.pre": text("default"),
@@ -89,7 +92,8 @@ def _sentencepiece_metadata(
     }
     for name in ("bos", "eos"):
         says = f"add_{name}_token" in settings or tokenizer.get("post_processor") is not None
-        if says or str(settings.get("tokenizer_class", "Llama")).startswith(GENERIC):  # else llama.cpp's default: bos
+        # Where no file says it, LlamaTokenizer does what is llama.cpp's default: it adds bos, and no eos.
+        if says or str(settings.get("tokenizer_class", "Llama")).startswith(GENERIC):
             adds = _adds(name, tokenizer, settings, made.tokens, ids[name])
             found[f"tokenizer.ggml.add_{name}_token"] = boolean(adds)
     return found | ({} if template is None else {"tokenizer.chat_template": text(template)})
@@ -102,6 +106,7 @@ def _metadata(
     config: Mapping[str, Any],
     rows: int,
 ) -> dict[str, MetadataValue]:
+    """Return the keys of a byte-level BPE."""
     pre = pre_name(tokenizer)
     vocabulary = dict(tokenizer["model"]["vocab"])
     added = {each["content"]: each for each in tokenizer.get("added_tokens", ())}
@@ -130,6 +135,7 @@ def _metadata(
 
 
 def _type(token: str | None, added: Mapping[str, Any]) -> int:
+    """Return a token's type; None is a row of the embedding without a token."""
     if token is None:
         return UNUSED
     if token not in added:
@@ -138,10 +144,10 @@ def _type(token: str | None, added: Mapping[str, Any]) -> int:
 
 
 def pre_name(tokenizer: Mapping[str, Any]) -> str:
-    """The name llama.cpp has for the way this tokenizer cuts words.
+    """Return llama.cpp's name for the way in which this tokenizer splits text into words.
 
     Raises:
-        BadSpec: it has none that is known here, or the tokenizer is no byte-level BPE.
+        BadSpec: it has none that is known here, or the tokenizer is not a byte-level BPE.
     """
     model = tokenizer.get("model") or {}
     kind = model.get("type", "none") if isinstance(model, Mapping) else "none"
@@ -172,7 +178,10 @@ def _short(part: object) -> str:
 
 
 def _special_id(name: Any, number: Any, vocabulary: Mapping[str, int]) -> int | None:
-    """By the name in tokenizer_config.json, else by the number in config.json, of several the first."""
+    """Return the id of a special token by its name in tokenizer_config.json, or else by its number in config.json.
+
+    config.json may have a list of numbers, of which the first counts.
+    """
     name = name.get("content") if isinstance(name, Mapping) else name
     if isinstance(name, str) and name in vocabulary:
         return vocabulary[name]
@@ -195,6 +204,7 @@ def _adds(
 
 
 def _template(root: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return the chat template, from its own file or from tokenizer_config.json."""
     path = root / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

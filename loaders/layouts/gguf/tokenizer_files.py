@@ -1,8 +1,9 @@
 """A GGUF's tokenizer as transformers' files: tokenizer.json and tokenizer_config.json, from tokenizer.ggml.*.
 
-Of byte-level BPE, if llama.cpp's name for the way it cuts words is known here, and of SentencePiece's BPE. Text is cut
-as llama.cpp cuts it, which is as the tokenizer that the GGUF was made from, but that transformers 5's LlamaTokenizer
-puts no space before a text that begins with one, and Llama 2's tokenizer.json and SentencePiece do.
+Files are made for SentencePiece's BPE, and for byte-level BPE if llama.cpp's name of its pre-tokenizer is known here.
+They tokenize text as llama.cpp does, which is as the tokenizer from which the GGUF was made. There is one difference:
+transformers 5's LlamaTokenizer puts no space before a text that begins with one, while llama.cpp, Llama 2's
+tokenizer.json and SentencePiece do.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from loaders.containers import gguf
 from loaders.layouts.gguf.sentencepiece import SPACE
 from loaders.layouts.gguf.tokenizer import CONTROL, NORMAL, PRE_BY_REGEX, SPECIAL, UNUSED, USER_DEFINED
 
-UNKNOWN = 2
+UNKNOWN = 2  # gguf-py's TokenType
 PRE_NAMES = {name: regex for regex, name in PRE_BY_REGEX.items()}
-# other names under which llama.cpp cuts the same way (src/llama-vocab.cpp)
+# other names under which llama.cpp splits text in the same way (src/llama-vocab.cpp)
 SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-IGNORES_MERGES = ("llama-bpe",)  # whole words that are tokens are taken as such (ibid.)
-NORMALIZED = ("qwen2",)  # Qwen's own tokenizers compose characters first
+IGNORES_MERGES = ("llama-bpe",)  # pre-tokenizers with which a whole word that is a token is taken as it is (ibid.)
+NORMALIZED = ("qwen2",)  # Qwen's own tokenizers compose characters (NFC) first
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The files by name; none where the vocabulary is of another kind, or the folder has some already."""
+    """Return the files by name; none if the vocabulary is of another kind, or the folder has a tokenizer already."""
     if checkpoint.container != "gguf" or {"tokenizer.json", "tokenizer.model"} & set(checkpoint.aux):
         return {}
     metadata = gguf.plain(gguf.read_metadata(checkpoint.root, checkpoint.files[0].name))
@@ -35,11 +36,14 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
             return {}
         made = {"tokenizer.json": tokenizer, "tokenizer_config.json": _settings(metadata)}
         return {name: json.dumps(each, ensure_ascii=False, indent=1).encode() + b"\n" for name, each in made.items()}
-    except (KeyError, IndexError, TypeError, ValueError):  # lists that do not agree, characters that are none
+    # Lists of different lengths, ids of no token, bytes that are no characters: the weights can be converted all the
+    # same, so that a damaged tokenizer only means that there is none.
+    except (KeyError, IndexError, TypeError, ValueError):
         return {}
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the document of tokenizer.json, or None for a vocabulary of another kind."""
     kind, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
     tokens = metadata.get("tokenizer.ggml.tokens") or ()
     types = metadata.get("tokenizer.ggml.token_type") or (NORMAL,) * len(tokens)
@@ -69,6 +73,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _byte_level(pre: str, metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return the parts of a byte-level BPE, or None for a pre-tokenizer that is unknown here."""
     steps: list[dict[str, Any]]
     last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": pre not in PRE_NAMES}
     if pre in PRE_NAMES:
@@ -96,6 +101,7 @@ def _byte_level(pre: str, metadata: Mapping[str, Any], vocabulary: Mapping[str, 
 
 
 def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Mapping[str, int], types: Sequence[int]) -> dict[str, Any]:
+    """Return the parts of a SentencePiece BPE."""
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -116,7 +122,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Mapping[str, int], t
 
 
 def _merges(vocabulary: Mapping[str, int], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """What makes each token of two others, the token of the greatest score first."""
+    """Return all ways to make a token of two others, the token of the greatest score first: SentencePiece's order."""
     found = []
     for token, number in vocabulary.items():
         if types[number] != NORMAL:
@@ -129,7 +135,7 @@ def _merges(vocabulary: Mapping[str, int], types: Sequence[int], scores: Sequenc
 
 
 def _processor(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any] | None:
-    """The tokens that encoding puts before and after a text."""
+    """Return the step that puts tokens before and after a text, or None. The defaults are llama.cpp's."""
     is_llama = metadata["tokenizer.ggml.model"] == "llama"
     adds = {"bos": metadata.get("tokenizer.ggml.add_bos_token", is_llama),
             "eos": metadata.get("tokenizer.ggml.add_eos_token", False)}  # fmt: skip
@@ -157,6 +163,7 @@ def _processor(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, 
 
 
 def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document of tokenizer_config.json."""
     tokens = metadata["tokenizer.ggml.tokens"]
     found: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     for name, key in SPECIAL.items():

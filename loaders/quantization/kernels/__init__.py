@@ -1,6 +1,6 @@
-"""The arithmetic of the schemes. `Kernels` is what a backend provides: the encoders, whose cost decides a job's speed.
+"""The arithmetic of the schemes. `Kernels` is what a backend provides: the encoders whose cost decides a job's speed.
 
-Decoding and comparing always run on the CPU, by code that no encoder shares: what a device wrote is checked elsewhere.
+Decoding and comparing always run on the CPU, by code that no encoder shares, so that a device never checks itself.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ class Kernels(Protocol):
     def encode_fourbit(
         self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray
     ) -> None:
-        """Codes of full groups: uint8 (n/2,), first code high, and float32 (n/group,) largest magnitudes."""
+        """Code full groups by a table ("nf4" or "fp4") and each group's largest magnitude.
+
+        packed: uint8 (n/2,), the first code of a byte in its high half; absmax: float32 (n/group,).
+        """
         ...
 
     def group_absmax(self, x: np.ndarray, dtype: str, group: int, absmax: np.ndarray) -> None:
-        """The largest magnitudes alone."""
+        """Find the largest magnitude of each full group, as `encode_fourbit` does, without coding."""
         ...
 
     def magnitude_sum(self, x: np.ndarray, dtype: str) -> float:
-        """Sum of |x| in float64, NaN or infinite if a weight is."""
+        """Return the sum of |x| in float64; it is NaN or infinite if a weight is."""
         ...
 
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray
     ) -> None:
-        """clamp(round(x * inverse)) + 1 of four runs (n,), two bits each, the first lowest: uint8 (n,)."""
+        """Pack clamp(round(x * inverse), -1, 1) + 1 of four runs (n,) into out, uint8 (n,).
+
+        Each run takes two bits of a byte, the first the lowest.
+        """
         ...

@@ -1,8 +1,9 @@
 """Ternary weights by the mean magnitude, as BitNet checkpoints of transformers store them.
 
-t = clamp(round(w * fl(1 / max(mean|w|, 1e-5))), -1, 1) in float32; row r of R lies in byte row r mod (R/4), bits
-2 * (r div (R/4)), as t + 1. Since the product rises with |w| and halves round to even, t is zero exactly where |w| is
-at most one bound, found among the dtype's own bits: see `zero_limit`.
+t = clamp(round(w * fl(1 / max(mean|w|, 1e-5))), -1, 1) in float32. Row r of R is stored as t + 1 in byte row
+r mod (R/4), in the two bits from 2 * (r div (R/4)) on. Since the product rises with |w| and halves round to even, t is
+zero exactly where |w| is at most some bound. `zero_limit` finds it among the dtype's own bit patterns, so that packing
+compares integers and multiplies nothing.
 
 BitNet b1.58: Ma et al. 2024, arXiv:2402.17764; bytes: transformers/integrations/bitnet.py (WeightQuant, pack_weights).
 """
@@ -17,14 +18,14 @@ from loaders.quantization.kernels.casts import to_float32
 from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
 
-STEP = 32
-LANES = 16
+STEP = 32  # columns packed at once
+LANES = 16  # float64 sums side by side
 F64 = ir.DoubleType()
 
 
 @vector(types.void)
 def _add_magnitudes(lanes: Lanes, x: Array, at: Value, sums: Array) -> None:
-    """LANES magnitudes into LANES float64 sums."""
+    """Add LANES magnitudes to LANES float64 sums."""
     zero = ir.Constant(at.type, 0)
     magnitudes = lanes.absolute(lanes.floats(x, at, LANES))
     wide = lanes.b.fpext(magnitudes, ir.VectorType(F64, LANES))
@@ -33,7 +34,7 @@ def _add_magnitudes(lanes: Lanes, x: Array, at: Value, sums: Array) -> None:
 
 @kernel
 def magnitude_sum(x):  # type: ignore[no-untyped-def]
-    """Sum of |x| in float64, in a fixed order; NaN or infinite if a weight is."""
+    """Return the sum of |x| in float64, in a fixed order; it is NaN or infinite if a weight is."""
     sums = np.zeros(LANES, np.float64)
     whole = x.size // LANES * LANES
     for at in range(0, whole, LANES):
@@ -47,7 +48,11 @@ def magnitude_sum(x):  # type: ignore[no-untyped-def]
 
 
 def zero_limit(dtype: str, inverse: np.float32) -> tuple[int, np.float32]:
-    """The greatest magnitude m of `dtype` with fl(m * inverse) <= 0.5: its bits, and itself."""
+    """Find the greatest magnitude m of `dtype` with fl(m * inverse) <= 0.5, by bisection; return its bits and its
+    value.
+
+    Bit patterns of magnitudes sort as their values do, and 0.5 itself rounds to 0, the even neighbour.
+    """
     bits_type, infinity = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}[
         dtype
     ]
@@ -66,7 +71,10 @@ def zero_limit(dtype: str, inverse: np.float32) -> tuple[int, np.float32]:
 
 @vector(types.void)
 def _pack_step(lanes: Lanes, a: Array, b: Array, c: Array, d: Array, at: Value, limit: Value, out: Array) -> None:
-    """STEP columns of four runs of weights to STEP bytes."""
+    """Pack STEP columns of four runs of weights into STEP bytes.
+
+    Each weight gives the two bits 1 where its magnitude is within the limit, else 0 below zero and 2 above.
+    """
     is_wide = a.element is F32
     kind = ir.VectorType(I32 if is_wide else a.element, STEP)
     bound = lanes.splat(limit if is_wide else lanes.b.trunc(limit, a.element), STEP)
@@ -82,6 +90,7 @@ def _pack_step(lanes: Lanes, a: Array, b: Array, c: Array, d: Array, at: Value, 
 
 @kernel
 def _pack_slowly(x, shift, start, bound, out):  # type: ignore[no-untyped-def]
+    """Pack the columns of one run that are too few for a step."""
     for at in range(start, x.size):
         value = float_at(x, at)
         code = np.uint8(1)
@@ -92,7 +101,7 @@ def _pack_slowly(x, shift, start, bound, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def pack(a, b, c, d, limit, bound, out):  # type: ignore[no-untyped-def]
-    """Four runs of finite weights, (n,) each, to n bytes; the first run takes the lowest bits.
+    """Pack four runs of finite weights, (n,) each, into out, uint8 (n,); the first run takes the lowest bits.
 
     Magnitudes up to `bound`, whose bits are `limit`, become zero.
     """
@@ -108,7 +117,7 @@ def pack(a, b, c, d, limit, bound, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def unpack(packed, shift, scale, out):  # type: ignore[no-untyped-def]
-    """(code - 1) * scale for the code at `shift` of each byte. packed: uint8 (n,); out: float32 (n,)."""
+    """Return (code - 1) * scale for the code at bit `shift` of each byte. packed: uint8 (n,); out: float32 (n,)."""
     table = np.array([-1.0, 0.0, 1.0, 2.0], np.float32) * np.float32(scale)
     for i in range(packed.size):
         out[i] = table[(packed[i] >> shift) & 3]

@@ -1,9 +1,9 @@
-"""How far decoded weights lie from their source: sums that add up over ranges, tensors and machines.
+"""Sums of the error of decoded weights, which add up over ranges, tensors and machines.
 
-The sums are taken in float32 lanes and moved to float64 every CHUNK weights. They are those of x^2, e^2 and x e, with
-the source x and e = x - y: of the decoded y, y^2 = x^2 - 2 x e + e^2 and x y = x^2 - x e, which loses nothing where e
-is small. A chunk where it is not, whose squares leave float32's range, or that holds a NaN or an infinity, is summed
-again in float64, weight by weight, over its finite pairs.
+Sums are taken in float32 lanes and moved to float64 every CHUNK weights. They are those of x^2, e^2 and x e, for the
+source x and the error e = x - y. What a report needs of the decoded y follows from them: y^2 = x^2 - 2 x e + e^2 and
+x y = x^2 - x e, which cancels nothing where e is small. A chunk is summed again in float64, weight by weight over its
+finite pairs, where e is not small, where squares leave float32's range, or where it holds a NaN or an infinity.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from numba.core import types
 from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
 from loaders.stats import ErrorSums
 
+# Weights summed in float32 before the sums move to float64: 256 additions a lane, each of which rounds by up to 2^-24.
+# A longer chunk loses digits; a shorter one spends more of its time on moving sums.
 CHUNK = 4096
 LANES = 16
 F64 = ir.DoubleType()
 # the slots of `sums`
 ERROR2, SOURCE2, DECODED2, PRODUCT, MAX_ERROR, NONFINITE, NONFINITE_DECODED, WRONG, SLOTS = range(9)
-LEAST_DECODED = 0.1  # of the source's sum of squares: where the decoded have less, differences are too coarse
-TRUSTED = (np.float32(1e-25), np.float32(1e30))  # of a chunk's sum of squares: none over- or underflowed that matter
+# If the decoded weights' sum of squares is less than this share of the source's, it comes from a difference of large
+# sums and has lost too many digits.
+LEAST_DECODED = 0.1
+# The sums of squares of a chunk for which float32 is trusted: far enough from its ends (1e-38 and 3e38) that no square
+# that matters has underflowed and none has overflowed.
+TRUSTED = (np.float32(1e-25), np.float32(1e30))
 
 
 def _whole(lanes: Lanes, sums: Value) -> Value:
-    """The sum of float32 lanes, in float64: the halves added to one another, in an order that no machine changes."""
+    """Add float32 lanes in float64, half to half: an order that does not depend on the machine's vector width."""
     wide = lanes.b.fpext(sums, ir.VectorType(F64, LANES))
     while (width := wide.type.count // 2) > 0:
         wide = lanes.b.fadd(lanes.part(wide, 0, width), lanes.part(wide, 1, width))
@@ -34,13 +40,17 @@ def _whole(lanes: Lanes, sums: Value) -> Value:
 
 @vector(types.float64)
 def _add(lanes: Lanes, x: Array, y: Array, start: Value, stop: Value, totals: Array) -> Value:
-    """Sums of e^2, x^2 and x e over pairs [start, stop), a multiple of LANES, into `totals`; gives the largest |e|."""
+    """Put the sums of e^2, x^2 and x e over pairs [start, stop) into `totals`; return the largest |e|.
+
+    The number of pairs is a multiple of LANES.
+    """
 
     def add(at: Value, *found: Value) -> list[Value]:
         source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
         error = lanes.b.fsub(source, decoded)
         pairs = ((error, error), (source, source), (source, error))
         sums = [lanes.b.fadd(total, lanes.b.fmul(a, b)) for total, (a, b) in zip(found[:3], pairs, strict=True)]
+        # The largest error is kept in half as many lanes, which leaves registers to the three sums.
         size = lanes.absolute(error)
         halves = lanes.larger(lanes.part(size, 0, LANES // 2), lanes.part(size, 1, LANES // 2))
         return [*sums, lanes.larger(halves, found[3])]
@@ -57,13 +67,13 @@ def _add(lanes: Lanes, x: Array, y: Array, start: Value, stop: Value, totals: Ar
 
 @vector(types.float32)
 def float_at(lanes: Lanes, x: Array, at: Value) -> Value:
-    """One weight as float32."""
+    """Return one raw weight as float32."""
     return lanes.b.extract_element(lanes.floats(x, at, 1), ir.Constant(I32, 0))
 
 
 @vector(types.float64)
 def _add_squares(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
-    """The sum of the squares of weights [start, stop), a multiple of LANES."""
+    """Return the sum of the squares of weights [start, stop), whose number is a multiple of LANES."""
 
     def add(at: Value, total: Value) -> list[Value]:
         values = lanes.floats(x, at, LANES)
@@ -75,6 +85,7 @@ def _add_squares(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
 
 @kernel
 def _add_slowly(x, y, start, stop, sums):  # type: ignore[no-untyped-def]
+    """Add finite pairs [start, stop) to `sums` in float64, and count the others."""
     for i in range(start, stop):
         a, b = np.float64(float_at(x, i)), np.float64(y[i])
         if not np.isfinite(a):
@@ -100,6 +111,7 @@ def compare(x, y, sums):  # type: ignore[no-untyped-def]
         largest = _add(x, y, start, whole, totals)
         errors, source, crossed = totals
         decoded = source - 2 * crossed + errors
+        # A NaN or an infinity makes a sum NaN or infinite, so that these comparisons refuse the chunk.
         is_trusted = TRUSTED[0] < source < TRUSTED[1] and LEAST_DECODED * source < decoded < TRUSTED[1]
         if is_trusted or (source == 0 and largest == 0):
             sums[ERROR2] += errors
@@ -133,19 +145,19 @@ def scan(x, sums):  # type: ignore[no-untyped-def]
 
 
 def merge(total: np.ndarray, sums: np.ndarray) -> None:
-    """Add sums to a total, in place."""
+    """Add `sums` to `total` in place; the largest error is the larger of the two."""
     largest = max(total[MAX_ERROR], sums[MAX_ERROR])
     total += sums
     total[MAX_ERROR] = largest
 
 
 def new_sums() -> np.ndarray:
-    """Sums of nothing: float64 (SLOTS,)."""
+    """Return the sums over no weights: float64 (SLOTS,) zeros."""
     return np.zeros(SLOTS)
 
 
 def error_sums(numel: int, sums: np.ndarray) -> ErrorSums:
-    """The sums of `numel` weights, by name."""
+    """Return the sums over `numel` weights as a record."""
     return ErrorSums(
         numel,
         float(sums[ERROR2]),

@@ -1,4 +1,7 @@
-"""Being told when numba compiles kernels: once on a machine, and far longer than using them takes."""
+"""A hook into numba's compiler, so that progress can say why a first run on a machine waits.
+
+Compiling happens once, since kernels are cached on the disk; it takes far longer than a small job's own work.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from numba.core import event
 
 
 class _Told(event.Listener):
+    """A listener that reports both ends of a compilation by the same call."""
+
     def __init__(self, on_compiling: Callable[[], None]) -> None:
         self._on_compiling = on_compiling
 
@@ -22,7 +27,10 @@ class _Told(event.Listener):
 
 @contextmanager
 def compiling(on_compiling: Callable[[], None]) -> Iterator[None]:
-    """Inside, the callback is called when any thread begins to compile, and when it is done; not for cached kernels."""
+    """Call `on_compiling` inside the context whenever a thread begins to compile a kernel, and again when it is done.
+
+    Kernels that come from numba's disk cache are not compiled and cause no call.
+    """
     told = _Told(on_compiling)
     event.register("numba:compile", told)  # type: ignore[no-untyped-call]
     try:

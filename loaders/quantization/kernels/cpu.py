@@ -1,4 +1,4 @@
-"""The CPU's kernels: numba over LLVM vectors. They release the interpreter lock; threads scale."""
+"""The CPU's kernels: numba over LLVM vectors. They release the interpreter's lock, so that threads run side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from loaders.quantization.kernels.bitsandbytes import fourbit
 
 
 def kernel_input(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw weights as the kernels take them: aligned, float16 as int16 bits, float64 as float32."""
+    """Return raw weights as the kernels take them: aligned, float16 as int16 bits, float64 as float32.
+
+    Views into a mapped file may begin at any byte. Such views are copied, since numba would compile every kernel a
+    second time for unaligned arrays.
+    """
     x = x if x.flags.aligned else x.copy()
     if dtype == "F16":
         return x.view(np.int16)
@@ -17,7 +21,7 @@ def kernel_input(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 class CpuKernels:
-    """See `Kernels`."""
+    """The encoders of `Kernels` on the CPU."""
 
     def encode_fourbit(
         self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray

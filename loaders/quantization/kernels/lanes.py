@@ -1,10 +1,10 @@
 """Vector code for the inner block of a kernel, on any machine: a thin layer over LLVM's vector types.
 
-numba compiles the loop over blocks; the body of a block is written with `Lanes`, as values of several lanes, so that
-its speed does not hang on what the autovectorizer makes of a loop. The code says nothing of a machine: LLVM cuts the
-vectors to the registers there are (AVX2, AVX-512, NEON). Two operations have a second form, with the same result:
-`lookup`, a table of sixteen floats, is a register permutation on x86 with AVX2 and a tree of selections elsewhere;
-float16 goes by x86's instructions (F16C) or by integers.
+numba compiles the loop over blocks. The body of a block is written with `Lanes`, as values of several lanes, so that
+its speed does not depend on what the autovectorizer makes of a loop. Vectors here are as wide as the algorithm wants:
+LLVM cuts them to the registers that the machine has (AVX2, AVX-512, NEON). Two operations have a second form with the
+same result: `lookup`, a table of sixteen floats, is a register permutation on x86 with AVX2 and a tree of selections
+elsewhere; float16 is converted by x86's instructions (F16C) where they exist, and by integers elsewhere.
 
 Arrays carry raw bits, and their numpy dtype says what the bits are: uint16 is bfloat16, int16 is float16 (numba has no
 float16 arrays on a CPU), float32 is itself.
@@ -25,19 +25,23 @@ from numba import njit
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-# error_model: a division by zero gives infinity as in C; nogil: threads run side by side
+# error_model "numpy": a division by zero gives an infinity, as in C, where Python would raise. nogil: threads run side
+# by side. cache: a kernel is compiled once on a machine, and not in every process.
 kernel = njit(nogil=True, cache=True, error_model="numpy")
 
-CACHE_LINE = 64  # bytes, of most CPUs
+CACHE_LINE = 64  # bytes, on x86 and most ARM CPUs; where lines are longer, `prefetch` asks for some twice
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
 F16 = ir.HalfType()
-NAMES = {I8: "i8", I16: "i16", I32: "i32", F32: "f32"}
-Value = Any  # an llvmlite value; llvmlite has no types
+NAMES = {I8: "i8", I16: "i16", I32: "i32", F32: "f32"}  # the types' names in LLVM's intrinsics
+Value = Any  # an llvmlite value or type; llvmlite has no annotations
 
 
 def host_has(feature: str) -> bool:
-    """Whether the code being compiled may use a CPU feature; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are respected."""
+    """Whether the code that is being compiled may use a CPU feature.
+
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are respected as numba does; a CPU named there is taken to have no features.
+    """
     name, features = getattr(config, "CPU_NAME", None), getattr(config, "CPU_FEATURES", None)
     if features is not None:
         return f"+{feature}" in features.split(",")
@@ -47,7 +51,7 @@ def host_has(feature: str) -> bool:
 
 
 class Lanes:
-    """Builds vector values; `b` is the llvmlite builder for the plain integer and float operations."""
+    """A builder of vector values; `b` is llvmlite's own builder, for the plain integer and float operations."""
 
     def __init__(self, context: Any, builder: Any) -> None:
         self.context = context
@@ -56,34 +60,38 @@ class Lanes:
     # values
 
     def const(self, kind: Value, value: Any) -> Value:
-        """One number in every lane, or a number for each."""
+        """Return a constant: one number for every lane, or a sequence with a number for each."""
         if isinstance(kind, ir.VectorType):
             items = list(value) if np.ndim(value) else [value] * kind.count
             return ir.Constant(kind, [self.const(kind.element, item) for item in items])
         return ir.Constant(kind, float(value) if kind is F32 else int(value))
 
     def splat(self, scalar: Value, count: int) -> Value:
-        """A scalar in every lane."""
+        """Return a vector of `count` lanes that all hold a scalar."""
         empty = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
         return self.shuffle(self.b.insert_element(empty, scalar, ir.Constant(I32, 0)), [0] * count)
 
     def shuffle(self, first: Value, positions: Sequence[int], second: Value | None = None) -> Value:
+        """Pick lanes by position from one vector, or from two as if they lay end to end."""
         second = ir.Constant(first.type, ir.Undefined) if second is None else second
         return self.b.shuffle_vector(first, second, self.const(ir.VectorType(I32, len(positions)), positions))
 
     def part(self, value: Value, index: int, count: int) -> Value:
-        """Lanes [index * count, (index + 1) * count)."""
+        """Return lanes [index * count, (index + 1) * count) of a vector."""
         return self.shuffle(value, range(index * count, (index + 1) * count))
 
     def join(self, parts: Sequence[Value]) -> Value:
-        """Vectors of one kind, a power of two of them, end to end."""
+        """Put vectors of one type end to end; their number is a power of two."""
         while len(parts) > 1:
             width = range(2 * parts[0].type.count)
             parts = [self.shuffle(a, width, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
     def transposed(self, rows: Sequence[Value]) -> list[Value]:
-        """As many vectors as each has lanes, a power of two: lane j of vector i becomes lane i of vector j."""
+        """Transpose a square: lane j of vector i becomes lane i of vector j. The number of vectors is a power of two.
+
+        Each level swaps the off-diagonal halves of square blocks, and then goes into the blocks of half the size.
+        """
         found, count = list(rows), len(rows)
         step = count // 2
         while step:
@@ -95,14 +103,16 @@ class Lanes:
         return found
 
     def op(self, name: str, value: Value, number: float) -> Value:
-        """A builder's operation with a constant."""
+        """Apply the builder's operation `name` to a value and a constant of its type."""
         return getattr(self.b, name)(value, self.const(value.type, number))
 
     def call(self, name: str, result: Value, *arguments: Value) -> Value:
+        """Call an LLVM intrinsic that gives a value of type `result`."""
         signature = ir.FunctionType(result, [a.type for a in arguments])
         return self.b.call(cgutils.get_or_insert_function(self.b.module, signature, name), arguments)  # type: ignore[no-untyped-call]
 
     def reduce(self, name: str, value: Value) -> Value:
+        """Combine all lanes into a scalar by an LLVM reduction such as "umax" or "or"."""
         kind = value.type
         return self.call(f"llvm.vector.reduce.{name}.v{kind.count}{NAMES[kind.element]}", kind.element, value)
 
@@ -110,7 +120,7 @@ class Lanes:
         return self.call(f"llvm.fabs.v{value.type.count}f32", value.type, value)
 
     def larger(self, a: Value, b: Value) -> Value:
-        """C's `a > b ? a : b`: a NaN in `a` leaves `b`."""
+        """Return C's `a > b ? a : b`, lane by lane: `b` where either is NaN."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
     # loops
@@ -118,20 +128,24 @@ class Lanes:
     def fold(
         self, start: Value, stop: Value, step: int, values: Sequence[Value], body: Callable[..., Sequence[Value]]
     ) -> list[Value]:
-        """Repeat values = body(at, *values) for each `at` from start on, `step` apart; LLVM has them in registers."""
+        """Repeat values = body(at, *values) for each `at` in range(start, stop, step), and return the last values.
+
+        The values are local variables of the function, which LLVM's mem2reg pass keeps in registers.
+        """
         kept = [cgutils.alloca_once_value(self.b, value) for value in values]  # type: ignore[no-untyped-call]
         with cgutils.for_range_slice(self.b, start, stop, ir.Constant(start.type, step), inc=True) as (at, _):
             for slot, value in zip(kept, body(at, *map(self.b.load, kept)), strict=True):
                 self.b.store(value, slot)
         return [self.b.load(slot) for slot in kept]
 
-    # memory
+    # memory: align=1, since blocks begin at any element and packed codes at any byte
 
     def load(self, array: Array, at: Value, count: int) -> Value:
+        """Load `count` elements from element `at` on, as they are stored."""
         return self.b.load(array.pointer(at, ir.VectorType(array.element, count)), align=1)
 
     def entries(self, array: Array, entries: int, count: int) -> list[Value]:
-        """The first entries of an array, each in `count` lanes."""
+        """Return each of the first `entries` elements of an array as a vector of `count` equal lanes."""
         found = []
         for index in range(entries):
             at = self.b.gep(array.data, [ir.Constant(ir.IntType(64), index)])
@@ -139,17 +153,21 @@ class Lanes:
         return found
 
     def store(self, value: Value, array: Array, at: Value) -> None:
+        """Store a scalar or a vector from element `at` of an array on."""
         self.b.store(value, array.pointer(at, value.type), align=1)
 
     def floats(self, array: Array, at: Value, count: int) -> Value:
-        """`count` weights as float32, exactly."""
+        """Load `count` weights as float32, which holds every bfloat16 and float16 exactly."""
         raw = self.load(array, at, count)
         if array.holds == types.uint16:
             return self.from_bf16(raw)
         return self.from_f16(raw) if array.holds == types.int16 else raw
 
     def pairs(self, array: Array, at: Value, count: int) -> tuple[Value, Value]:
-        """`count` weights as float32: those at even places, and those at odd ones; of bfloat16s one operation each."""
+        """Load `count` weights as float32 in two vectors, those at even places and those at odd ones.
+
+        bfloat16s are cheap to split so: in a 32-bit word of two, a shift gives the lower one and a mask the upper.
+        """
         if array.holds != types.uint16:
             values = self.floats(array, at, count)
             return self.shuffle(values, range(0, count, 2)), self.shuffle(values, range(1, count, 2))
@@ -158,16 +176,21 @@ class Lanes:
         return self.b.bitcast(self.op("shl", words, 16), kind), self.b.bitcast(self.op("and_", words, -65536), kind)
 
     def woven(self, even: Value, odd: Value) -> Value:
-        """The low halves of int32 lanes of even and of odd places, in order: int16."""
+        """Interleave the low halves of two int32 vectors, of even and of odd places, into one int16 vector."""
         both = self.b.or_(self.op("and_", even, 0xFFFF), self.op("shl", odd, 16))
         return self.b.bitcast(both, ir.VectorType(I16, 2 * even.type.count))
 
     def from_bf16(self, bits: Value) -> Value:
+        """Return the float32 lanes of bfloat16 bits (int16 lanes), which are their upper halves."""
         wide = self.op("shl", self.b.zext(bits, ir.VectorType(I32, bits.type.count)), 16)
         return self.b.bitcast(wide, ir.VectorType(F32, bits.type.count))
 
     def from_f16(self, bits: Value) -> Value:
-        """By the instruction; else by integers and one exact product: half exponents are 112 lower."""
+        """Return the float32 lanes of float16 bits (int16 lanes), by F16C's instruction or by integers.
+
+        By integers, exponent and mantissa move to float32's places. The result is too small by 2^112, the difference of
+        the exponents' biases (127 and 15); one exact product mends that for normal and subnormal numbers alike.
+        """
         if host_has("f16c"):
             halves = self.b.bitcast(bits, ir.VectorType(F16, bits.type.count))
             return self.b.fpext(halves, ir.VectorType(F32, bits.type.count))
@@ -183,7 +206,11 @@ class Lanes:
         return self.b.bitcast(self.b.or_(magnitude, sign), ir.VectorType(F32, kind.count))
 
     def to_f16(self, values: Value) -> Value:
-        """float32 rounded to float16 bits, nearest even: by integers, and below 2^-14 by one float addition."""
+        """Round float32 lanes to float16 bits (int16 lanes), nearest even.
+
+        Normal numbers are rounded by integers. Below 2^-14 float16's steps are 2^-24, as float32's are from 0.5 to 1:
+        adding 0.5 rounds to them and leaves the code in the lowest bits.
+        """
         count = values.type.count
         wide, narrow = ir.VectorType(I32, count), ir.VectorType(I16, count)
         bits = self.b.bitcast(values, wide)
@@ -191,7 +218,7 @@ class Lanes:
         even = self.op("and_", self.op("lshr", magnitude, 13), 1)
         normal = self.op("lshr", self.b.add(self.op("sub", magnitude, (112 << 23) - 0xFFF), even), 13)
         half = self.const(values.type, 0.5)
-        shifted = self.b.fadd(self.b.bitcast(magnitude, values.type), half)  # a step of 0.5 is float16's least number
+        shifted = self.b.fadd(self.b.bitcast(magnitude, values.type), half)
         small = self.op("sub", self.b.bitcast(shifted, wide), 0x3F000000)
         found = self.b.select(self.b.icmp_unsigned("<", magnitude, self.const(wide, 113 << 23)), small, normal)
         infinite = self.b.icmp_unsigned(">=", magnitude, self.const(wide, 143 << 23))
@@ -202,14 +229,17 @@ class Lanes:
         return self.b.trunc(self.b.or_(found, sign), narrow)
 
     def rounded_to_f16(self, values: Value) -> Value:
-        """float32 rounded to float16's numbers, nearest even, still as float32; 65520 and beyond is infinite."""
+        """Round float32 lanes to float16's numbers, nearest even, and keep them as float32.
+
+        Magnitudes from 65520 on, halfway from the greatest number to the next power of two, become infinite.
+        """
         if host_has("f16c"):
             return self.b.fpext(self.b.fptrunc(values, ir.VectorType(F16, values.type.count)), values.type)
         wide = ir.VectorType(I32, values.type.count)
         bits = self.b.bitcast(values, wide)
         magnitude = self.op("and_", bits, 0x7FFFFFFF)
         size = self.b.bitcast(magnitude, values.type)
-        small = self.op("fsub", self.op("fadd", size, 0.5), 0.5)  # below 2^-14 the steps are 2^-24, as 0.5's are
+        small = self.op("fsub", self.op("fadd", size, 0.5), 0.5)  # see `to_f16`
         odd = self.op("and_", self.op("lshr", magnitude, 13), 1)
         rounded = self.op("and_", self.b.add(self.op("add", magnitude, 0xFFF), odd), -8192)
         is_small = self.b.fcmp_ordered("<", size, self.const(values.type, 2.0**-14))
@@ -222,13 +252,14 @@ class Lanes:
     # tables
 
     def lookup(self, table: Sequence[float], codes: Value) -> Value:
-        """table[code] for sixteen float32 entries and int32 codes 0 to 15."""
+        """Return table[code] for a table of sixteen float32 entries and int32 codes from 0 to 15."""
         if host_has("avx2"):
             eights = [self._permuted(table, self.part(codes, i, 8)) for i in range(codes.type.count // 8)]
             return self.join(eights)
         return self.choose([self.const(ir.VectorType(F32, codes.type.count), entry) for entry in table], codes)
 
     def _permuted(self, table: Sequence[float], codes: Value) -> Value:
+        """Look up eight codes. AVX2's permutation reads the three lowest bits of a code; the fourth picks the half."""
         kind = ir.VectorType(F32, 8)
         low, high = (
             self.call("llvm.x86.avx2.permps", kind, self.const(kind, half), codes) for half in (table[:8], table[8:])
@@ -236,7 +267,7 @@ class Lanes:
         return self.b.select(self.b.icmp_signed(">", codes, self.const(codes.type, 7)), high, low)
 
     def choose(self, entries: Sequence[Value], codes: Value) -> Value:
-        """entries[code], lane by lane, for sixteen vectors: a tree of selections."""
+        """Return entries[code], lane by lane, for sixteen vectors, by a tree of selections: a level for each bit."""
         for bit in range(4):
             is_set = self.b.icmp_unsigned("!=", self.op("and_", codes, 1 << bit), self.const(codes.type, 0))
             entries = [self.b.select(is_set, b, a) for a, b in zip(entries[::2], entries[1::2], strict=True)]
@@ -244,7 +275,7 @@ class Lanes:
 
 
 class Array:
-    """An array argument: its numba dtype (`holds`), the LLVM type of an element, and the address of its data."""
+    """An array argument of a kernel: its numba dtype (`holds`), the LLVM type of an element, and its data's address."""
 
     def __init__(self, lanes: Lanes, kind: types.Array, value: Value) -> None:
         self.lanes = lanes
@@ -253,12 +284,15 @@ class Array:
         self.data = lanes.context.make_array(kind)(lanes.context, lanes.b, value).data
 
     def pointer(self, at: Value, kind: Value) -> Value:
-        """The address of element `at`, as that of a `kind`."""
+        """Return the address of element `at` as a pointer to a value of type `kind`."""
         return self.lanes.b.bitcast(self.lanes.b.gep(self.data, [at]), kind.as_pointer())
 
 
 def vector(result: Any) -> Callable[[Callable[..., Value]], Any]:
-    """Make a function over `Lanes` callable from kernels; arrays arrive as `Array`, numbers as LLVM scalars."""
+    """Make a function over `Lanes` callable from kernels, as a numba intrinsic that gives a value of type `result`.
+
+    The function's array arguments arrive as `Array`, its numbers as LLVM scalars.
+    """
 
     def wrap(body: Callable[..., Value]) -> Any:
         def typing(typingctx: Any, *arguments: Any) -> Any:
@@ -273,6 +307,7 @@ def vector(result: Any) -> Callable[[Callable[..., Value]], Any]:
 
             return result(*arguments), lower
 
+        # numba reads an intrinsic's parameters from its signature, so `typing` pretends to have those of the body.
         context = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         own = list(inspect.signature(body).parameters.values())[1:]
         typing.__signature__ = inspect.Signature([context, *own])  # type: ignore[attr-defined]
@@ -284,25 +319,28 @@ def vector(result: Any) -> Callable[[Callable[..., Value]], Any]:
 
 @vector(types.float32)
 def bf16_value(lanes: Lanes, bits: Value) -> Value:
-    """A bfloat16's bits, as a float32."""
+    """Return the float32 value of a bfloat16's bits."""
     return lanes.b.bitcast(lanes.op("shl", lanes.b.zext(bits, I32), 16), F32)
 
 
 @vector(types.uint16)
 def half_bits(lanes: Lanes, value: Value) -> Value:
-    """A float32 rounded to float16: its bits."""
+    """Round a float32 to float16 and give its bits."""
     return lanes.b.extract_element(lanes.to_f16(lanes.splat(value, 1)), ir.Constant(I32, 0))
 
 
 @vector(types.float32)
 def half_value(lanes: Lanes, bits: Value) -> Value:
-    """A float16's bits, as a float32."""
+    """Return the float32 value of a float16's bits."""
     return lanes.b.extract_element(lanes.from_f16(lanes.splat(bits, 1)), ir.Constant(I32, 0))
 
 
 @vector(types.void)
 def transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to: Value) -> None:
-    """Sixteen weights of sixteen groups, `stride` apart, into sixteen rows of a block of float32s."""
+    """Write sixteen weights of each of sixteen groups into sixteen rows of a block of float32s, a group in each column.
+
+    Groups begin `stride` weights apart, from weight `at` on; rows begin at entry `to` of the block.
+    """
     places = [lanes.b.add(at, lanes.b.mul(stride, ir.Constant(stride.type, lane))) for lane in range(16)]
     rows = lanes.transposed([lanes.floats(x, place, 16) for place in places])
     for lane, row in enumerate(rows):
@@ -311,12 +349,12 @@ def transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to
 
 @vector(types.void)
 def prefetch(lanes: Lanes, x: Array, start: Value, stop: Value) -> None:
-    """Ask for weights [start, stop), which are needed soon. They may lie beyond the array's end.
+    """Ask the memory for weights [start, stop), which are needed soon. They may lie beyond the array's end.
 
-    Where weights are gone over twice, the second time in the cache, memory works only the first time; unless the next
-    ones are asked for the second time, which makes a pass over a large tensor up to a third faster.
+    Encoders go over each group twice: to find its scale, and to code it while it lies in the cache. Without this the
+    memory would idle during every second pass; asking for a later group then makes a large tensor up to a third faster.
     """
-    flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # to be read, to be kept, data
+    flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # llvm.prefetch: to read, to keep in all caches, data
 
     def ask(at: Value) -> list[Value]:
         lanes.call("llvm.prefetch.p0", ir.VoidType(), lanes.b.gep(x.data, [at]), *flags)

@@ -1,8 +1,8 @@
 """MLX's own quantizer as a backend: weights go to mlx's default device, codes come back.
 
-Its CPU gives the bytes that the format is defined by here. Its Metal kernel rounds otherwise (see quantization/mlx.py),
-so a device is tried on a few groups first, and refused if its bytes differ: the same job gives the same bytes anywhere.
-Work on mlx is done by one thread of its own: its streams belong to the thread that made them.
+The bytes of mlx on a CPU define the format here. Its Metal kernel rounds differently (see schemes/mlx_affine.py), so a
+device is tried on a few groups first and refused if its bytes differ: the same job gives the same bytes everywhere.
+All calls into mlx are made by one thread, since mlx's streams belong to the thread that made them.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.kernels.mlx import affine
 
+# The groups on which a device is tried. A third of them holds halves of steps, and a third only weights up to zero:
+# those are the two cases in which Metal's kernel is known to differ, so that a few hundred groups are enough.
 PROBE_GROUPS = 512
 
 
 @runtime_checkable
 class MlxCoder(Protocol):
-    """Kernels that quantize as mlx does."""
+    """Kernels that quantize by mlx itself."""
 
     def mlx_codes(
         self, x: np.ndarray, dtype: str, mode: str, bits: int, group: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Whole groups of raw weights (n,): codes as uint8, scales, and biases of mode "affine", as they are stored."""
+        """Quantize whole groups of raw weights (n,) into packed codes (uint8), scales and, for "affine", biases.
+
+        Scales and biases are raw, as they are stored; biases are None for the other modes.
+        """
         ...
 
 
 class MlxKernels(CpuKernels):
-    """MLX's formats on its device; it has no other encoders."""
+    """The encoders of MLX's formats on mlx's default device. The other encoders are the CPU's."""
 
     def __init__(self) -> None:
         try:
@@ -56,7 +61,7 @@ class MlxKernels(CpuKernels):
 def codes(
     mx: Any, x: np.ndarray, dtype: str, mode: str, bits: int, group: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """What mx.quantize makes of whole groups of raw weights (n,) of a float dtype."""
+    """Quantize whole groups of raw weights (n,) of a float dtype by mx.quantize; see `MlxCoder.mlx_codes`."""
     taken = casts.to_float32(x, dtype) if dtype == "F64" else x
     weights = mx.array(taken.reshape(1, -1))
     weights = weights.view(mx.bfloat16) if dtype == "BF16" else weights
@@ -67,18 +72,20 @@ def codes(
 
 
 def _raw(mx: Any, array: Any) -> np.ndarray:
+    """Return a flat numpy array of an mlx array's raw values; numpy has no bfloat16, which goes as its bits."""
     bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
     return np.array(bits).reshape(-1)
 
 
 @cache
 def _thread() -> ThreadPoolExecutor:
+    """The one thread that calls mlx, made at its first use."""
     return ThreadPoolExecutor(1, thread_name_prefix="mlx")
 
 
 @cache
 def _gives_the_same_bytes() -> bool:
-    """Whether the default device codes random groups, halves and ends among them, as the CPU's kernels do."""
+    """Whether the default device codes random groups, with halves and one-sided ranges among them, as the CPU does."""
     import mlx.core as mx
 
     group, bits = 64, 4

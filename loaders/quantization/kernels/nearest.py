@@ -1,4 +1,4 @@
-"""Whether decoded weights are the nearest that their groups' stored scales could give."""
+"""A check that decoded weights are the nearest values that their groups' stored scales allow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ LANES = 16
 def _is_off(
     lanes: Lanes, x: Array, y: Array, group: Value, low: Array, high: Array, half: Array, slope: Value, count: Value
 ) -> Value:
-    """1 where a pair of `count` groups, multiples of LANES long, is further apart than allowed, else 0; no NaN is."""
+    """Return 1 if any pair in `count` groups is further apart than allowed, else 0. Groups are multiples of LANES long.
+
+    A pair with a NaN never counts: comparisons are ordered, and `larger` replaces a NaN weight by the low end.
+    """
     growth = lanes.splat(slope, LANES)
 
     def add_group(g: Value, found: Value) -> list[Value]:
@@ -41,9 +44,9 @@ def _is_off(
 
 @kernel
 def is_off(x, y, group, low, high, half, slope):  # type: ignore[no-untyped-def]
-    """Whether a pair has |clip(x, low, high) - y| > half + slope |y|.
+    """Whether any pair has |clip(x, low, high) - y| > half + slope * |y|.
 
-    x: (n,) raw weights, n = low.size * group; y: float32 (n,); low, high, half: float32, one of each group.
+    x: (n,) raw weights, n = low.size * group; y: float32 (n,); low, high, half: float32, one entry for each group.
     """
     if group % LANES == 0:
         return _is_off(x, y, group, low, high, half, slope, low.size) != 0

@@ -1,7 +1,7 @@
 """Rounding in lanes: to bfloat16 and float16 as arithmetic in those dtypes does, to integers, E4M3 and E2M1, and back.
 
-All roundings are to nearest, ties to even. compressed-tensors computes in the dtype of the weights, and a step of torch
-in bfloat16 or float16 is the float32 result, rounded: `like` is that rounding, by the dtype of an array.
+All roundings are to nearest, ties to even. compressed-tensors computes in the dtype of the weights, and an operation of
+torch in bfloat16 or float16 is the float32 result, rounded. `like` is that rounding, by the dtype of an array.
 
 E4M3: a sign, four exponent bits (bias 7), three of mantissa, up to 448, code 0x7F is NaN. E2M1: a sign, two exponent
 bits (bias 1), one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
@@ -15,30 +15,34 @@ from numba.core import types
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, vector
 
 STEP = 32  # weights coded at once
-GROUPS = 16  # scales worked out at once: one alone waits for its divisions
-BATCH = 64  # groups whose scales are known before they are coded, while they are in the cache
-INTEGERS = 12582912.0  # 1.5 * 2^23: its sum with a small number holds that number, rounded, in its low bits
+GROUPS = 16  # scales computed at once: dividing one alone, a core would wait for each division's result
+BATCH = 64  # groups whose scales are found before any of them is coded; few enough to stay in the cache until then
+# 1.5 * 2^23. Adding it to a float32 of magnitude below 2^22 rounds that to an integer, which is left in the low bits.
+INTEGERS = 12582912.0
 
 
 def ints(value: Value) -> Value:
-    """The int32 vector as wide as another."""
+    """Return the type of int32 vectors as wide as a value."""
     return ir.VectorType(I32, value.type.count)
 
 
 def floats(value: Value) -> Value:
-    """The float32 vector as wide as another."""
+    """Return the type of float32 vectors as wide as a value."""
     return ir.VectorType(F32, value.type.count)
 
 
 def like(lanes: Lanes, x: Array, values: Value) -> Value:
-    """float32 lanes rounded to the dtype of `x`, still as float32."""
+    """Round float32 lanes to the dtype of `x`, and keep them as float32."""
     if x.holds == types.uint16:
         return _to_bf16(lanes, values)
     return lanes.rounded_to_f16(values) if x.holds == types.int16 else values
 
 
 def _even(lanes: Lanes, bits: Value, dropped: int) -> Value:
-    """Bits of a magnitude plus what makes dropping the low ones round to nearest even."""
+    """Add to the bits of a magnitude what makes dropping the `dropped` low ones round to nearest even.
+
+    That is just below half of the last kept bit, and one more where that bit is odd.
+    """
     odd = lanes.op("and_", lanes.op("lshr", bits, dropped), 1)
     return lanes.b.add(lanes.op("add", bits, (1 << (dropped - 1)) - 1), odd)
 
@@ -50,31 +54,34 @@ def _to_bf16(lanes: Lanes, values: Value) -> Value:
 
 @vector(types.float32)
 def quotient_like(lanes: Lanes, x: Array, value: Value, divisor: Value) -> Value:
-    """A quotient in the arithmetic of the dtype of `x`, for float32 scalars."""
+    """Divide float32 scalars in the arithmetic of the dtype of `x`."""
     one = like(lanes, x, lanes.splat(lanes.b.fdiv(value, divisor), 1))
     return lanes.b.extract_element(one, ir.Constant(I32, 0))
 
 
 def to_integers(lanes: Lanes, values: Value, lowest: int, highest: int) -> Value:
-    """int32 lanes: the nearest integers within bounds. NaN becomes a bound; magnitudes are below 2^22 or clamped."""
+    """Return the nearest integers within bounds below 2^22, as int32 lanes. A NaN becomes the lowest."""
     within = clamp(lanes, values, float(lowest), float(highest))
+    # 0x4B400000 are the bits of INTEGERS itself.
     return lanes.op("sub", lanes.b.bitcast(lanes.op("fadd", within, INTEGERS), ints(values)), 0x4B400000)
 
 
 def clamp(lanes: Lanes, values: Value, lowest: float, highest: float) -> Value:
+    """Clamp float32 lanes; a NaN becomes the lowest bound."""
     low, high = lanes.const(values.type, lowest), lanes.const(values.type, highest)
     above = lanes.b.select(lanes.b.fcmp_ordered(">", values, low), values, low)
     return lanes.b.select(lanes.b.fcmp_ordered("<", above, high), above, high)
 
 
 def to_e4m3(lanes: Lanes, values: Value) -> Value:
-    """int32 lanes: E4M3 codes, magnitudes beyond 448 as 448, NaN as NaN."""
+    """Return the E4M3 codes of float32 lanes, as int32 lanes: magnitudes beyond 448 as 448, NaN as NaN."""
     bits = lanes.b.bitcast(values, ints(values))
     magnitude = lanes.b.bitcast(lanes.op("and_", bits, 0x7FFFFFFF), values.type)
     top = lanes.const(values.type, 448.0)
     within = lanes.b.select(lanes.b.fcmp_unordered("<", magnitude, top), magnitude, top)
     normal = lanes.op("sub", lanes.op("lshr", _even(lanes, lanes.b.bitcast(within, bits.type), 20), 20), 120 << 3)
-    # 16384 + x keeps x in steps of 2^-9, as the codes below 2^-6 have it
+    # 120 is the difference of the exponents' biases, 127 and 7. Below 2^-6 E4M3's steps are 2^-9, which is the last bit
+    # of 2^14 + x: the sum rounds x to them and leaves the code in the lowest bits.
     small = lanes.op("and_", lanes.b.bitcast(lanes.op("fadd", within, 16384.0), bits.type), 0xF)
     is_small = lanes.b.fcmp_ordered("<", within, lanes.const(values.type, 2.0**-6))
     code = lanes.b.select(is_small, small, normal)
@@ -83,13 +90,18 @@ def to_e4m3(lanes: Lanes, values: Value) -> Value:
 
 
 def to_e2m1(lanes: Lanes, values: Value) -> Value:
-    """int32 lanes: E2M1 codes, magnitudes beyond 6 as 6; the sign is set below zero (a minus zero is zero)."""
+    """Return the E2M1 codes of float32 lanes, as int32 lanes: magnitudes beyond 6 as 6.
+
+    The sign is set below zero, also where a value rounds to zero; -0 itself has no sign.
+    """
     bits = lanes.b.bitcast(values, ints(values))
     magnitude = lanes.b.bitcast(lanes.op("and_", bits, 0x7FFFFFFF), values.type)
     top = lanes.const(values.type, 6.0)
     within = lanes.b.select(lanes.b.fcmp_ordered("<", magnitude, top), magnitude, top)
     normal = lanes.op("sub", lanes.op("lshr", _even(lanes, lanes.b.bitcast(within, bits.type), 22), 22), 126 << 1)
-    small = lanes.op("and_", lanes.b.bitcast(lanes.op("fadd", within, INTEGERS / 2), bits.type), 3)  # in steps of 0.5
+    # 126 is the difference of the exponents' biases, 127 and 1. Below 1 E2M1's steps are 0.5, as the last bit of
+    # INTEGERS / 2 is.
+    small = lanes.op("and_", lanes.b.bitcast(lanes.op("fadd", within, INTEGERS / 2), bits.type), 3)
     is_small = lanes.b.fcmp_ordered("<", within, lanes.const(values.type, 1.0))
     code = lanes.b.select(is_small, small, normal)
     is_negative = lanes.b.fcmp_ordered("<", values, lanes.const(values.type, 0.0))
@@ -97,7 +109,10 @@ def to_e2m1(lanes: Lanes, values: Value) -> Value:
 
 
 def from_e4m3(lanes: Lanes, codes: Value) -> Value:
-    """The float32 lanes of E4M3 codes (int8): as float16s, whose exponents are 8 higher, times 2^8; exact."""
+    """Return the float32 lanes of E4M3 codes (int8 lanes), exactly.
+
+    Moved to float16's places, a code is 2^-8 of its value, since float16's exponents have a bias of 15 and E4M3's of 7.
+    """
     kind = ir.VectorType(I16, codes.type.count)
     wide = lanes.op("shl", lanes.b.sext(codes, kind), 7)
     magnitude = lanes.op("and_", wide, 0x3F80)
@@ -112,12 +127,15 @@ def from_e4m3(lanes: Lanes, codes: Value) -> Value:
 
 @vector(types.float32)
 def quick_inverse(lanes: Lanes, x: Array, scale: Value) -> Value:
-    """1 / scale where `quick` holds: for bfloat16s, and scales that are far from the ends of the range; else 0."""
+    """Return 1 / scale where `quick` may be used, else 0.
+
+    It may be used for bfloat16 weights and scales from 2^-100 to 2^100, whose inverses are far from float32's ends.
+    """
     return lanes.b.extract_element(quick_inverses(lanes, x, lanes.splat(scale, 1)), ir.Constant(I32, 0))
 
 
 def quick_inverses(lanes: Lanes, x: Array, scale: Value) -> Value:
-    """Lanes of `quick_inverse`."""
+    """Return `quick_inverse` of each lane."""
     zero = lanes.const(scale.type, 0.0)
     if x.holds != types.uint16:
         return zero
@@ -128,12 +146,13 @@ def quick_inverses(lanes: Lanes, x: Array, scale: Value) -> Value:
 
 
 def quick(lanes: Lanes, values: Value, inverse: Value) -> Value:
-    """bf16(values / scale) for bfloat16 values and scale, by 1 / scale from `quick_inverse`; still as float32.
+    """Return bf16(values / scale) for bfloat16 values and scale, by 1 / scale from `quick_inverse`; still as float32.
 
-    A product and the quotient it stands for differ by less than 2^-22 of themselves, and neither lies as near to a
-    number halfway between two bfloat16s: m * scale = x has no solution, since m is odd and has nine bits, so that the
-    product is odd and has more than the eight bits of x; and integers that differ, of at most 17 bits, differ by
-    2^-17. So both round alike, there are no ties, and a split into high and low bits (Veltkamp's) does it.
+    The product x * (1 / scale) rounds as the quotient x / scale does. The two differ by less than 2^-22 of themselves,
+    and no quotient lies that near to a number m halfway between two bfloat16s: m is odd in its ninth bit, so that
+    m * scale has more significant bits than the eight of x and cannot equal x; and as integers of at most 17 bits that
+    differ, the two differ by at least 2^-17 of themselves. So there are no ties either, and rounding to bfloat16 is
+    Veltkamp's split into high and low bits: 65537 = 2^16 + 1 keeps the upper 8 of 24.
     """
     product = lanes.b.fmul(values, lanes.splat(inverse, values.type.count))
     wide = lanes.op("fmul", product, 65537.0)
@@ -141,13 +160,20 @@ def quick(lanes: Lanes, values: Value, inverse: Value) -> Value:
 
 
 def quick_integers(lanes: Lanes, quotients: Value, lowest: int, highest: int, shift: int) -> Value:
-    """int32 lanes whose low bits are the nearest integers within bounds, plus `shift`; the others are not cleared."""
+    """Return int32 lanes whose low bits are the nearest integers within bounds, plus `shift`.
+
+    The other bits are not cleared: the stores of pairs below mask what they need.
+    """
     within = clamp(lanes, quotients, float(lowest), float(highest))
     return lanes.b.bitcast(lanes.op("fadd", within, INTEGERS + shift), ints(quotients))
 
 
 def quick_e4m3(lanes: Lanes, quotients: Value) -> Value:
-    """int32 lanes: E4M3 codes. Exponents moved to E4M3's bias, its small numbers are float32's: one way for all."""
+    """Return the E4M3 codes of float32 lanes, as int32 lanes; there is no NaN among them.
+
+    Times 2^-120, float32's exponents have E4M3's bias, and E4M3's subnormal numbers are subnormal float32s: one
+    rounding of the bits serves for both.
+    """
     bits = lanes.b.bitcast(quotients, ints(quotients))
     magnitude = lanes.b.bitcast(lanes.op("and_", bits, 0x7FFFFFFF), quotients.type)
     moved = lanes.b.bitcast(lanes.op("fmul", magnitude, 2.0**-120), bits.type)
@@ -158,14 +184,14 @@ def quick_e4m3(lanes: Lanes, quotients: Value) -> Value:
 
 
 def store_byte_pairs(lanes: Lanes, even: Value, odd: Value, out: Array, at: Value) -> None:
-    """Codes of pairs, a byte each: the low bytes of int32 lanes."""
+    """Store codes of pairs, a byte each: the low bytes of int32 lanes of even and of odd places."""
     both = lanes.b.or_(lanes.op("and_", even, 0xFF), lanes.op("shl", odd, 8))
     narrow = lanes.b.trunc(both, ir.VectorType(I16, both.type.count))
     lanes.store(lanes.b.bitcast(narrow, ir.VectorType(I8, 2 * both.type.count)), out, at)
 
 
 def store_nibble_pairs(lanes: Lanes, even: Value, odd: Value, out: Array, at: Value) -> None:
-    """Codes of pairs, two to a byte, the even one low: the low four bits of int32 lanes."""
+    """Store codes of pairs, two to a byte, the even one low: the low four bits of int32 lanes."""
     both = lanes.b.or_(lanes.op("and_", even, 0xF), lanes.op("shl", odd, 4))
     lanes.store(lanes.b.trunc(both, ir.VectorType(I8, both.type.count)), out, at)
 
@@ -174,31 +200,31 @@ def store_nibble_pairs(lanes: Lanes, even: Value, odd: Value, out: Array, at: Va
 
 
 def store_bytes(lanes: Lanes, codes: Value, out: Array, at: Value) -> None:
-    """int32 lanes, a byte each."""
+    """Store the low byte of each int32 lane."""
     lanes.store(lanes.b.trunc(codes, ir.VectorType(I8, codes.type.count)), out, at)
 
 
 def store_nibbles(lanes: Lanes, codes: Value, out: Array, at: Value) -> None:
-    """int32 lanes below 16, two to a byte, the first low."""
+    """Store int32 lanes below 16, two to a byte, the first low."""
     count = codes.type.count
     pairs = lanes.b.bitcast(lanes.b.trunc(codes, ir.VectorType(I16, count)), ir.VectorType(I32, count // 2))
     lanes.store(lanes.b.trunc(lanes.b.or_(pairs, lanes.op("lshr", pairs, 12)), ir.VectorType(I8, count // 2)), out, at)
 
 
 def load_bytes(lanes: Lanes, packed: Array, at: Value, count: int) -> Value:
-    """`count` bytes as int32 lanes."""
+    """Load `count` bytes as int32 lanes."""
     return lanes.b.zext(lanes.load(packed, at, count), ir.VectorType(I32, count))
 
 
 def load_nibbles(lanes: Lanes, packed: Array, at: Value, count: int) -> Value:
-    """`count` codes of four bits, the first of a byte low, as int32 lanes; `at` is a byte."""
+    """Load `count` codes of four bits, the first of a byte low, as int32 lanes; `at` counts bytes."""
     wide = lanes.b.zext(lanes.load(packed, at, count // 2), ir.VectorType(I16, count // 2))
     pairs = lanes.b.or_(lanes.op("and_", wide, 15), lanes.op("shl", lanes.op("and_", wide, 0xF0), 4))
     return lanes.b.zext(lanes.b.bitcast(pairs, ir.VectorType(I8, count)), ir.VectorType(I32, count))
 
 
 def magnitude_bits(lanes: Lanes, x: Array, at: Value, count: int) -> Value:
-    """The bits of the largest of `count` magnitudes: they sort as integers, NaN last."""
+    """Return the bits of the largest of `count` magnitudes, as an int32. Magnitudes sort as integers, NaN last."""
     bits = lanes.load(x, at, count)
     if x.element is F32:
         return lanes.reduce("umax", lanes.op("and_", lanes.b.bitcast(bits, ir.VectorType(I32, count)), 0x7FFFFFFF))
@@ -206,7 +232,7 @@ def magnitude_bits(lanes: Lanes, x: Array, at: Value, count: int) -> Value:
 
 
 def values_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
-    """The float32 lanes whose bits in the dtype of `x` are those of int32 lanes."""
+    """Return the float32 lanes whose bits in the dtype of `x` are those of int32 lanes."""
     if x.element is F32:
         return lanes.b.bitcast(bits, floats(bits))
     narrow = lanes.b.trunc(bits, ir.VectorType(I16, bits.type.count))
@@ -217,9 +243,9 @@ def values_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
 def symmetric_scales(
     lanes: Lanes, x: Array, tops: Array, at: Value, half: Value, eps: Value, scales: Array, inverses: Array
 ) -> None:
-    """Scales of GROUPS groups from the bits of their largest magnitudes: top / half in the dtype of `x`, eps for 0.
+    """Compute scales of GROUPS groups from the bits of their largest magnitudes: top / half in the dtype of `x`.
 
-    `inverses` are as of `quick_inverse`.
+    A scale of zero becomes `eps`. `inverses` receives `quick_inverse` of each scale.
     """
     values = values_of_bits(lanes, x, lanes.load(tops, at, GROUPS))
     scale = like(lanes, x, lanes.b.fdiv(values, lanes.splat(half, GROUPS)))
@@ -227,7 +253,7 @@ def symmetric_scales(
 
 
 def store_scales(lanes: Lanes, x: Array, scale: Value, eps: Value, at: Value, scales: Array, inverses: Array) -> None:
-    """GROUPS scales, eps for 0, and their inverses, as of `quick_inverse`."""
+    """Store GROUPS scales, `eps` where one is zero, and `quick_inverse` of each."""
     zero = lanes.const(scale.type, 0.0)
     scale = lanes.b.select(lanes.b.fcmp_ordered("==", scale, zero), lanes.splat(eps, GROUPS), scale)
     lanes.store(scale, scales, at)
@@ -235,7 +261,7 @@ def store_scales(lanes: Lanes, x: Array, scale: Value, eps: Value, at: Value, sc
 
 
 def value_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
-    """The float32 scalar whose bits in the dtype of `x` are the int32 `bits`."""
+    """Return the float32 scalar whose bits in the dtype of `x` are the int32 `bits`."""
     if x.element is F32:
         return lanes.b.bitcast(bits, F32)
     one = lanes.splat(lanes.b.trunc(bits, I16), 1)
@@ -245,7 +271,10 @@ def value_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
 
 @vector(types.uint32)
 def top_bits(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
-    """The bits of the largest magnitude of weights [start, stop), a multiple of STEP; NaN is the largest."""
+    """Return the bits of the largest magnitude of weights [start, stop), whose number is a multiple of STEP.
+
+    NaN counts as the largest.
+    """
     kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
 
     def larger(at: Value, largest: Value) -> list[Value]:
@@ -259,17 +288,17 @@ def top_bits(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
 
 @vector(types.uint32)
 def top_bits_16(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The bits of the largest of 16 magnitudes."""
+    """Return the bits of the largest of 16 magnitudes."""
     return magnitude_bits(lanes, x, at, 16)
 
 
 @vector(types.uint32)
 def top_bits_1(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The bits of one magnitude."""
+    """Return the bits of one magnitude."""
     return magnitude_bits(lanes, x, at, 1)
 
 
 @vector(types.float32)
 def float_of_bits(lanes: Lanes, x: Array, bits: Value) -> Value:
-    """A magnitude of the dtype of `x` by its bits."""
+    """Return a magnitude of the dtype of `x` by its bits, as float32."""
     return value_of_bits(lanes, x, bits)

@@ -21,7 +21,7 @@ from loaders.quantization.kernels.cpu import CpuKernels
 
 
 class DeviceKernels:
-    """See `Kernels`."""
+    """The encoders of `Kernels` in torch, on one device."""
 
     def __init__(self, device: str) -> None:
         is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -30,7 +30,7 @@ class DeviceKernels:
         self._device = torch.device(device)
 
     def _values(self, x: np.ndarray, dtype: str) -> torch.Tensor:
-        """Raw weights as float32 on the device."""
+        """Return raw weights as float32 on the device. Read-only arrays are copied: torch warns when it takes one."""
         raw = torch.from_numpy(np.array(x) if not x.flags.writeable else x)
         raw = raw.view(torch.bfloat16) if dtype == "BF16" else raw
         if dtype == "F64" or (dtype == "BF16" and self._device.type == "mps"):  # which MPS does not hold
@@ -70,5 +70,5 @@ class DeviceKernels:
 
 
 def _tops(groups: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each row, NaN if there is one."""
+    """Return the largest magnitude of each row; it is NaN if one is."""
     return groups.abs().amax(dim=1)

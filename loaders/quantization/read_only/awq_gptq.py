@@ -1,15 +1,16 @@
-"""AWQ's and GPTQ's integer weights, which are only read: both need calibration data to be made.
+"""Decoders of AWQ's and GPTQ's integer weights, which are only read: making them takes calibration data.
 
-By role, for a weight (R outputs, C inputs) with G groups of inputs:
+By role, for a weight of R outputs and C inputs with G groups of inputs:
     AWQ, version gemm                        GPTQ, of b = 2, 4 or 8 bits
     qweight  int32 (C, R/8)                  qweight  int32 (C*b/32, R)
     qzeros   int32 (G, R/8)                  qzeros   int32 (G, R*b/32)
     scales   float16 (G, R)                  scales   float16 (G, R)
-                                             g_idx    int32 (C,): each input's group; without it they lie in order
-A word of AWQ holds eight outputs, from its lowest bits on the outputs 0 2 4 6 1 3 5 7; GPTQ's are in order. Zeros of
-GPTQ's first format are stored less one, modulo 2**b; those of gptq_v2 as they are.
+                                             g_idx    int32 (C,): each input's group; without it groups lie in order
+From its lowest bits on, a word of AWQ holds the outputs 0 2 4 6 1 3 5 7; GPTQ's are in order. GPTQ's first format
+stores zeros less one, modulo 2**b; gptq_v2 stores them as they are.
 
-Values are (code - zero) * scale, as AutoAWQ (awq/utils/packing_utils.py) and AutoGPTQ (qlinear_cuda_old.py) have them.
+Values are (code - zero) * scale, as AutoAWQ (awq/utils/packing_utils.py) and AutoGPTQ (qlinear_cuda_old.py) compute
+them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from loaders.quantization.kernels.read_only import awq_gptq
 from loaders.quantization.scheme import Stored, Work
 from loaders.specs import TensorSpec
 
-WORDS = 1 << 20  # of qweight read at once: 4 MiB
+WORDS = 1 << 20  # words of qweight that are read at once: 4 MiB
 
 
 @dataclass(frozen=True)
 class Awq(ByBoxes):
-    """Four bits, version gemm. `group_size` inputs share a scale."""
+    """AWQ of four bits, version gemm. `group_size` inputs share a scale; `scale_dtype` is the dtype stored for it."""
 
     kind: ClassVar[str] = "awq"
     group_size: int
@@ -52,14 +53,15 @@ class Awq(ByBoxes):
             packed = np.stack([stored.read("qzeros", g * width + first, g * width + last).copy() for g in used])
             zeros = _codes(packed.view(np.uint32), 4, awq_gptq.AWQ_SHIFTS)[:, outputs]
             words = stored.read("qweight", at * width, end * width).view(np.uint32).reshape(-1, width)
-            words = np.ascontiguousarray(words[:, first:last].T)  # a stride of a whole row costs a cache line a word
+            # Turned once, so that an output's words lie together: else every word would cost a cache line.
+            words = np.ascontiguousarray(words[:, first:last].T)
             part = out[:, at - columns.start : end - columns.start]
             awq_gptq.decode_outputs(words, outputs, local, zeros.T.astype(np.float32), scales, part)
 
 
 @dataclass(frozen=True)
 class Gptq(ByBoxes):
-    """`zero_offset` is what a stored zero lacks; `has_index` says whether inputs name their groups."""
+    """GPTQ of 2, 4 or 8 bits. `zero_offset` is what stored zeros lack; `has_index` says whether there is a g_idx."""
 
     kind: ClassVar[str] = "gptq"
     bits: int
@@ -85,6 +87,7 @@ class Gptq(ByBoxes):
             awq_gptq.decode_inputs(words, self.bits, at - first * each, local, zeros, scales, part)
 
     def _groups(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
+        """Return the groups of inputs [start, stop): int64."""
         if not self.has_index:
             return np.arange(start, stop) // self.group_size
         groups = stored.read("g_idx", start, stop).astype(np.int64)
@@ -97,6 +100,7 @@ class Gptq(ByBoxes):
         return groups
 
     def _zeros(self, stored: Stored, used: np.ndarray, height: int, rows: range) -> np.ndarray:
+        """Return the zeros of some outputs (rows) in the groups `used`: float32 (rows, groups)."""
         each = 32 // self.bits
         width, first, last = height // each, rows[0] // each, rows[-1] // each + 1
         packed = np.stack([stored.read("qzeros", g * width + first, g * width + last).copy() for g in used])
@@ -106,13 +110,13 @@ class Gptq(ByBoxes):
 
 
 def _codes(words: np.ndarray, bits: int, shifts: np.ndarray) -> np.ndarray:
-    """(groups, words) to (groups, codes), int64."""
+    """Unpack words (groups, words) into codes (groups, codes), int64, from bit `shifts` of each word on."""
     codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
     return np.asarray(codes.reshape(words.shape[0], -1), np.int64)
 
 
 def _rows_of(stored: Stored, role: str, groups: np.ndarray, width: int, rows: range, dtype: str) -> np.ndarray:
-    """(rows, groups) of a role's (G, width), float32."""
+    """Read some rows and groups of a role's (G, width) items, turned to (rows, groups): float32."""
     found = np.empty((len(rows), groups.size), np.float32)
     for index, group in enumerate(groups):
         block = stored.read(role, int(group) * width + rows[0], int(group) * width + rows[-1] + 1)

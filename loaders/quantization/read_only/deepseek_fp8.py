@@ -1,8 +1,8 @@
-"""float8 weights with a scale for each block of rows and columns, as DeepSeek V3 and transformers' `fp8` store them.
+"""The decoder of float8 weights with a scale for each block, as DeepSeek V3 and transformers' `fp8` store them.
 
-By role: weight, F8_E4M3 (..., R, C); weight_scale_inv (..., ceil(R/rows), ceil(C/columns)), which despite its name is
-multiplied with: float32, or powers of two as F8_E8M0 bytes (`scale_fmt` ue8m0). Blocks at the lower and right edges are
-cut off. A block of None is one scale for the whole matrix. Read, not written.
+They are read, not written. By role: weight, F8_E4M3 (..., R, C); weight_scale_inv (..., ceil(R/rows), ceil(C/columns)),
+which despite its name is multiplied with: float32, or powers of two as F8_E8M0 bytes (`scale_fmt` ue8m0). Blocks at the
+lower and right edges are cut off. A block of None means one scale for the whole matrix.
 
 Values are code * scale in float32, as transformers' Fp8Dequantize (integrations/finegrained_fp8.py) computes them.
 """
@@ -26,14 +26,14 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 @dataclass(frozen=True)
 class Fp8Blocks(ByBoxes):
-    """e4m3 in blocks of (rows, columns); `scale_dtype` as stored, U8 meaning e8m0 too."""
+    """E4M3 in blocks of (rows, columns). `scale_dtype` is that of stored scales; U8 means E8M0, as F8_E8M0 does."""
 
     kind: ClassVar[str] = "fp8"
     block: tuple[int, int] | None
     scale_dtype: str
 
     def scale_shape(self, shape: Shape) -> Shape:
-        """The scales that a weight of this shape has; a single one may also be stored without dimensions."""
+        """Return the shape of the scales of a weight. A single scale may also be stored without dimensions."""
         if self.block is None:
             return (*shape[:-2], 1, 1)
         return (*shape[:-2], -(-shape[-2] // self.block[0]), -(-shape[-1] // self.block[1]))
@@ -54,8 +54,8 @@ class Fp8Blocks(ByBoxes):
 
 
 def e8m0(codes: np.ndarray) -> np.ndarray:
-    """Powers of two, 2**(code - 127), as float32; 255 is NaN (OCP microscaling formats 1.0)."""
+    """Decode E8M0, 2**(code - 127), to float32; 255 is NaN (OCP Microscaling Formats specification 1.0)."""
     bits = codes.astype(np.uint32) << np.uint32(23)
-    bits[codes == 0] = 0x00400000  # 2**-127 lies below the normal numbers
+    bits[codes == 0] = 0x00400000  # 2**-127 is subnormal, and has no exponent bits
     bits[codes == 255] = 0x7FC00000
     return bits.view(np.float32)

@@ -1,7 +1,8 @@
-"""Blocks of ggml's types as float32, whichever type it is: by the kernels here, or by the gguf package's tables.
+"""The decoder of blocks of any of ggml's types to float32, by the project's kernels or by the gguf package.
 
-The IQ types hold indexes into lattices of some thousand points, which llama.cpp and its gguf package keep as tables;
-they are read with that package (its decoding is checked bit for bit against ggml's), some blocks at a time.
+The IQ types hold indexes into lattices of up to some thousand points, which llama.cpp and its gguf package keep as
+tables. They are decoded with that package, some blocks at a time; its own tests check its decoding bit for bit against
+ggml's (gguf-py/tests/test_quants.py in llama.cpp).
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from loaders.dtypes import DTYPES, GGML_READ_BLOCKS
 from loaders.errors import BadSpec
 from loaders.quantization.kernels.ggml.decode import DECODERS
 
-NUMBERS = 1 << 16  # decoded at a time: numpy makes several arrays of so many
+NUMBERS = 1 << 16  # weights that gguf decodes at a time: it makes several arrays of that size
 
 
 def check_readable(name: str) -> None:
-    """Raises BadSpec: blocks of this type cannot be decoded here."""
+    """Raise BadSpec if blocks of this type cannot be decoded here."""
     if name not in DECODERS:
         _reader(name)
 
 
 def decode_blocks(name: str, data: np.ndarray, out: np.ndarray) -> None:
-    """Whole blocks, uint8, to their weights, float32.
+    """Decode whole blocks, uint8, to their weights, float32.
 
     Raises:
         BadSpec: the type needs the gguf package, which is not there.
@@ -37,11 +38,13 @@ def decode_blocks(name: str, data: np.ndarray, out: np.ndarray) -> None:
     step = NUMBERS // dtype.block
     for at in range(0, out.size // dtype.block, step):
         part = data[at * block : (at + step) * block]
+        # A block's scale may be any float16, NaN and infinities included; the caller counts what comes out.
         with np.errstate(all="ignore"):
             out[at * dtype.block : (at + step) * dtype.block] = reader(part).reshape(-1)
 
 
 def _reader(name: str) -> Any:
+    """Return the gguf package's decoder of a type."""
     assert name in GGML_READ_BLOCKS, name
     try:
         import gguf

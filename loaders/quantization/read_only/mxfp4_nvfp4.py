@@ -1,8 +1,8 @@
-"""float4 weights that are only read: gpt-oss' MXFP4 and ModelOpt's NVFP4.
+"""Decoders of float4 weights that are only read: gpt-oss' MXFP4 and ModelOpt's NVFP4.
 
 MXFP4, by role: blocks, uint8 (..., R, C/32, 16); scales, uint8 (..., R, C/32), powers of two (e8m0).
 NVFP4, by role: weight, uint8 (..., R, C/2); weight_scale, F8_E4M3 (..., R, C/16); weight_scale_2, one float32, which
-multiplies the others. Two codes a byte, the first low.
+multiplies the others. Both hold two codes a byte, the first low.
 
 Values are code * scale, for NVFP4 code * (scale * scale_2), in float32, as transformers' convert_moe_packed_tensors
 (integrations/mxfp4.py) and ModelOpt's NVFP4QTensor.dequantize compute them. A scale byte of 255 is NaN here, by the
@@ -26,7 +26,7 @@ from loaders.specs import TensorSpec
 
 @dataclass(frozen=True)
 class GptOssMxfp4(ByBoxes):
-    """Groups of 32 with a power of two."""
+    """MXFP4: groups of 32 weights share a power of two."""
 
     kind: ClassVar[str] = "mxfp4"
     group: ClassVar[int] = 32
@@ -41,7 +41,7 @@ class GptOssMxfp4(ByBoxes):
 
 @dataclass(frozen=True)
 class ModelOptNvfp4(ByBoxes):
-    """Groups of 16 with a float8, and one float32 for all."""
+    """ModelOpt's NVFP4: groups of 16 weights share a float8, and all of them one float32."""
 
     kind: ClassVar[str] = "nvfp4"
     group: ClassVar[int] = 16

@@ -1,8 +1,9 @@
-"""BitNet's ternary weights, two bits each, as transformers' `bitnet` loads them.
+"""BitNet's ternary weights, two bits each, as transformers' `bitnet` quantizer loads them.
 
-Stored, by role: weight, uint8 (R/4, C): see kernels/ternary.py; weight_scale (1,), in the model's dtype. The scale has
-two opposite meanings: `bitlinear` divides its output by it and gets 1/mean|w|, `autobitlinear` multiplies and gets
-mean|w|. The mean is that of the whole tensor, summed in float64 and rounded to float32 once.
+Stored, by role: weight, uint8 (R/4, C), see kernels/bitnet.py; weight_scale (1,), in the model's dtype. The scale has
+two opposite meanings (transformers/integrations/bitnet.py): BitLinear divides its output by it, and so gets 1/mean|w|;
+AutoBitLinear multiplies by it, and so gets mean|w|. The mean is that of the whole tensor, summed in float64 and rounded
+to float32 once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from loaders.quantization.kernels import bitnet, casts
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
-SMALLEST_MEAN = np.float32(1e-5)
+SMALLEST_MEAN = np.float32(1e-5)  # the clamp in transformers' WeightQuant, which keeps a tensor of zeros from 1 / 0
 
 
 def absmean(view: View, work: Work) -> np.float32:
-    """The mean magnitude of a whole tensor, summed in float64, at least 1e-5.
+    """Return the mean magnitude of a whole tensor, summed in float64, at least SMALLEST_MEAN.
 
     Raises:
         VerifyFailed: it holds NaN or infinities.
@@ -42,7 +43,7 @@ def absmean(view: View, work: Work) -> np.float32:
 
 @dataclass(frozen=True, slots=True)
 class Ternary:
-    """-1, 0 or 1 times one scale a tensor."""
+    """Weights of -1, 0 or 1 times one scale a tensor."""
 
     kind: ClassVar[str] = "ternary"
     engine: ClassVar[str] = "bitnet"

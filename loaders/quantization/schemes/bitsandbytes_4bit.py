@@ -6,9 +6,10 @@ Groups of `group_size` weights (bitsandbytes: blocksize) run over the flattened 
     weight.quant_map                          float32 (16,)          the code's table
     weight.nested_absmax, .nested_quant_map   float32                only with double_quant
     weight.quant_state.bitsandbytes__nf4      uint8                  JSON: type, group size, dtype, shape, nested_*
-Bytes are those of bitsandbytes 0.50 on a CPU. With double_quant one number can differ in its last bits, nested_offset,
-the mean of all scales: bitsandbytes sums in an order that changes with its CPU and thread count; here the exact sum is
-rounded once. What follows from it (nested_absmax, some codes of absmax) then differs as little.
+Roles, keys and constants are those of bitsandbytes/functional.py, QuantState.as_dict. Bytes are those of bitsandbytes
+0.50 on a CPU. With double_quant one number can differ in its last bits: nested_offset, the mean of all scales.
+bitsandbytes sums it in an order that changes with its CPU and thread count; here the exact sum is rounded once. What
+follows from it (nested_absmax, some codes of absmax) then differs as little.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ from loaders.specs import StoredSpec, TensorSpec
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CPU_ROWS = 32  # bitsandbytes' kernel for CPUs with AVX512-BF16 takes blocks of so many rows
 STORAGE_DTYPES = ("uint8", "float16", "bfloat16", "float32")
-LONGEST_FLOAT = "-1.1754943508222875e-38"  # of a float32 printed as a double
-DOUBLE_QUANT_ERROR = 0.1  # a generous share for the second rounding of the scales
+# A float32 whose value, printed as a double, takes as many characters as any: the plan reserves room for the offset.
+LONGEST_FLOAT = "-1.1754943508222875e-38"
+# Added to the error limit for the second rounding of the scales: generous, since `greatest_error` bounds each weight.
+DOUBLE_QUANT_ERROR = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Bnb4:
-    """NF4 or FP4. `storage` is the dtype that the packed bytes pretend to have (bnb_4bit_quant_storage)."""
+    """NF4 or FP4. `storage` is the dtype as which the packed bytes are stored (bnb_4bit_quant_storage)."""
 
     kind: ClassVar[str] = "bnb4"
     engine: ClassVar[str] = "bitsandbytes"
@@ -49,7 +52,7 @@ class Bnb4:
 
     @property
     def error_limit(self) -> float:
-        """Of groups that hold one weight of magnitude 1 and else only weights midway between two codes: the worst."""
+        """The error of the worst groups: one weight of magnitude 1, and all others midway between the same codes."""
         code = fourbit.table(self.table)
         ranked, others = code.values[code.order].astype(np.float64), self.group_size - 1
         middle, half = (ranked[1:] + ranked[:-1]) / 2, (ranked[1:] - ranked[:-1]) / 2
@@ -57,11 +60,11 @@ class Bnb4:
         return float(worst) * 1.001 + (DOUBLE_QUANT_ERROR if self.double_quant else 0)
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """Half the widest gap between two codes, times the group's largest; a cast's 2^-8 of that too.
+        """Half the widest gap between two codes, times the largest scale; and 2^-8 of that scale for a cast.
 
-        With double quantization that largest is itself the nearest of bitsandbytes' dynamic codes: off by half their
-        widest gap, or what lies between the last of them and -1, and a step of the 65536 that it looks up, times
-        the largest of 256 of them.
+        With double quantization a scale is itself the nearest of bitsandbytes' dynamic codes, times the largest of 256
+        scales. It is off by half the widest gap of those codes, or by what lies between -1 and the least of them, and
+        by one of the 65536 steps in which bitsandbytes looks it up.
         """
         ranked = np.sort(fourbit.table(self.table).values.astype(np.float64))
         floor = 2.0**-24 if spec.dtype.name == "F16" else 2.0**-120  # what a cast loses of tiny weights
@@ -113,7 +116,7 @@ class Bnb4:
         return roles
 
     def _state_json(self, spec: TensorSpec, offset: float | None) -> str:
-        """In the key order and spacing that bitsandbytes writes."""
+        """Return the quant_state in bitsandbytes' key order and spacing; `offset` is that of double quantization."""
         state: dict[str, Any] = {
             "quant_type": self.table,
             "blocksize": self.group_size,
@@ -154,7 +157,10 @@ class Bnb4:
             self._encode_scales(view, sink, work, total, last)
 
     def _encode_scales(self, view: View, sink: Sink, work: Work, total: float, last: np.ndarray) -> None:
-        """The second pass of double quantization: scales again, less their mean, in groups of 256."""
+        """Make the second pass of double quantization: find the scales again, and code them less their mean.
+
+        Finding them again costs a read of the weights; keeping them from the first pass would take 4 bytes a group.
+        """
         spec, group = view.spec, self.group_size
         groups = -(-spec.numel // group)
         if not math.isfinite(total):
@@ -204,6 +210,7 @@ class Bnb4:
             fourbit.decode_tail(packed, absmax[-1], fourbit.table(self.table), out[whole:])
 
     def _decode_scales(self, spec: TensorSpec, stored: Stored, codes: np.ndarray, first: int, last: int) -> np.ndarray:
+        """Decode the scales of groups [first, last) from their codes; `first` begins a group of 256 scales."""
         tops = stored.read("weight.nested_absmax", first // dynamic_map.GROUP, -(-last // dynamic_map.GROUP))
         longest = self.stored(spec)[self._state].shape[0]
         state = read_state(stored.read(self._state, 0, longest).tobytes(), spec.name)
@@ -211,7 +218,7 @@ class Bnb4:
 
 
 def read_state(raw: bytes, name: str) -> dict[str, Any]:
-    """The JSON of a quant_state tensor.
+    """Parse the JSON of a quant_state tensor.
 
     Raises:
         BadCheckpoint: it is not what bitsandbytes writes.

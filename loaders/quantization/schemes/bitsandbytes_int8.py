@@ -1,8 +1,8 @@
 """bitsandbytes' LLM.int8(): a matrix in int8 with a scale for each row, as transformers stores and loads it.
 
-Stored, by role: weight, int8 (R, C); SCB, float32 (R,), the row's largest magnitude, 127 times the step; weight_format,
-uint8 scalar 0 (rows as they are). Weights are rounded to float16 first, so that magnitudes from 65520 on have no value.
-Columns of outliers are the engine's affair at run time: nothing is stored of them.
+Stored, by role: weight, int8 (R, C); SCB, float32 (R,), the row's largest magnitude, which is 127 times the step;
+weight_format, a uint8 scalar 0 (row-major). bitsandbytes rounds weights to float16 first, so that magnitudes from 65520
+on cannot be stored. It finds columns of outliers in the activations at run time: nothing is stored of them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SCALES, FORMAT = "SCB", "weight_format"
 
 @dataclass(frozen=True, slots=True)
 class LlmInt8(ByBoxes):
-    """int8 by rows.
+    """int8 with a scale for each row.
 
-    A code is the nearest multiple of the step and zero is one of them, so no weight's error exceeds the weight but for
-    the roundings: that bounds every matrix. One without weights far out of line comes to a hundredth of it.
+    A code is the nearest multiple of the step, and zero is one of them, so that but for roundings no weight's error
+    exceeds the weight: that is `error_limit`, for every matrix. Without outliers the error is about a hundredth of it.
     """
 
     kind: ClassVar[str] = "int8"
@@ -74,7 +74,7 @@ class LlmInt8(ByBoxes):
         work.sweep(spec.numel, columns, encode_rows)
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """Half a step of 1/127 of the row's largest, and the roundings to float16 (2^-11, or 2^-25) and of a cast."""
+        """Half a step, 1/127 of the largest scale, and the roundings to float16 (2^-11, or 2^-25) and of a cast."""
         columns = spec.shape[1]
         scales = stored.read(SCALES, start // columns, -(-stop // columns))
         return float(np.abs(scales).max(initial=0)) * (0.5 / 127 + 2**-8 + 2**-10) + 2**-24
@@ -88,7 +88,7 @@ class LlmInt8(ByBoxes):
 
 
 def _check_range(spec: TensorSpec, block: Block, absmax: np.ndarray, first: int) -> None:
-    """Raises VerifyFailed: a finite weight has become infinite in float16. Infinite ones are the gate's to judge."""
+    """Raise VerifyFailed if a finite weight became infinite in float16. The gate judges weights that were infinite."""
     for row in np.flatnonzero(np.isinf(absmax)):
         values = casts.to_float32(block.reshape(absmax.size, -1)[row], spec.dtype.name)
         if np.isfinite(values).all():

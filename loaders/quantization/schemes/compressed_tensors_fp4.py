@@ -4,9 +4,9 @@ Shapes: R rows, C columns. By role:
     weight_packed         uint8 (R, C / 2)         two codes a byte, the first low
     weight_scale          NVFP4: F8_E4M3 (R, C / 16); MXFP4: uint8 (R, C / 32), an exponent plus 127 (E8M0)
     weight_global_scale   float32 (1,)             NVFP4 only; w = code * weight_scale / weight_global_scale
-Bytes are those of compressed-tensors 0.20 and of llm-compressor's model_free_ptq; see kernels/float4.py. Fused partners
-(q/k/v, gate/up, w1/w3) share their global scale, as the engines that fuse them need: an expert's gate and up too, which
-model_free_ptq forgets.
+Bytes are those of compressed-tensors 0.20 and of llm-compressor's model_free_ptq; see
+kernels/compressed_tensors/fp4.py. Fused partners (q/k/v, gate/up, w1/w3) share their global scale, as engines that fuse
+them need. That includes an expert's gate and up, whose scales model_free_ptq leaves apart.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import UNDERFLOW, refuses_matrix, scale_dtype
 from loaders.specs import StoredSpec, TensorSpec
 
-RANGE_OF_CODES = 448.0 * 6.0
+RANGE_OF_CODES = 448.0 * 6.0  # the greatest E4M3 scale times the greatest E2M1 code
+# torch.finfo(dtype).tiny, to which generate_gparam in compressed_tensors raises the largest magnitude
 SMALLEST = {"BF16": np.float32(2.0**-126), "F16": np.float32(2.0**-14), "F32": np.float32(2.0**-126)}
 
 
@@ -49,7 +50,7 @@ def _stored(spec: TensorSpec, group: int, scales: str) -> dict[str, StoredSpec]:
 
 @dataclass(frozen=True, slots=True)
 class CompressedNvfp4:
-    """NVFP4 weights. `global_scale` is that of the fused group, once it is known: see `share`."""
+    """NVFP4 weights. `global_scale` is that of the fused group, or None until `share` has found it."""
 
     kind: ClassVar[str] = "nvfp4"
     engine: ClassVar[str] = "compressed-tensors"
@@ -69,7 +70,7 @@ class CompressedNvfp4:
         return 0
 
     def share(self, views: Sequence[View], work: Work) -> CompressedNvfp4:
-        """With the global scale of the views, whose largest magnitude it takes to 448 * 6.
+        """Return this scheme with the views' global scale, which takes their largest magnitude to 448 * 6.
 
         Raises:
             VerifyFailed: a view holds NaN or infinities.
@@ -105,8 +106,10 @@ class CompressedNvfp4:
         return fp4.NV_GROUP
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """A scale is half of E2M1's widest gap. The largest weight is cut off where its scale was rounded down: by a
-        sixteenth of 6 scales and roundings, less than one; by 6 * 2^-10 in the range where E4M3's gaps are 2^-9.
+        """About one scale: half of E2M1's widest gap, which also bounds by how much the largest weight is cut off.
+
+        It is cut off where its scale was rounded down: by a sixteenth of 6 scales and roundings, which is less than
+        one; and by 6 * 2^-10 where E4M3's gaps are 2^-9.
         """
         group, whole = fp4.NV_GROUP, abs(float(stored.read("weight_global_scale", 0, 1)[0]))
         scales = stored.read("weight_scale", start // group, -(-stop // group)) & np.uint8(0x7F)
@@ -120,7 +123,11 @@ class CompressedNvfp4:
 
 
 def _global_scale(top: float, dtype: str) -> float:
-    """2688 / top as torch divides a number by a tensor: by its reciprocal, in the tensor's dtype, rounding twice."""
+    """Return 2688 / top as torch divides a number by a tensor: by its reciprocal, in the tensor's dtype, rounding
+    twice.
+
+    An infinite scale becomes 1, as in generate_gparam.
+    """
 
     def rounded(value: np.float32) -> np.float32:
         return np.float32(casts.to_float32(casts.cast(np.array([value], np.float32), "F32", dtype), dtype)[0])
@@ -131,6 +138,7 @@ def _global_scale(top: float, dtype: str) -> float:
 
 
 def _largest(view: View, work: Work) -> float:
+    """Return the largest magnitude of a whole tensor; it is NaN if a weight is NaN or infinite."""
     dtype = view.spec.dtype.name
     tops = work.sweep(
         view.spec.numel, 1, lambda start, stop: float(fp4.largest(kernel_input(view.read(start, stop), dtype)))
@@ -140,7 +148,7 @@ def _largest(view: View, work: Work) -> float:
 
 @dataclass(frozen=True, slots=True)
 class CompressedMxfp4:
-    """MXFP4 weights; with `activations` the engine quantizes those too, as it runs."""
+    """MXFP4 weights; with `activations` the engine quantizes activations too, as it runs."""
 
     kind: ClassVar[str] = "mxfp4"
     engine: ClassVar[str] = "compressed-tensors"
@@ -149,8 +157,10 @@ class CompressedMxfp4:
 
     @property
     def error_limit(self) -> float:
-        """Of groups that hold one weight of 3.5 scales, the least that a largest one is, and else only weights midway
-        between 0 and 0.5: the worst; a little more for scales that float16 cannot hold.
+        """The error of the worst groups: one weight of 3.5 scales, and all others midway between 0 and 0.5.
+
+        3.5 scales are the least that a group's largest weight can be. The factor of 1.05 is for scales that float16
+        cannot hold.
         """
         others = (fp4.MX_GROUP - 1) * 0.25**2
         return math.sqrt(others / (3.5**2 + others)) * 1.05
@@ -182,7 +192,7 @@ class CompressedMxfp4:
         return fp4.MX_GROUP
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """A scale is half of E2M1's widest gap, and what a largest weight, below 7 scales, is cut off."""
+        """One scale: half of E2M1's widest gap, and what a largest weight, which is below 7 scales, is cut off."""
         group = fp4.MX_GROUP
         scales = stored.read("weight_scale", start // group, -(-stop // group))
         largest = float(microfloat.power_values(scales.max(initial=0, keepdims=True))[0])

@@ -3,9 +3,10 @@
 Shapes: R rows, C columns. By role:
     weight         F8_E4M3 (R, C)
     weight_scale   (ceil(R / 128), ceil(C / 128)), in the weights' dtype
-The engine quantizes activations as it runs, 128 of a token at a time, so that columns that are no multiple of 128 stop
-it: such are read, but not made. Rows may end within a block. Bytes are those of compressed-tensors 0.20, edge blocks
-too; llm-compressor 0.14's model_free_ptq gives the same, and cannot save matrices with edge blocks.
+The engine quantizes activations as it runs, 128 values of a token at a time, and cannot run matrices whose columns are
+no multiple of 128: such matrices are read, but not written. Rows may end within a block. Bytes are those of
+compressed-tensors 0.20, in edge blocks too; llm-compressor 0.14's model_free_ptq gives the same bytes, but cannot save
+matrices with edge blocks.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import E4M3_STEPS, EPS, UNDERFLOW, refuses_matrix, scale_dtype
 from loaders.specs import StoredSpec, TensorSpec
 
-LONG = 1 << 21  # weights in a band, beyond which it counts as state
+# The number of weights in a band of 128 rows beyond which its memory counts as state. It is RANGE of
+# loaders/backends/threads.py: a smaller band fits in the buffers that are planned for every thread.
+LONG = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Block:
-    """E4M3 in blocks of 128 x 128."""
+    """Weights in E4M3 with a scale for each block of 128 x 128."""
 
     kind: ClassVar[str] = "fp8_block"
     engine: ClassVar[str] = "compressed-tensors"
@@ -55,7 +58,7 @@ class Fp8Block:
         }
 
     def state_bytes(self, spec: TensorSpec) -> int:
-        """A band of 128 rows, where it is more than a range."""
+        """Return the bytes of a band of 128 rows, its weights and its codes, where it is longer than a range."""
         band = BLOCK * spec.shape[1]
         return 0 if band <= LONG else band * (1 + spec.dtype.item_bytes)
 
@@ -75,11 +78,11 @@ class Fp8Block:
         work.sweep(spec.numel, band, encode_range)
 
     def align(self, spec: TensorSpec) -> int:
-        """Rows: a band may be large, and its scales are few."""
+        """Return the items of a row, although scales belong to bands: a band may be large, and its scales are few."""
         return spec.shape[1]
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """See `RowScaled.greatest_error`: the same codes."""
+        """The largest scale times E4M3_STEPS, as in `RowScaled.greatest_error`: the codes are the same."""
         columns = spec.shape[1]
         first, last, blocks = start // columns, -(-stop // columns), -(-columns // BLOCK)
         raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)

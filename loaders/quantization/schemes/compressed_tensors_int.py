@@ -5,7 +5,8 @@ Shapes: R rows, C columns, G groups a row; C = G * group_size. By role:
     weight_scale        (R, G), in the weights' dtype
     weight_zero_point   int32 (ceil(R / 8), G)     only asymmetric: zeros plus 8, eight rows to a word
     weight_shape        int64 (2,)                 R, C
-Bytes are those of compressed-tensors 0.20 and of llm-compressor's model_free_ptq; see kernels/packed_int.py.
+Bytes are those of compressed-tensors 0.20 (compressors/pack_quantized/base.py) and of llm-compressor's model_free_ptq;
+see kernels/compressed_tensors/packed_int.py.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 GROUP_SIZES = (32, 64, 128)
+# torch.finfo(dtype).eps, which calculate_qparams in compressed_tensors puts in the place of a scale of zero
 EPS = {"BF16": np.float32(2**-7), "F16": np.float32(2**-10), "F32": np.float32(2**-23)}
 
 
 def scale_dtype(dtype: DType) -> DType:
-    """What scales are computed in and stored as: the weights' dtype, float32 for float64."""
+    """Return the dtype in which scales are computed and stored: the weights' own, float32 for float64."""
     return DTYPES["F32"] if dtype.name == "F64" else dtype
 
 
 def refuses_matrix(spec: TensorSpec, scheme: str) -> str | None:
-    """Why a tensor is none of a linear layer's weights."""
+    """Say why a tensor cannot be the weights of a linear layer, or return None."""
     if spec.dtype.name not in WEIGHT_DTYPES:
         return f"its dtype is {spec.dtype}; {scheme} takes {', '.join(WEIGHT_DTYPES)}"
     if len(spec.shape) != 2 or spec.numel == 0:
@@ -42,14 +44,16 @@ def refuses_matrix(spec: TensorSpec, scheme: str) -> str | None:
     return None
 
 
-E4M3_STEPS = 20.0  # scales: half of 32, E4M3's widest gap, and the roundings of quotient, scale, cast
-UNDERFLOW = 2.0**-24  # what a float16 scale may be off where it is not a normal number
+# By how many scales a weight in E4M3 may be off: half of the widest gap, which is 32, and 4 for the roundings of
+# quotient, scale and cast.
+E4M3_STEPS = 20.0
+UNDERFLOW = 2.0**-24  # by how much a float16 scale may be off where it is not a normal number
 
 
 def packed_steps(bits: int) -> tuple[float, float]:
-    """How many scales a weight may be off, and how many the largest is: see `PackedInt.error_limit`.
+    """Return by how many scales a weight may be off, and how many scales the largest is: see `PackedInt.error_limit`.
 
-    With a cast from a wider dtype, which moves a weight by 2^-9 of itself.
+    A cast from a wider dtype, which moves a weight by 2^-9 of itself, is allowed for.
     """
     top, step = (8.0, 0.62) if bits == 4 else (128.0, 1.05)
     return step * 1.05 + top * 2**-8, top
@@ -57,7 +61,7 @@ def packed_steps(bits: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class PackedInt:
-    """Four or eight bits. Checkpoints with a scale a row are read as groups of whole rows."""
+    """Integer codes of four or eight bits. Checkpoints with a scale a row are read as groups of whole rows."""
 
     kind: ClassVar[str] = "packed_int"
     engine: ClassVar[str] = "compressed-tensors"
@@ -68,11 +72,12 @@ class PackedInt:
 
     @property
     def error_limit(self) -> float:
-        """Of groups that hold one weight of full size and else only weights that round to zero.
+        """The error of the worst groups: one weight of full size, and all others just rounding to zero.
 
-        A weight w is off by at most `step` scales, and by at most |w|, since zero is a code: the sum of the others'
-        squared errors is at most that of their squares, so the worst is where both are at their bounds. Half a scale is
-        the rounding; the rest is for quotients rounded to bfloat16, the top code (7, not 7.5) and rounded zeros.
+        A weight w is off by at most `step` scales, and by at most |w|, since zero is a code. So the sum of the others'
+        squared errors is at most that of their squares, and the worst is where both are at their bounds. Of `step`,
+        half a scale is for rounding to codes; the rest is for quotients rounded to bfloat16, for the top code (7 rather
+        than 7.5) and for rounded zeros.
         """
         top, step = (7.5, 0.62) if self.bits == 4 else (127.5, 1.05)
         others = (self.group_size - 1) * step**2
@@ -124,14 +129,17 @@ class PackedInt:
         work.sweep(spec.numel, self.align(spec), encode_range)
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """See `packed_steps`; with zero points, twice the top is the range."""
+        """The steps of `packed_steps` times the largest scale; with zero points the range is twice as long."""
         raw = stored.read("weight_scale", start // self.group_size, -(-stop // self.group_size))
         steps, top = packed_steps(self.bits)
         scale = float(np.abs(casts.to_float32(raw, scale_dtype(spec.dtype).name)).max(initial=0))
         return scale * (steps if self.symmetric else steps + top * 2**-8) + 2 * top * UNDERFLOW
 
     def align(self, spec: TensorSpec) -> int:
-        """Groups; rows where they are no whole words (never asked for); eight rows where a word holds eight zeros."""
+        """Return the items of a group; of a row where rows are no whole words; of eight rows with zero points.
+
+        Rows that are no whole words occur only in checkpoints that are read. A word of zero points holds eight rows.
+        """
         columns = spec.shape[1]
         if not self.symmetric:
             return 8 * columns

@@ -4,7 +4,7 @@ Shapes: R rows, C columns. By role:
     weight         F8_E4M3 or int8 (R, C)
     weight_scale   (R, 1), in the weights' dtype
 The engine quantizes activations as it runs, a token at a time. Bytes are those of compressed-tensors 0.20 and of
-llm-compressor's model_free_ptq; see kernels/float8.py and kernels/packed_int.py.
+llm-compressor's model_free_ptq; see kernels/compressed_tensors/fp8.py and packed_int.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from loaders.specs import StoredSpec, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class RowScaled:
-    """Eight bits, "float" (E4M3) or "int". `whole`: one scale for the tensor, only read, never asked for."""
+    """Weights of eight bits, "float" (E4M3) or "int", with a scale a row.
+
+    `whole` is for checkpoints with one scale for the whole tensor, which are read and never written.
+    """
 
     kind: ClassVar[str] = "row_scaled"
     engine: ClassVar[str] = "compressed-tensors"
@@ -43,9 +46,11 @@ class RowScaled:
 
     @property
     def error_limit(self) -> float:
-        """E4M3: a sixteenth of a weight, or 2^-10 of a scale, which is nothing beside a row's largest of 448 scales
-        for any row below 10^8 weights; and bfloat16's roundings of quotient and scale. Integers: no weight is off by
-        more than itself, whatever the others, and a row may be long.
+        """The rounding of E4M3; for integers, the weights themselves.
+
+        E4M3 rounds by a sixteenth of a weight, or by 2^-10 scales, which is negligible beside a row's largest of 448
+        scales in any row below 10^8 weights; the rest is for bfloat16's roundings of quotient and scale. An integer
+        weight is off by no more than itself, and in a long row all but the largest may round to zero.
         """
         return 0.08 if self.type == "float" else 1.01
 
@@ -78,7 +83,7 @@ class RowScaled:
         work.sweep(spec.numel, columns, encode_range)
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """E4M3: `E4M3_STEPS`. Integers: `packed_steps`."""
+        """The largest scale times E4M3_STEPS for E4M3, or times those of `packed_steps` for integers."""
         columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
         first, last = (0, 1) if self.whole else (start // columns, -(-stop // columns))
         scale = float(np.abs(casts.to_float32(stored.read("weight_scale", first, last), dtype)).max(initial=0))

@@ -1,8 +1,8 @@
 """ggml's tensor types, as llama.cpp stores and loads them: blocks along each row, and plain floats.
 
-Stored, by role: weight, in the dtype of that name (loaders.specs), the tensor's shape. Bytes are those of ggml's
-reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and bfloat16
-sources; kernels/ggml_blocks.py, ggml_super.py and ggml_ternary.py say what they hold.
+Stored, by role: weight, in the dtype of the type's name (loaders/dtypes.py), of the tensor's shape. Bytes are those of
+ggml's reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and
+bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, k_quants.py and ternary.py.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ ENCODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
 }  # fmt: skip
 assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
 
-# Steps between the greatest and the least code of a block (or sub-block): see error_limit
+# The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
 
 
-# Types whose codes are found at once: where a block's scale is; whether a minimum follows; see `Ggml.greatest_error`
+# Types whose codes are found by one rounding, without a search: the byte of a block's scale, whether a minimum follows
+# it, by how many steps a weight may be off, and the greatest code; see `Ggml.greatest_error`.
 ROUNDED = {
     "Q8_0": (0, False, 0.5, 127), "Q4_0": (0, False, 1.0, 8), "Q4_1": (0, True, 0.5, 15), "Q5_0": (0, False, 1.0, 16),
     "Q5_1": (0, True, 0.5, 31), "TQ1_0": (52, False, 0.5, 1), "TQ2_0": (64, False, 0.5, 1),
@@ -50,7 +51,7 @@ ROUNDED = {
 
 
 class TernaryView:
-    """Another view's weights rounded to -1, 0 or 1 times one scale, float32."""
+    """Another view's weights rounded to -1, 0 or 1 times one scale, as float32."""
 
     def __init__(self, view: View, scale: np.float32) -> None:
         self.spec = replace(view.spec, dtype=DTYPES["F32"])
@@ -67,8 +68,8 @@ class Ggml:
     """A tensor type of ggml: a block format, or F32, F16, BF16.
 
     `absmean` is for the ternary types: weights are first rounded to -1, 0 or 1 times the mean magnitude of the whole
-    tensor, as BitNet's layers do while they train (and llama.cpp's convert_hf_to_gguf.py in BitnetModel). Without it a
-    ternary type takes each block's largest magnitude for its scale.
+    tensor, as BitNet's layers do in training, and BitnetModel in llama.cpp's convert_hf_to_gguf.py. Without it a
+    ternary type takes each block's largest magnitude as its scale.
     """
 
     kind: ClassVar[str] = "ggml"
@@ -79,13 +80,14 @@ class Ggml:
 
     @property
     def error_limit(self) -> float:
-        """Where float16 holds the scales as normal numbers; a tensor of mostly smaller weights cannot be stored so.
+        """The error of the worst blocks, if float16 holds their scales as normal numbers.
 
-        Q8_0, Q4_0, Q5_0: the worst block has one weight of magnitude 1 and 31 others that lie half a step, s = 2/steps,
-        off; the far end of Q4_0 and Q5_0 may be a whole step off: sqrt(31 s^2/4 + s^2). The others can lose what is
-        small beside its neighbours altogether: Q4_1 and Q5_1 all that varies in a block far from zero, the K-quants
-        whole sub-blocks, MXFP4 and the ternary types whatever is below a quarter or half of the greatest. What is lost
-        so comes back as less than it was, never as more, and the error is then at most the weights themselves.
+        A tensor whose scales are mostly smaller cannot be stored in these types. For the types in STEPS, the worst
+        block has one weight of magnitude 1 and 31 others that are off by half a step, s = 2 / steps; the far end of
+        Q4_0 and Q5_0 may be off by a whole step: sqrt(31 s^2/4 + s^2). The other types can lose what is small beside
+        its neighbours altogether: the K-quants whole sub-blocks, MXFP4 and the ternary types whatever is below a
+        quarter or half of the greatest. What is lost comes back as less than it was, never as more, so that the error
+        is at most the weights themselves.
         """
         if self.type in FLOATS:
             return Plain(self.type).error_limit
@@ -139,11 +141,13 @@ class Ggml:
         return self.type in ROUNDED and not self.absmean
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """Half a step, or a whole one at the far end of Q4_0 and Q5_0, which have one code less there; and what
-        float16's roundings of scale and minimum, 2^-11 or 2^-25 each, move the greatest code. A cast: 2^-8 of it.
+        """Half a step, or a whole one at the far end of Q4_0 and Q5_0, where those have one code less.
+
+        To that comes what float16's roundings of scale and minimum, 2^-11 or 2^-25 each, move the greatest code, and
+        2^-8 of the greatest value for a cast. Types that search for their codes have no bound here but a `grid`.
         """
         if not self._is_plain_block:
-            return math.inf  # see `grid`
+            return math.inf
         at, has_offset, steps, top = ROUNDED[self.type]
         size = DTYPES[self.type].size
         blocks, block = stored.read("weight", size((start,)), size((stop,))), size((DTYPES[self.type].block,))
@@ -153,7 +157,7 @@ class Ggml:
         return scale * (steps + top * (2**-10 + cast)) + offset * (2**-10 + cast) + (top + 2) * 2.0**-24
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
-        """See kernels/ggml_grid.py; what finds its codes at once has a `greatest_error`."""
+        """Return the grid of kernels/ggml/bounds.py; None for types that have a `greatest_error` instead."""
         if self.type not in bounds.GROUPS or self._is_plain_block:
             return None
         dtype, group = DTYPES[self.type], bounds.GROUPS[self.type]

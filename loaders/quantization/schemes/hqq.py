@@ -1,18 +1,20 @@
 """HQQ, as the hqq package stores and loads it: 8, 4, 3, 2 or 1 bits a weight, groups with a scale and a zero.
 
-The weight's flat values are a matrix of (groups, group_size) with axis=1, of (group_size, groups) with axis=0; groups
-run across ends of rows. Its rows are packed in `parts` runs of `rows` each: a byte (3 bits: an int32) holds the same
-place of every run, the first run highest. By role, with n values:
-    W_q    uint8 (rows, group_size) or (rows, groups); 3 bits: int32, runs of a tenth, the last padded with zeros
+The weight's flat values are a matrix of (groups, group_size) with axis=1, or of (group_size, groups) with axis=0;
+groups run across the ends of the weight's rows. The matrix's rows are packed in `parts` runs of `rows` rows each: a
+byte (with 3 bits an int32) holds the same place of every run, the first run in the highest bits (hqq/core/bitpack.py).
+By role:
+    W_q    uint8 (rows, group_size) or (rows, groups); 3 bits: int32, ten runs, the last padded with zeros
     scale  (groups, 1) or (1, groups), in the compute dtype: weight = (code - zero) * scale, each step rounded to it
     zero   likewise
-and what hqq says of them, a tensor each (hqq/core/utils.py, encode_safetensor_type).
+and hqq's metadata, a tensor for each item (hqq/core/utils.py, encode_safetensor_type).
 
-Two passes, since hqq stops where the mean error of the whole tensor stops falling: the first adds up the errors of all
-updates, the second repeats as many as hqq would make, and codes. The sums are of TILE groups each and added exactly, so
-they do not depend on how a tensor is cut; the mean is a float32, as hqq's. Given the same number of updates, bytes are
-hqq's wherever torch sums a group in the kernel's order. hqq sums the tensor's errors in another order, so where they
-hardly fall any more it may stop an update earlier or later; the error is then the same to about 1e-4.
+There are two passes, since hqq stops when the mean error of the whole tensor stops falling: the first adds up the
+errors of all updates; the second repeats as many updates as hqq would make, and codes. Sums are taken over TILE groups
+each and added exactly, so that they do not depend on how a tensor is cut; the mean is a float32, as hqq's. Given the
+same number of updates, bytes are hqq's wherever torch sums a group in the kernel's order. hqq sums the tensor's errors
+in another order, so that it may stop an update earlier or later where they hardly fall any more; the error is then the
+same to about 1e-4.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (8, 4, 3, 2, 1)
-PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
-PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-TILE = 1024  # groups whose errors are one sum
-HELD = 1 << 20  # scales that are held at once where groups are columns
+PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in an item of W_q
+PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}  # hqq's names for them
+TILE = 1024  # groups whose errors are one sum; fewer would hold more sums (see `state_bytes`)
+HELD = 1 << 20  # scales that `decode` reads once for a whole range where groups are columns: 4 MiB, and zeros as much
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRuns:
-    """How a weight's values lie: a matrix whose rows are packed in `parts` runs of `rows`."""
+    """The shape of a weight's packed matrix: its groups, the rows of W_q, and its columns."""
 
     groups: int
     packed_rows: int
@@ -51,13 +53,13 @@ class PackedRuns:
 
     @property
     def run(self) -> int:
-        """Values of a part, and items of W_q."""
+        """The number of values in a run, which is that of items in W_q."""
         return self.packed_rows * self.columns
 
 
 @dataclass(frozen=True, slots=True)
 class Hqq:
-    """See above. `compute_dtype` is that of scales and zeros ("BF16", ...); None: the weight's."""
+    """HQQ with its parameters. `compute_dtype` is that of scales and zeros ("BF16", ...); None is the weight's own."""
 
     kind: ClassVar[str] = "hqq"
     engine: ClassVar[str] = "hqq"
@@ -69,11 +71,12 @@ class Hqq:
 
     @property
     def error_limit(self) -> float:
-        """Of groups that hold two opposite ends of their range and else only weights midway between two codes.
+        """The error of the worst groups: the two ends of a range around zero, and all others midway between two codes.
 
-        The first codes are at most half a step off. No update adds to the sum of squares: a zero is the mean that
-        makes it least for the codes, and the next codes are the nearest. A step is a `top`th of the range, or half of
-        it where the scale is at its greatest; flat groups become their mean. Zeros and scales are then rounded.
+        The first codes are at most half a step off, and no update adds to the sum of squares: a new zero is the mean
+        that makes it least for the present codes, and the next codes are the nearest. A step is 1 / `top` of the range,
+        or half of the range where the scale is clipped to its greatest; a flat group becomes its mean. The last term is
+        for the roundings of zeros and scales to the compute dtype.
         """
         steps = math.sqrt(self.group_size / 2) / min(self.top, 2 if self.bits > 1 else 1)
         return max(1.0, steps) + 0.02 * math.sqrt(self.group_size)
@@ -85,11 +88,11 @@ class Hqq:
 
     @property
     def rounds_zero(self) -> bool:
-        """Whether the first zero is rounded: hqq does so at four bits."""
+        """Whether the first zero is rounded: hqq_base_quant_config in hqq/core/quantize.py asks for it at four bits."""
         return self.bits == 4
 
     def dtype_of(self, spec: TensorSpec) -> DType:
-        """Of scales and zeros, and of the engine's arithmetic."""
+        """Return the dtype of scales and zeros, which is that of the engine's arithmetic."""
         dtype = spec.dtype if self.compute_dtype is None else DTYPES[self.compute_dtype]
         return DTYPES["F32"] if dtype.name == "F64" else dtype
 
@@ -126,7 +129,7 @@ class Hqq:
         return roles | {role: _constant(value) for role, value in self.said(spec).items()}
 
     def said(self, spec: TensorSpec) -> dict[str, Any]:
-        """What the safetensors form says of a module, in tensors: ints, flags, text, a shape."""
+        """Return the metadata that hqq's safetensors form stores for a module, a tensor each."""
         return {
             "nbits": self.bits,
             "group_size": self.group_size,
@@ -159,7 +162,10 @@ class Hqq:
             self._encode_columns(view, sink, work, updates)
 
     def _updates(self, view: View, work: Work) -> int:
-        """How many updates hqq would make: one past the one whose mean error stopped falling."""
+        """Return the number of updates that hqq would make: it stops after the first whose mean error did not fall.
+
+        An update's error is measured before it, so that hqq makes that update still.
+        """
         layout, size = self.layout(view.spec), self.group_size
 
         def errors(first: int, last: int) -> np.ndarray:
@@ -185,12 +191,15 @@ class Hqq:
         return next((i + 1 for i in range(1, encode.UPDATES) if not means[i] < means[i - 1]), encode.UPDATES)
 
     def _sweep(self, work: Work, groups: int, align: int, body: Callable[[int, int], Any]) -> list[Any]:
-        """Ranges of groups, each of about as many weights as a range of weights has."""
+        """Call body(first, last) for ranges of groups, each of about as many weights as a range of weights has."""
         size = self.group_size
         return work.sweep(groups * size, align * size, lambda start, stop: body(start // size, stop // size))
 
     def _groups(self, view: View, first: int, last: int, work: Work) -> tuple[np.ndarray, tuple[int, int]]:
-        """Weights of groups [first, last), and the strides of a group and of a weight among them."""
+        """Return the weights of groups [first, last), and the strides from group to group and from weight to weight.
+
+        With axis=0 a group's weights lie far apart, a read for each; rows of `last - first` are then put together.
+        """
         size, dtype = self.group_size, view.spec.dtype.name
         if self.axis == 1:
             return kernel_input(view.read(first * size, last * size), dtype), (size, 1)
@@ -210,7 +219,7 @@ class Hqq:
         self, x: np.ndarray, stride: tuple[int, int], first: int, count: int, updates: int, spec: TensorSpec,
         sink: Sink, work: Work,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Scales and zeros of groups, which are stored in the compute dtype."""
+        """Find scales and zeros of groups, store them in the compute dtype, and return them unrounded for coding."""
         scales, zeros = (work.array(name, count, np.float32) for name in ("scales", "zeros"))
         encode.solve(
             x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, updates, scales, zeros,
@@ -222,11 +231,11 @@ class Hqq:
         return scales, zeros
 
     def _shifts(self) -> list[int]:
-        """Where each part's codes stand in an item of W_q."""
+        """Return the bit from which on each part's codes lie in an item of W_q."""
         return [self.bits * (PARTS[self.bits] - 1 - part) for part in range(PARTS[self.bits])]
 
     def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int) -> None:
-        """Groups are rows: an item of W_q holds codes of distant groups."""
+        """Encode where groups are rows (axis=1): an item of W_q holds codes of distant groups."""
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
@@ -246,7 +255,7 @@ class Hqq:
         self._sweep(work, layout.packed_rows, 1, pack)
 
     def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int) -> None:
-        """Groups are columns: an item of W_q holds codes of one group."""
+        """Encode where groups are columns (axis=0): an item of W_q holds codes of one group."""
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
@@ -272,8 +281,10 @@ class Hqq:
         return self.group_size if self.axis == 1 else 1
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
-        """Codes are the nearest by scale and zero before those take the compute dtype, whose roundings (u each) come
-        to 4 u of (greatest code + |zero|) steps in what is decoded and 2 u in the ends.
+        """Return the grid of the stored scales and zeros.
+
+        Codes are the nearest by scale and zero before those are rounded to the compute dtype. The roundings, u each,
+        add up to 4 u of (greatest code + |zero|) steps in what is decoded, and 2 u in the ends.
         """
         groups, dtype, top = self.layout(spec).groups, self.dtype_of(spec).name, self.top
         first, last = (start // self.group_size, -(-stop // self.group_size)) if self.axis == 1 else (0, groups)
@@ -315,7 +326,7 @@ class Hqq:
                     decode.decode_column(codes, shift, self.top, scales, zeros, dtype, values)
 
     def _pieces(self, groups: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Ranges of one part that its scales cover without beginning again."""
+        """Cut a range of one part where its scales begin again from the first: with axis=0, at every row of groups."""
         while start < stop:
             end = stop if self.axis == 1 else min(stop, (start // groups + 1) * groups)
             yield start, end
@@ -323,7 +334,7 @@ class Hqq:
 
 
 def _constant(value: Any) -> StoredSpec:
-    """A fact of the safetensors form as a tensor."""
+    """Return a constant item of metadata as hqq's encode_safetensor_type stores it."""
     if isinstance(value, bool):
         return StoredSpec(DTYPES["U8"], (), bytes([value]))
     if isinstance(value, int):

@@ -1,12 +1,13 @@
 """MLX's affine weights, as mlx-lm stores and loads them.
 
-Groups of `group_size` weights within a row, R rows of C weights, by role (the layout names them):
+Groups are `group_size` weights of a row. Roles, which the layout names, for R rows of C weights:
     weight         uint32 (R, C * bits / 32)    codes as a stream of bits, the first lowest
-    weight_scales  (R, C / group_size)          in the weights' own dtype, as are
-    weight_biases  (R, C / group_size)
-A weight is code * scale + bias. Bytes are those of mlx 0.32 on a CPU. Its Metal kernel gives slightly other ones: there
-a group's greatest weight is at least 0 and halves round away from zero, so that of bfloat16 weights about 2 codes in a
-thousand differ by one (read in mlx/backend/metal/kernels/quantized.h, affine_quantize; not run). Both are equally good.
+    weight_scales  (R, C / group_size)          in the weights' own dtype
+    weight_biases  (R, C / group_size)          likewise
+A weight is code * scale + bias. Bytes are those of mlx 0.32 on a CPU. Its Metal kernel
+(mlx/backend/metal/kernels/quantized.h, affine_quantize; read, not run) gives slightly other ones: there a group's
+greatest weight counts as at least 0, and halves round away from zero, so that about 2 codes in a thousand of bfloat16
+weights differ by one. Both are equally good.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SCALES, BIASES = "weight_scales", "weight_biases"
 
 @dataclass(frozen=True, slots=True)
 class MlxAffine:
-    """Codes of `bits` bits between a group's least and greatest weight."""
+    """Weights as codes of `bits` bits between a group's least and greatest weight."""
 
     kind: ClassVar[str] = "mlx"
     engine: ClassVar[str] = "mlx"
@@ -46,12 +47,12 @@ class MlxAffine:
 
     @property
     def error_limit(self) -> float:
-        """Of groups of one weight E, else only weights half a step from zero; and of bfloat16 scales and biases.
+        """The error of the worst groups: one weight of magnitude E, and all others half a step from zero.
 
         A step is at most E / floor(n / 2), n = 2^bits - 1, since scale <= 2 E / n and E / scale is rounded. Zero, where
-        it lies within the range, is one of the codes' values: so no weight's error exceeds itself, or half a step;
-        those cut off at the far end, by up to one step, are near E themselves and weigh less. Rounded to bfloat16,
-        scale and bias move a weight by up to 2^-9 of n steps and E: 3 E.
+        it lies within the range, is the value of a code, so that no weight's error exceeds the weight or half a step.
+        Weights cut off at the far end, by up to one step, are near E themselves and weigh less. The last term is for
+        scale and bias in bfloat16, whose roundings move a weight by up to 2^-9 of n steps and E: 3 E.
         """
         half = 0.5 / ((1 << self.bits) - 1 >> 1)
         others = (self.group_size - 1) * half**2
@@ -59,7 +60,7 @@ class MlxAffine:
 
     @property
     def error_floor(self) -> float:
-        """Steps are at least 1e-7, and a float16 scale is a multiple of 2^-24: half of it, times the codes."""
+        """The least step, and half of 2^-24 times the number of codes: float16 scales are multiples of 2^-24."""
         return affine.SMALLEST_SCALE + 2.0 ** (self.bits - 25)
 
     def refuses(self, spec: TensorSpec) -> str | None:
@@ -72,7 +73,7 @@ class MlxAffine:
         return None
 
     def scale_dtype(self, spec: TensorSpec) -> DType:
-        """That of the weights."""
+        """Return the dtype of scales and biases: that of the weights, float32 for float64."""
         return DTYPES["F32"] if spec.dtype.name == "F64" else spec.dtype
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
@@ -110,10 +111,10 @@ class MlxAffine:
         return self.group_size
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
-        """A step, and the roundings of scale and bias to the weights' dtype, twice each to be safe.
+        """One step, and the roundings of scale and bias to the weights' dtype, which are counted twice to be safe.
 
-        Let n be the greatest code: |edge| is at least n / 2 of the first scale, so q >= (n + 1) / 2, and the range is
-        at most n q / (q - 1/2) <= n + 1 of the scale that is stored. The far end is cut off by a step at most.
+        With the greatest code n, |edge| is at least n / 2 of the first scale. So q >= (n + 1) / 2, and the range is at
+        most n q / (q - 1/2) <= n + 1 of the scale that is stored: the far end is cut off by at most one step.
         """
         group, dtype, top = self.group_size, self.scale_dtype(spec).name, (1 << self.bits) - 1
         scale, bias = (

@@ -1,13 +1,13 @@
 """MLX's small floats, mxfp4, mxfp8 and nvfp4, as mlx-lm stores and loads them.
 
-Groups of 32 weights (nvfp4: 16) within a row, R rows of C weights, by role (the layout names them):
+Groups are 32 weights (nvfp4: 16) of a row. Roles, which the layout names, for R rows of C weights:
     weight         uint32 (R, C * bits / 32)    E2M1 (4 bits) or E4M3 (8 bits), the first lowest
-    weight_scales  uint8 (R, C / group)         exponents + 127 (E8M0), nvfp4's E4M3
-Bytes are those of mlx 0.32 on a CPU: see kernels/microfloat.py. Metal's differ little (read in
-mlx/backend/metal/kernels/fp_quantized.h and fp4.h; not run): halves go to the even E2M1, its zeros keep their sign,
-nvfp4 multiplies by 1 / scale, and a group of zeros has mxfp's scale 2^-127.
-mlx-lm writes no scale of the whole tensor beside nvfp4's, so that groups below 0.006 vanish and those a little above
-are coarse.
+    weight_scales  uint8 (R, C / group)         exponents + 127 (E8M0); for nvfp4 E4M3
+Bytes are those of mlx 0.32 on a CPU: see kernels/mlx/microfloat.py. The source of the Metal kernels
+(mlx/backend/metal/kernels/fp_quantized.h and fp4.h; read, not run) gives slightly other bytes: halves go to the even
+code of E2M1, its zeros keep their sign, nvfp4 multiplies by 1 / scale, and a group of zeros has mxfp's scale 2^-127.
+mlx-lm writes no scale of the whole tensor for nvfp4, so that groups whose largest weight is below 0.006 vanish, and
+those a little above are coarse.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS: dict[FloatMode, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32)
 
 @dataclass(frozen=True, slots=True)
 class MlxFloat:
-    """Floats of `bits` bits times their group's scale."""
+    """Weights as floats of `bits` bits times their group's scale."""
 
     kind: ClassVar[str] = "mlx_float"
     engine: ClassVar[str] = "mlx"
@@ -52,11 +52,11 @@ class MlxFloat:
 
     @property
     def error_limit(self) -> float:
-        """Of groups of one weight that sets the scale, else only weights midway between two codes: the worst.
+        """The error of the worst groups: one weight that sets the scale, and all others midway between two codes.
 
-        That weight is at least 3 scales (mxfp4: half the greatest) or 5.25 (nvfp4: the rounding of a scale of four
-        steps or more; smaller ones are `error_floor`'s). E4M3 rounds by 1/16 at most, and by 2^-10 scales where the
-        largest weight is at least 224.
+        That weight is at least 3 scales in mxfp4, half of the greatest code, and 5.25 in nvfp4, where rounding moves a
+        scale of four steps or more by an eighth of itself; smaller scales are `error_floor`'s. mxfp8's E4M3 rounds a
+        weight by at most 1/16 of it, or 2^-10 scales, where the largest weight is at least 224 scales.
         """
         if self.mode == "mxfp8":
             return 1 / 16 + 1e-4
@@ -67,7 +67,10 @@ class MlxFloat:
 
     @property
     def error_floor(self) -> float:
-        """nvfp4's scales are multiples of 2^-9, up to half of that off; float16 rounds the others' to 2^-24."""
+        """The greatest code times what the least scales are off: nvfp4's are multiples of 2^-9, so half of that.
+
+        mxfp's are computed in the weights' dtype first: float16 rounds them to multiples of 2^-24.
+        """
         if self.mode == "nvfp4":
             return 6 * 2.0**-10
         return microfloat.GREATEST[self.bits] * 2.0**-23
@@ -111,7 +114,7 @@ class MlxFloat:
         work.sweep(spec.numel, group, encode_range)
 
     def coded(self, block: np.ndarray, dtype: str, packed: np.ndarray) -> np.ndarray:
-        """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,); gives the scales as stored."""
+        """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,); return the scales as stored."""
         absmax = np.empty(block.size // self.group_size, np.float32)
         microfloat.group_absmax(block, self.group_size, absmax)
         scales = self._scales(absmax, dtype)
@@ -130,7 +133,7 @@ class MlxFloat:
         return self.group_size
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
-        """Codes are the nearest, by the scale that is stored."""
+        """Return the grid of the stored scales, by which the codes were found."""
         scales = self._values(stored.read(SCALES, start // self.group_size, stop // self.group_size))
         if self.bits == 4:
             return grids.symmetric(self.group_size, scales, 6, grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL)

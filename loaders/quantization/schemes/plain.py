@@ -1,4 +1,4 @@
-"""No quantization: weights as they are, or cast to another float dtype."""
+"""The scheme that does not quantize: weights are copied, or cast to another float dtype."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Plain:
 
     @property
     def error_limit(self) -> float:
+        """Twice the greatest relative rounding of a cast to the dtype; 0 for a copy."""
         return {"BF16": 2**-8, "F16": 2**-10, "F32": 2**-23, None: 0.0}[self.dtype]
 
     def refuses(self, spec: TensorSpec) -> str | None:

@@ -1,7 +1,7 @@
-"""Memory for tensors on their way, used again: a fresh large array costs several times what reading into it does.
+"""Reused memory for tensors that are being read, since a fresh large array costs several times what the read costs.
 
-A buffer is lent as an array. When the last array and tensor that lies in it is gone, it may be lent again; nobody has
-to give anything back, and what a caller keeps is never overwritten.
+A buffer is lent as an array. When the last array or tensor over it is gone, it can be lent again: nobody has to give
+anything back, and what a caller keeps is never overwritten.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-LARGE = 1 << 20
-WASTE = 1.5  # a buffer is lent for a size down to its own divided by this
+LARGE = 1 << 20  # bytes from which on `fresh` maps memory itself: below, numpy's allocator is fast
+WASTE = 1.5  # a buffer is lent for sizes down to its own divided by this: more reuse, or less memory unused
 
 
 def fresh(size: int) -> np.ndarray:
-    """A new uint8 array (size,), writable.
+    """Return a new uint8 array (size,), writable.
 
-    Large ones are maps of their own: numpy would ask for huge pages, and where the machine's memory is fragmented the
-    kernel then moves other pages out of the way first. Read into, such memory took 0.15 to 5 GB/s; this, 0.7 to 1.7.
+    Large ones are anonymous maps of their own. numpy would ask for huge pages, for which the kernel must first move
+    other pages out of the way where the machine's memory is fragmented. Reading into such memory went at 0.15 to 5
+    GB/s; into these maps, at 0.7 to 1.7.
 
     Raises:
-        MemoryError: there is no more.
+        MemoryError: there is no more memory.
     """
     if size < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.empty(size, np.uint8)
@@ -37,17 +38,19 @@ def fresh(size: int) -> np.ndarray:
 
 
 class Buffers:
-    """Lends arrays, and keeps at most `keep_bytes` of memory for the next ones."""
+    """A lender of arrays, which keeps at most `keep_bytes` of unused memory for the next ones."""
 
     def __init__(self, keep_bytes: int) -> None:
         self.keep_bytes = keep_bytes
-        self._back: deque[np.ndarray] = deque()  # appended by whatever thread drops the last array: atomic, no lock
+        # Any thread may drop the last array over a buffer, also inside the garbage collector, where a lock could be
+        # held already; appending to a deque is atomic.
+        self._back: deque[np.ndarray] = deque()
         self._free: list[np.ndarray] = []
 
     def take(self, size: int, *, room: int | None = None) -> np.ndarray:
-        """An uninitialized uint8 array (size,), the caller's until it is dropped.
+        """Lend an uninitialized uint8 array (size,), which is the caller's until it drops it.
 
-        `room`: bytes of buffers that may stay free beside it.
+        At most `room` bytes of other buffers are kept unused.
         """
         while self._back:
             self._free.append(self._back.popleft())
@@ -64,7 +67,7 @@ class Buffers:
 
 
 class _Loan:
-    """A buffer that goes back when the last array over it does: numpy's and torch's keep what they were made of."""
+    """A buffer that goes back when the last array over it is freed: arrays keep alive what they are made from."""
 
     def __init__(self, memory: np.ndarray, back: deque[np.ndarray]) -> None:
         self._memory = memory

@@ -1,4 +1,4 @@
-"""Open files of a checkpoint, and their bytes into memory by positioned reads."""
+"""Open files of a checkpoint, and positioned reads of their bytes into memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from loaders.specs import WeightSpec
 from loaders.strategies.base import cut_short
 from loaders.strategies.lazy import MappedFiles
 
-AHEAD = 16 << 20  # bytes the kernel is asked to fetch beyond a range
+AHEAD = 16 << 20  # bytes beyond a range that the kernel is asked to fetch: its own read-ahead is far shorter
 
 
 class OpenFiles:
-    """Descriptors, each opened at its first use; any thread may read. See `Reader`."""
+    """A `Reader` by descriptors, each opened at its first use; any thread may read."""
 
     def __init__(self, root: Path, readahead: int = AHEAD) -> None:
         self._root = root
@@ -29,6 +29,7 @@ class OpenFiles:
         self._maps = MappedFiles(root)
 
     def descriptor(self, file: str) -> int:
+        """Return a file's descriptor, and open the file at its first use."""
         found = self._descriptors.get(file)
         if found is not None:
             return found
@@ -43,14 +44,14 @@ class OpenFiles:
         self._descriptors.clear()
 
     def advise(self, spec: WeightSpec, start: int, stop: int) -> None:
-        """Ask the kernel to begin fetching a range."""
+        """Ask the kernel to begin to fetch a range; not every system can be asked."""
         if hasattr(os, "posix_fadvise"):
             with io_errors("reading", self._root / spec.file):
                 descriptor = self.descriptor(spec.file)
                 os.posix_fadvise(descriptor, spec.offset + start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def fill(self, spec: WeightSpec, start: int, out: np.ndarray) -> None:
-        """Bytes from `start` of a tensor on, as many as `out` (uint8) holds.
+        """Read bytes from `start` of a tensor on into `out` (uint8), as many as it holds.
 
         Raises:
             BadCheckpoint: the file ends before.

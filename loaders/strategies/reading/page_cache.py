@@ -1,4 +1,4 @@
-"""Fetching ahead into the page cache, for readers whose ranges come from any thread in about a known order."""
+"""Fetching ahead into the page cache, for readers that are asked from any thread, in roughly a known order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from loaders.specs import WeightSpec
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.thread_tuning import Workers
 
-RANGE = 8 << 20
-MOST_THREADS = 8  # each holds a range; what they fetch lies in the page cache
+RANGE = 8 << 20  # bytes of one read, as in read_ahead.py
+MOST_THREADS = 8  # each holds a buffer of RANGE bytes; what they fetch lies in the page cache
 
 
 class CacheAhead:
-    """Threads that read what comes next, and throw it away: the kernel keeps it. They start at the first range that is
-    asked for, and stay within `window` bytes of the furthest.
+    """Threads that read what comes next and throw it away, because the kernel keeps it in the page cache.
+
+    They start at the first range that is asked for, and stay within `window` bytes of the furthest.
     """
 
     def __init__(self, files: OpenFiles, specs: Sequence[WeightSpec], window: int, workers: Workers) -> None:
@@ -42,14 +43,14 @@ class CacheAhead:
         self._threads: list[threading.Thread] = []
 
     def reached(self, spec: WeightSpec, stop: int) -> None:
-        """A range that ends at byte `stop` of a tensor is being read: what follows may be fetched."""
+        """Note that a range up to byte `stop` of a tensor is being read, so that what follows may be fetched."""
         at = self._begins.get(spec.name, 0) + stop
-        if at <= self._reached:
+        if at <= self._reached:  # looked at without the lock, which most reads then need not take
             return
         with self._changed:
             self._reached = max(self._reached, at)
             while self._next < len(self._ranges) and self._ranges[self._next][0] < at:
-                self._next += 1  # too late to help there
+                self._next += 1  # the reader itself fetches these now
             if not self._threads and not self._stopped and self._next < len(self._ranges):
                 for _ in range(min(MOST_THREADS, self._workers.most)):
                     self._threads.append(threading.Thread(target=self._fetch, name="cache-ahead", daemon=True))
@@ -64,9 +65,10 @@ class CacheAhead:
                 with self._workers.reading(stop - start):
                     self._files.fill(spec, start, memory[: stop - start])
             except (WeightmillError, OSError):
-                return  # whoever reads the range next says what is wrong with it
+                return  # the reader of this range meets the same error, and reports it
 
     def _take(self) -> tuple[int, WeightSpec, int, int] | None:
+        """Wait until the next range is within the window, and take it; None when there is nothing left to do."""
         with self._changed:
             while not self._stopped:
                 if self._next >= len(self._ranges):
@@ -78,7 +80,7 @@ class CacheAhead:
             return None
 
     def stop(self) -> None:
-        """End the threads; the file they read from may be closed after."""
+        """End the threads and wait for them, so that the files they read may be closed."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

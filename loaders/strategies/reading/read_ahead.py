@@ -1,4 +1,4 @@
-"""Reading ahead: threads fill buffers with the pieces that come next, within a budget of bytes."""
+"""Read-ahead: threads fill buffers with the pieces that come next, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def read_ahead(
     budget: int,
     may_begin: Callable[[int, int], bool] = lambda index, current: True,
 ) -> Iterator[np.ndarray]:
-    """The bytes of each piece, in order. Those on their way and the one handed out last stay within `budget` bytes, or
-    are two pieces. `may_begin(index, current)` holds a piece back while `current` is the one asked for.
+    """Yield the bytes of each piece, in order, while threads read the next ones.
+
+    The pieces that are being read and the one handed out last stay within `budget` bytes, or are two pieces.
+    may_begin(index, current) tells whether piece `index` may be begun while `current` is the one asked for.
     """
     buffers, coming, begun = Buffers(budget), deque[_Coming](), 0
     pool = ThreadPoolExecutor(workers.most, thread_name_prefix="read-ahead")
@@ -50,7 +52,9 @@ def read_ahead(
         coming.append(_Coming(memory, piece.size, reads))
 
     try:
-        held = last = 0  # bytes on their way, and those of the piece handed out last, which a loop drops after the next
+        # Bytes held, and those of them in the piece handed out last: a loop drops that only after it asked for the
+        # next.
+        held = last = 0
         for current in range(len(pieces)):
             while begun < len(pieces):
                 size = pieces[begun].size
@@ -71,5 +75,5 @@ def read_ahead(
         for each in coming:
             for read in each.reads:
                 read.cancel()
-        wait([read for each in coming for read in each.reads])  # they write to memory that is about to go
+        wait([read for each in coming for read in each.reads])  # they write to memory that is about to be freed
         pool.shutdown(wait=True)

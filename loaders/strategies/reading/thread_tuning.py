@@ -1,7 +1,7 @@
-"""How many threads should read: measured while they do.
+"""The number of threads that should read, which is measured while they read.
 
-Begins with the fewest that make sense, and doubles them as long as bytes come at least a tenth faster for it; then it
-goes back to the best. Where the taker of the bytes is the slower side, more threads bring nothing, and few stay.
+It begins with the fewest that make sense, and doubles as long as bytes come at least a tenth faster; then it goes back
+to the best. Where the consumer of the bytes is the slower side, more threads bring nothing, and few are kept.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BETTER = 1.1
+BETTER = 1.1  # how much faster more threads must be: less would be within the noise of a disk
+# A lap, after which a rate is taken, lasts for at least so many bytes and seconds. Shorter laps measure noise; longer
+# ones keep a poor number of threads for longer.
 LAP_BYTES = 64 << 20
 LAP_S = 0.05
 
 
 class Workers:
-    """Lets at most `limit` threads read at once, and finds the limit, between `fewest` and `most`."""
+    """A gate that lets at most `limit` threads read at once, and finds the limit between `fewest` and `most`."""
 
     def __init__(self, fewest: int, most: int, *, adaptive: bool = True) -> None:
         self.limit = fewest if adaptive else most
@@ -31,7 +33,7 @@ class Workers:
 
     @contextmanager
     def reading(self, size: int) -> Iterator[None]:
-        """Held by a thread while it reads so many bytes."""
+        """Wait for a place among the readers, and hold it while `size` bytes are read."""
         with self._changed:
             while self._busy >= self.limit:
                 self._changed.wait()
@@ -48,6 +50,7 @@ class Workers:
                 self._changed.notify()
 
     def _look(self) -> None:
+        """At the end of a lap, take its rate and change the limit."""
         assert self._began is not None
         now = time.perf_counter()
         if self._is_settled or self._bytes < LAP_BYTES or now - self._began < LAP_S:

@@ -1,4 +1,4 @@
-"""Checkpoints that are already quantized: which weights were, and what decodes each. One file per format."""
+"""Checkpoints that are already quantized: which weights are, and what decodes each. One file per format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loaders.tensors.quantized_sources import (
     mxfp4,
 )
 
-# By config.json's quant_method. Tensors come without role, block and group: those are the family's to say.
+# By config.json's quant_method. Tensors come without role, block and group, which the family fills in.
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,
@@ -37,12 +37,12 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
     "gguf": gguf.find,
 }
 
-# What some tools write beside config.json of how they quantized: of no use, or misleading, once the weights are decoded
+# Files in which some tools describe their quantization beside config.json. Once weights are decoded they would mislead.
 METHOD_FILES = (MODELOPT_CONFIG, "quantize_config.json", "quant_config.json")
 
 
 def check_decodable(checkpoint: Checkpoint) -> None:
-    """Raises BadSpec: no code here decodes the checkpoint's format."""
+    """Raise BadSpec if no code here decodes the checkpoint's format."""
     method = checkpoint.quantized_by
     if method is not None and method not in FINDERS:
         raise BadSpec(
@@ -52,7 +52,7 @@ def check_decodable(checkpoint: Checkpoint) -> None:
 
 
 def quantized_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights of a checkpoint, by name; none where its format is not decoded here.
+    """Return the quantized weights of a checkpoint by name; none if its format is not decoded here.
 
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.

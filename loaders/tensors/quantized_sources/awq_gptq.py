@@ -1,4 +1,4 @@
-"""AWQ (version gemm) and GPTQ: `X.qweight`, `X.qzeros`, `X.scales` and perhaps `X.g_idx` for X.weight."""
+"""AWQ's (version gemm) and GPTQ's weights: `X.qweight`, `X.qzeros`, `X.scales` and perhaps `X.g_idx` for X.weight."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loaders.tensors.quantized_sources.base import expect, float_dtype, part, qu
 
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 SCALES = ("F16", "BF16", "F32")
-AWQ_VERSIONS = ("gemm", "ipex")  # which are stored alike
-ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+AWQ_VERSIONS = ("gemm", "ipex")  # the versions that share one way of storing
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # by checkpoint_format: what stored zeros lack
 
 
 def find_awq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name.
+    """Find the weights that AWQ quantized, by name.
 
     Raises:
         BadCheckpoint: another version or bit width, or a weight that is not whole.
@@ -50,7 +50,7 @@ def _awq(by_name: Mapping[str, WeightSpec], module: str, size: int, dtype: DType
 
 
 def find_gptq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name. With `dynamic` settings each weight's bits follow from its shapes.
+    """Find the weights that GPTQ quantized, by name. With `dynamic` settings, a weight's bits follow from its shapes.
 
     Raises:
         BadCheckpoint: another format or bit width, or a weight that is not whole.
@@ -98,7 +98,7 @@ def _gptq(
 
 
 def _modules(by_name: Mapping[str, WeightSpec]) -> list[str]:
-    """Those of which there is a packed part."""
+    """Return the modules of which there is a packed part."""
     names = (name.removesuffix(end) for name in by_name for end in PARTS if name.endswith(end))
     return list(dict.fromkeys(names))
 
@@ -110,6 +110,7 @@ def _matrix(packed: WeightSpec) -> tuple[int, int]:
 
 
 def _group_size(settings: Mapping[str, Any], *keys: str) -> int:
+    """Return the group size under the first key that is there; 128, both tools' default, if none is."""
     size = next((settings[key] for key in keys if key in settings), 128)
     if type(size) is not int or (size < 1 and size != -1):
         raise BadCheckpoint(f"config.json: expected a group_size of 1 or more, or -1 for whole rows, found {size!r}")

@@ -1,4 +1,4 @@
-"""What the decoders of checkpoints have in common."""
+"""The helpers that the finders of quantized weights share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from loaders.quantization.scheme import Decoder, Scheme
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor, stored_name
 
-# Scales of activations and caches, which stand beside a quantized weight and mean nothing to the decoded one
+# Scales of activations and caches beside a quantized weight, and a flag of bitsandbytes': the engine needs them when it
+# runs, and a decoded weight has no use for them. They count as parts of the weight, so that they do not become tensors
+# of their own.
 RUN_TIME = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale", "weight_format")
 
 
 def decoded(
     by_name: Mapping[str, WeightSpec], spec: TensorSpec, scheme: Scheme, optional: Collection[str] = ()
 ) -> LogicalTensor:
-    """The logical tensor of a weight whose parts have the names, dtypes and sizes that the scheme gives them.
+    """Return the logical tensor of a weight whose parts have the names, dtypes and sizes that the scheme would give.
 
-    Roles in `optional` may be absent.
+    The roles in `optional` may be absent.
 
     Raises:
-        BadCheckpoint: a part is missing, or is not what it should be.
+        BadCheckpoint: a part is missing, or has another dtype or size.
     """
     stored = []
     for role, wanted in scheme.stored(spec).items():
@@ -43,7 +45,7 @@ def decoded(
 
 
 def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpec:
-    """A part of a quantized weight.
+    """Return a part of a quantized weight.
 
     Raises:
         BadCheckpoint: it is missing.
@@ -56,17 +58,17 @@ def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpe
 def undecoded(
     spec: TensorSpec, decoder: Decoder, parts: Mapping[str, WeightSpec], by_name: Mapping[str, WeightSpec]
 ) -> LogicalTensor:
-    """The logical tensor of a weight that is only ever read; its activations' scales go with it."""
+    """Return the tensor of a weight in a format that is only read; the scales of RUN_TIME beside it go along."""
     module = spec.name.removesuffix("weight")
     beside = {name: by_name[module + name] for name in RUN_TIME if module != spec.name and module + name in by_name}
     return LogicalTensor(spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder)
 
 
 def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -> WeightSpec:
-    """A part that has one of the dtypes, and the shape.
+    """Return a part if it has one of the dtypes, and the shape; `why` ends the message if it does not.
 
     Raises:
-        BadCheckpoint: it has not.
+        BadCheckpoint: it does not.
     """
     if found.dtype.name not in dtypes or found.shape != shape:
         raise BadCheckpoint(
@@ -76,11 +78,11 @@ def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -
 
 
 def quantization_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json's quantization_config, at the top or in the text part; empty where there is none."""
+    """Return config.json's quantization_config, from the top or from the text part; empty if there is none."""
     block = text_config(checkpoint.config, "quantization_config")
     return block if isinstance(block, Mapping) else {}
 
 
 def float_dtype(checkpoint: Checkpoint) -> DType:
-    """What weights are decoded to: the config's dtype, else bfloat16, in which such models are published."""
+    """Return the dtype to which weights are decoded: the config's, or bfloat16, in which such models are published."""
     return load_dtype(checkpoint.config) or DTYPES["BF16"]

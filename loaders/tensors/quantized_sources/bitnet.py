@@ -13,7 +13,11 @@ from loaders.tensors.quantized_sources.base import decoded, part
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name."""
+    """Find the quantized weights, by name.
+
+    Raises:
+        BadCheckpoint: a weight is not whole.
+    """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     weights = (name.removesuffix("_scale") for name in by_name if name.endswith(".weight_scale"))
     return {weight: _tensor(checkpoint, by_name, weight) for weight in weights}

@@ -17,7 +17,11 @@ from loaders.tensors.quantized_sources.base import decoded, expect, float_dtype,
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name."""
+    """Find the quantized weights, by name.
+
+    Raises:
+        BadCheckpoint: a weight is not whole, or in a form that only old GPU versions wrote.
+    """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     states = (BNB_STATE.match(name) for name in by_name)
     found = {state[1]: _tensor(checkpoint, by_name, state[1], state[2]) for state in states if state}

@@ -1,7 +1,7 @@
-"""compressed-tensors' weights: which scheme each has is said by config.json's groups, the rest by its tensors.
+"""compressed-tensors' weights: config.json's groups say which scheme each has, and its tensors say the rest.
 
-Read are the formats that are written here, and weights of eight bits with one scale for the whole tensor (FP8).
-What else belongs to a module's quantization (input_scale, ...) goes with its weight.
+The formats that this project writes are read, and weights of eight bits with one scale for the whole tensor (FP8).
+Other tensors of a module's quantization, such as input_scale, go along with its weight.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from loaders.strategies import loader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part, quantization_block
 
-CODES = ("F8_E4M3", "I8")
+CODES = ("F8_E4M3", "I8")  # the dtypes of codes that are stored as `weight`
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name.
+    """Find the quantized weights, by name.
 
     Raises:
-        BadCheckpoint: a part is missing, or the format is none that is read here.
+        BadCheckpoint: a part is missing, or the format is not read here.
     """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     block = quantization_block(checkpoint)
@@ -51,7 +51,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
 
 
 def _modules(by_name: Mapping[str, WeightSpec]) -> set[str]:
-    """Modules of which something is quantized."""
+    """Return the modules that have a quantized weight or a part of one."""
     ends = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_global_scale", ".weight_shape")
     found = {name.rsplit(".", 1)[0] for name in by_name if name.endswith(ends)}
     plain = (name for name, spec in by_name.items() if name.endswith(".weight") and spec.dtype.name in CODES)
@@ -66,7 +66,7 @@ def _companions(by_name: Mapping[str, WeightSpec], module: str) -> Iterator[str]
 
 
 class _Groups:
-    """The groups of config.json, and which of them a module belongs to: by name, by pattern, by class."""
+    """The groups of config.json, in the order in which compressed-tensors matches them: name, pattern, class."""
 
     def __init__(self, block: Mapping[str, Any]) -> None:
         groups = block.get("config_groups")
@@ -91,10 +91,10 @@ class _Groups:
             raise BadCheckpoint(f"config.json: the target {target!r} is no regular expression: {error}") from None
 
     def weights_of(self, module: str) -> Mapping[str, Any]:
-        """The settings of a module's weights.
+        """Return the settings of a module's weights, and under "activations" whether the group quantizes those too.
 
         Raises:
-            BadCheckpoint: no group has it.
+            BadCheckpoint: no group has the module.
         """
         matching = (group for pattern, group in self._patterns if pattern.match(module))
         group = self._exact.get(module) or next(matching, None) or next(iter(self._classes), None)
@@ -126,6 +126,7 @@ def _scheme(
     checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec, scale: WeightSpec,
     weights: Mapping[str, Any],
 ) -> tuple[Scheme | None, Shape]:  # fmt: skip
+    """Return the scheme of a module's settings, None if it is not decoded here, and the weight's shape."""
     bits, number, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     rows, columns = packed.shape
     if packed.name.endswith(".weight"):
@@ -153,7 +154,7 @@ def _scheme(
 
 
 def _stored_columns(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec) -> int:
-    """Words hold whole numbers of codes; how many of the last word's are meant is in weight_shape."""
+    """Read the number of columns from weight_shape, since the last word of a row may hold unused codes."""
     spec = part(by_name, packed.name, packed.name.removesuffix("packed") + "shape")
     with loader("read").open(checkpoint.root, (spec,)) as reader:
         raw = reader.read(spec, 0, spec.size).tobytes()
@@ -164,7 +165,7 @@ def _stored_columns(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], p
 
 
 def _dtype(checkpoint: Checkpoint, scheme: Scheme, scale: WeightSpec) -> DType:
-    """That of the weights before: of their scales, where those are floats of a model's dtype."""
+    """Return the dtype that the weights had: that of their scales, or for four-bit floats the config's."""
     if isinstance(scheme, CompressedNvfp4 | CompressedMxfp4):
         return load_dtype(checkpoint.config) or DTYPES["BF16"]
     if scale.dtype.name not in ("BF16", "F16", "F32"):

@@ -1,7 +1,7 @@
-"""float8 weights by blocks (quant_method fp8): DeepSeek V3, and what transformers writes in the same form.
+"""float8 weights with scales by block (quant_method fp8): DeepSeek V3's, and transformers' of the same form.
 
-A weight and its scale are paired by name over all shards. Besides `X.weight` with `X.weight_scale_inv` there are the
-3-D experts of transformers, `X` with `X_scale_inv`, and `X.scale` (DeepSeek V4's spelling).
+A weight and its scale are paired by name over all shards. Besides `X.weight` with `X.weight_scale_inv` there are
+transformers' 3-D experts, `X` with `X_scale_inv`, and DeepSeek V4's spelling, `X.scale`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SUFFIX = "_scale_inv"
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name.
+    """Find the quantized weights, by name.
 
     Raises:
-        BadCheckpoint: a float8 weight without its scale, or one of another shape than its blocks give.
+        BadCheckpoint: a float8 weight lacks its scale, or that has another shape than the blocks give.
     """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     block = _block_size(quantization_block(checkpoint))
@@ -54,7 +54,7 @@ def _tensor(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int]
     decoder = Fp8Blocks(block, scale.dtype.name)
     wanted = decoder.scale_shape(weight.shape)
     if block is None and scale.numel() == 1 and len(weight.shape) == 2:
-        wanted = scale.shape  # [], [1] or [1, 1]
+        wanted = scale.shape  # tools write a single scale as [], [1] or [1, 1]
     blocks = "the whole matrix" if block is None else f"blocks of {block[0]}x{block[1]}"
     expect(scale, SCALE_DTYPES, wanted, f"for {name} {list(weight.shape)} in {blocks}")
     parts = {"weight": weight, "weight_scale_inv": scale}

@@ -1,4 +1,4 @@
-"""GGUF as a checkpoint of transformers: its names, experts one by one, the rows of q and k back in their order."""
+"""A GGUF as a checkpoint of transformers: its names, experts one by one, the rows of q and k in transformers' order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """Every tensor under its name in transformers; blocks are decoded to float32.
+    """Find every tensor under its name in transformers; blocks are decoded to float32.
 
     Raises:
         BadSpec: the architecture is not known, or has no place for a tensor.
@@ -24,7 +24,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     architecture, found = architecture_of(checkpoint.config), {}
     for spec in checkpoint.weights:
         name = architecture.hf_name(spec.name)
-        if spec.name == "rope_freqs.weight":  # worked out from the rope scaling
+        if spec.name == "rope_freqs.weight":  # it follows from the rope scaling, which is in the config
             continue
         if name is None:
             raise BadSpec(f"{spec.name}: transformers has no such tensor for {architecture.name}")
@@ -49,7 +49,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
 
 
 def _parts(name: str, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
-    """A tensor, or the experts that are stacked in it."""
+    """Return a tensor, or the experts that are stacked in it, as spans of its bytes."""
     if "{}" not in name:
         return [(name, spec)]
     if len(spec.shape) != 3:

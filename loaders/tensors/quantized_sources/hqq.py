@@ -1,4 +1,4 @@
-"""HQQ's modules: W_q with scale, zero and what hqq says of them, in safetensors or in qmodel.pt."""
+"""HQQ's weights: modules of W_q, scale, zero and metadata, in safetensors or in qmodel.pt."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part
 
 NUMBERS = ("nbits", "group_size", "axis")
-FACTS = (*NUMBERS, "shape", "compute_dtype")
-LONGEST = 64  # bytes of a fact
+FACTS = (*NUMBERS, "shape", "compute_dtype")  # the items of metadata that decoding needs
+LONGEST = 64  # bytes of an item that are read: "torch.bfloat16", or two sizes, take far less
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name."""
+    """Find the quantized weights, by name.
+
+    Raises:
+        BadCheckpoint: a module lacks a part, or its metadata is not one of hqq's formats that are read here.
+    """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     modules = [name.removesuffix(HQQ_CODES) for name in by_name if name.endswith(HQQ_CODES)]
     if checkpoint.container == "safetensors":
@@ -33,7 +37,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
 
 
 def _in_tensors(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], modules: list[str]) -> dict[str, Any]:
-    """Facts that are tensors: int32, int64 and text in bytes."""
+    """Read metadata that is stored as tensors: int32, int64, and text in bytes."""
     specs = {
         f"{module}.{fact}": part(by_name, f"{module}.weight", f"{module}.{fact}")
         for module in modules

@@ -1,7 +1,7 @@
-"""MLX's weights, affine or small floats, with stacked experts cut into transformers' one by one.
+"""MLX's weights, affine or small floats, with stacked experts cut into transformers' single ones.
 
-config.json's `quantization` has the settings of all modules, and of single ones by their path. Plain weights are taken
-too where they are stacked: an unquantized MLX checkpoint is read like any other.
+config.json's `quantization` has the settings of all modules, and those of single modules by path. Plain weights are
+found too if they are stacked, so that an unquantized MLX checkpoint is read like any other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ Scheme = MlxAffine | MlxFloat
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights and the stacked ones, by transformers' names."""
+    """Find the quantized weights and the stacked ones, by transformers' names.
+
+    Raises:
+        BadCheckpoint: a weight is not whole, its settings are unknown, or a stack's experts have no known names.
+    """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     modules = [name.removesuffix(".scales") for name in by_name if name.endswith(".scales")]
     found = [tensor for module in modules for tensor in _quantized(checkpoint, by_name, module)]
@@ -39,6 +43,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
 
 
 def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str) -> Iterator[LogicalTensor]:
+    """Yield the tensor of a quantized module, or those of the experts that are stacked in it."""
     name = module + ".weight"
     packed, scales = part(by_name, name, name), by_name[module + ".scales"]
     scheme = _scheme(checkpoint.config, module, packed, scales)
@@ -62,7 +67,10 @@ def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module
 
 
 def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: WeightSpec) -> Scheme:
-    """A module's own settings, else the block's where the shapes agree, else what the shapes allow alone."""
+    """Return a module's scheme: by its own settings, by the block's if the shapes agree, or by the shapes.
+
+    The shapes decide where exactly one scheme fits them, as mlx-lm's loader does for modules without settings.
+    """
     block = settings_of(config) or {}
     own = block.get(module)
     if isinstance(own, Mapping):
@@ -77,10 +85,10 @@ def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: 
 
 
 def stored_scheme(checkpoint: Checkpoint, weight: LogicalTensor, scales: LogicalTensor) -> Scheme:
-    """How a weight that is copied as it is stored was quantized; that of an expert stands under its stack's name.
+    """Return the scheme of a weight that is copied as it is stored; an expert's settings are under its stack's name.
 
     Raises:
-        BadCheckpoint: the settings cannot be read.
+        BadCheckpoint: the settings are unknown.
     """
     model, block = model_of(checkpoint.config), settings_of(checkpoint.config) or {}
     stack = None if model is None else stack_of(model, weight.name)
@@ -90,7 +98,7 @@ def stored_scheme(checkpoint: Checkpoint, weight: LogicalTensor, scales: Logical
 
 
 def cut_stored(checkpoint: Checkpoint, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
-    """A stack's part as it is stored, cut into those of the experts, by transformers' names; any other as it is."""
+    """Cut a stored part of a stack into those of its experts, by transformers' names; any other tensor stays whole."""
     model, (base, _, suffix) = model_of(checkpoint.config), spec.name.rpartition(".")
     count = spec.shape[0] if len(spec.shape) == 3 else 0
     if model is None or not count:
@@ -121,7 +129,7 @@ def _named(module: str, mode: Any, bits: Any, group: Any) -> Scheme:
 def _cut(
     checkpoint: Checkpoint, name: str, stored: list[tuple[str, WeightSpec]]
 ) -> Iterator[tuple[str, list[tuple[str, WeightSpec]]]]:
-    """A weight's parts under its name; those of a stack expert by expert.
+    """Yield a weight's parts under its name; those of a stack expert by expert.
 
     Raises:
         BadCheckpoint: the stack's experts have no names that are known here.
@@ -143,6 +151,6 @@ def _cut(
 
 
 def _slice(spec: WeightSpec, index: int) -> WeightSpec:
-    """Entry `index` of a stored tensor's first dimension, under the same name: a part of its bytes."""
+    """Return entry `index` of a stored tensor's first dimension, as a span of its bytes under the same name."""
     size = spec.size // spec.shape[0]
     return replace(spec, shape=spec.shape[1:], offset=spec.offset + index * size, size=size)

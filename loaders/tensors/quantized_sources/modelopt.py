@@ -1,7 +1,7 @@
-"""NVIDIA ModelOpt's NVFP4 (and its FP8 with one scale a matrix), told by config.json or hf_quant_config.json.
+"""NVIDIA ModelOpt's weights: NVFP4, and FP8 with one scale a matrix, as config.json or hf_quant_config.json says.
 
-`X.weight` with `X.weight_scale`, and for NVFP4 `X.weight_scale_2`; `X.input_scale` and scales of the cache are the
-engine's at run time. Held against ModelOpt's code, not against the header of a published checkpoint.
+They are `X.weight` with `X.weight_scale`, and for NVFP4 `X.weight_scale_2`; `X.input_scale` and scales of the cache are
+for the engine at run time. This was checked against ModelOpt's code, not against the header of a published checkpoint.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from loaders.storage.json_files import read_json
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
 
-ALGORITHMS = ("NVFP4", "FP8", "MIXED_PRECISION")  # mixed: each tensor shows which
+ALGORITHMS = ("NVFP4", "FP8", "MIXED_PRECISION")  # with mixed precision, each tensor's dtype shows which it has
 ENDS = (".weight_scale", ".weight_scale_2")
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized weights, by name.
+    """Find the quantized weights, by name.
 
     Raises:
         BadCheckpoint: another algorithm, or a weight that is not whole.

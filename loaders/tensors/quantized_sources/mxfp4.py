@@ -1,7 +1,8 @@
 """gpt-oss' experts (quant_method mxfp4): `X_blocks` and `X_scales` for X, a stack of matrices.
 
-Blocks lie along a matrix's inputs, so what is stored is (experts, outputs, inputs); the model's class has its stacks
-(experts, inputs, outputs). Which it is comes from the model_type: down_proj is square in gpt-oss, shapes tell nothing.
+Blocks lie along a matrix's inputs, so that what is stored is (experts, outputs, inputs), while gpt-oss' class holds its
+stacks as (experts, inputs, outputs). The model_type decides which it is: gpt-oss' down_proj is square, so that shapes
+do not tell.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ TRANSPOSED = ("gpt_oss",)  # model types whose class holds (experts, inputs, out
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """The quantized stacks, by name.
+    """Find the quantized stacks, by name.
 
     Raises:
-        BadCheckpoint: blocks without scales, of other shapes, or of a model whose orientation is not known.
+        BadCheckpoint: blocks lack their scales, have other shapes, or are of a model whose orientation is not known.
     """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     names = (n.removesuffix(s) for n in by_name for s in (BLOCKS, SCALES) if n.endswith(s))

@@ -1,10 +1,11 @@
 """Four-bit codes of a sixteen-value table, as bitsandbytes stores them: NF4 and FP4.
 
-A group's weights are divided by its largest magnitude and each takes the table's nearest value. The arithmetic is that
-of bitsandbytes 0.50 on a CPU (bitsandbytes/backends/default/ops.py, quantize_4bit), bit by bit:
+A group's weights are divided by its largest magnitude, and each takes the nearest value of the table. The arithmetic is
+that of bitsandbytes 0.50 on a CPU (bitsandbytes/backends/default/ops.py, quantize_4bit), bit by bit:
     v = clamp(x * fl(1 / max(absmax, 1e-38)), -1, 1) in float32
-    rank = how many midpoints of the sorted table lie strictly below v (NaN: all fifteen)
-and two codes make a byte, the first in the high half. A last group that is not full is divided, not multiplied.
+    rank = the number of midpoints of the sorted table strictly below v (NaN: all fifteen)
+Two codes make a byte, the first in the high half. The weights of a last group that is not full are divided by absmax
+rather than multiplied by its inverse, as in bitsandbytes.
 
 NF4: Dettmers et al. 2023, QLoRA, arXiv:2305.14314. FP4's code is a sign, two exponent bits and one mantissa bit.
 """
@@ -20,8 +21,8 @@ from numba.core import types
 
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, bf16_value, kernel, vector
 
-STEP = 32  # weights coded at once
-WIDE = 64  # bfloat16s coded at once, by their bits
+STEP = 32  # weights coded at once, as float32
+WIDE = 64  # bfloat16s coded at once, as 16-bit integers: see `encode_bf16`
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -30,19 +31,18 @@ NF4 = (
 )  # fmt: skip
 _FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 FP4 = (*_FP4, 0.0, *(-value for value in _FP4[1:]))
-# rank -> code; FP4's is torch.argsort(FP4), its two zeros as bitsandbytes meets them
+# rank -> code. FP4's is torch.argsort(FP4), with its two zeros (codes 0 and 8) in the order that torch gives them.
 NF4_ORDER = tuple(range(16))
 FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A sixteen-value code.
+    """A sixteen-value code, and what finds codes by it.
 
-    values: float32 (16,), by code. bounds: float32 (16,), the fifteen midpoints in rising order and a spare.
-    order: uint8 (16,), rank -> code.
-    rows, directions, lowest, highest: bounds for bfloat16 bits, see `_thresholds`; they hold for magnitudes whose bits
-    lie in [lowest, highest].
+    values: float32 (16,), by code. bounds: float32 (16,), the fifteen midpoints in rising order and a spare that is
+    never exceeded. order: uint8 (16,), rank -> code. rows, directions, lowest, highest: the bounds among bfloat16 bits,
+    see `_thresholds`; they hold for groups whose largest magnitude has bits in [lowest, highest].
     """
 
     name: str
@@ -57,13 +57,14 @@ class Table:
 
 @cache
 def table(name: str) -> Table:
-    """The table called "nf4" or "fp4"."""
+    """Return the table called "nf4" or "fp4"."""
     values = np.array({"nf4": NF4, "fp4": FP4}[name], np.float32)
     order = np.array(NF4_ORDER if name == "nf4" else FP4_ORDER, np.uint8)
     ranked = values[order]
     bounds = ((ranked[:-1] + ranked[1:]) / np.float32(2)).astype(np.float32)
-    # A bound at zero (FP4) tells the least positive weight from zero: its product must not round to zero.
-    highest = 0x4780 if 0.0 in bounds else 0x7E00  # 2^16, 2^125
+    # FP4 has a bound at zero, which tells the least positive bfloat16, 2^-133, from zero: its product with the inverse
+    # of the largest magnitude must not round to zero, so that is at most 2^16. Without such a bound 2^125 will do.
+    highest = 0x4780 if 0.0 in bounds else 0x7E00
     return Table(
         name,
         values,
@@ -71,17 +72,18 @@ def table(name: str) -> Table:
         order,
         _thresholds(bounds),
         np.append(np.sign(bounds), 0).astype(np.int16),
-        0x0D80,  # 2^-100
+        0x0D80,  # 2^-100, which keeps all thresholds far above the subnormal numbers, whose steps do not scale
         highest,
     )
 
 
 def _thresholds(bounds: np.ndarray) -> np.ndarray:
-    """The bounds among bfloat16 bits: int16 (128, 16), a row for each mantissa of the group's largest magnitude.
+    """Find the bounds among bfloat16 bits: int16 (128, 16), a row for each mantissa of the group's largest magnitude.
 
-    fl(x * inv) rises with x, so "above bound i" is exactly "above the last x whose product is not", and bfloat16s sort
-    as the integers `_sortable` makes of them. Row m is worked out for a largest magnitude of 1 + m/128; for another
-    exponent the thresholds move by whole exponents: away from zero by (exponent - 127) << 7, their direction's way.
+    fl(x * inverse) rises with x, so that "above bound i" means exactly "above the last x whose product is not above
+    it". bfloat16s sort as the integers of `sortable` do, which are their bits with all but the sign flipped where the
+    sign is set. Row m is computed for a largest magnitude of 1 + m/128. For another exponent all thresholds move by
+    whole exponents, (exponent - 127) << 7, away from zero: `directions` holds their signs.
     """
     sortable = np.arange(-32768, 32768).astype(np.int16)
     bits = np.where(sortable < 0, sortable ^ 0x7FFF, sortable).astype(np.uint16)
@@ -99,7 +101,7 @@ def _thresholds(bounds: np.ndarray) -> np.ndarray:
 
 
 def _magnitude_bits(lanes: Lanes, x: Array, at: Value, count: int) -> Value:
-    """The bits of the largest of `count` magnitudes: they sort as integers, NaN last."""
+    """Return the bits of the largest of `count` magnitudes, which sort as integers, NaN last."""
     bits = lanes.load(x, at, count)
     if x.element is F32:
         return lanes.reduce("umax", lanes.op("and_", lanes.b.bitcast(bits, ir.VectorType(I32, count)), 0x7FFFFFFF))
@@ -108,7 +110,7 @@ def _magnitude_bits(lanes: Lanes, x: Array, at: Value, count: int) -> Value:
 
 @vector(types.float32)
 def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The largest of STEP magnitudes, NaN if there is one."""
+    """Return the largest of STEP magnitudes; it is NaN if one is."""
     bits = _magnitude_bits(lanes, x, at, STEP)
     if x.element is F32:
         return lanes.b.bitcast(bits, F32)
@@ -119,11 +121,12 @@ def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
 
 @vector(types.uint16)
 def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
+    """Return the bits of the largest of WIDE magnitudes of bfloat16."""
     return _magnitude_bits(lanes, x, at, WIDE)
 
 
 def _pack(lanes: Lanes, ranks: Value, order: tuple[int, ...], packed: Array, at: Value) -> None:
-    """Ranks (int16) to codes, two to a byte, the first high, for the weights that begin at `at`."""
+    """Store the codes of int16 ranks, two to a byte, the first high, for the weights that begin at `at`."""
     codes, half = ranks, ranks.type.count // 2
     if order != NF4_ORDER:
         narrow = ir.VectorType(I8, ranks.type.count)
@@ -135,9 +138,9 @@ def _pack(lanes: Lanes, ranks: Value, order: tuple[int, ...], packed: Array, at:
 
 
 def _ranks_of_values(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: Array) -> Value:
-    """Ranks of STEP weights times `inverse` among the bounds, NaN above them all.
+    """Return the ranks of STEP weights times `inverse` among the bounds; a NaN ranks above all of them.
 
-    Nothing needs to be clamped: all bounds lie inside (-1, 1).
+    Nothing needs to be clamped to [-1, 1], since all bounds lie inside.
     """
     limits, parts = lanes.entries(bounds, 15, 16), []
     for part in range(STEP // 16):
@@ -147,11 +150,11 @@ def _ranks_of_values(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: 
 
 
 def _search(lanes: Lanes, values: Value, bounds: list[Value]) -> Value:
-    """How many of fifteen rising bounds lie below each lane, as int16: a binary search by selections."""
+    """Count the bounds, of fifteen in rising order, below each lane, as int16: a binary search by selections."""
     pick = lanes.b.select
 
     def level(found: list[Value], middle: int, step: int) -> Value:
-        """The bound to compare with next, after the comparisons so far."""
+        """Return the bound to compare with next, after the comparisons `found`."""
         if not found:
             return bounds[middle]
         return pick(found[0], level(found[1:], middle + step, step // 2), level(found[1:], middle - step, step // 2))
@@ -167,7 +170,11 @@ def _search(lanes: Lanes, values: Value, bounds: list[Value]) -> Value:
 
 
 def _ranks_of_bits(lanes: Lanes, x: Array, at: Value, thresholds: Array) -> Value:
-    """Ranks of WIDE bfloat16s among the group's thresholds: all of them 16-bit integers, every comparison counted."""
+    """Return the ranks of WIDE bfloat16s among the group's thresholds, as int16: every threshold is compared and
+    counted.
+
+    A comparison gives -1 in every lane that is above, which is subtracted.
+    """
     kind = ir.VectorType(I16, WIDE)
     bits = lanes.load(x, at, WIDE)
     sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, 15), 0x7FFF))
@@ -201,7 +208,7 @@ def _code_bits_fp4(lanes: Lanes, x: Array, at: Value, thresholds: Array, packed:
 def _move_thresholds(
     lanes: Lanes, rows: Array, row: Value, directions: Array, exponents: Value, thresholds: Array
 ) -> None:
-    """Thresholds = rows[row] + directions * exponents, sixteen int16."""
+    """Store a group's thresholds, rows[row] + directions * exponents: sixteen int16."""
     zero = ir.Constant(row.type, 0)
     moved = lanes.b.mul(lanes.load(directions, zero, 16), lanes.splat(lanes.b.trunc(exponents, I16), 16))
     lanes.store(lanes.b.add(lanes.load(rows, lanes.op("shl", row, 4), 16), moved), thresholds, zero)
@@ -209,7 +216,7 @@ def _move_thresholds(
 
 @kernel
 def _encode_group(x, start, group, bounds, is_fp4, packed):  # type: ignore[no-untyped-def]
-    """One full group by the definition above; returns its largest magnitude."""
+    """Code one full group by the definition at the top of this file; return its largest magnitude."""
     top = np.float32(0)
     for at in range(start, start + group, STEP):
         largest = _largest(x, at)
@@ -225,14 +232,17 @@ def _encode_group(x, start, group, bounds, is_fp4, packed):  # type: ignore[no-u
 
 @kernel
 def encode(x, group, bounds, is_fp4, packed, absmax):  # type: ignore[no-untyped-def]
-    """Code full groups. x: (n,), n = len(absmax) * group; packed: uint8 (n / 2,); absmax: float32."""
+    """Code full groups of a multiple of STEP. x: (n,), n = len(absmax) * group; packed: uint8 (n / 2,)."""
     for g in range(absmax.size):
         absmax[g] = _encode_group(x, g * group, group, bounds, is_fp4, packed)
 
 
 @kernel
 def encode_bf16(x, group, bounds, is_fp4, rows, directions, lowest, highest, packed, absmax):  # type: ignore[no-untyped-def]
-    """`encode` for bfloat16 bits in groups of a multiple of WIDE: the same bytes, twice as many weights at once."""
+    """Code as `encode` does, for bfloat16 bits in groups of a multiple of WIDE, and give the same bytes.
+
+    It compares the weights' own 16 bits with thresholds, so that twice as many fit a register as float32 products.
+    """
     thresholds = np.empty(16, np.int16)
     for g in range(absmax.size):
         start = g * group
@@ -243,6 +253,7 @@ def encode_bf16(x, group, bounds, is_fp4, rows, directions, lowest, highest, pac
             absmax[g] = _encode_group(x, start, group, bounds, is_fp4, packed)
             continue
         absmax[g] = bf16_value(top)
+        # 0x3F80 are the bits of 1.0: what is left are the exponent's bits less 127.
         _move_thresholds(rows, top & 127, directions, (top & ~127) - 0x3F80, thresholds)
         for at in range(start, start + group, WIDE):
             if is_fp4:
@@ -253,7 +264,7 @@ def encode_bf16(x, group, bounds, is_fp4, rows, directions, lowest, highest, pac
 
 @kernel
 def group_absmax(x, group, absmax):  # type: ignore[no-untyped-def]
-    """The largest magnitude of each full group. x: (n,), n = len(absmax) * group; absmax: float32."""
+    """Find the largest magnitude of each full group. x: (n,), n = len(absmax) * group; absmax: float32."""
     for g in range(absmax.size):
         top = np.float32(0)
         for at in range(g * group, (g + 1) * group, STEP):
@@ -263,9 +274,10 @@ def group_absmax(x, group, absmax):  # type: ignore[no-untyped-def]
 
 
 def encode_tail(values: np.ndarray, code: Table) -> tuple[np.ndarray, np.float32]:
-    """A last group that is not full. values: float32 (m,), m > 0; returns uint8 (ceil(m / 2),) and its absmax.
+    """Code a last group that is not full. values: float32 (m,), m > 0; returns uint8 (ceil(m / 2),) and absmax.
 
-    It is divided by its absmax, which is at least 1e-38, also as stored; an odd one is padded with a zero.
+    As in bitsandbytes, the group is divided by its absmax, which is at least 1e-38, also as it is stored. An odd group
+    is padded with a zero.
     """
     top = np.abs(values).max()
     top = top if np.isnan(top) else max(top, np.float32(1e-38))
@@ -280,6 +292,7 @@ def encode_tail(values: np.ndarray, code: Table) -> tuple[np.ndarray, np.float32
 
 
 def _decode_step(lanes: Lanes, values: tuple[float, ...], packed: Array, at: Value, scale: Value, out: Array) -> None:
+    """Decode STEP weights by a table of sixteen values."""
     count = STEP // 2
     wide = lanes.b.zext(lanes.load(packed, lanes.op("lshr", at, 1), count), ir.VectorType(I16, count))
     pairs = lanes.b.or_(lanes.op("lshr", wide, 4), lanes.op("shl", lanes.op("and_", wide, 15), 8))
@@ -303,7 +316,7 @@ def _decode_fp4(lanes: Lanes, packed: Array, at: Value, scale: Value, out: Array
 
 @kernel
 def decode(packed, absmax, group, is_fp4, out):  # type: ignore[no-untyped-def]
-    """table[code] * absmax of full groups. packed: uint8 (n / 2,); absmax: float32 (n / group,); out: float32 (n,)."""
+    """Decode full groups: table[code] * absmax. packed: uint8 (n / 2,); absmax: float32 (n / group,); out: float32."""
     for g in range(absmax.size):
         for at in range(g * group, (g + 1) * group, STEP):
             if is_fp4:
@@ -313,6 +326,6 @@ def decode(packed, absmax, group, is_fp4, out):  # type: ignore[no-untyped-def]
 
 
 def decode_tail(packed: np.ndarray, absmax: np.float32, code: Table, out: np.ndarray) -> None:
-    """table[code] * absmax of a last group that is not full. packed: uint8 (ceil(m / 2),); out: float32 (m,)."""
+    """Decode a last group that is not full: table[code] * absmax. packed: uint8 (ceil(m / 2),); out: float32 (m,)."""
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: out.size]
     out[:] = code.values[codes] * absmax

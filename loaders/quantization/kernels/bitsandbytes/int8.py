@@ -1,9 +1,9 @@
 """int8 by rows, as bitsandbytes' LLM.int8() quantizes weights: float16 first, then rounded multiples of absmax / 127.
 
-w16 = float16(w); absmax = max|w16| of the row; code = rint(w16 * (1 / absmax * 127)), halves to even, all in float32:
-torch divides a number by a tensor as the number times the reciprocal.
-Rounding to float16 keeps order, so a row's absmax is the rounding of its largest magnitude. A row of zeros and one that
-holds a NaN or an infinity get codes 0, as a NaN cast to int8 is 0 there.
+w16 = float16(w); absmax = max|w16| of the row; code = rint(w16 * (1 / absmax * 127)), halves to even. The factor is
+computed in two steps because torch divides a number by a tensor as the number times the reciprocal. All is in float32.
+Rounding to float16 keeps order, so that a row's absmax is the rounding of its largest magnitude. A row of zeros, and
+one that holds a NaN or an infinity, get codes 0, as torch casts a NaN to int8.
 
 Dettmers et al. 2022, arXiv:2208.07339; bytes: bitsandbytes/backends/default/ops.py (int8_vectorwise_quant) and
 nn/modules.py (Int8Params).
@@ -17,13 +17,13 @@ from numba.core import types
 
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, prefetch, vector
 
-STEP = 64
-LANES = 16
+STEP = 64  # weights coded at once
+LANES = 16  # weights rounded at once
 
 
 @vector(types.uint32)
 def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The largest of STEP magnitudes as the bits of their dtype: a NaN's lie above all numbers'."""
+    """Return the bits of the largest of STEP magnitudes in their dtype, as a uint32. NaN counts as the largest."""
     is_wide = x.element is F32
     kind = ir.VectorType(I32 if is_wide else x.element, STEP)
     bits = lanes.op("and_", lanes.b.bitcast(lanes.load(x, at, STEP), kind), 0x7FFFFFFF if is_wide else 0x7FFF)
@@ -33,13 +33,13 @@ def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
 
 @vector(types.float32)
 def _half_at(lanes: Lanes, x: Array, at: Value) -> Value:
-    """One weight, rounded to float16."""
+    """Return one weight rounded to float16, as float32."""
     return lanes.b.extract_element(lanes.rounded_to_f16(lanes.floats(x, at, 1)), ir.Constant(I32, 0))
 
 
 @vector(types.void)
 def _code(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array, to: Value) -> None:
-    """STEP codes."""
+    """Code STEP weights from `at` on."""
     factor, parts = lanes.splat(inverse, LANES), []
     for part in range(STEP // LANES):
         values = lanes.floats(x, lanes.op("add", at, LANES * part), LANES)
@@ -51,7 +51,10 @@ def _code(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array, to: Val
 
 @kernel
 def _absmax(x, start, stop):  # type: ignore[no-untyped-def]
-    """The largest magnitude of x[start:stop] in float16's numbers; NaN if one is."""
+    """Return the largest magnitude of x[start:stop] rounded to float16; it is NaN if one is.
+
+    Only the step that holds the largest bits is rounded, and what is too short for a step.
+    """
     at, best, where = start, np.uint32(0), start
     while at + STEP <= stop:
         largest = _largest_bits(x, at)

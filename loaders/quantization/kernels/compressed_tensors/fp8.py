@@ -1,8 +1,9 @@
 """E4M3 codes by row or by block of 128 x 128, as compressed-tensors computes them: each step in the weights' dtype.
 
-scale = amax / 448;  code = E4M3 of clamp(w / scale, -448, 448). A scale of zero becomes the dtype's eps.
-A block at an edge has fewer weights, and no others count: compressed-tensors fills it up with zeros, and drops them
-again (compressed_tensors 0.20, compressors/naive_quantized/base.py).
+scale = amax / 448;  code = E4M3 of clamp(w / scale, -448, 448). A scale of zero becomes the dtype's eps. A block at an
+edge has fewer weights: compressed-tensors fills it up with zeros, which change no scale, and drops their codes again.
+
+Source: compressed_tensors 0.20, quantization/utils/helpers.py (calculate_qparams), compressors/naive_quantized/base.py.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from loaders.quantization.kernels.rounding import (
     top_bits_1,
 )
 
-BLOCK = 128
-TOP = np.float32(448)
+BLOCK = 128  # rows and columns of a block
+TOP = np.float32(448)  # the greatest value of E4M3
 
 
 def _code(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array, count: int) -> None:
+    """Code `count` weights by a division."""
     quotients = lanes.b.fdiv(lanes.floats(x, at, count), lanes.splat(scale, count))
     rounding.store_bytes(lanes, rounding.to_e4m3(lanes, rounding.like(lanes, x, quotients)), out, at)
 
@@ -39,6 +41,7 @@ def _code_step(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> N
 
 @vector(types.void)
 def _code_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
+    """Code STEP bfloat16s by a product; see `rounding.quick`. Other dtypes have no inverse, and never come here."""
     if x.holds == types.uint16:
         even, odd = (
             rounding.quick_e4m3(lanes, rounding.quick(lanes, values, inverse)) for values in lanes.pairs(x, at, STEP)
@@ -53,7 +56,7 @@ def _code_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> No
 
 @kernel
 def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
-    """A scale a row. x: (rows * columns,); out: uint8; scales: float32 (rows,), rounded to the dtype of x."""
+    """Code with a scale a row. x: (rows * columns,); out: uint8; scales: float32 (rows,), rounded to x's dtype."""
     for r in range(scales.size):
         start, stop = r * columns, (r + 1) * columns
         whole = start + columns // STEP * STEP
@@ -77,7 +80,10 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
-    """A scale for every BLOCK columns of up to BLOCK rows. x: (rows * columns,); scales: float32 (blocks,)."""
+    """Code a band of up to BLOCK rows, with a scale for every BLOCK columns.
+
+    x: (rows * columns,); out: uint8, as many; scales: float32 (blocks,), rounded to the dtype of x.
+    """
     blocks, padded = scales.size, -(-scales.size // GROUPS) * GROUPS
     tops = np.zeros(padded, np.uint32)
     some, inverses = np.empty(padded, np.float32), np.empty(padded, np.float32)
@@ -110,6 +116,7 @@ def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
 
 
 def _value(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array, count: int) -> None:
+    """Decode `count` codes."""
     values = rounding.from_e4m3(lanes, lanes.load(codes, at, count))
     lanes.store(lanes.b.fmul(values, lanes.splat(scale, count)), out, at)
 
@@ -126,6 +133,7 @@ def _value_one(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) 
 
 @kernel
 def _decode_run(codes, start, stop, scale, out):  # type: ignore[no-untyped-def]
+    """Decode codes [start, stop) of one scale."""
     whole = start + (stop - start) // STEP * STEP
     for at in range(start, whole, STEP):
         _value_step(codes, at, scale, out)
@@ -135,14 +143,17 @@ def _decode_run(codes, start, stop, scale, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
-    """Values of uint8 codes times their row's scale; all float32."""
+    """Multiply the values of uint8 codes by their row's scale. scales: float32 (rows,); out: float32."""
     for r in range(scales.size):
         _decode_run(codes, r * columns, (r + 1) * columns, scales[r], out)
 
 
 @kernel
 def decode_blocks(codes, columns, first, scales, out):  # type: ignore[no-untyped-def]
-    """Values times their block's scale. `first`: rows of the first block before these; scales: (bands, blocks)."""
+    """Multiply the values of whole rows by their blocks' scales, float32 (bands, blocks).
+
+    `first` is the number of rows of the first band that lie before these.
+    """
     for row in range(out.size // columns):
         band = (first + row) // BLOCK
         for b in range(scales.shape[1]):

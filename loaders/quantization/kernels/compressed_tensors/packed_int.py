@@ -1,12 +1,18 @@
-"""Integer codes by group or by row, as compressed-tensors computes them: every step in the dtype of the weights.
+"""Integer codes by group or by row, as compressed-tensors computes them: every operation in the weights' dtype.
 
 Symmetric:  scale = amax / ((2^bits - 1) / 2);  code = clamp(round(w / scale), -2^(bits-1), 2^(bits-1) - 1)
 Asymmetric, four bits:  low = min(w, 0), high = max(w, 0);  scale = (high - low) / 15;
     zero = round(clamp(-8 - low / scale, -8, 7));  code = clamp(round(w / scale + zero), -8, 7)
-A scale of zero becomes the dtype's eps, and the zero of a group of zeros is 0 (compressed_tensors 0.20,
-quantization/utils/helpers.py, calculate_qparams; quantization/lifecycle/forward_helpers.py, _quantize).
+A scale of zero becomes the dtype's eps, and the zero of a group of zeros is 0.
 
 Packed, a code is stored plus 2^(bits-1), the first in a little-endian word's lowest bits: nibbles or bytes in order.
+
+Source: compressed_tensors 0.20, quantization/utils/helpers.py (calculate_qparams),
+quantization/lifecycle/forward_helpers.py (_quantize), compressors/pack_quantized/helpers.py (pack_to_int32).
+
+Every coder of STEP weights has a twin named "quick" for bfloat16 weights and scales of ordinary size: it multiplies by
+an inverse where the other divides; see `rounding.quick`. `quick_inverse` is 0 for other dtypes, so that the twin is
+never called for them, and its body is compiled empty.
 """
 
 from __future__ import annotations
@@ -31,10 +37,12 @@ from loaders.quantization.kernels.rounding import (
 
 
 def _quotients(lanes: Lanes, x: Array, at: Value, scale: Value, count: int) -> Value:
+    """Divide `count` weights by a scale in the arithmetic of their dtype."""
     return rounding.like(lanes, x, lanes.b.fdiv(lanes.floats(x, at, count), lanes.splat(scale, count)))
 
 
 def _code(lanes: Lanes, x: Array, at: Value, scale: Value, bits: int, count: int) -> Value:
+    """Return the symmetric codes of `count` weights, as signed int32 lanes."""
     half = 1 << (bits - 1)
     return rounding.to_integers(lanes, _quotients(lanes, x, at, scale, count), -half, half - 1)
 
@@ -61,6 +69,7 @@ def _pack_4_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Arr
 
 
 def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out: Array) -> None:
+    """Code STEP bfloat16s into a byte each, plus `shift`."""
     if x.holds == types.uint16:
         codes = [
             rounding.quick_integers(lanes, rounding.quick(lanes, values, inverse), -128, 127, shift)
@@ -109,7 +118,7 @@ def _plain_8_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) ->
 
 @vector(types.void)
 def _ends(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
-    """The least and the greatest of weights [start, stop) and 0, as int32s that sort like the floats, into a slot."""
+    """Put the least and the greatest of weights [start, stop) and 0 into a slot, as int32s that sort as floats do."""
     kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
     width = kind.element.width - 1
     found = [cgutils.alloca_once_value(lanes.b, lanes.const(kind, 0)) for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -137,10 +146,13 @@ def _zeros_and_scales(
     scales: Array,
     inverses: Array,
 ) -> None:
-    """Zeros, whole numbers in float32, and scales of GROUPS groups from their ends."""
+    """Compute zeros, as whole float32s, and scales of GROUPS groups from their ends, rounding after every operation.
+
+    `lows` and `highs` are integers that sort as the floats do: a positive number's bits are the integer itself, and the
+    bits of a negative number's magnitude are its complement.
+    """
     low, high = lanes.load(lows, at, GROUPS), lanes.load(highs, at, GROUPS)
     nothing = lanes.const(ir.VectorType(F32, GROUPS), 0.0)
-    # the bits of a negative number's magnitude are ~sortable; those of a positive one are sortable itself
     least = lanes.b.fneg(rounding.values_of_bits(lanes, x, lanes.op("xor", low, -1)))
     is_negative = lanes.b.icmp_signed("<", low, lanes.const(low.type, 0))
     least = lanes.b.select(is_negative, least, nothing)
@@ -156,7 +168,9 @@ def _zeros_and_scales(
 
 @kernel
 def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
-    """Symmetric codes of four or eight bits, packed. x: (n,) in groups of a multiple of STEP; packed: uint8; scales:
+    """Find and pack symmetric codes of four or eight bits.
+
+    x: (n,) in groups of a multiple of STEP; eps: what a scale of zero becomes; packed: uint8 (n * bits / 8,); scales:
     float32 (n / group,), rounded to the dtype of x.
     """
     half = np.float32(7.5) if bits == 4 else np.float32(127.5)
@@ -188,7 +202,7 @@ def encode(x, group, bits, eps, packed, scales):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untyped-def]
-    """Asymmetric codes of four bits. zeros: int8 (n / group,), -8 to 7; the rest as in `encode`."""
+    """Find and pack asymmetric codes of four bits. zeros: int8 (n / group,), -8 to 7; the rest as in `encode`."""
     lows, highs = np.zeros(BATCH, np.int32), np.zeros(BATCH, np.int32)
     some, inverses, wholes = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
     for first in range(0, scales.size, BATCH):
@@ -212,7 +226,10 @@ def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untype
 
 @kernel
 def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
-    """Symmetric codes of eight bits, a scale a row. x: (rows * columns,); out: int8 bits as uint8; scales as above."""
+    """Find symmetric codes of eight bits, a scale a row. x: (rows * columns,); scales: float32 (rows,), as above.
+
+    out: the bits of int8 codes, as uint8 (rows * columns,).
+    """
     for r in range(scales.size):
         start, stop = r * columns, (r + 1) * columns
         whole = start + columns // STEP * STEP
@@ -234,7 +251,10 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
 
 
 def pack_zeros(zeros: np.ndarray) -> np.ndarray:
-    """int8 (R, G) zeros to uint32 (ceil(R / 8), G): eight rows to a word, the first lowest; missing rows are 0 bits."""
+    """Pack int8 (R, G) zeros into uint32 (ceil(R / 8), G): eight rows to a word, the first lowest.
+
+    The bits of rows beyond the last are 0.
+    """
     rows, groups = zeros.shape
     codes = np.zeros((-(-rows // 8) * 8, groups), np.uint32)
     codes[:rows] = zeros.astype(np.int32) + 8
@@ -249,7 +269,7 @@ def pack_zeros(zeros: np.ndarray) -> np.ndarray:
 
 
 def _times(lanes: Lanes, codes: Value, shift: Value, scale: Value, out: Array, at: Value) -> None:
-    """(codes - shift) * scale, where `shift` is a float32 scalar."""
+    """Store (codes - shift) * scale from weight `at` on; `shift` is a float32 scalar."""
     values = lanes.b.sitofp(codes, rounding.floats(codes))
     count = codes.type.count
     lanes.store(lanes.b.fmul(lanes.b.fsub(values, lanes.splat(shift, count)), lanes.splat(scale, count)), out, at)
@@ -267,7 +287,10 @@ def _unpack_8(lanes: Lanes, packed: Array, at: Value, shift: Value, scale: Value
 
 @kernel
 def decode(packed, group, bits, scales, shifts, out):  # type: ignore[no-untyped-def]
-    """(stored code - shift) * scale; groups of a multiple of STEP. packed: uint8; scales, shifts: float32 by group."""
+    """Decode (stored code - shift) * scale. packed: uint8; scales, shifts: float32, one a group; out: float32 (n,).
+
+    Groups are of a multiple of STEP weights.
+    """
     for g in range(scales.size):
         for at in range(g * group, (g + 1) * group, STEP):
             if bits == 4:
@@ -278,7 +301,10 @@ def decode(packed, group, bits, scales, shifts, out):  # type: ignore[no-untyped
 
 @kernel
 def decode_any(packed, bits, columns, group, scales, shifts, out):  # type: ignore[no-untyped-def]
-    """`decode` for any group and row length: each row of `columns` begins a word. scales, shifts: (rows, groups)."""
+    """Decode as `decode` does, for groups and rows of any length. Each row of `columns` codes begins a word.
+
+    scales, shifts: float32 (rows, groups).
+    """
     row_bytes = (columns * bits + 31) // 32 * 4
     mask = (1 << bits) - 1
     for r in range(scales.shape[0]):
@@ -298,7 +324,7 @@ def _plain_values(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Arra
 
 @kernel
 def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
-    """Plain int8 codes times their row's scale. codes: int8 (rows * columns,)."""
+    """Multiply int8 codes by their row's scale. codes: int8 (rows * columns,); scales: float32 (rows,)."""
     for r in range(scales.size):
         start, stop = r * columns, (r + 1) * columns
         whole = start + columns // STEP * STEP
@@ -309,7 +335,7 @@ def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
 
 
 def unpack_zeros(words: np.ndarray, rows: int) -> np.ndarray:
-    """uint32 (ceil(rows / 8), G) words to float32 (rows, G) shifts: the stored zeros, with their 8."""
+    """Unpack uint32 (ceil(rows / 8), G) words into float32 (rows, G) shifts: zeros plus 8, as they are stored."""
     shifts = np.arange(8, dtype=np.uint32) * np.uint32(4)
     codes = (words[:, None, :] >> shifts[None, :, None]) & np.uint32(15)
     return np.ascontiguousarray(codes.reshape(-1, words.shape[1])[:rows]).astype(np.float32)

@@ -1,17 +1,18 @@
-"""ggml's blocks of 32 weights: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and MXFP4, byte for byte as its reference quantizers.
+"""Encoders of ggml's blocks of 32 weights: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and MXFP4, byte for byte as its reference.
 
-A block begins with its scale in float16 (Q4_1 and Q5_1: and its least weight; MXFP4: an exponent byte), then:
+A block begins with its scale d in float16 (in Q4_1 and Q5_1 also its least weight m; in MXFP4 an exponent byte e):
     Q8_0   32 int8                                               w = d q
     Q4_0   16 bytes, weight j low and j + 16 high                w = d (q - 8)
     Q4_1   likewise                                              w = d q + m
     Q5_0   32 fifth bits as one uint32, then as Q4_0             w = d (q - 16)
     Q5_1   likewise                                              w = d q + m
     MXFP4  as Q4_0, codes of E2M1 with a sign                    w = e2m1(q) 2^(e - 127)
-All arithmetic is float32, in the order of quantize_row_*_ref (llama.cpp, ggml/src/ggml-quants.c), as x86-64 builds of
-ggml do it: no products are fused into sums. Codes take the unrounded scale; casts to integers cut. Scales that are so
-small that their inverse is infinite make C's cast undefined; x86 gives code 0, and so it is here.
+All arithmetic is float32, in the order of quantize_row_*_ref (llama.cpp, ggml/src/ggml-quants.c), and as x86-64 builds
+of ggml do it: products are not fused into sums. Codes are found by the scale before it is rounded to float16, and casts
+to integers truncate. A scale so small that its inverse is infinite makes C's cast undefined; x86 gives code 0, and so
+do these encoders.
 
-Blocks go through in batches: the scales of sixteen are worked out side by side.
+Blocks go through in batches, so that the scales of sixteen are computed side by side.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 
 N = 32  # weights in a block
-BATCH = 16
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled
-MIDDLES = (0.5, 1.5, 2.5, 3.5, 5, 7, 10)
-ROUND_AWAY = 0x3EFFFFFF  # the last float32 below one half
+BATCH = 16  # blocks whose scales are computed at once, a lane each
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as ggml's kvalues_mxfp4
+MIDDLES = (0.5, 1.5, 2.5, 3.5, 5, 7, 10)  # halfway between neighbours of E2M1
+# The bits of the last float32 below one half. With the sign of a number, it is what to add before the number is cut to
+# an integer, for roundf's half away from zero: one half itself would also lift 0.49999997 to 1.
+ROUND_AWAY = 0x3EFFFFFF
 
 
 def _bits(lanes: Lanes, x: Array, at: Value) -> Value:
-    """A block's raw bits as integers: 16 or 32 wide."""
+    """Load a block's raw bits as integers of 16 or 32 bits."""
     bits = lanes.load(x, at, N)
     return lanes.b.bitcast(bits, ir.VectorType(I32, N)) if x.element is F32 else bits
 
 
 def _value(lanes: Lanes, x: Array, bits: Value) -> Value:
-    """One weight's raw bits as float32."""
+    """Return the float32 value of one weight's raw bits."""
     if x.element is F32:
         return lanes.b.bitcast(bits, F32)
     one = lanes.splat(bits, 1)
@@ -49,7 +52,7 @@ def _value(lanes: Lanes, x: Array, bits: Value) -> Value:
 
 
 def _first_sign(lanes: Lanes, bits: Value, among: Value) -> Value:
-    """Whether the first of the lanes in `among` is negative."""
+    """Whether the first of the lanes in the mask `among` is negative. As an int32, p & -p is a mask's lowest bit."""
     zero, one = ir.Constant(I32, 0), ir.Constant(I32, 1)
     places = lanes.b.bitcast(among, I32)
     first = lanes.b.and_(places, lanes.b.sub(zero, places))
@@ -59,7 +62,7 @@ def _first_sign(lanes: Lanes, bits: Value, among: Value) -> Value:
 
 @vector(types.float32)
 def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The largest magnitude of a block."""
+    """Return the largest magnitude of a block."""
     bits = _bits(lanes, x, at)
     mask = 0x7FFFFFFF if x.element is F32 else 0x7FFF
     return _value(lanes, x, lanes.reduce("umax", lanes.op("and_", bits, mask)))
@@ -67,7 +70,10 @@ def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
 
 @vector(types.float32)
 def _extreme(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The weight of greatest magnitude with its sign, of equals the first; of zeros +0."""
+    """Return the weight of greatest magnitude with its sign, as C's loop `if (amax < fabsf(v))` finds it.
+
+    Of equal magnitudes the first counts, and a block of zeros gives +0.
+    """
     bits = _bits(lanes, x, at)
     kind, is_wide = bits.type.element, x.element is F32
     magnitudes = lanes.op("and_", bits, 0x7FFFFFFF if is_wide else 0x7FFF)
@@ -79,14 +85,14 @@ def _extreme(lanes: Lanes, x: Array, at: Value) -> Value:
 
 
 def _sortable(lanes: Lanes, bits: Value, is_wide: bool) -> Value:
-    """Integers that sort as the floats do, -0 just below +0; its own inverse."""
+    """Map float bits to integers that sort as the floats do, -0 just below +0. The map is its own inverse."""
     shift, mask = (31, 0x7FFFFFFF) if is_wide else (15, 0x7FFF)
     return lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, shift), mask))
 
 
 @vector(types.float32)
 def _highest(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The greatest weight of a block."""
+    """Return the greatest weight of a block."""
     is_wide = x.element is F32
     top = lanes.reduce("smax", _sortable(lanes, _bits(lanes, x, at), is_wide))
     one = _sortable(lanes, lanes.splat(top, 1), is_wide)
@@ -95,7 +101,10 @@ def _highest(lanes: Lanes, x: Array, at: Value) -> Value:
 
 @vector(types.float32)
 def _lowest(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The least weight of a block; where that is zero, with the sign of the first zero."""
+    """Return the least weight of a block, as C's loop `if (v < min)` finds it.
+
+    If that is zero it has the sign of the block's first zero, which is stored in float16 as the block's minimum.
+    """
     bits = _bits(lanes, x, at)
     kind, is_wide = bits.type.element, x.element is F32
     low = lanes.reduce("smin", _sortable(lanes, bits, is_wide))
@@ -113,7 +122,11 @@ def _lowest(lanes: Lanes, x: Array, at: Value) -> Value:
 def _scales(
     lanes: Lanes, spans: Array, divisor: Value, offset: Value, inverses: Array, offsets: Array, halves: Array
 ) -> Value:
-    """Of BATCH blocks: d = span / divisor as float16 bits, 1/d (0 for 0), and what is added before codes are cut."""
+    """Compute BATCH blocks' scales d = span / divisor: float16 bits into `halves`, 1 / d into `inverses`.
+
+    The inverse of 0 is 0, as in ggml. `offsets` receives what is added before codes are cut: `offset`, or 0 with an
+    inverse of 0 where 1 / d is infinite, so that all codes are 0.
+    """
     at, kind = ir.Constant(ir.IntType(64), 0), ir.VectorType(F32, BATCH)
     zero, one = lanes.const(kind, 0), lanes.const(kind, 1)
     d = lanes.b.fdiv(lanes.load(spans, at, BATCH), lanes.splat(divisor, BATCH))
@@ -126,7 +139,7 @@ def _scales(
 
 @vector(types.void)
 def _halves(lanes: Lanes, values: Array, halves: Array) -> Value:
-    """BATCH float32 as float16 bits."""
+    """Round BATCH float32s to float16 bits."""
     at = ir.Constant(ir.IntType(64), 0)
     lanes.store(lanes.to_f16(lanes.load(values, at, BATCH)), halves, at)
 
@@ -138,10 +151,10 @@ def _place(lanes: Lanes, value: Value, out: Array, at: Value, offset: int) -> No
 
 @vector(types.void)
 def _write_q8_0(lanes: Lanes, x: Array, at: Value, inverse: Value, half: Value, out: Array, to: Value) -> None:
+    """Write the block of Q8_0 of weights from `at` on to byte `to`: codes are roundf(x * inverse)."""
     codes, wide = [], ir.VectorType(I32, N // 2)
     for values in lanes.pairs(x, at, N):
         v = lanes.b.fmul(values, lanes.splat(inverse, N // 2))
-        # roundf: half away from zero, as the sum with the last float below 0.5, cut to an integer
         nudge = lanes.op("or_", lanes.op("and_", lanes.b.bitcast(v, wide), -0x80000000), ROUND_AWAY)
         codes.append(lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, v.type)), wide))
     _place(lanes, half, out, to, 0)
@@ -151,7 +164,7 @@ def _write_q8_0(lanes: Lanes, x: Array, at: Value, inverse: Value, half: Value, 
 def _codes(
     lanes: Lanes, x: Array, at: Value, low: Value | None, inverse: Value, offset: Value, top: int
 ) -> list[Value]:
-    """The block's two halves as int16 codes: min(top, int(x * inverse + offset))."""
+    """Return the codes of a block's two halves, as int16: min(top, int((x - low) * inverse + offset))."""
     found, count = [], N // 4
     for half in range(2):
         pair = []
@@ -166,12 +179,14 @@ def _codes(
 
 
 def _nibbles(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
+    """Store the low four bits of a block's codes: the first half in low nibbles, the second in high ones."""
     low, high = (lanes.op("and_", half, 15) for half in codes)
     both = lanes.b.or_(low, lanes.op("shl", high, 4))
     _place(lanes, lanes.b.trunc(both, ir.VectorType(I8, N // 2)), out, to, offset)
 
 
 def _fifth_bits(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
+    """Store the fifth bits of a block's 32 codes as one uint32. A mask of 32 lanes is that number already."""
     whole = lanes.join(codes)
     is_set = lanes.b.icmp_unsigned("!=", lanes.op("and_", whole, 16), lanes.const(whole.type, 0))
     _place(lanes, lanes.b.bitcast(is_set, I32), out, to, offset)
@@ -235,12 +250,16 @@ def _write_q5_1(
 
 @vector(types.void)
 def _write_mxfp4(lanes: Lanes, x: Array, at: Value, inverse: Value, exponent: Value, out: Array, to: Value) -> None:
-    """Each finite weight takes the value nearest to it, of two as near the lesser; zeros have no sign."""
+    """Write a block of MXFP4: each finite weight takes the nearest code, of two as near the lesser magnitude.
+
+    ggml's best_index_mxfp4 tries all sixteen codes and keeps the first of the best, so that a zero has no sign.
+    Counting the middles below a magnitude gives the same, since `inverse` is a power of two and products are exact.
+    """
     codes, kind = [], ir.VectorType(I32, N // 4)
     for half in range(2):
         pair = []
         for v in lanes.pairs(x, lanes.op("add", at, half * N // 2), N // 2):
-            steps = lanes.b.fmul(v, lanes.splat(inverse, N // 4))  # exact, as the scale is a power of two
+            steps = lanes.b.fmul(v, lanes.splat(inverse, N // 4))
             size, code = lanes.absolute(steps), lanes.const(kind, 0)
             for middle in MIDDLES:
                 code = lanes.b.sub(
@@ -256,7 +275,10 @@ def _write_mxfp4(lanes: Lanes, x: Array, at: Value, inverse: Value, exponent: Va
 
 @kernel
 def _write_mxfp4_slowly(x, at, out, to):  # type: ignore[no-untyped-def]
-    """By the definition, for an exponent of 0: each weight takes the value nearest in float32, of equals the first."""
+    """Write a block of MXFP4 with exponent byte 0 by ggml's definition, best_index_mxfp4.
+
+    Its scale, 2^-128, is a subnormal float32 whose inverse is infinite, so `_write_mxfp4` cannot serve.
+    """
     out[to : to + 17] = 0
     for i in range(N):
         value, best = float_at(x, at + i), np.float32(0)
@@ -269,7 +291,7 @@ def _write_mxfp4_slowly(x, at, out, to):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_q8_0(x, out):  # type: ignore[no-untyped-def]
-    """x: (n,), n a multiple of 32; out: uint8 (n / 32 * 34,)."""
+    """Encode Q8_0. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 34,)."""
     spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
     halves = np.empty(BATCH, np.uint16)
     for first in range(0, x.size // N, BATCH):
@@ -283,7 +305,7 @@ def encode_q8_0(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_q4_0(x, out):  # type: ignore[no-untyped-def]
-    """out: uint8 (n / 32 * 18,)."""
+    """Encode Q4_0. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 18,)."""
     spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
     halves = np.empty(BATCH, np.uint16)
     for first in range(0, x.size // N, BATCH):
@@ -297,7 +319,7 @@ def encode_q4_0(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_q5_0(x, out):  # type: ignore[no-untyped-def]
-    """out: uint8 (n / 32 * 22,)."""
+    """Encode Q5_0. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 22,)."""
     spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
     halves = np.empty(BATCH, np.uint16)
     for first in range(0, x.size // N, BATCH):
@@ -311,7 +333,7 @@ def encode_q5_0(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _encode_offset(x, is_five, out):  # type: ignore[no-untyped-def]
-    """Q4_1 or Q5_1."""
+    """Encode Q4_1, or Q5_1 with `is_five`."""
     spans, inverses, offsets = np.zeros(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.float32)
     lows, halves, low_halves = np.zeros(BATCH, np.float32), np.empty(BATCH, np.uint16), np.empty(BATCH, np.uint16)
     divisor, size = (np.float32(31), 24) if is_five else (np.float32(15), 20)
@@ -331,24 +353,28 @@ def _encode_offset(x, is_five, out):  # type: ignore[no-untyped-def]
 
 
 def encode_q4_1(x: np.ndarray, out: np.ndarray) -> None:
-    """out: uint8 (n / 32 * 20,)."""
+    """Encode Q4_1. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 20,)."""
     _encode_offset(x, False, out)
 
 
 def encode_q5_1(x: np.ndarray, out: np.ndarray) -> None:
-    """out: uint8 (n / 32 * 24,)."""
+    """Encode Q5_1. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 24,)."""
     _encode_offset(x, True, out)
 
 
 @kernel
 def encode_mxfp4(x, out):  # type: ignore[no-untyped-def]
-    """out: uint8 (n / 32 * 17,). The exponent is floor(log2 of the largest magnitude) - 2, in float32's rounding."""
+    """Encode MXFP4. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 17,).
+
+    The exponent is floorf(log2f(amax)) - 2: log2 in float64 rounded to float32 is what a correctly rounded log2f gives,
+    which just below a power of two may be the next integer.
+    """
     for block in range(x.size // N):
         top = _largest(x, block * N)
         exponent = np.int32(0)
         if top > 0 and top < np.inf:
             exponent = np.int32(math.floor(np.float32(math.log2(np.float64(top))))) + np.int32(125)
-        exponent &= np.int32(0xFF)  # below 2^-125 ggml's byte wraps: such blocks come out as zeros, and so here
+        exponent &= np.int32(0xFF)  # below 2^-125 the byte wraps round, as in ggml: such blocks come out as zeros
         if exponent == 0:
             _write_mxfp4_slowly(x, block * N, out, block * 17)
         else:

@@ -1,9 +1,9 @@
-"""The ends of the codes' values in blocks of ggml's types, and half a gap between them, from the stored scales alone.
+"""The grids of ggml's types: the ends of the codes' values and half a gap between them, from the stored scales alone.
 
-data: uint8, whole blocks; low, high, half: float32, an entry for each group of GROUPS weights. The K-quants
-take their codes by the scales that are stored. Ternary types take them by a scale before it is rounded to float16: by
-2^-11 of itself at most, or 2^-25 where float16 has no normal numbers, in the ends and in what is decoded. See
-quantization/grid.py.
+data: uint8, whole blocks; low, high, half: float32, an entry for each group of GROUPS[type] weights. The K-quants find
+their codes by the scales as they are stored, so only float32 rounds. The ternary types find them by a scale before it
+is rounded to float16, which moves it by at most 2^-11 of itself, or 2^-25 below float16's normal numbers; that counts
+twice, in the ends and in the decoded values. See quantization/grid.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 from loaders.quantization.kernels.ggml.decode import half_at, six_bits
 from loaders.quantization.kernels.lanes import kernel
 
-ROUNDING = np.float32(2.0**-10)  # twice float16's
-LEAST = np.float32(2.0**-24)
-SMALL = np.float32(2.0**-20)
+ROUNDING = np.float32(2.0**-10)  # twice float16's greatest relative rounding
+LEAST = np.float32(2.0**-24)  # twice its greatest absolute rounding, below its normal numbers
+SMALL = np.float32(2.0**-20)  # room for sixteen float32 roundings, relative
+# weights that share a grid: a sub-block of the K-quants, else a block
 GROUPS = {
     "MXFP4": 32, "Q2_K": 16, "Q3_K": 16, "Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "TQ1_0": 256, "TQ2_0": 256,
 }  # fmt: skip
@@ -23,7 +24,7 @@ GROUPS = {
 
 @kernel
 def _largest_bits(data, size, at):  # type: ignore[no-untyped-def]
-    """Without their signs, float16s sort as their bits do."""
+    """Find the greatest bits, without signs, of the float16s at byte `at` of every block: they sort as magnitudes."""
     top = 0
     for place in range(at, data.size, size):
         bits = np.int64(data[place + 1] & np.uint8(0x7F)) << 8 | np.int64(data[place])
@@ -32,13 +33,13 @@ def _largest_bits(data, size, at):  # type: ignore[no-untyped-def]
 
 
 def largest_half(data: np.ndarray, size: int, at: int) -> float:
-    """The largest magnitude of the float16 at byte `at` of every block of `size` bytes."""
+    """Return the largest magnitude among the float16s at byte `at` of every block of `size` bytes."""
     return float(np.array(_largest_bits(data, size, at), np.uint16).view(np.float16))
 
 
 @kernel
 def _put_exact(g, scale, offset, least, top, low, high, half):  # type: ignore[no-untyped-def]
-    """Codes of `least` to `top` by this very scale and offset, in float32."""
+    """Put the grid of group g, whose codes from `least` to `top` were found by exactly this scale and offset."""
     one, other = offset + least * scale, offset + top * scale
     low[g], high[g] = min(one, other), max(one, other)
     half[g] = abs(scale) * (np.float32(0.5) + SMALL * top) + abs(offset) * SMALL
@@ -46,6 +47,7 @@ def _put_exact(g, scale, offset, least, top, low, high, half):  # type: ignore[n
 
 @kernel
 def _ternary(data, size, at_scale, low, high, half):  # type: ignore[no-untyped-def]
+    """Codes are -1, 0 and 1 times the block's scale: half a gap is half a scale."""
     for g in range(low.size):
         scale = abs(half_at(data, g * size + at_scale))
         low[g], high[g] = -scale, scale
@@ -54,7 +56,10 @@ def _ternary(data, size, at_scale, low, high, half):  # type: ignore[no-untyped-
 
 @kernel
 def _mxfp4(data, low, high, half):  # type: ignore[no-untyped-def]
-    """Codes' values end at 12; half a gap is 0.5 at zero, and grows as `grid.E2M1_SLOPE` says."""
+    """Code values are doubled E2M1 times a halved scale, as in ggml: they end at 12, and half a gap is 0.5 at zero.
+
+    It grows with a value as `grid.E2M1_SLOPE` says, which the scheme adds.
+    """
     for g in range(low.size):
         scale = np.float32(2.0 ** (np.float64(data[g * 17]) - 128.0))
         low[g], high[g] = scale * np.float32(-12), scale * np.float32(12)
@@ -102,13 +107,13 @@ def _q6_k(data, low, high, half):  # type: ignore[no-untyped-def]
             _put_exact(b * 16 + j, scale, np.float32(0), np.float32(-32), np.float32(31), low, high, half)
 
 
-TERNARY = {"TQ1_0": (54, 52), "TQ2_0": (66, 64)}
-SIX_BIT = {"Q4_K": (144, 15), "Q5_K": (176, 31)}
+TERNARY = {"TQ1_0": (54, 52), "TQ2_0": (66, 64)}  # bytes of a block, the byte of its scale
+SIX_BIT = {"Q4_K": (144, 15), "Q5_K": (176, 31)}  # bytes of a block, the greatest code
 OTHERS = {"MXFP4": _mxfp4, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q6_K": _q6_k}
 
 
 def grid(name: str, data: np.ndarray, low: np.ndarray, high: np.ndarray, half: np.ndarray) -> None:
-    """Fill in low, high and half for the blocks of a type."""
+    """Fill in low, high and half for whole blocks of the type `name`, one of GROUPS."""
     if name in TERNARY:
         _ternary(data, *TERNARY[name], low, high, half)
     elif name in SIX_BIT:

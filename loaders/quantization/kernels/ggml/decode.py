@@ -1,7 +1,7 @@
-"""Decoders of ggml's block formats, to float32: as llama.cpp's dequantize_row_* (ggml/src/ggml-quants.c) compute them.
+"""Decoders of ggml's block formats to float32, as llama.cpp's dequantize_row_* (ggml/src/ggml-quants.c) compute them.
 
-They share nothing with the encoders. data: uint8, whole blocks; out: float32, their weights. What the bytes mean stands
-in kernels/ggml_blocks.py, ggml_super.py and ggml_ternary.py.
+They share no code with the encoders, which they check. data: uint8, whole blocks; out: float32, their weights. What the
+bytes of a block mean is described in kernels/ggml/blocks.py, k_quants.py and ternary.py.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, ha
 
 @kernel
 def half_at(data, at):  # type: ignore[no-untyped-def]
+    """Return the float16 at byte `at`, little-endian, as float32."""
     return half_value(np.uint16(np.uint16(data[at]) | np.uint16(np.uint16(data[at + 1]) << np.uint16(8))))
 
 
 def _load_bytes(lanes: Lanes, data: Array, at: Value, offset: int, count: int) -> Value:
+    """Load `count` bytes from byte `at` + `offset` on."""
     return lanes.load(data, lanes.op("add", at, offset), count)
 
 
 def _integers(lanes: Lanes, raw: Value) -> Value:
+    """Widen unsigned bytes to int32 lanes."""
     return lanes.b.zext(raw, ir.VectorType(I32, raw.type.count))
 
 
 def _put_scaled(
     lanes: Lanes, codes: Value, scale: Value, low: Value | None, out: Array, to: Value, offset: int
 ) -> None:
+    """Store code * scale (+ low) for int32 codes, from weight `to` + `offset` on."""
     count = codes.type.count
     values = lanes.b.fmul(lanes.b.sitofp(codes, ir.VectorType(F32, count)), lanes.splat(scale, count))
     values = values if low is None else lanes.b.fadd(values, lanes.splat(low, count))
@@ -37,6 +41,7 @@ def _put_scaled(
 
 @vector(types.void)
 def _eight(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    """Decode the 32 int8 codes of a block of Q8_0."""
     for part in range(2):
         raw = _load_bytes(lanes, data, at, 2 + 16 * part, 16)
         codes = lanes.b.sext(raw, ir.VectorType(I32, 16))
@@ -44,12 +49,13 @@ def _eight(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: V
 
 
 def _nibbles(lanes: Lanes, data: Array, at: Value, offset: int) -> tuple[Value, Value]:
+    """Return the 16 low nibbles and the 16 high ones of 16 bytes: the first and the second half of a block."""
     codes = _integers(lanes, _load_bytes(lanes, data, at, offset, 16))
     return lanes.op("and_", codes, 15), lanes.op("lshr", codes, 4)
 
 
 def _with_fifth(lanes: Lanes, data: Array, at: Value, offset: int, halves: tuple[Value, Value]) -> list[Value]:
-    """Nibbles and the bits of the uint32 at `offset`."""
+    """Add the fifth bits to the nibbles of a block's halves: bit i of the uint32 at `offset` belongs to weight i."""
     raw = _load_bytes(lanes, data, at, offset, 4)
     word = lanes.splat(lanes.b.bitcast(raw, I32), 16)
     found = []
@@ -61,24 +67,28 @@ def _with_fifth(lanes: Lanes, data: Array, at: Value, offset: int, halves: tuple
 
 @vector(types.void)
 def _four_centred(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    """Decode a block of Q4_0."""
     for part, codes in enumerate(_nibbles(lanes, data, at, 2)):
         _put_scaled(lanes, lanes.op("sub", codes, 8), scale, None, out, to, 16 * part)
 
 
 @vector(types.void)
 def _four_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value, out: Array, to: Value) -> None:
+    """Decode a block of Q4_1."""
     for part, codes in enumerate(_nibbles(lanes, data, at, 4)):
         _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
 
 
 @vector(types.void)
 def _five_centred(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    """Decode a block of Q5_0."""
     for part, codes in enumerate(_with_fifth(lanes, data, at, 2, _nibbles(lanes, data, at, 6))):
         _put_scaled(lanes, lanes.op("sub", codes, 16), scale, None, out, to, 16 * part)
 
 
 @vector(types.void)
 def _five_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value, out: Array, to: Value) -> None:
+    """Decode a block of Q5_1."""
     for part, codes in enumerate(_with_fifth(lanes, data, at, 4, _nibbles(lanes, data, at, 8))):
         _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
 
@@ -115,7 +125,7 @@ def q5_1(data, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def mxfp4(data, out):  # type: ignore[no-untyped-def]
-    """An exponent of 255 is no NaN to ggml, but 2^127."""
+    """Decode MXFP4 by doubled codes and halved scales, as ggml. An exponent byte of 255 is 2^128 there, and not NaN."""
     table = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
     for b in range(out.size // 32):
         scale = np.float32(2.0 ** (np.float64(data[b * 17]) - 128.0))
@@ -157,7 +167,7 @@ def q3_k(data, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def six_bits(data, at, j):  # type: ignore[no-untyped-def]
-    """The scale and the minimum of sub-block j among twelve bytes at `at`."""
+    """Return the scale and the minimum of sub-block j from the twelve bytes at `at`: ggml's get_scale_min_k4."""
     if j < 4:
         return np.int32(data[at + j] & 63), np.int32(data[at + 4 + j] & 63)
     scale = (data[at + 4 + j] & 15) | ((data[at + j - 4] >> 6) << 4)
@@ -178,7 +188,10 @@ def _line(
     out: Array,
     to: Value,
 ) -> None:
-    """32 weights: scale * (nibble + 16 * bit of the bytes at `fifths`) - low; a bit of 8 takes none."""
+    """Decode 32 weights of Q4_K or Q5_K: scale * (nibble + 16 * fifth bit) - low.
+
+    A fifth bit is bit `bit` of a byte at `fifths`; for Q4_K, which has none, `bit` is 8.
+    """
     for part in range(2):
         raw = _integers(lanes, _load_bytes(lanes, data, at, 16 * part, 16))
         codes = lanes.op("and_", lanes.b.lshr(raw, lanes.splat(shift, 16)), 15)
@@ -232,7 +245,7 @@ def q6_k(data, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def tq1_0(data, out):  # type: ignore[no-untyped-def]
-    """A trit is what the fraction times a power of three exceeds, three times over."""
+    """Decode TQ1_0: multiplying a byte, a fraction of 256, by 3 carries its next trit out of the low eight bits."""
     for b in range(out.size // 256):
         at, to = b * 54, b * 256
         d = half_at(data, at + 52)
@@ -247,7 +260,7 @@ def tq1_0(data, out):  # type: ignore[no-untyped-def]
 
 @vector(types.void)
 def _four_trits(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
-    """128 weights of 32 bytes, whose pairs of bits lie 32 weights apart."""
+    """Decode 128 weights of TQ2_0 from 32 bytes: the four codes of a byte belong to weights 32 apart."""
     for part in range(2):
         raw = _integers(lanes, _load_bytes(lanes, data, at, 16 * part, 16))
         for n in range(4):

@@ -1,15 +1,15 @@
-"""ggml's super-blocks of 256 weights: Q2_K to Q6_K, byte for byte as its reference quantizers.
+"""Encoders of ggml's K-quants, super-blocks of 256 weights: Q2_K to Q6_K, byte for byte as its reference quantizers.
 
-By bytes (l, j count within what stands before them; sub-blocks are 16 or 32 weights, each with a small scale):
-    Q2_K   16 scales and minima of 4 bits, 64 codes, d, dmin                       w = d s q - dmin m
-    Q3_K   32 high bits, 64 low codes, 12 scales of 6 bits, d                      w = d (s - 32) (q - 4)
-    Q4_K   d, dmin, 12 scales and minima of 6 bits, 128 codes                      w = d s q - dmin m
-    Q5_K   d, dmin, 12 scales and minima of 6 bits, 32 fifth bits, 128 codes       w = d s q - dmin m
-    Q6_K   128 low codes, 64 high codes, 16 int8 scales, d                         w = d s (q - 32)
-d and dmin are float16. Scales come from kernels/ggml_search.py and ggml_line.py; sub-blocks whose stored scale is zero
-keep the codes of the search.
+A sub-block is 16 weights, of Q4_K and Q5_K 32, with a scale s (and a minimum m) of its own. In order, with their bytes:
+    Q2_K   scales and minima of 4 bits (16), codes (64), d, dmin                             w = d s q - dmin m
+    Q3_K   high bits (32), low two bits (64), scales of 6 bits (12), d                       w = d (s - 32) (q - 4)
+    Q4_K   d, dmin, scales and minima of 6 bits (12), codes (128)                            w = d s q - dmin m
+    Q5_K   d, dmin, scales and minima of 6 bits (12), fifth bits (32), low four bits (128)   w = d s q - dmin m
+    Q6_K   low four bits (128), high two bits (64), int8 scales (16), d                      w = d s (q - 32)
+d and dmin are float16. The searches for scales are in search.py and search_line.py; a sub-block whose stored scale is
+zero keeps the codes of the search.
 
-Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_*_ref.
+Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_q2_K_ref to quantize_row_q6_K_ref.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from loaders.quantization.kernels.ggml import search
 from loaders.quantization.kernels.ggml import search_line as line
 from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, half_bits, half_value, kernel, transpose, vector
 
-SUPER = 256
-PART = 64  # super-blocks searched at once: their float32s stay in the cache
+SUPER = 256  # weights in a super-block
+PART = 64  # super-blocks widened to float32 at once: 64 KiB, which stay in the cache until they are searched
 LANES = search.LANES
 F = np.float32
 NOTHING = np.float32(search.NOTHING)
@@ -33,26 +33,27 @@ NOTHING = np.float32(search.NOTHING)
 
 @vector(types.void)
 def _widen(lanes: Lanes, x: Array, at: Value, values: Array) -> None:
+    """Write 32 weights from `at` on as float32."""
     lanes.store(lanes.floats(x, at, 32), values, at)
 
 
 @kernel
 def to_floats(x, values):  # type: ignore[no-untyped-def]
-    """Raw weights (n,), n a multiple of 32, as float32."""
+    """Write raw weights (n,), n a multiple of 32, as float32 into values."""
     for at in range(0, x.size, 32):
         _widen(x, at, values)
 
 
 @kernel
 def _nearest(value):  # type: ignore[no-untyped-def]
-    """The nearest_int of ggml, as its bits make it."""
+    """Return ggml's nearest_int, unclamped: what is beyond 2^22 comes out as the bits make it, as in ggml."""
     bits = np.float32(value + np.float32(12582912.0)).view(np.int32)
     return np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000)
 
 
 @kernel
 def _spread(x, start, n, xt):  # type: ignore[no-untyped-def]
-    """LANES sub-blocks of n weights from `start` on, a lane each; beyond the end of x, zeros."""
+    """Write LANES sub-blocks of n weights from `start` on into xt (n, LANES), a lane each; zeros beyond x's end."""
     whole = min(LANES, (x.size - start) // n)
     for i in range(0, n, 16):
         if whole == LANES:
@@ -65,7 +66,7 @@ def _spread(x, start, n, xt):  # type: ignore[no-untyped-def]
 
 @vector(types.void)
 def _order(lanes: Lanes, small: Array, n: Value, codes: Array) -> None:
-    """Bytes (n, LANES) into those of one lane after another's, (LANES, n)."""
+    """Transpose codes (n, LANES), uint8, into (LANES, n), so that a sub-block's codes lie together again."""
     row = ir.Constant(n.type, LANES)
 
     def turn(at: Value) -> list[Value]:
@@ -89,7 +90,10 @@ def _merge(
     out: Array,
     to: Value,
 ) -> None:
-    """32 bytes of `count` fields each, the first lowest: `width` bits, from `shift` on, of codes that lie `apart`."""
+    """Store 32 bytes of `count` fields, the first the lowest: `width` bits, from bit `shift` on, of a code each.
+
+    The codes of one byte lie `apart` from each other; those of the first byte begin at `at`.
+    """
     kind, one = ir.VectorType(I8, 32), ir.Constant(width.type, 1)
 
     def wide(number: Value) -> Value:
@@ -108,7 +112,7 @@ def _merge(
 
 @kernel
 def put_half(out, at, value):  # type: ignore[no-untyped-def]
-    """Store as float16; gives what it now is."""
+    """Store a number as float16 at byte `at`, and return what it became: ggml finds codes by the stored scales."""
     bits = half_bits(np.float32(value))
     out[at], out[at + 1] = np.uint8(bits & np.uint16(255)), np.uint8(bits >> np.uint16(8))
     return half_value(bits)
@@ -116,7 +120,10 @@ def put_half(out, at, value):  # type: ignore[no-untyped-def]
 
 @kernel
 def _scales_of_6_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-def]
-    """Of one super-block of Q4_K or Q5_K: d, dmin and the twelve bytes at `at`; scales and lows become as stored."""
+    """Store d, dmin and the twelve bytes of scales of one super-block of Q4_K or Q5_K at `at`.
+
+    Its sub-blocks are eight from `first` on. scales and lows become what was stored. `& 255` is C's cast to uint8_t.
+    """
     top, under = np.float32(0), np.float32(0)
     for k in range(first, first + 8):
         top = max(top, scales[k])
@@ -140,7 +147,7 @@ def _scales_of_6_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-
 
 @kernel
 def _q4_k(x, out):  # type: ignore[no-untyped-def]
-    """144 bytes a super-block."""
+    """Encode Q4_K, 144 bytes a super-block; two super-blocks fill the lanes. x: float32."""
     xt, weights, codes = np.empty(32 * LANES, F), np.empty(32 * LANES, F), np.empty(32 * LANES, F)
     scales, lows = np.empty(LANES, F), np.empty(LANES, F)
     small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
@@ -160,7 +167,7 @@ def _q4_k(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _q5_k(x, out):  # type: ignore[no-untyped-def]
-    """176 bytes a super-block."""
+    """Encode Q5_K, 176 bytes a super-block; two super-blocks fill the lanes. x: float32."""
     xt, weights, codes = np.empty(32 * LANES, F), np.empty(32 * LANES, F), np.empty(32 * LANES, F)
     scales, lows = np.empty(LANES, F), np.empty(LANES, F)
     small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
@@ -182,7 +189,7 @@ def _q5_k(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _scales_of_4_bits(scales, lows, out, at):  # type: ignore[no-untyped-def]
-    """Of one super-block of Q2_K at `at`; scales and lows become as stored."""
+    """Store d, dmin and the scales of one super-block of Q2_K at `at`; scales and lows become what was stored."""
     top, under = np.float32(0), np.float32(0)
     for j in range(16):
         top = max(top, scales[j])
@@ -202,14 +209,14 @@ def _scales_of_4_bits(scales, lows, out, at):  # type: ignore[no-untyped-def]
 
 @kernel
 def quarters(codes, out, at, shift):  # type: ignore[no-untyped-def]
-    """Two bits, from `shift` on, of 256 codes: byte l of a half holds its weights l, l + 32, l + 64, l + 96."""
+    """Store two bits, from `shift` on, of 256 codes: byte l of a half holds its weights l, l + 32, l + 64, l + 96."""
     for half in range(2):
         _merge(codes, 128 * half, 32, shift, 2, 4, out, at + 32 * half)
 
 
 @kernel
 def _q2_k(x, out):  # type: ignore[no-untyped-def]
-    """84 bytes a super-block."""
+    """Encode Q2_K, 84 bytes a super-block. x: float32."""
     xt, weights, codes = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.empty(16 * LANES, F)
     scales, lows = np.empty(LANES, F), np.empty(LANES, F)
     small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
@@ -224,7 +231,7 @@ def _q2_k(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _largest_scale(scales):  # type: ignore[no-untyped-def]
-    """Of sixteen scales that of greatest magnitude, the first of equals."""
+    """Return the scale of greatest magnitude among sixteen, the first of equals, with its sign."""
     found, size = np.float32(0), np.float32(0)
     for k in range(16):
         scale = scales[k]
@@ -235,14 +242,14 @@ def _largest_scale(scales):  # type: ignore[no-untyped-def]
 
 @kernel
 def _q3_k(x, out):  # type: ignore[no-untyped-def]
-    """110 bytes a super-block."""
+    """Encode Q3_K, 110 bytes a super-block. x: float32."""
     xt, codes, lows = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.zeros(LANES, F)
     state, scales = np.empty(3 * LANES, F), np.empty(LANES, F)
     small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
     for block in range(x.size // SUPER):
         _spread(x, block * SUPER, 16, xt)
         search.begin_q3(xt, codes, state)
-        for _ in range(5):
+        for _ in range(5):  # make_q3_quants goes over the weights at most five times
             if search.improve_q3(xt, codes, state) == 0:
                 break
         search.end_q3(codes, state, scales)
@@ -267,7 +274,7 @@ def _q3_k(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _q6_k(x, out):  # type: ignore[no-untyped-def]
-    """210 bytes a super-block."""
+    """Encode Q6_K, 210 bytes a super-block. x: float32."""
     xt, codes, lows = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.zeros(LANES, F)
     scales = np.empty(LANES, F)
     small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
@@ -288,15 +295,15 @@ def _q6_k(x, out):  # type: ignore[no-untyped-def]
             out[at : at + 192] = 0
             continue
         _order(small, 16, ordered)
-        for part in range(4):  # of each half, bytes 0 to 31 and 32 to 63
+        for part in range(4):  # each half of the weights fills bytes 0 to 31 and 32 to 63 of its low nibbles
             _merge(ordered, part // 2 * 128 + part % 2 * 32, 64, 0, 4, 2, out, at + 32 * part)
         quarters(ordered, out, at + 128, 4)
 
 
 def _of_floats(encode: Callable[[np.ndarray, np.ndarray], None], size: int) -> Callable[[np.ndarray, np.ndarray], None]:
-    """An encoder of any weights by one of float32s, for which alone the searches are compiled.
+    """Make an encoder of raw weights of any dtype from one of float32s, so that a search is compiled only once.
 
-    x: (n,), n a multiple of 256; out: uint8 (n / 256 * size,).
+    The encoder takes x: (n,), n a multiple of 256, and out: uint8 (n / 256 * size,).
     """
 
     def run(x: np.ndarray, out: np.ndarray) -> None:

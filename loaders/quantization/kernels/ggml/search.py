@@ -1,10 +1,10 @@
-"""The searches for scales of ggml's K-quants, sixteen sub-blocks side by side; those of Q3_K and Q6_K.
+"""The searches for scales of ggml's K-quants: what all share, and those of Q3_K and Q6_K.
 
-ggml looks for the scale (and least value) of each sub-block by trying some, and adds its sums in order, so that one
-sub-block cannot be spread over vector lanes without changing bytes. Many can stand side by side, a lane each: every
-lane does exactly what the C code does, in float32 and in its order. Arrays hold a row of lanes for each weight of a
-sub-block: (n, LANES) flat, n = 16 or 32. Sixteen lanes are what AVX2 has registers for: with more, or with all the
-weights written out one after another, sums go through memory, and compiling takes seconds.
+ggml finds the scale (and least value) of each sub-block by trying some, and adds its sums weight by weight, so that one
+sub-block cannot be spread over vector lanes without changing bytes. Instead, sixteen sub-blocks stand side by side, a
+lane each: every lane does exactly what the C code does, in float32 and in its order. Arrays hold a row of lanes for
+each weight of a sub-block: (n, LANES) flat, n = 16 or 32. AVX2 has registers for sixteen lanes: with more, or with the
+loop over weights unrolled, sums go through memory and compiling takes seconds.
 
 Source: llama.cpp, ggml/src/ggml-quants.c: make_q3_quants, make_qx_quants (Q6_K).
 """
@@ -21,36 +21,44 @@ from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value
 
 LANES = 16
 TOP, SUM_LX, SUM_L2 = range(3)  # rows of the state of Q3_K's search
-NOTHING = 1e-15  # a sub-block whose magnitudes are all below is zero (Q3_K, Q6_K)
-MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer, ties to even, in the lowest bits
-TENTH = float(np.float32(0.1))
+NOTHING = 1e-15  # ggml's GROUP_MAX_EPS: a sub-block whose magnitudes are all below it is zero (Q3_K, Q6_K)
+MAGIC = 12582912.0  # 1.5 * 2^23, as in ggml's nearest_int: adding it leaves the nearest integer in the low bits
+TENTH = float(np.float32(0.1))  # the searches go by steps of C's 0.1f, which is not the double 0.1
 KIND = ir.VectorType(F32, LANES)
 WIDE = ir.VectorType(I32, LANES)
 
 
 def place_of(row: int) -> Value:
+    """Return the entry at which a row of lanes begins."""
     return ir.Constant(ir.IntType(64), row * LANES)
 
 
 def row_of(lanes: Lanes, array: Array, row: int) -> Value:
+    """Load a row of lanes."""
     return lanes.load(array, place_of(row), LANES)
 
 
 def put_row(lanes: Lanes, value: Value, array: Array, row: int) -> None:
+    """Store a row of lanes."""
     lanes.store(value, array, place_of(row))
 
 
 def over_rows(lanes: Lanes, rows: range, values: Sequence[Value], body: Callable[..., Sequence[Value]]) -> list[Value]:
-    """Repeat values = body(at, *values) for the rows of a sub-block's weights, which begin `at`."""
+    """Repeat values = body(at, *values) for some rows of lanes; `at` is the entry at which a row begins."""
     return lanes.fold(place_of(rows.start), place_of(rows.stop), LANES, values, body)
 
 
 def in_all(lanes: Lanes, value: float) -> Value:
+    """Return a row of lanes that all hold one number."""
     return lanes.const(KIND, value)
 
 
 def nearest_int(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
-    """The nearest_int of ggml, clamped, as float32. What is not finite or beyond 2^22 comes out as its bits make it."""
+    """Return ggml's nearest_int, clamped, as float32.
+
+    Values that are not finite or beyond 2^22 give what their bits make of them, as in ggml: the mask and the bias are
+    applied whatever they are.
+    """
     bits = lanes.b.bitcast(lanes.op("fadd", v, MAGIC), WIDE)
     whole = lanes.op("sub", lanes.op("and_", bits, 0x7FFFFF), 0x400000)
     low, high = lanes.const(WIDE, lowest), lanes.const(WIDE, highest)
@@ -60,11 +68,12 @@ def nearest_int(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
 
 
 def is_less(lanes: Lanes, a: Value, b: Value) -> Value:
+    """Return C's `a < b`, lane by lane: false where either is NaN."""
     return lanes.b.fcmp_ordered("<", a, b)
 
 
 def _extreme(lanes: Lanes, x: Array, n: int) -> list[Value]:
-    """The weight of greatest magnitude, the first of equals, and its magnitude."""
+    """Return the weight of greatest magnitude, the first of equals, and its magnitude."""
 
     def larger(at: Value, top: Value, size: Value) -> list[Value]:
         v = lanes.load(x, at, LANES)
@@ -76,14 +85,14 @@ def _extreme(lanes: Lanes, x: Array, n: int) -> list[Value]:
 
 
 def _add_fit(lanes: Lanes, v: Value, code: Value, sums: tuple[Value, Value]) -> list[Value]:
-    """Sums of x^2 * x * code and x^2 * code * code, and one weight more."""
+    """Add one weight to the sums of x^2 * x * code and of x^2 * code * code, multiplied in ggml's order."""
     w = lanes.b.fmul(v, v)
     terms = lanes.b.fmul(lanes.b.fmul(w, v), code), lanes.b.fmul(lanes.b.fmul(w, code), code)
     return [lanes.b.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
 
 
 def _fit_q6(lanes: Lanes, x: Array, step: Value) -> list[Value]:
-    """The sums of `_add_fit`."""
+    """Return the sums of `_add_fit` over a sub-block, with codes from -32 to 31 by 1 / scale = `step`."""
 
     def add(at: Value, *sums: Value) -> list[Value]:
         v = lanes.load(x, at, LANES)
@@ -94,8 +103,9 @@ def _fit_q6(lanes: Lanes, x: Array, step: Value) -> list[Value]:
 
 @vector(types.void)
 def search_q6(lanes: Lanes, x: Array, codes: Array, scales: Array) -> None:
-    """make_qx_quants(16, 32, rmse_type 1): steps of the greatest magnitude / 32, and of 18 other numbers about it.
+    """Search as make_qx_quants(16, 32, rmse_type 1): the first scale takes the greatest weight to -32.
 
+    Eighteen others take it to -32 - 0.1 * k, k from -9 to 9 without 0; the best fit by weighted least squares is kept.
     Codes are from 0 to 63; a sub-block of nothing has scale and codes 0.
     """
     b, zero, number = lanes.b, in_all(lanes, 0), ir.IntType(64)
@@ -105,7 +115,7 @@ def search_q6(lanes: Lanes, x: Array, codes: Array, scales: Array) -> None:
     scale = b.select(b.fcmp_unordered("!=", sum_l2, zero), b.fdiv(sum_lx, sum_l2), zero)
 
     def improve(index: Value, *best: Value) -> list[Value]:
-        """What is best is a scale, what is to be exceeded, and a step."""
+        """Try one more step. `best` is a scale, the measure of its fit (scale * sum_lx), and 1 / scale for codes."""
         reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(index, F32), TENTH), 32)
         step = b.fdiv(lanes.splat(b.fneg(reach), LANES), top)
         sum_lx, sum_l2 = _fit_q6(lanes, x, step)
@@ -131,7 +141,7 @@ def search_q6(lanes: Lanes, x: Array, codes: Array, scales: Array) -> None:
 
 @vector(types.void)
 def begin_q3(lanes: Lanes, x: Array, codes: Array, state: Array) -> None:
-    """make_q3_quants(16, 4): codes -4 to 3 by the weight of greatest magnitude, and their sums."""
+    """Begin make_q3_quants(16, 4): codes from -4 to 3 by the weight of greatest magnitude, and sums of their fit."""
     b = lanes.b
     top, size = _extreme(lanes, x, 16)
     put_row(lanes, size, state, TOP)
@@ -150,7 +160,10 @@ def begin_q3(lanes: Lanes, x: Array, codes: Array, state: Array) -> None:
 
 @vector(types.int32)
 def improve_q3(lanes: Lanes, x: Array, codes: Array, state: Array) -> Value:
-    """Once over the weights: each takes the code that fits best beside the others'. Gives 0 if none changed."""
+    """Go once over the weights of make_q3_quants: each takes the code that fits best with the codes of the others.
+
+    Returns 0 if no code of any lane changed. A lane that has settled changes no more, so further rounds leave it alone.
+    """
     b, zero = lanes.b, in_all(lanes, 0)
 
     def improve(at: Value, sum_lx: Value, sum_l2: Value, changed: Value) -> list[Value]:
@@ -180,7 +193,7 @@ def improve_q3(lanes: Lanes, x: Array, codes: Array, state: Array) -> Value:
 
 @vector(types.void)
 def end_q3(lanes: Lanes, codes: Array, state: Array, scales: Array) -> None:
-    """Codes from 0 to 7; a sub-block of nothing has scale and codes 0."""
+    """End make_q3_quants: shift codes to 0 to 7, and store scales. A sub-block of nothing has scale and codes 0."""
     b, zero = lanes.b, in_all(lanes, 0)
     is_nothing = is_less(lanes, row_of(lanes, state, TOP), in_all(lanes, NOTHING))
 
@@ -201,7 +214,11 @@ def end_q3(lanes: Lanes, codes: Array, state: Array, scales: Array) -> None:
 def _finish(
     lanes: Lanes, x: Array, codes: Array, scales: Array, lows: Array, out: Array, n: int, limits: tuple[int, int, int]
 ) -> None:
-    """Codes (n, LANES), uint8: nearest((x + low) / scale) between limits, plus a shift; where scale is 0, the codes."""
+    """Find the codes again by the scales as they are stored: nearest((x + low) / scale), clamped, plus a shift.
+
+    `limits` are the lowest and highest code and the shift; out: uint8 (n, LANES). Where a stored scale is 0, ggml skips
+    this step, and the codes of the search stay.
+    """
     scale, low = row_of(lanes, scales, 0), row_of(lanes, lows, 0)
     is_kept = lanes.b.fcmp_ordered("==", scale, in_all(lanes, 0))
     lowest, highest, shift = limits

@@ -1,6 +1,8 @@
-"""The search for a scale and a least value of Q2_K, Q4_K and Q5_K: llama.cpp's make_qkx2_quants, sixteen side by side.
+"""The search for a scale and a least value of Q2_K, Q4_K and Q5_K: make_qkx2_quants, for sixteen sub-blocks at once.
 
-How and why side by side: see kernels/ggml_search.py.
+For why and how sub-blocks stand side by side, see kernels/ggml/search.py.
+
+Source: llama.cpp, ggml/src/ggml-quants.c, make_qkx2_quants.
 """
 
 from __future__ import annotations
@@ -25,22 +27,29 @@ from loaders.quantization.kernels.lanes import F32, Array, Lanes, Value, vector
 
 
 def _steps(lanes: Lanes, v: Value, top: int) -> Value:
-    """`nearest_int` from 0 to `top` for what is finite and small, in fewer operations; NaN becomes 0."""
+    """Return `nearest_int` clamped to [0, top], in fewer operations. NaN becomes 0.
+
+    It clamps while MAGIC is still added, as floats: that gives ggml's result for values that are finite and small.
+    """
     raised, least, most = lanes.op("fadd", v, MAGIC), lanes.const(v.type, MAGIC), lanes.const(v.type, MAGIC + top)
     raised = lanes.b.select(is_less(lanes, least, raised), raised, least)
     return lanes.op("fsub", lanes.b.select(is_less(lanes, raised, most), raised, most), MAGIC)
 
 
 def _finite(lanes: Lanes, step: Value) -> Value:
-    """A step, or 0 for an infinite one: of a sub-block so narrow that ggml's codes all come out as 0, and so here."""
+    """Replace an infinite step by 0. A sub-block is then so narrow that all of ggml's codes come out as 0.
+
+    In ggml the bits of an infinity come out of nearest_int as -2^22, which is clamped to 0; `_steps` would give `top`.
+    """
     endless = lanes.b.fcmp_ordered("==", lanes.absolute(step), in_all(lanes, math.inf))
     return lanes.b.select(endless, in_all(lanes, 0), step)
 
 
 def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, by_square: bool) -> list[Value]:
-    """Each weight's importance; the least and the greatest weight, the sums of importances and of what they weigh.
+    """Store each weight's importance in `weights`; return the least and greatest weight, and two sums.
 
-    Weights count by their magnitude, with `by_square` also by the sub-block's root mean square.
+    The sums are those of the importances w and of w * x. The importance is |x|, and with `by_square` (Q4_K, Q5_K) also
+    the sub-block's root mean square: av_x + fabsf(x[l]) in quantize_row_q4_K_ref.
     """
     b, zero, mean = lanes.b, in_all(lanes, 0), None
     if by_square:
@@ -68,7 +77,7 @@ def _weigh(lanes: Lanes, x: Array, weights: Array, n: int, by_square: bool) -> l
 
 
 class _Line:
-    """make_qkx2_quants: a scale and a least value for codes from 0 to `top`."""
+    """make_qkx2_quants for rows of lanes: a line x = scale * code + low through the weights, codes from 0 to `top`."""
 
     def __init__(self, lanes: Lanes, x: Array, weights: Array, codes: Array, n: int, top: int, by_square: bool) -> None:
         self.lanes = lanes
@@ -80,7 +89,10 @@ class _Line:
         self._first_low = lanes.b.select(is_less(lanes, in_all(lanes, 0), low), in_all(lanes, 0), low)
 
     def search(self, first: float, tries: int, scales: Array, lows: Array) -> None:
-        """Take the best of the first guess and of `tries` numbers of steps, 0.1 apart, from top + `first` on."""
+        """Store the best of the first guess and of `tries` lines, by top + first + 0.1 * i steps between low and high.
+
+        `first` is make_qkx2_quants' rmin, and `tries` its nstep + 1.
+        """
         lanes, b, number = self.lanes, self.lanes.b, ir.IntType(64)
         step = b.fdiv(in_all(lanes, self._top), b.fsub(self._high, self._first_low))
         scale, step = b.fdiv(in_all(lanes, 1), step), _finite(lanes, step)
@@ -91,6 +103,7 @@ class _Line:
             reach = lanes.op("fmul", b.sitofp(index, F32), TENTH)
             return self._try(lanes.op("fadd", lanes.op("fadd", reach, first), self._top), list(best))
 
+        # ggml keeps the codes of the best line; here its step and start are kept, and the codes made again at the end.
         scale, low, _, step, start = lanes.fold(ir.Constant(number, 0), ir.Constant(number, tries), 1, begun, improve)
         is_flat = b.fcmp_ordered("==", self._high, self._first_low)  # one value: scale and codes are 0
         self._put_codes(b.select(is_flat, in_all(lanes, 0), step), start)
@@ -98,9 +111,10 @@ class _Line:
         put_row(lanes, b.select(is_flat, self._first_low, low), lows, 0)
 
     def _try(self, reach: Value, best: list[Value]) -> list[Value]:
-        """Codes from the present least value in steps of (high - low) / reach; the best line through them, or before.
+        """Fit a line to the codes of steps of (high - low) / reach from the best low on; return it if it is better.
 
-        What is best is a scale, a least value, their misfit, and the step and least value that codes come from.
+        `best` is a scale, a least value, their misfit, and the step and least value from which the codes come. As in
+        ggml, a better low moves the grid of all later tries.
         """
         lanes, b, zero = self.lanes, self.lanes.b, in_all(self.lanes, 0)
         low, sum_w, sum_x = best[1], self._sum_w, self._sum_x
@@ -119,7 +133,7 @@ class _Line:
         return [b.select(is_better, new, old) for new, old in zip(tried, best, strict=True)]
 
     def _put_codes(self, step: Value, low: Value) -> None:
-        """The codes nearest (x - low) * step."""
+        """Store the codes nearest to (x - low) * step."""
         lanes, b, (x, _, codes) = self.lanes, self.lanes.b, self._arrays
 
         def put(at: Value) -> list[Value]:
@@ -130,9 +144,10 @@ class _Line:
         over_rows(lanes, range(self._n), [], put)
 
     def _sums(self) -> list[Value]:
-        """The weighted sums of code, of its square, and of code times x.
+        """Return the weighted sums of code, of its square, and of code times x.
 
-        A loop of its own: beside the making of codes, what waits for its turn is more than a CPU looks ahead.
+        This is a loop of its own, apart from the one that makes codes: together, the chains of dependent operations
+        are longer than a CPU looks ahead, and it would wait for them.
         """
         lanes, b = self.lanes, self.lanes.b
 
@@ -144,7 +159,7 @@ class _Line:
         return over_rows(lanes, range(self._n), [in_all(lanes, 0)] * 3, add)
 
     def _misfit(self, scale: Value, low: Value) -> Value:
-        """The weighted sum of what the codes' line misses, or of its squares."""
+        """Return the weighted sum of the line's errors: of their squares with `by_square`, else of their magnitudes."""
         lanes, b = self.lanes, self.lanes.b
 
         def add(at: Value, error: Value) -> list[Value]:

@@ -1,11 +1,11 @@
-"""ggml's ternary super-blocks of 256 weights, TQ1_0 and TQ2_0, byte for byte as its reference quantizers.
+"""Encoders of ggml's ternary super-blocks of 256 weights, TQ1_0 and TQ2_0, byte for byte as its reference quantizers.
 
-By bytes:
+In order of bytes:
     TQ1_0  48 bytes of five trits, 4 of four, d                                    w = d (q - 1)
     TQ2_0  64 bytes of four codes, d                                               w = d (q - 1)
 d, float16, is the largest magnitude; codes are rounded half away from zero.
 
-Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_tq*_ref.
+Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_tq1_0_ref and quantize_row_tq2_0_ref.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value
 
 @vector(types.void)
 def _trits(lanes: Lanes, x: Array, at: Value, inverse: Value, codes: Array) -> None:
-    """roundf(x * inverse) + 1 of 256 weights, half away from zero, as bytes."""
+    """Put lroundf(x * inverse) + 1 of 256 weights into `codes` as bytes.
+
+    C's lroundf, half away from zero, is the sum with the last float32 below one half, of the same sign, cut to an
+    integer.
+    """
     kind, wide = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
     for part in range(SUPER // 32):
         v = lanes.b.fmul(lanes.floats(x, lanes.op("add", at, 32 * part), 32), lanes.splat(inverse, 32))
@@ -33,7 +37,7 @@ def _trits(lanes: Lanes, x: Array, at: Value, inverse: Value, codes: Array) -> N
 
 @vector(types.float32)
 def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
-    """The largest magnitude of 256 weights."""
+    """Return the largest magnitude of 256 weights."""
     kind = ir.VectorType(F32, 32)
     top = lanes.const(kind, 0)
     for part in range(SUPER // 32):
@@ -43,15 +47,17 @@ def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
 
 @kernel
 def _begin_ternary(x, block, out, at, codes):  # type: ignore[no-untyped-def]
+    """Store a super-block's scale at `at`, and put its codes into `codes`."""
     top = _largest(x, block * SUPER)
     put_half(out, at, top)
     inverse = np.float32(1) / top if top != 0 else np.float32(0)
+    # An infinite inverse makes C's cast undefined; x86 gives code 0 + 1, as an inverse of 0 does here.
     _trits(x, block * SUPER, inverse if inverse < np.inf else np.float32(0), codes)
 
 
 @kernel
 def encode_tq2_0(x, out):  # type: ignore[no-untyped-def]
-    """out: uint8 (n / 256 * 66,)."""
+    """Encode TQ2_0. x: (n,), n a multiple of 256; out: uint8 (n / 256 * 66,)."""
     codes = np.empty(SUPER, np.uint8)
     for block in range(x.size // SUPER):
         at = block * 66
@@ -61,13 +67,18 @@ def encode_tq2_0(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_tq1_0(x, out):  # type: ignore[no-untyped-def]
-    """out: uint8 (n / 256 * 54,). A byte is the fraction that its trits are of 3^5, of 256, rounded up."""
+    """Encode TQ1_0. x: (n,), n a multiple of 256; out: uint8 (n / 256 * 54,).
+
+    A byte holds its trits' number in base 3 as a share of 3^5, scaled to 256 and rounded up: multiplying the byte by 3
+    then carries one trit after another out of it, the first one first.
+    """
     codes = np.empty(SUPER, np.uint8)
     for block in range(x.size // SUPER):
         at = block * 54
         _begin_ternary(x, block, out, at + 52, codes)
         for i in range(52):
-            # 32 bytes take weights 32 apart, 16 take weights 16 apart, and 4 take four weights 4 apart
+            # The first 32 bytes take weights 32 apart, the next 16 take weights 16 apart, and the last 4 take four
+            # weights each, 4 apart; their fifth trit is 0.
             first, step = (i, 32) if i < 32 else (160 + i - 32, 16) if i < 48 else (240 + i - 48, 4)
             trits = np.int32(0)
             for n in range(5):

@@ -1,6 +1,7 @@
-"""HQQ's codes back to weights, in the compute dtype's arithmetic: (code - zero) * scale, rounded after each step.
+"""HQQ's decoder, in the compute dtype's arithmetic: (code - zero) * scale, rounded after each of the two steps.
 
-hqq/core/quantize.py, Quantizer.dequantize, as torch computes it on a CPU. Nothing here is shared with the encoder.
+Source: hqq 0.2.8, hqq/core/quantize.py, Quantizer.dequantize, as torch computes it on a CPU. No code is shared with the
+encoder, which this checks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from loaders.quantization.kernels.lanes import kernel
 
 @kernel
 def _bf16(values):  # type: ignore[no-untyped-def]
-    """Round float32 values, as their bits, to bfloat16 in place; NaN stay NaN."""
+    """Round float32 values, given as their bits, to bfloat16 in place; a NaN stays a NaN."""
     for i in range(values.size):
         bits = values[i]
         rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32((bits >> np.uint32(16)) & np.uint32(1)))
@@ -41,7 +42,7 @@ def _f16(values, floats):  # type: ignore[no-untyped-def]
 
 @kernel
 def _offsets(codes, shift, mask, zeros, size, out):  # type: ignore[no-untyped-def]
-    """Codes less their zero, for groups of `size` values one after another."""
+    """Subtract zeros from codes, for groups of `size` values one after another."""
     for g in range(out.size // size):
         zero = zeros[g]
         for i in range(g * size, (g + 1) * size):
@@ -50,13 +51,13 @@ def _offsets(codes, shift, mask, zeros, size, out):  # type: ignore[no-untyped-d
 
 @kernel
 def _offsets_across(codes, shift, mask, zeros, out):  # type: ignore[no-untyped-def]
-    """Codes less their zeros, for one value of each group."""
+    """Subtract zeros from codes, for one value of each group."""
     for i in range(out.size):
         out[i] = np.float32(np.int32((codes[i] >> shift) & mask)) - zeros[i]
 
 
 def _round(values: np.ndarray, dtype: str) -> None:
-    """To a float dtype, nearest even, in place."""
+    """Round float32 values to a float dtype, nearest even, in place; they stay float32."""
     if dtype == "BF16":
         _bf16(values.view(np.uint32))
     elif dtype == "F16":
@@ -66,7 +67,10 @@ def _round(values: np.ndarray, dtype: str) -> None:
 def decode_rows(
     codes: np.ndarray, shift: int, mask: int, scales: np.ndarray, zeros: np.ndarray, dtype: str, out: np.ndarray
 ) -> None:
-    """Groups one after another. codes: uint8 or int32 (n,), theirs at `shift`; scales, zeros: float32 (groups,)."""
+    """Decode groups that lie one after another. scales, zeros: float32 (groups,); out: float32 (n,).
+
+    codes: uint8 or int32 (n,), whose bits under `mask` from `shift` on are these groups' codes.
+    """
     size = out.size // scales.size
     _offsets(codes, _like(codes, shift), _like(codes, mask), zeros, size, out)
     _round(out, dtype)
@@ -79,7 +83,7 @@ def decode_rows(
 def decode_column(
     codes: np.ndarray, shift: int, mask: int, scales: np.ndarray, zeros: np.ndarray, dtype: str, out: np.ndarray
 ) -> None:
-    """One value of each group: all arrays (n,)."""
+    """Decode one value of each group. All arrays: (n,); otherwise as `decode_rows`."""
     _offsets_across(codes, _like(codes, shift), _like(codes, mask), zeros, out)
     _round(out, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -88,5 +92,5 @@ def decode_column(
 
 
 def _like(codes: np.ndarray, number: int) -> np.generic:
-    """A number of the codes' own type, so that the kernel's arithmetic stays in it."""
+    """Return a number in the codes' own dtype, so that the kernel's arithmetic stays in it."""
     return codes.dtype.type(number)  # type: ignore[no-any-return]

@@ -1,17 +1,20 @@
-"""HQQ: groups scaled to integer codes, their zeros moved by a proximal solver. Mobius Labs, https://mobiusml.github.io/hqq_blog
+"""HQQ's encoder: groups scaled to integer codes, their zeros moved by a proximal solver.
 
-For each group of weights, in float32 as hqq 0.2.8 on a CPU (hqq/core/quantize.py, optimize.py):
+Source: Mobius Labs, https://mobiusml.github.io/hqq_blog; hqq 0.2.8, hqq/core/quantize.py (Quantizer.quantize) and
+optimize.py (optimize_weights_proximal_legacy). For each group of weights, in float32 as on a CPU:
     scale = top * (1 / (max - min)), 1 where max - min <= 1e-4, at most 2e4;  zero = -min * scale, perhaps rounded
 and then, up to UPDATES times, over the whole tensor at once:
     code = clamp(round(w * scale + zero), 0, top);  error = w - (code - zero) / scale
     zero = mean(code - (w - shrink(error)) * scale),  shrink(e) = sign(e) * max(|e| - |e|^-0.3 / 10, 0)
-It ends one update past the one whose mean |error| stopped falling. Errors below 0.17 shrink to nothing, which are all
-those of ordinary weights, so the power is taken only where an error exceeds that.
+The solver stops after the first update whose error was no less than the one before; its zeros are kept all the same.
+Errors below 0.17 shrink to nothing, which are all errors of ordinary weights, so the power is computed only where an
+error exceeds that.
 
-A vector holds one weight of each of LANES groups, so a group's sums are taken in its own order whatever lies beside it.
-The order is that of torch's sum on a CPU with AVX2 (aten/src/ATen/native/cpu/SumKernel.cpp), for groups of up to 256,
-and in columns for all but the last few where there are no multiple of 32; elsewhere hqq's zeros differ in their last
-bits. A group whose zero came out as it went in stays as it is: the rest of its updates are known.
+A vector holds one weight of each of LANES groups, so that a group's sums are taken in its own order whatever lies
+beside it. The order is that of torch's sum on a CPU with AVX2 (aten/src/ATen/native/cpu/SumKernel.cpp). It is followed
+for groups of up to 256 weights, except, where groups are columns, for the last few if their number is no multiple of
+32. In larger groups and in these few, hqq's zeros differ in their last bits. Once no zero of a block changes in an
+update, all further updates would repeat themselves and are skipped.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, transpose, vector
 
 LANES = 16  # groups side by side
-UPDATES = 20
-SHRINKS = np.float32(0.17)  # errors up to this shrink to nothing: 0.1 ** (1 / 1.3) is 0.1701
-SMALLEST_RANGE, LARGEST_SCALE = np.float32(1e-4), np.float32(2e4)
+UPDATES = 20  # hqq's `iters`
+SHRINKS = np.float32(0.17)  # errors up to this shrink to nothing: |e| > |e|^-0.3 / 10 from 0.1^(1 / 1.3) = 0.1701 on
+SMALLEST_RANGE, LARGEST_SCALE = np.float32(1e-4), np.float32(2e4)  # hqq's guards: small ranges, and float16's range
 F64 = ir.DoubleType()
 WIDE = ir.VectorType(F32, LANES)
-ROW, CASCADE = 8, 16  # of torch's sums: weights in a vector (AVX2), and in a run
+ROW, CASCADE = 8, 16  # of torch's sums: floats in an AVX2 vector, and rows that are summed before their sum is added
 
 
 def _codes(lanes: Lanes, scaled: Value, zero: Value, top: Value) -> Value:
-    """clamp(round(scaled + zero), 0, top), as float32."""
+    """Return clamp(round(scaled + zero), 0, top), as float32."""
     kind = scaled.type
     rounded = lanes.call(f"llvm.rint.v{kind.count}f32", kind, lanes.b.fadd(scaled, zero))
     above = lanes.larger(rounded, lanes.const(kind, 0))
@@ -47,12 +50,16 @@ def _codes(lanes: Lanes, scaled: Value, zero: Value, top: Value) -> Value:
 
 @vector(types.void)
 def _copy(lanes: Lanes, x: Array, at: Value, block: Array, to: Value) -> None:
+    """Write one weight of each of LANES groups that lie side by side."""
     lanes.store(lanes.floats(x, at, LANES), block, to)
 
 
 @kernel
 def _fill(x, first, by_group, by_weight, groups, size, block):  # type: ignore[no-untyped-def]
-    """Up to LANES groups into a block, absent ones as zeros: weight k of group g is x[g * by_group + k * by_weight]."""
+    """Fill a block with up to LANES groups; columns without a group are zeros, which add nothing to any sum.
+
+    Weight k of group g is x[g * by_group + k * by_weight].
+    """
     start = first * by_group
     if groups < LANES:
         block[:] = 0
@@ -74,7 +81,10 @@ def _fill(x, first, by_group, by_weight, groups, size, block):  # type: ignore[n
 
 @vector(types.void)
 def _begin(lanes: Lanes, block: Array, size: Value, top: Value, rounds: Value, scale: Array, zero: Array) -> None:
-    """Scales and first zeros of a block, which becomes weight * scale."""
+    """Compute the scales and first zeros of a block, and multiply the block by its scales.
+
+    All later steps need weight * scale, and never the weight.
+    """
     b, nothing = lanes.b, ir.Constant(size.type, 0)
     first = lanes.load(block, nothing, LANES)
     low, high = variables(lanes, 2)
@@ -88,7 +98,7 @@ def _begin(lanes: Lanes, block: Array, size: Value, top: Value, rounds: Value, s
     span = b.fsub(b.load(high), b.load(low))
     is_flat = b.fcmp_ordered("<=", span, lanes.const(WIDE, SMALLEST_RANGE))
     one = lanes.const(WIDE, 1)
-    ratio = b.fmul(b.fdiv(one, span), lanes.splat(top, LANES))  # in torch, number / tensor is two operations
+    ratio = b.fmul(b.fdiv(one, span), lanes.splat(top, LANES))  # torch divides a number by a tensor in two roundings
     found = b.select(is_flat, one, ratio)
     limit = lanes.const(WIDE, LARGEST_SCALE)
     found = b.select(b.fcmp_ordered(">", found, limit), limit, found)
@@ -103,7 +113,10 @@ def _begin(lanes: Lanes, block: Array, size: Value, top: Value, rounds: Value, s
 
 
 class _Update:
-    """One update of a block's zeros, where no error shrinks, and the sums of |error| before it."""
+    """One update of a block's zeros where no error shrinks, and the sums of |error| before it.
+
+    With offset = code - weight * scale, the error is (zero - offset) / scale and the new zero the mean of the offsets.
+    """
 
     def __init__(self, lanes: Lanes, block: Array, top: Value, zero: Array, nothing: Value) -> None:
         self.lanes = lanes
@@ -115,7 +128,7 @@ class _Update:
         self._away, self._worst = variables(lanes, 2)
 
     def offset(self, weight: Value) -> Value:
-        """Of a weight of each group: its code less itself scaled. The new zero is the mean of them."""
+        """Return the offsets of one weight of each group, and note how far they are from the zeros."""
         lanes, b = self.lanes, self.lanes.b
         scaled = lanes.load(self._block, lanes.op("mul", weight, LANES), LANES)
         offset = b.fsub(_codes(lanes, scaled, self._before, self._top), scaled)
@@ -125,7 +138,10 @@ class _Update:
         return offset
 
     def end(self, total: Value, size: Value, scale: Array, error: Array) -> Value:
-        """Gives 0 where no zero changed, 2 where an error shrinks (nothing is stored then), else 1."""
+        """Store the new zeros from the sum of all offsets, and the sums of |error|.
+
+        Returns 0 if no zero changed, 2 if an error exceeds SHRINKS (nothing is stored then), else 1.
+        """
         lanes, b = self.lanes, self.lanes.b
         inverse = b.fdiv(lanes.const(WIDE, 1), lanes.load(scale, self._nothing, LANES))
         shrinks = b.fcmp_unordered(">", b.fmul(b.load(self._worst), inverse), lanes.const(WIDE, SHRINKS))
@@ -141,7 +157,7 @@ class _Update:
 
 
 def variables(lanes: Lanes, count: int) -> list[Any]:
-    """Local variables of a loop, zeros at first; LLVM keeps them in registers."""
+    """Make local variables of a loop, zeros at first; LLVM's mem2reg pass keeps them in registers."""
     made = []
     for _ in range(count):
         variable = cgutils.alloca_once(lanes.b, WIDE)  # type: ignore[no-untyped-call]
@@ -151,6 +167,7 @@ def variables(lanes: Lanes, count: int) -> list[Any]:
 
 
 def _add_to(lanes: Lanes, variable: Any, value: Value) -> None:
+    """Add a value to a local variable."""
     lanes.b.store(lanes.b.fadd(lanes.b.load(variable), value), variable)
 
 
@@ -158,7 +175,10 @@ def _add_to(lanes: Lanes, variable: Any, value: Value) -> None:
 def _update_columns(
     lanes: Lanes, block: Array, size: Value, top: Value, scale: Array, zero: Array, error: Array
 ) -> Value:
-    """An update summed as torch sums columns: runs of CASCADE weights, then what is left over, then the runs' sum."""
+    """Make an update whose sums are torch's over columns: runs of CASCADE rows, each added to a total when it is full.
+
+    What is left over is summed by itself, and the total is added to it last.
+    """
     b, nothing = lanes.b, ir.Constant(size.type, 0)
     update = _Update(lanes, block, top, zero, nothing)
     total, run = variables(lanes, 2)
@@ -177,7 +197,11 @@ def _update_columns(
 
 @vector(types.int32)
 def _update_rows(lanes: Lanes, block: Array, size: Value, top: Value, scale: Array, zero: Array, error: Array) -> Value:
-    """An update summed as torch sums rows: vectors of ROW weights, four sums in turn, then across the vector."""
+    """Make an update whose sums are torch's over rows: vectors of ROW weights go to four sums in turn.
+
+    The four are added, and then the lanes of the vector one after another. Here each of torch's lanes is a pass of its
+    own (`across`), since the lanes of this kernel are groups.
+    """
     b, nothing = lanes.b, ir.Constant(size.type, 0)
     update = _Update(lanes, block, top, zero, nothing)
     [total] = variables(lanes, 1)
@@ -202,7 +226,7 @@ def _update_rows(lanes: Lanes, block: Array, size: Value, top: Value, scale: Arr
 
 @kernel
 def _update_slowly(block, size, top, scale, zero, error):  # type: ignore[no-untyped-def]
-    """One update with errors that shrink; whether a zero changed."""
+    """Make an update of a block in which errors shrink, one group after another; return whether a zero changed."""
     changes = False
     for lane in range(LANES):
         before, inverse = zero[lane], np.float32(1) / scale[lane]
@@ -227,18 +251,18 @@ def _update_slowly(block, size, top, scale, zero, error):  # type: ignore[no-unt
 
 @vector(types.void)
 def _add(lanes: Lanes, error: Array, sums: Array, at: Value) -> None:
-    """A block's errors to LANES float64 sums."""
+    """Add a block's errors to LANES float64 sums."""
     wide = lanes.b.fpext(lanes.load(error, ir.Constant(at.type, 0), LANES), ir.VectorType(F64, LANES))
     lanes.store(lanes.b.fadd(lanes.load(sums, at, LANES), wide), sums, at)
 
 
 @kernel
 def solve(x, by_group, by_weight, size, top, rounds, updates, scales, zeros, errors):  # type: ignore[no-untyped-def]
-    """Scales and zeros of groups after so many updates.
+    """Find scales and zeros of groups by a fixed number of updates.
 
-    Weight k of group g is x[g * by_group + k * by_weight], one of the two being 1. scales, zeros: float32 (groups,);
-    errors: float64 (updates,), to which the sums of |error| before each update are added, in an order that the groups'
-    number alone decides.
+    Weight k of group g is x[g * by_group + k * by_weight]; one of the two strides is 1. `rounds` says whether the first
+    zero is rounded. scales, zeros: float32 (groups,); errors: float64 (updates,), to which the sum of |error| before
+    each update is added, in an order that depends on the number of groups alone.
     """
     block = np.empty(size * LANES, np.float32)
     scale, zero, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -247,7 +271,7 @@ def solve(x, by_group, by_weight, size, top, rounds, updates, scales, zeros, err
         groups = min(LANES, scales.size - first)
         _fill(x, first, by_group, by_weight, groups, size, block)
         _begin(block, size, top, np.int32(rounds), scale, zero)
-        moves = True
+        moves = True  # once no zero of the block moves, the errors of all further updates are the same
         for i in range(updates):
             if moves:
                 if by_group == 1:
@@ -268,7 +292,7 @@ def solve(x, by_group, by_weight, size, top, rounds, updates, scales, zeros, err
 
 
 def _store_codes(lanes: Lanes, codes: Value, shift: Value, out: Array, at: Value) -> None:
-    """Set bits of `out` (uint8 or int32), which holds zeros there."""
+    """Put codes into the bits of `out` (uint8 or int32) from `shift` on, which are zeros before."""
     count = codes.type.count
     wide = lanes.b.fptoui(codes, ir.VectorType(I32, count))
     moved = lanes.b.shl(wide, lanes.splat(lanes.b.trunc(shift, I32), count))
@@ -279,6 +303,7 @@ def _store_codes(lanes: Lanes, codes: Value, shift: Value, out: Array, at: Value
 def _code_row(
     count: int, lanes: Lanes, x: Array, at: Value, scale: Value, zero: Value, top: Value, shift: Value, out: Array
 ) -> None:
+    """Code `count` weights of one group."""
     scaled = lanes.b.fmul(lanes.floats(x, at, count), lanes.splat(scale, count))
     codes = _codes(lanes, scaled, lanes.splat(zero, count), lanes.splat(top, count))
     _store_codes(lanes, codes, shift, out, at)
@@ -300,7 +325,7 @@ def _code_row_8(
 
 @kernel
 def code_rows(x, size, scales, zeros, top, shift, out):  # type: ignore[no-untyped-def]
-    """Codes of groups that lie one after another, into the bits at `shift`. x: (n,); out: uint8 or int32 (n,)."""
+    """Code groups that lie one after another, into the bits from `shift` on. x: (n,); out: uint8 or int32 (n,)."""
     for g in range(scales.size):
         if size % 16 == 0:
             for at in range(g * size, (g + 1) * size, 16):
@@ -313,6 +338,7 @@ def code_rows(x, size, scales, zeros, top, shift, out):  # type: ignore[no-untyp
 def _code_across(
     count: int, lanes: Lanes, x: Array, g: Value, scales: Array, zeros: Array, top: Value, shift: Value, out: Array
 ) -> None:
+    """Code one weight of each of `count` groups from group g on."""
     scaled = lanes.b.fmul(lanes.floats(x, g, count), lanes.load(scales, g, count))
     codes = _codes(lanes, scaled, lanes.load(zeros, g, count), lanes.splat(top, count))
     _store_codes(lanes, codes, shift, out, g)
@@ -334,7 +360,7 @@ def _code_across_1(
 
 @kernel
 def code_column(x, scales, zeros, top, shift, out):  # type: ignore[no-untyped-def]
-    """Codes of one weight of each group, into the bits at `shift`: all arrays (groups,), out uint8 or int32."""
+    """Code one weight of each group, into the bits from `shift` on. All arrays: (groups,); out: uint8 or int32."""
     whole = out.size // 16 * 16
     for g in range(0, whole, 16):
         _code_across_16(x, g, scales, zeros, top, shift, out)

@@ -1,12 +1,14 @@
 """MLX's affine codes: groups of weights between a least and a greatest value, `bits` bits each.
 
-The arithmetic is that of mlx.core.quantize 0.32 on a CPU, in float32, bit by bit. Of a group, with n = 2^bits - 1:
+The arithmetic is that of mlx.core.quantize 0.32 on a CPU (mlx/backend/cpu/quantized.cpp), in float32, bit by bit. For a
+group, with n = 2^bits - 1:
     scale = max((greatest - least) / n, 1e-7), negated unless |least| > |greatest|
     edge  = the end of greater magnitude; q = rint(edge / scale)
     where q is not 0: scale = edge / q, bias = edge; else bias = 0
     code  = clip(rint((w - bias) / scale), 0, n), by scale and bias before they are rounded to the weights' dtype
-Codes are a stream of bits, the first in the lowest: a byte holds two of four bits, three bytes hold eight of three. A
-NaN is passed over by least and greatest; its code, and those of a group with an infinity, are what they come to.
+So zero, where it lies within the range, is the value of a code. Codes are a stream of bits, the first in the lowest: a
+byte holds two codes of four bits, three bytes hold eight codes of three. The least and greatest weight pass over NaN;
+the codes of NaN, and of a group with an infinity, are whatever the arithmetic makes of them.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 32  # weights coded at once
-LANES = 16
-SMALLEST_SCALE = 1e-7
-TO_INTEGER = 1.5 * 2.0**23  # added to a float32 below 2^22, it leaves the nearest integer in the low bits
-WHOLE = 2.0**23  # from here on, float32s are whole
+LANES = 16  # groups whose scales are computed at once
+SMALLEST_SCALE = 1e-7  # MLX's `eps`
+TO_INTEGER = 1.5 * 2.0**23  # adding it to a float32 below 2^22 leaves the nearest integer in the low bits
+WHOLE = 2.0**23  # from here on, all float32s are integers
 I64 = ir.IntType(64)
-BITS = (4, 8, 2, 3, 5, 6)
+BITS = (4, 8, 2, 3, 5, 6)  # tried in this order for each group: the usual ones first
 
 
 # --- encoding
 
 
 def _value(lanes: Lanes, x: Array, bits: Value) -> Value:
-    """One weight's raw bits as float32."""
+    """Return the float32 value of one weight's raw bits."""
     if x.element is F32:
         return lanes.b.bitcast(bits, F32)
     one = lanes.splat(bits, 1)
@@ -41,12 +43,16 @@ def _value(lanes: Lanes, x: Array, bits: Value) -> Value:
 
 @vector(types.void)
 def _range(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs: Array, slot: Value) -> None:
-    """The least and the greatest weight of a group [start, stop) into entry `slot`; one of them is NaN if one is."""
+    """Put the least and the greatest weight of a group [start, stop) into entry `slot`.
+
+    Raw bits are compared as integers: of bfloat16 and float16, twice as many fit a register as of float32. NaNs sort
+    beyond the infinities, so that one of the two is NaN if the group holds one.
+    """
     kind = ir.VectorType(I32 if x.element is F32 else I16, STEP)
     width = kind.element.width - 1
 
     def sortable(bits: Value) -> Value:
-        """Integers that sort as the floats do, NaNs at the ends; its own inverse."""
+        """Map float bits to integers that sort as the floats do, NaNs at the ends. The map is its own inverse."""
         return lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, width), (1 << width) - 1))
 
     def extend(at: Value, low: Value, high: Value) -> list[Value]:
@@ -63,7 +69,7 @@ def _range(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs
 
 @kernel
 def _range_of_numbers(x, start, stop, lows, highs, slot):  # type: ignore[no-untyped-def]
-    """`_range` of what is no NaN."""
+    """Put the least and the greatest weight that is no NaN, as `_range` does."""
     low, high = np.float32(np.inf), np.float32(-np.inf)
     for at in range(start, stop):
         value = float_at(x, at)
@@ -72,7 +78,7 @@ def _range_of_numbers(x, start, stop, lows, highs, slot):  # type: ignore[no-unt
 
 
 def _rint(lanes: Lanes, value: Value) -> Value:
-    """To the nearest integer, halves to even; without the instruction, which a plain CPU lacks."""
+    """Round to the nearest integer, halves to even, without an instruction for it, which baseline x86-64 lacks."""
     size = lanes.absolute(value)
     whole = lanes.op("fsub", lanes.op("fadd", size, WHOLE), WHOLE)
     whole = lanes.b.select(lanes.b.fcmp_ordered("<", size, lanes.const(size.type, WHOLE)), whole, size)
@@ -82,7 +88,7 @@ def _rint(lanes: Lanes, value: Value) -> Value:
 
 @vector(types.void)
 def _scales(lanes: Lanes, lows: Array, highs: Array, top: Value, scales: Array, biases: Array) -> None:
-    """Scales and biases of LANES groups from their least and greatest weights; `top` is 2^bits - 1."""
+    """Compute scales and biases of LANES groups from their least and greatest weights; `top` is 2^bits - 1."""
     start, zero = ir.Constant(I64, 0), lanes.const(ir.VectorType(F32, LANES), 0)
     low, high = lanes.load(lows, start, LANES), lanes.load(highs, start, LANES)
     is_low = lanes.b.fcmp_ordered(">", lanes.absolute(low), lanes.absolute(high))
@@ -97,14 +103,16 @@ def _scales(lanes: Lanes, lows: Array, highs: Array, top: Value, scales: Array, 
 
 
 def packed_bits(lanes: Lanes, codes: Value, bits: int) -> Value:
-    """Codes (int8, a multiple of eight) as a stream of bits: int8, `bits` for every eight codes."""
-    while 8 % bits == 0 and bits < 8:  # neighbours into one byte
+    """Pack codes (int8 lanes, a multiple of eight) into a stream of bits: `bits` bytes for every eight codes."""
+    while 8 % bits == 0 and bits < 8:  # each step puts two neighbours into one byte
         pairs = lanes.b.bitcast(codes, ir.VectorType(I16, codes.type.count // 2))
         both = lanes.b.or_(pairs, lanes.op("lshr", pairs, 8 - bits))
         codes, bits = lanes.b.trunc(both, ir.VectorType(I8, pairs.type.count)), 2 * bits
     if bits == 8:
         return codes
     count = codes.type.count
+    # Codes that cross bytes: pairs, fours and eights are closed up in ever wider lanes, until eight codes fill the low
+    # `bits` bytes of a 64-bit lane.
     for width, narrow, wide in ((bits, I8, I16), (2 * bits, I16, I32), (4 * bits, I32, I64)):
         pairs = lanes.b.bitcast(codes, ir.VectorType(wide, codes.type.count // 2))
         first = lanes.op("and_", pairs, (1 << narrow.width) - 1)
@@ -124,7 +132,10 @@ def _code_group(
     bias: Value,
     packed: Array,
 ) -> None:
-    """Weights [start, stop) into their place among the packed bytes."""
+    """Code weights [start, stop) into their place among the packed bytes.
+
+    `bits` is known only when the kernel runs, so there is a loop for each width, and a branch chooses one.
+    """
     for known in BITS:
         with (
             lanes.b.if_then(lanes.b.icmp_signed("==", bits, ir.Constant(bits.type, known))),
@@ -136,7 +147,10 @@ def _code_group(
 
 
 def _codes(lanes: Lanes, x: Array, at: Value, bits: int, scale: Value, bias: Value) -> Value:
-    """The codes of STEP weights: int8. They are at least 0 before they are cut off: the bias is an end of the range."""
+    """Return the codes of STEP weights as int8 lanes.
+
+    Only the upper bound needs clipping: steps are counted from the bias, an end of the range, towards the other end.
+    """
     pair = []
     for values in lanes.pairs(x, at, STEP):
         offsets = lanes.b.fsub(values, lanes.splat(bias, STEP // 2))
@@ -150,9 +164,9 @@ def _codes(lanes: Lanes, x: Array, at: Value, bits: int, scale: Value, bias: Val
 
 @kernel
 def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-def]
-    """Code whole groups. x: (n,) raw weights, n = len(scales) * group, group 32, 64 or 128; bits 2 to 6, or 8.
+    """Code whole groups. x: (n,) raw weights, n = len(scales) * group; group: 32, 64 or 128; bits: 2 to 6, or 8.
 
-    packed: uint8 (n * bits / 8,); scales, biases: float32, as they are before they take the weights' dtype.
+    packed: uint8 (n * bits / 8,); scales, biases: float32 (n / group,), not yet rounded to the weights' dtype.
     """
     lows, highs = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     some_scales, some_biases = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -180,7 +194,7 @@ def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-d
 def _decode_group(
     lanes: Lanes, packed: Array, start: Value, stop: Value, bits: Value, scale: Value, bias: Value, out: Array
 ) -> None:
-    """Weights [start, stop) out of their place among the packed bytes."""
+    """Decode weights [start, stop) from their place among the packed bytes."""
     for known in BITS:
         with (
             lanes.b.if_then(lanes.b.icmp_signed("==", bits, ir.Constant(bits.type, known))),
@@ -195,7 +209,10 @@ def _decode_group(
 
 
 def _unpacked(lanes: Lanes, raw: Value, part: int, bits: int) -> Value:
-    """Codes [part * LANES, (part + 1) * LANES) of STEP: int32. A code begins in one byte and may end in the next."""
+    """Return codes [part * LANES, (part + 1) * LANES) of STEP, as int32 lanes.
+
+    A code begins in one byte and may end in the next, so each lane takes both and shifts its code down.
+    """
     kind, starts = ir.VectorType(I32, LANES), [(LANES * part + lane) * bits for lane in range(LANES)]
     firsts = [start // 8 for start in starts]
     codes = lanes.b.zext(lanes.shuffle(raw, firsts), kind)
@@ -208,6 +225,6 @@ def _unpacked(lanes: Lanes, raw: Value, part: int, bits: int) -> Value:
 
 @kernel
 def decode(packed, scales, biases, bits, group, out):  # type: ignore[no-untyped-def]
-    """Whole groups, code * scale + bias. packed: uint8 (n * bits / 8,); scales, biases: float32; out: float32 (n,)."""
+    """Decode whole groups, code * scale + bias. packed: uint8 (n * bits / 8,); all others float32, out: (n,)."""
     for g in range(scales.size):
         _decode_group(packed, g * group, (g + 1) * group, bits, scales[g], biases[g], out)

@@ -1,6 +1,7 @@
-"""Decoding float4 e2m1, two codes a byte, the first low, with a scale for each group of a row.
+"""The decoder of float4 E2M1, two codes a byte, the first low, with a scale for each group of a row.
 
-e2m1 (OCP microscaling formats 1.0): sign, two exponent bits, one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+E2M1 (OCP Microscaling Formats specification 1.0) has a sign, two exponent bits and one of mantissa: 0, 0.5, 1, 1.5, 2,
+3, 4, 6.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 
 @kernel
 def decode_fp4(packed, scales, first, group, out):  # type: ignore[no-untyped-def]
-    """Columns [first, first + c) of rows. packed: uint8 (n, C/2); scales: float32 (n, C/group); out: float32 (n, c)."""
+    """Decode columns [first, first + c) of rows, which may begin and end within a byte and within a group.
+
+    packed: uint8 (n, C/2); scales: float32 (n, C/group); out: float32 (n, c).
+    """
     for i in range(out.shape[0]):
         at = 0
         while at < out.shape[1]:

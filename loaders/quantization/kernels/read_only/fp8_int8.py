@@ -1,7 +1,7 @@
-"""Decoding eight bits a weight: float8 e4m3 with a scale for each block of a matrix, int8 with one for each row.
+"""Decoders of eight bits a weight: float8 E4M3 with a scale for each block of a matrix, int8 with one for each row.
 
-e4m3 (OCP 8-bit floating point, 2023): sign, four exponent bits of bias 7, three of mantissa; no infinities, 0x7F and
-0xFF are NaN. Every product is one rounding of the exact value times the scale, as in float32 arithmetic elsewhere.
+E4M3 (OCP 8-bit Floating Point specification, 2023) has a sign, four exponent bits of bias 7 and three of mantissa;
+there are no infinities, and 0x7F and 0xFF are NaN. All arithmetic is float32, rounded once an operation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from loaders.quantization.kernels.lanes import kernel
 
 
 def _e4m3_values() -> np.ndarray:
+    """Return the values of E4M3 by code: float32 (256,)."""
     codes = np.arange(256)
     exponent, mantissa = codes >> 3 & 15, (codes & 7) / 8
     values = np.where(exponent == 0, np.ldexp(mantissa, -6), np.ldexp(1 + mantissa, exponent - 7))
@@ -24,10 +25,10 @@ E4M3 = _e4m3_values()  # by code
 
 @kernel
 def decode_e4m3(codes, scales, scale_rows, first_column, block, out):  # type: ignore[no-untyped-def]
-    """Rows of e4m3 codes times their blocks' scales.
+    """Multiply rows of E4M3 codes by the scales of their blocks of `block` columns.
 
-    codes: uint8 (n, c), columns first_column on; scales: float32 (s, blocks); scale_rows: int64 (n,), the scales of
-    each row; out: float32 (n, c), with rows that lie apart or together.
+    codes: uint8 (n, c), the matrix's columns from `first_column` on; scales: float32 (s, blocks); scale_rows: int64
+    (n,), each row's row of scales; out: float32 (n, c), of any strides.
     """
     width = codes.shape[1]
     for i in range(codes.shape[0]):
@@ -42,7 +43,10 @@ def decode_e4m3(codes, scales, scale_rows, first_column, block, out):  # type: i
 
 @kernel
 def decode_int8(codes, scales, out):  # type: ignore[no-untyped-def]
-    """(code * scale) * fl(1/127), a scale a row. codes: int8 (n, c); scales: float32 (n,); out: float32 (n, c)."""
+    """Return (code * scale) * fl(1/127), a scale a row. codes: int8 (n, c); scales: float32 (n,); out: float32 (n, c).
+
+    This is the order of bitsandbytes' int8_vectorwise_dequant.
+    """
     for i in range(codes.shape[0]):
         for j in range(codes.shape[1]):
             out[i, j] = (np.float32(codes[i, j]) * scales[i]) * np.float32(1 / 127)
