@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loaders.backends import kernels_of
+from loaders.backends.threads import ThreadedWork
 from tests.making import write_checkpoint
 
 
@@ -59,3 +63,9 @@ def source(tmp_path: Path) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow ones first: what is left at the end is short, so that no process waits long for another."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[ThreadedWork]:
+    with ThreadPoolExecutor(2) as pool:
+        yield ThreadedWork(kernels_of("cpu"), pool, threading.Event())

@@ -173,3 +173,40 @@ def snapshot(folder: Path, ignore: Sequence[str] = ()) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in ignore
     }
+
+
+def tokenizer(tokens: int) -> dict[str, Any]:
+    """A byte-level BPE without merges."""
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": "<|bos|>", "special": True, "normalized": False}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "post_processor": None,
+        "model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(1, tokens)}, "merges": []},
+    }
+
+
+def make_source(folder: Path, tensors: Any = None, **config: Any) -> Path:
+    tensors = llama_tensors() if tensors is None else tensors
+    made = {**LLAMA, "dtype": "bfloat16", "tie_word_embeddings": "lm_head.weight" not in tensors, **config}
+    write_checkpoint(folder, tensors, config=made, shards=2)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(96)))
+    (folder / "LICENSE").write_text("as you like")
+    return folder
+
+
+# --- AWQ and GPTQ
+
+
+def packed_words(codes: np.ndarray, order: tuple[int, ...], bits: int = 4) -> np.ndarray:
+    """Codes along the last dimension, code order[i] of each word at bits i * bits, as int32."""
+    each = 32 // bits
+    words = np.zeros((*codes.shape[:-1], codes.shape[-1] // each), np.uint32)
+    for i in range(each):
+        words |= codes[..., order[i] :: each].astype(np.uint32) << np.uint32(bits * i)
+    return words.view(np.int32)
+
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+IN_ORDER = tuple(range(16))

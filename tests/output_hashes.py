@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from loaders.places import ROOT
+
 REPORT = "weightmill.json"
 VOLATILE = ("format", "run", "versions")
 FURTHER = {  # settings that change which code writes: name -> arguments

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from loaders.places import ROOT
+
+README = ROOT / "README.md"
 PLACE = r"(?s)(?<=<!-- {0}: python -m tests.readme -->\n\n).*?(?=\n\n<!-- end {0} -->)"
 
 

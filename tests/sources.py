@@ -1,7 +1,7 @@
 """The same small Llama in every form that is read, and what it is quantized to from each: README's second table.
 
-Each source goes to a preset of every engine, and must give what its plain form gives (see tests/jobs/test_sources.py).
-"""
+Each source goes to a preset of every engine, and must give what its plain form gives (see tests/loaders/tensors/test_sources.py).
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 
 from tests import passes
-from tests.loaders.test_decoding import AWQ_ORDER, IN_ORDER, packed_words
-from tests.making import LLAMA, Raw, llama_tensors, values_of, weights, write_checkpoint
+from tests.making import (
+    AWQ_ORDER,
+    IN_ORDER,
+    LLAMA,
+    Raw,
+    llama_tensors,
+    packed_words,
+    values_of,
+    weights,
+    write_checkpoint,
+)
 
 CONFIG = {**LLAMA, "hidden_size": 128, "num_hidden_layers": 1, "dtype": "bfloat16", "num_key_value_heads": 4}
 TARGETS = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from loaders.places import ROOT
+
 FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglob("*.py") if "demo/" not in str(p))
 
 # Top to bottom: what stands on a line may import from its own folder and from the lines below. A word is a folder, or a

@@ -101,6 +101,9 @@ def _take_folders(verb: str, request: Request, given: Sequence[str]) -> None:
 
 def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | None]:
     choices, is_sweep = choices_of(verb, request.folders), request.is_sweep
+    shown = override.encode(errors="backslashreplace").decode()
+    if shown != override:  # reports and stores could not hold such a name
+        return "", f"{shown}: expected UTF-8, as all paths and values are; give the file or folder another name"
     key, equals, value = override.partition("=")
     if not equals:
         if key.startswith("~"):
@@ -122,7 +125,7 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
 def _rules_of(path: str) -> tuple[str, str | None]:
     """The rules that a YAML file lists, as an override."""
     try:
-        rules = yaml.safe_load(Path(path).expanduser().read_text())
+        rules = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return "", f"rules: cannot read {path}: {' '.join(str(error).split())}"
     if not isinstance(rules, list):

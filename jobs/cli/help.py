@@ -63,7 +63,7 @@ def help_text(verb: Described, folders: tuple[Path, ...] = ()) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         if line.startswith("# ") and not line.startswith("# @package"):
             return line[2:]
     return ""

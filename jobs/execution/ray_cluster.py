@@ -12,11 +12,13 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+from jobs.cli.verb import note
 from jobs.execution.cluster import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt
 from jobs.spec.addresses import check_reachable
 from jobs.spec.job import ClusterSpec
@@ -25,6 +27,8 @@ from loaders.errors import BadSpec, StorageError
 from loaders.places import ROOT
 
 STORE_BYTES = 100 << 20  # no tensor enters the object store
+# The path of a socket may have 107 bytes, and Ray adds these to that of a temporary folder
+LONGEST_FOLDER = 107 - len("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
 BASE_BYTES = 300 << 20  # a worker with its libraries
 WORKER_DEATHS = 3
 WATCH_S = 2.0
@@ -116,6 +120,7 @@ def _start(spec: ClusterSpec, address: str | None) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
+        _keep_sockets_short()
     import ray
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
@@ -143,6 +148,14 @@ def _start(spec: ClusterSpec, address: str | None) -> Any:
         ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler ends the process without cleaning up
     return ray
+
+
+def _keep_sockets_short() -> None:
+    """Give Ray another folder than TMPDIR, which it takes on Linux, where that leaves too few bytes for a socket."""
+    folder = os.fsencode(os.environ.get("TMPDIR", ""))
+    if sys.platform == "linux" and len(folder) > LONGEST_FOLDER and "RAY_TMPDIR" not in os.environ:
+        os.environ["RAY_TMPDIR"] = "/tmp"  # noqa: S108  # a folder of Ray's own comes to be there
+        note("Ray's files go to /tmp: the path of TMPDIR is too long for its sockets; RAY_TMPDIR names another folder")
 
 
 def _inherited_path() -> list[str]:

@@ -9,6 +9,7 @@
                              several units lies here from the start: they write into it in place
     pieces/                  finished pieces of a file, where several processes make them: put into it at the end
     records/unit-00001.json  one a finished unit, written last: a unit without a valid record is done again
+    published.json           the output's report, from before the output has its name until all else here is removed
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from loaders.storage.hashes import hash_file
 
 SUFFIX = ".weightmill"
 LEFT_OUT = "failed"
+PENDING = "published.json"
 LOGITS = f".logits{SUFFIX}"  # beside outputs: what their originals compute, for verify=logits
 
 
@@ -242,8 +244,10 @@ class Journal:
         return self.records.is_dir() and any(self.records.iterdir())
 
     def remove(self) -> None:
-        """Forget the job."""
+        """Forget the job. After a kill within, the same command finishes this as long as `published.json` is there."""
         with suppress(FileNotFoundError):
+            for path in [path for path in self.root.iterdir() if path.name != PENDING]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             shutil.rmtree(self.root)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.output.join import join
-from jobs.output.journal import Journal, Record
+from jobs.output.journal import PENDING, Journal, Record
 from jobs.output.report import Report, WeightFile, files_named
 from jobs.planning.plan import Plan, TargetPlan
 from loaders.checkpoints.aux_files import OUR_REPORT
@@ -27,7 +27,6 @@ from loaders.storage.json_files import json_bytes
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-PENDING = "published.json"  # the journal's copy of the report, written before the output has its name
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loaders.backends.machine import has_avx512_bf16
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Layout, compressed_tensors
 from loaders.quantization.scheme import Scheme
-from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS
+from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 
@@ -48,13 +49,7 @@ def warnings(
             " again (\"normal_kernel_cpu\" not implemented for 'Byte'): it fills quantized weights with random numbers"
             " first; a later version may load this output, compressed-tensors (quant=fp8_dynamic) has no such fault"
         )
-    odd = [d.tensor for d in quantized if scheme.kind == "bnb4" and d.tensor.shape[0] % CPU_ROWS]
-    if odd:
-        said.append(
-            f"{len(odd)} matrices have rows that are no multiple of {CPU_ROWS} ({odd[0].name} {list(odd[0].shape)}"
-            " first): GPUs run them; bitsandbytes on a CPU with AVX512-BF16 stops at their first use (N must be"
-            " divisible by block_n); keep them by a rule if such a CPU is to run the output"
-        )
+    said += _stopping_cpu_kernel(quantized)
     if scheme.engine == "compressed-tensors":
         said += compressed_tensors.warnings(decisions)
     if checkpoint.family.is_generic:
@@ -66,3 +61,17 @@ def warnings(
     if config is None and layout.name != "gguf":
         said.append("the source has no config.json: the engine will need one with a quantization_config")
     return said
+
+
+def _stopping_cpu_kernel(quantized: Sequence[Decision]) -> list[str]:
+    """What bitsandbytes does not run on some CPUs."""
+    found = [d.tensor for d in quantized if isinstance(d.scheme, Bnb4) and d.scheme.stops_cpu_kernel(d.tensor.shape)]
+    if not found:
+        return []
+    is_here = ", such as this machine's," if has_avx512_bf16() else ""
+    return [
+        f"{len(found)} matrices ({found[0].name} {list(found[0].shape)} first) stop bitsandbytes on a CPU with"
+        f" AVX512-BF16{is_here} at their first use (N must be divisible by block_n): there it needs rows in multiples"
+        f" of {CPU_ROWS} and columns in multiples of the group size; GPUs run them; keep them by a rule if such a CPU"
+        " is to run the output"
+    ]

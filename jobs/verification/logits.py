@@ -61,7 +61,8 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, beside: Path) -
     """Plan an evaluation of an output that is to lie in the folder `beside`.
 
     Raises:
-        BadSpec: the text, the tokenizer or the model is none that can be judged; an engine is missing.
+        BadSpec: the text, the tokenizer or the model is none that can be judged; an engine is missing, or would stop
+            at one of the output's tensors on this machine.
         StorageError: the original's logits do not fit on the disk.
     """
     from importlib import util
@@ -78,6 +79,8 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, beside: Path) -
     engine = runners.engine_of(target.target.layout.name, target.config)
     for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
         runners.check_engine(each, spec.device, what)
+    quantized = [(d.tensor.spec, d.scheme) for d in target.decisions if d.action == "quantize" and d.scheme is not None]
+    runners.check_tensors(engine, spec.device, quantized)
     _check_memory(spec, plan)
     windows = _windows(plan.checkpoint.root, plan.checkpoint.container, spec.text, _changed(spec.text), spec.tokens,
                        spec.window)  # fmt: skip

@@ -35,6 +35,15 @@ def _quotas(cgroup: Path) -> list[tuple[int, int]]:
     return found
 
 
+def has_avx512_bf16() -> bool:
+    """Whether the CPU has the bfloat16 instructions of AVX-512, for which some engines have kernels of their own."""
+    import llvmlite.binding as llvm
+
+    with suppress(RuntimeError):  # LLVM cannot tell the features of every platform
+        return bool(llvm.get_host_cpu_features().get("avx512bf16"))
+    return False
+
+
 def total_memory() -> int:
     """Return the bytes of memory: the machine's, or the container's limit if that is less."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _limits())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from loaders.backends.machine import has_avx512_bf16
 from loaders.layouts.hf import DEFAULT_HEADS, is_skipped
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
@@ -70,16 +71,18 @@ def _experts(subject: Subject) -> Iterator[Finding]:
 
 
 def _bitsandbytes(subject: Subject) -> Iterator[Finding]:
-    four_bit = [tensor for tensor in subject.sources.tensors if isinstance(tensor.decode, Bnb4)]
-    odd = [module(tensor) for tensor in four_bit if tensor.shape[0] % CPU_ROWS]
-    if odd:
+    four_bit = [(tensor, tensor.decode) for tensor in subject.sources.tensors if isinstance(tensor.decode, Bnb4)]
+    stopping = [module(tensor) for tensor, scheme in four_bit if scheme.stops_cpu_kernel(tensor.shape)]
+    if stopping:
+        is_here = ", so on this machine," if has_avx512_bf16() else ""
         yield doubt(
             "bitsandbytes on a CPU with AVX512-BF16",
-            f"{len(odd)} layers have rows that are no multiple of {CPU_ROWS}: {some(odd)}",
-            "stops at their first use (N must be divisible by block_n); GPUs run them",
+            f"{len(stopping)} layers' rows are no multiple of {CPU_ROWS}, or their columns none of the group size:"
+            f" {some(stopping)}",
+            f"stops{is_here} at their first use (N must be divisible by block_n); GPUs run them",
             "keep them by a rule if such a CPU is to run it",
         )
-    for group in sorted({r.group for r in four_bit if r.group}):
+    for group in sorted({r.group for r, _ in four_bit if r.group}):
         partners = [r for r in subject.sources.tensors if r.group == group]
         if any(r.decode is None for r in partners):
             yield doubt(

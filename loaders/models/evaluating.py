@@ -25,9 +25,19 @@ from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
 from loaders.layouts.gguf.tokenizer_files import tokenizer_files
 from loaders.models.quality import Quality, scores, summed_up
-from loaders.models.runners import ORIGINAL, Engine, Runner, check_engine, device_of, engine_of_folder, running
+from loaders.models.runners import (
+    ORIGINAL,
+    Engine,
+    Runner,
+    check_engine,
+    check_tensors,
+    device_of,
+    engine_of_folder,
+    running,
+)
 from loaders.storage.atomic import atomic_writer, file_lock, write_file
 from loaders.storage.hashes import digest, hash_file, text_digest
+from loaders.tensors.quantized_sources import quantized_tensors
 
 TOKENS, WINDOW = 8192, 256
 TEXT = Path(__file__).resolve().parent / "texts" / "held_out.txt"
@@ -77,7 +87,8 @@ def evaluate(
     forgotten. `on_tokens` is told of tokens as they are done, those of the original and of the output.
 
     Raises:
-        BadSpec: the text is missing or too short, the model is not a causal one, an engine is not installed.
+        BadSpec: the text is missing or too short, the model is not a causal one, an engine is not installed, or would
+            stop at one of the output's tensors on this device.
         BadCheckpoint: an engine does not load one of the two.
         VerifyFailed: the output computes NaN or infinities.
     """
@@ -85,6 +96,8 @@ def evaluate(
     engine = engine_of_folder(other)
     for each, what in ((ORIGINAL, str(original)), (engine, str(output))):
         check_engine(each, device, what)
+    stored = [(r.spec, r.decode) for r in quantized_tensors(other).values() if r.decode is not None]
+    check_tensors(engine, device, stored)
     windows = read_windows(one, text, tokens=tokens, window=window)
     reference = Reference(one, windows, device=device, dtype=dtype)
     with kept(cache) as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from loaders.errors import BadCheckpoint, BadSpec
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.device_map import device_map_of, hold_to, place_of
 from loaders.models.hub_cache import folder_of
-from loaders.models.quantized_modules import module_maker, runs_here
+from loaders.models.quantized_modules import module_maker, runs_here, unusable_4bit
 from loaders.models.sharding import is_first
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.streaming import stream
@@ -124,6 +125,7 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
         device = "cpu"
     schemes = schemes_of(checkpoint, sources, skeleton, config)
     places = device_map_of(skeleton, schemes, config.limits, device)
+    check_usable(skeleton, schemes, places.device_of)
     with open_weights(checkpoint, skeleton, workers=config.workers, use_cache=config.use_cache) as weights:
         fill_model(skeleton, weights, schemes, places.device_of)
     return hold_to(model, places)
@@ -196,6 +198,25 @@ def schemes_of(
         for name, parts in skeleton.parameters.items()
         if len(parts) == 1 and parts[0].name in chosen and _is_linear(skeleton.model, name)
     }
+
+
+def check_usable(skeleton: Skeleton, schemes: dict[str, tuple[Scheme, bool]], device_of: Callable[[str], str]) -> None:
+    """Check that the engine's modules will run on the devices they go to.
+
+    Raises:
+        BadSpec: bitsandbytes would stop at one of them.
+    """
+    stopping = unusable_4bit(
+        (skeleton.parameters[name][0].spec, scheme, str(device_of(name))) for name, (scheme, _) in schemes.items()
+    )
+    if stopping is None:
+        return
+    is_new = any(is_new for _, is_new in schemes.values())
+    floats = "leave quantize out for float weights" if is_new else "decode=True loads float weights"
+    raise BadSpec(
+        f"{'quantize' if is_new else 'backend'}: {stopping}; use a GPU; or {floats}; or make an output by a job with a"
+        " rule that keeps this tensor, and load that"
+    )
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

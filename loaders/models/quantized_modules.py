@@ -6,7 +6,7 @@ bitsandbytes 0.50: nn/modules.py (Params4bit.from_prequantized, Int8Params); hqq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -108,3 +108,22 @@ def module_maker(scheme: Decoder) -> Callable[..., nn.Module]:
 def runs_here(scheme: Decoder) -> bool:
     """Whether modules for the scheme can be made."""
     return isinstance(scheme, tuple(ENGINES))
+
+
+def repacks_4bit(device: str) -> bool:
+    """Whether bitsandbytes repacks 4-bit weights at their first use on a device: see `Bnb4.stops_cpu_kernel`."""
+    functional: Any = import_module("bitsandbytes.functional")
+    has_avx512bf16 = getattr(functional, "has_avx512bf16", None)  # versions without it have no such kernel
+    return device == "cpu" and has_avx512bf16 is not None and bool(has_avx512bf16())
+
+
+def unusable_4bit(tensors: Iterable[tuple[TensorSpec, Decoder, str]]) -> str | None:
+    """Say at which matrix, the first, bitsandbytes would stop in 4 bits on the device it goes to; None if at none."""
+    for spec, scheme, device in tensors:
+        reason = scheme.stops_cpu_kernel(spec.shape) if isinstance(scheme, Bnb4) else None
+        if reason is not None and repacks_4bit(device):
+            return (
+                f"{spec.name} {list(spec.shape)} cannot run in 4 bits on this CPU: {reason}, which bitsandbytes needs"
+                " on a CPU with AVX512-BF16"
+            )
+    return None

@@ -2,9 +2,9 @@
 
 Engines: transformers (plain, bitsandbytes, compressed-tensors, bitnet), hqq, mlx-lm, and llama.cpp through
 llama-cpp-python. Float arithmetic is the caller's choice as far as the engine has one: in float32 what is measured is
-what became of the weights, not the noise of bfloat16. LLM.int8 computes in float16 by its nature, and llama.cpp rounds
-activations as it always does. Checked with transformers 5.23, bitsandbytes 0.50, compressed-tensors
-0.20, hqq 0.2.8, mlx-lm 0.32, llama-cpp-python 0.3.36.
+what became of the weights, not the noise of bfloat16. LLM.int8 computes in float16 by its nature, bitsandbytes' 4-bit
+matrices in bfloat16 on a CPU with AVX512-BF16, and llama.cpp rounds activations as it always does. Checked with
+transformers 5.23, bitsandbytes 0.50, compressed-tensors 0.20, hqq 0.2.8, mlx-lm 0.32, llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
@@ -25,6 +25,8 @@ import numpy as np
 from loaders.backends.machine import usable_cpus
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.quantization.scheme import Decoder
+from loaders.specs import TensorSpec
 
 METHODS = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "bitnet": ""}
 INSTALLED_BY = {
@@ -37,7 +39,10 @@ INSTALLED_BY = {
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # what engines raise for files that they cannot take, or when memory is short
-FAULTS = (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, MemoryError, IndexError)
+FAULTS = (
+    ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, MemoryError, IndexError,
+    AssertionError,
+)  # fmt: skip
 
 
 class Runner(Protocol):
@@ -130,6 +135,21 @@ def check_engine(engine: Engine, device: str, what: str) -> None:
     found = device_of(engine, "auto") if device not in ("auto", "cpu") else device
     if found != device:
         raise BadSpec(f"verify.device: {engine.name} here has no {device}; device=auto takes what there is")
+
+
+def check_tensors(engine: Engine, device: str, tensors: Iterable[tuple[TensorSpec, Decoder]]) -> None:
+    """Raises BadSpec: the engine would stop at one of an output's quantized tensors on the device."""
+    if "bitsandbytes" not in engine.modules:
+        return
+    from loaders.models.quantized_modules import unusable_4bit
+
+    where = device_of(engine, device)
+    stopping = unusable_4bit((spec, scheme, where) for spec, scheme in tensors)
+    if stopping is not None:
+        raise BadSpec(
+            f"verify=logits: {stopping}; use a GPU (verify.device=cuda), keep this tensor by a rule"
+            " (rules='[{name: ..., action: keep}]'), or verify=strict, which runs nothing"
+        )
 
 
 def device_of(engine: Engine, device: str) -> str:

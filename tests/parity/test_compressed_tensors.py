@@ -24,7 +24,7 @@ from loaders.checkpoints.derived_config import read_config
 from loaders.presets.settings import COMPRESSED_TENSORS
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
-from tests.loaders.test_schemes import MemorySink, MemoryView, decode
+from tests.encoding import MemorySink, MemoryView, decode
 from tests.making import Raw
 
 torch = pytest.importorskip("torch")

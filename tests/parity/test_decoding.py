@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
-from tests.loaders.test_decoding import tensors, values
 from tests.making import LLAMA
+from tests.reading import values
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.engine
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def work() -> Iterator[ThreadedWork]:
-    with ThreadPoolExecutor(1) as pool:
-        yield ThreadedWork(kernels_of("cpu"), pool, threading.Event())
 
 
 def save(root: Path, tensors: Mapping[str, Any], **config: Any) -> Path:
@@ -51,4 +42,4 @@ def test_fp8_is_what_transformers_dequantizes(scale_dtype: str, tmp_path: Path, 
         tmp_path / "m", {Q_PROJ: weight, Q_PROJ + "_scale_inv": scale},
         quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
     )  # fmt: skip
-    assert torch.equal(torch.from_numpy(values(root, tensors(root)[Q_PROJ], work)), wanted)
+    assert torch.equal(torch.from_numpy(values(root, tensors_in(root)[Q_PROJ], work)), wanted)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from loaders.places import DEMO
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.engine
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
 UNIGRAM = 404.8  # perplexity of the training text's token frequencies: see the model's card
 # in the manner of the text that it was trained on, and not part of it
 TEXT = """\

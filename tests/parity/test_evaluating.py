@@ -13,6 +13,7 @@ import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
+from loaders.places import DEMO
 from tests.passes import run
 
 torch = pytest.importorskip("torch")
@@ -23,7 +24,6 @@ from loaders.models import evaluate  # noqa: E402
 
 from loaders.models import evaluating, quality, runners  # noqa: E402  # isort: skip
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
 SMALL = {"tokens": 381, "window": 64}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from loaders.containers import gguf
+from loaders.places import ROOT
 from tests.making import LLAMA, llama_tensors, weights, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -24,7 +25,6 @@ TEXTS = (
     "The file's 12345 bytes  are\n\nread, aren't they?", " Grüße, 世界! é", "a", "", "x = f(1)\n    return x", "   ",
     "quantized blocks of weights", "</s> after <s>",
 )  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def trained(**options: Any) -> bytes:

@@ -15,9 +15,10 @@ import pytest
 from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
 from loaders.dtypes import DTYPES
+from loaders.places import DEMO
 from loaders.quantization.kernels.hqq import encode as hqq_kernels
 from loaders.quantization.schemes.hqq import Hqq
-from tests.loaders.test_schemes import MemorySink, MemoryView
+from tests.encoding import MemorySink, MemoryView
 from tests.making import Raw, read_safetensors
 
 torch = pytest.importorskip("torch")
@@ -28,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
 ]
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
 SAME_SUMS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # the order in which torch sums a group
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

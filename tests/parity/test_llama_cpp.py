@@ -20,10 +20,11 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
+from loaders.places import DEMO
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.schemes.ggml import Ggml
-from tests.loaders.test_ggml_reading import random_blocks
-from tests.loaders.test_schemes import MemorySink, MemoryView
+from tests.encoding import MemorySink, MemoryView
+from tests.loaders.quantization.test_ggml_read_only import random_blocks
 from tests.making import Raw, values_of, weights
 
 torch = pytest.importorskip("torch")
@@ -31,7 +32,6 @@ transformers = pytest.importorskip("transformers")
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.engine
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
 RUN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "TQ2_0", "F16", "BF16")  # those with a preset
 IDS = [0, 17, 400, 33, 5, 902, 77, 250, 13]
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "TQ2_0": 37, "Q2_K": 10, "Q3_K_M": 12,

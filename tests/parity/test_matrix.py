@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loaders.places import ROOT
 from tests.parity.matrix import KINDS, MATRIX, Cell, table
 from tests.readme import table_of
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CELLS = [(preset, kind, cell) for preset, cells in MATRIX.items() for kind, cell in zip(KINDS, cells, strict=True)]
 
 

@@ -17,11 +17,12 @@ import pytest
 from loaders.architectures import mlx
 from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
+from loaders.places import DEMO
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.mlx_affine import BITS, GROUP_SIZES, MlxAffine
 from loaders.quantization.schemes.mlx_float import MlxFloat
 from tests import reference
-from tests.loaders.test_schemes import MemorySink, MemoryView
+from tests.encoding import MemorySink, MemoryView
 from tests.making import Raw, read_safetensors, values_of, weights, write_checkpoint, write_safetensors
 
 mx = pytest.importorskip("mlx.core")
@@ -29,7 +30,6 @@ mlx_utils = pytest.importorskip("mlx_lm.utils")
 mlx_convert = pytest.importorskip("mlx_lm.convert")
 pytestmark = pytest.mark.engine
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "jobs" / "demo"
 MX_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint, VerifyFailed
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.bitsandbytes import dynamic_map, fourbit
@@ -30,7 +30,7 @@ from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-CPU_ROWS = 32  # bitsandbytes' kernel for CPUs with AVX512-BF16 takes blocks of so many rows
+CPU_ROWS = 32  # the kernel of bitsandbytes for CPUs with AVX512-BF16 takes rows in multiples of so many
 STORAGE_DTYPES = ("uint8", "float16", "bfloat16", "float32")
 # A float32 whose value, printed as a double, takes as many characters as any: the plan reserves room for the offset.
 LONGEST_FLOAT = "-1.1754943508222875e-38"
@@ -93,6 +93,18 @@ class Bnb4:
             return "it is empty"
         if -(-spec.numel // 2) % self._storage.item_bytes:
             return f"its {-(-spec.numel // 2)} packed bytes do not divide into {self.storage}; use storage_dtype=uint8"
+        return None
+
+    def stops_cpu_kernel(self, shape: Shape) -> str | None:
+        """Why bitsandbytes fails at a matrix's first use on a CPU with AVX512-BF16; None where it does not.
+
+        On such a CPU it repacks a weight for a kernel of its own, which takes rows in multiples of CPU_ROWS and whole
+        groups in a row (bitsandbytes 0.50, functional.py: _convert_weight_packed_for_cpu). GPUs have no such limit.
+        """
+        if shape[0] % CPU_ROWS:
+            return f"its {shape[0]} rows are no multiple of {CPU_ROWS}"
+        if shape[-1] % self.group_size:
+            return f"its {shape[-1]} columns are no multiple of its group size, {self.group_size}"
         return None
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:

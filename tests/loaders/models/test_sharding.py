@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from loaders.places import ROOT
 from tests.loaders.models.large import bytes_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "jobs" / "demo"
 MIB = 1 << 20
 

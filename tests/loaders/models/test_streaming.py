@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from loaders.places import ROOT
 from tests.loaders.models.large import bytes_of
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.engine
-ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
 
 RUN = """

@@ -1,0 +1,124 @@
+"""Strategies and backends, as a job and `--help` offer them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.execution.cluster import LocalCluster
+from jobs.orchestration.source_pass import units_for_gpus
+from jobs.spec.job import ClusterSpec
+from jobs.spec.strategy import StrategySpec
+from loaders.places import CONF
+from loaders.strategies import LOADERS, settings_of
+from tests.conftest import Ran
+from tests.making import snapshot
+
+QUICK = ("quant=nf4", "cluster=local")
+NOT_FOR_JOBS = ("eager", "full", "unified_memory", "low_memory", "fastsafetensors", "runai")
+
+
+def test_every_strategy_is_a_choice_with_all_its_settings() -> None:
+    import yaml
+    from pydantic import TypeAdapter
+
+    found = {path.stem for path in (CONF / "strategy").glob("*.yaml")}
+    assert found == set(LOADERS)
+    for name, made in LOADERS.items():
+        values = yaml.safe_load((CONF / "strategy" / f"{name}.yaml").read_text())
+        assert set(values) == {"kind", *settings_of(made)}
+        spec = TypeAdapter(StrategySpec).validate_json(json.dumps(values))
+        assert spec.loader.name == name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["strategy=multithread", "strategy.max_workers=3", "strategy.min_file_size_per_worker=0.001"],
+        ["strategy=streaming", "strategy.memory_budget_mb=16", "strategy.priority_weights=[layers.1]"],
+        ["strategy=streaming", "strategy.prefetch_count=0"],
+    ],
+)
+def test_a_job_gives_the_same_bytes_by_any_strategy(
+    settings: list[str], weightmill: Callable[..., Ran], source: Path, tmp_path: Path
+) -> None:
+    for name, given in (("one", ["strategy=lazy"]), ("other", settings)):
+        ran = weightmill("run", *QUICK, f"model.path={source}", f"output.path={tmp_path / name}", *given)
+        assert ran.status == 0, ran.err
+    one, other = (snapshot(tmp_path / name, ignore=["weightmill.json"]) for name in ("one", "other"))
+    assert one == other
+    ran = weightmill("verify", f"output.path={tmp_path / 'other'}", settings[0])
+    assert ran.status == 0, ran.err
+
+
+@pytest.mark.parametrize("name", NOT_FOR_JOBS)
+def test_a_strategy_that_cannot_serve_a_job_is_refused_in_one_line(
+    name: str, weightmill: Callable[..., Ran], source: Path
+) -> None:
+    ran = weightmill("plan", *QUICK, f"model.path={source}", f"strategy={name}")
+    assert ran.status == 2
+    [line] = ran.err.strip().splitlines()
+    assert f"strategy: {name} does not serve jobs: " in line
+    assert "strategy=" in line.split("serve jobs")[1]
+
+
+def test_settings_of_another_strategy_are_refused(weightmill: Callable[..., Ran], source: Path) -> None:
+    ran = weightmill("plan", *QUICK, f"model.path={source}", "strategy=lazy", "strategy.memory_budget_mb=512")
+    assert ran.status == 2
+    assert "strategy.memory_budget_mb: unknown key; known: kind" in ran.err
+    ran = weightmill("plan", *QUICK, f"model.path={source}", "strategy=streaming", "strategy.memory_budget_mb=3")
+    assert ran.status == 2
+    assert "strategy.memory_budget_mb: input should be greater than or equal to 16; found 3" in ran.err
+
+
+def test_units_with_weights_of_priority_run_first(
+    weightmill: Callable[..., Ran], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    run = LocalCluster.run
+
+    def noted(self: Any, tasks: Any, on_bytes: Any) -> Any:
+        made.extend(task.unit.tensors[0].name for task in tasks)
+        return run(self, tasks, on_bytes)
+
+    monkeypatch.setattr(LocalCluster, "run", noted)
+    given = ("source.unit_mb=0.001", "strategy=streaming", "strategy.priority_weights=[model.layers.1,lm_head]")
+    ran = weightmill("run", *QUICK, f"model.path={source}", f"output.path={tmp_path / 'out'}", *given)
+    assert ran.status == 0, ran.err
+    ranks = [0 if "layers.1." in name else 1 if "lm_head" in name else 2 for name in made]
+    assert ranks == sorted(ranks)
+    assert {0, 1, 2} <= set(ranks)
+
+
+def test_the_plan_says_where_encoders_run(weightmill: Callable[..., Ran], source: Path) -> None:
+    ran = weightmill("plan", *QUICK, f"model.path={source}", "backend=auto", "format=json")
+    assert ran.status == 0, ran.err
+    [note] = [note for note in ran.document["notes"] if note.startswith("encoded on ")]
+    assert note.split(":")[0].removeprefix("encoded on ") in ("cpu", "cuda", "mps")
+
+
+def test_more_units_run_at_once_where_there_are_several_gpus() -> None:
+    spec = ClusterSpec(kind="local")
+    assert units_for_gpus(spec, 4) >= 8
+    assert units_for_gpus(spec, 0) >= 1
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("quant", ["mlx_int4", "mlx_nvfp4"])
+def test_mlx_as_a_backend_gives_the_bytes_of_the_cpus_kernels(
+    quant: str, weightmill: Callable[..., Ran], source: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx.core")
+    for backend in ("cpu", "mlx"):
+        given = (f"quant={quant}", f"backend={backend}", "cluster=local", f"output.path={tmp_path / backend}")
+        ran = weightmill("run", f"model.path={source}", *given)
+        assert ran.status == 0, ran.err
+    one, other = (snapshot(tmp_path / backend, ignore=["weightmill.json"]) for backend in ("cpu", "mlx"))
+    assert one == other
+    ran = weightmill("plan", *QUICK, f"model.path={source}", "backend=mlx")
+    assert ran.status == 2
+    assert "backend: quant=nf4 runs on cpu, cuda, mps, not on mlx" in ran.err

@@ -1,0 +1,64 @@
+"""jobs.diff: two checkpoints, tensor by tensor, whatever they are stored as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.making import Raw, llama_tensors, read_safetensors, values_of, write_checkpoint
+
+
+def test_diff_names_the_side_that_is_missing(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    ran = weightmill("diff", source, tmp_path / "none")
+    assert ran.status == 2
+    assert "b: expected a folder" in ran.err
+
+
+@pytest.mark.parametrize("quant", ["nf4", "ternary"])
+def test_diff_decodes_quantized_tensors(quant: str, source: Path, tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    ran = weightmill("run", f"model.path={source}", f"output.path={out}", f"quant={quant}", "format=json")
+    recorded = {row["name"]: row for row in ran.document["tensors"]}
+    document = weightmill("diff", source, out, "format=json").document
+    assert (document["equal"], document["different"]) == (7, 14)
+    assert document["only_in_a"] == document["only_in_b"] == []
+    for row in document["tensors"]:
+        if row["status"] == "different":
+            # diff rounds decoded weights to the tensor's bfloat16, as the engine does
+            assert row["relative_error"] == pytest.approx(recorded[row["name"]]["relative_error"], rel=2e-2)
+
+
+def test_diff_names_what_differs_and_what_is_only_on_one_side(tmp_path: Path, weightmill: Any) -> None:
+    one, other = llama_tensors(), llama_tensors()
+    other["model.norm.weight"].data[3] += 1
+    other["extra"] = other.pop("lm_head.weight")
+    other["model.layers.0.mlp.up_proj.weight"] = Raw("BF16", other["model.layers.0.mlp.up_proj.weight"].data.T.copy())
+    a, b = write_checkpoint(tmp_path / "a", one), write_checkpoint(tmp_path / "b", other)
+    document = weightmill("diff", a, b, "format=json").document
+    different = {row["name"]: row for row in document["tensors"] if row["status"] == "different"}
+    assert set(different) == {"model.norm.weight", "model.layers.0.mlp.up_proj.weight"}
+    step = values_of(other["model.norm.weight"])[3] - 1
+    assert different["model.norm.weight"]["max_error"] == pytest.approx(step)
+    assert different["model.layers.0.mlp.up_proj.weight"]["why"] == "shapes [128, 64] and [64, 128]"
+    assert (document["only_in_a"], document["only_in_b"]) == (["lm_head.weight"], ["extra"])
+    said = weightmill("diff", a, b).out
+    assert "18 tensors equal, 2 different" in said
+    assert "only in" in said
+
+
+def test_diff_of_a_checkpoint_with_itself_is_equal(source: Path, weightmill: Any) -> None:
+    assert "21 tensors equal, 0 different" in weightmill("diff", source, source).out
+
+
+def test_diff_without_its_arguments_is_refused(source: Path, weightmill: Any) -> None:
+    ran = weightmill("diff", source)
+    assert ran.status == 2
+    assert "b: missing; give b=..." in ran.err
+
+
+def test_none_gives_back_an_equal_checkpoint(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    assert weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "quant=none").status == 0
+    one, other = read_safetensors(source), read_safetensors(tmp_path / "out")
+    assert {n: r.data.tobytes() for n, r in one.items()} == {n: r.data.tobytes() for n, r in other.items()}

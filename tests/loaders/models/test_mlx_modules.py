@@ -1,0 +1,56 @@
+"""mlx-lm's models, from our outputs and from originals on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loaders.errors import BadSpec
+from loaders.models import LoadingStrategy, load_model_and_tokenizer
+from loaders.places import DEMO
+from tests.conftest import Ran
+from tests.making import write_moe
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+]
+
+
+def logits(model: Any) -> Any:
+    return model(mx.arange(3, 40)[None]).astype(mx.float32)
+
+
+def test_an_original_encoded_on_the_way_is_our_output(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
+    output = tmp_path / "out"
+    assert weightmill("run", "model=demo", "quant=mlx_int4", "cluster=local", f"output.path={output}").status == 0
+    wanted = logits(load_model_and_tokenizer(output, "mlx")[0])
+    model, tokenizer = load_model_and_tokenizer(DEMO, "mlx", quantize="mlx_int4")
+    assert mx.array_equal(logits(model), wanted)
+    assert tokenizer.encode("the")
+    lazy = load_model_and_tokenizer(output, "mlx", strategy=LoadingStrategy.UNIFIED_MEMORY)[0]
+    assert mx.array_equal(logits(lazy), wanted)
+
+
+def test_plain_weights_are_mlx_lms_own() -> None:
+    from mlx_lm import load
+
+    assert mx.array_equal(logits(load_model_and_tokenizer(DEMO, "mlx")[0]), logits(load(str(DEMO))[0]))
+
+
+def test_experts_are_stacked(tmp_path: Path) -> None:
+    with pytest.raises(BadSpec, match="experts"):
+        load_model_and_tokenizer(write_moe(tmp_path / "moe"), "mlx", quantize="mlx_int4")  # of which one layer has none
+
+
+def test_what_is_of_other_backends_is_refused() -> None:
+    with pytest.raises(BadSpec, match="streaming is for models of transformers"):
+        load_model_and_tokenizer(DEMO, "mlx", strategy=LoadingStrategy.STREAMING)
+    with pytest.raises(BadSpec, match="give backend='mlx'"):
+        load_model_and_tokenizer(DEMO, "cpu", quantize="mlx_int4")

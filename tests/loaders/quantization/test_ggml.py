@@ -1,0 +1,129 @@
+"""ggml's tensor types: the properties of every scheme, and bytes written out by hand."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loaders.backends.threads
+from loaders.backends import kernels_of
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DTYPES, GGML_BLOCKS
+from loaders.quantization.schemes.ggml import TYPES, Ggml
+from loaders.specs import TensorSpec
+from tests import reference
+from tests.encoding import DTYPE_NAMES, MemoryView, decode, encode, random
+from tests.making import Raw, values_of, weights
+
+BLOCKS = sorted(GGML_BLOCKS)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("name", TYPES)
+def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut(
+    name: str, dtype: str, work: ThreadedWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, found = random((7, 768), dtype), []
+    for step in (1 << 21, 1100, 1):
+        monkeypatch.setattr(loaders.backends.threads, "RANGE", step)
+        sink, error = encode(Ggml(name), raw, work)
+        found.append(sink.as_bytes())
+        assert error.relative_error <= Ggml(name).error_limit
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]["weight"]) == Ggml(name).stored(MemoryView(raw).spec)["weight"].size
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("name", TYPES)
+def test_zeros_stay_zeros_also_among_others(name: str, dtype: str, work: ThreadedWork) -> None:
+    values = np.random.default_rng(1).standard_normal((4, 512)).astype(np.float32)
+    values[1] = 0
+    raw = weights(values, dtype)
+    sink, _ = encode(Ggml(name), raw, work)
+    assert not decode(Ggml(name), raw, sink, work)[1].any()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: ThreadedWork) -> None:
+    quants = pytest.importorskip("gguf.quants")
+    constants = pytest.importorskip("gguf.constants")
+    raw = random((6, 512), "F32", seed=3)
+    sink, error = encode(Ggml(name), raw, work)
+    decoded = quants.dequantize(
+        sink.stored["weight"].view(np.uint8).reshape(6, -1), constants.GGMLQuantizationType[name]
+    )
+    source = values_of(raw)
+    # float32 sums of at most 4096 squares, each within 2^-24 of itself: the quotient's root is good to 1e-5
+    assert error.relative_error == pytest.approx(reference.relative_error(source, decoded), rel=1e-5)
+    assert np.array_equal(decode(Ggml(name), raw, sink, work), decoded)
+
+
+# 2^-10 / 127 is a normal float16, and so are the minima and scales below it that matter
+moderate = hnp.arrays(
+    np.float32,
+    st.sampled_from([(1, 256), (2, 256), (1, 512)]),
+    elements=st.floats(-1024, 1024, width=32).map(lambda v: v if abs(v) > 2**-10 else 0.0),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=moderate, name=st.sampled_from(BLOCKS))
+def test_no_moderate_weights_come_back_worse_than_the_scheme_admits(values: np.ndarray, name: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+        _, error = encode(Ggml(name), weights(values, "F32"), work)
+    assert error.relative_error <= Ggml(name).error_limit
+    assert error.nonfinite == error.nonfinite_decoded == 0
+
+
+def half(value: float) -> list[int]:
+    return list(np.float16(value).tobytes())
+
+
+def stored(name: str, values: np.ndarray, work: ThreadedWork) -> list[int]:
+    sink, _ = encode(Ggml(name), Raw("F32", values.astype(np.float32).reshape(1, -1)), work)
+    return list(sink.stored["weight"].view(np.uint8))
+
+
+def test_blocks_of_32_written_out(work: ThreadedWork) -> None:
+    x = np.arange(-16, 16, dtype=np.float32)
+    x[0] = -127  # d = 1
+    assert stored("Q8_0", x, work) == [*half(1), *(int(v) & 255 for v in x)]
+    x = np.arange(-16, 16, dtype=np.float32) / 2  # the greatest is -8: d = 1, code = int(x + 8.5)
+    codes = np.minimum(15, (x + 8.5).astype(int))
+    packed = [int(a | b << 4) for a, b in zip(codes[:16], codes[16:], strict=True)]
+    assert stored("Q4_0", x, work) == [*half(1), *packed]
+    x = np.arange(32, dtype=np.float32)
+    assert stored("Q5_1", x, work)[:8] == [*half(1), *half(0), 0, 0, 255, 255]  # weights 16 to 31 have the fifth bit
+    assert stored("Q4_0", np.zeros(32), work)[:2] == [0, 0x80]  # ggml's zero block: 0 / -8
+
+
+def test_halves_round_away_from_zero_in_q8_0_and_ternary(work: ThreadedWork) -> None:
+    x = np.zeros(32)
+    x[:5] = [127, 0.5, -0.5, 1.5, 2.5]
+    assert [np.int8(np.uint8(b)) for b in stored("Q8_0", x, work)[2:7]] == [127, 1, -1, 2, 3]
+    x = np.zeros(256)
+    x[:3] = [1, 0.5, -0.5]
+    assert [b & 3 for b in stored("TQ2_0", x, work)[:3]] == [2, 2, 0]
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), [
+    ("Q8_0", (4, 48), "its rows of 48 weights do not divide into Q8_0's blocks of 32"),
+    ("Q4_K", (4, 128), "blocks of 256"),
+    ("Q8_0", (64,), "takes matrices"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(name: str, shape: tuple[int, ...], message: str) -> None:
+    assert message in str(Ggml(name).refuses(TensorSpec("w", DTYPES["BF16"], shape)))
+
+
+def test_stacked_matrices_are_one_run_of_rows(work: ThreadedWork) -> None:
+    raw = random((3, 4, 256), "BF16")
+    whole, _ = encode(Ggml("Q4_K"), raw, work)
+    parts = [encode(Ggml("Q4_K"), Raw("BF16", part), work)[0].as_bytes()["weight"] for part in raw.data]
+    assert whole.as_bytes()["weight"] == b"".join(parts)

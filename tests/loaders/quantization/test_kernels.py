@@ -1,0 +1,198 @@
+"""The kernels give the same bytes on every CPU, and in torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loaders.errors import BadSpec
+from loaders.places import ROOT
+from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
+from loaders.quantization.kernels.bitsandbytes import fourbit
+from loaders.quantization.kernels.lanes import host_has
+from loaders.quantization.kernels.mlx import affine, microfloat
+from tests.making import Raw, weights
+
+DTYPES = ("BF16", "F16", "F32")
+
+
+def inputs(dtype: str) -> Raw:
+    """Ordinary rows, zeros, subnormals, huge ones, NaN and infinities."""
+    rows = np.random.default_rng(0).standard_normal((96, 256)).astype(np.float32)
+    rows[0] = 0
+    rows[1] *= 1e-40
+    rows[2] *= 1e30
+    rows[3, 7], rows[4, 9], rows[5, 200] = np.nan, np.inf, -np.inf
+    rows[6] = np.round(rows[6] * 4) / 4
+    with np.errstate(over="ignore"):
+        return weights(rows, dtype)
+
+
+def results() -> dict[str, bytes]:
+    """What every CPU kernel makes of the inputs."""
+    kernels, found = cpu.CpuKernels(), {}
+    for dtype in DTYPES:
+        x = inputs(dtype).data.reshape(-1)
+        for table in ("nf4", "fp4"):
+            for group in (32, 64, 4096):
+                packed, absmax = np.empty(x.size // 2, np.uint8), np.empty(x.size // group, np.float32)
+                kernels.encode_fourbit(x, dtype, table, group, packed, absmax)
+                decoded, sums = np.empty(x.size, np.float32), compare.new_sums()
+                fourbit.decode(packed, absmax, group, table == "fp4", decoded)
+                cpu.compare_into(x, dtype, decoded, sums)
+                name = f"{dtype} {table} {group}"
+                found[name] = packed.tobytes() + np.nan_to_num(absmax).tobytes()
+                found[name + " decoded"] = np.nan_to_num(decoded, nan=7).tobytes()
+                found[name + " sums"] = sums.tobytes()
+        for bits in affine.BITS:
+            x = np.delete(inputs(dtype).data, [3, 4, 5], axis=0).reshape(-1)  # without NaN and infinities
+            x = x.view(np.int16) if dtype == "F16" else x
+            packed, out = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size, np.float32)
+            scales, biases = np.empty(x.size // 64, np.float32), np.empty(x.size // 64, np.float32)
+            affine.encode(x, bits, 64, packed, scales, biases)
+            affine.decode(packed, scales, biases, bits, 64, out)
+            found[f"{dtype} affine {bits}"] = b"".join(a.tobytes() for a in (packed, scales, biases, out))
+        for bits, group in ((4, 16), (4, 32), (8, 32)):
+            x = inputs(dtype).data.reshape(-1)
+            x = x.view(np.int16) if dtype == "F16" else x
+            packed, scales = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.float32)
+            microfloat.group_absmax(x, group, scales)
+            scales = microfloat.power_values(microfloat.power_scales(scales, bits, dtype))
+            microfloat.encode(x, group, bits, scales, packed)
+            found[f"{dtype} microfloat {bits} {group}"] = packed.tobytes() + scales.tobytes()
+        finite = np.nan_to_num(inputs("F32").data, nan=0, posinf=1, neginf=-1)
+        x = weights(np.clip(finite, -6e4, 6e4), dtype).data.reshape(-1)
+        found[f"{dtype} magnitudes"] = np.float64(kernels.magnitude_sum(x, dtype)).tobytes()
+        runs = tuple(x.reshape(4, -1)[:, :1001].copy())
+        out = np.empty(1001, np.uint8)
+        kernels.pack_ternary(runs, dtype, 0.7, out)  # type: ignore[arg-type]
+        back = np.empty(1001, np.float32)
+        bitnet.unpack(out, np.uint8(4), np.float32(0.5), back)
+        found[f"{dtype} ternary"] = out.tobytes() + back.tobytes()
+        sums = compare.new_sums()
+        cpu.scan_into(inputs(dtype).data.reshape(-1), dtype, sums)
+        found[f"{dtype} scan"] = sums.tobytes()
+        found[f"{dtype} to bf16"] = casts.cast(inputs(dtype).data.reshape(-1), dtype, "BF16").tobytes()
+    return found
+
+
+def test_a_plain_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
+    """A process told that its CPU has nothing beyond the baseline (SSE2, NEON) takes the portable forms."""
+    code = (
+        "import sys, pickle; from tests.loaders.quantization.test_kernels import results, host_has;"
+        "assert not host_has('avx2'); sys.stdout.buffer.write(pickle.dumps(results()))"
+    )
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr.decode()
+    import pickle
+
+    plain, here = pickle.loads(ran.stdout), results()
+    assert [name for name in here if here[name] != plain[name]] == []
+
+
+def test_features_are_those_that_code_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core import config
+
+    monkeypatch.setattr(config, "CPU_FEATURES", "+avx2,-fma", raising=False)
+    assert host_has("avx2")
+    assert not host_has("fma")
+    monkeypatch.setattr(config, "CPU_FEATURES", None)
+    monkeypatch.setattr(config, "CPU_NAME", "generic", raising=False)
+    assert not host_has("avx2")
+
+
+@pytest.fixture
+def device() -> Kernels:
+    pytest.importorskip("torch")
+    from loaders.quantization.kernels.torch_device import DeviceKernels
+
+    return DeviceKernels("cpu")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", [*DTYPES, "F64"])
+@pytest.mark.parametrize("table", ["nf4", "fp4"])
+def test_torch_gives_the_same_four_bits(table: str, dtype: str, device: Kernels) -> None:
+    x = inputs("F32").data.astype(np.float64).reshape(-1) if dtype == "F64" else inputs(dtype).data.reshape(-1)
+    made = []
+    for kernels in (cpu.CpuKernels(), device):
+        packed, absmax, alone = (
+            np.empty(x.size // 2, np.uint8),
+            np.empty(x.size // 64, np.float32),
+            np.empty(x.size // 64, np.float32),
+        )
+        kernels.encode_fourbit(x, dtype, table, 64, packed, absmax)
+        kernels.group_absmax(x, dtype, 64, alone)
+        assert np.array_equal(absmax, alone, equal_nan=True)
+        made.append((packed.tobytes(), np.nan_to_num(absmax, nan=7).tobytes()))
+    assert made[0] == made[1]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_gives_the_same_ternary(dtype: str, device: Kernels) -> None:
+    values = np.random.default_rng(5).standard_normal((4, 3000)).astype(np.float32)
+    x = weights(values, dtype).data
+    host = cpu.CpuKernels()
+    assert device.magnitude_sum(x.reshape(-1), dtype) == pytest.approx(
+        host.magnitude_sum(x.reshape(-1), dtype), rel=1e-12
+    )
+    made = [np.empty(3000, np.uint8), np.empty(3000, np.uint8)]
+    for kernels, out in zip((host, device), made, strict=True):
+        kernels.pack_ternary(tuple(x), dtype, 1.25, out)  # type: ignore[arg-type]
+    assert np.array_equal(*made)
+
+
+@pytest.mark.engine
+def test_a_device_that_is_not_there_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    from loaders.backends import kernels_of
+
+    for name, is_there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if not is_there:
+            with pytest.raises(BadSpec, match=f"backend={name}: torch .* finds no such device here"):
+                kernels_of(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.engine
+def test_a_real_device_gives_the_same_bytes() -> None:
+    torch = pytest.importorskip("torch")
+    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    if name is None:
+        pytest.skip("no CUDA or MPS device here")
+    from loaders.backends import kernels_of
+
+    for dtype in DTYPES:
+        x = weights(np.random.default_rng(5).standard_normal((64, 4096)), dtype).data.reshape(-1)
+        made = []
+        for kernels in (cpu.CpuKernels(), kernels_of(name)):
+            packed, absmax = np.empty(x.size // 2, np.uint8), np.empty(x.size // 64, np.float32)
+            kernels.encode_fourbit(x, dtype, "nf4", 64, packed, absmax)
+            made.append(packed.tobytes() + absmax.tobytes())
+        assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("source", [*DTYPES, "F64"])
+@pytest.mark.parametrize("target", [*DTYPES, "F64"])
+@pytest.mark.engine
+def test_casts_round_as_torch_does(source: str, target: str) -> None:
+    torch = pytest.importorskip("torch")
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    values = np.random.default_rng(0).standard_normal(2000) * np.logspace(-9, 6, 2000)
+    tensor = torch.from_numpy(values).to(names[source])
+    raw = tensor.view(torch.uint16).numpy() if source == "BF16" else tensor.numpy()
+    wanted = tensor.to(names[target])
+    made = casts.cast(raw, source, target)
+    assert np.array_equal(made, wanted.view(torch.uint16).numpy() if target == "BF16" else wanted.numpy())

@@ -1,0 +1,116 @@
+"""What single strategies promise beside what all do: lazy, full, low_memory, unified_memory, runai."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.errors import BadSpec
+from loaders.strategies import LowMemoryLoader, SafetensorsLoader, UnifiedMemoryLoader, fastsafetensors, loader
+from tests.loaders.strategies.writing import write
+from tests.making import LLAMA, Raw, write_checkpoint
+
+# --- fastsafetensors, runai
+
+
+def test_a_library_that_is_not_installed_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "m")
+    monkeypatch.setitem(sys.modules, "fastsafetensors", None)
+    monkeypatch.setitem(sys.modules, "runai_model_streamer.file_streamer", None)
+    with pytest.raises(BadSpec, match=r"not installed .*: pip install 'weightmill\[fastsafetensors\]'"):
+        loader("fastsafetensors").load_weights(tmp_path / "m")
+    with pytest.raises(BadSpec, match=r"not installed .*: pip install 'weightmill\[runai\]'"):
+        loader("runai").load_weights(tmp_path / "m")
+
+
+# --- low_memory, unified_memory, lazy and eager
+
+
+@pytest.mark.engine
+def test_only_rank_0_holds_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    wanted = write(tmp_path / "m")
+    first = LowMemoryLoader(rank=0).load_weights(tmp_path / "m")
+    assert {n: fastsafetensors._bytes_of(t).tobytes() for n, t in first.items()} == wanted
+    monkeypatch.setenv("RANK", "3")
+    by = LowMemoryLoader()
+    other = by.load_weights(tmp_path / "m")
+    assert list(other) == list(first)
+    for name, tensor in other.items():
+        assert tensor.device.type == "meta"
+        assert (tensor.shape, tensor.dtype) == (first[name].shape, torch.bfloat16)
+    assert (by.stats.tensors, by.stats.bytes) == (6, 0)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    with pytest.raises(BadSpec, match="rank 3 holds no weights"), by.open(checkpoint.root, checkpoint.weights):
+        pass
+    with pytest.raises(BadSpec, match="not to device=mps"):
+        by.load_weights(tmp_path / "m", device="mps")
+
+
+def test_unified_memory_refuses_a_device_with_memory_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "m")
+    with pytest.raises(BadSpec, match="device=cuda:1 has memory of its own"):
+        UnifiedMemoryLoader().load_weights(tmp_path / "m", device="cuda:1")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["unified_memory", "streaming", "multithread"])
+def test_mlx_arrays_hold_the_stored_weights(name: str, tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    values = np.linspace(-3, 3, 96, dtype=np.float32).reshape(8, 12)
+    write_checkpoint(
+        tmp_path / "m",
+        {
+            "a": Raw("BF16", (values.view(np.uint32) >> 16).astype(np.uint16)),
+            "b": Raw("F32", values),
+            "c": Raw("F64", values.astype(np.float64)),
+            "d": Raw("BOOL", (values > 0).astype(np.uint8)),
+            "e": Raw("F16", values.astype(np.float16)),
+        },
+        config=LLAMA,
+    )
+    found = loader(name).load_weights(tmp_path / "m", device="mlx")
+    kinds = [mx.bfloat16, mx.float32, mx.float32, mx.bool_, mx.float16]
+    assert [array.dtype for array in found.values()] == kinds
+    assert found["a"].shape == (8, 12)
+    cut = ((values.view(np.uint32) >> 16) << 16).view(np.float32)
+    assert np.array_equal(np.array(found["a"].astype(mx.float32)), cut)
+    for name in "bc":
+        assert np.array_equal(np.array(found[name]), values)
+    assert np.array_equal(np.array(found["d"]), values > 0)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_safetensors_are_mapped_or_read(lazy: bool, tmp_path: Path) -> None:
+    wanted = write(tmp_path / "m")
+    by = SafetensorsLoader(lazy=lazy)
+    assert by.name == ("lazy" if lazy else "eager")
+    found = by.load_weights(tmp_path / "m")
+    assert {n: v.tobytes() for n, v in found.items()} == wanted
+    assert all(v.flags.writeable is not lazy for v in found.values())
+
+
+def test_full_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "m")
+    monkeypatch.setattr("loaders.strategies.full.free_memory", lambda: 1000)
+    with pytest.raises(BadSpec, match="strategy=full: .* of memory are free; strategy=streaming"):
+        loader("full").load_weights(tmp_path / "m")
+
+
+@pytest.mark.gpu
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["lazy", "read", "multithread", "streaming", "fastsafetensors", "full", "auto"])
+def test_weights_on_a_gpu_are_the_stored_ones(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    wanted = write(tmp_path / "m", items=100_000)
+    found = loader(name).load_weights(tmp_path / "m", device="cuda")
+    assert {t.device.type for t in found.values()} == {"cuda"}
+    assert {n: fastsafetensors._bytes_of(t.cpu()).tobytes() for n, t in found.items()} == wanted
