@@ -26,8 +26,11 @@ class Kernels(Protocol):
         """Find the largest magnitude of each full group, as `encode_fourbit` does, without coding."""
         ...
 
-    def magnitude_sum(self, x: np.ndarray, dtype: str) -> float:
-        """Return the sum of |x| in float64; it is NaN or infinite if a weight is."""
+    def magnitude_sums(self, x: np.ndarray, dtype: str) -> np.ndarray:
+        """Return the sums of |x| in float64 over bitnet.SUMMED weights each, NaN or infinite where a weight is.
+
+        The last bit is the same on every device: see `bitnet.magnitude_sums` for the order of additions.
+        """
         ...
 
     def pack_ternary(

@@ -19,32 +19,55 @@ from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
 
 STEP = 32  # columns packed at once
-LANES = 16  # float64 sums side by side
+LANES = 16
+RUN = 512  # weights that one call of `_run_sum` adds up, in registers
+RUNS = 128
+SUMMED = RUN * RUNS  # weights of one sum
 F64 = ir.DoubleType()
 
 
-@vector(types.void)
-def _add_magnitudes(lanes: Lanes, x: Array, at: Value, sums: Array) -> None:
-    """Add LANES magnitudes to LANES float64 sums."""
-    zero = ir.Constant(at.type, 0)
-    magnitudes = lanes.absolute(lanes.floats(x, at, LANES))
-    wide = lanes.b.fpext(magnitudes, ir.VectorType(F64, LANES))
-    lanes.store(lanes.b.fadd(lanes.load(sums, zero, LANES), wide), sums, zero)
+@vector(types.float64)
+def _run_sum(lanes: Lanes, x: Array, start: Value) -> Value:
+    """Return the sum of RUN magnitudes from `start` on, in float64: see `magnitude_sums`."""
+
+    def added(first: int, step: int) -> Value:
+        """Every step-th vector from the first on: depth first, so that few sums wait for their partners."""
+        if step * LANES == RUN:
+            magnitudes = lanes.absolute(lanes.floats(x, lanes.op("add", start, first * LANES), LANES))
+            return lanes.b.fpext(magnitudes, ir.VectorType(F64, LANES))
+        return lanes.b.fadd(added(first, 2 * step), added(first + step, 2 * step))
+
+    wide = added(0, 1)
+    while (width := wide.type.count // 2) > 0:
+        wide = lanes.b.fadd(lanes.part(wide, 0, width), lanes.part(wide, 1, width))
+    return lanes.b.extract_element(wide, ir.Constant(I32, 0))
 
 
 @kernel
-def magnitude_sum(x):  # type: ignore[no-untyped-def]
-    """Return the sum of |x| in float64, in a fixed order; it is NaN or infinite if a weight is."""
-    sums = np.zeros(LANES, np.float64)
-    whole = x.size // LANES * LANES
-    for at in range(0, whole, LANES):
-        _add_magnitudes(x, at, sums)
-    total = 0.0
-    for lane in range(LANES):
-        total += sums[lane]
-    for at in range(whole, x.size):
-        total += abs(np.float64(float_at(x, at)))
-    return total
+def magnitude_sums(x, sums):  # type: ignore[no-untyped-def]
+    """Write the sums of |x| over SUMMED weights each, the last filled up with zeros, into float64 `sums`.
+
+    The order of additions is fixed, and such that a GPU can keep to it: the second half is added onto the first until
+    one number is left, first for the RUN weights of a run, then for the sums of RUNS runs.
+    """
+    runs = np.empty(RUNS, np.float64)
+    for index in range(sums.size):
+        runs[:] = 0.0
+        start, stop = index * SUMMED, min((index + 1) * SUMMED, x.size)
+        whole = (stop - start) // RUN
+        for run in range(whole):
+            runs[run] = _run_sum(x, start + run * RUN)
+        if start + whole * RUN < stop:
+            filled = np.zeros(RUN, np.float32)
+            for at in range(start + whole * RUN, stop):
+                filled[at - start - whole * RUN] = float_at(x, at)
+            runs[whole] = _run_sum(filled, 0)
+        width = RUNS // 2
+        while width > 0:
+            for run in range(width):
+                runs[run] += runs[run + width]
+            width //= 2
+        sums[index] = runs[0]
 
 
 def zero_limit(dtype: str, inverse: np.float32) -> tuple[int, np.float32]:

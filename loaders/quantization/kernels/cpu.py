@@ -38,8 +38,10 @@ class CpuKernels:
     def group_absmax(self, x: np.ndarray, dtype: str, group: int, absmax: np.ndarray) -> None:
         fourbit.group_absmax(kernel_input(x, dtype), group, absmax)
 
-    def magnitude_sum(self, x: np.ndarray, dtype: str) -> float:
-        return float(bitnet.magnitude_sum(kernel_input(x, dtype)))
+    def magnitude_sums(self, x: np.ndarray, dtype: str) -> np.ndarray:
+        sums = np.empty(-(-x.size // bitnet.SUMMED), np.float64)
+        bitnet.magnitude_sums(kernel_input(x, dtype), sums)
+        return sums
 
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray

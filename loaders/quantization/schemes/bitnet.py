@@ -2,8 +2,8 @@
 
 Stored, by role: weight, uint8 (R/4, C), see kernels/bitnet.py; weight_scale (1,), in the model's dtype. The scale has
 two opposite meanings (transformers/integrations/bitnet.py): BitLinear divides its output by it, and so gets 1/mean|w|;
-AutoBitLinear multiplies by it, and so gets mean|w|. The mean is that of the whole tensor, summed in float64 and rounded
-to float32 once.
+AutoBitLinear multiplies by it, and so gets mean|w|. The mean is that of the whole tensor, summed in float64 in a fixed
+order and rounded to float32 once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -24,15 +25,27 @@ from loaders.specs import StoredSpec, TensorSpec
 SMALLEST_MEAN = np.float32(1e-5)  # the clamp in transformers' WeightQuant, which keeps a tensor of zeros from 1 / 0
 
 
+def total_magnitude(view: View, work: Work) -> float:
+    """The sum of a whole tensor's magnitudes, in float64.
+
+    It does not depend on the device, on threads, or on how ranges are cut: kernels sum fixed runs of weights in a fixed
+    order, and the exact sum of these sums is rounded once.
+    """
+
+    def sums(start: int, stop: int) -> list[float]:
+        found: list[float] = work.kernels.magnitude_sums(view.read(start, stop), view.spec.dtype.name).tolist()
+        return found
+
+    return math.fsum(chain.from_iterable(work.sweep(view.spec.numel, bitnet.SUMMED, sums)))
+
+
 def absmean(view: View, work: Work) -> np.float32:
-    """Return the mean magnitude of a whole tensor, summed in float64, at least SMALLEST_MEAN.
+    """Return the mean magnitude of a whole tensor, at least SMALLEST_MEAN.
 
     Raises:
         VerifyFailed: it holds NaN or infinities.
     """
-    spec, dtype = view.spec, view.spec.dtype.name
-    sums = work.sweep(spec.numel, 1, lambda start, stop: work.kernels.magnitude_sum(view.read(start, stop), dtype))
-    total = math.fsum(sums)
+    spec, total = view.spec, total_magnitude(view, work)
     if not math.isfinite(total):
         raise VerifyFailed(
             f"{spec.name}: it holds NaN or infinities, and its ternary scale, the mean of all magnitudes, would be"

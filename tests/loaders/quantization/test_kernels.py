@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from loaders.backends import threads
 from loaders.errors import BadSpec
 from loaders.places import ROOT
 from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit
 from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.kernels.mlx import affine, microfloat
+from loaders.quantization.schemes.bitnet import total_magnitude
+from tests.loaders.test_schemes import MemoryView
 from tests.making import Raw, weights
 
 DTYPES = ("BF16", "F16", "F32")
@@ -67,7 +72,7 @@ def results() -> dict[str, bytes]:
             found[f"{dtype} microfloat {bits} {group}"] = packed.tobytes() + scales.tobytes()
         finite = np.nan_to_num(inputs("F32").data, nan=0, posinf=1, neginf=-1)
         x = weights(np.clip(finite, -6e4, 6e4), dtype).data.reshape(-1)
-        found[f"{dtype} magnitudes"] = np.float64(kernels.magnitude_sum(x, dtype)).tobytes()
+        found[f"{dtype} magnitudes"] = kernels.magnitude_sums(x, dtype).tobytes()
         runs = tuple(x.reshape(4, -1)[:, :1001].copy())
         out = np.empty(1001, np.uint8)
         kernels.pack_ternary(runs, dtype, 0.7, out)  # type: ignore[arg-type]
@@ -112,12 +117,14 @@ def test_features_are_those_that_code_is_made_for(monkeypatch: pytest.MonkeyPatc
     assert not host_has("avx2")
 
 
-@pytest.fixture
-def device() -> Kernels:
-    pytest.importorskip("torch")
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Kernels:
+    torch = pytest.importorskip("torch")
     from loaders.quantization.kernels.torch_device import DeviceKernels
 
-    return DeviceKernels("cpu")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return DeviceKernels(request.param)
 
 
 @pytest.mark.engine
@@ -139,15 +146,45 @@ def test_torch_gives_the_same_four_bits(table: str, dtype: str, device: Kernels)
     assert made[0] == made[1]
 
 
+def halved(rows: np.ndarray) -> np.ndarray:
+    while rows.shape[1] > 1:
+        rows = rows[:, : rows.shape[1] // 2] + rows[:, rows.shape[1] // 2 :]
+    return rows[:, 0]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", [*DTYPES, "F64"])
+@pytest.mark.parametrize("size", [1, 511, bitnet.SUMMED, 3 * bitnet.SUMMED + 1234])
+def test_magnitudes_are_summed_in_one_order_everywhere(size: int, dtype: str, device: Kernels) -> None:
+    """Magnitudes of many sizes, whose sums in float64 are rounded, and differ by order."""
+    rng = np.random.default_rng(size)
+    x = weights(rng.standard_normal(size) * 2.0 ** rng.integers(-14, 13, size), dtype).data
+    values = np.abs(casts.to_float32(x, dtype)).astype(np.float64)
+    rows = np.pad(values, (0, -size % bitnet.SUMMED)).reshape(-1, bitnet.RUN)
+    wanted = halved(halved(rows).reshape(-1, bitnet.RUNS))
+    for kernels in (cpu.CpuKernels(), device):
+        assert kernels.magnitude_sums(x, dtype).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("size", [1 << 16, (1 << 20) + 4])
+def test_a_sum_of_magnitudes_does_not_hang_on_ranges_and_threads(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(size)
+    view = MemoryView(weights((rng.standard_normal(size) * 2.0 ** rng.integers(-40, 40, size)).reshape(4, -1), "F32"))
+    totals = []
+    for bits in (16, 17, 21):
+        monkeypatch.setattr(threads, "RANGE", 1 << bits)
+        with ThreadPoolExecutor(2) as pool:
+            work = threads.ThreadedWork(cpu.CpuKernels(), pool, threading.Event())
+            totals.append(total_magnitude(view, work))
+    assert len(set(totals)) == 1
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_gives_the_same_ternary(dtype: str, device: Kernels) -> None:
     values = np.random.default_rng(5).standard_normal((4, 3000)).astype(np.float32)
     x = weights(values, dtype).data
     host = cpu.CpuKernels()
-    assert device.magnitude_sum(x.reshape(-1), dtype) == pytest.approx(
-        host.magnitude_sum(x.reshape(-1), dtype), rel=1e-12
-    )
     made = [np.empty(3000, np.uint8), np.empty(3000, np.uint8)]
     for kernels, out in zip((host, device), made, strict=True):
         kernels.pack_ternary(tuple(x), dtype, 1.25, out)  # type: ignore[arg-type]
