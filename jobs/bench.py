@@ -1,4 +1,4 @@
-"""Time kernels and loading beside the libraries that are installed, or a whole job beside copying and another tool."""
+"""Time kernels and loading beside installed libraries, a job beside another tool, a sweep, a GPU; judge quant=auto."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobs.spec.job import TrackingSpec
 class BenchModel(Spec):
     """Whose files are read."""
 
-    path: str | None = Field(description="loaders, load, sweep, budget: the checkpoint; null: a random Llama")
+    path: str | None = Field(description="loaders, load, sweep, budget, gpu: the checkpoint; null: a random Llama")
 
 
 class BenchOutput(Spec):
@@ -28,18 +28,23 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """What to time."""
 
-    what: Literal["kernels", "job", "loaders", "load", "sweep", "budget"] = Field(
+    what: Literal["kernels", "job", "loaders", "load", "sweep", "budget", "gpu"] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
         " load: weights into tensors and models; sweep: several schemes in one pass beside the same as single jobs;"
-        " budget: what quant=auto loses, beside uniform schemes and presets of its sizes"
+        " budget: what quant=auto loses, beside uniform schemes and presets of its sizes; gpu: what a GPU gives beside"
+        " the CPU, and what more cores give"
     )
     model: BenchModel
-    rows: int = Field(gt=0, multiple_of=4, description="kernels: rows of the weight")
+    rows: int = Field(gt=0, multiple_of=4, description="kernels, gpu: rows of the weight")
     columns: int = Field(gt=0, multiple_of=64, description="kernels: its columns")
     threads: int = Field(ge=1, description="kernels: threads of each case")
-    repeats: int = Field(ge=1, description="laps; in each, every case runs once, in turn")
+    repeats: int | None = Field(
+        ge=1, description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu 3"
+    )
     path: str | None = Field(description="job: the source's folder; null makes a random Llama")
-    gb: float = Field(gt=0, description="job, loaders, load, sweep: gigabytes of the random Llama")
+    gb: float | None = Field(
+        gt=0, description="job, loaders, load, sweep, gpu: gigabytes of the random Llama; null: 1, gpu 4"
+    )
     quant: str = Field(description="job, load: the scheme")
     quants: tuple[str, ...] = Field(description="sweep: the schemes")
     rate: float | None = Field(
@@ -55,6 +60,13 @@ class BenchSpec(Spec):
     calibration: str | None = Field(description="budget: a text file that mixes are weighted by, or self")
     in_engine: bool = Field(description="budget: run outputs in their engine, rather than decoded in transformers")
     tokens: int = Field(ge=512, description="budget: how many tokens of the text are predicted")
+    device: Literal["cuda", "mps", "cpu"] = Field(
+        description="gpu: which; cpu is torch's CPU device, to try all of it where there is no GPU"
+    )
+    parts: tuple[str, ...] = Field(
+        description="gpu: which of bytes, speed, jobs, cores, loading, models; none given: all; cores needs no GPU"
+    )
+    minutes: float = Field(gt=0, description="gpu: what has not begun by then is left out, which counts as failed")
     output: BenchOutput
     tracking: TrackingSpec
     format: Format = Field(description="text, or json: one document on standard output")
@@ -62,6 +74,16 @@ class BenchSpec(Spec):
 
 def act(spec: BenchSpec) -> Said:
     """Time."""
+    is_gpu = spec.what == "gpu"
+    gb = spec.gb if spec.gb is not None else 4.0 if is_gpu else 1.0
+    repeats = spec.repeats if spec.repeats is not None else 3 if is_gpu else 7
+    if is_gpu:
+        from jobs.benchmarks.gpu import time_gpu
+
+        return time_gpu(
+            spec.device, spec.parts, spec.model.path, gb, (spec.rows, spec.columns), repeats, spec.minutes, spec.folder,
+            as_json=spec.format == "json",
+        )  # fmt: skip
     if spec.what == "budget":
         from jobs.benchmarks import mixed_precision
 
@@ -76,29 +98,29 @@ def act(spec: BenchSpec) -> Said:
         from jobs.benchmarks.loaders import time_loaders
 
         return time_loaders(
-            spec.model.path, spec.gb, spec.folder, spec.strategies, spec.repeats, spec.cold, Path(spec.output.root),
+            spec.model.path, gb, spec.folder, spec.strategies, repeats, spec.cold, Path(spec.output.root),
             spec.tracking,
         )  # fmt: skip
     if spec.what == "sweep":
         from jobs.benchmarks.sweep import time_sweep
 
-        return time_sweep(spec.model.path, spec.gb, spec.quants, spec.rate, spec.folder, spec.repeats)
+        return time_sweep(spec.model.path, gb, spec.quants, spec.rate, spec.folder, repeats)
     if spec.what == "load":
         from jobs.benchmarks.load import time_load
 
-        return time_load(spec.model.path, spec.gb, spec.quant, spec.folder, spec.repeats)
+        return time_load(spec.model.path, gb, spec.quant, spec.folder, repeats)
     if spec.what == "kernels":
         from jobs.benchmarks.kernels import time_kernels
 
-        return time_kernels(spec.rows, spec.columns, spec.threads, spec.repeats)
+        return time_kernels(spec.rows, spec.columns, spec.threads, repeats)
     from jobs.benchmarks.job import time_job
 
-    return time_job(spec.path, spec.gb, spec.quant, spec.peer, spec.folder, spec.repeats)
+    return time_job(spec.path, gb, spec.quant, spec.peer, spec.folder, repeats)
 
 
 VERB = Verb(
     "bench",
-    "Time kernels and loading beside installed libraries, a job beside another tool, a sweep; judge quant=auto.",
+    "Time kernels and loading beside installed libraries, a job beside another tool, a sweep, a GPU; judge quant=auto.",
     BenchSpec,
     act,
     (
@@ -112,6 +134,8 @@ VERB = Verb(
             "four schemes in one pass, and one by one, from a disk of 100 MB/s",
         ),
         ("budget model.path=DIR text=FILE engine=gguf", "quant=auto by KL and perplexity, in a table and a plot"),
+        ("gpu folder=/dev/shm", "this machine's GPU: bytes, speed, jobs, loading, models; exit status 1 without one"),
+        ("gpu parts=[cores] gb=8", "one job on 1, 2, 4, ... of this machine's cores"),
     ),
     positional=("what",),
 )

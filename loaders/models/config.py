@@ -35,8 +35,10 @@ class LoadingStrategy(Enum):
     """How a model's weights come to it."""
 
     FULL = "full"  # all, to the device; unchanged weights stay in the files' pages where that is the CPU
-    LOW_MEMORY = "low_memory"  # of several processes the first loads to the CPU, the others have shapes only
-    UNIFIED_MEMORY = "unified_memory"  # the same, but quantized weights are decoded: one memory for CPU and device
+    # the same, but a source's quantized weights are decoded; of several processes the first loads all to the CPU, from
+    # where it can be scattered or broadcast, and the others have shapes only
+    LOW_MEMORY = "low_memory"
+    UNIFIED_MEMORY = "unified_memory"  # the same as full, but a source's quantized weights are decoded
     STREAMING = "streaming"  # a module's when its forward needs them
 
     def __str__(self) -> str:
@@ -87,8 +89,12 @@ class ModelLoadingConfig:
             problems.append(f"dtype: unknown {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.decode and self.quantize is not None:
             problems.append("decode: it belongs to quantized weights as floats, quantize to the other way: give one")
-        if self.quantize is not None and self.strategy is not LoadingStrategy.FULL:
-            problems.append(f"quantize: modules are quantized where they stay: strategy full, not {self.strategy}")
+        if self.quantize is not None and self.strategy is LoadingStrategy.STREAMING:
+            problems.append(
+                "quantize: with strategy=streaming weights leave after each forward, and would be encoded anew before"
+                " the next; quantize the checkpoint once and stream that (it is decoded on the way), or give another"
+                " strategy"
+            )
         if self.workers is not None and self.workers < 1:
             problems.append(f"workers: expected at least 1, found {self.workers}")
         if self.memory_budget_mb <= 0:

@@ -18,7 +18,7 @@ from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.device_map import device_map_of, hold_to, place_of
 from loaders.models.hub_cache import folder_of
 from loaders.models.quantized_modules import module_maker, runs_here, unusable_4bit
-from loaders.models.sharding import is_first
+from loaders.models.sharding import is_alone, is_first
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
 from loaders.models.streaming import stream
 from loaders.models.weights import ModelWeights
@@ -119,7 +119,12 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
     if config.strategy is LoadingStrategy.STREAMING:
         stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
         return model
-    if config.strategy is LoadingStrategy.LOW_MEMORY:
+    if config.strategy is LoadingStrategy.LOW_MEMORY and not is_alone():
+        if config.quantize is not None:
+            raise BadSpec(
+                "quantize: of several processes, strategy=low_memory fills the first one's model alone, and quantized"
+                " modules can be neither scattered nor broadcast to the others; give strategy=full in each"
+            )
         if not is_first():
             return model
         device = "cpu"
@@ -182,10 +187,10 @@ def schemes_of(
     Raises:
         BadSpec: the engine has no modules here, or cannot take one of the tensors.
     """
-    if config.decode or config.strategy is not LoadingStrategy.FULL:
-        return {}
     scheme = config.scheme
     if scheme is None:
+        if config.decode or config.strategy is not LoadingStrategy.FULL:
+            return {}
         return {
             name: (parts[0].decode, False)  # type: ignore[misc]
             for name, parts in skeleton.parameters.items()

@@ -187,7 +187,7 @@ def running(
     """
     where, name = device_of(engine or ORIGINAL, device), (engine or ORIGINAL).name
     load = LOADERS[name] if engine is not None else _decoded
-    with _quiet():
+    with quiet():
         try:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # bars
                 runner, close = load(checkpoint, where, dtype, window)
@@ -204,7 +204,7 @@ def running(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Engines advise on training, kernels and casts; errors they raise."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))

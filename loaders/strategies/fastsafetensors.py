@@ -153,8 +153,7 @@ class FastSafetensorsLoader(WeightLoader):
             StorageError: the library cannot read it.
         """
         path, names = root / specs[0].file, [spec.name for spec in specs]
-        device = device or "cpu"
-        torch_device(device)
+        device = _with_index(device or "cpu")
         size = local.tag(root, specs[0].file).size
         for spec in specs:
             if size < spec.offset + spec.size:
@@ -229,6 +228,12 @@ def check_container(specs: Sequence[WeightSpec]) -> None:
             f"strategy=fastsafetensors: it reads safetensors, found {', '.join(others[:3])};"
             " strategy=multithread reads it"
         )
+
+
+def _with_index(device: str) -> str:
+    """The device by its number, which the library asks for: a GPU without one is torch's current one."""
+    torch, target = torch_device(device)
+    return f"cuda:{torch.cuda.current_device()}" if target.type == "cuda" and target.index is None else device
 
 
 def _bytes_of(tensor: Any) -> np.ndarray:

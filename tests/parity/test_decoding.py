@@ -10,7 +10,7 @@ import pytest
 
 from loaders.backends.threads import ThreadedWork
 from tests.making import LLAMA
-from tests.reading import values
+from tests.reading import tensors_in, values
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.models import LoadingStrategy, ModelLoadingConfig, load_model_and_tokenizer
+from loaders.models import LoadingStrategy, ModelLoadingConfig, load_model_and_tokenizer, loading
 from loaders.places import DEMO
 from tests.conftest import Ran
 from tests.making import LLAMA, Raw, llama_tensors, weights, write_checkpoint
@@ -60,6 +60,29 @@ def test_every_strategy_gives_the_logits_of_from_pretrained(strategy: LoadingStr
         assert model.lm_head.weight is model.model.embed_tokens.weight
         theirs = peer.state_dict()
         assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", [s for s in LoadingStrategy if s is not LoadingStrategy.STREAMING])
+def test_one_process_gets_its_weights_where_it_wants_them(
+    strategy: LoadingStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, which need not be here: what would fill the model says where to."""
+    places = []
+    monkeypatch.setattr(loading, "fill_model", lambda skeleton, weights, schemes, device_of: places.append(device_of))
+    load_model_and_tokenizer(DEMO, "cuda", strategy=strategy)
+    assert [device_of("model.norm.weight") for device_of in places] == ["cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", list(LoadingStrategy))
+def test_models_on_a_gpu_compute_what_transformers_computes_there(strategy: LoadingStrategy) -> None:
+    """In float32: kernels may add in another order where a weight's memory is aligned otherwise, and no more."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval().to("cuda")
+    wanted = logits(theirs, IDS.to("cuda"))
+    model = load_model_and_tokenizer(DEMO, "cuda", strategy=strategy, dtype="float32")[0]
+    assert (logits(model, IDS.to("cuda")) - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("strategy", [LoadingStrategy.FULL, LoadingStrategy.STREAMING])
@@ -182,6 +205,40 @@ def test_shapes_that_bitsandbytes_stops_at_on_this_cpu_are_refused_before_the_wo
         load(source, quantize="fp4")
 
 
+@pytest.mark.parametrize("strategy", [LoadingStrategy.LOW_MEMORY, LoadingStrategy.UNIFIED_MEMORY])
+def test_all_strategies_whose_weights_stay_quantize_on_the_way(
+    strategy: LoadingStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    ours = load(DEMO, quantize="nf4", strategy=strategy)
+    assert type(ours.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert torch.equal(logits(ours), logits(load(DEMO, quantize="nf4")))
+    if strategy is LoadingStrategy.LOW_MEMORY:
+        monkeypatch.setattr(loading, "is_alone", lambda: False)
+        with pytest.raises(BadSpec, match="quantize: of several processes, strategy=low_memory fills the first one's"):
+            load(DEMO, quantize="nf4", strategy=strategy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8", "hqq4"])
+def test_quantized_modules_on_a_gpu_compute_with_the_decoded_weights(
+    quant: str, tmp_path: Path, weightmill: Callable[..., Ran]
+) -> None:
+    """Each engine's own kernel beside plain matrices of the decoded weights: roundings of bfloat16 apart, and int8's
+    of activations, a hundredth of their largest.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    output = tmp_path / "out"
+    assert weightmill("run", "model=demo", f"quant={quant}", "cluster=local", f"output.path={output}").status == 0
+    ids = IDS.to("cuda")
+    decoded = load_model_and_tokenizer(output, "cuda", decode=True)[0]
+    wanted = logits(decoded, ids).float()
+    for folder, settings in ((output, {}), (DEMO, {"quantize": quant})):
+        ours = load_model_and_tokenizer(folder, "cuda", **settings)[0]
+        assert (logits(ours, ids).float() - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_hqq_modules_are_those_of_our_output(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
     pytest.importorskip("hqq")
     assert weightmill("run", "model=demo", "quant=hqq4", "cluster=local", f"output.path={tmp_path / 'out'}").status == 0
@@ -251,7 +308,7 @@ def test_unexpected_weights_may_be_ignored_by_name(tmp_path: Path) -> None:
         ({"quantize": "nf3"}, "quantize: unknown 'nf3'; known: nf4"),
         ({"dtype": "bf16"}, "dtype: unknown 'bf16'"),
         ({"quantize": "nf4", "decode": True}, "give one"),
-        ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "strategy full, not streaming"),
+        ({"quantize": "nf4", "strategy": LoadingStrategy.STREAMING}, "quantize the checkpoint once and stream that"),
         ({"workers": 0}, "workers: expected at least 1"),
         ({"llama_pro_blocks": 1, "llama_pro_path": "x"}, "give it or llama_pro_blocks"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,17 +28,21 @@ class Gds:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
         self.calls: list[bool] = []
+        self.devices: list[str] = []
         made = fastsafetensors.Buffer
 
         def buffer(path: Path, names: list[str], device: str, gds: bool) -> fastsafetensors.Buffer:
             self.calls.append(gds)
+            self.devices.append(device)
             if gds and error is not None:
                 raise error
             return made(path, names, "cpu", False)
 
         monkeypatch.setattr(fastsafetensors, "Buffer", buffer)
         monkeypatch.setattr(fastsafetensors, "gds_available", lambda index=0: True)
-        monkeypatch.setattr(fastsafetensors, "torch_device", lambda device: (None, None))
+        torch, cuda = pytest.importorskip("torch"), SimpleNamespace(current_device=lambda: 1)
+        fake = SimpleNamespace(cuda=cuda)  # torch's own must go on saying that there is no GPU: the library asks it
+        monkeypatch.setattr(fastsafetensors, "torch_device", lambda device: (fake, torch.device(device)))
 
 
 def bytes_on(by: FastSafetensorsLoader, folder: Path, device: str) -> dict[str, bytes]:
@@ -60,6 +65,18 @@ def test_direct_storage_is_used_where_it_is(tmp_path: Path, monkeypatch: pytest.
     by = FastSafetensorsLoader(gds=False)
     assert bytes_on(by, tmp_path / "m", "cuda:0") == wanted
     assert by.said == "without GPU direct storage: as asked"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
+def test_a_gpu_without_a_number_is_the_current_one(
+    device: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fastsafetensors 0.5 sets torch's device, which "cuda" alone does not name."""
+    pytest.importorskip("fastsafetensors")
+    bytes_of, gds = write(tmp_path / "m"), Gds(monkeypatch)
+    assert bytes_on(FastSafetensorsLoader(), tmp_path / "m", device) == bytes_of
+    assert set(gds.devices) == {wanted}
 
 
 @pytest.mark.engine

@@ -1,0 +1,145 @@
+"""Part `bytes` of `jobs.bench gpu`: what a device's encoders store, against the CPU's and bitsandbytes' kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jobs.benchmarks.gpu_trials import Bench, Found, Trial
+from loaders.backends.threads import ThreadedWork
+from loaders.dtypes import DTYPES
+from loaders.presets.catalog import preset, preset_names
+from loaders.quantization.kernels import Kernels, casts
+from loaders.quantization.kernels.cpu import CpuKernels
+from loaders.quantization.scheme import Block, Scheme
+from loaders.quantization.schemes.plain import Plain
+from loaders.specs import TensorSpec
+
+ROWS = 64
+WEIGHTS = 1 << 18
+SEVERAL_RANGES = 1 << 22
+REPEATS = 64  # of every finite value
+STORAGE = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+# Settings of presets that change what a device is asked for
+VARIED: dict[str, tuple[Any, ...]] = {"group_size": (64, 128, 4096), "double_quant": (False, True)}
+FIRST = "nf4"
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A view of an array. See `View`."""
+
+    spec: TensorSpec
+    data: np.ndarray
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        return self.data[start:stop]
+
+
+def device_presets() -> list[str]:
+    """The presets whose scheme has an encoder in torch; those that only copy run anywhere, and do not count."""
+    schemes = {name: preset(name).scheme for name in preset_names()}
+    found = [n for n, scheme in schemes.items() if "cuda" in scheme.backends and not isinstance(scheme, Plain)]
+    return sorted(found, key=lambda name: name != FIRST)
+
+
+def variants(name: str) -> dict[str, Scheme]:
+    """A preset's scheme with each of the settings that matter here, by what they are."""
+    settings = {key: VARIED[key] for key in VARIED if key in type(preset(name)).model_fields}
+    each = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
+    return {
+        " ".join([name, *(f"{key}={value}" for key, value in chosen.items())]): preset(name, **chosen).scheme
+        for chosen in each
+    }
+
+
+def inputs(dtype: str) -> dict[str, np.ndarray]:
+    """Raw weights (n,) of several kinds: usual ones, the ends of the range, ties, and every finite value there is."""
+    rng = np.random.default_rng(1)
+    made = {
+        "normal": rng.standard_normal(SEVERAL_RANGES) * 0.02,
+        "student": rng.standard_t(3, WEIGHTS) * 0.02,
+        "ties": rng.integers(-7, 8, WEIGHTS) / 8.0,
+        "zeros of both signs": rng.integers(0, 2, WEIGHTS) * -0.0,
+    }
+    if dtype != "F16":  # which has no such numbers
+        made["subnormal"] = rng.standard_normal(WEIGHTS) * 1e-39
+        made["tiny"] = rng.standard_normal(WEIGHTS) * 1e-37
+        made["huge"] = rng.standard_normal(WEIGHTS) * 1e37
+    found = {kind: casts.cast(values.astype(np.float32), "F32", dtype) for kind, values in made.items()}
+    if dtype != "F32":
+        every = np.arange(1 << 16, dtype=np.uint16).view(STORAGE[dtype])
+        finite = every[np.isfinite(casts.to_float32(every, dtype))]
+        found["every finite value, in order"] = np.repeat(finite, REPEATS)
+        found["every finite value, mixed"] = rng.permutation(found["every finite value, in order"])
+    return found
+
+
+def stored_by(kernels: Kernels, scheme: Scheme, view: InMemory) -> dict[str, np.ndarray]:
+    """What a scheme stores of a tensor, by role, encoded by these kernels."""
+    from loaders.loading.quantized_tensor import MemoryParts
+
+    sink = MemoryParts(scheme.stored(view.spec))
+    with ThreadPoolExecutor(1) as pool:
+        scheme.encode(view, sink, ThreadedWork(kernels, pool, threading.Event()))
+    return sink.parts()
+
+
+def trials(bench: Bench) -> Iterator[Trial]:
+    """A trial for each preset and dtype, and one for each table of bitsandbytes."""
+    from loaders.quantization.kernels.torch_device import DeviceKernels
+
+    device = DeviceKernels(bench.device)
+    for dtype in STORAGE:
+        given = inputs(dtype)
+        for name in device_presets():
+            yield Trial(f"{name}, {dtype}", partial(_compared, device, name, dtype, given))
+    for table in ("nf4", "fp4"):
+        yield Trial(f"bitsandbytes' own {table} on {bench.device}, BF16", partial(_bitsandbytes, bench, table))
+
+
+def _compared(device: Kernels, name: str, dtype: str, given: dict[str, np.ndarray]) -> Found:
+    host, differing, cases = CpuKernels(), [], 0
+    for said, scheme in variants(name).items():
+        for kind, data in given.items():
+            view = InMemory(TensorSpec("w.weight", DTYPES[dtype], (ROWS, data.size // ROWS)), data)
+            ours, theirs = (stored_by(kernels, scheme, view) for kernels in (host, device))
+            cases += 1
+            for role, wanted in ours.items():
+                wrong = np.count_nonzero(wanted.view(np.uint8) != theirs[role].view(np.uint8))
+                if wrong:
+                    differing.append(f"{said}, {kind}: {wrong} of {wanted.nbytes} bytes of {role}")
+    weights = len(variants(name)) * sum(data.size for data in given.values())
+    numbers = {"cases": cases, "weights": weights, "differing_cases": len(differing)}
+    if differing:
+        more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        return Found(numbers, fault=f"{len(differing)} of {cases} cases differ: {'; '.join(differing[:SHOWN])}{more}")
+    return Found(numbers, f"all bytes equal: {cases} cases, {weights:,} weights")
+
+
+def _bitsandbytes(bench: Bench, table: str) -> Found:
+    """How far its kernel agrees with ours: that it may round otherwise is no fault, and is said."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return Found(said="not installed")
+    import torch
+    from bitsandbytes import functional
+
+    data = inputs("BF16")["normal"]
+    scheme = variants(table)[f"{table} group_size=64 double_quant=False"]
+    view = InMemory(TensorSpec("w.weight", DTYPES["BF16"], (ROWS, data.size // ROWS)), data)
+    ours = stored_by(CpuKernels(), scheme, view)
+    tensor = torch.from_numpy(data).view(torch.bfloat16).to(bench.device)
+    theirs, state = functional.quantize_4bit(tensor, blocksize=64, quant_type=table)
+    codes = int(np.count_nonzero(theirs.cpu().numpy().reshape(-1) != ours["weight"]))
+    scales = int(np.count_nonzero(state.absmax.float().cpu().numpy() != ours["weight.absmax"]))
+    said = f"{codes} of {ours['weight'].size:,} bytes of codes and {scales} scales differ from ours"
+    return Found({"weights": data.size, "differing_codes": codes, "differing_scales": scales}, said)

@@ -1,0 +1,158 @@
+"""Parts `jobs` and `cores` of `jobs.bench gpu`: whole jobs by each backend, and the same job on more and more cores.
+
+A job is a command of its own, from start to end, its source in the page cache; what it calls its work is the time
+between its plan and its end, without starting Python and loading compiled kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from jobs.benchmarks.gpu_bytes import FIRST, device_presets
+from jobs.benchmarks.gpu_trials import Bench, Found, Trial
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.errors import WeightmillError
+from loaders.places import ROOT
+from loaders.presets.catalog import preset
+from loaders.storage.hashes import hash_file
+from loaders.strategies.base import cached_share
+
+LONGEST_JOB_S = 120.0
+CACHED = 0.99  # of the source's bytes: then it need not be read first
+SLOW = "hqq4"  # a job whose encoder takes ten times as long
+SLOW_STEPS = (1, 4, 16)
+WARM_UP = "first jobs, which compile kernels"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A job that is done: seconds from start to end and of its work, and the hash of each file that came of it."""
+
+    seconds: float
+    work_s: float
+    hashes: dict[str, str]
+
+
+def whole_jobs(bench: Bench) -> Iterator[Trial]:
+    """A preset of each kind that a device encodes, by the CPU and by the device: are the files the same?"""
+    backends, made = ("cpu", bench.device), dict[tuple[str, str], Ran]()
+
+    def call(quant: str, backend: str) -> Found:
+        ran = made[quant, backend] = run_job(bench.source, bench, quant, backend)
+        found = _timed(ran, bench.source)
+        first = made.get((quant, "cpu"))
+        if backend == "cpu" or first is None:
+            return found
+        said = f"{found.said}, {ran.seconds / first.seconds:.2f} times the CPU's"
+        differing = sorted(name for name in first.hashes | ran.hashes if first.hashes.get(name) != ran.hashes.get(name))
+        if differing:
+            return Found(found.numbers, said, f"files differ from the CPU's: {', '.join(differing)}")
+        return Found(found.numbers, f"{said}, all {len(ran.hashes)} files the same")
+
+    yield Trial(WARM_UP, partial(_warmed_up, bench))
+    for quant in _one_of_a_kind():
+        for backend in dict.fromkeys(backends):
+            yield Trial(f"{quant}, backend={backend}", partial(call, quant, backend))
+
+
+def ladder(bench: Bench) -> Iterator[Trial]:
+    """One job on 1, 2, 4, ... cores beside so many times the rate of one; and a slow one on a few."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    steps = [1 << power for power in range(len(cores).bit_length()) if 1 << power <= len(cores)]
+    rates: dict[tuple[str, int], float] = {}
+
+    def call(quant: str, count: int) -> Found:
+        source = bench.source if quant == FIRST else bench.small
+        with on_cores(cores[:count]):
+            found = _timed(run_job(source, bench, quant, "cpu"), source)
+        mine = rates[quant, count] = found.numbers["work_gbps"]
+        if count == 1 or (quant, 1) not in rates:
+            return found
+        ideal = count * rates[quant, 1]
+        numbers = {**found.numbers, "cores": count, "ideal_gbps": ideal}
+        return Found(numbers, f"{found.said}, {mine / ideal:.0%} of {count} times one core's")
+
+    if "jobs" not in bench.parts:
+        yield Trial(WARM_UP, partial(_warmed_up, bench))
+    for quant in (FIRST, SLOW):
+        for count in steps if quant == FIRST else (step for step in SLOW_STEPS if step in steps):
+            yield Trial(f"{quant} on {count} core{'s' if count > 1 else ''}", partial(call, quant, count))
+
+
+@contextmanager
+def on_cores(cores: list[int]) -> Iterator[None]:
+    """Processes that this thread starts meanwhile run on these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def run_job(source: Path, bench: Bench, quant: str, backend: str) -> Ran:
+    """Run a job as a command, and take its output away again.
+
+    Raises:
+        WeightmillError: it failed; its last line.
+    """
+    files = open_checkpoint(source).files
+    if (cached_share(source, files) or 0.0) < CACHED:
+        for tag in files:
+            hash_file(source / tag.name)  # into the page cache
+    output = bench.work / "output"
+    given = (f"model.path={source}", f"quant={quant}", f"backend={backend}", f"output.path={output}")
+    fixed = ("tracking=none", "cluster=local", "format=json")
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        began = perf_counter()
+        ran = subprocess.run(
+            [sys.executable, "-m", "jobs.run", *given, *fixed], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": paths}, timeout=LONGEST_JOB_S,
+        )  # fmt: skip
+        took = perf_counter() - began
+        if ran.returncode:
+            lines = ran.stderr.strip().splitlines() or ["no message"]
+            raise WeightmillError(f"exit status {ran.returncode}: {lines[-1]}")
+        document: dict[str, Any] = json.loads(ran.stdout)
+        hashes = {str(path.relative_to(output)): hash_file(path) for path in output.rglob("*") if path.is_file()}
+        del hashes[OUR_REPORT]  # which tells when and where
+        return Ran(took, float(document["run"]["wall_s"]), hashes)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def _timed(ran: Ran, source: Path) -> Found:
+    size = open_checkpoint(source).size
+    numbers = {"seconds": ran.seconds, "gbps": size / ran.seconds / 1e9, "work_s": ran.work_s,
+               "work_gbps": size / ran.work_s / 1e9}  # fmt: skip
+    return Found(numbers, f"work {ran.work_s:.2f} s, {numbers['work_gbps']:.3g} GB/s")
+
+
+def _warmed_up(bench: Bench) -> Found:
+    """Compiled kernels are kept beside the code; the demo needs those that any source of bfloat16 does."""
+    began = perf_counter()
+    presets = (*_one_of_a_kind(), SLOW)
+    for quant in presets:
+        run_job(ROOT / "jobs" / "demo", bench, quant, "cpu")
+    return Found({"seconds": perf_counter() - began}, f"{len(presets)} jobs on the demo")
+
+
+def _one_of_a_kind() -> list[str]:
+    """NF4 and FP4 run the same code: their bytes are compared by themselves, and a whole job of one says enough."""
+    first: dict[str, str] = {}
+    for name in device_presets():
+        first.setdefault(preset(name).scheme.kind, name)
+    return list(first.values())
