@@ -77,7 +77,7 @@ MODELS = {
         ("feed_forward", GATED), "num_local_experts", has_head_dim=True, stack="experts", head="own", is_nested=True
     ),
 }  # fmt: skip
-ROUTER_GROUP = 64
+ROUTER_GROUP = 64  # the group size that mlx-lm's models ask for where they set their router's bits
 LAYER = r"(?:language_model\.)?model\.layers\.\d+"
 TOWERS = r"^(?:vision_tower|vision_model|multi_modal_projector)\."  # parts that mlx-lm's language models leave out
 

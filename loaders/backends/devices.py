@@ -15,7 +15,7 @@ from loaders.errors import BadSpec
 NAMES = ("cpu", "cuda", "mps", "mlx")
 # A rule of thumb: a GPU with more memory sits in a machine that can read faster. 1 worker for 10 GiB, 8 for 80 GiB.
 GPU_BYTES_A_WORKER = 10 << 30
-MOST_GPU_WORKERS = 8
+MOST_GPU_WORKERS = 8  # what the largest GPUs get by that rule
 APPLE_WORKERS = 4  # a rule of thumb: with unified memory, its controllers limit how many copies help
 # The least and the most threads that keep a medium busy. Threads that read another machine's disks mostly wait; more
 # than two on a rotating disk make it seek.

@@ -86,7 +86,7 @@ def max_open_files() -> int:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
-        except (ValueError, OSError):
+        except (ValueError, OSError):  # some systems and containers allow less than the hard limit says
             return soft
     return wanted
 
@@ -95,6 +95,6 @@ def disk_bytes_fetched() -> int | None:
     """Return the bytes that the kernel has fetched from disks for this process; None where it does not tell."""
     try:
         rows = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
+    except OSError:  # only Linux has the file, and not in every container
         return None
     return next((int(row.split()[1]) for row in rows if row.startswith("read_bytes:")), None)

@@ -51,7 +51,7 @@ class ShardWriter:
         try:
             with io_errors(f"taking {file.size} bytes for", path):
                 allocate(self._descriptor, file.size)
-        except BaseException:
+        except BaseException:  # interrupts too: a file without its room must not stay
             self.abort()
             raise
 

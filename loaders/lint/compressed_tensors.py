@@ -36,6 +36,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _compiles(pattern: str) -> bool:
+    """Whether a pattern is a regular expression."""
     try:
         re.compile(pattern)
     except re.error:

@@ -61,7 +61,7 @@ def symmetric(group: int, scales: np.ndarray, top: float, half: float, slope: fl
 
     `half` and `slope` are those of the codes themselves; `floor` is added to half a gap, in units of weights.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # an infinite end bounds nothing, and `measure` counts what decodes to infinity
         high = np.abs(scales) * np.float32(top)
         halves = np.abs(scales) * np.float32(half * (1 + SMALL)) + np.float32(TINY + floor)
     return Grid(group, -high, high, halves, slope)

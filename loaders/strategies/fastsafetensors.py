@@ -72,7 +72,7 @@ class Buffer:
         self._files.add_filenames({0: [str(path)]})
         try:
             self._buffer = self._files.copy_files_to_device()
-        except BaseException:
+        except BaseException:  # interrupts too: the library's files must not stay open
             self._files.close()
             raise
 

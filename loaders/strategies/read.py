@@ -17,7 +17,7 @@ from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
 from loaders.strategies.reading.buffers import Buffers
 from loaders.strategies.reading.open_files import AHEAD, OpenFiles
 
-BUFFERS = 64 << 20  # bytes of unused buffers kept for the next tensors: more is reused oftener, and held from others
+BUFFERS = 64 << 20  # bytes of unused buffers kept for the next tensors: more saves fresh memory, and holds more of it
 
 
 class ReadFiles(OpenFiles):

@@ -85,7 +85,7 @@ def zero_limit(dtype: str, inverse: np.float32) -> tuple[int, np.float32]:
         return np.float32(to_float32(np.array([bits], bits_type).view(storage), dtype)[0])
 
     low, high = 0, infinity
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # an infinite product is above the limit, as it should be
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if value(middle) * inverse <= np.float32(0.5) else (low, middle)

@@ -18,7 +18,7 @@ from loaders.stats import ErrorSums
 # Weights summed in float32 before the sums move to float64: 256 additions a lane, each of which rounds by up to 2^-24.
 # A longer chunk loses digits; a shorter one spends more of its time on moving sums.
 CHUNK = 4096
-LANES = 16
+LANES = 16  # float32 sums side by side
 F64 = ir.DoubleType()
 # the slots of `sums`
 ERROR2, SOURCE2, DECODED2, PRODUCT, MAX_ERROR, NONFINITE, NONFINITE_DECODED, WRONG, SLOTS = range(9)

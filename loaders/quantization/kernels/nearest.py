@@ -8,7 +8,7 @@ from numba.core import types
 from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import I32, Array, Lanes, Value, kernel, vector
 
-LANES = 16
+LANES = 16  # weights checked at once
 
 
 @vector(types.int32)

@@ -149,10 +149,11 @@ def quick(lanes: Lanes, values: Value, inverse: Value) -> Value:
     """Return bf16(values / scale) for bfloat16 values and scale, by 1 / scale from `quick_inverse`; still as float32.
 
     The product x * (1 / scale) rounds as the quotient x / scale does. The two differ by less than 2^-22 of themselves,
-    and no quotient lies that near to a number m halfway between two bfloat16s: m is odd in its ninth bit, so that
-    m * scale has more significant bits than the eight of x and cannot equal x; and as integers of at most 17 bits that
-    differ, the two differ by at least 2^-17 of themselves. So there are no ties either, and rounding to bfloat16 is
-    Veltkamp's split into high and low bits: 65537 = 2^16 + 1 keeps the upper 8 of 24.
+    and no quotient lies that near to a number m halfway between two bfloat16s. Such an m is an odd number of nine bits,
+    so that m * scale has at least nine significant bits and cannot equal x, which has eight; and since m * scale and x
+    are different integers of at most 17 bits, up to a power of two, they differ by at least 2^-17 of themselves. So
+    there are no ties either, and Veltkamp's split into high and low bits rounds to bfloat16: 65537 = 2^16 + 1 keeps the
+    upper 8 of 24 bits.
     """
     product = lanes.b.fmul(values, lanes.splat(inverse, values.type.count))
     wide = lanes.op("fmul", product, 65537.0)

@@ -242,7 +242,7 @@ def read_state(raw: bytes, name: str) -> dict[str, Any]:
         nested = "nested_blocksize" not in state or (
             state["nested_blocksize"] == dynamic_map.GROUP and isinstance(state["nested_offset"], float)
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # not JSON, or JSON of another shape: refused below
         known = sane = nested = False
     if not (known and sane and nested):
         raise BadCheckpoint(f"{name}: its quant_state is not one of bitsandbytes' 4-bit formats: {raw[:200]!r}")

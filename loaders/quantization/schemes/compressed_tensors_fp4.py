@@ -132,7 +132,7 @@ def _global_scale(top: float, dtype: str) -> float:
     def rounded(value: np.float32) -> np.float32:
         return np.float32(casts.to_float32(casts.cast(np.array([value], np.float32), "F32", dtype), dtype)[0])
 
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # an infinity is replaced below
         found = rounded(rounded(np.float32(1) / max(np.float32(top), SMALLEST[dtype])) * np.float32(RANGE_OF_CODES))
     return float(found) if np.isfinite(found) else 1.0
 

@@ -181,7 +181,7 @@ class Hqq:
             return sums
 
         found = self._sweep(work, layout.groups, TILE, errors)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # an infinite mean is refused below
             means = [np.float32(math.fsum(column) / view.spec.numel) for column in np.concatenate(found).T]
         if not all(map(math.isfinite, means)):
             raise VerifyFailed(
@@ -290,7 +290,7 @@ class Hqq:
         first, last = (start // self.group_size, -(-stop // self.group_size)) if self.axis == 1 else (0, groups)
         scales, zeros = (casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero"))
         reach, least = top + np.abs(zeros), grids.LEAST[dtype]
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales: a NaN bounds nothing
             half = scales * (0.5 + (6 * grids.ROUNDING[dtype] + grids.SMALL) * reach) + (reach + 1) * least + grids.TINY
             ends = [(end - zeros) * scales for end in (np.float32(0), np.float32(top))]
         arrays = [np.asarray(each, np.float32) for each in (*ends, half)]

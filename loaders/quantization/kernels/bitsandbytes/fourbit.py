@@ -281,7 +281,7 @@ def encode_tail(values: np.ndarray, code: Table) -> tuple[np.ndarray, np.float32
     """
     top = np.abs(values).max()
     top = top if np.isnan(top) else max(top, np.float32(1e-38))
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinities are coded as torch codes them
         scaled = np.clip(values / top, np.float32(-1), np.float32(1))
     scaled = np.append(scaled, np.float32(0)) if scaled.size % 2 else scaled
     codes = code.order[np.searchsorted(code.bounds[:15], scaled, side="left")]

@@ -19,7 +19,7 @@ from numba.core import types
 
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, vector
 
-LANES = 16
+LANES = 16  # sub-blocks side by side
 TOP, SUM_LX, SUM_L2 = range(3)  # rows of the state of Q3_K's search
 NOTHING = 1e-15  # ggml's GROUP_MAX_EPS: a sub-block whose magnitudes are all below it is zero (Q3_K, Q6_K)
 MAGIC = 12582912.0  # 1.5 * 2^23, as in ggml's nearest_int: adding it leaves the nearest integer in the low bits

@@ -75,7 +75,7 @@ def decode_rows(
     _offsets(codes, _like(codes, shift), _like(codes, mask), zeros, size, out)
     _round(out, dtype)
     rows = out.reshape(-1, size)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # stored scales may hold anything; the caller counts NaN
         np.multiply(rows, scales[:, None], out=rows)
     _round(out, dtype)
 
@@ -86,7 +86,7 @@ def decode_column(
     """Decode one value of each group. All arrays: (n,); otherwise as `decode_rows`."""
     _offsets_across(codes, _like(codes, shift), _like(codes, mask), zeros, out)
     _round(out, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # likewise
         np.multiply(out, scales, out=out)
     _round(out, dtype)
 
