@@ -188,10 +188,10 @@ def write_model(
     return older | ({"num_experts": EXPERTS} if kind == "qwen3_moe" else {})
 
 
-def theirs(source: Path, out: Path, config: dict[str, Any], tensor: str | None = None, **settings: Any) -> Any:
+def theirs(source: Path, out: Path, config: dict[str, Any], recipe: str | None = None, **settings: Any) -> Any:
     """mlx-lm's own conversion, without the tokenizer. Gives its model."""
     model, config = mlx_utils.load_model(source, model_config=config)
-    predicate = mlx_convert.mixed_quant_predicate_builder(tensor, model, 64) if tensor else None
+    predicate = mlx_convert.mixed_quant_predicate_builder(recipe, model, 64) if recipe else None
     settings = {"group_size": None, "bits": None, **settings}
     model, config = mlx_utils.quantize_model(model, config, quant_predicate=predicate, **settings)
     mlx_utils.save_model(out, model)

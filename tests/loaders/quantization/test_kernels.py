@@ -20,7 +20,7 @@ from loaders.quantization.kernels.bitsandbytes import fourbit
 from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.kernels.mlx import affine, microfloat
 from loaders.quantization.schemes.bitnet import total_magnitude
-from tests.loaders.test_schemes import MemoryView
+from tests.encoding import MemoryView
 from tests.making import Raw, weights
 
 DTYPES = ("BF16", "F16", "F32")
