@@ -9,20 +9,22 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Calibration, Format, LocalPath, Spec
 from jobs.spec.job import TrackingSpec
 
 
 class BenchModel(Spec):
     """Whose files are read."""
 
-    path: str | None = Field(description="loaders, load, sweep, budget, gpu: the checkpoint; null: a random Llama")
+    path: LocalPath | None = Field(
+        description="loaders, load, sweep, budget, gpu: whose; null: a random Llama's"
+    )
 
 
 class BenchOutput(Spec):
     """Where what is found is kept."""
 
-    root: str = Field(description="loaders: the folder of the plot, and of the tracking store")
+    root: LocalPath = Field(description="loaders: the folder of the plot, and of the tracking store")
 
 
 class BenchSpec(Spec):
@@ -41,7 +43,7 @@ class BenchSpec(Spec):
     repeats: int | None = Field(
         ge=1, description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu 3"
     )
-    path: str | None = Field(description="job: the source's folder; null makes a random Llama")
+    path: LocalPath | None = Field(description="job: the source's folder; null makes a random Llama")
     gb: float | None = Field(
         gt=0, description="job, loaders, load, sweep, gpu: gigabytes of the random Llama; null: 1, gpu 4"
     )
@@ -52,12 +54,12 @@ class BenchSpec(Spec):
         description="sweep: MB/s that the disk gives at most, held by the kernel (root on Linux); null: all it has",
     )
     peer: str | None = Field(description="job: another tool's command with {source} and {output}")
-    folder: str | None = Field(description="where outputs and the random Llama are written and removed again")
+    folder: LocalPath | None = Field(description="where outputs and the random Llama are written and removed again")
     strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
     cold: bool = Field(description="loaders: time reading without the page cache, too")
     engine: Literal["mlx", "gguf"] = Field(description="budget: whose schemes are mixed")
-    text: str | None = Field(description="budget: a file of text that the model has not seen")
-    calibration: str | None = Field(description="budget: a text file that mixes are weighted by, or self")
+    text: LocalPath | None = Field(description="budget: a file of text that the model has not seen")
+    calibration: Calibration | None = Field(description="budget: a text file that mixes are weighted by, or self")
     in_engine: bool = Field(description="budget: run outputs in their engine, rather than decoded in transformers")
     tokens: int = Field(ge=512, description="budget: how many tokens of the text are predicted")
     device: Literal["cuda", "mps", "cpu"] = Field(

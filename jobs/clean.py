@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Format, Location, Spec
+from loaders.storage.address import Address
 
 
 class CleanedFolder(Spec):
     """Where to look."""
 
-    root: str = Field(description="a folder of outputs to look into")
-    path: str | None = Field(description="only what belongs to this output")
+    root: Location = Field(description="a folder of outputs to look into")
+    path: Location | None = Field(description="only what belongs to this output")
 
 
 class CleanSpec(Spec):
@@ -28,16 +28,16 @@ class CleanSpec(Spec):
 
 def act(spec: CleanSpec) -> Said:
     """Find journals that no process works on, and remove them."""
-    from jobs.output.leftovers import find_leftovers, remove
+    from jobs.output.leftovers import find_leftovers, leftover_document, remove
     from jobs.report.leftovers import leftovers_text
 
-    only = None if spec.output.path is None else Path(spec.output.path)
-    folder = only.parent if only is not None else Path(spec.output.root)
-    found = find_leftovers(folder, None if only is None else only.name)
-    rows = [leftover.document(will_remove=not spec.dry_run) for leftover in found]
+    only = None if spec.output.path is None else Address.of(spec.output.path)
+    place = only.parent if only is not None else Address.of(spec.output.root)
+    found = find_leftovers(place, None if only is None else only.name)
+    rows = [leftover_document(leftover, will_remove=not spec.dry_run) for leftover in found]
     if not spec.dry_run:
         remove(found)
-    return Said({"status": "done", "dry_run": spec.dry_run, "found": rows}, leftovers_text(rows, folder))
+    return Said({"status": "done", "dry_run": spec.dry_run, "found": rows}, leftovers_text(rows, place))
 
 
 VERB = Verb(

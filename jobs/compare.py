@@ -7,15 +7,15 @@ import sys
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Format, LocalPath, Spec
 from jobs.spec.job import TrackingSpec
 
 
 class ComparePlace(Spec):
     """Where runs are tracked by default, and where the comparison goes."""
 
-    root: str = Field(description="the folder whose mlflow.db is read if tracking.uri is not given")
-    path: str | None = Field(description="the comparison's folder; root / comparisons / SWEEP by default")
+    root: LocalPath = Field(description="the folder whose mlflow.db is read if tracking.uri is not given")
+    path: LocalPath | None = Field(description="the comparison's folder; root / comparisons / SWEEP by default")
 
 
 class CompareSpec(Spec):

@@ -8,14 +8,14 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Format, Location, Spec
 
 
 class DiffSpec(Spec):
     """What to compare."""
 
-    a: str = Field(description="the first checkpoint's folder: errors are relative to it")
-    b: str = Field(description="the second checkpoint's folder")
+    a: Location = Field(description="the first checkpoint: errors are relative to it")
+    b: Location = Field(description="the second checkpoint")
     tensors: Literal["different", "all"] = Field(description="which tensors to list")
     format: Format = Field(description="text, or json: one document on standard output")
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from pydantic import Field
 
 from jobs.cli.verb import FAILED, Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Format, Location, Spec
 
 
 class LintedFolder(Spec):
     """What to look at."""
 
-    path: str = Field(description="a checkpoint, whoever wrote it")
+    path: Location = Field(description="a checkpoint, whoever wrote it")
 
 
 class LintSpec(Spec):
@@ -28,9 +27,9 @@ class LintSpec(Spec):
 def act(spec: LintSpec) -> Said:
     """Lint."""
     from jobs.report.tables import findings_text
-    from loaders.lint import lint_folder
+    from loaders.lint import lint_at
 
-    found = lint_folder(Path(spec.output.path))
+    found = lint_at(spec.output.path)
     faults = sum(finding.level == "fault" for finding in found)
     document = {
         "status": "failed" if faults else "done",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from jobs.cli.verb import FAILED, Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Format, LocalPath, Spec
 from jobs.spec.job import BackendSpec, ModelSpec, SourceSpec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class MemorySpec(BackendSpec):
 class MeasuredRoot(Spec):
     """Where quant=auto keeps what it measured."""
 
-    root: str = Field(description="the output.root of jobs with quant=auto, whose measurements are used")
+    root: LocalPath = Field(description="the output.root of jobs with quant=auto, whose measurements are used")
 
 
 class RecommendSpec(Spec):
@@ -70,7 +70,7 @@ def act(spec: RecommendSpec) -> Said:
     measured, shown = by_measured_errors(spec, found)
     document = {
         "status": "failed" if found.scheme is None else "done",
-        "path": str(checkpoint.root),
+        "path": str(checkpoint.address),
         **found.to_json(),
         "measured": measured,
     }
@@ -97,7 +97,7 @@ def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list
         f"output.root={spec.output.root}",
     ]
     try:
-        known = known_within(compose("run", JobSpec, take_apart("run", [*given, *words])))
+        known = known_within(compose("run", JobSpec, take_apart("run", JobSpec, [*given, *words])))
     except BadSpec as error:
         return None, ["", f"{' '.join(words)}: {error}"]
     if known is None:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Spec
+from jobs.spec.base import Format, Location, Spec
 from jobs.spec.job import ClusterSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec
+from loaders.storage.address import Address
 
 
 class SourcePlace(Spec):
     """Where the source is now."""
 
-    path: str | None = Field(description="the source's folder, if it is not where it was")
+    path: Location | None = Field(description="where the source is now, if it is not where it was")
 
 
 class OutputPlace(Spec):
     """What to verify."""
 
-    path: str = Field(description="the output to verify")
+    path: Location = Field(description="the output to verify")
 
 
 class VerifyRequest(Spec):
@@ -40,7 +40,7 @@ def act(spec: VerifyRequest) -> Said:
     """Verify."""
     from jobs.verification.output import verify_output
 
-    return verify_output(Path(spec.output.path), spec.model.path, spec.cluster, spec.strategy, spec.verify)
+    return verify_output(Address.of(spec.output.path), spec.model.path, spec.cluster, spec.strategy, spec.verify)
 
 
 VERB = Verb(

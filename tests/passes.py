@@ -20,13 +20,14 @@ from jobs.planning.targets import NAMELESS, Target, target_of
 from jobs.spec.job import JobSpec
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.quantization.gate import Gate
+from loaders.storage.address import Address
 from loaders.strategies.lazy import LazyLoader
 
 
 @cache
 def target(preset: str, *settings: str) -> Target:
     """What quant=PRESET asks for."""
-    spec = compose("run", JobSpec, take_apart("run", [f"quant={preset}", *settings]))
+    spec = compose("run", JobSpec, take_apart("run", JobSpec, [f"quant={preset}", *settings]))
     return replace(target_of(spec), id=preset, naming=NAMELESS)
 
 
@@ -58,17 +59,20 @@ def plan(source: Path, *presets: str, settings: Sequence[str] = ()) -> Plan:
 def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) -> dict[str, Written]:
     """Write a source in the form of each preset, in one pass."""
     planned = plan(source, *presets, settings=settings)
-    journals = {preset: Journal(out / preset, "0" * 12) for preset in presets}
+    journals = {preset: Journal(Address.of(out / preset), "0" * 12) for preset in presets}
     with ExitStack() as held:
         for journal in journals.values():
-            held.enter_context(journal.hold({}))
+            held.enter_context(journal.hold({}, overwrite=False))
         reports = []
         for unit in planned.units:
             shares = {p: Share(unit, p, j.output, j.key, Gate(allow_nonfinite=False)) for p, j in journals.items()}
-            task = UnitTask(unit, planned.checkpoint.root, shares, LazyLoader(), "cpu", 1)
+            task = UnitTask(unit, planned.checkpoint.address, shares, LazyLoader(), "cpu", 1)
             reports.append(task.run(lambda _: None, threading.Event()))
         for report in reports:
             assert not report.failures, report.failures
         for preset, journal in journals.items():
             complete(planned, planned.targets[preset], journal, [report.records[preset] for report in reports])
-    return {preset: Written(journal.files, planned.targets[preset].config) for preset, journal in journals.items()}
+    return {
+        preset: Written(journal.destination.files.path, planned.targets[preset].config)
+        for preset, journal in journals.items()
+    }

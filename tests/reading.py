@@ -8,11 +8,17 @@ import numpy as np
 
 from loaders.backends.threads import ThreadedWork
 from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.storage.base import PinnedFiles
+from loaders.storage.folder import Folder
 from loaders.strategies import loader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
 from loaders.tensors.views import view_of
 from tests.making import Raw, values_of
+
+
+def files_of(root: Path) -> PinnedFiles:
+    return PinnedFiles(Folder(root))
 
 
 def tensors_in(root: Path) -> dict[str, LogicalTensor]:
@@ -22,7 +28,7 @@ def tensors_in(root: Path) -> dict[str, LogicalTensor]:
 def values(root: Path, tensor: LogicalTensor, work: ThreadedWork, step: int | None = None) -> np.ndarray:
     """A tensor's values as float32, read `step` at a time."""
     numel = tensor.spec.numel
-    with loader("read").open(root, [spec for _, spec in tensor.stored]) as reader:
+    with loader("read").open(files_of(root), [spec for _, spec in tensor.stored]) as reader:
         view = view_of(tensor, reader, work)
         found = [np.array(view.read(at, min(at + (step or numel), numel))) for at in range(0, numel, step or numel)]
     return values_of(Raw(tensor.dtype.name, np.concatenate(found))).reshape(tensor.shape)

@@ -108,10 +108,10 @@ def run_job(source: Path, bench: Bench, quant: str, backend: str) -> Ran:
     Raises:
         WeightmillError: it failed; its last line.
     """
-    files = open_checkpoint(source).files
-    if (cached_share(source, files) or 0.0) < CACHED:
-        for tag in files:
-            hash_file(source / tag.name)  # into the page cache
+    checkpoint = open_checkpoint(source)
+    if (cached_share(checkpoint.source, checkpoint.files) or 0.0) < CACHED:
+        for entry in checkpoint.files:
+            hash_file(source / entry.name)  # into the page cache
     output = bench.work / "output"
     given = (f"model.path={source}", f"quant={quant}", f"backend={backend}", f"output.path={output}")
     fixed = ("tracking=none", "cluster=local", "format=json")

@@ -91,7 +91,8 @@ def measure(path: str, names: Sequence[str], repeats: int, *, cold: bool) -> dic
     if unknown:
         raise BadSpec(f"strategies: unknown {unknown[0]!r}; known: {', '.join(LOADERS)}")
     threads, busy = usable_cpus(), Busy()
-    files = [checkpoint.root / tag.name for tag in checkpoint.files]
+    folder = checkpoint.folder("bench loaders")
+    files = [folder / entry.name for entry in checkpoint.files]
     with ThreadPoolExecutor(threads) as pool:
         size = sum(file.stat().st_size for file in files)
         cases = {name: Sums(way, size) for name, way in plain_ways(files, pool, threads).items()}
@@ -219,7 +220,7 @@ def _first_bytes(checkpoint: Checkpoint, found: Mapping[str, StrategyTimings]) -
         if each.is_strategy and not each.missing:
             began = time.perf_counter()
             ran = subprocess.run(
-                [sys.executable, "-c", FIRST_BYTE, name.removeprefix("strategy="), str(checkpoint.root)],
+                [sys.executable, "-c", FIRST_BYTE, name.removeprefix("strategy="), str(checkpoint.address)],
                 capture_output=True, text=True, check=False, cwd=ROOT,
             )  # fmt: skip
             each.first_byte_s = time.perf_counter() - began if ran.returncode == 0 else None
@@ -235,10 +236,10 @@ def _document(
     rows = [each.row() for each in found.values()]
     return {
         "status": "done",
-        "path": str(checkpoint.root),
+        "path": str(checkpoint.address),
         "container": checkpoint.container,
         "bytes": checkpoint.size,
-        "filesystem": local.filesystem(checkpoint.root),
+        "filesystem": local.filesystem(checkpoint.folder("bench loaders")),
         "threads": threads,
         "repeats": repeats,
         "stayed_in_cache": stayed,

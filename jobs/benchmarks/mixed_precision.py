@@ -129,7 +129,7 @@ def _cases(model: str, judged: _Judged, engine: str, calibration: str | None, sc
 def _spec(model: str, scratch: Path, engine: str, bits: float, calibration: str | None) -> JobSpec:
     how = [] if calibration is None else [f"quant.calibration={calibration}"]
     given = [f"model.path={model}", f"output.root={scratch}", "tracking=none", "quant=auto", f"quant.engine={engine}"]
-    return compose("run", JobSpec, take_apart("run", [*given, f"quant.target_bits={bits!r}", *how]))
+    return compose("run", JobSpec, take_apart("run", JobSpec, [*given, f"quant.target_bits={bits!r}", *how]))
 
 
 class _Judged:

@@ -132,7 +132,9 @@ def _said(cases: Sequence[Timed], checkpoint: Checkpoint, rate: float | None, re
             tables.size(row["fetched_bytes"]), f"{row['times_read']:.2f} x",
         )  # fmt: skip
     held = "as fast as the disk is" if rate is None else f"at most {rate:g} MB/s from the disk"
-    about = f"{checkpoint.root.name}, {tables.size(checkpoint.size)}, not in the page cache, {held}; {repeats} lap(s)"
+    about = (
+        f"{checkpoint.address.name}, {tables.size(checkpoint.size)}, not in the page cache, {held}; {repeats} lap(s)"
+    )
     files = sum(map(len, singles.values()))
     text = Group(
         about, shown,
@@ -143,7 +145,7 @@ def _said(cases: Sequence[Timed], checkpoint: Checkpoint, rate: float | None, re
     )  # fmt: skip
     status = 0 if found["is_same"] else 1
     document = {
-        "status": "done" if found["is_same"] else "failed", "source": str(checkpoint.root), "bytes": checkpoint.size,
+        "status": "done" if found["is_same"] else "failed", "source": str(checkpoint.address), "bytes": checkpoint.size,
         "rate_mb_s": rate, "repeats": repeats, "rows": rows, **found,
     }  # fmt: skip
     return Said(document, text, status)

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from jobs.cli.validation import PATHS, check, near
+from jobs.cli.validation import check, near, path_keys
 from loaders.errors import BadSpec
 from loaders.places import CONF
 
 FOLDER = "--config-dir="  # Hydra's name for it
-VERBATIM = (*PATHS, "peer", "filter")  # taken as they are typed, whatever characters they hold
+VERBATIM = ("peer", "filter")  # like paths, taken as they are typed, whatever characters they hold
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -38,6 +38,7 @@ class Request:
     given: list[str] = field(default_factory=list)  # the overrides as they were typed
     problems: list[str] = field(default_factory=list)
     folders: tuple[Path, ...] = ()  # of more choices, beside conf/
+    verbatim: frozenset[str] = frozenset()  # keys whose values are taken as they are typed
 
     @property
     def is_sweep(self) -> bool:
@@ -67,9 +68,10 @@ class Request:
 # --- the command line
 
 
-def take_apart(verb: str, arguments: Sequence[str]) -> Request:
-    """Sort a command line, quote paths, and check choices (quant=nf4) against what conf/ offers."""
-    request = Request(flags=[a for a in arguments if a.startswith("-") and not a.startswith(FOLDER)])
+def take_apart(verb: str, spec: type[BaseModel], arguments: Sequence[str]) -> Request:
+    """Sort a command line, quote the paths of a request, and check choices (quant=nf4) against what conf/ offers."""
+    flags = [a for a in arguments if a.startswith("-") and not a.startswith(FOLDER)]
+    request = Request(flags=flags, verbatim=frozenset({*path_keys(spec), *VERBATIM}))
     _take_folders(verb, request, [a.removeprefix(FOLDER) for a in arguments if a.startswith(FOLDER)])
     for override in (a for a in arguments if not a.startswith("-")):
         prepared, problem = _prepared(verb, override, request)
@@ -117,7 +119,7 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
     value = " ".join(value.split("\n"))
     if bare == "rules" and value.endswith((".yaml", ".yml")):
         return _rules_of(value)
-    if bare in VERBATIM and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
+    if bare in request.verbatim and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
         value = _quoted(value)
     return f"++{bare}={value}" if not key.startswith("~") else override, None
 

@@ -7,28 +7,18 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from loaders.errors import BadSpec
 from loaders.places import DEMO
+from loaders.presets.base import PathValue
+from loaders.storage import KINDS, kind_of
+from loaders.storage.address import Address
 
-PATHS = (
-    "model.path",
-    "output.root",
-    "output.path",
-    "verify.text",
-    "a",
-    "b",
-    "path",
-    "folder",
-    "quant.calibration",
-    "text",
-    "calibration",
-)  # relative to the user's working directory
 MISSING = "???"  # as conf/ marks what must be given
 # What people call things elsewhere
 SYNONYMS = {
@@ -45,7 +35,7 @@ def check(spec: type[S], values: dict[str, Any], problems: Sequence[str] = ()) -
     Raises:
         BadSpec: every fault, those given first.
     """
-    found = [*problems, *_missing(values), *_make_absolute(values)]
+    found = [*problems, *_missing(values), *_make_absolute(spec, values)]
     try:
         made = spec.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -62,24 +52,53 @@ def _missing(values: Any, name: str = "") -> list[str]:
     return [f"{name}: missing; give {name}=..."] if values == MISSING else []
 
 
-def _make_absolute(values: dict[str, Any]) -> list[str]:
+def _make_absolute(spec: type[BaseModel], values: Any, place: str = "") -> list[str]:
+    """Make the paths among values absolute, as their fields' types say; what is none that can be read or written."""
+    if not isinstance(values, dict):
+        return []
     problems = []
-    for path in PATHS:
-        *parents, leaf = path.split(".")
-        holder: Any = values
-        for parent in parents:
-            holder = holder.get(parent) if isinstance(holder, dict) else None
-        value = holder.get(leaf) if isinstance(holder, dict) else None
-        if not isinstance(value, str) or value == MISSING or (leaf, value) == ("calibration", "self"):
+    for name, field in _all_fields(spec, values):
+        value, path = values.get(name), f"{place}{name}"
+        for model in at_field(field.annotation):
+            problems += _make_absolute(model, value, f"{path}.")
+        kind = next((each for each in _markers(field) if isinstance(each, PathValue)), None)
+        if kind is None or not isinstance(value, str) or value in ("", MISSING, *kind.words):
             continue
         if value == "demo://":
-            holder[leaf] = str(DEMO)
-        elif "://" in value and not value.startswith("file://"):
-            scheme = value.split("://")[0]
-            problems.append(f"{path}: {scheme}:// is not read or written yet; fetch it into a folder first")
-        elif value:
-            holder[leaf] = os.path.abspath(Path(value.removeprefix("file://")).expanduser())
+            values[name] = str(DEMO)
+        elif not (address := Address.of(value)).is_local:
+            try:
+                kind_of(address)
+            except BadSpec as error:
+                problems.append(f"{path}: {error}")
+            if not kind.stores and address.scheme in KINDS:
+                problems.append(f"{path}: expected a path of this machine; found {address}")
+        else:
+            values[name] = os.path.abspath(address.path.expanduser())
     return problems
+
+
+def path_keys(spec: type[BaseModel], place: str = "") -> set[str]:
+    """The settings of a model whose values are paths, as they are typed: "output.path"."""
+    found = set()
+    for name, field in spec.model_fields.items():
+        if any(isinstance(marker, PathValue) for marker in _markers(field)):
+            found.add(f"{place}{name}")
+        for model in at_field(field.annotation):
+            found |= path_keys(model, f"{place}{name}.")
+    return found
+
+
+def _all_fields(spec: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[str, FieldInfo]]:
+    """The fields of a model that there are values for."""
+    return ((name, field) for name, field in spec.model_fields.items() if name in values)
+
+
+def _markers(field: FieldInfo) -> Iterator[Any]:
+    """What annotates a field's type, also as one of several that it may have."""
+    yield from field.metadata
+    for inner in get_args(field.annotation):
+        yield from getattr(inner, "__metadata__", ())
 
 
 def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:

@@ -75,7 +75,7 @@ class Verb(Generic[S]):
         return [f"{names.pop(0)}={a}" if names and "=" not in a and not a.startswith(("-", "~")) else a for a in given]
 
     def _main(self, given: list[str], as_json: bool) -> int:
-        request = take_apart(self.config or self.name, given)
+        request = take_apart(self.config or self.name, self.spec, given)
         if request.wants_help:
             from jobs.cli.help import help_text
 

@@ -7,10 +7,10 @@ that lie within another's tensors join that one's task.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from jobs.execution.unit import Share, UnitTask
 from jobs.planning.plan import Unit
+from loaders.storage.address import Address
 from loaders.strategies import WeightLoader
 from loaders.tensors.logical_tensor import LogicalTensor
 
@@ -19,7 +19,7 @@ Content = frozenset[tuple[str, int]]  # the stored tensors that a unit reads, by
 
 def merge(
     shares: Sequence[tuple[int, Share]],
-    root: Path,
+    source: Address,
     strategy: WeightLoader,
     backend: str,
     threads: int,
@@ -40,7 +40,7 @@ def merge(
         mine = [each for content in members for each in by_content[content]]
         unit = _merged([share.unit for _, share in mine], _fresh(by_content[host][0][1].unit.id, taken))
         named = {f"{number}/{share.unit.id}": share for number, share in mine}
-        tasks.append(UnitTask(unit, root, named, strategy, backend, threads, in_place))
+        tasks.append(UnitTask(unit, source, named, strategy, backend, threads, in_place))
     return tasks
 
 

@@ -13,10 +13,8 @@ from loaders.containers import ShardWriter, writer_of
 from loaders.containers.base import Places
 from loaders.containers.read_back import hash_in_order, place_of
 from loaders.containers.writer import Piece, TensorSink
-from loaders.errors import io_errors
 from loaders.specs import OutputFile, Slot
 from loaders.stats import ErrorSums
-from loaders.storage.atomic import sync_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +84,13 @@ class PartFile:
         self._journal = journal
         self._file = file
         self._slots = sorted(slots, key=lambda slot: slot.offset)
-        self._in_place = file.within if in_place else None
-        if self._in_place is None:
-            self.writer = writer_of(journal.parts / name, file, clock=clock)
+        self._part = journal.destination.scratch(name)
+        whole, start = file.within if file.within is not None and in_place else ("", 0)
+        self._shared = journal.destination.shared(f"files/{whole}") if whole else None
+        if self._shared is None:
+            self.writer = writer_of(self._part, file, clock=clock)
         else:
-            whole, start = self._in_place
-            self.writer = writer_of(journal.files / whole, file, start, clock)
+            self.writer = writer_of(self._shared, file, start, clock)
 
     def finish(
         self, pieces: Mapping[str, Mapping[Piece, str]], places: dict[str, tuple[int, int]], hashes: dict[str, str]
@@ -100,18 +99,15 @@ class PartFile:
         writer = self.writer
         mine = writer.seal()
         digest, found = hash_in_order(writer, self._slots, mine, pieces)
-        target = self._journal.place(self._file)
-        with io_errors("finishing", target):
-            writer.close()
-            if self._in_place is None:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                writer.path.replace(target)
-                sync_folder(target.parent)
-            else:
-                target.unlink(missing_ok=True)  # of an earlier job of several processes, and not right
+        writer.close()
+        destination, name, tag = self._journal.destination, self._journal.place(self._file), ""
+        if self._shared is None:
+            tag = destination.keep(self._part, name).tag
+        else:
+            destination.drop(name)  # of an earlier job of several processes, and not right
         places |= mine
         hashes |= found
-        return Written(self._file.name, writer.size, digest)
+        return Written(self._file.name, writer.size, digest, tag)
 
 
 def _tensor_record(each: MeasuredTensor, places: Places, hashes: Mapping[str, str]) -> TensorRecord:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs.execution.part_files import MeasuredTensor, PartFiles
 from jobs.output.journal import Journal, Record, TensorRecord, Written
@@ -33,6 +32,9 @@ from loaders.containers.writer import TensorSink
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
 from loaders.quantization.gate import Gate
 from loaders.stats import ErrorSums, LoadStats
+from loaders.storage import open_store
+from loaders.storage.address import Address
+from loaders.storage.base import PinnedFiles
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.encoding import TensorEncoder
@@ -48,7 +50,7 @@ class Share:
 
     unit: Unit
     target: TargetId
-    output: Path
+    output: Address
     key: str
     gate: Gate
 
@@ -62,7 +64,7 @@ class UnitTask:
     """Everything a worker needs to run a unit: small, and only paths."""
 
     unit: Unit
-    root: Path
+    source: Address
     shares: Mapping[str, Share]
     strategy: WeightLoader
     backend: str
@@ -112,13 +114,14 @@ def run_unit(
         WeightmillError: the source cannot be read, or no output be written.
     """
     unit, began = task.unit, time.perf_counter()
-    warmth = by_warmth(cached_share(task.root, unit.sources), unit.source_bytes)
+    files = PinnedFiles(open_store(task.source), unit.sources)
+    warmth = by_warmth(cached_share(files, unit.sources), unit.source_bytes)
     attempt, scratch = uuid.uuid4().hex[:12], Scratch()
     specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]
     runs: dict[str, TargetRun] = {}
     with (
         PeakMemory() as memory,
-        task.strategy.open(task.root, specs) as reader,
+        task.strategy.open(files, specs) as reader,
         leased_kernels(task.backend) as kernels,
         ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
     ):
@@ -172,10 +175,10 @@ class TargetRun:
         output = share.unit.outputs[share.target]
         self.placements = {placement.name: placement for placement in output.placements}
         with self.guarded():
-            if not self._journal.parts.is_dir():
+            if not self._journal.destination.is_there():
                 raise StorageError(
-                    f"{self._journal.root}: not found on {socket.gethostname()}; on several machines the output must"
-                    " lie on a filesystem that all of them share"
+                    f"{self._journal.destination.journal}: not found on {socket.gethostname()};"
+                    " on several machines the output must lie on a filesystem that all of them share"
                 )
             name = f"{share.unit.id}.{attempt}"
             self._files = PartFiles(self._journal, name, output, self._clock, scratch, in_place=in_place)

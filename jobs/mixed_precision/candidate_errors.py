@@ -27,7 +27,10 @@ from loaders.quantization.gate import Gate
 from loaders.quantization.importance import Importance, weighted_error
 from loaders.specs import RowOrder
 from loaders.stats import ErrorSums
+from loaders.storage import open_store
+from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
+from loaders.storage.base import PinnedFiles
 from loaders.storage.hashes import text_digest
 from loaders.strategies import WeightLoader
 from loaders.tensors.encoding import Encoding, TensorEncoder
@@ -50,7 +53,7 @@ class MeasuringTask:
     """A unit, and its candidates that are not measured yet: by name, the tensors that each may take. See `Task`."""
 
     unit: Unit
-    root: Path
+    source: Address
     wanted: Mapping[str, frozenset[str]]
     strategy: WeightLoader
     backend: str
@@ -90,7 +93,7 @@ class MeasuringTask:
         taken = [r for r in self.unit.tensors if any(r.name in found for found in encodings.values())]
         specs = [spec for tensor in taken for _, spec in tensor.stored]
         with (
-            self.strategy.open(self.root, specs) as reader,
+            self.strategy.open(PinnedFiles(open_store(self.source), self.unit.sources), specs) as reader,
             leased_kernels(self.backend) as kernels,
             ThreadPoolExecutor(self.threads, thread_name_prefix=self.unit.id) as pool,
         ):

@@ -38,7 +38,7 @@ from jobs.report import tables
 from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
 from loaders.backends import kernels_of
-from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, io_errors
 from loaders.presets.auto import AutoQuant
 from loaders.quantization.importance import Importance
@@ -91,7 +91,7 @@ def _choices(spec: JobSpec, quant: AutoQuant) -> Choices:
 
 
 def _folder(spec: JobSpec) -> Path:
-    return Path(spec.output.root) / FOLDER
+    return spec.output.local_root / FOLDER
 
 
 # --- what is measured already
@@ -155,7 +155,7 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
         lean = replace(unit, outputs={c: unit.outputs[c] for c in lacking})
         mine = {name: importances[name] for name in names & set(importances)}
         tasks.append(
-            MeasuringTask(lean, choices.plan.checkpoint.root, wanted, strategy, backend, cluster.threads, mine)
+            MeasuringTask(lean, choices.plan.checkpoint.address, wanted, strategy, backend, cluster.threads, mine)
         )
     taken = choices.tensors
     some = sum(any(tensor.name in taken for tensor in unit.tensors) for unit in units.values())
@@ -216,7 +216,7 @@ def _importances(quant: AutoQuant, checkpoint: Checkpoint, folder: Path, measure
     note("calibrating: the model reads " + ("what it writes" if text is None else str(quant.calibration)))
     passes = 2 if text is None else 1  # what it writes it then reads
     with Meter("calibrating", passes * quant.calibration_tokens, "tokens") as meter:
-        found = sensitivity.importances_of(checkpoint.root, text, quant.calibration_tokens, meter.add)
+        found = sensitivity.importances_of(checkpoint.folder(READS_FOLDERS), text, quant.calibration_tokens, meter.add)
     sensitivity.save(found, path)
     return found
 

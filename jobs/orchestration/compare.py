@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 
 from jobs.cli.verb import Said, note
+from jobs.output.destination import real_address
 from jobs.output.report import read_report
 from jobs.report.comparison import BITS, ComparedJob, Comparison, compared_job, to_json, whole
 from jobs.report.plots import comparison_plot
@@ -17,6 +19,8 @@ from jobs.tracking.run import compare_page
 from jobs.tracking.store import Store, Tracked
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadSpec, io_errors
+from loaders.storage import open_store
+from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.json_files import json_bytes
 
@@ -33,9 +37,9 @@ def compare(
         BadSpec: there are none.
         StorageError: the store cannot be read.
     """
-    folders = [run for run in runs if (Path(run) / OUR_REPORT).is_file()]
+    folders = [run for run in runs if _is_output(run)]
     named = [run for run in runs if run not in folders]
-    title, candidates, page = "runs", [_of_folder(Path(folder)) for folder in folders], None
+    title, candidates, page = "runs", [_of_folder(Address.of(folder)) for folder in folders], None
     if named or not runs:
         store = Store(tracking, Path(root))
         title, found = _find(store, sweep, named, where) if not runs else (title, store.named(named, where))
@@ -65,8 +69,15 @@ def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[s
     return name, found
 
 
-def _of_folder(folder: Path) -> ComparedJob:
-    return compared_job(folder.resolve().name, read_report(folder), None, str(folder))
+def _is_output(run: str) -> bool:
+    """Whether what was given is where an output lies, rather than the name or id of a run."""
+    with suppress(BadSpec):
+        return open_store(run).find(OUR_REPORT) is not None
+    return False
+
+
+def _of_folder(output: Address) -> ComparedJob:
+    return compared_job(real_address(output).name, read_report(output), None, str(output))
 
 
 def _of_run(run: Tracked) -> ComparedJob:

@@ -31,9 +31,10 @@ from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
 from jobs.verification.logits import judged, pass_gate
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
-from loaders.lint import lint_folder
+from loaders.lint import lint_at
 from loaders.quantization.gate import Gate
 from loaders.stats import LoadStats
+from loaders.storage import open_store
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class Job:
         """
         journal, spec = self.planned.journal, self.planned.spec
         request = {"key": journal.key, "output": str(journal.output), "request": spec.resolved()}
-        stack.enter_context(journal.hold(request))
+        stack.enter_context(journal.hold(request, overwrite=spec.output.overwrite))
         self._is_held = True
-        if journal.output.exists() and not spec.output.overwrite and not self.is_whole:
+        if open_store(journal.output).absence() is None and not spec.output.overwrite and not self.is_whole:
             raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
         self.run = open_job_run(
             spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number
@@ -130,7 +131,7 @@ class Job:
         _pass_gate(planned, records)
         completed = complete(planned.plan, planned.target, planned.journal, records)
         quality = self._judge([file.xxh3 for file in completed.weights])
-        found = lint_folder(planned.journal.files)
+        found = lint_at(planned.journal.destination.files)
         report = make_report(
             planned.spec, planned.plan, planned.target, records, completed, found, self._about(done, records), quality
         )
@@ -147,7 +148,9 @@ class Job:
         if judging is None:
             return None
         try:
-            quality = judged(judging, journal.files, journal.output.name, journal.root, digests).to_json()
+            quality = judged(
+                judging, journal.destination.files, journal.output.name, journal.destination, digests
+            ).to_json()
         except BadCheckpoint as error:
             raise VerifyFailed(f"not published: {error}") from error
         try:
@@ -205,7 +208,7 @@ class Job:
     def _tidy(self) -> None:
         """Wait until all is tracked; a job that finished no unit leaves nothing behind."""
         _wait(self.run)
-        if self._is_held and not self.planned.journal.has_records():
+        if self._is_held and not self.planned.journal.count:
             self.planned.journal.remove()
 
     def settle(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from jobs.execution.choose import is_local
@@ -25,8 +27,9 @@ from loaders.backends import kernels_of
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
+from loaders.storage import open_store
 from loaders.storage.hashes import text_digest
-from loaders.storage.local import free_bytes
+from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader
 
 SPARE_BYTES = 16 << 20  # for config, index, records
@@ -49,7 +52,8 @@ class Planned:
     @property
     def scratch_bytes(self) -> int:
         """What the disk holds twice: of pieces that other processes make apart, one at a time."""
-        return 0 if is_local(self.spec.cluster) else max((piece.size for piece in self.target.pieces), default=0)
+        is_in_place = is_local(self.spec.cluster) and self.journal.destination.is_local
+        return 0 if is_in_place else max((piece.size for piece in self.target.pieces), default=0)
 
     @cached_property
     def strategy(self) -> tuple[WeightLoader, str]:
@@ -73,7 +77,7 @@ def plan_job(
         BadSpec: it cannot be done; every fault of one kind at once.
         BadCheckpoint: the source is damaged.
     """
-    output = spec.output_path
+    output = spec.output_address
     check_place(spec, output)
     if not again:
         check_free(spec, output)
@@ -95,7 +99,7 @@ def plan_job(
     if again:
         check_free(spec, output)
     if isinstance(spec.verify, LogitsSpec):
-        return replace(planned, judging=judging_of(spec.verify, plan, made, output.parent))
+        return replace(planned, judging=judging_of(spec.verify, plan, made, output))
     return planned
 
 
@@ -106,7 +110,7 @@ def _done_before(planned: Planned) -> Report | None:
         BadSpec: it did, and did not verify it as is asked now.
     """
     output = planned.journal.output
-    if not (output / OUR_REPORT).is_file() or is_published(planned.journal):
+    if open_store(output).find(OUR_REPORT) is None or is_published(planned.journal):
         return None
     try:
         found = read_report(output)
@@ -138,12 +142,14 @@ def notes_of(planned: Planned) -> list[str]:
     strategy, why = planned.strategy
     cluster = LocalCluster(planned.spec.cluster)
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
-    free = free_bytes(planned.spec.output_path.parent)
-    records = len(list(planned.journal.records.glob("*.json"))) if planned.journal.records.is_dir() else 0
+    output, records = planned.spec.output_address, planned.journal.count
+    free = free_bytes(output.parent.path) if output.is_local else free_bytes(Path(tempfile.gettempdir()))
     done = (
         [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
     )
     need = planned.target.weight_bytes + planned.scratch_bytes
+    if not output.is_local:  # files are made here one unit at a time, and uploaded
+        need = cluster.units_at_once * max(file.size for file in planned.target.files)
     room = " TOO LITTLE" if need > free else ""
     judging = [] if planned.judging is None else [planned.judging.note]
     return [
@@ -160,13 +166,16 @@ def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
     """Raises StorageError when outputs cannot fit; the bytes are those that a job has written before."""
     needs: dict[int, list[tuple[Planned, int]]] = {}
     for planned, done_bytes in jobs:
-        target = planned.target
-        aux = sum((planned.plan.checkpoint.root / name).stat().st_size for name in planned.plan.aux_of(target))
+        target, source = planned.target, planned.plan.checkpoint.source
+        if not planned.journal.destination.is_local:
+            continue
+        aux = sum(source.entry(name).size for name in planned.plan.aux_of(target))
         need = target.weight_bytes + planned.scratch_bytes - done_bytes + aux + SPARE_BYTES
-        needs.setdefault(planned.journal.root.stat().st_dev, []).append((planned, need))
+        disk = device_of(planned.journal.output.parent.path)
+        needs.setdefault(disk, []).append((planned, need))
     for rows in needs.values():
-        output, need = rows[0][0].spec.output_path, sum(need for _, need in rows)
-        free = free_bytes(output.parent)
+        output, need = rows[0][0].spec.output_address, sum(need for _, need in rows)
+        free = free_bytes(output.parent.path)
         if need > free:
             who = f"{output} needs" if len(rows) == 1 else f"{output} and {len(rows) - 1} more need"
             raise StorageError(

@@ -93,7 +93,8 @@ def passes(jobs: Sequence[Job]) -> list[list[Job]]:
     groups: dict[Any, list[Job]] = {}
     for job in jobs:
         spec = job.planned.spec
-        root = job.planned.plan.checkpoint.root.resolve()
+        address = job.planned.plan.checkpoint.address
+        root = address.path.resolve() if address.is_local else address
         backend = job.planned.backend[0]
         how = (root, spec.source.container, spec.source.unit_mb, spec.strategy, backend, spec.cluster)
         groups.setdefault(how, []).append(job)
@@ -160,7 +161,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             job.settle()
     plan, after = jobs[0].planned.plan, disk_bytes_fetched()
     fetched = after - disk if after is not None and disk is not None and cluster.is_local else None
-    return Read(str(plan.checkpoint.root), len(jobs), plan.source_bytes, bytes_read, fetched, done.wall_s)
+    return Read(str(plan.checkpoint.address), len(jobs), plan.source_bytes, bytes_read, fetched, done.wall_s)
 
 
 @contextmanager
@@ -184,7 +185,7 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
         for job in jobs:
             if job not in unfinished:
                 job.settle()
-        if killed and len(jobs) == 1 and jobs[0].planned.journal.has_records():
+        if killed and len(jobs) == 1 and jobs[0].planned.journal.count:
             raise KeyboardInterrupt(jobs[0].how_to_go_on) from None
         raise
 
@@ -194,12 +195,12 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     alive = [job for job in jobs if job.outcome is None]
     check_space([(j.planned, j.planned.journal.taken_bytes) for j in alive if not j.is_whole])
     for job in (j for j in alive if cluster.is_local and not j.is_whole):
-        if job.planned.target.shared is not None:
+        if (shared := job.planned.target.shared) is not None:
             with _own_failure(job):
-                job.planned.journal.make_shared(job.planned.target.shared)
-    root, backend = jobs[0].planned.plan.checkpoint.root, jobs[0].planned.backend[0]
+                job.planned.journal.destination.shared(f"files/{shared.name}", shared.size)
+    source, backend = jobs[0].planned.plan.checkpoint.address, jobs[0].planned.backend[0]
     shares = [share for job in alive for share in job.shares()]
-    tasks = merge(shares, root, strategy, backend, cluster.threads, in_place=cluster.is_local)
+    tasks = merge(shares, source, strategy, backend, cluster.threads, in_place=cluster.is_local)
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
     by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0
     with closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks))) as outcomes:

@@ -25,6 +25,7 @@ from jobs.orchestration.job import Job
 from jobs.orchestration.preflight import Planned
 from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
+from jobs.output.destination import real_address
 from jobs.output.report import Report
 from jobs.report import tables
 from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, compared_job, to_json, whole
@@ -34,6 +35,7 @@ from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import run_key, sweep_tags
 from jobs.tracking.run import Recorder, compare_page
 from loaders.errors import BadSpec, WeightmillError
+from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
 
 UNKNOWN_KEY = re.compile(r"([\w.]+): unknown key")
@@ -124,9 +126,9 @@ class Sweep:
 
     def _same_place(self, composed: Sequence[Composed]) -> list[Refused]:
         """Jobs that would write one output."""
-        places: dict[Path, list[Composed]] = {}
+        places: dict[Address, list[Composed]] = {}
         for job in composed:
-            places.setdefault(self._specs[job.number].output_path.resolve(), []).append(job)
+            places.setdefault(real_address(self._specs[job.number].output_address), []).append(job)
         return [
             Refused(job, f"output.path: {path} is also that of {jobs[0].name}; give each a name or a path of its own")
             for path, jobs in places.items()
@@ -142,7 +144,7 @@ class Sweep:
                 {"status": "done", "output": str(plan.journal.output), **plan.done.to_json()}, ""
             )
             self._reports[number] = plan.done
-            tracking, root = plan.spec.tracking, Path(plan.spec.output.root)
+            tracking, root = plan.spec.tracking, plan.spec.output.local_root
             if tracking.kind == "mlflow":
                 tags = sweep_tags(self.id, number)
                 adopted[number] = self._recorder.adopt(tracking, root, run_key(plan.journal), tags)
@@ -152,7 +154,7 @@ class Sweep:
         for group in groups:
             source = group[0].planned.plan
             size = tables.size(source.source_bytes)
-            note(f"  {source.checkpoint.root}, {size}: {', '.join(j.planned.journal.output.name for j in group)}")
+            note(f"  {source.checkpoint.address}, {size}: {', '.join(j.planned.journal.output.name for j in group)}")
         self._reads += run_all(groups, self._recorder)
         for job in jobs:
             assert job.outcome is not None
@@ -223,7 +225,7 @@ class Sweep:
         return max(found, default=DONE)
 
     def _candidate(self, number: int) -> ComparedJob:
-        outcome, output = self.outcomes[number], self._specs[number].output_path if number in self._specs else None
+        outcome, output = self.outcomes[number], self._specs[number].output_address if number in self._specs else None
         name = self._names[number] if output is None else output.name
         run_id = self._run_ids.get(number)
         if isinstance(outcome, Said):
@@ -246,7 +248,7 @@ class Sweep:
         if not ids or spec is None:
             return None
         experiment = self._recorder.experiment_of(spec.tracking)
-        return compare_page(spec.tracking, Path(spec.output.root), ids, experiment, self.id)
+        return compare_page(spec.tracking, spec.output.local_root, ids, experiment, self.id)
 
 
 def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:

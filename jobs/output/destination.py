@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from jobs.output.journal import find_journals
+from jobs.output.leftovers import find_leftovers
 from jobs.output.publish import check_replaceable
 from jobs.spec.job import JobSpec
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadSpec
+from loaders.storage import open_store
+from loaders.storage.address import Address
 
 
 def check_output(spec: JobSpec) -> None:
     """Raises BadSpec: nothing may be written where the output is to be."""
-    check_place(spec, spec.output_path)
-    check_free(spec, spec.output_path)
+    check_place(spec, spec.output_address)
+    check_free(spec, spec.output_address)
 
 
-def check_place(spec: JobSpec, output: Path) -> None:
-    source = Path(spec.model.path).resolve() if spec.model.path is not None else None
-    real = output.resolve()
-    if source is not None and (real == source or real.is_relative_to(source) or source.is_relative_to(real)):
-        raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
-    around = next((parent for parent in output.parents if (parent / OUR_REPORT).is_file()), None)
+def check_place(spec: JobSpec, output: Address) -> None:
+    """Raises BadSpec: the output and the source, or another output, lie in one another."""
+    if spec.model.path is not None:
+        source, real = real_address(spec.source_address), real_address(output)
+        if source == real or source in real.parents or real in source.parents:
+            raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
+    around = next((above for above in output.parents if open_store(above).find(OUR_REPORT) is not None), None)
     if around is not None:
         raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
 
 
-def check_free(spec: JobSpec, output: Path) -> None:
-    if output.exists() and spec.output.overwrite:
+def real_address(address: Address) -> Address:
+    """Without links, where there can be some."""
+    return Address(str(address.path.resolve())) if address.is_local else address
+
+
+def check_free(spec: JobSpec, output: Address) -> None:
+    """Raises BadSpec: something is there that may not be replaced."""
+    is_there = open_store(output).absence() is None or (output.is_local and _exists(output))
+    if is_there and spec.output.overwrite:
         check_replaceable(output)
-    elif (output.exists() or output.is_symlink()) and not _left_over(output):
+    elif is_there and not _left_over(output):
         raise BadSpec(f"output.path: {output} exists; output.overwrite=true replaces it, or choose another path")
 
 
-def _left_over(output: Path) -> bool:
+def _exists(output: Address) -> bool:
+    return output.path.exists() or output.path.is_symlink()
+
+
+def _left_over(output: Address) -> bool:
     """Whether an interrupted job has published this output and only not cleaned up behind itself."""
-    return (output / OUR_REPORT).is_file() and bool(find_journals(output.parent, output.name))
+    return open_store(output).find(OUR_REPORT) is not None and bool(find_leftovers(output.parent, output.name))

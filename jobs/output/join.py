@@ -1,25 +1,21 @@
 """Joining: what units have left of a file that several of them write becomes that file.
 
-Pieces that were written in place are there already. Those that were made apart, by several processes, are put in their
-places one by one, each removed once its bytes are durable in the file: the disk holds one piece twice, never all. Then
-the file is read from end to end: every piece must be what its record says.
+In a folder, pieces that were written in place are there already, and those that were made apart, by several processes,
+are put in their places. Where files cannot be written in place, the pieces are streamed into the file. Either way every
+byte passes by once more, and every piece must be what its record says.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import IO
+from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
 
-from jobs.output.journal import Journal, Record
+from jobs.output.journal import Journal, Record, Written
 from jobs.output.report import FileRange, WeightFile
-from loaders.errors import VerifyFailed, io_errors
+from loaders.errors import VerifyFailed
 from loaders.layouts.base import Joined
 from loaders.specs import OutputFile
-from loaders.storage.atomic import sync_folder
 from loaders.storage.hashes import BLOCK
 
 
@@ -30,65 +26,93 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records
         VerifyFailed: a piece is not what its record says.
         StorageError: the disk is full, ...
     """
-    target, written = journal.files / joined.name, {file.name: file for r in records for file in r.files}
-    with io_errors("joining", target):
-        with os.fdopen(os.open(target, os.O_CREAT | os.O_RDWR, 0o666), "r+b", buffering=0) as file:
-            for piece in pieces:
-                _put(journal.place(piece), file, _start(piece))
-            file.seek(0)
-            _write(file, memoryview(joined.head))
-            end = _start(pieces[-1]) + written[pieces[-1].name].size
-            tail = b"" if joined.tail is None else joined.tail.made(lambda at, size: os.pread(file.fileno(), size, at))
-            file.seek(end)
-            _write(file, memoryview(tail))
-            size = end + len(tail)
-            file.truncate(size)
-            os.fsync(file.fileno())
-            whole, rows = xxhash.xxh3_128(), []
-            file.seek(0)
-            whole.update(file.read(len(joined.head)))
-            for piece in pieces:
-                record = written[piece.name]
-                if _hash(file, record.size, whole) != record.xxh3:
-                    raise VerifyFailed(f"{piece.name}: it is not what was written; run the same command again")
-                rows.append(FileRange(name=piece.name, offset=_start(piece), bytes=record.size, xxh3=record.xxh3))
-            found = file.read(len(tail))
-            whole.update(found)
-            if tail:
-                digest = xxhash.xxh3_128_hexdigest(found)
-                rows.append(FileRange(name=f"{joined.name}.tail", offset=end, bytes=len(tail), xxh3=digest))
-        sync_folder(target.parent)
-    return WeightFile(name=joined.name, bytes=size, xxh3=whole.hexdigest(), pieces=tuple(rows))
+    written = {file.name: file for record in records for file in record.files}
+    joining = _Joining(joined, pieces, journal, written)
+    name, destination = f"files/{joined.name}", journal.destination
+    if destination.is_local:
+        places = [(_start(piece), journal.place(piece)) for piece in pieces]
+        around = [(0, joined.head), (joining.end, joining.tail)]
+        destination.assemble(name, places, around, joining.size)
+        for _ in joining.chunks():
+            pass  # hashed on its way
+    else:
+        destination.join(name, joining.chunks(), joining.size)
+        for piece in pieces:
+            destination.drop(journal.place(piece))
+    return joining.row()
+
+
+class _Joining:
+    """A file in the order of its bytes, hashed as they pass."""
+
+    def __init__(
+        self, joined: Joined, pieces: Sequence[OutputFile], journal: Journal, written: Mapping[str, Written]
+    ) -> None:
+        self._joined = joined
+        self._pieces = pieces
+        self._journal = journal
+        self._written = written
+        self._whole = xxhash.xxh3_128()
+        self.end = _start(pieces[-1]) + written[pieces[-1].name].size
+        self.tail = b"" if joined.tail is None else joined.tail.made(self._read)
+        self.size = self.end + len(self.tail)
+
+    def _read(self, at: int, size: int) -> bytes:
+        """Bytes of the file to be, which all lie in one piece."""
+        piece = next(p for p in reversed(self._pieces) if _start(p) <= at)
+        return self._piece(piece, at - _start(piece), size)
+
+    def _piece(self, piece: OutputFile, at: int, size: int) -> bytes:
+        name, start, entry = self._journal.find(piece)
+        destination = self._journal.destination
+        if entry is None:
+            raise VerifyFailed(f"{piece.name}: it is gone; run the same command again")
+        store = destination.pieces if name.startswith("pieces/") else destination.files
+        return bytes(store.read(entry, start + at, start + at + size))
+
+    def chunks(self) -> Iterator[bytes]:
+        """The file's bytes.
+
+        Raises:
+            VerifyFailed: a piece is not what its record says.
+        """
+        yield self._passed(self._around(0, self._joined.head))
+        for piece in self._pieces:
+            record, hasher = self._written[piece.name], xxhash.xxh3_128()
+            for at in range(0, record.size, BLOCK):
+                block = self._piece(piece, at, min(BLOCK, record.size - at))
+                hasher.update(block)
+                yield self._passed(block)
+            if hasher.hexdigest() != record.xxh3:
+                raise VerifyFailed(f"{piece.name}: it is not what was written; run the same command again")
+        if self.tail:
+            yield self._passed(self._around(self.end, self.tail))
+
+    def _around(self, at: int, data: bytes) -> bytes:
+        """What stands around the pieces: as the file has it, if it is there already."""
+        if not self._journal.destination.is_local:
+            return data
+        store = self._journal.destination.files
+        entry = store.find(self._joined.name)
+        return data if entry is None else bytes(store.read(entry, at, at + len(data)))
+
+    def _passed(self, data: bytes) -> bytes:
+        self._whole.update(data)
+        return data
+
+    def row(self) -> WeightFile:
+        """Once all bytes have passed."""
+        rows = [
+            FileRange(name=piece.name, offset=_start(piece), bytes=record.size, xxh3=record.xxh3)
+            for piece in self._pieces
+            for record in (self._written[piece.name],)
+        ]
+        if self.tail:
+            digest = xxhash.xxh3_128_hexdigest(self.tail)
+            rows.append(FileRange(name=f"{self._joined.name}.tail", offset=self.end, bytes=len(self.tail), xxh3=digest))
+        return WeightFile(name=self._joined.name, bytes=self.size, xxh3=self._whole.hexdigest(), pieces=tuple(rows))
 
 
 def _start(piece: OutputFile) -> int:
     assert piece.within is not None
     return piece.within[1]
-
-
-def _put(path: Path, file: IO[bytes], start: int) -> None:
-    """A piece that was made apart, put in its place."""
-    if not path.exists():
-        return
-    buffer = memoryview(bytearray(BLOCK))
-    file.seek(start)
-    with path.open("rb", buffering=0) as piece:
-        while count := piece.readinto(buffer):
-            _write(file, buffer[:count])
-    os.fsync(file.fileno())
-    path.unlink()
-
-
-def _write(file: IO[bytes], data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
-
-
-def _hash(file: IO[bytes], size: int, whole: xxhash.xxh3_128) -> str:
-    """The xxh3-128 of the next `size` bytes, which go into `whole` too."""
-    hasher, left = xxhash.xxh3_128(), size
-    while data := file.read(min(BLOCK, left)):
-        hasher.update(data)
-        whole.update(data)
-        left -= len(data)
-    return hasher.hexdigest()

@@ -1,41 +1,31 @@
-"""The journal: a folder beside the output where a job leaves what it has finished, and finds it again.
+"""The journal: where a job leaves what it has finished, beside the output, and finds it again.
 
-.NAME.KEY.weightmill/        KEY names the plan: another plan for the same output has its own folder
-    job.json                 what the job is
-    lock                     held by the process that works on it
-    failed                   in a sweep: it failed, and the others go on without it
-    parts/                   files being written, one an attempt
-    files/                   finished weight files; with config, index and aux files it becomes the output. A file of
-                             several units lies here from the start: they write into it in place
-    pieces/                  finished pieces of a file, where several processes make them: put into it at the end
-    records/unit-00001.json  one a finished unit, written last: a unit without a valid record is done again
-    published.json           the output's report, from before the output has its name until all else here is removed
+job.json                 what the job is
+failed                   in a sweep: it failed, and the others go on without it
+files/ pieces/           finished files, and pieces of a file that several processes make: see `Destination`
+records/unit-00001.json  one a finished unit, written last: a unit without a valid record is done again
+published.json           the output's report, from before the output is visible until all else here is removed
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from jobs.planning.plan import FORMAT, Unit
-from loaders.containers.writer import allocate
-from loaders.errors import BadCheckpoint, BadSpec, StorageError, io_errors
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import OutputFile
 from loaders.stats import CompressionStats, ErrorSums, LoadStats
-from loaders.storage.atomic import exclusive, holder, sync_folder, write_file
-from loaders.storage.hashes import hash_file
+from loaders.storage import destination_at
+from loaders.storage.address import Address
+from loaders.storage.base import Entry
 
-SUFFIX = ".weightmill"
 LEFT_OUT = "failed"
 PENDING = "published.json"
-LOGITS = f".logits{SUFFIX}"  # beside outputs: what their originals compute, for verify=logits
+LOGITS = ".logits.weightmill"  # beside outputs: what their originals compute, for verify=logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +52,12 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file or piece as a unit finished it."""
+    """A file or piece as a unit finished it. `tag` is that of its version in the destination."""
 
     name: str
     size: int
     xxh3: str
+    tag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,101 +107,73 @@ def record_from(document: Mapping[str, Any]) -> Record:
 
 
 class Journal:
-    """The folder of one job and target."""
+    """That of one job: an output under way, and what its units have left."""
 
-    def __init__(self, output: Path, key: str) -> None:
+    def __init__(self, output: Address, key: str) -> None:
         self.output = output
         self.key = key
-        self.root = output.parent / f".{output.name}.{key[:12]}{SUFFIX}"
-        self.files = self.root / "files"
-        self.parts = self.root / "parts"
-        self.pieces = self.root / "pieces"
-        self.records = self.root / "records"
+        self.destination = destination_at(output, key)
 
     @contextmanager
-    def hold(self, job: Mapping[str, Any]) -> Iterator[None]:
-        """Make the folder and keep other processes out of it.
+    def hold(self, job: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+        """Make the journal and keep other processes out of it.
 
         Raises:
             BadSpec: another process works on this job, or another version began it.
-            StorageError: the folder cannot be made.
+            StorageError: the journal cannot be made.
         """
-        with io_errors("making", self.root):
-            for folder in (self.files, self.parts, self.pieces, self.records):
-                folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(self.root / "lock") as is_held:
-            if not is_held:
+        with self.destination.claim() as other:
+            if other is not None:
                 raise BadSpec(
-                    f"output.path: another process ({holder(self.root / 'lock')}) is writing {self.output} right now;"
+                    f"output.path: another process ({other}) is writing {self.output} right now;"
                     " wait for it, or choose another path"
                 )
             self._check_version()
-            write_file(self.root / "job.json", json.dumps({"format": FORMAT, **job}, indent=2).encode())
-            self._remove_leftovers()
+            self.destination.prepare(overwrite=overwrite)
+            self.destination.put("job.json", json.dumps({"format": FORMAT, **job}, indent=2).encode())
+            self.destination.drop(LEFT_OUT)
             yield
 
     def _check_version(self) -> None:
-        path = self.root / "job.json"
-        if not path.exists():
-            return
+        raw = self.destination.get("job.json")
         with suppress(ValueError, AttributeError):
-            found = json.loads(path.read_bytes()).get("format")
+            found = FORMAT if raw is None else json.loads(raw).get("format")
             if found != FORMAT:
                 raise BadSpec(
-                    f"output.path: {self.root} is of format {found}, this weightmill writes {FORMAT}; finish it with"
-                    " the version that began it, or remove it (python -m jobs.clean)"
+                    f"output.path: {self.destination.journal} is of format {found}, this weightmill writes {FORMAT};"
+                    " finish it with the version that began it, or remove it (python -m jobs.clean)"
                 )
 
     @property
     def is_left_out(self) -> bool:
         """Whether the job failed while others go on: units begun from now on leave it out."""
-        return (self.root / LEFT_OUT).exists()
+        return self.destination.get(LEFT_OUT) is not None
 
     def leave_out(self) -> None:
-        (self.root / LEFT_OUT).touch()
+        self.destination.put(LEFT_OUT, b"")
 
-    def _remove_leftovers(self) -> None:
-        (self.root / LEFT_OUT).unlink(missing_ok=True)
-        for path in self.parts.iterdir():
-            with io_errors("removing", path):
-                path.unlink()
+    def place(self, file: OutputFile) -> str:
+        """The name of a file or piece that is made apart, once it is finished."""
+        return f"{'files' if file.within is None else 'pieces'}/{file.name}"
 
-    def place(self, file: OutputFile) -> Path:
-        """Where a file or piece that is made apart goes when it is finished."""
-        return (self.pieces if file.within is not None else self.files) / file.name
-
-    def find(self, file: OutputFile) -> tuple[Path, int]:
-        """Where a finished file or piece lies: a path, and its first byte there."""
-        apart = self.place(file)
-        if file.within is None or apart.exists():
-            return apart, 0
-        return self.files / file.within[0], file.within[1]
-
-    def make_shared(self, file: OutputFile) -> None:
-        """Take all the room of a file that units write in place; what they wrote into it before stays.
-
-        Raises:
-            StorageError: the disk is too full, ...
-        """
-        path = self.files / file.name
-        with io_errors(f"taking {file.size} bytes for", path):
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-            try:
-                allocate(descriptor, file.size)
-            finally:
-                os.close(descriptor)
-            sync_folder(self.files)
+    def find(self, file: OutputFile) -> tuple[str, int, Entry | None]:
+        """Where a finished file or piece lies: a name, its first byte there, and what is there."""
+        if file.within is None:
+            return self.place(file), 0, self.destination.files.find(file.name)
+        if (apart := self.destination.pieces.find(file.name)) is not None:
+            return self.place(file), 0, apart
+        whole, start = file.within
+        return f"files/{whole}", start, self.destination.files.find(whole)
 
     @property
     def taken_bytes(self) -> int:
-        """What the finished and begun files take of the disk."""
-        found = [path.stat() for folder in (self.files, self.pieces) for path in folder.rglob("*") if path.is_file()]
-        return sum(min(stat.st_size, stat.st_blocks * 512) for stat in found)
+        """What the finished and begun files take of the destination."""
+        return sum(entry.size for area in ("files", "pieces") for entry in self.destination.list(area))
 
     def add(self, record: Record) -> None:
         """A unit's last act: from now on it is done."""
         document = json.dumps(record.to_json(), separators=(",", ":")).encode()
-        write_file(self.records / f"{record.unit}.json", document)
+        self.destination.put(f"records/{record.unit}.json", document)
 
     def done(self, unit: Unit, target: str) -> Record | None:
         """The unit's record, if it is of this work and its file is there, byte for byte.
@@ -218,12 +181,12 @@ class Journal:
         Raises:
             BadCheckpoint: the record is of another format version.
         """
-        path = self.records / f"{unit.id}.json"
-        if not path.exists():
+        raw = self.destination.get(f"records/{unit.id}.json")
+        if raw is None:
             return None
         try:
-            document = json.loads(path.read_bytes())
-        except ValueError:
+            document = json.loads(raw)
+        except ValueError:  # cut short by a crash of the whole machine: the unit is done again
             return None
         record = record_from(document)
         if record.key != unit.key(target):
@@ -233,38 +196,16 @@ class Journal:
         return record if is_there else None
 
     def _is_there(self, file: OutputFile, written: Written) -> bool:
-        path, start = self.find(file)
-        if not path.is_file():
-            return False
-        size = path.stat().st_size
-        is_long_enough = size == written.size if start == 0 and file.within is None else size >= start + written.size
-        return is_long_enough and hash_file(path, start=start, size=written.size) == written.xxh3
+        name, start, found = self.find(file)
+        entry = Entry(name, written.size, written.tag)
+        is_range = name.startswith("files/") and file.within is not None
+        return found is not None and self.destination.holds(entry, written.xxh3, start if is_range else None)
 
-    def has_records(self) -> bool:
-        return self.records.is_dir() and any(self.records.iterdir())
+    @property
+    def count(self) -> int:
+        """How many units have left a record."""
+        return len(self.destination.list("records"))
 
     def remove(self) -> None:
-        """Forget the job. After a kill within, the same command finishes this as long as `published.json` is there."""
-        with suppress(FileNotFoundError):
-            for path in [path for path in self.root.iterdir() if path.name != PENDING]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            shutil.rmtree(self.root)
-
-
-def find_journals(folder: Path, name: str | None = None) -> list[Path]:
-    """Journals of the outputs in a folder, or of the one with a name."""
-    if not folder.is_dir():
-        return []
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{12}}{re.escape(SUFFIX)}")
-    return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.is_dir())
-
-
-def is_held(journal: Path) -> bool:
-    """Whether a process works on it now."""
-    if not (journal / "lock").exists():
-        return False
-    try:
-        with exclusive(journal / "lock") as was_free:
-            return not was_free
-    except StorageError:
-        return True
+        """Forget the job."""
+        self.destination.forget()

@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jobs.output.journal import LOGITS, find_journals, is_held
-from loaders.errors import io_errors
+from jobs.output.journal import LOGITS
+from loaders.errors import BadSpec
+from loaders.storage import StoreKind, kind_of
+from loaders.storage.address import Address
+from loaders.storage.base import Abandoned
+from loaders.storage.folder_destination import left_in
 
 
-@dataclass(frozen=True, kw_only=True)
-class Leftover:
-    """A folder that only an interrupted job, or a later judging, has a use for."""
-
-    path: Path
-    size: int  # bytes of its files
-    units_done: int
-    age_s: float  # since one of its files changed
-    is_held: bool  # a process works on it
-
-    @property
-    def is_cache(self) -> bool:
-        """Whether it is kept on purpose, rather than left behind."""
-        return self.path.name == LOGITS
-
-    def document(self, *, will_remove: bool) -> dict[str, Any]:
-        """For machines; `status` is what became of it, or would be kept."""
-        left = "removed" if will_remove else "kept" if self.is_cache else "abandoned"
-        return {
-            "path": str(self.path),
-            "bytes": self.size,
-            "units_done": self.units_done,
-            "age_s": self.age_s,
-            "status": "in use" if self.is_held else left,
-        }
-
-
-def find_leftovers(folder: Path, output: str | None = None) -> tuple[Leftover, ...]:
+def find_leftovers(place: Address, output: str | None = None) -> tuple[Abandoned, ...]:
     """Those in a folder of outputs, or of one output in it."""
-    paths = find_journals(folder, output)
-    if output is None and (folder / LOGITS).is_dir():
-        paths.append(folder / LOGITS)
-    return tuple(_leftover(path) for path in paths)
+    found = _writable(place).abandoned(place, output)
+    logits = place / LOGITS
+    if output is None and place.is_local and logits.path.is_dir():
+        found = (*found, left_in(logits.path))
+    return found
 
 
-def _leftover(path: Path) -> Leftover:
-    files = [p for p in path.rglob("*") if p.is_file()]
-    return Leftover(
-        path=path,
-        size=sum(p.stat().st_size for p in files),
-        units_done=sum(p.parent.name == "records" for p in files),
-        age_s=time.time() - max((p.stat().st_mtime for p in files), default=path.stat().st_mtime),
-        is_held=is_held(path),
-    )
+def _writable(place: Address) -> StoreKind:
+    kind = kind_of(place)
+    if kind.destination is None:
+        raise BadSpec(f"{place}: {place.scheme}:// can be read, not written")
+    return kind
 
 
-def remove(found: Sequence[Leftover]) -> None:
+def remove(found: Sequence[Abandoned]) -> None:
     """Remove those that no process works on.
 
     Raises:
@@ -67,5 +37,17 @@ def remove(found: Sequence[Leftover]) -> None:
     """
     for leftover in found:
         if not leftover.is_held:
-            with io_errors("removing", leftover.path):
-                shutil.rmtree(leftover.path)
+            _writable(leftover.address).discard(leftover.address)
+
+
+def leftover_document(leftover: Abandoned, *, will_remove: bool) -> dict[str, Any]:
+    """For machines; `status` is what became of it, or what would be kept."""
+    is_cache = leftover.address.name == LOGITS  # kept on purpose, rather than left behind
+    left = "removed" if will_remove else "kept" if is_cache else "abandoned"
+    return {
+        "path": str(leftover.address),
+        "bytes": leftover.size,
+        "units_done": leftover.units_done,
+        "age_s": leftover.age_s,
+        "status": "in use" if leftover.is_held else left,
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
 from loaders.checkpoints.aux_files import OUR_REPORT
-from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.stats import CompressionStats, ErrorSums, finite
-from loaders.storage.json_files import json_bytes, read_json
+from loaders.storage import open_store
+from loaders.storage.address import Address
+from loaders.storage.base import PinnedFiles
+from loaders.storage.json_files import INDEX_LIMIT, json_bytes, read_json
 
 
 class Part(BaseModel):
@@ -232,27 +234,26 @@ class Report(Part):
             raise BadCheckpoint(f"{where}: not a report of this version ({place}: {fault['msg']})") from None
 
 
-def read_report(output: Path) -> Report:
+def read_report(output: Address) -> Report:
     """The report of an output.
 
     Raises:
         BadSpec: there is none, or it is of another format version.
         BadCheckpoint: it is damaged.
     """
-    path = output / OUR_REPORT
-    if not path.is_file():
+    files = PinnedFiles(open_store(output))
+    if files.find(OUR_REPORT) is None:
         raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
-    with io_errors("reading", path):
-        return Report.from_json(path.read_bytes(), str(path))
+    return Report.from_json(files.read_all(OUR_REPORT, INDEX_LIMIT), str(output / OUR_REPORT))
 
 
-def files_named(output: Path) -> set[str]:
+def files_named(output: Address) -> set[str]:
     """The files that an output's report names, itself among them; those of older versions say it likewise.
 
     Raises:
         BadCheckpoint: it does not say.
     """
-    found = read_json(output / OUR_REPORT)
+    found = read_json(PinnedFiles(open_store(output)), OUR_REPORT)
     try:
         return {OUR_REPORT, *found["aux"], *(file["name"] for file in found["files"])}
     except (KeyError, TypeError):

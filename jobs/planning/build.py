@@ -16,7 +16,7 @@ from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.tokenizer_files import tokenizer_files
 from loaders.rules.decide import decide
 from loaders.specs import OutputFile, Slot, StoredTensor
-from loaders.storage.local import FileTag
+from loaders.storage.base import Entry
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
@@ -137,5 +137,5 @@ def _slot(place: Slot, tensor: StoredTensor) -> Slot:
     return Slot(name, tensor.spec.dtype, tensor.spec.shape, at, within=(place.name, tensor.offset))
 
 
-def _files_of(tensors: Iterable[LogicalTensor], tags: Mapping[str, FileTag]) -> tuple[FileTag, ...]:
+def _files_of(tensors: Iterable[LogicalTensor], tags: Mapping[str, Entry]) -> tuple[Entry, ...]:
     return tuple(sorted({tags[spec.file] for tensor in tensors for _, spec in tensor.stored}))

@@ -16,8 +16,8 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Assembling, Assembly
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot
+from loaders.storage.base import Entry
 from loaders.storage.hashes import text_digest
-from loaders.storage.local import FileTag
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import METHOD_FILES
@@ -56,7 +56,7 @@ class Unit:
     """A run of whole blocks, read once for all targets."""
 
     id: str
-    sources: tuple[FileTag, ...]
+    sources: tuple[Entry, ...]
     tensors: tuple[LogicalTensor, ...]
     outputs: Mapping[TargetId, UnitOutput]
 

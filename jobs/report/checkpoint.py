@@ -16,7 +16,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
     """Its files and all its tensors, for machines."""
     return {
         "status": "done",
-        "path": str(checkpoint.root),
+        "path": str(checkpoint.address),
         "container": checkpoint.container,
         "model_type": checkpoint.config.get("model_type"),
         "family": checkpoint.family.name,

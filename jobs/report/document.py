@@ -72,7 +72,7 @@ def source_of(plan: Plan) -> ReportedSource:
     """The checkpoint that a plan reads."""
     checkpoint = plan.checkpoint
     return ReportedSource(
-        path=str(checkpoint.root),
+        path=str(checkpoint.address),
         fingerprint=checkpoint.fingerprint,
         container=checkpoint.container,
         model_type=checkpoint.config.get("model_type"),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
 from jobs.report.tables import size, table
+from loaders.storage.address import Address
 
 
-def leftovers_text(rows: Sequence[Mapping[str, Any]], folder: Path) -> RenderableType:
-    """A row for each folder that was found in `folder`."""
+def leftovers_text(rows: Sequence[Mapping[str, Any]], place: Address) -> RenderableType:
+    """A row for each thing that was found at `place`."""
     if not rows:
-        return f"nothing abandoned in {folder}"
+        return f"nothing abandoned in {place}"
     shown = table("status", "units done", "size", "hours ago", "folder")
     for row in rows:
         shown.add_row(

@@ -21,13 +21,13 @@ def plan_text(
     """What would be done."""
     checkpoint = plan.checkpoint
     head = Table.grid(padding=(0, 2))
-    head.add_row("source", f"{checkpoint.root}")
+    head.add_row("source", f"{checkpoint.address}")
     head.add_row(
         "",
         f"{checkpoint.family.name} family, {checkpoint.container}, {len(checkpoint.files)} file(s),"
         f" {len(plan.sources.tensors)} tensors, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
     )
-    head.add_row("output", str(spec.output_path))
+    head.add_row("output", str(spec.output_address))
     head.add_row(
         "",
         f"{spec.quant.name}, {len(target.finals)} file(s), {target.weight_bytes:,} bytes"
@@ -118,7 +118,7 @@ def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence
             "bytes": plan.source_bytes,
         },
         "output": {
-            "path": str(spec.output_path),
+            "path": str(spec.output_address),
             "quant": spec.quant.name,
             "tensor_bytes": target.tensor_bytes,
             "file_bytes": target.weight_bytes,

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from jobs.spec.base import FloatName, Format, Spec
+from jobs.spec.base import FloatName, Format, LocalPath, Location, Spec
 from jobs.spec.strategy import StrategySpec
 from loaders.architectures.families import ROLES
 from loaders.dtypes import DTYPES
 from loaders.presets.auto import QuantSpec
 from loaders.presets.settings import Quant
 from loaders.rules.rule import Rule
+from loaders.storage.address import Address
 
 MB = 1_000_000
 OBJECTIVES = (
@@ -32,7 +33,7 @@ class ModelSpec(Spec):
     """conf/model: where the checkpoint is."""
 
     name: str | None = Field(description="names the output; the folder's name by default")
-    path: str | None = Field(description="the folder of the checkpoint")
+    path: Location | None = Field(description="the folder of the checkpoint")
     hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
     revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
 
@@ -138,8 +139,8 @@ class RuleSpec(Spec):
 class OutputSpec(Spec):
     """conf/output: what is written, and where."""
 
-    root: str = Field(description="the folder of outputs without a path of their own, and of the tracking store")
-    path: str | None = Field(description="the output's folder; root / model-quant by default")
+    root: Location = Field(description="where outputs without a path go; if it is a folder, the tracking store, too")
+    path: Location | None = Field(description="the output's folder; root / model-quant by default")
     layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
         description="names and config of which consumer; auto: the scheme's engine"
     )
@@ -151,6 +152,12 @@ class OutputSpec(Spec):
         description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
     )
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
+
+    @property
+    def local_root(self) -> Path:
+        """Where this machine keeps what goes with outputs: `root`, or, if that is in a store, ./weightmill."""
+        root = Address.of(self.root)
+        return root.path if root.is_local else Path.cwd() / "weightmill"
 
 
 class BackendSpec(Spec):
@@ -206,7 +213,7 @@ class LogitsSpec(WeightsGate):
     """conf/verify/logits: the weights, and what the output computes in its engine."""
 
     kind: Literal["logits"]
-    text: str | None = Field(description="logits: a file of UTF-8 text to predict; null: one that comes along")
+    text: LocalPath | None = Field(description="logits: a file of UTF-8 text to predict; null: one that comes along")
     tokens: int = Field(ge=32, description="logits: how many tokens of the text to take, at most")
     window: int = Field(ge=16, description="logits: tokens that are seen at once; no more than the model's positions")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
@@ -280,20 +287,20 @@ class JobSpec(Spec):
         return self
 
     @property
-    def source_path(self) -> Path:
+    def source_address(self) -> Address:
         assert self.model.path is not None
-        return Path(self.model.path)
+        return Address.of(self.model.path)
 
     @property
     def model_name(self) -> str:
-        return self.model.name or self.source_path.name
+        return self.model.name or self.source_address.name
 
     @property
-    def output_path(self) -> Path:
+    def output_address(self) -> Address:
         if self.output.path is not None:
-            return Path(self.output.path)
+            return Address.of(self.output.path)
         grown = f"-plus{self.transform.num_blocks}" if self.transform.num_blocks else ""
-        return Path(self.output.root) / f"{self.model_name}{grown}-{self.quant.name}{self.output.suffix}"
+        return Address.of(self.output.root) / f"{self.model_name}{grown}-{self.quant.name}{self.output.suffix}"
 
     @property
     def own_rules(self) -> tuple[Rule, ...]:

@@ -28,7 +28,7 @@ class Strategy(Spec):
 
 
 class PlainStrategy(Strategy):
-    kind: Literal["auto", "lazy", "eager", "read", "full", "unified_memory"]
+    kind: Literal["auto", "lazy", "eager", "read", "full", "unified_memory", "remote"]
 
 
 class MultiThreadStrategy(Strategy):
@@ -80,7 +80,7 @@ def reading(spec: StrategySpec, checkpoint: Checkpoint) -> tuple[WeightLoader, s
         BadSpec: the strategy does not serve jobs.
     """
     if spec.kind == "auto":
-        name, why = auto.choose(checkpoint.root, [tag.name for tag in checkpoint.files])
+        name, why = auto.choose(checkpoint.source, [tag.name for tag in checkpoint.files])
         return loader(name), why
     made = spec.loader
     if made.not_for_jobs:

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from jobs.mixed_precision.allocation import mix_document
@@ -22,6 +21,7 @@ from jobs.tracking.run import SWEEP, Recorder, Run, open_run
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.places import ROOT
 from loaders.presets.auto import AutoQuant
+from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
 
 CHOSEN = "quant.chosen."  # every tensor by name: it is an artifact, not a parameter
@@ -45,7 +45,7 @@ def open_job_run(
         **{f"weightmill.version.{name}": version for name, version in versions().items()},
         **sweep_tags(sweep, number),
     }
-    root, name = Path(spec.output.root), spec.output_path.name
+    root, name = spec.output.local_root, spec.output_address.name
     return open_run(spec.tracking, root, name, params, tags, run_key(journal), recorder)
 
 
@@ -55,7 +55,7 @@ def run_key(journal: Journal) -> str:
 
 
 def track_job(
-    run: Run, spec: JobSpec, target: TargetPlan, output: Path, report: Report, plan: Mapping[str, Any]
+    run: Run, spec: JobSpec, target: TargetPlan, output: Address, report: Report, plan: Mapping[str, Any]
 ) -> None:
     """Log a finished job's report, and the plan it followed."""
     run.describe(_description(spec, output, report))
@@ -103,7 +103,7 @@ def _git_commit() -> str:
     return done.stdout.strip() or "none"
 
 
-def _description(spec: JobSpec, output: Path, report: Report) -> str:
+def _description(spec: JobSpec, output: Address, report: Report) -> str:
     """What came of the job, in a few words of Markdown."""
     total = report.totals
     error = total.changed.relative_error if total.changed else 0.0

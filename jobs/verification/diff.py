@@ -18,12 +18,12 @@ from jobs.report.tables import table
 from loaders.backends import kernels_of
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import ThreadedWork
-from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.kernels import casts, compare, cpu
 from loaders.quantization.scheme import View
 from loaders.stats import ErrorSums, finite
-from loaders.strategies import loader
+from loaders.strategies import WeightLoader, auto, loader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
 from loaders.tensors.views import view_of
@@ -45,7 +45,7 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
     with ExitStack() as stack:
         specs = [[spec for name in common for _, spec in side[name].stored] for side in (ours, theirs)]
         readers = [
-            stack.enter_context(loader("lazy").open(checkpoint.root, found))
+            stack.enter_context(_loader(checkpoint).open(checkpoint.source, found))
             for checkpoint, found in zip((one, other), specs, strict=True)
         ]
         pool = stack.enter_context(ThreadPoolExecutor(usable_cpus()))
@@ -65,8 +65,8 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
     equal = sum(row["status"] == EQUAL for row in found)
     document = {
         "status": "done",
-        "a": str(one.root),
-        "b": str(other.root),
+        "a": str(one.address),
+        "b": str(other.address),
         "equal": equal,
         "different": len(found) - equal,
         "only_in_a": only[0],
@@ -74,6 +74,11 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         "tensors": [row for row in found if all_tensors or row["status"] == DIFFERENT],
     }
     return Said(document, _text(document))
+
+
+def _loader(checkpoint: Checkpoint) -> WeightLoader:
+    name, _ = auto.choose(checkpoint.source, [entry.name for entry in checkpoint.files])
+    return loader(name)
 
 
 def _row(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: ThreadedWork) -> dict[str, Any]:

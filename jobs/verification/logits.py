@@ -20,11 +20,12 @@ from jobs.report.tables import size
 from jobs.spec.job import LogitsSpec
 from loaders.architectures.families import text_config
 from loaders.backends.machine import total_memory
-from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, open_checkpoint
 from loaders.errors import BadSpec, StorageError, VerifyFailed
-from loaders.storage.atomic import write_file
+from loaders.storage.address import Address
+from loaders.storage.base import Destination, Store
 from loaders.storage.hashes import text_digest
-from loaders.storage.json_files import json_bytes, read_json
+from loaders.storage.json_files import json_bytes, json_object
 from loaders.storage.local import free_bytes
 
 if TYPE_CHECKING:  # they import torch
@@ -57,12 +58,12 @@ class Judging:
         )
 
 
-def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, beside: Path) -> Judging:
-    """Plan an evaluation of an output that is to lie in the folder `beside`.
+def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
+    """Plan the evaluation of an output; its original's logits are kept beside it.
 
     Raises:
         BadSpec: the text, the tokenizer or the model is none that can be judged; an engine is missing, or would stop
-            at one of the output's tensors on this machine.
+            at one of the output's tensors on this machine; the source or the output is no folder of this machine.
         StorageError: the original's logits do not fit on the disk.
     """
     from importlib import util
@@ -76,13 +77,17 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, beside: Path) -
         )
     from loaders.models.evaluating import Reference
 
+    plan.checkpoint.folder("verify=logits: the original")
+    if not output.is_local:
+        raise BadSpec(f"verify=logits: {READS_FOLDERS}; write {output} into a folder first, or verify=strict")
+    beside = output.parent.path
     engine = runners.engine_of(target.target.layout.name, target.config)
     for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
         runners.check_engine(each, spec.device, what)
     quantized = [(d.tensor.spec, d.scheme) for d in target.decisions if d.action == "quantize" and d.scheme is not None]
     runners.check_tensors(engine, spec.device, quantized)
     _check_memory(spec, plan)
-    windows = _windows(plan.checkpoint.root, plan.checkpoint.container, spec.text, _changed(spec.text), spec.tokens,
+    windows = _windows(plan.checkpoint.address, plan.checkpoint.container, spec.text, _changed(spec.text), spec.tokens,
                        spec.window)  # fmt: skip
     reference = Reference(plan.checkpoint, windows, spec.device, spec.dtype)
     words = text_config(plan.checkpoint.config, "vocab_size") or windows.vocabulary
@@ -102,11 +107,11 @@ def _changed(text: str | None) -> int:
 
 
 @lru_cache(maxsize=8)
-def _windows(root: Path, container: str, text: str | None, changed: int, tokens: int, window: int) -> Windows:
+def _windows(where: Address, container: str, text: str | None, changed: int, tokens: int, window: int) -> Windows:
     """Read once for all jobs of a sweep."""
     from loaders.models.evaluating import read_windows
 
-    return read_windows(open_checkpoint(root, container), text, tokens=tokens, window=window)
+    return read_windows(open_checkpoint(where, container), text, tokens=tokens, window=window)
 
 
 def _check_memory(spec: LogitsSpec, plan: Plan) -> None:
@@ -121,8 +126,10 @@ def _check_memory(spec: LogitsSpec, plan: Plan) -> None:
         )
 
 
-def judged(judging: Judging, output: Path, name: str, keep: Path | None = None, digests: Sequence[str] = ()) -> Quality:
-    """Evaluate an output's files. What comes out is kept in the folder `keep`, for files with the same digests.
+def judged(
+    judging: Judging, output: Store, name: str, keep: Destination | None = None, digests: Sequence[str] = ()
+) -> Quality:
+    """Evaluate an output's files. What comes out is kept in the journal of `keep`, for files with the same digests.
 
     Raises:
         BadCheckpoint: an engine does not load the original or the output.
@@ -134,8 +141,9 @@ def judged(judging: Judging, output: Path, name: str, keep: Path | None = None, 
 
     reference = judging.reference
     key = text_digest(" ".join([reference.key, judging.engine.described, *digests]))
-    if keep is not None and (keep / KEPT).is_file():
-        found = read_json(keep / KEPT)
+    before = None if keep is None else keep.get(KEPT)
+    if before is not None:
+        found = json_object(before, KEPT)
         if found.get("key") == key:
             return Quality(**{**found["quality"], "kl_by_window": tuple(found["quality"]["kl_by_window"])})
     with kept(judging.folder) as folder:
@@ -147,7 +155,7 @@ def judged(judging: Judging, output: Path, name: str, keep: Path | None = None, 
                 on_tokens=meter.add,
             )  # fmt: skip
     if keep is not None:
-        write_file(keep / KEPT, json_bytes({"key": key, "quality": quality.to_json()}))
+        keep.put(KEPT, json_bytes({"key": key, "quality": quality.to_json()}))
     return quality
 
 
@@ -170,7 +178,7 @@ def faults_of(spec: LogitsSpec, quality: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Path) -> None:
+def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Address) -> None:
     """Raises VerifyFailed: the output is beyond a limit."""
     if faults := faults_of(spec, quality):
         raise VerifyFailed(

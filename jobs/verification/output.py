@@ -7,11 +7,10 @@ to the very sums that were recorded when it was written. With verify=logits it t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -34,12 +33,15 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
+from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
 from loaders.quantization.gate import Gate
 from loaders.specs import OutputFile, Slot, WeightSpec
+from loaders.storage import open_store
+from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
-from loaders.storage.hashes import BLOCK, hash_file
-from loaders.storage.json_files import json_bytes
+from loaders.storage.base import PinnedFiles
+from loaders.storage.hashes import BLOCK, hash_stored
+from loaders.storage.json_files import INDEX_LIMIT, json_bytes
 from loaders.strategies import WeightLoader
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.views import StoredRoles
@@ -52,27 +54,28 @@ class VerifyTask:
     """A unit to look at again: where its source and its output are, and what was recorded of it. See `Task`."""
 
     unit: Unit
-    root: Path
-    output: Path
+    source: Address
+    output: Address
     weights: Mapping[str, WeightSpec]  # of the output, by name
     files: tuple[tuple[str, FileRange], ...]  # of which file, and what the unit wrote of it
     recorded: Mapping[str, ReportedTensor]
-    strategy: WeightLoader
+    strategy: WeightLoader  # for the source
+    output_strategy: WeightLoader
     threads: int
     gate: Gate
     gpus: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        return self.unit.memory_bytes(self.threads) + 2 * self.strategy.held_bytes
+        return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes + self.output_strategy.held_bytes
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
         faults = [fault for name, written in self.files for fault in _file_faults(self, name, written)]
         is_as_written = not faults
         sources = [spec for tensor in self.unit.tensors for _, spec in tensor.stored]
         with (
-            self.strategy.open(self.root, sources) as source,
-            self.strategy.open(self.output, list(self.weights.values())) as written,
+            self.strategy.open(PinnedFiles(open_store(self.source), self.unit.sources), sources) as source,
+            self.output_strategy.open(PinnedFiles(open_store(self.output)), list(self.weights.values())) as written,
             ThreadPoolExecutor(self.threads) as pool,
         ):
             work = ThreadedWork(kernels_of("cpu"), pool, stop)
@@ -88,7 +91,7 @@ class VerifyTask:
                 if error != self.recorded[name].sums:
                     found.append(
                         f"{name}: its error is {error.relative_error:.6g}, not what was recorded"
-                        + (f"; the output is as it was written: {self.root} has changed" if is_as_written else "")
+                        + (f"; the output is as it was written: {self.source} has changed" if is_as_written else "")
                     )
                 return found
 
@@ -112,24 +115,30 @@ class VerifyReport:
 
 def _file_faults(task: VerifyTask, name: str, written: FileRange) -> list[str]:
     """Tensors whose bytes are not those recorded, or the file as a whole."""
-    path = task.output / name
-    if hash_file(path, start=written.offset, size=written.bytes) == written.xxh3:
+    files = PinnedFiles(open_store(task.output))
+    if _digest(files, name, written) == written.xxh3:
         return []
     digests = {part: each.xxh3 for row in task.recorded.values() for part, each in row.stored.items()}
     faults = []
-    with io_errors("reading", path), path.open("rb") as file:
-        for spec in (spec for spec in task.weights.values() if spec.file == name):
-            file.seek(spec.offset)
-            hasher = xxhash.xxh3_64()
-            for at in range(0, spec.size, BLOCK):
-                hasher.update(file.read(min(BLOCK, spec.size - at)))
-            if hasher.hexdigest() != digests[spec.name]:
-                faults.append(f"{path.name}: {spec.name}: its bytes are not those that were written")
-    return faults or [f"{path.name}: what stands around its tensors is not as it was written"]
+    for spec in (spec for spec in task.weights.values() if spec.file == name):
+        hasher = xxhash.xxh3_64()
+        for at in range(0, spec.size, BLOCK):
+            hasher.update(files.read(name, spec.offset + at, spec.offset + min(at + BLOCK, spec.size)))
+        if hasher.hexdigest() != digests[spec.name]:
+            faults.append(f"{name}: {spec.name}: its bytes are not those that were written")
+    return faults or [f"{name}: what stands around its tensors is not as it was written"]
+
+
+def _digest(files: PinnedFiles, name: str, written: FileRange) -> str | None:
+    """xxh3-128 of a range of a file; None if the file is too short for it."""
+    entry = files.entry(name)
+    if entry.size < written.offset + written.bytes:
+        return None
+    return hash_stored(files.store, entry, written.offset, written.bytes)
 
 
 def verify_output(
-    output: Path,
+    output: Address,
     source: str | None,
     cluster_spec: ClusterSpec,
     strategy_spec: StrategySpec,
@@ -146,14 +155,14 @@ def verify_output(
     plan = _plan_again(spec, report)
     judging = None
     if isinstance(verify, LogitsSpec):
-        judging = judging_of(verify, plan, plan.targets[TARGET], output.parent)
+        judging = judging_of(verify, plan, plan.targets[TARGET], output)
     written = open_checkpoint(output)
     faults = _list_faults(plan, written, report)
     checked = 0
     if not faults:
         cluster, _ = choose(cluster_spec)
-        strategy, _ = reading(strategy_spec, plan.checkpoint)
-        tasks = _tasks(plan, written, report, spec, output, strategy, cluster.threads)
+        strategies = [reading(strategy_spec, side)[0] for side in (plan.checkpoint, written)]
+        tasks = _tasks(plan, written, report, spec, strategies, cluster.threads)
         with closing(run_all(cluster, tasks, "verifying", plan.source_bytes)) as reports:
             for report_of_unit in reports:
                 faults += report_of_unit.faults
@@ -162,15 +171,15 @@ def verify_output(
     return _said(output, plan, checked, faults, quality)
 
 
-def _judge(judging: Judging, output: Path, report: Report, faults: list[str]) -> dict[str, Any] | None:
+def _judge(judging: Judging, output: Address, report: Report, faults: list[str]) -> dict[str, Any] | None:
     """Evaluate an output, add what is wrong to the faults, and put the numbers into its report."""
     try:
-        quality = judged(judging, output, output.name).to_json()
+        quality = judged(judging, open_store(output), output.name).to_json()
     except (BadCheckpoint, VerifyFailed) as error:
         faults.append(str(error))
         return None
     faults += faults_of(judging.spec, quality)
-    write_file(output / OUR_REPORT, report.model_copy(update={"quality": quality}).to_bytes())
+    write_file(output.path / OUR_REPORT, report.model_copy(update={"quality": quality}).to_bytes())
     return quality
 
 
@@ -183,7 +192,7 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
         raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
     if source is None:
         source = spec.model.path
-        if source is None or not Path(source).is_dir():
+        if source is None or open_store(source).absence() is not None:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
     named = {"path": source, "name": spec.model_name}  # its files may be called after where it was
     return spec.model_copy(update={"model": spec.model.model_copy(update=named)})
@@ -199,11 +208,11 @@ def _both(recorded: dict[str, Any], asked: VerifySpec | None) -> dict[str, Any]:
 
 
 def _plan_again(spec: JobSpec, report: Report) -> Plan:
-    checkpoint = open_checkpoint(spec.source_path, spec.source.container)
+    checkpoint = open_checkpoint(spec.source_address, spec.source.container)
     if checkpoint.fingerprint != report.source.fingerprint:
         raise BadSpec(
-            f"model.path: {checkpoint.root} is not the checkpoint that the output was made from: expected fingerprint"
-            f" {report.source.fingerprint}, found {checkpoint.fingerprint}"
+            f"model.path: {checkpoint.address} is not the checkpoint that the output was made from: expected"
+            f" fingerprint {report.source.fingerprint}, found {checkpoint.fingerprint}"
         )
     return make_plan(checkpoint, [target_of(spec)], spec.source.unit_mb)
 
@@ -212,6 +221,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
     """What names, shapes, dtypes, the index and the aux files already tell."""
     wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
     found = {spec.name: spec for spec in written.weights}
+    files = written.source
     faults = [f"{name}: missing from the output" for name in sorted(set(wanted) - set(found))]
     places = {(spec.file, spec.offset, spec.size) for name, spec in found.items() if name in wanted}
     for name in sorted(set(found) - set(wanted)):
@@ -224,47 +234,46 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
             found_is = f"{spec.dtype} {list(spec.shape)} in {spec.file}"
             faults.append(f"{name}: expected {slot.dtype} {list(slot.shape)}, found {found_is}")
     for name, digest in report.aux.items():
-        path = written.root / name
-        if not path.is_file():
+        entry = files.find(name)
+        if entry is None:
             faults.append(f"{name}: missing from the output")
-        elif hash_file(path) != digest:
+        elif hash_stored(files.store, entry) != digest:
             faults.append(f"{name}: it is not as it was written")
-    faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.root)]
+    faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.address)]
     for row in report.tensors:
         shown = tensor_errors(row.sums)
         wrong = [key for key, value in shown.items() if getattr(row, key) != value]
         faults += [f"{row.name}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
     target = plan.targets[TARGET]
-    faults += [fault for file in target.finals for fault in _size_faults(written.root, file)]
-    faults += [fault for file in report.files for fault in _tail_faults(written.root, file)]
+    faults += [fault for file in target.finals for fault in _size_faults(files, file)]
+    faults += [fault for file in report.files for fault in _tail_faults(files, file)]
     index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
-    path = written.root / target.target.container.index
-    if index is not None and path.is_file() and path.read_bytes() != json_bytes(index):
-        faults.append(f"{path.name}: it does not say what the files hold")
+    name = target.target.container.index
+    if index is not None and files.find(name) is not None and files.read_all(name, INDEX_LIMIT) != json_bytes(index):
+        faults.append(f"{name}: it does not say what the files hold")
     return faults
 
 
-def _tail_faults(root: Path, file: WeightFile) -> list[str]:
+def _tail_faults(files: PinnedFiles, file: WeightFile) -> list[str]:
     """Of a file in pieces, whether what no unit has written is as it was."""
     tail = next((piece for piece in file.ranges if piece.name == f"{file.name}.tail"), None)
-    if tail is None or not (root / file.name).is_file():
+    if tail is None or files.find(file.name) is None:
         return []
-    found = hash_file(root / file.name, start=tail.offset, size=tail.bytes)
-    return [] if found == tail.xxh3 else [f"{file.name}: what follows its tensors is not as it was written"]
+    is_same = _digest(files, file.name, tail) == tail.xxh3
+    return [] if is_same else [f"{file.name}: what follows its tensors is not as it was written"]
 
 
-def _size_faults(root: Path, file: OutputFile) -> list[str]:
+def _size_faults(files: PinnedFiles, file: OutputFile) -> list[str]:
     """Of a file that the plan knows to the byte how long it is, and whether it begins as planned."""
     if file.container != "packed" and not isinstance(file.about, bytes):
         return []
-    path, head = root / file.name, file.about or b""
-    if not path.is_file():
+    entry, head = files.find(file.name), file.about or b""
+    if entry is None:
         return [f"{file.name}: missing from the output"]
-    with io_errors("reading", path), path.open("rb") as opened:
-        is_there = opened.read(len(head)) == head
+    is_there = entry.size >= len(head) and bytes(files.read(file.name, 0, len(head))) == head
     found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
-    size = path.stat().st_size
-    return found if size == file.size else [*found, f"{file.name}: expected {file.size} bytes, found {size}"]
+    fits = entry.size == file.size
+    return found if fits else [*found, f"{file.name}: expected {file.size} bytes, found {entry.size}"]
 
 
 def _tasks(
@@ -272,10 +281,10 @@ def _tasks(
     written: Checkpoint,
     report: Report,
     spec: JobSpec,
-    output: Path,
-    strategy: WeightLoader,
+    strategies: Sequence[WeightLoader],
     threads: int,
 ) -> list[VerifyTask]:
+    reads_source, reads_output = strategies
     weights = {spec.name: spec for spec in written.weights}
     files = {written.name: (file.name, written) for file in report.files for written in file.ranges}
     recorded = {row.name: row for row in report.tensors}
@@ -287,12 +296,13 @@ def _tasks(
         tasks.append(
             VerifyTask(
                 unit,
-                plan.checkpoint.root,
-                output,
+                plan.checkpoint.address,
+                written.address,
                 {slot.name: _written(slot, weights) for slot in slots},
                 tuple(files[file.name] for file in share.files),
                 {p.name: recorded[p.name] for p in share.placements},
-                strategy,
+                reads_source,
+                reads_output,
                 threads,
                 gate,
             )
@@ -309,11 +319,11 @@ def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:
     return WeightSpec(slot.name, slot.dtype, slot.shape, whole.file, whole.offset + offset, slot.size)
 
 
-def _said(output: Path, plan: Plan, checked: int, faults: list[str], quality: Mapping[str, Any] | None) -> Said:
+def _said(output: Address, plan: Plan, checked: int, faults: list[str], quality: Mapping[str, Any] | None) -> Said:
     document = {
         "status": "failed" if faults else "verified",
         "output": str(output),
-        "source": str(plan.checkpoint.root),
+        "source": str(plan.checkpoint.address),
         "tensors": checked,
         "faults": faults,
         **({} if quality is None else {"quality": quality}),

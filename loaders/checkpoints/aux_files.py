@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from loaders.containers import packed
-from loaders.errors import BadCheckpoint
+from loaders.storage.base import PinnedFiles
 
 # Weights of any container: never carried over as aux files
 WEIGHT_SUFFIXES = (
@@ -16,9 +13,6 @@ WEIGHT_SUFFIXES = (
 
 
 INDEX_SUFFIX = ".index.json"
-
-
-NOT_CARRIED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
 
 
 OUR_REPORT = "weightmill.json"
@@ -32,30 +26,16 @@ def is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES) or name.endswith(tuple(s + INDEX_SUFFIX for s in WEIGHT_SUFFIXES))
 
 
-def find_aux(root: Path) -> tuple[str, ...]:
+def find_aux(files: PinnedFiles) -> tuple[str, ...]:
     """Every other file, in sub-folders too, by its path from the root.
 
     Raises:
         BadCheckpoint: a link leads out of the folder (the Hub's cache, where snapshots link to blobs, may).
     """
     found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in NOT_CARRIED)
-        for link in (f for f in folders if (Path(folder) / f).is_symlink()):
-            raise BadCheckpoint(f"{Path(folder) / link}: a linked folder; its files are not followed: copy it in")
-        for name in sorted(names):
-            path = Path(folder) / name
-            relative = path.relative_to(root).as_posix()
-            if is_weights(name) or relative in NOT_AUX or name == ".DS_Store":
-                continue
-            if path.is_symlink() and not _is_ours(root, path):
-                raise BadCheckpoint(f"{relative}: it links to {path.resolve()}, outside the checkpoint; copy it in")
-            if path.is_file():
-                found.append(relative)
+    for entry in files.store.list():
+        name = entry.name.rpartition("/")[2]
+        if not is_weights(name) and entry.name not in NOT_AUX and name != ".DS_Store":
+            files.store.check_inside(entry.name)
+            found.append(entry.name)
     return tuple(found)
-
-
-def _is_ours(root: Path, link: Path) -> bool:
-    target = link.resolve()
-    in_cache = root.parent.name == "snapshots" and target.is_relative_to(root.resolve().parent.parent / "blobs")
-    return in_cache or target.is_relative_to(root.resolve())

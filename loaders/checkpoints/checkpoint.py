@@ -23,10 +23,13 @@ from loaders.checkpoints.quantized_by import quantized_by
 from loaders.containers import READERS, packed
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import WeightSpec
-from loaders.storage import local
+from loaders.storage import open_store
+from loaders.storage.address import Address
+from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.hashes import text_digest
 from loaders.storage.json_files import INDEX_LIMIT, read_json
 
+READS_FOLDERS = "the engine reads files of a folder"
 HEADER_THREADS = 8
 SUFFIXES = {
     "safetensors": (".safetensors",),
@@ -42,9 +45,9 @@ TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|rng_state.*|scaler
 class Checkpoint:
     """What a folder holds. `notes` says what was found and left alone."""
 
-    root: Path
+    source: PinnedFiles
     container: str
-    files: tuple[local.FileTag, ...]
+    files: tuple[Entry, ...]
     weights: tuple[WeightSpec, ...]
     config: Mapping[str, Any]
     aux: tuple[str, ...]
@@ -53,6 +56,19 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", family_of(self.config))
+
+    @property
+    def address(self) -> Address:
+        """Where it is."""
+        return self.source.address
+
+    def folder(self, why: str) -> Path:
+        """The folder that it lies in, for engines that read folders themselves.
+
+        Raises:
+            BadSpec: it lies in none of this machine; `why` says who needs it to.
+        """
+        return self.source.path("", why)
 
     @cached_property
     def quantized_by(self) -> str | None:
@@ -72,38 +88,40 @@ class Checkpoint:
         return sum(spec.size for spec in self.weights if spec.alias is None)
 
 
-def open_checkpoint(path: str | os.PathLike[str], container: str = "auto", key: str = "model.path") -> Checkpoint:
-    """Open a folder of weights.
+def open_checkpoint(
+    where: str | os.PathLike[str] | Address | Store, container: str = "auto", key: str = "model.path"
+) -> Checkpoint:
+    """Open a folder of weights, or what stands for one in another store.
 
     Raises:
         BadSpec: there is no such folder, or no weights of the container in it.
         BadCheckpoint: what is there is damaged, incomplete or hostile.
     """
-    root = Path(path)
-    if not root.is_dir():
-        found = "a file; give the folder it lies in" if root.exists() else "nothing there"
-        raise BadSpec(f"{key}: expected a folder of weights at {root}, found {found}")
-    container, files, index, notes = _find(root, container, key)
+    store = open_store(where) if isinstance(where, str | os.PathLike | Address) else where
+    if (found := store.absence()) is not None:
+        raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
+    source = PinnedFiles(store, store.list(deep=False))
+    container, names, index, notes = _find(source, container, key)
     if container == "packed":
-        files, weights, config = packed_checkpoint(root)
+        names, weights, config = packed_checkpoint(source)
     else:
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
-            read = list(pool.map(lambda file: READERS[container](root, file), files))
+            read = list(pool.map(lambda name: READERS[container](source, name), names))
         weights = tuple(spec for specs in read for spec in specs)
         _check_names(weights, index)
-        config = gguf_config(root, files, weights) if container == "gguf" else read_config(root)
+        config = gguf_config(source, names, weights) if container == "gguf" else read_config(source)
     if not weights:
-        raise BadCheckpoint(f"{root}: its weight files hold no tensors")
-    tags = tuple(local.tag(root, file) for file in files)
-    return Checkpoint(root, container, tags, weights, config, find_aux(root), tuple(notes))
+        raise BadCheckpoint(f"{store.address}: its weight files hold no tensors")
+    files = tuple(source.entry(name) for name in names)
+    return Checkpoint(source, container, files, weights, config, find_aux(source), tuple(notes))
 
 
 # --- which files
 
 
-def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
+def _find(source: PinnedFiles, container: str, key: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
     """The container, its weight files in order, the index's map of tensors to files, and notes."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith("."))
+    names = sorted(name for name in source.entries if not name.startswith("."))
     for candidate in READERS if container == "auto" else (container,):
         if candidate == "packed":
             others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and not TRAINING.match(n)]
@@ -114,12 +132,13 @@ def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[st
         mine = [n for n in names if n.endswith(SUFFIXES[candidate]) and not TRAINING.match(n)]
         indexes = [n for n in names if n.endswith(tuple(s + INDEX_SUFFIX for s in SUFFIXES[candidate]))]
         if mine or indexes:
-            files, index = _with_index(root, indexes) if indexes else (_without_index(root, mine), None)
+            files, index = _with_index(source, indexes) if indexes else (_without_index(source.address, mine), None)
             skipped = sorted(set(mine) - set(files))
             notes = [f"not read, since {_why_not(index)}: {', '.join(skipped)}"] if skipped else []
             if candidate == "gguf" and len(files) > 1 and not SHARD.match(files[0]):
                 raise BadSpec(
-                    f"model.path: {len(files)} GGUF files in {root}, each a model of its own: {', '.join(files[:4])};"
+                    f"{key}: {len(files)} GGUF files in {source.address}, each a model of its own:"
+                    f" {', '.join(files[:4])};"
                     " put the one that is wanted in a folder of its own"
                 )
             others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in mine and not TRAINING.match(n)]
@@ -128,7 +147,7 @@ def _find(root: Path, container: str, key: str) -> tuple[str, list[str], dict[st
     wanted = " or ".join(READERS) if container == "auto" else container
     others = [n for n in names if n.endswith(WEIGHT_SUFFIXES)]
     found = f"{len(others)} other weight files ({', '.join(others[:4])})" if others else f"{len(names)} files"
-    raise BadSpec(f"{key}: expected {wanted} weights in {root}, found {found}")
+    raise BadSpec(f"{key}: expected {wanted} weights in {source.address}, found {found}")
 
 
 def _others(names: Sequence[str]) -> str:
@@ -139,19 +158,21 @@ def _why_not(index: dict[str, str] | None) -> str:
     return "they are not one set of shards with the others" if index is None else "the index does not name them"
 
 
-def _with_index(root: Path, indexes: list[str]) -> tuple[list[str], dict[str, str]]:
+def _with_index(source: PinnedFiles, indexes: list[str]) -> tuple[list[str], dict[str, str]]:
     preferred = [n for n in indexes if n in ("model.safetensors" + INDEX_SUFFIX, "pytorch_model.bin" + INDEX_SUFFIX)]
     if len(indexes) > 1 and not preferred:
-        raise BadCheckpoint(f"{root}: several indexes, expected one: {', '.join(indexes)}; remove those that are stale")
+        raise BadCheckpoint(
+            f"{source.address}: several indexes, expected one: {', '.join(indexes)}; remove those that are stale"
+        )
     name = (preferred or indexes)[0]
-    index = read_json(root / name, INDEX_LIMIT)
+    index = read_json(source, name, INDEX_LIMIT)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise BadCheckpoint(f"{name}: expected a weight_map of tensor names to file names")
     files = sorted(set(weight_map.values()))
     for file in files:
         _check_inside(name, file)
-    missing = [file for file in files if not (root / file).is_file()]
+    missing = [file for file in files if source.find(file) is None]
     if missing:
         raise BadCheckpoint(f"{name}: {len(missing)} of its {len(files)} files are missing: {', '.join(missing[:4])}")
     return files, weight_map
@@ -165,7 +186,7 @@ def _check_inside(index: str, file: str) -> None:
         )
 
 
-def _without_index(root: Path, names: list[str]) -> list[str]:
+def _without_index(address: Address, names: list[str]) -> list[str]:
     """One whole file by its usual name, else a complete set of shards, else all there is."""
     for usual in ("model.safetensors", "pytorch_model.bin"):
         if usual in names:
@@ -181,7 +202,7 @@ def _without_index(root: Path, names: list[str]) -> list[str]:
     if len(found) != count:
         numbers = {int(SHARD.match(name)["number"]) for name in found}  # type: ignore[index]
         missing = sorted(set(range(1, count + 1)) - numbers)
-        raise BadCheckpoint(f"{root}: {stem} has {len(found)} of {count} shards; missing: {missing[:8]}; fetch them")
+        raise BadCheckpoint(f"{address}: {stem} has {len(found)} of {count} shards; missing: {missing[:8]}; fetch them")
     return found
 
 
@@ -212,16 +233,17 @@ def _check_names(weights: tuple[WeightSpec, ...], index: dict[str, str] | None) 
 # --- the rest
 
 
-def open_file(path: str | os.PathLike[str], container: str) -> Checkpoint:
+def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkpoint:
     """One weight file as a checkpoint, with the config.json that lies beside it, if one does.
 
     Raises:
         BadCheckpoint: it is damaged, or holds no tensors.
     """
-    root, name = Path(path).parent, Path(path).name
-    weights = READERS[container](root, name)
+    address = Address.of(where)
+    source, name = PinnedFiles(open_store(address.parent)), address.name
+    weights = READERS[container](source, name)
     if not weights:
-        raise BadCheckpoint(f"{path}: it holds no tensors")
+        raise BadCheckpoint(f"{address}: it holds no tensors")
     _check_names(weights, None)
-    config = gguf_config(root, [name], weights) if container == "gguf" else read_config(root)
-    return Checkpoint(root, container, (local.tag(root, name),), weights, config, ())
+    config = gguf_config(source, [name], weights) if container == "gguf" else read_config(source)
+    return Checkpoint(source, container, (source.entry(name),), weights, config, ())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from loaders.architectures.gguf import config_of
@@ -12,40 +11,41 @@ from loaders.architectures.mlx import packed_expert_name
 from loaders.containers import gguf, packed
 from loaders.errors import BadCheckpoint
 from loaders.specs import WeightSpec
+from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
 PACKED_GROUP = 64  # weights that share a scale in packed checkpoints: compiled into their engine
 
 
-def gguf_config(root: Path, files: Sequence[str], weights: Sequence[WeightSpec]) -> dict[str, Any]:
+def gguf_config(files: PinnedFiles, names: Sequence[str], weights: Sequence[WeightSpec]) -> dict[str, Any]:
     """config.json as the metadata of a GGUF says it; of a split one, as that of its first file."""
-    metadata = [gguf.plain(gguf.read_metadata(root, file)) for file in files]
+    metadata = [gguf.plain(gguf.read_metadata(files, name)) for name in names]
     for number, each in enumerate(metadata):
         found = (each.get(gguf.SPLIT_NUMBER, 0), each.get(gguf.SPLIT_COUNT, 1))
-        if found != (number, len(files)):
+        if found != (number, len(names)):
             raise BadCheckpoint(
-                f"{files[number]}: it says it is file {found[0]} of {found[1]} (from 0), of {len(files)}"
+                f"{names[number]}: it says it is file {found[0]} of {found[1]} (from 0), of {len(names)}"
             )
     wanted = metadata[0].get(gguf.SPLIT_TENSORS)
     if wanted is not None and wanted != len(weights):
-        raise BadCheckpoint(f"{files[0]}: its model has {wanted} tensors, its files {len(weights)}; fetch them again")
+        raise BadCheckpoint(f"{names[0]}: its model has {wanted} tensors, its files {len(weights)}; fetch them again")
     matrices = {spec.dtype.name for spec in weights if len(spec.shape) > 1}
     dtype = next((t for t, name in (("bfloat16", "BF16"), ("float16", "F16")) if name in matrices), "float32")
     return config_of(metadata[0], [spec.name for spec in weights], dtype)
 
 
-def packed_checkpoint(root: Path) -> tuple[list[str], tuple[WeightSpec, ...], dict[str, Any]]:
+def packed_checkpoint(files: PinnedFiles) -> tuple[list[str], tuple[WeightSpec, ...], dict[str, Any]]:
     """Files, tensors, and config.json (or the manifest's) with MLX's settings as the bits tell them.
 
     Raises:
         BadCheckpoint: ..., or words of quantized weights lack their scales, or do not fit them.
     """
-    own = read_config(root)
-    found = packed.read(root, lambda layer, expert, part: packed_expert_name(own, layer, expert, part))
+    own = read_config(files)
+    found = packed.read(files, lambda layer, expert, part: packed_expert_name(own, layer, expert, part))
     listed = found.manifest.get("config")
     config = own or (listed if isinstance(listed, dict) else {})
     if not own and config:  # the experts' names are the model's
-        found = packed.read(root, lambda layer, expert, part: packed_expert_name(config, layer, expert, part))
+        found = packed.read(files, lambda layer, expert, part: packed_expert_name(config, layer, expert, part))
     config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     bits = {name.removesuffix(".weight"): n for name in found.by_name if (n := _word_bits(found, name)) is not None}
     if bits:
@@ -77,7 +77,6 @@ def _word_bits(found: packed.Packed, name: str) -> int | None:
     return bits
 
 
-def read_config(root: Path) -> dict[str, Any]:
+def read_config(files: PinnedFiles) -> dict[str, Any]:
     """config.json, or nothing where there is none."""
-    path = root / "config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(files, "config.json") if files.find("config.json") is not None else {}

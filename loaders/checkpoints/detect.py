@@ -6,11 +6,13 @@ import enum
 import os
 import struct
 import zipfile
-from pathlib import Path
 
 from loaders.checkpoints.checkpoint import SUFFIXES, open_checkpoint
 from loaders.containers import READERS, packed
-from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.storage import open_store
+from loaders.storage.address import Address
+from loaders.storage.base import PinnedFiles
 
 LONGEST_HEADER = 1 << 30
 LEGACY_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch pickled first, before its files were zips
@@ -40,65 +42,74 @@ def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
         BadCheckpoint: a file is empty, ends within what its first bytes promise, or holds something else than its name
             says (an error page, a Git LFS pointer).
     """
-    path = Path(path)
-    if path.is_dir():
-        return _of_folder(path)
-    if not path.is_file():
-        raise BadSpec(f"{path}: expected a file of weights or a folder, found nothing there")
-    with io_errors("reading", path), path.open("rb") as file:
-        first = file.read(64)
-        size = os.fstat(file.fileno()).st_size
+    address = Address.of(path)
+    if open_store(address).absence() is None:
+        return _of_folder(address)
+    files, name = PinnedFiles(open_store(address.parent)), address.name
+    entry = files.find(name)
+    if entry is None:
+        raise BadSpec(f"{address}: expected a file of weights or a folder, found nothing there")
+    first = bytes(files.read(name, 0, min(64, entry.size)))
     is_torch = first[:4] == b"PK\x03\x04" or LEGACY_TORCH in first
-    if not is_torch and (folder := packed.folder_of(path)) is not None:
-        packed.read(folder)
+    if not is_torch and (folder := packed_folder(address)) is not None:
+        packed.read(PinnedFiles(open_store(folder)))
         return WeightFormat.PACKED
-    named = _by_name(path)
-    found = _by_bytes(path, first, size, named)
+    named = _by_name(name)
+    found = _by_bytes(files, name, first, named)
     if found is WeightFormat.UNKNOWN and named is not WeightFormat.UNKNOWN:
-        lone = f", with {packed.MANIFEST} beside it if it is packed" if path.name == packed.WEIGHTS else ""
-        raise BadCheckpoint(f"{path}: its name says {named.value}, but {_what(first, size)}; fetch it again{lone}")
+        lone = f", with {packed.MANIFEST} beside it if it is packed" if name == packed.WEIGHTS else ""
+        raise BadCheckpoint(
+            f"{address}: its name says {named.value}, but {_what(first, entry.size)}; fetch it again{lone}"
+        )
     return found
 
 
-def _of_folder(path: Path) -> WeightFormat:
+def packed_folder(file: Address) -> Address | None:
+    """The folder of the packed checkpoint that a file belongs to, if it does."""
+    return packed.folder_of(file, lambda folder, name: open_store(folder).find(name) is not None)
+
+
+def _of_folder(address: Address) -> WeightFormat:
     try:
-        return WeightFormat(open_checkpoint(path).container)
+        return WeightFormat(open_checkpoint(address).container)
     except BadSpec:
         return WeightFormat.UNKNOWN
 
 
-def _by_name(path: Path) -> WeightFormat:
-    for name, suffixes in SUFFIXES.items():
-        if path.name.endswith(suffixes):
-            return WeightFormat(name) if name in {each.value for each in WeightFormat} else WeightFormat.UNKNOWN
+def _by_name(name: str) -> WeightFormat:
+    for kind, suffixes in SUFFIXES.items():
+        if name.endswith(suffixes):
+            return WeightFormat(kind) if kind in {each.value for each in WeightFormat} else WeightFormat.UNKNOWN
     return WeightFormat.UNKNOWN
 
 
-def _by_bytes(path: Path, first: bytes, size: int, named: WeightFormat) -> WeightFormat:
+def _by_bytes(files: PinnedFiles, name: str, first: bytes, named: WeightFormat) -> WeightFormat:
     if first[:4] == b"GGUF":
-        return _checked(path, WeightFormat.GGUF)
+        return _checked(files, name, WeightFormat.GGUF)
     if first[:4] == b"PK\x03\x04":
-        return _of_zip(path)
+        return _of_zip(files, name)
     if first[:1] == b"\x80" and (LEGACY_TORCH in first or named is WeightFormat.PYTORCH):
         return WeightFormat.PYTORCH
     if len(first) >= 9 and first[8:9] == b"{" and struct.unpack("<Q", first[:8])[0] <= LONGEST_HEADER:
-        return _checked(path, WeightFormat.SAFETENSORS)
+        return _checked(files, name, WeightFormat.SAFETENSORS)
     return WeightFormat.UNKNOWN
 
 
-def _checked(path: Path, found: WeightFormat) -> WeightFormat:
+def _checked(files: PinnedFiles, name: str, found: WeightFormat) -> WeightFormat:
     """Read its header, which says of itself what is wrong with it."""
-    READERS[found.value](path.parent, path.name)
+    READERS[found.value](files, name)
     return found
 
 
-def _of_zip(path: Path) -> WeightFormat:
+def _of_zip(files: PinnedFiles, name: str) -> WeightFormat:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with files.open(name) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error:
-        raise BadCheckpoint(f"{path}: it begins as a zip, but {error}: it is cut short or damaged; fetch it") from None
-    is_torch = any(name == "data.pkl" or name.endswith("/data.pkl") for name in names)
+        raise BadCheckpoint(
+            f"{files.address / name}: it begins as a zip, but {error}: it is cut short or damaged; fetch it"
+        ) from None
+    is_torch = any(member == "data.pkl" or member.endswith("/data.pkl") for member in names)
     return WeightFormat.PYTORCH if is_torch else WeightFormat.UNKNOWN
 
 

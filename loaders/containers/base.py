@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from loaders.specs import OutputFile, StoredTensor, WeightSpec
+from loaders.storage.base import PinnedFiles
 
 Places = Mapping[str, tuple[int, int]]  # by tensor: its first byte in the file, and its number of bytes
 Checksum = Callable[[int, int], int]  # CRC-32 of bytes [offset, offset + size) of the file
@@ -35,7 +35,7 @@ class Container:
     """
 
     name: str
-    read_specs: Callable[[Path, str], tuple[WeightSpec, ...]]
+    read_specs: Callable[[PinnedFiles, str], tuple[WeightSpec, ...]]
     lay_out: LayOut
     place: Callable[[OutputFile, Mapping[str, int]], Places]
     frame: Callable[[OutputFile, Places, Checksum], list[tuple[int, bytes]]]

@@ -10,17 +10,16 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the limits ar
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DTYPES, DType
-from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
+from loaders.storage.base import PinnedFiles
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -90,37 +89,35 @@ def plain(metadata: Metadata) -> dict[str, Any]:
 # --- reading
 
 
-def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
+def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
     """Read the tensors of one file from its header, in the order of their bytes.
 
     Raises:
         BadCheckpoint: truncated, overlapping, out of range, unknown type, absurd counts, ...
     """
-    return _read(root, file)[1]
+    return _read(files, file)[1]
 
 
-def read_metadata(root: Path, file: str) -> dict[str, MetadataValue]:
+def read_metadata(files: PinnedFiles, file: str) -> dict[str, MetadataValue]:
     """Read the metadata of one file. Raises BadCheckpoint as `read_specs` does."""
-    return _read(root, file)[0]
+    return _read(files, file)[0]
 
 
-def _read(root: Path, file: str) -> tuple[dict[str, MetadataValue], tuple[WeightSpec, ...]]:
-    path = root / file
-    with io_errors("reading", path), path.open("rb") as handle:
-        size = path.stat().st_size
-        if size < 24:  # magic, version and two counts
-            raise BadCheckpoint(f"{file}: {size} bytes; not GGUF, or truncated: fetch it again")
-        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return _Header(file, data, size).read()
-            except BadCheckpoint as error:
-                raise BadCheckpoint(f"{file}: {error}") from None
+def _read(files: PinnedFiles, file: str) -> tuple[dict[str, MetadataValue], tuple[WeightSpec, ...]]:
+    size = files.entry(file).size
+    if size < 24:  # magic, version and two counts
+        raise BadCheckpoint(f"{file}: {size} bytes; not GGUF, or truncated: fetch it again")
+    with files.open(file) as data:
+        try:
+            return _Header(file, data, size).read()
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{file}: {error}") from None
 
 
 class _Header:
     """A cursor over the bytes of a file that is not to be trusted."""
 
-    def __init__(self, file: str, data: mmap.mmap, size: int) -> None:
+    def __init__(self, file: str, data: IO[bytes], size: int) -> None:
         self._file = file
         self._data = data
         self._size = size
@@ -155,7 +152,7 @@ class _Header:
                 f"its header wants {count} bytes at byte {self._at} of {self._size}; truncated? fetch it again"
             )
         self._at += count
-        return self._data[self._at - count : self._at]
+        return self._data.read(count)
 
     def _number(self, code: str) -> Any:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]

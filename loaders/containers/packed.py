@@ -18,13 +18,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DType, Shape, dtype_named
-from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
+from loaders.storage.address import Address
+from loaders.storage.base import PinnedFiles
 
 MANIFEST, WEIGHTS = "model_weights.json", "model_weights.bin"
 EXPERTS = "packed_experts"
@@ -34,6 +35,7 @@ ASSUMED_BITS = 4  # what the engine takes where an entry says nothing
 BITS = (2, 3, 4, 5, 6, 8)  # those of MLX's affine weights
 PARTS = ("gate_proj", "up_proj", "down_proj")
 LAYER_FILE = re.compile(r"layer_\d{2,}\.bin")
+EXPERT_FILE = re.compile(rf"{EXPERTS}/layer_.*\.bin")
 COMPONENT = re.compile(rf"(?:{'|'.join(PARTS)})\.(?:weight|scales|biases)")
 JSON_LIMIT = 1 << 30  # bytes: a manifest is read whole, and real ones take some hundred bytes a tensor
 NameExpert = Callable[[int, int, str], str]  # layer, expert, component -> the tensor's name
@@ -73,67 +75,65 @@ def is_packed(names: Collection[str], *, alone: bool) -> bool:
     return MANIFEST in names and (WEIGHTS in names or alone)
 
 
-def folder_of(path: Path) -> Path | None:
-    """Return the folder of the packed checkpoint to which a file belongs by its name and what lies beside it."""
-    if path.name == MANIFEST or (path.name == WEIGHTS and (path.parent / MANIFEST).is_file()):
-        return path.parent
-    is_expert = path.parent.name == EXPERTS and (path.name == "layout.json" or LAYER_FILE.fullmatch(path.name))
-    return path.parent.parent if is_expert and (path.parent.parent / MANIFEST).is_file() else None
+def folder_of(file: Address, find: Callable[[Address, str], bool]) -> Address | None:
+    """Return the folder of the packed checkpoint to which a file belongs by its name and what lies beside it.
+
+    `find` says whether a folder has a file.
+    """
+    folder = file.parent
+    if file.name == MANIFEST or (file.name == WEIGHTS and find(folder, MANIFEST)):
+        return folder
+    is_expert = folder.name == EXPERTS and (file.name == "layout.json" or LAYER_FILE.fullmatch(file.name))
+    return folder.parent if is_expert and find(folder.parent, MANIFEST) else None
 
 
 # --- reading
 
 
-def read(root: Path, name_expert: NameExpert = plain_name) -> Packed:
+def read(files: PinnedFiles, name_expert: NameExpert = plain_name) -> Packed:
     """Read all tensors of a folder, in the order of their bytes.
 
     Raises:
         BadCheckpoint: a span leaves its file, is on another, does not fit its shape, ...
     """
-    manifest = _json(root, MANIFEST)
-    size = _size(root, WEIGHTS, f"the weights of {MANIFEST}")
+    manifest = _json(files, MANIFEST)
+    size = _size(files, WEIGHTS, f"the weights of {MANIFEST}")
     found = _tensors(manifest, size)
     bits = {spec.name: count for spec, count in found if count is not None}
-    specs, files = [spec for spec, _ in found], [WEIGHTS]
-    if (root / EXPERT_LAYOUT).exists():
-        experts = _ExpertFiles(_json(root, EXPERT_LAYOUT))
+    specs, names = [spec for spec, _ in found], [WEIGHTS]
+    if files.find(EXPERT_LAYOUT) is not None:
+        experts = _ExpertFiles(_json(files, EXPERT_LAYOUT))
         for layer in experts.layers:
-            experts.check_size(layer, _size(root, expert_file(layer), f"a layer of {EXPERT_LAYOUT}"))
-            files.append(expert_file(layer))
+            experts.check_size(layer, _size(files, expert_file(layer), f"a layer of {EXPERT_LAYOUT}"))
+            names.append(expert_file(layer))
             for name, spec, count in experts.specs(layer, name_expert):
                 specs.append(spec)
                 bits |= {} if count is None else {name: count}
-    elif any((root / EXPERTS).glob("layer_*.bin")):
+    elif any(EXPERT_FILE.fullmatch(entry.name) for entry in files.store.list()):
         raise BadCheckpoint(f"{EXPERT_LAYOUT}: missing, though there are layers beside it; fetch the checkpoint again")
     by_name = {spec.name: spec for spec in specs}
     if len(by_name) < len(specs):
         twice = Counter(spec.name for spec in specs).most_common(1)[0][0]
         raise BadCheckpoint(f"{twice!r} is in {WEIGHTS} and in {EXPERTS}/; one of them is stale")
-    return Packed(by_name, tuple(files), bits, manifest)
+    return Packed(by_name, tuple(names), bits, manifest)
 
 
-def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
+def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
     """Read the tensors of one file. Raises BadCheckpoint as `read` does."""
-    return tuple(spec for spec in read(root).by_name.values() if spec.file == file)
+    return tuple(spec for spec in read(files).by_name.values() if spec.file == file)
 
 
-def _size(root: Path, file: str, what: str) -> int:
+def _size(files: PinnedFiles, file: str, what: str) -> int:
     """Return a file's size in bytes; `what` says in the message what was expected if it is missing."""
-    path = root / file
-    if not path.is_file():
+    entry = files.find(file)
+    if entry is None:
         raise BadCheckpoint(f"{file}: missing; expected {what}; fetch the checkpoint again")
-    with io_errors("looking at", path):
-        return path.stat().st_size
+    return entry.size
 
 
-def _json(root: Path, file: str) -> dict[str, Any]:
-    _size(root, file, "a JSON file")
-    path = root / file
-    with io_errors("reading", path):
-        size = path.stat().st_size
-        if size > JSON_LIMIT:
-            raise BadCheckpoint(f"{file}: {size} bytes, at most {JSON_LIMIT} are read")
-        raw = path.read_bytes()
+def _json(files: PinnedFiles, file: str) -> dict[str, Any]:
+    _size(files, file, "a JSON file")
+    raw = files.read_all(file, JSON_LIMIT)
     try:
         found = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

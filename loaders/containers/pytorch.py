@@ -18,12 +18,12 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
 from loaders.dtypes import BY_TORCH_NAME, DTYPES, DType, Shape, is_contiguous
-from loaders.errors import BadCheckpoint, io_errors
+from loaders.errors import BadCheckpoint
 from loaders.specs import WeightSpec
+from loaders.storage.base import PinnedFiles
 
 T = TypeVar("T")
 PICKLE_LIMIT = 1 << 30  # bytes of data.pkl: it is read whole, and real ones take some hundred bytes a tensor
@@ -67,37 +67,37 @@ class _Refused(Exception):
     """The pickle asks for something that weights do not need."""
 
 
-def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
+def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
     """Read the tensors of one file, in the order of their bytes. One that shares an earlier one's bytes names it.
 
     Raises:
         BadCheckpoint: not a PyTorch file, truncated, wants to run code, tensors outside their storage, ...
     """
-    size = (root / file).stat().st_size
+    size = files.entry(file).size
 
     def specs_of(found: Any, places: dict[str, tuple[int, int]]) -> list[WeightSpec]:
         return [_spec(name, tensor, file, places, size) for name, tensor in _state_dict(found).items()]
 
-    return _with_aliases(_read(root, file, specs_of))
+    return _with_aliases(_read(files, file, specs_of))
 
 
-def read_values(root: Path, file: str) -> dict[str, Any]:
+def read_values(files: PinnedFiles, file: str) -> dict[str, Any]:
     """Read the plain values of a file of modules (see `_flat`): "module.key" -> int, bool, str, tuple or DType.
 
     Raises:
         BadCheckpoint: as `read_specs`.
     """
     kinds = (int, bool, str, tuple, DType)
-    return _read(root, file, lambda found, _: {n: v for n, v in _flat(found).items() if isinstance(v, kinds)})
+    return _read(files, file, lambda found, _: {n: v for n, v in _flat(found).items() if isinstance(v, kinds)})
 
 
-def _read(root: Path, file: str, use: Callable[[Any, dict[str, tuple[int, int]]], T]) -> T:
-    path = root / file
-    with io_errors("reading", path), path.open("rb") as handle:
+def _read(files: PinnedFiles, file: str, use: Callable[[Any, dict[str, tuple[int, int]]], T]) -> T:
+    size = files.entry(file).size
+    with files.open(file) as handle:
         try:
             read = _read_zip if zipfile.is_zipfile(handle) else _read_legacy
             handle.seek(0)
-            return use(*read(handle, path.stat().st_size))
+            return use(*read(handle, size))
         except _Refused as error:
             raise BadCheckpoint(
                 f"{file}: its pickle asks for {error}, which weights do not need; it may want to run code."

@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DType, dtype_named
-from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
+from loaders.storage.base import PinnedFiles
 
+FIRST = 1 << 16  # bytes that are read at once: the length, and of most files the whole header
 HEADER_LIMIT = 100_000_000  # bytes: MAX_HEADER_SIZE of safetensors' Rust code
 METADATA = {"format": "pt"}  # what transformers writes; before version 5 it refused files whose metadata lacks it
 
 
-def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
+def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
     """Read the tensors of one file from its header, in the order of their bytes.
 
     Raises:
         BadCheckpoint: truncated, overlapping, out of range, unknown dtype, absurd lengths, ...
     """
-    header, data_start, data_size = _read_header(root, file)
+    header, data_start, data_size = _read_header(files, file)
     specs = []
     for name, entry in header.items():
         try:
@@ -41,20 +42,19 @@ def read_specs(root: Path, file: str) -> tuple[WeightSpec, ...]:
     return tuple(specs)
 
 
-def _read_header(root: Path, file: str) -> tuple[dict[str, Any], int, int]:
+def _read_header(files: PinnedFiles, file: str) -> tuple[dict[str, Any], int, int]:
     """Return the header's entries by name, the first byte of the data, and how many bytes of data there are."""
-    path = root / file
-    with io_errors("reading", path), path.open("rb") as handle:
-        size = path.stat().st_size
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(HEADER_LIMIT, size - 8):
-            raise BadCheckpoint(
-                f"{file}: header of {length} bytes in a file of {size}"
-                f" (at most {HEADER_LIMIT} allowed); not safetensors, or truncated: fetch it again"
-            )
-        raw = handle.read(length)
+    size = files.entry(file).size
+    first = files.read(file, 0, min(size, FIRST))
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or length > min(HEADER_LIMIT, size - 8):
+        raise BadCheckpoint(
+            f"{file}: header of {length} bytes in a file of {size}"
+            f" (at most {HEADER_LIMIT} allowed); not safetensors, or truncated: fetch it again"
+        )
+    raw = first[8 : 8 + length] if length <= len(first) - 8 else files.read(file, 8, 8 + length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(bytes(raw), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{file}: the header is not JSON ({error}); fetch the file again") from None
     if not isinstance(header, dict):

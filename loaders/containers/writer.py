@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from loaders.containers.base import Container, Places
 from loaders.dtypes import storage_of
 from loaders.errors import StorageError, io_errors
 from loaders.specs import OutputFile, Slot
+from loaders.storage.atomic import allocate
 
 SYNC_FILE_RANGE_WRITE = 2  # Linux's fcntl.h: start writing dirty pages out, and wait for nothing
 BLOCK = 4 << 20  # bytes read at a time for a checksum, so that a tensor of any size takes little memory
@@ -191,16 +191,3 @@ def begin_writeback(descriptor: int, offset: int, size: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "sync_file_range"):
         libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
-
-
-def allocate(descriptor: int, size: int) -> None:
-    """Reserve a file's room on the disk; where the filesystem cannot, only set its length."""
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            return
-        except OSError as error:
-            # The codes by which filesystems say that they cannot reserve; any other, such as a full disk, is an error.
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    os.ftruncate(descriptor, size)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint
 from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
+from loaders.storage.address import Address
+from loaders.storage.base import Store
 from loaders.storage.json_files import read_json
 from loaders.tensors.sources import tensors_of
 
@@ -27,14 +29,14 @@ BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
 BY_FILES = ("hqq", "mlx")  # recognized by their tensors, so that they are checked even without a block in config.json
 
 
-def lint_folder(path: Path) -> list[Finding]:
-    """Return all findings about a folder. That a checkpoint cannot be opened is a finding, too.
+def lint_at(where: str | os.PathLike[str] | Address | Store) -> list[Finding]:
+    """Return all findings about a folder, or another store. That a checkpoint cannot be opened is a finding, too.
 
     Raises:
         BadSpec: there are no weights.
     """
     try:
-        return lint(open_checkpoint(path))
+        return lint(open_checkpoint(where, key="output.path"))
     except BadCheckpoint as error:
         return [fault("every engine", str(error), "fails, or loads wrong weights", "make it again")]
 
@@ -68,7 +70,6 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
 
 def _index_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """Read the index of the weight files, if there is one."""
-    paths = sorted(
-        p for p in checkpoint.root.iterdir() if p.name.endswith((".safetensors.index.json", ".bin.index.json"))
-    )
-    return read_json(paths[0]) if paths else None
+    indexes = (".safetensors.index.json", ".bin.index.json")
+    names = [entry.name for entry in checkpoint.source.store.list(deep=False) if entry.name.endswith(indexes)]
+    return read_json(checkpoint.source, names[0]) if names else None

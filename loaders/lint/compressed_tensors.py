@@ -11,7 +11,7 @@ from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
-from loaders.strategies import loader
+from loaders.strategies import small_reader
 from loaders.tensors.logical_tensor import LogicalTensor
 
 BOTH = "vLLM, transformers"
@@ -125,7 +125,7 @@ def _global_scale(subject: Subject, tensor: LogicalTensor) -> bytes | None:
     if not isinstance(tensor.decode, CompressedNvfp4):
         return None
     [scale] = [spec for role, spec in tensor.stored if role == "weight_global_scale"]
-    with loader("read").open(subject.checkpoint.root, (scale,)) as reader:
+    with small_reader(subject.checkpoint.source, (scale,)) as reader:
         return reader.read(scale, 0, scale.size).tobytes()
 
 

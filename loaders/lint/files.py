@@ -25,7 +25,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _config(subject: Subject) -> Iterator[Finding]:
-    root, config = subject.checkpoint.root, subject.config
+    source, config = subject.checkpoint.source, subject.config
     if not config:
         yield fault(ANY, "there is no config.json", "does not know what model this is", "copy it from the source")
         return
@@ -45,7 +45,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
         files = sorted(
             {str(name).split("--")[-1].split(".")[0] + ".py" for name in code.values() if isinstance(name, str)}
         )
-        missing = [name for name in files if not (root / name).is_file()]
+        missing = [name for name in files if source.find(name) is None]
         if missing:
             yield fault(
                 "transformers, vLLM",
@@ -53,7 +53,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
                 "fail to load with trust_remote_code",
                 "copy the files from the source",
             )
-    if not any((root / name).is_file() for name in TOKENIZERS) and text_config(config, "vocab_size"):
+    if not any(source.find(name) is not None for name in TOKENIZERS) and text_config(config, "vocab_size"):
         yield doubt(
             ANY,
             f"there is no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)",

@@ -38,7 +38,7 @@ BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
 def check(subject: Subject) -> Iterator[Finding]:
     """Yield the problems that llama.cpp would have."""
     checkpoint = subject.checkpoint
-    metadata = gguf.plain(gguf.read_metadata(checkpoint.root, checkpoint.files[0].name))
+    metadata = gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name))
     specs, name = subject.by_name, metadata.get("general.architecture")
     if not isinstance(name, str):
         yield fault(ENGINE, "the metadata has no general.architecture", "does not load it", AGAIN)

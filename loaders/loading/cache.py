@@ -19,6 +19,8 @@ import numpy as np
 
 from loaders.errors import BadCheckpoint, StorageError, io_errors
 from loaders.storage.atomic import atomic_writer, file_lock, write_file
+from loaders.storage.base import PinnedFiles
+from loaders.storage.folder import Folder
 from loaders.storage.hashes import hash_file, text_digest
 
 VARIABLE = "WEIGHTMILL_CACHE"
@@ -59,8 +61,14 @@ class WeightCache:
         """Of the entries that are whole."""
         return tuple(path.stem for path in self._files() if path.suffix == ".json")
 
-    def content_of(self, path: Path) -> str:
-        """A file's xxh3-128. It is read once: as long as its size and times stay, what was found then holds."""
+    def content_of(self, files: PinnedFiles, name: str) -> str:
+        """Names a file's content: its xxh3-128, or its version where the store keeps versions apart.
+
+        A file of a folder is read once: as long as its size and times stay, what was found then holds.
+        """
+        path = files.store.local_path(name)
+        if path is None:
+            return text_digest(f"{files.address} {files.entry(name)!r}")
         status = path.stat()
         where = f"{os.path.realpath(path)} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         memo = self.folder / "hashes" / f"{text_digest(where)}.txt"
@@ -84,7 +92,7 @@ class WeightCache:
             if said["format"] != FORMAT or data.stat().st_size != said["bytes"]:
                 return None
             whole = map_file(data, private=True)
-            specs = read_specs(self.folder, data.name)
+            specs = read_specs(PinnedFiles(Folder(self.folder)), data.name)
         except (OSError, ValueError, KeyError, TypeError, BadCheckpoint, StorageError):
             return None
         parts = {spec.name: whole[spec.offset : spec.offset + spec.size] for spec in specs}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import View
 from loaders.specs import StoredSpec, TensorSpec
 from loaders.stats import ErrorSums
+from loaders.storage.base import PinnedFiles
 from loaders.strategies import Reader, WeightLoader
 from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor, Window
@@ -73,7 +73,7 @@ class MadeTensors:
 
 
 def make(
-    root: Path, wanted: Sequence[WantedTensor], strategy: WeightLoader, backend: str, *, measured: bool
+    source: PinnedFiles, wanted: Sequence[WantedTensor], strategy: WeightLoader, backend: str, *, measured: bool
 ) -> MadeTensors:
     """Make what is wanted, on the process's workers and within its budget.
 
@@ -87,7 +87,7 @@ def make(
     state = max((each.encoding.state_bytes for each in wanted if each.encoding is not None), default=0)
     with (
         together.budget.hold(together.workers * THREAD_BYTES + state),
-        strategy.open(root, specs) as reader,
+        strategy.open(source, specs) as reader,
     ):
         work = ThreadedWork(kernels_of(backend), together.pool, stop)
         making = Making(reader, work, wanted, measured=measured)

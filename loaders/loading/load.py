@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from loaders.backends.arrays import as_torch
 from loaders.backends.devices import torch_device
 from loaders.backends.memory import PeakMemory
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_file
-from loaders.checkpoints.detect import WeightFormat, detect_weight_format
-from loaders.containers import packed
+from loaders.checkpoints.detect import WeightFormat, detect_weight_format, packed_folder
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, storage_of
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Placed
@@ -33,6 +31,8 @@ from loaders.rules.decide import decide
 from loaders.rules.rule import Decision
 from loaders.specs import WeightSpec
 from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
+from loaders.storage import open_store
+from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
 from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
@@ -118,10 +118,11 @@ def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
         BadSpec: nothing there that is known.
         BadCheckpoint: it is damaged.
     """
-    if Path(path).is_dir():
-        return open_checkpoint(path, key="path")
+    address = Address.of(path)
+    if open_store(address).absence() is None:
+        return open_checkpoint(address, key="path")
     found = detect_weight_format(path)
-    if found is WeightFormat.PACKED and (folder := packed.folder_of(Path(path))) is not None:
+    if found is WeightFormat.PACKED and (folder := packed_folder(address)) is not None:
         return open_checkpoint(folder, found.value, key="path")
     if found is WeightFormat.UNKNOWN:
         known = ", ".join(f.value for f in WeightFormat if f is not WeightFormat.UNKNOWN)
@@ -234,7 +235,7 @@ class Loading:
 
     def run(self) -> tuple[Weights, Statistics]:
         used = {spec.file for item in self._items for _, spec in item.tensor.stored}
-        share = cached_share(self._checkpoint.root, [tag for tag in self._checkpoint.files if tag.name in used])
+        share = cached_share(self._checkpoint.source, [tag for tag in self._checkpoint.files if tag.name in used])
         in_place = {item.tensor.stored[0][1].name: item for item in self._items if item.is_in_place}
         loaded = {}
         if in_place:
@@ -272,8 +273,8 @@ class Loading:
 
     def _made(self, items: Sequence[WantedTensor]) -> tuple[MadeTensors, bool]:
         def fresh() -> MadeTensors:
-            root, config = self._checkpoint.root, self._config
-            return make(root, items, self._strategy, config.backend, measured=config.measure)
+            source, config = self._checkpoint.source, self._config
+            return make(source, items, self._strategy, config.backend, measured=config.measure)
 
         if not self._config.use_cache:
             return fresh(), False
@@ -288,14 +289,14 @@ class Loading:
             self._judge(items, made.errors)
             parts = {f"{n}|{role}": part for n, each in made.parts.items() for role, part in each.items()}
             errors = {name: sums_json(error) for name, error in made.errors.items()}
-            cache.put(key, parts, {"errors": errors, "source": str(self._checkpoint.root)})
+            cache.put(key, parts, {"errors": errors, "source": str(self._checkpoint.address)})
         return made, False
 
     def _key(self, items: Sequence[WantedTensor]) -> str:
         """Names the content and what is made of it."""
         checkpoint, cache = self._checkpoint, shared().cache
         used = {spec.file for item in items for _, spec in item.tensor.stored}
-        content = [(t.name, cache.content_of(checkpoint.root / t.name)) for t in checkpoint.files if t.name in used]
+        content = [(t.name, cache.content_of(checkpoint.source, t.name)) for t in checkpoint.files if t.name in used]
         config = json.dumps(checkpoint.config, sort_keys=True, default=str)
         return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}")
 

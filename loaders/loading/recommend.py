@@ -119,7 +119,7 @@ def get_recommended_loader_config(
         lines.append(_said(candidates[-1], room))
     chosen = next((each.preset for each in candidates if each.fits), None)
     strategy, why = ("auto", "no files to look at") if checkpoint is None else _strategy(checkpoint, device)
-    medium = "local" if checkpoint is None else local.medium(checkpoint.root)
+    medium = "local" if checkpoint is None else _medium(checkpoint)
     workers = device.workers(strategy, medium)
     lines += [f"strategy {strategy}: {why}", f"workers: {workers}, to begin with, from {medium} storage"]
     lines.append(_verdict(chosen, candidates, room))
@@ -240,10 +240,16 @@ def _estimated(quant: Quant, parameters: int) -> tuple[int, float]:
     return int(parameters * bits / 8), bits
 
 
+def _medium(checkpoint: Checkpoint) -> str:
+    """What a checkpoint lies on; "object" for stores that are no folder."""
+    path = checkpoint.source.store.local_path("")
+    return "object" if path is None else local.medium(path)
+
+
 def _strategy(checkpoint: Checkpoint, device: Backend) -> tuple[str, str]:
-    if device.name in ("mps", "mlx") and local.medium(checkpoint.root) in ("local", "memory"):
+    if device.name in ("mps", "mlx") and _medium(checkpoint) in ("local", "memory"):
         return "unified_memory", "the device shares the CPU's memory: a map of the files is all it needs"
-    return choose(checkpoint.root, [tag.name for tag in checkpoint.files], device.device)
+    return choose(checkpoint.source, [tag.name for tag in checkpoint.files], device.device)
 
 
 def _said(each: FittedPreset, room: int) -> str:

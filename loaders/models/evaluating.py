@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
 from loaders.layouts.gguf.tokenizer_files import tokenizer_files
 from loaders.models.quality import Quality, scores, summed_up
@@ -165,7 +165,7 @@ def _check_causal(checkpoint: Checkpoint, window: int) -> None:
     is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not any(word in built for word in ENCODER_ONLY)
     if not is_causal or config.get("is_encoder_decoder"):
         raise BadSpec(
-            f"verify=logits: {checkpoint.root} is no causal language model of transformers"
+            f"verify=logits: {checkpoint.address} is no causal language model of transformers"
             f" (model_type {kind!r}{', ' if built else ''}{built}); verify=strict judges its weights"
         )
     inner: Any = config.get("text_config") or {}
@@ -183,7 +183,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="weightmill-tokenizer-") as made:
-        root = checkpoint.root
+        root = checkpoint.folder(READS_FOLDERS)
         files = tokenizer_files(checkpoint) if checkpoint.container == "gguf" else {}
         if files:
             root = Path(made)
@@ -194,7 +194,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             said = " ".join(str(error).split())[:200]
             raise BadSpec(
-                f"verify=logits: no tokenizer that transformers loads in {checkpoint.root}: {said}; put its files there"
+                f"verify=logits: no tokenizer that transformers loads in {checkpoint.address}: {said};"
+                " put its files there"
             ) from None
 
 
@@ -221,9 +222,10 @@ class Reference:
     @cached_property
     def key(self) -> str:
         """Names the logits: by the original's files, the tokens, and how they are computed."""
-        files = [(tag.name, tag.size, tag.mtime_ns) for tag in self.checkpoint.files]
-        config = self.checkpoint.root / "config.json"  # as it stands there: a job may have expanded it
-        about = [str(self.checkpoint.root.resolve()), files, hash_file(config) if config.is_file() else None]
+        files = [(tag.name, tag.size, tag.tag) for tag in self.checkpoint.files]
+        root = self.checkpoint.folder(READS_FOLDERS)
+        config = root / "config.json"  # as it stands there: a job may have expanded it
+        about = [str(root.resolve()), files, hash_file(config) if config.is_file() else None]
         how = [self.windows.digest, list(self.windows.ids.shape), device_of(ORIGINAL, self.device), self.dtype]
         return text_digest(json.dumps([FORMAT, *about, *how, ORIGINAL.described]))
 
@@ -264,7 +266,9 @@ class Reference:
                 words = logits_TV.shape[-1]
                 if largest >= words or not np.isfinite(logits_TV.max(-1)).all():
                     why = f"{words} logits for token {largest}" if largest >= words else "NaN or infinite logits"
-                    raise BadCheckpoint(f"model.path: {self.checkpoint.root} computes {why}; nothing to compare with")
+                    raise BadCheckpoint(
+                        f"model.path: {self.checkpoint.address} computes {why}; nothing to compare with"
+                    )
                 file.write(np.ascontiguousarray(logits_TV).data)
         write_file(folder / f"{self.key}.json", json.dumps({"vocabulary": words}).encode())
         _forget(folder, path)
@@ -323,12 +327,12 @@ def judge(
             words = min(original_TV.shape[-1], logits_TV.shape[-1])  # one of the two may be padded
             if words < min(windows.vocabulary, original_TV.shape[-1]):
                 raise VerifyFailed(
-                    f"{key}: {output.root} has {words} logits, the original {original_TV.shape[-1]}, its tokenizer"
+                    f"{key}: {output.address} has {words} logits, the original {original_TV.shape[-1]}, its tokenizer"
                     f" {windows.vocabulary} words"
                 )
             found.append(scores(original_TV[:, :words], logits_TV[:, :words], ids_T[1:]))
             if not found[-1].is_finite:
-                raise VerifyFailed(f"{key}: {output.root} computes logits that are NaN or infinite in {ran_by.name}")
+                raise VerifyFailed(f"{key}: {output.address} computes logits that are NaN or infinite in {ran_by.name}")
     return summed_up(
         found, window=windows.ids.shape[1], seconds=time.perf_counter() - began, reference_seconds=reference_s,
         engine=ran_by.described, text=windows.text,

@@ -12,7 +12,7 @@ from torch import nn
 
 from loaders.architectures.families import load_dtype
 from loaders.backends import best
-from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.device_map import device_map_of, hold_to, place_of
@@ -82,13 +82,13 @@ def check_expanded(base: Checkpoint, expanded: Checkpoint) -> None:
     old, new = (c.config.get("num_hidden_layers") for c in (base, expanded))
     added = new - old if isinstance(old, int) and isinstance(new, int) else 0
     if added < 1:
-        raise BadSpec(f"llama_pro_path: expected more than the {old} blocks of {base.root}, found {new}")
+        raise BadSpec(f"llama_pro_path: expected more than the {old} blocks of {base.address}, found {new}")
     wanted = expand_checkpoint(base, added).config
     keys = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "layer_types")
     differing = [key for key in keys if wanted.get(key) != expanded.config.get(key)]
     if differing:
         raise BadSpec(
-            f"llama_pro_path: {expanded.root} is no expansion of {base.root}: {differing[0]} is"
+            f"llama_pro_path: {expanded.address} is no expansion of {base.address}: {differing[0]} is"
             f" {expanded.config.get(differing[0])!r}, expected {wanted.get(differing[0])!r}"
         )
 
@@ -115,7 +115,7 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
         ignore_unexpected=config.ignore_unexpected,
     )  # fmt: skip
     model = skeleton.model
-    _set_generation(model, checkpoint.root)
+    _set_generation(model, checkpoint.folder(READS_FOLDERS))
     if config.strategy is LoadingStrategy.STREAMING:
         stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
         return model
@@ -146,7 +146,7 @@ def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
         check_decodable(checkpoint)
         if config.quantize is not None:
             raise BadSpec(
-                f"quantize: {checkpoint.root} is quantized already; leave quantize out to load it as it is, or run a"
+                f"quantize: {checkpoint.address} is quantized already; leave quantize out to load it as it is, or run a"
                 " job with this source"
             )
     return tensors_of(checkpoint, decode=True)
@@ -175,7 +175,7 @@ def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device
     auto: Any = AutoModelForCausalLM
     with BUILDING:
         return auto.from_pretrained(
-            str(checkpoint.root), dtype=config.dtype or "auto", device_map={"": device}, **options
+            str(checkpoint.folder(READS_FOLDERS)), dtype=config.dtype or "auto", device_map={"": device}, **options
         ).eval()
 
 
@@ -266,7 +266,7 @@ def fill_model(
             set_parameter(model, path, buffer.to(device_of(path)))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
-        raise BadCheckpoint(f"{weights.checkpoint.root}: no weights came for {', '.join(left[:4])}")
+        raise BadCheckpoint(f"{weights.checkpoint.address}: no weights came for {', '.join(left[:4])}")
 
 
 def _set_generation(model: Any, root: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.layouts.base import Placed
@@ -50,10 +50,11 @@ def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
     is_lazy = config.strategy is LoadingStrategy.UNIFIED_MEMORY
     block = checkpoint.config.get("quantization")
     if isinstance(block, dict) and config.quantize is None and not config.decode and not config.llama_pro_blocks:
-        return _model(checkpoint.root, is_lazy=is_lazy), _tokenizer(checkpoint.root)
-    with tempfile.TemporaryDirectory(prefix="weightmill-mlx-") as folder:
-        convert(checkpoint, config, Path(folder))
-        return _model(Path(folder), is_lazy=False), _tokenizer(checkpoint.root)
+        folder = checkpoint.folder(READS_FOLDERS)
+        return _model(folder, is_lazy=is_lazy), _tokenizer(folder)
+    with tempfile.TemporaryDirectory(prefix="weightmill-mlx-") as made:
+        convert(checkpoint, config, Path(made))
+        return _model(Path(made), is_lazy=False), _tokenizer(checkpoint.folder(READS_FOLDERS))
 
 
 def _model(folder: Path, *, is_lazy: bool) -> Any:
@@ -74,7 +75,7 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
     if checkpoint.quantized_by is not None:
         check_decodable(checkpoint)
         if config.quantize is not None:
-            raise BadSpec(f"quantize: {checkpoint.root} is quantized already; leave it out, or give decode=True")
+            raise BadSpec(f"quantize: {checkpoint.address} is quantized already; leave it out, or give decode=True")
     sources = tensors_of(checkpoint, decode=True, split=True)
     if config.llama_pro_blocks:
         sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)

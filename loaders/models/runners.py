@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from loaders.backends.machine import usable_cpus
-from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.quantization.scheme import Decoder
 from loaders.specs import TensorSpec
@@ -112,7 +112,7 @@ def engine_of_folder(checkpoint: Checkpoint) -> Engine:
         return engine_of(checkpoint.container, None)
     is_mlx = isinstance(checkpoint.config.get("quantization"), dict)
     if checkpoint.container == "safetensors":
-        is_mlx = is_mlx or _says_mlx(checkpoint.root / first)
+        is_mlx = is_mlx or _says_mlx(checkpoint.folder(READS_FOLDERS) / first)
     return engine_of("mlx" if is_mlx else "hqq" if first == "qmodel.pt" else "hf", checkpoint.config)
 
 
@@ -194,7 +194,7 @@ def running(
                 runner(np.zeros((1, 2), np.int32))  # some unpack their weights in the first run
         except FAULTS as error:
             said = " ".join(str(error).split())[:400] or type(error).__name__
-            raise BadCheckpoint(f"{key}: {name} does not load {checkpoint.root}: {said}") from error
+            raise BadCheckpoint(f"{key}: {name} does not load {checkpoint.address}: {said}") from error
         try:
             yield runner
         finally:
@@ -225,8 +225,8 @@ def _transformers(checkpoint: Checkpoint, device: str, dtype: str, window: int) 
     auto: Any = AutoModelForCausalLM
     with BUILDING:
         model, about = auto.from_pretrained(
-            str(checkpoint.root), dtype=getattr(torch, dtype), device_map={"": device}, output_loading_info=True,
-            trust_remote_code=False, local_files_only=True,
+            str(checkpoint.folder(READS_FOLDERS)), dtype=getattr(torch, dtype), device_map={"": device},
+            output_loading_info=True, trust_remote_code=False, local_files_only=True,
         )  # fmt: skip
     unset = sorted({*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])})
     if unset:
@@ -251,7 +251,7 @@ def _decoded(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> An
 
     if checkpoint.container in ("safetensors", "pytorch") and checkpoint.quantized_by is None:
         return _transformers(checkpoint, device, dtype, window)
-    model, _ = load_model_and_tokenizer(checkpoint.root, device, decode=True, dtype=dtype)
+    model, _ = load_model_and_tokenizer(checkpoint.folder(READS_FOLDERS), device, decode=True, dtype=dtype)
     return _torch_runner(model, device), lambda: None
 
 
@@ -264,10 +264,10 @@ def _hqq(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
     if checkpoint.files[0].name == "qmodel.pt":
         hqq: Any = import_module("hqq.models.hf.base")
         model = hqq.AutoHQQHFModel.from_quantized(
-            str(checkpoint.root), compute_dtype=getattr(torch, dtype), device=device
+            str(checkpoint.folder(READS_FOLDERS)), compute_dtype=getattr(torch, dtype), device=device
         )
     else:
-        model, _ = load_model_and_tokenizer(checkpoint.root, device, dtype=dtype)
+        model, _ = load_model_and_tokenizer(checkpoint.folder(READS_FOLDERS), device, dtype=dtype)
     return _torch_runner(model.eval(), device), lambda: None
 
 
@@ -293,7 +293,7 @@ def _mlx(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
     before = untyped.default_device()
     untyped.set_default_device(untyped.cpu if device == "cpu" else untyped.gpu)
     try:
-        model: Any = load_model(checkpoint.root, lazy=False)[0]
+        model: Any = load_model(checkpoint.folder(READS_FOLDERS), lazy=False)[0]
         model.set_dtype(getattr(untyped, dtype))  # scales too: a wider float holds them exactly
     except BaseException:
         untyped.set_default_device(before)
@@ -311,7 +311,7 @@ def _mlx(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
 
 def _llama_cpp(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
     llama_cpp: Any = import_module("llama_cpp")
-    path = checkpoint.root / checkpoint.files[0].name
+    path = checkpoint.folder(READS_FOLDERS) / checkpoint.files[0].name
     threads = usable_cpus()
     kept = {"float32": 0, "float16": 1, "bfloat16": 30}[dtype]  # ggml's numbers of types, for keys and values
     model: Any = llama_cpp.Llama(

@@ -71,8 +71,8 @@ class ModelWeights:
         pool = together.pool if workers is None else self._exit.enter_context(ThreadPoolExecutor(workers))
         self._work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
         specs = {spec.name: spec for parts in parameters.values() for r in parts for _, spec in r.stored}
-        self._maps = MappedFiles(checkpoint.root, private=True)
-        self._reader = self._exit.enter_context(loader(read).open(checkpoint.root, list(specs.values())))
+        self._maps = MappedFiles(checkpoint.folder("a model's weights lie in maps of files"), private=True)
+        self._reader = self._exit.enter_context(loader(read).open(checkpoint.source, list(specs.values())))
 
     def __enter__(self) -> ModelWeights:
         return self
@@ -152,15 +152,15 @@ class ModelWeights:
         cache = self._cache
         if cache is None:
             return self._made(encoding, stored)
-        root, files = self.checkpoint.root, sorted({spec.file for _, spec in encoding.tensor.stored})
-        content = [cache.content_of(root / file) for file in files]
+        source, files = self.checkpoint.source, sorted({spec.file for _, spec in encoding.tensor.stored})
+        content = [cache.content_of(source, file) for file in files]
         key = text_digest(f"{CACHE_FORMAT} {content} {encoding!r}")
         with cache.making(key):
             entry = cache.get(key)
             if entry is not None and set(entry.parts) == set(stored):
                 return {role: part.view(storage_of(stored[role].dtype)) for role, part in entry.parts.items()}
             made = self._made(encoding, stored)
-            cache.put(key, made, {"source": str(root), "tensor": encoding.tensor.name})
+            cache.put(key, made, {"source": str(source.address), "tensor": encoding.tensor.name})
         return made
 
     def _made(self, encoding: Encoding, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from loaders.presets.base import Spec
+from loaders.presets.base import Calibration, Spec
 from loaders.presets.settings import Bnb4Quant, CompressedTensorsQuant, GgmlQuant, MlxQuant, OneQuant, Quant
 from loaders.quantization.scheme import Scheme
 from loaders.rules.candidates import (
@@ -42,7 +42,7 @@ class AutoQuant(Quant):
     target_gb: float | None = Field(gt=0, description="or the bytes of its weight files, in gigabytes (1e9 bytes)")
     among: tuple[str, ...] = Field(description="candidates; none given: the engine's usual ones")
     keep: bool = Field(description="whether a tensor may stay unquantized")
-    calibration: str | None = Field(
+    calibration: Calibration | None = Field(
         description="a text file (or self: text that the model writes) to weight errors by; null: by sizes and roles"
     )
     calibration_tokens: int = Field(ge=256, description="how many tokens of it are read")

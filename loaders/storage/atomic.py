@@ -51,6 +51,19 @@ def write_file(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def allocate(descriptor: int, size: int) -> None:
+    """Reserve a file's room on the disk; where the filesystem cannot, only set its length."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            # The codes by which filesystems say that they cannot reserve; any other, such as a full disk, is an error.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)
+
+
 @contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
     """Try to hold a lock file; gives False when another process holds it. The file names its last holder.

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from loaders.errors import io_errors
+from loaders.storage.base import Entry, Store
 
 BLOCK = 4 << 20
 
@@ -22,6 +23,18 @@ def digest(data: bytes | np.ndarray) -> str:
 def text_digest(text: str) -> str:
     """xxh3-128 of a text, 32 hex digits: names a plan, a job, a source."""
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def hash_stored(store: Store, entry: Entry, start: int = 0, size: int | None = None) -> str:
+    """xxh3-128 of a file of a store from byte `start` on (of `size` bytes, or to its end), 32 hex digits.
+
+    Raises:
+        As `Store.read`.
+    """
+    hasher, stop = xxhash.xxh3_128(), entry.size if size is None else start + size
+    for at in range(start, stop, BLOCK):
+        hasher.update(store.read(entry, at, min(at + BLOCK, stop)))
+    return hasher.hexdigest()
 
 
 def hash_file(

@@ -7,7 +7,6 @@ import mmap
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -33,22 +32,6 @@ CACHE_WINDOW = 1 << 20  # bytes looked at in each of so many places of a file
 CACHE_WINDOWS = 16
 CACHESTAT = 451  # the number of the system call, on every architecture: Linux 6.5
 LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class FileTag:
-    """What tells that a file is still the one that was planned for."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-
-def tag(root: Path, name: str) -> FileTag:
-    """Raises StorageError when the file is not there."""
-    with io_errors("looking at", root / name):
-        status = (root / name).stat()
-    return FileTag(name, status.st_size, status.st_mtime_ns)
 
 
 def filesystem(path: Path) -> str:
@@ -167,6 +150,15 @@ def _resident(descriptor: int, ranges: list[tuple[int, int]]) -> float | None:
 
 def free_bytes(path: Path) -> int:
     """Free space where `path` lies or would be made."""
+    return shutil.disk_usage(_nearest(path)).free
+
+
+def device_of(path: Path) -> int:
+    """The number of the filesystem that `path` lies on, or would be made on."""
+    return _nearest(path).stat().st_dev
+
+
+def _nearest(path: Path) -> Path:
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path

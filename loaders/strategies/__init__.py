@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any
 
 from loaders.errors import BadSpec
+from loaders.specs import WeightSpec
+from loaders.storage.base import PinnedFiles
 from loaders.strategies.auto import AutoLoader
 from loaders.strategies.base import PieceReader, Reader, TensorBytes, WeightLoader, WeightSlice
 from loaders.strategies.eager import EagerLoader, SafetensorsLoader
@@ -15,6 +19,7 @@ from loaders.strategies.lazy import LazyLoader
 from loaders.strategies.low_memory import LowMemoryLoader
 from loaders.strategies.multithread import MultiThreadWeightLoader
 from loaders.strategies.read import ReadLoader
+from loaders.strategies.remote import RemoteLoader
 from loaders.strategies.runai import RunaiLoader
 from loaders.strategies.streaming import StreamingWeightLoader
 from loaders.strategies.unified_memory import UnifiedMemoryLoader
@@ -23,7 +28,7 @@ LOADERS: dict[str, type[WeightLoader]] = {
     made.name: made
     for made in (
         LazyLoader, EagerLoader, ReadLoader, MultiThreadWeightLoader, StreamingWeightLoader, FastSafetensorsLoader,
-        RunaiLoader, FullLoader, UnifiedMemoryLoader, LowMemoryLoader, AutoLoader,
+        RunaiLoader, FullLoader, UnifiedMemoryLoader, LowMemoryLoader, RemoteLoader, AutoLoader,
     )
 }  # fmt: skip
 
@@ -39,6 +44,7 @@ __all__ = [
     "PieceReader",
     "ReadLoader",
     "Reader",
+    "RemoteLoader",
     "RunaiLoader",
     "SafetensorsLoader",
     "StreamingWeightLoader",
@@ -66,6 +72,11 @@ def loader(strategy: str | WeightLoader, **settings: Any) -> WeightLoader:
     if unknown:
         raise BadSpec(f"strategy={strategy}: it has no {unknown[0]!r}; known: {', '.join(known) or 'no settings'}")
     return made(**settings)
+
+
+def small_reader(files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
+    """Open some tensors that are read while a checkpoint is opened or checked: a few bytes, wherever they lie."""
+    return LOADERS["read" if files.store.is_local else "remote"]().open(files, specs)
 
 
 def settings_of(made: type[WeightLoader]) -> tuple[str, ...]:

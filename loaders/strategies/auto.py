@@ -24,7 +24,8 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import io_errors
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import PieceReader, WeightLoader, cached_share
+from loaders.storage.base import PinnedFiles
+from loaders.strategies.base import PieceReader, WeightLoader, cached_share, local_root
 from loaders.strategies.fastsafetensors import FastSafetensorsLoader, gds_available
 from loaders.strategies.lazy import LazyLoader, map_file
 from loaders.strategies.multithread import MultiThreadWeightLoader
@@ -43,8 +44,8 @@ BY_NAME: dict[str, Callable[[], WeightLoader]] = {
 _RATES: dict[int, dict[str, float]] = {}  # GB/s by way, of each disk, as this process found them
 
 
-def choose(root: Path, files: Sequence[str], device: str | None = None) -> tuple[str, str]:
-    """Return the name of a strategy, and the reason in a few words.
+def choose(source: PinnedFiles, files: Sequence[str], device: str | None = None) -> tuple[str, str]:
+    """Return the name of a strategy for some files of a source, and the reason in a few words.
 
     `device` is where whole tensors go; it is None for a job.
     """
@@ -52,6 +53,9 @@ def choose(root: Path, files: Sequence[str], device: str | None = None) -> tuple
         index = int(device.partition(":")[2] or 0)
         if gds_available(index):
             return "fastsafetensors", "GPU direct storage is there, and goes past the CPU's memory"
+    if not source.store.is_local:
+        return "remote", f"the files lie in no folder of this machine, but at {source.address}"
+    root = local_root(source, "auto")
     kind, medium = local.filesystem(root), local.medium(root)
     if medium == "network":
         return "multithread", f"the files lie on a network filesystem ({kind}), where a map fetches page by page"
@@ -59,14 +63,15 @@ def choose(root: Path, files: Sequence[str], device: str | None = None) -> tuple
         return "multithread", f"the files lie in a mounted object store ({kind}), which wants many requests at once"
     if medium == "memory":
         return "lazy", f"the files lie in memory ({kind})"
+    entries = [source.entry(file) for file in files]
     with io_errors("looking at", root):
-        share = cached_share(root, [local.tag(root, file) for file in files])
+        share = cached_share(source, entries)
     if share is None:
         return "lazy", "the files are local"
     if share >= MOSTLY:
         return "lazy", f"{share:.0%} of the files are in the page cache, which a map uses in place"
     cold = f"{share:.0%} of the files are in the page cache"
-    if sum((root / file).stat().st_size for file in files) < WORTH_MEASURING:
+    if sum(entry.size for entry in entries) < WORTH_MEASURING:
         return "read", f"{cold}; large reads are steadier on a cold disk"
     rates = measured(root, files)
     said = ", ".join(f"{way} {rate:.2g}" for way, rate in rates.items())
@@ -152,15 +157,15 @@ class AutoLoader(WeightLoader):
         self.chosen = ""
         self.why = ""
 
-    def _pick(self, root: Path, specs: Sequence[WeightSpec], device: str | None) -> WeightLoader:
-        self.chosen, self.why = choose(root, sorted({spec.file for spec in specs}), device)
+    def _pick(self, files: PinnedFiles, specs: Sequence[WeightSpec], device: str | None) -> WeightLoader:
+        self.chosen, self.why = choose(files, sorted({spec.file for spec in specs}), device)
         log.info("read by %s: %s", self.chosen, self.why)
         return BY_NAME[self.chosen]()
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        with self._pick(root, specs, None).open(root, specs) as reader:
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        with self._pick(files, specs, None).open(files, specs) as reader:
             yield reader
 
     def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
-        return self._pick(checkpoint.root, specs, device)._tensors(checkpoint, specs, device)
+        return self._pick(checkpoint.source, specs, device)._tensors(checkpoint, specs, device)

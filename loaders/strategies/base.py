@@ -6,7 +6,6 @@ written here, once for all.
 
 from __future__ import annotations
 
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +20,11 @@ from loaders.backends.arrays import gathered, placer
 from loaders.backends.memory import PeakMemory
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.dtypes import is_contiguous, storage_of
-from loaders.errors import BadCheckpoint, BadSpec, io_errors
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import WeightSpec
 from loaders.stats import LoadStats
 from loaders.storage import local
+from loaders.storage.base import Entry, PinnedFiles
 
 Source = Checkpoint | Path | str
 SLICE_BYTES = 32 << 20  # the default slice: large enough for a disk's full rate, small beside any memory
@@ -97,7 +97,7 @@ class WeightLoader(ABC):
     stats: LoadStats = LoadStats()
 
     @abstractmethod
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
         """Open the files of `specs`, which will be read in about this order."""
 
     # --- the same for all strategies, by open()
@@ -152,7 +152,7 @@ class WeightLoader(ABC):
         specs, unchanged = self.order(_selected(checkpoint, names)), Unchanged(checkpoint)
         size = self.slice_bytes if slice_bytes is None else slice_bytes
         pieces = [piece for spec in specs for piece in _cut(spec, size)]
-        with self._counted(checkpoint, specs) as counting, self.open(checkpoint.root, specs) as reader:
+        with self._counted(checkpoint, specs) as counting, self.open(checkpoint.source, specs) as reader:
             arrays = reader.stream(pieces)
             for piece in pieces:
                 with counting:
@@ -200,10 +200,10 @@ class WeightLoader(ABC):
         return SLICE_BYTES
 
     def open_on(
-        self, device: str | None, root: Path, specs: Sequence[WeightSpec]
+        self, device: str | None, files: PinnedFiles, specs: Sequence[WeightSpec]
     ) -> AbstractContextManager[PieceReader]:
         """Open the files for whole tensors on a device. torch wants memory that it may write to."""
-        return self.open(root, specs)
+        return self.open(files, specs)
 
     def order(self, specs: Sequence[WeightSpec]) -> list[WeightSpec]:
         """Return tensors in the order in which they come: file by file, as they lie there."""
@@ -212,7 +212,7 @@ class WeightLoader(ABC):
     def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
         """Yield whole tensors in order, on the device."""
         place = placer(device)
-        with self.open_on(device, checkpoint.root, specs) as reader:
+        with self.open_on(device, checkpoint.source, specs) as reader:
             arrays = reader.stream([TensorBytes.whole(spec) for spec in specs])
             for spec in specs:
                 yield place(gathered(next(arrays), spec), spec)
@@ -221,7 +221,7 @@ class WeightLoader(ABC):
     def _counted(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> Iterator[Stopwatch]:
         """Add what happens inside the context to `stats`; what was cached is sampled before anything is read."""
         files = {spec.file for spec in specs}
-        share = cached_share(checkpoint.root, [tag for tag in checkpoint.files if tag.name in files])
+        share = cached_share(checkpoint.source, [entry for entry in checkpoint.files if entry.name in files])
         watch, began = Stopwatch(), time.perf_counter()
         memory = PeakMemory()
         try:
@@ -272,24 +272,24 @@ def cut_short(spec: WeightSpec, size: int) -> BadCheckpoint:
 
 
 class Unchanged:
-    """A check that files are still those whose headers were read.
-
-    It takes a few microseconds, so that it is made for every tensor; os.path and os.stat are faster than pathlib.
-    """
+    """Checks that files are those whose headers were read; a few microseconds, so that every tensor's is looked at."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._wanted = {tag.name: (os.path.join(checkpoint.root, tag.name), tag) for tag in checkpoint.files}  # noqa: PTH118
+        self._source = checkpoint.source
+        self._wanted = {entry.name: entry for entry in checkpoint.files}
 
     def check(self, file: str) -> None:
-        """Raise StorageError if a file is gone, BadCheckpoint if it has another size or time."""
-        path, wanted = self._wanted[file]
-        with io_errors("looking at", path):
-            found = os.stat(path)  # noqa: PTH116
-        if (found.st_size, found.st_mtime_ns) != (wanted.size, wanted.mtime_ns):
-            raise BadCheckpoint(
-                f"{file}: it changed while it was read: {wanted.size} bytes when its headers were, {found.st_size} now;"
-                " load it again when nobody writes to it"
-            )
+        """Raise StorageError if a file is gone, BadCheckpoint if it is another version."""
+        self._source.store.check_unchanged(self._wanted[file])
+
+
+def local_root(files: PinnedFiles, strategy: str) -> Path:
+    """The folder of this machine that files lie in.
+
+    Raises:
+        BadSpec: they lie elsewhere.
+    """
+    return files.path("", f"strategy={strategy} reads files of a folder (strategy=remote reads all others)")
 
 
 def _opened(source: Source) -> Checkpoint:
@@ -302,7 +302,7 @@ def _selected(checkpoint: Checkpoint, names: Iterable[str] | None) -> Sequence[W
     wanted = set(names)
     unknown = sorted(wanted - {spec.name for spec in checkpoint.weights})
     if unknown:
-        raise BadSpec(f"names: {len(unknown)} tensors that {checkpoint.root} does not have, {unknown[0]!r} first")
+        raise BadSpec(f"names: {len(unknown)} tensors that {checkpoint.address} does not have, {unknown[0]!r} first")
     return [spec for spec in checkpoint.weights if spec.name in wanted]
 
 
@@ -327,14 +327,15 @@ def _cut(spec: WeightSpec, size: int) -> Iterator[TensorBytes]:
         yield TensorBytes(spec, start, min(start + step, spec.size))
 
 
-def cached_share(root: Path, tags: Sequence[local.FileTag]) -> float | None:
-    """Return the share of files that is in the page cache, by samples; None where the system does not tell."""
+def cached_share(files: PinnedFiles, entries: Sequence[Entry]) -> float | None:
+    """The share of files that is in the page cache, judged by samples; None where the system does not tell."""
     seen = []
-    for tag in tags[:: max(1, -(-len(tags) // SAMPLED))]:
-        if (root / tag.name).is_file():  # if it is missing, the read that follows says so
-            share = local.cached_share(root / tag.name)
+    for entry in entries[:: max(1, -(-len(entries) // SAMPLED))]:
+        path = files.store.local_path(entry.name)
+        if path is not None and path.is_file():  # if it is missing, the read that follows says so
+            share = local.cached_share(path)
             if share is not None:
-                seen.append((share, tag.size))
+                seen.append((share, entry.size))
     total = sum(size for _, size in seen)
     return sum(share * size for share, size in seen) / total if total else None
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.specs import WeightSpec
-from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
+from loaders.storage.base import PinnedFiles
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, local_root
 from loaders.strategies.lazy import LazyLoader, MappedFiles
 from loaders.strategies.reading.buffers import fresh
 from loaders.strategies.reading.open_files import OpenFiles
@@ -47,15 +47,16 @@ class EagerLoader(WeightLoader):
     not_for_jobs = "it holds all tensors of a unit of work at once; strategy=read reads the same bytes in a few MiB"
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        files, held = OpenFiles(root), {}
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        root = local_root(files, self.name)
+        opened, held = OpenFiles(root), {}
         try:
             for spec in specs:
                 held[spec.name] = fresh(spec.size)
-                files.advise(spec, 0, spec.size)
-                files.fill(spec, 0, held[spec.name])
+                opened.advise(spec, 0, spec.size)
+                opened.fill(spec, 0, held[spec.name])
         finally:
-            files.close()
+            opened.close()
         yield HeldTensors(held, MappedFiles(root))
 
 
@@ -70,8 +71,8 @@ class SafetensorsLoader(WeightLoader):
         self.not_for_jobs = self._by.not_for_jobs  # type: ignore[misc]
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        with self._by.open(root, specs) as reader:
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        with self._by.open(files, specs) as reader:
             yield reader
 
     def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:

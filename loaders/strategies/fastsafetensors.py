@@ -23,8 +23,9 @@ from loaders.backends.devices import torch_device
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, WeightmillError
 from loaders.specs import WeightSpec
-from loaders.storage import local
-from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short
+from loaders.storage.base import PinnedFiles
+from loaders.storage.folder import Folder
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short, local_root
 from loaders.strategies.lazy import MappedFiles
 
 log = logging.getLogger("weightmill")
@@ -124,10 +125,10 @@ class FastSafetensorsLoader(WeightLoader):
         self.said = ""  # how the last file was loaded, for logs and reports
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         check_container(specs)
         library()
-        yield FastFiles(self, root, specs)
+        yield FastFiles(self, local_root(files, self.name), specs)
 
     def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
         check_container(specs)
@@ -135,10 +136,11 @@ class FastSafetensorsLoader(WeightLoader):
         by_file: dict[str, list[WeightSpec]] = {}
         for spec in specs:
             by_file.setdefault(spec.file, []).append(spec)
+        root = local_root(checkpoint.source, self.name)
         on_torch = device is not None and device.partition(":")[0] in ("cpu", "cuda")
         told, place = Told(device or "cpu"), placer(device)
         for mine in by_file.values():
-            for spec, tensor in zip(mine, self.file(checkpoint.root, mine, device if on_torch else "cpu"), strict=True):
+            for spec, tensor in zip(mine, self.file(root, mine, device if on_torch else "cpu"), strict=True):
                 if on_torch:
                     told.dtype(spec.dtype)
                     yield _shaped(tensor, spec)
@@ -154,7 +156,7 @@ class FastSafetensorsLoader(WeightLoader):
         """
         path, names = root / specs[0].file, [spec.name for spec in specs]
         device = _with_index(device or "cpu")
-        size = local.tag(root, specs[0].file).size
+        size = Folder(root).entry_of(specs[0].file).size
         for spec in specs:
             if size < spec.offset + spec.size:
                 raise cut_short(spec, size)

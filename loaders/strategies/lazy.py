@@ -12,7 +12,8 @@ import numpy as np
 
 from loaders.errors import io_errors
 from loaders.specs import WeightSpec
-from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short
+from loaders.storage.base import PinnedFiles
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short, local_root
 
 # MAP_NORESERVE, which Python's mmap does not name: without it, Linux counts all of a private writable map as memory
 # that may be needed, and may refuse to map a file larger than that.
@@ -84,9 +85,9 @@ class LazyLoader(WeightLoader):
     name = "lazy"
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        yield MappedFiles(root)
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        yield MappedFiles(local_root(files, self.name))
 
     @contextmanager
-    def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        yield MappedFiles(root, private=device is not None)
+    def open_on(self, device: str | None, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        yield MappedFiles(local_root(files, self.name), private=device is not None)

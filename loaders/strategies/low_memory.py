@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from loaders.backends.arrays import storage_shape
@@ -18,6 +17,7 @@ from loaders.backends.devices import torch_device
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
+from loaders.storage.base import PinnedFiles
 from loaders.strategies.auto import AutoLoader
 from loaders.strategies.base import PieceReader, WeightLoader
 
@@ -41,10 +41,10 @@ class LowMemoryLoader(WeightLoader):
         return self._rank() == 0
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         if self._rank() != 0:
             raise BadSpec(f"strategy=low_memory: rank {self._rank()} holds no weights to read; only rank 0 does")
-        with self._by.open(root, specs) as reader:
+        with self._by.open(files, specs) as reader:
             yield reader
 
     def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:

@@ -17,7 +17,8 @@ from loaders.backends.devices import fed
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
+from loaders.storage.base import PinnedFiles
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, local_root
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.page_cache import MOST_THREADS, RANGE, CacheAhead
 from loaders.strategies.reading.read_ahead import read_ahead
@@ -78,15 +79,16 @@ class MultiThreadWeightLoader(WeightLoader):
         most = max(1, min(most, by_size))
         return Workers(min(FEWEST, most), most, adaptive=self.adaptive_workers)
 
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
-        return self.open_on(None, root, specs)
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
+        return self.open_on(None, files, specs)
 
     @contextmanager
-    def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+    def open_on(self, device: str | None, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        root = local_root(files, self.name)
         workers = self._workers(device, root, specs)
-        files = ThreadedFiles(root, specs, workers)
+        opened = ThreadedFiles(root, specs, workers)
         try:
-            yield files
+            yield opened
         finally:
-            files.close()
+            opened.close()
             self.workers_said = str(workers)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
 from loaders.specs import WeightSpec
-from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
+from loaders.storage.base import PinnedFiles
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, local_root
 from loaders.strategies.reading.buffers import Buffers
 from loaders.strategies.reading.open_files import AHEAD, OpenFiles
 
@@ -41,11 +41,11 @@ class ReadLoader(WeightLoader):
     name = "read"
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        files = ReadFiles(root)
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        opened = ReadFiles(local_root(files, self.name))
         try:
             for spec in specs:
-                files.descriptor(spec.file)
-            yield files
+                opened.descriptor(spec.file)
+            yield opened
         finally:
-            files.close()
+            opened.close()

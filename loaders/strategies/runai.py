@@ -17,8 +17,9 @@ import numpy as np
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.specs import WeightSpec
-from loaders.storage import local
-from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short
+from loaders.storage.base import PinnedFiles
+from loaders.storage.folder import Folder
+from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short, local_root
 from loaders.strategies.lazy import MappedFiles
 from loaders.strategies.streaming import batched
 
@@ -98,7 +99,7 @@ class StreamedByRunai:
 
     def _check(self, file: str, pieces: Sequence[TensorBytes]) -> None:
         """Raise for a file that is too short or cannot be opened, which says more than the library's errors."""
-        size = local.tag(self._root, file).size
+        size = Folder(self._root).entry_of(file).size
         for piece in pieces:
             if size < piece.spec.offset + piece.spec.size:
                 raise cut_short(piece.spec, size)
@@ -118,10 +119,10 @@ class RunaiLoader(WeightLoader):
         self.batch_mb = batch_mb
 
     @contextmanager
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         streamer()  # so that a missing library is reported before any file is opened
-        files = StreamedByRunai(root, int(self.batch_mb * MB))
+        streamed = StreamedByRunai(local_root(files, self.name), int(self.batch_mb * MB))
         try:
-            yield files
+            yield streamed
         finally:
-            files.close()
+            streamed.close()

@@ -20,7 +20,8 @@ from loaders.backends.devices import fed
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
-from loaders.strategies.base import PieceReader, Source, TensorBytes, WeightLoader
+from loaders.storage.base import PinnedFiles
+from loaders.strategies.base import PieceReader, Source, TensorBytes, WeightLoader, local_root
 from loaders.strategies.lazy import map_privately
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.page_cache import MOST_THREADS, RANGE, CacheAhead
@@ -142,17 +143,18 @@ class StreamingWeightLoader(WeightLoader):
         for _ in weights:  # a generator's statistics are added when it ends
             raise AssertionError("more weights than specs")
 
-    def open(self, root: Path, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
-        return self.open_on(None, root, specs)
+    def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
+        return self.open_on(None, files, specs)
 
     @contextmanager
-    def open_on(self, device: str | None, root: Path, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+    def open_on(self, device: str | None, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
+        root = local_root(files, self.name)
         workers = Workers(1, fed(device).workers(self.name, local.medium(root)))
-        files = StreamedFiles(root, specs, self.budget, self.prefetch_count, workers, device is not None)
+        streamed = StreamedFiles(root, specs, self.budget, self.prefetch_count, workers, device is not None)
         try:
-            yield files
+            yield streamed
         finally:
-            files.close()
+            streamed.close()
 
 
 def _names(wanted: str, name: str) -> bool:

@@ -153,7 +153,7 @@ def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, Log
     has_attention = any("o_proj" in rest for rest in zeroed)
     if not has_attention or not any("o_proj" not in rest for rest in zeroed):
         missing = "down_proj" if has_attention else "o_proj"
-        raise BadSpec(f"{KEY}: block {origin} of {checkpoint.root} has no {missing} to be zero in its copy")
+        raise BadSpec(f"{KEY}: block {origin} of {checkpoint.address} has no {missing} to be zero in its copy")
 
 
 def _zeros(tensor: LogicalTensor) -> LogicalTensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +12,8 @@ from loaders.architectures.families import natural_key
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.specs import WeightSpec
-from loaders.strategies import loader
+from loaders.storage.base import PinnedFiles
+from loaders.strategies import small_reader
 from loaders.tensors.expert_stacks import cut
 from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor
 from loaders.tensors.quantized_sources import mlx, quantized_tensors
@@ -98,7 +98,7 @@ def _tied(
     tied, notes = [], []
     for kept, dropped in checkpoint.family.tied_pairs(checkpoint.config):
         if kept in by_name and dropped in by_name:
-            if _same_bytes(checkpoint.root, by_name[kept], by_name[dropped]):
+            if _same_bytes(checkpoint.source, by_name[kept], by_name[dropped]):
                 tied.append((kept, dropped))
             else:
                 notes.append(f"config.json ties {dropped} to {kept}, but their weights differ: both are kept, untied")
@@ -113,12 +113,12 @@ def _tied(
     return tuple(tied), tuple(notes)
 
 
-def _same_bytes(root: Path, one: WeightSpec, other: WeightSpec) -> bool:
+def _same_bytes(source: PinnedFiles, one: WeightSpec, other: WeightSpec) -> bool:
     if (one.dtype, one.shape, one.stride, one.size) != (other.dtype, other.shape, other.stride, other.size):
         return False
     if (one.file, one.offset) == (other.file, other.offset):
         return True
-    with loader("read").open(root, (one, other)) as reader:
+    with small_reader(source, (one, other)) as reader:
         return all(
             np.array_equal(reader.read(one, at, at + n, slot=0), reader.read(other, at, at + n, slot=1))
             for at in range(0, one.size, COMPARE_BYTES)

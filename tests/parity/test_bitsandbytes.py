@@ -20,6 +20,7 @@ from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.tensors.quantized_sources import quantized_tensors
 from tests.encoding import MemorySink, MemoryView
 from tests.making import Raw
+from tests.reading import files_of
 
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -206,7 +207,7 @@ def test_the_checkpoint_is_that_of_transformers_with_bitsandbytes(case: str, tmp
     assert [name for name in ours if not same(ours[name], theirs[name])] == []
     from loaders.checkpoints.derived_config import read_config
 
-    blocks = [read_config(tmp_path / d)["quantization_config"] for d in ("out", "peer")]
+    blocks = [read_config(files_of(tmp_path / d))["quantization_config"] for d in ("out", "peer")]
     assert blocks[0] == blocks[1]
     model, info = auto.from_pretrained(tmp_path / "out", device_map={"": "cpu"}, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

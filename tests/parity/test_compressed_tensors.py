@@ -26,6 +26,7 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from tests.encoding import MemorySink, MemoryView, decode
 from tests.making import Raw
+from tests.reading import files_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -313,7 +314,7 @@ def write_peer(folder: Path, source: Path, tensors: dict[str, Any], preset: str,
         config_groups={"group_0": scheme}, ignore=ignore, quantization_status="compressed", format=scheme.format
     ).model_dump(mode="json")
     folder.mkdir()
-    config = read_config(source) | {"quantization_config": {**block, "quant_method": "compressed-tensors"}}
+    config = read_config(files_of(source)) | {"quantization_config": {**block, "quant_method": "compressed-tensors"}}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -339,7 +340,7 @@ def test_several_schemes_in_one_checkpoint_load(
     ran = weightmill("run", f"model.path={sources[model]}", f"output.path={tmp_path / 'out'}", "quant=w4a16", rules)
     assert ran.status == 0, ran.err
     assert "vLLM fuses their layers and refuses" in ran.out + ran.err
-    block = read_config(tmp_path / "out")["quantization_config"]
+    block = read_config(files_of(tmp_path / "out"))["quantization_config"]
     assert block["format"] == "mixed-precision"
     assert {g["format"] for g in block["config_groups"].values()} == {"pack-quantized", "float-quantized"}
     mixed = load(tmp_path / "out")
@@ -421,7 +422,9 @@ def test_the_checkpoint_is_that_of_model_free_ptq(
     if preset == "nvfp4a16":  # model_free_ptq gives an expert's gate and up global scales of their own
         unlike = {name for name in unlike if not (".experts." in name and ("gate_proj" in name or "up_proj" in name))}
     assert unlike == set()
-    mine, other = (read_config(folder)["quantization_config"]["config_groups"] for folder in (tmp_path / "out", peers))
+    mine, other = (
+        read_config(files_of(folder))["quantization_config"]["config_groups"] for folder in (tmp_path / "out", peers)
+    )
     assert list(mine.values()) == list(other.values())
 
 

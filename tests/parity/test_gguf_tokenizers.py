@@ -15,6 +15,7 @@ import pytest
 from loaders.containers import gguf
 from loaders.places import ROOT
 from tests.making import LLAMA, llama_tensors, weights, write_checkpoint
+from tests.reading import files_of
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -98,7 +99,7 @@ def made(sources: dict[str, Path], weightmill: Any, tmp_path: Path) -> Callable[
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    return gguf.plain(gguf.read_metadata(path.parent, path.name))
+    return gguf.plain(gguf.read_metadata(files_of(path.parent), path.name))
 
 
 @pytest.mark.parametrize("kind", ["model", "both", "old"])

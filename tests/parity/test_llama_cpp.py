@@ -26,6 +26,7 @@ from loaders.quantization.schemes.ggml import Ggml
 from tests.encoding import MemorySink, MemoryView
 from tests.loaders.quantization.test_ggml_read_only import random_blocks
 from tests.making import Raw, values_of, weights
+from tests.reading import files_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -187,12 +188,12 @@ def tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     data = path.read_bytes()
     return {
         s.name: (s.dtype.name, s.shape, data[s.offset : s.offset + s.size])
-        for s in gguf.read_specs(path.parent, path.name)
+        for s in gguf.read_specs(files_of(path.parent), path.name)
     }
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    return gguf.plain(gguf.read_metadata(path.parent, path.name))
+    return gguf.plain(gguf.read_metadata(files_of(path.parent), path.name))
 
 
 def llama_quantize(base: Path, out: Path, file_type: str, *, pure: bool = False, again: bool = False) -> None:

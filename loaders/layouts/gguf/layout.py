@@ -221,7 +221,7 @@ def _label(files: Sequence[OutputFile]) -> str:
 
 def _own_label(checkpoint: Checkpoint) -> str | None:
     """Return the name of the file type that a GGUF states in its metadata, or None."""
-    found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name).get("general.file_type")
+    found = gguf.read_metadata(checkpoint.source, checkpoint.files[0].name).get("general.file_type")
     return next((label for label, number in FILE_TYPES.items() if found is not None and number == found.value), None)
 
 
@@ -230,7 +230,7 @@ def _metadata(
 ) -> dict[str, gguf.MetadataValue]:
     """Make the metadata; `label` is the name of its file type, or None for a copy of a GGUF, whose own stays."""
     if checkpoint.container == "gguf":
-        found = gguf.read_metadata(checkpoint.root, checkpoint.files[0].name)
+        found = gguf.read_metadata(checkpoint.source, checkpoint.files[0].name)
         # The output is aligned to the default, so that another alignment of the source's must not be carried over.
         is_usual = found.get(gguf.ALIGNMENT_KEY, gguf.uint32(0)).value == gguf.ALIGNMENT
         dropped = SPLIT_KEYS if is_usual else (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
@@ -245,5 +245,5 @@ def _metadata(
     return {
         **general_metadata(architecture.name, model, label),
         **model_metadata(architecture, config),
-        **tokenizer_metadata(checkpoint.root, checkpoint.config, rows),
+        **tokenizer_metadata(checkpoint.source, checkpoint.config, rows),
     }

@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loaders.errors import BadSpec
 from loaders.layouts.gguf import sentencepiece_model
 from loaders.layouts.gguf.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
 SPACE = "▁"  # U+2581, which stands for a space in tokens
@@ -54,14 +54,14 @@ class Vocabulary:
             self.put(number, text.replace(SPACE, " "), ADDED_SCORE, USER_DEFINED)
 
 
-def from_model(root: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> Vocabulary:
+def from_model(files: PinnedFiles, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> Vocabulary:
     """Make the vocabulary from tokenizer.model, and from the tokens that other files add.
 
     Raises:
         BadCheckpoint: tokenizer.model is damaged.
         BadSpec: llama.cpp's "llama" does not compute its kind of model, or it has more tokens than the embedding rows.
     """
-    model = sentencepiece_model.read_model(root / "tokenizer.model")
+    model = sentencepiece_model.read_model(files, "tokenizer.model")
     if model.model_type != sentencepiece_model.BPE:
         raise BadSpec(
             f"tokenizer.model: its model_type is {model.model_type}; llama.cpp cuts text so for BPE (2) only, and would"
@@ -73,8 +73,8 @@ def from_model(root: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, 
     for number, piece in enumerate(model.pieces):
         kind = NORMAL if piece.type == USER_DEFINED else piece.type  # the converter does not tell these apart
         made.put(number, piece.text, piece.score, kind)
-    if (root / "added_tokens.json").is_file():
-        for text, number in read_json(root / "added_tokens.json").items():
+    if files.find("added_tokens.json") is not None:
+        for text, number in read_json(files, "added_tokens.json").items():
             made.put(int(number), text, ADDED_SCORE, USER_DEFINED)
     known = settings.get("added_tokens_decoder") or {}
     for each in tokenizer.get("added_tokens", ()):  # transformers 5 writes added tokens only here

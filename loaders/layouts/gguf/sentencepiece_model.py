@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from loaders.errors import BadCheckpoint, io_errors
+from loaders.errors import BadCheckpoint
+from loaders.storage.base import PinnedFiles
 
 LARGEST = 1 << 28  # bytes: the largest published models have some 5 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type
@@ -37,17 +37,13 @@ class SentencePieceModel:
     adds_prefix: bool
 
 
-def read_model(path: Path) -> SentencePieceModel:
+def read_model(files: PinnedFiles, name: str) -> SentencePieceModel:
     """Read a tokenizer.model.
 
     Raises:
         BadCheckpoint: it is not a SentencePiece model, or damaged.
     """
-    with io_errors("reading", path):
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise BadCheckpoint(f"{path.name}: {size} bytes, at most {LARGEST} are read")
-        raw = path.read_bytes()
+    raw = files.read_all(name, LARGEST)
     try:
         pieces, model_type, adds_prefix = [], UNIGRAM, True
         for number, value in _fields(raw):
@@ -58,11 +54,9 @@ def read_model(path: Path) -> SentencePieceModel:
             elif number == 3 and isinstance(value, bytes):  # NormalizerSpec
                 adds_prefix = bool(_last_int(value, 3, 1))
     except (ValueError, struct.error) as error:
-        raise BadCheckpoint(
-            f"{path.name}: not a model of SentencePiece, or damaged ({error}); fetch it again"
-        ) from None
+        raise BadCheckpoint(f"{name}: not a model of SentencePiece, or damaged ({error}); fetch it again") from None
     if not pieces:
-        raise BadCheckpoint(f"{path.name}: it holds no pieces; not a model of SentencePiece? fetch it again")
+        raise BadCheckpoint(f"{name}: it holds no pieces; not a model of SentencePiece? fetch it again")
     return SentencePieceModel(tuple(pieces), model_type, adds_prefix)
 
 

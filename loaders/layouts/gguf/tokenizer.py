@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
+from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf-py's TokenType
+MODEL = "tokenizer.model"
+TEMPLATE_LIMIT = 1 << 24  # bytes: the longest published chat templates have some 20 kB
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -38,25 +40,25 @@ CODE_LLAMA_IDS = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 3201
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
-def tokenizer_metadata(root: Path, config: Mapping[str, Any], rows: int) -> dict[str, MetadataValue]:
+def tokenizer_metadata(files: PinnedFiles, config: Mapping[str, Any], rows: int) -> dict[str, MetadataValue]:
     """Return tokenizer.ggml.* for a model whose embedding has `rows` rows.
 
     Raises:
         BadSpec: there is no tokenizer, or one that llama.cpp has no counterpart for.
         BadCheckpoint: its files are damaged.
     """
-    path, model = root / "tokenizer.json", root / "tokenizer.model"
-    if not path.is_file() and not model.is_file():
-        raise BadSpec(f"output.layout: gguf needs the tokenizer, and {root} has no tokenizer.json; fetch it")
+    has_model = files.find(MODEL) is not None
+    if files.find("tokenizer.json") is None and not has_model:
+        raise BadSpec(f"output.layout: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it")
     try:
-        tokenizer = read_json(path) if path.is_file() else {}
-        settings = read_json(root / "tokenizer_config.json") if (root / "tokenizer_config.json").is_file() else {}
-        template = _template(root, settings)
+        tokenizer, settings = (
+            read_json(files, name) if files.find(name) is not None else {}
+            for name in ("tokenizer.json", "tokenizer_config.json")
+        )
+        template = _template(files, settings)
         # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
         if not tokenizer or is_sentencepiece(tokenizer):
-            made = (
-                from_model(root, tokenizer, settings, rows) if model.is_file() else from_json(tokenizer, settings, rows)
-            )
+            made = from_model(files, tokenizer, settings, rows) if has_model else from_json(tokenizer, settings, rows)
             return _sentencepiece_metadata(made, tokenizer, settings, template, config)
         return _metadata(tokenizer, settings, template, config, rows)
     # What reading JSON of another shape than tokenizers writes raises.
@@ -203,10 +205,9 @@ def _adds(
     return False
 
 
-def _template(root: Path, settings: Mapping[str, Any]) -> str | None:
+def _template(files: PinnedFiles, settings: Mapping[str, Any]) -> str | None:
     """Return the chat template, from its own file or from tokenizer_config.json."""
-    path = root / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if files.find("chat_template.jinja") is not None:
+        return files.read_all("chat_template.jinja", TEMPLATE_LIMIT).decode()
     found = settings.get("chat_template")
     return found if isinstance(found, str) else None

@@ -29,7 +29,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return the files by name; none if the vocabulary is of another kind, or the folder has a tokenizer already."""
     if checkpoint.container != "gguf" or {"tokenizer.json", "tokenizer.model"} & set(checkpoint.aux):
         return {}
-    metadata = gguf.plain(gguf.read_metadata(checkpoint.root, checkpoint.files[0].name))
+    metadata = gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name))
     try:
         tokenizer = _tokenizer(metadata)
         if tokenizer is None:

@@ -11,7 +11,7 @@ from loaders.errors import BadCheckpoint
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4, read_state
 from loaders.quantization.schemes.bitsandbytes_int8 import FORMAT, SCALES, LlmInt8
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.strategies import loader
+from loaders.strategies import small_reader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, expect, float_dtype, part, undecoded
 
@@ -39,7 +39,7 @@ def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) 
     expect(scales, ("F32",), (rows, 1) if len(scales.shape) == 2 else (rows,), f"for {name}")
     order = by_name.get(module + FORMAT)
     if order is not None:
-        with loader("read").open(checkpoint.root, (order,)) as reader:
+        with small_reader(checkpoint.source, (order,)) as reader:
             if reader.read(order, 0, order.size).any():
                 raise BadCheckpoint(
                     f"{order.name}: only 0, rows as they are, is read; it was made by an old bitsandbytes on a GPU:"
@@ -51,7 +51,7 @@ def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) 
 
 def _tensor(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str, table: str) -> LogicalTensor:
     spec = by_name[f"{name}.quant_state.bitsandbytes__{table}"]
-    with loader("read").open(checkpoint.root, (spec,)) as reader:
+    with small_reader(checkpoint.source, (spec,)) as reader:
         state = read_state(reader.read(spec, 0, spec.size).tobytes(), name)
     packed = part(by_name, name, name)
     storage = "uint8" if packed.dtype.name == "U8" else packed.dtype.torch

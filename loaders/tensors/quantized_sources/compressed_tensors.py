@@ -22,7 +22,7 @@ from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.strategies import loader
+from loaders.strategies import small_reader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part, quantization_block
 
@@ -156,7 +156,7 @@ def _scheme(
 def _stored_columns(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec) -> int:
     """Read the number of columns from weight_shape, since the last word of a row may hold unused codes."""
     spec = part(by_name, packed.name, packed.name.removesuffix("packed") + "shape")
-    with loader("read").open(checkpoint.root, (spec,)) as reader:
+    with small_reader(checkpoint.source, (spec,)) as reader:
         raw = reader.read(spec, 0, spec.size).tobytes()
     shape = np.frombuffer(raw, "<i8") if spec.dtype.name == "I64" and spec.size == 16 else np.zeros(2, "<i8")
     if shape[0] != packed.shape[0] or shape[1] < 1:

@@ -20,7 +20,9 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """
     if not checkpoint.config:
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
-        raise BadSpec(f"model.path: {checkpoint.root} is a GGUF of an architecture that is not known here: {known} are")
+        raise BadSpec(
+            f"model.path: {checkpoint.address} is a GGUF of an architecture that is not known here: {known} are"
+        )
     architecture, found = architecture_of(checkpoint.config), {}
     for spec in checkpoint.weights:
         name = architecture.hf_name(spec.name)

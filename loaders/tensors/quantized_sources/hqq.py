@@ -12,7 +12,7 @@ from loaders.dtypes import DType, dtype_named
 from loaders.errors import BadCheckpoint
 from loaders.quantization.schemes.hqq import BITS, Hqq
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.strategies import loader
+from loaders.strategies import small_reader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import decoded, part
 
@@ -32,7 +32,9 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     if checkpoint.container == "safetensors":
         said = _in_tensors(checkpoint, by_name, modules)
     else:
-        said = {key: value for tag in checkpoint.files for key, value in read_values(checkpoint.root, tag.name).items()}
+        said = {
+            key: value for tag in checkpoint.files for key, value in read_values(checkpoint.source, tag.name).items()
+        }
     return {f"{module}.weight": _tensor(by_name, said, module) for module in modules}
 
 
@@ -44,7 +46,7 @@ def _in_tensors(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], modul
         for fact in FACTS
     }
     found: dict[str, Any] = {}
-    with loader("read").open(checkpoint.root, list(specs.values())) as reader:
+    with small_reader(checkpoint.source, list(specs.values())) as reader:
         for name, spec in specs.items():
             raw = reader.read(spec, 0, min(spec.size, LONGEST)).tobytes()
             if name.endswith(".compute_dtype"):

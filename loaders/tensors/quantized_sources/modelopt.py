@@ -32,7 +32,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """
     settings: Mapping[str, Any] = quantization_block(checkpoint)
     if "quant_algo" not in settings and MODELOPT_CONFIG in checkpoint.aux:
-        settings = read_json(checkpoint.root / MODELOPT_CONFIG).get("quantization") or {}
+        settings = read_json(checkpoint.source, MODELOPT_CONFIG).get("quantization") or {}
     if settings.get("quant_algo") not in ALGORITHMS or settings.get("group_size") not in (None, ModelOptNvfp4.group):
         raise BadCheckpoint(
             f"ModelOpt's quant_algo {settings.get('quant_algo')!r} in groups of {settings.get('group_size')} is not"

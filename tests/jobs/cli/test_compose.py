@@ -19,7 +19,7 @@ NEEDS = {"quant=auto": ("quant.engine=mlx", "quant.target_bits=4.25")}  # what a
 
 
 def spec_of(*arguments: str) -> JobSpec:
-    return compose("run", JobSpec, take_apart("run", arguments))
+    return compose("run", JobSpec, take_apart("run", JobSpec, arguments))
 
 
 def problems_of(*arguments: str) -> tuple[str, ...]:
@@ -48,20 +48,20 @@ def test_choices_go_together(quant: str, output: str, cluster: str) -> None:
 def test_the_default_is_the_demo_model_to_nf4() -> None:
     spec = spec_of()
     assert spec.model_name == "demo"
-    assert spec.output_path == Path.cwd() / "weightmill" / "demo-nf4"
-    assert (spec.source_path / "config.json").is_file()
+    assert spec.output_address.path == Path.cwd() / "weightmill" / "demo-nf4"
+    assert (spec.source_address.path / "config.json").is_file()
 
 
 def test_a_model_is_named_by_its_folder_or_its_preset(tmp_path: Path) -> None:
     assert spec_of(f"model.path={tmp_path}/my-model/").model_name == "my-model"
-    assert spec_of("model=llama70b", f"model.path={tmp_path}/x").output_path.name == "llama70b-nf4"
+    assert spec_of("model=llama70b", f"model.path={tmp_path}/x").output_address.name == "llama70b-nf4"
 
 
 def test_paths_are_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     spec = spec_of("model.path=../a b,c (1)", "output.path=out=1/'x'")
-    assert spec.source_path == tmp_path.parent / "a b,c (1)"
-    assert spec.output_path == tmp_path / "out=1" / "'x'"
+    assert spec.source_address.path == tmp_path.parent / "a b,c (1)"
+    assert spec.output_address.path == tmp_path / "out=1" / "'x'"
 
 
 def test_all_faults_are_told_at_once_with_their_place() -> None:

@@ -89,7 +89,7 @@ def test_more_threads_than_any_machine_has_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_process_and_no_half_file(number: signal.Signals, tmp_path: Path) -> None:
-    from jobs.output.journal import find_journals
+    from tests.journals import find_journals
 
     source = write_checkpoint(tmp_path / "source", shards=2)
     mark = f"stop{int(number)}"

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import jobs.execution.unit
-from jobs.output.journal import Journal, find_journals
+from jobs.output.journal import Journal
 from jobs.planning.plan import FORMAT
+from tests.journals import find_journals
 from tests.making import snapshot, write_checkpoint
 from tests.processes import start
 
@@ -105,8 +106,8 @@ def test_two_processes_do_not_write_one_output(source: Path, tmp_path: Path, wei
     from jobs.spec.job import JobSpec
 
     given = arguments(source, tmp_path / "out")
-    planned = plan_job(compose("run", JobSpec, take_apart("run", given)))
-    with planned.journal.hold({}):
+    planned = plan_job(compose("run", JobSpec, take_apart("run", JobSpec, given)))
+    with planned.journal.hold({}, overwrite=False):
         ran = weightmill("run", *given)
     assert ran.status == 2
     assert f"pid {os.getpid()}" in ran.err
@@ -118,15 +119,15 @@ def test_a_journal_of_another_version_is_refused_with_a_sentence(source: Path, t
     from jobs.spec.job import JobSpec
 
     given = arguments(source, tmp_path / "out")
-    journal = plan_job(compose("run", JobSpec, take_apart("run", given))).journal
-    with journal.hold({}):
+    journal = plan_job(compose("run", JobSpec, take_apart("run", JobSpec, given))).journal
+    with journal.hold({}, overwrite=False):
         pass
-    (journal.root / "job.json").write_text(json.dumps({"format": FORMAT + 1}))
+    (journal.destination.root / "job.json").write_text(json.dumps({"format": FORMAT + 1}))
     ran = weightmill("run", *given)
     assert ran.status == 2
     assert f"is of format {FORMAT + 1}, this weightmill writes {FORMAT}" in ran.err
-    (journal.root / "job.json").unlink()
-    (journal.records / "unit-00001.json").write_text(json.dumps({"format": FORMAT + 1}))
+    (journal.destination.root / "job.json").unlink()
+    (journal.destination.root / "records" / "unit-00001.json").write_text(json.dumps({"format": FORMAT + 1}))
     ran = weightmill("run", *given)
     assert ran.status == 1
     assert f"a record of format {FORMAT + 1}" in ran.err

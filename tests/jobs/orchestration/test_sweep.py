@@ -16,7 +16,7 @@ import pytest
 import jobs.execution.unit
 from jobs.cli.compose import Composed, Request
 from jobs.orchestration.refusals import command, grids
-from jobs.output.journal import find_journals
+from tests.journals import find_journals
 from tests.making import snapshot, write_checkpoint
 from tests.processes import start
 
@@ -215,7 +215,7 @@ def test_an_experiment_describes_jobs(name: str) -> None:
         found.extend(jobs)
         return [0.0] * len(jobs)
 
-    sweep("run", take_apart("run", ["-m", f"experiment={name}", "model=demo"]), together)
+    sweep("run", take_apart("run", JobSpec, ["-m", f"experiment={name}", "model=demo"]), together)
     assert len({job.name for job in found}) == len(found) >= 2
     for job in found:
         check(JobSpec, job.values)
@@ -224,9 +224,10 @@ def test_an_experiment_describes_jobs(name: str) -> None:
 def test_a_sweeper_gets_the_objective_of_each_job(source: Path, tmp_path: Path) -> None:
     from jobs.cli.compose import take_apart
     from jobs.orchestration.sweep import Sweep
+    from jobs.spec.job import JobSpec
 
     arguments = ["-m", *given(source, tmp_path / "o", "quant=nf4,none", "tracking=none")]
-    request = take_apart("run", [*arguments, "objective=[size/bits_per_weight,error/relative]"])
+    request = take_apart("run", JobSpec, [*arguments, "objective=[size/bits_per_weight,error/relative]"])
     under_way, found = Sweep(request), []
     honest = under_way.together
 

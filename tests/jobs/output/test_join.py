@@ -12,7 +12,8 @@ import jobs.execution.unit
 import jobs.output.join
 import jobs.output.publish
 from jobs.execution.cluster import LocalCluster
-from jobs.output.journal import find_journals
+from loaders.storage import folder_destination
+from tests.journals import find_journals
 from tests.making import make_source, snapshot
 
 REPORT = "weightmill.json"
@@ -65,7 +66,7 @@ def test_an_interrupted_join_is_done_again_and_no_unit(
         if when == "before the join":
             patch.setattr(jobs.output.publish, "join", fail)
         elif when == "within the join":
-            patch.setattr(jobs.output.join, "sync_folder", fail)
+            patch.setattr("loaders.storage.folder_destination._put", fail)
         else:
             patch.setattr(jobs.output.publish, "_remove_others", fail)
         with pytest.raises(ValueError, match="a bug"):
@@ -116,17 +117,17 @@ def test_pieces_go_into_the_file_one_by_one(
 ) -> None:
     """Neither twice on the disk, nor lost when the join is interrupted."""
     assert weightmill("run", *arguments(model, tmp_path / "undisturbed")).status == 0
-    honest, left = jobs.output.join._put, []
+    honest, left = folder_destination._move_in, []
 
-    def watched(path: Path, *rest: Any) -> None:
+    def watched(piece: Path, *rest: Any) -> None:
         if len(left) == 2:
             left.append(-1)
             raise ValueError("a bug")
-        honest(path, *rest)
-        left.append(len(list(path.parent.iterdir())))
+        honest(piece, *rest)
+        left.append(len(list(piece.parent.iterdir())))
 
     monkeypatch.setattr(LocalCluster, "is_local", False)
-    monkeypatch.setattr(jobs.output.join, "_put", watched)
+    monkeypatch.setattr(folder_destination, "_move_in", watched)
     with pytest.raises(ValueError, match="a bug"):
         weightmill("run", *arguments(model, tmp_path / "out"))
     units = left[0] + 1
@@ -142,7 +143,8 @@ def test_a_piece_that_changes_before_the_join_fails_the_run(
     honest = jobs.output.publish.join
 
     def flipping(joined: Any, pieces: Any, journal: Any, records: Any) -> Any:
-        path, start = journal.find(pieces[0])
+        name, start, _ = journal.find(pieces[0])
+        path = journal.destination.root / name
         data = bytearray(path.read_bytes())
         data[start + 100] ^= 1
         path.write_bytes(data)

@@ -17,20 +17,21 @@ def test_cleaning_one_output_leaves_others_alone(tmp_path: Path, weightmill: Any
 
 def test_clean_lists_and_removes_what_no_process_holds(source: Path, tmp_path: Path, weightmill: Any) -> None:
     from jobs.output.journal import Journal
+    from loaders.storage.address import Address
 
     folder = tmp_path / "cwd" / "weightmill"
-    held, left = Journal(folder / "held", "a" * 12), Journal(folder / "left", "b" * 12)
-    with left.hold({}):
+    held, left = Journal(Address.of(folder / "held"), "a" * 12), Journal(Address.of(folder / "left"), "b" * 12)
+    with left.hold({}, overwrite=False):
         pass
-    with held.hold({}):
+    with held.hold({}, overwrite=False):
         found = weightmill("clean", "dry_run=true", "format=json").document["found"]
         assert [(Path(row["path"]), row["status"]) for row in found] == [
-            (held.root, "in use"),
-            (left.root, "abandoned"),
+            (held.destination.root, "in use"),
+            (left.destination.root, "abandoned"),
         ]
         found = weightmill("clean", "format=json").document["found"]
         assert [row["status"] for row in found] == ["in use", "removed"]
-        assert held.root.exists()
-        assert not left.root.exists()
+        assert held.destination.root.exists()
+        assert not left.destination.root.exists()
     assert weightmill("clean").status == 0
     assert "nothing abandoned" in weightmill("clean").out

@@ -29,7 +29,7 @@ def originals(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     make = evaluating.Reference._make
 
     def counted(self: Any, folder: Path, *rest: Any) -> None:
-        made.append(self.checkpoint.root)
+        made.append(self.checkpoint.address.path)
         make(self, folder, *rest)
 
     monkeypatch.setattr(evaluating.Reference, "_make", counted)
@@ -158,5 +158,5 @@ def test_an_output_that_bitsandbytes_stops_at_on_this_cpu_is_not_begun(
 )
 def test_settings_that_make_no_sense_are_refused(given: tuple[str, ...], said: str) -> None:
     with pytest.raises(BadSpec) as caught:
-        compose("run", JobSpec, take_apart("run", given))
+        compose("run", JobSpec, take_apart("run", JobSpec, given))
     assert said in caught.value.problems[0]

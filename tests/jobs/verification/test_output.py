@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from loaders.containers.safetensors import read_specs
-from loaders.storage.json_files import read_json
 from tests.making import write_checkpoint
+from tests.reading import files_of
 
 
 def test_a_recorded_error_that_was_edited_is_found(source: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}").status == 0
-    report = read_json(tmp_path / "out" / "weightmill.json")
+    report = json.loads((tmp_path / "out" / "weightmill.json").read_text())
     report["tensors"][3]["relative_error"] = 0.0123
     (tmp_path / "out" / "weightmill.json").write_text(json.dumps(report))
     ran = weightmill("verify", f"output.path={tmp_path / 'out'}")
@@ -40,7 +40,7 @@ def out(source: Path, tmp_path: Path, weightmill: Any) -> Path:
 def edit(out: Path, name: str, change: Callable[[bytearray], bytes | bytearray]) -> None:
     """Change the bytes of one stored tensor."""
     for path in out.glob("*.safetensors"):
-        for spec in read_specs(out, path.name):
+        for spec in read_specs(files_of(out), path.name):
             if spec.name == name:
                 data = bytearray(path.read_bytes())
                 span = slice(spec.offset, spec.offset + spec.size)

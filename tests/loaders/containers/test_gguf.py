@@ -13,6 +13,7 @@ from loaders.containers import gguf
 from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.specs import StoredSpec, StoredTensor
+from tests.reading import files_of
 
 METADATA = {
     "general.architecture": gguf.text("llama"),
@@ -38,11 +39,11 @@ def write(path: Path, metadata: dict[str, gguf.MetadataValue] | None = None) -> 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf")
-    a, b = gguf.read_specs(tmp_path, path.name)
+    a, b = gguf.read_specs(files_of(tmp_path), path.name)
     assert (a.name, a.dtype.name, a.shape, a.size) == ("a.weight", "Q8_0", (2, 32), 68)
     assert (b.name, b.dtype.name, b.shape, b.offset) == ("b.weight", "F32", (3,), a.offset + 96)
     assert a.offset % 32 == 0
-    assert gguf.read_metadata(tmp_path, path.name) == METADATA
+    assert gguf.read_metadata(files_of(tmp_path), path.name) == METADATA
 
 
 def test_gguf_py_reads_it(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_hostile_files_are_refused(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(BadCheckpoint, match=f"m.gguf: .*({message})"):
-        gguf.read_specs(tmp_path, path.name)
+        gguf.read_specs(files_of(tmp_path), path.name)
 
 
 def by_hand(version: int, endian: str = "<") -> bytes:
@@ -130,10 +131,10 @@ def by_hand(version: int, endian: str = "<") -> bytes:
 def test_both_versions_are_read(version: int, tmp_path: Path) -> None:
     data = by_hand(version)
     (tmp_path / "m.gguf").write_bytes(data)
-    [spec] = gguf.read_specs(tmp_path, "m.gguf")
+    [spec] = gguf.read_specs(files_of(tmp_path), "m.gguf")
     assert (spec.name, spec.dtype.name, spec.shape) == ("a.weight", "F32", (3,))
     assert data[spec.offset : spec.offset + spec.size] == struct.pack("<3f", 1.5, -2.0, 0.25)
-    found = gguf.plain(gguf.read_metadata(tmp_path, "m.gguf"))
+    found = gguf.plain(gguf.read_metadata(files_of(tmp_path), "m.gguf"))
     assert found == {"general.architecture": "llama", "some.numbers": (5, -6)}
 
 
@@ -141,7 +142,7 @@ def test_both_versions_are_read(version: int, tmp_path: Path) -> None:
 def test_a_big_endian_file_is_refused_by_its_name(version: int, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(by_hand(version, ">"))
     with pytest.raises(BadCheckpoint, match="m.gguf: a GGUF of a big-endian machine; .* little endian, are read"):
-        gguf.read_specs(tmp_path, "m.gguf")
+        gguf.read_specs(files_of(tmp_path), "m.gguf")
 
 
 def test_a_set_of_files_that_lies_of_its_tensors_is_refused(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_no_single_wrong_byte_of_a_header_does_more_than_be_refused(tmp_path: Pa
         for value in (0, 0x7F, 0xFF):
             path.write_bytes(honest[:place] + bytes([value]) + honest[place + 1 :])
             try:
-                specs = gguf.read_specs(tmp_path, path.name)
+                specs = gguf.read_specs(files_of(tmp_path), path.name)
             except BadCheckpoint:
                 continue
             assert all(spec.offset + spec.size <= len(honest) for spec in specs)
@@ -166,7 +167,7 @@ def test_no_single_wrong_byte_of_a_header_does_more_than_be_refused(tmp_path: Pa
 def test_an_odd_alignment_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", {**METADATA, gguf.ALIGNMENT_KEY: gguf.uint32(48)})
     with pytest.raises(BadCheckpoint, match="a power of two"):
-        gguf.read_specs(tmp_path, "m.gguf")
+        gguf.read_specs(files_of(tmp_path), "m.gguf")
 
 
 def test_several_models_in_a_folder_are_not_mixed_up(tmp_path: Path) -> None:

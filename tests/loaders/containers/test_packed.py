@@ -19,6 +19,7 @@ from loaders.loading.load import load_weights
 from loaders.specs import StoredSpec, StoredTensor
 from loaders.tensors.sources import tensors_of
 from tests.making import LLAMA
+from tests.reading import files_of
 
 EXPERT = 1024 + 2 * 64  # one part of an expert: words of 4 bits, scales, biases
 
@@ -54,7 +55,7 @@ def write(folder: Path) -> Path:
 
 
 def test_every_tensor_is_found_by_its_name(tmp_path: Path) -> None:
-    found = packed.read(write(tmp_path / "m"))
+    found = packed.read(files_of(write(tmp_path / "m")))
     assert len(found.by_name) == 4 + 2 * 3 * 9
     norm = found["model.norm.weight"]
     assert (norm.dtype.name, norm.shape, norm.file, norm.offset) == ("F32", (2,), "model_weights.bin", 384)

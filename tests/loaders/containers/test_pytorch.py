@@ -19,6 +19,7 @@ from loaders.specs import WeightSpec
 from loaders.strategies import LOADERS, loader
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.views import StoredView
+from tests.reading import files_of
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.engine
@@ -49,7 +50,7 @@ def as_bytes(tensor: Any) -> bytes:
 
 def read_all(root: Path, specs: tuple[WeightSpec, ...], strategy: str) -> dict[str, bytes]:
     found = {}
-    with loader(strategy).open(root, specs) as reader:
+    with loader(strategy).open(files_of(root), specs) as reader:
         for spec in specs:
             tensor = LogicalTensor(spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None)
             view = StoredView(reader, tensor.spec, spec, Window.whole(spec))
@@ -66,7 +67,7 @@ def test_every_tensor_reads_as_torch_reads_it(tmp_path: Path, legacy: bool, stra
     for name in ("fp8", "unsigned") if legacy else ():  # torch writes these, but cannot read them back
         del state[name]
     torch.save(state, tmp_path / "m.bin", _use_new_zipfile_serialization=not legacy)
-    specs = read_specs(tmp_path, "m.bin")
+    specs = read_specs(files_of(tmp_path), "m.bin")
     assert {spec.name for spec in specs} == set(state)
     found = read_all(tmp_path, specs, strategy)
     wanted = torch.load(tmp_path / "m.bin", weights_only=True)
@@ -75,7 +76,7 @@ def test_every_tensor_reads_as_torch_reads_it(tmp_path: Path, legacy: bool, stra
 
 def test_tensors_that_share_bytes_are_told(tmp_path: Path) -> None:
     torch.save(state_dict(), tmp_path / "m.bin")
-    aliases = {spec.name: spec.alias for spec in read_specs(tmp_path, "m.bin") if spec.alias}
+    aliases = {spec.name: spec.alias for spec in read_specs(files_of(tmp_path), "m.bin") if spec.alias}
     assert aliases == {"plain": "alias"} or aliases == {"alias": "plain"}
 
 
@@ -84,7 +85,7 @@ def test_a_modules_state_dict_and_a_trainers_checkpoint_are_read(tmp_path: Path)
     torch.save(module.state_dict(), tmp_path / "module.pt")
     torch.save({"state_dict": module.state_dict(), "epoch": 3, "lr": [0.1]}, tmp_path / "trainer.pt")
     for file in ("module.pt", "trainer.pt"):
-        assert {s.name for s in read_specs(tmp_path, file)} == {"weight", "bias"}
+        assert {s.name for s in read_specs(files_of(tmp_path), file)} == {"weight", "bias"}
 
 
 class RunsCode:
@@ -99,7 +100,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "b": RunsCode()}, "m.bin", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(BadCheckpoint, match=r"asks for \w+\.system"):
-        read_specs(tmp_path, "m.bin")
+        read_specs(files_of(tmp_path), "m.bin")
     assert not (tmp_path / "pwned").exists()
 
 
@@ -117,7 +118,7 @@ def test_hostile_pickles_are_refused(tmp_path: Path, what: str) -> None:
     with zipfile.ZipFile(tmp_path / "m.bin", "w") as archive:
         archive.writestr("m/data.pkl", HOSTILE[what])
     with pytest.raises(BadCheckpoint):
-        read_specs(tmp_path, "m.bin")
+        read_specs(files_of(tmp_path), "m.bin")
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         data = (tmp_path / "m.bin").read_bytes()
         (tmp_path / "m.bin").write_bytes(data[:-600])
         with pytest.raises(BadCheckpoint, match="truncated"):
-            read_specs(tmp_path, "m.bin")
+            read_specs(files_of(tmp_path), "m.bin")
 
 
 def rewrite(path: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> None:
@@ -142,27 +143,27 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path: Path) -> None:
     sixty_four, more = b"K@\x85", b"Kp\x85"
     rewrite(tmp_path / "m.bin", lambda name, data: data.replace(sixty_four, more) if name.endswith(".pkl") else data)
     with pytest.raises(BadCheckpoint, match="leaves its storage of 256 bytes"):
-        read_specs(tmp_path, "m.bin")
+        read_specs(files_of(tmp_path), "m.bin")
 
 
 def test_compressed_members_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(64)}, tmp_path / "m.bin")
     rewrite(tmp_path / "m.bin", lambda name, data: data, zipfile.ZIP_DEFLATED)
     with pytest.raises(BadCheckpoint, match="compressed"):
-        read_specs(tmp_path, "m.bin")
+        read_specs(files_of(tmp_path), "m.bin")
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x02K\x01.", b"PK\x03\x04"])
 def test_files_that_are_no_pytorch_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.bin").write_bytes(data)
     with pytest.raises(BadCheckpoint):
-        read_specs(tmp_path, "m.bin")
+        read_specs(files_of(tmp_path), "m.bin")
 
 
 def test_a_pickle_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"lr": 0.1}, tmp_path / "m.bin")
     with pytest.raises(BadCheckpoint, match="no state dict"):
-        read_specs(tmp_path, "m.bin")
+        read_specs(files_of(tmp_path), "m.bin")
 
 
 def test_a_memo_of_absurd_size_does_not_allocate(tmp_path: Path) -> None:
@@ -171,12 +172,12 @@ def test_a_memo_of_absurd_size_does_not_allocate(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.bin", "w") as archive:
         archive.writestr("m/data.pkl", stream.getvalue())
     with pytest.raises(BadCheckpoint, match="no state dict"):
-        read_specs(tmp_path, "m.bin")
+        read_specs(files_of(tmp_path), "m.bin")
 
 
 def test_numbers_are_what_numpy_reads(tmp_path: Path) -> None:
     tensor = torch.randn(3, 5)
     torch.save({"a": tensor}, tmp_path / "m.bin")
-    [spec] = read_specs(tmp_path, "m.bin")
+    [spec] = read_specs(files_of(tmp_path), "m.bin")
     raw = (tmp_path / "m.bin").read_bytes()[spec.offset : spec.offset + spec.size]
     assert np.array_equal(np.frombuffer(raw, np.float32).reshape(3, 5), tensor.numpy())

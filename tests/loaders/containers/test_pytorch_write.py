@@ -15,6 +15,7 @@ from loaders.containers.pytorch_pickle import Ref
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
+from tests.reading import files_of
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.engine
@@ -61,7 +62,7 @@ def test_every_dtype_comes_back_from_torch_and_from_our_reader(tmp_path: Path) -
         assert {n: (t.dtype, tuple(t.shape)) for n, t in found.items()} == {
             t.name: (getattr(torch, t.spec.dtype.torch), t.spec.shape) for t in EVERY
         }
-    specs = read_specs(tmp_path, "m.bin")
+    specs = read_specs(files_of(tmp_path), "m.bin")
     raw = (tmp_path / "m.bin").read_bytes()
     assert {s.name: raw[s.offset : s.offset + s.size] for s in specs} == contents
     assert all(spec.offset % 64 == 0 for spec in specs)
@@ -108,10 +109,10 @@ def test_modules_hold_values_beside_their_tensors_and_share_them(tmp_path: Path)
     del one["w"]
     assert one == {"bits": 4, "far": 1 << 40, "on": True, "text": "4bit", "shape": torch.Size([3, 2]),
                    "dtype": torch.bfloat16}  # fmt: skip
-    values = read_values(tmp_path, "m.pt")
+    values = read_values(files_of(tmp_path), "m.pt")
     assert values["one.shape"] == (3, 2)
     assert values["one.dtype"] is DTYPES["BF16"]
-    assert {spec.name for spec in read_specs(tmp_path, "m.pt")} == {"one.w", "two.w"}
+    assert {spec.name for spec in read_specs(files_of(tmp_path), "m.pt")} == {"one.w", "two.w"}
 
 
 def test_zip64_takes_over_at_four_gibibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +127,7 @@ def test_zip64_takes_over_at_four_gibibytes(tmp_path: Path, monkeypatch: pytest.
     found = torch.load(tmp_path / "m.bin", weights_only=True)
     assert {name: bytes_of(tensor) for name, tensor in found.items()} == contents
     assert zipfile.ZipFile(tmp_path / "m.bin").testzip() is None
-    assert {spec.name for spec in read_specs(tmp_path, "m.bin")} == {"a", "b", "c"}
+    assert {spec.name for spec in read_specs(files_of(tmp_path), "m.bin")} == {"a", "b", "c"}
 
 
 def test_a_dtype_that_torch_lacks_is_refused() -> None:

@@ -14,6 +14,7 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint
 from loaders.specs import StoredSpec, StoredTensor
 from tests.making import Raw, write_header, write_safetensors
+from tests.reading import files_of
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 def refused(tmp_path: Path, head: Any, data: bytes) -> str:
     write_header(tmp_path / "m.safetensors", head, data)
     with pytest.raises(BadCheckpoint) as caught:
-        read_specs(tmp_path, "m.safetensors")
+        read_specs(files_of(tmp_path), "m.safetensors")
     assert "m.safetensors" in str(caught.value)
     return str(caught.value)
 
@@ -37,7 +38,7 @@ def test_every_dtype_is_read_with_its_place(tmp_path: Path) -> None:
         "none": Raw("BF16", np.empty((0, 4), np.uint16)),
     }
     write_safetensors(tmp_path / "m.safetensors", tensors)
-    specs = {spec.name: spec for spec in read_specs(tmp_path, "m.safetensors")}
+    specs = {spec.name: spec for spec in read_specs(files_of(tmp_path), "m.safetensors")}
     data = (tmp_path / "m.safetensors").read_bytes()
     for name, raw in tensors.items():
         spec = specs[name]
@@ -94,13 +95,13 @@ def test_an_entry_without_a_part_is_refused(tmp_path: Path, missing: str) -> Non
 def test_an_absurd_header_length_is_refused(tmp_path: Path, length: int) -> None:
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(BadCheckpoint, match=f"header of {length} bytes in a file of 10"):
-        read_specs(tmp_path, "m.safetensors")
+        read_specs(files_of(tmp_path), "m.safetensors")
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"")
     with pytest.raises(BadCheckpoint, match="in a file of 0"):
-        read_specs(tmp_path, "m.safetensors")
+        read_specs(files_of(tmp_path), "m.safetensors")
 
 
 @pytest.mark.parametrize("head", [b"[1, 2]", b"{not json", b'{"a": ' + b"[" * 100_000, b"\xff\xfe"])

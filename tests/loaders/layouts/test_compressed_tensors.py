@@ -30,6 +30,7 @@ from tests.making import (
     write_moe,
     write_safetensors,
 )
+from tests.reading import files_of
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -91,7 +92,7 @@ def test_everything_that_stays_is_ignored_by_name(tmp_path: Path, weightmill: An
         "rules=[{name: layers.1.*down_proj, action: keep}]",
     )  # fmt: skip
     assert ran.status == 0, ran.err
-    block = read_config(tmp_path / "out")["quantization_config"]
+    block = read_config(files_of(tmp_path / "out"))["quantization_config"]
     assert block["ignore"] == ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.down_proj"]
     assert block["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert [found for found in ran.document["lint"] if found["level"] == "fault"] == []
@@ -117,7 +118,7 @@ def test_a_fused_group_of_two_schemes_is_said(source: Path, tmp_path: Path, weig
     )
     assert any("2 fused groups have several schemes" in warning for warning in ran.document["warnings"])
     assert any("2 fused groups have parts of different schemes" in found["what"] for found in ran.document["lint"])
-    groups = read_config(tmp_path / "o")["quantization_config"]["config_groups"]
+    groups = read_config(files_of(tmp_path / "o"))["quantization_config"]["config_groups"]
     assert sorted(len(group["targets"]) for group in groups.values()) == [2, 12]
     assert not any("Linear" in group["targets"] for group in groups.values())
 

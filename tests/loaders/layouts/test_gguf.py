@@ -12,6 +12,7 @@ import pytest
 
 from loaders.containers import gguf
 from tests.making import llama_tensors, make_source, read_safetensors, values_of, weights
+from tests.reading import files_of
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_one_flipped_bit_fails_verification(
     assert weightmill("verify", f"output.path={out}").status == 0
     files = sorted(out.glob("*.gguf"))
     file = files[0] if where == "header" else files[-1]
-    specs = gguf.read_specs(out, files[-1].name)
+    specs = gguf.read_specs(files_of(out), files[-1].name)
     offset = {"header": 200, "tensor": specs[0].offset + 5, "last": specs[-1].offset + specs[-1].size - 1}[where]
     data = bytearray(file.read_bytes())
     data[offset] ^= 1
@@ -67,7 +68,7 @@ def test_a_gguf_is_a_source_as_any_other(kind: str, model: Path, tmp_path: Path,
 def test_rules_give_some_tensors_another_type(model: Path, tmp_path: Path, weightmill: Any) -> None:
     rules = "rules=[{name: v_proj, action: quantize, quant: {type: F16}}, {role: head, action: keep}]"
     assert weightmill("run", *arguments(model, tmp_path / "out"), rules).status == 0
-    types = {s.name: s.dtype.name for s in gguf.read_specs(tmp_path / "out", "model-Q8_0.gguf")}
+    types = {s.name: s.dtype.name for s in gguf.read_specs(files_of(tmp_path / "out"), "model-Q8_0.gguf")}
     assert types["blk.0.attn_v.weight"] == "F16"
     assert types["output.weight"] == "BF16"
     assert types["blk.0.attn_k.weight"] == "Q8_0"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import jobs.execution.unit
-from jobs.output.journal import find_journals
 from loaders.checkpoints.checkpoint import open_checkpoint
+from tests.journals import find_journals
 from tests.making import LLAMA, Raw, llama_tensors, read_safetensors, snapshot, weights, write_checkpoint
 from tests.processes import start
 

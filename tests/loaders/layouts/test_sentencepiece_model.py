@@ -10,6 +10,7 @@ import pytest
 from loaders.errors import BadCheckpoint
 from loaders.layouts.gguf.sentencepiece import from_json, is_sentencepiece
 from loaders.layouts.gguf.sentencepiece_model import BPE, BYTE, NORMAL, Token, read_model
+from tests.reading import files_of
 
 
 def field(number: int, data: bytes) -> bytes:
@@ -30,7 +31,7 @@ HONEST = (
 
 def test_pieces_scores_types_and_settings_are_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(HONEST)
-    found = read_model(tmp_path / "tokenizer.model")
+    found = read_model(files_of(tmp_path), "tokenizer.model")
     assert found.pieces == (Token("▁a", -1.5, NORMAL), Token("<0x0A>", 0.0, BYTE))
     assert (found.model_type, found.adds_prefix) == (BPE, False)
 
@@ -52,7 +53,7 @@ def test_pieces_scores_types_and_settings_are_read(tmp_path: Path) -> None:
 def test_what_is_none_is_refused(raw: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(raw)
     with pytest.raises(BadCheckpoint, match=f"tokenizer.model: .*({what})"):
-        read_model(tmp_path / "tokenizer.model")
+        read_model(files_of(tmp_path), "tokenizer.model")
 
 
 def test_no_single_wrong_byte_does_more_than_be_refused(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_no_single_wrong_byte_does_more_than_be_refused(tmp_path: Path) -> None:
         for value in (0, 0x7F, 0xFF):
             path.write_bytes(HONEST[:place] + bytes([value]) + HONEST[place + 1 :])
             try:
-                assert len(read_model(path).pieces) <= 3
+                assert len(read_model(files_of(path.parent), path.name).pieces) <= 3
             except BadCheckpoint:
                 continue
 

@@ -11,6 +11,7 @@ import pytest
 from loaders.containers import gguf
 from loaders.specs import StoredSpec, StoredTensor, WeightSpec
 from tests.making import make_source
+from tests.reading import files_of
 
 Metadata = dict[str, gguf.MetadataValue]
 Change = Callable[[Metadata, dict[str, WeightSpec]], Any]
@@ -34,8 +35,8 @@ def honest(made: dict[str, Path], weightmill: Any) -> Path:
 
 def changed(file: Path, folder: Path, change: Change) -> Path:
     """A GGUF with other metadata or tensors, whose data do not matter."""
-    metadata = gguf.read_metadata(file.parent, file.name)
-    specs = {spec.name: spec for spec in gguf.read_specs(file.parent, file.name)}
+    metadata = gguf.read_metadata(files_of(file.parent), file.name)
+    specs = {spec.name: spec for spec in gguf.read_specs(files_of(file.parent), file.name)}
     change(metadata, specs)
     tensors = [StoredTensor(name, StoredSpec(spec.dtype, spec.shape)) for name, spec in specs.items()]
     made = gguf.with_head(gguf.lay_out(file.name, tensors), metadata)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from loaders.storage.json_files import read_json
 from tests.making import llama_tensors, write_checkpoint, write_moe
 
 
@@ -29,7 +28,7 @@ def findings(weightmill: Any, folder: Path) -> list[dict[str, str]]:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    document = read_json(path)
+    document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
 

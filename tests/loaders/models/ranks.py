@@ -77,7 +77,7 @@ def check(model: torch.nn.Module, checkpoint: object, sources: object) -> bool:
     """Every shard against the files, by safetensors' own reading."""
     from safetensors import safe_open
 
-    root = checkpoint.root  # type: ignore[attr-defined]
+    root = checkpoint.address.path  # type: ignore[attr-defined]
     files = {r.name: r.stored[0][1].file for r in sources.tensors}  # type: ignore[attr-defined]
     opened = {file: safe_open(Path(root) / file, "pt") for file in set(files.values())}
     for name, parameter in model.named_parameters():

@@ -17,6 +17,7 @@ from loaders.errors import BadSpec
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import StoredSpec, StoredTensor, TensorSpec
 from tests.making import read_safetensors
+from tests.reading import files_of
 
 BLOCKS = GGML_BLOCKS | GGML_READ_BLOCKS
 # where a block keeps its float16 scales; IQ1_M spreads its one over the top bits of the last four words
@@ -116,4 +117,4 @@ def test_a_gguf_of_such_blocks_is_a_source(weightmill: Any, tmp_path: Path) -> N
     kind = quants.GGMLQuantizationType.IQ4_XS
     assert np.array_equal(found.reshape(-1), quants.dequantize(blocks["blk.0.ffn_down.weight"], kind).reshape(-1))
     run("again", "quant=none", "quant.dtype=float16", "output=gguf")
-    assert {s.dtype.name for s in gguf.read_specs(tmp_path / "again", "m-F16.gguf")} == {"F16"}
+    assert {s.dtype.name for s in gguf.read_specs(files_of(tmp_path / "again"), "m-F16.gguf")} == {"F16"}

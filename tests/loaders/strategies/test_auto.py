@@ -11,6 +11,7 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.storage import local
 from loaders.strategies import AutoLoader, auto
 from tests.loaders.strategies.writing import write
+from tests.reading import files_of
 
 # --- auto
 
@@ -43,10 +44,10 @@ def test_auto_measures_a_cold_disk_and_says_the_rates(tmp_path: Path, monkeypatc
     files = [tag.name for tag in open_checkpoint(tmp_path / "m").files]
     monkeypatch.setattr(local, "filesystem", lambda path: "ext4")
     monkeypatch.setattr(local, "cached_share", lambda path: 0.0)
-    assert auto.choose(tmp_path / "m", files)[0] == "read"  # too small to matter
+    assert auto.choose(files_of(tmp_path / "m"), files)[0] == "read"  # too small to matter
     monkeypatch.setattr(auto, "WORTH_MEASURING", 1000)
     monkeypatch.setattr(auto, "_RATES", {})
-    chosen, why = auto.choose(tmp_path / "m", files)
+    chosen, why = auto.choose(files_of(tmp_path / "m"), files)
     [rates] = auto._RATES.values()
     assert chosen == max(rates, key=rates.__getitem__)
     assert set(rates) >= {"read", "lazy"}
@@ -58,6 +59,6 @@ def test_auto_takes_direct_storage_for_a_gpu(tmp_path: Path, monkeypatch: pytest
     write(tmp_path / "m")
     monkeypatch.setattr(auto, "gds_available", lambda index=0: index == 1)
     files = ["model-00001-of-00002.safetensors"]
-    assert auto.choose(tmp_path / "m", files, "cuda:1")[0] == "fastsafetensors"
-    assert auto.choose(tmp_path / "m", files, "cuda:0")[0] != "fastsafetensors"
-    assert auto.choose(tmp_path / "m", files)[0] != "fastsafetensors"
+    assert auto.choose(files_of(tmp_path / "m"), files, "cuda:1")[0] == "fastsafetensors"
+    assert auto.choose(files_of(tmp_path / "m"), files, "cuda:0")[0] != "fastsafetensors"
+    assert auto.choose(files_of(tmp_path / "m"), files)[0] != "fastsafetensors"

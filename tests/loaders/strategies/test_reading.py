@@ -113,7 +113,7 @@ def test_ranges_read_from_several_threads_are_fetched_ahead_into_the_page_cache(
     checkpoint = open_checkpoint(tmp_path / "m")
     for name in ("multithread", "streaming"):
         before = int(Path("/proc/self/io").read_text().split()[1])
-        with loader(name).open(checkpoint.root, checkpoint.weights) as reader:
+        with loader(name).open(checkpoint.source, checkpoint.weights) as reader:
             first = checkpoint.weights[0]
             assert reader.read(first, 0, 1000).tobytes() == wanted[first.name][:1000]
             time.sleep(0.3)

@@ -47,7 +47,7 @@ def test_only_rank_0_holds_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert (tensor.shape, tensor.dtype) == (first[name].shape, torch.bfloat16)
     assert (by.stats.tensors, by.stats.bytes) == (6, 0)
     checkpoint = open_checkpoint(tmp_path / "m")
-    with pytest.raises(BadSpec, match="rank 3 holds no weights"), by.open(checkpoint.root, checkpoint.weights):
+    with pytest.raises(BadSpec, match="rank 3 holds no weights"), by.open(checkpoint.source, checkpoint.weights):
         pass
     with pytest.raises(BadSpec, match="not to device=mps"):
         by.load_weights(tmp_path / "m", device="mps")

@@ -187,7 +187,7 @@ def test_slices_are_the_stored_bytes_and_never_larger_than_asked(name: str, cont
 def test_ranges_come_in_any_order(name: str, container: str, tmp_path: Path) -> None:
     wanted = made(container, tmp_path / "m")
     checkpoint = open_checkpoint(tmp_path / "m")
-    with a_loader(name).open(checkpoint.root, checkpoint.weights) as reader:
+    with a_loader(name).open(checkpoint.source, checkpoint.weights) as reader:
         for spec in reversed(checkpoint.weights):
             raw = wanted[spec.name].data.tobytes()
             for start, stop in ((spec.size // 2, spec.size), (0, spec.size // 2)):
@@ -230,7 +230,7 @@ def test_files_that_change_after_their_headers_were_read_are_refused(
     damage, error, message = FAULTS[fault]
     for iterate in ("iterate_weights", "iterate_slices"):
         checkpoint = open_checkpoint(tmp_path / "m")
-        file = checkpoint.root / checkpoint.weights[-1].file
+        file = checkpoint.address.path / checkpoint.weights[-1].file
         kept = file.read_bytes()
         damage(file)
         with pytest.raises(error, match=message):
@@ -242,7 +242,7 @@ def test_files_that_change_after_their_headers_were_read_are_refused(
 def test_a_truncated_file_is_refused_before_a_weight_is_read(name: str, container: str, tmp_path: Path) -> None:
     made(container, tmp_path / "m")
     checkpoint = open_checkpoint(tmp_path / "m")
-    cut(checkpoint.root / checkpoint.weights[-1].file)
+    cut(checkpoint.address.path / checkpoint.weights[-1].file)
     with pytest.raises(BadCheckpoint):
         a_loader(name).get_weight_specs(tmp_path / "m")
 
@@ -287,6 +287,7 @@ def test_each_byte_is_fetched_once(name: str, iterate: str, tmp_path: Path) -> N
 BOUNDS = {
     "lazy": 0, "unified_memory": 0, "auto": 0, "low_memory": 0, "eager": 48 * MB, "full": 48 * MB, "read": 12 * MB,
     "multithread": 48 * MB, "streaming": 16 * MB, "fastsafetensors": 48 * MB, "runai": 12 * MB,
+    "remote": 12 * MB,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"streaming": {"memory_budget_mb": 16.0}, "runai": {"batch_mb": 6.0}}
 SLACK = 6 * MB  # threads, the interpreter
@@ -295,7 +296,9 @@ SLACK = 6 * MB  # threads, the interpreter
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at /proc")
 @pytest.mark.parametrize("name", LOADERS)
 def test_memory_stays_within_the_stated_bound(name: str, tmp_path: Path) -> None:
-    """A tensor of 6 MB at a time; `read` keeps one for the next, some hold all, fastsafetensors a shard and 17 MB."""
+    """A tensor of 6 MB at a time; `read` keeps one for the next, `remote` fetches one more, some hold all,
+    fastsafetensors a shard and 17 MB.
+    """
     large(tmp_path / "m", mb=48)
     settings = SETTINGS.get(name, {})
     for _ in range(2):  # the first brings libraries and the allocator's own

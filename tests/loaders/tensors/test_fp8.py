@@ -12,7 +12,7 @@ from loaders.backends.threads import ThreadedWork
 from loaders.errors import BadCheckpoint
 from tests.loaders.tensors.quantized import Q_PROJ, bf16, e4m3_values_once, fp8_tensors, write
 from tests.making import Raw, llama_tensors, read_safetensors, values_of
-from tests.reading import tensors_in, values
+from tests.reading import files_of, tensors_in, values
 
 
 def blockwise(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_fp8_comes_back_plain_and_quantizes_to_anything(tmp_path: Path, weightmi
     assert plain.status == 0, plain.err
     from loaders.checkpoints.derived_config import read_config
 
-    config = read_config(tmp_path / "plain")
+    config = read_config(files_of(tmp_path / "plain"))
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
     found = read_safetensors(tmp_path / "plain")

@@ -12,6 +12,7 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.checkpoints.derived_config import read_config
 from tests.loaders.tensors.quantized import write
 from tests.making import llama_tensors, read_safetensors, values_of, weights
+from tests.reading import files_of
 from tests.reference import decode_bnb4
 
 
@@ -28,7 +29,7 @@ def test_a_cast_gives_the_plain_checkpoint_back(quantized: Path, source: Path, t
     assert ran.status == 0, ran.err
     plain = open_checkpoint(tmp_path / "out")
     assert {spec.name for spec in plain.weights} == {spec.name for spec in open_checkpoint(source).weights}
-    assert "quantization_config" not in read_config(tmp_path / "out")
+    assert "quantization_config" not in read_config(files_of(tmp_path / "out"))
     found, stored = read_safetensors(tmp_path / "out"), read_safetensors(quantized)
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
         decoded = values_of(weights(decode_bnb4(stored, name), "BF16"))  # as the engine decodes: to the model's dtype
@@ -45,7 +46,7 @@ def test_nf4_of_decoded_nf4_is_the_same(quantized: Path, tmp_path: Path, weightm
 def test_a_copy_keeps_the_quantization(quantized: Path, tmp_path: Path, weightmill: Any) -> None:
     ran = weightmill("run", f"model.path={quantized}", f"output.path={tmp_path / 'out'}", "quant=none")
     assert ran.status == 0, ran.err
-    assert read_config(tmp_path / "out") == read_config(quantized)
+    assert read_config(files_of(tmp_path / "out")) == read_config(files_of(quantized))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (quantized / "model.safetensors").read_bytes()
 
 

@@ -1,0 +1,86 @@
+"""Where something lies: a path or a URL, as one type, so that nobody takes a URL for a path."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit, urlunsplit
+
+from loaders.errors import BadSpec
+
+LOCAL = "file"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    """A path of this machine, or a URL of a store, without a slash at its end."""
+
+    text: str
+
+    @staticmethod
+    def of(where: str | os.PathLike[str] | Address) -> Address:
+        """An address as users give it: a path, file://PATH, or SCHEME://..."""
+        if isinstance(where, Address):
+            return where
+        text = os.fspath(where)
+        if text.startswith(f"{LOCAL}://"):
+            text = text.removeprefix(f"{LOCAL}://")
+        return Address(text.rstrip("/") or "/")
+
+    @property
+    def scheme(self) -> str:
+        """That of the URL; "file" for a path."""
+        head, found, _ = self.text.partition("://")
+        return head if found else LOCAL
+
+    @property
+    def is_local(self) -> bool:
+        return self.scheme == LOCAL
+
+    @property
+    def path(self) -> Path:
+        """The path of this machine.
+
+        Raises:
+            BadSpec: it is a URL of a store.
+        """
+        if not self.is_local:
+            raise BadSpec(f"{self}: expected a path of this machine")
+        return Path(self.text)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.path.name if self.is_local else PurePosixPath(urlsplit(self.text).path).name
+
+    @property
+    def parent(self) -> Address:
+        """The folder or prefix that it lies in; itself at the top."""
+        if self.is_local:
+            return Address(str(self.path.parent))
+        parts = urlsplit(self.text)
+        above = str(PurePosixPath(parts.path or "/").parent).rstrip("/")
+        return Address(urlunsplit(parts._replace(path=above)))
+
+    @property
+    def parents(self) -> tuple[Address, ...]:
+        """All that it lies in, the nearest first."""
+        found: list[Address] = []
+        here = self
+        while (above := here.parent) != here:
+            found.append(above)
+            here = above
+        return tuple(found)
+
+    def __truediv__(self, name: str) -> Address:
+        if self.is_local:
+            return Address(str(self.path / name))
+        parts = urlsplit(self.text)
+        return Address(urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}")))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __fspath__(self) -> str:
+        return str(self.path)

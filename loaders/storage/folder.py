@@ -1,0 +1,125 @@
+"""A folder of this machine as a store: files are mapped and read in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from loaders.errors import BadCheckpoint, io_errors
+from loaders.storage.address import Address
+from loaders.storage.base import Entry, Range
+
+# Folders of tools, which are no part of a checkpoint.
+SKIPPED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
+
+
+class Folder:
+    """See `Store`. A file's tag is its time of change, in nanoseconds."""
+
+    is_local = True
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @property
+    def address(self) -> Address:
+        return Address(str(self.path))
+
+    def absence(self) -> str | None:
+        if self.path.is_dir():
+            return None
+        return "a file; give the folder it lies in" if self.path.exists() else "nothing there"
+
+    def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
+        if not self.path.is_dir():
+            return ()
+        with io_errors("looking into", self.path):
+            if deep:
+                return tuple(self._entry(name) for name in sorted(self._walk(every)))
+            return tuple(
+                self._entry(e.name) for e in sorted(os.scandir(self.path), key=lambda e: e.name) if e.is_file()
+            )
+
+    def _walk(self, every: bool) -> Iterator[str]:
+        for folder, folders, names in os.walk(self.path):
+            if not every:
+                folders[:] = [name for name in folders if name not in SKIPPED]
+            links = [name for name in folders if (Path(folder) / name).is_symlink()]  # which are not followed
+            for path in (Path(folder) / name for name in (*names, *links)):
+                if every or path.is_file() or path.name in links:
+                    yield path.relative_to(self.path).as_posix()
+
+    def _entry(self, name: str) -> Entry:
+        path = self.path / name
+        status = path.stat() if path.exists() else path.lstat()
+        return Entry(name, status.st_size, str(status.st_mtime_ns))
+
+    def entry_of(self, name: str) -> Entry:
+        """A file that has to be there.
+
+        Raises:
+            StorageError: it is not, or no longer.
+        """
+        with io_errors("looking at", self.path / name):
+            status = (self.path / name).stat()
+        return Entry(name, status.st_size, str(status.st_mtime_ns))
+
+    def find(self, name: str) -> Entry | None:
+        path = self._inner(name)
+        with io_errors("looking at", path):
+            return self._entry(name) if path.is_file() else None
+
+    def _inner(self, name: str) -> Path:
+        """The path of a name that may come from a stranger's file.
+
+        Raises:
+            BadCheckpoint: it leads out of the folder.
+        """
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+            raise BadCheckpoint(f"{name!r} leads out of {self.path}; do not trust what names it")
+        return self.path / name
+
+    def check_inside(self, name: str) -> None:
+        """The Hub's cache is an exception: files of a snapshot are links to blobs beside it."""
+        path = self.path / name
+        if not path.is_symlink():
+            return
+        if path.is_dir():
+            raise BadCheckpoint(f"{path}: a linked folder; its files are not followed: copy it in")
+        root, target = self.path.resolve(), path.resolve()
+        in_cache = self.path.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs")
+        if not in_cache and not target.is_relative_to(root):
+            raise BadCheckpoint(f"{name}: it links to {target}, outside the checkpoint; copy it in")
+
+    def read(self, entry: Entry, start: int, stop: int) -> memoryview:
+        path, data = self._inner(entry.name), memoryview(bytearray(stop - start))
+        with io_errors("reading", path), path.open("rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            self._check_same(entry, status)
+            at, left = start, data
+            while left:
+                count = os.preadv(file.fileno(), [left], at)
+                if count == 0:
+                    raise BadCheckpoint(f"{entry.name}: it ends at byte {at}, expected {stop}; fetch it again")
+                at, left = at + count, left[count:]
+        return data
+
+    def read_ranges(self, entry: Entry, ranges: Sequence[Range]) -> Iterator[memoryview]:
+        return (self.read(entry, start, stop) for start, stop in ranges)
+
+    def check_unchanged(self, entry: Entry) -> None:
+        path = self.path / entry.name
+        with io_errors("looking at", path):
+            self._check_same(entry, os.stat(path))  # noqa: PTH116  # a few microseconds less, for every tensor
+
+    def _check_same(self, entry: Entry, status: os.stat_result) -> None:
+        if (status.st_size, str(status.st_mtime_ns)) != (entry.size, entry.tag):
+            raise BadCheckpoint(
+                f"{entry.name}: it changed while it was read: {entry.size} bytes when its headers were,"
+                f" {status.st_size} now; load it again when nobody writes to it"
+            )
+
+    def local_path(self, name: str) -> Path | None:
+        return self.path / name

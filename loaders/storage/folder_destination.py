@@ -1,0 +1,250 @@
+"""An output under way in a folder of this machine: its journal is a hidden folder beside it, publishing is one rename.
+
+.NAME.KEY.weightmill/    KEY names the plan: another plan for the same output has its own folder
+    lock                 held by the process that works on it
+    parts/               files being written, one an attempt
+    files/               finished files; it becomes the output. A file of several units lies here from the start:
+                         they write into it in place
+    pieces/ records/     see `Destination`
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.storage.address import Address
+from loaders.storage.atomic import allocate, exclusive, holder, sync_folder, write_file
+from loaders.storage.base import Abandoned, Entry
+from loaders.storage.folder import Folder
+from loaders.storage.hashes import BLOCK, hash_file
+
+SUFFIX = ".weightmill"
+AREAS = ("files", "parts", "pieces", "records")
+RENAME_EXCHANGE = 2  # of renameat2, which Python's os does not offer
+AT_FDCWD = -100
+
+
+class FolderDestination:
+    """See `Destination`."""
+
+    is_local = True
+
+    def __init__(self, address: Address, key: str) -> None:
+        self.address = address
+        self._output = address.path
+        self.root = self._output.parent / f".{self._output.name}.{key[:12]}{SUFFIX}"
+
+    @property
+    def journal(self) -> Address:
+        return Address(str(self.root))
+
+    @property
+    def files(self) -> Folder:
+        return Folder(self.root / "files")
+
+    def prepare(self, *, overwrite: bool) -> None:
+        with io_errors("making", self.root):
+            for area in AREAS:
+                (self.root / area).mkdir(parents=True, exist_ok=True)
+            for path in (self.root / "parts").iterdir():  # of attempts that were killed
+                path.unlink()
+
+    def is_there(self) -> bool:
+        return (self.root / "parts").is_dir()
+
+    @contextmanager
+    def claim(self) -> Iterator[str | None]:
+        with io_errors("making", self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.root / "lock") as is_held:
+            yield None if is_held else holder(self.root / "lock")
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self.root / name
+        with io_errors("making", path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+
+    def get(self, name: str) -> bytes | None:
+        path = self.root / name
+        if not path.is_file():
+            return None
+        with io_errors("reading", path):
+            return path.read_bytes()
+
+    def list(self, area: str) -> tuple[Entry, ...]:
+        return Folder(self.root / area).list()
+
+    def drop(self, name: str) -> None:
+        path = self.root / name
+        with io_errors("removing", path):
+            path.unlink(missing_ok=True)
+
+    def scratch(self, name: str) -> Path:
+        return self.root / "parts" / name
+
+    def keep(self, part: Path, name: str) -> Entry:
+        target = self.root / name
+        with io_errors("finishing", target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(target)
+            sync_folder(target.parent)
+            status = target.stat()
+        return Entry(name, status.st_size, str(status.st_mtime_ns))
+
+    def shared(self, name: str, size: int | None = None) -> Path | None:
+        path = self.root / name
+        if size is not None:
+            with io_errors(f"taking {size} bytes for", path):
+                descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+                try:
+                    allocate(descriptor, size)
+                finally:
+                    os.close(descriptor)
+                sync_folder(path.parent)
+        return path
+
+    @property
+    def pieces(self) -> Folder:
+        return Folder(self.root / "pieces")
+
+    def assemble(
+        self, name: str, pieces: Sequence[tuple[int, str]], around: Sequence[tuple[int, bytes]], size: int
+    ) -> None:
+        target = self.root / name
+        with io_errors("joining", target):
+            descriptor = os.open(target, os.O_CREAT | os.O_RDWR, 0o666)
+            try:
+                for start, piece in pieces:
+                    _move_in(self.root / piece, descriptor, start)
+                for start, data in around:
+                    _put(descriptor, memoryview(data), start)
+                os.ftruncate(descriptor, size)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            sync_folder(target.parent)
+
+    def join(self, name: str, chunks: Iterator[bytes], size: int) -> Entry:
+        part = self.scratch(Path(name).name)
+        with io_errors("writing", part), part.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return self.keep(part, name)
+
+    def stage(self, name: str, data: bytes) -> None:
+        self.put(f"files/{name}", data)
+
+    def holds(self, written: Entry, digest: str, start: int | None = None) -> bool:
+        path = self.root / written.name
+        if not path.is_file():
+            return False
+        size = path.stat().st_size
+        is_whole = size == written.size if start is None else size >= start + written.size
+        return is_whole and hash_file(path, start=start or 0, size=written.size) == digest
+
+    def publish(self, *, overwrite: bool) -> None:
+        files = self.root / "files"
+        for folder in [files, *(path for path in files.rglob("*") if path.is_dir())]:
+            sync_folder(folder)
+        with io_errors("publishing", self._output):
+            if not self._output.exists():
+                files.rename(self._output)
+            elif overwrite:
+                _exchange(files, self._output)
+            else:
+                raise BadSpec(f"{self._output} came into being while the job ran")
+            sync_folder(self._output.parent)
+
+    def forget(self) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.root)
+
+
+def _move_in(piece: Path, descriptor: int, start: int) -> None:
+    """Put a piece that was made apart in its place. The disk holds one piece twice, never all."""
+    if not piece.exists():
+        return
+    buffer = memoryview(bytearray(BLOCK))
+    with piece.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            _put(descriptor, buffer[:count], start)
+            start += count
+    os.fsync(descriptor)
+    piece.unlink()
+
+
+def _put(descriptor: int, data: memoryview, start: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, start)
+        start, data = start + count, data[count:]
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step, or, where the system cannot, in two."""
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2"):
+            done = libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
+            if done == 0:
+                return
+            # These say that the filesystem knows no exchange; all others are faults.
+            if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    aside = new.with_name("replaced")
+    if aside.exists():
+        shutil.rmtree(aside)
+    old.rename(aside)
+    new.rename(old)
+
+
+def abandoned_in(folder: Path, name: str | None = None) -> tuple[Abandoned, ...]:
+    """Journals of the outputs in a folder, or of the one with a name."""
+    if not folder.is_dir():
+        return ()
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{12}}{re.escape(SUFFIX)}")
+    return tuple(left_in(p) for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name) and p.is_dir())
+
+
+def left_in(path: Path) -> Abandoned:
+    """What a folder that was left behind holds."""
+    files = [p for p in path.rglob("*") if p.is_file()]
+    return Abandoned(
+        address=Address(str(path)),
+        size=sum(p.stat().st_size for p in files),
+        units_done=sum(p.parent.name == "records" for p in files),
+        age_s=time.time() - max((p.stat().st_mtime for p in files), default=path.stat().st_mtime),
+        is_held=_is_held(path),
+    )
+
+
+def _is_held(journal: Path) -> bool:
+    if not (journal / "lock").exists():
+        return False
+    try:
+        with exclusive(journal / "lock") as was_free:
+            return not was_free
+    except StorageError:
+        return True
+
+
+def discard_folder(path: Path) -> None:
+    """Remove what was left.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with io_errors("removing", path):
+        shutil.rmtree(path)

@@ -1,0 +1,14 @@
+"""What interrupted jobs left in a folder of outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.output.journal import LOGITS
+from jobs.output.leftovers import find_leftovers
+from loaders.storage.address import Address
+
+
+def find_journals(folder: Path) -> list[Path]:
+    """The hidden folders of outputs under way, those of finished jobs being gone."""
+    return [found.address.path for found in find_leftovers(Address.of(folder)) if found.address.name != LOGITS]

@@ -1,0 +1,201 @@
+"""An output under way on the shelves: its journal is hidden below it, and publishing is the order of the last files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import xxhash
+
+from loaders.checkpoints.aux_files import OUR_REPORT
+from loaders.errors import BadSpec
+from loaders.storage.address import Address
+from loaders.storage.base import Abandoned, Entry, Store
+from tests.shelf.client import Client, Refused
+from tests.shelf.store import HIDDEN, Shelf, key_of
+
+STAGED = "staged "  # before the version of a file that waits to be published
+
+
+class ShelfDestination:
+    """See `Destination`. Finished files have their last names at once; what makes them a checkpoint comes last."""
+
+    is_local = False
+
+    def __init__(self, address: Address, key: str) -> None:
+        self.address = address
+        self.journal = address / f"{HIDDEN}{key[:12]}"
+        self._client = Client(address)
+        self._scratch = Path(tempfile.gettempdir()) / f"shelf-{key[:12]}"
+
+    def _key(self, name: str) -> str:
+        area, _, rest = name.partition("/")
+        return f"{key_of(self.address)}/{rest}" if area == "files" else f"{key_of(self.journal)}/{name}"
+
+    @property
+    def files(self) -> Store:
+        return _WithStaged(self.address, Shelf(self.journal / "staged"))
+
+    @property
+    def pieces(self) -> Store:
+        return Shelf(self.journal / "pieces")
+
+    def prepare(self, *, overwrite: bool) -> None:
+        self.put("begun", b"")
+        if overwrite:
+            for name in ("config.json", OUR_REPORT):  # from here on nobody takes what is left for a checkpoint
+                self.drop(f"files/{name}")
+
+    def is_there(self) -> bool:
+        return self.get("begun") is not None
+
+    @contextmanager
+    def claim(self) -> Iterator[str | None]:
+        if (other := self._claimed()) is not None:
+            yield f"pid {other}"
+            return
+        try:
+            yield None
+        finally:
+            self.drop("claim")
+
+    def _claimed(self) -> int | None:
+        """Who else is in; None if this process is, from now on. Of one that has ended, its claim is taken over."""
+        own, journal = str(os.getpid()).encode(), Shelf(self.journal)
+        found = journal.find("claim")
+        with suppress(Refused):
+            condition = {"If_None_Match": "*"} if found is None else {"If_Match": found.tag}
+            if found is None or not is_alive(int(bytes(journal.read(found, 0, found.size)))):
+                self._client.put(self._key("claim"), own, **condition)
+                return None
+        return int(self.get("claim") or 0)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._client.put(self._key(name), data)
+
+    def get(self, name: str) -> bytes | None:
+        found = Shelf(self.journal).find(name)
+        return None if found is None else bytes(Shelf(self.journal).read(found, 0, found.size))
+
+    def list(self, area: str) -> tuple[Entry, ...]:
+        return self.files.list() if area == "files" else Shelf(self.journal / area).list()
+
+    def drop(self, name: str) -> None:
+        self._client.delete(self._key(name))
+
+    def scratch(self, name: str) -> Path:
+        self._scratch.mkdir(exist_ok=True)
+        return self._scratch / name
+
+    def keep(self, part: Path, name: str) -> Entry:
+        data = part.read_bytes()
+        version = self._client.put(self._key(name), data, x_xxh3=xxhash.xxh3_128_hexdigest(data))
+        part.unlink()
+        return Entry(name, len(data), version)
+
+    def shared(self, name: str, size: int | None = None) -> Path | None:
+        return None
+
+    def assemble(
+        self, name: str, pieces: Sequence[tuple[int, str]], around: Sequence[tuple[int, bytes]], size: int
+    ) -> NoReturn:
+        raise NotImplementedError("nothing is written in place here")
+
+    def join(self, name: str, chunks: Iterator[bytes], size: int) -> Entry:
+        data = b"".join(chunks)  # a store for strangers' models would send part by part
+        assert len(data) == size
+        return Entry(name, size, self._client.put(self._key(name), data))
+
+    def stage(self, name: str, data: bytes) -> None:
+        self.put(f"staged/{name}", data)
+        order = json.loads(self.get("order") or b"[]")
+        self.put("order", json.dumps([*(each for each in order if each != name), name]).encode())
+
+    def holds(self, written: Entry, digest: str, start: int | None = None) -> bool:
+        area, _, rest = written.name.partition("/")
+        found = (self.files if area == "files" else self.pieces).find(rest)
+        return found is not None and (found.size, found.tag) == (written.size, written.tag)
+
+    def publish(self, *, overwrite: bool) -> None:
+        for name in json.loads(self.get("order") or b"[]"):
+            data = self.get(f"staged/{name}")
+            assert data is not None
+            try:
+                self._client.put(self._key(f"files/{name}"), data, **({} if overwrite else {"If_None_Match": "*"}))
+            except Refused:  # by what an interrupted attempt has put there, or by another's
+                there = Shelf(self.address).find(name)
+                if there is None or bytes(Shelf(self.address).read(there, 0, there.size)) != data:
+                    raise BadSpec(f"{self.address} came into being while the job ran") from None
+
+    def forget(self) -> None:
+        discard(self.journal)
+        with suppress(OSError):
+            self._scratch.rmdir()
+
+
+class _WithStaged(Shelf):
+    """The finished files, and those that `publish` will put beside them."""
+
+    def __init__(self, address: Address, staged: Shelf) -> None:
+        super().__init__(address)
+        self._staged = staged
+
+    def absence(self) -> str | None:
+        return None
+
+    def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
+        staged = {entry.name: _staged(entry) for entry in self._staged.list(deep=deep)}
+        return tuple(sorted({**{entry.name: entry for entry in super().list(deep=deep)}, **staged}.values()))
+
+    def find(self, name: str) -> Entry | None:
+        found = self._staged.find(name)
+        return super().find(name) if found is None else _staged(found)
+
+    def read(self, entry: Entry, start: int, stop: int) -> memoryview:
+        if entry.tag.startswith(STAGED):
+            return self._staged.read(Entry(entry.name, entry.size, entry.tag.removeprefix(STAGED)), start, stop)
+        return super().read(entry, start, stop)
+
+
+def _staged(entry: Entry) -> Entry:
+    return Entry(entry.name, entry.size, f"{STAGED}{entry.tag}")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def abandoned_at(place: Address, name: str | None = None) -> tuple[Abandoned, ...]:
+    """Journals of the outputs at a place, or of the one with a name."""
+    found: dict[Address, list[Entry]] = {}
+    top, client = f"{key_of(place)}/".lstrip("/"), Client(place)
+    for key, size, version in client.list(top):
+        match = re.fullmatch(rf"([^/]+)/{re.escape(HIDDEN)}([0-9a-f]{{12}})/(.+)", key.removeprefix(top))
+        if match is not None and name in (None, match[1]):
+            found.setdefault(place / match[1] / f"{HIDDEN}{match[2]}", []).append(Entry(match[3], size, version))
+    return tuple(
+        Abandoned(
+            address=journal,
+            size=sum(entry.size for entry in entries),
+            units_done=sum(entry.name.startswith("records/") for entry in entries),
+            age_s=0.0,  # nothing here has a time
+            is_held=any(entry.name == "claim" for entry in entries),
+        )
+        for journal, entries in found.items()
+    )
+
+
+def discard(journal: Address) -> None:
+    client = Client(journal)
+    for key, _, _ in client.list(f"{key_of(journal)}/"):
+        client.delete(key)
