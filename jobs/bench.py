@@ -16,9 +16,7 @@ from jobs.spec.job import TrackingSpec
 class BenchModel(Spec):
     """Whose files are read."""
 
-    path: LocalPath | None = Field(
-        description="loaders, load, sweep, budget, gpu: whose; null: a random Llama's"
-    )
+    path: LocalPath | None = Field(description="loaders, load, sweep, budget, gpu: whose; null: a random Llama's")
 
 
 class BenchOutput(Spec):

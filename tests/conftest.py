@@ -55,6 +55,15 @@ def weightmill(
 
 
 @pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """transformers compiles BitNet's unpacking, which takes a C++ compiler and 20 s; without, it computes the same."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A small sharded Llama in bfloat16."""
     return write_checkpoint(tmp_path / "source", shards=3)

@@ -11,6 +11,8 @@ import pytest
 
 from loaders.places import ROOT
 
+pytestmark = pytest.mark.quick
+
 FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglob("*.py") if "demo/" not in str(p))
 
 # Top to bottom: what stands on a line may import from its own folder and from the lines below. A word is a folder, or a

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,28 @@ def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
         return _model(Path(made), is_lazy=False), _tokenizer(checkpoint.folder(READS_FOLDERS))
 
 
-def _model(folder: Path, *, is_lazy: bool) -> Any:
-    from mlx_lm.utils import load_model
+def mlx_lm_utils() -> Any:
+    """The module mlx_lm.utils, and this process's limit of open files as it was.
 
-    return load_model(folder, lazy=is_lazy)[0]
+    mlx-lm 0.32 sets that limit as it is imported, to 4096 files at most: that fails where fewer are allowed, and takes
+    from a user what he cannot get back where more are.
+    """
+    import resource
+
+    honest = resource.setrlimit
+    resource.setrlimit = lambda *given: None
+    try:
+        return import_module("mlx_lm.utils")
+    finally:
+        resource.setrlimit = honest
+
+
+def _model(folder: Path, *, is_lazy: bool) -> Any:
+    return mlx_lm_utils().load_model(folder, lazy=is_lazy)[0]
 
 
 def _tokenizer(folder: Path) -> Any:
-    from mlx_lm import utils
-
-    untyped: Any = utils
-    return untyped.load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
+    return mlx_lm_utils().load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
 def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) -> None:

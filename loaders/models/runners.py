@@ -13,7 +13,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from io import StringIO
@@ -187,7 +187,7 @@ def running(
     """
     where, name = device_of(engine or ORIGINAL, device), (engine or ORIGINAL).name
     load = LOADERS[name] if engine is not None else _decoded
-    with quiet():
+    with quiet(), _eager() if name in ("transformers", "hqq") else nullcontext():
         try:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # bars
                 runner, close = load(checkpoint, where, dtype, window)
@@ -214,6 +214,15 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compile nothing: for some formats transformers would, which takes a C++ compiler and longer than running once."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _transformers(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
@@ -287,13 +296,14 @@ def _torch_runner(model: Any, device: str) -> Runner:
 
 def _mlx(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
     import mlx.core as mx
-    from mlx_lm.utils import load_model
+
+    from loaders.models.mlx_modules import mlx_lm_utils
 
     untyped: Any = mx
     before = untyped.default_device()
     untyped.set_default_device(untyped.cpu if device == "cpu" else untyped.gpu)
     try:
-        model: Any = load_model(checkpoint.folder(READS_FOLDERS), lazy=False)[0]
+        model: Any = mlx_lm_utils().load_model(checkpoint.folder(READS_FOLDERS), lazy=False)[0]
         model.set_dtype(getattr(untyped, dtype))  # scales too: a wider float holds them exactly
     except BaseException:
         untyped.set_default_device(before)

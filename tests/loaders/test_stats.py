@@ -33,6 +33,7 @@ def test_the_figures_are_what_their_names_say() -> None:
     assert "layers" not in repr(CompressionStats())
 
 
+@pytest.mark.quick
 def test_they_add_up() -> None:
     one = made()
     other = CompressionStats(1, 7, 14, 7, ErrorSums(7), {"c": LayerStats("hqq", 7, 14, 7, ErrorSums(7))})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("uncompiled")]
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """The engine's torch.compile needs a C++ compiler and half a minute; what it computes is the same without."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def simulate(model: Any) -> None:

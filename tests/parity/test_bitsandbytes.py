@@ -20,6 +20,7 @@ from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.tensors.quantized_sources import quantized_tensors
 from tests.encoding import MemorySink, MemoryView
 from tests.making import Raw
+from tests.quick import some_quick
 from tests.reading import files_of
 
 torch = pytest.importorskip("torch")
@@ -182,7 +183,7 @@ def logits(model: Any) -> Any:
         return model(input_ids=ids)[0]
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("case", some_quick(sorted(CASES), "llama tied bf16 nf4 double", "odd sizes bf16"))
 def test_the_checkpoint_is_that_of_transformers_with_bitsandbytes(case: str, tmp_path: Path, weightmill: Any) -> None:
     make, dtype, table, double = CASES[case]
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import pytest
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.places import DEMO
+from tests.engines import mlx_lm_or_skip
 from tests.passes import run
 
 torch = pytest.importorskip("torch")
@@ -81,7 +82,7 @@ def test_bitsandbytes_is_held_against_what_its_weights_decode_to(
 
 
 def test_the_same_weights_compute_the_same_in_mlx_lm(weightmill: Any, tmp_path: Path, outputs: dict[str, Path]) -> None:
-    pytest.importorskip("mlx_lm")
+    mlx_lm_or_skip()
     ran = weightmill("run", f"output.path={tmp_path / 'mlx'}", "quant=none", "output=mlx")
     assert ran.status == 0, ran.err
     found = evaluate(DEMO, tmp_path / "mlx", cache=outputs["cache"], **SMALL)
@@ -142,6 +143,17 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         runners.engine_of("hf", {"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(BadSpec, match="nothing here runs packed"):
         runners.engine_of("packed", None)
+
+
+def test_nothing_is_compiled_for_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> Any:
+        raise AssertionError("it was compiled")
+
+    doubled = torch.compile(lambda x: 2 * x, backend=refuse)
+    monkeypatch.setitem(runners.LOADERS, "hqq", lambda *given: (lambda ids: doubled(torch.ones(2)), lambda: None))
+    engine = runners.Engine("hqq", ())
+    with runners.running(open_checkpoint(DEMO), engine, device="cpu", dtype="float32", window=2, key="x") as runner:
+        assert runner(np.zeros((1, 2))).tolist() == [2, 2]
 
 
 def test_scores_of_known_distributions() -> None:

@@ -47,13 +47,18 @@ def names_of(mark: Any) -> tuple[str, ...]:
     return tuple(given.replace(" ", "").split(",")) if isinstance(given, str) else tuple(given)
 
 
+def rows_of(mark: Any) -> list[Any]:
+    """What the parameters of a mark take together; pytest.param has them as `values`."""
+    plain = [row.values if isinstance(row, type(pytest.param())) else row for row in mark.args[1]]
+    return plain if len(names_of(mark)) > 1 else [row if isinstance(row, tuple) else (row,) for row in plain]
+
+
 def values_of(function: Any, parameter: str) -> list[Any]:
     """All that a test's parameter takes."""
     for mark in marks_of(function):
         names = names_of(mark)
         if parameter in names:
-            index = names.index(parameter)
-            return [value if len(names) == 1 else value[index] for value in mark.args[1]]
+            return [row[names.index(parameter)] for row in rows_of(mark)]
     return []
 
 
@@ -62,7 +67,7 @@ def cases_of(function: Any, parameters: tuple[str, ...]) -> set[tuple[Any, ...]]
     for mark in marks_of(function):
         names = names_of(mark)
         if set(parameters) <= set(names):
-            return {tuple(value[names.index(parameter)] for parameter in parameters) for value in mark.args[1]}
+            return {tuple(row[names.index(parameter)] for parameter in parameters) for row in rows_of(mark)}
     return set()
 
 

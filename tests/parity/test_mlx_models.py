@@ -11,10 +11,11 @@ import pytest
 
 from loaders.errors import BadSpec
 from tests import passes
+from tests.engines import mlx_lm_or_skip
 from tests.making import read_safetensors
 
 mx = pytest.importorskip("mlx.core")
-mlx_utils = pytest.importorskip("mlx_lm.utils")
+mlx_utils = mlx_lm_or_skip()
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.engine

@@ -120,6 +120,7 @@ def test_what_others_take_of_the_machine_is_their_share(monkeypatch: pytest.Monk
     assert found["stolen_cpu_share"] == pytest.approx(0.2)
 
 
+@pytest.mark.quick
 def test_laps_are_in_another_order_each_and_the_same_in_every_run() -> None:
     def order() -> list[str]:
         seen: list[str] = []
@@ -142,6 +143,7 @@ def test_a_way_that_reads_other_bytes_is_no_winner() -> None:
     assert [row.missing for row in rows.values()] == ["", "", "its bytes sum to 8, the others' to 7"]
 
 
+@pytest.mark.quick
 def test_every_byte_counts_in_a_sum() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -21,6 +21,7 @@ def test_every_verb_has_a_help_worth_reading(verb: str, weightmill: Any) -> None
     assert "exit status:" in ran.out
 
 
+@pytest.mark.quick
 def test_help_lists_every_choice_with_what_it_says_of_itself(weightmill: Any) -> None:
     said = weightmill("run", "--help").out
     for group, options in GROUPS.items():

@@ -12,6 +12,7 @@ from jobs.cli.main import completions
 from loaders.places import ROOT
 
 
+@pytest.mark.quick
 def test_the_shell_completes_verbs_groups_choices_and_settings() -> None:
     assert completions("weightmill in") == ["inspect"]
     assert "quant=" in completions("weightmill run qu")

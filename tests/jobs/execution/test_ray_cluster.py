@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from jobs.execution import ray_cluster
+from loaders.errors import BadSpec
 from tests.making import snapshot, write_checkpoint
 from tests.processes import start
 
@@ -20,9 +23,12 @@ REPORT = "weightmill.json"
 MARK = "WEIGHTMILL_TEST_MARK"
 
 
-def start_job(source: Path, out: Path, *extra: str, mark: str = "") -> subprocess.Popen[str]:
-    given = (f"model.path={source}", f"output.path={out}", "tracking=none", "source.unit_mb=0.05", *extra)
-    return start("-m", "jobs.run", *given, environment={MARK: mark})
+def arguments(source: Path, out: Path) -> list[str]:
+    return [f"model.path={source}", f"output.path={out}", "tracking=none", "source.unit_mb=0.05"]
+
+
+def start_job(source: Path, out: Path, *extra: str, mark: str) -> subprocess.Popen[str]:
+    return start("-m", "jobs.run", *arguments(source, out), *extra, environment={MARK: mark})
 
 
 def marked(mark: str) -> list[str]:
@@ -37,23 +43,67 @@ def marked(mark: str) -> list[str]:
     return found
 
 
+def wait_until_gone(mark: str) -> list[str]:
+    """What is left of the processes with a mark, once they had ten seconds to end."""
+    deadline = time.monotonic() + 10
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return marked(mark)
+
+
 @pytest.mark.slow
-def test_ray_and_this_process_give_the_same_bytes(tmp_path: Path) -> None:
+def test_a_sweep_on_ray_writes_what_this_process_writes_and_stops_at_the_gate_as_it_does(
+    tmp_path: Path, weightmill: Any
+) -> None:
     source = write_checkpoint(tmp_path / "source", shards=2)
-    found = []
-    for cluster in ("local", "ray"):
-        process = start_job(source, tmp_path / cluster, f"cluster={cluster}", mark="same")
-        _, err = process.communicate(timeout=600)
-        assert process.returncode == 0, err
-        report = json.loads((tmp_path / cluster / REPORT).read_text())
-        assert ("Ray, started here" in report["run"]["cluster"]) == (cluster == "ray")
-        del report["run"]
-        found.append((snapshot(tmp_path / cluster, ignore=[REPORT]), report))
-    assert found[0] == found[1]
-    time.sleep(3)
-    assert marked("same") == []
+    process = start("-m", "jobs.run", "-m", f"model.path={source}", f"output.root={tmp_path / 'o'}", "tracking=none",
+                    "source.unit_mb=0.05", "cluster=ray", "verify.max_relative_error=null,0.001",
+                    environment={MARK: "sweep"})  # fmt: skip
+    said, err = process.communicate(timeout=600)
+    assert process.returncode == 1, err
+    assert "not published" in said
+    assert "Traceback" not in said + err
+    [out] = (tmp_path / "o").glob("source-*")
+    assert weightmill("run", *arguments(source, tmp_path / "here"), "cluster=local").status == 0
+    reports = [json.loads((folder / REPORT).read_text()) for folder in (out, tmp_path / "here")]
+    assert ["Ray, started here" in report["run"].pop("cluster") for report in reports] == [True, False]
+    assert snapshot(out, ignore=[REPORT]) == snapshot(tmp_path / "here", ignore=[REPORT])
+    assert {**reports[0], "run": None} == {**reports[1], "run": None}
+    assert wait_until_gone("sweep") == []
 
 
+class Machines:
+    """In place of Ray: what its machines offer."""
+
+    def __init__(self, *offers: dict[str, float]) -> None:
+        self._offers = offers
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": offer} for offer in self._offers]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("threads", "gpus", "offers", "said"),
+    [
+        (2, 0, {"CPU": 2, "memory": 8e9}, None),
+        (1000, 0, {"CPU": 2, "memory": 8e9}, r"a unit needs 1000 CPUs and 1.31 GB of memory; .* offers 2 and 8.00 GB"),
+        (2, 0, {"CPU": 2, "memory": 1e9}, r"a unit needs 2 CPUs and 1.31 GB of memory; .* offers 2 and 1.00 GB"),
+        (2, 1, {"CPU": 2, "memory": 8e9}, "a unit on backend=cuda needs a GPU, and no machine offers one"),
+    ],
+)
+def test_what_no_machine_offers_is_refused(threads: int, gpus: int, offers: dict[str, float], said: str | None) -> None:
+    cluster = object.__new__(ray_cluster.RayCluster)  # none is started
+    cluster._ray, cluster.threads, cluster._spec = Machines(offers), threads, SimpleNamespace(units_at_once=None)
+    task: Any = SimpleNamespace(gpus=gpus, memory_bytes=int(1e9))
+    if said is None:
+        cluster.check([task])
+        return
+    with pytest.raises(BadSpec, match=said):
+        cluster.check([task])
+
+
+@pytest.mark.quick
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray takes TMPDIR on Linux alone")
 @pytest.mark.parametrize(("folder", "goes"), [("/tmp/" + 38 * "x", True), ("/tmp/" + 33 * "x", False)])
 def test_a_long_path_of_temporary_files_is_not_rays(
@@ -68,27 +118,10 @@ def test_a_long_path_of_temporary_files_is_not_rays(
 
 
 @pytest.mark.slow
-def test_a_gate_fails_on_ray_as_it_does_here(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source")
-    process = start_job(source, tmp_path / "out", "cluster=ray", "verify.max_relative_error=0.001")
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 1, err
-    assert "not published" in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_more_threads_than_any_machine_has_are_refused(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source")
-    process = start_job(source, tmp_path / "out", "cluster=ray", "cluster.threads=1000")
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 2, err
-    assert "a unit needs 1000 CPUs" in err
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_no_process_and_no_half_file(number: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_no_process_and_no_half_file(
+    number: signal.Signals, tmp_path: Path, weightmill: Any
+) -> None:
     from tests.journals import find_journals
 
     source = write_checkpoint(tmp_path / "source", shards=2)
@@ -102,13 +135,11 @@ def test_an_interrupt_leaves_no_process_and_no_half_file(number: signal.Signals,
     process.send_signal(number)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
-    time.sleep(3)
-    assert marked(mark) == []
+    assert wait_until_gone(mark) == []
     [journal] = find_journals(tmp_path)
     assert list((journal / "parts").iterdir()) == []
-    process = start_job(source, tmp_path / "out", "cluster=local", "source.unit_mb=0.001")
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    ran = weightmill("run", *arguments(source, tmp_path / "out"), "cluster=local", "source.unit_mb=0.001")
+    assert ran.status == 0, ran.err
 
 
 def _runs_a_unit(process: Path, mark: str) -> bool:
@@ -131,11 +162,9 @@ def kill_a_worker(mark: str, process: subprocess.Popen[str]) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_one_unit(tmp_path: Path) -> None:
+def test_a_killed_worker_costs_one_unit(tmp_path: Path, weightmill: Any) -> None:
     source = write_checkpoint(tmp_path / "source", shards=2)
-    process = start_job(source, tmp_path / "here", "cluster=local")
-    assert process.communicate(timeout=600)
-    assert process.returncode == 0
+    assert weightmill("run", *arguments(source, tmp_path / "here"), "cluster=local").status == 0
     process = start_job(source, tmp_path / "there", "cluster=ray", "cluster.threads=1", mark="killed")
     assert kill_a_worker("killed", process)
     out, err = process.communicate(timeout=600)

@@ -25,6 +25,7 @@ def bits_of(out: Path) -> float:
     return json.loads((out / "weightmill.json").read_text())["totals"]["bits_per_weight"]
 
 
+@pytest.mark.quick
 def test_a_mix_keeps_to_its_budget_and_needs_no_second_measuring(
     source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_service_that_does_not_answer_is_said_at_once(
 REPORT = "weightmill.json"
 
 
+@pytest.mark.quick
 def test_the_output_is_right_by_an_independent_decoder(source: Path, tmp_path: Path, weightmill: Any) -> None:
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "source.unit_mb=0.05")
     assert ran.status == 0, ran.err
@@ -124,6 +125,7 @@ def test_kept_tensors_that_are_not_finite_are_found_as_well(tmp_path: Path, weig
     assert "model.norm.weight" in ran.err
 
 
+@pytest.mark.quick
 def test_a_limit_of_the_users_is_a_gate(source: Path, tmp_path: Path, weightmill: Any) -> None:
     given = (f"model.path={source}", f"output.path={tmp_path / 'out'}")
     ran = weightmill("run", *given, "verify.max_relative_error=0.01")
@@ -189,6 +191,7 @@ def test_the_bytes_do_not_depend_on_threads_units_at_once_or_strategy(
     assert found[0] == found[1]
 
 
+@pytest.mark.quick
 def test_the_report_says_what_was_done(source: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
     ran = weightmill("run", f"model.path={source}", f"output.path={out}", "source.unit_mb=0.05", "format=json")

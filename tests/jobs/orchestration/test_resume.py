@@ -39,6 +39,7 @@ def undisturbed(source: Path, tmp_path: Path, weightmill: Any) -> tuple[dict[str
     return comparable(out)
 
 
+@pytest.mark.quick
 def test_a_job_goes_on_where_it_was(
     source: Path, tmp_path: Path, weightmill: Any, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

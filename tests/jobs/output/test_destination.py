@@ -43,6 +43,7 @@ def test_the_default_output_lies_in_a_folder_of_our_own_name(source: Path, weigh
     assert [p.name for p in Path.cwd().iterdir()] == ["weightmill"]
 
 
+@pytest.mark.quick
 def test_an_existing_output_is_refused_and_untouched_unless_asked_to_replace(
     source: Path, tmp_path: Path, weightmill: Any
 ) -> None:

@@ -28,6 +28,7 @@ def arguments(model: Path, out: Path) -> list[str]:
     return [f"model.path={model}", f"output.path={out}", "source.unit_mb=0.02", "quant=gguf_q8_0"]
 
 
+@pytest.mark.quick
 def test_one_file_is_all_there_is(model: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
     planned = weightmill("plan", *arguments(model, out), "format=json").document

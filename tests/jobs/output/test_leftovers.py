@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def test_cleaning_one_output_leaves_others_alone(tmp_path: Path, weightmill: Any) -> None:
     kept, gone = (tmp_path / f".{name}.0123456789ab.weightmill" for name in ("llama-3.1", "llama-3"))
@@ -15,6 +17,7 @@ def test_cleaning_one_output_leaves_others_alone(tmp_path: Path, weightmill: Any
     assert not gone.exists()
 
 
+@pytest.mark.quick
 def test_clean_lists_and_removes_what_no_process_holds(source: Path, tmp_path: Path, weightmill: Any) -> None:
     from jobs.output.journal import Journal
     from loaders.storage.address import Address

@@ -17,6 +17,8 @@ from loaders.rules.rule import Rule
 from loaders.tensors.sources import tensors_of
 from tests.making import LLAMA, llama_tensors, write_checkpoint
 
+pytestmark = pytest.mark.quick
+
 TARGETS = [
     Target("a", Bnb4("nf4")),
     Target("b", Bnb4("fp4", double_quant=True)),

@@ -14,6 +14,7 @@ from loaders.rules.rule import Rule
 from tests.making import LLAMA, write_checkpoint, write_moe
 
 
+@pytest.mark.quick
 def test_experts_stay_and_it_is_said_aloud(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_moe(tmp_path / "m"))
     target = make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100).targets["x"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.making import llama_tensors, write_checkpoint
 
 
+@pytest.mark.quick
 def test_inspect_says_what_is_there(source: Path, weightmill: Any) -> None:
     document = weightmill("inspect", f"model.path={source}", "format=json").document
     assert document["family"] == "llama"

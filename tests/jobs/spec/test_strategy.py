@@ -24,6 +24,7 @@ QUICK = ("quant=nf4", "cluster=local")
 NOT_FOR_JOBS = ("eager", "full", "unified_memory", "low_memory", "fastsafetensors", "runai")
 
 
+@pytest.mark.quick
 def test_every_strategy_is_a_choice_with_all_its_settings() -> None:
     import yaml
     from pydantic import TypeAdapter

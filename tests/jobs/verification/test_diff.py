@@ -30,6 +30,7 @@ def test_diff_decodes_quantized_tensors(quant: str, source: Path, tmp_path: Path
             assert row["relative_error"] == pytest.approx(recorded[row["name"]]["relative_error"], rel=2e-2)
 
 
+@pytest.mark.quick
 def test_diff_names_what_differs_and_what_is_only_on_one_side(tmp_path: Path, weightmill: Any) -> None:
     one, other = llama_tensors(), llama_tensors()
     other["model.norm.weight"].data[3] += 1

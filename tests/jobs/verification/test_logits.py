@@ -88,6 +88,7 @@ def test_a_sweep_evaluates_its_original_once_and_is_compared_by_what_it_found(
     assert not (tmp_path / ".logits.weightmill").exists()
 
 
+@pytest.mark.quick
 def test_what_was_made_without_is_judged_later(weightmill: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert weightmill("run", f"output.path={out}").status == 0
@@ -123,6 +124,7 @@ def test_nothing_begins_that_cannot_be_judged(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
 
 
+@pytest.mark.quick
 def test_an_output_that_bitsandbytes_stops_at_on_this_cpu_is_not_begun(
     weightmill: Any, tmp_path: Path, originals: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def transpose(data: bytearray) -> bytes:
     return np.frombuffer(data, np.uint8).reshape(128, 32).T.tobytes()
 
 
+@pytest.mark.quick
 def test_a_right_output_passes(out: Path, weightmill: Any) -> None:
     ran = weightmill("verify", f"output.path={out}")
     assert ran.status == 0
@@ -119,6 +120,7 @@ def test_the_errors_tell_even_when_the_hashes_are_forged(what: str, out: Path, w
     assert any(weight in fault and ("relative error" in fault or "its error is" in fault) for fault in found), found
 
 
+@pytest.mark.quick
 def test_two_swapped_tensors_of_one_shape_fail_the_gate(out: Path, weightmill: Any) -> None:
     for path in out.glob("*.safetensors"):
         data = path.read_bytes()

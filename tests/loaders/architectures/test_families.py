@@ -122,6 +122,7 @@ def test_what_is_tied_by_default_is_what_transformers_ties() -> None:
             assert family.ties == transformers.AutoConfig.for_model(model_type).tie_word_embeddings
 
 
+@pytest.mark.quick
 def test_fused_partners_share_a_group_and_a_block() -> None:
     llama = family_of({"model_type": "llama"})
     traits = [llama.traits(f"model.layers.3.self_attn.{p}_proj.weight", (8, 8)) for p in "qkv"]
@@ -134,6 +135,7 @@ def test_fused_partners_share_a_group_and_a_block() -> None:
     assert moe.traits("model.layers.0.mlp.gate.weight", (2, 8)).role == "router"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "shape", "role"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from loaders.backends import backend, machine
 
 
@@ -14,6 +16,7 @@ def test_the_cpu_says_what_it_may_use() -> None:
     assert machine.usable_cpus() >= 1
 
 
+@pytest.mark.quick
 def test_quotas_of_containers_count(tmp_path: Path) -> None:
     assert machine.usable_cpus(tmp_path) >= 1
     (tmp_path / "cpu.max").write_text("100000 100000\n")
@@ -27,6 +30,7 @@ def test_quotas_of_containers_count(tmp_path: Path) -> None:
     assert machine.usable_cpus(tmp_path) == 1 <= free
 
 
+@pytest.mark.quick
 def test_limits_of_containers_leave_out_what_can_be_read_again(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")

@@ -18,6 +18,7 @@ def names(path: Path) -> set[str]:
     return {spec.name for spec in open_checkpoint(path).weights}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("shards", "index"), [(1, False), (3, True), (3, False)])
 def test_one_file_shards_with_and_without_an_index_hold_the_same(tmp_path: Path, shards: int, index: bool) -> None:
     write_checkpoint(tmp_path / "m", shards=shards, index=index)
@@ -98,6 +99,7 @@ def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path: Path) -> Non
         open_checkpoint(root)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("file", ["../evil.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\b.safetensors"])
 def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, file: str) -> None:
     root = write_checkpoint(tmp_path / "m", shards=2)

@@ -30,6 +30,7 @@ def files(source: Path, folder: Path, weightmill: Callable[..., Any]) -> dict[We
     return made
 
 
+@pytest.mark.quick
 def test_bytes_decide_before_the_name(source: Path, tmp_path: Path, weightmill: Any) -> None:
     for number, (found, path) in enumerate(files(source, tmp_path, weightmill).items()):
         assert detect_weight_format(path) is found

@@ -37,6 +37,7 @@ def write(path: Path, metadata: dict[str, gguf.MetadataValue] | None = None) -> 
     return path
 
 
+@pytest.mark.quick
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf")
     a, b = gguf.read_specs(files_of(tmp_path), path.name)

@@ -54,6 +54,7 @@ def write(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.quick
 def test_every_tensor_is_found_by_its_name(tmp_path: Path) -> None:
     found = packed.read(files_of(write(tmp_path / "m")))
     assert len(found.by_name) == 4 + 2 * 3 * 9

@@ -60,6 +60,7 @@ def read_all(root: Path, specs: tuple[WeightSpec, ...], strategy: str) -> dict[s
     return found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("strategy", sorted(set(LOADERS) - {"fastsafetensors"}))  # it reads safetensors only
 @pytest.mark.parametrize("legacy", [False, True])
 def test_every_tensor_reads_as_torch_reads_it(tmp_path: Path, legacy: bool, strategy: str) -> None:
@@ -93,6 +94,7 @@ class RunsCode:
         return os.system, ("touch pwned",)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool

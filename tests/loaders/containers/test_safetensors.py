@@ -16,6 +16,8 @@ from loaders.specs import StoredSpec, StoredTensor
 from tests.making import Raw, write_header, write_safetensors
 from tests.reading import files_of
 
+pytestmark = pytest.mark.quick
+
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}

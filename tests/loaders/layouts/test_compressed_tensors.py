@@ -81,6 +81,7 @@ def test_targets_of_layers_are_their_names() -> None:
 # --- config.json and the plan
 
 
+@pytest.mark.quick
 def test_everything_that_stays_is_ignored_by_name(tmp_path: Path, weightmill: Any) -> None:
     folder = write_moe(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())

@@ -129,6 +129,7 @@ def test_words_are_mlx_s_and_lie_where_the_engine_looks(model: Path, tmp_path: P
     assert not set(manifest["tensors"]) & {f"model.layers.{n}.mlp.switch_mlp.{p}" for n in range(2) for p in parts}
 
 
+@pytest.mark.quick
 def test_a_packed_checkpoint_decodes_as_mlx_s_does(model: Path, tmp_path: Path, weightmill: Any) -> None:
     quant = "mlx_int4"  # with routers of 8 bits
     run(weightmill, model, tmp_path / "mlx", f"quant={quant}")

@@ -37,6 +37,7 @@ def skip(names: list[str]) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["quantization_config"].update(llm_int8_skip_modules=names)
 
 
+@pytest.mark.quick
 def test_our_own_outputs_have_none(output: Path, source: Path, tmp_path: Path, weightmill: Any) -> None:
     assert findings(weightmill, output) == []
     assert weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'b'}", "quant=ternary").status == 0

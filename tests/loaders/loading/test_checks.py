@@ -21,6 +21,7 @@ def test_a_spec_is_hashable_and_counts() -> None:
     assert spec("a", 2, 3).numel() == 6
 
 
+@pytest.mark.quick
 def test_every_difference_of_shapes_is_listed() -> None:
     specs = {"a": spec("a", 2, 3), "b": spec("b", 4), "d": spec("d", 1)}
     validate_weight_shapes(specs, {"a": (2, 3), "b": torch.empty(4), "d": [1]})

@@ -53,6 +53,7 @@ def test_every_name_of_the_library_is_there() -> None:
     assert set(loaders.__all__) <= set(dir(loaders))
 
 
+@pytest.mark.quick
 def test_plain_weights_are_the_files_own_bytes(source: Path) -> None:
     found, stats = load_weights(source)
     assert {n: bits(t) for n, t in found.items()} == {n: r.data.tobytes() for n, r in llama_tensors().items()}
@@ -121,6 +122,7 @@ def test_ggml_blocks_decode(quant: str, tmp_path: Path) -> None:
     assert stats.compression.max_layer_error < 0.1
 
 
+@pytest.mark.quick
 def test_true_is_nf4_and_a_tensor_says_what_it_is(source: Path) -> None:
     found, stats = load_weights(source, True)
     tensor = found[UP]
@@ -159,6 +161,7 @@ def test_a_dtype_casts_floats_and_decodes_what_was_quantized(source: Path, tmp_p
         assert isinstance(again[UP], QuantizedTensor)
 
 
+@pytest.mark.quick
 def test_the_cache_gives_the_same_by_content_and_scheme(source: Path, own_cache: Path, tmp_path: Path) -> None:
     first, one = load_weights(source, "nf4", use_cache=True)
     second, two = load_weights(source, "nf4", use_cache=True)

@@ -142,6 +142,7 @@ def test_what_is_wrong_is_said() -> None:
         get_recommended_loader_config(DEMO, "cpu", -1)
 
 
+@pytest.mark.quick
 def test_the_verb_says_a_table_and_json(weightmill: Any) -> None:
     ran = weightmill("recommend", f"model.path={DEMO}", "backend=cuda", "backend.memory_gb=24")
     assert ran.status == 0, ran.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from tests.making import Raw, write_safetensors
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 2048, 5504, 10, 2048
+SHIFT = 1009  # a prime: no multiple of it below 2048 * 1009 is one of a row's length
 
 
 def bytes_of(folder: Path) -> int:
@@ -22,12 +24,14 @@ def bytes_of(folder: Path) -> int:
 def write_large(folder: Path) -> None:
     """Write it, a file a block. No two rows are alike, none is zero."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
+    # bfloat16 of magnitudes from 2^-7 to 2^-5: random signs, mantissas and one bit of the exponent
+    bits = np.frombuffer(np.random.default_rng(0).bytes(2 * (HIDDEN * INNER + SHIFT * LAYERS * 8)), np.uint16)
+    numbers, starts = (bits & np.uint16(0x80FF)) | np.uint16(0x3C00), itertools.count(0, SHIFT)
 
     def matrix(rows: int, columns: int) -> Raw:
-        """bfloat16 of magnitudes from 2^-7 to 2^-5: random signs, mantissas and one bit of the exponent."""
-        bits = np.frombuffer(rng.bytes(rows * columns * 2), np.uint16).reshape(rows, columns)
-        return Raw("BF16", (bits & np.uint16(0x80FF)) | np.uint16(0x3C00))
+        """A window of the same numbers: each begins where no row of another begins."""
+        start = next(starts)
+        return Raw("BF16", numbers[start : start + rows * columns].reshape(rows, columns))
 
     ones = Raw("BF16", np.full(HIDDEN, 0x3F80, np.uint16))
     size = 0

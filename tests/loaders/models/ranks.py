@@ -24,13 +24,15 @@ from loaders.models.sharding import broadcast, load_sharded, rows_of, scatter
 from loaders.tensors.sources import tensors_of
 
 
-def main(folder: str, ways: list[str], does_compute: bool) -> None:
+def main(models: list[tuple[str, list[str], bool]]) -> None:
+    """Folders, the ways to load each, and whether it computes."""
     assert threading.current_thread() is threading.main_thread()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for way in ways:
-        print("RESULT " + json.dumps(load(folder, way, does_compute)), flush=True)
-        dist.barrier()
+    for folder, ways, does_compute in models:
+        for way in ways:
+            print("RESULT " + json.dumps(load(folder, way, does_compute)), flush=True)
+            dist.barrier()
     dist.destroy_process_group()
 
 
@@ -92,4 +94,4 @@ def check(model: torch.nn.Module, checkpoint: object, sources: object) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2].split(","), sys.argv[3] == "compute")
+    main(json.loads(sys.argv[1]))

@@ -33,6 +33,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
+@pytest.mark.quick
 def test_a_name_is_looked_for_in_the_hubs_cache(hub: Path) -> None:
     assert folder_of("some/tiny-model") == hub
 

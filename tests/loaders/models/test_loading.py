@@ -51,6 +51,7 @@ def plain(folder: Path, **changes: Any) -> Path:
     return made
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("strategy", list(LoadingStrategy))
 def test_every_strategy_gives_the_logits_of_from_pretrained(strategy: LoadingStrategy, peer: Any) -> None:
     model, tokenizer = load_model_and_tokenizer(DEMO, "cpu", strategy=strategy)
@@ -176,6 +177,7 @@ def test_bitsandbytes_modules_compute_as_transformers_loads_our_output(
     assert not torch.equal(logits(whole), logits(load(DEMO)))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("repacks", [False, True])
 def test_shapes_that_bitsandbytes_stops_at_on_this_cpu_are_refused_before_the_work(
     repacks: bool, tmp_path: Path, weightmill: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
@@ -249,15 +251,8 @@ def test_hqq_modules_are_those_of_our_output(tmp_path: Path, weightmill: Callabl
     assert close.abs().max() < 0.25  # of logits up to 20, each linear rounded to bfloat16 in another order
 
 
-def test_compressed_tensors_go_through_transformers(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
-    pytest.importorskip("compressed_tensors")
-    output = tmp_path / "out"
-    assert weightmill("run", "model=demo", "quant=w8a16", "cluster=local", f"output.path={output}").status == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(output, device_map={"": "cpu"}).eval()
-    assert torch.equal(logits(load(output)), logits(theirs))
-
-
-@pytest.mark.parametrize(("quant", "engine"), [("w4a16", "compressed_tensors"), ("ternary", "transformers")])
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(("quant", "engine"), [("w8a16", "compressed_tensors"), ("ternary", "transformers")])
 def test_outputs_that_transformers_runs_itself_compute_what_it_computes(
     quant: str, engine: str, tmp_path: Path, weightmill: Callable[..., Ran]
 ) -> None:
@@ -278,6 +273,7 @@ def test_a_gguf_is_loaded_decoded(tmp_path: Path, weightmill: Callable[..., Ran]
 # --- what does not fit
 
 
+@pytest.mark.quick
 def test_missing_unexpected_and_misshapen_weights_are_all_listed(tmp_path: Path) -> None:
     tensors = llama_tensors()
     folder = plain(

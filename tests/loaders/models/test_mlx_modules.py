@@ -12,10 +12,12 @@ from loaders.errors import BadSpec
 from loaders.models import LoadingStrategy, load_model_and_tokenizer
 from loaders.places import DEMO
 from tests.conftest import Ran
+from tests.engines import mlx_lm_or_skip
 from tests.making import write_moe
+from tests.processes import start
 
 mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
+mlx_lm_or_skip()
 pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.engine,
@@ -54,3 +56,19 @@ def test_what_is_of_other_backends_is_refused() -> None:
         load_model_and_tokenizer(DEMO, "mlx", strategy=LoadingStrategy.STREAMING)
     with pytest.raises(BadSpec, match="give backend='mlx'"):
         load_model_and_tokenizer(DEMO, "cpu", quantize="mlx_int4")
+
+
+FEW_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+from loaders.models import load_model_and_tokenizer
+load_model_and_tokenizer(sys.argv[1], "mlx")
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def test_the_limit_of_open_files_stays_as_it_is() -> None:
+    process = start("-W", "ignore", "-c", FEW_FILES, DEMO)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1] == "(300, 300)"

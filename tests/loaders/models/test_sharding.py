@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loaders.places import ROOT
+from loaders.places import DEMO
 from tests.loaders.models.large import bytes_of
+from tests.processes import start
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.engine
 
-DEMO = ROOT / "jobs" / "demo"
-MIB = 1 << 20
+MIB, COUNT = 1 << 20, 2
+WAYS = ("own", "scatter", "broadcast")
 
 
-def run_ranks(folder: Path, ways: tuple[str, ...], count: int, does_compute: bool = True) -> list[list[dict[str, Any]]]:
-    """What each rank found, by way: starting the ranks takes longer than all of the ways."""
+@pytest.fixture(scope="module")
+def by_rank(large: Path) -> list[list[dict[str, Any]]]:
+    """What each rank found: of the demo by all ways, of the large model by the first.
+
+    One start for all: it takes longer than the loading.
+    """
+    models = [(str(DEMO), WAYS, True), (str(large), WAYS[:1], False)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-        "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1",
+    environment = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(COUNT), "PYTHONWARNINGS": "ignore",
+        "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    compute = "compute" if does_compute else "no"
-    script = [sys.executable, "-m", "tests.loaders.models.ranks", str(folder), ",".join(ways), compute]
     ranks = [
-        subprocess.Popen(script, cwd=ROOT, env={**env, "RANK": str(rank)}, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]  # fmt: skip
+        start("-m", "tests.loaders.models.ranks", json.dumps(models), environment={**environment, "RANK": str(rank)})
+        for rank in range(COUNT)
+    ]
     found = []
     try:
         for rank in ranks:
@@ -50,29 +50,29 @@ def run_ranks(folder: Path, ways: tuple[str, ...], count: int, does_compute: boo
         for rank in ranks:
             rank.kill()
             rank.communicate()  # which closes its pipes, too
-    return [list(of_way) for of_way in zip(*found, strict=True)]
+    return found
 
 
-def test_each_rank_ends_with_its_shard_of_the_right_values() -> None:
-    ways, count = ("own", "scatter", "broadcast"), 2
+@pytest.mark.slow
+def test_each_rank_ends_with_its_shard_of_the_right_values(by_rank: list[list[dict[str, Any]]]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO).eval()
     with torch.no_grad():
         wanted = model(torch.arange(3, 20)[None]).logits.float().flatten()[:512]
-    by_way = run_ranks(DEMO, ways, count)
-    assert len(by_way) == len(ways)
-    for way, each in ((way, each) for way, found in zip(ways, by_way, strict=True) for each in found):
+    for way, each in ((way, each) for found in by_rank for way, each in zip(WAYS, found[:-1], strict=True)):
         assert each["right"], (way, each["rank"])
         assert each["started_meta"] == (each["rank"] > 0), way
         assert torch.equal(torch.tensor(each["logits"]), wanted), way
         if way != "broadcast":
-            assert each["held"] <= each["total"] / count + 64 * 1024  # rows do not divide evenly
+            assert each["held"] <= each["total"] / COUNT + 64 * 1024  # rows do not divide evenly
 
 
 @pytest.mark.slow
-def test_no_rank_holds_more_than_its_shards(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_rank_holds_more_than_its_shards(
+    large: Path, by_rank: list[list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
     size = bytes_of(large)
     assert size >= 1_000_000_000
-    [found] = run_ranks(large, ("own",), 2, does_compute=False)
+    found = [results[-1] for results in by_rank]
     with capsys.disabled():
         for each in found:
             print(

@@ -116,6 +116,7 @@ def test_int8_refuses_what_float16_cannot_hold(value: float, is_held: bool, work
             encode(LlmInt8(), weights(values, "F32"), work)
 
 
+@pytest.mark.quick
 def test_the_dynamic_map_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     assert np.array_equal(dynamic_map.dynamic_map(), functional.create_dynamic_map().numpy())

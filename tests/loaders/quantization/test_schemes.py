@@ -36,6 +36,7 @@ from loaders.tensors.views import encoded_view
 from tests import reference
 from tests.encoding import DTYPE_NAMES, MemorySink, MemoryView, decode, encode, random, tensors_of
 from tests.making import Raw, values_of, weights
+from tests.quick import some_quick
 
 SCHEMES: dict[str, Scheme] = {
     "nf4": Bnb4("nf4"),
@@ -126,7 +127,9 @@ def test_an_all_zero_group_among_others_decodes_to_zeros(name: str, work: Thread
 
 
 @pytest.mark.usefixtures("small_ranges")
-@pytest.mark.parametrize("name", sorted(SCHEMES))
+@pytest.mark.parametrize(
+    "name", some_quick(sorted(SCHEMES), "nf4", "int8", "hqq4", "mlx 4", "mlx nvfp4", "w4a16", "w8a8", "ternary", "copy")
+)
 def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: ThreadedWork) -> None:
     scheme = SCHEMES[name]
     raw = random(fitting(scheme, np.empty((52, 66))).shape, "F32", seed=3)

@@ -17,6 +17,8 @@ from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
 from tests.making import LLAMA, llama_tensors, write_checkpoint
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def tensors_in(tmp_path: Path) -> tuple[LogicalTensor, ...]:

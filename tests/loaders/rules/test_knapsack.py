@@ -67,6 +67,7 @@ def test_with_little_memory_the_gap_covers_what_is_lost(problem: tuple[list[Item
     assert found.error * (1 - found.gap) <= best.error * (1 + 1e-9) + 1e-9
 
 
+@pytest.mark.quick
 def test_a_budget_that_cannot_be_met_is_refused() -> None:
     items = [Item("a", (Option("small", 10, 1.0), Option("large", 20, 0.5)))]
     with pytest.raises(ValueError, match="the least possible is 10"):

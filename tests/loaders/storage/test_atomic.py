@@ -14,6 +14,8 @@ import pytest
 
 from loaders import AtomicWriter, StorageError, atomic_writer, file_lock, get_file_lock_path
 
+pytestmark = pytest.mark.quick
+
 
 def test_text_and_bytes_appear_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"

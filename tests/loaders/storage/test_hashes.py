@@ -14,6 +14,7 @@ from loaders import StreamingWeightLoader, compute_weight_hash
 torch = pytest.importorskip("torch")
 
 
+@pytest.mark.quick
 def test_equal_bits_have_equal_hashes_whatever_holds_them() -> None:
     raw = np.arange(24, dtype=np.uint16)
     wanted = xxhash.xxh3_128_hexdigest(raw.tobytes())

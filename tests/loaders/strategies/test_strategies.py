@@ -311,6 +311,7 @@ def test_memory_stays_within_the_stated_bound(name: str, tmp_path: Path) -> None
 # --- what is said
 
 
+@pytest.mark.quick
 def test_stats_add_up_and_say_what_was_loaded(tmp_path: Path) -> None:
     total = large(tmp_path / "m")
     made_by = loader("read")
@@ -338,6 +339,7 @@ def test_a_stopped_iteration_counts_what_came(tmp_path: Path) -> None:
         assert made_by.stats.bytes == total // 8
 
 
+@pytest.mark.quick
 def test_unknown_strategies_and_settings_are_refused() -> None:
     with pytest.raises(BadSpec, match="unknown 'quick'; known: lazy, eager"):
         loader("quick")

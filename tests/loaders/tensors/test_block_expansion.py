@@ -26,6 +26,7 @@ def tiny(folder: Path, layers: int = 4, **config: Any) -> Path:
     return write_checkpoint(folder, llama_tensors(layers=layers), config=made, shards=2)
 
 
+@pytest.mark.quick
 def test_a_new_block_stands_behind_every_run_of_old_ones() -> None:
     found = Expansion(6, 3).origins
     assert found == tuple((n, new) for n in range(6) for new in ([False, True] if n % 2 else [False]))

@@ -50,6 +50,7 @@ def test_fp8_is_each_code_times_its_blocks_scale(
     assert Q_PROJ + "_scale_inv" not in tensors_in(root)
 
 
+@pytest.mark.quick
 def test_every_code_of_fp8_is_decoded(tmp_path: Path, work: ThreadedWork) -> None:
     tensors = {**llama_tensors("F32"), Q_PROJ: Raw("F8_E4M3", np.arange(256, dtype=np.uint8).reshape(2, 128))}
     tensors[Q_PROJ + "_scale_inv"] = Raw("F32", np.array([[3.0]], np.float32))

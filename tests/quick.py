@@ -1,0 +1,13 @@
+"""The quick check, `pytest -m quick`: of a test with many parameters it takes a few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def some_quick(values: Iterable[Any], *few: Any) -> list[Any]:
+    """Parameters, of which `few` belong to the quick check."""
+    return [pytest.param(value, marks=pytest.mark.quick) if value in few else value for value in values]
