@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,10 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
+from loaders.storage.address import Address
 from tests.making import write_checkpoint
+from tests.shelf import serving
+from tests.shelf.places import FolderPlace, Place, ShelfPlace
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,37 @@ def uncompiled() -> Iterator[None]:
 def source(tmp_path: Path) -> Path:
     """A small sharded Llama in bfloat16."""
     return write_checkpoint(tmp_path / "source", shards=3)
+
+
+@pytest.fixture(scope="session")
+def shelves() -> Iterator[Address]:
+    """The server of the second kind of store."""
+    with serving() as address:
+        yield address
+
+
+PLACES = ("folder", "shelf")
+
+
+@pytest.fixture
+def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Place]:
+    """Makes an empty place of a kind."""
+    numbers = itertools.count()
+
+    def make(kind: str) -> Place:
+        name = f"place{next(numbers)}"
+        if kind == "folder":
+            return FolderPlace(tmp_path / name)
+        shelves: Address = request.getfixturevalue("shelves")
+        return ShelfPlace(shelves / tmp_path.name / name)
+
+    return make
+
+
+@pytest.fixture(params=PLACES)
+def place(place_of: Callable[[str], Place], request: pytest.FixtureRequest) -> Place:
+    """An empty place of each kind."""
+    return place_of(request.param)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -136,6 +136,7 @@ def run_unit(
             for tensor in (r for r in unit.tensors if runs and r.source_bytes > SMALL):
                 passes.tensor(tensor, task.threads)
             work.each([r for r in unit.tensors if runs and r.source_bytes <= SMALL], passes.tensor)
+            files.check_unchanged()  # maps do not tell: what was read may have been of two versions
             for run in runs.values():
                 work.check()
                 run.finish()

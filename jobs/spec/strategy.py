@@ -10,6 +10,7 @@ from jobs.spec.base import Spec
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.strategies import WeightLoader, auto, loader
+from loaders.strategies.base import local_root
 from loaders.strategies.streaming import LEAST_MB
 
 
@@ -77,7 +78,7 @@ def reading(spec: StrategySpec, checkpoint: Checkpoint) -> tuple[WeightLoader, s
     """The loader that a job reads its source with, and why.
 
     Raises:
-        BadSpec: the strategy does not serve jobs.
+        BadSpec: the strategy does not serve jobs, or not files that lie there.
     """
     if spec.kind == "auto":
         name, why = auto.choose(checkpoint.source, [tag.name for tag in checkpoint.files])
@@ -85,4 +86,6 @@ def reading(spec: StrategySpec, checkpoint: Checkpoint) -> tuple[WeightLoader, s
     made = spec.loader
     if made.not_for_jobs:
         raise BadSpec(f"strategy: {spec.kind} does not serve jobs: {made.not_for_jobs}")
+    if made.is_local:
+        local_root(checkpoint.source, spec.kind)
     return made, "as asked"

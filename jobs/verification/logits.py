@@ -77,7 +77,7 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address
         )
     from loaders.models.evaluating import Reference
 
-    plan.checkpoint.folder("verify=logits: the original")
+    plan.checkpoint.folder(f"verify=logits: {READS_FOLDERS}")
     if not output.is_local:
         raise BadSpec(f"verify=logits: {READS_FOLDERS}; write {output} into a folder first, or verify=strict")
     beside = output.parent.path

@@ -269,6 +269,11 @@ class PinnedFiles:
             raise BadCheckpoint(f"{name}: not found in {self.address}; fetch the checkpoint again")
         return found
 
+    def check_unchanged(self) -> None:
+        """Look whether all known files are still the versions that they were. Errors as `Store.check_unchanged`."""
+        for entry in self._entries.values():
+            self.store.check_unchanged(entry)
+
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Read bytes [start, stop) of a file; errors as `Store.read`."""
         return self.store.read(self.entry(name), start, stop)

@@ -30,6 +30,7 @@ from loaders.strategies.fastsafetensors import FastSafetensorsLoader, gds_availa
 from loaders.strategies.lazy import LazyLoader, map_file
 from loaders.strategies.multithread import MultiThreadWeightLoader
 from loaders.strategies.read import ReadLoader
+from loaders.strategies.remote import RemoteLoader
 
 log = logging.getLogger("weightmill")
 MOSTLY = 0.5  # the share of cached pages from which on a map is taken without measuring
@@ -39,7 +40,7 @@ PROBE_BYTES = 128 << 20  # bytes read for each way at most, which a fast disk re
 CHUNK = 8 << 20  # bytes of one read, as in reading/read_ahead.py
 BY_NAME: dict[str, Callable[[], WeightLoader]] = {
     "lazy": LazyLoader, "read": ReadLoader, "multithread": MultiThreadWeightLoader,
-    "fastsafetensors": FastSafetensorsLoader,
+    "fastsafetensors": FastSafetensorsLoader, "remote": RemoteLoader,
 }  # fmt: skip
 _RATES: dict[int, dict[str, float]] = {}  # GB/s by way, of each disk, as this process found them
 
@@ -152,6 +153,7 @@ class AutoLoader(WeightLoader):
     """The strategy `auto`, which chooses for each checkpoint; `chosen` and `why` say what, after the first tensor."""
 
     name = "auto"
+    is_local = False
 
     def __init__(self) -> None:
         self.chosen = ""

@@ -93,6 +93,7 @@ class RemoteLoader(WeightLoader):
     """The strategy `remote`, which serves every store, folders too."""
 
     name = "remote"
+    is_local = False
 
     @property
     def held_bytes(self) -> int:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from loaders.places import ROOT
 from loaders.storage import KINDS, StoreKind
 from loaders.storage.address import Address
 from tests.shelf.destination import ShelfDestination, abandoned_at, discard
@@ -28,9 +29,8 @@ def register() -> None:
 @contextmanager
 def serving() -> Iterator[Address]:
     """A server with empty shelves, for as long as the block lasts."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.shelf.server"], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
-    ) as server:
+    command = [sys.executable, "-m", "tests.shelf.server"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         port = re.fullmatch(r"listening on (\d+)\n", server.stdout.readline())
         assert port is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
+from contextlib import closing
 from urllib.parse import quote, urlsplit
 
 from loaders.errors import BadCheckpoint, StorageError, TransientIOError
@@ -16,22 +16,19 @@ class Refused(Exception):
 
 
 class Client:
-    """Of one server; a connection a thread."""
+    """Of one server."""
 
     def __init__(self, address: Address) -> None:
         self._host = urlsplit(address.text).netloc
-        self._own = threading.local()
 
     def _ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, str | None]:
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
         try:
-            if not hasattr(self._own, "connection"):
-                self._own.connection = http.client.HTTPConnection(self._host, timeout=30)
-            connection = self._own.connection
-            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-            answer = connection.getresponse()
-            return answer.status, answer.read(), answer.getheader("ETag")
+            with closing(http.client.HTTPConnection(self._host, timeout=30)) as connection:
+                connection.request(method, path, body, given)
+                answer = connection.getresponse()
+                return answer.status, answer.read(), answer.getheader("ETag")
         except (OSError, http.client.HTTPException) as error:
-            del self._own.connection
             raise TransientIOError(f"{method} {self._host}{path}: {error!r}") from error
 
     def list(self, prefix: str) -> list[tuple[str, int, str]]:

@@ -1,0 +1,259 @@
+"""Whole jobs from and to each kind of store: the same bytes, and the same behaviour when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.execution.unit
+from jobs.execution.cluster import LocalCluster
+from jobs.output.leftovers import find_leftovers
+from loaders.places import ROOT
+from loaders.storage.address import Address
+from tests.making import make_source, snapshot
+from tests.shelf.places import Place, contents, fill
+
+REPORT = "weightmill.json"
+# presets, and what their outputs are: shards with an index; one file of many units; files written by offset; one pickle
+PRESETS = {
+    "nf4": (), "gguf_q8_0": (), "mlx_int4": ("output=packed",), "hqq4": (), "none": ("output.container=pytorch",)
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_source(tmp_path / "model")
+
+
+def given(source: Address | Path, out: Address | Path, preset: str = "nf4") -> list[str]:
+    arguments = (f"model.path={source}", "model.name=model", f"output.path={out}", "source.unit_mb=0.05")
+    return [*arguments, f"quant={preset}", *PRESETS[preset]]
+
+
+def comparable(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], Any]:
+    """An output without its times, and where its source was."""
+    report = json.loads(files[REPORT])
+    del report["run"], report["source"]["path"], report["job"]["model"]["path"]
+    return {name: data for name, data in files.items() if name != REPORT}, report
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_output_is_the_same_wherever_both_lie(
+    preset: str, model: Path, tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
+) -> None:
+    assert weightmill("run", *given(model, tmp_path / "here", preset)).status == 0
+    wanted = comparable(snapshot(tmp_path / "here"))
+    for kinds in (("shelf", "shelf"), ("folder", "shelf"), ("shelf", "folder")):
+        source, target = (place_of(kind) for kind in kinds)
+        out = target.address / "out"
+        ran = weightmill("run", *given(fill(source, model, "model"), out, preset))
+        assert ran.status == 0, ran.err
+        assert comparable(contents(out)) == wanted
+        assert find_leftovers(out.parent) == ()
+        assert weightmill("verify", f"output.path={out}").status == 0
+
+
+@pytest.mark.parametrize("preset", ["nf4", "gguf_q8_0", "mlx_int4"])
+def test_an_interrupted_job_goes_on_where_it_was(
+    preset: str, model: Path, place: Place, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert weightmill("run", *given(model, place.address / "undisturbed", preset)).status == 0
+    out, ran = place.address / "out", []
+    honest = jobs.execution.unit.run_unit
+
+    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
+        ran.append(task.unit.id)
+        if len(ran) == 3:
+            raise ValueError("a bug")
+        return honest(task, on_bytes, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.execution.unit, "run_unit", failing)
+        with pytest.raises(ValueError, match="a bug"):
+            weightmill("run", *given(model, out, preset), "cluster.units_at_once=1")
+    [left] = find_leftovers(out.parent)
+    assert left.units_done == 2
+    assert weightmill("inspect", f"model.path={out}").status == 2  # there is no checkpoint
+    again = weightmill("run", *given(model, out, preset), "format=json").document
+    assert again["run"]["units_resumed"] == 2
+    assert comparable(contents(out)) == comparable(contents(place.address / "undisturbed"))
+    assert find_leftovers(out.parent) == ()
+
+
+@pytest.mark.parametrize("when", ["complete", "publish"])
+def test_interrupted_at_the_end(
+    when: str, model: Path, place: Place, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place.address / "out"
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"jobs.orchestration.job.{when}", stop)
+        assert weightmill("run", *given(model, out)).status == 130
+    again = weightmill("run", *given(model, out), "format=json").document
+    assert again["run"]["units_resumed"] == again["run"]["units"]
+    assert weightmill("verify", f"output.path={out}").status == 0
+
+
+def test_units_are_made_by_other_processes(
+    model: Path, place_of: Callable[[str], Place], tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster: a task takes along addresses, not stores."""
+
+    def elsewhere(task: Any, on_bytes: Any, stop: Any) -> Any:
+        ran = subprocess.run(
+            [sys.executable, "-m", "tests.shelf.worker"], input=pickle.dumps(task), cwd=ROOT, check=True,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return pickle.loads(ran.stdout)
+
+    assert weightmill("run", *given(model, tmp_path / "here", "gguf_q8_0")).status == 0
+    place = place_of("shelf")
+    monkeypatch.setattr(jobs.execution.unit, "run_unit", elsewhere)
+    monkeypatch.setattr(LocalCluster, "is_local", False)
+    out = place.address / "out"
+    ran = weightmill("run", *given(fill(place, model, "model"), out, "gguf_q8_0"))
+    assert ran.status == 0, ran.err
+    assert comparable(contents(out)) == comparable(snapshot(tmp_path / "here"))
+
+
+def test_a_source_that_changes_under_the_job_fails_it_by_name(
+    model: Path, place: Place, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = fill(place, model, "model"), place.address / "out"
+    honest, changed = jobs.execution.unit.run_unit, []
+
+    def changing(task: Any, on_bytes: Any, stop: Any) -> Any:
+        if not changed:
+            name = task.unit.sources[-1].name
+            data = bytearray((model / name).read_bytes())
+            data[-1] ^= 1
+            place.put(f"model/{name}", bytes(data))
+            changed.append(name)
+        return honest(task, on_bytes, stop)
+
+    monkeypatch.setattr(jobs.execution.unit, "run_unit", changing)
+    ran = weightmill("run", *given(source, out))
+    assert ran.status == 1
+    assert changed[0] in ran.err
+    assert "it changed while it was read" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_an_output_is_replaced_only_when_asked(model: Path, place: Place, weightmill: Any) -> None:
+    out = place.address / "out"
+    assert weightmill("run", *given(model, out)).status == 0
+    before = contents(out)
+    ran = weightmill("run", *given(model, out), "quant=fp4")
+    assert ran.status == 2
+    assert "exists; output.overwrite=true replaces it" in ran.err
+    assert contents(out) == before
+    ran = weightmill("run", *given(model, out), "quant=ternary", "output.overwrite=true")
+    assert ran.status == 0, ran.err
+    assert json.loads(contents(out)[REPORT])["job"]["quant"]["kind"] == "ternary"
+    assert weightmill("verify", f"output.path={out}").status == 0  # which finds files of others
+
+
+def test_files_of_others_are_never_replaced(model: Path, place: Place, weightmill: Any) -> None:
+    out = place.address / "out"
+    assert weightmill("run", *given(model, out)).status == 0
+    place.put("out/notes.txt", b"mine")
+    ran = weightmill("run", *given(model, out), "quant=fp4", "output.overwrite=true")
+    assert ran.status == 2
+    assert "notes.txt" in ran.err
+    assert contents(out)["notes.txt"] == b"mine"
+
+
+def test_source_and_output_do_not_lie_in_one_another(model: Path, place: Place, weightmill: Any) -> None:
+    source = fill(place, model, "model")
+    ran = weightmill("run", *given(source, source / "out"))
+    assert ran.status == 2
+    assert "lie in one another" in ran.err
+
+
+def test_a_flipped_bit_is_found(model: Path, place: Place, weightmill: Any) -> None:
+    out = place.address / "out"
+    assert weightmill("run", *given(model, out)).status == 0
+    files = contents(out)
+    name = next(name for name in sorted(files) if name.endswith(".safetensors"))
+    data = bytearray(files[name])
+    data[-1] ^= 1
+    place.put(f"out/{name}", bytes(data))
+    ran = weightmill("verify", f"output.path={out}", "format=json")
+    assert ran.status == 1
+    assert any(name in fault and "not those that were written" in fault for fault in ran.document["faults"])
+
+
+def test_every_verb_reads_it(model: Path, place: Place, weightmill: Any, tmp_path: Path) -> None:
+    source, outputs = fill(place, model, "model"), place.address / "outs"
+    ran = weightmill("run", "-m", f"model.path={source}", f"output.root={outputs}", "quant=nf4,mlx_int4", "format=json")
+    assert ran.status == 0, ran.err
+    assert [job["output"] for job in ran.document["jobs"]] == [f"{outputs}/model-nf4", f"{outputs}/model-mlx_int4"]
+    again = weightmill(
+        "run", "-m", f"model.path={source}", f"output.root={outputs}", "quant=nf4,mlx_int4", "format=json"
+    )
+    assert "2 of them done before" in again.err
+    assert weightmill("plan", f"model.path={source}", f"output.path={outputs}/other", "quant=hqq4").status == 0
+    assert weightmill("inspect", f"model.path={source}", "format=json").document["path"] == str(source)
+    assert weightmill("lint", f"output.path={outputs}/model-nf4").status == 0
+    assert weightmill("recommend", f"model.path={source}").status == 0
+    found = weightmill("diff", f"a={source}", f"b={outputs}/model-nf4", "format=json").document
+    assert found["a"] == str(source)
+    assert found["different"] > 0
+    assert found["only_in_a"] == found["only_in_b"] == []
+    compared = weightmill(
+        "compare", f"runs=[{outputs}/model-nf4,{outputs}/model-mlx_int4]", f"output.root={tmp_path / 'o'}"
+    )
+    assert compared.status == 0, compared.err
+    assert "model-mlx_int4" in compared.out
+
+
+def test_what_interrupted_jobs_left_is_cleaned(
+    model: Path, place: Place, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place.address / "out"
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.orchestration.job.complete", stop)
+        assert weightmill("run", *given(model, out)).status == 130
+    listed = weightmill("clean", f"output.root={out.parent}", "dry_run=true", "format=json").document["found"]
+    assert [row["status"] for row in listed] == ["abandoned"]
+    assert weightmill("clean", f"output.path={out}", "format=json").document["found"][0]["status"] == "removed"
+    assert find_leftovers(out.parent) == ()
+
+
+def test_a_mix_is_measured_and_written(model: Path, place: Place, weightmill: Any) -> None:
+    settings = ["quant=auto", "quant.engine=mlx", "quant.target_bits=5"]
+    source = fill(place, model, "model")
+    ran = weightmill(
+        "run", f"model.path={source}", f"output.path={place.address / 'out'}", "output.root=here", *settings
+    )
+    assert ran.status == 0, ran.err
+    assert weightmill("verify", f"output.path={place.address / 'out'}").status == 0
+
+
+def test_what_needs_folders_is_refused_while_planning(
+    model: Path, place_of: Callable[[str], Place], weightmill: Any
+) -> None:
+    pytest.importorskip("transformers")
+    place = place_of("shelf")
+    for source, out in ((model, place.address / "out"), (fill(place, model, "model"), model.parent / "out")):
+        ran = weightmill("plan", *given(source, out), "verify=logits")
+        assert ran.status == 2
+        assert "verify=logits" in ran.err
+        assert "the engine reads files of a folder" in ran.err
+    ran = weightmill("run", *given(fill(place, model, "model"), model.parent / "out"), "strategy=lazy")
+    assert ran.status == 2
+    assert "is no folder of this machine" in ran.err

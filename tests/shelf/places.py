@@ -1,0 +1,61 @@
+"""Where tests put files and have outputs written: a folder, or a prefix of the shelves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from loaders.storage import open_store
+from loaders.storage.address import Address
+from tests.making import snapshot
+from tests.shelf.client import Client
+from tests.shelf.store import key_of
+
+
+class Place(Protocol):
+    """A place for files. `put` makes or replaces one; what it replaces is another version."""
+
+    address: Address
+
+    def put(self, name: str, data: bytes) -> None: ...
+
+    def drop(self, name: str) -> None: ...
+
+
+class FolderPlace:
+    def __init__(self, path: Path) -> None:
+        path.mkdir()
+        self.address = Address.of(path)
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self.address.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def drop(self, name: str) -> None:
+        (self.address.path / name).unlink()
+
+
+class ShelfPlace:
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._client = Client(address)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._client.put(f"{key_of(self.address)}/{name}", data)
+
+    def drop(self, name: str) -> None:
+        self._client.delete(f"{key_of(self.address)}/{name}")
+
+
+def fill(place: Place, folder: Path, name: str) -> Address:
+    """Copy a folder into a place."""
+    for path, data in snapshot(folder).items():
+        place.put(f"{name}/{path}", data)
+    return place.address / name
+
+
+def contents(address: Address) -> dict[str, bytes]:
+    """All files at an address, by name."""
+    store = open_store(address)
+    return {entry.name: bytes(store.read(entry, 0, entry.size)) for entry in store.list()}
