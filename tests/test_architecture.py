@@ -121,3 +121,86 @@ def test_a_job_on_the_cpu_imports_neither_torch_nor_ray_nor_mlflow(tmp_path: Pat
 def test_no_file_is_about_more_than_one_thing() -> None:
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 420, f"{path}: split it"
+
+
+# --- where paths are opened
+
+OPENING = set(
+    [
+        "exists",
+        "is_file",
+        "is_dir",
+        "is_symlink",
+        "stat",
+        "lstat",
+        "iterdir",
+        "glob",
+        "rglob",
+        "read_text",
+        "read_bytes",
+        "write_text",
+        "write_bytes",
+        "mkdir",
+        "rmdir",
+        "touch",
+        "unlink",
+        "rename",
+        "symlink_to",
+        "hardlink_to",
+        "resolve",
+        "open",
+        "walk",
+        "scandir",
+        "listdir",
+    ]
+)
+OPENING_ALONE = {"open", "write_file", "hash_file"}
+# Who else opens paths of this machine, and why these are no files of a checkpoint, an output or a journal
+OPENS_PATHS = {
+    "jobs/benchmarks/": "what is timed are this machine's files",
+    "jobs/cli/compose.py": "conf/, and choices and rules that a person keeps in files",
+    "jobs/cli/help.py": "conf/",
+    "jobs/cli/verb.py": "/dev/null",
+    "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
+    "jobs/mixed_precision/search.py": "a calibration text of a person's",
+    "jobs/orchestration/compare.py": "a comparison, written for a person",
+    "jobs/tracking/": "MLflow's database and files, and .git",
+    "jobs/verification/logits.py": "a text of a person's",
+    "jobs/verification/output.py": "numbers of an output that an engine has read from its folder",
+    "loaders/backends/machine.py": "/proc and /sys",
+    "loaders/backends/memory.py": "/proc",
+    "loaders/containers/read_back.py": "parts, which are made here before their destination has them",
+    "loaders/containers/writer.py": "parts, which are made here before their destination has them",
+    "loaders/loading/cache.py": "the cache of loads, a folder of this machine",
+    "loaders/models/evaluating.py": "logits that are kept here, and files for a library that reads folders",
+    "loaders/models/hub_cache.py": "huggingface_hub's cache",
+    "loaders/models/mlx_modules.py": "files for a library that reads folders",
+    "loaders/models/sensitivity.py": "what was measured here",
+    "loaders/places.py": "where weightmill itself lies",
+    "loaders/presets/catalog.py": "conf/",
+    "loaders/stats.py": "statistics, saved for a person",
+    "loaders/strategies/": "maps and reads of local files, and scratch for those of other stores",
+}
+
+
+def opens_paths(path: Path) -> bool:
+    """Whether a file calls what opens, lists or changes paths: methods of Path, functions of os, open itself."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = node.func
+            if isinstance(called, ast.Name) and called.id in OPENING_ALONE:
+                return True
+            if isinstance(called, ast.Attribute) and called.attr in OPENING:
+                is_a_store_s = called.attr == "open" and node.args and not isinstance(node.args[0], ast.Constant)
+                if not is_a_store_s or ast.unparse(called.value) == "os":
+                    return True
+    return False
+
+
+def test_stores_alone_open_paths() -> None:
+    """Else a checkpoint could lie in folders only."""
+    opening = {str(path.relative_to(ROOT)) for path in FILES if opens_paths(path)}
+    others = {name for name in opening if not name.startswith(("loaders/storage/", *OPENS_PATHS))}
+    assert not others, "go through a Store or a Destination of loaders/storage"
+    unused = [each for each in OPENS_PATHS if not any(name.startswith(each) for name in opening)]
+    assert not unused

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Group
 
 from jobs.cli.verb import Said, note
-from jobs.output.destination import real_address
 from jobs.output.report import read_report
 from jobs.report.comparison import BITS, ComparedJob, Comparison, compared_job, to_json, whole
 from jobs.report.plots import comparison_plot
@@ -77,7 +76,7 @@ def _is_output(run: str) -> bool:
 
 
 def _of_folder(output: Address) -> ComparedJob:
-    return compared_job(real_address(output).name, read_report(output), None, str(output))
+    return compared_job(output.real.name, read_report(output), None, str(output))
 
 
 def _of_run(run: Tracked) -> ComparedJob:

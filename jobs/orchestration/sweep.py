@@ -25,7 +25,6 @@ from jobs.orchestration.job import Job
 from jobs.orchestration.preflight import Planned
 from jobs.orchestration.refusals import Refused, refusal
 from jobs.orchestration.source_pass import Read, passes, plan_all, run_all
-from jobs.output.destination import real_address
 from jobs.output.report import Report
 from jobs.report import tables
 from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, compared_job, to_json, whole
@@ -128,7 +127,7 @@ class Sweep:
         """Jobs that would write one output."""
         places: dict[Address, list[Composed]] = {}
         for job in composed:
-            places.setdefault(real_address(self._specs[job.number].output_address), []).append(job)
+            places.setdefault(self._specs[job.number].output_address.real, []).append(job)
         return [
             Refused(job, f"output.path: {path} is also that of {jobs[0].name}; give each a name or a path of its own")
             for path, jobs in places.items()

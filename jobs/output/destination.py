@@ -20,7 +20,7 @@ def check_output(spec: JobSpec) -> None:
 def check_place(spec: JobSpec, output: Address) -> None:
     """Raises BadSpec: the output and the source, or another output, lie in one another."""
     if spec.model.path is not None:
-        source, real = real_address(spec.source_address), real_address(output)
+        source, real = spec.source_address.real, output.real
         if source == real or source in real.parents or real in source.parents:
             raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
     around = next((above for above in output.parents if open_store(above).find(OUR_REPORT) is not None), None)
@@ -28,22 +28,13 @@ def check_place(spec: JobSpec, output: Address) -> None:
         raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
 
 
-def real_address(address: Address) -> Address:
-    """Without links, where there can be some."""
-    return Address(str(address.path.resolve())) if address.is_local else address
-
-
 def check_free(spec: JobSpec, output: Address) -> None:
     """Raises BadSpec: something is there that may not be replaced."""
-    is_there = open_store(output).absence() is None or (output.is_local and _exists(output))
+    is_there = open_store(output).is_taken()
     if is_there and spec.output.overwrite:
         check_replaceable(output)
     elif is_there and not _left_over(output):
         raise BadSpec(f"output.path: {output} exists; output.overwrite=true replaces it, or choose another path")
-
-
-def _exists(output: Address) -> bool:
-    return output.path.exists() or output.path.is_symlink()
 
 
 def _left_over(output: Address) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.output.journal import LOGITS
 from loaders.errors import BadSpec
-from loaders.storage import StoreKind, kind_of
+from loaders.storage import StoreKind, kind_of, open_store
 from loaders.storage.address import Address
 from loaders.storage.base import Abandoned
 from loaders.storage.folder_destination import left_in
@@ -17,7 +17,7 @@ def find_leftovers(place: Address, output: str | None = None) -> tuple[Abandoned
     """Those in a folder of outputs, or of one output in it."""
     found = _writable(place).abandoned(place, output)
     logits = place / LOGITS
-    if output is None and place.is_local and logits.path.is_dir():
+    if output is None and place.is_local and open_store(logits).absence() is None:
         found = (*found, left_in(logits.path))
     return found
 

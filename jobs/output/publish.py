@@ -121,7 +121,7 @@ def is_published(journal: Journal) -> bool:
 def check_replaceable(output: Address) -> None:
     """Raises BadSpec: only an empty folder or an earlier output is ever replaced."""
     store = open_store(output)
-    if store.absence() is not None or (output.is_local and output.path.is_symlink()):
+    if store.absence() is not None or store.is_link():
         raise BadSpec(f"output.path: {output} is no folder; choose another path")
     there = store.list(every=True)
     if there and store.find(OUR_REPORT) is None:

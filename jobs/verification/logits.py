@@ -80,7 +80,6 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address
     plan.checkpoint.folder(f"verify=logits: {READS_FOLDERS}")
     if not output.is_local:
         raise BadSpec(f"verify=logits: {READS_FOLDERS}; write {output} into a folder first, or verify=strict")
-    beside = output.parent.path
     engine = runners.engine_of(target.target.layout.name, target.config)
     for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
         runners.check_engine(each, spec.device, what)
@@ -91,12 +90,10 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address
                        spec.window)  # fmt: skip
     reference = Reference(plan.checkpoint, windows, spec.device, spec.dtype)
     words = text_config(plan.checkpoint.config, "vocab_size") or windows.vocabulary
-    folder, need = beside / LOGITS, 4 * windows.tokens * int(words)
-    while not beside.exists():
-        beside = beside.parent
-    if not reference.is_in(folder) and need > free_bytes(beside):
+    folder, need = output.parent.path / LOGITS, 4 * windows.tokens * int(words)
+    if not reference.is_in(folder) and need > free_bytes(folder):
         raise StorageError(
-            f"verify.tokens: the original's logits take {size(need)} in {folder}, {size(free_bytes(beside))} are free"
+            f"verify.tokens: the original's logits take {size(need)} in {folder}, {size(free_bytes(folder))} are free"
             " there; take fewer tokens, or make room"
         )
     return Judging(spec, reference, engine, folder, need)

@@ -36,7 +36,7 @@ from loaders.models.runners import (
     running,
 )
 from loaders.storage.atomic import atomic_writer, file_lock, write_file
-from loaders.storage.hashes import digest, hash_file, text_digest
+from loaders.storage.hashes import digest, hash_stored, text_digest
 from loaders.tensors.quantized_sources import quantized_tensors
 
 TOKENS, WINDOW = 8192, 256
@@ -130,7 +130,7 @@ def read_windows(
     _check_causal(checkpoint, window)
     path = TEXT if text is None else Path(text)
     words = _read(path)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = required_tokenizer(checkpoint)
     ids = tokenizer(words, add_special_tokens=False, verbose=False).input_ids[:tokens]
     lead = _lead(tokenizer)
     each = window - len(lead)
@@ -174,7 +174,7 @@ def _check_causal(checkpoint: Checkpoint, window: int) -> None:
         raise BadSpec(f"verify.window: {window} tokens, but the model has {most} positions; give fewer")
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Any:
+def required_tokenizer(checkpoint: Checkpoint) -> Any:
     """A checkpoint's tokenizer; that of a GGUF is taken out of it.
 
     Raises:
@@ -223,9 +223,9 @@ class Reference:
     def key(self) -> str:
         """Names the logits: by the original's files, the tokens, and how they are computed."""
         files = [(tag.name, tag.size, tag.tag) for tag in self.checkpoint.files]
-        root = self.checkpoint.folder(READS_FOLDERS)
-        config = root / "config.json"  # as it stands there: a job may have expanded it
-        about = [str(root.resolve()), files, hash_file(config) if config.is_file() else None]
+        source = self.checkpoint.source
+        config = source.find("config.json")  # as it stands there: a job may have expanded it
+        about = [str(source.address.real), files, None if config is None else hash_stored(source.store, config)]
         how = [self.windows.digest, list(self.windows.ids.shape), device_of(ORIGINAL, self.device), self.dtype]
         return text_digest(json.dumps([FORMAT, *about, *how, ORIGINAL.described]))
 

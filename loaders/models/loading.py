@@ -60,17 +60,17 @@ def load_model_and_tokenizer(
         from loaders.models import mlx_modules
 
         return mlx_modules.load(checkpoint, config)
-    return _model(checkpoint, config), tokenizer_of(folder)
+    return _model(checkpoint, config), tokenizer_of(checkpoint)
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a folder; None where it has no files of one."""
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The tokenizer beside a checkpoint; None where it has no files of one."""
     from transformers import AutoTokenizer
 
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-    if not any((folder / name).is_file() for name in files):
+    if all(checkpoint.source.find(name) is None for name in files):
         return None
-    return AutoTokenizer.from_pretrained(str(folder))
+    return AutoTokenizer.from_pretrained(str(checkpoint.folder(READS_FOLDERS)))
 
 
 def check_expanded(base: Checkpoint, expanded: Checkpoint) -> None:
@@ -115,7 +115,7 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
         ignore_unexpected=config.ignore_unexpected,
     )  # fmt: skip
     model = skeleton.model
-    _set_generation(model, checkpoint.folder(READS_FOLDERS))
+    _set_generation(model, checkpoint)
     if config.strategy is LoadingStrategy.STREAMING:
         stream(model, open_weights(checkpoint, skeleton, workers=config.workers), device, config.memory_budget_mb)
         return model
@@ -269,8 +269,8 @@ def fill_model(
         raise BadCheckpoint(f"{weights.checkpoint.address}: no weights came for {', '.join(left[:4])}")
 
 
-def _set_generation(model: Any, root: Path) -> None:
+def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
     from transformers import GenerationConfig
 
-    if (root / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(root))
+    if checkpoint.source.find("generation_config.json") is not None:
+        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder(READS_FOLDERS)))

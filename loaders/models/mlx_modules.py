@@ -51,11 +51,10 @@ def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
     is_lazy = config.strategy is LoadingStrategy.UNIFIED_MEMORY
     block = checkpoint.config.get("quantization")
     if isinstance(block, dict) and config.quantize is None and not config.decode and not config.llama_pro_blocks:
-        folder = checkpoint.folder(READS_FOLDERS)
-        return _model(folder, is_lazy=is_lazy), _tokenizer(folder)
+        return _model(checkpoint.folder(READS_FOLDERS), is_lazy=is_lazy), _tokenizer(checkpoint)
     with tempfile.TemporaryDirectory(prefix="weightmill-mlx-") as made:
         convert(checkpoint, config, Path(made))
-        return _model(Path(made), is_lazy=False), _tokenizer(checkpoint.folder(READS_FOLDERS))
+        return _model(Path(made), is_lazy=False), _tokenizer(checkpoint)
 
 
 def mlx_lm_utils() -> Any:
@@ -78,8 +77,10 @@ def _model(folder: Path, *, is_lazy: bool) -> Any:
     return mlx_lm_utils().load_model(folder, lazy=is_lazy)[0]
 
 
-def _tokenizer(folder: Path) -> Any:
-    return mlx_lm_utils().load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    if checkpoint.source.find("tokenizer_config.json") is None:
+        return None
+    return mlx_lm_utils().load_tokenizer(checkpoint.folder(READS_FOLDERS))
 
 
 def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) -> None:

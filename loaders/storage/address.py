@@ -73,6 +73,11 @@ class Address:
             here = above
         return tuple(found)
 
+    @property
+    def real(self) -> Address:
+        """Without links, where there can be some."""
+        return Address(str(self.path.resolve())) if self.is_local else self
+
     def __truediv__(self, name: str) -> Address:
         if self.is_local:
             return Address(str(self.path / name))

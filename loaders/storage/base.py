@@ -47,6 +47,14 @@ class Store(Protocol):
         """What is there instead, if there is nothing to list: "nothing there", "a file; ..."; None if there is."""
         ...
 
+    def is_taken(self) -> bool:
+        """Whether anything stands at the address, whatever it is; what an unfinished job left does not count."""
+        ...
+
+    def is_link(self) -> bool:
+        """Whether the address is that of a link to another place."""
+        ...
+
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         """List the files by name; those of sub-folders too if `deep`. Empty where there is nothing.
 

@@ -31,6 +31,12 @@ class Folder:
             return None
         return "a file; give the folder it lies in" if self.path.exists() else "nothing there"
 
+    def is_taken(self) -> bool:
+        return self.path.exists() or self.path.is_symlink()
+
+    def is_link(self) -> bool:
+        return self.path.is_symlink()
+
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         if not self.path.is_dir():
             return ()

@@ -36,6 +36,12 @@ class Shelf:
         is_under_way = any(name.startswith(HIDDEN) for name in rows) and OUR_REPORT not in rows
         return "an output under way" if is_under_way else None
 
+    def is_taken(self) -> bool:
+        return self.absence() is None
+
+    def is_link(self) -> bool:
+        return False
+
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
         rows = [(key.removeprefix(self._prefix), *rest) for key, *rest in self._client.list(self._prefix)]
         return tuple(
