@@ -125,35 +125,11 @@ def test_no_file_is_about_more_than_one_thing() -> None:
 
 # --- where paths are opened
 
-OPENING = set(
-    [
-        "exists",
-        "is_file",
-        "is_dir",
-        "is_symlink",
-        "stat",
-        "lstat",
-        "iterdir",
-        "glob",
-        "rglob",
-        "read_text",
-        "read_bytes",
-        "write_text",
-        "write_bytes",
-        "mkdir",
-        "rmdir",
-        "touch",
-        "unlink",
-        "rename",
-        "symlink_to",
-        "hardlink_to",
-        "resolve",
-        "open",
-        "walk",
-        "scandir",
-        "listdir",
-    ]
-)
+OPENING = {
+    "exists", "is_file", "is_dir", "is_symlink", "stat", "lstat", "iterdir", "glob", "rglob", "read_text", "read_bytes",
+    "write_text", "write_bytes", "mkdir", "rmdir", "touch", "unlink", "rename", "symlink_to", "hardlink_to", "resolve",
+    "open", "walk", "scandir", "listdir",
+}  # fmt: skip
 OPENING_ALONE = {"open", "write_file", "hash_file"}
 # Who else opens paths of this machine, and why these are no files of a checkpoint, an output or a journal
 OPENS_PATHS = {
