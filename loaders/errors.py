@@ -7,8 +7,30 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+_NAMES: dict[str, str] = {}
+
+
+def setting(name: str) -> str:
+    """What a setting is called in a message: by the library's name, or as the program says that runs it."""
+    return _NAMES.get(name, name)
+
+
+@contextmanager
+def settings_called(names: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, messages of this process call the library's settings by these names.
+
+    A program whose users know settings by other names, such as keys of a config file, says so here.
+    """
+    before = dict(_NAMES)
+    _NAMES.update(names)
+    try:
+        yield
+    finally:
+        _NAMES.clear()
+        _NAMES.update(before)
 
 
 class WeightmillError(Exception):
@@ -47,8 +69,8 @@ PASSING = (
     "EHOSTUNREACH", "EBUSY", "EREMOTEIO",
 )  # fmt: skip
 ADVICE = {
-    errno.ENOSPC: "free some space, or choose another output.path, and run the same command: it goes on where it was",
-    errno.EDQUOT: "free some of your quota, or choose another output.path, and run the same command",
+    errno.ENOSPC: "free some space, or choose another {output}, and run the same command: it goes on where it was",
+    errno.EDQUOT: "free some of your quota, or choose another {output}, and run the same command",
     errno.EACCES: "check who owns it and its permissions",
     errno.EPERM: "check who owns it and its permissions",
     errno.EROFS: "the filesystem is mounted read-only: choose another path",
@@ -65,5 +87,5 @@ def io_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         kind = TransientIOError if errno.errorcode.get(error.errno or 0) in PASSING else StorageError
-        advice = ADVICE.get(error.errno or 0, "")
+        advice = ADVICE.get(error.errno or 0, "").format(output=setting("output"))
         raise kind(f"{action} {os.fspath(path)}: {error.strerror or error}{'; ' if advice else ''}{advice}") from error

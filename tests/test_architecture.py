@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ verification mixed_precision
 report execution
 output
 planning
-cli spec
+cli
+spec
 """
 LOADERS = """
 models
@@ -180,3 +182,35 @@ def test_stores_alone_open_paths() -> None:
     assert not others, "go through a Store or a Destination of loaders/storage"
     unused = [each for each in OPENS_PATHS if not any(name.startswith(each) for name in opening)]
     assert not unused
+
+
+# --- messages
+
+KEY = re.compile(
+    r"\b(?:output|verify|quant|model|source|transform|cluster|tracking)\.[a-z_]+(?:[:=]| is\b)"
+    r"|\b(?:quant|output|verify)=\w"
+)
+NAMES_OF_TENSORS = re.compile(r"model\.(?:layers|embed_tokens|norm|safetensors)|output\.weight|tokenizer\.model")
+
+
+def test_the_library_names_no_key_of_a_job() -> None:
+    """Its own users know no `output.layout`: a program says what it calls settings (`loaders.errors.setting`)."""
+    for path in FILES:
+        if "loaders" not in path.parts:
+            continue
+        tree = ast.parse(path.read_text())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docs = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n)}  # type: ignore[attr-defined]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                found = KEY.search(NAMES_OF_TENSORS.sub("", node.value))
+                assert found is None, f"{path}:{node.lineno}: {node.value}"
+
+
+def test_settings_of_the_library_are_keys_of_a_job() -> None:
+    from jobs.cli.validation import fields_of
+    from jobs.spec.job import JobSpec
+    from jobs.spec.keys import KEYS
+
+    known = {place for place, _ in fields_of(JobSpec)}
+    assert {key for key in KEYS.values() if "=" not in key} <= known

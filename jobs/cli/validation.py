@@ -78,15 +78,19 @@ def _make_absolute(spec: type[BaseModel], values: Any, place: str = "") -> list[
     return problems
 
 
-def path_keys(spec: type[BaseModel], place: str = "") -> set[str]:
-    """The settings of a model whose values are paths, as they are typed: "output.path"."""
-    found = set()
+def path_keys(spec: type[BaseModel]) -> set[str]:
+    """The settings of a request whose values are paths: "output.path"."""
+    return {
+        place for place, field in fields_of(spec) if any(isinstance(marker, PathValue) for marker in _markers(field))
+    }
+
+
+def fields_of(spec: type[BaseModel], place: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """All settings of a request by their places, groups before what they hold."""
     for name, field in spec.model_fields.items():
-        if any(isinstance(marker, PathValue) for marker in _markers(field)):
-            found.add(f"{place}{name}")
+        yield f"{place}{name}", field
         for model in at_field(field.annotation):
-            found |= path_keys(model, f"{place}{name}.")
-    return found
+            yield from fields_of(model, f"{place}{name}.")
 
 
 def _all_fields(spec: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[str, FieldInfo]]:

@@ -17,7 +17,8 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from jobs.cli.compose import Request, compose, take_apart
-from loaders.errors import BadSpec, WeightmillError
+from jobs.spec.keys import KEYS
+from loaders.errors import BadSpec, WeightmillError, settings_called
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 S = TypeVar("S", bound=BaseModel)
@@ -56,7 +57,8 @@ class Verb(Generic[S]):
         as_json = "format=json" in given
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
         try:
-            return self._main(self._named(given), as_json)
+            with settings_called(KEYS):
+                return self._main(self._named(given), as_json)
         except BadSpec as error:
             return _complain(WRONG, error.problems, as_json)
         except WeightmillError as error:

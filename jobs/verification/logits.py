@@ -66,6 +66,13 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address
             at one of the output's tensors on this machine; the source or the output is no folder of this machine.
         StorageError: the original's logits do not fit on the disk.
     """
+    try:
+        return _planned(spec, plan, target, output)
+    except BadSpec as error:
+        raise BadSpec([f"{problem}; verify=strict judges the weights alone" for problem in error.problems]) from None
+
+
+def _planned(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
     from importlib import util
 
     from loaders.models import runners
@@ -73,13 +80,13 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address
     if missing := [name for name in ("torch", "transformers", "accelerate") if util.find_spec(name) is None]:
         raise BadSpec(
             f"verify=logits: the original runs in transformers, and {', '.join(missing)} is not installed here:"
-            " pip install 'weightmill[models]'; or verify=strict, which does without"
+            " pip install 'weightmill[models]'"
         )
     from loaders.models.evaluating import Reference
 
     plan.checkpoint.folder(f"verify=logits: {READS_FOLDERS}")
     if not output.is_local:
-        raise BadSpec(f"verify=logits: {READS_FOLDERS}; write {output} into a folder first, or verify=strict")
+        raise BadSpec(f"verify=logits: {READS_FOLDERS}; write {output} into a folder first")
     engine = runners.engine_of(target.target.layout.name, target.config)
     for each, what in ((runners.ORIGINAL, "the original"), (engine, "the output")):
         runners.check_engine(each, spec.device, what)
@@ -119,7 +126,7 @@ def _check_memory(spec: LogitsSpec, plan: Plan) -> None:
         less = "; verify.dtype=bfloat16 takes half of it" if spec.dtype == "float32" else ""
         raise BadSpec(
             f"verify=logits: the original takes {size(need)} in {spec.dtype}, this machine has"
-            f" {size(total_memory())}{less}; or verify=strict, which needs no model in memory"
+            f" {size(total_memory())}{less}"
         )
 
 

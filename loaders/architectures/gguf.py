@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.architectures.families import text_config
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.specs import RowOrder
 
 # transformers' name of a module within a layer -> GGUF's; weights and biases alike
@@ -126,7 +126,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         if model_type in architecture.model_types:
             return architecture
     known = ", ".join(t for a in ARCHITECTURES for t in a.model_types)
-    raise BadSpec(f"output.layout: gguf knows no architecture for model_type {model_type!r}; it knows {known}")
+    raise BadSpec(f"{setting('layout')}: gguf knows no architecture for model_type {model_type!r}; it knows {known}")
 
 
 def architecture_named(name: object) -> Architecture | None:

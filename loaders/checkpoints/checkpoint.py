@@ -21,7 +21,7 @@ from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, find_au
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import quantized_by
 from loaders.containers import READERS, packed
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
@@ -89,15 +89,16 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    where: str | os.PathLike[str] | Address | Store, container: str = "auto", key: str = "model.path"
+    where: str | os.PathLike[str] | Address | Store, container: str = "auto", key: str | None = None
 ) -> Checkpoint:
-    """Open a folder of weights, or what stands for one in another store.
+    """Open a folder of weights, or what stands for one in another store. `key` is what messages call `where`.
 
     Raises:
         BadSpec: there is no such folder, or no weights of the container in it.
         BadCheckpoint: what is there is damaged, incomplete or hostile.
     """
     store = open_store(where) if isinstance(where, str | os.PathLike | Address) else where
+    key = key or setting("checkpoint")
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     source = PinnedFiles(store, store.list(deep=False))

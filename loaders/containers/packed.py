@@ -22,7 +22,7 @@ from typing import Any
 
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DType, Shape, dtype_named
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
@@ -290,7 +290,7 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     for tensor in sorted(tensors, key=lambda each: (each.place or ("", 0), each.name)):
         spec = tensor.spec
         if spec.dtype.block > 1 or spec.is_bound or tensor.whole is not None:
-            raise BadSpec(f"output.container: {tensor.name} would be {spec.dtype}, which packed cannot hold")
+            raise BadSpec(f"{setting('container')}: {tensor.name} would be {spec.dtype}, which packed cannot hold")
         at = end if tensor.place is None else tensor.place[1]
         assert at >= end, (tensor.name, at, end)
         slots.append(Slot(tensor.name, spec.dtype, spec.shape, at))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.dtypes import DType, Shape, row_major
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 
 STORAGES = {
     "F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
@@ -43,7 +43,7 @@ class PickledTensor:
 def check_dtype(name: str, dtype: DType) -> None:
     """Raise BadSpec if torch has no such dtype."""
     if dtype.bits < 8:
-        raise BadSpec(f"output.container: {name} is {dtype}, which PyTorch files cannot hold; use safetensors")
+        raise BadSpec(f"{setting('container')}: {name} is {dtype}, which PyTorch files cannot hold; use safetensors")
 
 
 def state_dict(tree: Mapping[str, Any], tensors: Mapping[str, PickledTensor]) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DType, dtype_named
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 from loaders.storage.base import PinnedFiles
 
@@ -117,7 +117,9 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
     for name, spec in whole.items():
         if spec.dtype.block > 1:
-            raise BadSpec(f"output.container: {name} would be {spec.dtype}, which safetensors cannot hold; use gguf")
+            raise BadSpec(
+                f"{setting('container')}: {name} would be {spec.dtype}, which safetensors cannot hold; use gguf"
+            )
     slots, offset = [], 0
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
         slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))

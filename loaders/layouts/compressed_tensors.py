@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loaders.architectures.families import Family
+from loaders.errors import setting
 from loaders.layouts.base import module_of
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
@@ -248,7 +249,7 @@ def _dtypes(found: Sequence[Decision]) -> Iterator[str]:
         yield (
             "NVFP4 of float16 weights: compressed-tensors computes in float16, where the global scale overflows below a"
             " largest magnitude of 0.041, and is left out; such tensors get coarse scales: cast to bfloat16 first"
-            " (quant=none quant.dtype=bfloat16)"
+            f" ({setting('quantize')}=none {setting('dtype')}=bfloat16)"
         )
 
 

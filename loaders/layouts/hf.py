@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from loaders.architectures.families import Family, family_of, load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.quantization.scheme import Scheme
@@ -36,12 +36,6 @@ WHOLE = {"plain", "bitsandbytes", "bitnet"}  # engines for which transformers bu
 SINGLE = re.compile(r"\.experts\.\d+\.")
 DEFAULT_HEADS = ("head",)  # the roles that transformers' loaders skip by default
 
-HQQ_HERE = (
-    "transformers 5 does not load HQQ, and does not fail either: it warns of missing weights and computes with random"
-    " ones. This layout is for transformers 4 (on a CPU only with torch_dtype=torch.float32); output=hqq, the default,"
-    " is for the hqq package, which loads it beside transformers 4 and 5"
-)
-
 
 class HfLayout:
     """The layout of transformers; see `Layout`."""
@@ -58,7 +52,7 @@ class HfLayout:
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
         if any(isinstance(decision.scheme, Hqq) for decision in decisions):
-            return (HQQ_HERE,)
+            return (_hqq_is_for(),)
         return ()
 
     def config(
@@ -91,13 +85,16 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
             continue
         if wants_stacks and SINGLE.search(tensor.name):
             raise BadSpec(
-                f"output.layout: transformers' {config['model_type']} holds experts in stacks, and this source has them"
-                f" one by one ({tensor.name} first), which is not put together again; choose output=mlx, or a quant of"
+                f"{setting('layout')}: transformers' {config['model_type']} holds experts in stacks, and this source"
+                " has them"
+                f" one by one ({tensor.name} first), which is not put together again; choose {setting('layout')}=mlx,"
+                " or a quant of"
                 " compressed-tensors"
             )
         if decision.action == "quantize" and tensor.role == "expert" and len(tensor.shape) == 3:
             raise BadSpec(
-                f"{decision.rule.label or 'quant'}: {tensor.name} is a stack of experts, which transformers loads as"
+                f"{decision.rule.label or setting('quantize')}: {tensor.name} is a stack of experts, which"
+                " transformers loads as"
                 f" one parameter and {encoding.scheme.engine} does not quantize; keep it"
             )
         if encoding.action == "quantize" and wanted != tensor.dtype:
@@ -250,3 +247,11 @@ def _is_linear(decision: Decision) -> bool:
     tensor = decision.tensor
     is_layer = tensor.role in (*LINEAR, "head", "vision") or tensor.name.endswith(LINEAR_ROUTERS)
     return is_layer and len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+
+
+def _hqq_is_for() -> str:
+    return (
+        "transformers 5 does not load HQQ, and does not fail either: it warns of missing weights and computes with"
+        " random ones. This layout is for transformers 4 (on a CPU only with torch_dtype=torch.float32);"
+        f" {setting('layout')}=hqq, the default, is for the hqq package, which loads it beside transformers 4 and 5"
+    )

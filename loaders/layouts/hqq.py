@@ -18,7 +18,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers.pytorch_pickle import Ref
 from loaders.containers.pytorch_pieces import cut
 from loaders.dtypes import DTYPES
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.hf import plain_config
 from loaders.quantization.schemes.hqq import PACKING, Hqq
@@ -49,7 +49,10 @@ class HqqLayout:
                 continue
             scheme = encoding.scheme
             if encoding.action == "quantize" and not isinstance(scheme, Hqq):
-                raise BadSpec(f"output.layout: hqq holds what hqq quantizes, not {scheme.kind}; use output=auto")
+                raise BadSpec(
+                    f"{setting('layout')}: hqq holds what hqq quantizes, not {scheme.kind}; use"
+                    f" {setting('layout')}=auto"
+                )
             if encoding.action == "quantize" and wanted != tensor.dtype:
                 encoding = replace(encoding, cast=wanted)
             stored = {
@@ -91,7 +94,7 @@ class HqqLayout:
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
     ) -> Assembly:
         if naming.split:
-            raise BadSpec("output.split: only gguf can be one file or several; hqq reads one qmodel.pt")
+            raise BadSpec(f"{setting('split')}: only gguf can be one file or several; hqq reads one qmodel.pt")
         about = self.about(checkpoint, self.place(checkpoint, decisions))
         head, pieces, tail = cut(QMODEL, [file.slots for file in files], about)
         return Assembly(pieces, {}, Joined(QMODEL, head, tail))

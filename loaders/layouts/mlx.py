@@ -16,7 +16,7 @@ from loaders.architectures.mlx import MODELS, MlxModel, convert_dtype, model_of,
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Placed
 from loaders.layouts.hf import plain_config
 from loaders.quantization.scheme import Scheme
@@ -47,7 +47,7 @@ class MlxLayout:
         has_head = any(d.tensor.role == "head" and d.action != "drop" for d in decisions)
         problem = head_fault(model, str(checkpoint.config["model_type"]), has_head=has_head)
         if problem:
-            raise BadSpec(f"model.path: {problem}")
+            raise BadSpec(f"{setting('checkpoint')}: {problem}")
         cast_to, placed = convert_dtype(checkpoint.config), []
         for decision in decisions:
             tensor, encoding = decision.tensor, decision.encoding
@@ -88,19 +88,21 @@ def _known_model(checkpoint: Checkpoint) -> MlxModel:
     if model is None:
         found = checkpoint.config.get("model_type", "none")
         raise BadSpec(
-            f"model.path: model_type {found!r} is not one whose MLX names are known here; known: {', '.join(MODELS)}"
+            f"{setting('checkpoint')}: model_type {found!r} is not one whose MLX names are known here; known:"
+            f" {', '.join(MODELS)}"
         )
     problem = fault(model, checkpoint.config)
     if problem:
-        raise BadSpec(f"model.path: {problem}")
+        raise BadSpec(f"{setting('checkpoint')}: {problem}")
     return model
 
 
 def _check_scheme(name: str, scheme: Scheme) -> None:
     if scheme.engine not in ("mlx", "plain"):
         raise BadSpec(
-            f"output.layout: mlx holds MLX's schemes, not {scheme.engine}'s ({name}); use quant=mlx_int4 or"
-            " another mlx_*, or output=auto"
+            f"{setting('layout')}: mlx holds MLX's schemes, not {scheme.engine}'s ({name}); use"
+            f" {setting('quantize')}=mlx_int4 or"
+            f" another mlx_*, or {setting('layout')}=auto"
         )
 
 

@@ -20,7 +20,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.checkpoints.derived_config import PACKED_GROUP
 from loaders.containers import packed
 from loaders.dtypes import DTYPES
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.hf import QUANTIZATION_KEYS, plain_config
 from loaders.layouts.mlx import SUFFIXES, quantization
@@ -64,7 +64,7 @@ class PackedLayout:
         if is_plain:
             said.append(
                 "nothing is quantized: a packed checkpoint of plain weights is for storage and conversion; its engine"
-                " computes with MLX's words (quant=mlx_int4)"
+                f" computes with MLX's words ({setting('quantize')}=mlx_int4)"
             )
         odd = sorted({d.tensor.dtype.name for d in decisions if is_plain and d.scheme == Plain()} - set(READ))
         if odd:
@@ -108,7 +108,7 @@ class PackedLayout:
         self, checkpoint: Checkpoint, decisions: Sequence[Decision], files: Sequence[OutputFile], naming: Naming
     ) -> Assembly:
         if naming.split:
-            raise BadSpec("output.split: only gguf can be one file or several; a packed checkpoint has one .bin")
+            raise BadSpec(f"{setting('split')}: only gguf can be one file or several; a packed checkpoint has one .bin")
         bits = _bits(checkpoint, decisions)
         made_files, slots, at = list[OutputFile](), list[Slot](), 0
         for file in files:
@@ -137,13 +137,14 @@ def _check_scheme(decision: Decision) -> None:
         return
     if not isinstance(scheme, MlxAffine):
         raise BadSpec(
-            f"output.layout: packed holds MLX's affine codes or plain weights, not {scheme.kind} ({name}); use"
-            " quant=mlx_int4, mlx_int8 or none, or another output"
+            f"{setting('layout')}: packed holds MLX's affine codes or plain weights, not {scheme.kind} ({name}); use"
+            f" {setting('quantize')}=mlx_int4, mlx_int8 or none, or another output"
         )
     if scheme.group_size != PACKED_GROUP:
         raise BadSpec(
-            f"output.layout: packed's engine has groups of {PACKED_GROUP} compiled in, {name} would have groups of"
-            f" {scheme.group_size}; use quant.group_size={PACKED_GROUP}"
+            f"{setting('layout')}: packed's engine has groups of {PACKED_GROUP} compiled in, {name} would have groups"
+            " of"
+            f" {scheme.group_size}; use {setting('group_size')}={PACKED_GROUP}"
         )
 
 
@@ -174,8 +175,9 @@ def _bits(checkpoint: Checkpoint, decisions: Sequence[Decision]) -> dict[str, in
             scheme = None if scales is None else stored_scheme(checkpoint, decision.tensor, scales)
             if not isinstance(scheme, MlxAffine) or scheme.group_size != PACKED_GROUP:
                 raise BadSpec(
-                    f"output.layout: {name} is U32 but not of MLX's affine groups of {PACKED_GROUP}, which packed's"
-                    " engine has compiled in; give a quant of its own, or quant.dtype=bfloat16"
+                    f"{setting('layout')}: {name} is U32 but not of MLX's affine groups of {PACKED_GROUP}, which"
+                    " packed's"
+                    f" engine has compiled in; give a quant of its own, or {setting('dtype')}=bfloat16"
                 )
             found[_own_name(name)] = scheme.bits
     return found
@@ -269,7 +271,8 @@ def _expert_layout(
     odd = next((layer for layer in layers if counts[layer] != list(range(len(wanted)))), None)
     if odd is not None:
         raise BadSpec(
-            f"output.layout: packed_experts/ wants the same experts, from 0, in every layer; layer {odd} would have"
+            f"{setting('layout')}: packed_experts/ wants the same experts, from 0, in every layer; layer {odd} would"
+            " have"
             f" {len(counts[odd])}, layer {layers[0]} {len(wanted)}; keep or drop all"
         )
     usual, _ = kinds.most_common(1)[0]
@@ -279,7 +282,8 @@ def _expert_layout(
     if other is not None or names != set(packed.PARTS):
         (layer, index), has = other or (next(iter(found)), components)
         raise BadSpec(
-            f"output.layout: packed_experts/ wants {', '.join(packed.PARTS)} of one shape, dtype and scheme in all"
+            f"{setting('layout')}: packed_experts/ wants {', '.join(packed.PARTS)} of one shape, dtype and scheme in"
+            " all"
             f" experts of all layers; expert {index} of layer {layer} has"
             f" {', '.join(f'{n} {s.dtype} {list(s.shape)}' for n, (s, _) in sorted(has.items()))}; let the rules treat"
             " all experts alike"

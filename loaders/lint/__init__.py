@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from loaders.errors import BadCheckpoint
+from loaders.errors import BadCheckpoint, setting
 from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.storage.address import Address
@@ -36,7 +36,7 @@ def lint_at(where: str | os.PathLike[str] | Address | Store) -> list[Finding]:
         BadSpec: there are no weights.
     """
     try:
-        return lint(open_checkpoint(where, key="output.path"))
+        return lint(open_checkpoint(where, key=setting("output")))
     except BadCheckpoint as error:
         return [fault("every engine", str(error), "fails, or loads wrong weights", "make it again")]
 

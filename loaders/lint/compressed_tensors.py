@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from loaders.errors import setting
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
@@ -116,7 +117,7 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
             "vLLM",
             f"{len(apart)} fused groups have parts of different global scales: {some(apart)}",
             "takes the greatest for all and loses accuracy",
-            "share the global scale over each group, as quant=nvfp4a16 does",
+            f"share the global scale over each group, as {setting('quantize')}=nvfp4a16 does",
         )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from loaders.architectures.families import text_config
+from loaders.errors import setting
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -101,7 +102,7 @@ def _index(subject: Subject) -> Iterator[Finding]:
                 "transformers, vLLM",
                 f"{len(subject.checkpoint.files)} weight files and no index",
                 "transformers finds no weights; vLLM loads them all the same",
-                "write the index (a copy by quant=none does)",
+                f"write the index (a copy by {setting('quantize')}=none does)",
             )
         return
     total = (subject.index.get("metadata") or {}).get("total_size")

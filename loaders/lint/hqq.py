@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loaders.errors import setting
 from loaders.layouts.hqq import HqqLayout
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 
@@ -17,14 +18,15 @@ def check(subject: Subject) -> Iterator[Finding]:
             "hqq",
             f"the weights are in {some(files)}",
             f"looks for {HqqLayout.file} alone, and fails",
-            f"make it again with output=hqq: all weights in {HqqLayout.file}",
+            f"make it again with {setting('layout')}=hqq: all weights in {HqqLayout.file}",
         )
     if not is_own:
         yield doubt(
             "transformers 5",
             "HQQ in the form of transformers 4",
             "does not load HQQ: it warns of missing weights and computes with random ones",
-            "load it with transformers 4 (on a CPU in float32), or make it again with output=hqq for the hqq package",
+            f"load it with transformers 4 (on a CPU in float32), or make it again with {setting('layout')}=hqq for"
+            " the hqq package",
         )
     experts = [module(tensor) for tensor in subject.sources.tensors if tensor.role == "expert"]
     if experts:

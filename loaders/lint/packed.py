@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from loaders.architectures.mlx_config import settings_of
 from loaders.containers.packed import EXPERTS
+from loaders.errors import setting
 from loaders.layouts.packed import READ
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
@@ -25,12 +26,15 @@ def check(subject: Subject) -> Iterator[Finding]:
             ENGINE,
             f"{len(odd)} tensors are not {', '.join(READ)}: {some(odd)}",
             "does not know their dtype",
-            "write them again with quant.dtype=bfloat16, or quantize",
+            f"write them again with {setting('dtype')}=bfloat16, or quantize",
         )
     block = settings_of(subject.config)
     if block is None:
         yield doubt(
-            ENGINE, "nothing is quantized", "computes its matrices from MLX's words alone", "use quant=mlx_int4"
+            ENGINE,
+            "nothing is quantized",
+            "computes its matrices from MLX's words alone",
+            f"use {setting('quantize')}=mlx_int4",
         )
     else:
         own = [block, *(each for each in block.values() if isinstance(each, dict))]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
-from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors
+from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors, setting
 from loaders.layouts.gguf.tokenizer_files import tokenizer_files
 from loaders.models.quality import Quality, scores, summed_up
 from loaders.models.runners import (
@@ -137,7 +137,8 @@ def read_windows(
     count = len(ids) // each
     if count < 2:
         raise BadSpec(
-            f"verify.text: expected at least {2 * each} tokens, two windows of verify.window={window}, found"
+            f"{setting('text')}: expected at least {2 * each} tokens, two windows of {setting('window')}={window},"
+            " found"
             f" {len(ids)} in {path}; give more text, or smaller windows"
         )
     body = np.array(ids[: count * each], np.int32).reshape(count, each)
@@ -149,11 +150,11 @@ def _read(path: Path) -> str:
     try:
         words = path.read_text("utf-8")
     except OSError as error:
-        raise BadSpec(f"verify.text: cannot read {path}: {error.strerror or error}") from None
+        raise BadSpec(f"{setting('text')}: cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise BadSpec(f"verify.text: {path} is not UTF-8 text (byte {error.start})") from None
+        raise BadSpec(f"{setting('text')}: {path} is not UTF-8 text (byte {error.start})") from None
     if not words.strip():
-        raise BadSpec(f"verify.text: {path} is empty")
+        raise BadSpec(f"{setting('text')}: {path} is empty")
     return words
 
 
@@ -165,13 +166,13 @@ def _check_causal(checkpoint: Checkpoint, window: int) -> None:
     is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not any(word in built for word in ENCODER_ONLY)
     if not is_causal or config.get("is_encoder_decoder"):
         raise BadSpec(
-            f"verify=logits: {checkpoint.address} is no causal language model of transformers"
-            f" (model_type {kind!r}{', ' if built else ''}{built}); verify=strict judges its weights"
+            f"{setting('evaluate')}: {checkpoint.address} is no causal language model of transformers"
+            f" (model_type {kind!r}{', ' if built else ''}{built})"
         )
     inner: Any = config.get("text_config") or {}
     most = config.get("max_position_embeddings") or inner.get("max_position_embeddings")
     if isinstance(most, int) and window > most:
-        raise BadSpec(f"verify.window: {window} tokens, but the model has {most} positions; give fewer")
+        raise BadSpec(f"{setting('window')}: {window} tokens, but the model has {most} positions; give fewer")
 
 
 def required_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -194,7 +195,7 @@ def required_tokenizer(checkpoint: Checkpoint) -> Any:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             said = " ".join(str(error).split())[:200]
             raise BadSpec(
-                f"verify=logits: no tokenizer that transformers loads in {checkpoint.address}: {said};"
+                f"{setting('evaluate')}: no tokenizer that transformers loads in {checkpoint.address}: {said};"
                 " put its files there"
             ) from None
 
@@ -258,7 +259,7 @@ class Reference:
         with (
             running(
                 self.checkpoint, None, device=self.device, dtype=self.dtype, window=self.windows.ids.shape[1],
-                key="model.path",
+                key=setting("checkpoint"),
             ) as runner,
             atomic_writer(path) as file,
         ):  # fmt: skip
@@ -267,7 +268,7 @@ class Reference:
                 if largest >= words or not np.isfinite(logits_TV.max(-1)).all():
                     why = f"{words} logits for token {largest}" if largest >= words else "NaN or infinite logits"
                     raise BadCheckpoint(
-                        f"model.path: {self.checkpoint.address} computes {why}; nothing to compare with"
+                        f"{setting('checkpoint')}: {self.checkpoint.address} computes {why}; nothing to compare with"
                     )
                 file.write(np.ascontiguousarray(logits_TV).data)
         write_file(folder / f"{self.key}.json", json.dumps({"vocabulary": words}).encode())

@@ -24,7 +24,7 @@ import numpy as np
 
 from loaders.backends.machine import usable_cpus
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.quantization.scheme import Decoder
 from loaders.specs import TensorSpec
 
@@ -91,14 +91,15 @@ def engine_of(layout: str, config: Mapping[str, Any] | None) -> Engine:
     if layout == "mlx":
         return Engine("mlx-lm", ("mlx_lm",))
     if layout == "packed":
-        raise BadSpec("verify=logits: nothing here runs packed checkpoints; verify=strict does without")
+        raise BadSpec(f"{setting('evaluate')}: nothing here runs packed checkpoints")
     block = (config or {}).get("quantization_config")
     method = block.get("quant_method") if isinstance(block, dict) else None
     if layout == "hqq" or method == "hqq":
         return Engine("hqq", (*ORIGINAL.modules, "hqq"))
     if method is not None and method not in METHODS:
         raise BadSpec(
-            f"verify=logits: checkpoints of {method} are not run here; known: plain, hqq, {', '.join(METHODS)}, MLX,"
+            f"{setting('evaluate')}: checkpoints of {method} are not run here; known: plain, hqq,"
+            f" {', '.join(METHODS)}, MLX,"
             " GGUF"
         )
     extra = METHODS.get(method or "", "")
@@ -129,12 +130,12 @@ def check_engine(engine: Engine, device: str, what: str) -> None:
     if engine.missing:
         wanted = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in engine.missing))
         raise BadSpec(
-            f"verify=logits: {what} runs in {engine.name}, and {', '.join(engine.missing)} is not installed here:"
-            f" pip install {wanted}; or verify=strict, which does without"
+            f"{setting('evaluate')}: {what} runs in {engine.name}, and {', '.join(engine.missing)} is not installed"
+            f" here: pip install {wanted}"
         )
     found = device_of(engine, "auto") if device not in ("auto", "cpu") else device
     if found != device:
-        raise BadSpec(f"verify.device: {engine.name} here has no {device}; device=auto takes what there is")
+        raise BadSpec(f"{setting('device')}: {engine.name} here has no {device}; device=auto takes what there is")
 
 
 def check_tensors(engine: Engine, device: str, tensors: Iterable[tuple[TensorSpec, Decoder]]) -> None:
@@ -147,8 +148,7 @@ def check_tensors(engine: Engine, device: str, tensors: Iterable[tuple[TensorSpe
     stopping = unusable_4bit((spec, scheme, where) for spec, scheme in tensors)
     if stopping is not None:
         raise BadSpec(
-            f"verify=logits: {stopping}; use a GPU (verify.device=cuda), keep this tensor by a rule"
-            " (rules='[{name: ..., action: keep}]'), or verify=strict, which runs nothing"
+            f"{setting('evaluate')}: {stopping}; use a GPU ({setting('device')}=cuda), or keep this tensor by a rule"
         )
 
 

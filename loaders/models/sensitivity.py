@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.quantization.importance import Importance
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def importances_of(
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
-        raise BadSpec(f"quant.calibration: needs {error.name}: pip install 'weightmill[models]'") from None
+        raise BadSpec(f"{setting('calibration')}: needs {error.name}: pip install 'weightmill[models]'") from None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         auto: Any = AutoModelForCausalLM
@@ -53,7 +53,7 @@ def importances_of(
             else _read(AutoTokenizer.from_pretrained(folder), text, tokens)
         )
     except (OSError, ValueError, KeyError) as error:
-        raise BadCheckpoint(f"quant.calibration: transformers cannot load {folder}: {error}") from None
+        raise BadCheckpoint(f"{setting('calibration')}: transformers cannot load {folder}: {error}") from None
     generator = torch.Generator().manual_seed(SEED)
     sums, count = _Sums(model), 0
     with sums.watching():
@@ -73,7 +73,7 @@ def _read(tokenizer: Any, text: str, tokens: int) -> list[torch.Tensor]:
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     whole = len(ids) // WINDOW
     if not whole:
-        raise BadSpec(f"quant.calibration: the text has {len(ids)} tokens; at least {WINDOW} are needed")
+        raise BadSpec(f"{setting('calibration')}: the text has {len(ids)} tokens; at least {WINDOW} are needed")
     wanted = np.linspace(0, whole - 1, min(whole, max(1, tokens // WINDOW))).astype(int)
     return [ids[at * WINDOW : (at + 1) * WINDOW] for at in wanted]
 

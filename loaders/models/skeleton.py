@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from loaders.architectures.families import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.layouts.hf import plain_config
 from loaders.models.weights import ModelWeights, Parts, torch_dtype
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -139,7 +139,8 @@ def model_config(checkpoint: Checkpoint) -> Any:
         made = AutoConfig.for_model(str(plain.get("model_type")))
     except ValueError:
         raise BadSpec(
-            f"model.path: transformers has no model_type {plain.get('model_type')!r} of its own; code that comes with a"
+            f"{setting('checkpoint')}: transformers has no model_type {plain.get('model_type')!r} of its own; code"
+            " that comes with a"
             " checkpoint is never run"
         ) from None
     return type(made).from_dict(plain)

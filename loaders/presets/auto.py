@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from loaders.errors import setting
 from loaders.presets.base import Calibration, Spec
 from loaders.presets.settings import Bnb4Quant, CompressedTensorsQuant, GgmlQuant, MlxQuant, OneQuant, Quant
 from loaders.quantization.scheme import Scheme
@@ -99,7 +100,9 @@ class AutoQuant(Quant):
     @model_validator(mode="after")
     def _is_whole(self) -> AutoQuant:
         if self.engine is None:
-            raise ValueError(f"engine: missing; give quant.engine={'|'.join(ENGINES)}, or quant.among=[...] of one")
+            raise ValueError(
+                f"engine: missing; give {setting('engine')}={'|'.join(ENGINES)}, or {setting('among')}=[...] of one"
+            )
         for name in self.among:
             if name in REFUSED and self.engine in ("vllm", "transformers"):
                 raise ValueError(f"among: {name} cannot be in a mix: {REFUSED[name]}; {self.engine} has {self.known}")
@@ -110,7 +113,7 @@ class AutoQuant(Quant):
         if self.engine == "transformers" and len(self.among) > 1:
             raise ValueError("among: transformers reads one 4-bit table in a checkpoint; give nf4 or fp4")
         if (self.target_bits is None) == (self.target_gb is None):
-            raise ValueError("give a budget: quant.target_bits=4.25 or quant.target_gb=24, not both")
+            raise ValueError(f"give a budget: {setting('target_bits')}=4.25 or {setting('target_gb')}=24, not both")
         return self
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loaders.dtypes import DTYPES
+from loaders.errors import setting
 from loaders.presets.base import FloatName, Spec
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
@@ -94,7 +95,9 @@ class Bnb4Quant(Quant):
     @model_validator(mode="after")
     def _name_says_the_table(self) -> Bnb4Quant:
         if self.name in ("nf4", "fp4") and self.name != self.table:
-            raise ValueError(f"quant={self.name} stores {self.name}; give quant={self.table}")
+            raise ValueError(
+                f"{setting('quantize')}={self.name} stores {self.name}; give {setting('quantize')}={self.table}"
+            )
         return self
 
     @field_validator("storage_dtype")

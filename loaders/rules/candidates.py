@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal, get_args
 
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.ggml import TYPES
 from loaders.rules.decide import decide
@@ -142,7 +142,8 @@ class ChosenMix:
                 by_scheme.setdefault(scheme, set()).add(name)
         if strangers:
             raise BadSpec(
-                f"quant.chosen: it names {len(strangers)} tensors ({min(strangers)}) that this checkpoint lacks or its"
+                f"{setting('chosen')}: it names {len(strangers)} tensors ({min(strangers)}) that this checkpoint"
+                " lacks or its"
                 " candidates cannot take: leave it away, and the mix is chosen for this checkpoint"
             )
         return (

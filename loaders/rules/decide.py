@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules
@@ -46,7 +46,8 @@ def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decisi
         return Decision(tensor, rule, None), None
     chosen: Scheme = rule.scheme or scheme
     if rule.action == "quantize" and isinstance(chosen, Plain):
-        said = f"{rule.label or 'quant'}: cannot quantize {tensor.name}: quant=none has no codes; choose a quant"
+        key = setting("quantize")
+        said = f"{rule.label or key}: cannot quantize {tensor.name}: {key}=none has no codes; choose another"
         return Decision(tensor, rule, Encoding(tensor=tensor, action="keep", scheme=Plain())), said
     if rule.action == "keep":
         chosen = Plain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
+from loaders.errors import setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Rule
@@ -54,6 +55,6 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
             return (Rule("keep", "copied as it is"),)
         return (
             Rule("keep", "not a float dtype that is cast", dtype=tuple(n for n in NOT_FLOAT if DTYPES[n].block == 1)),
-            Rule("cast", "quant.dtype", cast_to=scheme.dtype),
+            Rule("cast", setting("dtype"), cast_to=scheme.dtype),
         )
     return DEFAULTS[scheme.engine]

@@ -15,7 +15,7 @@ from typing import Any
 
 from loaders.architectures.families import natural_key
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor, known
 from loaders.tensors.sources import Sources
 from loaders.tensors.zeros import Zeros
@@ -32,7 +32,6 @@ ADDED = re.compile(
 )
 PER_LAYER = ("layer_types", "mlp_layer_types")  # config.json's lists with an entry for each block
 SLIDING = ("qwen2", "qwen3", "qwen2_moe")  # with use_sliding_window, a missing layer_types follows from the numbers
-KEY = "transform"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +63,35 @@ def expansion_of(checkpoint: Checkpoint, num_blocks: int) -> Expansion:
     model_type, layers = config.get("model_type"), config.get("num_hidden_layers")
     if model_type not in MODEL_TYPES:
         raise BadSpec(
-            f"{KEY}: block expansion knows the blocks of {', '.join(MODEL_TYPES)}; which tensors of model_type"
+            f"{setting('transform')}: block expansion knows the blocks of {', '.join(MODEL_TYPES)}; which tensors of"
+            " model_type"
             f" {model_type!r} add to its residual stream is not known"
         )
     if not isinstance(layers, int) or layers < 1:
-        raise BadSpec(f"{KEY}: config.json says num_hidden_layers is {layers!r}; expected the number of blocks")
+        raise BadSpec(
+            f"{setting('transform')}: config.json says num_hidden_layers is {layers!r}; expected the number of blocks"
+        )
     if num_blocks < 1 or layers % num_blocks:
         fitting = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
         raise BadSpec(
-            f"{KEY}.num_blocks: {num_blocks} does not divide the model's {layers} blocks; choose of {fitting}"
+            f"{setting('num_blocks')}: {num_blocks} does not divide the model's {layers} blocks; choose of {fitting}"
         )
     is_derived = model_type == "gemma3_text" or (model_type in SLIDING and config.get("use_sliding_window"))
     if "layer_types" not in config and is_derived:
         raise BadSpec(
-            f"{KEY}: config.json has no layer_types, and what {model_type} makes of their numbers would change: save"
+            f"{setting('transform')}: config.json has no layer_types, and what {model_type} makes of their numbers"
+            " would change: save"
             " the config with transformers 4.53 or later first"
         )
     for key in PER_LAYER:
         if config.get(key) is not None and len(config[key]) != layers:
-            raise BadSpec(f"{KEY}: config.json's {key} has {len(config[key])} entries for {layers} blocks")
+            raise BadSpec(
+                f"{setting('transform')}: config.json's {key} has {len(config[key])} entries for {layers} blocks"
+            )
     if config.get("decoder_sparse_step", 1) != 1:
         raise BadSpec(
-            f"{KEY}: decoder_sparse_step is {config['decoder_sparse_step']}: which blocks have experts would change"
+            f"{setting('transform')}: decoder_sparse_step is {config['decoder_sparse_step']}: which blocks have"
+            " experts would change"
         )
     return Expansion(layers, num_blocks)
 
@@ -129,7 +135,8 @@ def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) ->
             blocks.setdefault(int(match["number"]), []).append((match["rest"], tensor))
     if sorted(blocks) != list(range(expansion.layers)):
         raise BadSpec(
-            f"{KEY}: expected the tensors of {expansion.layers} blocks under model.layers.N, found those of"
+            f"{setting('transform')}: expected the tensors of {expansion.layers} blocks under model.layers.N, found"
+            " those of"
             f" {len(blocks)}"
         )
     for number, (origin, is_new) in enumerate(expansion.origins):
@@ -147,13 +154,16 @@ def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, Log
     coded = [tensor.name for _, tensor in block if not tensor.dtype.is_float]
     if coded:
         raise BadSpec(
-            f"{KEY}: {coded[0]} is no float, but a part of a quantized weight that is copied as it is stored; choose a"
-            " quant, or give quant=none a quant.dtype"
+            f"{setting('transform')}: {coded[0]} is no float, but a part of a quantized weight that is copied as it"
+            " is stored; choose a"
+            f" quant, or give {setting('quantize')}=none a {setting('dtype')}"
         )
     has_attention = any("o_proj" in rest for rest in zeroed)
     if not has_attention or not any("o_proj" not in rest for rest in zeroed):
         missing = "down_proj" if has_attention else "o_proj"
-        raise BadSpec(f"{KEY}: block {origin} of {checkpoint.address} has no {missing} to be zero in its copy")
+        raise BadSpec(
+            f"{setting('transform')}: block {origin} of {checkpoint.address} has no {missing} to be zero in its copy"
+        )
 
 
 def _zeros(tensor: LogicalTensor) -> LogicalTensor:

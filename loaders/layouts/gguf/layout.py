@@ -18,7 +18,7 @@ from loaders.architectures.gguf import Architecture, GgufName, architecture_of, 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.dtypes import DTYPES
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.gguf.metadata import (
     FILE_TYPES,
@@ -54,7 +54,8 @@ class GgufLayout:
         for decision in decisions:
             if decision.scheme is not None and decision.scheme.engine not in ENGINES:
                 raise BadSpec(
-                    f"output.layout: GGUF holds ggml's types, not {decision.scheme.kind}; choose a quant of gguf_*, or"
+                    f"{setting('layout')}: GGUF holds ggml's types, not {decision.scheme.kind}; choose a quant of"
+                    " gguf_*, or"
                     " another layout"
                 )
         if checkpoint.container == "gguf":
@@ -146,7 +147,7 @@ class _Converting:
         unknown = [name for name, found in names.items() if found is None]
         if unknown:
             raise BadSpec(
-                f"output.layout: llama.cpp's {self._architecture.name} has no place for {len(unknown)} tensors"
+                f"{setting('layout')}: llama.cpp's {self._architecture.name} has no place for {len(unknown)} tensors"
                 f" ({', '.join(unknown[:4])}); drop them by a rule if the model works without"
             )
         placed = [self._placed(d, name) for d in self._decisions if (name := names[d.tensor.name]) is not None]
@@ -240,7 +241,7 @@ def _metadata(
     architecture = architecture_of(checkpoint.config)
     rows = next((slot.shape[0] for file in files for slot in file.slots if slot.name == EMBEDDING), None)
     if rows is None:
-        raise BadSpec(f"output.layout: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
+        raise BadSpec(f"{setting('layout')}: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
     config = {**checkpoint.config, "vocab_size": rows}
     return {
         **general_metadata(architecture.name, model, label),

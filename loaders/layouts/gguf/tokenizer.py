@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
@@ -49,7 +49,9 @@ def tokenizer_metadata(files: PinnedFiles, config: Mapping[str, Any], rows: int)
     """
     has_model = files.find(MODEL) is not None
     if files.find("tokenizer.json") is None and not has_model:
-        raise BadSpec(f"output.layout: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it")
+        raise BadSpec(
+            f"{setting('layout')}: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it"
+        )
     try:
         tokenizer, settings = (
             read_json(files, name) if files.find(name) is not None else {}

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape
-from loaders.errors import BadCheckpoint, VerifyFailed
+from loaders.errors import BadCheckpoint, VerifyFailed, setting
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.bitsandbytes import dynamic_map, fourbit
 from loaders.quantization.scheme import Sink, Stored, View, Work
@@ -178,7 +178,7 @@ class Bnb4:
         if not math.isfinite(total):
             raise VerifyFailed(
                 f"{spec.name}: it holds NaN or infinities, and double quantization would spread them to every weight;"
-                " use quant.double_quant=false, or keep the tensor by a rule"
+                f" use {setting('double_quant')}=false, or keep the tensor by a rule"
             )
         offset = np.float32(total / groups)
 

@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
+from loaders.errors import setting
 from loaders.quantization.kernels import casts, rounding
 from loaders.quantization.kernels.compressed_tensors import packed_int
 from loaders.quantization.kernels.cpu import kernel_input
@@ -88,7 +89,8 @@ class PackedInt:
         refusal = refuses_matrix(spec, name)
         if refusal is None and spec.shape[1] % self.group_size:
             return (
-                f"its {spec.shape[1]} columns are no multiple of quant.group_size={self.group_size}; keep it by a rule,"
+                f"its {spec.shape[1]} columns are no multiple of {setting('group_size')}={self.group_size}; keep it"
+                " by a rule,"
                 " or choose a group size that divides them"
             )
         return refusal

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from loaders.dtypes import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES
+from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
@@ -109,7 +110,7 @@ class Ggml:
         if spec.shape[-1] % block:
             return (
                 f"its rows of {spec.shape[-1]} weights do not divide into {self.type}'s blocks of {block}; give it"
-                " another type by a rule (quant.pure=false falls back as llama.cpp does)"
+                f" another type by a rule ({setting('pure')}=false falls back as llama.cpp does)"
             )
         return None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.checkpoints.quantized_by import MODELOPT_CONFIG
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import (
     awq_gptq,
@@ -46,8 +46,9 @@ def check_decodable(checkpoint: Checkpoint) -> None:
     method = checkpoint.quantized_by
     if method is not None and method not in FINDERS:
         raise BadSpec(
-            f"model.path: the checkpoint is already quantized ({method}), which is not decoded here; it can be copied"
-            f" (quant=none), inspected and compared; decoded are: {', '.join(sorted(FINDERS))}"
+            f"{setting('checkpoint')}: the checkpoint is already quantized ({method}), which is not decoded here; it"
+            " can be copied"
+            f" ({setting('quantize')}=none), inspected and compared; decoded are: {', '.join(sorted(FINDERS))}"
         )
 
 

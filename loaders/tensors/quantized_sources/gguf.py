@@ -5,7 +5,7 @@ from __future__ import annotations
 from loaders.architectures.gguf import ARCHITECTURES, architecture_of
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import WeightSpec
@@ -21,7 +21,8 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     if not checkpoint.config:
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise BadSpec(
-            f"model.path: {checkpoint.address} is a GGUF of an architecture that is not known here: {known} are"
+            f"{setting('checkpoint')}: {checkpoint.address} is a GGUF of an architecture that is not known here:"
+            f" {known} are"
         )
     architecture, found = architecture_of(checkpoint.config), {}
     for spec in checkpoint.weights:

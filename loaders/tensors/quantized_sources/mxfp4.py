@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from loaders.architectures.families import text_config
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.errors import BadCheckpoint
+from loaders.errors import BadCheckpoint, setting
 from loaders.quantization.read_only.mxfp4_nvfp4 import GptOssMxfp4
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part
@@ -32,7 +32,8 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         if model_type not in TRANSPOSED:
             raise BadCheckpoint(
                 f"{name}: whether experts of model_type {model_type!r} are stored transposed is not known (known:"
-                f" {', '.join(TRANSPOSED)}), and their shapes do not tell; copy the checkpoint as it is (quant=none)"
+                f" {', '.join(TRANSPOSED)}), and their shapes do not tell; copy the checkpoint as it is"
+                f" ({setting('quantize')}=none)"
             )
         blocks, scales = part(by_name, name, name + BLOCKS), part(by_name, name, name + SCALES)
         if blocks.dtype.name != "U8" or len(blocks.shape) != 4 or blocks.shape[3] != 16:
