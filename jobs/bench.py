@@ -1,4 +1,4 @@
-"""Time kernels and loading beside installed libraries, a job beside another tool, a sweep, a GPU; judge quant=auto."""
+"""Time kernels and loading beside installed libraries, whole jobs, a sweep, a GPU, quant=auto."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def act(spec: BenchSpec) -> Said:
 
 
 VERB = Verb(
-    "bench",
-    "Time kernels and loading beside installed libraries, a job beside another tool, a sweep, a GPU; judge quant=auto.",
-    BenchSpec,
-    act,
-    (
+    name="bench",
+    summary="Time kernels and loading beside installed libraries, whole jobs, a sweep, a GPU, quant=auto.",
+    spec=BenchSpec,
+    act=act,
+    examples=(
         ("kernels", "one thread, a weight of 4096 x 14336"),
         ("loaders model.path=DIR", "every strategy on your storage, cold and warm; the winner as YAML"),
         ("load gb=1 repeats=3", "tensors and models from the page cache, beside safetensors and transformers"),

@@ -41,12 +41,12 @@ def act(spec: CleanSpec) -> Said:
 
 
 VERB = Verb(
-    "clean",
-    "List what interrupted jobs left beside their outputs, and remove it; they can then no longer be resumed."
+    name="clean",
+    summary="List what interrupted jobs left beside their outputs, and remove it; they can then no longer be resumed."
     " The originals' logits that verify=logits keeps there go, too; they are computed again when needed.",
-    CleanSpec,
-    act,
-    (
+    spec=CleanSpec,
+    act=act,
+    examples=(
         ("", "in output.root"),
         ("dry_run=true", "only list"),
         ("output.path=OUT", "what was left of one output"),

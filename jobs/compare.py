@@ -41,11 +41,11 @@ def act(spec: CompareSpec) -> Said:
 
 
 VERB = Verb(
-    "compare",
-    "Compare jobs: sizes, errors, times, the Pareto front, error by layer, the tensors that differ most.",
-    CompareSpec,
-    act,
-    (
+    name="compare",
+    summary="Compare jobs: sizes, errors, times, the Pareto front, error by layer, the tensors that differ most.",
+    spec=CompareSpec,
+    act=act,
+    examples=(
         ("", "the last sweep"),
         ("sweep=all tracking.experiment=NAME", "every run of an experiment"),
         ("runs='[weightmill/demo-nf4,weightmill/demo-fp4]'", "these outputs, tracked or not"),

@@ -28,11 +28,11 @@ def act(spec: DiffSpec) -> Said:
 
 
 VERB = Verb(
-    "diff",
-    "Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded.",
-    DiffSpec,
-    act,
-    (
+    name="diff",
+    summary="Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded.",
+    spec=DiffSpec,
+    act=act,
+    examples=(
         ("A B", "the tensors that differ"),
         ("A B tensors=all", "all of them"),
     ),

@@ -36,11 +36,11 @@ def act(spec: InspectSpec) -> Said:
 
 
 VERB = Verb(
-    "inspect",
-    "Say what a checkpoint holds: tensors, roles, dtypes, sizes, ties. Reads headers only.",
-    InspectSpec,
-    act,
-    (
+    name="inspect",
+    summary="Say what a checkpoint holds: tensors, roles, dtypes, sizes, ties. Reads headers only.",
+    spec=InspectSpec,
+    act=act,
+    examples=(
         ("DIR", "a summary by role; the same as model.path=DIR"),
         ("DIR tensors=all", "every tensor"),
     ),

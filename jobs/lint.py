@@ -42,11 +42,11 @@ def act(spec: LintSpec) -> Said:
 
 
 VERB = Verb(
-    "lint",
-    "Will the engine load it? Checks any checkpoint's files, config and skip lists against what engines read.",
-    LintSpec,
-    act,
-    (("OUT", "an output, or any other checkpoint; the same as output.path=OUT"),),
+    name="lint",
+    summary="Will the engine load it? Checks any checkpoint's files, config and skip lists against what engines read.",
+    spec=LintSpec,
+    act=act,
+    examples=(("OUT", "an output, or any other checkpoint; the same as output.path=OUT"),),
     positional=("output.path",),
 )
 main = VERB.main

@@ -41,11 +41,11 @@ def act(spec: PlanSpec) -> Said:
 
 
 VERB = Verb(
-    "plan",
-    "Say exactly what jobs.run would do with the same overrides; writes nothing.",
-    PlanSpec,
-    act,
-    (
+    name="plan",
+    summary="Say exactly what jobs.run would do with the same overrides; writes nothing.",
+    spec=PlanSpec,
+    act=act,
+    examples=(
         ("model.path=DIR quant=nf4", "files, bytes, which tensors by which rule"),
         ("model.path=DIR quant=nf4 tensors=all", "and every tensor"),
         ("model.path=DIR quant=nf4 format=json", "for a program"),

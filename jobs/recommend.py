@@ -120,11 +120,11 @@ def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list
 
 
 VERB = Verb(
-    "recommend",
-    "Which quantization of a model fits a memory, by size, and by errors that were measured. Reads headers only.",
-    RecommendSpec,
-    act,
-    (
+    name="recommend",
+    summary="Which quantization of a model fits a memory, by size and by measured errors. Reads headers only.",
+    spec=RecommendSpec,
+    act=act,
+    examples=(
         ("DIR", "for this machine; the same as model.path=DIR"),
         ("DIR backend=cuda backend.memory_gb=24", "for another one's GPU"),
         ("DIR backend=mlx backend.memory_gb=16 format=json", "for a program"),

@@ -22,11 +22,11 @@ def sweep(config: str, request: Request) -> Said:
 
 
 VERB = Verb(
-    "run",
-    "Quantize a checkpoint: read, encode, measure, verify, publish, track.",
-    JobSpec,
-    act,
-    (
+    name="run",
+    summary="Quantize a checkpoint: read, encode, measure, verify, publish, track.",
+    spec=JobSpec,
+    act=act,
+    examples=(
         ("", "the demo model to NF4"),
         ("model.path=DIR quant=nf4 output.path=OUT", "any folder of weights"),
         ("model=llama70b model.path=DIR quant=nf4 quant.double_quant=true cluster=ray", "a preset's name, on Ray"),

@@ -44,11 +44,11 @@ def act(spec: VerifyRequest) -> Said:
 
 
 VERB = Verb(
-    "verify",
-    "Verify an output again: every file's hash, and every tensor decoded and compared with its source.",
-    VerifyRequest,
-    act,
-    (
+    name="verify",
+    summary="Verify an output again: every file's hash, and every tensor decoded and compared with its source.",
+    spec=VerifyRequest,
+    act=act,
+    examples=(
         ("OUT", "against the source it was made from; the same as output.path=OUT"),
         ("OUT model.path=DIR", "the source has moved to DIR"),
         ("OUT verify=logits", "and what it computes in its engine; the numbers go into its report"),

@@ -23,7 +23,7 @@ def is_contiguous(shape: Shape, stride: Shape) -> bool:
     return all(n == 1 or s == w for n, s, w in zip(shape, stride, wanted, strict=True)) or 0 in shape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DType:
     """A number format: its safetensors name, size in bits, the name torch uses, and how numpy holds it.
 
@@ -62,28 +62,28 @@ class DType:
 DTYPES = {
     dtype.name: dtype
     for dtype in (
-        DType("BOOL", 8, "bool", "uint8"),
-        DType("U8", 8, "uint8", "uint8"),
-        DType("I8", 8, "int8", "int8"),
-        DType("U16", 16, "uint16", "uint16"),
-        DType("I16", 16, "int16", "int16"),
-        DType("U32", 32, "uint32", "uint32"),
-        DType("I32", 32, "int32", "int32"),
-        DType("U64", 64, "uint64", "uint64"),
-        DType("I64", 64, "int64", "int64"),
-        DType("F64", 64, "float64", "float64", True),
-        DType("F32", 32, "float32", "float32", True),
-        DType("F16", 16, "float16", "float16", True),
-        DType("BF16", 16, "bfloat16", "uint16", True),
-        DType("C64", 64, "complex64", "complex64"),
-        DType("F8_E4M3", 8, "float8_e4m3fn", "uint8"),
-        DType("F8_E5M2", 8, "float8_e5m2", "uint8"),
-        DType("F8_E4M3FNUZ", 8, "float8_e4m3fnuz", "uint8"),
-        DType("F8_E5M2FNUZ", 8, "float8_e5m2fnuz", "uint8"),
-        DType("F8_E8M0", 8, "float8_e8m0fnu", "uint8"),
-        DType("F6_E2M3", 6, "float6_e2m3fn", "uint8"),
-        DType("F6_E3M2", 6, "float6_e3m2fn", "uint8"),
-        DType("F4", 4, "float4_e2m1fn_x2", "uint8"),
+        DType(name="BOOL", bits=8, torch="bool", storage="uint8"),
+        DType(name="U8", bits=8, torch="uint8", storage="uint8"),
+        DType(name="I8", bits=8, torch="int8", storage="int8"),
+        DType(name="U16", bits=16, torch="uint16", storage="uint16"),
+        DType(name="I16", bits=16, torch="int16", storage="int16"),
+        DType(name="U32", bits=32, torch="uint32", storage="uint32"),
+        DType(name="I32", bits=32, torch="int32", storage="int32"),
+        DType(name="U64", bits=64, torch="uint64", storage="uint64"),
+        DType(name="I64", bits=64, torch="int64", storage="int64"),
+        DType(name="F64", bits=64, torch="float64", storage="float64", is_float=True),
+        DType(name="F32", bits=32, torch="float32", storage="float32", is_float=True),
+        DType(name="F16", bits=16, torch="float16", storage="float16", is_float=True),
+        DType(name="BF16", bits=16, torch="bfloat16", storage="uint16", is_float=True),
+        DType(name="C64", bits=64, torch="complex64", storage="complex64"),
+        DType(name="F8_E4M3", bits=8, torch="float8_e4m3fn", storage="uint8"),
+        DType(name="F8_E5M2", bits=8, torch="float8_e5m2", storage="uint8"),
+        DType(name="F8_E4M3FNUZ", bits=8, torch="float8_e4m3fnuz", storage="uint8"),
+        DType(name="F8_E5M2FNUZ", bits=8, torch="float8_e5m2fnuz", storage="uint8"),
+        DType(name="F8_E8M0", bits=8, torch="float8_e8m0fnu", storage="uint8"),
+        DType(name="F6_E2M3", bits=6, torch="float6_e2m3fn", storage="uint8"),
+        DType(name="F6_E3M2", bits=6, torch="float6_e3m2fn", storage="uint8"),
+        DType(name="F4", bits=4, torch="float4_e2m1fn_x2", storage="uint8"),
     )
 }
 

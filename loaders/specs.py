@@ -13,7 +13,7 @@ from typing import Any
 from loaders.dtypes import DTYPES, GGML_BLOCKS, GGML_READ_BLOCKS, DType, Shape
 
 DTYPES |= {
-    name: DType(name, 8 * size, name.lower(), "uint8", block=n)
+    name: DType(name=name, bits=8 * size, torch=name.lower(), storage="uint8", block=n)
     for name, (n, size) in (GGML_BLOCKS | GGML_READ_BLOCKS).items()
 }
 
@@ -41,7 +41,7 @@ class TensorSpec:
         return self.size // self.dtype.item_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
     """A stored tensor, known from headers alone.
 
@@ -108,7 +108,7 @@ class StoredTensor:
     place: tuple[str, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """The place of a stored tensor among a file's data, in bytes; at the latest there, if lengths before it vary.
 
@@ -128,7 +128,7 @@ class Slot:
         return self.dtype.size(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile:
     """A file of an output, exactly: the bytes before its data, its data, what follows, every tensor's slot in order.
 

@@ -16,7 +16,7 @@ from loaders.storage.atomic import write_file
 MOST = 0.9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadStats:
     """What reading and working took. Seconds of several threads add up; `wall_s` of units side by side does, too.
 
@@ -60,17 +60,17 @@ class LoadStats:
 
     def __add__(self, other: LoadStats) -> LoadStats:
         return LoadStats(
-            self.files + other.files,
-            self.tensors + other.tensors,
-            self.bytes + other.bytes,
-            self.read_s + other.read_s,
-            self.encode_s + other.encode_s,
-            self.measure_s + other.measure_s,
-            self.write_s + other.write_s,
-            self.wall_s + other.wall_s,
-            max(self.peak_anonymous_bytes, other.peak_anonymous_bytes),
-            self.warm_bytes + other.warm_bytes,
-            self.cold_bytes + other.cold_bytes,
+            files=self.files + other.files,
+            tensors=self.tensors + other.tensors,
+            bytes=self.bytes + other.bytes,
+            read_s=self.read_s + other.read_s,
+            encode_s=self.encode_s + other.encode_s,
+            measure_s=self.measure_s + other.measure_s,
+            write_s=self.write_s + other.write_s,
+            wall_s=self.wall_s + other.wall_s,
+            peak_anonymous_bytes=max(self.peak_anonymous_bytes, other.peak_anonymous_bytes),
+            warm_bytes=self.warm_bytes + other.warm_bytes,
+            cold_bytes=self.cold_bytes + other.cold_bytes,
         )
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class LoadStats:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorSums:
     """Sums over the weights of a tensor or of many: e is source less decoded, x the source, y the decoded. Units are
     those of the weights, and their squares.
@@ -98,15 +98,15 @@ class ErrorSums:
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
         return ErrorSums(
-            self.numel + other.numel,
-            self.error2 + other.error2,
-            self.source2 + other.source2,
-            self.decoded2 + other.decoded2,
-            self.product + other.product,
-            max(self.max_error, other.max_error),
-            self.nonfinite + other.nonfinite,
-            self.nonfinite_decoded + other.nonfinite_decoded,
-            self.wrong + other.wrong,
+            numel=self.numel + other.numel,
+            error2=self.error2 + other.error2,
+            source2=self.source2 + other.source2,
+            decoded2=self.decoded2 + other.decoded2,
+            product=self.product + other.product,
+            max_error=max(self.max_error, other.max_error),
+            nonfinite=self.nonfinite + other.nonfinite,
+            nonfinite_decoded=self.nonfinite_decoded + other.nonfinite_decoded,
+            wrong=self.wrong + other.wrong,
         )
 
     @property
@@ -139,7 +139,7 @@ class LayerStats:
     error: ErrorSums
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class CompressionStats:
     """What a target came to. `layer_stats` are those of its quantized tensors, where they were kept."""
 
@@ -152,12 +152,12 @@ class CompressionStats:
 
     def __add__(self, other: CompressionStats) -> CompressionStats:
         return CompressionStats(
-            self.tensors + other.tensors,
-            self.parameters + other.parameters,
-            self.source_bytes + other.source_bytes,
-            self.output_bytes + other.output_bytes,
-            self.error + other.error,
-            {**self.layer_stats, **other.layer_stats} if other.layer_stats else self.layer_stats,
+            tensors=self.tensors + other.tensors,
+            parameters=self.parameters + other.parameters,
+            source_bytes=self.source_bytes + other.source_bytes,
+            output_bytes=self.output_bytes + other.output_bytes,
+            error=self.error + other.error,
+            layer_stats={**self.layer_stats, **other.layer_stats} if other.layer_stats else self.layer_stats,
         )
 
     @property

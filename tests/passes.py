@@ -66,7 +66,14 @@ def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) ->
         reports = []
         for unit in planned.units:
             shares = {p: Share(unit, p, j.output, j.key, Gate(allow_nonfinite=False)) for p, j in journals.items()}
-            task = UnitTask(unit, planned.checkpoint.address, shares, LazyLoader(), "cpu", 1)
+            task = UnitTask(
+                unit=unit,
+                source=planned.checkpoint.address,
+                shares=shares,
+                strategy=LazyLoader(),
+                backend="cpu",
+                threads=1,
+            )
             reports.append(task.run(lambda _: None, threading.Event()))
         for report in reports:
             assert not report.failures, report.failures

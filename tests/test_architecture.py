@@ -214,3 +214,21 @@ def test_settings_of_the_library_are_keys_of_a_job() -> None:
 
     known = {place for place, _ in fields_of(JobSpec)}
     assert {key for key in KEYS.values() if "=" not in key} <= known
+
+
+# --- records
+
+
+def test_large_records_take_keywords() -> None:
+    """Of six values in a row nobody sees which is which."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                made_by = [each for each in node.decorator_list if "frozen=True" in ast.unparse(each)]
+                fields = [
+                    each
+                    for each in node.body
+                    if isinstance(each, ast.AnnAssign) and "ClassVar" not in ast.unparse(each.annotation)
+                ]
+                if made_by and len(fields) > 5:
+                    assert "kw_only=True" in ast.unparse(made_by[0]), f"{path}: {node.name}"

@@ -59,7 +59,16 @@ def time_gpu(
     _check_device(device, chosen)
     busy, rows, took = Busy(), list[Row](), dict[str, float]()
     with tempfile.TemporaryDirectory(dir=folder, prefix="weightmill-bench-") as work:
-        bench = Bench(device, tuple(chosen), path, gb, shape, laps, Path(work), time.monotonic() + 60 * minutes)
+        bench = Bench(
+            device=device,
+            parts=tuple(chosen),
+            path=path,
+            gb=gb,
+            shape=shape,
+            laps=laps,
+            work=Path(work),
+            ends=time.monotonic() + 60 * minutes,
+        )
         for name in chosen:
             began = time.monotonic()
             for row in _rows(bench, name, minutes):

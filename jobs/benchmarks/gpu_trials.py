@@ -18,7 +18,7 @@ SMALL_GB = 0.6  # of the random Llama that becomes models
 LONGEST_FAULT = 400
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """What trials work with: torch's name of the device, the weight's shape, laps, a scratch folder."""
 

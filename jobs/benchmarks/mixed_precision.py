@@ -49,7 +49,7 @@ RESAMPLES = 10_000
 SIDES = (2.5, 97.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JudgedOutput:
     """One output, judged. `kind`: "uniform", "preset", or "auto" with what it weights by; `beside` has its size."""
 
@@ -167,7 +167,9 @@ class _Making:
         shutil.rmtree(out)
         chosen = document["job"]["quant"].get("chosen")
         expected = chosen["error"] if chosen and document["job"]["quant"]["calibration"] else None
-        return JudgedOutput(name, kind, document["totals"]["bits_per_weight"], quality, expected=expected)
+        return JudgedOutput(
+            name=name, kind=kind, bits=document["totals"]["bits_per_weight"], quality=quality, expected=expected
+        )
 
 
 # --- what comes of it

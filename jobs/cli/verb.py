@@ -34,7 +34,7 @@ class Said:
     then: Callable[[], None] = lambda: None  # the very last act, after all is said
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verb(Generic[S]):
     """A command. `positional` names the keys that bare arguments fill, in order."""
 

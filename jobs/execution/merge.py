@@ -40,7 +40,17 @@ def merge(
         mine = [each for content in members for each in by_content[content]]
         unit = _merged([share.unit for _, share in mine], _fresh(by_content[host][0][1].unit.id, taken))
         named = {f"{number}/{share.unit.id}": share for number, share in mine}
-        tasks.append(UnitTask(unit, source, named, strategy, backend, threads, in_place))
+        tasks.append(
+            UnitTask(
+                unit=unit,
+                source=source,
+                shares=named,
+                strategy=strategy,
+                backend=backend,
+                threads=threads,
+                in_place=in_place,
+            )
+        )
     return tasks
 
 

@@ -118,6 +118,6 @@ def _tensor_record(each: MeasuredTensor, places: Places, hashes: Mapping[str, st
         stored[slot.name] = (slot.dtype.name, shape, size, hashes[slot.name])
     tensor = encoding.tensor
     return TensorRecord(
-        tensor.name, tensor.role, encoding.action, tensor.dtype.name, tensor.shape, tensor.source_bytes, stored,
-        each.error,
+        name=tensor.name, role=tensor.role, action=encoding.action, dtype=tensor.dtype.name, shape=tensor.shape,
+        source_bytes=tensor.source_bytes, stored=stored, error=each.error,
     )  # fmt: skip

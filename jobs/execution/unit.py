@@ -59,7 +59,7 @@ class Share:
         return Journal(self.output, self.key)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitTask:
     """Everything a worker needs to run a unit: small, and only paths."""
 
@@ -244,7 +244,15 @@ class TargetRun:
             write_s=spent["write_s"], **self._warmth,
         )  # fmt: skip
         key = unit.key(self._share.target)
-        record = Record(unit.id, key, written, tensors, own, socket.gethostname(), self._attempt)
+        record = Record(
+            unit=unit.id,
+            key=key,
+            files=written,
+            tensors=tensors,
+            load=own,
+            node=socket.gethostname(),
+            attempt=self._attempt,
+        )
         self._journal.add(record)
         return record
 

@@ -39,7 +39,7 @@ PRIORS = (
 HEAD_PRIOR = 4.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """What a mix is chosen from: a plan with a target for each candidate, and which tensors they may take."""
 
@@ -88,8 +88,9 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
     mixes = {name: CandidateMix(each.scheme, each.mix) for name, each in quant.candidates.items()}
     targets = [
         Target(
-            name, mix.scheme, usual.rules, usual.compute_dtype, mix, usual.layout_name, usual.container_name,
-            usual.naming, usual.new_blocks,
+            id=name, scheme=mix.scheme, rules=usual.rules, compute_dtype=usual.compute_dtype,
+            mix=mix, layout_name=usual.layout_name, container_name=usual.container_name, naming=usual.naming,
+            new_blocks=usual.new_blocks,
         )
         for name, mix in mixes.items()
     ]  # fmt: skip
@@ -104,7 +105,7 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
     decisions = decide(plan.sources.tensors, first.scheme, usual.rules, rules)
     placed = usual.layout.place(plan.checkpoint, decisions)
     kept = {each.tensor.name: sum(t.spec.size for t in each.stored.values()) for each in placed}
-    return Choices(spec, quant, checkpoint, plan, taken, kept)
+    return Choices(spec=spec, quant=quant, checkpoint=checkpoint, plan=plan, open=taken, kept_bytes=kept)
 
 
 # --- what a mix is chosen from

@@ -48,7 +48,7 @@ class Loss:
 Losses = Mapping[str, Loss]  # by tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuringTask:
     """A unit, and its candidates that are not measured yet: by name, the tensors that each may take. See `Task`."""
 

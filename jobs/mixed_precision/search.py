@@ -155,7 +155,15 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
         lean = replace(unit, outputs={c: unit.outputs[c] for c in lacking})
         mine = {name: importances[name] for name in names & set(importances)}
         tasks.append(
-            MeasuringTask(lean, choices.plan.checkpoint.address, wanted, strategy, backend, cluster.threads, mine)
+            MeasuringTask(
+                unit=lean,
+                source=choices.plan.checkpoint.address,
+                wanted=wanted,
+                strategy=strategy,
+                backend=backend,
+                threads=cluster.threads,
+                importances=mine,
+            )
         )
     taken = choices.tensors
     some = sum(any(tensor.name in taken for tensor in unit.tensors) for unit in units.values())

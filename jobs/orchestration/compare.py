@@ -82,7 +82,16 @@ def _of_folder(output: Address) -> ComparedJob:
 def _of_run(run: Tracked) -> ComparedJob:
     layers = run.series("layer/relative_error") if run.metrics else {}
     tensors = _errors(run.artifact("tensors.json")) if run.status == "done" else {}
-    return ComparedJob(run.name, run.status, run.metrics, run.run_id, run.output, run.why, layers, tensors)
+    return ComparedJob(
+        name=run.name,
+        status=run.status,
+        metrics=run.metrics,
+        run_id=run.run_id,
+        output=run.output,
+        why=run.why,
+        layers=layers,
+        tensors=tensors,
+    )
 
 
 def _errors(rows: Any) -> Mapping[str, float]:

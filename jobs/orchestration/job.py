@@ -37,7 +37,7 @@ from loaders.stats import LoadStats
 from loaders.storage import open_store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pass:
     """What a pass took as a whole, for all its jobs."""
 

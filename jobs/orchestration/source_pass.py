@@ -35,7 +35,7 @@ from loaders.strategies import WeightLoader
 FILES_AT_ONCE = 12  # of a job's, in a pass of many: units under way, and what a file takes beside itself
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Read:
     """What a pass read."""
 
@@ -150,7 +150,14 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             description = cluster.description
         if recorder is None:
             clusters.close()
-        done = Pass(started, time.perf_counter() - began, memory.peak_bytes, description, strategy.name, len(jobs))
+        done = Pass(
+            started=started,
+            wall_s=time.perf_counter() - began,
+            peak_bytes=memory.peak_bytes,
+            cluster=description,
+            strategy=strategy.name,
+            jobs=len(jobs),
+        )
         for job in jobs:
             if job.outcome is None:
                 with _own_failure(job):
@@ -159,7 +166,14 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             job.settle()
     plan, after = jobs[0].planned.plan, disk_bytes_fetched()
     fetched = after - disk if after is not None and disk is not None and cluster.is_local else None
-    return Read(str(plan.checkpoint.address), len(jobs), plan.source_bytes, bytes_read, fetched, done.wall_s)
+    return Read(
+        source=str(plan.checkpoint.address),
+        jobs=len(jobs),
+        source_bytes=plan.source_bytes,
+        bytes_read=bytes_read,
+        disk_bytes=fetched,
+        wall_s=done.wall_s,
+    )
 
 
 @contextmanager

@@ -229,7 +229,9 @@ class Sweep:
         run_id = self._run_ids.get(number)
         if isinstance(outcome, Said):
             return compared_job(name, self._reports[number], run_id, str(output))
-        return ComparedJob(name, "failed", {}, run_id, str(output), str(outcome).splitlines()[0])
+        return ComparedJob(
+            name=name, status="failed", metrics={}, run_id=run_id, output=str(output), why=str(outcome).splitlines()[0]
+        )
 
     def _document(self, number: int) -> dict[str, Any]:
         outcome, about = self.outcomes[number], {"number": number, "varied": self._names[number]}

@@ -28,7 +28,7 @@ PENDING = "published.json"
 LOGITS = ".logits.weightmill"  # beside outputs: what their originals compute, for verify=logits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRecord:
     """What became of one tensor. `stored` maps the written tensors' names to (dtype, shape, bytes, xxh3-64)."""
 
@@ -47,7 +47,13 @@ class TensorRecord:
 
     @property
     def stats(self) -> CompressionStats:
-        return CompressionStats(1, self.error.numel, self.source_bytes, self.output_bytes, self.error)
+        return CompressionStats(
+            tensors=1,
+            parameters=self.error.numel,
+            source_bytes=self.source_bytes,
+            output_bytes=self.output_bytes,
+            error=self.error,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class Written:
     tag: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What a unit left for a target: its files, its tensors, and what it took."""
 

@@ -54,14 +54,14 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
         config = layout.config(checkpoint, decisions, target.compute_dtype)
         plans[target.id] = TargetPlan(
-            target,
-            decisions,
-            tuple(planned),
-            {p.name: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
-            config,
-            (*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
-            assembly,
-            {} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
+            target=target,
+            decisions=decisions,
+            files=tuple(planned),
+            stored={p.name: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
+            config=config,
+            warnings=(*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
+            assembly=assembly,
+            made={} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
@@ -134,7 +134,9 @@ def _slot(place: Slot, tensor: StoredTensor) -> Slot:
     if tensor.whole is None:
         return place
     name, at = f"{place.name}@{tensor.offset}", place.offset + tensor.offset
-    return Slot(name, tensor.spec.dtype, tensor.spec.shape, at, within=(place.name, tensor.offset))
+    return Slot(
+        name=name, dtype=tensor.spec.dtype, shape=tensor.spec.shape, offset=at, within=(place.name, tensor.offset)
+    )
 
 
 def _files_of(tensors: Iterable[LogicalTensor], tags: Mapping[str, Entry]) -> tuple[Entry, ...]:

@@ -76,7 +76,7 @@ class Unit:
         return threads * THREAD_BYTES + state
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetPlan:
     """A target, decided: what becomes of each tensor, and every file of its output but the aux files."""
 
@@ -103,7 +103,13 @@ class TargetPlan:
             at += piece.size
         tail = 0 if joined.tail is None else joined.tail.size
         whole = OutputFile(
-            joined.name, len(joined.head), at, tuple(slots), pieces[0].container, tail, about=joined.head or None
+            name=joined.name,
+            header_bytes=len(joined.head),
+            data_bytes=at,
+            slots=tuple(slots),
+            container=pieces[0].container,
+            tail_bytes=tail,
+            about=joined.head or None,
         )
         return (whole, *(file for file in self.files if file.within is None))
 

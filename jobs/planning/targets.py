@@ -22,7 +22,7 @@ TargetId = str
 NAMELESS = Naming("model", None, False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One wanted result."""
 
@@ -156,6 +156,7 @@ def target_of(spec: JobSpec) -> Target:
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
     return Target(
-        TARGET, scheme, spec.own_rules, compute_dtype, spec.quant.mix, spec.output.layout, spec.output.container,
-        naming, spec.transform.num_blocks or 0,
+        id=TARGET, scheme=scheme, rules=spec.own_rules, compute_dtype=compute_dtype, mix=spec.quant.mix,
+        layout_name=spec.output.layout, container_name=spec.output.container, naming=naming,
+        new_blocks=spec.transform.num_blocks or 0,
     )  # fmt: skip

@@ -19,7 +19,7 @@ BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
 SHOWN_TENSORS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComparedJob:
     """A job that is compared: how it stands, and its numbers as far as there are any."""
 
@@ -75,7 +75,16 @@ def compared_job(name: str, report: Report, run_id: str | None = None, output: s
     """A finished job, from its report."""
     layers = {layer: e.relative_error for layer, e in error_by_layer(report).items()}
     tensors = {t.name: t.relative_error for t in report.tensors if t.relative_error is not None}
-    return ComparedJob(name, "done", metrics(report), run_id, output, "", layers, tensors)
+    return ComparedJob(
+        name=name,
+        status="done",
+        metrics=metrics(report),
+        run_id=run_id,
+        output=output,
+        why="",
+        layers=layers,
+        tensors=tensors,
+    )
 
 
 def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:

@@ -124,8 +124,8 @@ class RuleSpec(Spec):
         dtype = next((d.name for d in DTYPES.values() if self.dtype in (d.name, d.torch)), None)
         cast_to = next((d.name for d in DTYPES.values() if d.torch == self.cast_to), None)
         return Rule(
-            self.action,
-            "your rule",
+            action=self.action,
+            why="your rule",
             name=self.name,
             shape=self.shape,
             dtype=None if dtype is None else (dtype,),

@@ -21,7 +21,7 @@ from loaders.errors import BadSpec, StorageError
 SILENT_S = 10 * BEAT_S
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tracked:
     """A run as MLflow has it. `status`: done, failed, killed, running, or crashed: never ended, its process gone."""
 
@@ -121,8 +121,8 @@ class Store:
         status, why = _status(run)
         metrics = dict(run.data.metrics)
         return Tracked(
-            run.info.run_id, run.info.run_name or run.info.run_id, status, why, metrics,
-            run.data.tags.get("weightmill.output"), self._client,
+            run_id=run.info.run_id, name=run.info.run_name or run.info.run_id, status=status, why=why, metrics=metrics,
+            output=run.data.tags.get("weightmill.output"), client=self._client,
         )  # fmt: skip
 
 

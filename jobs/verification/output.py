@@ -49,7 +49,7 @@ from loaders.tensors.views import StoredRoles
 SHOWN = 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyTask:
     """A unit to look at again: where its source and its output are, and what was recorded of it. See `Task`."""
 
@@ -295,16 +295,16 @@ def _tasks(
         slots = [slot for p in share.placements for slot in p.slots.values()]
         tasks.append(
             VerifyTask(
-                unit,
-                plan.checkpoint.address,
-                written.address,
-                {slot.name: _written(slot, weights) for slot in slots},
-                tuple(files[file.name] for file in share.files),
-                {p.name: recorded[p.name] for p in share.placements},
-                reads_source,
-                reads_output,
-                threads,
-                gate,
+                unit=unit,
+                source=plan.checkpoint.address,
+                output=written.address,
+                weights={slot.name: _written(slot, weights) for slot in slots},
+                files=tuple(files[file.name] for file in share.files),
+                recorded={p.name: recorded[p.name] for p in share.placements},
+                strategy=reads_source,
+                output_strategy=reads_output,
+                threads=threads,
+                gate=gate,
             )
         )
     return tasks
@@ -316,7 +316,14 @@ def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:
         return weights[slot.name]
     name, offset = slot.within
     whole = weights[name]
-    return WeightSpec(slot.name, slot.dtype, slot.shape, whole.file, whole.offset + offset, slot.size)
+    return WeightSpec(
+        name=slot.name,
+        dtype=slot.dtype,
+        shape=slot.shape,
+        file=whole.file,
+        offset=whole.offset + offset,
+        size=slot.size,
+    )
 
 
 def _said(output: Address, plan: Plan, checked: int, faults: list[str], quality: Mapping[str, Any] | None) -> Said:

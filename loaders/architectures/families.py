@@ -43,7 +43,7 @@ class Traits:
     group: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
     """A stored tensor that holds all experts of a layer, and how to cut it into the experts' tensors.
 
@@ -60,7 +60,7 @@ class Stack:
     is_bias: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """The names of the tensors of some model types.
 
@@ -244,26 +244,26 @@ TIED_GEMMA = (
 GPT_OSS_STACK = r"(?P<experts>(?:^|.*\.)mlp\.experts)\."
 GPT_OSS_STACKS = (
     Stack(
-        re.compile(GPT_OSS_STACK + "gate_up_proj$"), r"\g<experts>.{expert}.{part}_proj.weight", ("gate", "up"),
-        is_transposed=True, is_interleaved=True,
+        pattern=re.compile(GPT_OSS_STACK + "gate_up_proj$"), name=r"\g<experts>.{expert}.{part}_proj.weight",
+        parts=("gate", "up"), is_transposed=True, is_interleaved=True,
     ),
     Stack(
-        re.compile(GPT_OSS_STACK + "down_proj$"), r"\g<experts>.{expert}.{part}_proj.weight", ("down",),
-        is_transposed=True,
+        pattern=re.compile(GPT_OSS_STACK + "down_proj$"), name=r"\g<experts>.{expert}.{part}_proj.weight",
+        parts=("down",), is_transposed=True,
     ),
     Stack(
-        re.compile(GPT_OSS_STACK + "gate_up_proj_bias$"), r"\g<experts>.{expert}.{part}_proj.bias", ("gate", "up"),
-        is_transposed=True, is_interleaved=True, is_bias=True,
+        pattern=re.compile(GPT_OSS_STACK + "gate_up_proj_bias$"), name=r"\g<experts>.{expert}.{part}_proj.bias",
+        parts=("gate", "up"), is_transposed=True, is_interleaved=True, is_bias=True,
     ),
     Stack(
-        re.compile(GPT_OSS_STACK + "down_proj_bias$"), r"\g<experts>.{expert}.{part}_proj.bias", ("down",),
-        is_transposed=True, is_bias=True,
+        pattern=re.compile(GPT_OSS_STACK + "down_proj_bias$"), name=r"\g<experts>.{expert}.{part}_proj.bias",
+        parts=("down",), is_transposed=True, is_bias=True,
     ),
 )  # fmt: skip
 LLAMA4_STACKS = tuple(
     Stack(
-        re.compile(rf"(?P<experts>(?:^|.*\.)feed_forward\.experts)\.{stored}$"),
-        r"\g<experts>.{expert}.{part}_proj.weight", parts, is_transposed=True,
+        pattern=re.compile(rf"(?P<experts>(?:^|.*\.)feed_forward\.experts)\.{stored}$"),
+        name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=True,
     )
     for stored, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",)))
 )  # fmt: skip
@@ -273,33 +273,56 @@ TIED_BERT = (
 )
 
 FAMILIES = (
-    Family("llama", ("llama",), ATTENTION + MLP + ENDS, TIED_HEAD),
-    Family("mistral", ("mistral",), ATTENTION + MLP + ENDS, TIED_HEAD),
-    Family("mixtral", ("mixtral",), ATTENTION + MIXTRAL_EXPERTS + ENDS, TIED_HEAD),
-    Family("qwen2", ("qwen2",), ATTENTION + MLP + ENDS, TIED_HEAD),
-    Family("qwen3", ("qwen3",), ATTENTION + MLP + ENDS, TIED_HEAD),
-    Family("qwen3_moe", ("qwen3_moe",), ATTENTION + QWEN_EXPERTS + MLP + ENDS, TIED_HEAD),
-    Family("qwen2_moe", ("qwen2_moe",), ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS, TIED_HEAD),
-    Family("gemma", ("gemma", "gemma2"), ATTENTION + GEMMA_NORMS + MLP + ENDS, TIED_HEAD, ties=True),
-    Family("phi3", ("phi3",), PHI3 + ATTENTION + MLP + ENDS, TIED_HEAD),
-    Family("gemma3", ("gemma3", "gemma3_text"), TOWERS + ATTENTION + GEMMA_NORMS + MLP + ENDS, TIED_GEMMA, ties=True),
+    Family(name="llama", model_types=("llama",), tensors=ATTENTION + MLP + ENDS, tied=TIED_HEAD),
+    Family(name="mistral", model_types=("mistral",), tensors=ATTENTION + MLP + ENDS, tied=TIED_HEAD),
+    Family(name="mixtral", model_types=("mixtral",), tensors=ATTENTION + MIXTRAL_EXPERTS + ENDS, tied=TIED_HEAD),
+    Family(name="qwen2", model_types=("qwen2",), tensors=ATTENTION + MLP + ENDS, tied=TIED_HEAD),
+    Family(name="qwen3", model_types=("qwen3",), tensors=ATTENTION + MLP + ENDS, tied=TIED_HEAD),
+    Family(name="qwen3_moe", model_types=("qwen3_moe",), tensors=ATTENTION + QWEN_EXPERTS + MLP + ENDS, tied=TIED_HEAD),
     Family(
-        "deepseek",
-        ("deepseek_v2", "deepseek_v3", "deepseek_v32"),
-        MLA + ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS,
-        TIED_HEAD,
+        name="qwen2_moe",
+        model_types=("qwen2_moe",),
+        tensors=ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS,
+        tied=TIED_HEAD,
     ),
-    Family("gpt_oss", ("gpt_oss",), GPT_OSS + ATTENTION + QWEN_EXPERTS + ENDS, TIED_HEAD, stacks=GPT_OSS_STACKS),
     Family(
-        "llama4",
-        ("llama4", "llama4_text"),
-        TOWERS + ATTENTION + LLAMA4 + SHARED_EXPERTS + ENDS,
-        TIED_HEAD,
+        name="gemma",
+        model_types=("gemma", "gemma2"),
+        tensors=ATTENTION + GEMMA_NORMS + MLP + ENDS,
+        tied=TIED_HEAD,
+        ties=True,
+    ),
+    Family(name="phi3", model_types=("phi3",), tensors=PHI3 + ATTENTION + MLP + ENDS, tied=TIED_HEAD),
+    Family(
+        name="gemma3",
+        model_types=("gemma3", "gemma3_text"),
+        tensors=TOWERS + ATTENTION + GEMMA_NORMS + MLP + ENDS,
+        tied=TIED_GEMMA,
+        ties=True,
+    ),
+    Family(
+        name="deepseek",
+        model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32"),
+        tensors=MLA + ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS,
+        tied=TIED_HEAD,
+    ),
+    Family(
+        name="gpt_oss",
+        model_types=("gpt_oss",),
+        tensors=GPT_OSS + ATTENTION + QWEN_EXPERTS + ENDS,
+        tied=TIED_HEAD,
+        stacks=GPT_OSS_STACKS,
+    ),
+    Family(
+        name="llama4",
+        model_types=("llama4", "llama4_text"),
+        tensors=TOWERS + ATTENTION + LLAMA4 + SHARED_EXPERTS + ENDS,
+        tied=TIED_HEAD,
         stacks=LLAMA4_STACKS,
     ),
-    Family("bert", ("bert",), BERT, TIED_BERT, ties=True),
+    Family(name="bert", model_types=("bert",), tensors=BERT, tied=TIED_BERT, ties=True),
 )
-GENERIC = Family("generic", (), (), TIED_HEAD, is_generic=True)
+GENERIC = Family(name="generic", model_types=(), tensors=(), tied=TIED_HEAD, is_generic=True)
 
 # The usual meanings of names, for tensors that no family knows. Only a matrix that looks like nothing else is a linear
 # layer: quantizing an embedding or a router by mistake costs more than keeping a linear layer.

@@ -18,7 +18,7 @@ from loaders.dtypes import DTYPES, DType
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MlxModel:
     """What mlx-lm makes of a model_type.
 
@@ -51,13 +51,13 @@ MIXTRAL_EXPERTS = ("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "dow
 MODELS = {
     "llama": MlxModel(has_head_dim=True),
     "mistral": MlxModel(has_head_dim=True),
-    "mixtral": MlxModel(MIXTRAL_EXPERTS, "num_local_experts"),
+    "mixtral": MlxModel(experts=MIXTRAL_EXPERTS, num_experts="num_local_experts"),
     "qwen2": MlxModel(),
-    "qwen2_moe": MlxModel(QWEN_EXPERTS, "num_experts", head="own"),
+    "qwen2_moe": MlxModel(experts=QWEN_EXPERTS, num_experts="num_experts", head="own"),
     "qwen3": MlxModel(has_head_dim=True),
     "qwen3_moe": MlxModel(
-        QWEN_EXPERTS,
-        "num_experts",
+        experts=QWEN_EXPERTS,
+        num_experts="num_experts",
         has_head_dim=True,
         router_bits=8,
         needs={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False},
@@ -68,13 +68,15 @@ MODELS = {
     "gemma3": MlxModel(has_head_dim=True, is_nested=True),
     "phi3": MlxModel(),
     "deepseek_v2": MlxModel(
-        QWEN_EXPERTS, "n_routed_experts", has_head_dim=True, head="own", router_is_linear=False
+        experts=QWEN_EXPERTS, num_experts="n_routed_experts", has_head_dim=True, head="own", router_is_linear=False
     ),
     "gpt_oss": MlxModel(
-        ("mlp", GATED), "num_local_experts", has_head_dim=True, router_bits=8, stack="experts", head="own"
+        experts=("mlp", GATED), num_experts="num_local_experts", has_head_dim=True, router_bits=8,
+        stack="experts", head="own",
     ),
     "llama4": MlxModel(
-        ("feed_forward", GATED), "num_local_experts", has_head_dim=True, stack="experts", head="own", is_nested=True
+        experts=("feed_forward", GATED), num_experts="num_local_experts", has_head_dim=True,
+        stack="experts", head="own", is_nested=True,
     ),
 }  # fmt: skip
 ROUTER_GROUP = 64  # the group size that mlx-lm's models ask for where they set their router's bits

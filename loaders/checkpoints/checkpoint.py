@@ -41,7 +41,7 @@ SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:saf
 TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(?:bin|pt|pth)$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """What a folder holds. `notes` says what was found and left alone."""
 
@@ -114,7 +114,15 @@ def open_checkpoint(
     if not weights:
         raise BadCheckpoint(f"{store.address}: its weight files hold no tensors")
     files = tuple(source.entry(name) for name in names)
-    return Checkpoint(source, container, files, weights, config, find_aux(source), tuple(notes))
+    return Checkpoint(
+        source=source,
+        container=container,
+        files=files,
+        weights=weights,
+        config=config,
+        aux=find_aux(source),
+        notes=tuple(notes),
+    )
 
 
 # --- which files
@@ -247,4 +255,6 @@ def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkp
         raise BadCheckpoint(f"{address}: it holds no tensors")
     _check_names(weights, None)
     config = gguf_config(source, [name], weights) if container == "gguf" else read_config(source)
-    return Checkpoint(source, container, (source.entry(name),), weights, config, ())
+    return Checkpoint(
+        source=source, container=container, files=(source.entry(name),), weights=weights, config=config, aux=()
+    )

@@ -25,7 +25,7 @@ class LayOut(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Container:
     """A kind of weight file: how it is read, laid out and framed, and what its files are called.
 

@@ -219,7 +219,9 @@ class _Header:
             end = start + offset + size
             if end > self._size:
                 raise BadCheckpoint(f"{name!r} ends at byte {end} of {self._size}; truncated? fetch it again")
-            specs.append(WeightSpec(name, dtype, shape, self._file, start + offset, size))
+            specs.append(
+                WeightSpec(name=name, dtype=dtype, shape=shape, file=self._file, offset=start + offset, size=size)
+            )
         if len({spec.name for spec in specs}) < len(specs):
             raise BadCheckpoint("a tensor's name appears twice")
         return tuple(specs)
@@ -239,9 +241,9 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     for name, spec in whole.items():
         if spec.dtype.name not in TYPE_IDS or len(name.encode()) > LONGEST_NAME or len(spec.shape) > MOST_DIMENSIONS:
             raise BadSpec(f"{name}: {spec.dtype} {list(spec.shape)} under this name cannot be in a GGUF")
-        slots.append(Slot(name, spec.dtype, spec.shape, offset))
+        slots.append(Slot(name=name, dtype=spec.dtype, shape=spec.shape, offset=offset))
         offset += -(-spec.size // ALIGNMENT) * ALIGNMENT
-    return OutputFile(file, 0, offset, tuple(slots), "gguf", about=about)
+    return OutputFile(name=file, header_bytes=0, data_bytes=offset, slots=tuple(slots), container="gguf", about=about)
 
 
 def with_head(file: OutputFile, metadata: Metadata) -> OutputFile:

@@ -171,7 +171,7 @@ def _tensors(manifest: Mapping[str, Any], file_size: int) -> list[tuple[WeightSp
         bits = None
         if dtype.name == "U32":
             bits = _bits(f"{MANIFEST}: {name!r}", entry.get("bits", ASSUMED_BITS))
-        found.append((WeightSpec(name, dtype, shape, WEIGHTS, offset, size), bits))
+        found.append((WeightSpec(name=name, dtype=dtype, shape=shape, file=WEIGHTS, offset=offset, size=size), bits))
     found.sort(key=lambda each: (each[0].offset, each[0].size))
     _check_spans([spec for spec, _ in found], file_size, f"{MANIFEST}:", f"the file's {file_size}")
     return found
@@ -254,7 +254,7 @@ class _ExpertFiles:
                 )
             dtype, shape, offset, size = _entry(f"{EXPERT_LAYOUT}: {name!r}", entry)
             bits = _bits(f"{EXPERT_LAYOUT}: {name!r}", entry["bits"]) if "bits" in entry else None
-            found.append((WeightSpec(name, dtype, shape, "", offset, size), bits))
+            found.append((WeightSpec(name=name, dtype=dtype, shape=shape, file="", offset=offset, size=size), bits))
         if len({spec.name for spec, _ in found}) < len(found):
             raise BadCheckpoint(f"{EXPERT_LAYOUT}: a component appears twice")
         found.sort(key=lambda each: (each[0].offset, each[0].size))
@@ -274,7 +274,11 @@ class _ExpertFiles:
         for expert in range(self._count):
             for spec, bits in self._components:
                 name, at = name_expert(layer, expert, spec.name), expert * self._size + spec.offset
-                yield name, WeightSpec(name, spec.dtype, spec.shape, file, at, spec.size), bits
+                yield (
+                    name,
+                    WeightSpec(name=name, dtype=spec.dtype, shape=spec.shape, file=file, offset=at, size=spec.size),
+                    bits,
+                )
 
 
 # --- writing
@@ -293,9 +297,9 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
             raise BadSpec(f"{setting('container')}: {tensor.name} would be {spec.dtype}, which packed cannot hold")
         at = end if tensor.place is None else tensor.place[1]
         assert at >= end, (tensor.name, at, end)
-        slots.append(Slot(tensor.name, spec.dtype, spec.shape, at))
+        slots.append(Slot(name=tensor.name, dtype=spec.dtype, shape=spec.shape, offset=at))
         end = at + spec.size if tensor.place is not None else -(-(at + spec.size) // ALIGNMENT) * ALIGNMENT
-    return OutputFile(file, 0, end, tuple(slots), "packed", about=about)
+    return OutputFile(name=file, header_bytes=0, data_bytes=end, slots=tuple(slots), container="packed", about=about)
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:

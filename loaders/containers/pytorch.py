@@ -330,7 +330,15 @@ def _spec(name: str, tensor: _Tensor, file: str, places: dict[str, tuple[int, in
             f" {storage_bytes} bytes, or that leaves the file of {size}; truncated? fetch it again"
         )
     stride = None if is_contiguous(tensor.shape, tensor.stride) else tensor.stride
-    return WeightSpec(name, tensor.dtype, tensor.shape, file, start + tensor.offset * item, span, stride)
+    return WeightSpec(
+        name=name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        file=file,
+        offset=start + tensor.offset * item,
+        size=span,
+        stride=stride,
+    )
 
 
 def _with_aliases(specs: list[WeightSpec]) -> tuple[WeightSpec, ...]:

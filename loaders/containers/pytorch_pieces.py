@@ -68,13 +68,19 @@ def cut(file: str, shares: Sequence[Sequence[Slot]], about: Any) -> tuple[bytes,
         own = mine[first : first + len(share)]
         start, end = own[0].header, own[-1].start + own[-1].size
         placed = tuple(
-            Slot(slot.name, slot.dtype, slot.shape, member.start - start)
+            Slot(name=slot.name, dtype=slot.dtype, shape=slot.shape, offset=member.start - start)
             for slot, member in zip(share, own, strict=True)
         )
         piece = ZipPiece(PurePosixPath(file).stem, first, start)
         pieces.append(
             OutputFile(
-                f"{file}.{number:05d}", 0, end - start, placed, "pytorch piece", about=piece, within=(file, start)
+                name=f"{file}.{number:05d}",
+                header_bytes=0,
+                data_bytes=end - start,
+                slots=placed,
+                container="pytorch piece",
+                about=piece,
+                within=(file, start),
             )
         )
     return head, tuple(pieces), Tail(file, slots, about)

@@ -60,15 +60,28 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     slots = []
     for name, spec in sorted(whole.items(), key=lambda each: (each[1].is_bound, each[0])):
         check_dtype(name, spec.dtype)
-        slots.append(Slot(name, spec.dtype, spec.shape, 0, spec.is_bound))
+        slots.append(Slot(name=name, dtype=spec.dtype, shape=spec.shape, offset=0, is_bound=spec.is_bound))
     members = members_of(file, slots, about)
     starts = {member.slot: member.start for member in members if member.slot is not None}
     first = min(starts.values(), default=0)
     end = max(member.start + member.size for member in members if member.slot is not None or not starts)
-    placed = tuple(Slot(slot.name, slot.dtype, slot.shape, starts[slot.name] - first, slot.is_bound) for slot in slots)
+    placed = tuple(
+        Slot(
+            name=slot.name, dtype=slot.dtype, shape=slot.shape, offset=starts[slot.name] - first, is_bound=slot.is_bound
+        )
+        for slot in slots
+    )
     last = members[-1]
     tail = last.start + last.size + len(directory_bytes(members, {})) - end
-    return OutputFile(file, first, end - first, placed, "pytorch", tail, about)
+    return OutputFile(
+        name=file,
+        header_bytes=first,
+        data_bytes=end - first,
+        slots=placed,
+        container="pytorch",
+        tail_bytes=tail,
+        about=about,
+    )
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:

@@ -88,7 +88,7 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
     size = dtype.size(tuple(shape))
     if stop - start != size:
         raise BadCheckpoint(f"{dtype} {shape} takes {size} bytes, its offsets hold {stop - start}")
-    return WeightSpec(name, dtype, tuple(shape), file, data_start + start, size)
+    return WeightSpec(name=name, dtype=dtype, shape=tuple(shape), file=file, offset=data_start + start, size=size)
 
 
 def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_size: int) -> None:
@@ -122,10 +122,17 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
             )
     slots, offset = [], 0
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
-        slots.append(Slot(name, spec.dtype, spec.shape, offset, spec.is_bound))
+        slots.append(Slot(name=name, dtype=spec.dtype, shape=spec.shape, offset=offset, is_bound=spec.is_bound))
         offset += spec.size
     header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}, about))
-    return OutputFile(file, header_bytes, offset, tuple(slots), "safetensors", about=about)
+    return OutputFile(
+        name=file,
+        header_bytes=header_bytes,
+        data_bytes=offset,
+        slots=tuple(slots),
+        container="safetensors",
+        about=about,
+    )
 
 
 def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = None, room: int = 0) -> bytes:

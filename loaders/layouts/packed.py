@@ -292,6 +292,6 @@ def _expert_layout(
     slots, at = [], 0
     for name in (name for name in order if name in components):
         spec, count = components[name]
-        slots.append((Slot(name, spec.dtype, spec.shape, at), count))
+        slots.append((Slot(name=name, dtype=spec.dtype, shape=spec.shape, offset=at), count))
         at += spec.size
     return packed.ExpertLayout(at, len(wanted), tuple(slots), tuple(layers))

@@ -253,10 +253,18 @@ class Loading:
         name, parts = item.tensor.name, made.parts[item.tensor.name]
         if item.encoding is not None:
             return QuantizedTensor(
-                name, item.encoding.scheme, item.spec, parts, self._config.device, item.stored, item.names
+                name=name,
+                scheme=item.encoding.scheme,
+                spec=item.spec,
+                parts=parts,
+                device=self._config.device,
+                stored=item.stored,
+                names=item.names,
             )
         raw = parts["weight"].view(np.uint8)
-        tensor = as_torch(raw, WeightSpec(name, item.dtype, item.tensor.shape, "", 0, raw.nbytes))
+        tensor = as_torch(
+            raw, WeightSpec(name=name, dtype=item.dtype, shape=item.tensor.shape, file="", offset=0, size=raw.nbytes)
+        )
         return tensor if self._config.device == "cpu" else tensor.to(torch_device(self._config.device)[1])
 
     def _judge(self, items: Sequence[WantedTensor], errors: Mapping[str, ErrorSums]) -> None:
@@ -312,7 +320,7 @@ class Loading:
             item.tensor.name: LayerStats(
                 item.encoding.scheme.kind, item.tensor.spec.numel, item.tensor.source_bytes,
                 sum(part.nbytes for part in made.parts[item.tensor.name].values()),
-                made.errors.get(item.tensor.name, ErrorSums(item.tensor.spec.numel)),
+                made.errors.get(item.tensor.name, ErrorSums(numel=item.tensor.spec.numel)),
             )
             for item in items
             if item.encoding is not None
@@ -321,12 +329,12 @@ class Loading:
             return Statistics(load, None, from_cache, self._notes)
         plain = [item for item in items if item.encoding is None]
         compression = CompressionStats(
-            len(items),
-            sum(item.tensor.spec.numel for item in items),
-            read,
-            sum(layer.output_bytes for layer in layers.values()) + sum(item.spec.size for item in plain),
-            sum((layer.error for layer in layers.values()), ErrorSums()),
-            layers,
+            tensors=len(items),
+            parameters=sum(item.tensor.spec.numel for item in items),
+            source_bytes=read,
+            output_bytes=sum(layer.output_bytes for layer in layers.values()) + sum(item.spec.size for item in plain),
+            error=sum((layer.error for layer in layers.values()), ErrorSums()),
+            layer_stats=layers,
         )
         return Statistics(load, compression, from_cache, self._notes)
 

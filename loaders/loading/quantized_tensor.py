@@ -66,7 +66,7 @@ class HeldParts:
         return self._parts[role][start:stop]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class QuantizedTensor:
     """A quantized weight: `parts` are what `scheme` stores for it, by role, flat, as numpy holds them.
 
@@ -109,7 +109,10 @@ class QuantizedTensor:
     def _tensor(self, role: str) -> Any:
         part, stored = self.parts[role], self.stored[role]
         shape = (part.size,) if stored.is_bound else stored.shape
-        made = as_torch(part.view(np.uint8), WeightSpec(self._name(role), stored.dtype, shape, "", 0, part.nbytes))
+        made = as_torch(
+            part.view(np.uint8),
+            WeightSpec(name=self._name(role), dtype=stored.dtype, shape=shape, file="", offset=0, size=part.nbytes),
+        )
         return made if self.device == "cpu" else made.to(torch_device(self.device)[1])
 
     def dequantize(self, dtype: Any = None) -> torch.Tensor:
@@ -152,7 +155,9 @@ class QuantizedTensor:
         end = min(-(-stop // align) * align, self.spec.numel)
         if stop > start:
             work.sweep(end - first, align, decode)
-        made = as_torch(out.view(np.uint8), WeightSpec(self.name, dtype, shape, "", 0, out.nbytes))
+        made = as_torch(
+            out.view(np.uint8), WeightSpec(name=self.name, dtype=dtype, shape=shape, file="", offset=0, size=out.nbytes)
+        )
         placed: torch.Tensor = made if self.device == "cpu" else made.to(torch_device(self.device)[1])
         return placed
 

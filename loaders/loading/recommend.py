@@ -55,7 +55,7 @@ class FittedPreset:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
     """What to take. `scheme` is None where nothing fits; `arithmetic` is what led here, a line a step."""
 
@@ -124,7 +124,14 @@ def get_recommended_loader_config(
     lines += [f"strategy {strategy}: {why}", f"workers: {workers}, to begin with, from {medium} storage"]
     lines.append(_verdict(chosen, candidates, room))
     return Recommendation(
-        chosen, strategy, workers, device.name, device.free_bytes, reserve, tuple(candidates), tuple(lines)
+        scheme=chosen,
+        strategy=strategy,
+        workers=workers,
+        backend=device.name,
+        available_bytes=device.free_bytes,
+        reserve_bytes=reserve,
+        candidates=tuple(candidates),
+        arithmetic=tuple(lines),
     )
 
 

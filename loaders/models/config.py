@@ -45,7 +45,7 @@ class LoadingStrategy(Enum):
         return str(self.value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLoadingConfig:
     """How to load a model.
 

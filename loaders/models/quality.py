@@ -19,7 +19,7 @@ TAIL = 0.025  # on either side of a 95 % interval
 BLOCK_NUMBERS = 1 << 22  # logits taken to float64 at once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     """What quantization cost a model, over one text.
 

@@ -147,7 +147,10 @@ class ChosenMix:
                 " candidates cannot take: leave it away, and the mix is chosen for this checkpoint"
             )
         return (
-            *(Rule("quantize", f"{WHY}: {said(s)}", names=frozenset(n), scheme=s) for s, n in by_scheme.items()),
+            *(
+                Rule(action="quantize", why=f"{WHY}: {said(s)}", names=frozenset(n), scheme=s)
+                for s, n in by_scheme.items()
+            ),
             *(_keeping(first.scheme, config, WHY, self.kept) if self.kept else ()),
             *first.rules(tensors, config),
         )
@@ -161,5 +164,5 @@ def said(scheme: Scheme) -> str:
 
 def _keeping(scheme: Scheme, config: Mapping[str, Any], why: str, names: frozenset[str]) -> tuple[Rule, ...]:
     """Return rules that leave tensors unquantized in the way of their engine."""
-    usual = kept(config, why, None, None) if scheme.engine == "mlx" else (Rule("keep", why),)
+    usual = kept(config, why, None, None) if scheme.engine == "mlx" else (Rule(action="keep", why=why),)
     return tuple(replace(rule, names=names) for rule in usual)

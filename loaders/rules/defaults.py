@@ -20,14 +20,14 @@ EXPERTS_KEPT = (
 def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
     """Return the rules of an engine that converts a model's nn.Linear modules; `conversion` is the reason to give."""
     return (
-        Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
-        Rule("keep", f"{engine} keeps embeddings", role=("embedding",)),
-        Rule("keep", f"{engine} keeps the output projection", role=("head",)),
-        Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
-        Rule("keep", EXPERTS_KEPT.format(engine=engine), role=("expert",)),
-        Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
-        Rule("quantize", conversion, role=(*LINEAR, "vision"), shape=(None, None)),
-        Rule("keep", "no matrix"),
+        Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
+        Rule(action="keep", why=f"{engine} keeps embeddings", role=("embedding",)),
+        Rule(action="keep", why=f"{engine} keeps the output projection", role=("head",)),
+        Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
+        Rule(action="keep", why=EXPERTS_KEPT.format(engine=engine), role=("expert",)),
+        Rule(action="keep", why="no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
+        Rule(action="quantize", why=conversion, role=(*LINEAR, "vision"), shape=(None, None)),
+        Rule(action="keep", why="no matrix"),
     )
 
 
@@ -36,14 +36,14 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
     "bitsandbytes": _engine_rules("bitsandbytes", "transformers makes every nn.Linear a Linear4bit or Linear8bitLt"),
     "bitnet": _engine_rules("bitnet", "transformers makes every nn.Linear a BitLinear"),
     "compressed-tensors": (
-        Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
-        Rule("keep", "llm-compressor's recipes keep embeddings", role=("embedding",)),
-        Rule("keep", "llm-compressor's recipes keep the output projection", role=("head",)),
-        Rule("keep", "a router decides; rounding it changes the choice of experts", role=("router",)),
-        Rule("keep", "no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
-        Rule("quantize", "llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
-        Rule("quantize", "each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
-        Rule("keep", "no matrix"),
+        Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
+        Rule(action="keep", why="llm-compressor's recipes keep embeddings", role=("embedding",)),
+        Rule(action="keep", why="llm-compressor's recipes keep the output projection", role=("head",)),
+        Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
+        Rule(action="keep", why="no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
+        Rule(action="quantize", why="llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
+        Rule(action="quantize", why="each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
+        Rule(action="keep", why="no matrix"),
     ),
 }
 
@@ -52,9 +52,13 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
     """Return the engine's own rules for a scheme."""
     if isinstance(scheme, Plain):
         if scheme.dtype is None:
-            return (Rule("keep", "copied as it is"),)
+            return (Rule(action="keep", why="copied as it is"),)
         return (
-            Rule("keep", "not a float dtype that is cast", dtype=tuple(n for n in NOT_FLOAT if DTYPES[n].block == 1)),
-            Rule("cast", setting("dtype"), cast_to=scheme.dtype),
+            Rule(
+                action="keep",
+                why="not a float dtype that is cast",
+                dtype=tuple(n for n in NOT_FLOAT if DTYPES[n].block == 1),
+            ),
+            Rule(action="cast", why=setting("dtype"), cast_to=scheme.dtype),
         )
     return DEFAULTS[scheme.engine]

@@ -73,11 +73,11 @@ class GgmlMix:
 
     def _rule(self, chosen: str, why: str, names: frozenset[str]) -> Rule:
         if chosen == "keep":
-            return Rule("keep", why, names=names)
+            return Rule(action="keep", why=why, names=names)
         if chosen in FLOATS:
-            return Rule("cast", why, names=names, cast_to=chosen)
+            return Rule(action="cast", why=why, names=names, cast_to=chosen)
         scheme = Ggml(chosen, self.absmean and chosen in TERNARY)
-        return Rule("quantize", f"{why}: {chosen}", names=names, scheme=scheme)
+        return Rule(action="quantize", why=f"{why}: {chosen}", names=names, scheme=scheme)
 
     def _asked(self, name: str, model: _Model) -> str | None:
         """Return the type that the user asked for, if this is the embedding or the output projection."""

@@ -40,12 +40,17 @@ class MlxRules:
         ragged = sorted({r.shape[-1] for r in tensors if len(r.shape) == 2 and r.shape[-1] % self.group_size})
         why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
         return (
-            Rule("drop", "mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
+            Rule(action="drop", why="mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
             *_towers(config),
-            Rule("keep", "not a float dtype that is quantized", dtype=NOT_FLOAT),
+            Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
             *(rule for columns in ragged for rule in kept(config, why, MODULES, (None, columns))),
             *(self._router(config) if self.high is None else self._mixed(self.high, config)),
-            Rule("quantize", "mlx-lm quantizes every linear layer and embedding", role=MODULES, shape=(None, None)),
+            Rule(
+                action="quantize",
+                why="mlx-lm quantizes every linear layer and embedding",
+                role=MODULES,
+                shape=(None, None),
+            ),
             *kept(config, "no linear layer or embedding", None, None),
         )
 
@@ -59,7 +64,11 @@ class MlxRules:
         why = f"mlx-lm gives this model's routers {model.router_bits} bits"
         return (
             Rule(
-                "quantize", why, role=("router",), shape=(None, None), scheme=MlxAffine(model.router_bits, ROUTER_GROUP)
+                action="quantize",
+                why=why,
+                role=("router",),
+                shape=(None, None),
+                scheme=MlxAffine(model.router_bits, ROUTER_GROUP),
             ),
         )
 
@@ -70,8 +79,8 @@ class MlxRules:
         fine = [i for i in range(count) if i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2]
         why, pattern = f"{high.bits} bits by the mixed recipe", FINE.format(layers="|".join(map(str, fine)))
         return (
-            Rule("quantize", why, role=("head",), shape=(None, None), scheme=high),
-            Rule("quantize", why, name=pattern, role=MODULES, shape=(None, None), scheme=high),
+            Rule(action="quantize", why=why, role=("head",), shape=(None, None), scheme=high),
+            Rule(action="quantize", why=why, name=pattern, role=MODULES, shape=(None, None), scheme=high),
         )
 
 
@@ -79,7 +88,7 @@ def _towers(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     model = model_of(config)
     if model is None or not model.is_nested:
         return ()
-    return (Rule("drop", "mlx-lm's language models have no tower for images", name=TOWERS),)
+    return (Rule(action="drop", why="mlx-lm's language models have no tower for images", name=TOWERS),)
 
 
 def kept(
@@ -87,11 +96,18 @@ def kept(
 ) -> tuple[Rule, ...]:
     """Return rules that leave tensors unquantized, and cast them to the dtype that mlx_lm.convert gives all weights."""
     dtype = convert_dtype(config)
-    keep = Rule("keep", why, role=role, shape=shape)
+    keep = Rule(action="keep", why=why, role=role, shape=shape)
     if dtype is None:
         return (keep,)
     others = tuple(name for name in WEIGHT_DTYPES if name != dtype.name)
-    cast = Rule("cast", f"{why}, and casts it to torch_dtype", role=role, shape=shape, dtype=others, cast_to=dtype.name)
+    cast = Rule(
+        action="cast",
+        why=f"{why}, and casts it to torch_dtype",
+        role=role,
+        shape=shape,
+        dtype=others,
+        cast_to=dtype.name,
+    )
     return (cast, keep)
 
 

@@ -17,7 +17,7 @@ from loaders.tensors.logical_tensor import LogicalTensor
 Action = Literal["quantize", "keep", "cast", "drop"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """Conditions on a tensor, of which all that are given must hold, and what is then done with it.
 

@@ -27,7 +27,7 @@ class Window:
         return Window(0, spec.stride if spec.stride is not None else row_major(spec.shape))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogicalTensor:
     """A logical tensor and its origin.
 
@@ -69,7 +69,14 @@ class LogicalTensor:
 
 def plain_tensor(name: str, stored: WeightSpec) -> LogicalTensor:
     """A stored tensor that is a logical one as it is."""
-    return LogicalTensor(name, stored.dtype, stored.shape, (("weight", stored),), Window.whole(stored), None)
+    return LogicalTensor(
+        name=name,
+        dtype=stored.dtype,
+        shape=stored.shape,
+        stored=(("weight", stored),),
+        window=Window.whole(stored),
+        decode=None,
+    )
 
 
 def known(tensor: LogicalTensor, family: Family, beside: str | None = None) -> LogicalTensor:

@@ -12,9 +12,19 @@ from loaders import BadCheckpoint, CompressionStats, ErrorSums, LayerStats, Load
 
 
 def made() -> CompressionStats:
-    errors = {"a": ErrorSums(100, 1.0, 100.0, 99.0, 99.5, 0.3), "b": ErrorSums(300, 4.0, 100.0, 98.0, 97.0, 0.9)}
+    errors = {
+        "a": ErrorSums(numel=100, error2=1.0, source2=100.0, decoded2=99.0, product=99.5, max_error=0.3),
+        "b": ErrorSums(numel=300, error2=4.0, source2=100.0, decoded2=98.0, product=97.0, max_error=0.9),
+    }
     layers = {name: LayerStats("bnb4", e.numel, 2 * e.numel, e.numel // 2, e) for name, e in errors.items()}
-    return CompressionStats(3, 500, 1_000_000, 300_000, sum(errors.values(), ErrorSums()), layers)
+    return CompressionStats(
+        tensors=3,
+        parameters=500,
+        source_bytes=1_000_000,
+        output_bytes=300_000,
+        error=sum(errors.values(), ErrorSums()),
+        layer_stats=layers,
+    )
 
 
 def test_the_figures_are_what_their_names_say() -> None:
@@ -36,7 +46,14 @@ def test_the_figures_are_what_their_names_say() -> None:
 @pytest.mark.quick
 def test_they_add_up() -> None:
     one = made()
-    other = CompressionStats(1, 7, 14, 7, ErrorSums(7), {"c": LayerStats("hqq", 7, 14, 7, ErrorSums(7))})
+    other = CompressionStats(
+        tensors=1,
+        parameters=7,
+        source_bytes=14,
+        output_bytes=7,
+        error=ErrorSums(numel=7),
+        layer_stats={"c": LayerStats("hqq", 7, 14, 7, ErrorSums(numel=7))},
+    )
     both = one + other
     assert (both.tensors, both.parameters, both.source_bytes, both.output_bytes) == (4, 507, 1_000_014, 300_007)
     assert list(both.layer_stats) == ["a", "b", "c"]
@@ -45,8 +62,15 @@ def test_they_add_up() -> None:
 
 def test_json_reads_back_equal_and_says_the_figures(tmp_path: Path) -> None:
     stats, path = made(), tmp_path / "stats.json"
-    endless = ErrorSums(3, math.inf, 1.0, 1.0, 1.0, math.inf)
-    stats = stats + CompressionStats(1, 3, 6, 3, endless, {"c": LayerStats("mlx", 3, 6, 3, endless)})
+    endless = ErrorSums(numel=3, error2=math.inf, source2=1.0, decoded2=1.0, product=1.0, max_error=math.inf)
+    stats = stats + CompressionStats(
+        tensors=1,
+        parameters=3,
+        source_bytes=6,
+        output_bytes=3,
+        error=endless,
+        layer_stats={"c": LayerStats("mlx", 3, 6, 3, endless)},
+    )
     stats.save(path)
     assert CompressionStats.load(path) == stats
     said = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

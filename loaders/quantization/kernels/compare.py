@@ -159,13 +159,13 @@ def new_sums() -> np.ndarray:
 def error_sums(numel: int, sums: np.ndarray) -> ErrorSums:
     """Return the sums over `numel` weights as a record."""
     return ErrorSums(
-        numel,
-        float(sums[ERROR2]),
-        float(sums[SOURCE2]),
-        float(sums[DECODED2]),
-        float(sums[PRODUCT]),
-        float(sums[MAX_ERROR]),
-        int(sums[NONFINITE]),
-        int(sums[NONFINITE_DECODED]),
-        int(sums[WRONG]),
+        numel=numel,
+        error2=float(sums[ERROR2]),
+        source2=float(sums[SOURCE2]),
+        decoded2=float(sums[DECODED2]),
+        product=float(sums[PRODUCT]),
+        max_error=float(sums[MAX_ERROR]),
+        nonfinite=int(sums[NONFINITE]),
+        nonfinite_decoded=int(sums[NONFINITE_DECODED]),
+        wrong=int(sums[WRONG]),
     )

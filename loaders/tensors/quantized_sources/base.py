@@ -41,7 +41,9 @@ def decoded(
                 f" found {found.dtype} {list(found.shape)}"
             )
         stored.append((role, found))
-    return LogicalTensor(spec.name, spec.dtype, spec.shape, tuple(stored), None, scheme)
+    return LogicalTensor(
+        name=spec.name, dtype=spec.dtype, shape=spec.shape, stored=tuple(stored), window=None, decode=scheme
+    )
 
 
 def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpec:
@@ -61,7 +63,14 @@ def undecoded(
     """Return the tensor of a weight in a format that is only read; the scales of RUN_TIME beside it go along."""
     module = spec.name.removesuffix("weight")
     beside = {name: by_name[module + name] for name in RUN_TIME if module != spec.name and module + name in by_name}
-    return LogicalTensor(spec.name, spec.dtype, spec.shape, (*parts.items(), *beside.items()), None, decoder)
+    return LogicalTensor(
+        name=spec.name,
+        dtype=spec.dtype,
+        shape=spec.shape,
+        stored=(*parts.items(), *beside.items()),
+        window=None,
+        decode=decoder,
+    )
 
 
 def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -> WeightSpec:

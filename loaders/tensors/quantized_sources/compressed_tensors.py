@@ -45,7 +45,12 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         tensor = _tensor(checkpoint, by_name, module, groups.weights_of(module))
         companions = tuple((name.removeprefix(f"{module}."), by_name[name]) for name in _companions(by_name, module))
         found[tensor.name] = LogicalTensor(
-            tensor.name, tensor.dtype, tensor.shape, tensor.stored + companions, None, tensor.decode
+            name=tensor.name,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            stored=tensor.stored + companions,
+            window=None,
+            decode=tensor.decode,
         )
     return found
 

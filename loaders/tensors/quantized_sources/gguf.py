@@ -37,15 +37,15 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
             if is_block:
                 check_readable(part.dtype.name)
             found[each] = LogicalTensor(
-                each,
-                DTYPES["F32"] if is_block else part.dtype,
-                part.shape,
-                (("weight", part),),
-                None if is_block else Window.whole(part),
-                Ggml(part.dtype.name) if is_block else None,
-                "",
-                "",
-                None,
+                name=each,
+                dtype=DTYPES["F32"] if is_block else part.dtype,
+                shape=part.shape,
+                stored=(("weight", part),),
+                window=None if is_block else Window.whole(part),
+                decode=Ggml(part.dtype.name) if is_block else None,
+                role="",
+                block="",
+                group=None,
                 order=order,
             )
     return found
@@ -62,7 +62,14 @@ def _parts(name: str, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
     return [
         (
             name.format(expert),
-            WeightSpec(spec.name, spec.dtype, tuple(shape), spec.file, spec.offset + expert * size, size),
+            WeightSpec(
+                name=spec.name,
+                dtype=spec.dtype,
+                shape=tuple(shape),
+                file=spec.file,
+                offset=spec.offset + expert * size,
+                size=size,
+            ),
         )
         for expert in range(count)
     ]

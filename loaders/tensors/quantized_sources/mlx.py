@@ -63,7 +63,9 @@ def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module
                     f" groups of {scheme.group_size}, found {found.dtype} {list(found.shape)}; config.json's"
                     f" quantization must say how {module} is quantized"
                 )
-        yield LogicalTensor(own_name, spec.dtype, spec.shape, tuple(roles), None, scheme)
+        yield LogicalTensor(
+            name=own_name, dtype=spec.dtype, shape=spec.shape, stored=tuple(roles), window=None, decode=scheme
+        )
 
 
 def _scheme(config: Mapping[str, Any], module: str, packed: WeightSpec, scales: WeightSpec) -> Scheme:

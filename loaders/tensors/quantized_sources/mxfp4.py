@@ -43,7 +43,8 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         expect(scales, ("U8", "F8_E8M0"), blocks.shape[:3], f"for {blocks.name}")
         experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * GptOssMxfp4.group
         found[name] = LogicalTensor(
-            name, float_dtype(checkpoint), (experts, columns, rows), (("blocks", blocks), ("scales", scales)),
-            Window(0, (rows * columns, 1, columns)), GptOssMxfp4(), whole=(experts, rows, columns),
+            name=name, dtype=float_dtype(checkpoint), shape=(experts, columns, rows),
+            stored=(("blocks", blocks), ("scales", scales)),
+            window=Window(0, (rows * columns, 1, columns)), decode=GptOssMxfp4(), whole=(experts, rows, columns),
         )  # fmt: skip
     return found

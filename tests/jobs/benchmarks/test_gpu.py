@@ -119,7 +119,16 @@ def test_jobs_on_one_core_and_by_two_backends(
 
 
 def bench(tmp_path: Path, source: Path) -> Bench:
-    return Bench("cuda", ("jobs",), str(source), 1, (64, 4096), 1, tmp_path, time.monotonic() + 60)
+    return Bench(
+        device="cuda",
+        parts=("jobs",),
+        path=str(source),
+        gb=1,
+        shape=(64, 4096),
+        laps=1,
+        work=tmp_path,
+        ends=time.monotonic() + 60,
+    )
 
 
 @pytest.mark.parametrize(("hashes", "fault"), [({"a": "1"}, ""), ({"a": "2"}, "files differ from the CPU's: a")])

@@ -16,7 +16,7 @@ def case(name: str, kind: str, bits: float, kl: list[float], beside: str | None 
     values: dict[str, Any] = {field.name: 1.0 for field in fields(Quality)}
     mean = sum(kl) / len(kl)
     quality = Quality(**{**values, "kl": mean, "kl_low": mean, "kl_high": mean, "kl_by_window": tuple(kl)})
-    return JudgedOutput(name, kind, bits, quality, beside)
+    return JudgedOutput(name=name, kind=kind, bits=bits, quality=quality, beside=beside)
 
 
 def test_a_mix_is_held_against_what_has_its_size(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from tests.making import LLAMA, llama_tensors, write_checkpoint
 pytestmark = pytest.mark.quick
 
 TARGETS = [
-    Target("a", Bnb4("nf4")),
-    Target("b", Bnb4("fp4", double_quant=True)),
-    Target("c", Ternary()),
-    Target("d", Plain()),
+    Target(id="a", scheme=Bnb4("nf4")),
+    Target(id="b", scheme=Bnb4("fp4", double_quant=True)),
+    Target(id="c", scheme=Ternary()),
+    Target(id="d", scheme=Plain()),
 ]
 
 
@@ -66,12 +66,18 @@ def test_every_byte_of_every_file_has_one_place(source: Path) -> None:
 def test_a_plan_of_other_content_has_other_keys(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "a", shards=2)
     keys = []
-    for target in (Target("x", Bnb4("nf4")), Target("x", Bnb4("nf4", 128)), Target("x", Bnb4("fp4"))):
+    for target in (
+        Target(id="x", scheme=Bnb4("nf4")),
+        Target(id="x", scheme=Bnb4("nf4", 128)),
+        Target(id="x", scheme=Bnb4("fp4")),
+    ):
         keys.append([u.key("x") for u in make_plan(open_checkpoint(source), [target], 0.05).units])
     assert len({tuple(each) for each in keys}) == 3
     path = source / "model-00001-of-00002.safetensors"
     path.touch()
-    assert [u.key("x") for u in make_plan(open_checkpoint(source), [Target("x", Bnb4("nf4"))], 0.05).units] != keys[0]
+    assert [
+        u.key("x") for u in make_plan(open_checkpoint(source), [Target(id="x", scheme=Bnb4("nf4"))], 0.05).units
+    ] != keys[0]
 
 
 def test_memory_does_not_grow_with_the_model(source: Path) -> None:
@@ -82,7 +88,9 @@ def test_memory_does_not_grow_with_the_model(source: Path) -> None:
 def test_dropping_everything_is_refused(source: Path) -> None:
     with pytest.raises(BadSpec, match="every tensor is dropped"):
         make_plan(
-            open_checkpoint(source), [Target("x", Plain(), (Rule("drop", "test", name=".", label="rules[0]"),))], 100
+            open_checkpoint(source),
+            [Target(id="x", scheme=Plain(), rules=(Rule(action="drop", why="test", name=".", label="rules[0]"),))],
+            100,
         )
 
 
@@ -90,13 +98,15 @@ def test_a_quantized_source_can_only_be_copied(tmp_path: Path) -> None:
     config = {**LLAMA, "dtype": "bfloat16", "quantization_config": {"quant_method": "aqlm"}}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", config=config))
     with pytest.raises(BadSpec, match=r"already quantized \(aqlm\)"):
-        make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100)
-    make_plan(checkpoint, [Target("x", Plain())], 100)
+        make_plan(checkpoint, [Target(id="x", scheme=Bnb4("nf4"))], 100)
+    make_plan(checkpoint, [Target(id="x", scheme=Plain())], 100)
 
 
 def test_weights_are_cast_as_the_engine_would_before_they_are_quantized(tmp_path: Path) -> None:
     config = {**LLAMA, "torch_dtype": "float16"}
-    plan = make_plan(open_checkpoint(write_checkpoint(tmp_path / "m", config=config)), [Target("x", Bnb4("nf4"))], 100)
+    plan = make_plan(
+        open_checkpoint(write_checkpoint(tmp_path / "m", config=config)), [Target(id="x", scheme=Bnb4("nf4"))], 100
+    )
     casts = {p.name: p.encoding.cast for p in plan.units[0].outputs["x"].placements}
     assert str(casts["model.layers.0.mlp.up_proj.weight"]) == "F16"
     assert casts["model.norm.weight"] is None

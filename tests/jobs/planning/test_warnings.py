@@ -17,18 +17,18 @@ from tests.making import LLAMA, write_checkpoint, write_moe
 @pytest.mark.quick
 def test_experts_stay_and_it_is_said_aloud(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_moe(tmp_path / "m"))
-    target = make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100).targets["x"]
+    target = make_plan(checkpoint, [Target(id="x", scheme=Bnb4("nf4"))], 100).targets["x"]
     assert "6 expert matrices" in target.warnings[0]
     assert "transformers 5" in target.warnings[0]
-    rule = Rule("quantize", "test", role=("expert",), label="rules[0]")
-    target = make_plan(checkpoint, [Target("x", Bnb4("nf4"), (rule,))], 100).targets["x"]
+    rule = Rule(action="quantize", why="test", role=("expert",), label="rules[0]")
+    target = make_plan(checkpoint, [Target(id="x", scheme=Bnb4("nf4"), rules=(rule,))], 100).targets["x"]
     assert "transformers 4" in target.warnings[0]
 
 
 def test_an_unknown_model_type_is_said_aloud(tmp_path: Path) -> None:
     config = {**LLAMA, "model_type": "llama99", "dtype": "bfloat16"}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", config=config))
-    target = make_plan(checkpoint, [Target("x", Bnb4("nf4"))], 100).targets["x"]
+    target = make_plan(checkpoint, [Target(id="x", scheme=Bnb4("nf4"))], 100).targets["x"]
     assert "'llama99' is not known" in target.warnings[0]
 
 
@@ -37,10 +37,10 @@ def test_what_stops_bitsandbytes_on_some_cpus_is_said_aloud(
     has: bool, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.planning.warnings.has_avx512_bf16", lambda: has)
-    target = make_plan(open_checkpoint(source), [Target("x", Bnb4("nf4", 128))], 100).targets["x"]
+    target = make_plan(open_checkpoint(source), [Target(id="x", scheme=Bnb4("nf4", 128))], 100).targets["x"]
     [said] = target.warnings
     assert said.startswith(
         "12 matrices (model.layers.0.mlp.gate_proj.weight [128, 64] first) stop bitsandbytes on a CPU"
     )
     assert ("such as this machine's" in said) == has
-    assert make_plan(open_checkpoint(source), [Target("x", Bnb4("nf4"))], 100).targets["x"].warnings == ()
+    assert make_plan(open_checkpoint(source), [Target(id="x", scheme=Bnb4("nf4"))], 100).targets["x"].warnings == ()

@@ -41,7 +41,7 @@ def test_mps_gets_float16_for_bfloat16_and_it_is_said_once(caplog: pytest.LogCap
 )
 def test_numbers_of_less_than_a_byte_are_rows_of_bytes(dtype: str, shape: Any, wanted: Any) -> None:
     assert arrays.storage_shape(DTYPES[dtype], shape) == wanted
-    spec = WeightSpec("w", DTYPES[dtype], shape, "f", 0, DTYPES[dtype].size(shape))
+    spec = WeightSpec(name="w", dtype=DTYPES[dtype], shape=shape, file="f", offset=0, size=DTYPES[dtype].size(shape))
     assert arrays.as_numpy(np.zeros(spec.size, np.uint8), spec).shape == wanted
 
 
@@ -49,7 +49,7 @@ def test_numbers_of_less_than_a_byte_are_rows_of_bytes(dtype: str, shape: Any, w
 def test_crooked_and_read_only_memory_is_copied_for_torch() -> None:
     torch = pytest.importorskip("torch")
     memory = np.arange(17, dtype=np.uint8)
-    spec = WeightSpec("w", DTYPES["F32"], (4,), "f", 0, 16)
+    spec = WeightSpec(name="w", dtype=DTYPES["F32"], shape=(4,), file="f", offset=0, size=16)
     wanted = memory[1:].copy().view(np.float32)
     assert torch.equal(arrays.as_torch(memory[1:], spec), torch.from_numpy(wanted))
     memory.flags.writeable = False

@@ -52,7 +52,14 @@ def read_all(root: Path, specs: tuple[WeightSpec, ...], strategy: str) -> dict[s
     found = {}
     with loader(strategy).open(files_of(root), specs) as reader:
         for spec in specs:
-            tensor = LogicalTensor(spec.name, spec.dtype, spec.shape, (("weight", spec),), Window.whole(spec), None)
+            tensor = LogicalTensor(
+                name=spec.name,
+                dtype=spec.dtype,
+                shape=spec.shape,
+                stored=(("weight", spec),),
+                window=Window.whole(spec),
+                decode=None,
+            )
             view = StoredView(reader, tensor.spec, spec, Window.whole(spec))
             count = tensor.spec.num_items
             halves = [view.read(0, count // 2).copy(), view.read(count // 2, count).copy()] if count else []

@@ -42,10 +42,20 @@ def bf16(values: np.ndarray) -> np.ndarray:
 
 def members(names: list[str], role: str) -> list[Decision]:
     def tensor(name: str) -> LogicalTensor:
-        return LogicalTensor(f"{name}.weight", DTYPES["BF16"], (64, 64), (), None, None, role, "", None)
+        return LogicalTensor(
+            name=f"{name}.weight",
+            dtype=DTYPES["BF16"],
+            shape=(64, 64),
+            stored=(),
+            window=None,
+            decode=None,
+            role=role,
+            block="",
+            group=None,
+        )
 
     return [
-        Decision(each, Rule("quantize", ""), Encoding(tensor=each, action="quantize", scheme=PackedInt(4)))
+        Decision(each, Rule(action="quantize", why=""), Encoding(tensor=each, action="quantize", scheme=PackedInt(4)))
         for each in map(tensor, names)
     ]
 

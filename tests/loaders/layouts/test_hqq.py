@@ -52,7 +52,7 @@ def test_hqqs_one_file_is_planned_to_the_byte(source: Path, tmp_path: Path, weig
     [file] = ran.document["files"]
     assert len(file["pieces"]) > 3  # units are those of any other target
     assert file["name"] == "qmodel.pt"
-    [planned] = make_plan(open_checkpoint(source), [Target("x", Hqq())], 0.05).targets["x"].finals
+    [planned] = make_plan(open_checkpoint(source), [Target(id="x", scheme=Hqq())], 0.05).targets["x"].finals
     assert planned.size == file["bytes"] == (tmp_path / "out" / "qmodel.pt").stat().st_size
     assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
 

@@ -13,7 +13,9 @@ torch = pytest.importorskip("torch")
 
 def spec(name: str, *shape: int, offset: int = 0) -> WeightSpec:
     dtype = DTYPES["BF16"]
-    return WeightSpec(name, dtype, shape, "model.safetensors", offset, dtype.size(shape))
+    return WeightSpec(
+        name=name, dtype=dtype, shape=shape, file="model.safetensors", offset=offset, size=dtype.size(shape)
+    )
 
 
 def test_a_spec_is_hashable_and_counts() -> None:

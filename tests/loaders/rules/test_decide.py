@@ -30,7 +30,7 @@ def actions(decisions: tuple[Decision, ...]) -> dict[str, str]:
 
 
 def own(action: str, **conditions: object) -> Rule:
-    return Rule(action, "test", label="rules[0]", **conditions)  # type: ignore[arg-type]
+    return Rule(action=action, why="test", label="rules[0]", **conditions)  # type: ignore[arg-type]
 
 
 def test_bitsandbytes_quantizes_linear_layers_and_nothing_else(tensors_in: tuple[LogicalTensor, ...]) -> None:
@@ -68,13 +68,13 @@ def test_a_rule_that_matches_nothing_is_an_error_with_a_hint(tensors_in: tuple[L
 
 
 def test_a_rule_behind_one_that_takes_all_is_an_error(tensors_in: tuple[LogicalTensor, ...]) -> None:
-    rules = (own("keep", name="proj"), Rule("keep", "test", name="down_proj", label="rules[1]"))
+    rules = (own("keep", name="proj"), Rule(action="keep", why="test", name="down_proj", label="rules[1]"))
     with pytest.raises(BadSpec, match=r"rules\[1\]: the 2 tensors it matches .* are all taken by rules before it"):
         decide(tensors_in, Bnb4("nf4"), rules)
 
 
 def test_all_faults_are_told_at_once(tensors_in: tuple[LogicalTensor, ...]) -> None:
-    rules = (own("quantize", role=("norm",)), Rule("keep", "test", name="ghost", label="rules[1]"))
+    rules = (own("quantize", role=("norm",)), Rule(action="keep", why="test", name="ghost", label="rules[1]"))
     with pytest.raises(BadSpec) as caught:
         decide(tensors_in, Ternary(), rules)
     assert len(caught.value.problems) == 6

@@ -36,7 +36,7 @@ NF4_ORDER = tuple(range(16))
 FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Table:
     """A sixteen-value code, and what finds codes by it.
 
@@ -66,14 +66,14 @@ def table(name: str) -> Table:
     # of the largest magnitude must not round to zero, so that is at most 2^16. Without such a bound 2^125 will do.
     highest = 0x4780 if 0.0 in bounds else 0x7E00
     return Table(
-        name,
-        values,
-        np.append(bounds, np.float32(3e38)).astype(np.float32),
-        order,
-        _thresholds(bounds),
-        np.append(np.sign(bounds), 0).astype(np.int16),
-        0x0D80,  # 2^-100, which keeps all thresholds far above the subnormal numbers, whose steps do not scale
-        highest,
+        name=name,
+        values=values,
+        bounds=np.append(bounds, np.float32(3e38)).astype(np.float32),
+        order=order,
+        rows=_thresholds(bounds),
+        directions=np.append(np.sign(bounds), 0).astype(np.int16),
+        lowest=0x0D80,  # 2^-100, which keeps all thresholds far above the subnormal numbers, whose steps do not scale
+        highest=highest,
     )
 
 
