@@ -26,6 +26,7 @@ SYNONYMS = {
     "bnb_4bit_use_double_quant": "double_quant", "quant_storage": "storage_dtype", "model_path": "path",
     "torch_dtype": "dtype", "num_workers": "threads", "workers": "threads", "force": "overwrite",
 }  # fmt: skip
+MOVED = {"source.unit_mb": "unit_mb"}  # keys of earlier versions
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -118,6 +119,8 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
         if location[0] == "verify" and others:
             [belongs] = get_args(others[0].model_fields["kind"].annotation)
             return f"{name}: it belongs to verify={belongs}, which was not chosen"
+        if name in MOVED:
+            return f"{name}: unknown key; it is {MOVED[name]} now"
         meant = SYNONYMS.get(str(location[-1]))
         hint = f"; did you mean {meant!r}?" if meant in known else near(str(location[-1]), known)
         return f"{name}: unknown key{hint}; known: {', '.join(known) or 'none'}"

@@ -94,7 +94,7 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
         )
         for name, mix in mixes.items()
     ]  # fmt: skip
-    plan = make_plan(checkpoint, targets, spec.source.unit_mb)
+    plan = make_plan(checkpoint, targets, spec.unit_mb)
     taken = {name: frozenset(d.tensor.name for d in plan.targets[name].decisions if is_open(d)) for name in mixes}
     every = frozenset().union(*taken.values())
     if not every:
@@ -247,7 +247,7 @@ def _mixed(choices: Choices, items: Sequence[Item], choice: Choice, errors: Mapp
     )
     quant = choices.quant.model_copy(update={"chosen": chosen})
     spec = choices.spec.model_copy(update={"quant": quant})
-    plan = make_plan(choices.checkpoint, [target_of(spec)], spec.source.unit_mb)
+    plan = make_plan(choices.checkpoint, [target_of(spec)], spec.unit_mb)
     [target] = plan.targets.values()
     return Mixed(spec, target, choice, errors)
 

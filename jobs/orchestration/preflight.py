@@ -89,7 +89,7 @@ def plan_job(
     target = target_of(spec)
     kernels_of(backend_of(spec)[0])
     checkpoint = opened(spec.model.path, spec.source.container)
-    plan = make_plan(checkpoint, [target], spec.source.unit_mb)
+    plan = make_plan(checkpoint, [target], spec.unit_mb)
     made = plan.targets[TARGET]
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))

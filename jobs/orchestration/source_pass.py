@@ -94,7 +94,7 @@ def passes(jobs: Sequence[Job]) -> list[list[Job]]:
     for job in jobs:
         spec = job.planned.spec
         source, backend = job.planned.plan.checkpoint.address.real, job.planned.backend[0]
-        how = (source, spec.source.container, spec.source.unit_mb, spec.strategy, backend, spec.cluster)
+        how = (source, spec.source.container, spec.unit_mb, spec.strategy, backend, spec.cluster)
         groups.setdefault(how, []).append(job)
     most = max(1, max_open_files() // FILES_AT_ONCE)
     return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]

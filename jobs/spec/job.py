@@ -46,14 +46,10 @@ class ModelSpec(Spec):
 
 
 class SourceSpec(Spec):
-    """conf/source: how it is read and cut."""
+    """conf/source: which of its files are read."""
 
     container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
         description="which weight files to read"
-    )
-    unit_mb: float = Field(
-        gt=0,
-        description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
     )
 
 
@@ -248,6 +244,10 @@ class JobSpec(Spec):
     source: SourceSpec
     transform: TransformSpec = Field(default=TransformSpec())
     quant: QuantSpec
+    unit_mb: float = Field(
+        gt=0,
+        description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
+    )
     rules: tuple[RuleSpec, ...] = Field(description="what becomes of which tensors, before the engine's own rules")
     output: OutputSpec
     strategy: StrategySpec

@@ -214,7 +214,7 @@ def _plan_again(spec: JobSpec, report: Report) -> Plan:
             f"model.path: {checkpoint.address} is not the checkpoint that the output was made from: expected"
             f" fingerprint {report.source.fingerprint}, found {checkpoint.fingerprint}"
         )
-    return make_plan(checkpoint, [target_of(spec)], spec.source.unit_mb)
+    return make_plan(checkpoint, [target_of(spec)], spec.unit_mb)
 
 
 def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:

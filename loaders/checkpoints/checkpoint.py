@@ -20,7 +20,7 @@ from loaders.architectures.families import Family, family_of
 from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, find_aux
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import quantized_by
-from loaders.containers import READERS, packed
+from loaders.containers import CONTAINERS, packed
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import WeightSpec
 from loaders.storage import open_store
@@ -31,12 +31,8 @@ from loaders.storage.json_files import INDEX_LIMIT, read_json
 
 READS_FOLDERS = "the engine reads files of a folder"
 HEADER_THREADS = 8
-SUFFIXES = {
-    "safetensors": (".safetensors",),
-    "pytorch": (".bin", ".pt", ".pth"),
-    "gguf": (".gguf",),
-}
-SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:safetensors|bin|pt|pth|gguf)$")
+ENDINGS = "|".join(re.escape(suffix) for container in CONTAINERS.values() for suffix in container.suffixes)
+SHARD = re.compile(rf"^(?P<stem>.*)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:{ENDINGS})$")
 # Files of training runs: pickles of other things than weights
 TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(?:bin|pt|pth)$")
 
@@ -107,7 +103,7 @@ def open_checkpoint(
         names, weights, config = packed_checkpoint(source)
     else:
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
-            read = list(pool.map(lambda name: READERS[container](source, name), names))
+            read = list(pool.map(lambda name: CONTAINERS[container].read_specs(source, name), names))
         weights = tuple(spec for specs in read for spec in specs)
         _check_names(weights, index)
         config = gguf_config(source, names, weights) if container == "gguf" else read_config(source)
@@ -131,15 +127,15 @@ def open_checkpoint(
 def _find(source: PinnedFiles, container: str, key: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
     """The container, its weight files in order, the index's map of tensors to files, and notes."""
     names = sorted(name for name in source.entries if not name.startswith("."))
-    for candidate in READERS if container == "auto" else (container,):
+    for candidate in CONTAINERS if container == "auto" else (container,):
         if candidate == "packed":
             others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and not TRAINING.match(n)]
             others = [n for n in others if n != packed.WEIGHTS]
             if packed.is_packed(names, alone=not others) or (container == "packed" and packed.WEIGHTS in names):
                 return candidate, [], None, [_others(others)] if others else []
             continue
-        mine = [n for n in names if n.endswith(SUFFIXES[candidate]) and not TRAINING.match(n)]
-        indexes = [n for n in names if n.endswith(tuple(s + INDEX_SUFFIX for s in SUFFIXES[candidate]))]
+        mine = [n for n in names if n.endswith(CONTAINERS[candidate].suffixes) and not TRAINING.match(n)]
+        indexes = [n for n in names if n.endswith(tuple(s + INDEX_SUFFIX for s in CONTAINERS[candidate].suffixes))]
         if mine or indexes:
             files, index = _with_index(source, indexes) if indexes else (_without_index(source.address, mine), None)
             skipped = sorted(set(mine) - set(files))
@@ -153,7 +149,7 @@ def _find(source: PinnedFiles, container: str, key: str) -> tuple[str, list[str]
             others = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in mine and not TRAINING.match(n)]
             notes += [_others(others)] if others else []
             return candidate, files, index, notes
-    wanted = " or ".join(READERS) if container == "auto" else container
+    wanted = " or ".join(CONTAINERS) if container == "auto" else container
     others = [n for n in names if n.endswith(WEIGHT_SUFFIXES)]
     found = f"{len(others)} other weight files ({', '.join(others[:4])})" if others else f"{len(names)} files"
     raise BadSpec(f"{key}: expected {wanted} weights in {source.address}, found {found}")
@@ -250,7 +246,7 @@ def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkp
     """
     address = Address.of(where)
     source, name = PinnedFiles(open_store(address.parent)), address.name
-    weights = READERS[container](source, name)
+    weights = CONTAINERS[container].read_specs(source, name)
     if not weights:
         raise BadCheckpoint(f"{address}: it holds no tensors")
     _check_names(weights, None)

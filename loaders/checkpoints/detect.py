@@ -7,8 +7,8 @@ import os
 import struct
 import zipfile
 
-from loaders.checkpoints.checkpoint import SUFFIXES, open_checkpoint
-from loaders.containers import READERS, packed
+from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.containers import CONTAINERS, packed
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
@@ -77,9 +77,9 @@ def _of_folder(address: Address) -> WeightFormat:
 
 
 def _by_name(name: str) -> WeightFormat:
-    for kind, suffixes in SUFFIXES.items():
-        if name.endswith(suffixes):
-            return WeightFormat(kind) if kind in {each.value for each in WeightFormat} else WeightFormat.UNKNOWN
+    for container in CONTAINERS.values():
+        if container.suffixes and name.endswith(container.suffixes):
+            return WeightFormat(container.name)
     return WeightFormat.UNKNOWN
 
 
@@ -97,7 +97,7 @@ def _by_bytes(files: PinnedFiles, name: str, first: bytes, named: WeightFormat) 
 
 def _checked(files: PinnedFiles, name: str, found: WeightFormat) -> WeightFormat:
     """Read its header, which says of itself what is wrong with it."""
-    READERS[found.value](files, name)
+    CONTAINERS[found.value].read_specs(files, name)
     return found
 
 

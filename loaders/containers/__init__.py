@@ -11,7 +11,7 @@ from loaders.containers.base import Container
 from loaders.containers.writer import ShardWriter
 from loaders.specs import OutputFile
 
-__all__ = ["CONTAINERS", "READERS", "Container", "ShardWriter", "writer_of"]
+__all__ = ["CONTAINERS", "Container", "ShardWriter", "writer_of"]
 
 CONTAINERS = {
     container.name: container
@@ -22,6 +22,7 @@ CONTAINERS = {
             lay_out=safetensors.lay_out,
             place=safetensors.place,
             frame=safetensors.frame,
+            suffixes=(".safetensors",),
             single="model.safetensors",
             shard="model-{number:05d}-of-{count:05d}.safetensors",
             index="model.safetensors.index.json",
@@ -32,6 +33,7 @@ CONTAINERS = {
             lay_out=packed.lay_out,
             place=packed.place,
             frame=packed.frame,
+            suffixes=(),
             single=f"{packed.WEIGHTS}.00001",
             shard=packed.WEIGHTS + ".{number:05d}",
             index="none",
@@ -42,6 +44,7 @@ CONTAINERS = {
             lay_out=pytorch_write.lay_out,
             place=pytorch_write.place,
             frame=pytorch_write.frame,
+            suffixes=(".bin", ".pt", ".pth"),
             single="pytorch_model.bin",
             shard="pytorch_model-{number:05d}-of-{count:05d}.bin",
             index="pytorch_model.bin.index.json",
@@ -52,13 +55,13 @@ CONTAINERS = {
             lay_out=gguf.lay_out,
             place=gguf.place,
             frame=gguf.frame,
+            suffixes=(".gguf",),
             single="model.gguf",
             shard="model-{number:05d}-of-{count:05d}.gguf",
             index="none",
         ),
     )
 }
-READERS = {name: container.read_specs for name, container in CONTAINERS.items()}
 
 
 # Not a container of its own: a range of a PyTorch file that one unit writes; see pytorch_pieces.py.

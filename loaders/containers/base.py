@@ -31,6 +31,7 @@ class Container:
 
     place: find where the tensors lie in the end, given the lengths of those whose length depends on values.
     frame: make all other bytes of the file, by offset, up to its end.
+    suffixes: of its files' names; none where files are known by their whole names.
     single, shard, index: the names of a lone file, of one of several, and of their index.
     """
 
@@ -39,6 +40,7 @@ class Container:
     lay_out: LayOut
     place: Callable[[OutputFile, Mapping[str, int]], Places]
     frame: Callable[[OutputFile, Places, Checksum], list[tuple[int, bytes]]]
+    suffixes: tuple[str, ...]
     single: str
     shard: str
     index: str

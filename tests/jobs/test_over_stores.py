@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def given(source: Address | Path, out: Address | Path, preset: str = "nf4") -> list[str]:
-    arguments = (f"model.path={source}", "model.name=model", f"output.path={out}", "source.unit_mb=0.05")
+    arguments = (f"model.path={source}", "model.name=model", f"output.path={out}", "unit_mb=0.05")
     return [*arguments, f"quant={preset}", *PRESETS[preset]]
 
 

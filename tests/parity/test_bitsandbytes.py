@@ -199,7 +199,7 @@ def test_the_checkpoint_is_that_of_transformers_with_bitsandbytes(case: str, tmp
     peer.save_pretrained(tmp_path / "peer")
     ran = weightmill(
         "run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", f"quant={table}",
-        "source.unit_mb=0.3", *([] if table == "int8" else [f"quant.double_quant={str(double).lower()}"]),
+        "unit_mb=0.3", *([] if table == "int8" else [f"quant.double_quant={str(double).lower()}"]),
     )  # fmt: skip
     assert ran.status == 0, ran.err
 

@@ -253,7 +253,7 @@ def test_the_checkpoint_is_that_of_compressed_tensors_and_loads(
 ) -> None:
     source, out = sources[model], tmp_path / "out"
     ran = weightmill(
-        "run", f"model.path={source}", f"output.path={out}", f"quant={preset}", "source.unit_mb=0.3", "format=json"
+        "run", f"model.path={source}", f"output.path={out}", f"quant={preset}", "unit_mb=0.3", "format=json"
     )
     assert ran.status == 0, ran.err
     ours, theirs = stored(out), peers_tensors(stored(source), preset)

@@ -178,7 +178,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def made(weightmill: Any, source: Path, out: Path, *settings: str) -> Path:
-    ran = weightmill("run", f"model.path={source}", f"output.path={out}", "source.unit_mb=1", *settings)
+    ran = weightmill("run", f"model.path={source}", f"output.path={out}", "unit_mb=1", *settings)
     assert ran.status == 0, ran.err
     [file] = sorted(out.glob("*.gguf"))[:1]
     return file

@@ -284,7 +284,7 @@ def test_the_checkpoint_is_that_of_mlx_lm(case: str, tmp_path: Path, weightmill:
     config = write_model(tmp_path / "source", kind, **made)
     model = theirs(tmp_path / "source", tmp_path / "peer", config, **settings)
     ran = weightmill(
-        "run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", *arguments, "source.unit_mb=0.2"
+        "run", f"model.path={tmp_path / 'source'}", f"output.path={tmp_path / 'out'}", *arguments, "unit_mb=0.2"
     )
     assert ran.status == 0, ran.err
     check_same(tmp_path / "out", tmp_path / "peer", model)

@@ -68,12 +68,12 @@ def test_paths_are_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.quick
 def test_all_faults_are_told_at_once_with_their_place() -> None:
-    found = problems_of("quant=nf5", "qunat=fp4", "source.unit_mb=-1", "+x=1", "verify.allow_nonfinite=maybe", "loose")
+    found = problems_of("quant=nf5", "qunat=fp4", "unit_mb=-1", "+x=1", "verify.allow_nonfinite=maybe", "loose")
     assert len(found) == 6
     text = "\n".join(found)
     assert "quant: unknown choice 'nf5'; did you mean 'nf4'?" in text
     assert "qunat: unknown key; did you mean 'quant'?" in text
-    assert "source.unit_mb: input should be greater than 0; found -1" in text
+    assert "unit_mb: input should be greater than 0; found -1" in text
     assert "x: unknown key" in text
     assert "verify.allow_nonfinite: input should be a valid boolean" in text
     assert "loose: expected key=value" in text

@@ -24,7 +24,7 @@ MARK = "WEIGHTMILL_TEST_MARK"
 
 
 def arguments(source: Path, out: Path) -> list[str]:
-    return [f"model.path={source}", f"output.path={out}", "tracking=none", "source.unit_mb=0.05"]
+    return [f"model.path={source}", f"output.path={out}", "tracking=none", "unit_mb=0.05"]
 
 
 def start_job(source: Path, out: Path, *extra: str, mark: str) -> subprocess.Popen[str]:
@@ -57,7 +57,7 @@ def test_a_sweep_on_ray_writes_what_this_process_writes_and_stops_at_the_gate_as
 ) -> None:
     source = write_checkpoint(tmp_path / "source", shards=2)
     process = start("-m", "jobs.run", "-m", f"model.path={source}", f"output.root={tmp_path / 'o'}", "tracking=none",
-                    "source.unit_mb=0.05", "cluster=ray", "verify.max_relative_error=null,0.001",
+                    "unit_mb=0.05", "cluster=ray", "verify.max_relative_error=null,0.001",
                     environment={MARK: "sweep"})  # fmt: skip
     said, err = process.communicate(timeout=600)
     assert process.returncode == 1, err
@@ -126,7 +126,7 @@ def test_an_interrupt_leaves_no_process_and_no_half_file(
 
     source = write_checkpoint(tmp_path / "source", shards=2)
     mark = f"stop{int(number)}"
-    process = start_job(source, tmp_path / "out", "cluster=ray", "source.unit_mb=0.001", mark=mark)
+    process = start_job(source, tmp_path / "out", "cluster=ray", "unit_mb=0.001", mark=mark)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if any(list((j / "records").glob("*.json")) for j in find_journals(tmp_path)):
@@ -138,7 +138,7 @@ def test_an_interrupt_leaves_no_process_and_no_half_file(
     assert wait_until_gone(mark) == []
     [journal] = find_journals(tmp_path)
     assert list((journal / "parts").iterdir()) == []
-    ran = weightmill("run", *arguments(source, tmp_path / "out"), "cluster=local", "source.unit_mb=0.001")
+    ran = weightmill("run", *arguments(source, tmp_path / "out"), "cluster=local", "unit_mb=0.001")
     assert ran.status == 0, ran.err
 
 

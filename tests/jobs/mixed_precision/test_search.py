@@ -37,7 +37,7 @@ def test_a_mix_keeps_to_its_budget_and_needs_no_second_measuring(
         return honest(self, *given)
 
     monkeypatch.setattr(MeasuringTask, "run", counting)
-    given = (*AUTO, f"model.path={source}", f"output.root={tmp_path}/r", "source.unit_mb=0.1")
+    given = (*AUTO, f"model.path={source}", f"output.root={tmp_path}/r", "unit_mb=0.1")
     planned = weightmill("plan", *given, "quant.target_bits=5")
     assert planned.status == 0
     assert "will measure 16 tensors" in planned.out
@@ -70,7 +70,7 @@ def test_measuring_goes_on_where_it_was(
             raise KeyboardInterrupt
         return honest(self, *given)
 
-    given = (*AUTO, f"model.path={source}", f"output.root={tmp_path}/r", "source.unit_mb=0.02", "quant.target_bits=5")
+    given = (*AUTO, f"model.path={source}", f"output.root={tmp_path}/r", "unit_mb=0.02", "quant.target_bits=5")
     with monkeypatch.context() as patch:
         patch.setattr(MeasuringTask, "run", failing)
         assert weightmill("run", *given, "cluster.units_at_once=1", "output.path=a").status == 130

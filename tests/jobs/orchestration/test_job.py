@@ -52,7 +52,7 @@ REPORT = "weightmill.json"
 
 @pytest.mark.quick
 def test_the_output_is_right_by_an_independent_decoder(source: Path, tmp_path: Path, weightmill: Any) -> None:
-    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "source.unit_mb=0.05")
+    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "unit_mb=0.05")
     assert ran.status == 0, ran.err
     originals, written = read_safetensors(source), read_safetensors(tmp_path / "out")
     for name, raw in originals.items():
@@ -65,7 +65,7 @@ def test_the_output_is_right_by_an_independent_decoder(source: Path, tmp_path: P
 
 def test_index_config_and_aux_files_are_as_an_engine_wants_them(source: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
-    assert weightmill("run", f"model.path={source}", f"output.path={out}", "source.unit_mb=0.05").status == 0
+    assert weightmill("run", f"model.path={source}", f"output.path={out}", "unit_mb=0.05").status == 0
     index = json.loads((out / "model.safetensors.index.json").read_text())
     written = read_safetensors(out)
     assert set(index["weight_map"]) == set(written)
@@ -88,7 +88,7 @@ def test_index_config_and_aux_files_are_as_an_engine_wants_them(source: Path, tm
 )  # fmt: skip
 def test_the_plan_is_what_the_run_writes(settings: str, source: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
-    given = (f"model.path={source}", f"output.path={out}", *settings.split(), "source.unit_mb=0.05")
+    given = (f"model.path={source}", f"output.path={out}", *settings.split(), "unit_mb=0.05")
     planned = weightmill("plan", *given, "format=json").document
     assert not out.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "source"]
@@ -183,7 +183,7 @@ def test_the_bytes_do_not_depend_on_threads_units_at_once_or_strategy(
         ]
     ):
         out = tmp_path / f"out{number}"
-        ran = weightmill("run", f"model.path={source}", f"output.path={out}", "source.unit_mb=0.05", *extra)
+        ran = weightmill("run", f"model.path={source}", f"output.path={out}", "unit_mb=0.05", *extra)
         assert ran.status == 0, ran.err
         report = json.loads((out / REPORT).read_text())
         del report["run"]
@@ -194,7 +194,7 @@ def test_the_bytes_do_not_depend_on_threads_units_at_once_or_strategy(
 @pytest.mark.quick
 def test_the_report_says_what_was_done(source: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
-    ran = weightmill("run", f"model.path={source}", f"output.path={out}", "source.unit_mb=0.05", "format=json")
+    ran = weightmill("run", f"model.path={source}", f"output.path={out}", "unit_mb=0.05", "format=json")
     report = json.loads((out / REPORT).read_text())
     assert {key: ran.document[key] for key in report} == report
     assert report["format"] == FORMAT

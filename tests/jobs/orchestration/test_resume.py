@@ -29,7 +29,7 @@ def comparable(out: Path) -> tuple[dict[str, bytes], Any]:
 
 
 def arguments(source: Path, out: Path) -> list[str]:
-    return [f"model.path={source}", f"output.path={out}", "source.unit_mb=0.02", "quant.double_quant=true"]
+    return [f"model.path={source}", f"output.path={out}", "unit_mb=0.02", "quant.double_quant=true"]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_a_sweep_names_its_jobs_sums_up_and_leaves_no_folder(tmp_path: Path, sou
 
 
 REPORT = "weightmill.json"
-UNITS = "source.unit_mb=0.05"  # several of them
+UNITS = "unit_mb=0.05"  # several of them
 QUANTS = ("nf4", "mlx_int4", "hqq4")
 
 
@@ -94,7 +94,7 @@ def test_killed_in_the_middle_only_what_is_missing_is_done(source: Path, tmp_pat
         "u.run_unit = run\n"
         "from jobs.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["-m", *given(source, root, quants), "source.unit_mb=0.02", "tracking=none", "cluster.units_at_once=1"]
+    arguments = ["-m", *given(source, root, quants), "unit_mb=0.02", "tracking=none", "cluster.units_at_once=1"]
     process = start("-c", slow, "run", *arguments)
     try:
         deadline = time.monotonic() + 60
@@ -114,7 +114,7 @@ def test_killed_in_the_middle_only_what_is_missing_is_done(source: Path, tmp_pat
     [read] = ran.document["passes"]
     assert 0 < read["bytes_read"] < read["source_bytes"]
     assert [Path(job["output"]).name for job in ran.document["jobs"]] == [f"source-{q}" for q in quants[6:].split(",")]
-    assert weightmill("run", "-m", *given(source, tmp_path / "whole", quants), "source.unit_mb=0.02").status == 0
+    assert weightmill("run", "-m", *given(source, tmp_path / "whole", quants), "unit_mb=0.02").status == 0
     assert outputs(root) == outputs(tmp_path / "whole")
 
 

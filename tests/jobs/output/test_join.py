@@ -25,7 +25,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def arguments(model: Path, out: Path) -> list[str]:
-    return [f"model.path={model}", f"output.path={out}", "source.unit_mb=0.02", "quant=gguf_q8_0"]
+    return [f"model.path={model}", f"output.path={out}", "unit_mb=0.02", "quant=gguf_q8_0"]
 
 
 @pytest.mark.quick
@@ -48,7 +48,7 @@ def test_the_units_do_not_change_the_tensors(model: Path, tmp_path: Path, weight
     found = []
     for unit_mb in (0.02, 0.05, 1000):
         out = tmp_path / f"out{unit_mb}"
-        assert weightmill("run", *arguments(model, out), f"source.unit_mb={unit_mb}").status == 0
+        assert weightmill("run", *arguments(model, out), f"unit_mb={unit_mb}").status == 0
         found.append((out / "model-Q8_0.gguf").read_bytes())
     assert found[0] == found[1] == found[2]
 

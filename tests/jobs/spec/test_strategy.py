@@ -89,7 +89,7 @@ def test_units_with_weights_of_priority_run_first(
         return run(self, tasks, on_bytes)
 
     monkeypatch.setattr(LocalCluster, "run", noted)
-    given = ("source.unit_mb=0.001", "strategy=streaming", "strategy.priority_weights=[model.layers.1,lm_head]")
+    given = ("unit_mb=0.001", "strategy=streaming", "strategy.priority_weights=[model.layers.1,lm_head]")
     ran = weightmill("run", *QUICK, f"model.path={source}", f"output.path={tmp_path / 'out'}", *given)
     assert ran.status == 0, ran.err
     ranks = [0 if "layers.1." in name else 1 if "lm_head" in name else 2 for name in made]

@@ -44,7 +44,7 @@ def run(store: Path, weightmill: Any, source: Path, out: Path, *extra: str) -> t
 
 @pytest.mark.quick
 def test_a_run_holds_everything(store: Path, source: Path, tmp_path: Path, weightmill: Any) -> None:
-    ran, found = run(store, weightmill, source, tmp_path / "whole", "format=json", "source.unit_mb=0.05")
+    ran, found = run(store, weightmill, source, tmp_path / "whole", "format=json", "unit_mb=0.05")
     assert ran.status == 0, ran.err
     assert found.info.status == "FINISHED"
     assert found.info.run_id in ran.document["tracked"]

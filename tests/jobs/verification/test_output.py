@@ -32,7 +32,7 @@ OTHER = "model.layers.0.mlp.gate_proj.weight"
 
 @pytest.fixture
 def out(source: Path, tmp_path: Path, weightmill: Any) -> Path:
-    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "source.unit_mb=0.05")
+    ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "unit_mb=0.05")
     assert ran.status == 0, ran.err
     return tmp_path / "out"
 

@@ -206,7 +206,7 @@ Q = "model.layers.0.self_attn.q_proj"
 def test_a_weight_that_is_not_whole_is_an_error(
     quant: str, change: Any, arguments: dict[str, Any], said: str, quantized: Any, weightmill: Any
 ) -> None:
-    folder = quantized(quant, *(("quant.group_size=32",) if quant.startswith("w4") else ()), "source.unit_mb=100")
+    folder = quantized(quant, *(("quant.group_size=32",) if quant.startswith("w4") else ()), "unit_mb=100")
     rewrite(folder, change, **arguments)
     ran = plain(folder, weightmill)
     assert ran.status == 1 or ran.status == 2
@@ -214,7 +214,7 @@ def test_a_weight_that_is_not_whole_is_an_error(
 
 
 def test_one_scale_for_a_tensor_is_read_and_what_belongs_to_it_goes(quantized: Any, weightmill: Any) -> None:
-    folder = quantized("fp8_dynamic", "source.unit_mb=100")
+    folder = quantized("fp8_dynamic", "unit_mb=100")
 
     def change(tensors: dict[str, Raw]) -> None:
         for name in [n for n in tensors if n.endswith("weight_scale")]:

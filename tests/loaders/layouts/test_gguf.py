@@ -21,7 +21,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def arguments(model: Path, out: Path) -> list[str]:
-    return [f"model.path={model}", f"output.path={out}", "source.unit_mb=0.02", "quant=gguf_q8_0"]
+    return [f"model.path={model}", f"output.path={out}", "unit_mb=0.02", "quant=gguf_q8_0"]
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -45,7 +45,7 @@ def test_hqqs_one_file_is_planned_to_the_byte(source: Path, tmp_path: Path, weig
         f"model.path={source}",
         f"output.path={tmp_path / 'out'}",
         "quant=hqq4",
-        "source.unit_mb=0.05",
+        "unit_mb=0.05",
         "format=json",
     )
     assert ran.status == 0, ran.err
@@ -62,7 +62,7 @@ def test_the_units_do_not_change_hqqs_one_file(source: Path, tmp_path: Path, wei
     found = []
     for unit_mb in (0.02, 1000):
         out = tmp_path / f"out{unit_mb}"
-        ran = weightmill("run", f"model.path={source}", f"output.path={out}", "quant=hqq4", f"source.unit_mb={unit_mb}")
+        ran = weightmill("run", f"model.path={source}", f"output.path={out}", "quant=hqq4", f"unit_mb={unit_mb}")
         assert ran.status == 0, ran.err
         with zipfile.ZipFile(out / "qmodel.pt") as archive:
             assert archive.testzip() is None
@@ -114,7 +114,7 @@ def test_pytorch_files_hold_what_safetensors_files_hold(
     for container in ("safetensors", "pytorch"):
         ran = weightmill(
             "run", f"model.path={source}", f"output.path={tmp_path / container}", f"quant={quant}", *double,
-            f"output.container={container}", "source.unit_mb=0.05",
+            f"output.container={container}", "unit_mb=0.05",
         )  # fmt: skip
         assert ran.status == 0, ran.err
     assert weightmill("verify", f"output.path={tmp_path / 'pytorch'}").status == 0

@@ -49,9 +49,7 @@ def model(tmp_path: Path) -> Path:
 
 def run(weightmill: Any, model: Path, out: Path, *settings: str) -> Any:
     """A job that has to succeed."""
-    ran = weightmill(
-        "run", f"model.path={model}", f"output.path={out}", "source.unit_mb=0.02", *settings, "format=json"
-    )
+    ran = weightmill("run", f"model.path={model}", f"output.path={out}", "unit_mb=0.02", *settings, "format=json")
     assert ran.status == 0, ran.err
     return ran.document
 
@@ -83,7 +81,7 @@ def test_plain_weights_come_back_byte_for_byte(kind: str, tmp_path: Path, weight
 @pytest.mark.parametrize("quant", ["none", "mlx_int8"])
 def test_the_plan_knows_every_file_to_the_byte(quant: str, model: Path, tmp_path: Path, weightmill: Any) -> None:
     out = tmp_path / "out"
-    arguments = [f"model.path={model}", f"output.path={out}", f"quant={quant}", "output=packed", "source.unit_mb=0.02"]
+    arguments = [f"model.path={model}", f"output.path={out}", f"quant={quant}", "output=packed", "unit_mb=0.02"]
     planned = weightmill("plan", *arguments, "format=json").document
     report = run(weightmill, model, out, f"quant={quant}", "output=packed")
     files = {file["name"]: file["bytes"] for file in planned["output"]["files"]}
@@ -268,7 +266,7 @@ def test_a_job_goes_on_where_it_was(
             raise ValueError("a bug")
         return honest(task, on_bytes, stop)
 
-    arguments = [f"model.path={model}", f"output.path={tmp_path / 'out'}", "source.unit_mb=0.02", *settings]
+    arguments = [f"model.path={model}", f"output.path={tmp_path / 'out'}", "unit_mb=0.02", *settings]
     with monkeypatch.context() as patch:
         patch.setattr(jobs.execution.unit, "run_unit", failing)
         with pytest.raises(ValueError, match="a bug"):
@@ -292,7 +290,7 @@ def test_killed_in_the_middle_the_output_is_the_same_and_nothing_is_twice_on_the
         "j.Journal.add = a\n"
         "import sys; from jobs.run import main; sys.exit(main())"
     )
-    given = ("tracking=none", "cluster=local", f"model.path={model}", f"output.path={out}", "source.unit_mb=0.02")
+    given = ("tracking=none", "cluster=local", f"model.path={model}", f"output.path={out}", "unit_mb=0.02")
     process = start("-c", slow, *given, *settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:

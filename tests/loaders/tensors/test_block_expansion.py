@@ -149,7 +149,7 @@ def test_an_interrupted_expansion_goes_on_to_the_same_bytes(
     tmp_path: Path, weightmill: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny(tmp_path / "m")
-    given = (f"model.path={source}", *EXPAND, "transform.num_blocks=2", "quant=nf4", "source.unit_mb=0.02")
+    given = (f"model.path={source}", *EXPAND, "transform.num_blocks=2", "quant=nf4", "unit_mb=0.02")
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert weightmill("run", *given, f"output.path={whole}").status == 0
     honest, begun = jobs.execution.unit.run_unit, []
