@@ -25,12 +25,9 @@ def act(spec: InspectSpec) -> Said:
     """Inspect."""
     from jobs.report.checkpoint import checkpoint_document, checkpoint_text
     from loaders.checkpoints.checkpoint import open_checkpoint
-    from loaders.errors import BadSpec
     from loaders.tensors.sources import tensors_of
 
-    if spec.model.path is None:
-        raise BadSpec(f"model.path: missing; give the folder that holds {spec.model.hub_id}")
-    checkpoint = open_checkpoint(spec.model.path, spec.source.container)
+    checkpoint = open_checkpoint(spec.model.address, spec.source.container)
     document = checkpoint_document(checkpoint, tensors_of(checkpoint, decode=True))
     return Said(document, checkpoint_text(document, all_tensors=spec.tensors == "all"))
 

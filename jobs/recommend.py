@@ -49,12 +49,9 @@ def act(spec: RecommendSpec) -> Said:
 
     from jobs.report.tables import size, table
     from loaders.checkpoints.checkpoint import open_checkpoint
-    from loaders.errors import BadSpec
     from loaders.loading.recommend import get_recommended_loader_config
 
-    if spec.model.path is None:
-        raise BadSpec(f"model.path: missing; give the folder that holds {spec.model.hub_id}")
-    checkpoint = open_checkpoint(spec.model.path, spec.source.container)
+    checkpoint = open_checkpoint(spec.model.address, spec.source.container)
     found = get_recommended_loader_config(
         checkpoint, spec.backend.kind, spec.backend.memory_gb, context_tokens=spec.context_tokens
     )

@@ -63,7 +63,10 @@ def _make_absolute(spec: type[BaseModel], values: Any, place: str = "") -> list[
         for model in at_field(field.annotation):
             problems += _make_absolute(model, value, f"{path}.")
         kind = next((each for each in _markers(field) if isinstance(each, PathValue)), None)
-        if kind is None or not isinstance(value, str) or value in ("", MISSING, *kind.words):
+        if kind is None or not isinstance(value, str) or value in (MISSING, *kind.words):
+            continue
+        if not value:
+            problems.append(f"{path}: expected a path, found an empty one")
             continue
         if value == "demo://":
             values[name] = str(DEMO)

@@ -84,10 +84,8 @@ def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
 
 
 def _choices(spec: JobSpec, quant: AutoQuant) -> Choices:
-    if spec.model.path is None:
-        raise BadSpec(f"model.path: missing; give the folder that holds {spec.model.hub_id}")
     kernels_of(backend_of(spec)[0])
-    return choices_of(spec, quant, open_checkpoint(spec.model.path, spec.source.container))
+    return choices_of(spec, quant, open_checkpoint(spec.model.address, spec.source.container))
 
 
 def _folder(spec: JobSpec) -> Path:

@@ -28,6 +28,7 @@ from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
 from loaders.storage import open_store
+from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
 from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader
@@ -67,7 +68,7 @@ class Planned:
 
 
 def plan_job(
-    spec: JobSpec, opened: Callable[[str, str], Checkpoint] = open_checkpoint, *, again: bool = False
+    spec: JobSpec, opened: Callable[[Address, str], Checkpoint] = open_checkpoint, *, again: bool = False
 ) -> Planned:
     """Everything cheap: headers, rules, sizes, the output's place. Nothing is written.
 
@@ -81,19 +82,14 @@ def plan_job(
     check_place(spec, output)
     if not again:
         check_free(spec, output)
-    if spec.model.path is None:
-        raise BadSpec(
-            f"model.path: missing; fetch {spec.model.hub_id} into a folder (hf download {spec.model.hub_id}"
-            " --local-dir DIR) and give model.path=DIR: reading from the Hub is not built yet"
-        )
     target = target_of(spec)
     kernels_of(backend_of(spec)[0])
-    checkpoint = opened(spec.model.path, spec.source.container)
+    checkpoint = opened(spec.source_address, spec.source.container)
     plan = make_plan(checkpoint, [target], spec.unit_mb)
     made = plan.targets[TARGET]
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
-    assert planned.strategy  # which may be refused
+    _ = planned.strategy  # which may be refused
     if again and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)
     if again:

@@ -19,10 +19,9 @@ def check_output(spec: JobSpec) -> None:
 
 def check_place(spec: JobSpec, output: Address) -> None:
     """Raises BadSpec: the output and the source, or another output, lie in one another."""
-    if spec.model.path is not None:
-        source, real = spec.source_address.real, output.real
-        if source == real or source in real.parents or real in source.parents:
-            raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
+    source, real = spec.source_address.real, output.real
+    if source == real or source in real.parents or real in source.parents:
+        raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
     around = next((above for above in output.parents if open_store(above).find(OUR_REPORT) is not None), None)
     if around is not None:
         raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")

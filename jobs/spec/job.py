@@ -15,6 +15,7 @@ from jobs.spec.base import FloatName, Format, LocalPath, Location, Spec
 from jobs.spec.strategy import StrategySpec
 from loaders.architectures.families import ROLES
 from loaders.dtypes import DTYPES
+from loaders.errors import BadSpec
 from loaders.presets.auto import QuantSpec
 from loaders.presets.settings import Quant
 from loaders.rules.rule import Rule
@@ -36,6 +37,22 @@ class ModelSpec(Spec):
     path: Location | None = Field(description="the folder of the checkpoint")
     hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
     revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
+
+    @property
+    def address(self) -> Address:
+        """Where the checkpoint is.
+
+        Raises:
+            BadSpec: that was not said.
+        """
+        if self.path is not None:
+            return Address.of(self.path)
+        if self.hub_id is None:
+            raise BadSpec("model.path: missing; give model.path=DIR, the folder of the checkpoint")
+        raise BadSpec(
+            f"model.path: missing; fetch {self.hub_id} into a folder (hf download {self.hub_id} --local-dir DIR) and"
+            " give model.path=DIR: reading from the Hub is not built yet"
+        )
 
     @field_validator("name")
     @classmethod
@@ -288,8 +305,7 @@ class JobSpec(Spec):
 
     @property
     def source_address(self) -> Address:
-        assert self.model.path is not None
-        return Address.of(self.model.path)
+        return self.model.address
 
     @property
     def model_name(self) -> str:

@@ -24,6 +24,8 @@ class Address:
         if isinstance(where, Address):
             return where
         text = os.fspath(where)
+        if not text:
+            raise BadSpec("expected a path, found an empty one")
         if text.startswith(f"{LOCAL}://"):
             text = text.removeprefix(f"{LOCAL}://")
         return Address(text.rstrip("/") or "/")
