@@ -21,7 +21,7 @@ from jobs.spec.job import LogitsSpec
 from loaders.architectures.families import text_config
 from loaders.backends.machine import total_memory
 from loaders.checkpoints.checkpoint import READS_FOLDERS, open_checkpoint
-from loaders.errors import BadSpec, StorageError, VerifyFailed
+from loaders.errors import BadSpec, StorageError, VerifyFailed, setting
 from loaders.storage.address import Address
 from loaders.storage.base import Destination, Store
 from loaders.storage.hashes import text_digest
@@ -69,7 +69,9 @@ def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address
     try:
         return _planned(spec, plan, target, output)
     except BadSpec as error:
-        raise BadSpec([f"{problem}; verify=strict judges the weights alone" for problem in error.problems]) from None
+        cannot = f"{setting('evaluate')}: "
+        said = [f"{p}; or verify=strict, which runs nothing" if p.startswith(cannot) else p for p in error.problems]
+        raise BadSpec(said) from None
 
 
 def _planned(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:

@@ -119,14 +119,14 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     empty.write_text(" \n")
     binary.write_bytes(b"ab\xff\xfe")
     for path, said in (
-        (short, r"expected at least 254 tokens, two windows of verify.window=128, found \d+ in .*short.txt"),
+        (short, r"expected at least 254 tokens, two windows of window=128, found \d+ in .*short.txt"),
         (empty, "is empty"),
         (binary, r"is not UTF-8 text \(byte 2\)"),
         (tmp_path / "none.txt", "cannot read .*none.txt: No such file"),
     ):
         with pytest.raises(BadSpec, match=said):
             evaluating.read_windows(demo, path, window=128)
-    with pytest.raises(BadSpec, match=r"verify.window: 1024 tokens, but the model has 512 positions"):
+    with pytest.raises(BadSpec, match=r"window: 1024 tokens, but the model has 512 positions"):
         evaluating.read_windows(demo, window=1024)
     masked = open_checkpoint(causal(tmp_path / "masked", model_type="bert", architectures=["BertForMaskedLM"]))
     with pytest.raises(BadSpec, match=r"is no causal language model of transformers \(model_type 'bert'"):
