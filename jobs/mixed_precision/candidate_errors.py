@@ -127,7 +127,7 @@ class MeasuringTask:
         importances = self.importances.get(encoding.tensor.name)
         if importances is None:
             return Loss(error, None)
-        ordered, numbers = [_reordered(each, encoding.order) for each in importances], encoder.numbers(encoding)
+        ordered, numbers = [reordered(each, encoding.order) for each in importances], encoder.numbers(encoding)
         return Loss(error, weighted_error(numbers, encoding.scheme, encoding.spec, parts, ordered, work))
 
 
@@ -140,7 +140,7 @@ class MeasuringReport:
     attempts: int = 1
 
 
-def _reordered(importance: Importance, order: RowOrder | None) -> Importance:
+def reordered(importance: Importance, order: RowOrder | None) -> Importance:
     """As `loaders.tensors.views.ReorderedView` orders rows."""
     if order is None:
         return importance

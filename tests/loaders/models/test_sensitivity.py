@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.mixed_precision.candidate_errors import _reordered
+from jobs.mixed_precision.candidate_errors import reordered
 from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
 from loaders.dtypes import dtype_named
@@ -108,4 +108,4 @@ def test_rows_matter_in_the_consumers_order(inverse: bool) -> None:
     rows = np.arange(24, dtype=np.float32)
     order = RowOrder(8, inverse)
     seen = ReorderedView(Held(np.repeat(rows[:, None], 3, 1)), order).read(0, 72).reshape(24, 3)[:, 0]
-    np.testing.assert_array_equal(_reordered(Importance(rows, rows), order).rows, seen)
+    np.testing.assert_array_equal(reordered(Importance(rows, rows), order).rows, seen)
