@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from jobs.output.journal import Journal, TensorRecord, Written
+from jobs.output.journal import Journal, Written, WrittenTensor
 from jobs.planning.plan import Placement, UnitOutput
 from loaders.backends.scratch import Scratch
 from loaders.clock import Clock
@@ -14,15 +13,6 @@ from loaders.containers.base import Places
 from loaders.containers.read_back import hash_in_order, place_of
 from loaders.containers.writer import Piece, TensorSink
 from loaders.specs import OutputFile, Slot
-from loaders.stats import ErrorSums
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredTensor:
-    """One tensor, encoded and measured."""
-
-    placement: Placement
-    error: ErrorSums
 
 
 class PartFiles:
@@ -38,13 +28,13 @@ class PartFiles:
         self._clock = clock
         self._scratch = scratch  # one for all files of a unit: their buffers take turns
         self._pieces: dict[str, dict[Piece, str]] = {}
-        slots = [slot for placement in output.placements for slot in placement.slots.values()]
+        self._slots = [slot for placement in output.placements for slot in placement.slots.values()]
         self._files: list[PartFile] = []
         self._writers: dict[str, ShardWriter] = {}
         try:
             for number, file in enumerate(output.files):
                 own = {slot.name for slot in file.slots}
-                mine = [slot for slot in slots if (slot.within or (slot.name,))[0] in own]
+                mine = [slot for slot in self._slots if (slot.within or (slot.name,))[0] in own]
                 self._files.append(PartFile(journal, f"{name}.{number}", file, mine, clock, in_place=in_place))
                 self._writers |= {slot.name: self._files[-1].writer for slot in mine}
         except BaseException:
@@ -57,8 +47,9 @@ class PartFiles:
         self._pieces.update(sink.pieces)
         return sink
 
-    def finish(self, measured: Sequence[MeasuredTensor]) -> tuple[tuple[Written, ...], tuple[TensorRecord, ...]]:
-        """Make the files whole and durable and move them among the finished ones: what they are, and their tensors.
+    def finish(self) -> tuple[tuple[Written, ...], Mapping[str, WrittenTensor]]:
+        """Make the files whole and durable and move them among the finished ones: what they are, and what is in them,
+        by the stored tensors' names.
 
         Raises:
             VerifyFailed: a tensor's bytes are not those that were measured.
@@ -67,7 +58,7 @@ class PartFiles:
         hashes: dict[str, str] = {}
         with self._clock.phase("finish"):
             written = tuple(file.finish(self._pieces, places, hashes) for file in self._files)
-        return written, tuple(_tensor_record(each, places, hashes) for each in measured)
+        return written, {slot.name: _written(slot, places, hashes[slot.name]) for slot in self._slots}
 
     def abort(self) -> None:
         """Remove the files, unless they are finished."""
@@ -110,14 +101,7 @@ class PartFile:
         return Written(self._file.name, writer.size, digest, tag)
 
 
-def _tensor_record(each: MeasuredTensor, places: Places, hashes: Mapping[str, str]) -> TensorRecord:
-    encoding, stored = each.placement.encoding, {}
-    for slot in each.placement.slots.values():
-        _, size = place_of(slot, places)
-        shape = slot.shape if not slot.is_bound else (size // slot.dtype.item_bytes,)
-        stored[slot.name] = (slot.dtype.name, shape, size, hashes[slot.name])
-    tensor = encoding.tensor
-    return TensorRecord(
-        name=tensor.name, role=tensor.role, action=encoding.action, dtype=tensor.dtype.name, shape=tensor.shape,
-        source_bytes=tensor.source_bytes, stored=stored, error=each.error,
-    )  # fmt: skip
+def _written(slot: Slot, places: Places, digest: str) -> WrittenTensor:
+    _, size = place_of(slot, places)
+    shape = slot.shape if not slot.is_bound else (size // slot.dtype.item_bytes,)
+    return slot.dtype.name, shape, size, digest

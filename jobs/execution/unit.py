@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jobs.execution.part_files import MeasuredTensor, PartFiles
-from jobs.output.journal import Journal, Record, TensorRecord, Written
+from jobs.execution.part_files import PartFiles
+from jobs.output.journal import Journal, Record, TensorRecord, Written, WrittenTensor
 from jobs.planning.plan import Placement, Unit
 from jobs.planning.targets import TargetId
 from loaders.backends import leased_kernels
@@ -170,7 +170,7 @@ class TargetRun:
         self.tensors = {tensor.name: tensor for tensor in share.unit.tensors}
         self.error: Exception | None = None
         self.faults: list[tuple[float, str]] = []
-        self._measured: dict[str, MeasuredTensor] = {}
+        self._errors: dict[str, ErrorSums] = {}
         self._finished: Finished | None = None
         self._files: PartFiles | None = None
         output = share.unit.outputs[share.target]
@@ -210,7 +210,7 @@ class TargetRun:
         return self._files.tensor(placement)
 
     def measured(self, placement: Placement, error: ErrorSums) -> None:
-        self._measured[placement.name] = MeasuredTensor(placement, error)
+        self._errors[placement.name] = error
         fault = self._share.gate.fault(placement.name, error, placement.encoding.scheme)
         if fault:
             self.faults.append((error.relative_error, fault))
@@ -219,7 +219,9 @@ class TargetRun:
         """Make the files whole, unless something is wrong."""
         if self._files is not None and not self.failure:
             with self.guarded():
-                self._finished = self._files.finish([self._measured[name] for name in self.placements])
+                written, stored = self._files.finish()
+                records = (_record(p, stored, self._errors[name]) for name, p in self.placements.items())
+                self._finished = written, tuple(records)
 
     @property
     def failure(self) -> str:
@@ -259,6 +261,14 @@ class TargetRun:
     def abort(self) -> None:
         if self._files is not None:
             self._files.abort()
+
+
+def _record(placement: Placement, stored: Mapping[str, WrittenTensor], error: ErrorSums) -> TensorRecord:
+    encoding, tensor = placement.encoding, placement.encoding.tensor
+    mine = {slot.name: stored[slot.name] for slot in placement.slots.values()}
+    return TensorRecord(
+        tensor.name, tensor.role, encoding.action, tensor.dtype.name, tensor.shape, tensor.source_bytes, mine, error
+    )
 
 
 class UnitPass:

@@ -26,11 +26,12 @@ from loaders.storage.base import Entry
 LEFT_OUT = "failed"
 PENDING = "published.json"
 LOGITS = ".logits.weightmill"  # beside outputs: what their originals compute, for verify=logits
+WrittenTensor = tuple[str, tuple[int, ...], int, str]  # its dtype, shape, bytes, xxh3-64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRecord:
-    """What became of one tensor. `stored` maps the written tensors' names to (dtype, shape, bytes, xxh3-64)."""
+    """What became of one tensor. `stored` are the tensors that were written of it, by name."""
 
     name: str
     role: str
@@ -38,7 +39,7 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
     source_bytes: int
-    stored: Mapping[str, tuple[str, tuple[int, ...], int, str]]
+    stored: Mapping[str, WrittenTensor]
     error: ErrorSums
 
     @property
