@@ -7,8 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import numpy as np
-
 from loaders.backends.scratch import Scratch
 from loaders.errors import WeightmillError
 from loaders.quantization.kernels import Kernels
@@ -32,13 +30,10 @@ class ThreadedWork:
 
     def __init__(self, kernels: Kernels, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
         self.kernels = kernels
+        self.array = Scratch().array
         self._pool = pool
         self._stop = stop
-        self._scratch = Scratch()
         self._inside = threading.local()
-
-    def array(self, name: str, count: int, dtype: Any) -> np.ndarray:
-        return self._scratch.array(name, count, dtype)
 
     def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
         step = -(-RANGE // align) * align
