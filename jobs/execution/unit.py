@@ -267,8 +267,9 @@ def _record(placement: Placement, stored: Mapping[str, WrittenTensor], error: Er
     encoding, tensor = placement.encoding, placement.encoding.tensor
     mine = {slot.name: stored[slot.name] for slot in placement.slots.values()}
     return TensorRecord(
-        tensor.name, tensor.role, encoding.action, tensor.dtype.name, tensor.shape, tensor.source_bytes, mine, error
-    )
+        name=tensor.name, role=tensor.role, action=encoding.action, dtype=tensor.dtype.name, shape=tensor.shape,
+        source_bytes=tensor.source_bytes, stored=mine, error=error,
+    )  # fmt: skip
 
 
 class UnitPass:
