@@ -44,8 +44,8 @@ def marked(mark: str) -> list[str]:
 
 
 def wait_until_gone(mark: str) -> list[str]:
-    """What is left of the processes with a mark, once they had ten seconds to end."""
-    deadline = time.monotonic() + 10
+    """What is left of the processes with a mark, once they had half a minute to end: Ray's agents look now and then."""
+    deadline = time.monotonic() + 30
     while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     return marked(mark)
