@@ -1,4 +1,4 @@
-"""Time kernels and loading beside installed libraries, whole jobs, a sweep, a GPU, quant=auto."""
+"""Benchmark kernels, loading, jobs, sweeps, GPUs and quant=auto against their alternatives: python -m jobs.bench."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from jobs.spec.job import TrackingSpec
 
 
 class BenchModel(Spec):
-    """Whose files are read."""
+    """The checkpoint that is read."""
 
-    path: LocalPath | None = Field(description="loaders, load, sweep, budget, gpu: whose; null: a random Llama's")
+    path: LocalPath | None = Field(
+        description="loaders, load, sweep, budget, gpu: the checkpoint's folder; null: a random Llama"
+    )
 
 
 class BenchOutput(Spec):
-    """Where what is found is kept."""
+    """The folder of the results."""
 
     root: LocalPath = Field(description="loaders: the folder of the plot, and of the tracking store")
 
 
 class BenchSpec(Spec):
-    """What to time."""
+    """The settings of `bench`."""
 
     what: Literal["kernels", "job", "loaders", "load", "sweep", "budget", "gpu"] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
@@ -49,22 +51,22 @@ class BenchSpec(Spec):
     quants: tuple[str, ...] = Field(description="sweep: the schemes")
     rate: float | None = Field(
         gt=0,
-        description="sweep: MB/s that the disk gives at most, held by the kernel (root on Linux); null: all it has",
+        description="sweep: MB/s to which the kernel limits reads from the disk (root on Linux); null: no limit",
     )
     peer: str | None = Field(description="job: another tool's command with {source} and {output}")
     folder: LocalPath | None = Field(description="where outputs and the random Llama are written and removed again")
     strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
     cold: bool = Field(description="loaders: time reading without the page cache, too")
-    engine: Literal["mlx", "gguf"] = Field(description="budget: whose schemes are mixed")
+    engine: Literal["mlx", "gguf"] = Field(description="budget: the engine whose schemes are mixed")
     text: LocalPath | None = Field(description="budget: a file of text that the model has not seen")
     calibration: Calibration | None = Field(description="budget: a text file that mixes are weighted by, or self")
     in_engine: bool = Field(description="budget: run outputs in their engine, rather than decoded in transformers")
     tokens: int = Field(ge=512, description="budget: how many tokens of the text are predicted")
     device: Literal["cuda", "mps", "cpu"] = Field(
-        description="gpu: which; cpu is torch's CPU device, to try all of it where there is no GPU"
+        description="gpu: the device; cpu is torch's CPU device, to try everything on a machine without a GPU"
     )
     parts: tuple[str, ...] = Field(
-        description="gpu: which of bytes, speed, jobs, cores, loading, models; none given: all; cores needs no GPU"
+        description="gpu: some of bytes, speed, jobs, cores, loading, models; none given: all; cores needs no GPU"
     )
     minutes: float = Field(gt=0, description="gpu: what has not begun by then is left out, which counts as failed")
     output: BenchOutput
@@ -73,7 +75,7 @@ class BenchSpec(Spec):
 
 
 def act(spec: BenchSpec) -> Said:
-    """Time."""
+    """Run the benchmark that the request names."""
     is_gpu = spec.what == "gpu"
     gb = spec.gb if spec.gb is not None else 4.0 if is_gpu else 1.0
     repeats = spec.repeats if spec.repeats is not None else 3 if is_gpu else 7

@@ -1,4 +1,4 @@
-"""Remove what interrupted jobs left beside their outputs, and kept logits: python -m jobs.clean."""
+"""Remove the journals of interrupted jobs, and cached logits: python -m jobs.clean."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from loaders.storage.address import Address
 
 
 class CleanedFolder(Spec):
-    """Where to look."""
+    """The folder or the output to clean."""
 
     root: Location = Field(description="a folder of outputs to look into")
     path: Location | None = Field(description="only what belongs to this output")
 
 
 class CleanSpec(Spec):
-    """What to clean."""
+    """The settings of `clean`."""
 
     output: CleanedFolder
     dry_run: bool = Field(description="only list")
@@ -27,7 +27,7 @@ class CleanSpec(Spec):
 
 
 def act(spec: CleanSpec) -> Said:
-    """Find journals that no process works on, and remove them."""
+    """Find the journals that no process holds, and remove them."""
     from jobs.output.leftovers import find_leftovers, leftover_document, remove
     from jobs.report.leftovers import leftovers_text
 

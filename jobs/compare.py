@@ -12,26 +12,26 @@ from jobs.spec.job import TrackingSpec
 
 
 class ComparePlace(Spec):
-    """Where runs are tracked by default, and where the comparison goes."""
+    """The folder of the default tracking store, and the folder of the comparison."""
 
     root: LocalPath = Field(description="the folder whose mlflow.db is read if tracking.uri is not given")
     path: LocalPath | None = Field(description="the comparison's folder; root / comparisons / SWEEP by default")
 
 
 class CompareSpec(Spec):
-    """What to compare."""
+    """The settings of `compare`."""
 
     sweep: str = Field(description="last, a sweep's name, or all: every run of the experiment")
     runs: tuple[str, ...] = Field(description="run ids, run names, or folders of outputs, in place of a sweep")
     filter: str = Field(description="MLflow's filter, such as metrics.`size/bits_per_weight` < 5")
-    error: str = Field(description="the metric that is set against bits a weight")
+    error: str = Field(description="the metric to compare with bits per weight")
     tracking: TrackingSpec
     output: ComparePlace
     format: Format = Field(description="text, or json: one document on standard output")
 
 
 def act(spec: CompareSpec) -> Said:
-    """Compare."""
+    """Compare the requested jobs."""
     from jobs.orchestration.compare import compare
 
     return compare(

@@ -12,7 +12,7 @@ from jobs.spec.base import Format, Location, Spec
 
 
 class DiffSpec(Spec):
-    """What to compare."""
+    """The settings of `diff`."""
 
     a: Location = Field(description="the first checkpoint: errors are relative to it")
     b: Location = Field(description="the second checkpoint")
@@ -21,7 +21,7 @@ class DiffSpec(Spec):
 
 
 def act(spec: DiffSpec) -> Said:
-    """Compare."""
+    """Compare the two checkpoints."""
     from jobs.verification.diff import compare_checkpoints
 
     return compare_checkpoints(spec.a, spec.b, all_tensors=spec.tensors == "all")

@@ -1,4 +1,4 @@
-"""Say what a checkpoint holds, from its headers: python -m jobs.inspect model.path=DIR."""
+"""Show what a checkpoint holds, from its headers: python -m jobs.inspect model.path=DIR."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.spec.job import ModelSpec, SourceSpec
 
 
 class InspectSpec(Spec):
-    """Which checkpoint, and how much of it to show."""
+    """The settings of `inspect`."""
 
     model: ModelSpec
     source: SourceSpec
@@ -22,7 +22,7 @@ class InspectSpec(Spec):
 
 
 def act(spec: InspectSpec) -> Said:
-    """Inspect."""
+    """Read the checkpoint's headers and describe them."""
     from jobs.report.checkpoint import checkpoint_document, checkpoint_text
     from loaders.checkpoints.checkpoint import open_checkpoint
     from loaders.tensors.sources import tensors_of

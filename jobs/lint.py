@@ -1,4 +1,4 @@
-"""Say what an engine will stumble over: python -m jobs.lint output.path=OUT."""
+"""Find what an engine will fail on in a checkpoint: python -m jobs.lint output.path=OUT."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jobs.spec.base import Format, Location, Spec
 
 
 class LintedFolder(Spec):
-    """What to look at."""
+    """The checkpoint to lint."""
 
     path: Location = Field(description="a checkpoint, whoever wrote it")
 
 
 class LintSpec(Spec):
-    """Which checkpoint."""
+    """The settings of `lint`."""
 
     output: LintedFolder
     format: Format = Field(description="text, or json: one document on standard output")
 
 
 def act(spec: LintSpec) -> Said:
-    """Lint."""
+    """Lint the checkpoint; the exit status is 1 if there are faults."""
     from jobs.report.tables import findings_text
     from loaders.lint import lint_at
 

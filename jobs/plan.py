@@ -1,4 +1,4 @@
-"""Say exactly what a job would do: python -m jobs.plan, with the overrides of jobs.run. Writes nothing."""
+"""Show exactly what a job would do, without writing anything: python -m jobs.plan, with the overrides of jobs.run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.spec.job import JobSpec
 
 
 class PlanSpec(JobSpec):
-    """A job, and how much of its plan to show."""
+    """The settings of `plan`: those of a job, and how much of its plan to show."""
 
     tensors: Literal["summary", "all"] = Field(default="summary", description="all lists each one")
 
@@ -28,6 +28,7 @@ def act(spec: PlanSpec) -> Said:
 
     job: JobSpec = spec
     said: list[RenderableType] = []
+    # Planning never measures: without measurements, the plan only says what the job would measure first.
     if isinstance(spec.quant, AutoQuant) and spec.quant.chosen is None:
         found, mix = search.known_mix(spec)
         if found is None:

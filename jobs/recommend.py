@@ -1,4 +1,4 @@
-"""Say what to load a model as: python -m jobs.recommend model.path=DIR backend.memory_gb=24."""
+"""Recommend a quantization that fits a memory: python -m jobs.recommend model.path=DIR backend.memory_gb=24."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from jobs.spec.job import BackendSpec, ModelSpec, SourceSpec
 if TYPE_CHECKING:
     from loaders.loading.recommend import Recommendation
 
-ENGINES = {"cuda": "vllm", "cpu": "gguf", "mlx": "mlx"}  # of quant=auto, by backend
+ENGINES = {"cuda": "vllm", "cpu": "gguf", "mlx": "mlx"}  # the engine of quant=auto by backend
 
 
 class MemorySpec(BackendSpec):
-    """conf/backend: where the model is to run."""
+    """conf/backend: the device on which the model is to run, and its memory."""
 
     memory_gb: float | None = Field(
-        gt=0, description="gigabytes (1e9 bytes) for weights and all else; null: what is free here"
+        gt=0, description="gigabytes (1e9 bytes) for weights and everything else; null: what is free here"
     )
 
 
 class MeasuredRoot(Spec):
-    """Where quant=auto keeps what it measured."""
+    """The folder of the measurements of quant=auto."""
 
     root: LocalPath = Field(description="the output.root of jobs with quant=auto, whose measurements are used")
 
 
 class RecommendSpec(Spec):
-    """Which model, and where it is to run."""
+    """The settings of `recommend`."""
 
     model: ModelSpec
     source: SourceSpec
     backend: MemorySpec
     output: MeasuredRoot
-    context_tokens: int = Field(gt=0, description="of one sequence, whose keys and values must fit beside the weights")
+    context_tokens: int = Field(
+        gt=0, description="the length of a sequence whose keys and values must fit besides the weights"
+    )
     format: Format = Field(description="text, or json: one document on standard output")
 
 
 def act(spec: RecommendSpec) -> Said:
-    """Recommend."""
+    """Recommend a preset and a strategy; the exit status is 1 if nothing fits."""
     from rich.console import Group
 
     from jobs.report.tables import size, table
@@ -76,7 +78,11 @@ def act(spec: RecommendSpec) -> Said:
 
 
 def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list[dict[str, Any]] | None, list[Any]]:
-    """What fits and loses least, where quant=auto has measured this checkpoint; else how to have it measured."""
+    """Rank what fits by measured errors, if quant=auto has measured this checkpoint; else say how to measure it.
+
+    Returns:
+        The rows, or None if nothing was measured; and the lines to show.
+    """
     from jobs.cli.compose import compose, take_apart
     from jobs.mixed_precision.search import known_within
     from jobs.report.tables import size, table
@@ -86,13 +92,15 @@ def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list
     room, engine = found.available_bytes - found.reserve_bytes, ENGINES.get(found.backend)
     if engine is None or room <= 0 or found.scheme == "none":
         return None, []
-    step = 10 ** max(0, len(str(room)) - 4)  # a budget that can be read, and no larger
+    # The budget is rounded down to four digits, for people to read.
+    step = 10 ** max(0, len(str(room)) - 4)
     words = ["quant=auto", f"quant.engine={engine}", f"quant.target_gb={math.floor(room / step) * step / 1e9:g}"]
     given = [
         f"model.path={spec.model.path}",
         f"source.container={spec.source.container}",
         f"output.root={spec.output.root}",
     ]
+    # The measurements are found by planning the job that would use them, under the settings that are given here.
     try:
         known = known_within(compose("run", JobSpec, take_apart("run", JobSpec, [*given, *words])))
     except BadSpec as error:

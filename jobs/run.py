@@ -8,14 +8,14 @@ from jobs.spec.job import JobSpec
 
 
 def act(spec: JobSpec) -> Said:
-    """Do the job."""
+    """Run one job."""
     from jobs.orchestration.source_pass import run_job
 
     return run_job(spec)
 
 
 def sweep(config: str, request: Request) -> Said:
-    """Do all jobs of a sweep, those with one source in one pass."""
+    """Run all jobs of a sweep; jobs with the same source share one pass over it."""
     from jobs.orchestration.sweep import run_sweep
 
     return run_sweep(config, request)

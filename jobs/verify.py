@@ -14,19 +14,19 @@ from loaders.storage.address import Address
 
 
 class SourcePlace(Spec):
-    """Where the source is now."""
+    """The source of the output."""
 
-    path: Location | None = Field(description="where the source is now, if it is not where it was")
+    path: Location | None = Field(description="the source's folder, if it has moved since the job")
 
 
 class OutputPlace(Spec):
-    """What to verify."""
+    """The output to verify."""
 
     path: Location = Field(description="the output to verify")
 
 
 class VerifyRequest(Spec):
-    """What to verify, against what."""
+    """The settings of `verify`."""
 
     output: OutputPlace
     model: SourcePlace
@@ -37,7 +37,7 @@ class VerifyRequest(Spec):
 
 
 def act(spec: VerifyRequest) -> Said:
-    """Verify."""
+    """Verify the output; the exit status is 1 if something is wrong."""
     from jobs.verification.output import verify_output
 
     return verify_output(Address.of(spec.output.path), spec.model.path, spec.cluster, spec.strategy, spec.verify)

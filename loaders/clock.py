@@ -1,4 +1,4 @@
-"""Seconds by phase, summed over the threads that spend them."""
+"""Thread seconds by phase of the work: reading, encoding, measuring, writing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ PHASES = ("read", "reread", "encode", "measure", "write", "finish")
 
 
 class Clock:
-    """Adds up what threads spend in each phase.
+    """A sum of the seconds that threads spend in each phase.
 
-    Reading and writing happen inside encoding and measuring: views count as "read" while a tensor is encoded and as
-    "reread" while it is measured, files as "write" while they are written and as "finish" while they are made whole.
+    Reading and writing happen inside encoding and measuring, so they are counted apart and subtracted. Reads count as
+    "read" while a tensor is encoded and as "reread" while it is measured; writes count as "write" while tensors are
+    written and as "finish" while files are completed.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str, threads: int = 1) -> Iterator[None]:
-        """Count a block's time, once for each of the `threads` at work in it."""
+        """Add the time of the block to a phase, `threads` times if so many threads work in it."""
         began = time.perf_counter()
         try:
             yield
@@ -33,8 +34,9 @@ class Clock:
                 self._seconds[name] += spent
 
     def seconds(self) -> Mapping[str, float]:
-        """read_s, encode_s, measure_s, write_s: encoding and measuring without the reading and writing inside them."""
+        """Return thread seconds as read_s, encode_s, measure_s, write_s; the last three exclude what is inside them."""
         spent = self._seconds
+        # Threads of the encoder may wait for one reader together, so the time inside can exceed the time around it.
         return {
             "read_s": spent["read"] + spent["reread"],
             "encode_s": max(0.0, spent["encode"] - spent["read"] - spent["write"]),

@@ -88,7 +88,7 @@ DTYPES = {
 }
 
 
-# ggml's block formats: numbers and bytes of a block (ggml-common.h)
+# ggml's block formats, with the weights and bytes of a block (ggml-common.h).
 GGML_BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "MXFP4": (32, 17),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
@@ -96,7 +96,7 @@ GGML_BLOCKS = {
 }  # fmt: skip
 
 
-# those that are read, not written: what they hold is found with calibration data, or has scales beside it
+# Block formats that are only read: encoding them needs calibration data, or scales in tensors of their own.
 GGML_READ_BLOCKS = {
     "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
     "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "NVFP4": (64, 36),

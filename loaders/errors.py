@@ -1,6 +1,6 @@
-"""What can go wrong, as few kinds as a caller would treat differently.
+"""The exceptions of weightmill: one class for each case that a caller would handle differently.
 
-Every message says what, where, what was expected, what was found and what to do.
+Every message says what is wrong, where, what was expected, what was found, and what to do.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ def settings_called(names: Mapping[str, str]) -> Iterator[None]:
 
 
 class WeightmillError(Exception):
-    """The base of all errors that are not bugs of weightmill."""
+    """The base of all errors that are not bugs in weightmill."""
 
 
 class BadSpec(WeightmillError):
-    """The request is wrong: nothing was started. `problems` holds every fault found."""
+    """The request is wrong, and nothing was started. `problems` holds all faults that were found."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[BadSpec], tuple[tuple[str, ...]]]:
+        # By default an exception is unpickled from its `args`, here the joined text, which would lose the separate
+        # problems on the way back from a worker process.
         return BadSpec, (self.problems,)
 
 
@@ -53,17 +55,19 @@ class BadCheckpoint(WeightmillError):
 
 
 class VerifyFailed(WeightmillError):
-    """What was written is not right, or the source holds what may not pass."""
+    """Verification failed: the output is wrong, or the source holds values that the job refuses (NaN, infinities)."""
 
 
 class StorageError(WeightmillError):
-    """Reading or writing failed in a way that trying again does not mend."""
+    """Reading or writing failed in a way that a retry does not solve."""
 
 
 class TransientIOError(StorageError):
-    """Reading or writing failed in a way that may pass: worth another attempt."""
+    """Reading or writing failed in a way that may be temporary: worth a retry."""
 
 
+# The errno names that network filesystems and overloaded disks give for a while. They are names, not numbers, since
+# EREMOTEIO exists on Linux only.
 PASSING = (
     "EIO", "EAGAIN", "EINTR", "ETIMEDOUT", "ESTALE", "ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNABORTED",
     "EHOSTUNREACH", "EBUSY", "EREMOTEIO",
@@ -82,7 +86,12 @@ ADVICE = {
 
 @contextmanager
 def io_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError inside into a StorageError that says what was being done, where, and what to do."""
+    """Turn an OSError inside the block into a StorageError that says what was being done, where, and what to do.
+
+    Raises:
+        TransientIOError: the error's code is one of PASSING.
+        StorageError: any other code.
+    """
     try:
         yield
     except OSError as error:

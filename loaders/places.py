@@ -1,4 +1,4 @@
-"""Where this package lies: the one place that works out paths from a file's own."""
+"""The paths of this package's own folders. No other file derives paths from its own location."""
 
 from __future__ import annotations
 

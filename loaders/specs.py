@@ -1,7 +1,7 @@
-"""What a tensor is, known without its weights: dtypes, stored tensors, logical tensors.
+"""Descriptions of tensors without their weights: logical tensors, stored tensors, and their places in output files.
 
-Dtype names are those of safetensors. Raw weights travel as numpy arrays of a dtype's `storage`: bfloat16 and the eight
-bit floats, which numpy lacks, as unsigned integers. A dtype of less than a byte travels as bytes.
+Dtype names are those of safetensors. Raw weights are numpy arrays of a dtype's `storage`: bfloat16 and the 8-bit
+floats, which numpy lacks, are unsigned integers of the same size, and dtypes of less than a byte are uint8.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from loaders.dtypes import DTYPES, GGML_BLOCKS, GGML_READ_BLOCKS, DType, Shape
 
+# GGML's block formats are dtypes like the others, so that every container, plan and report treats them alike.
 DTYPES |= {
     name: DType(name=name, bits=8 * size, torch=name.lower(), storage="uint8", block=n)
     for name, (n, size) in (GGML_BLOCKS | GGML_READ_BLOCKS).items()
@@ -32,21 +33,21 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.dtype.size(self.shape)
 
     @property
     def num_items(self) -> int:
-        """Storage items: what ranges of a view count."""
+        """The number of storage items, which is the unit of a view's ranges."""
         return self.size // self.dtype.item_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
-    """A stored tensor, known from headers alone.
+    """A stored tensor of a checkpoint, as a header describes it.
 
-    `offset` and `size` are the bytes it spans in `file` (relative to the checkpoint). `stride` counts elements and is
-    None for row-major; `alias` names the tensor whose bytes it shares (PyTorch files only).
+    Its bytes are `size` bytes from `offset` in `file`, a name relative to the checkpoint. `stride` counts elements, and
+    is None for row-major order. `alias` names the tensor whose bytes it shares (PyTorch files only).
     """
 
     name: str
@@ -59,16 +60,16 @@ class WeightSpec:
     alias: str | None = None
 
     def numel(self) -> int:
-        """Numbers in it."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class RowOrder:
-    """The rows of each head in another order: halves interleaved, or with `inverse` put back.
+    """A permutation of the rows of each attention head, for rotary embeddings (RoPE): the two halves interleaved.
 
-    Row 2j + t of a head is its row t * size/2 + j, for t 0 and 1: what rotary embeddings of pairs want, where those of
-    transformers rotate halves. `size` counts the rows of a head.
+    Row 2j + t of a head becomes its row t * size/2 + j, for t in (0, 1), where `size` is the rows of a head. llama.cpp
+    rotates neighbouring pairs, transformers rotates halves. `inverse` undoes the permutation.
     """
 
     size: int
@@ -77,10 +78,10 @@ class RowOrder:
 
 @dataclass(frozen=True, slots=True)
 class StoredSpec:
-    """A tensor that a scheme stores for a weight.
+    """A tensor that a scheme stores for a weight: its dtype and shape.
 
-    `constant` holds its bytes where they do not depend on weights. `is_bound` marks a length that depends on values:
-    the shape is then the greatest.
+    `constant` holds the bytes if they do not depend on weights. `is_bound` marks a tensor whose length depends on
+    values; its shape is then the largest possible.
     """
 
     dtype: DType
@@ -95,10 +96,10 @@ class StoredSpec:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that an output will hold: the name its engine looks for, and what it is.
+    """A tensor of an output: the name that the engine looks for, its dtype and shape.
 
-    Where the engine stacks several into one, `whole` is what it looks for under the name, and this one's bytes begin at
-    `offset` of it. `place` is for a tensor that its consumer looks for in a file of its own, at a byte of it.
+    Where the engine stacks several tensors into one, `whole` describes the stack, and this tensor's bytes begin at byte
+    `offset` of it. `place` is (file name, byte offset) for a tensor that the engine expects at a fixed place.
     """
 
     name: str
@@ -110,10 +111,11 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """The place of a stored tensor among a file's data, in bytes; at the latest there, if lengths before it vary.
+    """The place of a stored tensor in a file's data section.
 
-    `within` is set for a part of a stacked tensor: that tensor's name, and where the part begins in it. The part's own
-    name is then its and the offset's: "experts.weight@4096".
+    `offset` is in bytes; if tensors of variable length come before, it is the largest possible. `within` is set for a
+    part of a stacked tensor: the stack's name, and the part's byte offset in it. The part itself is then named by both,
+    such as "experts.weight@4096".
     """
 
     name: str
@@ -130,11 +132,11 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile:
-    """A file of an output, exactly: the bytes before its data, its data, what follows, every tensor's slot in order.
+    """The exact layout of an output file: header, data section with the slots of its tensors in order, tail.
 
-    `data_bytes` run from the first tensor to the end of the last, with what the container puts between them. `about` is
-    what the file says beside its tensors, where its container has a place for that. A piece is no file of the output
-    but a range of one: `within` names that file, and says where in it the piece begins.
+    `data_bytes` includes the container's padding between tensors. `about` is metadata for containers that store some,
+    such as GGUF. A piece is not a file of the output but a byte range of one: `within` is that file's name and the
+    piece's byte offset in it.
     """
 
     name: str
@@ -148,10 +150,10 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        """Bytes, or at most so many where a slot is bound."""
+        """The file's size in bytes; an upper bound if a slot `is_bound`."""
         return self.header_bytes + self.data_bytes + self.tail_bytes
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of the tensors alone, or at most so many."""
+        """The bytes of the tensors without header, padding and tail; an upper bound if a slot `is_bound`."""
         return sum(slot.size for slot in self.slots)

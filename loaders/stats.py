@@ -1,4 +1,4 @@
-"""Numbers about loading and about compression. Both add up over tensors, units and machines."""
+"""Statistics of loading and of compression, which can be added up over tensors, units and machines."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from typing import Any
 from loaders.errors import BadCheckpoint, io_errors
 from loaders.storage.atomic import write_file
 
+# The share of the source in the page cache from which a load is called warm; below one minus it, cold. The share is
+# sampled, so neither end is exactly 1 or 0.
 MOST = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadStats:
-    """What reading and working took. Seconds of several threads add up; `wall_s` of units side by side does, too.
+    """The time and memory that a load or a unit took. Adding two adds their seconds, also `wall_s` of parallel units.
 
-    `warm_bytes` of the source were in the page cache when reading began, `cold_bytes` were not: by samples, where the
-    system tells; elsewhere both are 0.
+    `warm_bytes` of the source were in the page cache when reading began, `cold_bytes` were not. They are estimated from
+    samples; both are 0 if the system does not tell.
     """
 
-    files: int = 0  # of weights, that were read from
-    tensors: int = 0  # that came of it; pieces of a tensor count with its last
-    bytes: int = 0  # of source: as stored there, before anything was decoded, cast or quantized
-    # seconds, summed over threads, of waiting for the source's bytes; of maps, of making them
-    read_s: float = 0.0
-    encode_s: float = 0.0  # of casting and quantizing, without the reading and writing inside
-    measure_s: float = 0.0  # of decoding what was quantized and comparing it with its source
-    write_s: float = 0.0  # seconds of writing an output
-    wall_s: float = 0.0  # seconds from the first look at the files to the last tensor
-    peak_anonymous_bytes: int = 0  # bytes of memory beyond what the process held before; pages of maps do not count
-    warm_bytes: int = 0  # of `bytes`
-    cold_bytes: int = 0  # of `bytes`
+    files: int = 0  # weight files that were read
+    tensors: int = 0  # tensors that were produced; one that is made in pieces counts with its last piece
+    bytes: int = 0  # bytes of the source, as stored: before decoding, casting or quantizing
+    read_s: float = 0.0  # thread seconds of waiting for the source; for memory maps, of mapping only
+    encode_s: float = 0.0  # thread seconds of casting and quantizing, less the reading and writing inside
+    measure_s: float = 0.0  # thread seconds of decoding what was quantized and comparing it with its source
+    write_s: float = 0.0  # thread seconds of writing an output
+    wall_s: float = 0.0  # seconds from opening the files to the last tensor
+    peak_anonymous_bytes: int = 0  # peak of anonymous memory above what the process held before; no mapped pages
+    warm_bytes: int = 0  # part of `bytes`
+    cold_bytes: int = 0  # part of `bytes`
 
     @property
     def seconds(self) -> float:
-        """Wall time."""
+        """The wall time in seconds."""
         return self.wall_s
 
     @property
     def temperature(self) -> str:
-        """What the source was: "warm" (nine tenths in the page cache, or more), "cold" (a tenth or less), "mixed", or
+        """The state of the page cache: "warm" (it held 90% of the source or more), "cold" (10% or less), "mixed", or
         "unknown".
         """
         known = self.warm_bytes + self.cold_bytes
@@ -55,7 +56,7 @@ class LoadStats:
 
     @property
     def throughput_gbps(self) -> float:
-        """Gigabytes (1e9) of source a second of wall time."""
+        """Gigabytes (1e9 bytes) of source per second of wall time."""
         return self.bytes / self.wall_s / 1e9 if self.wall_s else 0.0
 
     def __add__(self, other: LoadStats) -> LoadStats:
@@ -82,8 +83,10 @@ class LoadStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorSums:
-    """Sums over the weights of a tensor or of many: e is source less decoded, x the source, y the decoded. Units are
-    those of the weights, and their squares.
+    """Sums over the weights of one or many tensors, from which error metrics follow.
+
+    x is a weight of the source, y the decoded weight, e = x - y. Sums add up exactly over ranges and units, where
+    ratios such as the relative error do not.
     """
 
     numel: int = 0  # weights
@@ -92,9 +95,9 @@ class ErrorSums:
     decoded2: float = 0.0  # sum y^2
     product: float = 0.0  # sum x y
     max_error: float = 0.0  # max |e|
-    nonfinite: int = 0  # NaN and infinities of the source, left out of the sums
-    nonfinite_decoded: int = 0  # those that only decoding brought
-    wrong: int = 0  # ranges that hold a weight which no right encoder, or no copy, would have left: see `measure`
+    nonfinite: int = 0  # NaN and infinities of the source, which the sums leave out
+    nonfinite_decoded: int = 0  # NaN and infinities that appeared only in the decoded weights
+    wrong: int = 0  # ranges with a decoded weight that no correct encoder or copy could produce: see `measure`
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
         return ErrorSums(
@@ -111,43 +114,43 @@ class ErrorSums:
 
     @property
     def relative_error(self) -> float:
-        """sqrt(sum e^2 / sum x^2): 0 is exact; infinite where zeros came back as something."""
+        """The relative error sqrt(sum e^2 / sum x^2): 0 is exact; infinite if weights that are all 0 were changed."""
         if self.error2 == 0:
             return 0.0
         return math.sqrt(self.error2 / self.source2) if self.source2 else math.inf
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantization noise, decibels; infinite when exact."""
+        """The signal to quantization noise ratio in decibels; infinite if exact."""
         return -20 * math.log10(self.relative_error) if 0 < self.relative_error < math.inf else math.inf
 
     @property
     def cosine(self) -> float:
-        """Of source and decoded, 1 where both are all zeros."""
+        """The cosine similarity of source and decoded weights; 1 if either is all zeros."""
         norm = math.sqrt(self.source2 * self.decoded2)
         return self.product / norm if norm else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """What one tensor came to. `scheme`: the kind that it was quantized by."""
+    """The size and error of one quantized tensor. `scheme` is the kind of its quantization."""
 
     scheme: str
     parameters: int  # weights
     source_bytes: int  # as stored in the source
-    output_bytes: int  # of codes, scales and all else that is stored for it
+    output_bytes: int  # codes, scales and everything else that is stored for it
     error: ErrorSums
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class CompressionStats:
-    """What a target came to. `layer_stats` are those of its quantized tensors, where they were kept."""
+    """The size and error of a whole output. `layer_stats` has its quantized tensors by name, if they were recorded."""
 
-    tensors: int = 0  # of the source, kept ones included
+    tensors: int = 0  # tensors of the source, including those that stay unquantized
     parameters: int = 0  # weights in them
     source_bytes: int = 0  # as stored in the source
-    output_bytes: int = 0  # of all that came of them
-    error: ErrorSums = ErrorSums()  # over the quantized ones
+    output_bytes: int = 0  # as stored in the output
+    error: ErrorSums = ErrorSums()  # over the quantized tensors
     layer_stats: Mapping[str, LayerStats] = field(default_factory=dict)
 
     def __add__(self, other: CompressionStats) -> CompressionStats:
@@ -162,32 +165,32 @@ class CompressionStats:
 
     @property
     def total_parameters(self) -> int:
-        """Numbers in all tensors, before any was quantized."""
+        """The number of weights in all tensors."""
         return self.parameters
 
     @property
     def original_size_mb(self) -> float:
-        """Megabytes (1e6 bytes) of source."""
+        """The size of the source in megabytes (1e6 bytes)."""
         return self.source_bytes / 1e6
 
     @property
     def quantized_size_mb(self) -> float:
-        """Megabytes (1e6 bytes) that came of it, tensors that were kept included."""
+        """The size of the output in megabytes (1e6 bytes), including tensors that stay unquantized."""
         return self.output_bytes / 1e6
 
     @property
     def ratio(self) -> float:
-        """How many times smaller."""
+        """Source bytes over output bytes: how many times smaller the output is; 0 if it is empty."""
         return self.source_bytes / self.output_bytes if self.output_bytes else 0.0
 
     @property
     def compression_ratio(self) -> float:
-        """How many times smaller."""
+        """The same as `ratio`."""
         return self.ratio
 
     @property
     def bits_per_weight(self) -> float:
-        """All stored bytes over all parameters."""
+        """Bits of the output per weight, over all tensors."""
         return self.output_bytes * 8 / self.parameters if self.parameters else 0.0
 
     @property
@@ -197,13 +200,13 @@ class CompressionStats:
 
     @property
     def mean_layer_error(self) -> float:
-        """The mean of the relative errors of `layer_stats`, each counting once; 0 without any."""
+        """The unweighted mean of the relative errors in `layer_stats`; 0 if it is empty."""
         errors = [layer.error.relative_error for layer in self.layer_stats.values()]
         return sum(errors) / len(errors) if errors else 0.0
 
     @property
     def max_layer_error(self) -> float:
-        """The greatest of the relative errors of `layer_stats`; 0 without any."""
+        """The largest relative error in `layer_stats`; 0 if it is empty."""
         return max((layer.error.relative_error for layer in self.layer_stats.values()), default=0.0)
 
     def __repr__(self) -> str:
@@ -219,7 +222,7 @@ class CompressionStats:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The totals, and what follows from them."""
+        """Return the totals and the metrics derived from them, as JSON values."""
         return {
             "tensors": self.tensors,
             "parameters": self.parameters,
@@ -233,10 +236,10 @@ class CompressionStats:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it as JSON, atomically: what `load` reads back, and the figures by their names.
+        """Write everything as JSON, atomically: the values that `load` reads back, and the derived FIGURES.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the file cannot be written.
         """
         document = {
             **{key: getattr(self, key) for key in TOTALS},
@@ -251,11 +254,11 @@ class CompressionStats:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> CompressionStats:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            BadCheckpoint: it is something else.
-            StorageError: it cannot be read.
+            BadCheckpoint: the file holds something else.
+            StorageError: the file cannot be read.
         """
         with io_errors("reading", path):
             raw = Path(path).read_bytes()
@@ -285,16 +288,16 @@ def _json(layer: LayerStats) -> float | None:
 
 
 def sums_json(sums: ErrorSums) -> dict[str, Any]:
-    """JSON has no infinities: they are null, and the only thing that is."""
+    """Return the sums as JSON values. JSON has no infinities; they become null, and nothing else does."""
     return {key: finite(value) if isinstance(value, float) else value for key, value in asdict(sums).items()}
 
 
 def sums_of(found: Mapping[str, Any]) -> ErrorSums:
-    """Back from `sums_json`."""
+    """Return the sums that `sums_json` was given."""
     values: dict[str, Any] = {key: math.inf if value is None else value for key, value in found.items()}
     return ErrorSums(**values)
 
 
 def finite(number: float) -> float | None:
-    """The number, or None where JSON has no way to say it."""
+    """Return the number, or None for NaN and infinities, which JSON lacks."""
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""Shared fixtures."""
+"""The fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.shelf.places import FolderPlace, Place, ShelfPlace
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command came to."""
+    """The result of a command: its exit status and what it printed."""
 
     status: int
     out: str
@@ -38,7 +38,7 @@ class Ran:
 def weightmill(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Ran]:
-    """Runs a verb in this process, in an empty folder, as the console script would."""
+    """A function that runs a verb in this process, in an empty folder, as the console script does."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -60,7 +60,7 @@ def weightmill(
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """transformers compiles BitNet's unpacking, which takes a C++ compiler and 20 s; without, it computes the same."""
+    """Disable torch.compile: transformers 5.23 compiles BitNet's unpacking, which needs a C++ compiler and 20 s."""
     import torch
 
     with torch.compiler.set_stance("force_eager"):
@@ -75,7 +75,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shelves() -> Iterator[Address]:
-    """The server of the second kind of store."""
+    """The address of a server of the second kind of store, which all tests of a process share."""
     with serving() as address:
         yield address
 
@@ -85,7 +85,7 @@ PLACES = ("folder", "shelf")
 
 @pytest.fixture
 def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Place]:
-    """Makes an empty place of a kind."""
+    """A function that makes an empty place of a kind."""
     numbers = itertools.count()
 
     def make(kind: str) -> Place:
@@ -105,7 +105,7 @@ def place(place_of: Callable[[str], Place], request: pytest.FixtureRequest) -> P
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow ones first: what is left at the end is short, so that no process waits long for another."""
+    """Run slow tests first: those left at the end are short, so no process of pytest-xdist waits long for another."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

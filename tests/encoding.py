@@ -1,4 +1,4 @@
-"""A tensor, and what a scheme stores of it, in memory."""
+"""Tensors in memory, and the parts that a scheme stores for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPE_NAMES = ("BF16", "F16", "F32")
 
 
 class MemoryView:
-    """A view over an array."""
+    """A `View` of an array."""
 
     def __init__(self, raw: Raw, name: str = "w.weight") -> None:
         self.spec = TensorSpec(name, DTYPES[raw.dtype], raw.data.shape)
@@ -30,7 +30,7 @@ class MemoryView:
 
 
 class MemorySink:
-    """Takes and gives back what a scheme stores."""
+    """A `Sink` and `Stored` in memory. Bytes that nobody wrote are 0xEE, so that a gap shows."""
 
     def __init__(self, scheme: Scheme, spec: TensorSpec) -> None:
         self.stored = {}
@@ -69,7 +69,7 @@ def decode(scheme: Scheme, raw: Raw, sink: MemorySink, work: ThreadedWork) -> np
 
 
 def tensors_of(scheme: Scheme, sink: MemorySink, raw: Raw) -> dict[str, Raw]:
-    """As they would stand in a file, for the reference decoders."""
+    """Return the stored parts as tensors of a file, for the reference decoders."""
     spec = MemoryView(raw).spec
     return {
         stored_name("w.weight", role): Raw(

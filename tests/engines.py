@@ -1,4 +1,4 @@
-"""Engines that tests run, as the product imports them."""
+"""Engines that tests run, imported as the code under test imports them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def mlx_lm_or_skip() -> Any:
-    """mlx_lm.utils; the test, or the file at whose top this stands, is skipped where it is not installed."""
+    """Return mlx_lm.utils; without mlx-lm, skip the test, or the whole file if called at its top."""
     if util.find_spec("mlx_lm") is None:
         pytest.skip("mlx-lm is not installed", allow_module_level=True)
     from loaders.models.mlx_modules import mlx_lm_utils

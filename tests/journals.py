@@ -1,4 +1,4 @@
-"""What interrupted jobs left in a folder of outputs."""
+"""The journals of interrupted jobs in a folder of outputs."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from loaders.storage.address import Address
 
 
 def find_journals(folder: Path) -> list[Path]:
-    """The hidden folders of outputs under way, those of finished jobs being gone."""
+    """Return the journal folders of unfinished outputs; finished jobs have removed theirs."""
     return [found.address.path for found in find_leftovers(Address.of(folder)) if found.address.name != LOGITS]

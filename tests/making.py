@@ -1,4 +1,4 @@
-"""Small real checkpoints for tests, written without the code under test."""
+"""Small checkpoints for tests, written without the code under test."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 class Raw:
-    """Bits with a safetensors dtype: numpy has no bfloat16."""
+    """An array of bits with a safetensors dtype, since numpy has no bfloat16."""
 
     def __init__(self, dtype: str, data: np.ndarray) -> None:
         self.dtype = dtype
-        self.data = np.asarray(data, order="C")  # ascontiguousarray would give a scalar a dimension
+        self.data = np.asarray(data, order="C")  # np.ascontiguousarray would give a scalar one dimension.
 
 
 def weights(values: np.ndarray, dtype: str) -> Raw:
-    """float32 values rounded to a dtype, nearest even."""
+    """Round float32 values to a dtype, to nearest, ties to even."""
     values = np.asarray(values, np.float32)
     if dtype == "BF16":
         bits = values.view(np.uint32)
@@ -45,7 +45,7 @@ def weights(values: np.ndarray, dtype: str) -> Raw:
 
 
 def values_of(raw: Raw) -> np.ndarray:
-    """Back to float32."""
+    """Convert bits to float32."""
     if raw.dtype == "BF16":
         return (raw.data.astype(np.uint32) << 16).view(np.float32)
     return raw.data.astype(np.float32)
@@ -71,7 +71,7 @@ def write_header(path: Path, header: Any, data: bytes) -> None:
 
 
 def read_safetensors(folder: Path) -> dict[str, Raw]:
-    """All tensors of a folder, by the plainest code there is."""
+    """Read all tensors of a folder, by code that is simple enough to be checked by eye."""
     found = {}
     kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8,
              "I64": np.int64, "BOOL": np.uint8, "I8": np.int8, "F8_E8M0": np.uint8, "F8_E4M3": np.uint8,
@@ -88,7 +88,7 @@ def read_safetensors(folder: Path) -> dict[str, Raw]:
 
 
 def llama_tensors(dtype: str = "BF16", *, tied: bool = False, seed: int = 0, layers: int = 2) -> dict[str, Raw]:
-    """A Llama of LLAMA's sizes with random weights."""
+    """Make a Llama of LLAMA's sizes with random weights."""
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> Raw:
@@ -116,7 +116,7 @@ def llama_tensors(dtype: str = "BF16", *, tied: bool = False, seed: int = 0, lay
 
 
 def write_moe(folder: Path) -> Path:
-    """A Qwen3-MoE of two experts in its first layer."""
+    """Write a Qwen3-MoE with two experts in its first layer."""
     tensors = llama_tensors()
     matrix = tensors["model.layers.0.mlp.up_proj.weight"]
     for expert in range(2):
@@ -134,7 +134,7 @@ def write_checkpoint(
     shards: int = 1,
     index: bool = True,
 ) -> Path:
-    """A folder as transformers writes it, with a tokenizer and a template beside the weights."""
+    """Write a folder as transformers writes it, with a tokenizer, a chat template and remote code."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = llama_tensors() if tensors is None else dict(tensors)
     names = sorted(tensors)
@@ -167,7 +167,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total: int = 0) -> 
 
 
 def snapshot(folder: Path, ignore: Sequence[str] = ()) -> dict[str, bytes]:
-    """Every file of a folder by its relative path."""
+    """Return the bytes of every file of a folder, by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -176,7 +176,7 @@ def snapshot(folder: Path, ignore: Sequence[str] = ()) -> dict[str, bytes]:
 
 
 def tokenizer(tokens: int) -> dict[str, Any]:
-    """A byte-level BPE without merges."""
+    """Return the tokenizer.json of a byte-level BPE without merges."""
     return {
         "version": "1.0",
         "added_tokens": [{"id": 0, "content": "<|bos|>", "special": True, "normalized": False}],
@@ -200,7 +200,7 @@ def make_source(folder: Path, tensors: Any = None, **config: Any) -> Path:
 
 
 def packed_words(codes: np.ndarray, order: tuple[int, ...], bits: int = 4) -> np.ndarray:
-    """Codes along the last dimension, code order[i] of each word at bits i * bits, as int32."""
+    """Pack codes along the last dimension into int32 words: code order[i] of a word begins at its bit i * bits."""
     each = 32 // bits
     words = np.zeros((*codes.shape[:-1], codes.shape[-1] // each), np.uint32)
     for i in range(each):

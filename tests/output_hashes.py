@@ -1,9 +1,9 @@
-"""Every scheme's output on the demo, as one hash each: run before and after a change that must not change any byte.
+"""The hash of every scheme's output on the demo, to be compared before and after a change that must not change a byte.
 
     python -m tests.output_hashes FOLDER [--keep]
 
-prints a line an output: the hash of all its files but weightmill.json (which carries times and paths), and the hash of
-weightmill.json as data without what may differ from run to run. FOLDER keeps the reports, `NAME.json`, so that two
+prints one line per output: the hash of all its files except weightmill.json (which has times and paths), and the hash
+of weightmill.json's data without what may differ from run to run. FOLDER keeps the reports as `NAME.json`, so that two
 runs can be compared key by key.
 """
 
@@ -43,7 +43,7 @@ FURTHER = {  # settings that change which code writes: name -> arguments
 
 
 def jobs(work: Path) -> Iterator[tuple[str, list[str]]]:
-    """Names and arguments of what is made."""
+    """Yield the names and arguments of all jobs."""
     for preset in sorted(path.stem for path in (ROOT / "conf" / "quant").glob("*.yaml")):
         if preset != "auto":
             yield preset, [f"quant={preset}"]
@@ -53,7 +53,7 @@ def jobs(work: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def hash_folder(folder: Path) -> str:
-    """Names and bytes of all files but the report."""
+    """Return the hash of the names and bytes of all files except the report."""
     found = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != REPORT):
         found.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
@@ -62,13 +62,13 @@ def hash_folder(folder: Path) -> str:
 
 
 def report_data(folder: Path, work: Path) -> Any:
-    """The report without what may differ from run to run."""
+    """Return the report's data without what may differ from run to run."""
     document = json.loads((folder / REPORT).read_text().replace(str(work), "WORK").replace(str(ROOT), "ROOT"))
     return {key: value for key, value in document.items() if key not in VOLATILE}
 
 
 def main(folder: str, *options: str) -> int:
-    """Make them all; the number that failed."""
+    """Run all jobs and print their outputs' hashes; returns the number of jobs that failed."""
     work, failed = Path(folder).resolve(), 0
     source = work / "source"
     shutil.rmtree(source, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Jobs for tests that need many: one pass over a source writes it for several presets, without a command line."""
+"""Fast jobs for tests that need many outputs: one pass over a source for several presets, without a command line."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from loaders.strategies.lazy import LazyLoader
 
 @cache
 def target(preset: str, *settings: str) -> Target:
-    """What quant=PRESET asks for."""
+    """Return the target of quant=PRESET."""
     spec = compose("run", JobSpec, take_apart("run", JobSpec, [f"quant={preset}", *settings]))
     return replace(target_of(spec), id=preset, naming=NAMELESS)
 
 
 @dataclass(frozen=True)
 class Written:
-    """One of a pass' outputs."""
+    """One output of a pass."""
 
     folder: Path
     config: Mapping[str, Any] | None
 
     @property
     def weights(self) -> list[bytes]:
-        """The weight files, byte for byte."""
+        """The bytes of the weight files."""
         checkpoint = open_checkpoint(self.folder)
         return [(self.folder / tag.name).read_bytes() for tag in checkpoint.files]
 
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-        """Dtype, shape and bytes of each tensor, where the container has tensors in one piece."""
+        """The dtype, shape and bytes of each tensor, for containers that store a tensor in one piece."""
         specs = open_checkpoint(self.folder).weights
         files = {spec.file: (self.folder / spec.file).read_bytes() for spec in specs}
         return {s.name: (s.dtype.name, s.shape, files[s.file][s.offset : s.offset + s.size]) for s in specs}
@@ -57,7 +57,7 @@ def plan(source: Path, *presets: str, settings: Sequence[str] = ()) -> Plan:
 
 
 def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) -> dict[str, Written]:
-    """Write a source in the form of each preset, in one pass."""
+    """Quantize a source by each preset, in one pass; returns the outputs by preset."""
     planned = plan(source, *presets, settings=settings)
     journals = {preset: Journal(Address.of(out / preset), "0" * 12) for preset in presets}
     with ExitStack() as held:

@@ -1,4 +1,4 @@
-"""The quick check, `pytest -m quick`: of a test with many parameters it takes a few."""
+"""The quick check, `pytest -m quick`, which runs only some parameters of tests that have many."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import pytest
 
 
 def some_quick(values: Iterable[Any], *few: Any) -> list[Any]:
-    """Parameters, of which `few` belong to the quick check."""
+    """Return parameters of a test, of which `few` belong to the quick check."""
     return [pytest.param(value, marks=pytest.mark.quick) if value in few else value for value in values]

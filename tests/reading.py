@@ -1,4 +1,4 @@
-"""A checkpoint's logical tensors and their values, read as a job reads them."""
+"""Reading a checkpoint's logical tensors and their values as a job reads them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tensors_in(root: Path) -> dict[str, LogicalTensor]:
 
 
 def values(root: Path, tensor: LogicalTensor, work: ThreadedWork, step: int | None = None) -> np.ndarray:
-    """A tensor's values as float32, read `step` at a time."""
+    """Return a tensor's values as float32, read `step` weights at a time."""
     numel = tensor.spec.numel
     with loader("read").open(files_of(root), [spec for _, spec in tensor.stored]) as reader:
         view = view_of(tensor, reader, work)

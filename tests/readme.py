@@ -1,4 +1,4 @@
-"""README.md's tables of what is tested: `python -m tests.readme` writes them from what the tests declare."""
+"""The tables in README.md of what is tested; `python -m tests.readme` writes them from the tests' declarations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PLACE = r"(?s)(?<=<!-- {0}: python -m tests.readme -->\n\n).*?(?=\n\n<!-- end {0
 
 
 def table_of(name: str) -> str:
-    """The table between a name's markers."""
+    """Return the table between the markers of a name."""
     found = re.search(PLACE.format(name), README.read_text())
     assert found is not None, f"README.md: no table {name}"
     return found[0]
 
 
 def main() -> None:
-    """Write all tables anew."""
+    """Write all tables."""
     from tests import sources
     from tests.parity import matrix
 

@@ -1,4 +1,4 @@
-"""Slow, obvious decoders and encoders, sharing nothing with the code under test."""
+"""Slow, simple reference decoders and encoders, which share no code with the code under test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NF4 = np.array(
 
 
 def decode_bnb4(tensors: Mapping[str, Raw], name: str) -> np.ndarray:
-    """A 4-bit weight of bitsandbytes, float32, by the tables that stand beside it."""
+    """Decode a 4-bit weight of bitsandbytes to float32, by the tables that are stored with it."""
     [state_name] = [n for n in tensors if n.startswith(f"{name}.quant_state.bitsandbytes__")]
     state = json.loads(tensors[state_name].data.tobytes())
     codes = []
@@ -37,7 +37,7 @@ def decode_bnb4(tensors: Mapping[str, Raw], name: str) -> np.ndarray:
 
 
 def encode_nf4(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (ceil(n/2),), float32 (groups,): bitsandbytes' arithmetic, one weight at a time."""
+    """Encode NF4 as bitsandbytes does, one weight at a time: codes uint8 (ceil(n/2),), absmax float32 (groups,)."""
     flat = values.astype(np.float32).reshape(-1)
     bounds = (NF4[1:] + NF4[:-1]) / np.float32(2)
     codes, tops = [], []
@@ -56,13 +56,13 @@ def encode_nf4(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_int8(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
-    """An LLM.int8 weight, float32."""
+    """Decode an LLM.int8 weight to float32."""
     scales = tensors[f"{module}.SCB"].data.reshape(-1, 1)
     return tensors[f"{module}.weight"].data.astype(np.float32) * scales * np.float32(1 / 127)
 
 
 def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> np.ndarray:
-    """A BitNet weight, float32."""
+    """Decode a BitNet weight to float32."""
     packed, scale = tensors[name].data, values_of(tensors[f"{name}_scale"])[0]
     quarters = [((packed >> (2 * k)) & 3).astype(np.float32) - 1 for k in range(4)]
     factor = 1 / scale if linear_class == "bitlinear" else scale
@@ -70,7 +70,7 @@ def decode_ternary(tensors: Mapping[str, Raw], name: str, linear_class: str) -> 
 
 
 def decode_hqq(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
-    """A weight of HQQ, float32, by what stands beside it; a value at a time."""
+    """Decode a weight of HQQ to float32, by the metadata that are stored with it."""
     facts = {fact: tensors[f"{module}.{fact}"].data.item() for fact in ("nbits", "group_size", "axis")}
     rows, columns = (int(n) for n in tensors[f"{module}.shape"].data)
     bits, size, packed = facts["nbits"], facts["group_size"], tensors[f"{module}.W_q"].data.astype(np.int64)
@@ -86,7 +86,7 @@ def decode_hqq(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
 
 
 def decode_compressed_tensors(tensors: Mapping[str, Raw], module: str) -> np.ndarray:
-    """A weight of compressed-tensors, float32, told by the tensors that there are."""
+    """Decode a weight of compressed-tensors to float32; the stored tensors tell the format."""
     parts = {name.removeprefix(module + "."): raw for name, raw in tensors.items() if name.startswith(module + ".")}
     scale = parts["weight_scale"]
     if "weight_shape" in parts:
@@ -116,7 +116,7 @@ def decode_compressed_tensors(tensors: Mapping[str, Raw], module: str) -> np.nda
 
 
 def e4m3(codes: np.ndarray) -> np.ndarray:
-    """The values of E4M3 codes, float32."""
+    """Return the values of E4M3 codes as float32."""
     table = [(-1) ** (c >> 7) * (2.0 ** ((c >> 3 & 15) - 7) * (1 + (c & 7) / 8) if c >> 3 & 15 else (c & 7) / 512)
              for c in range(256)]  # fmt: skip
     table[0x7F] = table[0xFF] = np.nan
@@ -124,7 +124,7 @@ def e4m3(codes: np.ndarray) -> np.ndarray:
 
 
 def decode_mlx(tensors: Mapping[str, Raw], module: str, bits: int) -> np.ndarray:
-    """An affine weight of MLX, float32: its words as one long number each row, `bits` bits of it a code."""
+    """Decode an affine weight of MLX to float32. A row's words are one long number, of which a code is `bits` bits."""
     words, scales, biases = (tensors[f"{module}.{part}"] for part in ("weight", "weight_scales", "weight_biases"))
     columns = words.data.shape[1] * 32 // bits
     group = columns // scales.data.shape[1]
@@ -137,7 +137,7 @@ def decode_mlx(tensors: Mapping[str, Raw], module: str, bits: int) -> np.ndarray
 
 
 def decode_mlx_float(tensors: Mapping[str, Raw], module: str, bits: int, mode: str) -> np.ndarray:
-    """An mxfp4, mxfp8 or nvfp4 weight of MLX, float32."""
+    """Decode an mxfp4, mxfp8 or nvfp4 weight of MLX to float32."""
     codes = tensors[f"{module}.weight"].data.view(np.uint8)
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(codes.shape[0], -1)
@@ -153,7 +153,7 @@ def decode_mlx_float(tensors: Mapping[str, Raw], module: str, bits: int, mode: s
 
 
 def small_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
-    """The value of a sign, an exponent with the usual bias, and a mantissa."""
+    """Return the value of a float of a sign, an exponent with the usual bias, and a mantissa; no NaN or infinities."""
     mantissa, rest = code % 2**mantissa_bits, code >> mantissa_bits
     exponent, sign = rest % 2**exponent_bits, -1 if rest >> exponent_bits else 1
     bias = 2 ** (exponent_bits - 1) - 1

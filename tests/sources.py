@@ -1,7 +1,8 @@
-"""The same small Llama in every form that is read, and what it is quantized to from each: README's second table.
+"""The same small Llama in every format that is read, and the presets to which each is quantized: README's second table.
 
-Each source goes to a preset of every engine, and must give what its plain form gives (see tests/loaders/tensors/test_sources.py).
-"""  # noqa: E501
+Each source is quantized by a preset of every engine, and the output must be that of the source's plain form; see
+tests/loaders/tensors/test_sources.py.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ Build = Callable[[Path], Path]
 
 
 def tensors() -> dict[str, Raw]:
-    """All matrices 128 x 128 but for the vocabulary's."""
+    """Make a Llama of one layer; all matrices are 128 x 128 except those of the vocabulary."""
     rng = np.random.default_rng(0)
     found = {}
     for name, raw in llama_tensors(layers=1).items():
@@ -65,12 +66,12 @@ def base(root: Path) -> Path:
 
 
 def ours(preset: str, *settings: str) -> Build:
-    """What weightmill writes: held against the engines elsewhere."""
+    """Build a source by weightmill itself; tests/parity compares such outputs with the engines' own."""
     return lambda root: passes.run(base(root), root / "made", preset, settings=settings)[preset].folder
 
 
 def replaced(parts: Callable[[str, np.ndarray], dict[str, Raw]], block: Mapping[str, Any]) -> Build:
-    """Every matrix of the layer in another form, by `parts` of its name and shape."""
+    """Build a source whose layer's matrices are replaced by `parts` of their names and values."""
 
     def build(root: Path) -> Path:
         found: dict[str, Raw] = {}
@@ -82,7 +83,7 @@ def replaced(parts: Callable[[str, np.ndarray], dict[str, Raw]], block: Mapping[
 
 
 def fp8_block(name: str, values: np.ndarray) -> dict[str, Raw]:
-    """Random codes; blocks of 48 x 80 leave edges."""
+    """Make random codes in blocks of 48 x 80, which do not divide 128, so that edge blocks are smaller."""
     rng = np.random.default_rng(len(name))
     codes = rng.integers(0, 0x70, values.shape, dtype=np.uint8) | (rng.integers(0, 2, values.shape, np.uint8) << 7)
     scales = np.exp2(rng.uniform(-10, -6, (3, 2))).astype(np.float32)
@@ -132,7 +133,7 @@ def modelopt_fp8(name: str, values: np.ndarray) -> dict[str, Raw]:
 
 
 def gpt_oss(root: Path) -> Path:
-    """Two experts in blocks and scales; all else as its class names it."""
+    """Write a gpt-oss model of two experts in MXFP4; other tensors are named as by its class in transformers."""
     rng, found = np.random.default_rng(0), tensors()
     mlp = "model.layers.0.mlp."
     found = {name: raw for name, raw in found.items() if not name.startswith(mlp)}
@@ -181,14 +182,14 @@ SOURCES: dict[str, dict[str, Build]] = {  # README's row: the forms that it stan
     "ModelOpt FP8": {"fp8 modelopt": replaced(modelopt_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"})},
 }
 
-# What a form cannot become, and how the plan says it
+# Pairs of a source and an engine that are refused, with the message of the plan.
 REFUSED: dict[tuple[str, str], str] = {
     ("gpt-oss MXFP4", "llama.cpp"): "gguf knows no architecture for model_type 'gpt_oss'",
 }
 
 
 def table() -> str:
-    """As README.md shows it."""
+    """Return the table as README.md shows it."""
     lines = [f"| source | {' | '.join(TARGETS)} |", "|---" * (len(TARGETS) + 1) + "|"]
     for row in SOURCES:
         cells = ("refused" if (row, engine) in REFUSED else "same" for engine in TARGETS)

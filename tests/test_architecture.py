@@ -1,4 +1,4 @@
-"""The shape of the code: imports point one way, and some libraries enter by one file each."""
+"""Tests of the code's structure: imports go from upper to lower layers, and some libraries are imported by one file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.quick
 
 FILES = sorted(p for folder in ("jobs", "loaders") for p in (ROOT / folder).rglob("*.py") if "demo/" not in str(p))
 
-# Top to bottom: what stands on a line may import from its own folder and from the lines below. A word is a folder, or a
-# file at the top of `jobs` or `loaders`.
+# The layers from top to bottom. A module may import from its own folder and from the lines below. A word is a folder,
+# or a file at the top of `jobs` or `loaders`.
 JOBS = """
 __main__ bench clean compare diff inspect lint plan recommend run verify
 benchmarks
@@ -70,7 +70,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    """jobs.cli.verb -> jobs.cli"""
+    """Return the folder of a module: jobs.cli for jobs.cli.verb."""
     return ".".join(module.split(".")[:2])
 
 
@@ -133,7 +133,7 @@ OPENING = {
     "open", "walk", "scandir", "listdir",
 }  # fmt: skip
 OPENING_ALONE = {"open", "write_file", "hash_file"}
-# Who else opens paths of this machine, and why these are no files of a checkpoint, an output or a journal
+# The other files that open local paths, each with the reason why these are no files of a checkpoint, output or journal.
 OPENS_PATHS = {
     "jobs/benchmarks/": "what is timed are this machine's files",
     "jobs/cli/compose.py": "conf/, and choices and rules that a person keeps in files",
@@ -162,7 +162,7 @@ OPENS_PATHS = {
 
 
 def opens_paths(path: Path) -> bool:
-    """Whether a file calls what opens, lists or changes paths: methods of Path, functions of os, open itself."""
+    """Whether a file calls functions that open, list or change paths: methods of Path, functions of os, or open."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = node.func
@@ -176,7 +176,7 @@ def opens_paths(path: Path) -> bool:
 
 
 def test_stores_alone_open_paths() -> None:
-    """Else a checkpoint could lie in folders only."""
+    """Only stores open paths of checkpoints, outputs and journals; otherwise these could be in local folders only."""
     opening = {str(path.relative_to(ROOT)) for path in FILES if opens_paths(path)}
     others = {name for name in opening if not name.startswith(("loaders/storage/", *OPENS_PATHS))}
     assert not others, "go through a Store or a Destination of loaders/storage"

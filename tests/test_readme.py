@@ -1,4 +1,4 @@
-"""The README's Python runs: each ```python block, in order, in one namespace, beside the demo checkpoint."""
+"""A test that README.md's Python runs: each ```python block, in order, in one namespace, with the demo checkpoint."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
-    """The line that each block begins at, and its code."""
+    """Return the line at which each block begins, and its code."""
     return [(text.count("\n", 0, found.start(1)) + 1, found[1]) for found in BLOCK.finditer(text)]
 
 
 def run_blocks(path: Path, folder: Path) -> int:
-    """Run a page's blocks; returns how many there were. The demo lies in `folder` as "demo"."""
+    """Run the blocks of a page and return their number; the demo is copied to `folder` / "demo"."""
     shutil.copytree(DEMO, folder / "demo", ignore=shutil.ignore_patterns("*.md"))
     namespace: dict[str, object] = {"__name__": "__main__"}
     found = blocks(path.read_text())
     for line, code in found:
-        exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)  # errors then name the page's own line
+        # With leading empty lines, tracebacks show the line of the page.
+        exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
     return len(found)
 
 

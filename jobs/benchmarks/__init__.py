@@ -1,1 +1,1 @@
-"""The rows of `jobs.bench kernels`: a file for each engine, and how they are timed."""
+"""The benchmarks of `jobs.bench`: one file for each kind, and their shared timing and tables."""

@@ -1,5 +1,5 @@
-"""What else a machine did while something was timed: rates of a busy machine are low, and only ratios of one run mean
-something there.
+"""The load that other processes put on the machine during a benchmark. On a busy machine rates are too low, and only
+ratios within one run mean something.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from loaders.backends.machine import usable_cpus
 
 STAT = Path("/proc/stat")
 FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
-MUCH = 0.1  # of all CPU time, from which on it is said
+MUCH = 0.1  # the share of all CPU time from which on the load of others is reported
 
 
 class Busy:
-    """Looks at the machine when it is made, and at `document`: what others took of its CPUs in between."""
+    """A measurement of what others used of the machine's CPUs, from its creation to the call of `document`."""
 
     def __init__(self) -> None:
         self._machine = _machine()
         self._own = _own_s()
 
     def document(self) -> dict[str, Any]:
-        """Shares of the machine's CPU time: `others_cpu_share` of other processes, `stolen_cpu_share` of other virtual
-        machines on the same hardware; `load_1m` is the system's load average. None where the system does not tell.
+        """Return shares (0 to 1) of the machine's CPU time, None if the system does not tell.
+
+        `others_cpu_share` is that of other processes, `stolen_cpu_share` that of other virtual machines on the same
+        hardware; `load_1m` is the system's load average.
         """
         found: dict[str, Any] = {"load_1m": None, "others_cpu_share": None, "stolen_cpu_share": None}
+        # Some systems have no load average.
         with suppress(OSError, AttributeError):
             found["load_1m"] = os.getloadavg()[0]
         if self._machine is not None and (now := _machine()) is not None:
@@ -41,12 +44,12 @@ class Busy:
 
 
 def machine() -> str:
-    """The processor's kind, CPUs and Python, in a line."""
+    """Describe the processor, the number of CPUs and Python in one line."""
     return f"{platform.machine()}, {usable_cpus()} CPUs, Python {platform.python_version()}"
 
 
 def warning(document: dict[str, Any]) -> str | None:
-    """A line about a machine that was busy; None where it was not, or does not tell."""
+    """Return a warning about a busy machine; None if it was not busy, or does not tell."""
     others, stolen = document["others_cpu_share"] or 0.0, document["stolen_cpu_share"] or 0.0
     if others + stolen < MUCH:
         return None
@@ -61,11 +64,11 @@ def warning(document: dict[str, Any]) -> str | None:
 
 
 def _machine() -> dict[str, float] | None:
-    """Seconds of all CPUs since the start, by what they did."""
+    """Return the seconds of all CPUs since the machine started, by kind of work; None without /proc/stat."""
     try:
         line = STAT.read_text().split("\n", 1)[0].split()
         return dict(zip(FIELDS, (int(each) / os.sysconf("SC_CLK_TCK") for each in line[1:]), strict=False))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # Only Linux has the file.
         return None
 
 

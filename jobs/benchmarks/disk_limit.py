@@ -1,7 +1,7 @@
-"""A disk made slow by the kernel itself: reads of the processes in a control group of their own are held to a rate.
+"""Limiting the rate of a process's reads from a disk, by a Linux control group of its own.
 
-Linux only, and only for who may make control groups (root, mostly). Version 2 (io.max) and version 1
-(blkio.throttle.read_bps_device) are known; both count what comes from the disk, not what the page cache gives.
+It needs the right to create control groups, which mostly only root has. Versions 2 (io.max) and 1
+(blkio.throttle.read_bps_device) are supported; both limit reads from the disk, not those from the page cache.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from pathlib import Path
 from loaders.errors import BadSpec
 
 CGROUPS = Path("/sys/fs/cgroup")
-ENTER = 'echo $$ > "$0"; exec "$@"'  # a shell that joins the group, and becomes the command
+# A shell that joins the group and then becomes the command: the limit thus covers the command from its first read.
+ENTER = 'echo $$ > "$0"; exec "$@"'
 
 
 @contextmanager
 def limited_reads(path: Path, bytes_per_s: int, cgroups: Path = CGROUPS) -> Iterator[list[str]]:
-    """What to put before a command to have its reads from the disk of `path` held to a rate.
+    """Yield the words to put before a command, so that its reads from the disk of `path` are limited to a rate.
 
     Raises:
-        BadSpec: the system does not do that, or not for us.
+        BadSpec: the system has no such control groups, or this user may not create one.
     """
     disk, own = _disk(path), f"weightmill-bench-{os.getpid()}"
     try:
@@ -45,6 +46,7 @@ def limited_reads(path: Path, bytes_per_s: int, cgroups: Path = CGROUPS) -> Iter
             raise _refusal(error) from error
         yield ["sh", "-c", ENTER, str(group / members)]
     finally:
+        # A command that still runs keeps its group; the limit ends with it.
         with suppress(OSError):
             group.rmdir()
 
@@ -61,7 +63,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _disk(path: Path) -> str:
-    """MAJOR:MINOR of the whole disk that a path lies on; limits are set on disks, not on their partitions."""
+    """Return MAJOR:MINOR of the whole disk that a path is on; limits are set on disks, not on their partitions."""
     device = path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     folder = Path(f"/sys/dev/block/{number}")

@@ -1,9 +1,8 @@
-"""`python -m jobs.bench gpu`: what a GPU gives beside this machine's CPU, and what more cores give.
+"""`python -m jobs.bench gpu`: a GPU compared with this machine's CPU, and the gain by more CPU cores.
 
-The parts are independent, and so are their trials: one that fails is a row that says why, and the rest goes on. Each
-row is said as soon as it is there, since a run may be cut off; what had not begun after `minutes` is left out, and
-said. `device=cpu` takes torch's CPU device for the GPU: that shows that everything here works before it is carried to
-a machine that has one.
+Parts and trials are independent: one that fails is a row with the reason, and the others go on. Each row is printed as
+soon as it is there, since a run may be cut off; trials that have not begun after `minutes` are reported as left out.
+`device=cpu` uses torch's CPU device in place of the GPU, to try the benchmark itself on a machine without one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from loaders.errors import BadSpec, WeightmillError
 LIBRARIES = ("torch", "triton", "transformers", "bitsandbytes", "fastsafetensors", "hqq", "numpy", "numba")
 
 
-# In the order in which they run; only `cores` needs no GPU
+# The parts, in the order in which they run.
 PARTS: dict[str, Callable[[Bench], Iterator[Trial]]] = {
     "bytes": gpu_bytes.trials,
     "speed": gpu_speed.trials,
@@ -46,7 +45,7 @@ def time_gpu(
     device: str, parts: Sequence[str], path: str | None, gb: float, shape: tuple[int, int], laps: int, minutes: float,
     folder: str | None, *, as_json: bool = False,
 ) -> Said:  # fmt: skip
-    """The parts of these names, or all: a table, a document, and exit status 1 where a trial failed.
+    """Run the named parts, or all, and return a table and a document; the exit status is 1 if a trial failed.
 
     Raises:
         BadSpec: an unknown part.
@@ -80,7 +79,8 @@ def time_gpu(
              "part_s": took}  # fmt: skip
     said = _said(rows, {"machine": machine(), "busy": busy.document(), **about})
     if as_json:
-        show(said.text)  # standard output has the document; one run on a borrowed machine is to leave both
+        # Standard output has the document only, but a run on a borrowed GPU should leave both.
+        show(said.text)
     return said
 
 
@@ -99,14 +99,15 @@ def _check_device(device: str, chosen: Sequence[str]) -> None:
 
 
 def _rows(bench: Bench, name: str, minutes: float) -> Iterator[Row]:
-    """The rows of a part; what comes up after the time is left out."""
+    """Yield the rows of a part; trials that come up after the time limit are left out."""
     try:
         for trial in PARTS[name](bench):
             if bench.left_s > 0:
                 yield tried(name, trial)
             else:
                 yield Row(name, trial.name, Found(fault=f"left out: {minutes:g} minutes were over"))
-    except Exception as error:  # what prepares the part's trials failed; the other parts do not hang on it
+    # Preparing this part's trials failed, on which no other part depends.
+    except Exception as error:
         yield Row(name, "the rest of the part", Found(fault=f"{type(error).__name__}: {error}"))
 
 
@@ -125,6 +126,7 @@ def _versions() -> dict[str, str | None]:
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
+        # It is not installed; its version stays None.
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

@@ -1,4 +1,4 @@
-"""Part `bytes` of `jobs.bench gpu`: what a device's encoders store, against the CPU's and bitsandbytes' kernel."""
+"""Part `bytes` of `jobs.bench gpu`: the bytes of a device's encoders compared with the CPU's and bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from loaders.specs import TensorSpec
 ROWS = 64
 WEIGHTS = 1 << 18
 SEVERAL_RANGES = 1 << 22
-REPEATS = 64  # of every finite value
+REPEATS = 64  # how often every finite value occurs, as one group of that size
 STORAGE = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
-# Settings of presets that change what a device is asked for
+# Settings of presets that change the device's work.
 VARIED: dict[str, tuple[Any, ...]] = {"group_size": (64, 128, 4096), "double_quant": (False, True)}
 FIRST = "nf4"
 SHOWN = 3
@@ -36,7 +36,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class InMemory:
-    """A view of an array. See `View`."""
+    """A `View` of an array in memory."""
 
     spec: TensorSpec
     data: np.ndarray
@@ -46,14 +46,14 @@ class InMemory:
 
 
 def device_presets() -> list[str]:
-    """The presets whose scheme has an encoder in torch; those that only copy run anywhere, and do not count."""
+    """Return the presets whose scheme has an encoder in torch. Those that only copy have none, and are left out."""
     schemes = {name: preset(name).scheme for name in preset_names()}
     found = [n for n, scheme in schemes.items() if "cuda" in scheme.backends and not isinstance(scheme, Plain)]
     return sorted(found, key=lambda name: name != FIRST)
 
 
 def variants(name: str) -> dict[str, Scheme]:
-    """A preset's scheme with each of the settings that matter here, by what they are."""
+    """Return a preset's scheme with every combination of the settings in VARIED, by a description."""
     settings = {key: VARIED[key] for key in VARIED if key in type(preset(name)).model_fields}
     each = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
     return {
@@ -63,7 +63,7 @@ def variants(name: str) -> dict[str, Scheme]:
 
 
 def inputs(dtype: str) -> dict[str, np.ndarray]:
-    """Raw weights (n,) of several kinds: usual ones, the ends of the range, ties, and every finite value there is."""
+    """Return weights (n,) of several kinds: normal ones, ends of the range, ties, and every finite value."""
     rng = np.random.default_rng(1)
     made = {
         "normal": rng.standard_normal(SEVERAL_RANGES) * 0.02,
@@ -71,7 +71,7 @@ def inputs(dtype: str) -> dict[str, np.ndarray]:
         "ties": rng.integers(-7, 8, WEIGHTS) / 8.0,
         "zeros of both signs": rng.integers(0, 2, WEIGHTS) * -0.0,
     }
-    if dtype != "F16":  # which has no such numbers
+    if dtype != "F16":  # float16 has no such numbers.
         made["subnormal"] = rng.standard_normal(WEIGHTS) * 1e-39
         made["tiny"] = rng.standard_normal(WEIGHTS) * 1e-37
         made["huge"] = rng.standard_normal(WEIGHTS) * 1e37
@@ -85,7 +85,7 @@ def inputs(dtype: str) -> dict[str, np.ndarray]:
 
 
 def stored_by(kernels: Kernels, scheme: Scheme, view: InMemory) -> dict[str, np.ndarray]:
-    """What a scheme stores of a tensor, by role, encoded by these kernels."""
+    """Encode a tensor with some kernels; returns the stored parts by role."""
     from loaders.loading.quantized_tensor import MemoryParts
 
     sink = MemoryParts(scheme.stored(view.spec))
@@ -95,7 +95,7 @@ def stored_by(kernels: Kernels, scheme: Scheme, view: InMemory) -> dict[str, np.
 
 
 def trials(bench: Bench) -> Iterator[Trial]:
-    """A trial for each preset and dtype, and one for each table of bitsandbytes."""
+    """Yield a trial for each preset and dtype, and one for each table of bitsandbytes."""
     from loaders.quantization.kernels.torch_device import DeviceKernels
 
     device = DeviceKernels(bench.device)
@@ -127,7 +127,7 @@ def _compared(device: Kernels, name: str, dtype: str, given: dict[str, np.ndarra
 
 
 def _bitsandbytes(bench: Bench, table: str) -> Found:
-    """How far its kernel agrees with ours: that it may round otherwise is no fault, and is said."""
+    """Count the differences between bitsandbytes' kernel and ours. It may round differently, so they are no fault."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return Found(said="not installed")
     import torch

@@ -1,7 +1,7 @@
 """Parts `jobs` and `cores` of `jobs.bench gpu`: whole jobs by each backend, and the same job on more and more cores.
 
-A job is a command of its own, from start to end, its source in the page cache; what it calls its work is the time
-between its plan and its end, without starting Python and loading compiled kernels.
+A job is a command of its own, timed from start to end, with its source in the page cache. Its `work_s` is the time from
+its plan to its end, without starting Python and loading compiled kernels.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from loaders.presets.catalog import preset
 from loaders.storage.hashes import hash_file
 from loaders.strategies.base import cached_share
 
-LONGEST_JOB_S = 120.0
-CACHED = 0.99  # of the source's bytes: then it need not be read first
-SLOW = "hqq4"  # a job whose encoder takes ten times as long
-SLOW_STEPS = (1, 4, 16)
+LONGEST_JOB_S = 120.0  # seconds after which a job is stopped, so that one that hangs does not use up the machine
+CACHED = 0.99  # the share of the source in the page cache from which on it is not read first
+SLOW = "hqq4"  # a preset whose encoder takes ten times as long
+SLOW_STEPS = (1, 4, 16)  # cores on which the slow preset runs: fewer steps, since each takes long
 WARM_UP = "first jobs, which compile kernels"
 
 
 @dataclass(frozen=True)
 class Ran:
-    """A job that is done: seconds from start to end and of its work, and the hash of each file that came of it."""
+    """A finished job: seconds of the whole command and of its work, and the hash of each file of its output."""
 
     seconds: float
     work_s: float
@@ -46,7 +46,7 @@ class Ran:
 
 
 def whole_jobs(bench: Bench) -> Iterator[Trial]:
-    """A preset of each kind that a device encodes, by the CPU and by the device: are the files the same?"""
+    """Run a preset of each kind that the device encodes, on the CPU and on the device, and compare the files."""
     backends, made = ("cpu", bench.device), dict[tuple[str, str], Ran]()
 
     def call(quant: str, backend: str) -> Found:
@@ -68,7 +68,7 @@ def whole_jobs(bench: Bench) -> Iterator[Trial]:
 
 
 def ladder(bench: Bench) -> Iterator[Trial]:
-    """One job on 1, 2, 4, ... cores beside so many times the rate of one; and a slow one on a few."""
+    """Run one job on 1, 2, 4, ... cores, compared with that multiple of one core's rate; and a slow one on a few."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     steps = [1 << power for power in range(len(cores).bit_length()) if 1 << power <= len(cores)]
     rates: dict[tuple[str, int], float] = {}
@@ -93,7 +93,7 @@ def ladder(bench: Bench) -> Iterator[Trial]:
 
 @contextmanager
 def on_cores(cores: list[int]) -> Iterator[None]:
-    """Processes that this thread starts meanwhile run on these cores."""
+    """Set the cores on which processes run that this thread starts inside the block; they inherit its affinity."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -103,15 +103,16 @@ def on_cores(cores: list[int]) -> Iterator[None]:
 
 
 def run_job(source: Path, bench: Bench, quant: str, backend: str) -> Ran:
-    """Run a job as a command, and take its output away again.
+    """Run a job as a command, and remove its output.
 
     Raises:
-        WeightmillError: it failed; its last line.
+        WeightmillError: the job failed; the message is its last line.
     """
     checkpoint = open_checkpoint(source)
     if (cached_share(checkpoint.source, checkpoint.files) or 0.0) < CACHED:
         for entry in checkpoint.files:
-            hash_file(source / entry.name)  # into the page cache
+            # This brings the file into the page cache.
+            hash_file(source / entry.name)
     output = bench.work / "output"
     given = (f"model.path={source}", f"quant={quant}", f"backend={backend}", f"output.path={output}")
     fixed = ("tracking=none", "cluster=local", "format=json")
@@ -128,7 +129,8 @@ def run_job(source: Path, bench: Bench, quant: str, backend: str) -> Ran:
             raise WeightmillError(f"exit status {ran.returncode}: {lines[-1]}")
         document: dict[str, Any] = json.loads(ran.stdout)
         hashes = {str(path.relative_to(output)): hash_file(path) for path in output.rglob("*") if path.is_file()}
-        del hashes[OUR_REPORT]  # which tells when and where
+        # The report has times and paths, which differ from run to run.
+        del hashes[OUR_REPORT]
         return Ran(took, float(document["run"]["wall_s"]), hashes)
     finally:
         shutil.rmtree(output, ignore_errors=True)
@@ -142,7 +144,7 @@ def _timed(ran: Ran, source: Path) -> Found:
 
 
 def _warmed_up(bench: Bench) -> Found:
-    """Compiled kernels are kept beside the code; the demo needs those that any source of bfloat16 does."""
+    """Compile the kernels by jobs on the demo, which needs the same ones as any bfloat16 source. They are cached."""
     began = perf_counter()
     presets = (*_one_of_a_kind(), SLOW)
     for quant in presets:
@@ -151,7 +153,7 @@ def _warmed_up(bench: Bench) -> Found:
 
 
 def _one_of_a_kind() -> list[str]:
-    """NF4 and FP4 run the same code: their bytes are compared by themselves, and a whole job of one says enough."""
+    """Return one preset of each kind. NF4 and FP4 run the same code, so a whole job of one of them is enough."""
     first: dict[str, str] = {}
     for name in device_presets():
         first.setdefault(preset(name).scheme.kind, name)

@@ -1,4 +1,4 @@
-"""Part `loading` of `jobs.bench gpu`: weights onto the device by each strategy, beside safetensors' own `load_file`."""
+"""Part `loading` of `jobs.bench gpu`: loading weights onto the device by each strategy, and by safetensors itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANT = "nf4"
 
 
 def trials(bench: Bench) -> Iterator[Trial]:
-    """The files are in the page cache; each strategy's weights are held against those of safetensors."""
+    """Yield a trial for each strategy. Files are in the page cache, and weights are compared with safetensors'."""
     wanted: dict[str, Any] = {}
 
     def theirs() -> Found:
@@ -40,7 +40,7 @@ def _by_safetensors(bench: Bench) -> dict[str, Any]:
 
 
 def _timed(bench: Bench, load: Callable[[], object]) -> Found:
-    """The median of the laps alone: each case has loaded once before, or takes long enough not to feel it."""
+    """Time a load without a warm-up lap: each case has loaded once before, or takes so long that it does not matter."""
     wait = finish(bench.device)
 
     def call() -> None:
@@ -52,7 +52,7 @@ def _timed(bench: Bench, load: Callable[[], object]) -> Found:
 
 
 def _by_strategy(bench: Bench, name: str, wanted: dict[str, Any]) -> Found:
-    """A strategy that is not for this device, or whose library is missing, says so; that is no fault."""
+    """Load by one strategy. One that is not for this device, or whose library is missing, is a row without a fault."""
     import torch
 
     from loaders.loading.load import load_weights
@@ -64,6 +64,7 @@ def _by_strategy(bench: Bench, name: str, wanted: dict[str, Any]) -> Found:
         held = load()
     except BadSpec as error:
         return Found(said=f"refused: {error}")
+    # Comparing comes before timing, and frees the weights, so that the device holds only one copy at a time.
     elsewhere = [key for key, weight in held.items() if weight.device.type != bench.device.partition(":")[0]]
     wrong = [key for key, weight in wanted.items() if not torch.equal(held[key], weight)]
     del held

@@ -1,7 +1,7 @@
-"""Part `models` of `jobs.bench gpu`: models on the device by each strategy: do they compute the right thing, how fast.
+"""Part `models` of `jobs.bench gpu`: the correctness and speed of models that each strategy loads onto the device.
 
-Right is what transformers computes there: with the source's weights, or, for quantized modules, with the weights that
-their codes stand for, as plain matrices.
+The reference is what transformers computes on the device: with the source's weights, or, for quantized modules, with
+their decoded weights as plain matrices.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.models import LoadingStrategy
 
 TOKENS = 64
-# Of logits' norm, by scheme. The same matrices in another order of additions: bfloat16's roundings; int8 rounds
-# activations to a 127th of their largest, too
+# The allowed error of logits as a share of their norm, by scheme. The matrices are the same, so the error comes from
+# bfloat16 sums in another order; int8 also rounds activations to 1/127 of their largest.
 LIMITS = {"": 0.02, "nf4": 0.05, "int8": 0.1, "hqq4": 0.05}
 NEEDED = {"": (), "nf4": ("bitsandbytes",), "int8": ("bitsandbytes",), "hqq4": ("hqq",)}
 CASES = [
@@ -34,7 +34,7 @@ CASES = [
 
 
 def trials(bench: Bench) -> Iterator[Trial]:
-    """Transformers' own loading first, then each strategy, plain and quantized on the way."""
+    """Yield trials: transformers' own loading first, then each strategy, plain and quantized while loading."""
     for name in ("transformers", "accelerate"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"{name} is not installed")
@@ -66,7 +66,8 @@ def trials(bench: Bench) -> Iterator[Trial]:
             return Found(numbers, said, f"its logits are off by more than {LIMITS[quant]:g} of their norm")
         return Found(numbers, said)
 
-    assert bench.small  # which says that it is made, before all is kept quiet
+    # Making it prints a note, which would be lost once output is silenced.
+    assert bench.small
     yield Trial("transformers' from_pretrained", partial(_quietly, theirs))
     for strategy, quant in CASES:
         name = f"{strategy}, {quant}" if quant else str(strategy)
@@ -74,7 +75,7 @@ def trials(bench: Bench) -> Iterator[Trial]:
 
 
 def _quietly(call: Callable[[], Found]) -> Found:
-    """Without the engines' bars and advice."""
+    """Run a trial without the engines' progress bars and warnings."""
     from loaders.models.runners import quiet
 
     with quiet(), redirect_stderr(StringIO()):
@@ -90,7 +91,7 @@ def _by_transformers(folder: Path, device: str) -> Any:
 
 
 def _reference(bench: Bench, quant: str) -> Any:
-    """Transformers' model, its matrices those that a scheme's codes stand for."""
+    """Load transformers' model; with a scheme, its matrices are replaced by their decoded quantized weights."""
     from loaders.loading.load import load_weights
     from loaders.loading.quantized_tensor import QuantizedTensor
 
@@ -111,7 +112,7 @@ def _logits(model: Any, bench: Bench) -> Any:
 
 
 def _found(bench: Bench, model: Any, took: float) -> Found:
-    """What loading took, and a forward of some tokens."""
+    """Time a forward of a few tokens, and return it with the time of loading."""
     wait = finish(bench.device)
 
     def forward() -> None:

@@ -16,11 +16,11 @@ from loaders.quantization.kernels import Kernels
 from loaders.quantization.kernels.cpu import CpuKernels
 
 GROUP = 64
-IN_A_ROW = 8  # calls on the device that are waited for together: one alone takes as long as asking for it
+IN_A_ROW = 8  # calls that are timed together: a single fast one would take as long as the call from Python
 
 
 def trials(bench: Bench) -> Iterator[Trial]:
-    """Transfers; then each encoder from host to host, as a job calls it; then what needs no transfers."""
+    """Yield trials: transfers; each encoder from host to host, as a job calls it; then encoders without transfers."""
     from loaders.quantization.kernels.torch_device import DeviceKernels
 
     weights = random_bf16(np.random.default_rng(2), bench.shape[0] * bench.shape[1])
@@ -32,7 +32,7 @@ def trials(bench: Bench) -> Iterator[Trial]:
 
 
 def encoders(kernels: Kernels) -> dict[str, Callable[[np.ndarray], object]]:
-    """Each encoder of a backend over one range of weights."""
+    """Return the encoders of a backend, each as a function of one range of weights."""
     packed, absmax = np.empty(RANGE // 2, np.uint8), np.empty(RANGE // GROUP, np.float32)
 
     def four(table: str) -> Callable[[np.ndarray], object]:
@@ -88,7 +88,7 @@ def _transfers(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
 
 
 def _alone(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
-    """Ours without transfers, over ranges as a job's and over all of it, and bitsandbytes' kernel."""
+    """Yield trials without transfers: ours over ranges like a job's and over the whole weight, and bitsandbytes'."""
     import torch
 
     from loaders.quantization.kernels import torch_device

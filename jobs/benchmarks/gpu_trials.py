@@ -1,4 +1,4 @@
-"""What the parts of `jobs.bench gpu` share: a trial, what it finds, and where it is done."""
+"""The shared parts of `jobs.bench gpu`: trials, their results, and the resources that they use."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from typing import Any
 from jobs.benchmarks.random_llama import make_llama
 from jobs.cli.verb import note
 
-SMALL_GB = 0.6  # of the random Llama that becomes models
-LONGEST_FAULT = 400
+SMALL_GB = 0.6  # gigabytes of the random Llama that is loaded as a model, and encoded by slow schemes
+LONGEST_FAULT = 400  # characters of an error that a row shows: some libraries' errors have pages
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What trials work with: torch's name of the device, the weight's shape, laps, a scratch folder."""
+    """The resources of trials: torch's name of the device, the weight's shape, laps, a scratch folder."""
 
     device: str
-    parts: tuple[str, ...]  # that are asked for
+    parts: tuple[str, ...]  # the requested parts
     path: str | None
     gb: float
     shape: tuple[int, int]
     laps: int
     work: Path
-    ends: float  # of time.monotonic
+    ends: float  # the time.monotonic() after which no trial begins
 
     @property
     def left_s(self) -> float:
-        """Seconds until no trial begins any more."""
+        """The seconds in which trials may still begin."""
         return self.ends - time.monotonic()
 
     @cached_property
     def source(self) -> Path:
-        """The checkpoint of jobs and of loading."""
+        """The checkpoint of the parts jobs, cores and loading."""
         return self._given_or_random("random-llama", self.gb)
 
     @cached_property
     def small(self) -> Path:
-        """The checkpoint of models, and of what is slow."""
+        """The checkpoint of the part models, and of slow jobs."""
         return self._given_or_random("small-llama", min(self.gb, SMALL_GB))
 
     def _given_or_random(self, name: str, gb: float) -> Path:
@@ -56,7 +56,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Found:
-    """What a trial found: numbers (`seconds`, `gbps`, and others of its own), words, what is wrong."""
+    """The result of a trial: numbers (`seconds`, `gbps`, and others), a text, and a fault if something is wrong."""
 
     numbers: Mapping[str, float] = field(default_factory=dict)
     said: str = ""
@@ -65,7 +65,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Trial:
-    """Something to try, independent of what else fails."""
+    """A trial, which does not depend on the success of others."""
 
     name: str
     call: Callable[[], Found]
@@ -73,7 +73,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """A trial that was made, or left out."""
+    """A trial's row of the table, whether it ran or was left out."""
 
     part: str
     case: str
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        """All of it, for someone who waits."""
+        """The row as one line, for progress."""
         rates = (self.seconds and f"{self.seconds} s", self.gbps and f"{self.gbps} GB/s")
         shown = [text for text in (*rates, self.found.said, self.found.fault) if text]
         return f"{self.part}: {self.case}: {', '.join(shown)}"
@@ -101,10 +101,11 @@ class Row:
 
 
 def tried(part: str, trial: Trial) -> Row:
-    """The row of a trial; what it raises is its fault."""
+    """Run a trial and return its row; an exception becomes its fault."""
     try:
         return Row(part, trial.name, trial.call())
-    except Exception as error:  # whatever a library or a driver may raise is a result, and the other trials go on
+    # Any error of a library or a driver is a result, and the other trials go on.
+    except Exception as error:
         said = " ".join(str(error).split())[:LONGEST_FAULT]
         return Row(part, trial.name, Found(fault=f"{type(error).__name__}: {said}"))
     finally:
@@ -112,12 +113,12 @@ def tried(part: str, trial: Trial) -> Row:
 
 
 def rate(seconds: float, size: int, said: str = "") -> Found:
-    """So many bytes of source in so many seconds."""
+    """Return the result of processing `size` bytes of source in some seconds."""
     return Found({"seconds": seconds, "gbps": size / seconds / 1e9}, said)
 
 
 def median_s(call: Callable[[], object], laps: int, warm_up: int = 1) -> float:
-    """Seconds of a call, the median of some, after some that do not count."""
+    """Return the median seconds of `laps` calls, after `warm_up` calls that do not count."""
     for _ in range(warm_up):
         call()
     took = []
@@ -129,7 +130,7 @@ def median_s(call: Callable[[], object], laps: int, warm_up: int = 1) -> float:
 
 
 def finish(device: str) -> Callable[[], None]:
-    """What waits until a device has done all that it was asked for."""
+    """Return a function that waits until a device has finished all its work; the CPU has nothing to wait for."""
     import torch
 
     waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}

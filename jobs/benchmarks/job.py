@@ -1,4 +1,4 @@
-"""`python -m jobs.bench job`: a whole command, beside copying the same files and beside another tool's command."""
+"""`python -m jobs.bench job`: a whole command, compared with copying the same files and with another tool's command."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from loaders.storage.hashes import hash_file
 
 
 def time_job(path: str | None, gb: float, quant: str, peer: str | None, folder: str | None, repeats: int) -> Said:
-    """A whole command, from the page cache, beside copying the same files and beside another tool's command.
+    """Time a job as a command, with its source in the page cache, next to a copy of the files and another tool.
 
     Raises:
-        BadSpec: the peer's command lacks its places, or the source is no checkpoint.
+        BadSpec: the peer's command has no {source} or {output}, or the source is not a checkpoint.
     """
     if peer is not None and not ("{source}" in peer and "{output}" in peer):
         raise BadSpec("peer: expected a command with {source} and {output} in it")
@@ -60,7 +60,7 @@ def time_job(path: str | None, gb: float, quant: str, peer: str | None, folder: 
 
 
 class _Command:
-    """A process that reads the source and writes an output, which is removed after; None copies and syncs."""
+    """A case that runs a command and removes its output; None stands for copying and syncing the files."""
 
     def __init__(self, command: list[str] | None, files: list[Path], work: Path) -> None:
         self.peak_bytes = 0
@@ -69,9 +69,10 @@ class _Command:
         self._work = work
 
     def __call__(self) -> float:
-        """Run it once; the seconds it took."""
+        """Run the command once; returns the seconds it took."""
         for file in self._files:
-            hash_file(file)  # into the page cache
+            # This brings the file into the page cache.
+            hash_file(file)
         output = self._work / "output"
         try:
             began = time.perf_counter()
@@ -95,6 +96,7 @@ class _Command:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "PYTHONPATH": path})
+            # wait4 gives this process's own resource usage; getrusage would mix it with that of earlier commands.
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:

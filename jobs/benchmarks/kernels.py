@@ -1,7 +1,7 @@
-"""`python -m jobs.bench kernels`: encoders and decoders on one weight, in rotation with the libraries' own.
+"""`python -m jobs.bench kernels`: encoders and decoders on one weight, in rotation with those of other libraries.
 
-GB/s are 1e9 bytes of bfloat16 input a second (2 bytes a weight), whatever form a case takes its input in. A peer that
-is not installed, or does not work, is a row that says so.
+GB/s are 1e9 bytes of bfloat16 input per second (2 bytes per weight), whatever dtype a case takes. A library that is not
+installed, or does not work, is a row that says so.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from jobs.cli.verb import Said, note
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit, int8
 
-INNER = 1 << 18
+INNER = 1 << 18  # weights decoded at once, as in a job: they stay in the CPU's cache until they are compared
 
 
 def time_kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
-    """Encoders and decoders on one bfloat16 weight."""
+    """Time encoders and decoders on one random bfloat16 weight (rows, columns)."""
     weight = random_bf16(np.random.default_rng(0), rows * columns).reshape(rows, columns)
     cases = [
         *_ours(weight, threads),
@@ -56,6 +56,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     thirds = np.empty(quarter, np.uint8)
 
     def spread(body: Callable[[int, int], object], count: int) -> None:
+        # Ranges begin at multiples of 64, so that no group of weights is cut.
         edges = [count * i // threads // 64 * 64 for i in range(threads)] + [count]
         on_threads(threads, body, edges[:-1], edges[1:])
 
@@ -153,5 +154,6 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
+    # A library that is not installed, or does not load, becomes a row of the table.
     except ImportError:
         return None

@@ -14,12 +14,12 @@ from loaders.quantization.kernels import casts, compare, cpu
 from loaders.quantization.kernels.compressed_tensors import fp4, fp8, packed_int
 from loaders.quantization.schemes.compressed_tensors_int import EPS
 
-INNER = 1 << 18
+INNER = 1 << 18  # weights decoded at once, as in a job: they stay in the CPU's cache until they are compared
 PEERS = ("w4a16", "w8a16", "w4a16_asym", "fp8_dynamic", "w8a8", "fp8_block", "nvfp4a16", "mxfp4a16")
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
-    """Ours and compressed-tensors' own, of one bfloat16 matrix (its bits)."""
+    """Yield our cases and compressed-tensors' own, for one matrix of bfloat16 bits (R, C)."""
     if weight.shape[0] % 128 or weight.shape[1] % 128:
         yield Case("compressed-tensors' formats", None, "not timed: rows and columns are no multiples of 128")
         return
@@ -33,7 +33,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     small, zeros = np.empty(weight.size // 16, np.uint8), np.empty(weight.size // 128, np.int8)
 
     def whole(body: Callable[[np.ndarray, int, int], object]) -> Callable[[], None]:
-        """The body over bands of 128 rows, a few at a time, as a job's ranges are."""
+        """Return a call of the body over bands of a multiple of 128 rows, about as large as a job's ranges."""
         step = max(128, (1 << 21) // columns // 128 * 128)
         bands = [(a, min(a + step, weight.shape[0])) for a in range(0, weight.shape[0], step)]
 
@@ -74,7 +74,8 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
             fp8.encode_band(x[at : at + 128 * columns], columns, eps, codes[a + at : a + at + 128 * columns], own)
 
     def nvfp4(x: np.ndarray, a: int, b: int) -> None:
-        fp4.largest(x)  # the pass for the global scale
+        # A job makes this pass too, for the global scale, so it counts.
+        fp4.largest(x)
         fp4.encode_nv(x, np.float32(22400), codes[a // 2 : b // 2], small[a // 16 : b // 16])
 
     def mxfp4(x: np.ndarray, a: int, b: int) -> None:
@@ -112,7 +113,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
 
 def _peers(weight: np.ndarray) -> Iterator[Case]:
-    """Scales as llm-compressor observes them, then compressed-tensors' compressor: what is stored."""
+    """Yield the peers' cases: scales as llm-compressor computes them, then compressed-tensors' compressor."""
     installed = all(importlib.util.find_spec(name) for name in ("torch", "compressed_tensors"))
     for preset in PEERS:
         call, missing = (_Peer(weight, preset), "") if installed else (None, "not installed: compressed-tensors")
@@ -120,7 +121,7 @@ def _peers(weight: np.ndarray) -> Iterator[Case]:
 
 
 class _Peer:
-    """Quantizes with compressed-tensors, imported at the first call."""
+    """A case that quantizes with compressed-tensors, which is imported at the first call."""
 
     def __init__(self, weight: np.ndarray, preset: str) -> None:
         self._weight = weight

@@ -1,6 +1,6 @@
-"""The rows of `jobs.bench kernels` for ggml's tensor types: ours, encoding and measuring, and ggml's own C.
+"""The rows of `jobs.bench kernels` for ggml's tensor types: our encoding and measuring, and ggml's C code.
 
-The K-quants take seconds for a large weight, so both are timed on a part of the rows, and their seconds multiplied.
+K-quants take seconds for a large weight, so they are timed on a part of the rows, and the seconds are multiplied.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.schemes.ggml import ENCODERS, Ggml
 from loaders.specs import TensorSpec
 
-PART = 16
+PART = 16  # the slow types are timed on one sixteenth of the rows
 WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0")
 IN_PART = ("Q4_K", "Q6_K", "Q3_K", "MXFP4")
-INNER = 1 << 18  # weights encoded or decoded at once: both stay in the cache
+INNER = 1 << 18  # weights decoded at once, as in a job: they stay in the CPU's cache until they are compared
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
-    """Ours, encoding and measuring, and ggml's. weight: bfloat16 bits (R, C)."""
+    """Yield our cases, encoding and measuring, and ggml's own. `weight` is a matrix of bfloat16 bits (R, C)."""
     library = _library()
     for name in (*WHOLE, *IN_PART):
         parts = 1 if name in WHOLE else PART
@@ -58,7 +58,7 @@ def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
 
 
 def _spread(body: Callable[[int, int], object], count: int, threads: int) -> None:
-    """Ranges of rows, a thread each."""
+    """Call the body for ranges of rows, each on a thread of its own."""
     edges = [count * i // threads for i in range(threads)] + [count]
     on_threads(threads, body, edges[:-1], edges[1:])
 
@@ -69,7 +69,7 @@ def _encode(weight: np.ndarray, name: str, out: np.ndarray, threads: int) -> Non
 
 
 class _Held:
-    """What was stored, in memory."""
+    """A `Stored` in memory."""
 
     def __init__(self, stored: np.ndarray) -> None:
         self._stored = stored
@@ -110,7 +110,8 @@ def _library() -> Any:
 
 
 def _peer(quantize: Any, weight: np.ndarray, name: str, threads: int) -> Callable[[], object]:
-    """float32 in, as ggml takes it; the conversion is not timed."""
+    """Return ggml's encoder as a call. It takes float32, and the conversion from bfloat16 is not timed."""
+    # bfloat16 is the upper half of a float32.
     values = (weight.astype(np.uint32) << 16).view(np.float32)
     out = np.empty(DTYPES[name].size(weight.shape), np.uint8)
 

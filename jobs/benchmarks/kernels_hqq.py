@@ -1,6 +1,6 @@
-"""The rows of `jobs.bench kernels` for HQQ: ours, both passes, and the hqq package's own quantizer.
+"""The rows of `jobs.bench kernels` for HQQ: our encoder, both passes, and the hqq package's own quantizer.
 
-hqq takes minutes for a large weight, so both are timed on a part of the rows, and their seconds multiplied.
+hqq takes minutes for a large weight, so both are timed on a part of the rows, and the seconds are multiplied.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from loaders.quantization.scheme import Block
 from loaders.quantization.schemes.hqq import Hqq
 from loaders.specs import TensorSpec
 
-PART = 16
-ROWS = ((4, 1), (4, 0), (3, 1), (8, 1))  # bits, axis
+PART = 16  # the weight's rows are cut to one sixteenth
+ROWS = ((4, 1), (4, 0), (3, 1), (8, 1))  # (bits, axis) of each case
 
 
 class _View:
-    """bfloat16 weights in memory. See `View`."""
+    """A `View` of bfloat16 weights in memory."""
 
     def __init__(self, weight: np.ndarray) -> None:
         self.spec = TensorSpec("bench.weight", DTYPES["BF16"], weight.shape)
@@ -38,7 +38,7 @@ class _View:
 
 
 class _Sink:
-    """Memory that takes what is stored. See `Sink`."""
+    """A `Sink` in memory."""
 
     def __init__(self, scheme: Hqq, spec: TensorSpec) -> None:
         self._roles = {role: np.empty(part.size, np.uint8) for role, part in scheme.stored(spec).items()}
@@ -49,7 +49,7 @@ class _Sink:
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[tuple[str, Callable[[], float] | None, str, str]]:
-    """(name, call that gives seconds, why it is missing, the row it is a peer of). weight: bfloat16 bits (R, C)."""
+    """Yield (name, call that returns seconds, why it is missing, the row it is a peer of), for bfloat16 bits (R, C)."""
     some = weight[: max(1, weight.shape[0] // PART)]
     times = weight.shape[0] / some.shape[0]
     has_peer = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("hqq") is not None

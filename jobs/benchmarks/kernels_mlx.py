@@ -15,7 +15,7 @@ from loaders.quantization.schemes.mlx_float import SETTINGS, FloatMode, MlxFloat
 
 
 def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int], None]) -> Iterator[Case]:
-    """Ours; `spread` calls a body for ranges of the weights on the threads to be timed."""
+    """Yield our cases; `spread` calls a body for ranges of the weights on the threads that are timed."""
     packed, scales = np.empty(flat.size, np.uint8), np.empty((2, flat.size // 16), np.float32)
 
     def affine_of(bits: int) -> Callable[[], None]:
@@ -56,7 +56,7 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
 
 def peers(weight: np.ndarray, mx: Any) -> Iterator[Case]:
-    """Mlx's own on a CPU. mx: mlx.core, or None where it is not installed."""
+    """Yield mlx's own cases on the CPU. `mx` is mlx.core, or None if it is not installed."""
     if mx:
         mx.set_default_device(mx.cpu)
     tensor: Any = mx.array(weight).view(mx.bfloat16) if mx else None

@@ -1,7 +1,7 @@
-"""`python -m jobs.bench load`: weights into tensors and models, beside safetensors' and transformers' own way.
+"""`python -m jobs.bench load`: loading weights into tensors and models, compared with safetensors and transformers.
 
-Every byte that comes of it is summed, so that a map is not credited for what it did not read. What is timed goes from
-the files, in the page cache, to weights that were looked at; importing libraries is not part of it.
+Every loaded byte is summed, so that a memory map is not credited for bytes that it did not read. The time runs from the
+files in the page cache to weights whose every byte was read; importing libraries is not part of it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.loading.load import load_weights
 
 PLAIN, MODEL = "load_weights", "load_model_and_tokenizer"
-ENGINES = {"nf4": "nf4", "fp4": "fp4"}  # that transformers quantizes to on the way, by bitsandbytes' name
+ENGINES = {"nf4": "nf4", "fp4": "fp4"}  # presets to which transformers quantizes while loading -> bitsandbytes' name
 
 
 def time_load(path: str | None, gb: float, quant: str, folder: str | None, repeats: int) -> Said:
-    """Weights into tensors and models, from the page cache, beside safetensors' and transformers' own way.
+    """Time loading weights into tensors and models from the page cache, next to safetensors and transformers.
 
     Raises:
-        BadSpec: no weights there.
+        BadSpec: the folder holds no weights.
     """
     with given_or_random(path, gb, folder) as (_, source), ThreadPoolExecutor(usable_cpus()) as pool:
         checkpoint, busy = open_checkpoint(source), Busy()
@@ -45,7 +45,7 @@ def time_load(path: str | None, gb: float, quant: str, folder: str | None, repea
 
 
 class Loaded:
-    """A case: loads, sums what came, lets it go; `peak_bytes` is the most anonymous memory that it held."""
+    """A case that loads weights, sums them and frees them; `peak_bytes` is its peak of anonymous memory."""
 
     def __init__(self, load: Callable[[], Iterable[Any]], pool: ThreadPoolExecutor) -> None:
         self.peak_bytes = 0
@@ -53,7 +53,8 @@ class Loaded:
         self._pool = pool
 
     def __call__(self) -> float:
-        """The seconds it took."""
+        """Load once; returns the seconds it took."""
+        # Models have reference cycles, and garbage of the last case must not be collected in this one.
         gc.collect()
         with PeakMemory() as memory:
             began = time.perf_counter()
@@ -73,7 +74,7 @@ def _raw(tensor: Any) -> Any:
 
 
 def cases(folder: Path, quant: str, pool: ThreadPoolExecutor) -> Iterator[Case]:
-    """Ours, each beside its peer. Models need the extra `models`; those that are not there are rows that say so."""
+    """Yield our cases, each with its peer. Cases whose libraries are not installed are rows that say so."""
     missing = _missing("transformers") or _missing("accelerate")
     engine = missing or (_missing("bitsandbytes") if quant in ENGINES else f"transformers does not quantize to {quant}")
 
@@ -134,5 +135,5 @@ def _theirs(folder: Path, quant: str = "") -> list[Any]:
 
 
 def _weights_of(model: Any) -> list[Any]:
-    """Of a model, each tensor once; it is kept alive by them."""
+    """Return the tensors of a model, each once."""
     return [parameter.data for parameter in model.parameters()]

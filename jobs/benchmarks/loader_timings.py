@@ -1,10 +1,10 @@
-"""`python -m jobs.bench loaders`: every strategy on the user's own storage, cold and warm, beside plain reads.
+"""`python -m jobs.bench loaders`: every strategy on the user's own storage, cold and warm, compared with plain reads.
 
-Every lap runs every case once, in another order, so that what the machine does meanwhile, and what a case leaves behind
-for the next, touches all alike; every byte is summed, so that a map is not credited for what it did not read. Cold: the
-kernel is asked to drop the files before each case, and what stayed is looked at. They are read once more before that: a
-virtual machine's memory that was free for seconds may belong to its host again, and getting it back costs more than
-reading (0.5 instead of 1.0 GB/s, whatever the case).
+Every lap runs every case once, each lap in another order, so that other load of the machine, and what a case leaves to
+the next, affects all alike. Every byte is summed, so that a memory map is not credited for bytes that it did not read.
+For cold laps, the kernel is asked to drop the files before each case, and the share that stayed is checked. The files
+are read once before that: memory that was free for seconds may have gone back to a virtual machine's host, and getting
+it back costs more than reading (0.5 instead of 1.0 GB/s, whatever the case).
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from loaders.places import CONF, ROOT
 from loaders.storage import local
 from loaders.strategies import LOADERS, AutoLoader, MultiThreadWeightLoader, WeightLoader, loader
 
-SKIPPED = {"low_memory": "rank 0 loads as auto does"}
-SETTLED = 4 << 30  # bytes of the files read before they are dropped
+SKIPPED = {"low_memory": "rank 0 loads as auto does"}  # strategies that are not timed, with the reason
+SETTLED = 4 << 30  # the most bytes of the files that are read before they are dropped
 STAYED = 0.05  # the share of a file in the page cache up to which it counts as cold
+# A program that loads one weight, in a process of its own: the time to the first byte includes imports.
 FIRST_BYTE = (
     "import sys; from loaders.strategies import loader;"
     "name, value = next(loader(sys.argv[1]).iterate_weights(sys.argv[2])); print(int(value.reshape(-1)[0]) >= 0)"
@@ -44,7 +45,7 @@ FIRST_BYTE = (
 
 @dataclass
 class StrategyTimings:
-    """One way of reading: GB/s of each lap, warm and cold, the CPU seconds, and what was seen besides."""
+    """The timings of one way of reading: GB/s and CPU seconds of each lap, warm and cold, and other observations."""
 
     name: str
     is_strategy: bool
@@ -55,7 +56,7 @@ class StrategyTimings:
     cpu_s: dict[str, list[float]] = field(default_factory=lambda: {"warm": [], "cold": []})
     peak_bytes: int = 0
     first_byte_s: float | None = None
-    said: dict[str, str] = field(default_factory=dict)  # of the last lap, by "warm" and "cold"
+    said: dict[str, str] = field(default_factory=dict)  # remarks of the last lap, by "warm" and "cold"
     saying: str = ""
 
     def row(self) -> dict[str, Any]:
@@ -81,10 +82,10 @@ def _of(rates: Sequence[float], how: str) -> float | None:
 
 
 def measure(path: str, names: Sequence[str], repeats: int, *, cold: bool) -> dict[str, Any]:
-    """Time the strategies of these names, or all, on a checkpoint's folder: the document of the bench.
+    """Time the named strategies, or all, on a checkpoint's folder; returns the document of the benchmark.
 
     Raises:
-        BadSpec: no weights there, or an unknown strategy.
+        BadSpec: the folder holds no weights, or a strategy is unknown.
     """
     checkpoint = open_checkpoint(path)
     unknown = [name for name in names if name not in LOADERS]
@@ -111,7 +112,7 @@ def measure(path: str, names: Sequence[str], repeats: int, *, cold: bool) -> dic
 
 
 class Sums:
-    """A case that gives its seconds for a byte's worth, and what it summed to."""
+    """A case that returns its seconds, and keeps its sum and its CPU seconds."""
 
     def __init__(self, call: Callable[[], int], size: int) -> None:
         self._call = call
@@ -143,7 +144,7 @@ def _by_strategy(
 
 
 def said_by(made: WeightLoader) -> str:
-    """What a loader found out while it loaded."""
+    """Return what a loader found while it loaded: the chosen strategy, or the measured number of threads."""
     if isinstance(made, AutoLoader):
         return f"{made.chosen}: {made.why}"
     return made.workers_said if isinstance(made, MultiThreadWeightLoader) else ""
@@ -156,7 +157,11 @@ def _raw(value: Any) -> np.ndarray:
 def _run(
     cases: Mapping[str, Sums], found: Mapping[str, StrategyTimings], files: Sequence[Path], repeats: int, *, cold: bool
 ) -> float | None:
-    """Warm laps, then cold ones; the greatest share that stayed in the page cache, None where nothing is dropped."""
+    """Run warm laps, then cold ones.
+
+    Returns:
+        The largest share of a file that stayed in the page cache before a cold lap; None without cold laps.
+    """
     stayed: list[float] = []
 
     def prepared(name: str, kind: str, before: Callable[[], None]) -> Callable[[], float]:
@@ -187,6 +192,7 @@ def _run(
         timed = [Case(name, prepared(name, kind, before)) for name in cases if not found[name].missing]
         rotate(timed, repeats, warm_up=1 if kind == "warm" else 0, shuffled=True)
         for each in timed:
+            # Warm-up laps were counted too; they are the first.
             found[each.name].cpu_s[kind][:] = found[each.name].cpu_s[kind][-repeats:]
             found[each.name].missing = found[each.name].missing or each.missing
             getattr(found[each.name], kind).extend(cases[each.name].size / seconds / 1e9 for seconds in each.seconds)
@@ -194,7 +200,7 @@ def _run(
 
 
 def _settle(files: Sequence[Path]) -> None:
-    """Read the files, and let what is read go: the page cache gets memory that is this machine's."""
+    """Read the files and discard the bytes, so that the page cache holds memory which this machine already has."""
     memory, left = bytearray(CHUNK), SETTLED
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -203,7 +209,7 @@ def _settle(files: Sequence[Path]) -> None:
 
 
 def _check_sums(cases: Mapping[str, Sums], found: Mapping[str, StrategyTimings]) -> None:
-    """Strategies sum to one number, reads of whole files to another: a way that differs has not read what is there."""
+    """Check that all strategies give one sum, and all reads of whole files another; others have read wrong bytes."""
     for kind in (True, False):
         sums = {
             name: case.sum for name, case in cases.items() if found[name].is_strategy is kind and case.sum is not None
@@ -215,7 +221,7 @@ def _check_sums(cases: Mapping[str, Sums], found: Mapping[str, StrategyTimings])
 
 
 def _first_bytes(checkpoint: Checkpoint, found: Mapping[str, StrategyTimings]) -> None:
-    """Seconds from the start of a process to the first weight in it."""
+    """Measure the seconds from the start of a process to its first weight, for each strategy."""
     for name, each in found.items():
         if each.is_strategy and not each.missing:
             began = time.perf_counter()
@@ -226,7 +232,7 @@ def _first_bytes(checkpoint: Checkpoint, found: Mapping[str, StrategyTimings]) -
             each.first_byte_s = time.perf_counter() - began if ran.returncode == 0 else None
 
 
-# --- what came of it
+# --- results
 
 
 def _document(
@@ -252,7 +258,10 @@ def _document(
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
-    """Of each strategy to the yardstick: warm, summing the maps in place; cold, the best plain read. Medians."""
+    """Return the ratio of each strategy's median rate to the yardstick's.
+
+    The yardstick is, for warm laps, summing the mapped files in place; for cold laps, the fastest plain read.
+    """
     key, yardstick = f"{kind}_gbps_median", _yardstick(rows, kind)
     if yardstick is None:
         return {}
@@ -268,7 +277,7 @@ def _yardstick(rows: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any
 def _spread(
     found: Mapping[str, StrategyTimings], rows: Sequence[Mapping[str, Any]], kind: str
 ) -> dict[str, list[float]]:
-    """Of each strategy, its ratio to the yardstick in each lap, sorted."""
+    """Return each strategy's ratios to the yardstick in the single laps, sorted."""
     yardstick = _yardstick(rows, kind)
     if yardstick is None:
         return {}
@@ -281,7 +290,7 @@ def _spread(
 
 
 def _winner(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, str]:
-    """The fastest strategy, and the fastest that serves jobs, each as a line of YAML to paste."""
+    """Return the names of the fastest strategy, and of the fastest one that serves jobs."""
     key = f"{kind}_gbps_median"
     fit = [r for r in rows if r["is_strategy"] and r[key] and not r["missing"] and r["case"] != "strategy=auto"]
     found = {}
@@ -293,7 +302,7 @@ def _winner(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, str]:
 
 
 def yaml_line(name: str) -> str:
-    """A strategy as a line of a job's YAML, its settings written out."""
+    """Return a strategy with its settings as a line of YAML for a job's config."""
     import yaml
 
     values = yaml.safe_load((CONF / "strategy" / f"{name}.yaml").read_text())

@@ -1,4 +1,4 @@
-"""What `python -m jobs.bench loaders` shows of its document: a table, a plot, MLflow runs."""
+"""The output of `python -m jobs.bench loaders`: a table, a plot and MLflow runs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def time_loaders(
     path: str | None, gb: float, folder: str | None, names: Sequence[str], repeats: int, cold: bool, root: Path,
     tracking: TrackingSpec,
 ) -> Said:  # fmt: skip
-    """Every strategy on a checkpoint, with a plot beside the outputs and a tracked run for each.
+    """Time every strategy on a checkpoint, draw a plot in `root`, and track a run for each strategy.
 
     Raises:
-        BadSpec: no weights there, or an unknown strategy.
+        BadSpec: the folder holds no weights, or a strategy is unknown.
     """
     with given_or_random(path, gb, folder) as (_, source):
         document = measure(str(source), names, repeats, cold=cold)
@@ -42,7 +42,7 @@ def time_loaders(
 
 
 def timings_text(document: Mapping[str, Any], plot: Path | None) -> RenderableType:
-    """Medians and bests in GB/s, the ratios, the winners as YAML."""
+    """Render a table of median and best GB/s and of ratios, and the fastest strategies as YAML."""
     titles = (*COLUMNS, "peak MB", "of the yardstick")
     shown = table("GB/s:", *titles, "", right=titles)
     for row in document["rows"]:
@@ -86,7 +86,7 @@ def _said(said: Mapping[str, str]) -> str:
 
 
 def draw(document: Mapping[str, Any], path: Path) -> Path:
-    """Bars of GB/s, warm and cold, as a PNG."""
+    """Draw bars of the median GB/s, warm and cold, as a PNG."""
     from matplotlib.figure import Figure
 
     rows = [row for row in document["rows"] if not row["missing"]][::-1]
@@ -104,7 +104,7 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
 
 
 def track(document: Mapping[str, Any], spec: TrackingSpec, root: Path, plot: Path) -> str | None:
-    """A run for each strategy, and one with the plot and the whole table; the address of that one."""
+    """Track a run for each strategy, and one with the plot and the whole table; returns the address of the latter."""
     sweep = uuid.uuid4().hex[:12]
     about = {key: document[key] for key in ("path", "container", "bytes", "filesystem", "threads", "repeats")}
     name, tags = Path(document["path"]).name, {"weightmill.kind": "bench", "weightmill.sweep": sweep}

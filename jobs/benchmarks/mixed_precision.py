@@ -1,10 +1,10 @@
-"""quant=auto judged: KL of the logits and perplexity against bits a weight, beside one scheme for all and the engine's
-own mixes of the same size.
+"""`python -m jobs.bench budget`: mixes of quant=auto compared with uniform schemes and the engine's own mixes by size.
 
-What is compared is not what the planner minimizes: every output predicts a held-out text, decoded in transformers
-(which is quick: engines' kernels for CPUs are slow), or with `in_engine` in its own engine.
-Intervals are of 95 %, by drawing the text's windows again; those of a ratio draw the same windows for both. Where no
-uniform scheme has a mix's size, its KL is interpolated between the two around it, linearly in bits and log KL.
+Outputs are compared by the KL divergence of their logits and by perplexity on a held-out text, which is not what
+quant=auto minimizes. Outputs run decoded in transformers, which is fast, as engines' CPU kernels are not; with
+`in_engine` they run in their own engine. Intervals are 95 % bootstraps over the text's windows; those of a ratio draw
+the same windows for both outputs. If no uniform scheme has a mix's size, its KL is interpolated between the two schemes
+around it, linearly in bits and log KL.
 """
 
 from __future__ import annotations
@@ -43,15 +43,18 @@ MIXES: dict[str, dict[str, dict[str, Any]]] = {
         "gguf_q5_k_m": {"preset": "gguf_q5_k_m"},
     },
 }  # fmt: skip
-BITS = (3.0, 6.0)  # mixes are made at the sizes of presets and uniform schemes between these
+BITS = (3.0, 6.0)  # bits per weight between which mixes are made, at the sizes of presets and uniform schemes
 COLORS = ("tab:blue", "tab:green", "tab:orange")
-RESAMPLES = 10_000
-SIDES = (2.5, 97.5)
+RESAMPLES = 10_000  # of the bootstrap, as in loaders/models/quality.py
+SIDES = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedOutput:
-    """One output, judged. `kind`: "uniform", "preset", or "auto" with what it weights by; `beside` has its size."""
+    """One evaluated output. `kind` is "uniform", "preset", or "auto" with its weighting.
+
+    `beside` names the uniform scheme or preset whose size was a mix's budget.
+    """
 
     name: str
     kind: str
@@ -62,13 +65,13 @@ class JudgedOutput:
 
     @property
     def kl_by_window(self) -> np.ndarray:
-        """Nats a token, (W,)."""
+        """The mean KL of each window in nats per token, shape (W,)."""
         return np.array(self.quality.kl_by_window)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """KL over another's, with its interval."""
+    """The ratio of two outputs' KL, with its 95 % interval."""
 
     value: float
     low: float
@@ -89,10 +92,10 @@ def budget(
     *,
     in_engine: bool,
 ) -> Said:
-    """Make and judge all cases.
+    """Make and evaluate all outputs.
 
     Raises:
-        WeightmillError: one cannot be made or judged.
+        WeightmillError: an output cannot be made or evaluated.
     """
     with io_errors("making", Path(folder or tempfile.gettempdir())):
         scratch = Path(tempfile.mkdtemp(prefix="weightmill-budget-", dir=folder))
@@ -121,6 +124,7 @@ def _cases(model: str, judged: _Judged, engine: str, calibration: str | None, sc
     for beside in sorted(inner, key=lambda case: case.bits):
         for how in dict.fromkeys((None, calibration)):
             kind = "auto" if how is None else "auto, self" if how == "self" else "auto, calibrated"
+            # The factor keeps rounding from making the budget a byte smaller than the output that it stands for.
             quant = _spec(model, scratch, engine, beside.bits * (1 + 1e-12), how).quant
             cases.append(replace(makes.case(f"{kind} {beside.bits:.2f}", kind, quant), beside=beside.name))
     return cases
@@ -133,7 +137,7 @@ def _spec(model: str, scratch: Path, engine: str, bits: float, calibration: str 
 
 
 class _Judged:
-    """The original's predictions of the text, to hold outputs against."""
+    """The original's predictions of the text, with which outputs are compared."""
 
     def __init__(self, model: str, text: str, tokens: int, folder: Path, *, in_engine: bool) -> None:
         checkpoint = open_checkpoint(model)
@@ -150,7 +154,7 @@ class _Judged:
 
 
 class _Making:
-    """Makes an output, has it judged, and removes it."""
+    """A maker of outputs, which are evaluated and removed again."""
 
     def __init__(self, base: JobSpec, judged: _Judged, scratch: Path) -> None:
         self._base = base
@@ -172,12 +176,13 @@ class _Making:
         )
 
 
-# --- what comes of it
+# --- results
 
 
 def against(case: JudgedOutput, others: Sequence[JudgedOutput]) -> Ratio | None:
-    """A case's KL over that of the others at its size, interpolated; None where its size is not between theirs."""
-    if len(others) == 1:  # the preset whose size was the budget: a mix is at most a few bytes smaller
+    """Return an output's KL over that of the others at its size, interpolated; None if its size is not among theirs."""
+    # A single one is the preset whose size was the budget: the mix is at most a few bytes smaller.
+    if len(others) == 1:
         return _ratio_to(case, others[0], others[0], 0.0)
     ordered = sorted(others, key=lambda other: other.bits)
     low = next((c for c in reversed(ordered) if c.bits <= case.bits * (1 + 1e-6)), None)
@@ -188,7 +193,7 @@ def against(case: JudgedOutput, others: Sequence[JudgedOutput]) -> Ratio | None:
 
 
 def _ratio_to(case: JudgedOutput, low: JudgedOutput, high: JudgedOutput, share: float) -> Ratio:
-    """To what lies so far between two."""
+    """Return an output's KL over that at a point between two others, where `share` is 0 at `low` and 1 at `high`."""
     count = len(case.kl_by_window)
     drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
 
@@ -201,7 +206,7 @@ def _ratio_to(case: JudgedOutput, low: JudgedOutput, high: JudgedOutput, share: 
 
 
 def rows(cases: Sequence[JudgedOutput]) -> list[dict[str, Any]]:
-    """For machines and for the table: each mix beside uniform schemes and beside the preset of its size."""
+    """Return the rows of the table as JSON: each mix with its ratios to uniform schemes and the preset of its size."""
     uniform = [case for case in cases if case.kind == "uniform"]
     named = {case.name: case for case in cases}
     found = []
@@ -273,7 +278,7 @@ def _mean(cases: Sequence[JudgedOutput], kind: str) -> str:
 
 
 def plot(cases: Sequence[JudgedOutput], title: str, path: Path) -> None:
-    """KL and perplexity against bits a weight, as a PNG."""
+    """Draw KL and perplexity against bits per weight, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
@@ -302,7 +307,11 @@ def plot(cases: Sequence[JudgedOutput], title: str, path: Path) -> None:
 
 
 def check(model: str | None, text: str | None, engine: str) -> None:
-    """Raises BadSpec: something is missing."""
+    """Check the settings of the benchmark.
+
+    Raises:
+        BadSpec: a setting is missing, or the engine does not run here.
+    """
     problems = [f"{name}: missing; give {name}={what}" for name, what, value in (
         ("model.path", "DIR", model), ("text", "FILE, of text that the model has not seen", text)
     ) if value is None]  # fmt: skip

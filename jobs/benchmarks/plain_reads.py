@@ -1,4 +1,4 @@
-"""Plain ways of reading files, without weightmill: what strategies are measured against. Each sums every byte."""
+"""Plain ways of reading files without weightmill, with which strategies are compared. Each sums every byte."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from jobs.benchmarks.summing import Summing, total
 from loaders.strategies.lazy import map_file
 
-CHUNK = 8 << 20
+CHUNK = 8 << 20  # bytes of one read, as in strategies/reading/read_ahead.py
 MAPPED = "mapped files, summed in place"
 Way = Callable[[], int]
 
 
 def mapped(files: Sequence[Path], pool: ThreadPoolExecutor, threads: int) -> Way:
-    """The files' maps, a few MiB at a time, by all threads."""
+    """Sum memory maps of the files in place, a few MiB at a time, on all threads."""
     step = 4 * CHUNK
 
     def read() -> int:
@@ -34,10 +34,11 @@ def mapped(files: Sequence[Path], pool: ThreadPoolExecutor, threads: int) -> Way
 
 
 def preads(files: Sequence[Path], threads: int, *, direct: bool = False) -> Way:
-    """Large reads into a buffer a thread, each thread every so-manieth chunk."""
+    """Sum large reads, with one buffer per thread; thread i of n reads chunks i, i + n, i + 2n, ..."""
 
     def part(path: Path, first: int) -> int:
-        memory = mmap.mmap(-1, CHUNK)  # aligned, as direct reads want it
+        # O_DIRECT requires memory that is aligned to pages.
+        memory = mmap.mmap(-1, CHUNK)
         view = np.frombuffer(memory, np.uint8)
         flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
         descriptor, found = os.open(path, flags), 0
@@ -46,10 +47,12 @@ def preads(files: Sequence[Path], threads: int, *, direct: bool = False) -> Way:
                 if not direct:
                     os.posix_fadvise(descriptor, at, CHUNK, os.POSIX_FADV_WILLNEED)
                 count, asked = 0, -1
-                while count < CHUNK and asked:  # a read may give less than it was asked for
+                # A read may return fewer bytes than requested.
+                while count < CHUNK and asked:
                     asked = os.preadv(descriptor, [view[count:].data], at + count)
                     count += asked
                     if direct and count % mmap.PAGESIZE:
+                        # The end of the file; another O_DIRECT read from an unaligned offset would fail.
                         break
                 found += total(view[:count])
         finally:
@@ -65,7 +68,7 @@ def preads(files: Sequence[Path], threads: int, *, direct: bool = False) -> Way:
 
 
 def plain_ways(files: Sequence[Path], pool: ThreadPoolExecutor, threads: int) -> dict[str, Way]:
-    """All of them, by what they are called in the table."""
+    """Return all plain ways of reading, by their names in the table."""
     ways = {MAPPED: mapped(files, pool, threads)}
     for count in sorted({1, threads}):
         ways[f"read() of 8 MiB, {count} thread{'s' if count > 1 else ''}"] = preads(files, count)

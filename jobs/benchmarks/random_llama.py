@@ -1,4 +1,4 @@
-"""A Llama-shaped checkpoint of random weights, to be timed on."""
+"""A Llama-shaped checkpoint of random weights, for benchmarks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from loaders.specs import StoredSpec, StoredTensor
 
 def random_bf16(rng: np.random.Generator, count: int) -> np.ndarray:
     values = rng.standard_normal(count, np.float32) * np.float32(0.02)
+    # bfloat16 is the upper half of a float32. Truncating is good enough for random weights.
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
-    """A Llama-shaped checkpoint of random bfloat16 weights of about so many gigabytes."""
+    """Write a Llama-shaped checkpoint of about `gb` gigabytes (1e9 bytes) of random bfloat16 weights."""
     hidden, inner, vocabulary = 2048, 5632, 32000
     layer = 4 * hidden * hidden + 3 * hidden * inner
     layers = max(1, round((gb * 1e9 / 2 - 2 * vocabulary * hidden) / layer))
@@ -48,7 +49,9 @@ def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
         laid = safetensors.lay_out(file, [StoredTensor(n, StoredSpec(DTYPES["BF16"], shapes[n])) for n in part])
         writer = writer_of(folder / file, laid)
         for slot in laid.slots:
-            start = crc32(slot.name.encode()) % 4096 * 64  # the same in every run, other than hash()
+            # Tensors are rotations of one pool, which is far faster than drawing them all. The CRC of the name is the
+            # same in every run; Python's hash() of a string is not.
+            start = crc32(slot.name.encode()) % 4096 * 64
             data = np.roll(pool[: slot.size // 2], start)
             writer.write(slot, 0, data.view(np.uint8).data)
         writer.seal()
@@ -66,7 +69,7 @@ def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
 
 @contextmanager
 def given_or_random(path: str | None, gb: float, folder: str | None) -> Iterator[tuple[Path, Path]]:
-    """A scratch folder, removed at the end, and a source: the given one, or a random Llama that is made in there."""
+    """Yield a scratch folder, removed at the end, and a source: the given one, or a random Llama in that folder."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="weightmill-bench-") as made:
         work = Path(made)
         if path is not None:

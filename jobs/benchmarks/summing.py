@@ -1,4 +1,4 @@
-"""Touching every byte: sums that run at the speed of memory, on several threads, beside whoever hands out the bytes."""
+"""Sums over every byte, at the speed of memory, on threads that run concurrently with the reader of the bytes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from loaders.quantization.kernels.lanes import kernel
 
-PART = 16 << 20  # bytes up to which more threads cost more than they bring: other arrays keep them busy
-WORDS = 8
-AHEAD = 2  # parts for each thread that wait; their arrays are held until then
+PART = 16 << 20  # bytes that one thread sums; splitting smaller arrays costs more than it gains
+WORDS = 8  # bytes of a word
+AHEAD = 2  # parts per thread that may wait, whose arrays stay in memory until they are summed
 
 
 @kernel
@@ -24,7 +24,7 @@ def _words(x):  # type: ignore[no-untyped-def]
 
 
 class Summing:
-    """Sums of arrays' little-endian words of eight bytes, each array's last filled up with zeros, modulo 2^64."""
+    """The sum, modulo 2^64, of arrays' little-endian 8-byte words; an array's last word is padded with zeros."""
 
     def __init__(self, pool: ThreadPoolExecutor, threads: int) -> None:
         self._pool = pool
@@ -33,7 +33,7 @@ class Summing:
         self._running: deque[Future[int]] = deque()
 
     def add(self, raw: np.ndarray) -> None:
-        """Begin to sum a uint8 array; waits while there is enough to do."""
+        """Start summing a uint8 array; waits while too many parts are queued."""
         size = raw.size // WORDS * WORDS
         self._sum += int.from_bytes(bytes(raw[size:]), "little")
         words = raw[:size].view(np.uint64)
@@ -45,13 +45,13 @@ class Summing:
             self._sum += int(self._running.popleft().result())
 
     def total(self) -> int:
-        """Of all arrays so far."""
+        """Wait for all parts and return the sum of all arrays so far."""
         while self._running:
             self._sum += int(self._running.popleft().result())
         return self._sum % (1 << 64)
 
 
 def total(raw: np.ndarray) -> int:
-    """The same of one array, on this thread."""
+    """Return the same sum for one array, computed on this thread."""
     size = raw.size // WORDS * WORDS
     return (int(_words(raw[:size].view(np.uint64))) + int.from_bytes(bytes(raw[size:]), "little")) % (1 << 64)

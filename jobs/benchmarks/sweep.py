@@ -1,8 +1,8 @@
-"""`python -m jobs.bench sweep`: a sweep beside the single jobs that it stands for.
+"""`python -m jobs.bench sweep`: a sweep compared with its jobs run one by one.
 
-Before each case the source is dropped from the page cache, so that every byte comes from the disk once more; a rate
-makes the disk slow, and reading what takes the time. Each case is a process of its own, whose fetched bytes the kernel
-counts, and the outputs of both ways are compared by their files' hashes.
+The source is dropped from the page cache before each case, so that every byte comes from the disk again. With a rate,
+the disk is slow, so that reading takes most of the time. Each case is a process of its own, because the kernel counts
+fetched bytes by process. The outputs of both ways are compared by their files' hashes.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from loaders.storage import local
 from loaders.storage.hashes import hash_file
 
 STAYED = 0.05  # the share of a file in the page cache up to which it counts as cold
-BLOCK = 512  # bytes that the kernel counts fetched ones in
+BLOCK = 512  # bytes of the blocks in which getrusage(2) counts reads
 
 
 @dataclass
 class Timed:
-    """A command of this bench: what each lap took, and what came out, by output and file."""
+    """A command of this benchmark: the times of its laps, and the hashes of its files, by output and file."""
 
     name: str
     quants: tuple[str, ...]
     seconds: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
-    fetched: list[int] = field(default_factory=list)  # bytes that the kernel fetched from disks for the process
+    fetched: list[int] = field(default_factory=list)  # bytes that the kernel fetched from disks, by lap
     hashes: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def time_sweep(
     path: str | None, gb: float, quants: Sequence[str], rate: float | None, folder: str | None, repeats: int
 ) -> Said:
-    """Time a sweep of `quants` and each of them alone, `rate` MB/s at most from the disk.
+    """Time a sweep of `quants` and each of them alone, with reads from the disk limited to `rate` MB/s.
 
     Raises:
-        BadSpec: no weights there, fewer than two quants, or the rate cannot be held.
+        BadSpec: the folder holds no weights, there are fewer than two quants, or reads cannot be limited.
         StorageError: a job failed.
     """
     if len(set(quants)) < 2:
@@ -76,8 +76,9 @@ def time_sweep(
 
 
 def _run(case: Timed, source: Path, files: Sequence[Path], root: Path, within: Sequence[str]) -> None:
-    """One lap of a case, over a source that is not in the page cache."""
-    os.sync()  # pages not written yet cannot be dropped, and what the case before wrote is not this one's to wait for
+    """Run one lap of a case, over a source that is not in the page cache."""
+    # Dirty pages cannot be dropped, and writing out the last case's files must not count for this one.
+    os.sync()
     stayed = max((local.drop_cached(file) or 0.0 for file in files), default=0.0)
     if stayed > STAYED:
         note(f"{stayed:.0%} of a file of the source stayed in the page cache: another process has it mapped, perhaps")
@@ -91,7 +92,9 @@ def _run(case: Timed, source: Path, files: Sequence[Path], root: Path, within: S
             env={**os.environ, "PYTHONPATH": paths},
         )  # fmt: skip
         try:
+            # wait4 gives this process's own resource usage; getrusage would mix it with that of earlier commands.
             _, status, usage = os.wait4(process.pid, 0)
+        # Interrupts too: the job must not go on without this benchmark.
         except BaseException:
             process.kill()
             process.wait()
@@ -109,7 +112,7 @@ def _run(case: Timed, source: Path, files: Sequence[Path], root: Path, within: S
 
 
 def _hashes(output: Path) -> dict[str, str]:
-    """Of every file but the report, which tells when and where."""
+    """Return the hashes of an output's files, without the report, which has times and paths."""
     names = (path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file())
     return {str(name): hash_file(output / name) for name in names if str(name) != OUR_REPORT}
 

@@ -1,4 +1,4 @@
-"""The table of a benchmark's cases, and its document."""
+"""The table and the document of a benchmark's cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ measured: encoding and measuring, of the time of encoding alone"""
 
 
 def cases_said(cases: Sequence[Case], size: int, busy: Busy, about: Mapping[str, Any]) -> Said:
-    """Every case beside its peers: `size` bytes of input in the seconds that each took."""
+    """Return the table and document of timed cases, each of which took `size` bytes of input."""
     taken = busy.document()
     rows = [_row(case, size, {c.name: c for c in cases}) for case in cases]
     numbers = ("best s", "median s", "GB/s best", "GB/s median", "ours is faster", "measured", "peak RSS MB")

@@ -1,4 +1,4 @@
-"""Timing in rotation: every lap runs every case once, so that a change in the machine's speed touches all alike."""
+"""Timing in rotation: every lap runs every case once, so that changes of the machine's speed affect all cases alike."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import numpy as np
 
 from loaders.backends.scratch import Scratch
 
-SCRATCH = Scratch()  # memory that is used again, as in a job: fresh pages cost as much as decoding
+SCRATCH = Scratch()  # memory that is reused, as in a job: fresh pages would cost as much as decoding
 
 
 @dataclass
 class Case:
-    """Something to time: `call` runs it once (and gives its seconds, if it times itself); `missing`: why it cannot."""
+    """A case to time. `call` runs it once, and returns its seconds if it times itself.
+
+    `missing` says why the case cannot run.
+    """
 
     name: str
     call: Callable[[], object] | None
@@ -27,10 +30,10 @@ class Case:
 
 
 def rotate(cases: list[Case], repeats: int, warm_up: int = 1, *, shuffled: bool = False) -> None:
-    """Time the cases in turn, after laps that do not count; one that raises becomes a row that says so.
+    """Time the cases in turn, after `warm_up` laps that do not count. A case that raises becomes a row that says so.
 
-    `shuffled`: each lap in another order, the same in every run: for cases that leave the machine's memory or disk in a
-    state that the next one feels.
+    With `shuffled`, each lap has another order, the same in every run of the benchmark. It is for cases that change the
+    state of memory or disk, and so affect the next case.
     """
     for lap in range(-warm_up, repeats):
         order = np.random.default_rng(lap + warm_up).permutation(len(cases)) if shuffled else range(len(cases))
@@ -40,7 +43,8 @@ def rotate(cases: list[Case], repeats: int, warm_up: int = 1, *, shuffled: bool 
             began = time.perf_counter()
             try:
                 own = case.call()
-            except Exception as error:  # whatever a peer may raise is a result
+            # Any error of another library is a result, and the other cases go on.
+            except Exception as error:
                 case.call, case.missing = None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
                 continue
             if lap >= 0:
@@ -48,7 +52,7 @@ def rotate(cases: list[Case], repeats: int, warm_up: int = 1, *, shuffled: bool 
 
 
 def on_threads(threads: int, body: Callable[..., object], *arguments: Iterable[object]) -> None:
-    """Call the body for each of the arguments; on one thread, without a pool and what starting it takes."""
+    """Call the body for each of the arguments; one thread needs no pool, and so not the time to start one."""
     if threads == 1:
         list(map(body, *arguments))
         return

@@ -1,4 +1,4 @@
-"""Make the demonstration model in ``jobs/demo``: a 1.9 M-parameter Llama trained in some 40 minutes on a CPU.
+"""Train the demonstration model in ``jobs/demo``: a Llama of 1.9 M parameters, in some 40 minutes on a CPU.
 
 The text is the reST source of the Python 3.11 documentation (PSF licence), as Debian 12 packages it. The markup, the
 literal blocks and the directives are stripped and the prose paragraphs kept; every 20th document is held out. To
@@ -9,11 +9,11 @@ repeat it:
     python -m jobs.benchmarks.train_demo demo_text/usr/share/doc/python3.11/html/_sources jobs/demo
 
 The result was made with torch 2.13 (CPU, 2 threads), transformers 5.23 and tokenizers 0.23. The seed is fixed, so
-another run on a like machine should give the same model; other versions or thread counts, one about as good.
+another run on a similar machine should give the same model; other versions or thread counts give one about as good.
 The model card, ``README.md``, is written by hand from the numbers that the last lines print.
 
-A second model, of another kind and on another text (Qwen3: norms on queries and keys, an untied head; PostgreSQL's
-manual), to judge by what was not tuned on the first, takes some 25 minutes:
+A second model, to evaluate what was tuned on the first, has another architecture (Qwen3: norms on queries and keys, an
+untied head) and another text (PostgreSQL's manual). It takes some 25 minutes:
 
     apt-get download postgresql-doc-15
     dpkg -x postgresql-doc-15_*.deb manual
@@ -69,7 +69,7 @@ MARKUP: list[tuple[str, str]] = [
 
 
 def prose(source: str, is_html: bool = False) -> str:
-    """The paragraphs of a reST or HTML document that read as sentences, one a line, without their markup."""
+    """Return the paragraphs of a reST or HTML document that read as sentences, one per line, without markup."""
     kept = []
     for block in re.findall(r"(?s)<p>(.*?)</p>", source) if is_html else re.split(r"\n\s*\n", source):
         text = " ".join((html.unescape(re.sub(r"<[^>]*>", "", block)) if is_html else block).split())
@@ -81,7 +81,7 @@ def prose(source: str, is_html: bool = False) -> str:
 
 
 def read_documents(folder: Path) -> tuple[list[str], list[str]]:
-    """The documents under the folder, in sorted order, as (trained on, held out); those without prose are left out."""
+    """Return the documents under a folder, sorted, as (training, held out); those without prose are left out."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in {".txt", ".rst", ".html"} and path.is_file())
     texts = [text for path in paths if (text := prose(path.read_text(encoding="utf-8"), path.suffix == ".html"))]
     held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
@@ -90,7 +90,7 @@ def read_documents(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in the manner of GPT-2, which puts <|bos|> before what it encodes."""
+    """Train a byte-level BPE tokenizer like GPT-2's, which puts <|bos|> before each text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,7 +108,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """All the texts as one stream of token ids, each text between <|bos|> and <|eos|>."""
+    """Encode the texts as one stream of token ids, each text between <|bos|> and <|eos|>."""
     return torch.tensor(
         [token for ids in tokenizer(texts, verbose=False)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
     )
@@ -134,14 +134,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast, architecture: str) -> PreTra
 
 
 def window_loss(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """Mean nats per token over equal windows, every token but a window's first being predicted."""
+    """Return the mean nats per token over equal windows, of which every token but the first is predicted."""
     logits = model(input_ids=windows[:, :-1]).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def mean_loss(model: PreTrainedModel, stream: Tensor) -> float:
-    """Nats per token over the stream's whole windows, each of which sees nothing of the one before."""
+    """Return the nats per token over the stream's whole windows, each of which starts without context."""
     windows = stream.unfold(0, SEQUENCE + 1, SEQUENCE)
     total = math.fsum(window_loss(model, batch).item() * len(batch) for batch in windows.split(BATCH))
     return total / len(windows)
@@ -173,7 +173,7 @@ def describe(loss: float, bytes_per_token: float) -> str:
 
 
 def unigram_loss(stream: Tensor, held_out: Tensor) -> float:
-    """Nats per token when each token is predicted by its add-one frequency in the training stream alone."""
+    """Return the nats per token if each token is predicted by its add-one frequency in the training stream."""
     counts = Counter(stream.tolist())
     log_total = math.log(len(stream) + VOCAB)
     return sum(log_total - math.log(counts[token] + 1) for token in held_out.tolist()) / len(held_out)

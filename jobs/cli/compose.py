@@ -1,8 +1,8 @@
-"""From a command line to a checked request. The only file that imports hydra.
+"""Composing a command line into a validated request. This is the only file that imports hydra.
 
-Hydra selects and overrides; one strict pydantic model decides whether the result is a request, and every fault is
-reported at once, with its config path. To that end plain overrides are handed to Hydra as additions (`++key=value`):
-it would stop at the first key it does not know, the model names them all.
+Hydra selects and overrides values; one strict pydantic model then decides whether they are a request, and reports all
+faults at once, each with its config path. Hydra itself would stop at the first key that it does not know, so plain
+overrides are passed to it as additions (`++key=value`), and the model finds all unknown keys.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from jobs.cli.validation import check, near, path_keys
 from loaders.errors import BadSpec
 from loaders.places import CONF
 
-FOLDER = "--config-dir="  # Hydra's name for it
-VERBATIM = ("peer", "filter")  # like paths, taken as they are typed, whatever characters they hold
+FOLDER = "--config-dir="  # the name of the flag in Hydra
+# Settings whose values, like those of paths, are taken as they are typed: commands and filters hold characters that
+# Hydra's grammar would parse.
+VERBATIM = ("peer", "filter")
 S = TypeVar("S", bound=BaseModel)
 
 
 @dataclass
 class Request:
-    """A command line, taken apart: Hydra's overrides, its flags, and the faults found so far."""
+    """A parsed command line: overrides for Hydra, flags, and the faults found so far."""
 
     overrides: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)  # the overrides as they were typed
     problems: list[str] = field(default_factory=list)
-    folders: tuple[Path, ...] = ()  # of more choices, beside conf/
+    folders: tuple[Path, ...] = ()  # the user's own config folders, in addition to conf/
     verbatim: frozenset[str] = frozenset()  # keys whose values are taken as they are typed
 
     @property
@@ -46,12 +48,12 @@ class Request:
 
     @property
     def swept(self) -> set[str]:
-        """The keys that it gives more than one value."""
+        """The keys that are given more than one value."""
         return self._keys(is_swept=True)
 
     @property
     def fixed(self) -> set[str]:
-        """The keys that it gives one value."""
+        """The keys that are given one value."""
         return self._keys(is_swept=False)
 
     def _keys(self, *, is_swept: bool) -> set[str]:
@@ -69,7 +71,10 @@ class Request:
 
 
 def take_apart(verb: str, spec: type[BaseModel], arguments: Sequence[str]) -> Request:
-    """Sort a command line, quote the paths of a request, and check choices (quant=nf4) against what conf/ offers."""
+    """Parse a command line: quote values that are paths, and check choices (quant=nf4) against the files in conf/.
+
+    Faults are collected in `problems`, to be reported together with those of `compose`.
+    """
     flags = [a for a in arguments if a.startswith("-") and not a.startswith(FOLDER)]
     request = Request(flags=flags, verbatim=frozenset({*path_keys(spec), *VERBATIM}))
     _take_folders(verb, request, [a.removeprefix(FOLDER) for a in arguments if a.startswith(FOLDER)])
@@ -85,7 +90,7 @@ def take_apart(verb: str, spec: type[BaseModel], arguments: Sequence[str]) -> Re
 
 
 def _take_folders(verb: str, request: Request, given: Sequence[str]) -> None:
-    """Add folders of the user's own choices to where Hydra looks."""
+    """Add the user's own config folders to Hydra's search path."""
     known = choices_of(verb)
     for folder in (Path(each).expanduser() for each in given):
         if not any((folder / group).is_dir() for group in known):
@@ -104,7 +109,8 @@ def _take_folders(verb: str, request: Request, given: Sequence[str]) -> None:
 def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | None]:
     choices, is_sweep = choices_of(verb, request.folders), request.is_sweep
     shown = override.encode(errors="backslashreplace").decode()
-    if shown != override:  # reports and stores could not hold such a name
+    # Arguments that are not UTF-8 arrive with surrogates, which neither JSON reports nor MLflow's database can store.
+    if shown != override:
         return "", f"{shown}: expected UTF-8, as all paths and values are; give the file or folder another name"
     key, equals, value = override.partition("=")
     if not equals:
@@ -125,7 +131,7 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
 
 
 def _rules_of(path: str) -> tuple[str, str | None]:
-    """The rules that a YAML file lists, as an override."""
+    """Read a YAML file's list of rules and return it as an override, or the problem with it."""
     try:
         rules = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -136,7 +142,7 @@ def _rules_of(path: str) -> tuple[str, str | None]:
 
 
 def _literal(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """Write a value in the grammar of Hydra's overrides."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{_literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -147,13 +153,13 @@ def _literal(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """In Hydra's quotes, where a backslash means itself unless a quote follows the run of them."""
+    """Quote a text for Hydra 1.3. A backslash is literal there, except in a run of them before a quote or the end."""
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
 
 
 def _grammar(override: str, prepared: str) -> str | None:
-    """What Hydra's grammar has against an override."""
+    """Return the problem that Hydra's parser has with an override; None if it parses."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -172,13 +178,13 @@ def _choice(override: str, group: str, value: str, options: Sequence[str]) -> tu
 
 
 def choices_of(verb: str, folders: tuple[Path, ...] = ()) -> dict[str, tuple[str, ...]]:
-    """The groups that a verb's config selects from, and their options."""
+    """Return the config groups that a verb selects from, and the options of each."""
     return {group: tuple(files) for group, files in files_of(verb, folders).items()}
 
 
 @cache
 def files_of(verb: str, folders: tuple[Path, ...] = ()) -> dict[str, dict[str, Path]]:
-    """The file of each option of each group: of conf/, and of more folders like it."""
+    """Return the file of each option of each group, from conf/ and from the user's own folders."""
     found = {}
     for entry in yaml.safe_load((CONF / f"{verb}.yaml").read_text()).get("defaults", []):
         if isinstance(entry, dict):
@@ -193,10 +199,10 @@ def files_of(verb: str, folders: tuple[Path, ...] = ()) -> dict[str, dict[str, P
 
 
 def compose(verb: str, spec: type[S], request: Request) -> S:
-    """The request that a command line makes.
+    """Compose a parsed command line into a validated request.
 
     Raises:
-        BadSpec: it makes none; every fault found.
+        BadSpec: the request is wrong; all faults at once.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -204,6 +210,7 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    # Hydra refuses a second initialization in one process, as in tests and `bench`.
     GlobalHydra.instance().clear()
     _register_launcher()
     problems = list(request.problems)
@@ -221,7 +228,10 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
 
 
 def _is_value_of_a_group(verb: str, override: str) -> bool:
-    """Whether a plain value of this verb's has the name of a group that others choose from: Hydra takes it for one."""
+    """Whether an override sets a plain value whose key is the name of a config group of other verbs.
+
+    Hydra would take such an override for the choice of a group's option, so it is applied after composing.
+    """
     key = override.lstrip("+~").partition("=")[0]
     return override.startswith("++") and (CONF / key).is_dir() and key not in choices_of(verb)
 
@@ -235,7 +245,7 @@ def _set(config: Any, override: str) -> None:
 
 
 def _sweep_left_out(config: Any, request: Request) -> list[str]:
-    """A preset that describes a sweep, asked for as one job."""
+    """Return a problem if an experiment describes a sweep, and the request is for one job."""
     given = {override.lstrip("+").partition("=")[0] for override in request.given}
     swept = [key for key in config.hydra.sweeper.get("params") or {} if key.lstrip("+") not in given]
     if not swept:
@@ -246,7 +256,7 @@ def _sweep_left_out(config: Any, request: Request) -> list[str]:
 
 
 def plain(config: Any) -> Any:
-    """A DictConfig as plain values; what is still missing stays "???"."""
+    """Convert a DictConfig to plain values; missing ones stay "???"."""
     from omegaconf import OmegaConf
 
     own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
@@ -271,7 +281,7 @@ def _said_by_hydra(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Composed:
-    """A job of a sweep: its values, and those of them that vary, as they would be typed."""
+    """A job of a sweep: all its values, and the varied ones as they would be typed."""
 
     number: int
     values: dict[str, Any]
@@ -279,13 +289,16 @@ class Composed:
 
     @property
     def suffix(self) -> str:
-        """-group_size=128-double_quant=true: varied values; model and quant are in the name already."""
+        """The varied values for the output's name, such as "-group_size=128-double_quant=true".
+
+        model and quant are left out, since they are in the name already.
+        """
         named = {k: v for k, v in self.varied.items() if k not in ("model", "quant", "model.path")}
         return "".join(f"-{k.split('.')[-1]}={re.sub(r'[^A-Za-z0-9_.+]+', '_', v)}" for k, v in named.items())
 
     @property
     def name(self) -> str:
-        """What the sweep gave it."""
+        """The job's varied values, or its number if nothing varies."""
         return " ".join(f"{key}={value}" for key, value in self.varied.items()) or f"job {self.number}"
 
 
@@ -293,11 +306,13 @@ Together = Callable[[Sequence[Composed], bool], Sequence[Any]]
 
 
 def sweep(verb: str, request: Request, together: Together) -> None:
-    """Compose a multirun's jobs and hand them over, as many at once as the sweeper has: `together(jobs, searches)`
-    gives a result or an exception for each. A sweeper that searches learns of a job's failure, and goes on.
+    """Compose the jobs of a multirun and pass each batch of Hydra's sweeper to `together(jobs, searches)`.
+
+    `together` returns a result or an exception for each job. `searches` is set for a sweeper that chooses jobs by the
+    results of earlier ones: it learns of a job's failure and goes on.
 
     Raises:
-        BadSpec: Hydra cannot make the jobs.
+        BadSpec: Hydra cannot compose the jobs.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -345,7 +360,7 @@ def sweep(verb: str, request: Request, together: Together) -> None:
 
 @cache
 def _register_launcher() -> None:
-    """By ourselves: Hydra's own search does not see into an editable installation."""
+    """Register the launcher here: Hydra 1.3's own search for plugins misses those of an editable installation."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
@@ -357,8 +372,9 @@ def _register_launcher() -> None:
 
 
 def _remove_empty(folders: set[Path]) -> None:
-    """Hydra makes a folder for every sweep, and those above it; ours holds nothing but a copy of the request."""
+    """Remove the folders that Hydra makes for a sweep, which hold nothing but a copy of the request."""
     for folder in sorted(folders, reverse=True):
+        # A folder that is not empty is the user's, and stays.
         with suppress(OSError):
             (folder / "multirun.yaml").unlink(missing_ok=True)
             folder.rmdir()
@@ -366,7 +382,7 @@ def _remove_empty(folders: set[Path]) -> None:
 
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra reads sys.argv, and prints errors and exits by itself unless told not to."""
+    """Set what hydra.main reads: sys.argv, and a variable without which it prints errors and exits by itself."""
     import sys
 
     before, had = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -381,6 +397,6 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def varied(request: Request, hydra_config: Any) -> set[str]:
-    """The keys that a sweep gives more than one value: on the command line, or in an experiment."""
+    """Return the keys to which a sweep gives more than one value, on the command line or in an experiment."""
     params = hydra_config.sweeper.get("params") or {}
     return request.swept | {key.lstrip("+") for key, value in params.items() if "," in str(value) or "(" in str(value)}

@@ -1,4 +1,4 @@
-"""The help of a verb: what it does, how it is used, what can be chosen and set. Made from conf/ and the specs."""
+"""The help page of a verb: its purpose, examples, choices and settings, generated from conf/ and the specs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OWN = (
 
 
 class Described(Protocol):
-    """What the help needs to know of a verb."""
+    """The attributes of a verb that the help page shows."""
 
     @property
     def name(self) -> str: ...
@@ -43,7 +43,7 @@ class Described(Protocol):
 
 
 def help_text(verb: Described, folders: tuple[Path, ...] = ()) -> str:
-    """The whole page."""
+    """Return the help page of a verb."""
     config = verb.config or verb.name
     usage = " ".join(["python -m jobs." + verb.name, *(name.upper() for name in verb.positional), "[key=value ...]"])
     sweeps = "   (-m sweeps over comma lists)" if verb.can_sweep else ""
@@ -76,12 +76,12 @@ def _settings(spec: type[BaseModel]) -> Iterator[str]:
 
 
 def settings_of(spec: type[BaseModel]) -> list[str]:
-    """The dotted names of all settings."""
+    """Return the dotted names of all settings."""
     return [name for name, _ in _leaves(spec, "") if " " not in name]
 
 
 def words_of(spec: type[BaseModel], name: str) -> tuple[str, ...]:
-    """The words that a setting may hold, if it is a choice of words."""
+    """Return the words that a setting accepts; empty if it is not a choice of words."""
     models = [spec]
     *parents, leaf = name.split(".")
     for part in parents:
@@ -119,7 +119,7 @@ def _leaves(spec: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _values(annotation: Any) -> str:
-    """(a | b | c) for a choice of words."""
+    """Return " (a | b | c)" for a choice of words, else an empty text."""
     words = [a for a in get_args(annotation) if isinstance(a, str)]
     words = words or [w for inner in get_args(annotation) for w in get_args(inner) if isinstance(w, str)]
     return f" ({' | '.join(words)})" if words else ""

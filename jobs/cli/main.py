@@ -1,4 +1,4 @@
-"""The console script: weightmill VERB [key=value ...] is python -m jobs.VERB, and completes in the shell."""
+"""The console script `weightmill`: runs a verb as python -m jobs.VERB does, and provides shell completion."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 VERBS = ("run", "plan", "verify", "lint", "inspect", "diff", "compare", "recommend", "clean", "bench")
+# The completion function for bash. Bash splits words at "=" unless COMP_WORDBREAKS says otherwise, so a completed
+# "key=value" must be given back without its "key=". zsh runs the same function through bashcompinit.
 SCRIPT = """\
 _weightmill() {{
     local line="${{COMP_LINE:0:$COMP_POINT}}"
@@ -22,7 +24,7 @@ SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status."""
+    """Run a verb and return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = given[0] if given else "--help"
     if verb in VERBS:
@@ -51,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """All verbs, a line each."""
+    """Return a list of all verbs, one line each."""
     rows = [f"  {verb:12} {importlib.import_module(f'jobs.{verb}').VERB.summary}" for verb in VERBS]
     rows.append(f'  {"completion":12} Complete in your shell: eval "$(weightmill completion bash)" (or zsh).')
     return "\n".join(["usage: weightmill VERB [key=value ...]   (or python -m jobs.VERB; VERB --help)", "", *rows])
 
 
 def completions(line: str) -> list[str]:
-    """What may stand at the end of a command line: a verb, a group and its choices, a setting."""
+    """Return the completions of a command line's last word: verbs, groups and their options, settings."""
     words = [*line.split()[1:], *([""] if line.endswith(" ") else [])]
     if len(words) <= 1:
         return [v for v in (*VERBS, "completion") if v.startswith(words[0] if words else "")]
@@ -83,7 +85,7 @@ def completions(line: str) -> list[str]:
 
 
 def script() -> None:
-    """The console script."""
+    """Run the console script and end the process."""
     from jobs.cli.verb import leave
 
     leave(main())

@@ -1,4 +1,4 @@
-"""Progress by bytes, or tokens: a bar on a terminal, a plain line now and then elsewhere. Always on standard error."""
+"""Progress by bytes or tokens on standard error: a bar on a terminal, elsewhere a line from time to time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from rich.progress import (
 
 from loaders.quantization.kernels.compiling import compiling
 
+# Seconds before the first line and between lines, where there is no terminal: the first soon, to show that the job
+# runs; later ones rarely, so that a log of hours stays short.
 FIRST_LINE_S = 2.0
 LINE_S = 10.0
 
 
 class Meter:
-    """Counts bytes, or what else `unit` says, from any thread while it is open."""
+    """A progress display, which any thread may add to while it is open. It counts bytes, or another `unit`."""
 
     def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
         self._what = what
@@ -53,7 +55,7 @@ class Meter:
         return self
 
     def _compiling(self) -> None:
-        """Said once; what it takes tells nothing of the time that is left."""
+        """Announce compilation once. Its time is no measure of the rest, so that estimates wait until it is over."""
         is_first, self._compiled = self._compiled is None, time.monotonic()
         if is_first:
             print(
@@ -61,7 +63,7 @@ class Meter:
             )
 
     def add(self, count: int) -> None:
-        """So many bytes more; fewer when an attempt is begun again."""
+        """Add to the count; `count` is negative if an attempt failed and starts again."""
         with self._lock:
             self._done += count
             if self._bar:

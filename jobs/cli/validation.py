@@ -1,4 +1,4 @@
-"""From plain values to a checked model: strict, every fault at once, each with its place."""
+"""Strict validation of plain values by a pydantic model, with all faults at once and the place of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from loaders.presets.base import PathValue
 from loaders.storage import KINDS, kind_of
 from loaders.storage.address import Address
 
-MISSING = "???"  # as conf/ marks what must be given
-# What people call things elsewhere
+MISSING = "???"  # Hydra's mark of a value that the user must give
+# Names that settings have in other tools (bitsandbytes, transformers), for hints in messages.
 SYNONYMS = {
     "blocksize": "group_size", "block_size": "group_size", "compress_statistics": "double_quant",
     "bnb_4bit_use_double_quant": "double_quant", "quant_storage": "storage_dtype", "model_path": "path",
@@ -34,10 +34,11 @@ def check(spec: type[S], values: dict[str, Any], problems: Sequence[str] = ()) -
     """Validate plain values; paths become absolute.
 
     Raises:
-        BadSpec: every fault, those given first.
+        BadSpec: all faults, those in `problems` first.
     """
     found = [*problems, *_missing(values), *_make_absolute(spec, values)]
     try:
+        # Strict models take a list for a tuple from JSON only.
         made = spec.model_validate_json(json.dumps(values))
     except ValidationError as error:
         found += [_problem(spec, values, fault) for fault in error.errors() if fault["input"] != MISSING]
@@ -47,14 +48,14 @@ def check(spec: type[S], values: dict[str, Any], problems: Sequence[str] = ()) -
 
 
 def _missing(values: Any, name: str = "") -> list[str]:
-    """What conf/ requires and nobody gave."""
+    """List the required values that were not given."""
     if isinstance(values, dict):
         return [problem for key, value in values.items() for problem in _missing(value, f"{name}.{key}".lstrip("."))]
     return [f"{name}: missing; give {name}=..."] if values == MISSING else []
 
 
 def _make_absolute(spec: type[BaseModel], values: Any, place: str = "") -> list[str]:
-    """Make the paths among values absolute, as their fields' types say; what is none that can be read or written."""
+    """Make the paths among the values absolute, by their fields' types; returns problems with URLs."""
     if not isinstance(values, dict):
         return []
     problems = []
@@ -83,14 +84,14 @@ def _make_absolute(spec: type[BaseModel], values: Any, place: str = "") -> list[
 
 
 def path_keys(spec: type[BaseModel]) -> set[str]:
-    """The settings of a request whose values are paths: "output.path"."""
+    """Return the dotted names of a request's settings whose values are paths, such as "output.path"."""
     return {
         place for place, field in fields_of(spec) if any(isinstance(marker, PathValue) for marker in _markers(field))
     }
 
 
 def fields_of(spec: type[BaseModel], place: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """All settings of a request by their places, groups before what they hold."""
+    """Yield all settings of a request by their dotted names, a group before what is in it."""
     for name, field in spec.model_fields.items():
         yield f"{place}{name}", field
         for model in at_field(field.annotation):
@@ -98,23 +99,23 @@ def fields_of(spec: type[BaseModel], place: str = "") -> Iterator[tuple[str, Fie
 
 
 def _all_fields(spec: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[str, FieldInfo]]:
-    """The fields of a model that there are values for."""
+    """Return the fields of a model for which values are given."""
     return ((name, field) for name, field in spec.model_fields.items() if name in values)
 
 
 def _markers(field: FieldInfo) -> Iterator[Any]:
-    """What annotates a field's type, also as one of several that it may have."""
+    """Yield the annotations of a field's type, including those of the members of a union."""
     yield from field.metadata
     for inner in get_args(field.annotation):
         yield from getattr(inner, "__metadata__", ())
 
 
 def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
-    """One line: where, what is expected, what was found."""
+    """Describe a fault of pydantic's in one line: where, what is expected, what was found."""
     location = _without_tags(spec, fault["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     kind, found = fault["type"], fault["input"]
-    if not location:  # of the whole
+    if not location:  # a fault of the whole model
         return str(fault["msg"].removeprefix("Value error, "))
     if kind == "extra_forbidden":
         known = list(_fields(spec, values, location[:-1]))
@@ -131,13 +132,13 @@ def _problem(spec: type[BaseModel], values: dict[str, Any], fault: Any) -> str:
         return f"{name}: missing"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if isinstance(found, dict):  # of values that do not go together, which the message names
+    if isinstance(found, dict):  # a fault of several values together, which the message names itself
         return f"{name}{'.' if re.match(r'[a-z_]+: ', message) else ': '}{message}"
     return f"{name}: {message}; found {json.dumps(found, default=str)}"
 
 
 def _without_tags(spec: type[BaseModel], location: Sequence[Any]) -> list[Any]:
-    """Pydantic puts the tag of a union into a fault's place: ("quant", "bnb4", "group_size")."""
+    """Remove the tags of unions from a fault's location, which pydantic adds: ("quant", "bnb4", "group_size")."""
     kept: list[Any] = []
     for part in location:
         if not (kept and isinstance(part, str) and part in _tags(spec, kept)):
@@ -146,7 +147,7 @@ def _without_tags(spec: type[BaseModel], location: Sequence[Any]) -> list[Any]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation may hold."""
+    """Yield the models that an annotation allows."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from _models(get_args(annotation)[0])
@@ -158,12 +159,12 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def at_field(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field may hold; none for a plain value."""
+    """Return the models that a field's annotation allows; none for a plain value."""
     return list(_models(annotation))
 
 
 def _at(spec: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]:
-    """The models at a place in the tree."""
+    """Return the models that may be at a location in the tree of settings."""
     models = [spec]
     for part in location:
         if isinstance(part, str):
@@ -173,7 +174,7 @@ def _at(spec: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]
 
 
 def _fields(spec: type[BaseModel], values: Any, location: Sequence[Any]) -> dict[str, None]:
-    """What may stand at a place: of several models, in the one whose kind was chosen."""
+    """Return the field names at a location; of several possible models, those of the one whose kind was chosen."""
     for part in location:
         values = values[part]
     kind = values.get("kind") if isinstance(values, dict) else None
@@ -190,6 +191,6 @@ def _tags(spec: type[BaseModel], location: Sequence[Any]) -> set[Any]:
 
 
 def near(name: str, known: Sequence[str] | dict[str, Any], phrase: str = "did you mean") -> str:
-    """; did you mean 'this'? Or nothing, where no known name is close."""
+    """Return "; did you mean 'this'?" for the closest known name; empty if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; {phrase} {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""What every verb shares: taking a request from the command line, saying what came of it, the exit status."""
+"""The base of all verbs: composing a request from the command line, printing the result, the exit status."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ S = TypeVar("S", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Said:
-    """What a verb has to say: a document for machines, a text for people, and whether all is well."""
+    """The result of a verb: a document for programs, a text for people, and the exit status."""
 
     document: dict[str, Any]
     text: RenderableType
     status: int = DONE
-    then: Callable[[], None] = lambda: None  # the very last act, after all is said
+    then: Callable[[], None] = lambda: None  # called last, after the result was printed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb(Generic[S]):
-    """A command. `positional` names the keys that bare arguments fill, in order."""
+    """A command. `positional` lists the keys that arguments without "=" set, in order."""
 
     name: str
     summary: str
@@ -52,10 +52,11 @@ class Verb(Generic[S]):
         return self.sweep is not None
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Run the command; returns the exit status."""
+        """Run the command and return the exit status."""
         given = list(sys.argv[1:] if arguments is None else arguments)
         as_json = "format=json" in given
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
+        # Schedulers stop jobs by SIGTERM. It then raises KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with settings_called(KEYS):
                 return self._main(self._named(given), as_json)
@@ -66,13 +67,14 @@ class Verb(Generic[S]):
         except KeyboardInterrupt as error:
             return _complain(INTERRUPTED, [str(error) or "interrupted"], as_json)
         except BrokenPipeError:
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # what is still buffered has no reader
+            # The reader is gone (`| head`). Without another stdout, Python would fail again when it flushes at exit.
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
             return FAILED
         except OSError as error:
             return _complain(FAILED, [str(error)], as_json)
 
     def _named(self, given: list[str]) -> list[str]:
-        """Bare arguments under the names of their keys."""
+        """Give arguments without "=" the names of the positional keys."""
         names = list(self.positional)
         return [f"{names.pop(0)}={a}" if names and "=" not in a and not a.startswith(("-", "~")) else a for a in given]
 
@@ -87,7 +89,8 @@ class Verb(Generic[S]):
             return self._sweep(request, as_json)
         if request.flags:
             raise BadSpec(f"{request.flags[0]}: unknown option; options are key=value, and --help{self._sweep_hint}")
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print, too
+        # Libraries print to standard output, which must hold nothing but the document.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
             said = self.act(compose(self.config or self.name, self.spec, request))
         return say(said, as_json)
 
@@ -107,17 +110,17 @@ class Verb(Generic[S]):
 
 
 def note(text: str) -> None:
-    """Something worth knowing now, on standard error."""
+    """Print a note for the user on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text))
 
 
 def show(text: RenderableType) -> None:
-    """Something for people, on standard error: standard output is kept for the result."""
+    """Print something for people on standard error; standard output is only for the result."""
     Console(stderr=True, highlight=False, width=_width(sys.stderr)).print(text)
 
 
 def say(said: Said, as_json: bool) -> int:
-    """Print a verb's result on standard output."""
+    """Print a verb's result on standard output, call its `then`, and return the exit status."""
     if as_json:
         print(json.dumps(said.document, indent=2, ensure_ascii=False))
     else:
@@ -128,17 +131,20 @@ def say(said: Said, as_json: bool) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process now. All work is done and synced; taking the interpreter down would only take a while longer,
-    in which a kill would make a finished job look unfinished.
+    """End the process at once, without the interpreter's shutdown.
+
+    All work is done and synced. The shutdown would only take longer, and if the process were killed during it, a
+    finished job would have the exit status of a failed one.
     """
-    with suppress(BrokenPipeError):  # a reader that has left
+    # The reader has closed the pipe; the result was computed all the same.
+    with suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
 
 
 def _width(stream: TextIO) -> int | None:
-    """A terminal's own; elsewhere wide enough that nothing is folded."""
+    """Return None for a terminal, whose own width counts; elsewhere a width at which no table is folded."""
     return None if stream.isatty() else 240
 
 

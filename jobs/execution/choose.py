@@ -1,4 +1,4 @@
-"""Where units run is a choice: in this process, or on Ray. What a unit does is not."""
+"""The choice of a cluster: this process, or Ray. The work of a unit is the same on both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jobs.spec.job import ClusterSpec
 
 
 def choose(spec: ClusterSpec) -> tuple[Cluster, str]:
-    """The cluster that a spec asks for, and the reason where it leaves the choice open."""
+    """Return the cluster that the settings ask for, and the reason if the choice was left open (else "")."""
     address = spec.address or os.environ.get("RAY_ADDRESS")
     if not is_local(spec):
         from jobs.execution.ray_cluster import RayCluster

@@ -1,4 +1,4 @@
-"""Running units: the contract of a cluster, what an attempt is, and this process as the simplest cluster."""
+"""Clusters: the protocol for running units, retries of a unit, and the local cluster, which is this process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.errors import TransientIOError, WeightmillError
 
+# A unit is tried four times, with pauses of 1, 2 and 4 seconds: long enough for most failures of a network to pass, and
+# little time lost if the error is permanent after all.
 ATTEMPTS = 4
 FIRST_PAUSE_S = 1.0
-MOST_THREADS = 8  # a unit's: beyond them, units side by side use a machine better
+MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
 OnBytes = Callable[[int], None]
 
 
 class Report(Protocol):
-    """What came of a unit."""
+    """The result of a unit."""
 
     @property
     def unit(self) -> str: ...
@@ -33,7 +35,7 @@ R_co = TypeVar("R_co", bound=Report, covariant=True)
 
 
 class Task(Protocol[R_co]):
-    """A unit and what to do with it: encode it (jobs/execution/unit.py), or verify it (jobs/verification/output.py)."""
+    """A unit and its work: to encode it (jobs/execution/unit.py), or to verify it (jobs/verification/output.py)."""
 
     @property
     def unit(self) -> Unit: ...
@@ -49,14 +51,14 @@ class Task(Protocol[R_co]):
 
 @dataclass(frozen=True, slots=True)
 class UnitFailed:
-    """A unit that could not be run at all: for every target of its task."""
+    """A unit that failed as a whole, for every target of its task."""
 
     unit: str
     reason: str
 
 
 class Cluster(Protocol):
-    """A place for units."""
+    """A place where units run: this process, or other processes and machines."""
 
     is_local: bool
 
@@ -65,15 +67,19 @@ class Cluster(Protocol):
 
     @property
     def threads(self) -> int:
-        """Threads of one unit."""
+        """The threads of one unit."""
         ...
 
     def check(self, tasks: Sequence[Task[Report]]) -> None:
-        """Raises BadSpec when a task can never run here."""
+        """Check that tasks can run here.
+
+        Raises:
+            BadSpec: a task needs more than any machine has.
+        """
         ...
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
-        """Outcomes as units finish. Closing the iterator, or an interrupt, stops what runs and leaves no half file."""
+        """Yield outcomes as units finish. Closing the generator stops running units, which remove their part files."""
         ...
 
     def close(self) -> None:
@@ -82,7 +88,7 @@ class Cluster(Protocol):
 
 
 def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co | UnitFailed:
-    """Run a unit, again after errors that may pass; any other is its outcome."""
+    """Run a unit, with retries after transient I/O errors. Any other error becomes its outcome, not an exception."""
     for number in range(1, ATTEMPTS + 1):
         counted = 0
 
@@ -94,6 +100,7 @@ def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co 
         try:
             return replace(task.run(count, stop), attempts=number)  # type: ignore[type-var]
         except TransientIOError as error:
+            # The next attempt counts all bytes again.
             on_bytes(-counted)
             if number == ATTEMPTS or stop.wait(FIRST_PAUSE_S * 2 ** (number - 1)):
                 return UnitFailed(task.unit.id, f"{error} (after {number} attempts)")
@@ -103,14 +110,15 @@ def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co 
 
 
 class LocalCluster:
-    """This process. See `Cluster`."""
+    """A `Cluster` of this process's threads."""
 
     is_local = True
 
     def __init__(self, spec: ClusterSpec) -> None:
         cpus = usable_cpus()
         self.threads = spec.threads or min(cpus, MOST_THREADS)
-        self.units_at_once = spec.units_at_once or -(-cpus // self.threads) + 1  # one more: syncing takes no CPU
+        # One unit more than the CPUs have threads for, since a unit that syncs its files to the disk uses no CPU.
+        self.units_at_once = spec.units_at_once or -(-cpus // self.threads) + 1
 
     @property
     def description(self) -> str:

@@ -1,7 +1,7 @@
-"""Tasks for several jobs over one source: units that read the same become one task, and every byte is read once.
+"""Merging the units of several jobs over one source into tasks, so that every byte is read once.
 
-Jobs of one source have the same units. Those of an expanded model are cut where its new blocks make them longer: units
-that lie within another's tensors join that one's task.
+Jobs of one source have the same units, which are merged. Units of an expanded model are cut at other places, because
+of its new blocks; a unit whose tensors are a subset of another's joins that unit's task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def merge(
     *,
     in_place: bool,
 ) -> list[UnitTask]:
-    """The tasks in which the shares of numbered jobs run; a share is called NUMBER/UNIT."""
+    """Merge the shares of numbered jobs into tasks. A share's name in its task is NUMBER/UNIT."""
     by_content: dict[Content, list[tuple[int, Share]]] = {}
     for number, share in shares:
         by_content.setdefault(content_of(share.unit), []).append((number, share))
@@ -55,21 +55,22 @@ def merge(
 
 
 def job_of(share: str) -> int:
-    """The number of the job whose share it is."""
+    """Return the number of the job that a share belongs to, from its name."""
     return int(share.split("/", maxsplit=1)[0])
 
 
 def content_of(unit: Unit) -> Content:
-    """What it reads."""
+    """Return the stored tensors that a unit reads."""
     return frozenset((spec.file, spec.offset) for tensor in unit.tensors for _, spec in tensor.stored)
 
 
 def _merged(units: Sequence[Unit], name: str) -> Unit:
-    """All units in one: the tensors of each, once."""
+    """Merge units into one, with the tensors of all, each once."""
     known: dict[str, list[LogicalTensor]] = {}
     for tensor in (tensor for unit in units for tensor in unit.tensors):
         same_name = known.setdefault(tensor.name, [])
-        if tensor not in same_name:  # a tensor copied as it is stored and the same one decoded differ
+        # One job may copy a tensor as it is stored, and another decode it.
+        if tensor not in same_name:
             same_name.append(tensor)
     sources = sorted({tag for unit in units for tag in unit.sources})
     outputs = units[0].outputs if len(units) == 1 else {}
@@ -77,7 +78,7 @@ def _merged(units: Sequence[Unit], name: str) -> Unit:
 
 
 def _fresh(name: str, taken: set[str]) -> str:
-    """The name, or that with a number: tasks are known by theirs."""
+    """Return a name that no other task has: the given one, or one with a number added."""
     found = next(n for n in _numbered(name) if n not in taken)
     taken.add(found)
     return found

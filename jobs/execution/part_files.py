@@ -1,4 +1,4 @@
-"""A unit's files for one target, from their first byte to their record."""
+"""The files that a unit writes for one target, until they are finished."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from loaders.specs import OutputFile, Slot
 
 
 class PartFiles:
-    """A unit's files under way: in the journal's folder of parts, or pieces in place in the file they are ranges of.
+    """The files that a unit is writing: part files in the journal, or pieces written in place into a shared file.
 
-    In place is for one process only, which the journal's lock keeps alone: its attempts at a unit come one after
-    another, and all that an earlier one left is written again.
+    Writing in place is for a single process, which the journal's lock guarantees. Attempts at a unit then follow one
+    another, and each writes all its bytes again, so that nothing of a failed attempt remains.
     """
 
     def __init__(
         self, journal: Journal, name: str, output: UnitOutput, clock: Clock, scratch: Scratch, *, in_place: bool
     ) -> None:
         self._clock = clock
-        self._scratch = scratch  # one for all files of a unit: their buffers take turns
+        self._scratch = scratch  # shared by all targets of a unit: a thread encodes for one after another
         self._pieces: dict[str, dict[Piece, str]] = {}
         self._slots = [slot for placement in output.placements for slot in placement.slots.values()]
         self._files: list[PartFile] = []
@@ -42,17 +42,18 @@ class PartFiles:
             raise
 
     def tensor(self, placement: Placement) -> TensorSink:
-        """Begin a tensor."""
+        """Return the sink for a tensor's stored parts."""
         sink = TensorSink(self._writers, placement.slots, placement.constants, self._scratch.array)
         self._pieces.update(sink.pieces)
         return sink
 
     def finish(self) -> tuple[tuple[Written, ...], Mapping[str, WrittenTensor]]:
-        """Make the files whole and durable and move them among the finished ones: what they are, and what is in them,
-        by the stored tensors' names.
+        """Complete the files, sync them and move them to the finished ones; returns the records of files and of stored
+        tensors, the latter by name.
+
 
         Raises:
-            VerifyFailed: a tensor's bytes are not those that were measured.
+            VerifyFailed: a tensor's bytes are not the ones that were measured.
         """
         places: dict[str, tuple[int, int]] = {}
         hashes: dict[str, str] = {}
@@ -67,7 +68,7 @@ class PartFiles:
 
 
 class PartFile:
-    """One of them."""
+    """One file, or piece of a file, that a unit is writing."""
 
     def __init__(
         self, journal: Journal, name: str, file: OutputFile, slots: list[Slot], clock: Clock, *, in_place: bool
@@ -86,7 +87,7 @@ class PartFile:
     def finish(
         self, pieces: Mapping[str, Mapping[Piece, str]], places: dict[str, tuple[int, int]], hashes: dict[str, str]
     ) -> Written:
-        """Make it whole and durable; adds to `places` and `hashes` what is known of its tensors."""
+        """Complete and sync the file; adds its tensors' places and hashes to `places` and `hashes`."""
         writer = self.writer
         mine = writer.seal()
         digest, found = hash_in_order(writer, self._slots, mine, pieces)
@@ -95,7 +96,8 @@ class PartFile:
         if self._shared is None:
             tag = destination.keep(self._part, name).tag
         else:
-            destination.drop(name)  # of an earlier job of several processes, and not right
+            # An interrupted run on several processes may have left this piece as a file, which `find` would prefer.
+            destination.drop(name)
         places |= mine
         hashes |= found
         return Written(self._file.name, writer.size, digest, tag)

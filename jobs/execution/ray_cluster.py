@@ -1,9 +1,9 @@
-"""Units as Ray tasks: on the Ray cluster at an address, or on one started here. The only file that imports ray.
+"""Units as Ray tasks, on the Ray cluster at an address or on one started here. This is the only file that imports ray.
 
-Only paths travel to a task and only its small report comes back; progress comes as a stream. Ray itself repeats a task
-whose worker dies. A whole machine that vanishes it notices within seconds but repeats its tasks only after minutes, so
-the tasks of a dead machine are submitted again here; both attempts may finish, harmlessly. Each task asks for the CPUs
-and the memory of its plan; what no machine could ever give is refused before anything runs.
+A task gets paths, not weights, and returns a small report; its progress is a stream. Ray retries a task whose worker
+process dies. When a whole machine dies, Ray 2.60 notices within seconds but retries its tasks only after minutes, so
+they are submitted again here; if both attempts finish, the second replaces files by equal ones. Each task requests the
+CPUs and the memory of its plan, and a request that no machine can serve is refused before anything runs.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from loaders.backends.machine import usable_cpus
 from loaders.errors import BadSpec, StorageError
 from loaders.places import ROOT
 
-STORE_BYTES = 100 << 20  # no tensor enters the object store
-# The path of a socket may have 107 bytes, and Ray adds these to that of a temporary folder
+STORE_BYTES = 100 << 20  # bytes of Ray's object store, which holds only messages: tensors never enter it
+# The path of a Unix socket may have 107 bytes on Linux, and Ray appends this to the path of its temporary folder.
 LONGEST_FOLDER = 107 - len("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
-BASE_BYTES = 300 << 20  # a worker with its libraries
+BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before it has any weights
+# Retries of a task whose worker died: enough for preempted machines, and few enough that a task which kills its worker,
+# by too much memory for instance, fails soon.
 WORKER_DEATHS = 3
-WATCH_S = 2.0
-STOP_S = 10.0
-PROGRESS_S = 0.5
+WATCH_S = 2.0  # seconds between two looks for dead machines
+STOP_S = 10.0  # seconds that units get to remove their part files before they are killed
+PROGRESS_S = 0.5  # seconds between two messages of progress: smooth for a person, and few for Ray
 
 
 class RayCluster:
-    """See `Cluster`."""
+    """A `Cluster` of Ray's workers."""
 
     is_local = False
 
@@ -82,6 +84,7 @@ class RayCluster:
                 f" offers {largest.get('CPU', 0):.0f} and {largest.get('memory', 0) / 1e9:.2f} GB; lower threads"
             )
         slots = sum(_slots(node["Resources"], self.threads, gpus) for node in nodes)
+        # As many tasks wait at the machines as run there, so that none idles while the driver submits the next.
         self._at_once = self._spec.units_at_once or 2 * max(1, slots)
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
@@ -105,21 +108,24 @@ class RayCluster:
             flights.cancel()
 
     def close(self) -> None:
-        """Stop what was started here; a joined cluster stays."""
+        """Disconnect; a cluster that was started here is stopped, a joined one stays."""
         self._ray.shutdown()
 
 
 def _slots(resources: dict[str, Any], threads: int, gpus: int) -> int:
-    """Units that run on a machine side by side."""
+    """Return how many units run side by side on a machine."""
     by_cpu = int(resources.get("CPU", 0) // threads)
     return min(by_cpu, int(resources.get("GPU", 0) // gpus)) if gpus else by_cpu
 
 
 def _start(spec: ClusterSpec, address: str | None) -> Any:
-    os.environ.setdefault("RAY_task_oom_retries", "2")  # Ray would repeat a task that is out of memory for ever
+    # Ray would retry a task that is out of memory for ever.
+    os.environ.setdefault("RAY_task_oom_retries", "2")
+    # Tasks that reserve no GPU keep CUDA_VISIBLE_DEVICES as it is. This is Ray 2.60's default; older versions clear it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not address:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only
+        # A cluster that is started here listens on the loopback interface only, and needs no token.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         _keep_sockets_short()
     import ray
 
@@ -134,7 +140,7 @@ def _start(spec: ClusterSpec, address: str | None) -> Any:
             "include_dashboard": False,
             "num_cpus": usable_cpus(),
             "object_store_memory": STORE_BYTES,
-            # workers find the package wherever the driver runs from
+            # Workers start in another folder, from which they would not find a package that is not installed.
             "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *_inherited_path()])}},
         }
     if address and address != "auto":
@@ -146,15 +152,16 @@ def _start(spec: ClusterSpec, address: str | None) -> Any:
             f"cluster.address: cannot join Ray at {address} ({str(error).splitlines()[0]}); is it running, and are"
             " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) set here as on the cluster?"
         ) from error
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler ends the process without cleaning up
+    # Ray replaces the handler by one that ends the process at once, so that part files would stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return ray
 
 
 def _keep_sockets_short() -> None:
-    """Give Ray another folder than TMPDIR, which it takes on Linux, where that leaves too few bytes for a socket."""
+    """Give Ray another temporary folder if the path of TMPDIR is too long for its sockets."""
     folder = os.fsencode(os.environ.get("TMPDIR", ""))
     if sys.platform == "linux" and len(folder) > LONGEST_FOLDER and "RAY_TMPDIR" not in os.environ:
-        os.environ["RAY_TMPDIR"] = "/tmp"  # noqa: S108  # a folder of Ray's own comes to be there
+        os.environ["RAY_TMPDIR"] = "/tmp"  # noqa: S108  # Ray creates a folder of its own in it.
         note("Ray's files go to /tmp: the path of TMPDIR is too long for its sockets; RAY_TMPDIR names another folder")
 
 
@@ -168,7 +175,11 @@ def _memory(task: Task[Any]) -> int:
 
 
 def run_remotely(task: Task[Any]) -> Iterator[tuple[str, Any]]:
-    """A Ray task: first where it runs, then bytes done, last the outcome."""
+    """Run a task in a Ray worker; yields first its node's id, then bytes done, last the outcome.
+
+    The unit runs on a thread, so that this generator can send progress meanwhile, and so that cancelling the task,
+    which interrupts the generator, can stop the unit and wait until its part files are removed.
+    """
     import ray
 
     yield "node", ray.get_runtime_context().get_node_id()
@@ -179,6 +190,7 @@ def run_remotely(task: Task[Any]) -> Iterator[tuple[str, Any]]:
     def work() -> None:
         try:
             found.append(attempt(task, lambda size: counted.__setitem__(0, counted[0] + size), stop))
+        # It is raised again below, on the thread that Ray watches.
         except BaseException as error:
             found.append(error)
         finally:
@@ -194,7 +206,8 @@ def run_remotely(task: Task[Any]) -> Iterator[tuple[str, Any]]:
                 yield "bytes", now - told
                 told = now
     finally:
-        stop.set()  # cancelled: let the unit remove its half file
+        # The task was cancelled, or is done. The unit removes its part files before it ends.
+        stop.set()
         thread.join()
     yield "bytes", counted[0] - told
     if isinstance(found[0], BaseException):
@@ -203,7 +216,7 @@ def run_remotely(task: Task[Any]) -> Iterator[tuple[str, Any]]:
 
 
 class _Flight:
-    """One attempt under way."""
+    """One submitted attempt at a task."""
 
     def __init__(self, task: Task[Any], stream: Any) -> None:
         self.task = task
@@ -214,7 +227,7 @@ class _Flight:
 
 
 class _Flights:
-    """All attempts under way, by their stream of messages."""
+    """All submitted attempts, by their streams of messages."""
 
     def __init__(self, ray: Any, threads: int) -> None:
         self._ray = ray
@@ -238,7 +251,7 @@ class _Flights:
         self._flights.append(_Flight(task, remote.remote(task)))
 
     def advance(self, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
-        """Wait a moment for messages; the outcomes among them."""
+        """Wait up to a second for messages, count bytes, and yield the outcomes among the messages."""
         if not self._flights:
             time.sleep(0.1)
             return
@@ -260,7 +273,8 @@ class _Flights:
             on_bytes(-flight.counted)
             return UnitFailed(flight.task.unit.id, _said_by_ray(error))
         if kind == "node":
-            on_bytes(-flight.counted)  # a repeated attempt counts from the start
+            # Ray has retried the task, which counts all bytes again.
+            on_bytes(-flight.counted)
             flight.node, flight.counted = value, 0
         elif kind == "bytes":
             flight.counted += value
@@ -270,13 +284,17 @@ class _Flights:
         return None
 
     def forget(self, unit: str) -> None:
-        """Cancel slower twins of a finished unit."""
+        """Cancel other attempts at a unit that has finished."""
         for flight in [f for f in self._flights if f.task.unit.id == unit]:
             self._cancel(flight, force=False)
             self._flights.remove(flight)
 
     def lost(self, dead: dict[str, float]) -> list[Task[Any]]:
-        """Tasks on machines that died, or that may be stuck on the way to one; their attempts are given up."""
+        """Cancel the attempts on dead machines, and those that may be stuck on the way to one; returns their tasks.
+
+        A flight without a node has not reported where it runs; if it was submitted before a machine died, it may have
+        been sent there.
+        """
         if not dead:
             return []
         latest = max(dead.values())
@@ -287,11 +305,12 @@ class _Flights:
         return [flight.task for flight in gone]
 
     def cancel(self) -> None:
-        """Ask all to stop, wait for their clean-up, then insist."""
+        """Ask all attempts to stop, wait until they have removed their part files, then kill those that are left."""
         for flight in self._flights:
             self._cancel(flight, force=False)
         deadline = time.monotonic() + STOP_S
         for flight in self._flights:
+            # The stream of a cancelled task ends in one of several errors; any of them means that it has stopped.
             with contextlib.suppress(Exception):
                 while time.monotonic() < deadline:
                     self._ray.get(flight.stream._next_sync(timeout_s=deadline - time.monotonic()))
@@ -299,6 +318,7 @@ class _Flights:
         self._flights.clear()
 
     def _cancel(self, flight: _Flight, *, force: bool) -> None:
+        # The attempt has ended by itself, or its machine is gone.
         with contextlib.suppress(Exception):
             self._ray.cancel(flight.stream, force=force)
 
@@ -310,7 +330,7 @@ def _said_by_ray(error: Exception) -> str:
 
 
 class _Watch:
-    """Looks for machines that died, on a thread of its own: asking can block."""
+    """A watch for machines that die, on a thread of its own, since asking Ray can block."""
 
     def __init__(self, ray: Any) -> None:
         self.dead: dict[str, float] = {}
@@ -321,6 +341,7 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._stop.wait(WATCH_S):
+            # Ray may not answer while a machine dies; the next look asks again.
             with contextlib.suppress(Exception):
                 for node in self._ray.nodes():
                     if not node["Alive"] and node["NodeID"] not in self._known:

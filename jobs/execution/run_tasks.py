@@ -13,10 +13,12 @@ from loaders.errors import StorageError
 def run_tasks(
     cluster: Cluster, tasks: Sequence[Task[R_co]], doing: str, work_bytes: int
 ) -> Generator[R_co | UnitFailed]:
-    """Outcomes as units finish, while the display counts `work_bytes` down. Closing the generator stops what runs.
+    """Run tasks and yield outcomes as units finish, with a progress display of `work_bytes`.
+
+    Closing the generator stops running units.
 
     Raises:
-        BadSpec: a task can never run there.
+        BadSpec: a task can never run on this cluster.
     """
     if not tasks:
         return
@@ -26,11 +28,11 @@ def run_tasks(
 
 
 def run_all(cluster: Cluster, tasks: Sequence[Task[R_co]], doing: str, work_bytes: int) -> Generator[R_co]:
-    """Reports as units finish; all must. The cluster is closed at the end.
+    """Run tasks that must all succeed, and yield their reports as units finish. The cluster is closed at the end.
 
     Raises:
-        BadSpec: a task can never run there.
-        StorageError: a unit could not be run.
+        BadSpec: a task can never run on this cluster.
+        StorageError: a unit failed.
     """
     try:
         with closing(run_tasks(cluster, tasks, doing, work_bytes)) as outcomes:

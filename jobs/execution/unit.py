@@ -1,10 +1,11 @@
-"""One unit: read its tensors once, and for each target encode, measure, finish the file, leave a record.
+"""Running a unit: its tensors are read once, and for each target encoded, measured, written and recorded.
 
-A sweep's jobs share a task where they read the same: each tensor is encoded for all of them while it is hot. What goes
-wrong for one of them is its own affair; only what goes wrong for all of them, such as a damaged source, ends the unit.
+Jobs of a sweep that read the same tensors share a task, and each tensor is encoded for all of them while it is in the
+CPU's cache. An error of one job ends only that job's share; an error of all of them, such as a damaged source, ends
+the unit.
 
-The same function runs on a thread of this process and in a Ray task; it knows of neither. Tensors of a few MiB run
-side by side, a thread each; large ones one after another, on all of the unit's threads.
+The same code runs on a thread of this process and in a Ray task. Tensors of a few MiB run side by side, one thread
+each; large ones run one after another, each on all of the unit's threads.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
 
-SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
+# Bytes of source up to which a tensor is encoded by one thread. A larger one is cut into ranges, of which it has enough
+# to keep all threads busy.
+SMALL = 4 * RANGE
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One job's part in a task: its own unit, and where its file and record go."""
+    """One job's share of a task: its own unit, and the output that its file and record go to."""
 
     unit: Unit
     target: TargetId
@@ -61,7 +64,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitTask:
-    """Everything a worker needs to run a unit: small, and only paths."""
+    """Everything that a worker needs to run a unit. It is small: paths and specs, no weights."""
 
     unit: Unit
     source: Address
@@ -69,22 +72,22 @@ class UnitTask:
     strategy: WeightLoader
     backend: str
     threads: int
-    in_place: bool = False  # pieces go into the file they are ranges of, which is there: for one process only
+    in_place: bool = False  # whether pieces are written into the shared file; only if all units run in one process
 
     @property
     def memory_bytes(self) -> int:
-        """What running it holds at most, beyond the libraries."""
+        """The most bytes that running the task holds, besides the libraries."""
         most = max(share.unit.memory_bytes(self.threads) for share in self.shares.values())
         return most + self.strategy.held_bytes
 
     @property
     def gpus(self) -> int:
-        """GPUs that a cluster must set aside for it."""
+        """The GPUs that a cluster must reserve for the task."""
         return int(self.backend == "cuda")
 
     @property
     def work_bytes(self) -> int:
-        """Source bytes to be encoded, once for each share."""
+        """The source bytes to encode, counted once for each share."""
         return sum(share.unit.source_bytes for share in self.shares.values())
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
@@ -93,7 +96,7 @@ class UnitTask:
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """What came of an attempt: by share, a record for each that is done, the reason for each that failed."""
+    """The result of an attempt: by share, the record of each that is done, and the reason for each that failed."""
 
     unit: str
     records: Mapping[str, Record]
@@ -110,8 +113,8 @@ def run_unit(
     """Run a unit for all shares of the task.
 
     Raises:
-        TransientIOError: worth another attempt.
-        WeightmillError: the source cannot be read, or no output be written.
+        TransientIOError: reading or writing failed in a way that is worth a retry.
+        WeightmillError: the source cannot be read, or no share's output can be written.
     """
     unit, began = task.unit, time.perf_counter()
     files = PinnedFiles(open_store(task.source), unit.sources)
@@ -136,12 +139,14 @@ def run_unit(
             for tensor in (r for r in unit.tensors if runs and r.source_bytes > SMALL):
                 passes.tensor(tensor, task.threads)
             work.each([r for r in unit.tensors if runs and r.source_bytes <= SMALL], passes.tensor)
-            files.check_unchanged()  # maps do not tell: what was read may have been of two versions
+            # A memory map does not notice that its file changed; then what was read may be of two versions.
+            files.check_unchanged()
             for run in runs.values():
                 work.check()
                 run.finish()
             errors = [run.error for run in runs.values() if run.error is not None]
-            if errors and len(errors) == len(runs):  # it is the source's, or everybody's
+            # An error of every share is most likely the source's or the machine's, so it is the whole unit's.
+            if errors and len(errors) == len(runs):
                 raise errors[0]
         finally:
             for run in runs.values():
@@ -155,7 +160,7 @@ def run_unit(
 
 
 class TargetRun:
-    """One share under way: its files, and what was found wrong."""
+    """One share while it runs: its files, and the faults found so far."""
 
     def __init__(
         self, share: Share, attempt: str, scratch: Scratch, warmth: Mapping[str, int], *, is_alone: bool, in_place: bool
@@ -186,7 +191,12 @@ class TargetRun:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """What goes wrong inside is this share's: beside others it ends only itself."""
+        """Keep an error inside the block to this share, if others run in the same task.
+
+        Raises:
+            Stopped, TransientIOError: these end the attempt for all shares.
+            Exception: any error, if this is the task's only share.
+        """
         try:
             yield
         except VerifyFailed as error:
@@ -202,7 +212,7 @@ class TargetRun:
         return self.error is None and self.tensors.get(tensor.name) == tensor
 
     def encoder(self, reader: Reader, work: ThreadedWork) -> TensorEncoder:
-        """What takes this share's tensors through their schemes."""
+        """Return an encoder for this share's tensors."""
         return TensorEncoder(reader, work, [p.encoding for p in self.placements.values()], self._clock)
 
     def begin(self, placement: Placement) -> TensorSink:
@@ -216,7 +226,7 @@ class TargetRun:
             self.faults.append((error.relative_error, fault))
 
     def finish(self) -> None:
-        """Make the files whole, unless something is wrong."""
+        """Complete the files, unless there are faults."""
         if self._files is not None and not self.failure:
             with self.guarded():
                 written, stored = self._files.finish()
@@ -225,7 +235,7 @@ class TargetRun:
 
     @property
     def failure(self) -> str:
-        """The worst fault, and how many there are; empty if all is well."""
+        """The worst fault and their number; empty if there is none."""
         if self.error is not None:
             known = isinstance(self.error, WeightmillError | OSError)
             return str(self.error) if known else f"{type(self.error).__name__}: {self.error} (a fault of weightmill)"
@@ -235,7 +245,7 @@ class TargetRun:
         return worst if len(self.faults) == 1 else f"{worst} (the worst of {len(self.faults)} in {self._share.unit.id})"
 
     def record(self, load: LoadStats) -> Record:
-        """Leave the record: the unit is done for this target."""
+        """Write the record of the finished unit for this target, and return it."""
         unit = self._share.unit
         written, tensors = self._finished or ((), ())
         spent = self._clock.seconds()
@@ -273,7 +283,7 @@ def _record(placement: Placement, stored: Mapping[str, WrittenTensor], error: Er
 
 
 class UnitPass:
-    """One pass over a unit's tensors, each for all targets while it is hot."""
+    """One pass over a unit's tensors, each encoded for all targets while it is in the CPU's cache."""
 
     def __init__(
         self, reader: Reader, work: ThreadedWork, runs: Mapping[str, TargetRun], on_bytes: Callable[[int], None]
@@ -282,7 +292,7 @@ class UnitPass:
         self._on_bytes = on_bytes
 
     def tensor(self, tensor: LogicalTensor, threads: int = 1) -> None:
-        """Encode and measure one tensor, with so many threads at work on it."""
+        """Encode and measure one tensor for all shares that take it; `threads` work on it."""
         for run, encoder in self._runs:
             if run.takes(tensor):
                 with run.guarded():

@@ -1,6 +1,6 @@
-"""From a budget to a mix: what each tensor may become, what that costs in bytes and error, and the choice. Pure.
+"""Allocation: choosing a mix within a budget, from the candidates of each tensor with their bytes and errors. Pure.
 
-jobs/mixed_precision/search.py has it measured; loaders/rules/knapsack.py does the choosing.
+jobs/mixed_precision/search.py has the errors measured; loaders/rules/knapsack.py solves the optimization.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from loaders.rules.rule import Decision
 from loaders.tensors.logical_tensor import LogicalTensor
 
 GB = 1_000_000_000
-TRIES = 8  # headers and padding depend on the mix: what they take too much is taken off the budget
-# How much a weight's relative error matters where nothing is known but its name: see `prior`
+# Attempts to meet the budget. Headers and padding depend on the mix, so they are known only afterwards: if a mix
+# exceeds the budget, the excess is taken off the room for tensors, and another mix is chosen.
+TRIES = 8
+# How much a weight's relative error matters if nothing but its name is known: see `prior`.
 PRIORS = (
     ("q_proj", 0.4), ("k_proj", 2.0), ("v_proj", 6.0), ("o_proj", 1.5), ("down_proj", 2.0), ("w2", 2.0),
 )  # fmt: skip
@@ -41,48 +43,48 @@ HEAD_PRIOR = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a mix is chosen from: a plan with a target for each candidate, and which tensors they may take."""
+    """The choices for a mix: a plan with one target for each candidate, and the tensors that each may take."""
 
     spec: JobSpec
     quant: AutoQuant
     checkpoint: Checkpoint
     plan: Plan
-    open: Mapping[str, frozenset[str]]  # by candidate
-    kept_bytes: Mapping[str, int]  # of each tensor where it is not quantized
+    open: Mapping[str, frozenset[str]]  # by candidate, the tensors that it may take
+    kept_bytes: Mapping[str, int]  # by tensor, its stored bytes if it is not quantized
 
     @property
     def tensors(self) -> dict[str, LogicalTensor]:
-        """Those that some candidate may take, by name."""
+        """The tensors that some candidate may take, by name."""
         taken = frozenset().union(*self.open.values())
         return {tensor.name: tensor for tensor in self.plan.sources.tensors if tensor.name in taken}
 
     @property
     def fixed_bytes(self) -> int:
-        """Of the tensors that are stored in one way, whatever is chosen."""
+        """The bytes of the tensors that no candidate may take, which are stored the same in every mix."""
         tensors = self.tensors
         return sum(size for name, size in self.kept_bytes.items() if name not in tensors)
 
     def sizes(self, candidate: str) -> dict[str, int]:
-        """Stored bytes by tensor, of those it may take."""
+        """Return the stored bytes of the tensors that a candidate may take."""
         stored = self.plan.targets[candidate].stored
         return {name: sum(slot.size for slot in stored[name]) for name in self.open[candidate]}
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """A mix that was chosen: the job with it, and how good it is."""
+    """A chosen mix: the job with it, its plan, and its size and error."""
 
     spec: JobSpec
     target: TargetPlan
     choice: Choice
-    errors: Mapping[str, Mapping[str, float]]  # weighted, by candidate and tensor
+    errors: Mapping[str, Mapping[str, float]]  # weighted errors by candidate and tensor
 
 
 def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choices:
-    """Plan all candidates.
+    """Plan all candidates of a job with quant=auto.
 
     Raises:
-        BadSpec: one cannot be done with this checkpoint, or no tensor is left to choose for.
+        BadSpec: a candidate cannot take this checkpoint, or no tensor is left to choose for.
     """
     usual = target_of(spec)
     mixes = {name: CandidateMix(each.scheme, each.mix) for name, each in quant.candidates.items()}
@@ -112,7 +114,9 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
 
 
 def partners(choices: Choices) -> dict[str, list[str]]:
-    """Tensors that must be stored alike: experts of one stack; what vLLM fuses (q/k/v, gate/up, a layer's experts)."""
+    """Group the tensors that must have the same scheme: the experts of one stack, and for vLLM those that it fuses
+    (q/k/v, gate/up, a layer's experts).
+    """
     stacks: dict[str, str] = {}
     for target in choices.plan.targets.values():
         stacks |= {name: slot.within[0] for name, slots in target.stored.items() for slot in slots[:1] if slot.within}
@@ -126,7 +130,7 @@ def partners(choices: Choices) -> dict[str, list[str]]:
 
 
 def items_of(choices: Choices, errors: Mapping[str, Mapping[str, float]]) -> tuple[Item, ...]:
-    """An item for each group of partners; the error of an option is in the unit of its weighting."""
+    """Return a knapsack item for each group of partners. An option's error is in the unit of the weighting."""
     sizes = {name: choices.sizes(name) for name in choices.open}
     items = []
     for group, members in partners(choices).items():
@@ -142,7 +146,11 @@ def items_of(choices: Choices, errors: Mapping[str, Mapping[str, float]]) -> tup
 
 
 def errors_of(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> dict[str, dict[str, float]]:
-    """By candidate and tensor. What a calibration does not know is weighted without it, in proportion to the rest."""
+    """Return weighted errors by candidate and tensor: in nats per token with a calibration, else relative ones.
+
+    Tensors that a calibration does not cover are weighted by `prior`, scaled so that both weightings agree on the
+    tensors that it does cover.
+    """
     tensors = choices.tensors
     tied = not any(tensor.role == "head" for tensor in choices.plan.sources.tensors)
     weights = {name: prior(tensor, is_tied=tied) * tensor.spec.numel for name, tensor in tensors.items()}
@@ -166,13 +174,13 @@ def _relative2(loss: Loss) -> float:
 
 
 def prior(tensor: LogicalTensor, *, is_tied: bool) -> float:
-    """How much a weight's relative error matters, where nothing but names is known.
+    """Return how much a weight's relative error matters, if nothing but its name is known.
 
-    A table, as the engines' own mixes are: value and down projections, and the output projection, matter more. The
-    numbers are those of the demo model, rounded. On another model (Qwen3, another text), on which they were not tuned,
-    mixes weighted so have 0.84 (MLX) and 0.86 (GGUF) times the divergence of one scheme for all of the same size; with
-    a calibration 0.76 and 0.77. Without the table, by relative errors and sizes alone, mixes were worse than one scheme
-    for all: 1.0 to 1.3 times. `jobs.bench budget` measures it.
+    It is a table, as the engines' own mixes are: value and down projections and the output projection matter more. The
+    numbers were measured on the demo model and rounded. On another model on which they were not tuned (Qwen3, another
+    text), the KL divergence of mixes weighted by them is 0.84 (MLX) and 0.86 (GGUF) times that of a uniform scheme of
+    the same size; with a calibration it is 0.76 and 0.77 times. Without the table, by relative errors and sizes alone,
+    mixes were worse than a uniform scheme: 1.0 to 1.3 times. `jobs.bench budget` measures these ratios.
     """
     if tensor.role == "head" or (tensor.role == "embedding" and is_tied):
         return HEAD_PRIOR
@@ -183,10 +191,10 @@ def prior(tensor: LogicalTensor, *, is_tied: bool) -> float:
 
 
 def check_budget(choices: Choices) -> None:
-    """Before anything is measured.
+    """Check a budget before anything is measured.
 
     Raises:
-        BadSpec: tensors alone are more than the budget, whatever is chosen.
+        BadSpec: the smallest possible mix exceeds the budget.
     """
     items = items_of(choices, {name: dict.fromkeys(taken, 0.0) for name, taken in choices.open.items()})
     if least_size(items) > budget_bytes(choices) - choices.fixed_bytes:
@@ -194,10 +202,10 @@ def check_budget(choices: Choices) -> None:
 
 
 def choose_mix(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> Mixed:
-    """The mix with the least weighted error that keeps to the budget, headers and padding of files included.
+    """Choose the mix with the least weighted error within the budget, including headers and padding of files.
 
     Raises:
-        BadSpec: no mix does.
+        BadSpec: no mix is within the budget.
     """
     errors = errors_of(choices, losses)
     items = items_of(choices, errors)
@@ -216,7 +224,7 @@ def choose_mix(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> Mi
 
 
 def budget_bytes(choices: Choices) -> int:
-    """In the bytes that `counted_bytes` counts."""
+    """Return the budget in the bytes that `counted_bytes` counts."""
     quant = choices.quant
     if quant.target_gb is not None:
         return int(quant.target_gb * GB)
@@ -225,7 +233,7 @@ def budget_bytes(choices: Choices) -> int:
 
 
 def counted_bytes(quant: AutoQuant, target: TargetPlan) -> int:
-    """What the budget is for: with target_gb whole weight files, with target_bits the tensors in them."""
+    """Return the bytes that the budget limits: with target_gb those of weight files, with target_bits of tensors."""
     return target.weight_bytes if quant.target_gb is not None else target.tensor_bytes
 
 
@@ -274,7 +282,7 @@ def _too_little(choices: Choices, items: Sequence[Item]) -> str:
 
 
 def rules_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
-    """The mix as `rules` of a job, which need no measuring: for a preset of the engine, such as `base_preset`."""
+    """Return the mix as `rules` of a job that needs no measurements, for a preset of the engine (`base_preset`)."""
     found: dict[tuple[str, str], list[str]] = {}
     settings: dict[tuple[str, str], dict[str, Any]] = {}
     names = [d.tensor.name for d in decisions]
@@ -293,7 +301,7 @@ def rules_of(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
 
 
 def settings_of_scheme(scheme: Scheme) -> dict[str, Any]:
-    """What a rule says of it."""
+    """Return a scheme's settings as the `quant` of a rule states them."""
     if isinstance(scheme, MlxAffine | MlxFloat):
         mode = scheme.mode if isinstance(scheme, MlxFloat) else "affine"
         return {"mode": mode, "bits": scheme.bits, "group_size": scheme.group_size}
@@ -306,7 +314,10 @@ def settings_of_scheme(scheme: Scheme) -> dict[str, Any]:
 
 
 def patterns(names: Sequence[str], every: Sequence[str]) -> list[str]:
-    """Regular expressions that match these of all names: one for all that differ in a layer's number alone."""
+    """Return regular expressions that match exactly `names` among `every` name.
+
+    Names that differ only in the layer's number share an expression.
+    """
     templates: dict[str, list[str]] = {}
     for name in names:
         head, number, tail = re.fullmatch(r"(.*?\.|)(\d+)(\..*)|.*", name).group(1, 2, 3)  # type: ignore[union-attr]
@@ -325,11 +336,11 @@ def patterns(names: Sequence[str], every: Sequence[str]) -> list[str]:
 
 
 def base_preset(quant: AutoQuant) -> str:
-    """A preset of conf/quant for the same engine: what the rules stand beside."""
+    """Return a preset of conf/quant for the same engine, to which the rules of the mix can be added."""
     return {"mlx": "mlx_int4", "gguf": "gguf_q4_k_m", "vllm": "w4a16"}.get(quant.engine or "", quant.among[0])
 
 
 def mix_document(quant: AutoQuant, decisions: Sequence[Decision]) -> dict[str, Any]:
-    """The mix for a run's artifacts, with the rules that need no measuring."""
+    """Describe the mix as JSON for a run's artifacts, with rules that need no measurements."""
     assert quant.chosen is not None
     return {**quant.chosen.model_dump(mode="json"), "quant": base_preset(quant), "rules": rules_of(decisions)}

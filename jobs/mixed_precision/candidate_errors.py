@@ -1,8 +1,9 @@
-"""Measuring candidates: what each would lose on each tensor of a unit, with nothing written but the numbers.
+"""Measuring the error of each candidate on each tensor of a unit; nothing but the numbers is written.
 
-The same units, views, schemes and measurement as in a job, so that what is measured is what a job then writes. Every
-tensor is taken by all its candidates while it is hot. What a unit's candidate came to is kept in a file of its own,
-under a key of all that it depends on: a second budget measures nothing again, another candidate only itself.
+Units, views, schemes and measurement are those of a job, so that what is measured is what a job then writes. A tensor
+is encoded by all its candidates while it is in the CPU's cache. The result of each unit and candidate is kept in a file
+of its own, named by a digest of everything it depends on. So another budget measures nothing again, and another
+candidate only itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from loaders.tensors.logical_tensor import LogicalTensor
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a candidate loses on a tensor; `weighted` by a calibration, if there is one that knows the tensor."""
+    """A candidate's error on a tensor; `weighted` is in nats per token, by a calibration that covers the tensor."""
 
     error: ErrorSums
     weighted: float | None
@@ -50,7 +51,7 @@ Losses = Mapping[str, Loss]  # by tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuringTask:
-    """A unit, and its candidates that are not measured yet: by name, the tensors that each may take. See `Task`."""
+    """A `Task` that measures a unit's candidates. `wanted` has, by candidate, the tensors to measure it on."""
 
     unit: Unit
     source: Address
@@ -62,7 +63,7 @@ class MeasuringTask:
 
     @property
     def memory_bytes(self) -> int:
-        """What running it holds at most, beyond the libraries: with what is stored of the tensors under way."""
+        """The most bytes that running the task holds, besides the libraries; encoded tensors are held in memory."""
         return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes + self._stored_bytes
 
     @property
@@ -81,7 +82,7 @@ class MeasuringTask:
 
     @property
     def work_bytes(self) -> int:
-        """Source bytes to be encoded, once for each candidate."""
+        """The source bytes to encode, counted once for each candidate."""
         sizes = {tensor.name: tensor.spec.num_items * tensor.dtype.item_bytes for tensor in self.unit.tensors}
         return sum(sizes[name] for names in self.wanted.values() for name in names)
 
@@ -103,7 +104,8 @@ class MeasuringTask:
             encoder = TensorEncoder(reader, work)
 
             def look(tensor: LogicalTensor) -> None:
-                known = dict[Encoding, Loss]()  # two candidates may come to the same
+                # Two candidates may give a tensor the same encoding.
+                known = dict[Encoding, Loss]()
                 for name, found in encodings.items():
                     if (encoding := found.get(tensor.name)) is not None:
                         if encoding not in known:
@@ -133,7 +135,7 @@ class MeasuringTask:
 
 @dataclass(frozen=True, slots=True)
 class MeasuringReport:
-    """What a unit's candidates lose, by name."""
+    """The result of measuring a unit: the errors by candidate and tensor."""
 
     unit: str
     losses: Mapping[str, Losses]
@@ -141,7 +143,7 @@ class MeasuringReport:
 
 
 def reordered(importance: Importance, order: RowOrder | None) -> Importance:
-    """As `loaders.tensors.views.ReorderedView` orders rows."""
+    """Reorder the rows of an importance as `loaders.tensors.views.ReorderedView` reorders those of the weight."""
     if order is None:
         return importance
     half = np.arange(order.size).reshape(2, -1).T.reshape(-1)
@@ -153,19 +155,20 @@ def reordered(importance: Importance, order: RowOrder | None) -> Importance:
 
 
 class Measurements:
-    """A folder of what was measured: a file a unit and candidate, named by a key of what it depends on."""
+    """A folder of measurements, with one file for each unit and candidate."""
 
     def __init__(self, folder: Path, weighting: str) -> None:
         self.folder = folder
         self._weighting = weighting
 
     def key(self, unit: Unit, candidate: str) -> str:
-        """Of the sources, the tensors, what the candidate makes of them, and what errors are weighted by."""
+        """Return a digest of the sources, the tensors, the candidate's encodings, and the weighting of errors."""
         made = [placement.encoding for placement in unit.outputs[candidate].placements]
         return text_digest(f"{FORMAT} {unit.sources!r} {unit.tensors!r} {made!r} {self._weighting}")
 
     def find(self, unit: Unit, candidate: str, names: frozenset[str]) -> Losses | None:
-        """What is known of a unit under a candidate: of these tensors at least, or None."""
+        """Return what was measured of a unit under a candidate, or None if that does not cover all of `names`."""
+        # There is no such file yet, or it is damaged; the unit is then measured again.
         with suppress(OSError, ValueError, KeyError, TypeError):
             rows = json.loads((self.folder / f"{self.key(unit, candidate)}.json").read_text())
             found = {name: Loss(ErrorSums(**row["error"]), row["weighted"]) for name, row in rows.items()}
@@ -173,7 +176,11 @@ class Measurements:
         return None
 
     def add(self, unit: Unit, candidate: str, losses: Losses) -> None:
-        """Keep what was measured."""
+        """Write the measurements of a unit under a candidate.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
         rows = {name: {"error": asdict(loss.error), "weighted": loss.weighted} for name, loss in losses.items()}
         with io_errors("making", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,5 +188,5 @@ class Measurements:
 
 
 def of_all(found: Sequence[Losses]) -> dict[str, Loss]:
-    """Of several units."""
+    """Merge the measurements of several units."""
     return {name: loss for losses in found for name, loss in losses.items()}

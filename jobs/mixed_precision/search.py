@@ -1,7 +1,7 @@
-"""quant=auto: measure what candidates lose, choose the mix, and hand on a job that says which tensor gets what.
+"""quant=auto: measuring candidates, choosing the mix, and turning the job into one that states each tensor's scheme.
 
-The job that comes out is a job like any other; its mix is part of its request, so that resuming, verifying and its key
-need no measurement.
+The resulting job is a job like any other. The mix is part of its request, so that resuming it, verifying it and
+computing its key need no measurements.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ from loaders.presets.auto import AutoQuant
 from loaders.quantization.importance import Importance
 from loaders.storage.hashes import text_digest
 
-FOLDER = ".measured"  # in output.root: what was measured, for the next budget
+FOLDER = ".measured"  # the folder of measurements in output.root, which later budgets use again
 Importances = Mapping[str, tuple[Importance, ...]]
 
 
 def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
-    """The job with its mix: measured, as far as that was not done before, and chosen. Other jobs as they are. With
-    `again`, its output may be there already.
+    """Return the job with a chosen mix, after measuring what was not measured before. Other jobs are returned as is.
+
+    With `again`, the job's output may exist already.
 
     Raises:
-        WeightmillError: it cannot be done; what was measured stays.
+        WeightmillError: measuring failed, or no mix is within the budget; finished measurements stay.
         KeyboardInterrupt: likewise.
     """
     if not isinstance(spec.quant, AutoQuant) or spec.quant.chosen is not None:
@@ -72,7 +73,7 @@ def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
 
 
 def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
-    """For a plan: the job with its mix and what to show of it, if it is measured; else None, and what will be."""
+    """Return, for a plan, the job with its mix and the text of the mix; or None and what would be measured first."""
     assert isinstance(spec.quant, AutoQuant)
     choices = _choices(spec, spec.quant)
     check_budget(choices)
@@ -97,14 +98,14 @@ def _folder(spec: JobSpec) -> Path:
 
 @dataclass(frozen=True)
 class Known:
-    """What fits into a room, by what was measured: the error of each in the unit of `weighting`, least first."""
+    """The measured candidates that fit a budget, by error, and the best mix."""
 
     candidates: tuple[tuple[str, int, float], ...]  # name, bytes of weight files, weighted error
-    mix: Mixed | None  # None: no mix fits
+    mix: Mixed | None  # None if no mix fits
 
 
 def known_within(spec: JobSpec) -> Known | None:
-    """What the candidates of quant=auto, each for the whole model, and their best mix lose, if it is measured.
+    """Return the errors of each candidate as a uniform scheme, and of their best mix; None if they are not measured.
 
     Raises:
         BadSpec: the candidates cannot be planned for this checkpoint.
@@ -129,7 +130,7 @@ def known_within(spec: JobSpec) -> Known | None:
 
 
 def _missing(choices: Choices, measurements: Measurements) -> list[tuple[int, tuple[str, ...]]]:
-    """Units, by index, and the candidates of theirs that are not measured."""
+    """Return the units, by index, with the candidates that are not measured yet."""
     found = []
     for index, unit in enumerate(choices.plan.units):
         names = {tensor.name for tensor in unit.tensors}
@@ -140,7 +141,7 @@ def _missing(choices: Choices, measurements: Measurements) -> list[tuple[int, tu
 
 
 def _measure(choices: Choices, measurements: Measurements, importances: Importances) -> None:
-    """Measure what is missing, a unit at a time on each of the cluster's places; each is kept as it is done."""
+    """Measure what is missing on the cluster; the measurements of a unit are kept as soon as it is finished."""
     strategy, _ = reading(choices.spec.strategy, choices.plan.checkpoint)
     cluster, _ = choose_cluster(choices.spec.cluster)
     backend = backend_of(choices.spec)[0]
@@ -174,7 +175,7 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
 
 
 def _losses(choices: Choices, measurements: Measurements) -> dict[str, dict[str, Loss]]:
-    """By candidate and tensor."""
+    """Return all measurements by candidate and tensor."""
     found: dict[str, dict[str, Loss]] = {}
     for candidate, taken in choices.open.items():
         of_units = []
@@ -191,7 +192,7 @@ def _losses(choices: Choices, measurements: Measurements) -> dict[str, dict[str,
 
 
 def _weighting(quant: AutoQuant, checkpoint: Checkpoint) -> str:
-    """Names what errors are weighted by while they are measured."""
+    """Return a digest of the calibration that errors are weighted by; empty without one."""
     if quant.calibration is None:
         return ""
     text = "" if quant.calibration == "self" else _text(quant.calibration)
@@ -210,7 +211,7 @@ def _text(path: str) -> str:
 
 
 def _importances(quant: AutoQuant, checkpoint: Checkpoint, folder: Path, measurements: Measurements) -> Importances:
-    """Those of the calibration, from the folder if they are known."""
+    """Return the importances by the calibration, from the folder if they were computed before."""
     if quant.calibration is None:
         return {}
     from loaders.models import sensitivity
@@ -220,18 +221,19 @@ def _importances(quant: AutoQuant, checkpoint: Checkpoint, folder: Path, measure
         return sensitivity.load(path)
     text = None if quant.calibration == "self" else _text(quant.calibration)
     note("calibrating: the model reads " + ("what it writes" if text is None else str(quant.calibration)))
-    passes = 2 if text is None else 1  # what it writes it then reads
+    # With calibration=self, the model writes the text before it reads it.
+    passes = 2 if text is None else 1
     with Meter("calibrating", passes * quant.calibration_tokens, "tokens") as meter:
         found = sensitivity.importances_of(checkpoint.folder(READS_FOLDERS), text, quant.calibration_tokens, meter.add)
     sensitivity.save(found, path)
     return found
 
 
-# --- what is said
+# --- texts
 
 
 def text_of(choices: Choices, found: Mixed) -> RenderableType:
-    """The mix as a table: by scheme and by role, tensors, bytes, and the share of the error."""
+    """Render the mix as a table of tensors, bytes and the share of the error, by scheme and role."""
     quant = found.spec.quant
     assert isinstance(quant, AutoQuant)
     numbers = ("tensors", "weights", "bytes", "bits", "of the error")
@@ -254,7 +256,7 @@ def text_of(choices: Choices, found: Mixed) -> RenderableType:
 
 
 def rows_of(choices: Choices, found: Mixed) -> list[dict[str, Any]]:
-    """What the mix gives each role by each candidate."""
+    """Return the rows of the mix's table: for each candidate and role, tensors, weights, bytes, bits, error share."""
     quant = found.spec.quant
     assert isinstance(quant, AutoQuant)
     assert quant.chosen is not None

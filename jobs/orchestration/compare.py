@@ -1,4 +1,4 @@
-"""Finding the jobs that are to be compared, in MLflow or in folders, and saying how they compare."""
+"""Comparing jobs: finding their runs in MLflow or their outputs in folders, and writing the comparison."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.json_files import json_bytes
 
-MANY = 10  # runs from which reading takes seconds
-LISTED = 50  # of the tensors that differ, in the document
+MANY = 10  # runs from which on reading them takes seconds, so that a note is shown
+LISTED = 50  # tensors that differ most, listed in the document
 
 
 def compare(
     tracking: TrackingSpec, root: str, path: str | None, *, sweep: str, runs: Sequence[str], where: str, error: str
 ) -> Said:
-    """Compare a sweep, or the given runs and folders.
+    """Compare the runs of a sweep, or the given runs and output folders.
+
+    `where` is MLflow's filter, `error` the metric to compare with bits per weight, `path` the folder of the comparison.
 
     Raises:
-        BadSpec: there are none.
-        StorageError: the store cannot be read.
+        BadSpec: there are no such runs, or none has the metric.
+        StorageError: the tracking store cannot be read.
     """
     folders = [run for run in runs if _is_output(run)]
     named = [run for run in runs if run not in folders]
@@ -69,7 +71,8 @@ def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[s
 
 
 def _is_output(run: str) -> bool:
-    """Whether what was given is where an output lies, rather than the name or id of a run."""
+    """Whether an argument is the address of an output, and not the name or id of a run."""
+    # It is no address of a known kind of store.
     with suppress(BadSpec):
         return open_store(run).find(OUR_REPORT) is not None
     return False
@@ -95,7 +98,7 @@ def _of_run(run: Tracked) -> ComparedJob:
 
 
 def _errors(rows: Any) -> Mapping[str, float]:
-    """Relative errors by tensor, of the table that a run keeps."""
+    """Return relative errors by tensor, from the table artifact of a run."""
     if not isinstance(rows, dict):
         return {}
     name, error = rows["columns"].index("name"), rows["columns"].index("relative_error")
@@ -103,7 +106,7 @@ def _errors(rows: Any) -> Mapping[str, float]:
 
 
 def _told_apart(candidates: Sequence[ComparedJob]) -> list[ComparedJob]:
-    """Runs of one name get a part of their id to it."""
+    """Add a part of the run id to names that several runs have."""
     names = [c.name for c in candidates]
     return [
         c

@@ -1,7 +1,6 @@
-"""A job from its spec to its report: plan, check, run what is not done, gate, publish, track.
+"""A running job: from its plan over its units to the gate, publishing, tracking and the report.
 
-`Job` is one job under way; source_pass.py takes one, or several over the same source, through their
-units.
+source_pass.py runs the units of one job, or of several jobs over the same source.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from loaders.storage import open_store
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What a pass took as a whole, for all its jobs."""
+    """The time and memory of a pass as a whole, which all its jobs share."""
 
     started: float
     wall_s: float
@@ -50,7 +49,7 @@ class Pass:
 
 
 class Job:
-    """One job of a pass. After `finish`, `fail` or `stop` there is an `outcome`."""
+    """One job of a pass. `settle` or `fail` sets its `outcome`: the result to show, or the error."""
 
     def __init__(self, number: int, planned: Planned, sweep: str | None = None) -> None:
         self.number = number
@@ -66,14 +65,14 @@ class Job:
 
     @property
     def is_whole(self) -> bool:
-        """Whether its output has its name already, and only what comes after is left."""
+        """Whether the output was published before the job was interrupted, so that only later steps are left."""
         return is_published(self.planned.journal)
 
     def begin(self, stack: ExitStack, recorder: Recorder | None) -> None:
-        """Keep other processes out until the stack is closed, open the run, and find what was done before.
+        """Take the journal's lock until the stack is closed, open the MLflow run, and find finished units.
 
         Raises:
-            WeightmillError: it cannot be done now.
+            WeightmillError: another process runs this job, or its output or its run cannot be created.
         """
         journal, spec = self.planned.journal, self.planned.spec
         request = {"key": journal.key, "output": str(journal.output), "request": spec.resolved()}
@@ -81,6 +80,7 @@ class Job:
         self._is_held = True
         if open_store(journal.output).absence() is None and not spec.output.overwrite and not self.is_whole:
             raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
+        # The run is opened before any work, so that MLflow shows a job that fails early, or is killed.
         self.run = open_job_run(
             spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number
         )
@@ -94,7 +94,7 @@ class Job:
             note(f"{len(self.records)} of {units} units were done before; going on with the rest")
 
     def shares(self) -> list[tuple[int, Share]]:
-        """What is left to do."""
+        """Return the units that are left to do, each with the job's number."""
         if self.is_whole or self.outcome is not None:
             return []
         journal = self.planned.journal
@@ -110,10 +110,10 @@ class Job:
         return Gate(verify.allow_nonfinite, verify.max_relative_error)
 
     def finish(self, done: Pass) -> None:
-        """Pass the gate, publish, and hand the report to MLflow.
+        """Check the gate, publish the output, and log the report to MLflow.
 
         Raises:
-            WeightmillError: it may not be published.
+            WeightmillError: the output fails verification, or cannot be written.
         """
         if self.is_whole:
             self.report = read_report(self.planned.journal.output)
@@ -139,10 +139,10 @@ class Job:
         return report
 
     def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
-        """With verify=logits, what the finished files compute; the numbers of one that fails are tracked, too.
+        """Evaluate the finished files if verify=logits is set. If they fail, the numbers are still tracked.
 
         Raises:
-            VerifyFailed: it is beyond a limit, or its engine computes nothing of use.
+            VerifyFailed: the quality exceeds a limit, or the engine cannot load the output or computes NaN.
         """
         judging, journal = self.planned.judging, self.planned.journal
         if judging is None:
@@ -161,7 +161,7 @@ class Job:
         return quality
 
     def _about(self, done: Pass, records: Sequence[Record]) -> dict[str, Any]:
-        """The report's `run`: when, where and how fast."""
+        """Return the fields of the report's `run`."""
         load = sum((record.load for record in records), LoadStats())
         nodes = tuple(sorted({record.node for record in records}))
         fresh = sum(record.load.bytes for unit, record in self.records.items() if unit not in self.resumed)
@@ -194,25 +194,25 @@ class Job:
         }
 
     def fail(self, error: WeightmillError) -> None:
-        """It is over, and units begun from now on leave it out; what it finished stays for the next attempt."""
+        """End the job with an error; later units leave it out. Its finished units stay for the next attempt."""
         self.outcome = error
         self.run.end("FAILED")
         if self._is_held:
             self.planned.journal.leave_out()
 
     def stop(self, *, killed: bool) -> None:
-        """Something ends the whole pass."""
+        """End the job's run because the whole pass ends, by an interrupt (`killed`) or an error."""
         self.run.end("KILLED" if killed else "FAILED")
         self._tidy()
 
     def _tidy(self) -> None:
-        """Wait until all is tracked; a job that finished no unit leaves nothing behind."""
+        """Wait until everything is tracked, and remove the journal of a job that finished no unit."""
         _wait(self.run)
         if self._is_held and not self.planned.journal.count:
             self.planned.journal.remove()
 
     def settle(self) -> None:
-        """Wait until all is tracked, and say what came of it."""
+        """Wait until everything is tracked, and set the outcome."""
         if self.outcome is None and self.report is not None:
             untracked = _wait(self.run)
             address = None if untracked else self.run.address
@@ -230,16 +230,16 @@ class Job:
 
 
 def resume(planned: Planned) -> dict[str, Record]:
-    """The valid records of earlier attempts, by unit."""
+    """Return the valid records of earlier attempts, by unit."""
     found = {unit.id: planned.journal.done(unit, TARGET) for unit in planned.plan.units}
     return {unit: record for unit, record in found.items() if record is not None}
 
 
 def _pass_gate(planned: Planned, records: Sequence[Record]) -> None:
-    """The gate once more, over all records: those of earlier attempts may have passed a wider one.
+    """Check the gate over all records, since those of earlier attempts may have passed a wider gate.
 
     Raises:
-        VerifyFailed: naming the worst tensor.
+        VerifyFailed: a tensor fails; the message names the worst.
     """
     gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
     schemes = {d.tensor.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
@@ -257,7 +257,10 @@ def _pass_gate(planned: Planned, records: Sequence[Record]) -> None:
 
 
 def _wait(run: Run) -> str:
-    """Wait for MLflow; why it does not hold everything, if so."""
+    """Wait for MLflow; returns the reason if not everything was logged, else an empty text.
+
+    The output is complete by then, so a failure to track it must not fail the job itself.
+    """
     try:
         run.close()
     except StorageError as error:

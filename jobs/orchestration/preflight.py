@@ -1,4 +1,4 @@
-"""Before a job runs: what it would do, exactly, and everything cheap that can be wrong with it. Writes nothing."""
+"""The preflight of a job: its exact plan, and all checks that need no weights. Nothing is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from loaders.storage.hashes import text_digest
 from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader
 
-SPARE_BYTES = 16 << 20  # for config, index, records
+SPARE_BYTES = 16 << 20  # free bytes that an output needs besides its planned files: config, index, records
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Planned:
     spec: JobSpec
     plan: Plan
     journal: Journal
-    done: Report | None = None  # the report of an earlier run of this very job, where that may count
-    judging: Judging | None = None  # with verify=logits
+    done: Report | None = None  # the report of an earlier run of this very job, if the job need not run again
+    judging: Judging | None = None  # the planned evaluation, with verify=logits
 
     @property
     def target(self) -> TargetPlan:
@@ -52,30 +52,30 @@ class Planned:
 
     @property
     def scratch_bytes(self) -> int:
-        """What the disk holds twice: of pieces that other processes make apart, one at a time."""
+        """The bytes that the disk holds twice while pieces of other processes are joined: those of one piece."""
         is_in_place = is_local(self.spec.cluster) and self.journal.destination.is_local
         return 0 if is_in_place else max((piece.size for piece in self.target.pieces), default=0)
 
     @cached_property
     def strategy(self) -> tuple[WeightLoader, str]:
-        """The strategy to read with, and why."""
+        """The strategy that reads the source, and the reason."""
         return reading(self.spec.strategy, self.plan.checkpoint)
 
     @cached_property
     def backend(self) -> tuple[str, str]:
-        """Where encoders run, and why."""
+        """The backend on which encoders run, and the reason."""
         return backend_of(self.spec)
 
 
 def plan_job(
     spec: JobSpec, opened: Callable[[Address, str], Checkpoint] = open_checkpoint, *, again: bool = False
 ) -> Planned:
-    """Everything cheap: headers, rules, sizes, the output's place. Nothing is written.
+    """Plan a job from headers, and check its rules, its sizes and its output's address. Nothing is written.
 
-    With `again`, an output that this very job has made before is no fault: see `Planned.done`.
+    With `again`, an output that this very job made before is accepted: see `Planned.done`.
 
     Raises:
-        BadSpec: it cannot be done; every fault of one kind at once.
+        BadSpec: the job cannot be done; all faults of one kind at once.
         BadCheckpoint: the source is damaged.
     """
     output = spec.output_address
@@ -83,13 +83,16 @@ def plan_job(
     if not again:
         check_free(spec, output)
     target = target_of(spec)
+    # Raises BadSpec now if the backend does not exist, and not in the first unit.
     kernels_of(backend_of(spec)[0])
     checkpoint = opened(spec.source_address, spec.source.container)
     plan = make_plan(checkpoint, [target], spec.unit_mb)
     made = plan.targets[TARGET]
+    # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
+    # metadata. Another key means another journal, so a changed request never resumes old work.
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
     planned = Planned(spec, plan, Journal(output, key))
-    _ = planned.strategy  # which may be refused
+    _ = planned.strategy  # the property raises BadSpec for a strategy that cannot read this source
     if again and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)
     if again:
@@ -100,10 +103,10 @@ def plan_job(
 
 
 def _done_before(planned: Planned) -> Report | None:
-    """The report of the output, if this very job made it, from this very source.
+    """Return the report of the existing output, if this very job made it from this very source; else None.
 
     Raises:
-        BadSpec: it did, and did not verify it as is asked now.
+        BadSpec: it did, but under other verification than is requested now.
     """
     output = planned.journal.output
     if open_store(output).find(OUR_REPORT) is None or is_published(planned.journal):
@@ -111,7 +114,8 @@ def _done_before(planned: Planned) -> Report | None:
     try:
         found = read_report(output)
     except (BadSpec, BadCheckpoint):
-        return None  # of another version, or damaged: whoever asks for its place is told that it is taken
+        # A report of another version, or a damaged one. `check_free` then says that the address is taken.
+        return None
     wanted = job_document(planned.spec)
     is_made = found.run.key == planned.journal.key and {**found.job, "verify": wanted["verify"]} == wanted
     is_verified = is_made and _gate(found.job["verify"], wanted["verify"]) == wanted["verify"]
@@ -124,7 +128,7 @@ def _done_before(planned: Planned) -> Report | None:
 
 
 def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The gate that an output passed, as far as it is asked for: who passed logits is strict enough."""
+    """Return the part of a passed gate that is comparable with the wanted one: verify=logits includes verify=strict."""
     if wanted["kind"] == "strict":
         return {**{key: found[key] for key in wanted if key in found}, "kind": "strict"}
     return found
@@ -134,7 +138,7 @@ def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, A
 
 
 def notes_of(planned: Planned) -> list[str]:
-    """What will be used, and what it will need."""
+    """Return notes for the plan: the strategy, the backend, the memory and the disk space that the job needs."""
     strategy, why = planned.strategy
     cluster = LocalCluster(planned.spec.cluster)
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
@@ -144,7 +148,8 @@ def notes_of(planned: Planned) -> list[str]:
         [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
     )
     need = planned.target.weight_bytes + planned.scratch_bytes
-    if not output.is_local:  # files are made here one unit at a time, and uploaded
+    # Files are made in the local temporary folder, one per running unit, and uploaded.
+    if not output.is_local:
         need = cluster.units_at_once * max(file.size for file in planned.target.files)
     room = " TOO LITTLE" if need > free else ""
     judging = [] if planned.judging is None else [planned.judging.note]
@@ -159,7 +164,11 @@ def notes_of(planned: Planned) -> list[str]:
 
 
 def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
-    """Raises StorageError when outputs cannot fit; the bytes are those that a job has written before."""
+    """Check that outputs fit on their disks, which several may share. The bytes are what a job has written before.
+
+    Raises:
+        StorageError: outputs do not fit on a disk.
+    """
     needs: dict[int, list[tuple[Planned, int]]] = {}
     for planned, done_bytes in jobs:
         target, source = planned.target, planned.plan.checkpoint.source

@@ -1,4 +1,4 @@
-"""Refusing a sweep before it starts: which combinations make no sense, and the commands for those that do."""
+"""Refusing a sweep before it starts: the combinations that cannot be run, and the commands for those that can."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from loaders.errors import BadSpec
 
 Combination = Mapping[str, str]
 Grid = dict[str, tuple[str, ...]]
-SHOWN = 20
+SHOWN = 20  # problems that the message lists before it counts the rest
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A job that cannot be, and the key that its scheme does not know, if it could be without."""
+    """A job that cannot be run. `without` is the key that its scheme does not know, if it could run without that."""
 
     job: Composed
     problem: str
@@ -25,7 +25,7 @@ class Refused:
 
 
 def refusal(refused: Sequence[Refused], good: Sequence[Composed], request: Request) -> BadSpec:
-    """Every senseless combination by name, and the sensible rest as commands to paste."""
+    """Return the error for a sweep: every combination that cannot be run, and commands to paste for the others."""
     by_problem: dict[str, list[Combination]] = {}
     for each in refused:
         by_problem.setdefault(each.problem, []).append(each.job.varied)
@@ -48,7 +48,7 @@ def refusal(refused: Sequence[Refused], good: Sequence[Composed], request: Reque
 
 
 def grids(combinations: Sequence[Combination]) -> list[Grid]:
-    """Few grids that hold exactly these combinations. What has other keys is in another grid."""
+    """Cover combinations by few grids that contain exactly them. Combinations with other keys are in other grids."""
     by_keys: dict[tuple[str, ...], list[Combination]] = {}
     for each in combinations:
         known = by_keys.setdefault(tuple(each), [])
@@ -65,7 +65,7 @@ def _grids(combinations: Sequence[Combination], keys: Sequence[str]) -> list[Gri
 
 
 def _cut(combinations: Sequence[Combination], keys: Sequence[str], pivot: str) -> list[Grid]:
-    """Cut along one key; its values that go with the same others stay together."""
+    """Cut combinations along one key. Values of it that occur with the same other values stay in one grid."""
     others: dict[str, list[Combination]] = {}
     for each in combinations:
         others.setdefault(each[pivot], []).append({key: each[key] for key in keys if key != pivot})
@@ -82,12 +82,12 @@ def _cut(combinations: Sequence[Combination], keys: Sequence[str], pivot: str) -
 
 
 def words(grid: Grid) -> list[str]:
-    """As overrides."""
+    """Return a grid as overrides."""
     return [f"{key}={','.join(values)}" for key, values in grid.items()]
 
 
 def command(grid: Grid, request: Request, without: str | None = None) -> str:
-    """The command line of a grid: what was given, but for what varies, or is left away."""
+    """Return the command line of a grid: the given overrides, except those that vary and the key `without`."""
     keys = {word: word.lstrip("+").partition("=")[0] for word in request.given}
     fixed = [word for word, key in keys.items() if key not in request.swept and key != without]
     many = ["-m"] if any(len(values) > 1 for values in grid.values()) else []

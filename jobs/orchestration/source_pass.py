@@ -1,7 +1,6 @@
-"""One job, or many at once: jobs with the same source are one pass over it, in which every byte is read once.
+"""Running jobs. Jobs with the same source share one pass over it, in which every byte is read once.
 
-Passes come one after another, on one cluster, under one progress display. A job that fails is left out from then on;
-the others finish.
+Passes run one after another on one cluster. A job that fails is left out of the units that follow; the others finish.
 """
 
 from __future__ import annotations
@@ -32,26 +31,28 @@ from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import StorageError, VerifyFailed, WeightmillError
 from loaders.strategies import WeightLoader
 
-FILES_AT_ONCE = 12  # of a job's, in a pass of many: units under way, and what a file takes beside itself
+# Open files per job of a pass, estimated on the safe side: those of its units in flight, and of its journal. It bounds
+# the number of jobs in a pass by the process's limit of open files.
+FILES_AT_ONCE = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """What a pass read."""
+    """The bytes that a pass read."""
 
     source: str
     jobs: int
     source_bytes: int
-    bytes_read: int  # stored bytes, each counted once however many jobs took them
-    disk_bytes: int | None  # what the kernel fetched from disks for this process, libraries too; None if not known
+    bytes_read: int  # stored bytes, each counted once however many jobs used them
+    disk_bytes: int | None  # bytes that the kernel fetched from disks for this process, libraries too; None if unknown
     wall_s: float
 
 
 def run_job(spec: JobSpec) -> Said:
-    """Do a job, or what is left of it.
+    """Run a job, or what is left of it.
 
     Raises:
-        WeightmillError: see the message; what was finished stays for the next attempt.
+        WeightmillError: the job failed; its finished units stay for the next attempt.
         KeyboardInterrupt: likewise.
     """
     spec = mixed(spec)
@@ -66,8 +67,9 @@ def run_job(spec: JobSpec) -> Said:
 
 
 def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | WeightmillError]:
-    """Plan numbered jobs; a checkpoint that several read is opened once. Nothing is written, but where a mix is to be
-    chosen what that takes is measured.
+    """Plan numbered jobs; a checkpoint that several read is opened once.
+
+    Nothing is written, except measurements for jobs with quant=auto.
     """
     opened: Callable[..., Checkpoint] = cache(open_checkpoint)
     found: dict[int, Planned | WeightmillError] = {}
@@ -80,7 +82,7 @@ def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | Weight
 
 
 def run_all(groups: Sequence[Sequence[Job]], recorder: Recorder) -> list[Read]:
-    """Do planned jobs, pass by pass; what came of each is its `outcome`. Gives what the passes read."""
+    """Run planned jobs, pass by pass, and return what each pass read. Every job has an `outcome` afterwards."""
     clusters = Clusters()
     try:
         return [run_pass(group, clusters, recorder) for group in groups]
@@ -89,7 +91,7 @@ def run_all(groups: Sequence[Sequence[Job]], recorder: Recorder) -> list[Read]:
 
 
 def passes(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that read the same in the same way, in the order of the first of each; as many as files may be open."""
+    """Group jobs into passes: those with the same source, read in the same way, as many as the open files allow."""
     groups: dict[Any, list[Job]] = {}
     for job in jobs:
         spec = job.planned.spec
@@ -101,7 +103,7 @@ def passes(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 class Clusters:
-    """One cluster for all passes that ask for the same."""
+    """The current cluster, which stays for the next pass if that asks for the same."""
 
     def __init__(self) -> None:
         self._spec: ClusterSpec | None = None
@@ -126,15 +128,18 @@ class Clusters:
 
 
 def units_for_gpus(spec: ClusterSpec, gpus: int) -> int:
-    """Units at once that keep every GPU of this machine at work: what the CPUs suggest, and at least two for each."""
+    """Return the units at once that keep all GPUs busy: as many as suit the CPUs, and at least two per GPU.
+
+    While one unit of a GPU computes, the other reads or writes.
+    """
     return max(LocalCluster(spec).units_at_once, 2 * gpus)
 
 
 def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None = None) -> Read:
-    """Run the units that lack a record, once for all jobs; then pass each job's gate and publish it.
+    """Run the units that have no record, once for all jobs; then check, publish and track each job.
 
     Raises:
-        KeyboardInterrupt: what was finished stays.
+        KeyboardInterrupt: the finished units stay.
     """
     began, started, disk = time.perf_counter(), time.time(), disk_bytes_fetched()
     with ExitStack() as stack, _stopping(jobs):
@@ -142,7 +147,8 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             with _own_failure(job):
                 job.begin(stack, recorder)
         cluster = clusters.get(jobs[0].planned)
-        if recorder is None:  # the cluster is this job's alone
+        # Only a sweep has a recorder; otherwise the cluster is this job's alone.
+        if recorder is None:
             stack.callback(clusters.close)
         strategy = jobs[0].planned.strategy[0]
         with PeakMemory() as memory:
@@ -186,7 +192,7 @@ def _own_failure(job: Job) -> Iterator[None]:
 
 @contextmanager
 def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
-    """What ends the whole pass closes every run as what it is, and says how to go on."""
+    """End the runs of all jobs if the block ends by an error or an interrupt, which then says how to go on."""
     try:
         yield
     except BaseException as error:
@@ -203,7 +209,7 @@ def _stopping(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) -> int:
-    """Run what is left of all jobs; gives the stored bytes that were read."""
+    """Run the units that are left of all jobs; returns the stored bytes that were read."""
     alive = [job for job in jobs if job.outcome is None]
     check_space([(j.planned, j.planned.journal.taken_bytes) for j in alive if not j.is_whole])
     for job in (j for j in alive if cluster.is_local and not j.is_whole):
@@ -213,6 +219,7 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     source, backend = jobs[0].planned.plan.checkpoint.address, jobs[0].planned.backend[0]
     shares = [share for job in alive for share in job.shares()]
     tasks = merge(shares, source, strategy, backend, cluster.threads, in_place=cluster.is_local)
+    # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
     by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0
     with closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks))) as outcomes:
@@ -224,7 +231,7 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
 
 
 def _take(outcome: UnitReport | UnitFailed, task: UnitTask, jobs: dict[int, Job]) -> int:
-    """Hand a unit's records to their jobs; its stored bytes."""
+    """Give a unit's records, or its failures, to their jobs; returns the stored bytes that the unit read."""
     for name, share in task.shares.items():
         job = jobs[job_of(name)]
         if job.outcome is not None:

@@ -1,7 +1,7 @@
-"""A sweep from its command line to its table: compose all, refuse what makes no sense, run the passes, compare.
+"""Sweeps: composing all jobs, refusing combinations that cannot be run, running the passes, and comparing the results.
 
-A sweep is known by its request: the same command again goes on where it was, under the same numbers and the same tag in
-MLflow, and does nothing for jobs whose outputs are there.
+A sweep is identified by its request. The same command resumes it, with the same job numbers and the same tag in MLflow,
+and skips jobs whose outputs exist.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def run_sweep(config: str, request: Request) -> Said:
     """Run a sweep through Hydra.
 
     Raises:
-        BadSpec: some combinations cannot be; nothing was started.
-        KeyboardInterrupt: what was finished stays.
+        BadSpec: some combinations cannot be run; nothing was started.
+        KeyboardInterrupt: the finished units stay.
     """
     under_way = Sweep(request)
     try:
@@ -53,7 +53,9 @@ def run_sweep(config: str, request: Request) -> Said:
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{str(error) or 'interrupted'}: {under_way.state}; the same command goes on") from None
     except WeightmillError as error:
-        if not any(error is each for each in under_way.outcomes.values()):  # a search that gave up over a failed job
+        # A sweeper that searches may give up over a failed job. That job's error is in the results already, so the
+        # sweep ends with its table; any other error is the sweep's own.
+        if not any(error is each for each in under_way.outcomes.values()):
             raise
     finally:
         under_way.close()
@@ -61,10 +63,11 @@ def run_sweep(config: str, request: Request) -> Said:
 
 
 class Sweep:
-    """A sweep under way, over the batches that its sweeper makes."""
+    """A running sweep, over all batches of jobs that its sweeper makes."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        # The current folder is part of the identity, since relative paths in the request depend on it.
         self.id = f"sweep-{text_digest(f'{Path.cwd()} {sorted(request.given)}')[:12]}"
         self.outcomes: dict[int, Said | WeightmillError] = {}
         self._specs: dict[int, JobSpec] = {}
@@ -72,13 +75,13 @@ class Sweep:
         self._names: dict[int, str] = {}
         self._run_ids: dict[int, str | None] = {}
         self._reads: list[Read] = []
-        self._repeats: dict[int, int] = {}  # what a search tried more than once, with the first of it
+        self._repeats: dict[int, int] = {}  # jobs that a search tried again, with the number of the first equal one
         self._recorder = Recorder()
 
     # --- a batch
 
     def together(self, composed: Sequence[Composed], searches: bool) -> list[Any]:
-        """Do a batch; the objective of each job, or its error where a sweeper searches."""
+        """Run a batch; returns each job's objective, or its error if the sweeper searches."""
         self._names |= {job.number: job.name for job in composed}
         refused = self._check(composed)
         again = self._tried_before(composed) if searches else {}
@@ -103,14 +106,14 @@ class Sweep:
         return [self._result(job.number, searches) for job in composed]
 
     def _tried_before(self, composed: Sequence[Composed]) -> dict[int, int]:
-        """Jobs that a search tries once more, with the numbers of those that they repeat."""
+        """Return the jobs that a search tries again, with the numbers of the first equal jobs."""
         wanted = {number: json.dumps(spec.resolved()) for number, spec in self._specs.items()}
         first = {text: number for number, text in sorted(wanted.items(), reverse=True)}
         mine = [job.number for job in composed if job.number in wanted]
         return {number: first[wanted[number]] for number in mine if first[wanted[number]] != number}
 
     def _check(self, composed: Sequence[Composed]) -> list[Refused]:
-        """Check every job's values; those that are no job."""
+        """Validate every job's values; returns the jobs that are refused."""
         refused = []
         for job in composed:
             values = deepcopy(job.values)
@@ -124,7 +127,7 @@ class Sweep:
         return refused
 
     def _same_place(self, composed: Sequence[Composed]) -> list[Refused]:
-        """Jobs that would write one output."""
+        """Refuse jobs that would write to the address of an earlier job's output."""
         places: dict[Address, list[Composed]] = {}
         for job in composed:
             places.setdefault(self._specs[job.number].output_address.real, []).append(job)
@@ -185,7 +188,7 @@ class Sweep:
     # --- the end
 
     def said(self) -> Said:
-        """The table, the front, and where to look further."""
+        """Return the sweep's result: the table of jobs, the Pareto front, and the page in MLflow."""
         candidates = [self._candidate(number) for number in sorted(self._names) if number not in self._repeats]
         error = KL if any(KL in c.metrics for c in candidates) else ERROR
         compared = Comparison(candidates, error)
@@ -216,7 +219,7 @@ class Sweep:
         return Said(document, text, self._status())
 
     def _status(self) -> int:
-        """The worst of the jobs'."""
+        """Return the worst exit status of the jobs."""
         found = [
             outcome.status if isinstance(outcome, Said) else WRONG if isinstance(outcome, BadSpec) else FAILED
             for outcome in self.outcomes.values()
@@ -243,7 +246,7 @@ class Sweep:
         return {"status": "failed", "exit_status": status, "problems": problems, "job": job, **about}
 
     def _page(self) -> str | None:
-        """Where MLflow compares the runs."""
+        """Return the page on which MLflow compares the runs; None if no run is tracked."""
         ids = [run for _, run in sorted(self._run_ids.items()) if run is not None]
         spec = next((s for s in self._specs.values() if s.tracking.kind == "mlflow"), None)
         if not ids or spec is None:
@@ -253,7 +256,7 @@ class Sweep:
 
 
 def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
-    """The key without which the job would be one, if its only fault is a key that its scheme does not know."""
+    """Return the key without which a job would be valid, if its only fault is a key that its scheme does not know."""
     match = UNKNOWN_KEY.match(problem)
     if match is None or len(error.problems) > 1:
         return None
@@ -265,6 +268,7 @@ def _cure(values: dict[str, Any], problem: str, error: BadSpec) -> str | None:
     del holder[leaf]
     try:
         check(JobSpec, left)
+    # The job has more faults than that key.
     except BadSpec:
         return None
     return match[1]

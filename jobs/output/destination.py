@@ -1,4 +1,4 @@
-"""Whether an output may go where it is asked to."""
+"""Checks that an output may be written at its address."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ from loaders.storage.address import Address
 
 
 def check_output(spec: JobSpec) -> None:
-    """Raises BadSpec: nothing may be written where the output is to be."""
+    """Check that the output may be written at its address.
+
+    Raises:
+        BadSpec: it may not; see `check_place` and `check_free`.
+    """
     check_place(spec, spec.output_address)
     check_free(spec, spec.output_address)
 
 
 def check_place(spec: JobSpec, output: Address) -> None:
-    """Raises BadSpec: the output and the source, or another output, lie in one another."""
+    """Check that the output is not inside the source or another output, and the source is not inside the output.
+
+    Raises:
+        BadSpec: it is.
+    """
+    # Links are resolved: an output behind a link into the source would replace what is being read.
     source, real = spec.source_address.real, output.real
     if source == real or source in real.parents or real in source.parents:
         raise BadSpec(f"output.path: {output} and the source {source} lie in one another; choose another path")
@@ -28,7 +37,11 @@ def check_place(spec: JobSpec, output: Address) -> None:
 
 
 def check_free(spec: JobSpec, output: Address) -> None:
-    """Raises BadSpec: something is there that may not be replaced."""
+    """Check that nothing exists at the output's address, or that it may be replaced.
+
+    Raises:
+        BadSpec: something exists that may not be replaced.
+    """
     is_there = open_store(output).is_taken()
     if is_there and spec.output.overwrite:
         check_replaceable(output)
@@ -37,5 +50,5 @@ def check_free(spec: JobSpec, output: Address) -> None:
 
 
 def _left_over(output: Address) -> bool:
-    """Whether an interrupted job has published this output and only not cleaned up behind itself."""
+    """Whether an interrupted job published this output, and only removing its journal is left."""
     return open_store(output).find(OUR_REPORT) is not None and bool(find_leftovers(output.parent, output.name))

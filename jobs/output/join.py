@@ -1,8 +1,8 @@
-"""Joining: what units have left of a file that several of them write becomes that file.
+"""Joining the pieces that several units wrote of one file.
 
-In a folder, pieces that were written in place are there already, and those that were made apart, by several processes,
-are put in their places. Where files cannot be written in place, the pieces are streamed into the file. Either way every
-byte passes by once more, and every piece must be what its record says.
+On a local filesystem, pieces that were written in place are there already, and pieces that several processes wrote as
+files of their own are copied into their places. Elsewhere, the pieces are streamed into the file. In both cases every
+byte is read and hashed once more, and must be what the pieces' records say.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loaders.storage.hashes import BLOCK
 
 
 def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records: Sequence[Record]) -> WeightFile:
-    """Make the file whole among the finished ones; as the report has it.
+    """Join pieces into a finished file; returns its entry for the report.
 
     Raises:
         VerifyFailed: a piece is not what its record says.
@@ -34,7 +34,8 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records
         around = [(0, joined.head), (joining.end, joining.tail)]
         destination.assemble(name, places, around, joining.size)
         for _ in joining.chunks():
-            pass  # hashed on its way
+            # The generator hashes the chunks and checks the pieces; the bytes are in the file already.
+            pass
     else:
         destination.join(name, joining.chunks(), joining.size)
         for piece in pieces:
@@ -43,7 +44,7 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records
 
 
 class _Joining:
-    """A file in the order of its bytes, hashed as they pass."""
+    """A file that is being joined: its bytes in order, which are hashed as they pass."""
 
     def __init__(
         self, joined: Joined, pieces: Sequence[OutputFile], journal: Journal, written: Mapping[str, Written]
@@ -54,11 +55,13 @@ class _Joining:
         self._written = written
         self._whole = xxhash.xxh3_128()
         self.end = _start(pieces[-1]) + written[pieces[-1].name].size
+        # The directory at the end of a PyTorch file repeats the checksums in its members' headers, so it is made from
+        # the pieces.
         self.tail = b"" if joined.tail is None else joined.tail.made(self._read)
         self.size = self.end + len(self.tail)
 
     def _read(self, at: int, size: int) -> bytes:
-        """Bytes of the file to be, which all lie in one piece."""
+        """Read bytes of the joined file, all within one piece, before the file exists."""
         piece = next(p for p in reversed(self._pieces) if _start(p) <= at)
         return self._piece(piece, at - _start(piece), size)
 
@@ -71,7 +74,7 @@ class _Joining:
         return bytes(store.read(entry, start + at, start + at + size))
 
     def chunks(self) -> Iterator[bytes]:
-        """The file's bytes.
+        """Yield the file's bytes in order.
 
         Raises:
             VerifyFailed: a piece is not what its record says.
@@ -89,7 +92,7 @@ class _Joining:
             yield self._passed(self._around(self.end, self.tail))
 
     def _around(self, at: int, data: bytes) -> bytes:
-        """What stands around the pieces: as the file has it, if it is there already."""
+        """Return bytes before or after the pieces: as the local file has them, else as they will be written."""
         if not self._journal.destination.is_local:
             return data
         store = self._journal.destination.files
@@ -101,7 +104,7 @@ class _Joining:
         return data
 
     def row(self) -> WeightFile:
-        """Once all bytes have passed."""
+        """Return the file's entry for the report, after `chunks` was read to its end."""
         rows = [
             FileRange(name=piece.name, offset=_start(piece), bytes=record.size, xxh3=record.xxh3)
             for piece in self._pieces

@@ -1,10 +1,10 @@
-"""The journal: where a job leaves what it has finished, beside the output, and finds it again.
+"""The journal of a job, next to its output: a record of finished work, from which an interrupted job resumes.
 
-job.json                 what the job is
-failed                   in a sweep: it failed, and the others go on without it
-files/ pieces/           finished files, and pieces of a file that several processes make: see `Destination`
-records/unit-00001.json  one a finished unit, written last: a unit without a valid record is done again
-published.json           the output's report, from before the output is visible until all else here is removed
+job.json                 the job's request
+failed                   in a sweep: the job failed, and the others go on without it
+files/ pieces/           finished files, and pieces of a file that several processes write: see `Destination`
+records/unit-00001.json  one per finished unit, written last: a unit without a valid record is done again
+published.json           the output's report, written just before publishing, and removed with the journal
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from loaders.storage.base import Entry
 
 LEFT_OUT = "failed"
 PENDING = "published.json"
-LOGITS = ".logits.weightmill"  # beside outputs: what their originals compute, for verify=logits
-WrittenTensor = tuple[str, tuple[int, ...], int, str]  # its dtype, shape, bytes, xxh3-64
+LOGITS = ".logits.weightmill"  # the folder, next to outputs, of the originals' logits for verify=logits
+WrittenTensor = tuple[str, tuple[int, ...], int, str]  # dtype, shape, bytes, xxh3-64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRecord:
-    """What became of one tensor. `stored` are the tensors that were written of it, by name."""
+    """The record of one tensor. `stored` has the tensors that were written for it, by name."""
 
     name: str
     role: str
@@ -59,7 +59,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file or piece as a unit finished it. `tag` is that of its version in the destination."""
+    """A finished file or piece: its size, xxh3-128, and the tag of its version in the destination."""
 
     name: str
     size: int
@@ -69,7 +69,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a unit left for a target: its files, its tensors, and what it took."""
+    """The record of a finished unit for one target: its files, its tensors, and the time and memory it took."""
 
     unit: str
     key: str
@@ -84,10 +84,10 @@ class Record:
 
 
 def record_from(document: Mapping[str, Any]) -> Record:
-    """Back from JSON.
+    """Parse a record from JSON.
 
     Raises:
-        BadCheckpoint: of another format version, or not a record.
+        BadCheckpoint: it is of another format version, or not a record.
     """
     if document.get("format") != FORMAT:
         raise BadCheckpoint(
@@ -114,7 +114,7 @@ def record_from(document: Mapping[str, Any]) -> Record:
 
 
 class Journal:
-    """That of one job: an output under way, and what its units have left."""
+    """The journal of one job: its unpublished output, and the records of its units."""
 
     def __init__(self, output: Address, key: str) -> None:
         self.output = output
@@ -123,11 +123,11 @@ class Journal:
 
     @contextmanager
     def hold(self, job: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
-        """Make the journal and keep other processes out of it.
+        """Create the journal and exclude other processes from it for the length of the block.
 
         Raises:
             BadSpec: another process works on this job, or another version began it.
-            StorageError: the journal cannot be made.
+            StorageError: the journal cannot be created.
         """
         with self.destination.claim() as other:
             if other is not None:
@@ -138,11 +138,13 @@ class Journal:
             self._check_version()
             self.destination.prepare(overwrite=overwrite)
             self.destination.put("job.json", json.dumps({"format": FORMAT, **job}, indent=2).encode())
+            # What failed in an earlier sweep is tried again.
             self.destination.drop(LEFT_OUT)
             yield
 
     def _check_version(self) -> None:
         raw = self.destination.get("job.json")
+        # A job.json that does not parse has no version. It is replaced; units' records have versions of their own.
         with suppress(ValueError, AttributeError):
             found = FORMAT if raw is None else json.loads(raw).get("format")
             if found != FORMAT:
@@ -153,20 +155,21 @@ class Journal:
 
     @property
     def is_left_out(self) -> bool:
-        """Whether the job failed while others go on: units begun from now on leave it out."""
+        """Whether the job failed while others of its sweep go on; later units then leave it out."""
         return self.destination.get(LEFT_OUT) is not None
 
     def leave_out(self) -> None:
         self.destination.put(LEFT_OUT, b"")
 
     def place(self, file: OutputFile) -> str:
-        """The name of a file or piece that is made apart, once it is finished."""
+        """Return the name that a file, or a piece written as a file of its own, has once it is finished."""
         return f"{'files' if file.within is None else 'pieces'}/{file.name}"
 
     def find(self, file: OutputFile) -> tuple[str, int, Entry | None]:
-        """Where a finished file or piece lies: a name, its first byte there, and what is there."""
+        """Find a finished file or piece: the name of the file that holds it, its first byte there, and the entry."""
         if file.within is None:
             return self.place(file), 0, self.destination.files.find(file.name)
+        # A piece that is a file of its own is not in the shared file yet, whatever that has at its place.
         if (apart := self.destination.pieces.find(file.name)) is not None:
             return self.place(file), 0, apart
         whole, start = file.within
@@ -174,16 +177,16 @@ class Journal:
 
     @property
     def taken_bytes(self) -> int:
-        """What the finished and begun files take of the destination."""
+        """The bytes that finished and shared files take in the destination."""
         return sum(entry.size for area in ("files", "pieces") for entry in self.destination.list(area))
 
     def add(self, record: Record) -> None:
-        """A unit's last act: from now on it is done."""
+        """Write a unit's record. This is the unit's last step, after which it counts as done."""
         document = json.dumps(record.to_json(), separators=(",", ":")).encode()
         self.destination.put(f"records/{record.unit}.json", document)
 
     def done(self, unit: Unit, target: str) -> Record | None:
-        """The unit's record, if it is of this work and its file is there, byte for byte.
+        """Return the unit's record, if it is of this very work and its files are intact; else None.
 
         Raises:
             BadCheckpoint: the record is of another format version.
@@ -193,7 +196,8 @@ class Journal:
             return None
         try:
             document = json.loads(raw)
-        except ValueError:  # cut short by a crash of the whole machine: the unit is done again
+        # A crash of the machine may leave a file without its bytes; the unit is then done again.
+        except ValueError:
             return None
         record = record_from(document)
         if record.key != unit.key(target):
@@ -210,9 +214,9 @@ class Journal:
 
     @property
     def count(self) -> int:
-        """How many units have left a record."""
+        """The number of records."""
         return len(self.destination.list("records"))
 
     def remove(self) -> None:
-        """Forget the job."""
+        """Remove the journal."""
         self.destination.forget()

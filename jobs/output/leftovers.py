@@ -1,4 +1,4 @@
-"""What interrupted jobs left beside their outputs, and the originals' logits that verify=logits keeps."""
+"""Journals that interrupted jobs left next to their outputs, and the logits that verify=logits keeps there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from loaders.storage.folder_destination import left_in
 
 
 def find_leftovers(place: Address, output: str | None = None) -> tuple[Abandoned, ...]:
-    """Those in a folder of outputs, or of one output in it."""
+    """Find the leftovers in a folder of outputs: of all outputs, or of one by its name.
+
+    Raises:
+        BadSpec: the address can only be read.
+    """
     found = _writable(place).abandoned(place, output)
     logits = place / LOGITS
     if output is None and place.is_local and open_store(logits).absence() is None:
@@ -30,7 +34,7 @@ def _writable(place: Address) -> StoreKind:
 
 
 def remove(found: Sequence[Abandoned]) -> None:
-    """Remove those that no process works on.
+    """Remove the leftovers that no process holds.
 
     Raises:
         StorageError: one cannot be removed.
@@ -41,8 +45,8 @@ def remove(found: Sequence[Abandoned]) -> None:
 
 
 def leftover_document(leftover: Abandoned, *, will_remove: bool) -> dict[str, Any]:
-    """For machines; `status` is what became of it, or what would be kept."""
-    is_cache = leftover.address.name == LOGITS  # kept on purpose, rather than left behind
+    """Describe a leftover as JSON. `status` is "removed", "in use", or without removal "abandoned" or "kept"."""
+    is_cache = leftover.address.name == LOGITS  # a cache, which is kept on purpose
     left = "removed" if will_remove else "kept" if is_cache else "abandoned"
     return {
         "path": str(leftover.address),

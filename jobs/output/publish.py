@@ -1,7 +1,7 @@
-"""Making an output visible: aux files, index, config and report beside the weights, then the destination publishes.
+"""Publishing an output: auxiliary files, index, config and report are added to the weights, then all become visible.
 
-A checkpoint exists once it is published. Until then its files are the journal's; what stood at its address before, if
-it may be replaced, is replaced by the last step.
+Until the last step all files are in the journal. What was at the output's address before, if it may be replaced, is
+replaced by that step.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from loaders.storage.json_files import json_bytes
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The files of an output: the xxh3-128 of those beside the weights, and the weight files."""
+    """The files of a complete output: the xxh3-128 of each auxiliary file by name, and the weight files."""
 
     aux: dict[str, str]
     weights: tuple[WeightFile, ...]
 
 
 def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence[Record]) -> Completed:
-    """Join what is to be one file, and put everything but the report beside the finished weight files.
+    """Join files that several units wrote, and add everything but the report to the finished weight files.
 
     Raises:
         VerifyFailed: a weight file is not what its record says.
-        StorageError: ...
+        StorageError: a file cannot be read or written.
     """
     _check_files(target, journal, records)
+    # Readers take an index or a config.json for the sign of a complete checkpoint, so stores without an atomic rename
+    # must write these last: they are staged.
     destination, made, signs = journal.destination, dict(target.made), dict[str, bytes]()
     stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
     index = target.target.layout.index(target.files, stored_bytes, target.parameters)
@@ -70,13 +72,20 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
 
 
 def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]) -> None:
-    """Every planned file is there, as long as its record says (records of earlier runs were hashed when taken up)."""
+    """Check that every planned file exists with the size in its record.
+
+    Hashes were checked when earlier runs' records were taken over, and when this run's files were written.
+
+    Raises:
+        VerifyFailed: a file is missing or has another size.
+    """
     sizes = {file.name: file.size for record in records for file in record.files}
     for file in target.files:
         name, start, entry = journal.find(file)
         size = None if entry is None else entry.size
         if size is not None and file.within is not None and name == f"files/{file.within[0]}":
-            size = min(size - start, sizes.get(file.name, 0))  # in place, with others around it
+            # Other pieces follow it in the shared file.
+            size = min(size - start, sizes.get(file.name, 0))
         slack = file.size - (size or 0)
         if size is None or size != sizes.get(file.name) or slack < 0:
             raise VerifyFailed(
@@ -86,7 +95,7 @@ def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]
 
 
 def _remove_others(destination: Destination, wanted: set[str]) -> None:
-    """What an interrupted attempt left."""
+    """Remove files of an interrupted attempt that are not part of the output."""
     for entry in destination.list("files"):
         if entry.name not in wanted:
             destination.drop(f"files/{entry.name}")
@@ -96,9 +105,11 @@ def publish(journal: Journal, report: Report, *, overwrite: bool) -> None:
     """Make the output visible.
 
     Raises:
-        BadSpec: something else stands there by now.
+        BadSpec: something else exists at its address by now.
         StorageError: it cannot be made visible.
     """
+    # PENDING comes first: if the process is killed right after publishing, `is_published` finds the same report at the
+    # output's address, and the rerun only finishes what is left.
     document = report.to_bytes()
     journal.destination.stage(OUR_REPORT, document)
     journal.destination.put(PENDING, document)
@@ -111,7 +122,7 @@ def publish(journal: Journal, report: Report, *, overwrite: bool) -> None:
 
 
 def is_published(journal: Journal) -> bool:
-    """Whether this very journal's output is visible already: only cleaning up was left."""
+    """Whether the output of this very journal is visible already, so that only removing the journal is left."""
     pending, store = journal.destination.get(PENDING), open_store(journal.output)
     if pending is None or (entry := store.find(OUR_REPORT)) is None:
         return False
@@ -119,7 +130,11 @@ def is_published(journal: Journal) -> bool:
 
 
 def check_replaceable(output: Address) -> None:
-    """Raises BadSpec: only an empty folder or an earlier output is ever replaced."""
+    """Check that what exists at an address may be replaced: an empty folder, or an output of weightmill.
+
+    Raises:
+        BadSpec: it is something else, or holds files that weightmill did not write.
+    """
     store = open_store(output)
     if store.absence() is not None or store.is_link():
         raise BadSpec(f"output.path: {output} is no folder; choose another path")
@@ -138,7 +153,7 @@ def check_replaceable(output: Address) -> None:
 
 
 def files_of_others(output: Address) -> list[str]:
-    """Files in an output that its report does not name, by their paths in it."""
+    """List the files in an output that its report does not name, by their paths in it."""
     store = open_store(output)
     if store.find(OUR_REPORT) is None:
         return []

@@ -1,4 +1,4 @@
-"""weightmill.json, the report that stays with an output: what was made of what, how far it lies from its source."""
+"""weightmill.json, the report that stays with an output: its source, its request, its files, its tensors' errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loaders.storage.json_files import INDEX_LIMIT, json_bytes, read_json
 
 
 class Part(BaseModel):
-    """What every part of a report is: frozen, strict, with nothing unknown in it."""
+    """The base of all parts of a report: immutable and strict, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -33,7 +33,7 @@ class NamedFile(Part):
 
 
 class ReportedSource(Part):
-    """The checkpoint that an output was made from. `fingerprint` names its weights by all that headers say of them."""
+    """The checkpoint that an output was made from. `fingerprint` is `Checkpoint.fingerprint`."""
 
     path: str
     fingerprint: str
@@ -44,7 +44,7 @@ class ReportedSource(Part):
 
 
 class Changed(Part):
-    """Sizes and errors over the tensors that were quantized or cast."""
+    """The sizes and errors over the tensors that were quantized or cast."""
 
     tensors: int
     parameters: int
@@ -58,13 +58,13 @@ class Changed(Part):
 
 
 class Totals(Changed):
-    """Sizes and errors of the whole, and of what was changed; None where nothing was."""
+    """The sizes and errors over all tensors; `changed` covers those that were quantized or cast, None without any."""
 
     changed: Changed | None
 
 
 class FileRange(Part):
-    """A range of a weight file that one unit wrote, or what follows the last: its first byte, its length, xxh3-128."""
+    """A range of a weight file: the piece that one unit wrote, or the tail after the last piece; with its xxh3-128."""
 
     name: str
     offset: int
@@ -73,7 +73,7 @@ class FileRange(Part):
 
 
 class WeightFile(Part):
-    """A weight file of the output. `pieces` are the ranges that several units wrote, of one that they share."""
+    """A weight file of the output with its xxh3-128. `pieces` are its ranges, if several units wrote it."""
 
     name: str
     bytes: int
@@ -82,19 +82,19 @@ class WeightFile(Part):
 
     @property
     def ranges(self) -> tuple[FileRange, ...]:
-        """What each unit has written of it."""
+        """The ranges that units wrote; the whole file if it is of one unit."""
         return self.pieces or (FileRange(name=self.name, offset=0, bytes=self.bytes, xxh3=self.xxh3),)
 
 
 class TiedPair(Part):
-    """Two tensors of the source that the engine ties again when it loads: one is written."""
+    """Two tied tensors of the source, of which one is written; the engine ties them again when it loads."""
 
     kept: str
     tied: str
 
 
 class StoredPart(Part):
-    """A tensor that was written: xxh3 is its xxh3-64."""
+    """A tensor that was written, with its xxh3-64."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ class StoredPart(Part):
 
 
 class ReportedTensor(Part):
-    """What became of one tensor, and how far it lies from its source. Infinities are None."""
+    """The sizes and errors of one tensor. Infinities are None."""
 
     name: str
     role: str
@@ -121,7 +121,7 @@ class ReportedTensor(Part):
 
     @staticmethod
     def of(tensor: TensorRecord) -> ReportedTensor:
-        """From what its unit recorded."""
+        """Make the entry of a tensor from its unit's record."""
         return ReportedTensor(
             name=tensor.name, role=tensor.role, action=tensor.action, dtype=tensor.dtype, shape=tensor.shape,
             source_bytes=tensor.source_bytes, output_bytes=tensor.output_bytes, **tensor_errors(tensor.error),
@@ -134,7 +134,7 @@ class ReportedTensor(Part):
 
 
 class LintFinding(Part):
-    """Something an engine will stumble over: see `loaders.lint.Finding`."""
+    """A problem that an engine will have with the output: see `loaders.lint.Finding`."""
 
     level: str
     engine: str
@@ -144,8 +144,10 @@ class LintFinding(Part):
 
 
 class RunReport(Part):
-    """When, where and how fast a job ran. Seconds by phase are its own, summed over threads; `wall_s`,
-    `throughput_gbps` and `peak_anonymous_bytes` those of the pass, which `jobs_in_pass` jobs shared.
+    """The time, place and speed of a job's run.
+
+    Seconds by phase are the job's own, summed over threads. `wall_s`, `throughput_gbps` and `peak_anonymous_bytes` are
+    those of the pass, which `jobs_in_pass` jobs shared.
     """
 
     key: str
@@ -175,9 +177,10 @@ class RunReport(Part):
 
 
 class Report(Part):
-    """weightmill.json: all but `run` and `quality`, which machines compute, is the same wherever the job runs.
+    """weightmill.json. All but `run` and `quality`, which depend on the machine, is the same wherever a job runs.
 
-    `job` is the resolved request without what cannot change the result; `aux` maps the other files to their xxh3-128.
+    `job` is the resolved request without settings that cannot change the result; `aux` maps the auxiliary files to
+    their xxh3-128.
     """
 
     format: int
@@ -195,7 +198,7 @@ class Report(Part):
     run: RunReport
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file: what does not apply is left out."""
+        """Return the report as JSON values; keys that do not apply are left out."""
         document = self.model_dump(mode="json")
         if self.quality is None:
             del document["quality"]
@@ -205,16 +208,16 @@ class Report(Part):
         return document
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """Return the bytes of the file."""
         return json_bytes(self.to_json())
 
     @staticmethod
     def from_json(raw: bytes | str, where: str = OUR_REPORT) -> Report:
-        """Back from the file's content.
+        """Parse the content of a report file; `where` is its path, for messages.
 
         Raises:
             BadSpec: it is of another format version.
-            BadCheckpoint: it is no report.
+            BadCheckpoint: it is not a report.
         """
         try:
             found = json.loads(raw)
@@ -235,7 +238,7 @@ class Report(Part):
 
 
 def read_report(output: Address) -> Report:
-    """The report of an output.
+    """Read the report of an output.
 
     Raises:
         BadSpec: there is none, or it is of another format version.
@@ -248,11 +251,12 @@ def read_report(output: Address) -> Report:
 
 
 def files_named(output: Address) -> set[str]:
-    """The files that an output's report names, itself among them; those of older versions say it likewise.
+    """Return the names of the files that an output's report lists, and of the report; works for all format versions.
 
     Raises:
-        BadCheckpoint: it does not say.
+        BadCheckpoint: the report does not list them.
     """
+    # It is not parsed as a Report, so that a report of another version still protects its files from being replaced.
     found = read_json(PinnedFiles(open_store(output)), OUR_REPORT)
     try:
         return {OUR_REPORT, *found["aux"], *(file["name"] for file in found["files"])}
@@ -261,7 +265,7 @@ def files_named(output: Address) -> set[str]:
 
 
 def totals_of(tensors: Sequence[TensorRecord]) -> Totals:
-    """Sizes and errors of the whole, and of what was quantized or cast."""
+    """Sum up the sizes and errors of all tensors, and of those that were quantized or cast."""
     whole = sum((tensor.stats for tensor in tensors), CompressionStats())
     mine = [tensor.stats for tensor in tensors if tensor.action in ("quantize", "cast")]
     changed = Changed(**sum(mine, CompressionStats()).to_json()) if mine else None
@@ -269,7 +273,7 @@ def totals_of(tensors: Sequence[TensorRecord]) -> Totals:
 
 
 def tensor_errors(error: ErrorSums) -> Mapping[str, Any]:
-    """What follows from a tensor's sums, as the report has it."""
+    """Return the metrics of a tensor that follow from its sums, as the report has them."""
     return {
         "relative_error": finite(error.relative_error),
         "sqnr_db": finite(error.sqnr_db),

@@ -1,4 +1,4 @@
-"""From a source and its targets to a plan: units cut, placements made, every byte's place. Pure."""
+"""Building a plan from a source and its targets: the units, and the place of every output byte. Pure functions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from loaders.tensors.sources import tensors_of
 
 
 def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
-    """Plan a pass.
+    """Plan one pass over a checkpoint for all targets; a unit has about `unit_mb` megabytes (1e6 bytes) of source.
 
     Raises:
-        BadSpec: what is asked for cannot be done with this checkpoint; every fault at once.
+        BadSpec: a target cannot be made of this checkpoint; all faults of one kind at once.
     """
     sources = tensors_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
     new_blocks = new_blocks_of(targets)
@@ -49,6 +49,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             planned = list(assembly.files)
         elif target.naming.split:
             raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
+        # A layout that assembles files completes their headers, so its files go back to the units, in the same order.
         left = iter(planned)
         for index, (share, count) in enumerate(zip(shares, counts, strict=True)):
             outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
@@ -72,9 +73,10 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
 
 
 def cut_units(tensors: Sequence[LogicalTensor], unit_bytes: float) -> list[list[LogicalTensor]]:
-    """Runs of whole blocks of at most `unit_bytes` of source, or one block.
+    """Cut tensors into runs of whole decoder blocks, each of at most `unit_bytes` of source or a single block.
 
-    Tensors come sorted by block, or in the order of a GGUF, whose tensors need no partners.
+    Blocks stay whole because tensors of a fused group, which may share a scale, are in one block. Tensors come sorted
+    by block, or in the order of a GGUF, whose tensors share nothing.
     """
     units: list[list[LogicalTensor]] = []
     size = 0
@@ -92,10 +94,10 @@ def cut_units(tensors: Sequence[LogicalTensor], unit_bytes: float) -> list[list[
 def _files(
     target: Target, checkpoint: Checkpoint, shares: Sequence[Sequence[Placed]]
 ) -> Sequence[tuple[OutputFile, ...]]:
-    """For each unit a file of what it writes, if anything, and those that its consumer wants apart.
+    """Lay out, for each unit, one file of what it writes (if anything), and files that the layout wants apart.
 
     Raises:
-        BadSpec: none has, or the container cannot hold what there is.
+        BadSpec: no unit writes anything, or the container cannot hold a tensor.
     """
     layout, container = target.layout, target.container
     stored = [[tensor for placed in share for tensor in placed.stored.values()] for share in shares]
@@ -130,7 +132,7 @@ def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> Unit
 
 
 def _slot(place: Slot, tensor: StoredTensor) -> Slot:
-    """A stored tensor's own place: its file's, or a part of that."""
+    """Return the slot of a stored tensor: that of its name, or a part of it if the tensor is part of a stack."""
     if tensor.whole is None:
         return place
     name, at = f"{place.name}@{tensor.offset}", place.offset + tensor.offset

@@ -1,7 +1,7 @@
-"""Plans: from a checkpoint's headers and the wanted targets to units of work and the place of every output byte.
+"""Plans: the units of work of a pass over a checkpoint, and the place of every output byte. Immutable data.
 
-Pure data from pure functions. Units are cut from the source and its family alone, so any set of targets over one
-checkpoint has the same units, and a sweep and a single job can resume each other.
+Units depend on the source and its family alone. So any set of targets of one checkpoint has the same units, and a
+sweep and a single job can resume each other's work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import METHOD_FILES
 from loaders.tensors.sources import Sources
 
-FORMAT = 2  # of plans and records: another version's are refused
+FORMAT = 2  # the version of plans and records; those of another version are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class Placement:
 
     @property
     def name(self) -> str:
-        """The tensor's."""
+        """The tensor's name."""
         return self.encoding.tensor.name
 
 
 @dataclass(frozen=True, slots=True)
 class UnitOutput:
-    """A unit's share of a target: its files or pieces of files, none if all its tensors are dropped."""
+    """A unit's output for one target: its files or pieces of files; none if all its tensors are dropped."""
 
     files: tuple[OutputFile, ...]
     placements: tuple[Placement, ...]
@@ -53,7 +53,7 @@ class UnitOutput:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A run of whole blocks, read once for all targets."""
+    """A unit of work: a run of whole decoder blocks, read once for all targets."""
 
     id: str
     sources: tuple[Entry, ...]
@@ -65,12 +65,12 @@ class Unit:
         return sum(tensor.source_bytes for tensor in self.tensors)
 
     def key(self, target: TargetId) -> str:
-        """Names the work that this unit is for a target: a record with another key is of other work."""
+        """Return a digest of the unit's work for a target. A record with another key is of other work."""
         output = self.outputs[target]
         return text_digest(f"{FORMAT} {self.sources!r} {self.tensors!r} {output!r}")
 
     def memory_bytes(self, threads: int) -> int:
-        """What running it holds at most, beyond the libraries."""
+        """Return the most bytes that running the unit holds, besides the libraries."""
         encodings = (p.encoding for output in self.outputs.values() for p in output.placements)
         state = max((encoding.state_bytes for encoding in encodings), default=0)
         return threads * THREAD_BYTES + state
@@ -78,20 +78,20 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetPlan:
-    """A target, decided: what becomes of each tensor, and every file of its output but the aux files."""
+    """A target's plan: the decision about each tensor, and all files of its output except copied auxiliary files."""
 
     target: Target
     decisions: tuple[Decision, ...]
     files: tuple[OutputFile, ...]
-    stored: Mapping[str, tuple[Slot, ...]]  # by tensor
+    stored: Mapping[str, tuple[Slot, ...]]  # the slots of each tensor
     config: Mapping[str, Any] | None
     warnings: tuple[str, ...]
     assembly: Assembly | None = None
-    made: Mapping[str, bytes] = field(default_factory=dict)  # aux files that come from the source's metadata
+    made: Mapping[str, bytes] = field(default_factory=dict)  # auxiliary files made from the source's metadata
 
     @property
     def finals(self) -> tuple[OutputFile, ...]:
-        """The output's weight files: those of the units, and the one that pieces are ranges of."""
+        """The output's weight files: those of the units, and the file whose ranges are the pieces."""
         pieces = self.pieces
         if not pieces:
             return self.files
@@ -115,41 +115,43 @@ class TargetPlan:
 
     @property
     def pieces(self) -> tuple[OutputFile, ...]:
-        """Ranges of a file that several units write, in order."""
+        """The ranges of a file that several units write, in order."""
         return tuple(file for file in self.files if file.within is not None)
 
     @property
     def shared(self) -> OutputFile | None:
-        """The file that the pieces are ranges of."""
+        """The file whose ranges are the pieces, if there is one."""
         return self.finals[0] if self.pieces else None
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors that are written, before they were quantized."""
+        """The number of weights in all tensors that are written."""
         return sum(d.tensor.spec.numel for d in self.decisions if d.action != "drop")
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all stored tensors, or at most so many where a length depends on values."""
+        """The bytes of all stored tensors; an upper bound if a length depends on values."""
         return sum(file.tensor_bytes for file in self.files)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weight files, headers included."""
+        """The bytes of all weight files, headers included; an upper bound if a length depends on values."""
         return sum(file.size for file in self.finals)
 
     @property
     def slack_bytes(self) -> int:
-        """By how much the files may be smaller than planned: tensors whose length depends on values."""
+        """The bytes by which files may be smaller than planned, because lengths of some tensors depend on values."""
         return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
 
 
-SLACK = 64  # a number of a few to as many characters, and what aligns the tensor after it
+# The most bytes by which one tensor of variable length can shrink. Such tensors are texts with a number in them, which
+# may have fewer characters, and the padding after it.
+SLACK = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole pass over one checkpoint."""
+    """The plan of a pass over one checkpoint, for all its targets."""
 
     checkpoint: Checkpoint
     sources: Sources
@@ -162,17 +164,19 @@ class Plan:
 
     @property
     def aux(self) -> tuple[str, ...]:
-        """The other files that may go along: once weights are decoded, none that tells how they were quantized."""
+        """The auxiliary files that may be copied. If weights are decoded, those that describe their quantization are
+        left out, since engines would believe them.
+        """
         is_decoded = any(tensor.decode is not None for tensor in self.sources.tensors)
         return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
 
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
-        """Those of them that the target's layout wants."""
+        """Return the auxiliary files that the target's layout wants."""
         layout = target.target.layout
         wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
         return tuple(name for name in wanted if name in self.aux)
 
     @property
     def parameters(self) -> int:
-        """Numbers in all float weights."""
+        """The number of weights in all float tensors."""
         return sum(r.spec.numel for r in self.sources.tensors if r.dtype.is_float)

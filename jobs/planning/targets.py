@@ -1,4 +1,4 @@
-"""Targets: what is wanted of a checkpoint, and what all targets of a pass must agree on to share its tensors."""
+"""Targets: the results wanted of a checkpoint, and what the targets of one pass must agree on to share its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMELESS = Naming("model", None, False)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One wanted result."""
+    """One wanted result: a scheme with its rules, and the layout and container of the output."""
 
     id: TargetId
     scheme: Scheme
@@ -38,15 +38,15 @@ class Target:
 
     @property
     def layout(self) -> Layout:
-        """What its consumer expects: the one asked for, or that of the scheme's engine."""
+        """The output's layout: the requested one, or that of the scheme's engine."""
         return LAYOUTS[BY_ENGINE[self.scheme.engine] if self.layout_name == "auto" else self.layout_name]
 
     @property
     def container(self) -> Container:
-        """The kind of its weight files: the one asked for, or the layout's usual one.
+        """The container of the weight files: the requested one, or the layout's usual one.
 
         Raises:
-            BadSpec: the layout's consumer does not read such files.
+            BadSpec: the layout's consumer does not read that container.
         """
         known = self.layout.containers
         if self.container_name not in ("auto", *known):
@@ -58,10 +58,10 @@ class Target:
 
 
 def new_blocks_of(targets: Sequence[Target]) -> int:
-    """How many blocks all targets want to have more.
+    """Return the number of new blocks that all targets want.
 
     Raises:
-        BadSpec: they differ in it, and so have other tensors.
+        BadSpec: targets want different numbers, and so have different tensors.
     """
     wanted = {target.new_blocks for target in targets}
     if len(wanted) > 1:
@@ -70,14 +70,16 @@ def new_blocks_of(targets: Sequence[Target]) -> int:
 
 
 def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
-    """Whether an already quantized source is decoded on the way in, rather than copied as it is stored.
+    """Whether an already quantized source is decoded when it is read, and not copied as it is stored.
 
     Raises:
-        BadSpec: its quantization is not known, or some targets want it decoded and others copied.
+        BadSpec: its quantization is not decoded here, or some targets want it decoded and others copied.
     """
     if checkpoint.container == "gguf":
         return _is_gguf_decoded(targets)
-    layouts = ("auto", "hf", "packed") if checkpoint.quantized_by == "mlx" else ("auto", "hf")  # MLX's words stay words
+    # quant=none copies quantized weights into layouts that store them in the same form. The packed layout holds MLX's
+    # packed uint32 words, so it takes those of an MLX checkpoint unchanged.
+    layouts = ("auto", "hf", "packed") if checkpoint.quantized_by == "mlx" else ("auto", "hf")
     copies = [target for target in targets if target.scheme == Plain() and target.layout_name in layouts]
     if len(copies) == len(targets) or checkpoint.quantized_by is None:
         _check_copies(checkpoint, copies)
@@ -92,7 +94,11 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
 
 
 def _check_copies(checkpoint: Checkpoint, copies: Sequence[Target]) -> None:
-    """Raises BadSpec: quantized experts one by one are for packed checkpoints alone."""
+    """Check that quantized experts of a packed checkpoint, stored one by one, are only copied into a packed output.
+
+    Raises:
+        BadSpec: a target would copy them into another layout, which no engine reads.
+    """
     is_apart = any(w.file.startswith(EXPERTS) and w.dtype.name == "U32" for w in checkpoint.weights)
     if checkpoint.container == "packed" and is_apart and any(target.layout_name != "packed" for target in copies):
         raise BadSpec(
@@ -102,7 +108,11 @@ def _check_copies(checkpoint: Checkpoint, copies: Sequence[Target]) -> None:
 
 
 def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
-    """Tensors of a GGUF keep names, types and order for another GGUF; for others they are those of transformers."""
+    """Whether a GGUF is decoded to transformers' names and orders, and not kept as it is for another GGUF.
+
+    Raises:
+        BadSpec: some targets are GGUFs and others are not.
+    """
     kept = [target for target in targets if target.layout is LAYOUTS["gguf"]]
     if kept and len(kept) < len(targets):
         raise BadSpec("output.layout: from a GGUF, outputs as GGUF and others are different work: run them apart")
@@ -110,10 +120,10 @@ def _is_gguf_decoded(targets: Sequence[Target]) -> bool:
 
 
 def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
-    """Whether stacks of experts are taken apart: not where the model's own class loads the output.
+    """Whether stacks of experts are split into single experts; not if the model's own class loads the output.
 
     Raises:
-        BadSpec: some targets want them whole and others apart, and the checkpoint has some.
+        BadSpec: the checkpoint has stacks, and some targets want them whole and others split.
     """
     wanted = {not (t.scheme.engine in WHOLE_STACKS and isinstance(t.layout, HfLayout)) for t in targets}
     stacks = checkpoint.family.stacks
@@ -125,16 +135,16 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     return True in wanted
 
 
-TARGET = "target"  # a single job's
+TARGET = "target"  # the id of a job's only target
 
 
-# What whole jobs took on other backends than the CPU: a key is added, and `backend_of` changed, by measuring
-# (python -m jobs.bench gpu), not by expectation.
+# How whole jobs ran on other backends than the CPU. An entry is added, and the default in `backend_of` changed, only
+# after measuring (python -m jobs.bench gpu).
 MEASURED = {"cuda": "made whole jobs 35 to 70 % slower (an H100 beside 16 cores)"}
 
 
 def backend_of(spec: JobSpec) -> tuple[str, str]:
-    """The backend of a job, and why: `auto` takes what was measured to be fastest for whole jobs, today the CPU."""
+    """Return a job's backend and the reason. `auto` is the CPU, which was measured to be the fastest for whole jobs."""
     if spec.backend.kind != "auto":
         return spec.backend.kind, "as asked"
     others = [name for name in spec.quant.scheme.backends if name != "cpu"]
@@ -145,7 +155,7 @@ def backend_of(spec: JobSpec) -> tuple[str, str]:
 
 
 def target_of(spec: JobSpec) -> Target:
-    """The result that a job wants.
+    """Return the target of a job.
 
     Raises:
         BadSpec: its scheme does not run on the backend.

@@ -1,4 +1,4 @@
-"""What a plan says aloud before anything is written."""
+"""The warnings of a plan: what may surprise the user, shown before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def warnings(
     config: Mapping[str, Any] | None,
     layout: Layout,
 ) -> list[str]:
-    """One line each, of what is odd or will surprise."""
+    """Return the warnings about a target's plan, one line each."""
     if isinstance(scheme, Plain):
         return []
     said = []
@@ -64,7 +64,7 @@ def warnings(
 
 
 def _stopping_cpu_kernel(quantized: Sequence[Decision]) -> list[str]:
-    """What bitsandbytes does not run on some CPUs."""
+    """Return a warning about matrices that bitsandbytes cannot compute with on some CPUs."""
     found = [d.tensor for d in quantized if isinstance(d.scheme, Bnb4) and d.scheme.stops_cpu_kernel(d.tensor.shape)]
     if not found:
         return []

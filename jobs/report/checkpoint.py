@@ -1,4 +1,4 @@
-"""What a checkpoint holds: as a document, and as a person reads it."""
+"""The description of a checkpoint's contents, as a JSON document and as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loaders.tensors.sources import Sources
 
 
 def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, Any]:
-    """Its files and all its tensors, for machines."""
+    """Describe a checkpoint, its files and all its tensors as JSON."""
     return {
         "status": "done",
         "path": str(checkpoint.address),
@@ -46,7 +46,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
 
 
 def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> RenderableType:
-    """A summary by role, or every tensor."""
+    """Render the description of a checkpoint as tables: a summary by role, or every tensor."""
     head = (
         f"{document['path']}\n{document['family']} family (model_type {document['model_type']}),"
         f" {document['container']}, {len(document['files'])} file(s), {len(document['tensors'])} tensors,"

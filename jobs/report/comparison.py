@@ -1,4 +1,4 @@
-"""Jobs side by side: the table, the Pareto front of size against error, and where their errors differ. Pure."""
+"""The comparison of jobs: a table, the Pareto front of size against error, and the tensors that differ most. Pure."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jobs.report.tables import table
 from loaders.stats import finite
 
 BITS, ERROR, KL = "size/bits_per_weight", "error/relative", "quality/kl"
-SHOWN_TENSORS = 8
+SHOWN_TENSORS = 8  # tensors that differ most, as shown in texts; the document has more
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedJob:
-    """A job that is compared: how it stands, and its numbers as far as there are any."""
+    """A job to compare: its status, and its metrics as far as it has any."""
 
     name: str
     status: str  # done, failed, killed, running, crashed
@@ -29,12 +29,12 @@ class ComparedJob:
     run_id: str | None = None
     output: str | None = None
     why: str = ""
-    layers: Mapping[int, float] = field(default_factory=dict)  # relative error
-    tensors: Mapping[str, float] = field(default_factory=dict)  # relative error
+    layers: Mapping[int, float] = field(default_factory=dict)  # relative errors by layer
+    tensors: Mapping[str, float] = field(default_factory=dict)  # relative errors by tensor
 
     @property
     def status_text(self) -> str:
-        """How it stands, and why."""
+        """The status, and its reason if there is one."""
         return f"{self.status}: {self.why}" if self.why else self.status
 
     @property
@@ -51,7 +51,8 @@ class Column:
     second: str = ""  # another metric in the same cell
 
 
-COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is a job's own, summed over threads
+# "pass" marks what the jobs of one pass took together; encoding is a job's own, summed over threads.
+COLUMNS = (
     Column("bits a weight", BITS, "{:.3f}"),
     Column("times smaller", "size/ratio", "{:.2f}"),
     Column("MB", "size/output_bytes", "{:,.2f}", 1e-6),
@@ -72,7 +73,7 @@ COLUMNS = (  # of the pass: what jobs that shared it took together; encoding is 
 
 
 def compared_job(name: str, report: Report, run_id: str | None = None, output: str = "") -> ComparedJob:
-    """A finished job, from its report."""
+    """Make a finished job's entry from its report."""
     layers = {layer: e.relative_error for layer, e in error_by_layer(report).items()}
     tensors = {t.name: t.relative_error for t in report.tensors if t.relative_error is not None}
     return ComparedJob(
@@ -88,12 +89,13 @@ def compared_job(name: str, report: Report, run_id: str | None = None, output: s
 
 
 def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
-    """Names of those that no other beats in bits a weight and error at once, smallest first."""
+    """Return the names of the jobs that no other job beats in both bits per weight and error, smallest first."""
     comparable = sorted(
         (job for job in jobs if job.is_comparable and error in job.metrics),
         key=lambda job: (job.metrics[BITS], job.metrics[error]),
     )
     front: list[ComparedJob] = []
+    # In the order of sizes, a job is on the front if its error is below that of all smaller ones.
     for each in comparable:
         if not front or each.metrics[error] < front[-1].metrics[error]:
             front.append(each)
@@ -101,7 +103,7 @@ def pareto(jobs: Sequence[ComparedJob], error: str = ERROR) -> list[str]:
 
 
 def differing(jobs: Sequence[ComparedJob]) -> list[dict[str, Any]]:
-    """The tensors whose relative errors lie furthest apart, by ratio of the greatest and the least that is not 0."""
+    """Return the tensors sorted by the ratio of their largest to their smallest relative error (0 not counted)."""
     rows = []
     for name in dict.fromkeys(name for job in jobs for name in job.tensors):
         errors = {job.name: job.tensors[name] for job in jobs if name in job.tensors}
@@ -114,7 +116,7 @@ def differing(jobs: Sequence[ComparedJob]) -> list[dict[str, Any]]:
 
 
 class Comparison:
-    """Jobs beside one another: for a terminal, as a page, and for machines."""
+    """A comparison of jobs, as text for a terminal, as a Markdown page, and as JSON."""
 
     def __init__(self, jobs: Sequence[ComparedJob], error: str = ERROR) -> None:
         self.jobs = jobs
@@ -124,12 +126,12 @@ class Comparison:
         self._columns = [column for column in COLUMNS if any(column.metric in job.metrics for job in jobs)]
 
     def lines(self) -> list[RenderableType]:
-        """The table, the front in a line each, the tensors that differ most."""
+        """Return the table, the Pareto front, and the tensors that differ most, for a terminal."""
         differs: list[RenderableType] = [self._differing_table(), ""] if self.differing else []
         return [self._table(), "", self._front_text(), "", *differs]
 
     def document(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the comparison as JSON."""
         return {"error": self.error, "jobs": [to_json(job) for job in self.jobs], "pareto": self.front}
 
     def _cells(self, job: ComparedJob) -> list[str]:
@@ -142,7 +144,7 @@ class Comparison:
         ]
 
     def _table(self) -> RenderableType:
-        """A row a job; a star marks the front."""
+        """Return a table with one row per job; a star marks the Pareto front."""
         titles = [column.title for column in self._columns]
         shown = table("", "job", "status", *titles, right=titles)
         for job in self.jobs:
@@ -165,7 +167,7 @@ class Comparison:
         return shown
 
     def markdown(self, title: str, picture: str | None) -> str:
-        """The whole comparison as a page."""
+        """Return the comparison as a Markdown page; `picture` is the file name of its figure."""
         lines = [f"# {title}", ""]
         lines += ["|  | job | status | " + " | ".join(c.title for c in self._columns) + " |"]
         lines += ["|--|-----|--------|" + "|".join("---:" for _ in self._columns) + "|"]
@@ -186,7 +188,7 @@ class Comparison:
 
 
 def whole(address: str) -> Text:
-    """An address as one line, however long, so that it can be clicked and pasted."""
+    """Return an address as one unbroken line, so that it can be clicked and pasted."""
     return Text(address, no_wrap=True, overflow="ignore")
 
 
@@ -195,7 +197,7 @@ def _cell(text: str) -> str:
 
 
 def to_json(candidate: ComparedJob) -> dict[str, Any]:
-    """For machines; tensors only as far as `differing` tells."""
+    """Describe a job as JSON, without its tensors."""
     return {
         "name": candidate.name,
         "status": candidate.status,

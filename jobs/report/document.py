@@ -1,4 +1,4 @@
-"""From what a job came to, its report."""
+"""Building a job's report from its plan and its records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from jobs.planning.plan import FORMAT, Plan, TargetPlan
 from jobs.spec.job import JobSpec
 from loaders.lint import Finding
 
-VERSIONS = ("weightmill", "numpy", "numba", "xxhash")
+VERSIONS = ("weightmill", "numpy", "numba", "xxhash")  # the packages that determine the output's bytes
+# Parts of a request that do not change the result: two jobs that differ only in these make the same output.
 NOT_OF_THE_RESULT = ("output", "strategy", "cluster", "tracking", "objective", "format")
 
 
@@ -31,7 +32,7 @@ def make_report(
     spec: JobSpec, plan: Plan, target: TargetPlan, records: Sequence[Record], completed: Completed,
     found: Sequence[Finding], about: Mapping[str, Any], quality: Mapping[str, Any] | None = None,
 ) -> Report:  # fmt: skip
-    """The report of a finished target. `about` are the fields of its `run`, but for the request."""
+    """Make the report of a finished target. `about` has the fields of its `run`, except the request."""
     tensors = [tensor for record in records for tensor in record.tensors]
     return Report(
         format=FORMAT,
@@ -51,12 +52,12 @@ def make_report(
 
 
 def job_document(spec: JobSpec) -> dict[str, Any]:
-    """The resolved request without what cannot change the result."""
+    """Return the resolved request without the settings that cannot change the result."""
     return {key: value for key, value in spec.resolved().items() if key not in NOT_OF_THE_RESULT}
 
 
 def _let_pass(tensors: Sequence[TensorRecord]) -> list[str]:
-    """What verify.allow_nonfinite let through."""
+    """Return warnings about tensors with NaN or infinities that verify.allow_nonfinite accepted."""
     said = []
     for tensor in tensors:
         error = tensor.error
@@ -69,7 +70,7 @@ def _let_pass(tensors: Sequence[TensorRecord]) -> list[str]:
 
 
 def source_of(plan: Plan) -> ReportedSource:
-    """The checkpoint that a plan reads."""
+    """Describe the checkpoint that a plan reads."""
     checkpoint = plan.checkpoint
     return ReportedSource(
         path=str(checkpoint.address),
@@ -82,7 +83,7 @@ def source_of(plan: Plan) -> ReportedSource:
 
 
 def versions() -> dict[str, str]:
-    """Of what makes the bytes."""
+    """Return the versions of the packages that determine the output's bytes."""
     found = {}
     for name in VERSIONS:
         try:

@@ -1,4 +1,4 @@
-"""What jobs.clean found, as a person reads it."""
+"""The text of what jobs.clean found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loaders.storage.address import Address
 
 
 def leftovers_text(rows: Sequence[Mapping[str, Any]], place: Address) -> RenderableType:
-    """A row for each thing that was found at `place`."""
+    """Return a table with one row for each leftover found at `place`."""
     if not rows:
         return f"nothing abandoned in {place}"
     shown = table("status", "units done", "size", "hours ago", "folder")

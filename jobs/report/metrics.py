@@ -1,4 +1,4 @@
-"""The numbers of a job that compare, from its report: for MLflow, for tables, for a sweeper that searches."""
+"""The metrics of a job, from its report: for MLflow, for comparison tables, for sweepers that search."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 from jobs.output.report import Report, ReportedTensor
 from loaders.stats import ErrorSums, finite
 
+# A layer's number in the names of transformers, GPT-2 ("h") and llama.cpp ("blk").
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|blk)\.(\d+)(?:\.|$)")
-WORST = 5  # tensors that are named
+WORST = 5  # the number of worst tensors that reports name
 
 
 def metrics(report: Report) -> dict[str, float]:
-    """What compares between runs, what matters most first, as MLflow shows them.
+    """Return the metrics by which runs are compared, the most important first, which is the order of MLflow's pages.
 
-    Of jobs that shared a pass (`load/jobs_in_pass` of them), time/wall_s, load/gigabytes_per_second and
-    load/peak_anonymous_bytes are the pass's; the seconds by phase are a job's own, summed over its threads.
-    error/relative is over all weights, as bits are, so that jobs compare that keep different tensors;
-    error/relative_changed is over those that were quantized or cast.
+    For jobs that shared a pass (`load/jobs_in_pass` of them), time/wall_s, load/gigabytes_per_second and
+    load/peak_anonymous_bytes are those of the pass; seconds by phase are a job's own, summed over its threads.
+    error/relative is over all weights, as bits per weight are, so that jobs which keep different tensors can be
+    compared; error/relative_changed is over the tensors that were quantized or cast.
     """
     total, run, changed = report.totals, report.run, report.totals.changed
     worst = worst_tensors(report)
@@ -57,14 +58,14 @@ def metrics(report: Report) -> dict[str, float]:
 
 
 def quality_metrics(quality: Mapping[str, Any] | None) -> dict[str, float]:
-    """What verify=logits found, if it was asked for."""
+    """Return the metrics of verify=logits; none if the output was not evaluated."""
     return {
         f"quality/{name}": float(value) for name, value in (quality or {}).items() if isinstance(value, int | float)
     }
 
 
 def _by_tensor(report: Report) -> dict[str, float | None]:
-    """Means over the quantized and cast tensors, each counted once however large it is."""
+    """Return unweighted means over the quantized and cast tensors."""
     changed = [t for t in report.tensors if t.action != "keep" and t.relative_error]
     if not changed:
         return {}
@@ -75,7 +76,7 @@ def _by_tensor(report: Report) -> dict[str, float | None]:
 
 
 def _by_role(report: Report) -> dict[str, float | None]:
-    """Errors of each class of modules: attention, mlp, expert, ..."""
+    """Return the errors of each role of tensors: attention, mlp, expert, ..."""
     sums: dict[str, ErrorSums] = {}
     for tensor in report.tensors:
         if tensor.action != "keep":
@@ -87,14 +88,14 @@ def _by_role(report: Report) -> dict[str, float | None]:
 
 
 def table_columns(report: Report) -> dict[str, list[Any]]:
-    """The per-tensor table, by column."""
+    """Return the table of all tensors, by column."""
     rows = [tensor.model_dump(mode="json", exclude={"sums", "stored"}) for tensor in report.tensors]
     rows = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def error_by_layer(report: Report) -> dict[int, ErrorSums]:
-    """Sums over the quantized or cast tensors of each layer."""
+    """Return the error sums over the quantized or cast tensors of each layer."""
     layers: dict[int, ErrorSums] = {}
     for tensor in report.tensors:
         match = LAYER.search(tensor.name)
@@ -104,7 +105,7 @@ def error_by_layer(report: Report) -> dict[int, ErrorSums]:
 
 
 def worst_tensors(report: Report) -> list[ReportedTensor]:
-    """The tensors with the greatest relative error among those that are not copies."""
+    """Return the WORST tensors by relative error, among those that are not copies."""
     changed = [t for t in report.tensors if t.action != "keep" and t.relative_error != 0]
     changed.sort(key=lambda t: -(t.relative_error if t.relative_error is not None else math.inf))
     return changed[:WORST]

@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and as JSON."""
+"""The description of a plan, as text and as a JSON document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobs.spec.job import JobSpec
 def plan_text(
     spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence[str], *, all_tensors: bool
 ) -> RenderableType:
-    """What would be done."""
+    """Render a plan as tables and notes."""
     checkpoint = plan.checkpoint
     head = Table.grid(padding=(0, 2))
     head.add_row("source", f"{checkpoint.address}")
@@ -62,7 +62,7 @@ def _decision_table(target: TargetPlan) -> Table:
 
 
 def decision_rows(target: TargetPlan) -> list[dict[str, Any]]:
-    """All rules that applied, in their order, and what each took."""
+    """Return the rules that decided about tensors, in their order, with the number and bytes of those tensors."""
     sizes = output_sizes(target)
     rows: dict[int, dict[str, Any]] = {}
     order = {id(rule): index for index, rule in enumerate(dict.fromkeys(d.rule for d in target.decisions))}
@@ -86,7 +86,7 @@ def decision_rows(target: TargetPlan) -> list[dict[str, Any]]:
 
 
 def output_sizes(target: TargetPlan) -> dict[str, int]:
-    """Planned bytes by tensor."""
+    """Return the planned bytes of each tensor."""
     return {name: sum(slot.size for slot in slots) for name, slots in target.stored.items()}
 
 
@@ -109,7 +109,7 @@ def _tensor_table(target: TargetPlan) -> Table:
 
 
 def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence[str]) -> dict[str, Any]:
-    """The plan for machines."""
+    """Describe a plan as JSON."""
     return {
         "status": "planned",
         "source": {

@@ -1,4 +1,4 @@
-"""Figures of a job's report."""
+"""The figures of a job's report and of a comparison."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from jobs.output.report import Report
 from jobs.report.comparison import BITS, ComparedJob
 from jobs.report.metrics import LAYER, error_by_layer
 
-NAMED = 20  # runs that a picture tells apart; of more, those on the front, over the others in gray
-MIXED = 0.75  # bits: less is what scales and padding of small matrices make
-MOST_LABELLED = 32  # layers whose numbers stand in the picture of a mix
+NAMED = 20  # jobs that a figure distinguishes; of more, only those on the Pareto front, and the others are gray
+# The spread in bits per weight from which on a figure of a mix is drawn. Scales and padding of small matrices alone
+# make a smaller one.
+MIXED = 0.75
+MOST_LABELLED = 32  # layers up to which the figure of a mix has a number in each cell
 
 
 def plots(report: Report, folder: Path) -> list[Path]:
-    """Error by layer, and size before and after by role, as PNG files in a folder."""
+    """Draw the error by layer, the size by role before and after, and the mix, as PNG files in a folder."""
     made = []
     title = report.job["quant"]["name"]
     layers = error_by_layer(report)
@@ -49,13 +51,14 @@ def plots(report: Report, folder: Path) -> list[Path]:
 
 
 def mix_plot(report: Report, path: Path) -> bool:
-    """Bits a weight of every quantized matrix, layers by modules, as a PNG; False if all have the same."""
+    """Draw the bits per weight of every matrix, by layer and module, as a PNG; returns False if all are the same."""
     from matplotlib.figure import Figure
 
     bits: dict[tuple[int, str], list[float]] = {}
     for tensor in report.tensors:
         match = LAYER.search(tensor.name)
         if match and len(tensor.shape) > 1:
+            # Experts of a layer share a cell, which shows their mean.
             module = re.sub(r"\.\d+\.", ".*.", tensor.name[match.end() :].removesuffix(".weight"))
             weights = max(1, tensor.sums.numel)
             bits.setdefault((int(match[1]), module), []).append(tensor.output_bytes * 8 / weights)
@@ -82,8 +85,9 @@ def mix_plot(report: Report, path: Path) -> bool:
 
 
 def _figure(height: float) -> tuple[Any, Any]:
-    """A figure 8 inches wide and its axes, at set margins: to find them by drawing twice takes twice the time, which
-    counts where a sweep has hundreds of jobs.
+    """Return a figure, 8 inches wide, and its axes with fixed margins.
+
+    matplotlib's automatic layouts draw a figure twice, which counts in a sweep of hundreds of jobs.
     """
     from matplotlib.figure import Figure
 
@@ -99,12 +103,13 @@ def _whole_numbers(axes: Any) -> None:
 
 
 def _saved(figure: Any, path: Path) -> Path:
+    # A low level of compression: in a sweep of hundreds of jobs, time counts more than the size of small files.
     figure.savefig(path, dpi=120, pil_kwargs={"compress_level": 1})
     return path
 
 
 def comparison_plot(candidates: Sequence[ComparedJob], front: Sequence[str], error: str, path: Path) -> bool:
-    """Error against size with the front, and error by layer of all, in one PNG; False if there is nothing to draw."""
+    """Draw error against size with the Pareto front, and error by layer, as a PNG; returns False if no job has both."""
     from matplotlib.figure import Figure
 
     drawn = [c for c in candidates if c.is_comparable and error in c.metrics]

@@ -1,4 +1,4 @@
-"""What a person reads at the end of a job: tables and lines."""
+"""The tables and texts that a job shows at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loaders.lint import Finding
 
 
 def size(count: float) -> str:
-    """1_234_567 -> "1.23 MB"."""
+    """Format bytes in decimal units: 1_234_567 becomes "1.23 MB"."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
@@ -23,7 +23,7 @@ def size(count: float) -> str:
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """An empty table with these columns; those in `right` hold numbers, which are read from their ends."""
+    """Return an empty table with these columns; those in `right`, which hold numbers, are aligned to the right."""
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -31,7 +31,7 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def result_text(report: Report) -> RenderableType:
-    """What was done."""
+    """Render the result of a job: sizes, errors, times, and the quality if it was evaluated."""
     run, total, changed = report.run, report.totals, report.totals.changed
     shown = table("", "before", "after", "", right=("before", "after"))
     shown.add_row("weights", size(total.source_bytes), size(total.output_bytes), times(total.ratio))
@@ -76,7 +76,7 @@ def result_text(report: Report) -> RenderableType:
 
 
 def quality_text(quality: Mapping[str, Any]) -> RenderableType:
-    """What an output computes, against its original."""
+    """Render the quality of an output, compared with its original."""
     shown = table(f"over {quality['tokens']:,} tokens of {quality['text']}", " ", "95 %", "", right=(" ",))
     spread = f"99 % of tokens below {quality['kl_p99']:.4f}, none above {quality['kl_max']:.4f}"
     shown.add_row("KL(original || output), nats a token", f"{quality['kl']:.5f}", _interval(quality, "kl"), spread)
@@ -100,7 +100,7 @@ def times(ratio: float) -> str:
 
 
 def findings_text(found: Sequence[Finding | LintFinding]) -> RenderableType:
-    """Findings for people: what, where it matters, what to do."""
+    """Render findings as a table: what it is, what will happen in which engine, what to do."""
     if not found:
         return Text("no findings: nothing was found that its engine would stumble over", style="green")
     shown = table("", "what", "what will happen", "what to do")

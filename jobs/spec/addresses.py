@@ -1,4 +1,4 @@
-"""Whether a service answers, asked before anything waits for it."""
+"""A check that a network service answers, before libraries wait for it with long timeouts of their own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from urllib.parse import urlsplit
 
 from loaders.errors import StorageError
 
+# Seconds to wait for a connection: far more than any reachable service needs, and far less than the minutes for which
+# Ray and MLflow retry.
 PATIENCE_S = 5.0
 PORTS = {"http": 80, "https": 443}
 
 
 def check_reachable(key: str, address: str, remedy: str) -> None:
-    """Connect to an address (HOST:PORT or a URL) and leave again.
+    """Connect to an address (HOST:PORT or a URL) and close the connection. An address without a port is not checked.
 
     Raises:
-        StorageError: nobody answers there.
+        StorageError: the connection fails; `key` is the setting that the message names, `remedy` its last words.
     """
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:

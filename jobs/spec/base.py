@@ -1,4 +1,4 @@
-"""What every checked model of a request is made of."""
+"""The base and the common types of all models of a request."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a job is: a frozen tree of checked values. Whoever holds a `JobSpec` need not check it again.
+"""The request of a job: an immutable tree of validated settings, which need no further checks.
 
-The names are those of conf/; every field's description is shown by `--help`. Paths are absolute here.
+Names are those of conf/, and `--help` shows every field's description. Paths are absolute.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from loaders.rules.rule import Rule
 from loaders.storage.address import Address
 
 MB = 1_000_000
+# Metrics that a sweeper may search by: those that every job has, and those of verify=logits.
 OBJECTIVES = (
     "error/relative", "error/worst", "error/max", "size/bits_per_weight", "size/output_bytes", "time/wall_s",
     "load/gigabytes_per_second", "load/peak_anonymous_bytes",
@@ -31,7 +32,7 @@ STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|
 
 
 class ModelSpec(Spec):
-    """conf/model: where the checkpoint is."""
+    """conf/model: the checkpoint to read."""
 
     name: str | None = Field(description="names the output; the folder's name by default")
     path: Location | None = Field(description="the folder of the checkpoint")
@@ -63,7 +64,7 @@ class ModelSpec(Spec):
 
 
 class SourceSpec(Spec):
-    """conf/source: which of its files are read."""
+    """conf/source: which files of the checkpoint are read."""
 
     container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
         description="which weight files to read"
@@ -71,11 +72,11 @@ class SourceSpec(Spec):
 
 
 class TransformSpec(Spec):
-    """conf/transform: how the model itself changes on the way."""
+    """conf/transform: changes of the model itself."""
 
     kind: Literal["none", "block_expansion"] = "none"
     num_blocks: int | None = Field(
-        default=None, ge=1, description="block_expansion: new decoder blocks, a divisor of those there are"
+        default=None, ge=1, description="block_expansion: new decoder blocks; must divide the model's number of blocks"
     )
 
     @model_validator(mode="after")
@@ -86,7 +87,7 @@ class TransformSpec(Spec):
 
 
 class RuleSpec(Spec):
-    """One of `rules`: all conditions given must hold; the first rule that matches a tensor decides."""
+    """One of `rules`: all given conditions must hold, and the first rule that matches a tensor decides about it."""
 
     action: Literal["quantize", "keep", "cast", "drop"]
     name: str | None = Field(default=None, description="a regular expression, searched in the tensor's name")
@@ -152,10 +153,10 @@ class RuleSpec(Spec):
 class OutputSpec(Spec):
     """conf/output: what is written, and where."""
 
-    root: Location = Field(description="where outputs without a path go; if it is a folder, the tracking store, too")
+    root: Location = Field(description="the folder of outputs without a path, and, if local, of the tracking store")
     path: Location | None = Field(description="the output's folder; root / model-quant by default")
     layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
-        description="names and config of which consumer; auto: the scheme's engine"
+        description="the consumer whose tensor names and config are written; auto: the scheme's engine"
     )
     container: Literal["auto", "safetensors", "pytorch", "gguf", "packed"] = Field(
         description="the kind of weight files; auto: the layout's usual one"
@@ -168,36 +169,36 @@ class OutputSpec(Spec):
 
     @property
     def local_root(self) -> Path:
-        """Where this machine keeps what goes with outputs: `root`, or, if that is in a store, ./weightmill."""
+        """The local folder of tracking, measurements and plots: `root`, or ./weightmill if `root` is not local."""
         root = Address.of(self.root)
         return root.path if root.is_local else Path.cwd() / "weightmill"
 
 
 class BackendSpec(Spec):
-    """conf/backend: where encoders run."""
+    """conf/backend: the device on which encoders run."""
 
     kind: Literal["auto", "cpu", "cuda", "mps", "mlx"]
 
 
 class ClusterSpec(Spec):
-    """conf/cluster: where units run."""
+    """conf/cluster: the processes or machines on which units run."""
 
     kind: Literal["auto", "local", "ray"]
     address: str | None = Field(default=None, description="the Ray cluster to join; null starts one here")
-    threads: int | None = Field(default=None, ge=1, description="threads a unit; by default what the CPUs suggest")
+    threads: int | None = Field(default=None, ge=1, description="threads per unit; by default from the number of CPUs")
     units_at_once: int | None = Field(
-        default=None, ge=1, description="units in flight; by default what the CPUs suggest"
+        default=None, ge=1, description="units in flight; by default from the number of CPUs"
     )
     ship_code: bool = Field(default=True, description="send weightmill to a joined cluster's workers")
 
 
 class TrackingSpec(Spec):
-    """conf/tracking: where the numbers go."""
+    """conf/tracking: the store of the metrics."""
 
     kind: Literal["mlflow", "none"]
     uri: str | None = Field(default=None, description="a tracking server or database; sqlite in output.root by default")
     experiment: str = Field(default="weightmill", description="the MLflow experiment")
-    price_per_hour: float | None = Field(default=None, ge=0, description="of a machine: for the estimate of the cost")
+    price_per_hour: float | None = Field(default=None, ge=0, description="price of a machine, to estimate the cost")
 
     @field_validator("uri")
     @classmethod
@@ -208,7 +209,7 @@ class TrackingSpec(Spec):
 
 
 class WeightsGate(Spec):
-    """What holds for every tensor."""
+    """The limits that every tensor must keep."""
 
     allow_nonfinite: bool = Field(description="let NaN and infinities of the source pass")
     max_relative_error: float | None = Field(
@@ -217,23 +218,23 @@ class WeightsGate(Spec):
 
 
 class StrictSpec(WeightsGate):
-    """conf/verify/strict: the weights."""
+    """conf/verify/strict: the weights are verified."""
 
     kind: Literal["strict"] = "strict"
 
 
 class LogitsSpec(WeightsGate):
-    """conf/verify/logits: the weights, and what the output computes in its engine."""
+    """conf/verify/logits: the weights are verified, and the logits that the output computes in its engine."""
 
     kind: Literal["logits"]
-    text: LocalPath | None = Field(description="logits: a file of UTF-8 text to predict; null: one that comes along")
+    text: LocalPath | None = Field(description="logits: a file of UTF-8 text to predict; null: one of the package")
     tokens: int = Field(ge=32, description="logits: how many tokens of the text to take, at most")
     window: int = Field(ge=16, description="logits: tokens that are seen at once; no more than the model's positions")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        description="logits: where original and output run; auto: on a GPU, where the engine can use one"
+        description="logits: the device of original and output; auto: a GPU if the engine can use one"
     )
     dtype: FloatName = Field(
-        description="logits: of float arithmetic; below float32 its own rounding is measured along with the weights'"
+        description="logits: dtype of float arithmetic; below float32, its rounding is measured too"
     )
     max_kl: float | None = Field(gt=0, description="logits: fail above this mean KL(original || output), nats a token")
     max_perplexity_ratio: float | None = Field(
@@ -255,7 +256,7 @@ VerifySpec = Annotated[StrictSpec | LogitsSpec, Field(discriminator="kind")]
 
 
 class JobSpec(Spec):
-    """A whole job."""
+    """The settings of a job."""
 
     model: ModelSpec
     source: SourceSpec
@@ -263,9 +264,9 @@ class JobSpec(Spec):
     quant: QuantSpec
     unit_mb: float = Field(
         gt=0,
-        description="source megabytes (1e6 bytes) in a unit of work: what a crash costs, and an output file's size",
+        description="source megabytes (1e6 bytes) per unit of work: decides what a crash costs, and the size of files",
     )
-    rules: tuple[RuleSpec, ...] = Field(description="what becomes of which tensors, before the engine's own rules")
+    rules: tuple[RuleSpec, ...] = Field(description="rules that decide about tensors before the engine's own")
     output: OutputSpec
     strategy: StrategySpec
     backend: BackendSpec
@@ -323,5 +324,5 @@ class JobSpec(Spec):
         return tuple(rule.rule(f"rules[{index}]", self.quant) for index, rule in enumerate(self.rules))
 
     def resolved(self) -> dict[str, Any]:
-        """Plain values, for records and tracking."""
+        """Return all settings as JSON values, for records and tracking."""
         return self.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""What can be asked of a strategy: one model for each `kind` in conf/strategy, and the loader it stands for."""
+"""The settings of strategies: one model for each `kind` in conf/strategy, and the loader that it stands for."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loaders.strategies.streaming import LEAST_MB
 
 
 class Strategy(Spec):
-    """What all of conf/strategy have in common; those without settings are just their kind."""
+    """The base of all strategies in conf/strategy. A strategy without settings has only its kind."""
 
     @property
     def loader(self) -> WeightLoader:
-        """Its loader.
+        """The strategy's loader, with its settings.
 
         Raises:
-            BadSpec: it needs a library that is not installed.
+            BadSpec: a setting is wrong.
         """
         settings = self.model_dump()
         return loader(settings.pop("kind"), **settings)
@@ -41,7 +41,7 @@ class MultiThreadStrategy(Strategy):
 
 class StreamingStrategy(Strategy):
     kind: Literal["streaming"]
-    memory_budget_mb: float = Field(ge=LEAST_MB, description="megabytes (1e6 bytes) in use and on their way")
+    memory_budget_mb: float = Field(ge=LEAST_MB, description="megabytes (1e6 bytes) in use and being fetched")
     prefetch_count: int = Field(ge=0, description="batches fetched ahead of the one in use")
     priority_weights: tuple[str, ...] = Field(description="names, parts of names or patterns that come first")
 
@@ -49,13 +49,13 @@ class StreamingStrategy(Strategy):
 class FastSafetensorsStrategy(Strategy):
     kind: Literal["fastsafetensors"]
     gds: bool | None = Field(
-        description="GPU direct storage: null uses it where it is, true fails without, false does not"
+        description="GPU direct storage: null uses it if present, true fails without it, false does not use it"
     )
 
 
 class RunaiStrategy(Strategy):
     kind: Literal["runai"]
-    batch_mb: float = Field(gt=0, description="megabytes (1e6 bytes) asked for at once")
+    batch_mb: float = Field(gt=0, description="megabytes (1e6 bytes) requested at once")
 
 
 class LowMemoryStrategy(Strategy):
@@ -75,10 +75,10 @@ StrategySpec = Annotated[
 
 
 def reading(spec: StrategySpec, checkpoint: Checkpoint) -> tuple[WeightLoader, str]:
-    """The loader that a job reads its source with, and why.
+    """Return the loader with which a job reads a checkpoint, and the reason.
 
     Raises:
-        BadSpec: the strategy does not serve jobs, or not files that lie there.
+        BadSpec: the strategy does not serve jobs, or cannot read from the checkpoint's store.
     """
     if spec.kind == "auto":
         name, why = auto.choose(checkpoint.source, [tag.name for tag in checkpoint.files])

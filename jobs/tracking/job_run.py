@@ -1,4 +1,4 @@
-"""A job's run in MLflow: its parameters, tags, metrics, files."""
+"""A job's run in MLflow: its parameters, tags, metrics and artifacts."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from loaders.presets.auto import AutoQuant
 from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
 
-CHOSEN = "quant.chosen."  # every tensor by name: it is an artifact, not a parameter
+CHOSEN = "quant.chosen."  # the mix, which lists every tensor: too long for parameters, it is logged as an artifact
 
 
 def open_job_run(
     spec: JobSpec, journal: Journal, fingerprint: str, recorder: Recorder | None, *, sweep: str | None, number: int
 ) -> Run:
-    """The run of a job: begun, or gone on with where an interrupted attempt left one of the same key.
+    """Open a job's run: a new one, or the one that an interrupted attempt with the same key left.
 
     Raises:
-        StorageError: the tracking store cannot be reached or written.
+        StorageError: the tracking server does not answer.
     """
     params = {k: v for k, v in flat(spec.resolved()) if v is not None and not k.startswith(CHOSEN)}
     tags = {
@@ -50,14 +50,14 @@ def open_job_run(
 
 
 def run_key(journal: Journal) -> str:
-    """Names the job in MLflow: one output of one plan."""
+    """Return the key of a job in MLflow: a digest of its plan and its output's address."""
     return text_digest(f"{journal.key} {journal.output}")
 
 
 def track_job(
     run: Run, spec: JobSpec, target: TargetPlan, output: Address, report: Report, plan: Mapping[str, Any]
 ) -> None:
-    """Log a finished job's report, and the plan it followed."""
+    """Log a finished job's report and plan."""
     run.describe(_description(spec, output, report))
     run.metrics(metrics(report))
     run.series("layer/relative_error", [(layer, e.relative_error) for layer, e in error_by_layer(report).items()])
@@ -70,7 +70,7 @@ def track_job(
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"quant": {"group_size": 64}} -> ("quant.group_size", 64)."""
+    """Flatten nested mappings: {"quant": {"group_size": 64}} gives ("quant.group_size", 64)."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
@@ -79,24 +79,25 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def sweep_tags(sweep: str | None, number: int) -> dict[str, str]:
-    """What tells of a run that it belongs to a sweep."""
+    """Return the tags that mark a run as part of a sweep; none without a sweep."""
     return {} if sweep is None else {SWEEP: sweep, f"{SWEEP}.job": str(number)}
 
 
 @cache
 def _shown_by_mlflow() -> dict[str, str]:
-    """Tags from which its pages tell who made a run, and with what."""
+    """Return the tags from which MLflow's pages show who made a run, and with what program."""
     found = {"mlflow.source.name": "python -m jobs.run", "mlflow.source.type": "LOCAL"}
     if _git_commit() != "none":
         found["mlflow.source.git.commit"] = _git_commit()
-    with suppress(KeyError, OSError):  # a user without a name, as in many containers
+    # In many containers, the user id has no name.
+    with suppress(KeyError, OSError):
         found["mlflow.user"] = getpass.getuser()
     return found
 
 
 @cache
 def _git_commit() -> str:
-    """The commit of this checkout of weightmill, or "none" for an installed one."""
+    """Return the git commit of this checkout of weightmill; "none" for an installed package."""
     if not (ROOT / ".git").exists():
         return "none"
     done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -104,7 +105,7 @@ def _git_commit() -> str:
 
 
 def _description(spec: JobSpec, output: Address, report: Report) -> str:
-    """What came of the job, in a few words of Markdown."""
+    """Return a short Markdown description of the job's result."""
     total = report.totals
     error = total.changed.relative_error if total.changed else 0.0
     return (

@@ -1,8 +1,8 @@
-"""One MLflow run a job. The only file that imports mlflow, and only when tracking is asked for.
+"""MLflow runs, one for each job. This is the only file that imports mlflow, and only if tracking is enabled.
 
-The driver alone talks to MLflow. A new sqlite store is made under a lock, once: two processes that make one at the
-same time leave it broken for good. Runs are opened and closed by the client itself, so that a job that failed or was
-stopped says so; the module-level API would close it as finished.
+Only the driver talks to MLflow. A new sqlite store is created under a lock, because two processes that create one at
+the same time leave it broken for good. Runs are opened and closed through the client, so that a job that failed or was
+stopped is recorded as such; the module-level API would close it as finished when the process ends.
 """
 
 from __future__ import annotations
@@ -27,66 +27,69 @@ from jobs.spec.addresses import check_reachable
 from jobs.spec.job import TrackingSpec
 from loaders.errors import StorageError
 
-LOCK_S = 120
+LOCK_S = 120  # seconds to wait for another process that creates the store: migrating its schema takes a few
+# MLflow's own limits (mlflow/utils/validation.py, 3.17); beyond them it truncates a parameter or refuses a batch.
 LONGEST_PARAM = 6000
 METRICS_AT_ONCE = 1000
 PARAMS_AT_ONCE = 100
+# Seconds between two heartbeats of a run. A run without ten of them counts as crashed, so short outages do not matter;
+# more frequent ones would be a load on a server with many jobs.
 BEAT_S = 30.0
-COMPARED = 20  # runs that a compare page can show side by side; more are listed
-# MLflow 3 shows experiments and runs as those of language-model traces unless it is told otherwise
+COMPARED = 20  # runs that MLflow's compare page shows side by side; more are listed
+# MLflow 3 shows experiments and runs as those of language-model traces unless it is told otherwise.
 TRAINING = "workflowType=machine_learning"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 HOST, PID, HEARTBEAT, SWEEP = "weightmill.host", "weightmill.pid", "weightmill.heartbeat", "weightmill.sweep"
 
 
 class Run(Protocol):
-    """Where a job's numbers go."""
+    """The tracked run of a job, to which its metrics and artifacts are logged."""
 
     is_tracked: bool
 
     @property
     def address(self) -> str | None:
-        """Where to find it."""
+        """The page of the run, or the store and the run's id."""
         ...
 
     @property
     def run_id(self) -> str | None: ...
 
     def check(self) -> None:
-        """Raises StorageError when the store turned out not to be usable."""
+        """Raise StorageError if the store is known not to be usable."""
         ...
 
     def metrics(self, values: Mapping[str, float]) -> None: ...
 
     def series(self, name: str, values: Sequence[tuple[int, float]]) -> None:
-        """One metric with a value for each step."""
+        """Log one metric with a value for each step."""
         ...
 
     def figures(self, draw: Callable[[Path], Sequence[Path]]) -> None:
-        """Files that `draw` makes in a folder, as artifacts."""
+        """Log the files that `draw` makes in a given folder as artifacts."""
         ...
 
     def document(self, name: str, value: Any) -> None:
-        """A JSON artifact."""
+        """Log a JSON artifact."""
         ...
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
 
     def describe(self, text: str) -> None:
-        """What the run's page says first, in Markdown."""
+        """Set the description on the run's page, in Markdown."""
         ...
 
     def end(self, status: str) -> None:
-        """End as FINISHED, FAILED or KILLED, when all before is logged."""
+        """End the run as FINISHED, FAILED or KILLED, after everything before is logged."""
         ...
 
     def close(self, status: str | None = None) -> None:
-        """End, unless `end` did, and wait until all is logged."""
+        """Wait until everything is logged (after ending, with a status); StorageError says what could not be."""
         ...
 
 
 class NoRun:
-    """tracking=none."""
+    """The run of tracking=none, which logs nothing."""
 
     is_tracked = False
     address = None
@@ -112,7 +115,7 @@ class NoRun:
 
 
 class Recorder:
-    """The one thread of a process that talks to MLflow, for all its runs: their stores, and a sign of life of each."""
+    """The one thread that talks to MLflow for all runs of the process, their stores, and the runs' heartbeat."""
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -122,7 +125,7 @@ class Recorder:
         self._beats: threading.Thread | None = None
 
     def store(self, spec: TrackingSpec, root: Path) -> tuple[Any, str, str]:
-        """The client, the address and the experiment's id; made once."""
+        """Return the client, the store's address and the experiment's id; they are created at the first call."""
         uri = spec.uri or default_uri(root)
         if (uri, spec.experiment) not in self._stores:
             with _store_lock(uri):
@@ -132,7 +135,7 @@ class Recorder:
         return client, uri, experiment
 
     def experiment_of(self, spec: TrackingSpec) -> str:
-        """The id of an experiment that was used, or "0"."""
+        """Return the id of an experiment that was used; "0", MLflow's default experiment, if it was not."""
         return next((found for (_, name), (_, found) in self._stores.items() if name == spec.experiment), "0")
 
     def live(self, run: str, client: Any) -> None:
@@ -147,11 +150,12 @@ class Recorder:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             for run, client in list(self._alive.items()):
+                # A store that does not answer now may answer at the next beat; `close` reports errors of logging.
                 with suppress(Exception):
                     client.set_tag(run, HEARTBEAT, str(int(time.time())))
 
     def adopt(self, spec: TrackingSpec, root: Path, key: str, tags: Mapping[str, str]) -> Future[str | None]:
-        """Give the finished run of a key more tags; gives its id."""
+        """Add tags to the finished run with a key; the future's result is its id, None if there is no such run."""
 
         def call() -> str | None:
             client, _, experiment = self.store(spec, root)
@@ -171,9 +175,10 @@ def open_run(
     spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
     recorder: Recorder | None = None,
 ) -> Run:  # fmt: skip
-    """Begin a run, or go on with the one of the same key that a stopped job left. Returns at once: mlflow
-    is slow to import and its first store slow to make, so that happens beside the job; errors come out when it is
-    closed. Whoever gives a key sees to it that no two processes work under it at once.
+    """Open a run: a new one, or the one with the same key that a stopped job left.
+
+    It returns at once, since importing mlflow and creating a store take seconds; errors are raised when the run is
+    closed. The caller ensures that no two processes use a key at once. StorageError: the server does not answer.
     """
     if spec.kind == "none":
         return NoRun()
@@ -183,7 +188,7 @@ def open_run(
 
 
 class BackgroundRun:
-    """Hands everything, in order, to the one thread that talks to MLflow."""
+    """A run whose calls are executed in order by the recorder's thread."""
 
     is_tracked = True
 
@@ -209,7 +214,9 @@ class BackgroundRun:
             if self._opened.exception() is None and not self._errors:
                 try:
                     getattr(self._opened.result(), method)(*arguments)
-                except Exception as error:  # whatever a store may raise: it must not end the job
+                # Stores raise errors of many libraries, and none of them may end a job whose work goes well. The first
+                # one is reported when the run is closed.
+                except Exception as error:
                     self._errors.append(error)
 
         self._last = self._recorder.pool.submit(call)
@@ -244,7 +251,7 @@ class BackgroundRun:
         self._later("close", status)
 
     def close(self, status: str | None = None) -> None:
-        """Raises StorageError when something could not be logged."""
+        """Close the run as `Run.close`."""
         if status is not None:
             self.end(status)
         if self._last is not None:
@@ -257,7 +264,7 @@ class BackgroundRun:
 
 
 class MlflowRun:
-    """One run, through the client. Made and used on one thread."""
+    """One run of MLflow's client. It is created and used on the recorder's thread only."""
 
     def __init__(
         self, recorder: Recorder, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any],
@@ -274,7 +281,7 @@ class MlflowRun:
         recorder.live(self._run, self._client)
 
     def _find(self, key: str, tags: Mapping[str, str]) -> str | None:
-        """A run of this job that did not end: its process was killed."""
+        """Find a run of this job that did not end, since its process was killed; it is set to RUNNING again."""
         found = self._client.search_runs(
             [self._experiment],
             f"tags.`weightmill.key` = '{key}' and attributes.status != 'FINISHED' and attributes.status != 'FAILED'",
@@ -297,6 +304,7 @@ class MlflowRun:
     def _log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
+        # MLflow refuses to change a parameter, and a resumed run has its parameters already.
         known = self._client.get_run(self._run).data.params
         logged = [Param(k, str(v)[:LONGEST_PARAM]) for k, v in params.items() if k not in known]
         for start in range(0, len(logged), PARAMS_AT_ONCE):
@@ -327,7 +335,8 @@ class MlflowRun:
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         rows = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         self._client.log_dict(self._run, rows, name)
-        shown = [{"path": name, "type": "table"}]  # or the page would print it as JSON
+        # Without this tag, MLflow's page shows the table as JSON text.
+        shown = [{"path": name, "type": "table"}]
         self._client.set_tag(self._run, "mlflow.loggedArtifacts", json.dumps(shown))
 
     def describe(self, text: str) -> None:
@@ -339,8 +348,9 @@ class MlflowRun:
 
 
 def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment: str, sweep: str | None = None) -> str:
-    """Where MLflow shows runs side by side, or lists those of a sweep if they are too many for that: an address, or
-    the command that serves it and the address then.
+    """Return the page on which MLflow compares runs, or lists those of a sweep if they are more than COMPARED.
+
+    For a local store, it is the command that serves the page, and the page's address.
     """
     page = (
         f"#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}&{TRAINING}"
@@ -357,7 +367,7 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
 
 
 def here() -> dict[str, str]:
-    """Which process a run is of: compare tells by it whether a run that never ended is still going on."""
+    """Return the tags of the process that works on a run, by which `compare` tells running jobs from crashed ones."""
     return {HOST: socket.gethostname(), PID: str(os.getpid()), HEARTBEAT: str(int(time.time()))}
 
 
@@ -365,7 +375,8 @@ def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # we say where a run is
+    # Standard output is for the job's result.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow.tracking import MlflowClient
 
     for chatty in ("mlflow", "alembic"):
@@ -378,18 +389,19 @@ def first_line(error: BaseException) -> str:
 
 
 def default_uri(root: Path) -> str:
-    """The sqlite store in the folder of outputs."""
+    """Return the address of the sqlite store in the folder of outputs."""
     return f"sqlite:///{root / 'mlflow.db'}"
 
 
 def _store_lock(uri: str) -> AbstractContextManager[object]:
-    """Held while a sqlite file may have to be made."""
+    """Return the lock to hold while a sqlite file may have to be created; other stores need none."""
     if not uri.startswith("sqlite:///"):
         return nullcontext()
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    lock.touch()  # where nothing can be written, waiting for the lock would not help
+    # In a read-only folder this raises at once; FileLock would wait until its timeout.
+    lock.touch()
     return FileLock(lock, timeout=LOCK_S)
 
 

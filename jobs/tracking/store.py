@@ -1,4 +1,4 @@
-"""Reading runs back from MLflow: those of a sweep, of an experiment, or by name; and which of them crashed."""
+"""Reading runs from MLflow: those of a sweep, of an experiment, or by name; and which of them crashed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jobs.spec.job import TrackingSpec
 from jobs.tracking.run import BEAT_S, HEARTBEAT, HOST, PID, SWEEP, default_uri, first_line, mlflow_client
 from loaders.errors import BadSpec, StorageError
 
-SILENT_S = 10 * BEAT_S
+SILENT_S = 10 * BEAT_S  # seconds without a heartbeat after which a run on another machine is taken for crashed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracked:
-    """A run as MLflow has it. `status`: done, failed, killed, running, or crashed: never ended, its process gone."""
+    """A run in MLflow. `status` is done, failed, killed, running, or crashed: not ended, but its process is gone."""
 
     run_id: str
     name: str
@@ -34,25 +34,28 @@ class Tracked:
     client: Any
 
     def series(self, name: str) -> dict[int, float]:
-        """A stepped metric."""
+        """Return the values of a metric by step; empty if the run does not have it."""
         if name not in self.metrics:
             return {}
         points = sorted((point.step, point.value) for point in self.client.get_metric_history(self.run_id, name))
         return dict(points)
 
     def artifact(self, name: str) -> Any:
-        """A JSON artifact, or None if the run has none of that name."""
-        with tempfile.TemporaryDirectory() as folder, suppress(Exception):  # whatever a store may raise
+        """Return a JSON artifact, or None if it cannot be read.
+
+        Stores raise errors of many libraries; a comparison goes on without the artifact in any case.
+        """
+        with tempfile.TemporaryDirectory() as folder, suppress(Exception):
             return json.loads(Path(self.client.download_artifacts(self.run_id, name, folder)).read_bytes())
         return None
 
 
 class Store:
-    """An experiment's runs, to be read.
+    """The runs of an experiment.
 
     Raises:
-        BadSpec: there is no such store or experiment.
-        StorageError: it cannot be read.
+        BadSpec: the store or the experiment does not exist.
+        StorageError: the store cannot be read.
     """
 
     def __init__(self, spec: TrackingSpec, root: Path) -> None:
@@ -74,11 +77,12 @@ class Store:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a store may raise
+        # Stores raise errors of many libraries, without a common class.
+        except Exception as error:
             raise StorageError(f"tracking.uri: {self.uri} cannot be read: {first_line(error)}") from error
 
     def all(self, where: str = "") -> list[Tracked]:
-        """Every run that a filter lets through, oldest first."""
+        """Return all runs that match MLflow's filter `where`, oldest first."""
         found, token = [], None
         with self._reading():
             while True:
@@ -95,7 +99,7 @@ class Store:
         return self.all(f"{mine} and {where}" if where else mine)
 
     def last_sweep(self) -> str | None:
-        """The sweep of the newest run that is of one."""
+        """Return the sweep of the newest run that belongs to one; None if no run does."""
         with self._reading():
             found = self._client.search_runs(
                 [self.experiment], f"tags.`{SWEEP}` LIKE '%'", order_by=["attributes.start_time DESC"], max_results=1
@@ -103,10 +107,10 @@ class Store:
         return str(found[0].data.tags[SWEEP]) if found else None
 
     def named(self, runs: Sequence[str], where: str = "") -> list[Tracked]:
-        """Runs by their id or name.
+        """Return runs by their ids or names.
 
         Raises:
-            BadSpec: some are not there.
+            BadSpec: a run does not exist.
         """
         known, chosen = self.all(where), []
         for wanted in runs:
@@ -127,13 +131,14 @@ class Store:
 
 
 def _status(run: Any) -> tuple[str, str]:
-    """How a run stands, and how that is known where it never ended."""
+    """Return a run's status, and for a run that did not end, how the status is known."""
     ended = {"FINISHED": "done", "FAILED": "failed", "KILLED": "killed"}.get(run.info.status)
     if ended is not None:
         return ended, ""
     tags, began = run.data.tags, (run.info.start_time or 0) / 1000
     if tags.get(HOST) == socket.gethostname() and tags.get(PID, "").isdigit():
         seen = float(tags.get(HEARTBEAT, began))
+        # A process that began after the last heartbeat has the same id by chance.
         born = _process_began(int(tags[PID]))
         if born is None or born > seen + 1:
             return "crashed", f"its process, {tags[PID]}, is gone"
@@ -145,18 +150,21 @@ def _status(run: Any) -> tuple[str, str]:
 
 
 def _process_began(pid: int) -> float | None:
-    """When a process of this machine began, seconds since 1970; 0 where the system does not say, None if it is gone."""
+    """Return when a local process began, in seconds since 1970; 0 if the system does not tell, None if it is gone."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
+        # It exists, and belongs to another user.
         pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A zombie has ended; only its parent has not waited for it.
         if fields[0] == "Z":
             return None
         booted = next(int(row.split()[1]) for row in Path("/proc/stat").read_text().splitlines() if "btime" in row)
         return booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    # Only Linux has /proc with these fields.
     except (OSError, StopIteration, ValueError, IndexError):
         return 0.0

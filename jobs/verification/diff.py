@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: which tensors are equal, and how far apart the others are."""
+"""Comparing two checkpoints tensor by tensor: which are equal, and the errors of the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EQUAL, DIFFERENT = "equal", "different"
 
 
 def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
-    """Compare by name.
+    """Compare the tensors of two checkpoints by name; errors are relative to `a`, and quantized tensors are decoded.
 
     Raises:
         BadSpec, BadCheckpoint: one of them cannot be opened.
@@ -98,6 +98,7 @@ def _row(one: LogicalTensor, other: LogicalTensor, x: View, y: View, work: Threa
     if one.dtype.name not in WEIGHT_DTYPES or other.dtype.name not in WEIGHT_DTYPES:
         if one.dtype != other.dtype:
             return {**row, "why": f"dtypes {one.dtype} and {other.dtype}"}
+        # The two views read into different slots, since buffers are shared by name within a thread.
         same = all(work.sweep(one.spec.num_items, 1, lambda s, e: np.array_equal(x.read(s, e), y.read(s, e, 1))))
         return {**row, "status": EQUAL} if same else {**row, "why": "other values"}
     error = _errors(one, other, x, y, work)

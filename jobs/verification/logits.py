@@ -1,7 +1,7 @@
-"""verify=logits: what a job's output computes in its engine, against its original, before it appears.
+"""verify=logits: the logits of a job's output, compared with those of its original before the output is published.
 
-Everything that can be wrong is found while planning: the text, the tokenizer, the engines, the room. The original's
-logits lie in a folder beside the outputs, so that jobs of one source evaluate it once; `jobs.clean` removes them.
+Whatever can be wrong is found while planning: the text, the tokenizer, the engines, the free space. The original's
+logits are kept in a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean` removes them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from loaders.storage.hashes import text_digest
 from loaders.storage.json_files import json_bytes, json_object
 from loaders.storage.local import free_bytes
 
-if TYPE_CHECKING:  # they import torch
+# These modules import torch, which takes seconds.
+if TYPE_CHECKING:
     from loaders.models.evaluating import Reference, Windows
     from loaders.models.quality import Quality
     from loaders.models.runners import Engine
@@ -38,7 +39,7 @@ KEPT = "quality.json"
 
 @dataclass(frozen=True)
 class Judging:
-    """An evaluation that is planned: the settings, the original, the output's engine, where the logits lie."""
+    """A planned evaluation: the settings, the original, the output's engine, and the folder of the logits."""
 
     spec: LogitsSpec
     reference: Reference
@@ -48,7 +49,7 @@ class Judging:
 
     @property
     def note(self) -> str:
-        """What will be done, in a line."""
+        """One line about what will be done, for the plan."""
         windows, length = self.reference.windows.ids.shape
         is_there = self.reference.is_in(self.folder)
         return (
@@ -59,11 +60,11 @@ class Judging:
 
 
 def judging_of(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) -> Judging:
-    """Plan the evaluation of an output; its original's logits are kept beside it.
+    """Plan the evaluation of an output; its original's logits are kept next to it.
 
     Raises:
-        BadSpec: the text, the tokenizer or the model is none that can be judged; an engine is missing, or would stop
-            at one of the output's tensors on this machine; the source or the output is no folder of this machine.
+        BadSpec: the text, the tokenizer or the model does not allow an evaluation; an engine is missing, or cannot
+            compute with one of the output's tensors on this machine; or the source or the output is not local.
         StorageError: the original's logits do not fit on the disk.
     """
     try:
@@ -114,7 +115,7 @@ def _changed(text: str | None) -> int:
 
 @lru_cache(maxsize=8)
 def _windows(where: Address, container: str, text: str | None, changed: int, tokens: int, window: int) -> Windows:
-    """Read once for all jobs of a sweep."""
+    """Read the windows of a text, once for all jobs of a sweep. `changed`, its mtime, is part of the cache's key."""
     from loaders.models.evaluating import read_windows
 
     return read_windows(open_checkpoint(where, container), text, tokens=tokens, window=window)
@@ -135,10 +136,12 @@ def _check_memory(spec: LogitsSpec, plan: Plan) -> None:
 def judged(
     judging: Judging, output: Store, name: str, keep: Destination | None = None, digests: Sequence[str] = ()
 ) -> Quality:
-    """Evaluate an output's files. What comes out is kept in the journal of `keep`, for files with the same digests.
+    """Evaluate an output's files. The result is kept in the journal of `keep`, for files with the same `digests`.
+
+    A job that fails a limit thus need not be evaluated again under a wider one.
 
     Raises:
-        BadCheckpoint: an engine does not load the original or the output.
+        BadCheckpoint: an engine cannot load the original or the output.
         VerifyFailed: the output computes NaN or infinities, or has too few logits.
         StorageError: the disk is full, ...
     """
@@ -166,7 +169,7 @@ def judged(
 
 
 def faults_of(spec: LogitsSpec, quality: Mapping[str, Any]) -> list[str]:
-    """Which limits an output's quality is beyond."""
+    """List the limits that an output's quality exceeds."""
     found = []
     if spec.max_kl is not None and quality["kl"] > spec.max_kl:
         found.append(
@@ -185,7 +188,11 @@ def faults_of(spec: LogitsSpec, quality: Mapping[str, Any]) -> list[str]:
 
 
 def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Address) -> None:
-    """Raises VerifyFailed: the output is beyond a limit."""
+    """Check an output's quality.
+
+    Raises:
+        VerifyFailed: it exceeds a limit.
+    """
     if faults := faults_of(spec, quality):
         raise VerifyFailed(
             f"not published: {'; '.join(faults)}. Its files are kept: a wider limit publishes them as they are,"

@@ -1,7 +1,8 @@
-"""Verifying an output again: the same units, nothing encoded.
+"""Verifying a published output again, with the units of its job but without encoding.
 
-Every file must hash as its report says; every tensor, decoded and compared with the source, must pass the gate and come
-to the very sums that were recorded when it was written. With verify=logits it then runs in its engine.
+Every file must have the hash in the report. Every tensor is decoded and compared with the source, must pass the gate,
+and must give exactly the error sums that were recorded when it was written. With verify=logits, the output then runs in
+its engine.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ from loaders.strategies import WeightLoader
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.views import StoredRoles
 
-SHOWN = 10
+SHOWN = 10  # faults that the text lists before it counts the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyTask:
-    """A unit to look at again: where its source and its output are, and what was recorded of it. See `Task`."""
+    """A `Task` that verifies a unit: its source, its output, and what was recorded about it."""
 
     unit: Unit
     source: Address
     output: Address
-    weights: Mapping[str, WeightSpec]  # of the output, by name
-    files: tuple[tuple[str, FileRange], ...]  # of which file, and what the unit wrote of it
+    weights: Mapping[str, WeightSpec]  # the output's tensors by name
+    files: tuple[tuple[str, FileRange], ...]  # files' names, and the range of each that the unit wrote
     recorded: Mapping[str, ReportedTensor]
-    strategy: WeightLoader  # for the source
+    strategy: WeightLoader  # reads the source
     output_strategy: WeightLoader
     threads: int
     gate: Gate
@@ -88,6 +89,7 @@ class VerifyTask:
                 error = encoder.measure(encoding, stored, on_bytes)
                 fault = self.gate.fault(name, error, encoding.scheme)
                 found = [fault] if fault else []
+                # Sums are compared exactly: they add up the same ranges in the same order as when they were recorded.
                 if error != self.recorded[name].sums:
                     found.append(
                         f"{name}: its error is {error.relative_error:.6g}, not what was recorded"
@@ -105,7 +107,7 @@ class VerifyTask:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What is wrong with a unit's output."""
+    """The result of verifying a unit: the faults found, and the number of tensors checked."""
 
     unit: str
     faults: tuple[str, ...]
@@ -114,7 +116,7 @@ class VerifyReport:
 
 
 def _file_faults(task: VerifyTask, name: str, written: FileRange) -> list[str]:
-    """Tensors whose bytes are not those recorded, or the file as a whole."""
+    """Check a file's hash; if it is wrong, name the tensors whose bytes changed, or else the file."""
     files = PinnedFiles(open_store(task.output))
     if _digest(files, name, written) == written.xxh3:
         return []
@@ -130,7 +132,7 @@ def _file_faults(task: VerifyTask, name: str, written: FileRange) -> list[str]:
 
 
 def _digest(files: PinnedFiles, name: str, written: FileRange) -> str | None:
-    """xxh3-128 of a range of a file; None if the file is too short for it."""
+    """Return the xxh3-128 of a range of a file; None if the file is too short."""
     entry = files.entry(name)
     if entry.size < written.offset + written.bytes:
         return None
@@ -144,11 +146,12 @@ def verify_output(
     strategy_spec: StrategySpec,
     verify: VerifySpec | None = None,
 ) -> Said:
-    """Verify an output against its source, which may have moved. The limits of `verify` come on top of the job's own.
+    """Verify an output against its source, which may have moved. The limits of `verify` apply besides the job's own.
 
     Raises:
-        BadSpec: it is no output of weightmill, of another version, or the source is not the one it was made from.
-        BadCheckpoint: a file of either is damaged beyond reading.
+        BadSpec: it is not an output of weightmill, or of another version, or the source is not the one it was made
+            from.
+        BadCheckpoint: a file of the output or the source is so damaged that it cannot be opened.
     """
     report = read_report(output)
     spec = _recorded_spec(report, source, verify)
@@ -172,7 +175,7 @@ def verify_output(
 
 
 def _judge(judging: Judging, output: Address, report: Report, faults: list[str]) -> dict[str, Any] | None:
-    """Evaluate an output, add what is wrong to the faults, and put the numbers into its report."""
+    """Evaluate an output by its logits, add faults to `faults`, and write the numbers into its report."""
     try:
         quality = judged(judging, open_store(output), output.name).to_json()
     except (BadCheckpoint, VerifyFailed) as error:
@@ -194,12 +197,13 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
         source = spec.model.path
         if source is None or open_store(source).absence() is not None:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
-    named = {"path": source, "name": spec.model_name}  # its files may be called after where it was
+    # Some outputs name files after the model, whose default name is that of the source's former folder.
+    named = {"path": source, "name": spec.model_name}
     return spec.model_copy(update={"model": spec.model.model_copy(update=named)})
 
 
 def _both(recorded: dict[str, Any], asked: VerifySpec | None) -> dict[str, Any]:
-    """The gate that an output was made under, wider or narrower by what is asked now."""
+    """Combine the recorded gate with the requested one: the lower error limit, and NaN allowed if either allows it."""
     if asked is None:
         return recorded
     limits = [each for each in (recorded["max_relative_error"], asked.max_relative_error) if each is not None]
@@ -218,14 +222,15 @@ def _plan_again(spec: JobSpec, report: Report) -> Plan:
 
 
 def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
-    """What names, shapes, dtypes, the index and the aux files already tell."""
+    """List the faults that show without reading weights: in names, shapes, dtypes, index, report, auxiliary files."""
     wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
     found = {spec.name: spec for spec in written.weights}
     files = written.source
     faults = [f"{name}: missing from the output" for name in sorted(set(wanted) - set(found))]
     places = {(spec.file, spec.offset, spec.size) for name, spec in found.items() if name in wanted}
     for name in sorted(set(found) - set(wanted)):
-        if (found[name].file, found[name].offset, found[name].size) not in places:  # a tied tensor's second name
+        # A tied tensor may have a second name for the same bytes.
+        if (found[name].file, found[name].offset, found[name].size) not in places:
             faults.append(f"{name}: in the output, but not planned")
     for name in sorted(set(wanted) & set(found)):
         slot, spec = wanted[name], found[name]
@@ -255,7 +260,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
 
 
 def _tail_faults(files: PinnedFiles, file: WeightFile) -> list[str]:
-    """Of a file in pieces, whether what no unit has written is as it was."""
+    """Check the bytes after the last piece of a file that several units wrote."""
     tail = next((piece for piece in file.ranges if piece.name == f"{file.name}.tail"), None)
     if tail is None or files.find(file.name) is None:
         return []
@@ -264,7 +269,7 @@ def _tail_faults(files: PinnedFiles, file: WeightFile) -> list[str]:
 
 
 def _size_faults(files: PinnedFiles, file: OutputFile) -> list[str]:
-    """Of a file that the plan knows to the byte how long it is, and whether it begins as planned."""
+    """Check the size and the header of a file whose container plans both to the byte (packed and GGUF)."""
     if file.container != "packed" and not isinstance(file.about, bytes):
         return []
     entry, head = files.find(file.name), file.about or b""
@@ -311,7 +316,7 @@ def _tasks(
 
 
 def _written(slot: Slot, weights: Mapping[str, WeightSpec]) -> WeightSpec:
-    """Where a slot's bytes are in the output."""
+    """Return the stored tensor, or the part of a stack, that holds a slot's bytes in the output."""
     if slot.within is None:
         return weights[slot.name]
     name, offset = slot.within

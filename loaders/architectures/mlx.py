@@ -20,7 +20,7 @@ CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlxModel:
-    """What mlx-lm makes of a model_type.
+    """The way in which mlx-lm treats a model_type.
 
     experts: the module that holds experts, and transformers' names of their three matrices by mlx-lm's.
     num_experts: mlx-lm's key for the number of experts.

@@ -1,6 +1,6 @@
-"""config.json as mlx-lm reads it, and the models of which it cannot be told something that they need.
+"""config.json as mlx-lm reads it, and the models that need a setting for which mlx-lm has no key.
 
-Facts are from mlx_lm 0.32, models/*.py: each model's ModelArgs and what its layers make of them.
+Facts are from mlx_lm 0.32, models/*.py: each model's ModelArgs, and how its layers use them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def num_experts(model: MlxModel, config: Mapping[str, Any]) -> int | None:
 
 
 def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
-    """Say what of a config mlx-lm would get wrong or could not load, or return None."""
+    """Describe a setting that mlx-lm would read wrongly or could not load; None if there is none."""
     text, model_type = text_of(model, config), config["model_type"]
     head_dim, usual = text.get("head_dim"), _usual_head_dim(text)
     if not model.has_head_dim and head_dim not in (None, usual):

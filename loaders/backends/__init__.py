@@ -1,4 +1,4 @@
-"""Backends: where the arithmetic of encoders runs, and to where weights are loaded: cpu, cuda, mps, mlx."""
+"""Backends: the devices on which encoders compute and to which weights are loaded: cpu, cuda, mps, mlx."""
 
 from __future__ import annotations
 

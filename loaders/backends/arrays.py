@@ -112,6 +112,7 @@ def as_torch(raw: np.ndarray, spec: WeightSpec) -> Any:
 
     kind = getattr(torch, spec.dtype.torch, None)
     item = spec.dtype.item_bytes
+    # torch 2.13 refuses to view an empty tensor as a wider dtype.
     if raw.size == 0:
         return torch.empty(spec.shape, dtype=kind or torch.uint8)
     if not raw.flags.writeable or raw.ctypes.data % item:

@@ -1,11 +1,12 @@
-"""What lies beside the weights and is carried over: tokenizers, templates, code, sub-folders."""
+"""Auxiliary files: all files of a checkpoint that hold no weights (tokenizer, templates, code), copied to an output."""
 
 from __future__ import annotations
 
 from loaders.containers import packed
 from loaders.storage.base import PinnedFiles
 
-# Weights of any container: never carried over as aux files
+# Weights of any container, including those that are not read here. They are never copied: an output with the weights of
+# its source beside its own would be twice as large, and an engine could load the wrong ones.
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
     ".npy", ".tflite", ".mlmodel", ".ot", ".pkl", ".pickle", ".nemo", ".llamafile",
@@ -18,19 +19,20 @@ INDEX_SUFFIX = ".index.json"
 OUR_REPORT = "weightmill.json"
 
 
+# Files that describe the source's weights, and would be wrong beside the output's.
 NOT_AUX = (OUR_REPORT, packed.MANIFEST, packed.EXPERT_LAYOUT)
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights or their index: such files are never carried over as they are."""
+    """Whether a file holds weights or an index of weights, by its name; such files are never copied to an output."""
     return name.endswith(WEIGHT_SUFFIXES) or name.endswith(tuple(s + INDEX_SUFFIX for s in WEIGHT_SUFFIXES))
 
 
 def find_aux(files: PinnedFiles) -> tuple[str, ...]:
-    """Every other file, in sub-folders too, by its path from the root.
+    """List the auxiliary files, including those of sub-folders, by their paths from the root.
 
     Raises:
-        BadCheckpoint: a link leads out of the folder (the Hub's cache, where snapshots link to blobs, may).
+        BadCheckpoint: a symbolic link leads out of the folder. Links within the Hub's cache are accepted.
     """
     found = []
     for entry in files.store.list():

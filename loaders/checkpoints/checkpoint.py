@@ -1,7 +1,7 @@
-"""A checkpoint: a folder with weight files, perhaps an index, and everything else (config, tokenizer, code).
+"""A checkpoint: a folder with weight files, an optional index, and auxiliary files (config, tokenizer, code).
 
-Opening one reads headers only, and checks all that headers can tell: every indexed file and tensor is there, none
-stands twice, no path leaves the folder. Nothing in it is ever run.
+Opening a checkpoint reads headers only, and checks everything that headers tell: all indexed files and tensors exist,
+no tensor exists twice, no path leaves the folder. No code of a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -30,16 +30,22 @@ from loaders.storage.hashes import text_digest
 from loaders.storage.json_files import INDEX_LIMIT, read_json
 
 READS_FOLDERS = "the engine reads files of a folder"
+# Files whose headers are read at once. A header is a few small reads, so on a network or an object store the time is
+# all latency, which threads overlap; on a local disk more threads gain nothing.
 HEADER_THREADS = 8
 ENDINGS = "|".join(re.escape(suffix) for container in CONTAINERS.values() for suffix in container.suffixes)
 SHARD = re.compile(rf"^(?P<stem>.*)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:{ENDINGS})$")
-# Files of training runs: pickles of other things than weights
+# Files that training runs leave beside the weights: pickles with the suffixes of weights, but of other things.
 TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(?:bin|pt|pth)$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a folder holds. `notes` says what was found and left alone."""
+    """An open checkpoint: its files, the headers of its tensors, its config. No weights are in memory.
+
+    `files` are the weight files, `aux` the names of the auxiliary ones; `notes` are sentences for the user about files
+    that were found but not read.
+    """
 
     source: PinnedFiles
     container: str
@@ -51,47 +57,50 @@ class Checkpoint:
     family: Family = field(init=False)
 
     def __post_init__(self) -> None:
+        # A frozen dataclass has no other way to set it.
         object.__setattr__(self, "family", family_of(self.config))
 
     @property
     def address(self) -> Address:
-        """Where it is."""
+        """The address of the checkpoint's folder, or of what stands for one in another store."""
         return self.source.address
 
     def folder(self, why: str) -> Path:
-        """The folder that it lies in, for engines that read folders themselves.
+        """Return the local folder, for engines that read folders themselves.
 
         Raises:
-            BadSpec: it lies in none of this machine; `why` says who needs it to.
+            BadSpec: the checkpoint is not on this machine; `why` begins the message and says who needs a folder.
         """
         return self.source.path("", why)
 
     @cached_property
     def quantized_by(self) -> str | None:
-        """The method that its weights were quantized by; None for plain ones."""
+        """The method that the weights were quantized by; None for plain weights."""
         return quantized_by(self.container, self.config, self.aux, [spec.name for spec in self.weights])
 
     @property
     def fingerprint(self) -> str:
-        """Names the weights by all that headers say of them, wherever the folder lies: 32 hex digits."""
+        """A digest, 32 hex digits, of what the headers say about the weights; the same wherever the folder is moved."""
         sizes = [(tag.name, tag.size) for tag in self.files]
         specs = [(w.name, w.dtype.name, w.shape, w.file, w.offset, w.size, w.stride) for w in self.weights]
         return text_digest(json.dumps([sizes, specs]))
 
     @property
     def size(self) -> int:
-        """Bytes of all stored tensors; shared ones count once."""
+        """The bytes of all stored tensors. Tensors that share their bytes count once."""
         return sum(spec.size for spec in self.weights if spec.alias is None)
 
 
 def open_checkpoint(
     where: str | os.PathLike[str] | Address | Store, container: str = "auto", key: str | None = None
 ) -> Checkpoint:
-    """Open a folder of weights, or what stands for one in another store. `key` is what messages call `where`.
+    """Open a checkpoint in a folder or another store, reading headers only.
+
+    `container` is a name in CONTAINERS, or "auto" for the first that is found; `key` is what messages call `where`.
 
     Raises:
-        BadSpec: there is no such folder, or no weights of the container in it.
-        BadCheckpoint: what is there is damaged, incomplete or hostile.
+        BadSpec: the folder does not exist, or holds no weights of the container.
+        BadCheckpoint: the checkpoint is damaged, incomplete or hostile.
     """
     store = open_store(where) if isinstance(where, str | os.PathLike | Address) else where
     key = key or setting("checkpoint")
@@ -125,7 +134,7 @@ def open_checkpoint(
 
 
 def _find(source: PinnedFiles, container: str, key: str) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
-    """The container, its weight files in order, the index's map of tensors to files, and notes."""
+    """Find the container, its weight files in order, the index's map of tensor names to files, and notes."""
     names = sorted(name for name in source.entries if not name.startswith("."))
     for candidate in CONTAINERS if container == "auto" else (container,):
         if candidate == "packed":
@@ -192,7 +201,9 @@ def _check_inside(index: str, file: str) -> None:
 
 
 def _without_index(address: Address, names: list[str]) -> list[str]:
-    """One whole file by its usual name, else a complete set of shards, else all there is."""
+    """Choose the weight files where no index names them: one file with the usual name, a complete set of shards, or all
+    of them.
+    """
     for usual in ("model.safetensors", "pytorch_model.bin"):
         if usual in names:
             return [usual]
@@ -203,6 +214,7 @@ def _without_index(address: Address, names: list[str]) -> list[str]:
             shards.setdefault((match["stem"], int(match["count"])), []).append(name)
     if not shards:
         return names
+    # A folder may hold stray shards of another set, such as those of an interrupted download; the larger set is meant.
     (stem, count), found = max(shards.items(), key=lambda item: len(item[1]))
     if len(found) != count:
         numbers = {int(SHARD.match(name)["number"]) for name in found}  # type: ignore[index]
@@ -239,10 +251,10 @@ def _check_names(weights: tuple[WeightSpec, ...], index: dict[str, str] | None) 
 
 
 def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkpoint:
-    """One weight file as a checkpoint, with the config.json that lies beside it, if one does.
+    """Open one weight file as a checkpoint, with the config.json of its folder if there is one.
 
     Raises:
-        BadCheckpoint: it is damaged, or holds no tensors.
+        BadCheckpoint: the file is damaged, or holds no tensors.
     """
     address = Address.of(where)
     source, name = PinnedFiles(open_store(address.parent)), address.name

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json, or what stands in its place: GGUF's metadata, a packed manifest."""
+"""A checkpoint's config: its config.json, or what GGUF metadata or a packed manifest say instead."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
-PACKED_GROUP = 64  # weights that share a scale in packed checkpoints: compiled into their engine
+# Weights that share a scale in packed checkpoints. Their files do not say it: the number is compiled into the engine.
+PACKED_GROUP = 64
 
 
 def gguf_config(files: PinnedFiles, names: Sequence[str], weights: Sequence[WeightSpec]) -> dict[str, Any]:
-    """config.json as the metadata of a GGUF says it; of a split one, as that of its first file."""
+    """Return the config.json that the metadata of a GGUF stands for; of a split GGUF, the metadata of its first file.
+
+    Raises:
+        BadCheckpoint: the files of a split GGUF are incomplete or out of order, or the metadata do not fit a config.
+    """
     metadata = [gguf.plain(gguf.read_metadata(files, name)) for name in names]
     for number, each in enumerate(metadata):
         found = (each.get(gguf.SPLIT_NUMBER, 0), each.get(gguf.SPLIT_COUNT, 1))
@@ -29,22 +34,25 @@ def gguf_config(files: PinnedFiles, names: Sequence[str], weights: Sequence[Weig
     wanted = metadata[0].get(gguf.SPLIT_TENSORS)
     if wanted is not None and wanted != len(weights):
         raise BadCheckpoint(f"{names[0]}: its model has {wanted} tensors, its files {len(weights)}; fetch them again")
+    # config.json has one dtype. Norms and biases are float32 in most GGUFs, so the matrices decide.
     matrices = {spec.dtype.name for spec in weights if len(spec.shape) > 1}
     dtype = next((t for t, name in (("bfloat16", "BF16"), ("float16", "F16")) if name in matrices), "float32")
     return config_of(metadata[0], [spec.name for spec in weights], dtype)
 
 
 def packed_checkpoint(files: PinnedFiles) -> tuple[list[str], tuple[WeightSpec, ...], dict[str, Any]]:
-    """Files, tensors, and config.json (or the manifest's) with MLX's settings as the bits tell them.
+    """Read a packed checkpoint: its files, its tensors, and its config with the quantization block that MLX writes.
 
     Raises:
-        BadCheckpoint: ..., or words of quantized weights lack their scales, or do not fit them.
+        BadCheckpoint: as `packed.read`; or a quantized weight has no scales, or a shape that does not fit them.
     """
     own = read_config(files)
     found = packed.read(files, lambda layer, expert, part: packed_expert_name(own, layer, expert, part))
     listed = found.manifest.get("config")
     config = own or (listed if isinstance(listed, dict) else {})
-    if not own and config:  # the experts' names are the model's
+    # The names of expert tensors depend on the model type. Without a config.json it is known only from the manifest,
+    # which the first pass read; the second pass gives the experts their right names.
+    if not own and config:
         found = packed.read(files, lambda layer, expert, part: packed_expert_name(config, layer, expert, part))
     config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     bits = {name.removesuffix(".weight"): n for name in found.by_name if (n := _word_bits(found, name)) is not None}
@@ -57,7 +65,7 @@ def packed_checkpoint(files: PinnedFiles) -> tuple[list[str], tuple[WeightSpec, 
 
 
 def _word_bits(found: packed.Packed, name: str) -> int | None:
-    """The bits of a quantized weight; None for any other tensor."""
+    """Return the bits of a quantized weight, as its manifest or its shape says; None for any other tensor."""
     spec = found[name]
     if spec.dtype.name != "U32" or not name.endswith(".weight"):
         return None
@@ -78,5 +86,5 @@ def _word_bits(found: packed.Packed, name: str) -> int | None:
 
 
 def read_config(files: PinnedFiles) -> dict[str, Any]:
-    """config.json, or nothing where there is none."""
+    """Read config.json; an empty dict if there is none. Errors as `read_json`."""
     return read_json(files, "config.json") if files.find("config.json") is not None else {}

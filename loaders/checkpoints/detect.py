@@ -1,4 +1,4 @@
-"""Which kind of weight file something is: by its first bytes, then by its name."""
+"""Detection of a weight file's format: by its first bytes, then by its name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
 
+# A safetensors file begins with the length of its header. Eight random bytes are nearly always a larger number than
+# this, so the limit also tells safetensors from other files.
 LONGEST_HEADER = 1 << 30
-LEGACY_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch pickled first, before its files were zips
+# The pickled MAGIC_NUMBER of torch/serialization.py, which begins the files of torch before 1.6 (they are no zips).
+LEGACY_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 LFS = b"version https://git-lfs"
 TEXT = (b"<!DOCTYPE", b"<html", LFS)
 
 
 class WeightFormat(enum.Enum):
-    """The containers that are read, and all the rest."""
+    """The format of a weight file: a container that is read here, or UNKNOWN."""
 
     SAFETENSORS = "safetensors"
     PYTORCH = "pytorch"
@@ -31,16 +34,16 @@ class WeightFormat(enum.Enum):
 
 
 def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
-    """The format of a file, or of the weights that a folder holds.
+    """Return the format of a file, or of the weights in a folder.
 
-    A file's bytes decide, whatever it is called. Those of other things (and pickles of before 2020 that do not say
-    what they hold, unless they are called .bin, .pt or .pth) are UNKNOWN; so is a folder without weights. Packed
-    files have no first bytes of their own: they are known by their names and their manifest, which is checked.
+    A file's bytes decide, whatever its name is. Other files are UNKNOWN, as are plain pickles without torch's magic
+    number unless they are named .bin, .pt or .pth, and folders without weights. Packed files have no magic bytes: their
+    names and their manifest, which is checked, identify them.
 
     Raises:
-        BadSpec: nothing is there.
-        BadCheckpoint: a file is empty, ends within what its first bytes promise, or holds something else than its name
-            says (an error page, a Git LFS pointer).
+        BadSpec: nothing exists at the path.
+        BadCheckpoint: a file is empty, is shorter than its header says, or holds something else than its name says (an
+            error page, a Git LFS pointer).
     """
     address = Address.of(path)
     if open_store(address).absence() is None:
@@ -65,13 +68,14 @@ def detect_weight_format(path: str | os.PathLike[str]) -> WeightFormat:
 
 
 def packed_folder(file: Address) -> Address | None:
-    """The folder of the packed checkpoint that a file belongs to, if it does."""
+    """Return the folder of the packed checkpoint that a file belongs to; None if it belongs to none."""
     return packed.folder_of(file, lambda folder, name: open_store(folder).find(name) is not None)
 
 
 def _of_folder(address: Address) -> WeightFormat:
     try:
         return WeightFormat(open_checkpoint(address).container)
+    # No weights are in it. A BadCheckpoint passes: there are some, and they are damaged.
     except BadSpec:
         return WeightFormat.UNKNOWN
 
@@ -96,7 +100,7 @@ def _by_bytes(files: PinnedFiles, name: str, first: bytes, named: WeightFormat) 
 
 
 def _checked(files: PinnedFiles, name: str, found: WeightFormat) -> WeightFormat:
-    """Read its header, which says of itself what is wrong with it."""
+    """Read the file's header, so that a damaged file raises the reader's own error instead of being detected."""
     CONTAINERS[found.value].read_specs(files, name)
     return found
 

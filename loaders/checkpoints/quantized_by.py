@@ -1,4 +1,4 @@
-"""How a checkpoint says that it was quantized: by config.json, by a file beside it, or by the names of its tensors."""
+"""Detection of the method that quantized a checkpoint: from config.json, another file, or the tensors' names."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BNB_PART = re.compile(rf"{BNB_STATE.pattern}|\.{SCALES}$")  # a name that only b
 def quantized_by(container: str, config: Mapping[str, Any], aux: Collection[str], names: Sequence[str]) -> str | None:
     """Return the method by which a checkpoint says it was quantized; None for a plain one.
 
-    A GGUF always counts as quantized, since its names and row orders need the same translation. Settings of its own, or
-    stacked experts, tell that mlx-lm wrote a checkpoint.
+    A GGUF always counts as quantized, since a plain one needs the same translation of names and row orders. mlx-lm's
+    checkpoints are known by their "quantization" block or their stacked experts.
     """
     if container == "gguf":
         return "gguf"
@@ -31,7 +31,8 @@ def quantized_by(container: str, config: Mapping[str, Any], aux: Collection[str]
         return "mlx"
     if block is None and MODELOPT_CONFIG in aux:
         return "modelopt"
-    if block is None:  # some files have no block, but tensors with names that no other tool gives
+    # Single files, and folders whose config was edited, have no block; but these tools' tensor names are their own.
+    if block is None:
         if any(name.endswith(HQQ_CODES) for name in names):
             return "hqq"
         return "bitsandbytes" if any(map(BNB_PART.search, names)) else None

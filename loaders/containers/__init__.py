@@ -1,4 +1,4 @@
-"""Containers: how tensors lie in files, by headers and offsets. Nothing here knows of models or engines."""
+"""Containers: the file formats of weights, with their headers and offsets. Nothing here knows of models or engines."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ PIECES = {"pytorch piece": replace(CONTAINERS["pytorch"], place=pytorch_pieces.p
 
 
 def writer_of(path: Path, file: OutputFile, start: int | None = None, clock: Clock | None = None) -> ShardWriter:
-    """Begin to write a planned file at a path; with `start`, a piece of the file that is there, from that byte on.
+    """Create a planned file at a path and return its writer; with `start`, write into the existing file from that byte.
 
     Writing counts on the clock.
     """

@@ -17,7 +17,7 @@ class LayOut(Protocol):
     """The function of a container that plans a file."""
 
     def __call__(self, file: str, tensors: list[StoredTensor], about: Any = None) -> OutputFile:
-        """Give every tensor its place. `about` is what the layout wants the file to say beside its tensors.
+        """Give every tensor its place. `about` is the layout's metadata for the file.
 
         Raises:
             BadSpec: the container cannot hold one of them.
@@ -29,10 +29,10 @@ class LayOut(Protocol):
 class Container:
     """A kind of weight file: how it is read, laid out and framed, and what its files are called.
 
-    place: find where the tensors lie in the end, given the lengths of those whose length depends on values.
-    frame: make all other bytes of the file, by offset, up to its end.
-    suffixes: of its files' names; none where files are known by their whole names.
-    single, shard, index: the names of a lone file, of one of several, and of their index.
+    place: returns the final places of the tensors, given the lengths of those whose length depends on values.
+    frame: makes all other bytes of the file (header, padding, directory), by offset, up to its end.
+    suffixes: the suffixes of its files; none for a container whose files are known by their whole names.
+    single, shard, index: the names of a single file, of a shard, and of the shards' index.
     """
 
     name: str

@@ -128,6 +128,8 @@ class _Header:
             raise BadCheckpoint("it does not begin with GGUF; fetch it again")
         version = self._number("I")
         if version not in (2, 3):
+            # Versions are small, so one whose low half is zero was written in the other byte order; llama.cpp's
+            # gguf.cpp tests the same.
             swapped = version & 0xFFFF == 0
             what = "of a big-endian machine" if swapped else f"of version {version}"
             raise BadCheckpoint(f"a GGUF {what}; versions 2 and 3, little endian, are read")
@@ -200,6 +202,7 @@ class _Header:
         if type_name not in DTYPES:
             readable = ", ".join(n for n in TYPE_IDS if n in DTYPES)
             raise BadCheckpoint(f"{name!r} is of ggml's type {type_name}, which is not read; these are: {readable}")
+        # Python's integers would not overflow here; numpy's, and the system's file offsets, later would.
         if math.prod(shape) > 1 << 62:
             raise BadCheckpoint(f"{name!r}: its shape {list(shape)} is larger than any file")
         return name, DTYPES[type_name], shape, offset
@@ -207,7 +210,7 @@ class _Header:
     def _place(
         self, found: Sequence[tuple[str, DType, tuple[int, ...], int]], start: int, step: int
     ) -> tuple[WeightSpec, ...]:
-        """Check where the tensors lie, and return their specs sorted by their bytes."""
+        """Check the places of the tensors, and return their specs sorted by offset."""
         specs, end = [], start
         for name, dtype, shape, offset in sorted(found, key=lambda each: each[3]):
             try:
@@ -253,7 +256,7 @@ def with_head(file: OutputFile, metadata: Metadata) -> OutputFile:
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Return where the tensors lie: where they were planned."""
+    """Return the places of the tensors, which are those that were planned."""
     return {slot.name: (file.header_bytes + slot.offset, slot.size) for slot in file.slots}
 
 

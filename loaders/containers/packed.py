@@ -30,8 +30,8 @@ from loaders.storage.base import PinnedFiles
 MANIFEST, WEIGHTS = "model_weights.json", "model_weights.bin"
 EXPERTS = "packed_experts"
 EXPERT_LAYOUT = f"{EXPERTS}/layout.json"
-ALIGNMENT = 64  # bytes: the engine maps the file and asks for tensors that begin so
-ASSUMED_BITS = 4  # what the engine takes where an entry says nothing
+ALIGNMENT = 64  # bytes: the engine maps the file and requires tensors to begin at multiples of it
+ASSUMED_BITS = 4  # the engine's default where an entry states no bits
 BITS = (2, 3, 4, 5, 6, 8)  # those of MLX's affine weights
 PARTS = ("gate_proj", "up_proj", "down_proj")
 LAYER_FILE = re.compile(r"layer_\d{2,}\.bin")
@@ -76,7 +76,7 @@ def is_packed(names: Collection[str], *, alone: bool) -> bool:
 
 
 def folder_of(file: Address, find: Callable[[Address, str], bool]) -> Address | None:
-    """Return the folder of the packed checkpoint to which a file belongs by its name and what lies beside it.
+    """Return the folder of the packed checkpoint to which a file belongs, by its name and the files around it.
 
     `find` says whether a folder has a file.
     """
@@ -221,7 +221,7 @@ def _bits(where: str, bits: Any) -> int:
 
 
 class _ExpertFiles:
-    """The contents of layout.json, checked but for the sizes of the layers' files (see `check_size`)."""
+    """The contents of layout.json, checked except for the sizes of the layers' files (see `check_size`)."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._size, self._count = (self._number(document, key, 1) for key in ("expert_size", "num_experts"))
@@ -303,7 +303,7 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Return where the tensors lie: where they were planned."""
+    """Return the places of the tensors, which are those that were planned."""
     return {slot.name: (slot.offset, slot.size) for slot in file.slots}
 
 

@@ -26,7 +26,9 @@ from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 
 T = TypeVar("T")
-PICKLE_LIMIT = 1 << 30  # bytes of data.pkl: it is read whole, and real ones take some hundred bytes a tensor
+# The most bytes of data.pkl that are read. It is read whole, so a hostile zip must not choose how much memory that
+# takes; real ones have a few hundred bytes per tensor.
+PICKLE_LIMIT = 1 << 30
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # MAGIC_NUMBER in torch/serialization.py
 NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the weights
 STORAGES = {
@@ -45,7 +47,7 @@ OBJECT_CODES = [
 
 @dataclass(frozen=True)
 class _Storage:
-    """A run of numbers of one dtype in the file, which tensors show parts of."""
+    """A torch storage: a run of numbers of one dtype in the file, of which tensors are views."""
 
     key: str
     dtype: DType
@@ -120,13 +122,15 @@ def _read(files: PinnedFiles, file: str, use: Callable[[Any, dict[str, tuple[int
 
 
 def _read_zip(handle: IO[bytes], size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The pickled object, and where each storage's bytes lie: key -> (offset, bytes)."""
+    """Read a zip: the pickled object, and the place of each storage's bytes, key -> (offset, size)."""
     with zipfile.ZipFile(handle) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickled = next((i for name, i in members.items() if name.count("/") == 1 and name.endswith("/data.pkl")), None)
         if pickled is None:
             raise BadCheckpoint("a zip without data.pkl: not weights saved by torch")
         prefix = pickled.filename.removesuffix("data.pkl")
+        # torch.save never compresses. Requiring that also bounds memory: a small compressed member could expand to
+        # any size.
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
             raise BadCheckpoint("its members are compressed, so their bytes cannot be read in place; save it again")
         if pickled.file_size > PICKLE_LIMIT:

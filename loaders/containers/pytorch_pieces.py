@@ -24,7 +24,7 @@ Read = Callable[[int, int], bytes]  # (offset, size) -> bytes of the file
 
 @dataclass(frozen=True, slots=True)
 class ZipPiece:
-    """What a piece must know of its file: the folder in the zip, the key of its first tensor, and where it begins."""
+    """A piece's place in its file: the folder in the zip, the key of its first tensor, and its byte offset."""
 
     root: str
     first_key: int
@@ -33,7 +33,7 @@ class ZipPiece:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows the last piece: the member `version`, and the directory."""
+    """The bytes after the last piece: the member `version`, and the directory."""
 
     file: str
     slots: tuple[Slot, ...]
@@ -92,7 +92,7 @@ def _whole(members: Sequence[Member], own: Mapping[str, bytes]) -> bytes:
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Return where the tensors lie in the piece: where they were planned."""
+    """Return the places of the tensors in the piece, which are those that were planned."""
     return {slot.name: (slot.offset, slot.size) for slot in file.slots}
 
 

@@ -24,9 +24,11 @@ from loaders.containers.pytorch_pickle import PickledTensor, Ref, check_dtype, s
 from loaders.specs import OutputFile, Slot, StoredTensor
 
 ALIGNMENT = 64  # kFieldAlignment in torch's inline_container.h
-LIMIT = 0xFFFFFFFF  # numbers from here on are in zip64's fields of 64 bits,
-STANDS_FOR_LIMIT = 0xFFFFFFFF  # and this is in the fields of 32 bits
-MANY = 0xFFFF  # the same for the number of members, in fields of 16 bits
+# Zip64: sizes and offsets from LIMIT on are in additional fields of 64 bits, and the fields of 32 bits then hold
+# STANDS_FOR_LIMIT. MANY is the same limit for the number of members, whose field has 16 bits.
+LIMIT = 0xFFFFFFFF
+STANDS_FOR_LIMIT = 0xFFFFFFFF
+MANY = 0xFFFF
 UTF8 = 0x0800  # the flag that says that names are UTF-8
 NO_LENGTHS: Mapping[str, int] = {}
 BEFORE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
@@ -85,7 +87,7 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Return where the tensors lie, given the lengths of those that depend on values."""
+    """Return the places of the tensors, given the lengths of those that depend on values."""
     members = members_of(file.name, file.slots, file.about, lengths)
     return {member.slot: (member.start, member.size) for member in members if member.slot is not None}
 

@@ -12,18 +12,19 @@ from loaders.containers.writer import Piece, ShardWriter
 from loaders.errors import VerifyFailed, io_errors
 from loaders.specs import Slot
 
+# Bytes read at once where a tensor is hashed block by block: few calls, and little memory however large the tensor is.
 BLOCK = 4 << 20
 
 
 def hash_in_order(
     writer: ShardWriter, slots: Sequence[Slot], places: Places, measured: Mapping[str, Mapping[Piece, str]]
 ) -> tuple[str, dict[str, str]]:
-    """The xxh3-128 of what a writer has sealed, and the xxh3-64 of each slot in it, by its name.
+    """Return the xxh3-128 of a sealed file or piece, and the xxh3-64 of each slot's bytes, by the slot's name.
 
-    `slots` come in the order of their offsets; `measured` are the hashes of the pieces that were read back of each.
+    `slots` are sorted by offset; `measured` has, for each slot, the xxh3-64 of the ranges that measuring read back.
 
     Raises:
-        VerifyFailed: a tensor's bytes are not those that were measured.
+        VerifyFailed: a tensor's bytes are not the ones that were measured.
         StorageError: the file cannot be read.
     """
     path, first = writer.path, writer.start
@@ -32,7 +33,7 @@ def hash_in_order(
         file.seek(first)
         for slot in slots:
             start, length = place_of(slot, places)
-            whole.update(file.read(first + start - file.tell()))  # what frames it
+            whole.update(file.read(first + start - file.tell()))  # header and padding between the tensors
             hasher = xxhash.xxh3_64()
 
             def take(data: memoryview, hasher: xxhash.xxh3_64 = hasher) -> None:
@@ -54,7 +55,9 @@ def hash_in_order(
 def _check_in_order(
     file: IO[bytes], size: int, pieces: Mapping[Piece, str], take: Callable[[memoryview], None]
 ) -> bool:
-    """Hand a tensor's bytes to `take`, in order; whether they are all covered by pieces that hash as recorded."""
+    """Pass a tensor's bytes to `take` in order; returns whether measured pieces with the same hashes cover them all."""
+    # Pieces mostly tile the tensor, and then one read serves both hashes. Pieces that overlap, such as scales that two
+    # ranges of weights share, take a second read.
     start, ordered, end = file.tell(), sorted(pieces.items()), 0
     tiles = all(
         piece[0] == before for (piece, _), before in zip(ordered, [0, *(p[1] for p, _ in ordered)], strict=False)
@@ -79,7 +82,7 @@ def _check_in_order(
 
 
 def place_of(slot: Slot, places: Places) -> tuple[int, int]:
-    """A slot's first byte in the finished file, and how many it has there."""
+    """Return a slot's first byte in the finished file, and its number of bytes."""
     if slot.within is None:
         return places[slot.name]
     name, offset = slot.within

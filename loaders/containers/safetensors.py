@@ -19,7 +19,9 @@ from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 from loaders.storage.base import PinnedFiles
 
-FIRST = 1 << 16  # bytes that are read at once: the length, and of most files the whole header
+# Bytes of the first read: the header's length, and for most shards the whole header, which saves a second request on a
+# remote store.
+FIRST = 1 << 16
 HEADER_LIMIT = 100_000_000  # bytes: MAX_HEADER_SIZE of safetensors' Rust code
 METADATA = {"format": "pt"}  # what transformers writes; before version 5 it refused files whose metadata lacks it
 
@@ -107,7 +109,7 @@ def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_s
 
 
 def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> OutputFile:
-    """Give every tensor its place: wide dtypes first, so that each is aligned; lengths that are not known yet last.
+    """Give every tensor its place: wide dtypes first, so that each is aligned; those of variable length last.
 
     `about` is the file's `__metadata__`, by default what transformers writes.
 
@@ -150,7 +152,7 @@ def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = 
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
-    """Return where the tensors lie: one after another."""
+    """Return the places of the tensors: one after another, without gaps."""
     places, at = {}, file.header_bytes
     for slot in file.slots:
         size = lengths[slot.name] if slot.is_bound else slot.size

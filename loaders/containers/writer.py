@@ -27,9 +27,9 @@ BLOCK = 4 << 20  # bytes read at a time for a checksum, so that a tensor of any 
 class ShardWriter:
     """The writer of one planned file; `seal` completes it and makes it durable.
 
-    The file is created at `path`, which must not exist, and all its room is taken at once, so that a disk that is too
-    full is found before any work. The caller renames the file when it is finished. With `start` a piece is written
-    instead, in place: into the file that is there already, from that byte on.
+    The file is created at `path`, which must not exist, and its whole space is reserved at once, so that a full disk is
+    noticed before any work. The caller renames the finished file. With `start`, a piece is written in place instead:
+    into the existing file, from that byte on.
     """
 
     def __init__(
@@ -87,7 +87,11 @@ class ShardWriter:
             begin_writeback(self._descriptor, self.start + self.file.header_bytes + slot.offset, slot.size)
 
     def seal(self) -> Places:
-        """Write tensors of bound length and the frame, and wait until all is on the disk; return where tensors lie."""
+        """Write tensors of variable length and the frame, sync the file, and return the tensors' places.
+
+        Raises:
+            StorageError: the disk is full, ...
+        """
         places = self._container.place(self.file, {name: len(data) for name, data in self._bound.items()})
         for name, data in self._bound.items():
             self._put(memoryview(data), places[name][0])
@@ -144,10 +148,10 @@ Piece = tuple[int, int]  # bytes [start, stop) of a stored tensor
 
 
 class TensorSink:
-    """The slots of one tensor in files being written. Takes what a scheme stores and gives it back: `Sink`, `Stored`.
+    """The slots of one tensor in files being written: a `Sink` for what a scheme stores, a `Stored` to read it back.
 
-    What is measured is what leaves: every piece that is read back is hashed, and `pieces` keeps the hashes, so that
-    the finished file can be held against them. `array` gives this thread's reusable memory.
+    Every range that is read back for measuring is hashed, and `pieces` keeps the hashes, so that the finished file can
+    be checked to hold exactly what was measured. `array` gives this thread's reusable memory.
     """
 
     def __init__(
@@ -181,13 +185,17 @@ class TensorSink:
         return buffer.view(storage)
 
     def done(self) -> None:
-        """The tensor is whole and measured: the system may begin to put it on the disk."""
+        """Note that the tensor is complete and measured, so that the kernel begins to write it out."""
         for slot in self._slots.values():
             self._writers[slot.name].start_syncing(slot)
 
 
 def begin_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Ask the system to write out a range, without waiting. Only Linux can; elsewhere `fsync` does all of it."""
+    """Ask the kernel to write out a range without waiting. Only Linux can; elsewhere `fsync` does all the work.
+
+    Otherwise dirty pages pile up until `seal`, and the job waits for the disk at the end instead of all along.
+    """
     libc = ctypes.CDLL(None)
+    # The result is ignored: this is a hint, and `fsync` reports every error of writing.
     if hasattr(libc, "sync_file_range"):
         libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)

@@ -43,7 +43,7 @@ class Layout(Protocol):
         ...
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
-        """Return what a file of these tensors says beside them, in the form that its container takes; mostly None."""
+        """Return the metadata of a file of these tensors, in the form that its container takes; mostly None."""
         ...
 
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ BY_FILES = ("hqq", "mlx")  # recognized by their tensors, so that they are check
 
 
 def lint_at(where: str | os.PathLike[str] | Address | Store) -> list[Finding]:
-    """Return all findings about a folder, or another store. That a checkpoint cannot be opened is a finding, too.
+    """Return all findings about a checkpoint in a folder or another store. One that cannot be opened is a finding too.
 
     Raises:
         BadSpec: there are no weights.
@@ -47,7 +47,8 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.
     """
-    is_gguf = checkpoint.container == "gguf"  # checked under GGUF's own names, so that any architecture can be
+    # GGUFs are checked under their own names, so that those of unknown architectures can be checked too.
+    is_gguf = checkpoint.container == "gguf"
     subject = Subject(checkpoint, tensors_of(checkpoint, decode=not is_gguf), _index_of(checkpoint))
     found = list(gguf.check(subject) if is_gguf else files.check(subject))
     method = checkpoint.quantized_by

@@ -43,6 +43,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
         )
     code = config.get("auto_map")
     if isinstance(code, dict):
+        # An entry is FILE.CLASS, or REPOSITORY--FILE.CLASS for code in another repository of the Hub.
         files = sorted(
             {str(name).split("--")[-1].split(".")[0] + ".py" for name in code.values() if isinstance(name, str)}
         )

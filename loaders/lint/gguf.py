@@ -152,6 +152,7 @@ def _blocks(
     is_mixture = bool(metadata.get(f"{architecture.name}.expert_count", 0))
     parts = [f"{part}.weight" for part in (*ATTENTION, *(EXPERTS if is_mixture else DENSE))]
     parts += EXTRA.get(architecture.name, ())
+    # The bound is for a damaged block_count, which could make this list endless.
     missing = [f"blk.{n}.{part}" for n in range(min(count, 4096)) for part in parts if f"blk.{n}.{part}" not in specs]
     if missing:
         yield fault(ENGINE, f"{len(missing)} tensors are not there: {some(missing)}", "fails: missing tensor", AGAIN)

@@ -1,7 +1,7 @@
-"""What was made of weights once, kept on disk: by the content of the files and by what was made of them.
+"""A cache on disk of quantized, cast and decoded weights. The key is a digest of the source's content and the request.
 
-An entry is a safetensors file of bytes and, written after it, a JSON file that says what they are. Both appear whole,
-and one process makes an entry while others wait for it.
+An entry is a safetensors file of bytes and a JSON file that describes it, which is written after it. Both are written
+atomically, and only one process makes an entry while others wait for it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from loaders.storage.folder import Folder
 from loaders.storage.hashes import hash_file, text_digest
 
 VARIABLE = "WEIGHTMILL_CACHE"
-FORMAT = 1
-ALIGN = 64
+FORMAT = 1  # of the entries' files; one of another format counts as missing
+ALIGN = 64  # bytes: the data begin at a multiple of it, so that no part is misaligned in a map of the file
 
 
 def default_folder() -> Path:
-    """$WEIGHTMILL_CACHE, else the platform's place for what can be made again."""
+    """Return $WEIGHTMILL_CACHE, else the platform's folder for caches."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
     if sys.platform == "darwin":
@@ -40,31 +40,34 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class CachedParts:
-    """Parts by name, flat bytes in a private map of the file, and what was said of them."""
+    """An entry: its parts by name, each uint8 (bytes,) in a private map of the file, and the caller's description."""
 
     parts: Mapping[str, np.ndarray]
     about: Mapping[str, Any]
 
 
 class WeightCache:
-    """A folder of entries."""
+    """A folder of cache entries."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @property
     def size_bytes(self) -> int:
-        """Of all its files."""
+        """The bytes of all its files."""
         return sum(path.stat().st_size for path in self._files())
 
     def keys(self) -> tuple[str, ...]:
-        """Of the entries that are whole."""
+        """Return the keys of the complete entries."""
         return tuple(path.stem for path in self._files() if path.suffix == ".json")
 
     def content_of(self, files: PinnedFiles, name: str) -> str:
-        """Names a file's content: its xxh3-128, or its version where the store keeps versions apart.
+        """Return a digest of a file's content: the xxh3-128 of a local file, or the version tag of another store.
 
-        A file of a folder is read once: as long as its size and times stay, what was found then holds.
+        A local file is hashed once; the result is kept under its path, inode, size and times, and used while they stay.
+
+        Raises:
+            StorageError: the file cannot be read, or the result cannot be written.
         """
         path = files.store.local_path(name)
         if path is None:
@@ -72,6 +75,7 @@ class WeightCache:
         status = path.stat()
         where = f"{os.path.realpath(path)} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         memo = self.folder / "hashes" / f"{text_digest(where)}.txt"
+        # There is no result yet, or it cannot be read: the file is hashed.
         with suppress(OSError):
             found = memo.read_text().strip()
             if len(found) == 32:
@@ -82,7 +86,7 @@ class WeightCache:
         return found
 
     def get(self, key: str) -> CachedParts | None:
-        """An entry, or None. One that is damaged is as if it were not there."""
+        """Return an entry; None if there is none, or if it is damaged or of another format."""
         from loaders.containers.safetensors import read_specs
         from loaders.strategies.lazy import map_file
 
@@ -93,20 +97,21 @@ class WeightCache:
                 return None
             whole = map_file(data, private=True)
             specs = read_specs(PinnedFiles(Folder(self.folder)), data.name)
+        # Whatever is wrong with an entry, the caller makes it anew, which costs time but is always right.
         except (OSError, ValueError, KeyError, TypeError, BadCheckpoint, StorageError):
             return None
         parts = {spec.name: whole[spec.offset : spec.offset + spec.size] for spec in specs}
         return CachedParts(parts, said["about"])
 
     def put(self, key: str, parts: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-        """Keep an entry.
+        """Write an entry: arrays by name, and a description of JSON values.
 
         Raises:
             StorageError: it cannot be written: the disk is full, ...
         """
         data, said = self._paths(key)
         self._make(self.folder)
-        # items as wide as eight bytes first, so that each part begins where its items may
+        # Parts with the widest items come first, so that each part begins at a multiple of its item size.
         order = sorted(parts, key=lambda name: -parts[name].itemsize)
         header, at = {}, 0
         for name in order:
@@ -118,24 +123,29 @@ class WeightCache:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for name in order:
                 file.write(np.ascontiguousarray(parts[name]).reshape(-1).view(np.uint8).data)
+        # The description comes last: an entry without one, left by a crash, counts as missing.
         document = {"format": FORMAT, "bytes": 8 + len(raw) + at, "about": dict(about)}
         write_file(said, json.dumps(document).encode())
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Hold the right to make an entry: whoever waits for it finds it made."""
+        """Hold the lock of an entry while it is made. A process that waited for it must look the entry up again."""
         self._make(self.folder)
         with file_lock(self._paths(key)[0]):
             yield
 
     def clear(self) -> int:
-        """Remove all entries, and what was left of some. Weights that are loaded from one stay.
+        """Remove all entries, complete or not. Weights that were loaded from one stay valid: their map keeps the file.
 
         Returns:
-            Bytes that were freed.
+            The bytes that were freed.
+
+        Raises:
+            StorageError: a file cannot be removed.
         """
         freed = 0
         for path in self._files():
+            # Another process removed it first.
             with io_errors("removing", path), suppress(FileNotFoundError):
                 size = path.stat().st_size
                 path.unlink()
@@ -146,7 +156,7 @@ class WeightCache:
         return self.folder / f"{key}.safetensors", self.folder / f"{key}.json"
 
     def _files(self) -> Sequence[Path]:
-        """Only what it has made itself: the folder may be a person's."""
+        """List the files that the cache made, by their names: a user may have put other files into the folder."""
         made = [
             *self.folder.glob("*.json"),
             *self.folder.glob("*.safetensors"),

@@ -1,4 +1,4 @@
-"""Small questions about weights in memory: their hash, their shapes, which of them are the same."""
+"""Checks of weights: their hash, their shapes, and which of them share memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from loaders.specs import WeightSpec
 
 
 def compute_weight_hash(weight: Any) -> str:
-    """xxh3-128 of a weight's bytes in row-major order, little endian: 32 hex digits.
+    """Return the xxh3-128 of a weight's bytes in row-major order, little endian, as 32 hex digits.
 
-    `weight`: bytes, a numpy array, a torch tensor on any device. Equal bits have equal hashes, whatever held them:
-    bfloat16 as torch's tensor, as numpy's uint16 or as the bytes of a file. Shape and dtype do not count.
+    `weight` is bytes, a numpy array, or a torch tensor on any device. Equal bits have equal hashes in each of these:
+    bfloat16 as a torch tensor, as uint16 of numpy, or as the bytes of a file. Shape and dtype are not hashed.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `weight` is something else.
     """
     return xxhash.xxh3_128_hexdigest(_bytes_of(weight))
 
@@ -40,12 +40,12 @@ def _bytes_of(weight: Any) -> Any:
 
 
 def validate_weight_shapes(specs: Mapping[str, WeightSpec] | Iterable[WeightSpec], expected: Mapping[str, Any]) -> None:
-    """Check that weights are those that a model expects.
+    """Check that weights have the names and shapes that a model expects.
 
-    `expected`: by name, a shape or anything that has one (a torch module's `state_dict()`).
+    `expected` has, by name, a shape or anything with a `shape` (a torch module's `state_dict()`).
 
     Raises:
-        BadCheckpoint: some are missing, some are not expected, some have another shape; every one is listed.
+        BadCheckpoint: weights are missing, not expected, or of another shape; all are listed.
     """
     listed = specs.values() if isinstance(specs, Mapping) else specs
     found = {spec.name: tuple(spec.shape) for spec in listed}
@@ -62,10 +62,10 @@ def validate_weight_shapes(specs: Mapping[str, WeightSpec] | Iterable[WeightSpec
 
 
 def filter_shared_tensors(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every weight once: those to keep, in order, and the names of the others with the name each is the same as.
+    """Return each weight once, in order, and a map from the names of the others to the name that each duplicates.
 
-    `weights`: torch tensors, numpy arrays or WeightSpecs by name. The same are those that take the same memory (of a
-    file, for specs) in the same way; equal values in other memory, and parts of one another, are not.
+    `weights` are torch tensors, numpy arrays or WeightSpecs by name. Two are duplicates if they are the same memory (or
+    bytes of a file) with the same dtype, shape and strides. Equal values in other memory, and views of parts, are not.
     """
     kept: dict[str, Any] = {}
     first: dict[Any, str] = {}
@@ -82,7 +82,7 @@ def filter_shared_tensors(weights: Mapping[str, Any]) -> tuple[dict[str, Any], d
 
 
 def _place_of(weight: Any) -> Any:
-    """What two weights that are the same have in common; None where there is nothing to compare (no bytes)."""
+    """Return a key that duplicates have in common; None for a weight without memory (empty, or a meta tensor)."""
     if isinstance(weight, WeightSpec):
         return (weight.file, weight.offset, weight.size, weight.dtype, weight.shape, weight.stride)
     if isinstance(weight, np.ndarray):

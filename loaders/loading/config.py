@@ -1,4 +1,4 @@
-"""How weights are loaded: the settings of `load_weights`, checked."""
+"""The settings of `load_weights`, validated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loaders.strategies import loader
 
 
 class LoadConfig(Spec):
-    """How weights are loaded: frozen, and checked when it is made."""
+    """The settings of a load: immutable, and validated when created."""
 
     quantize: str | bool | None = Field(default=None, description="a preset of conf/quant; true: nf4")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the preset: group_size, ...")
@@ -38,13 +38,18 @@ class LoadConfig(Spec):
     )
 
     def __init__(self, **values: Any) -> None:
-        """Raises BadSpec: a field is unknown or wrong; all such faults at once."""
+        """Create the settings.
+
+        Raises:
+            BadSpec: a field is unknown or wrong; all such faults at once.
+        """
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise BadSpec([_said(each) for each in error.errors()]) from None
+        # Both raise BadSpec for names that do not exist, so that bad settings fail before a load begins.
         loader(self.strategy)
-        self.quant  # noqa: B018  it raises where there is no such preset, or no such setting of it
+        self.quant  # noqa: B018
 
     @field_validator("device")
     @classmethod
@@ -56,7 +61,7 @@ class LoadConfig(Spec):
 
     @property
     def quant(self) -> Quant | None:
-        """The quantization that is asked for.
+        """The quantization that `quantize` and `settings` name; None if weights are not quantized.
 
         Raises:
             BadSpec: no such preset or setting.
@@ -69,7 +74,7 @@ class LoadConfig(Spec):
 
 
 def load_config(config: Mapping[str, Any]) -> LoadConfig:
-    """A config from a mapping of its fields.
+    """Make a config from a mapping of its fields.
 
     Raises:
         BadSpec: a field is unknown or wrong; all such faults at once.
@@ -82,7 +87,7 @@ def load_config(config: Mapping[str, Any]) -> LoadConfig:
 
 
 def _said(fault: Any) -> str:
-    """What is wrong with a field."""
+    """Say one fault of pydantic's in terms of the config's fields."""
     where = ".".join(map(str, fault["loc"]))
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg']}"
@@ -91,7 +96,7 @@ def _said(fault: Any) -> str:
 
 
 def matches(name: str, filters: str | Sequence[str] | None) -> bool:
-    """Whether a layer filter takes a name."""
+    """Whether a layer filter (None takes all) selects a tensor's name."""
     if filters is None:
         return True
     each = (filters,) if isinstance(filters, str) else filters

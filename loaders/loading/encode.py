@@ -1,4 +1,4 @@
-"""Weights on their way into memory: in place, cast, decoded, or through a scheme. The work behind `load_weights`."""
+"""The work behind `load_weights`: making cast, decoded and quantized tensors in memory."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.views import view_of
 
-SMALL = 4 * RANGE  # bytes of source up to which a tensor stays on one thread
+# Bytes of source up to which a tensor is made by one thread. Small tensors run side by side, one thread each; a larger
+# one is cut into ranges that all threads work on, and has enough of them to keep all threads busy.
+SMALL = 4 * RANGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedTensor:
-    """What becomes of a tensor in memory: an encoding's parts, or plain weights of `dtype` where there is none.
+    """A tensor to be made in memory: the parts of an encoding, or plain weights of `dtype` if there is no encoding.
 
-    `names` are those of the parts, by role, where an engine looks for others than the usual.
+    `names` are the engine's names of the parts, by role, where they differ from the usual ones.
     """
 
     tensor: LogicalTensor
@@ -41,7 +43,7 @@ class WantedTensor:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the file's own bytes are the result."""
+        """Whether the result is the bytes of the file, unchanged."""
         tensor = self.tensor
         if self.encoding is not None or tensor.decode is not None or tensor.order is not None:
             return False
@@ -51,13 +53,13 @@ class WantedTensor:
 
     @property
     def spec(self) -> TensorSpec:
-        """What a scheme is given, or what the plain weights are."""
+        """The spec of the tensor that the scheme gets, or of the plain weights."""
         plain = TensorSpec(self.tensor.name, self.dtype, self.tensor.shape)
         return plain if self.encoding is None else self.encoding.spec
 
     @property
     def stored(self) -> Mapping[str, StoredSpec]:
-        """The parts that there will be."""
+        """The parts that will be made, by role."""
         if self.encoding is None:
             return {"weight": StoredSpec(self.dtype, self.tensor.shape)}
         return self.encoding.stored
@@ -65,7 +67,7 @@ class WantedTensor:
 
 @dataclass
 class MadeTensors:
-    """Parts by tensor and role, flat; the errors of those that a scheme made; what it took."""
+    """The results: parts by tensor and role, flat; errors of the quantized tensors; thread seconds by phase."""
 
     parts: dict[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     errors: dict[str, ErrorSums] = field(default_factory=dict)
@@ -75,9 +77,9 @@ class MadeTensors:
 def make(
     source: PinnedFiles, wanted: Sequence[WantedTensor], strategy: WeightLoader, backend: str, *, measured: bool
 ) -> MadeTensors:
-    """Make what is wanted, on the process's workers and within its budget.
+    """Make the wanted tensors with the threads that the process's loads share, within their memory budget.
 
-    Results take the memory that `WantedTensor.stored` says; all else is a few MiB a thread.
+    Results take the memory that `WantedTensor.stored` states; everything else is a few MiB per thread.
 
     Raises:
         WeightmillError: a file cannot be read, or is damaged.
@@ -95,6 +97,7 @@ def make(
             for each in (w for w in wanted if w.tensor.source_bytes > SMALL):
                 making.tensor(each, together.workers)
             work.each([w for w in wanted if w.tensor.source_bytes <= SMALL], making.tensor)
+        # Interrupts too: threads that still work must stop before the files are closed.
         except BaseException:
             stop.set()
             raise
@@ -102,7 +105,7 @@ def make(
 
 
 class Making:
-    """One pass over what is wanted."""
+    """One pass over the wanted tensors."""
 
     def __init__(self, reader: Reader, work: ThreadedWork, wanted: Sequence[WantedTensor], *, measured: bool) -> None:
         self._reader = reader
@@ -125,7 +128,7 @@ class Making:
         self._made.parts[name] = parts.parts()
 
     def _plain(self, wanted: WantedTensor) -> np.ndarray:
-        """Weights of the wanted dtype; what is decoded is rounded to it once."""
+        """Return weights of the wanted dtype. Decoded weights are rounded once, straight to that dtype."""
         view: View = view_of(wanted.tensor, self._reader, self._work, wanted.dtype, clock=self._clock)
         out = np.empty(wanted.spec.num_items, storage_of(wanted.dtype))
         is_cast = wanted.dtype != view.spec.dtype and view.spec.dtype.name in WEIGHT_DTYPES
@@ -138,6 +141,6 @@ class Making:
         return out
 
     def finished(self) -> MadeTensors:
-        """All that was made, and the seconds it took."""
+        """Return everything that was made, with the seconds it took."""
         self._made.seconds = self._clock.seconds()
         return self._made

@@ -1,4 +1,4 @@
-"""`load_weights`: the weights of any checkpoint in memory, as they are, cast, decoded or quantized on the way."""
+"""`load_weights`: loads the weights of any checkpoint into memory: as stored, cast, decoded or quantized on the way."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.quantized_sources import check_decodable
 from loaders.tensors.sources import tensors_of
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 2  # part of every key: raised when the same request would give other parts, so that old entries miss
 Weights = dict[str, Any]  # torch tensors; QuantizedTensor where a scheme made one
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Beside loaded weights: `compression` is None where nothing was quantized, `notes` say what was decided. With
-    `from_cache`, what was made of weights came from disk, and `load` counts the source's bytes that it stands for.
+    """The statistics of a load. `compression` is None if nothing was quantized; `notes` are remarks for the user.
+
+    With `from_cache`, quantized and cast tensors came from the cache on disk; `load` still counts the bytes of their
+    source.
     """
 
     load: LoadStats
@@ -67,20 +69,20 @@ def load_weights(
     dtype: Any = None,
     **settings: Any,
 ) -> tuple[Weights, Statistics]:
-    """Load a file's or a folder's weights, whatever container they are in; torch tensors by name.
+    """Load the weights of a file or folder of any container, as torch tensors by name.
 
-    quantize: a preset ("nf4", "hqq4", "w4a16", "mlx_int4", "gguf_q4_k_m", ...) or True (nf4). Its engine's rules say
-    which tensors are quantized; these are `QuantizedTensor`s. What was quantized in the source is decoded where
-    `quantize` or `dtype` asks, and comes as it is stored otherwise. A tensor tied to another comes once then.
-    layer_filter: part of a name, a pattern with * and ?, or several: what matches any is loaded.
-    settings: other fields of `LoadConfig`, as use_cache=True, strategy="multithread".
+    quantize: a preset ("nf4", "hqq4", "w4a16", "mlx_int4", "gguf_q4_k_m", ...) or True (nf4). Its engine's rules decide
+    which tensors are quantized; those are returned as `QuantizedTensor`s. Weights that are quantized in the source are
+    decoded if `quantize` or `dtype` is given, and returned as stored otherwise; of tied tensors, one is then returned.
+    layer_filter: part of a name, a pattern with * and ?, or several; tensors that match any of them are loaded.
+    settings: other fields of `LoadConfig`, such as use_cache=True or strategy="multithread".
 
-    Nothing is copied that can lie where it is: unchanged weights on the CPU are private maps of their file.
+    Unchanged weights on the CPU are not copied: they are private memory maps of their file.
 
     Raises:
-        BadSpec: what is asked for cannot be done.
-        BadCheckpoint: files are damaged, or shapes not those expected.
-        VerifyFailed: NaN or infinities, or errors beyond the limit.
+        BadSpec: the request is wrong, or cannot be done for this checkpoint or on this machine.
+        BadCheckpoint: files are damaged, or shapes are not the expected ones.
+        VerifyFailed: weights are NaN or infinite, or errors exceed the limit.
         StorageError: a file cannot be read.
     """
     filters = layer_filter if isinstance(layer_filter, str) or layer_filter is None else tuple(layer_filter)
@@ -92,7 +94,7 @@ def load_weights(
 def load_and_quantize(
     path: str | os.PathLike[str], config: LoadConfig | Mapping[str, Any]
 ) -> tuple[Weights, Statistics]:
-    """`load_weights` by a config, or by a mapping of its fields.
+    """Load weights as `load_weights` does, by a config or a mapping of its fields.
 
     Raises:
         As load_weights; BadSpec: a field is unknown or wrong, all such faults at once.
@@ -112,11 +114,11 @@ def load_and_quantize(
 
 
 def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
-    """A folder, or one file whatever it is called, as a checkpoint. A file of a packed one stands for its folder.
+    """Open a folder, or one file of any name, as a checkpoint. A file of a packed checkpoint stands for its folder.
 
     Raises:
-        BadSpec: nothing there that is known.
-        BadCheckpoint: it is damaged.
+        BadSpec: nothing exists at the path, or it holds no known weights.
+        BadCheckpoint: the checkpoint is damaged.
     """
     address = Address.of(path)
     if open_store(address).absence() is None:
@@ -131,7 +133,7 @@ def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def clear_cache() -> int:
-    """Remove what was kept of loads with use_cache=True; returns the bytes that were freed.
+    """Remove what loads with use_cache=True left on disk; returns the bytes that were freed.
 
     Raises:
         StorageError: a file cannot be removed.
@@ -176,14 +178,15 @@ def _check_finite(weights: Weights) -> None:
 
 
 class Loading:
-    """One load that changes weights."""
+    """One load that casts, decodes or quantizes weights."""
 
     def __init__(self, checkpoint: Checkpoint, config: LoadConfig, quant: Quant | None) -> None:
         self._checkpoint = checkpoint
         self._config = config
         if config.device == "mlx":
             raise BadSpec("device: cast and quantized weights are torch's; load with device=cpu, or plainly onto mlx")
-        torch_device(config.device)  # which may not be there
+        # Raises BadSpec now if the device does not exist, and not after all the work.
+        torch_device(config.device)
         if quant is not None and config.backend not in quant.scheme.backends:
             raise BadSpec(f"backend: {quant.name} runs on {', '.join(quant.scheme.backends)}, not on {config.backend}")
         self._strategy: WeightLoader = loader(config.strategy)
@@ -215,8 +218,9 @@ class Loading:
         ]
 
     def _placed(self, decisions: Sequence[Decision], quant: Quant | None) -> dict[str, Placed]:
-        """What the engine's layout says of tensors: the dtype they take before they are quantized, names of parts."""
-        if quant is None or BY_ENGINE[quant.scheme.engine] == "gguf":  # which takes any dtype, and knows few models
+        """Return what the engine's layout says about each tensor: the cast before quantizing, the names of parts."""
+        # GGUF's layout would refuse models without a llama.cpp architecture; its schemes take any dtype without it.
+        if quant is None or BY_ENGINE[quant.scheme.engine] == "gguf":
             return {}
         layout = LAYOUTS[BY_ENGINE[quant.scheme.engine]]
         return {placed.tensor.name: placed for placed in layout.place(self._checkpoint, decisions)}
@@ -291,8 +295,10 @@ class Loading:
         if (found := _from_cache(key, items)) is not None:
             return found, True
         with cache.making(key):
+            # Another process may have made the entry while this one waited for the lock.
             if (found := _from_cache(key, items)) is not None:
                 return found, True
+            # Tensors that fail the gate raise here, and so never enter the cache.
             made = fresh()
             self._judge(items, made.errors)
             parts = {f"{n}|{role}": part for n, each in made.parts.items() for role, part in each.items()}
@@ -301,7 +307,7 @@ class Loading:
         return made, False
 
     def _key(self, items: Sequence[WantedTensor]) -> str:
-        """Names the content and what is made of it."""
+        """Return the cache key: a digest of the files' content, the config, and everything that is made of them."""
         checkpoint, cache = self._checkpoint, shared().cache
         used = {spec.file for item in items for _, spec in item.tensor.stored}
         content = [(t.name, cache.content_of(checkpoint.source, t.name)) for t in checkpoint.files if t.name in used]
@@ -352,6 +358,7 @@ def _from_cache(key: str, items: Sequence[WantedTensor]) -> MadeTensors | None:
             for item in items
         }
         errors = {name: sums_of(each) for name, each in entry.about["errors"].items()}
+    # A damaged or foreign entry is made anew.
     except (KeyError, ValueError, TypeError):
         return None
     return MadeTensors(parts, errors)

@@ -1,4 +1,4 @@
-"""Quantized tensors in memory: what a scheme stored, and the way back to weights."""
+"""Quantized tensors in memory: the parts that a scheme stored, and their decoding to weights."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from loaders.tensors.logical_tensor import stored_name
 if TYPE_CHECKING:
     import torch
 
-INNER = 1 << 18  # weights decoded at once: they stay in the cache until they are rounded
+# Weights decoded at once, 1 MiB of float32: they are still in the CPU's cache when they are rounded to the result.
+INNER = 1 << 18
 
 
 class MemoryParts:
-    """Takes what a scheme stores for one tensor, gives it back. See `Sink` and `Stored`."""
+    """The parts of one tensor in memory: a `Sink` that a scheme writes to, and a `Stored` to read them back."""
 
     def __init__(self, stored: Mapping[str, StoredSpec]) -> None:
         self._specs = stored
@@ -52,12 +53,12 @@ class MemoryParts:
         return self._parts[role][start : min(stop, self._lengths[role])]
 
     def parts(self) -> dict[str, np.ndarray]:
-        """What is stored, by role, flat; of a length that depends on weights, as much as there is."""
+        """Return the parts by role, flat. A part whose length depends on weights has its actual length."""
         return {role: part[: self._lengths[role]] for role, part in self._parts.items()}
 
 
 class HeldParts:
-    """See `Stored`."""
+    """A `Stored` over finished parts in memory."""
 
     def __init__(self, parts: Mapping[str, np.ndarray]) -> None:
         self._parts = parts
@@ -66,12 +67,13 @@ class HeldParts:
         return self._parts[role][start:stop]
 
 
+# Equality is identity, as for torch's tensors: comparing numpy arrays gives no single truth value.
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class QuantizedTensor:
-    """A quantized weight: `parts` are what `scheme` stores for it, by role, flat, as numpy holds them.
+    """A quantized weight: `parts` are the arrays that `scheme` stores for it, by role, flat, in numpy's dtypes.
 
-    `spec` is what was encoded: `shape` and `dtype` are those of the weight that `dequantize` gives back. `device` is
-    where that one lies. `names` are those under which the engine looks for the parts, where they are not the usual.
+    `spec` has the shape and dtype of the weight that was encoded and that `dequantize` returns, on `device`. `names`
+    are the engine's names of the parts, by role, where they differ from the usual ones.
     """
 
     name: str
@@ -92,15 +94,15 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of all its parts."""
+        """The bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
 
     def numel(self) -> int:
-        """Numbers in the weight."""
+        """Return the number of weights."""
         return self.spec.numel
 
     def tensors(self) -> dict[str, Any]:
-        """The parts as torch tensors on the device, by the names under which an engine stores them."""
+        """Return the parts as torch tensors on the device, by the names under which the engine stores them."""
         return {self._name(role): self._tensor(role) for role in self.parts}
 
     def _name(self, role: str) -> str:
@@ -116,7 +118,7 @@ class QuantizedTensor:
         return made if self.device == "cpu" else made.to(torch_device(self.device)[1])
 
     def dequantize(self, dtype: Any = None) -> torch.Tensor:
-        """The weight, of its own float dtype or another ("float32", torch.float16), on all of the process's threads.
+        """Decode the weight to its own float dtype or another ("float32", torch.float16), with all shared threads.
 
         Raises:
             BadSpec: no such float dtype.
@@ -125,11 +127,10 @@ class QuantizedTensor:
         return self._decoded(0, self.spec.numel, wanted, self.shape)
 
     def dequantize_range(self, start: int, stop: int, dtype: Any = None) -> torch.Tensor:
-        """Weights [start, stop) of the flattened tensor, (stop - start,): no more than these, and their group, are
-        decoded.
+        """Decode weights [start, stop) of the flattened tensor, shape (stop - start,), and no other groups.
 
         Raises:
-            BadSpec: no such float dtype, or not within the tensor.
+            BadSpec: no such float dtype, or the range is not within the tensor.
         """
         if not 0 <= start <= stop <= self.spec.numel:
             raise BadSpec(f"{self.name}: [{start}, {stop}) is not within its {self.spec.numel} weights")
@@ -167,10 +168,10 @@ class QuantizedTensor:
 
 
 def float_dtype(dtype: Any) -> DType:
-    """A float dtype by safetensors' name, torch's name or torch's object.
+    """Return a float dtype by its name in safetensors ("BF16") or torch ("bfloat16"), or by torch's object.
 
     Raises:
-        BadSpec: it is none that weights are cast to.
+        BadSpec: it is not float32, float16 or bfloat16.
     """
     found = next((d for n in ("F32", "F16", "BF16") for d in (dtype_named(n),) if str(dtype) in _names(d)), None)
     if found is None:

@@ -1,4 +1,4 @@
-"""What to load a model as: which scheme fits into a memory, which strategy reads it, how many workers; and why."""
+"""Recommendations for loading a model: the preset that fits a memory, the strategy, the worker count, and why."""
 
 from __future__ import annotations
 
@@ -25,28 +25,34 @@ from loaders.strategies.auto import choose
 from loaders.tensors.sources import Sources, tensors_of
 
 GB = 1_000_000_000
-# By backend, what its engines load there, from most bits to fewest: the first that fits is taken
+# By backend, the presets that its engines load, from most bits per weight to fewest; the first that fits is taken.
 PRESETS = {
     "cuda": ("none", "int8", "nf4", "w4a16", "hqq3", "hqq2"),  # w4a16 quantizes experts, which bitsandbytes does not
     "cpu": ("none", "gguf_q8_0", "gguf_q6_k", "gguf_q5_k_m", "gguf_q4_k_m"),
     "mps": ("none", "hqq8", "hqq4", "hqq3", "hqq2"),
     "mlx": ("none", "mlx_int8", "mlx_mixed_4_6", "mlx_int4"),
 }
+# Assumed bytes of the libraries, their kernels and (with CUDA) the context. Round figures, on the safe side: too much
+# costs a few bits per weight, too little an out-of-memory error.
 RUNTIME_BYTES = {
     "cuda": 1 * GB,
     "cpu": GB // 2,
     "mps": GB // 2,
     "mlx": GB // 2,
-}  # libraries, their kernels, the context
-CACHE_ITEM_BYTES = 2  # keys and values are 16 bit
-CHUNK_TOKENS = 2048  # a prompt goes through the model in pieces of so many tokens
-UNKNOWN_RESERVE = 0.2  # of the memory, where no config says how large keys and values are
+}
+CACHE_ITEM_BYTES = 2  # bytes of a number in the cache of keys and values, which engines hold in 16 bits by default
+CHUNK_TOKENS = 2048  # tokens of a prompt that go through the model at once, as llama.cpp's n_batch is by default
+UNKNOWN_RESERVE = 0.2  # the share of the memory left free if no config tells how large keys and values are
+# A typical large matrix, which stands for the whole model where only its number of parameters is known.
 LARGE = TensorSpec("model.layers.0.mlp.up_proj.weight", dtype_named("BF16"), (4096, 4096))
 
 
 @dataclass(frozen=True, slots=True)
 class FittedPreset:
-    """A preset for this model. `weight_bytes` is None where it cannot be; `why` says so, or how it was found."""
+    """A preset applied to the model. `weight_bytes` is None if the preset cannot take it.
+
+    `why` then gives the reason, and otherwise how the size was found.
+    """
 
     preset: str
     weight_bytes: int | None
@@ -57,7 +63,7 @@ class FittedPreset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """What to take. `scheme` is None where nothing fits; `arithmetic` is what led here, a line a step."""
+    """A recommendation. `scheme` is None if nothing fits; `arithmetic` is the derivation, one line per step."""
 
     scheme: str | None
     strategy: str
@@ -69,7 +75,7 @@ class Recommendation:
     arithmetic: tuple[str, ...]
 
     def load_config(self) -> LoadConfig:
-        """For `load_and_quantize`, on the CPU's memory.
+        """Return the settings for `load_and_quantize`, which loads to the CPU.
 
         Raises:
             BadSpec: nothing fits.
@@ -92,15 +98,15 @@ def get_recommended_loader_config(
     *,
     context_tokens: int = 8192,
 ) -> Recommendation:
-    """Which preset, strategy and number of workers suit a model, a device and its memory.
+    """Recommend a preset, a strategy and a number of workers for a model, a device and its memory.
 
     model: a folder or file of weights, whose sizes are planned exactly from headers, or a number of parameters, whose
-    sizes are estimated. available_memory_gb: gigabytes (1e9 bytes); by default what is free. context_tokens: the length
-    of one sequence whose keys and values must fit beside the weights. The backend need not be of this machine, if the
-    memory is given.
+    sizes are estimated. available_memory_gb: gigabytes (1e9 bytes); by default the free memory. context_tokens: the
+    length of one sequence whose keys and values must fit besides the weights. With a memory given, the backend need not
+    exist on this machine.
 
     Raises:
-        BadSpec: no such backend, or not here and without a memory; a number that is not positive.
+        BadSpec: the backend is unknown, or absent and no memory is given; or a number is not positive.
         BadCheckpoint: the checkpoint is damaged.
     """
     for name, number in (("available_memory_gb", available_memory_gb), ("context_tokens", context_tokens)):
@@ -146,7 +152,7 @@ def _device(name: str, memory_gb: float | None) -> Backend:
 
 
 def _reserve(checkpoint: Checkpoint | None, device: Backend, tokens: int) -> tuple[int, list[str]]:
-    """Bytes for all but weights, and how they came about."""
+    """Return the bytes needed besides the weights, and their derivation."""
     runtime = RUNTIME_BYTES[device.name]
     sizes = None if checkpoint is None else _sizes(checkpoint.config)
     if sizes is None:
@@ -170,22 +176,23 @@ def _reserve(checkpoint: Checkpoint | None, device: Backend, tokens: int) -> tup
 
 
 def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
-    """Layers, hidden and inner sizes, vocabulary: as transformers names them. None where not all are said."""
+    """Return layers, hidden size, intermediate size and vocabulary of a config; None if it lacks one of them."""
     try:
         layers, hidden, heads = (
             int(text_config(config, key)) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
         inner = int(text_config(config, "intermediate_size") or 4 * hidden)
         return (layers, hidden, inner, int(text_config(config, "vocab_size"))) if heads > 0 else None
+    # A key is missing (None) or no number: the sizes are not known.
     except (TypeError, ValueError):
         return None
 
 
 def _kept(config: Mapping[str, Any], layers: int, device: Backend) -> tuple[int, str]:
-    """Numbers that are kept of a token, and how they come about.
+    """Return the numbers in the cache of keys and values per token, and their derivation.
 
-    DeepSeek's latent attention: llama.cpp and mlx-lm keep the latent vector and one rotary key, transformers keeps the
-    keys and values of every head that come of them.
+    With DeepSeek's latent attention, llama.cpp and mlx-lm keep the latent vector and one rotary key, while transformers
+    keeps the keys and values that every head derives from them.
     """
     heads = int(text_config(config, "num_attention_heads"))
     latent = [
@@ -220,8 +227,10 @@ def _candidate(
 def planned_bytes(
     checkpoint: Checkpoint, quant: Quant, known: dict[tuple[bool, bool], Sources] | None = None
 ) -> tuple[int, int]:
-    """Bytes of all tensors under a preset, as a job would store them (at most, where a length depends on values), and
-    the numbers in them. `known` keeps the tensors of this checkpoint from one preset to the next.
+    """Return the bytes of all tensors under a preset, as a job would store them, and the number of weights in them.
+
+    The bytes are an upper bound where a length depends on values. `known` keeps the checkpoint's logical tensors from
+    one preset to the next.
 
     Raises:
         BadSpec: the preset cannot take this checkpoint.
@@ -241,14 +250,14 @@ def planned_bytes(
 
 
 def _estimated(quant: Quant, parameters: int) -> tuple[int, float]:
-    """As if every parameter were in one large matrix."""
+    """Estimate bytes and bits per weight as if every parameter were in one large matrix."""
     stored = quant.scheme.stored(LARGE)
     bits = 8 * sum(part.size for part in stored.values()) / LARGE.numel
     return int(parameters * bits / 8), bits
 
 
 def _medium(checkpoint: Checkpoint) -> str:
-    """What a checkpoint lies on; "object" for stores that are no folder."""
+    """Return the medium that a checkpoint is stored on, as `local.medium`; "object" for stores that are not local."""
     path = checkpoint.source.store.local_path("")
     return "object" if path is None else local.medium(path)
 

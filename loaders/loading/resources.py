@@ -1,6 +1,6 @@
-"""What several models in one process have in common: worker threads, a budget of memory, the cache.
+"""The resources that all loads of a process share: worker threads, a memory budget, the cache on disk.
 
-Made at the first use, by what this process may use of the machine; `configure` says otherwise.
+They are created at the first use, sized for what this process may use of the machine, or by `configure`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from loaders.errors import BadSpec
 from loaders.loading.cache import WeightCache, default_folder
 
 MB = 1_000_000
-SHARE = 0.25  # of the free memory, for work under way
+# The share of the free memory that work in progress may hold. Results come on top of it, and need most of the rest.
+SHARE = 0.25
 T = TypeVar("T")
 
 
 class Budget:
-    """Bytes that work under way may hold, over all threads and models. Results are their owners'."""
+    """A limit on the bytes that work in progress holds, over all threads and models. Results do not count."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -31,7 +32,10 @@ class Budget:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Wait until so many bytes are free, and hold them. What is larger than all of it waits to be alone."""
+        """Wait until so many bytes are free, and hold them during the block.
+
+        A request for more than the whole budget waits until nothing else is held, instead of for ever.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self.used == 0 or self.used + size <= self.size)
             self.used += size
@@ -44,7 +48,10 @@ class Budget:
 
 
 class Crew(ThreadPoolExecutor):
-    """Threads whose `map` leaves nothing running: an error ends it once all that had begun is over."""
+    """A thread pool whose `map` leaves nothing running: it raises an error only after all started calls have ended.
+
+    ThreadPoolExecutor's own `map` raises at once, while other threads still use files that the caller then closes.
+    """
 
     def map(self, fn: Callable[..., T], *items: Iterable[Any], **settings: Any) -> Iterator[T]:
         futures = [self.submit(fn, *each) for each in zip(*items, strict=True)]
@@ -57,7 +64,7 @@ class Crew(ThreadPoolExecutor):
 
 
 class Shared:
-    """Workers, budget, cache."""
+    """The worker threads, the memory budget and the cache."""
 
     def __init__(self, workers: int, budget_bytes: int, folder: Path) -> None:
         self.workers = workers
@@ -71,7 +78,7 @@ _SHARED: list[Shared] = []
 
 
 def shared() -> Shared:
-    """The process's own."""
+    """Return the process's shared resources, created at the first call."""
     with _LOCK:
         if not _SHARED:
             _SHARED.append(_made(None, None, None))
@@ -81,10 +88,10 @@ def shared() -> Shared:
 def configure(
     *, workers: int | None = None, memory_budget_mb: float | None = None, cache_folder: Path | str | None = None
 ) -> Shared:
-    """Set what loads from now on share; what is None is as this machine suggests. Loads under way keep what they have.
+    """Set the resources that later loads share; None takes the machine's default. Running loads keep theirs.
 
     Raises:
-        BadSpec: not a positive number.
+        BadSpec: a number is not positive.
     """
     for name, value in (("workers", workers), ("memory_budget_mb", memory_budget_mb)):
         if value is not None and value <= 0:

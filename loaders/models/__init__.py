@@ -1,8 +1,8 @@
-"""Weights into models: transformers' and mlx-lm's, plain or quantized, whole, in shards, or a module at a time; and
-`evaluate`, which holds what a quantized checkpoint computes against what its original does.
+"""Models of transformers and mlx-lm with weights loaded here: plain or quantized, whole, sharded, or streamed.
 
-Needs torch, transformers 5 and accelerate (the extra `models`); quantized modules need their engine as well. Checked
-with transformers 5.23, accelerate 1.15, bitsandbytes 0.50, hqq 0.2.8, mlx-lm 0.32.
+`evaluate` compares the predictions of a quantized checkpoint with those of its original. This package needs torch,
+transformers 5 and accelerate (the extra `models`); quantized modules also need their engine. Checked with transformers
+5.23, accelerate 1.15, bitsandbytes 0.50, hqq 0.2.8, mlx-lm 0.32.
 """
 
 from __future__ import annotations

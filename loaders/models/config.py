@@ -1,4 +1,4 @@
-"""What can be asked of loading a model."""
+"""The settings of loading a model, validated."""
 
 from __future__ import annotations
 
@@ -32,14 +32,19 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 
 
 
 class LoadingStrategy(Enum):
-    """How a model's weights come to it."""
+    """The way in which a model gets its weights.
 
-    FULL = "full"  # all, to the device; unchanged weights stay in the files' pages where that is the CPU
-    # the same, but a source's quantized weights are decoded; of several processes the first loads all to the CPU, from
-    # where it can be scattered or broadcast, and the others have shapes only
+    FULL: all weights are loaded to the device; on the CPU, unchanged weights are memory maps of the files.
+    LOW_MEMORY: like FULL, but quantized weights of the source are decoded; of several processes, only the first loads
+    the weights, to the CPU, to scatter or broadcast them, and the others have meta tensors.
+    UNIFIED_MEMORY: like FULL, but quantized weights of the source are decoded.
+    STREAMING: a module's weights are loaded when its forward needs them, and freed after it.
+    """
+
+    FULL = "full"
     LOW_MEMORY = "low_memory"
-    UNIFIED_MEMORY = "unified_memory"  # the same as full, but a source's quantized weights are decoded
-    STREAMING = "streaming"  # a module's when its forward needs them
+    UNIFIED_MEMORY = "unified_memory"
+    STREAMING = "streaming"
 
     def __str__(self) -> str:
         return str(self.value)
@@ -47,16 +52,19 @@ class LoadingStrategy(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLoadingConfig:
-    """How to load a model.
+    """The settings of loading a model.
 
     strategy: a `LoadingStrategy`, or its value ("streaming"). quantize: a scheme or the name of one ("nf4"), for
-    weights that are not quantized yet. decode: give quantized weights back as floats. dtype: of float weights; the
-    checkpoint's by default. max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB". attention:
-    transformers' attn_implementation. workers: threads that read and encode. use_cache: keep on disk what quantize
-    makes of weights, and take it from there. memory_budget_mb: streamed weights held at once, in 1e6 bytes.
-    llama_pro_blocks: so many new blocks by block expansion. llama_pro_path: a checkpoint that is such an expansion
-    of the model, whose weights are taken. ignore_unexpected: patterns of stored tensors that the model may have no
-    place for.
+    weights that are not quantized yet. decode: whether quantized weights are decoded to floats. dtype: of float
+    weights; the checkpoint's by default. max_memory: bytes by device ("cpu", "cuda:0"), as a number or "8GB".
+    attention: transformers' attn_implementation. workers: the number of threads that read and encode. use_cache: keep
+    encoded weights on disk for the next load. memory_budget_mb: the limit of streamed weights held at once, in 1e6
+    bytes. llama_pro_blocks: the number of blocks to add by block expansion. llama_pro_path: a checkpoint that is such
+    an expansion of the model, to load instead of it. ignore_unexpected: regular expressions for stored tensors that
+    the model need not have.
+
+    Raises:
+        BadSpec: settings are unknown, wrong or contradict each other; all at once.
     """
 
     backend: str = "auto"
@@ -110,10 +118,10 @@ class ModelLoadingConfig:
 
     @property
     def limits(self) -> dict[str, int]:
-        """max_memory in bytes.
+        """`max_memory` in bytes, by device.
 
         Raises:
-            BadSpec: a size that is none.
+            BadSpec: a value is not a size.
         """
         return {device: _bytes(size, device) for device, size in (self.max_memory or {}).items()}
 

@@ -1,4 +1,4 @@
-"""Which module goes to which device, within the memory that each may use."""
+"""The placement of modules on devices, within the memory that each device may use."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from loaders.quantization.scheme import Scheme
 
 @dataclass(frozen=True, slots=True)
 class DeviceLimits:
-    """A device's limits."""
+    """The limits of a device that decide how weights are loaded to it."""
 
     device: str
 
     def dtype(self, asked: str | None, checkpoint: Checkpoint) -> str | None:
-        """The dtype of float weights there: MPS computes bfloat16 as float16.
+        """Return the dtype of float weights on the device; on MPS, bfloat16 weights become float16.
 
         Raises:
-            BadSpec: it was asked for, and the device has none.
+            BadSpec: bfloat16 is asked for on MPS.
         """
         if not self.device.startswith("mps"):
             return asked
@@ -34,13 +34,13 @@ class DeviceLimits:
 
 
 def place_of(device: str) -> DeviceLimits:
-    """What a device can hold."""
+    """Return the limits of a device."""
     return DeviceLimits(device)
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The device of each module; `modules` is empty where all are on one."""
+    """The device of each module by its path; `modules` is empty if all are on `device`."""
 
     device: str
     modules: Mapping[str, str]
@@ -57,7 +57,7 @@ class Places:
 def device_map_of(
     skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]], limits: Mapping[str, int], device: str
 ) -> Places:
-    """Fill the devices of `limits` in their order, decoder blocks whole.
+    """Place modules on the devices of `limits` in their order, without splitting decoder blocks.
 
     Raises:
         BadSpec: the model does not fit.
@@ -74,6 +74,7 @@ def device_map_of(
         return Places(next(iter(limits)), {})
     from accelerate import infer_auto_device_map
 
+    # accelerate names CUDA devices by their numbers.
     keys = {int(name.partition(":")[2]) if name.startswith("cuda:") else name: n for name, n in limits.items()}
     found = infer_auto_device_map(
         skeleton.model, max_memory=keys, no_split_module_classes=_blocks(skeleton.model), dtype=skeleton.model.dtype
@@ -84,7 +85,7 @@ def device_map_of(
 
 
 def bytes_of(skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]]) -> int:
-    """What the loaded model takes."""
+    """Return the bytes of the loaded model's parameters; quantized ones count as stored, tied ones once."""
     total, seen = 0, set()
     for name, parameter in skeleton.model.named_parameters():
         if id(parameter) in seen:
@@ -99,14 +100,14 @@ def bytes_of(skeleton: Skeleton, schemes: Mapping[str, tuple[Scheme, bool]]) -> 
 
 
 def _blocks(model: Any) -> list[str]:
-    """The classes of what stands in lists of modules: decoder blocks."""
+    """Return the class names of modules in module lists: decoder blocks, in transformers' models."""
     from torch import nn
 
     return sorted({type(item).__name__ for m in model.modules() if isinstance(m, nn.ModuleList) for item in m})
 
 
 def hold_to(model: Any, places: Places) -> Any:
-    """Move activations between devices, where there are several."""
+    """Add accelerate's hooks that move activations between devices, if there are several."""
     if len(set(places.modules.values())) < 2:
         return model
     from accelerate import dispatch_model

@@ -1,10 +1,10 @@
-"""Holding an output's predictions against its original's, over a held-out text: each in its engine, one at a time.
+"""Evaluation: an output's predictions compared with its original's over a held-out text, each in its own engine.
 
-The text is cut into token ids once, by the original's tokenizer, and every engine gets the same windows of them. The
-original's logits go to a file (float32, so that an output which computes the same is found to be the same), and the
-output's are compared with them window by window: what is held in memory is one model and some windows.
+The original's tokenizer cuts the text into token ids once, and every engine gets the same windows of them. The
+original's logits are written to a file, in float32 so that an output which computes the same is found to be equal.
+The output's logits are compared with them window by window: memory holds one model and a few windows at a time.
 
-Shapes: W windows, T tokens of each, V words of the vocabulary.
+Shapes: W windows, T tokens in each, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from loaders.storage.atomic import atomic_writer, file_lock, write_file
 from loaders.storage.hashes import digest, hash_stored, text_digest
 from loaders.tensors.quantized_sources import quantized_tensors
 
+# Defaults: 32 windows of 256 tokens. More tokens narrow the intervals with their square root, and time grows with them.
 TOKENS, WINDOW = 8192, 256
 TEXT = Path(__file__).resolve().parent / "texts" / "held_out.txt"
-BATCH_BYTES = 64 << 20  # of logits, computed at once
-KEPT_BYTES = 32 << 30  # of originals' logits, kept for the next evaluation
+BATCH_BYTES = 64 << 20  # bytes of logits computed at once: larger batches take memory, smaller ones more passes
+KEPT_BYTES = 32 << 30  # bytes of originals' logits kept on disk for later evaluations; the oldest are removed first
+# Parts of class names of models that do not predict the next token, though their model_type has such a class too.
 ENCODER_ONLY = ("MaskedLM", "PreTraining", "Classification", "Answering", "Encoder")
 FORMAT = 1
 OnTokens = Callable[[int], None]
@@ -50,11 +52,11 @@ OnTokens = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Windows:
-    """A text as token ids, int32 of shape (W, T). Where the tokenizer begins a text with a token, each window does."""
+    """A text as token ids, int32 of shape (W, T). If the tokenizer begins texts with a token, every window has it."""
 
     ids: np.ndarray
-    text: str  # name and digest
-    vocabulary: int  # words that the tokenizer knows
+    text: str  # the text's file name and digest
+    vocabulary: int  # the number of words in the tokenizer
 
     @property
     def digest(self) -> str:
@@ -62,7 +64,7 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """How many are predicted: all but the first of each window."""
+        """The number of tokens that are predicted: all but the first of each window."""
         windows, length = self.ids.shape
         return int(windows * (length - 1))
 
@@ -79,17 +81,17 @@ def evaluate(
     cache: Path | None = None,
     on_tokens: OnTokens = lambda count: None,
 ) -> Quality:
-    """Hold a quantized checkpoint against its original: KL of the logits, perplexity, top-1 agreement.
+    """Compare a quantized checkpoint with its original: KL divergence of the logits, perplexity, top-1 agreement.
 
-    `text`: a file of UTF-8 text; by default a text of ours that comes with the package. At most `tokens` of it are
-    taken, in windows of `window`. `device`: "cpu", "cuda", "mps", or "auto". `dtype`: of float arithmetic. `cache`: a
-    folder where the original's logits stay (4 bytes * tokens * vocabulary) for the next output; else they are
-    forgotten. `on_tokens` is told of tokens as they are done, those of the original and of the output.
+    `text`: a file of UTF-8 text; by default one that comes with the package. At most `tokens` of it are used, in
+    windows of `window`. `device`: "cpu", "cuda", "mps", or "auto". `dtype`: of float arithmetic. `cache`: a folder that
+    keeps the original's logits (4 bytes * tokens * vocabulary) for the next output; without it they are removed.
+    `on_tokens` is called with the number of tokens just computed, by the original and by the output.
 
     Raises:
-        BadSpec: the text is missing or too short, the model is not a causal one, an engine is not installed, or would
-            stop at one of the output's tensors on this device.
-        BadCheckpoint: an engine does not load one of the two.
+        BadSpec: the text is missing or too short, the model is not causal, or an engine is not installed or cannot
+            compute with one of the output's tensors on this device.
+        BadCheckpoint: an engine cannot load one of the two.
         VerifyFailed: the output computes NaN or infinities.
     """
     one, other = open_checkpoint(original, key="original"), open_checkpoint(output, key="output")
@@ -106,7 +108,7 @@ def evaluate(
 
 @contextmanager
 def kept(folder: Path | None) -> Iterator[Path]:
-    """The folder of originals' logits; where there is none, one that goes with the block."""
+    """Yield the folder for the originals' logits; without one, a temporary folder that is removed after the block."""
     if folder is not None:
         with io_errors("making", folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ def read_windows(
     """Cut a text into windows of token ids with a checkpoint's tokenizer.
 
     Raises:
-        BadSpec: the model is not a causal one, it has no tokenizer, the text cannot be read or is too short.
+        BadSpec: the model is not causal, it has no tokenizer, or the text cannot be read or is too short.
     """
     _check_causal(checkpoint, window)
     path = TEXT if text is None else Path(text)
@@ -176,10 +178,10 @@ def _check_causal(checkpoint: Checkpoint, window: int) -> None:
 
 
 def required_tokenizer(checkpoint: Checkpoint) -> Any:
-    """A checkpoint's tokenizer; that of a GGUF is taken out of it.
+    """Load a checkpoint's tokenizer; a GGUF's is converted from its metadata.
 
     Raises:
-        BadSpec: it has none, or one that transformers does not load without running its code.
+        BadSpec: there is none, or transformers cannot load it without running its code.
     """
     from transformers import AutoTokenizer
 
@@ -192,6 +194,7 @@ def required_tokenizer(checkpoint: Checkpoint) -> Any:
                 (root / name).write_bytes(data)
         try:
             return AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
+        # transformers 5 has no error class of its own for this: a damaged or unknown tokenizer raises any of these.
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             said = " ".join(str(error).split())[:200]
             raise BadSpec(
@@ -201,7 +204,7 @@ def required_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _lead(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text."""
+    """Return the ids that the tokenizer puts before a text, such as BOS."""
     bare, whole = (tokenizer("a", add_special_tokens=is_on).input_ids for is_on in (False, True))
     at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
     found: list[int] = whole[:at]
@@ -213,7 +216,7 @@ def _lead(tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class Reference:
-    """An original's logits over windows of a text, computed where they are not there already."""
+    """An original's logits over windows of a text, computed only if a folder does not have them yet."""
 
     checkpoint: Checkpoint
     windows: Windows
@@ -222,10 +225,11 @@ class Reference:
 
     @cached_property
     def key(self) -> str:
-        """Names the logits: by the original's files, the tokens, and how they are computed."""
+        """A digest of everything that the logits depend on: the original's files, the tokens, device, dtype, engine."""
         files = [(tag.name, tag.size, tag.tag) for tag in self.checkpoint.files]
         source = self.checkpoint.source
-        config = source.find("config.json")  # as it stands there: a job may have expanded it
+        # The stored file's hash, not `checkpoint.config`: block expansion changes the latter, and not the original.
+        config = source.find("config.json")
         about = [str(source.address.real), files, None if config is None else hash_stored(source.store, config)]
         how = [self.windows.digest, list(self.windows.ids.shape), device_of(ORIGINAL, self.device), self.dtype]
         return text_digest(json.dumps([FORMAT, *about, *how, ORIGINAL.described]))
@@ -234,10 +238,10 @@ class Reference:
         return (folder / f"{self.key}.json").is_file() and (folder / f"{self.key}.logits").is_file()
 
     def logits(self, folder: Path, on_tokens: OnTokens = lambda count: None) -> tuple[np.ndarray, float]:
-        """Float32 (W, T - 1, V) in a map of a file of the folder, and the seconds that it took to compute them.
+        """Return logits, float32 (W, T - 1, V), in a map of a file in the folder, and the seconds spent computing them.
 
         Raises:
-            BadCheckpoint: transformers does not load the original, or it computes NaN.
+            BadCheckpoint: transformers cannot load the original, or it computes NaN.
             StorageError: the disk is full, ...
         """
         began, path = time.perf_counter(), folder / f"{self.key}.logits"
@@ -247,6 +251,7 @@ class Reference:
                 self._make(folder, path, on_tokens)
             else:
                 on_tokens(self.windows.tokens)
+        # The time of the last use decides which logits `_forget` removes first; a read-only folder keeps them all.
         with suppress(OSError):
             path.touch()
         words = json.loads((folder / f"{self.key}.json").read_text())["vocabulary"]
@@ -276,24 +281,26 @@ class Reference:
 
 
 def _forget(folder: Path, newest: Path) -> None:
-    """Remove the logits that were used longest ago, beyond what is kept."""
+    """Remove the least recently used logits beyond KEPT_BYTES."""
     files = sorted(folder.glob("*.logits"), key=lambda p: -p.stat().st_mtime)
     total = 0
     for path in [newest, *(p for p in files if p != newest)]:
         total += path.stat().st_size
         if total > KEPT_BYTES and path != newest:
+            # The description goes first: logits without one count as missing, and are computed anew.
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
 
 def logits_of(runner: Runner, windows: Windows, on_tokens: OnTokens = lambda count: None) -> Iterator[np.ndarray]:
-    """Window by window, logits of shape (T - 1, V): those that predict all but a window's first token."""
+    """Yield each window's logits, shape (T - 1, V): those that predict all its tokens but the first."""
     at, batch = 0, 1
     while at < len(windows.ids):
         found_BTV = runner(windows.ids[at : at + batch])
         yield from found_BTV[:, :-1]
         on_tokens(len(found_BTV) * (windows.ids.shape[1] - 1))
         at += batch
+        # The first batch is one window, which tells the size of a window's logits.
         batch = max(1, min(16, BATCH_BYTES // found_BTV[0].nbytes))
 
 
@@ -309,11 +316,12 @@ def judge(
     key: str = "output",
     on_tokens: OnTokens = lambda count: None,
 ) -> Quality:
-    """Hold an output against its original, whose logits are in the folder, or come to be there. Without an engine it is
-    decoded and runs as the original does.
+    """Compare an output with its original, whose logits are computed if the folder does not have them.
+
+    Without an engine, the output is decoded to floats and runs in transformers, as the original does.
 
     Raises:
-        BadCheckpoint: an engine does not load one of the two.
+        BadCheckpoint: an engine cannot load one of the two.
         VerifyFailed: the output has fewer logits than its tokenizer has words, or computes NaN.
     """
     windows, ran_by = reference.windows, engine or ORIGINAL
@@ -325,7 +333,8 @@ def judge(
         for ids_T, original_TV, logits_TV in zip(
             windows.ids, originals_WTV, logits_of(runner, windows, on_tokens), strict=True
         ):
-            words = min(original_TV.shape[-1], logits_TV.shape[-1])  # one of the two may be padded
+            # One of the two may have its vocabulary padded to a multiple that suits its kernels.
+            words = min(original_TV.shape[-1], logits_TV.shape[-1])
             if words < min(windows.vocabulary, original_TV.shape[-1]):
                 raise VerifyFailed(
                     f"{key}: {output.address} has {words} logits, the original {original_TV.shape[-1]}, its tokenizer"

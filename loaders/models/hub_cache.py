@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, or a name of the Hugging Face Hub that was fetched into the local cache before."""
+"""The folder of a model that is given as a path, or as a Hugging Face Hub name that is in the local cache."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 def folder_of(name_or_path: str | Path) -> Path:
-    """The folder itself, or the snapshot in the Hub's cache (HF_HOME) that its branch `main` named when it was fetched.
+    """Return a folder as it is, or the snapshot of a Hub name's branch `main` in the local cache (HF_HOME).
 
-    Nothing is fetched: this works without a network, and says what would fetch it.
+    Nothing is downloaded, so this works without a network; the error says which command downloads the model.
 
     Raises:
-        BadSpec: neither is there.
+        BadSpec: neither exists.
     """
     folder = Path(name_or_path)
     if folder.is_dir() or not HUB_NAME.fullmatch(str(name_or_path)):
-        return folder  # opening it says what is wrong with it
+        # Opening a path that is no folder gives the better message.
+        return folder
     name = str(name_or_path)
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""A model with its weights and its tokenizer, from a folder or the Hub's cache: an original, or any tool's output."""
+"""Loading a model and its tokenizer from a folder or the Hub's cache, whether it is an original or a quantized one."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ Models = tuple[Any, Any]
 def load_model_and_tokenizer(
     name_or_path: str | Path, backend: str = "auto", config: ModelLoadingConfig | None = None, **settings: Any
 ) -> Models:
-    """A causal language model, ready to run, and its tokenizer (None where the folder has none).
+    """Load a causal language model, ready to run, and its tokenizer (None if the folder has none).
 
-    `name_or_path`: a folder, or a name on the Hugging Face Hub whose files are in the local cache; nothing is fetched.
+    `name_or_path`: a folder, or a Hugging Face Hub name whose files are in the local cache; nothing is downloaded.
+    `settings`: fields of ModelLoadingConfig, which replace those of `config`.
 
-    `settings` are those of ModelLoadingConfig. Weights that are quantized stay so where their engine's modules are made
-    here (bitsandbytes, hqq, MLX), go through transformers where it loads them (compressed-tensors, fp8, ...), and are
-    decoded with decode=True. Weights that are not are encoded tensor by tensor straight into the engine's modules with
-    quantize=SCHEME: the model is never in memory in full precision.
+    Quantized weights stay quantized if their engine's modules are made here (bitsandbytes, hqq, MLX), or if
+    transformers loads them (compressed-tensors, fp8, ...); decode=True decodes them. With quantize=SCHEME, plain
+    weights are encoded tensor by tensor into the engine's modules: the model is never in memory in full precision.
 
     Raises:
-        BadSpec: it cannot be done; what was found, and what to do.
-        BadCheckpoint: the weights are damaged, missing, unexpected or of other shapes than the model's; all listed.
+        BadSpec: the request cannot be done for this model or on this machine.
+        BadCheckpoint: weights are damaged, missing, unexpected, or of other shapes than the model's; all are listed.
     """
     if backend != "auto":
         settings["backend"] = backend
@@ -64,7 +64,7 @@ def load_model_and_tokenizer(
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
-    """The tokenizer beside a checkpoint; None where it has no files of one."""
+    """Load the tokenizer in a checkpoint's folder; None if the folder has no tokenizer files."""
     from transformers import AutoTokenizer
 
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -77,7 +77,7 @@ def check_expanded(base: Checkpoint, expanded: Checkpoint) -> None:
     """Check that a checkpoint is a block expansion of another, by their configs.
 
     Raises:
-        BadSpec: it is not.
+        BadSpec: it is not an expansion.
     """
     old, new = (c.config.get("num_hidden_layers") for c in (base, expanded))
     added = new - old if isinstance(old, int) and isinstance(new, int) else 0
@@ -137,10 +137,11 @@ def _model(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Any:
 
 
 def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
-    """The logical tensors, by transformers' names.
+    """Return the logical tensors, under transformers' names.
 
     Raises:
-        BadSpec: they are quantized in a way that is not known here, or already, and quantize asks for more.
+        BadSpec: the checkpoint is quantized by a method that is not decoded here, or `quantize` is given for one that
+            is quantized already.
     """
     if checkpoint.quantized_by is not None:
         check_decodable(checkpoint)
@@ -153,7 +154,7 @@ def sources_of(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Sources:
 
 
 def _needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
-    """Whether there are quantized tensors that only transformers has modules for."""
+    """Whether some quantized tensors have modules in transformers only."""
     if config.decode or config.strategy is not LoadingStrategy.FULL or config.llama_pro_blocks:
         return False
     decoders = {r.decode for r in sources.tensors if r.decode is not None and not _is_ggml(r)}
@@ -161,12 +162,12 @@ def _needs_transformers(sources: Sources, config: ModelLoadingConfig) -> bool:
 
 
 def _is_ggml(tensor: LogicalTensor) -> bool:
-    """GGUF's tensors have no modules in torch: they are always decoded."""
+    """Whether a tensor comes from a GGUF. Its blocks have no modules in torch, so they are always decoded."""
     return any(spec.file.endswith(".gguf") for _, spec in tensor.stored)
 
 
 def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device: str) -> Any:
-    """Load as transformers does, for quantized modules that are its own or of compressed-tensors."""
+    """Load with from_pretrained, for quantized modules of transformers itself or of compressed-tensors."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if config.attention is None else {"attn_implementation": config.attention}
@@ -182,10 +183,10 @@ def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device
 def schemes_of(
     checkpoint: Checkpoint, sources: Sources, skeleton: Skeleton, config: ModelLoadingConfig
 ) -> dict[str, tuple[Scheme, bool]]:
-    """By parameter that is held in codes: the scheme, and whether it has yet to be encoded.
+    """Return, for each parameter that is held quantized, its scheme and whether it still has to be encoded.
 
     Raises:
-        BadSpec: the engine has no modules here, or cannot take one of the tensors.
+        BadSpec: no modules are made here for the scheme, or it cannot take one of the tensors.
     """
     scheme = config.scheme
     if scheme is None:
@@ -206,10 +207,10 @@ def schemes_of(
 
 
 def check_usable(skeleton: Skeleton, schemes: dict[str, tuple[Scheme, bool]], device_of: Callable[[str], str]) -> None:
-    """Check that the engine's modules will run on the devices they go to.
+    """Check that the engine's modules will run on their devices.
 
     Raises:
-        BadSpec: bitsandbytes would stop at one of them.
+        BadSpec: bitsandbytes cannot compute with one of the matrices on its device.
     """
     stopping = unusable_4bit(
         (skeleton.parameters[name][0].spec, scheme, str(device_of(name))) for name, (scheme, _) in schemes.items()
@@ -231,10 +232,13 @@ def _is_linear(model: nn.Module, name: str) -> bool:
 def fill_model(
     skeleton: Skeleton, weights: ModelWeights, schemes: dict[str, tuple[Scheme, bool]], device_of: Any
 ) -> None:
-    """Give every parameter its weights, one after another.
+    """Load the weights of every parameter, one after another.
 
-    Those that the files hold just as the model wants them are, on the CPU, the files' own pages: private ones, a write
-    copies its page and never reaches the file.
+    On the CPU, a parameter that its file holds in the model's own dtype and order is not copied: it is a private memory
+    map, so that a write copies the page and never reaches the file.
+
+    Raises:
+        BadCheckpoint: a parameter got no weights.
     """
     model = skeleton.model
     expected = dict(model.state_dict(keep_vars=True))

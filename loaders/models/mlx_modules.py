@@ -1,8 +1,8 @@
-"""mlx-lm's models: an MLX checkpoint as it is, or any other encoded on the way.
+"""mlx-lm's models: an MLX checkpoint as it is, or any other checkpoint, encoded while it is loaded.
 
-mlx-lm 0.32 loads folders (utils.py: load_model, load_tokenizer). An original is therefore encoded block by block into a
-folder that lives as long as the loading: its files are read back into MLX's memory and gone. What is held at once is a
-block in codes, and the model in codes; what the disk needs for a moment is the model in codes.
+mlx-lm 0.32 loads only folders (utils.py: load_model, load_tokenizer). Other checkpoints are therefore encoded block by
+block into a temporary folder, which is removed once MLX has read it. Memory holds the quantized model and one quantized
+block more, and the disk holds the quantized model for that time.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Models = tuple[Any, Any]
 
 
 def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
-    """An mlx-lm model and its tokenizer.
+    """Load an mlx-lm model and its tokenizer.
 
     Raises:
-        BadSpec: mlx-lm has no such model, or the request is one for other backends.
+        BadSpec: mlx-lm has no such model, or a setting does not exist for MLX.
     """
     if config.strategy not in (LoadingStrategy.FULL, LoadingStrategy.UNIFIED_MEMORY):
         raise BadSpec(
@@ -58,10 +58,10 @@ def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
 
 
 def mlx_lm_utils() -> Any:
-    """The module mlx_lm.utils, and this process's limit of open files as it was.
+    """Import mlx_lm.utils without its change of the process's limit of open files.
 
-    mlx-lm 0.32 sets that limit as it is imported, to 4096 files at most: that fails where fewer are allowed, and takes
-    from a user what he cannot get back where more are.
+    mlx-lm 0.32 sets that limit to 2048, and the hard limit to 4096, when it is imported: this fails where fewer are
+    allowed, and where more are, it lowers the hard limit, which cannot be raised again.
     """
     import resource
 
@@ -84,7 +84,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) -> None:
-    """Write a checkpoint as mlx-lm reads it, a file a block, nothing of it whole in memory but the block in codes."""
+    """Write a checkpoint as mlx-lm reads it, one file per block; memory holds one encoded block at a time."""
     if checkpoint.quantized_by is not None:
         check_decodable(checkpoint)
         if config.quantize is not None:

@@ -1,8 +1,9 @@
-"""How far a model's predictions lie from another's over a text: KL divergence, perplexity, agreement.
+"""Metrics of how much one model's predictions differ from another's over a text: KL divergence, perplexity, agreement.
 
-Kullback and Leibler, "On information and sufficiency" (1951), of the distributions of the next token; intervals are
-percentile bootstraps over windows of text (Efron and Tibshirani, "An introduction to the bootstrap", chapter 13), as
-tokens of one window depend on one another. Shapes: N tokens, W windows, T tokens of each, V words of the vocabulary.
+The KL divergence (Kullback and Leibler, "On information and sufficiency", 1951) is that of the distributions of the
+next token. Intervals are percentile bootstraps over windows of text (Efron and Tibshirani, "An introduction to the
+bootstrap", chapter 13), because the tokens of one window depend on each other. Shapes: N tokens, W windows, T tokens in
+each, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 
+# Bootstrap resamples: the ends of a 95 % interval then vary by less than a hundredth of its width from seed to seed.
 RESAMPLES = 10_000
-TAIL = 0.025  # on either side of a 95 % interval
-BLOCK_NUMBERS = 1 << 22  # logits taken to float64 at once
+TAIL = 0.025  # the probability on either side of a 95 % interval
+BLOCK_NUMBERS = 1 << 22  # logits converted to float64 at once, 32 MiB a copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """What quantization cost a model, over one text.
+    """The loss of quality by quantization, measured over one text.
 
-    kl: mean KL(original || output) in nats a token, with its 95 % interval kl_low to kl_high, its 99th percentile and
-    its maximum over tokens. perplexity_ratio: the output's perplexity over the original's, with its 95 % interval.
-    top1: the share of tokens, 0 to 1, for which both find the same next token most likely. tokens: how many were
-    predicted, in `windows` windows of `window` tokens. kl_by_window: means of the windows in the text's order, so that
-    two outputs can be compared pair by pair. seconds: what evaluating the output took; reference_seconds: what the
-    original's logits took, 0 where they were there already. engine: what ran the output. text: its name and digest.
+    kl: the mean KL(original || output) in nats per token, with its 95 % interval kl_low to kl_high, its 99th percentile
+    and its maximum over tokens. perplexity_ratio: the output's perplexity over the original's, with its 95 % interval.
+    top1: the share of tokens, 0 to 1, for which both models find the same next token most likely. tokens: the number of
+    predicted tokens, in `windows` windows of `window` tokens. kl_by_window: the windows' means in the text's order, so
+    that two outputs can be compared window by window. seconds: the time to evaluate the output; reference_seconds: the
+    time to compute the original's logits, 0 if they were cached. engine: the engine that ran the output. text: the
+    text's name and digest.
     """
 
     kl: float
@@ -57,7 +60,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """By token, float64: KL(original || output), and the negative log-likelihood of the text under each; nats."""
+    """Scores by token, float64, in nats: KL(original || output), and the text's negative log-likelihood under each."""
 
     kl: np.ndarray
     nll_original: np.ndarray
@@ -70,7 +73,7 @@ class Scores:
 
 
 def scores(original_NV: np.ndarray, logits_NV: np.ndarray, targets_N: np.ndarray) -> Scores:
-    """Compare two models' logits, float32, at the same places of a text whose next tokens are `targets_N`."""
+    """Compare two models' logits, float32 (N, V), at the same places of a text whose next tokens are `targets_N`."""
     rows = max(1, BLOCK_NUMBERS // max(1, original_NV.shape[1]))
     parts = [
         _scores(original_NV[at : at + rows], logits_NV[at : at + rows], targets_N[at : at + rows])
@@ -83,7 +86,8 @@ def _scores(original_NV: np.ndarray, logits_NV: np.ndarray, targets_N: np.ndarra
     one, other = (torch.from_numpy(np.array(each, np.float32)) for each in (original_NV, logits_NV))
     log_p, log_q = (torch.log_softmax(each.double(), -1) for each in (one, other))
     p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)  # what the original holds impossible costs nothing
+    # Where p is 0, the term of the sum is 0 by continuity, while p * log(p) would be NaN.
+    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
     places = torch.from_numpy(targets_N.astype(np.int64))[:, None]
     return Scores(
         terms.sum(-1).clamp_(min=0).numpy(),
@@ -94,13 +98,13 @@ def _scores(original_NV: np.ndarray, logits_NV: np.ndarray, targets_N: np.ndarra
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """Scores of consecutive places as one."""
+    """Concatenate the scores of consecutive places."""
     fields = ("kl", "nll_original", "nll", "agrees")
     return Scores(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
 
 
 def interval(means_W: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of equally long windows, by their means."""
+    """Return the 95 % bootstrap interval of the mean over equally long windows, from the windows' means."""
     drawn = np.random.default_rng(seed).integers(0, len(means_W), (RESAMPLES, len(means_W)))
     low, high = np.quantile(means_W[drawn].mean(-1), (TAIL, 1 - TAIL))
     return float(low), float(high)
@@ -109,7 +113,7 @@ def interval(means_W: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def summed_up(
     windows: Sequence[Scores], *, window: int, seconds: float, reference_seconds: float, engine: str, text: str
 ) -> Quality:
-    """What the scores of each window come to."""
+    """Aggregate the scores of all windows."""
     every = joined(windows)
     kl_W = np.array([each.kl.mean() for each in windows])
     excess_W = np.array([(each.nll - each.nll_original).mean() for each in windows])

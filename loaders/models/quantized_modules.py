@@ -1,7 +1,7 @@
-"""Engines' own quantized modules, made of what a scheme stores: bitsandbytes' and hqq's.
+"""Quantized modules of bitsandbytes and hqq, made from the parts that a scheme stores.
 
-bitsandbytes 0.50: nn/modules.py (Params4bit.from_prequantized, Int8Params); hqq 0.2.8: core/quantize.py
-(HQQLinear.load_state_dict). Public interfaces of both.
+They use public interfaces only: bitsandbytes 0.50, nn/modules.py (Params4bit.from_prequantized, Int8Params); hqq 0.2.8,
+core/quantize.py (HQQLinear.load_state_dict).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from loaders.quantization.schemes.hqq import PACKING, Hqq
 from loaders.specs import TensorSpec
 
 Stored = Mapping[str, torch.Tensor]
-OUTLIERS = 6.0  # transformers' llm_int8_threshold
+OUTLIERS = 6.0  # transformers' default llm_int8_threshold: inputs beyond it are computed in float16
 
 
 def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:
-    """A Linear4bit of bitsandbytes."""
+    """Make a Linear4bit of bitsandbytes."""
     bitsandbytes: Any = import_module("bitsandbytes")
 
     rows, columns = spec.shape
@@ -42,7 +42,7 @@ def linear_4bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
 
 
 def linear_8bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:
-    """A Linear8bitLt of bitsandbytes."""
+    """Make a Linear8bitLt of bitsandbytes."""
     bitsandbytes: Any = import_module("bitsandbytes")
 
     rows, columns = spec.shape
@@ -56,7 +56,7 @@ def linear_8bit(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype:
 
 
 def hqq_linear(scheme: Any, spec: TensorSpec, stored: Stored, bias: Any, dtype: torch.dtype, device: str) -> nn.Module:
-    """An HQQLinear of hqq."""
+    """Make an HQQLinear of hqq."""
     hqq: Any = import_module("hqq.core.quantize")
     made: Any = hqq.HQQLinear(None, None, compute_dtype=dtype, device=device, initialize=False)
     made.load_state_dict(
@@ -90,10 +90,10 @@ ENGINES: dict[type, Callable[..., nn.Module]] = {Bnb4: linear_4bit, LlmInt8: lin
 
 
 def module_maker(scheme: Decoder) -> Callable[..., nn.Module]:
-    """What makes an engine's module of what the scheme stores.
+    """Return the function that makes an engine's module from the parts that the scheme stores.
 
     Raises:
-        BadSpec: no engine here takes it in a model of transformers.
+        BadSpec: no engine has modules for the scheme in transformers' models.
     """
     for kind, make in ENGINES.items():
         if isinstance(scheme, kind):
@@ -113,12 +113,13 @@ def runs_here(scheme: Decoder) -> bool:
 def repacks_4bit(device: str) -> bool:
     """Whether bitsandbytes repacks 4-bit weights at their first use on a device: see `Bnb4.stops_cpu_kernel`."""
     functional: Any = import_module("bitsandbytes.functional")
-    has_avx512bf16 = getattr(functional, "has_avx512bf16", None)  # versions without it have no such kernel
+    # Older versions lack both the check and the kernel.
+    has_avx512bf16 = getattr(functional, "has_avx512bf16", None)
     return device == "cpu" and has_avx512bf16 is not None and bool(has_avx512bf16())
 
 
 def unusable_4bit(tensors: Iterable[tuple[TensorSpec, Decoder, str]]) -> str | None:
-    """Say at which matrix, the first, bitsandbytes would stop in 4 bits on the device it goes to; None if at none."""
+    """Describe the first matrix that bitsandbytes cannot run in 4 bits on its device; None if there is none."""
     for spec, scheme, device in tensors:
         reason = scheme.stops_cpu_kernel(spec.shape) if isinstance(scheme, Bnb4) else None
         if reason is not None and repacks_4bit(device):

@@ -1,9 +1,9 @@
-"""A checkpoint in its engine: token ids in, logits out.
+"""Runners: a checkpoint loaded in its engine, which computes logits from token ids.
 
 Engines: transformers (plain, bitsandbytes, compressed-tensors, bitnet), hqq, mlx-lm, and llama.cpp through
-llama-cpp-python. Float arithmetic is the caller's choice as far as the engine has one: in float32 what is measured is
-what became of the weights, not the noise of bfloat16. LLM.int8 computes in float16 by its nature, bitsandbytes' 4-bit
-matrices in bfloat16 on a CPU with AVX512-BF16, and llama.cpp rounds activations as it always does. Checked with
+llama-cpp-python. The caller chooses the dtype of float arithmetic as far as the engine allows it: with float32, the
+differences come from the weights and not from bfloat16's rounding. LLM.int8 always computes in float16, bitsandbytes'
+4-bit matrices in bfloat16 on a CPU with AVX512-BF16, and llama.cpp rounds activations in any case. Checked with
 transformers 5.23, bitsandbytes 0.50, compressed-tensors 0.20, hqq 0.2.8, mlx-lm 0.32, llama-cpp-python 0.3.36.
 """
 
@@ -38,7 +38,8 @@ INSTALLED_BY = {
     "compressed_tensors": "compressed-tensors",
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
-# what engines raise for files that they cannot take, or when memory is short
+# What engines raise for files that they cannot load, or when memory is short. They have no common error class, and a
+# model that cannot be loaded must end as one clear message of the job, not as a traceback.
 FAULTS = (
     ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, MemoryError, IndexError,
     AssertionError,
@@ -46,15 +47,15 @@ FAULTS = (
 
 
 class Runner(Protocol):
-    """A model that is loaded."""
+    """A loaded model."""
 
     def __call__(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Logits, float32 of shape (B, T, V), of B runs of T tokens."""
+        """Compute logits, float32 (B, T, V), of B sequences of T tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What runs a checkpoint, and the modules of Python that it takes."""
+    """An engine that runs checkpoints, and the Python modules that it needs."""
 
     name: str
     modules: tuple[str, ...]
@@ -65,13 +66,14 @@ class Engine:
 
     @property
     def described(self) -> str:
-        """With the versions of what runs it: "transformers 5.23.0, bitsandbytes 0.50.2"."""
+        """The engine's packages with their versions: "transformers 5.23.0, bitsandbytes 0.50.2"."""
         shown = [n for n in self.modules if n not in ("torch", "accelerate", "transformers") or n == self.name]
         return ", ".join(_versioned(name) for name in shown)
 
 
 def _versioned(module: str) -> str:
     name = {"llama_cpp": "llama-cpp-python"}.get(module, module.replace("_", "-"))
+    # A module on the path without metadata, such as a source checkout.
     with suppress(metadata.PackageNotFoundError):
         return f"{name} {metadata.version(name)}"
     return name
@@ -81,10 +83,10 @@ ORIGINAL = Engine("transformers", ("torch", "transformers", "accelerate"))
 
 
 def engine_of(layout: str, config: Mapping[str, Any] | None) -> Engine:
-    """The engine of a layout ("hf", "hqq", "mlx", "gguf", "packed") with such a config.json.
+    """Return the engine that runs a layout ("hf", "hqq", "mlx", "gguf", "packed") with a given config.json.
 
     Raises:
-        BadSpec: none of those known here runs it.
+        BadSpec: no engine here runs it.
     """
     if layout == "gguf":
         return Engine("llama.cpp", ("llama_cpp",))
@@ -107,7 +109,7 @@ def engine_of(layout: str, config: Mapping[str, Any] | None) -> Engine:
 
 
 def engine_of_folder(checkpoint: Checkpoint) -> Engine:
-    """The engine of what a folder holds."""
+    """Return the engine that runs a checkpoint."""
     first = checkpoint.files[0].name
     if checkpoint.container in ("gguf", "packed"):
         return engine_of(checkpoint.container, None)
@@ -118,7 +120,7 @@ def engine_of_folder(checkpoint: Checkpoint) -> Engine:
 
 
 def _says_mlx(path: Path) -> bool:
-    """Whether mlx-lm, or its layout, wrote a file."""
+    """Whether a safetensors file was written by mlx-lm or for it."""
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
@@ -126,7 +128,11 @@ def _says_mlx(path: Path) -> bool:
 
 
 def check_engine(engine: Engine, device: str, what: str) -> None:
-    """Raises BadSpec: the engine is not installed here, or cannot use the device."""
+    """Check that an engine can run; `what` names the checkpoint in messages.
+
+    Raises:
+        BadSpec: the engine is not installed, or cannot use the device.
+    """
     if engine.missing:
         wanted = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in engine.missing))
         raise BadSpec(
@@ -139,7 +145,11 @@ def check_engine(engine: Engine, device: str, what: str) -> None:
 
 
 def check_tensors(engine: Engine, device: str, tensors: Iterable[tuple[TensorSpec, Decoder]]) -> None:
-    """Raises BadSpec: the engine would stop at one of an output's quantized tensors on the device."""
+    """Check that an engine can compute with an output's quantized tensors.
+
+    Raises:
+        BadSpec: it cannot compute with one of them on the device.
+    """
     if "bitsandbytes" not in engine.modules:
         return
     from loaders.models.quantized_modules import unusable_4bit
@@ -153,7 +163,7 @@ def check_tensors(engine: Engine, device: str, tensors: Iterable[tuple[TensorSpe
 
 
 def device_of(engine: Engine, device: str) -> str:
-    """The device that an engine runs on: of `auto`, the GPU where the engine can use one."""
+    """Return the device that an engine runs on; for "auto", a GPU if the engine can use one."""
     if device != "auto":
         return device
     if engine.name == "mlx-lm":
@@ -178,26 +188,29 @@ def _torch_device() -> str:
 def running(
     checkpoint: Checkpoint, engine: Engine | None, *, device: str, dtype: str, window: int, key: str
 ) -> Iterator[Runner]:
-    """Load a checkpoint in its engine, for as long as the block lasts; without one, decoded in transformers.
+    """Load a checkpoint in its engine for the length of the block; without an engine, decoded in transformers.
 
-    `dtype`: of the float arithmetic, "float32", "bfloat16" or "float16". `window`: the most tokens of a run.
+    `dtype`: of the float arithmetic, "float32", "bfloat16" or "float16". `window`: the most tokens of a sequence.
 
     Raises:
-        BadCheckpoint: the engine does not load it, or leaves some of its weights unset; it begins with `key`.
+        BadCheckpoint: the engine cannot load it, or leaves some of its weights unset; the message begins with `key`.
     """
     where, name = device_of(engine or ORIGINAL, device), (engine or ORIGINAL).name
     load = LOADERS[name] if engine is not None else _decoded
     with quiet(), _eager() if name in ("transformers", "hqq") else nullcontext():
         try:
-            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # bars
+            # Engines print progress bars, which would break the job's own.
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 runner, close = load(checkpoint, where, dtype, window)
-                runner(np.zeros((1, 2), np.int32))  # some unpack their weights in the first run
+                # Some engines unpack their weights in the first run, so that only now all errors of loading are known.
+                runner(np.zeros((1, 2), np.int32))
         except FAULTS as error:
             said = " ".join(str(error).split())[:400] or type(error).__name__
             raise BadCheckpoint(f"{key}: {name} does not load {checkpoint.address}: {said}") from error
         try:
             yield runner
         finally:
+            # Models contain reference cycles. The next model is loaded right after this one, and both rarely fit.
             del runner
             close()
             gc.collect()
@@ -205,7 +218,7 @@ def running(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Engines advise on training, kernels and casts; errors they raise."""
+    """Silence logs and warnings of engines: they advise on training, kernels and casts. Errors are raised anyway."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -218,7 +231,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Compile nothing: for some formats transformers would, which takes a C++ compiler and longer than running once."""
+    """Disable torch.compile: with some formats transformers compiles, which needs a C++ compiler and is slow."""
     import torch
 
     with torch.compiler.set_stance("force_eager"):
@@ -245,17 +258,20 @@ def _transformers(checkpoint: Checkpoint, device: str, dtype: str, window: int) 
 
 
 def _compute_in(model: Any, dtype: Any) -> None:
-    """Where bitsandbytes is at work, transformers loads the other weights in the config's dtype, whatever is asked."""
+    """Convert a model's float weights to a dtype.
+
+    With bitsandbytes, transformers 5.23 loads the other weights in the config's dtype, whatever `dtype` says.
+    """
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
-        if hasattr(module, "compute_dtype"):  # 4-bit modules
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit modules, which would choose one by their first input
             module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def _decoded(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
-    """A checkpoint of any kind as floats in transformers: what an output is held against."""
+    """Load a checkpoint of any kind as floats in transformers: the original that outputs are compared with."""
     from loaders.models.loading import load_model_and_tokenizer
 
     if checkpoint.container in ("safetensors", "pytorch") and checkpoint.quantized_by is None:
@@ -265,7 +281,7 @@ def _decoded(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> An
 
 
 def _hqq(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
-    """Hqq's own loading of qmodel.pt; its safetensors, which transformers 5 no longer loads, into hqq's modules."""
+    """Load qmodel.pt with hqq; load hqq's safetensors, which transformers 5 no longer reads, into hqq's modules."""
     import torch
 
     from loaders.models.loading import load_model_and_tokenizer
@@ -304,7 +320,8 @@ def _mlx(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
     untyped.set_default_device(untyped.cpu if device == "cpu" else untyped.gpu)
     try:
         model: Any = mlx_lm_utils().load_model(checkpoint.folder(READS_FOLDERS), lazy=False)[0]
-        model.set_dtype(getattr(untyped, dtype))  # scales too: a wider float holds them exactly
+        # This converts scales too, which a wider float holds exactly.
+        model.set_dtype(getattr(untyped, dtype))
     except BaseException:
         untyped.set_default_device(before)
         raise
@@ -323,7 +340,8 @@ def _llama_cpp(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> 
     llama_cpp: Any = import_module("llama_cpp")
     path = checkpoint.folder(READS_FOLDERS) / checkpoint.files[0].name
     threads = usable_cpus()
-    kept = {"float32": 0, "float16": 1, "bfloat16": 30}[dtype]  # ggml's numbers of types, for keys and values
+    kept = {"float32": 0, "float16": 1, "bfloat16": 30}[dtype]  # ggml_type of the cache of keys and values
+    # n_batch and n_ubatch (512 by default) cover the window, so that it is computed in one batch.
     model: Any = llama_cpp.Llama(
         model_path=str(path), n_ctx=window, n_batch=window, n_ubatch=window, logits_all=True, verbose=False,
         n_threads=threads, n_threads_batch=threads, n_gpu_layers=0 if device == "cpu" else -1,

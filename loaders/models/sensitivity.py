@@ -1,8 +1,9 @@
-"""How much each weight's error matters, by one pass of a text through the model: see `loaders.quantization.importance`.
+"""Sensitivity: how much each weight's error matters, measured over a text. See `loaders.quantization.importance`.
 
-The model reads windows of the text, forward and backward; the gradient is that of the log-likelihood of tokens drawn
-from the model's own predictions, so that its square is the Fisher information, the curvature of the divergence that
-quantization is judged by. Only squares of inputs and output gradients are kept, by channel. Needs `[models]`.
+The model runs forward and backward over windows of the text. The gradient is that of the log-likelihood of tokens drawn
+from the model's own predictions, so that its square is the Fisher information: the curvature of the KL divergence by
+which quantization is judged. Only squares of inputs and of output gradients are kept, summed by channel. Needs
+`[models]`.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from loaders.quantization.importance import Importance
 if TYPE_CHECKING:
     import torch
 
-WINDOW = 256  # tokens
-SEED = 0
+WINDOW = 256  # tokens of a window
+SEED = 0  # fixed, so that the same text gives the same importances, and so the same mix
 Importances = Mapping[str, tuple[Importance, ...]]
 
 
 def importances_of(
     folder: Path, text: str | None, tokens: int, on_tokens: Callable[[int], None] = lambda count: None
 ) -> Importances:
-    """What the errors of each linear layer's and embedding's weight matter, by the weight's name in the checkpoint.
+    """Return the importance of errors in each linear layer and embedding, by the weight's name in the checkpoint.
 
-    A sum of rows[i] columns[j] dW_ij^2 estimates nats a token. text: what is read; None: text that the model writes.
-    tokens: how many are read, in windows of 256. on_tokens(count) is called as they are read, or written.
+    The sum of rows[i] * columns[j] * dW_ij^2 estimates the loss in nats per token. text: the text that is read; None
+    stands for text that the model writes. tokens: the number of tokens read, in windows of 256. on_tokens(count) is
+    called as tokens are read or written.
 
     Raises:
         BadSpec: the text has too few tokens, or transformers is not installed.
-        BadCheckpoint: transformers cannot load the model, or it is no language model.
+        BadCheckpoint: transformers cannot load the model, or it is not a language model.
     """
     try:
         import torch
@@ -67,7 +69,7 @@ def importances_of(
 
 
 def _read(tokenizer: Any, text: str, tokens: int) -> list[torch.Tensor]:
-    """Windows spread evenly over the text."""
+    """Return windows spread evenly over the text."""
     import torch
 
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
@@ -79,7 +81,7 @@ def _read(tokenizer: Any, text: str, tokens: int) -> list[torch.Tensor]:
 
 
 def _written(model: Any, tokens: int, on_tokens: Callable[[int], None]) -> list[torch.Tensor]:
-    """Windows that the model writes by its own probabilities."""
+    """Return windows that the model writes, sampled from its own probabilities."""
     import torch
 
     begin = model.config.bos_token_id
@@ -99,14 +101,14 @@ def _written(model: Any, tokens: int, on_tokens: Callable[[int], None]) -> list[
 
 
 class _Sums:
-    """Squares of inputs and of output gradients of every linear layer and embedding, summed over tokens."""
+    """The squared inputs and output gradients of every linear layer and embedding, summed over tokens."""
 
     def __init__(self, model: Any) -> None:
         import torch
 
         self._model = model
         names = dict(model.named_parameters(remove_duplicate=False))
-        # a tied weight has one name in the checkpoint, the first
+        # A tied weight has one name in the checkpoint: the first of its names in the model.
         first = {id(parameter): name for name, parameter in reversed(names.items())}
         self._modules = {
             module: first[id(module.weight)]
@@ -118,7 +120,7 @@ class _Sums:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While this is open, whatever goes forward and backward through the model counts."""
+        """Count everything that passes forward and backward through the model during the block."""
         handles = [module.register_forward_hook(self._forward) for module in self._modules]
         try:
             yield
@@ -130,14 +132,15 @@ class _Sums:
         import torch
 
         if isinstance(module, torch.nn.Embedding):
-            output.requires_grad_(True)  # where the graph begins: the weights themselves need no gradients
+            # The graph begins here, since no weight requires a gradient.
+            output.requires_grad_(True)
             output.register_hook(lambda gradient: self._embedded(module, inputs[0], gradient))
             return
         self._add(self._inputs, module, _channels(inputs[0]))
         output.register_hook(lambda gradient: self._add(self._gradients, module, _channels(gradient)))
 
     def _embedded(self, module: Any, ids: torch.Tensor, gradient: torch.Tensor) -> None:
-        """A lookup's rows matter as often as they are looked up."""
+        """Add an embedding's gradients: a row counts each time that its token occurs."""
         import torch
 
         squares = gradient.detach().double().square().flatten(0, -2)
@@ -150,7 +153,7 @@ class _Sums:
         sums[module] = squares if module not in sums else sums[module] + squares
 
     def importances(self, tokens: int) -> Importances:
-        """1/2 E[g^2] E[x^2] by weight; of a lookup 1/2 E[sum_j g_j^2 of its row] times each column's share."""
+        """Return 1/2 E[g^2] E[x^2] per weight; for an embedding, 1/2 E[sum_j g_j^2] of a row times a column's share."""
         import torch
 
         found: dict[str, tuple[Importance, ...]] = {}
@@ -166,7 +169,7 @@ class _Sums:
 
 
 def _channels(values: torch.Tensor) -> torch.Tensor:
-    """Squares summed over all but the last dimension: (..., C) to (C,)."""
+    """Sum the squares over all but the last dimension: (..., C) to float64 (C,)."""
     return values.detach().double().square().flatten(0, -2).sum(0)
 
 
@@ -174,7 +177,7 @@ def _channels(values: torch.Tensor) -> torch.Tensor:
 
 
 def save(importances: Importances, path: Path) -> None:
-    """As a file of numpy's."""
+    """Write importances to an .npz file, atomically."""
     arrays = {
         f"{name}\t{number}\t{part}": getattr(each, part)
         for name, mine in importances.items()
@@ -189,7 +192,7 @@ def save(importances: Importances, path: Path) -> None:
 
 
 def load(path: Path) -> Importances:
-    """What `save` has left."""
+    """Read a file that `save` wrote."""
     found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     with np.load(path) as arrays:
         for key in arrays.files:

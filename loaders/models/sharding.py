@@ -1,6 +1,6 @@
-"""A model over several processes: each rank reads its own rows, or the first has them and gives each its share.
+"""Loading a model into several processes: each rank reads its own rows, or rank 0 loads them all and sends them.
 
-Works on models that torch's fully_shard (FSDP2) has taken while they were on the meta device, and on whole ones.
+It works on models to which torch's fully_shard (FSDP2) was applied on the meta device, and on whole models.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def is_first() -> bool:
 
 
 def rows_of(parameter: DTensor) -> tuple[int, int]:
-    """The rows of a parameter that this rank holds, as FSDP2 cuts it: torch.chunk over the mesh's shard dimension.
+    """Return the rows [start, stop) of a parameter on this rank. FSDP2 cuts by torch.chunk over the shard dimension.
 
     Raises:
-        BadSpec: it is cut in another way.
+        BadSpec: the parameter is sharded in another way.
     """
     return _cut(parameter, parameter.device_mesh.get_coordinate())
 
@@ -52,12 +52,13 @@ def _cut(parameter: DTensor, coordinate: Any) -> tuple[int, int]:
 
 
 def load_sharded(skeleton: Skeleton, weights: ModelWeights, device: str = "cpu") -> None:
-    """Give a model that fully_shard took on the meta device its weights: each rank reads its rows, and nothing else."""
+    """Load the weights of a model that was sharded on the meta device: each rank reads its own rows, nothing else."""
     _fill(skeleton, device, weights.fill)
 
 
 def _fill(skeleton: Skeleton, device: str, read: Callable[[str, torch.Tensor, int], None]) -> None:
     model: nn.Module = skeleton.model
+    # to_empty also replaces the buffers, which the model has computed and no file holds, so they are put back.
     own = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     model.to_empty(device=torch.device(device))
     for name, buffer in own.items():
@@ -70,7 +71,7 @@ def _fill(skeleton: Skeleton, device: str, read: Callable[[str, torch.Tensor, in
         source = skeleton.tied.get(name, name)
         if isinstance(parameter, DTensor):
             start, stop = rows_of(parameter)
-            local = parameter.to_local().detach()  # its memory, of which autograd need not know
+            local = parameter.to_local().detach()  # the same memory, which is written to outside of autograd
             columns = _columns(parameter)
             assert local.numel() == (stop - start) * columns, (name, local.shape, start, stop)
             read(source, local, start * columns)
@@ -82,15 +83,15 @@ def _fill(skeleton: Skeleton, device: str, read: Callable[[str, torch.Tensor, in
 
 
 def _columns(parameter: torch.Tensor) -> int:
-    """Elements of a row."""
+    """Return the number of elements in a row."""
     return int(np.prod(parameter.shape[1:], dtype=np.int64))
 
 
 def scatter(skeleton: Skeleton, full: Any, device: str = "cpu") -> None:
-    """Give every rank its rows of what the first holds.
+    """Send every rank its rows of the model on rank 0, one parameter at a time.
 
-    `skeleton` is a model that fully_shard took on the meta device, on every rank; `full` is the whole model on the
-    first (LoadingStrategy.LOW_MEMORY), and ignored on the others. A parameter at a time.
+    `skeleton` is, on every rank, a model that was sharded on the meta device; `full` is the whole model on rank 0
+    (LoadingStrategy.LOW_MEMORY), and is ignored on the others.
     """
     theirs = full.state_dict(keep_vars=True) if is_first() else {}
 
@@ -112,7 +113,7 @@ def scatter(skeleton: Skeleton, full: Any, device: str = "cpu") -> None:
 
 
 def broadcast(model: Any) -> None:
-    """Give every rank the whole model that the first holds, a parameter at a time, into meta tensors elsewhere."""
+    """Send the whole model on rank 0 to every rank, one parameter at a time; the others have meta tensors before."""
     tied: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in tied:

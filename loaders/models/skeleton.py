@@ -1,7 +1,7 @@
-"""A model without weights, and the checkpoint's weights by the names of its parameters.
+"""Skeletons: a model without weights, and the checkpoint's tensors for each of its parameters.
 
-Parameters are on torch's meta device: shapes and dtypes. Buffers are real, since a model computes its own (rotary
-frequencies). Tied parameters are one parameter, as the checkpoint has them.
+Parameters are on torch's meta device, so they have shapes and dtypes only. Buffers are real, since a model computes
+them itself (rotary frequencies). Tied parameters are one parameter, as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from loaders.models.weights import ModelWeights, Parts, torch_dtype
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
 
-# transformers 5 fuses a layer's experts into one parameter each for gate and up, and for down
+# transformers 5 fuses a layer's experts into two parameters, one for gate and up, one for down; checkpoints store them
+# one by one, under the names of most models or of Mixtral (w1, w2, w3).
 EXPERT_PARTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
 FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")
 MIXTRAL = ("mlp.", "block_sparse_moe.")
-SHOWN = 6
-# transformers changes torch's default dtype for the whole process while it builds a model
+SHOWN = 6  # names that a message lists before it counts the rest
+# transformers 5.23 sets torch's default dtype, which is global to the process, while it builds a model. Two threads
+# that build at once would give each other's models the wrong dtype.
 BUILDING = threading.RLock()
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on the meta device, where its parameters come from, and which are another's (tied: name, original)."""
+    """A model on the meta device, the logical tensors of its parameters, and its tied parameters (name -> original)."""
 
     model: Any
     parameters: Mapping[str, Parts]
@@ -46,7 +48,7 @@ class Skeleton:
 
     @property
     def size(self) -> int:
-        """Bytes of all parameters in the model's dtypes."""
+        """The bytes of all parameters in the model's dtypes."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
@@ -73,7 +75,9 @@ def skeleton_of(
     options = {} if attention is None else {"attn_implementation": attention}
     with BUILDING, EmptyOnMeta():
         model = auto.from_config(config, dtype=wanted, **options)
-    if any(buffer.is_meta for buffer in model.buffers()):  # a buffer that a model makes empty, and fills
+    # Some models create a buffer with torch.empty and fill it. Such a model is built again with real tensors, which
+    # takes memory and time for its parameters.
+    if any(buffer.is_meta for buffer in model.buffers()):
         with BUILDING:
             model = auto.from_config(config, dtype=wanted, **options)
     forget(model)
@@ -86,24 +90,28 @@ def skeleton_of(
 
 
 class EmptyOnMeta(TorchFunctionMode):
-    """What a module makes empty for its matrices takes no memory, and no time to fill; all else is real."""
+    """A mode in which torch.empty creates meta tensors.
+
+    nn.Linear and nn.Embedding create their weights by it, which then take no memory and no time to initialize. All
+    other tensors are real, so that buffers have their values.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
 
 
 def forget(model: nn.Module) -> None:
-    """Put all parameters on the meta device; those that are one stay one."""
+    """Move all parameters to the meta device; tied parameters stay tied."""
     empty = {each: nn.Parameter(each.to("meta"), each.requires_grad) for each in model.parameters()}
     for module in model.modules():
         module._parameters.update({name: empty[each] for name, each in module._parameters.items() if each is not None})
 
 
 def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
-    """Make float32 what transformers keeps so whatever dtype is asked for: routers' biases, some norms.
+    """Set the parameters to float32 that transformers keeps in float32 for any dtype: routers' biases, some norms.
 
-    transformers 5.23, modeling_utils.py and core_model_loading.py: `_keep_in_fp32_modules` of a model in float16, and
-    `_keep_in_fp32_modules_strict` of one in bfloat16, too; parts of names, `*` for anything.
+    Source: transformers 5.23, modeling_utils.py and core_model_loading.py. A model lists parts of names, with `*` for
+    anything: `_keep_in_fp32_modules` applies in float16, `_keep_in_fp32_modules_strict` in bfloat16 too.
     """
     plan = model._get_dtype_plan(dtype)
     if not plan:
@@ -122,15 +130,15 @@ def open_weights(
     read: str = "lazy",
     use_cache: bool = False,
 ) -> ModelWeights:
-    """Open the weights of a skeleton's parameters; close them when the model has what it needs."""
+    """Open the weights of a skeleton's parameters. The caller closes them once the model is loaded."""
     return ModelWeights(checkpoint, skeleton.parameters, workers=workers, read=read, use_cache=use_cache)
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
-    """The config of a checkpoint for transformers, without its quantization.
+    """Return a checkpoint's config as transformers' object, without its quantization.
 
     Raises:
-        BadSpec: a model_type that transformers does not know.
+        BadSpec: transformers does not know the model_type.
     """
     from transformers import AutoConfig
 
@@ -147,7 +155,7 @@ def model_config(checkpoint: Checkpoint) -> Any:
 
 
 def default_dtype(checkpoint: Checkpoint, sources: Sources) -> torch.dtype:
-    """The config's, else that of the first float weight, as transformers takes it."""
+    """Return the config's dtype, else that of the first float weight, as transformers chooses it."""
     found = load_dtype(checkpoint.config) or next((r.dtype for r in sources.tensors if r.dtype.is_float), None)
     return torch.float32 if found is None or found.name == "F64" else torch_dtype(found)
 
@@ -156,7 +164,7 @@ def default_dtype(checkpoint: Checkpoint, sources: Sources) -> torch.dtype:
 
 
 def matched(model: Any, sources: Sources, ignore: Sequence[str]) -> tuple[dict[str, Parts], dict[str, str]]:
-    """The parts of each parameter and persistent buffer, and the tied ones.
+    """Return the logical tensors of each parameter and persistent buffer, and the tied parameters (name -> original).
 
     Raises:
         BadCheckpoint: see `skeleton_of`.
@@ -203,7 +211,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def parts_of(name: str, tensors: Mapping[str, LogicalTensor]) -> Parts:
-    """The logical tensors that make a parameter, in its flat order; none if there are none."""
+    """Return the logical tensors that make up a parameter, in flat order; empty if the checkpoint has none."""
     for each in (name, name.replace(*MIXTRAL)):
         if each in tensors:
             return (tensors[each],)
@@ -230,7 +238,7 @@ def _fits(parameter: torch.Tensor, parts: Parts) -> bool:
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a parameter or a buffer into its module."""
+    """Replace a parameter or buffer of a model by its name; a plain tensor becomes a parameter."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     if last in module._buffers:

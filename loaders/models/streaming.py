@@ -1,8 +1,8 @@
-"""A model larger than memory: a module's weights come when its forward needs them, and leave after.
+"""Streaming: running a model larger than memory by loading a module's weights for its forward and freeing them after.
 
-Modules are streamed as a whole where they stand in a list (decoder blocks), else one by one. While one computes, the
-next ones are read within the budget, in the order of the last forward. Of an embedding only the rows that are looked up
-are read. Quantized sources are decoded on the way.
+Modules in a module list (decoder blocks) are loaded as a whole, others one by one. While one computes, the next are
+read within the budget, in the order of the last forward. Of an embedding, only the rows that are looked up are read.
+Quantized sources are decoded while they are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Held = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that come and leave together: names in the model, where each is read from, and its meta tensor."""
+    """The parameters of a module that are loaded and freed together: the meta tensors by their names in the model."""
 
     path: str
     parameters: dict[str, nn.Parameter]
@@ -35,7 +35,7 @@ class Group:
 
 
 class Streamer:
-    """Loads groups ahead of their use. `held_bytes` are those of weights held now, `peak_bytes` the most so far."""
+    """A loader of groups ahead of their use. `held_bytes` counts the weights held now, `peak_bytes` the most so far."""
 
     def __init__(self, model: nn.Module, weights: ModelWeights, groups: list[Group], device: str, budget: int) -> None:
         self._model = model
@@ -46,6 +46,7 @@ class Streamer:
         self._sources = {name: name for name in weights.parameters}
         self._next = {i: (i + 1) % len(groups) for i in range(len(groups))}
         self._last: int | None = None
+        # One thread, since groups are needed one after another; reading a group uses the shared workers.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._coming: dict[int, Future[Held]] = {}
         self._here: set[int] = set()
@@ -56,7 +57,7 @@ class Streamer:
         return sum(self._groups[i].size for i in {*self._coming, *self._here})
 
     def close(self) -> None:
-        """Forget what was read ahead, and close the files; the model computes no more."""
+        """Drop what was read ahead and close the files; the model cannot run any more."""
         self._coming.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._weights.close()
@@ -65,6 +66,7 @@ class Streamer:
         self._sources[name] = original
 
     def enter(self, index: int) -> None:
+        # The order of modules is learned: it may differ from that of their definition, and change from call to call.
         if self._last is not None:
             self._next[self._last] = index
         self._last = index
@@ -103,7 +105,7 @@ class Streamer:
             at = self._next[at]
 
     def _make_room(self, size: int) -> None:
-        """Let go of what was read for another order, the latest first."""
+        """Drop groups that were read ahead for another order of modules, the latest first."""
         while self._coming and self.held_bytes + size > self._budget:
             index = next(reversed(self._coming))
             future = self._coming.pop(index)
@@ -112,10 +114,10 @@ class Streamer:
 
 
 def stream(model: Any, weights: ModelWeights, device: str, budget_mb: float) -> Streamer:
-    """Stream a model on the meta device. `model.streamer` tells what it holds, and closes.
+    """Add streaming to a model on the meta device; its `Streamer` is also set as `model.streamer`.
 
     Raises:
-        BadSpec: a module alone takes more than the budget.
+        BadSpec: a single module needs more than the budget.
     """
     expected = dict(model.named_parameters(remove_duplicate=False))
     buffers = [name for name in weights.parameters if name not in expected]
@@ -151,7 +153,7 @@ def stream(model: Any, weights: ModelWeights, device: str, budget_mb: float) -> 
 
 
 def _groups(model: nn.Module, expected: dict[str, nn.Parameter]) -> tuple[list[Group], list[str]]:
-    """What streams, in the order of the modules, and embeddings, whose rows are read one by one."""
+    """Return the groups to stream, in the order of the modules, and the paths of embeddings, which are read by row."""
     listed = [f"{path}.{i}" for path, m in model.named_modules() if isinstance(m, nn.ModuleList) for i in range(len(m))]
     outer = [path for path in listed if not any(path.startswith(other + ".") for other in listed)]
     found: dict[str, dict[str, nn.Parameter]] = {}
@@ -168,7 +170,7 @@ def _groups(model: nn.Module, expected: dict[str, nn.Parameter]) -> tuple[list[G
 
 
 def _look_up(module: Any, name: str, weights: ModelWeights, device: str) -> None:
-    """Make an embedding read the rows it is asked for."""
+    """Replace an embedding's forward by one that reads only the rows of the given ids."""
     weight: Any = module.weight
     rows, columns = weight.shape
     dtype = weight.dtype
@@ -186,6 +188,9 @@ def _look_up(module: Any, name: str, weights: ModelWeights, device: str) -> None
 
 
 def _on(model: Any, device: str) -> None:
-    """Let the model say that it is where it computes, not where its parameters wait: `generate` asks."""
+    """Make the model's `device` the one that it computes on, which `generate` asks for; its parameters are on meta.
+
+    `device` is a read-only property of transformers' class, so the model gets a subclass of its own.
+    """
     cls = type(model)
     model.__class__ = type(cls.__name__, (cls,), {"device": property(lambda self: torch.device(device))})

@@ -1,7 +1,7 @@
-"""A checkpoint's weights by the names of a model's parameters: any range of any of them, in the model's dtype.
+"""A checkpoint's weights by the names of a model's parameters: any range of any parameter, in the model's dtype.
 
-A parameter is a run of logical tensors in flat order: mostly one; a fused parameter of experts is gate, up, gate, up...
-so a rank's rows, or a vocabulary's few, are ranges whatever the parameter is made of.
+A parameter is a run of logical tensors in flat order: mostly one tensor; for a fused parameter of experts gate, up,
+gate, up... So the rows of a rank, or a few rows of an embedding, are ranges whatever the parameter consists of.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.views import view_of
 
 Parts = tuple[LogicalTensor, ...]
-CACHE_FORMAT = 2  # of a model's tensors in the cache
+CACHE_FORMAT = 2  # part of every key: raised when the same encoding would give other parts, so that old entries miss
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """The dtype of torch by its name; formats of ggml have none."""
+    """Return torch's dtype.
+
+    Raises:
+        BadCheckpoint: torch has no such dtype, as for ggml's blocks.
+    """
     found = getattr(torch, dtype.torch, None)
     if not isinstance(found, torch.dtype):
         raise BadCheckpoint(f"{dtype}: torch has no such dtype; load it decoded")
@@ -46,10 +50,10 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 class ModelWeights:
-    """Open weights. Files are open from the first read until `close`, in this process alone: a fork opens its own.
+    """The open weights of a checkpoint. Files are open from their first use until `close`.
 
-    Without `workers` the threads are those that all models of this process share; its budget holds in either case.
-    With `use_cache` what is encoded is kept in the process's cache on disk, and taken from there the next time.
+    Without `workers`, the threads are those that all loads of the process share; the shared memory budget applies in
+    both cases. With `use_cache`, encoded tensors are kept in the cache on disk for the next load.
     """
 
     def __init__(
@@ -83,16 +87,22 @@ class ModelWeights:
         self.close()
 
     def close(self) -> None:
-        """Close the files, and end the threads that are not shared."""
+        """Close the files, and end threads that are not shared."""
         self._exit.close()
 
     def view(self, tensor: LogicalTensor) -> View:
         return view_of(tensor, self._reader, self._work)
 
     def fill(self, name: str, out: torch.Tensor, start: int = 0) -> None:
-        """Put a parameter's flat elements from `start` on into a contiguous tensor, in that tensor's dtype."""
+        """Fill a contiguous tensor with a parameter's flat elements from `start` on, in the tensor's dtype.
+
+        Raises:
+            BadCheckpoint: a tensor is damaged, or is not cast to the dtype.
+            StorageError: a file cannot be read.
+        """
         if out.numel() == 0:
             return
+        # Weights are read into the CPU's memory and copied in pieces, so that no tensor is there as a whole.
         if out.device.type != "cpu":
             for at in range(0, out.numel(), RANGE):
                 piece = torch.empty(min(RANGE, out.numel() - at), dtype=out.dtype)
@@ -121,10 +131,9 @@ class ModelWeights:
             self._work.sweep(last - first, 1, copy)
 
     def mapped(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
-        """A parameter in its file's own pages, where they hold just what the model wants; else None.
+        """Return a parameter as a private map of its file, if the file holds it in the wanted form; else None.
 
-        Pages are private to this process: writing to one copies it, and never reaches the file. None, too, where the
-        system refuses the map: private maps count towards a process's limit of data.
+        A write to the tensor copies the page and never reaches the file.
         """
         [tensor, *others] = self.parameters[name]
         if others or tensor.decode is not None or tensor.order is not None or dtype_named(str(dtype)) != tensor.dtype:
@@ -134,6 +143,8 @@ class ModelWeights:
             return None
         try:
             raw = self._maps.mapped(spec)
+        # Private maps count towards RLIMIT_DATA, so the system may refuse one. The caller then reads the weights, which
+        # also reports any error of the file itself.
         except StorageError:
             return None
         if not raw.size or raw.ctypes.data % spec.dtype.item_bytes:
@@ -141,7 +152,7 @@ class ModelWeights:
         return torch.from_numpy(raw).view(dtype).reshape(spec.shape)
 
     def encoded(self, encoding: Encoding) -> dict[str, torch.Tensor]:
-        """What a scheme stores for a tensor, by role; the tensor itself is never whole in memory."""
+        """Encode a tensor; returns the stored parts by role. The source tensor is never in memory as a whole."""
         stored = encoding.stored
         return {
             role: _tensor(part if stored[role].is_bound else part.reshape(stored[role].shape), stored[role].dtype)
@@ -170,7 +181,7 @@ class ModelWeights:
         return parts.parts()
 
     def stored(self, tensor: LogicalTensor) -> dict[str, torch.Tensor]:
-        """What the checkpoint holds for a quantized tensor, by role, as it is."""
+        """Return the stored parts of a quantized tensor, by role, unchanged."""
         made = {}
         for role, spec in tensor.stored:
             data = np.empty(spec.size, np.uint8)

@@ -1,4 +1,4 @@
-"""The settings of quant=auto, a mix of candidates within a budget; and `QuantSpec`, which is any quantization's."""
+"""The settings of quant=auto, a mix of candidates within a budget; and `QuantSpec`, the union of all quantizations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from loaders.rules.rule import Mix
 
 
 class Chosen(Spec):
-    """A mix that was chosen: what a job with quant=auto finds, and records in its output."""
+    """A mix that a job with quant=auto chose. The job records it in its output, so that it can be used again."""
 
     tensors: dict[str, tuple[str, ...]] = Field(description="by candidate, the names of its tensors; keep: unquantized")
     weighting: str = Field(description="what the errors were weighted by")
@@ -86,6 +86,7 @@ class AutoQuant(Quant):
     def varied(self, settings: dict[str, Any]) -> Scheme:
         return self.base.varied(settings)
 
+    # Before validation: each of the two fields may be empty, and then follows from the other.
     @model_validator(mode="before")
     @classmethod
     def _engine_and_candidates(cls, values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The base of every pydantic model that checks values which a person gave."""
+"""The base of the pydantic models that validate a user's values, and the types of path settings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FloatName = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class PathValue:
-    """Marks a setting whose value is a path: relative to where its user stands, and made absolute before it is checked.
+    """A mark of settings whose value is a path: relative to the user's working folder, made absolute before validation.
 
-    stores: URLs of stores are taken, too. words: values that are no paths.
+    stores: whether URLs of stores are accepted too. words: values that are keywords instead of paths.
     """
 
     stores: bool = False
@@ -27,6 +27,6 @@ Calibration = Annotated[str, PathValue(words=("self",))]
 
 
 class Spec(BaseModel):
-    """A model that converts no types, refuses unknown keys, and cannot be changed."""
+    """The base of all settings: it converts no types, refuses unknown keys, and is immutable."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")

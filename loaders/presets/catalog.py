@@ -1,4 +1,4 @@
-"""The presets of conf/quant by name, for callers of the library, who have no job and no Hydra."""
+"""The presets of conf/quant by name, for callers of the library, which has neither jobs nor Hydra."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def preset(name: str, **settings: Any) -> Quant:
 
 def _problem(name: str, fault: Any) -> str:
     """Say one fault of pydantic's in terms of the preset."""
-    where = ".".join(str(part) for part in fault["loc"][1:])  # the first is the kind
+    # The first part of a fault's place is the kind, which pydantic adds for a member of a union.
+    where = ".".join(str(part) for part in fault["loc"][1:])
     if fault["type"] == "extra_forbidden":
         known = ", ".join(key for key in type(preset(name)).model_fields if key not in ("kind", "name"))
         return f"quantize: {name} has no setting {where!r}; it has {known or 'none'}"
@@ -48,7 +49,10 @@ def _problem(name: str, fault: Any) -> str:
 
 @cache
 def _values(name: str) -> dict[str, Any]:
-    """Read a preset's file over those that its `defaults` name, as Hydra composes them."""
+    """Read a preset's file over those that its `defaults` name, as Hydra 1.3 composes them.
+
+    Hydra itself would be a dependency of the library for this alone.
+    """
     values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     base: dict[str, Any] = {}
     for other in values.pop("defaults", []):

@@ -33,7 +33,7 @@ from loaders.rules.rule import Mix
 
 
 class Quant(Spec):
-    """What all of conf/quant have in common; its subclasses are the kinds."""
+    """The base of all quantizations in conf/quant; each subclass is one `kind`."""
 
     name: str = Field(pattern=r"^[\w.\-]+$", description="names the output")
 
@@ -48,7 +48,7 @@ class Quant(Spec):
 
     @property
     def label(self) -> str | None:
-        """The quantization's name in file names, for engines that name files after it; else None."""
+        """The quantization's part of the file name, for engines that name files after it; else None."""
         return None
 
     def varied(self, settings: dict[str, Any]) -> Scheme:

@@ -24,7 +24,7 @@ from loaders.tensors.logical_tensor import LogicalTensor
 
 Engine = Literal["mlx", "gguf", "vllm", "transformers"]
 ENGINES: tuple[str, ...] = get_args(Engine)
-KEEP = "keep"  # what stands for a candidate where a tensor stays unquantized
+KEEP = "keep"  # the name in place of a candidate for a tensor that stays unquantized
 WHY = "chosen within the budget"
 # the candidates of each engine where the user names none
 AMONG: dict[str, tuple[str, ...]] = {

@@ -33,7 +33,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something to store, such as a tensor, which gets one of its options."""
+    """An item to store, such as a tensor, for which one of the options is chosen."""
 
     name: str
     options: tuple[Option, ...]

@@ -63,7 +63,7 @@ def _fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is done with a tensor, and the rule that decided it. Without an encoding the tensor is dropped."""
+    """The decision about a tensor, and the rule that made it. Without an encoding the tensor is dropped."""
 
     tensor: LogicalTensor
     rule: Rule

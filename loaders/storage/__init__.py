@@ -1,4 +1,4 @@
-"""Where bytes lie. A kind of store is one file in this folder, and one row of KINDS."""
+"""Stores and destinations by the scheme of their address. A kind of store is one file here, and one row of KINDS."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loaders.storage.folder_destination import FolderDestination, abandoned_in, 
 
 @dataclass(frozen=True, slots=True)
 class StoreKind:
-    """How stores of a scheme are opened; what cannot be written to has no `destination`.
+    """The functions that serve one address scheme. `destination` is None for a scheme that can only be read.
 
-    open: the store at an address.
-    destination: an output under way at an address, for the job that a key names.
-    abandoned: what interrupted jobs left at an address of outputs, or of its output of one name.
-    discard: removes something that was left.
+    open: opens the store at an address.
+    destination: makes the unpublished output at an address, for the job with a key.
+    abandoned: lists what interrupted jobs left in the folder at an address: of every output, or of one by its name.
+    discard: removes what an interrupted job left.
     """
 
     open: Callable[[Address], Store]
@@ -40,20 +40,20 @@ KINDS: dict[str, StoreKind] = {
 
 
 def open_store(where: str | os.PathLike[str] | Address) -> Store:
-    """Open the store at an address.
+    """Open the store at an address: a path, file://PATH, or a URL of a scheme in KINDS.
 
     Raises:
-        BadSpec: no store of its scheme is known.
+        BadSpec: the scheme is not in KINDS.
     """
     address = Address.of(where)
     return kind_of(address).open(address)
 
 
 def destination_at(address: Address, key: str) -> Destination:
-    """An output under way at an address, for the job that `key` names.
+    """Return the unpublished output at an address, for the job with a key. Nothing is created yet.
 
     Raises:
-        BadSpec: nothing can be written there.
+        BadSpec: the scheme is not in KINDS, or can only be read.
     """
     destination = kind_of(address).destination
     if destination is None:
@@ -62,10 +62,10 @@ def destination_at(address: Address, key: str) -> Destination:
 
 
 def kind_of(address: Address) -> StoreKind:
-    """What is known of an address's scheme.
+    """Return the functions that serve an address's scheme.
 
     Raises:
-        BadSpec: nothing.
+        BadSpec: the scheme is not in KINDS.
     """
     kind = KINDS.get(address.scheme)
     if kind is None:

@@ -1,4 +1,4 @@
-"""Where something lies: a path or a URL, as one type, so that nobody takes a URL for a path."""
+"""Addresses: a local path or a URL as one type, so that no caller uses a URL as a path by mistake."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LOCAL = "file"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Address:
-    """A path of this machine, or a URL of a store, without a slash at its end."""
+    """A path on this machine or the URL of a store, without a trailing slash."""
 
     text: str
 
     @staticmethod
     def of(where: str | os.PathLike[str] | Address) -> Address:
-        """An address as users give it: a path, file://PATH, or SCHEME://..."""
+        """Make an address from what a user gives: a path, file://PATH, or SCHEME://..."""
         if isinstance(where, Address):
             return where
         text = os.fspath(where)
@@ -32,7 +32,7 @@ class Address:
 
     @property
     def scheme(self) -> str:
-        """That of the URL; "file" for a path."""
+        """The URL's scheme; "file" for a path."""
         head, found, _ = self.text.partition("://")
         return head if found else LOCAL
 
@@ -42,10 +42,10 @@ class Address:
 
     @property
     def path(self) -> Path:
-        """The path of this machine.
+        """The address as a path on this machine.
 
         Raises:
-            BadSpec: it is a URL of a store.
+            BadSpec: the address is a URL.
         """
         if not self.is_local:
             raise BadSpec(f"{self}: expected a path of this machine")
@@ -53,12 +53,12 @@ class Address:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last component of the path."""
         return self.path.name if self.is_local else PurePosixPath(urlsplit(self.text).path).name
 
     @property
     def parent(self) -> Address:
-        """The folder or prefix that it lies in; itself at the top."""
+        """The folder or prefix above this address; the address itself at the root."""
         if self.is_local:
             return Address(str(self.path.parent))
         parts = urlsplit(self.text)
@@ -67,7 +67,7 @@ class Address:
 
     @property
     def parents(self) -> tuple[Address, ...]:
-        """All that it lies in, the nearest first."""
+        """All folders or prefixes above this address, the nearest first."""
         found: list[Address] = []
         here = self
         while (above := here.parent) != here:
@@ -77,7 +77,7 @@ class Address:
 
     @property
     def real(self) -> Address:
-        """Without links, where there can be some."""
+        """The address with symbolic links resolved; a URL has none and stays as it is."""
         return Address(str(self.path.resolve())) if self.is_local else self
 
     def __truediv__(self, name: str) -> Address:

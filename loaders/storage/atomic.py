@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a lock that dies with its holder."""
+"""Atomic file writes (a file appears whole or not at all), and locks that end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loaders.errors import StorageError, io_errors
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Make renames inside a folder durable."""
+    """Fsync a folder, so that renames inside it survive a power loss: fsync of the file alone does not cover them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,11 +31,13 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new file durably: temporary name, fsync, rename. An existing file stays as it was on any failure.
+    """Write a file atomically and durably: temporary name, fsync, rename. On any failure, an existing file stays.
 
     Raises:
         StorageError: the folder cannot be written, the disk is full, ...
     """
+    # The temporary file is in the same folder, since a rename is atomic only within a filesystem. Its name has the
+    # process id, so that two processes that write the same file do not write into one temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with io_errors("writing", path):
         try:
@@ -45,6 +47,7 @@ def write_file(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
+            # The first error is the one to report; the file may not have been created.
             with suppress(OSError):
                 temporary.unlink()
             raise
@@ -52,13 +55,14 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Reserve a file's room on the disk; where the filesystem cannot, only set its length."""
+    """Reserve a file's space on the disk, so that a full disk fails here; else, where unsupported, set its length."""
     if hasattr(os, "posix_fallocate") and size:
         try:
             os.posix_fallocate(descriptor, 0, size)
             return
         except OSError as error:
-            # The codes by which filesystems say that they cannot reserve; any other, such as a full disk, is an error.
+            # Filesystems that cannot reserve space answer with these codes. Any other error, such as a full disk, is
+            # a real one.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
     os.ftruncate(descriptor, size)
@@ -66,9 +70,10 @@ def allocate(descriptor: int, size: int) -> None:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
-    """Try to hold a lock file; gives False when another process holds it. The file names its last holder.
+    """Try to take a lock file without waiting; yields False if another process holds it.
 
-    A flock: it goes with its process, however that ends. On a network filesystem it may hold on one host only.
+    The file's text names its last holder. The lock is a flock: the kernel drops it when the process ends, however it
+    ends. On a network filesystem it may exclude processes of the same host only.
     """
     with io_errors("locking", path):
         file = path.open("a+")
@@ -81,6 +86,7 @@ def exclusive(path: Path) -> Iterator[bool]:
 def _lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Another process holds it; that is an answer, not an error.
     except BlockingIOError:
         return False
     file.truncate(0)
@@ -90,23 +96,24 @@ def _lock(file: IO[str]) -> bool:
 
 
 def holder(path: Path) -> str:
-    """Who last took a lock: "host pid N"."""
+    """Return the last holder of a lock file, "HOST pid N", for messages; "unknown" if the file does not say."""
     try:
         return path.read_text().strip() or "unknown"
+    # The text only serves a message, which must not fail because the holder just removed the file.
     except OSError:
         return "unknown"
 
 
 class AtomicWriter:
-    """A file that appears whole, with all that was written to it, or not at all: `with AtomicWriter(path) as file`.
+    """A context manager that replaces a file atomically: `with AtomicWriter(path) as file`.
 
-    What was at the path stays until the block ends without an error; a crash leaves it, too. File and folder are
-    synced. The mode bits are those of the file that was there, else what the process's umask leaves of rw for all. A
-    link stays a link: the file that it leads to is replaced. `mode`: "wb", or "w" for text, whose `encoding` is utf-8.
+    An existing file stays until the block ends without an error, and after a crash. File and folder are synced. The
+    mode bits are those of the existing file, else 0o666 less the umask. A symbolic link stays: the file that it points
+    to is replaced. `mode` is "wb", or "w" for text, whose `encoding` is utf-8 by default.
 
     Raises:
-        ValueError: another mode.
-        StorageError: the folder cannot be written, the disk is full, ...; what was there is as it was.
+        ValueError: another mode, or an encoding for bytes.
+        StorageError: the folder cannot be written, the disk is full, ...; the existing file is unchanged.
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: str = "wb", *, encoding: str | None = None) -> None:
@@ -125,8 +132,9 @@ class AtomicWriter:
         with io_errors("writing", self.path):
             if self._target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder", str(self._target))
+            # tempfile's files have mode 0o600 and would keep it after the rename; here the kernel applies the umask.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            descriptor = os.open(self._temporary, flags, 0o666)  # less the umask
+            descriptor = os.open(self._temporary, flags, 0o666)
             self._file = os.fdopen(descriptor, self._mode, encoding=self._encoding, newline=None)
         return self._file
 
@@ -139,6 +147,7 @@ class AtomicWriter:
                 return
             with io_errors("writing", self.path):
                 self._file.flush()
+                # A new file has no mode to take over.
                 with suppress(FileNotFoundError):
                     os.fchmod(self._file.fileno(), stat.S_IMODE(self._target.stat().st_mode))
                 os.fsync(self._file.fileno())
@@ -146,27 +155,28 @@ class AtomicWriter:
                 self._temporary.replace(self._target)
                 sync_folder(self._target.parent)
         finally:
-            with suppress(OSError):  # of a full disk, whose error is told already
+            # Closing flushes once more, and on a full disk fails once more; that error is raised already.
+            with suppress(OSError):
                 self._file.close()
+            # After a successful rename the temporary file is gone.
             with suppress(OSError):
                 self._temporary.unlink()
 
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str], mode: str = "wb", *, encoding: str | None = None) -> Iterator[IO[Any]]:
-    """Write a file that appears whole or not at all: an `AtomicWriter` whose block's own OSErrors say where.
+    """Replace a file atomically, as `AtomicWriter`; OSErrors inside the block become StorageErrors with the path.
 
     Raises:
-        As AtomicWriter; what is raised inside the block, after the new file is gone.
+        As AtomicWriter, and whatever the block raises; the new file is removed first.
     """
     with AtomicWriter(path, mode, encoding=encoding) as file, io_errors("writing", path):
         yield file
 
 
 def get_file_lock_path(path: str | os.PathLike[str]) -> Path:
-    """Where the lock of a file or folder lies: beside it, hidden; in the temporary folder where that is read-only.
-
-    The same for every way of writing the path, links included.
+    """Return the path of a file's or folder's lock: a hidden file in the same folder, or one in the temporary folder
+    if that folder is read-only. All spellings of a path have the same lock, symbolic links included.
     """
     real = Path(os.path.realpath(path))
     if os.access(real.parent, os.W_OK):
@@ -177,19 +187,20 @@ def get_file_lock_path(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def file_lock(path: str | os.PathLike[str], timeout_s: float | None = None) -> Iterator[Path]:
-    """Hold a file's or folder's lock, waiting for other processes and threads that hold it; gives the lock's path.
+    """Hold the lock of a file or folder, waiting while another process or thread holds it; yields the lock's path.
 
-    It goes with its process, however that ends.
+    The kernel drops the lock when the process ends, however it ends.
 
     Raises:
-        StorageError: nobody let go of it for `timeout_s` seconds (None: wait), or it cannot be made.
+        StorageError: the lock was not free within `timeout_s` seconds (None waits for ever), or cannot be created.
     """
     place = get_file_lock_path(path)
     lock = filelock.FileLock(place, timeout=-1 if timeout_s is None else timeout_s)
     with io_errors("locking", place):
         try:
             lock.acquire()
-        except filelock.Timeout:  # an OSError, too
+        # It is an OSError too; `io_errors` would give it a message that says less.
+        except filelock.Timeout:
             raise StorageError(
                 f"{os.fspath(path)}: another process holds its lock {place} for more than {timeout_s:g} s; wait for it"
                 " to end, or give more time"

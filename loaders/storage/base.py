@@ -1,7 +1,7 @@
-"""Where bytes lie: what a store of files offers to be read, and what a destination offers to be written.
+"""The protocols of storage: a `Store` is files to read, a `Destination` is an output under construction.
 
-Nothing outside this folder knows whether files lie in a folder, a bucket or a repository. What is read is pinned: an
-`Entry` names a version, and reading another one is an error.
+No code outside this folder knows whether files are in a folder, a bucket or a repository. Reads are pinned: an `Entry`
+names one version of a file, and reading another version is an error.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from typing import IO, Protocol
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.storage.address import Address
 
-BUFFER = 1 << 20  # bytes fetched at once where a header is read a few bytes at a time
+# Bytes that one request fetches when a header is parsed a few bytes at a time. Less would cost a remote store more
+# requests for one header; more would fetch weights that are not needed.
+BUFFER = 1 << 20
 Range = tuple[int, int]  # bytes [start, stop)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Entry:
-    """A file of a store: its path from the store's root, its size in bytes, and a tag that another version lacks."""
+    """One version of a file in a store: its path from the store's root, its size in bytes, and a version tag.
+
+    The tag is the store's own (a time of change, an ETag, a hash); two versions of a file have different tags.
+    """
 
     name: str
     size: int
@@ -31,130 +36,135 @@ class Entry:
 
 
 class Store(Protocol):
-    """Files to be read. Names are paths from the root, with slashes."""
+    """Files to read, by name. A name is a path from the store's root, with forward slashes."""
 
     @property
     def address(self) -> Address:
-        """Where it is: enough to open it again in another process, whose environment has the credentials."""
+        """The store's address. Another process can open the store by it, if its environment has the credentials."""
         ...
 
     @property
     def is_local(self) -> bool:
-        """Whether files have paths here, and can be mapped."""
+        """Whether files have paths on this machine, so that they can be memory-mapped."""
         ...
 
     def absence(self) -> str | None:
-        """What is there instead, if there is nothing to list: "nothing there", "a file; ..."; None if there is."""
+        """Say what is at the address if it is no folder of files ("nothing there", "a file; ..."); None if it is."""
         ...
 
     def is_taken(self) -> bool:
-        """Whether anything stands at the address, whatever it is; what an unfinished job left does not count."""
+        """Whether anything exists at the address. The journal of an unfinished job does not count."""
         ...
 
     def is_link(self) -> bool:
-        """Whether the address is that of a link to another place."""
+        """Whether the address is a symbolic link."""
         ...
 
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
-        """List the files by name; those of sub-folders too if `deep`. Empty where there is nothing.
+        """List the files, sorted by name, including those of sub-folders if `deep`. Empty if nothing exists.
 
-        Folders of tools (.git, ...) and what is no plain file are left out, but for who wants to see `every` thing.
+        Folders of tools (.git, ...) and what is not a regular file are left out, unless `every` is set.
 
         Raises:
-            StorageError: it cannot be listed.
+            StorageError: the store cannot be listed.
         """
         ...
 
     def find(self, name: str) -> Entry | None:
-        """Look a file up; None if there is none of this name."""
+        """Look up a file by name; None if it does not exist."""
         ...
 
     def check_inside(self, name: str) -> None:
-        """Raise BadCheckpoint if a file's bytes lie outside the store: behind a link that leads out of a folder."""
+        """Check that a file's bytes are inside the store.
+
+        Raises:
+            BadCheckpoint: the file is a symbolic link that leads out of the store's folder.
+        """
         ...
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         """Read bytes [start, stop) of a file.
 
         Raises:
-            BadCheckpoint: the file is shorter, or is no longer this version.
-            StorageError: it is gone, or cannot be read.
+            BadCheckpoint: the file is shorter than `stop`, or is another version than the entry's.
+            StorageError: the file is gone, or cannot be read.
         """
         ...
 
     def read_ranges(self, entry: Entry, ranges: Sequence[Range]) -> Iterator[memoryview]:
-        """Read ranges of a file, several at a time where that is faster; they come in this order. Errors as `read`."""
+        """Read ranges of a file, concurrently where that is faster; results keep the order. Errors as `read`."""
         ...
 
     def check_unchanged(self, entry: Entry) -> None:
-        """Look whether a file is still this version, where reading it does not tell.
+        """Check that a file is still the entry's version. Needed where files are mapped, since a map does not tell.
 
         Raises:
-            BadCheckpoint: it is another.
+            BadCheckpoint: it is another version.
             StorageError: it is gone.
         """
         ...
 
     def local_path(self, name: str) -> Path | None:
-        """The path of a file, if this store is local; None otherwise."""
+        """Return the path of a file on this machine; None if the store is not local."""
         ...
 
 
 class Destination(Protocol):
-    """An output under way, for the job that a key names: its journal, its files, and the step that publishes them.
+    """An unpublished output of one job: its journal, its finished files, and the step that publishes them.
 
-    Names are those of the areas below. Whoever looks at the output's address before `publish` finds no checkpoint
-    there; after it, all of it.
+    Before `publish`, a reader of the output's address finds no checkpoint there; afterwards, a complete one. The key
+    that a destination is opened with names the job, so a rerun of the same job finds its own journal. Names begin with
+    one of these areas:
 
         files/NAME     a finished file of the output, NAME as in the output
-        pieces/NAME    a finished range of a file, made apart by one of several processes
-        records/NAME   what a unit left
+        pieces/NAME    a finished range of a file, written as a file of its own by one of several processes
+        records/NAME   the record of a finished unit
         other names    small files of the journal
     """
 
     @property
     def address(self) -> Address:
-        """Of the output."""
+        """The output's address."""
         ...
 
     @property
     def journal(self) -> Address:
-        """Where the journal lies, for messages."""
+        """The journal's address, for messages."""
         ...
 
     @property
     def is_local(self) -> bool:
-        """Whether parts can be written in place, and finished files have paths."""
+        """Whether files can be written in place, and finished files have paths on this machine."""
         ...
 
     @property
     def files(self) -> Store:
-        """The finished files, under the names of the output, as a checkpoint would be read there."""
+        """The finished files under the names of the output, to be read as a checkpoint."""
         ...
 
     @property
     def pieces(self) -> Store:
-        """The finished pieces that were made apart."""
+        """The finished pieces."""
         ...
 
     def prepare(self, *, overwrite: bool) -> None:
-        """Make what writing needs; with `overwrite`, an output at the address may lose its validity from here on.
+        """Create the journal. With `overwrite`, an existing output at the address may become invalid from now on.
 
         Raises:
-            StorageError: it cannot be made.
+            StorageError: it cannot be created.
         """
         ...
 
     def is_there(self) -> bool:
-        """Whether `prepare` was called by anybody, and nobody forgot it since."""
+        """Whether the journal exists: `prepare` was called, by any process, and `forget` was not called since."""
         ...
 
     def claim(self) -> AbstractContextManager[str | None]:
-        """Keep other drivers out for as long as the block lasts; gives who is in, where that is another."""
+        """Exclude other drivers for the length of the block; yields the name of the holder if another one has it."""
         ...
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small file, whole or not at all, durably.
+        """Write a small file atomically and durably.
 
         Raises:
             StorageError: it cannot be written.
@@ -162,89 +172,97 @@ class Destination(Protocol):
         ...
 
     def get(self, name: str) -> bytes | None:
-        """Read a small file; None if there is none."""
+        """Read a small file; None if it does not exist."""
         ...
 
     def list(self, area: str) -> tuple[Entry, ...]:
-        """List what is in an area ("files", "pieces", "records"), under the names within it."""
+        """List an area ("files", "pieces", "records"); the entries' names leave out the area."""
         ...
 
     def drop(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         ...
 
     def scratch(self, name: str) -> Path:
-        """A path at which a part may be made; the file must not be there yet. `keep` or the caller removes it."""
+        """Return a local path for a part file to be created at. `keep` moves it away, or the caller removes it."""
         ...
 
     def keep(self, part: Path, name: str) -> Entry:
-        """Put a part, whole and synced, among the finished files or pieces, in place of what has the name.
+        """Move or upload a complete, synced part file to a name in files/ or pieces/, replacing what has that name.
 
         Raises:
-            StorageError: it cannot be moved or uploaded, or arrived otherwise than it was sent.
+            StorageError: it cannot be moved or uploaded, or its checksum after the upload is wrong.
         """
         ...
 
     def shared(self, name: str, size: int | None = None) -> Path | None:
-        """The path of a file that parts are written into in place; None where the destination has no such thing.
+        """Return the path of a file that several units write into in place; None if the destination has none.
 
-        With a `size`, all its room is taken; what was written into it before stays.
+        With a `size`, the file is created and its space reserved; what was written into it before stays.
         """
         ...
 
     def assemble(
         self, name: str, pieces: Sequence[tuple[int, str]], around: Sequence[tuple[int, bytes]], size: int
     ) -> None:
-        """Make a shared file whole: put pieces that were made apart at their bytes, and what stands around them.
+        """Complete a shared file: copy pieces to their offsets, and write the header and other bytes `around` them.
 
-        Pieces are removed once they are durable in the file. Only where `is_local`.
+        A piece is removed as soon as its bytes are durable in the file. Only for destinations that are local.
         """
         ...
 
     def join(self, name: str, chunks: Iterator[bytes], size: int) -> Entry:
-        """Make a finished file from its bytes, in order, without a copy on this machine. Errors as `keep`."""
+        """Make a finished file of `size` bytes from its chunks, in order; a remote destination needs no local copy.
+
+        Raises:
+            As `keep`.
+        """
         ...
 
     def stage(self, name: str, data: bytes) -> None:
-        """Make a small file that is taken for the sign of a whole checkpoint: an index, a config.json.
+        """Write a small file whose presence marks a complete checkpoint: an index, a config.json.
 
-        It is among `files` at once; at the output's address `publish` puts it last, in the order of staging.
+        It is in `files` at once, but `publish` puts it at the output's address last, in the order of staging.
         """
         ...
 
     def holds(self, written: Entry, digest: str, start: int | None = None) -> bool:
-        """Whether a file or piece is what a record says, by its tag or by its xxh3-128; with a `start`, whether a file
-        of several pieces has it from that byte on.
+        """Whether a finished file or piece still is what its record says, by its tag or its xxh3-128 digest.
+
+        With a `start`, `written` is a range of a shared file, which begins at that byte.
         """
         ...
 
     def publish(self, *, overwrite: bool) -> None:
-        """Make the output visible.
+        """Make the output visible at its address.
 
         Raises:
-            BadSpec: something else came to be there.
-            StorageError: it cannot be made visible.
+            BadSpec: another output appeared there while the job ran, and `overwrite` is not set.
+            StorageError: the output cannot be moved there.
         """
         ...
 
     def forget(self) -> None:
-        """Remove the journal, and all that was not published."""
+        """Remove the journal and everything in it that was not published."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandoned:
-    """What an interrupted job left: where its journal is, and how much."""
+    """The journal of an interrupted job: its address, size and age."""
 
     address: Address
     size: int  # bytes
     units_done: int
-    age_s: float  # since something of it changed
-    is_held: bool  # a process works on it
+    age_s: float  # seconds since the newest file in it changed
+    is_held: bool  # whether a process holds its lock, so the job is running
 
 
 class PinnedFiles:
-    """Files of a store, each at the version at which it was listed or first looked up."""
+    """Files of a store, each pinned to the version that was seen first.
+
+    Headers and weights of one checkpoint are read at different times; if a file changes in between, the read fails.
+    """
 
     def __init__(self, store: Store, entries: Iterable[Entry] = ()) -> None:
         self.store = store
@@ -256,21 +274,21 @@ class PinnedFiles:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Those that are known so far."""
+        """The entries pinned so far, by name."""
         return self._entries
 
     def find(self, name: str) -> Entry | None:
-        """Look a file up; None if there is none."""
+        """Look up a file and pin its version; None if it does not exist."""
         found = self._entries.get(name) or self.store.find(name)
         if found is not None:
             self._entries[name] = found
         return found
 
     def entry(self, name: str) -> Entry:
-        """Look a file up.
+        """Look up a file and pin its version.
 
         Raises:
-            BadCheckpoint: there is none.
+            BadCheckpoint: it does not exist.
         """
         found = self.find(name)
         if found is None:
@@ -278,7 +296,7 @@ class PinnedFiles:
         return found
 
     def check_unchanged(self) -> None:
-        """Look whether all known files are still the versions that they were. Errors as `Store.check_unchanged`."""
+        """Check that every pinned file is still the pinned version. Errors as `Store.check_unchanged`."""
         for entry in self._entries.values():
             self.store.check_unchanged(entry)
 
@@ -287,10 +305,10 @@ class PinnedFiles:
         return self.store.read(self.entry(name), start, stop)
 
     def read_all(self, name: str, limit: int) -> bytes:
-        """Read a small file.
+        """Read a whole file that is small.
 
         Raises:
-            BadCheckpoint: it is missing, or has more than `limit` bytes; or as `Store.read`.
+            BadCheckpoint: it is missing, or has more than `limit` bytes; and as `Store.read`.
         """
         entry = self.entry(name)
         if entry.size > limit:
@@ -298,14 +316,14 @@ class PinnedFiles:
         return bytes(self.store.read(entry, 0, entry.size))
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file to be read from any place on, through a buffer. Errors as `Store.read`, at each read."""
+        """Open a file as a seekable, buffered stream. Each read raises as `Store.read` does."""
         return io.BufferedReader(_Ranged(self.store, self.entry(name)), BUFFER)
 
     def path(self, name: str, why: str) -> Path:
-        """The path of a file.
+        """Return the path of a file on this machine.
 
         Raises:
-            BadSpec: the store is not local; `why` says who needs it to be.
+            BadSpec: the store is not local; `why` begins the message and says who needs a local path.
         """
         found = self.store.local_path(name)
         if found is None:
@@ -314,7 +332,7 @@ class PinnedFiles:
 
 
 class _Ranged(io.RawIOBase):
-    """A file of a store as a stream."""
+    """One file of a store as a raw, seekable stream, for parsers that read files (zip, pickle)."""
 
     def __init__(self, store: Store, entry: Entry) -> None:
         super().__init__()
@@ -334,7 +352,8 @@ class _Ranged(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._entry.size}[whence]
         if base + offset < 0:
-            raise OSError(errno.EINVAL, f"seek to byte {base + offset} of {self._entry.name}")  # as files do
+            # zipfile seeks before the start of a file that is too short, and expects the OSError that files raise.
+            raise OSError(errno.EINVAL, f"seek to byte {base + offset} of {self._entry.name}")
         self._at = base + offset
         return self._at
 

@@ -1,4 +1,4 @@
-"""Copying a file from a store to an output under way."""
+"""Copying a file from a store into an unpublished output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from loaders.storage.hashes import BLOCK
 
 
 def copy_into(destination: Destination, files: PinnedFiles, name: str) -> None:
-    """Copy a file among an output's finished ones, byte for byte, with its mode where both have one.
+    """Copy a file into an output's finished files, byte for byte; from a local folder, with its mode bits.
 
     Raises:
-        BadCheckpoint: the source is shorter than it was, or changed.
-        StorageError: it cannot be read, or the copy not be written.
+        BadCheckpoint: the source changed since it was pinned.
+        StorageError: the source cannot be read, or the copy cannot be written.
     """
     entry = files.entry(name)
+    # The folder of scratch files has no sub-folders.
     part = destination.scratch(name.replace("/", "%"))
     with io_errors("copying", part), part.open("xb") as copy:
         for at in range(0, entry.size, BLOCK):

@@ -1,4 +1,4 @@
-"""A folder of this machine as a store: files are mapped and read in place."""
+"""A local folder as a store: its files have paths, so they can be memory-mapped."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from loaders.errors import BadCheckpoint, io_errors
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range
 
-# Folders of tools, which are no part of a checkpoint.
+# Folders that tools make (git, the Hub's client, Python, Jupyter); they are not part of a checkpoint.
 SKIPPED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
 
 
 class Folder:
-    """See `Store`. A file's tag is its time of change, in nanoseconds."""
+    """A `Store` of the files in a local folder. A file's tag is its mtime in nanoseconds."""
 
     is_local = True
 
@@ -51,21 +51,24 @@ class Folder:
         for folder, folders, names in os.walk(self.path):
             if not every:
                 folders[:] = [name for name in folders if name not in SKIPPED]
-            links = [name for name in folders if (Path(folder) / name).is_symlink()]  # which are not followed
+            # os.walk does not follow linked folders, which could lead out of the checkpoint or in a circle. They are
+            # listed as entries, so that `check_inside` refuses them instead of their files being lost in silence.
+            links = [name for name in folders if (Path(folder) / name).is_symlink()]
             for path in (Path(folder) / name for name in (*names, *links)):
                 if every or path.is_file() or path.name in links:
                     yield path.relative_to(self.path).as_posix()
 
     def _entry(self, name: str) -> Entry:
         path = self.path / name
+        # A dangling link has no status but its own.
         status = path.stat() if path.exists() else path.lstat()
         return Entry(name, status.st_size, str(status.st_mtime_ns))
 
     def entry_of(self, name: str) -> Entry:
-        """A file that has to be there.
+        """Return the entry of a file that must exist.
 
         Raises:
-            StorageError: it is not, or no longer.
+            StorageError: it does not exist, or no longer.
         """
         with io_errors("looking at", self.path / name):
             status = (self.path / name).stat()
@@ -77,10 +80,10 @@ class Folder:
             return self._entry(name) if path.is_file() else None
 
     def _inner(self, name: str) -> Path:
-        """The path of a name that may come from a stranger's file.
+        """Return the path of a name that may come from an untrusted file, such as an index.
 
         Raises:
-            BadCheckpoint: it leads out of the folder.
+            BadCheckpoint: the name leads out of the folder.
         """
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\0" in name:
@@ -88,7 +91,7 @@ class Folder:
         return self.path / name
 
     def check_inside(self, name: str) -> None:
-        """The Hub's cache is an exception: files of a snapshot are links to blobs beside it."""
+        """Check a file as `Store.check_inside`. Links of the Hub's cache, from snapshots/ to blobs/, are accepted."""
         path = self.path / name
         if not path.is_symlink():
             return
@@ -105,6 +108,7 @@ class Folder:
             status = os.fstat(file.fileno())
             self._check_same(entry, status)
             at, left = start, data
+            # Linux reads at most 2 GiB less a page in one call, and network filesystems less: a short read is normal.
             while left:
                 count = os.preadv(file.fileno(), [left], at)
                 if count == 0:
@@ -118,7 +122,8 @@ class Folder:
     def check_unchanged(self, entry: Entry) -> None:
         path = self.path / entry.name
         with io_errors("looking at", path):
-            self._check_same(entry, os.stat(path))  # noqa: PTH116  # a few microseconds less, for every tensor
+            # This runs once a tensor, and os.stat takes a few microseconds less than Path.stat.
+            self._check_same(entry, os.stat(path))  # noqa: PTH116
 
     def _check_same(self, entry: Entry, status: os.stat_result) -> None:
         if (status.st_size, str(status.st_mtime_ns)) != (entry.size, entry.tag):

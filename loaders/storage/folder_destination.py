@@ -1,10 +1,10 @@
-"""An output under way in a folder of this machine: its journal is a hidden folder beside it, publishing is one rename.
+"""An unpublished output on a local filesystem. The journal is a hidden sibling of the output; publishing is a rename.
 
-.NAME.KEY.weightmill/    KEY names the plan: another plan for the same output has its own folder
-    lock                 held by the process that works on it
-    parts/               files being written, one an attempt
-    files/               finished files; it becomes the output. A file of several units lies here from the start:
-                         they write into it in place
+.NAME.KEY.weightmill/    KEY names the plan: another plan for the same output has a folder of its own
+    lock                 held by the driver while it runs
+    parts/               files being written, one for each attempt of a unit
+    files/               finished files; this folder becomes the output. A file that several units share is here from
+                         the start: they write into it in place
     pieces/ records/     see `Destination`
 """
 
@@ -30,12 +30,14 @@ from loaders.storage.hashes import BLOCK, hash_file
 
 SUFFIX = ".weightmill"
 AREAS = ("files", "parts", "pieces", "records")
-RENAME_EXCHANGE = 2  # of renameat2, which Python's os does not offer
+# Arguments of renameat2(2), which Python's os module does not offer: swap the two names in one step, and take relative
+# paths from the current folder.
+RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
 class FolderDestination:
-    """See `Destination`."""
+    """A `Destination` on a local filesystem."""
 
     is_local = True
 
@@ -56,7 +58,8 @@ class FolderDestination:
         with io_errors("making", self.root):
             for area in AREAS:
                 (self.root / area).mkdir(parents=True, exist_ok=True)
-            for path in (self.root / "parts").iterdir():  # of attempts that were killed
+            # Only the driver that holds the lock comes here, so what is in parts/ is from attempts that were killed.
+            for path in (self.root / "parts").iterdir():
                 path.unlink()
 
     def is_there(self) -> bool:
@@ -148,6 +151,8 @@ class FolderDestination:
         self.put(f"files/{name}", data)
 
     def holds(self, written: Entry, digest: str, start: int | None = None) -> bool:
+        # The size costs nothing to compare, so it goes first. An mtime does not tell whether all bytes reached the
+        # disk before a power loss, so the bytes are hashed.
         path = self.root / written.name
         if not path.is_file():
             return False
@@ -156,6 +161,7 @@ class FolderDestination:
         return is_whole and hash_file(path, start=start or 0, size=written.size) == digest
 
     def publish(self, *, overwrite: bool) -> None:
+        # Names must be durable before the rename is: else a power loss could leave an output without some of its files.
         files = self.root / "files"
         for folder in [files, *(path for path in files.rglob("*") if path.is_dir())]:
             sync_folder(folder)
@@ -169,12 +175,14 @@ class FolderDestination:
             sync_folder(self._output.parent)
 
     def forget(self) -> None:
+        # It is gone already, by an earlier call or by another process.
         with suppress(FileNotFoundError):
             shutil.rmtree(self.root)
 
 
 def _move_in(piece: Path, descriptor: int, start: int) -> None:
-    """Put a piece that was made apart in its place. The disk holds one piece twice, never all."""
+    """Copy a piece into the open file at an offset, then remove it. At most one piece is on the disk twice."""
+    # An interrupted run may have moved it already: it is removed only after its bytes in the target are durable.
     if not piece.exists():
         return
     buffer = memoryview(bytearray(BLOCK))
@@ -193,14 +201,14 @@ def _put(descriptor: int, data: memoryview, start: int) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step, or, where the system cannot, in two."""
+    """Swap two folders atomically where the system can, else by two renames, between which `old` is missing."""
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None, use_errno=True)
         if hasattr(libc, "renameat2"):
             done = libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
             if done == 0:
                 return
-            # These say that the filesystem knows no exchange; all others are faults.
+            # With these codes, a kernel or filesystem says that it has no exchange; any other is a real error.
             if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     aside = new.with_name("replaced")
@@ -211,7 +219,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def abandoned_in(folder: Path, name: str | None = None) -> tuple[Abandoned, ...]:
-    """Journals of the outputs in a folder, or of the one with a name."""
+    """List the journals in a folder: of all outputs there, or of the output with a name."""
     if not folder.is_dir():
         return ()
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{12}}{re.escape(SUFFIX)}")
@@ -219,7 +227,7 @@ def abandoned_in(folder: Path, name: str | None = None) -> tuple[Abandoned, ...]
 
 
 def left_in(path: Path) -> Abandoned:
-    """What a folder that was left behind holds."""
+    """Describe one journal folder."""
     files = [p for p in path.rglob("*") if p.is_file()]
     return Abandoned(
         address=Address(str(path)),
@@ -236,12 +244,13 @@ def _is_held(journal: Path) -> bool:
     try:
         with exclusive(journal / "lock") as was_free:
             return not was_free
+    # If the lock cannot be opened, it is not known; "held" is the answer that deletes nothing.
     except StorageError:
         return True
 
 
 def discard_folder(path: Path) -> None:
-    """Remove what was left.
+    """Remove the journal folder of an interrupted job.
 
     Raises:
         StorageError: it cannot be removed.

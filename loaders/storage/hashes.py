@@ -1,4 +1,4 @@
-"""Checksums: xxh3 of files and ranges. They find accidents, not attackers."""
+"""xxh3 checksums of files and ranges. They detect accidental damage; they are no protection against an attacker."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import xxhash
 from loaders.errors import io_errors
 from loaders.storage.base import Entry, Store
 
+# Bytes read at once: enough to hide the cost of a call, and little enough for every thread to have such a buffer.
 BLOCK = 4 << 20
 
 
 def digest(data: bytes | np.ndarray) -> str:
-    """xxh3-64 of bytes or of a contiguous array, 16 hex digits."""
+    """Return the xxh3-64 of bytes or of a contiguous array, as 16 hex digits."""
     return xxhash.xxh3_64_hexdigest(data if isinstance(data, bytes) else data.data)
 
 
 def text_digest(text: str) -> str:
-    """xxh3-128 of a text, 32 hex digits: names a plan, a job, a source."""
+    """Return the xxh3-128 of a text, as 32 hex digits. It names plans, jobs and sources."""
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def hash_stored(store: Store, entry: Entry, start: int = 0, size: int | None = None) -> str:
-    """xxh3-128 of a file of a store from byte `start` on (of `size` bytes, or to its end), 32 hex digits.
+    """Return the xxh3-128 of `size` bytes (None: all that remain) of a stored file from byte `start`, as 32 hex digits.
 
     Raises:
         As `Store.read`.
@@ -43,7 +44,13 @@ def hash_file(
     start: int = 0,
     size: int | None = None,
 ) -> str:
-    """xxh3-128 of a file from byte `start` on (of `size` bytes), 32 hex digits, through one reused buffer."""
+    """Return the xxh3-128 of `size` bytes (None: all that remain) of a local file from byte `start`, as 32 hex digits.
+
+    `on_bytes` is called with the size of each block read, for progress.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
     hasher = xxhash.xxh3_128()
     buffer = memoryview(bytearray(BLOCK))
     left = size

@@ -1,4 +1,4 @@
-"""JSON files of strangers: read within a limit, refused in one line; written as transformers writes them."""
+"""JSON files: untrusted ones are read up to a size limit, own ones are formatted as transformers formats them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from typing import Any
 from loaders.errors import BadCheckpoint
 from loaders.storage.base import PinnedFiles
 
-INDEX_LIMIT = 1 << 30  # bytes: an index of a million tensors has a tenth of it
+# The most bytes of JSON that are read. An index of a million tensors has about a tenth of it, and a hostile file cannot
+# take more memory than this.
+INDEX_LIMIT = 1 << 30
 
 
 def read_json(files: PinnedFiles, name: str, limit: int = INDEX_LIMIT) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a file that holds a JSON object.
 
     Raises:
-        BadCheckpoint: not there, not JSON, not an object, or longer than `limit` bytes.
+        BadCheckpoint: the file is missing, longer than `limit` bytes, not JSON, or not an object.
     """
     return json_object(files.read_all(name, limit), name)
 
 
 def json_object(raw: bytes, name: str) -> dict[str, Any]:
-    """Parse a JSON object.
+    """Parse a JSON object; `name` is the file's, for messages.
 
     Raises:
-        BadCheckpoint: not JSON, or not an object.
+        BadCheckpoint: the bytes are not JSON, or not an object.
     """
     try:
         found = json.loads(raw)
+    # A hostile file can nest deeper than Python's parser recurses.
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{name}: not JSON ({error})") from None
     if not isinstance(found, dict):
@@ -36,5 +39,5 @@ def json_object(raw: bytes, name: str) -> dict[str, Any]:
 
 
 def json_bytes(document: Any) -> bytes:
-    """The text of a JSON file, as transformers writes them."""
+    """Return the bytes of a JSON file, formatted as transformers writes them: indented by 2, not escaped to ASCII."""
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Files of a folder: what they are, where they lie, what of them is in memory already."""
+"""Facts about local files: the kind of filesystem and disk, the share in the page cache, the free space."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from loaders.errors import io_errors
 
+# Prefixes of the filesystem types in /proc/mounts. A FUSE filesystem is taken for a network one, since most are; those
+# in OBJECT_FUSE mount an object store, and those in LOCAL_FUSE (below) are local.
 NETWORK = ("nfs", "lustre", "ceph", "cifs", "smb", "gpfs", "beegfs", "glusterfs", "9p", "afs", "orangefs", "fuse.")
 OBJECT_FUSE = (
     "s3fs",
@@ -28,36 +30,42 @@ OBJECT_FUSE = (
     "hf-mount",
 )
 MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
-CACHE_WINDOW = 1 << 20  # bytes looked at in each of so many places of a file
+# The page cache is sampled by 16 windows of 1 MiB, spread over a file: reading stops and evicts in long runs, and the
+# answer only has to tell a warm file from a cold one. All pages of a file of 100 GB would take much longer to count.
+CACHE_WINDOW = 1 << 20
 CACHE_WINDOWS = 16
-CACHESTAT = 451  # the number of the system call, on every architecture: Linux 6.5
+CACHESTAT = 451  # the number of the system call cachestat, the same on every architecture; Linux 6.5 and later
 LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal")
 
 
 def filesystem(path: Path) -> str:
-    """The type of the filesystem a path lies on ("ext4", "nfs4"); "unknown" where the system does not tell."""
+    """Return the type of the filesystem that a path is on ("ext4", "nfs4"); "unknown" without /proc/mounts."""
     try:
         mounts = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
+    except OSError:  # macOS has no /proc, and some sandboxes hide it.
         return "unknown"
     real = os.path.realpath(path)
     best, kind = "", "unknown"
     for line in mounts:
         _, point, name = line.split(" ")[:3]
+        # The kernel writes a space as \040.
         point = point.encode().decode("unicode_escape")
         inside = real == point or real.startswith(point.rstrip("/") + "/")
+        # The longest mount point that contains the path counts; of equal ones the later, which is mounted over it.
         if inside and len(point) >= len(best):
             best, kind = point, name
     return kind
 
 
 def is_network(kind: str) -> bool:
-    """Whether a filesystem type is served by another machine, where a map of a file is slow."""
+    """Whether a filesystem type is served by another machine, where page faults of a memory map are slow."""
     return kind.startswith(NETWORK) and kind not in LOCAL_FUSE
 
 
 def medium(path: Path) -> str:
-    """What a path lies on: "memory", "local", "rotational" (a turning disk), "network", "object" (a mounted store)."""
+    """Return what a path is stored on: "memory", "local" (an SSD or unknown), "rotational" (a hard disk), "network", or
+    "object" (an object store mounted by FUSE).
+    """
     kind = filesystem(path)
     if kind in MEMORY:
         return "memory"
@@ -69,22 +77,24 @@ def medium(path: Path) -> str:
 
 
 def _turns(path: Path) -> bool:
-    """Whether the kernel says that the block device turns; virtual disks often say so, whatever they are."""
+    """Whether the kernel says that the block device is rotational. Virtual disks, which often say so, do not count."""
     try:
         device = path.stat().st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
         folder = Path(f"/sys/dev/block/{number}").resolve()
+        # A partition has no queue of its own; its disk, one folder up, has.
         queue = next(f / "queue" for f in (folder, folder.parent) if (f / "queue" / "rotational").exists())
         is_virtual = "virtio" in str(folder) or "/virtual/" in str(folder)
         return (queue / "rotational").read_text().strip() == "1" and not is_virtual
+    # No sysfs, or a filesystem without a block device (overlay, btrfs, zfs).
     except (OSError, StopIteration):
         return False
 
 
 def drop_cached(path: Path) -> float | None:
-    """Ask the kernel to forget a file's pages; the share that stayed. None where the system does not tell.
+    """Ask the kernel to drop a file from the page cache; returns the share (0 to 1) that stayed, None if unknown.
 
-    Pages that were not written yet, or that another process maps, stay.
+    Pages that are dirty, or that another process maps, stay.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
@@ -94,8 +104,9 @@ def drop_cached(path: Path) -> float | None:
 
 
 def cached_share(path: Path) -> float | None:
-    """The share of a file's pages that are in the page cache: of small ones exactly, else by windows from its start to
-    its end. None where the system does not tell.
+    """Return the share (0 to 1) of a file's pages that are in the page cache; None if the system does not tell.
+
+    Files of up to 16 MiB are counted exactly; of larger ones, 16 windows of 1 MiB are sampled.
     """
     size = path.stat().st_size
     if not sys.platform.startswith("linux") or size == 0:
@@ -115,11 +126,12 @@ def _libc() -> ctypes.CDLL:
 
 
 def _counted(descriptor: int, ranges: list[tuple[int, int]]) -> float | None:
-    """By cachestat, which knows what is cached; None where the kernel has none, or does not tell this user."""
+    """Return the cached share of ranges by cachestat(2); None if the kernel lacks it, or refuses this user."""
     pages = cached = 0
     counts = np.empty(5, np.uint64)  # cached, dirty, being written, evicted, recently evicted
     for start, size in ranges:
         asked = np.array([start, size], np.uint64)
+        # syscall() is variadic: ctypes would pass plain integers as 32 bits, so each argument is given its C type.
         args = [
             ctypes.c_long(CACHESTAT),
             ctypes.c_int(descriptor),
@@ -133,10 +145,14 @@ def _counted(descriptor: int, ranges: list[tuple[int, int]]) -> float | None:
 
 
 def _resident(descriptor: int, ranges: list[tuple[int, int]]) -> float | None:
-    """By mincore, of a map."""
+    """Return the cached share of ranges by mincore(2), for kernels before 6.5; None if it is refused.
+
+    Since Linux 5.2, mincore says that all pages are cached to a user who could not write the file.
+    """
     pages = cached = 0
     with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as view:
-        anchor = np.frombuffer(view, np.uint8)  # only its address is used
+        # ctypes cannot take the address of a read-only map, numpy can. No page of it is touched, which would load it.
+        anchor = np.frombuffer(view, np.uint8)
         for start, size in ranges:
             seen = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
             where = ctypes.c_void_p(anchor.ctypes.data + start)
@@ -144,17 +160,18 @@ def _resident(descriptor: int, ranges: list[tuple[int, int]]) -> float | None:
                 return None
             pages += seen.size
             cached += int((seen & 1).sum())
+        # A map cannot be closed while an array refers to it.
         del anchor
     return cached / pages
 
 
 def free_bytes(path: Path) -> int:
-    """Free space where `path` lies or would be made."""
+    """Return the free bytes of the filesystem that `path` is on, or would be created on."""
     return shutil.disk_usage(_nearest(path)).free
 
 
 def device_of(path: Path) -> int:
-    """The number of the filesystem that `path` lies on, or would be made on."""
+    """Return the device number of the filesystem that `path` is on, or would be created on."""
     return _nearest(path).stat().st_dev
 
 

@@ -75,7 +75,7 @@ def loader(strategy: str | WeightLoader, **settings: Any) -> WeightLoader:
 
 
 def small_reader(files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
-    """Open some tensors that are read while a checkpoint is opened or checked: a few bytes, wherever they lie."""
+    """Open tensors of which a few bytes are read while a checkpoint is opened or checked, in any kind of store."""
     return LOADERS["read" if files.store.is_local else "remote"]().open(files, specs)
 
 

@@ -1,4 +1,4 @@
-"""`auto`: the choice of a strategy by where files lie, how much of them is cached, the device, and measured rates.
+"""`auto`: the choice of a strategy by where files are stored, what of them is cached, the device, and measured rates.
 
 Rates are measured only where they matter: for large files on a local disk that are mostly not cached. Measuring takes a
 fraction of a second, reads pages that are needed anyway, and is done once for each disk in a process.
@@ -48,7 +48,7 @@ _RATES: dict[int, dict[str, float]] = {}  # GB/s by way, of each disk, as this p
 def choose(source: PinnedFiles, files: Sequence[str], device: str | None = None) -> tuple[str, str]:
     """Return the name of a strategy for some files of a source, and the reason in a few words.
 
-    `device` is where whole tensors go; it is None for a job.
+    `device` is the device that whole tensors are loaded to; it is None for a job.
     """
     if device is not None and device.startswith("cuda") and _all_safetensors(files) and _has_fastsafetensors():
         index = int(device.partition(":")[2] or 0)
@@ -139,6 +139,7 @@ def _by_map(path: Path, begin: int) -> float:
     whole, began, done = map_file(path), time.perf_counter(), 0
     while done < PROBE_BYTES and time.perf_counter() - began < PROBE_S:
         part = whole[begin + done : begin + done + CHUNK]
+        # One byte of a page is enough for the kernel to load all of it.
         part[:: mmap.PAGESIZE].max(initial=0)
         done += len(part)
         if not len(part):

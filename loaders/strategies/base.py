@@ -28,7 +28,9 @@ from loaders.storage.base import Entry, PinnedFiles
 
 Source = Checkpoint | Path | str
 SLICE_BYTES = 32 << 20  # the default slice: large enough for a disk's full rate, small beside any memory
-SAMPLED = 16  # files that are sampled for the share that is in the page cache
+# Files that are sampled for the share in the page cache. More would not change the choice between warm and cold, and a
+# checkpoint of hundreds of shards on a network filesystem would take long to sample.
+SAMPLED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class PieceReader(Reader, Protocol):
     """A reader that also gives pieces one after another, and so can fetch ahead."""
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
-        """Yield the bytes of each piece, uint8, in this order. An array belongs to whoever takes it.
+        """Yield the bytes of each piece, uint8, in this order. An array belongs to the caller.
 
         Raises:
             BadCheckpoint, StorageError: as for `read`.
@@ -139,6 +141,7 @@ class WeightLoader(ABC):
                     value = next(tensors)
                 counting.count(TensorBytes.whole(spec), fetches=self.fetches)
                 yield spec.name, value
+                # Otherwise this frame would keep the tensor alive while the next one is read.
                 del value
 
     def iterate_slices(
@@ -208,7 +211,7 @@ class WeightLoader(ABC):
         return self.open(files, specs)
 
     def order(self, specs: Sequence[WeightSpec]) -> list[WeightSpec]:
-        """Return tensors in the order in which they come: file by file, as they lie there."""
+        """Return tensors in the order in which they are loaded: file by file, by their offsets."""
         return list(specs)
 
     def _tensors(self, checkpoint: Checkpoint, specs: Sequence[WeightSpec], device: str | None) -> Any:
@@ -242,7 +245,7 @@ class WeightLoader(ABC):
 
 
 class Stopwatch:
-    """A sum of the seconds spent inside `with`, and of the tensors, bytes and files that came of it."""
+    """A sum of the seconds spent inside `with`, and of the tensors, bytes and files that were loaded."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -286,10 +289,10 @@ class Unchanged:
 
 
 def local_root(files: PinnedFiles, strategy: str) -> Path:
-    """The folder of this machine that files lie in.
+    """Return the local folder of a source's files.
 
     Raises:
-        BadSpec: they lie elsewhere.
+        BadSpec: they are in a store that is not local.
     """
     return files.path("", f"strategy={strategy} reads files of a folder (strategy=remote reads all others)")
 
@@ -330,7 +333,7 @@ def _cut(spec: WeightSpec, size: int) -> Iterator[TensorBytes]:
 
 
 def cached_share(files: PinnedFiles, entries: Sequence[Entry]) -> float | None:
-    """The share of files that is in the page cache, judged by samples; None where the system does not tell."""
+    """Return the share (0 to 1) of files that is in the page cache, estimated from samples; None if unknown."""
     seen = []
     for entry in entries[:: max(1, -(-len(entries) // SAMPLED))]:
         path = files.store.local_path(entry.name)

@@ -18,7 +18,7 @@ from loaders.strategies.reading.open_files import OpenFiles
 
 
 class HeldTensors:
-    """A `PieceReader` of tensors that lie in memory, whole."""
+    """A `PieceReader` of whole tensors in memory."""
 
     def __init__(self, held: dict[str, np.ndarray], maps: MappedFiles) -> None:
         self._held = held

@@ -67,6 +67,8 @@ class Buffer:
     """One file's tensors in a buffer on a device."""
 
     def __init__(self, path: Path, names: Sequence[str], device: str, gds: bool) -> None:
+        # With set_numa, fastsafetensors 0.5 binds the whole process to the NUMA node of the first GPU that it loads to,
+        # for good, which would slow down everything else.
         self._files = library().SafeTensorsFileLoader(None, device, nogds=not gds, set_numa=False)
         wanted = set(names)
         self._files.set_tensor_filter(wanted.__contains__)
@@ -233,7 +235,7 @@ def check_container(specs: Sequence[WeightSpec]) -> None:
 
 
 def _with_index(device: str) -> str:
-    """The device by its number, which the library asks for: a GPU without one is torch's current one."""
+    """Return a device with its index, which the library requires; "cuda" alone is torch's current GPU."""
     torch, target = torch_device(device)
     return f"cuda:{torch.cuda.current_device()}" if target.type == "cuda" and target.index is None else device
 

@@ -26,7 +26,9 @@ from loaders.strategies.reading.thread_tuning import Workers
 
 MB = 1_000_000
 WINDOW = 256 * MB  # bytes read ahead: enough to keep many threads busy, and the strategy's promise about memory
-FEWEST = 2  # threads that it begins with
+# Threads that adaptive reading begins with. From one, it would take a lap longer to find the best number; more could
+# already be too many for a rotating disk.
+FEWEST = 2
 
 
 class ThreadedFiles(OpenFiles):

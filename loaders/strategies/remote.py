@@ -1,7 +1,8 @@
-"""`remote`: tensors of a store that has no paths here are fetched whole into scratch files, the next one ahead.
+"""`remote`: tensors of a store that is not local are fetched whole into scratch files, one tensor ahead of their use.
 
-Every stored byte leaves its store once, however often a scheme reads it: passes, views of stacked experts and measuring
-map the scratch file. Scratch is bounded by what a reader is opened for: a unit of work.
+Every stored byte is fetched once, however often a scheme reads it: passes, views of stacked experts and measuring read
+a memory map of the scratch file. The scratch files of a reader are at most the tensors that it is opened for, which in
+a job are those of a unit.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from loaders.storage.base import PinnedFiles
 from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
 from loaders.strategies.lazy import map_privately
 
-PART = 8 << 20  # bytes of one request: large enough that its latency does not count, small enough to run several
-AT_ONCE = 4  # requests under way for a tensor
-AHEAD = 1  # tensors that are fetched beyond the one that is asked for
+# Bytes of one request. At 100 ms of latency and 100 MB/s per connection, 8 MiB spend as long on data as on waiting;
+# larger ones leave fewer to run side by side, and each is held in memory.
+PART = 8 << 20
+# Requests in flight: object stores limit a connection's rate, and memory is AT_ONCE * PART.
+AT_ONCE = 4
+# Tensors fetched beyond the one asked for: enough to overlap fetching with encoding.
+AHEAD = 1
 
 
 class RemoteFiles:
-    """Tensors fetched at their first use, and those after them ahead of it; see `PieceReader`."""
+    """A `PieceReader` that fetches a tensor at its first use, and the next one in the background."""
 
     def __init__(self, files: PinnedFiles, specs: Sequence[WeightSpec], scratch: Path) -> None:
         self._files = files
@@ -37,11 +42,13 @@ class RemoteFiles:
         self._places = {place: index for index, place in enumerate(self._order)}
         self._fetched: dict[int, Future[np.ndarray]] = {}
         self._lock = threading.Lock()
+        # Two pools, since a fetcher waits for its requests: in one pool, waiting fetchers could take all the threads
+        # that those requests need.
         self._fetchers = ThreadPoolExecutor(1 + AHEAD, thread_name_prefix="fetch")
         self._requests = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="range")
 
     def close(self) -> None:
-        """Stop fetching. Scratch files are removed by whoever made their folder."""
+        """Stop fetching. The owner of the scratch folder removes the files."""
         for pool in (self._fetchers, self._requests):
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -90,7 +97,7 @@ class RemoteFiles:
 
 
 class RemoteLoader(WeightLoader):
-    """The strategy `remote`, which serves every store, folders too."""
+    """The strategy `remote`, which reads from every kind of store, local folders included."""
 
     name = "remote"
     is_local = False

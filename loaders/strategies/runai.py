@@ -52,6 +52,7 @@ class StreamedByRunai:
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
         session = getattr(self._own, "session", None)
         if session is None:
+            # A session is a context manager, but this one lives as long as the reader: `close` ends it.
             session = self._own.session = streamer().__enter__()
             self._sessions.append(session)
         [found] = self._fetched(session, [TensorBytes(spec, start, stop)])

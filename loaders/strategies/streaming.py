@@ -55,7 +55,8 @@ class StreamedFiles(OpenFiles):
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         batches = batched([piece.size for piece in pieces], self._budget // (self._prefetch + 1))
         number = [batch for batch, count in enumerate(map(len, batches)) for _ in range(count)]
-        largest = self._budget // 2  # two at a time: one in use, one on its way
+        # Two tensors are held at a time: the one in use, and the one being read.
+        largest = self._budget // 2
         fitting = [piece for piece in pieces if piece.size <= largest]
         indices = [index for index, piece in enumerate(pieces) if piece.size <= largest]
 

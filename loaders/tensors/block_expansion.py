@@ -43,7 +43,7 @@ class Expansion:
 
     @property
     def origins(self) -> tuple[tuple[int, bool], ...]:
-        """For each block of the result, the old block of which it is made, and whether it is new."""
+        """For each block of the result, the old block that it is a copy of, and whether it is a new block."""
         run = self.layers // self.num_blocks
         made: list[tuple[int, bool]] = []
         for layer in range(self.layers):

@@ -1,7 +1,7 @@
-"""One tensor's trip: what becomes of it, and taking it there; encode, decode what was stored, compare.
+"""The encoding of one tensor: its scheme and dtype, encoding it, decoding what was stored, and comparing the two.
 
-A job's units, the measuring of `quant=auto`, `load_weights` and models all take tensors this way, so that what is
-measured is what is written, and what is loaded is what a job would have stored.
+A job's units, the measurements of `quant=auto`, `load_weights` and the model loaders all encode tensors here, so that
+what is measured is what is written, and what is loaded is what a job would have stored.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """What becomes of a logical tensor.
+    """The way in which a logical tensor is stored.
 
-    `action` is "quantize", "cast" or "keep". `cast` is the dtype that the weights take before the scheme sees them, as
-    the engine's own loading would. `order` is the engine's order of rows, where it is another than the tensor's.
+    `action` is "quantize", "cast" or "keep". `cast` is the dtype to which weights are cast before the scheme gets them,
+    as the engine's own tools do. `order` is the engine's order of rows, if it differs from the tensor's.
     """
 
     tensor: LogicalTensor
@@ -38,29 +38,29 @@ class Encoding:
 
     @property
     def spec(self) -> TensorSpec:
-        """What the scheme sees: the tensor's weights after the cast."""
+        """The spec of the tensor that the scheme gets: after the cast."""
         return self.tensor.spec if self.cast is None else replace(self.tensor.spec, dtype=self.cast)
 
     @property
     def stored(self) -> Mapping[str, StoredSpec]:
-        """What the scheme stores, by role."""
+        """The tensors that the scheme stores, by role."""
         return self.scheme.stored(self.spec)
 
     @property
     def state_bytes(self) -> int:
-        """Memory that the scheme holds while it encodes this."""
+        """The bytes that the scheme holds while it encodes the tensor."""
         return self.scheme.state_bytes(self.spec)
 
 
 class Parts(Sink, Stored, Protocol):
-    """Where a tensor's parts go, and from where they are read back: a file under way, or memory."""
+    """The parts of a tensor, to be written and read back: in a file being written, or in memory."""
 
 
 class TensorEncoder:
-    """Takes the tensors of an open source through their schemes.
+    """An encoder for the tensors of an open source.
 
-    A fused group's partners are found among `encodings`; schemes that share nothing over a group do not need them. With
-    a clock, reading counts apart from encoding and measuring.
+    A scheme that shares scales over a fused group needs the group's other tensors, and finds them among `encodings`;
+    other schemes do not need them. With a clock, reading counts apart from encoding and measuring.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TensorEncoder:
                 self._partners.setdefault(each.tensor.group, []).append(each)
 
     def encode(self, encoding: Encoding, sink: Sink, *, threads: int = 1) -> None:
-        """Store a tensor as its scheme does, with so many threads at work on it."""
+        """Encode a tensor and write its parts to `sink`; `threads` is the number that work on it, for the clock."""
         with self._clock.phase("encode", threads):
             scheme = self._scheme(encoding)
             scheme.encode(self._seen(encoding), sink, self._work)
@@ -89,13 +89,13 @@ class TensorEncoder:
         *,
         threads: int = 1,
     ) -> ErrorSums:
-        """How far what was stored lies from the source, decoded again: see `measure`."""
+        """Decode what was stored and compare it with the source: see `measure`."""
         with self._clock.phase("measure", threads):
             numbers = self.numbers(encoding, "reread")
             return measure(numbers, encoding.scheme, encoding.spec, stored, self._work, on_bytes)
 
     def numbers(self, encoding: Encoding, phase: str = "read") -> View:
-        """The weights in the engine's order of rows, before any cast: what errors are measured against."""
+        """Return the source's weights in the engine's order of rows, before any cast: the reference for errors."""
         view = view_of(encoding.tensor, self._reader, self._work, clock=self._clock, phase=phase)
         return numbers_view(ordered_view(view, encoding.order), encoding.cast, self._work)
 
@@ -103,8 +103,9 @@ class TensorEncoder:
         return encoded_view(self.numbers(encoding), encoding.cast)
 
     def _scheme(self, encoding: Encoding) -> Scheme:
-        """The scheme with what it shares over the tensor's fused group."""
+        """Return the scheme, completed by what it shares over the tensor's fused group."""
         tensor, scheme = encoding.tensor, encoding.scheme
+        # The views are made by a function, since most schemes share nothing and never call it.
         partners = self._partners.get(tensor.group or "", [encoding])
         views = lambda: [self._seen(each) for each in partners if each.scheme == scheme]  # noqa: E731
         return self._shared.scheme_of(tensor.group or tensor.name, scheme, views, self._work)

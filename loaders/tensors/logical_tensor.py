@@ -1,4 +1,4 @@
-"""A logical tensor and its origin: how it comes from stored ones. It is the same for every target of a plan."""
+"""Logical tensors: weights by name, and how each is made from stored tensors. They are the same for every target."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LogicalTensor:
 
 
 def plain_tensor(name: str, stored: WeightSpec) -> LogicalTensor:
-    """A stored tensor that is a logical one as it is."""
+    """Return the logical tensor that is one stored tensor as it is."""
     return LogicalTensor(
         name=name,
         dtype=stored.dtype,
@@ -80,7 +80,10 @@ def plain_tensor(name: str, stored: WeightSpec) -> LogicalTensor:
 
 
 def known(tensor: LogicalTensor, family: Family, beside: str | None = None) -> LogicalTensor:
-    """The tensor with what its family says of it; one that only goes along with another has the block of that one."""
+    """Return the tensor with the role, block and group that its family gives it.
+
+    `beside` names the weight that a tensor such as a scale belongs to; the tensor then gets that weight's block.
+    """
     traits = family.traits(tensor.name, tensor.shape)
     block = traits.block if beside is None else family.traits(beside, tensor.shape).block
     return replace(tensor, role=traits.role, block=block, group=traits.group)

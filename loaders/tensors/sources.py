@@ -18,7 +18,7 @@ from loaders.tensors.expert_stacks import cut
 from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor
 from loaders.tensors.quantized_sources import mlx, quantized_tensors
 
-COMPARE_BYTES = 4 << 20  # bytes of two tied tensors that are compared at a time
+COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
 EXPERTS = re.compile(r"(?:^|\.)experts?\.")
 DERIVED = ("rope_freqs.weight",)  # tensors of a GGUF that follow from its metadata, here from the rope scaling
 

@@ -37,6 +37,7 @@ class StoredView:
         self._stored = stored
         self._window = window
         self._storage = storage_of(spec.dtype)
+        # Dtypes of less than a byte are read as bytes, which no stride of elements can address.
         self._in_place = spec.dtype.bits < 8 or is_contiguous(spec.shape, window.stride)
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
@@ -48,7 +49,7 @@ class StoredView:
             return self._reader.read(self._stored, first + start * item, first + stop * item, slot).view(self._storage)
 
     def _gather(self, start: int, stop: int) -> Block:
-        """Copy elements that do not lie in order from a mapped file, whole rows of the first dimension at a time."""
+        """Copy elements that are not contiguous from a mapped file, whole rows of the first dimension at a time."""
         item, shape, window = self._storage.itemsize, self.spec.shape, self._window
         data = self._reader.mapped(self._stored)[window.offset * item :]
         data = data[: data.size // item * item].view(self._storage)
@@ -150,6 +151,7 @@ class ReorderedView:
     def __init__(self, view: View, order: RowOrder) -> None:
         self.spec = view.spec
         self._view = view
+        # Row t * size/2 + j of the source is element (t, j) here, and the transpose lists them as 2j + t.
         half = np.arange(order.size).reshape(2, -1)
         self._rows = half.T.reshape(-1) if not order.inverse else np.argsort(half.T.reshape(-1))
 

@@ -1,7 +1,8 @@
-"""A second kind of store, for tests: objects on a small server in another process, reached as shelf://HOST:PORT/PATH.
+"""A second kind of store, for tests: objects on a small server in another process, addressed by shelf://HOST:PORT/PATH.
 
-Nothing of it can be mapped, renamed, written at an offset or asked for its time of change; every object has a version,
-and reading another one is refused. What holds over a folder and over this holds over stores to come.
+Its objects cannot be memory-mapped, renamed or written at an offset, and have no mtime. Every object has a version, and
+reading another version is refused. It is as restricted as an object store, so code that works with a folder and with
+this store should work with other stores too.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ SCHEME = "shelf"
 
 
 def register() -> None:
-    """Make weightmill know this kind of store, as a row in loaders/storage/__init__.py would."""
+    """Register this kind of store, as a row of KINDS in loaders/storage/__init__.py does."""
     KINDS[SCHEME] = StoreKind(Shelf, ShelfDestination, abandoned_at, discard)
 
 
 @contextmanager
 def serving() -> Iterator[Address]:
-    """A server with empty shelves, for as long as the block lasts."""
+    """Run an empty server during the block; yields its address."""
     command = [sys.executable, "-m", "tests.shelf.server"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

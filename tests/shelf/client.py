@@ -1,4 +1,4 @@
-"""Requests to the server."""
+"""The client of the server: requests, and their errors as those of `Store` and `Destination`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from loaders.storage.address import Address
 
 
 class Refused(Exception):
-    """A condition of the request does not hold."""
+    """The condition of a request (If-Match, If-None-Match) does not hold."""
 
 
 class Client:
-    """Of one server."""
+    """A client of one server."""
 
     def __init__(self, address: Address) -> None:
         self._host = urlsplit(address.text).netloc
@@ -44,11 +44,11 @@ class Client:
         return data
 
     def put(self, key: str, data: bytes, **conditions: str) -> str:
-        """Write an object; its version.
+        """Write an object and return its version.
 
         Raises:
-            Refused: the condition does not hold.
-            StorageError: it arrived otherwise than it was sent.
+            Refused: a condition does not hold.
+            StorageError: the checksum of what arrived is wrong.
         """
         status, _, version = self._ask("PUT", f"/{quote(key)}", data, **conditions)
         if status == 412:

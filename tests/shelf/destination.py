@@ -1,4 +1,4 @@
-"""An output under way on the shelves: its journal is hidden below it, and publishing is the order of the last files."""
+"""An unpublished output on the server: its journal is hidden below it, and publishing means writing the last files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from loaders.storage.base import Abandoned, Entry, Store
 from tests.shelf.client import Client, Refused
 from tests.shelf.store import HIDDEN, Shelf, key_of
 
-STAGED = "staged "  # before the version of a file that waits to be published
+STAGED = "staged "  # the prefix of the version of a staged file, which is not published yet
 
 
 class ShelfDestination:
-    """See `Destination`. Finished files have their last names at once; what makes them a checkpoint comes last."""
+    """A `Destination` on the server. Nothing can be renamed, so finished files have their final names at once.
+
+    The staged files (index, config.json, report), without which nobody takes them for a checkpoint, are written last.
+    """
 
     is_local = False
 
@@ -49,7 +52,9 @@ class ShelfDestination:
     def prepare(self, *, overwrite: bool) -> None:
         self.put("begun", b"")
         if overwrite:
-            for name in ("config.json", OUR_REPORT):  # from here on nobody takes what is left for a checkpoint
+            # New files will replace the old output's one by one. Without these two, no reader takes the mixture for a
+            # checkpoint.
+            for name in ("config.json", OUR_REPORT):
                 self.drop(f"files/{name}")
 
     def is_there(self) -> bool:
@@ -66,9 +71,14 @@ class ShelfDestination:
             self.drop("claim")
 
     def _claimed(self) -> int | None:
-        """Who else is in; None if this process is, from now on. Of one that has ended, its claim is taken over."""
+        """Try to claim the journal: returns None, or the id of the process that holds it.
+
+        The claim of a process that has ended is taken over. The condition on the claim's version ensures that only one
+        of several processes succeeds.
+        """
         own, journal = str(os.getpid()).encode(), Shelf(self.journal)
         found = journal.find("claim")
+        # Another process has claimed it since `find`.
         with suppress(Refused):
             condition = {"If_None_Match": "*"} if found is None else {"If_Match": found.tag}
             if found is None or not is_alive(int(bytes(journal.read(found, 0, found.size)))):
@@ -108,7 +118,8 @@ class ShelfDestination:
         raise NotImplementedError("nothing is written in place here")
 
     def join(self, name: str, chunks: Iterator[bytes], size: int) -> Entry:
-        data = b"".join(chunks)  # a store for strangers' models would send part by part
+        # Test models are small; a real store would upload in parts.
+        data = b"".join(chunks)
         assert len(data) == size
         return Entry(name, size, self._client.put(self._key(name), data))
 
@@ -128,19 +139,21 @@ class ShelfDestination:
             assert data is not None
             try:
                 self._client.put(self._key(f"files/{name}"), data, **({} if overwrite else {"If_None_Match": "*"}))
-            except Refused:  # by what an interrupted attempt has put there, or by another's
+            # It exists: from an interrupted attempt of this job, or from another job.
+            except Refused:
                 there = Shelf(self.address).find(name)
                 if there is None or bytes(Shelf(self.address).read(there, 0, there.size)) != data:
                     raise BadSpec(f"{self.address} came into being while the job ran") from None
 
     def forget(self) -> None:
         discard(self.journal)
+        # It does not exist, or holds parts of another process.
         with suppress(OSError):
             self._scratch.rmdir()
 
 
 class _WithStaged(Shelf):
-    """The finished files, and those that `publish` will put beside them."""
+    """The finished files together with the staged ones, as the output will be after `publish`."""
 
     def __init__(self, address: Address, staged: Shelf) -> None:
         super().__init__(address)
@@ -176,7 +189,7 @@ def is_alive(process: int) -> bool:
 
 
 def abandoned_at(place: Address, name: str | None = None) -> tuple[Abandoned, ...]:
-    """Journals of the outputs at a place, or of the one with a name."""
+    """List the journals at an address of outputs: of all outputs, or of the output with a name."""
     found: dict[Address, list[Entry]] = {}
     top, client = f"{key_of(place)}/".lstrip("/"), Client(place)
     for key, size, version in client.list(top):
@@ -188,7 +201,7 @@ def abandoned_at(place: Address, name: str | None = None) -> tuple[Abandoned, ..
             address=journal,
             size=sum(entry.size for entry in entries),
             units_done=sum(entry.name.startswith("records/") for entry in entries),
-            age_s=0.0,  # nothing here has a time
+            age_s=0.0,  # objects of this store have no time
             is_held=any(entry.name == "claim" for entry in entries),
         )
         for journal, entries in found.items()

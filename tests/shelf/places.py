@@ -1,4 +1,4 @@
-"""Where tests put files and have outputs written: a folder, or a prefix of the shelves."""
+"""The places where tests put files and write outputs: a folder, or a prefix on the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.shelf.store import key_of
 
 
 class Place(Protocol):
-    """A place for files. `put` makes or replaces one; what it replaces is another version."""
+    """A place for files. `put` creates a file, or replaces it by a new version."""
 
     address: Address
 

@@ -1,9 +1,9 @@
-"""The server: GET, PUT and DELETE of objects by their keys, with conditions, as object stores have them.
+"""The server: GET, PUT and DELETE of objects by key, with the conditions that object stores have.
 
 GET /?prefix=P        [[key, size, version], ...]
-GET /KEY              with Range and If-Match: 206, 404, or 412 if the version is another
-PUT /KEY              with If-Match or If-None-Match: *: its version, 412; 422 if x-xxh3 is not that of what came
-DELETE /KEY           whether or not it is there
+GET /KEY              with Range and If-Match: 206, 404, or 412 if it is another version
+PUT /KEY              with If-Match or If-None-Match: *: 200 and the version, 412, or 422 if x-xxh3 is wrong
+DELETE /KEY           204, whether or not it exists
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def main() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"listening on {server.server_port}", flush=True)
-    sys.stdin.read()  # whoever began it has ended
+    # It ends when the test process does, however that ends: then the pipe is closed.
+    sys.stdin.read()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Objects below a prefix, as a store."""
+"""The objects below a prefix on the server, as a store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range
 from tests.shelf.client import Client
 
-HIDDEN = ".weightmill/"  # journals, below the outputs they are of
+HIDDEN = ".weightmill/"  # the prefix of journals, below their outputs' addresses
 
 
 def key_of(address: Address) -> str:
@@ -20,7 +20,7 @@ def key_of(address: Address) -> str:
 
 
 class Shelf:
-    """See `Store`. A file's tag is its version."""
+    """A `Store` of objects below a prefix. A file's tag is its version."""
 
     is_local = False
 
@@ -57,7 +57,7 @@ class Shelf:
         return next((Entry(name, size, version) for key, size, version in found if key == self._prefix + name), None)
 
     def check_inside(self, name: str) -> None:
-        """There are no links."""
+        """Do nothing: there are no links."""
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         if stop > entry.size:
@@ -70,7 +70,7 @@ class Shelf:
         return (self.read(entry, start, stop) for start, stop in ranges)
 
     def check_unchanged(self, entry: Entry) -> None:
-        """Every read asks for a version."""
+        """Do nothing: every read is for a version, and fails for another."""
 
     def local_path(self, name: str) -> Path | None:
         return None

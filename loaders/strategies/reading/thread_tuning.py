@@ -50,7 +50,7 @@ class Workers:
                 self._changed.notify()
 
     def _look(self) -> None:
-        """At the end of a lap, take its rate and change the limit."""
+        """Record the rate of a lap that is over, and adapt the limit; do nothing within a lap."""
         assert self._began is not None
         now = time.perf_counter()
         if self._is_settled or self._bytes < LAP_BYTES or now - self._began < LAP_S:

@@ -21,7 +21,7 @@ from loaders.tensors.quantized_sources import (
     mxfp4,
 )
 
-# By config.json's quant_method. Tensors come without role, block and group, which the family fills in.
+# The finders by config.json's quant_method. Their tensors have no role, block and group yet; the family fills them in.
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
     "bitsandbytes": bitsandbytes.find,
     "bitnet": bitnet.find,

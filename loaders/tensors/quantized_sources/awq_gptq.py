@@ -74,6 +74,8 @@ def _gptq(
     parts = {role: part(by_name, name, f"{module}.{role}") for role in ("qweight", "qzeros", "scales")}
     index = by_name.get(f"{module}.g_idx")
     words, outputs = _matrix(parts["qweight"])
+    # With `dynamic` settings (GPTQModel), bits and group size differ by module, so they follow from the shapes. The
+    # length of g_idx is then the only place that tells the number of inputs.
     if index is not None and not settings.get("dynamic"):
         expect(index, ("I32",), (words * 32 // int(settings.get("bits") or 4),), f"for {name}")
     inputs = index.numel() if index is not None else words * 32 // int(settings.get("bits") or 4)

@@ -60,7 +60,7 @@ def part(by_name: Mapping[str, WeightSpec], weight: str, name: str) -> WeightSpe
 def undecoded(
     spec: TensorSpec, decoder: Decoder, parts: Mapping[str, WeightSpec], by_name: Mapping[str, WeightSpec]
 ) -> LogicalTensor:
-    """Return the tensor of a weight in a format that is only read; the scales of RUN_TIME beside it go along."""
+    """Return the tensor of a weight in a format that is only read, with its scales of RUN_TIME as further parts."""
     module = spec.name.removesuffix("weight")
     beside = {name: by_name[module + name] for name in RUN_TIME if module != spec.name and module + name in by_name}
     return LogicalTensor(
