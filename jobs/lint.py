@@ -26,7 +26,7 @@ class LintSpec(Spec):
 
 def act(spec: LintSpec) -> Said:
     """Lint the checkpoint; the exit status is 1 if there are faults."""
-    from jobs.report.tables import findings_text
+    from jobs.report.result import findings_text
     from loaders.lint import lint_at
 
     found = lint_at(spec.output.path)

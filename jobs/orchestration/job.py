@@ -22,7 +22,7 @@ from jobs.output.journal import Record
 from jobs.output.publish import complete, is_published, publish
 from jobs.output.report import Report, read_report
 from jobs.planning.targets import TARGET
-from jobs.report import tables
+from jobs.report import result
 from jobs.report.document import make_report
 from jobs.report.metrics import quality_metrics
 from jobs.report.plan import plan_document
@@ -274,7 +274,7 @@ def _said(planned: Planned, report: Report, address: str | None, untracked: str)
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
-    shown = [tables.findings_text(report.lint)] if report.lint else []
+    shown = [result.findings_text(report.lint)] if report.lint else []
     let_pass = [Text(f"warning: {w}", style="yellow") for w in report.warnings if w.endswith(": let pass")]
-    text = Group(tables.result_text(report), *let_pass, *shown, *lines)
+    text = Group(result.result_text(report), *let_pass, *shown, *lines)
     return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)

@@ -54,10 +54,8 @@ def plan_text(
 def _decision_table(target: TargetPlan) -> Table:
     shown = table("action", "tensors", "source", "output", "which", "why", right=("tensors", "source", "output"))
     for row in decision_rows(target):
-        which = row["rule"] if row["own"] else f"{row['rule']}"
-        shown.add_row(
-            row["action"], str(row["tensors"]), size(row["source_bytes"]), size(row["output_bytes"]), which, row["why"]
-        )
+        sizes = size(row["source_bytes"]), size(row["output_bytes"])
+        shown.add_row(row["action"], str(row["tensors"]), *sizes, row["rule"], row["why"])
     return shown
 
 
@@ -72,7 +70,6 @@ def decision_rows(target: TargetPlan) -> list[dict[str, Any]]:
             {
                 "action": decision.action,
                 "rule": str(decision.rule),
-                "own": bool(decision.rule.label),
                 "why": decision.rule.why,
                 "tensors": 0,
                 "source_bytes": 0,

@@ -1,17 +1,10 @@
-"""The tables and texts that a job shows at its end."""
+"""What all tables share: their look, and sizes in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
-
-from jobs.output.report import LintFinding, Report
-from jobs.report.metrics import worst_tensors
-from loaders.lint import Finding
 
 
 def size(count: float) -> str:
@@ -30,83 +23,6 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     return made
 
 
-def result_text(report: Report) -> RenderableType:
-    """Render the result of a job: sizes, errors, times, and the quality if it was evaluated."""
-    run, total, changed = report.run, report.totals, report.totals.changed
-    shown = table("", "before", "after", "", right=("before", "after"))
-    shown.add_row("weights", size(total.source_bytes), size(total.output_bytes), times(total.ratio))
-    before = total.source_bytes * 8 / max(1, total.parameters)
-    shown.add_row("bits a weight", f"{before:.2f}", f"{total.bits_per_weight:.2f}", f"{total.parameters:,} parameters")
-    parts: list[RenderableType] = [shown]
-    if changed:
-        parts.append(
-            Text(
-                f"{changed.tensors} tensors changed: relative error {changed.relative_error:.5f}"
-                + (f" (SQNR {changed.sqnr_db:.2f} dB)" if changed.sqnr_db is not None else "")
-                + f", cosine {changed.cosine:.6f}; {total.tensors - changed.tensors} copied bit by bit"
-            )
-        )
-        worst = table(
-            "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
-        )
-        rows = worst_tensors(report)
-        for row in rows:
-            sqnr = "inf" if row.sqnr_db is None else f"{row.sqnr_db:.2f}"
-            error = "inf" if row.relative_error is None else f"{row.relative_error:.5f}"
-            worst.add_row(row.name, error, sqnr, f"{row.max_error:.4g}")
-        parts += [worst] if rows else []
-    speed = table(
-        "seconds",
-        "GB/s",
-        "of threads: read",
-        "encode",
-        "measure",
-        "write",
-        "peak memory, with libraries",
-        "units",
-        right=("seconds", "GB/s"),
-    )
-    speed.add_row(
-        f"{run.wall_s:.2f}", f"{run.throughput_gbps:.2f}",
-        *(f"{getattr(run, f'{phase}_s'):.2f}" for phase in ("read", "encode", "measure", "write")),
-        size(run.peak_anonymous_bytes), f"{run.units} ({run.units_resumed} done before)",
-    )  # fmt: skip
-    parts += [speed, *([] if report.quality is None else [quality_text(report.quality)])]
-    return Group(*parts)
-
-
-def quality_text(quality: Mapping[str, Any]) -> RenderableType:
-    """Render the quality of an output, compared with its original."""
-    shown = table(f"over {quality['tokens']:,} tokens of {quality['text']}", " ", "95 %", "", right=(" ",))
-    spread = f"99 % of tokens below {quality['kl_p99']:.4f}, none above {quality['kl_max']:.4f}"
-    shown.add_row("KL(original || output), nats a token", f"{quality['kl']:.5f}", _interval(quality, "kl"), spread)
-    shown.add_row(
-        "perplexity, times the original's",
-        f"{quality['perplexity_ratio']:.5f}",
-        _interval(quality, "perplexity_ratio"),
-        f"{quality['perplexity']:.4f}, the original's {quality['perplexity_original']:.4f}",
-    )
-    seconds = f"{quality['seconds']:.1f} s, the original {quality['reference_seconds']:.1f} s"
-    shown.add_row("same token most likely", f"{quality['top1']:.2%}", "", f"in {quality['engine']}; {seconds}")
-    return shown
-
-
-def _interval(quality: Mapping[str, Any], name: str) -> str:
-    return f"{quality[f'{name}_low']:.5f} to {quality[f'{name}_high']:.5f}"
-
-
 def times(ratio: float) -> str:
+    """Say how many times smaller, or larger, something became."""
     return f"{ratio:.2f} times smaller" if ratio >= 1 or not ratio else f"{1 / ratio:.2f} times larger"
-
-
-def findings_text(found: Sequence[Finding | LintFinding]) -> RenderableType:
-    """Render findings as a table: what it is, what will happen in which engine, what to do."""
-    if not found:
-        return Text("no findings: nothing was found that its engine would stumble over", style="green")
-    shown = table("", "what", "what will happen", "what to do")
-    for finding in found:
-        style = "red" if finding.level == "fault" else "yellow"
-        shown.add_row(
-            Text(finding.level, style=style), finding.what, f"{finding.engine}: {finding.happens}", finding.remedy
-        )
-    return shown

@@ -26,7 +26,7 @@ from jobs.output.report import FileRange, Report, ReportedTensor, WeightFile, re
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Placement, Plan, Unit
 from jobs.planning.targets import TARGET, target_of
-from jobs.report.tables import quality_text
+from jobs.report.result import quality_text
 from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading
 from jobs.verification.logits import Judging, faults_of, judged, judging_of
