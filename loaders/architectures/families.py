@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from loaders.architectures.generic import Generic, block_of, group_of
 from loaders.dtypes import DTYPES, DType, Shape
 
 ROLES = {
@@ -22,7 +23,11 @@ ROLES = {
     "mlp": "a linear layer of an MLP",
     "expert": "a linear layer of one expert of a mixture",
     "linear": "another linear layer",
-    "vision": "a linear layer of a tower for images, or between it and the text model",
+    "vision": "a linear layer of a tower for images or sound, or between it and the text model",
+    "linear_attention": "a linear layer of linear attention",
+    "mtp": "a linear layer of a block for multi-token prediction",
+    "sensitive": "a linear layer that its model's own class keeps in float32, or makes of several when it loads",
+    "conv1d": "a linear layer that is stored as [inputs, outputs]",
     "embedding": "a table looked up by id",
     "head": "the output projection onto the vocabulary or the labels",
     "router": "what chooses a mixture's experts",
@@ -65,7 +70,7 @@ class Family:
     """The names of the tensors of some model types.
 
     `tensors` rows are (pattern, role, block, group); the first match wins, and block and group are expanded with its
-    groups. `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what
+    groups. `names` says what a tensor is that no row names. `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what
     an absent `tie_word_embeddings` means. `stacks` say how experts are stacked on disk, where they are.
     """
 
@@ -76,6 +81,7 @@ class Family:
     ties: bool = False
     stacks: tuple[Stack, ...] = ()
     is_generic: bool = False
+    names: Generic = Generic()
 
     def traits(self, name: str, shape: Shape) -> Traits:
         """Return a tensor's role, block and group."""
@@ -83,7 +89,7 @@ class Family:
             match = pattern.search(name)
             if match:
                 return Traits(role, match.expand(block), None if group is None else match.expand(group))
-        return _generic_traits(name, shape)
+        return Traits(self.names.role(name, shape), block_of(name), group_of(name) if self.is_generic else None)
 
     def tied_pairs(self, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         """Return the (kept, dropped) names that the engine ties for this config."""
@@ -168,6 +174,7 @@ MLA = _rows(
         r"\g<layer>.self_attn",
         r"\g<layer>.self_attn.qkv_a",
     ),
+    (LAYER + r"self_attn\.indexer\.weights_proj\.weight$", "sensitive", r"\g<layer>.self_attn", None),
     (LAYER + r"self_attn\.(?:q_b|kv_b|q)_proj\.weight$", "attention", r"\g<layer>.self_attn", None),
     (LAYER + r"self_attn\.(?:q_a_proj|kv_a_proj_with_mqa)\.bias$", "bias", r"\g<layer>.self_attn", None),
     (LAYER + r"self_attn\.(?:q_a|kv_a)_layernorm\.weight$", "norm", r"\g<layer>.self_attn", None),
@@ -302,7 +309,7 @@ FAMILIES = (
     ),
     Family(
         name="deepseek",
-        model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32"),
+        model_types=("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"),
         tensors=MLA + ATTENTION + QWEN_EXPERTS + SHARED_EXPERTS + MLP + ENDS,
         tied=TIED_HEAD,
     ),
@@ -324,40 +331,14 @@ FAMILIES = (
 )
 GENERIC = Family(name="generic", model_types=(), tensors=(), tied=TIED_HEAD, is_generic=True)
 
-# The usual meanings of names, for tensors that no family knows. Only a matrix that looks like nothing else is a linear
-# layer: quantizing an embedding or a router by mistake costs more than keeping a linear layer.
-GENERIC_ROLES = _rows(
-    (r"(?:^|[._])(?:embed|emb|wte|wpe|shared)[a-z_]*\.|embedding", "embedding", "", None),
-    (r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier|cls)\.(?:[\w.]*\.)?weight$", "head", "", None),
-    (r"(?:^|[._])(?:layer_?norm|norm\d*|ln(?:_\w+)?|rms_?norm)\b", "norm", "", None),
-    (r"norm\.(?:weight|bias)$", "norm", "", None),
-    (r"(?:^|\.)(?:router|gate|shared_expert_gate|wg)(?:\.\w+)?$", "router", "", None),
-    (r"(?:^|[._])conv\w*\.", "conv", "", None),
-    (r"(?:^|\.)experts?\.\d+\..*weight$", "expert", "", None),
-    (r"bias$", "bias", "", None),
-    (r"(?:position_ids|inv_freq|num_batches_tracked|running_(?:mean|var)|attn\.(?:masked_)?bias)$", "buffer", "", None),
-)
-GENERIC_BLOCK = re.compile(r"^(.*?\b(?:layers?|blocks?|h|blk)\.\d+)\.")
-
-
-def _generic_traits(name: str, shape: Shape) -> Traits:
-    """Tell a tensor's role by the usual meanings of names; its block is the numbered module that it is in."""
-    match = GENERIC_BLOCK.match(name)
-    block = match.group(1) if match else name
-    for pattern, role, _, _ in GENERIC_ROLES:
-        if pattern.search(name):
-            fits = len(shape) == 2 or role in ("norm", "conv", "bias", "buffer")
-            return Traits(role if fits else "other", block)
-    return Traits("linear" if len(shape) == 2 and name.endswith("weight") else "other", block)
-
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family of a config.json by its `model_type`, or the generic one if none knows it."""
+    """Return the family of a config.json by its `model_type`, or a generic one if none knows it."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    return GENERIC
+    return replace(GENERIC, names=Generic.of(config))
 
 
 def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:

@@ -19,18 +19,19 @@ from typing import Any
 from loaders.architectures.families import Family
 from loaders.errors import setting
 from loaders.layouts.base import module_of
+from loaders.layouts.inside_names import inside_patterns
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
-from loaders.rules.defaults import LINEAR
+from loaders.rules.defaults import LINEAR, OTHER_LINEAR
 from loaders.rules.rule import Decision
 
 ENGINE = "compressed-tensors"
 VERSION = "0.20.0"  # the version of compressed-tensors whose bytes are written
-LINEAR_ROLES = (*LINEAR, "expert", "head", "router", "other")
+LINEAR_ROLES = (*LINEAR, *OTHER_LINEAR, "conv1d", "expert", "head", "router", "other")
 EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
 STACK = re.compile(r"(.*\bexperts)\.")
 
@@ -82,10 +83,17 @@ def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Fa
 
     Experts that stay a stack are named by a pattern, since engines ask for each expert by name.
     """
-    kept = {module_of(d.tensor.name) for d in decisions if is_linear(d) and d.action in ("keep", "cast")}
+    kept = [d for d in decisions if is_linear(d) and d.action in ("keep", "cast")]
+    patterns = inside_patterns(kept, [module_of(d.tensor.name) for d in quantized(decisions)], family)
+    named = {module_of(d.tensor.name) for d in kept}
+    # A pattern says what its names say, and also fits the names that engines have inside.
+    named = {name for name in named if not any(pattern.match(name) for pattern in patterns)}
     tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
+    if family.is_generic and not any(d.tensor.role == "head" and d.action != "drop" for d in decisions):
+        tied.add("lm_head")  # tied in most models, which their config.json need not say
     stacks = {found[1] for d in decisions if len(d.tensor.shape) == 3 and (found := STACK.match(d.tensor.name))}
-    return sorted(kept | tied) + sorted(rf"re:{re.escape(stack)}\..+$" for stack in stacks)
+    regular = {pattern.pattern for pattern in patterns} | {rf"{re.escape(stack)}\..+$" for stack in stacks}
+    return sorted(named | tied) + sorted(f"re:{pattern}" for pattern in regular)
 
 
 def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[str]:

@@ -18,13 +18,14 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
+from loaders.layouts.inside_names import skip_names
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
 from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.quantization.schemes.hqq import Hqq
 from loaders.quantization.schemes.plain import Plain
-from loaders.rules.defaults import LINEAR
+from loaders.rules.defaults import LINEAR, OTHER_LINEAR
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, StoredTensor
 from loaders.tensors.logical_tensor import stored_name
@@ -33,7 +34,22 @@ QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers' key
 # Routers that are an nn.Linear in transformers' classes, so that its loader would convert them.
 LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")
 WHOLE = {"plain", "bitsandbytes", "bitnet"}  # engines for which transformers builds the model's own class
+UNCONVERTED = ("falcon",)  # model types whose linear layers are a subclass of nn.Linear: FalconLinear
 SINGLE = re.compile(r"\.experts\.\d+\.")
+# Heads that models tie to their embeddings, so that they are not stored: keys of `_tied_weights_keys` in transformers.
+TIED_HEADS = (
+    "lm_head",
+    "lm_head.decoder",
+    "proj_out",
+    "embed_out",
+    "decoder",
+    "cls.predictions.decoder",
+    "output_projection",
+    "vocab_projector",
+    "generator_lm_head",
+    "head.decoder",
+    "pred_layer.proj",
+)
 DEFAULT_HEADS = ("head",)  # the roles that transformers' loaders skip by default
 
 
@@ -77,6 +93,7 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     """
     wanted = load_dtype(config)
     placed = []
+    _check_converted(decisions, config)
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
     wants_stacks = bool(family_of(config).stacks) and engines <= WHOLE
     for decision in decisions:
@@ -102,6 +119,23 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
         stored = {role: StoredTensor(stored_name(tensor.name, role), part) for role, part in encoding.stored.items()}
         placed.append(Placed(encoding, stored))
     return tuple(placed)
+
+
+def _check_converted(decisions: Sequence[Decision], config: Mapping[str, Any]) -> None:
+    """Check that transformers converts the layers of this model type at all.
+
+    Raises:
+        BadSpec: it converts none, and would not load quantized ones.
+    """
+    if config.get("model_type") in UNCONVERTED and any(
+        decision.action == "quantize" and decision.scheme is not None and decision.scheme.engine == "bitsandbytes"
+        for decision in decisions
+    ):
+        raise BadSpec(
+            f"{setting('quantize')}: transformers with bitsandbytes quantizes no layer of a {config['model_type']} model"
+            " (they are of a class of its own, which is no plain nn.Linear), and would not load them quantized; choose"
+            " compressed-tensors or GGUF"
+        )
 
 
 # --- config.json
@@ -207,25 +241,29 @@ def quantization_config(scheme: Scheme, skip: list[str] | None, compute_dtype: s
 
 
 def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None:
-    """Return the linear modules that stay as they are, by exact name; None where the engine's defaults cover them.
+    """Return the linear modules that stay as they are; None where the engine's defaults cover them.
 
-    A list replaces the defaults, so that it names the head too.
+    A list replaces the defaults, so that it names the head too. The defaults leave out the last module, whatever it is,
+    so that models of unknown families always have a list.
 
     Raises:
         BadSpec: a quantized module's name matches a kept one's, as transformers compares them.
     """
-    quantized = {_module(d) for d in decisions if d.action == "quantize"}
-    kept = {_module(d) for d in decisions if d.action in ("keep", "cast") and _is_linear(d)}
+    quantized = sorted(_module(d) for d in decisions if d.action == "quantize")
+    kept = {_module(d) for d in decisions if d.action in ("keep", "cast") and _is_linear(d, family)}
     heads = {_module(d) for d in decisions if d.tensor.role in DEFAULT_HEADS and len(d.tensor.shape) == 2}
-    if kept == heads - quantized and not heads & quantized and not family.is_generic:
+    if kept == heads.difference(quantized) and not heads.intersection(quantized) and not family.is_generic:
         return None
     skip = sorted(kept)
-    caught = [module for module in sorted(quantized) if is_skipped(module, skip)]
+    caught = [module for module in quantized if is_skipped(module, skip)]
     if caught:
         raise BadSpec(
             f"rules: {caught[0]} is quantized, but transformers would skip it, since the name of a kept module"
             f" ends or begins like it; keep both or neither ({', '.join(caught[:4])})"
         )
+    if family.is_generic:
+        tied = () if heads else TIED_HEADS
+        return skip_names(skip, tied, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
     return skip
 
 
@@ -242,10 +280,14 @@ def _module(decision: Decision) -> str:
     return decision.tensor.name.removesuffix(".weight")
 
 
-def _is_linear(decision: Decision) -> bool:
-    """Whether the tensor is the weight of an nn.Linear, which transformers' loader would convert."""
+def _is_linear(decision: Decision, family: Family) -> bool:
+    """Whether the tensor is the weight of an nn.Linear, which transformers' loader would convert.
+
+    Which routers are, is not known of unknown families: an entry for one that is none does no harm.
+    """
     tensor = decision.tensor
-    is_layer = tensor.role in (*LINEAR, "head", "vision") or tensor.name.endswith(LINEAR_ROUTERS)
+    is_router = (tensor.role == "router" and family.is_generic) or tensor.name.endswith(LINEAR_ROUTERS)
+    is_layer = tensor.role in (*LINEAR, *OTHER_LINEAR, "conv1d", "head") or is_router
     return is_layer and len(tensor.shape) == 2 and tensor.name.endswith(".weight")
 
 

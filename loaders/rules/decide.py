@@ -11,7 +11,7 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.encoding import Encoding
-from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.logical_tensor import LogicalTensor, transposed
 
 
 def decide(
@@ -45,6 +45,15 @@ def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decisi
     if rule.action == "drop":
         return Decision(tensor, rule, None), None
     chosen: Scheme = rule.scheme or scheme
+    if rule.action == "quantize" and tensor.role == "conv1d":
+        if chosen.engine != "bitsandbytes":
+            key = rule.label or setting("quantize")
+            said = (
+                f"{key}: cannot quantize {tensor.name}: it is stored as [inputs, outputs], and {chosen.engine} has no"
+                " such layer"
+            )
+            return Decision(tensor, rule, Encoding(tensor=tensor, action="keep", scheme=Plain())), said
+        tensor = transposed(tensor)
     if rule.action == "quantize" and isinstance(chosen, Plain):
         key = setting("quantize")
         said = f"{rule.label or key}: cannot quantize {tensor.name}: {key}=none has no codes; choose another"

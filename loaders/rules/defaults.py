@@ -10,11 +10,22 @@ from loaders.rules.rule import Rule
 
 NOT_FLOAT = tuple(name for name in DTYPES if name not in WEIGHT_DTYPES)
 LINEAR = ("attention", "mlp", "linear")  # the roles of linear layers that every engine quantizes
+# The roles of layers that are linear, too, and that some engines, or recipes for them, leave as they are.
+OTHER_LINEAR = ("vision", "linear_attention", "mtp", "sensitive")
+SENSITIVE = "the model's own class keeps it in float32, or makes it of several layers"
 
 EXPERTS_KEPT = (
     "transformers 5 fuses a layer's experts into one parameter, which {engine} does not quantize; experts quantized one"
     " by one load in transformers 4 only"
 )
+
+
+CONV1D = {
+    "bitsandbytes": (
+        Rule(action="quantize", why="transformers quantizes a Conv1D as the linear layer that it is", role=("conv1d",)),
+    )
+}
+CONV1D_KEPT = (Rule(action="keep", why="a Conv1D, which is no nn.Linear to the engine", role=("conv1d",)),)
 
 
 def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
@@ -25,8 +36,10 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
         Rule(action="keep", why=f"{engine} keeps the output projection", role=("head",)),
         Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
         Rule(action="keep", why=EXPERTS_KEPT.format(engine=engine), role=("expert",)),
+        Rule(action="keep", why=SENSITIVE, role=("sensitive",)),
+        *CONV1D.get(engine, CONV1D_KEPT),
         Rule(action="keep", why="no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
-        Rule(action="quantize", why=conversion, role=(*LINEAR, "vision"), shape=(None, None)),
+        Rule(action="quantize", why=conversion, role=(*LINEAR, *OTHER_LINEAR), shape=(None, None)),
         Rule(action="keep", why="no matrix"),
     )
 
@@ -40,6 +53,11 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
         Rule(action="keep", why="llm-compressor's recipes keep embeddings", role=("embedding",)),
         Rule(action="keep", why="llm-compressor's recipes keep the output projection", role=("head",)),
         Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
+        Rule(action="keep", why="llm-compressor's recipes keep towers and their projectors", role=("vision",)),
+        Rule(action="keep", why="llm-compressor's recipes keep linear attention", role=("linear_attention",)),
+        Rule(action="keep", why="recipes keep blocks for multi-token prediction", role=("mtp",)),
+        Rule(action="keep", why=SENSITIVE, role=("sensitive",)),
+        *CONV1D_KEPT,
         Rule(action="keep", why="no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
         Rule(action="quantize", why="llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
         Rule(action="quantize", why="each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),

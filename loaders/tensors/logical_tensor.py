@@ -89,6 +89,15 @@ def known(tensor: LogicalTensor, family: Family, beside: str | None = None) -> L
     return replace(tensor, role=traits.role, block=block, group=traits.group)
 
 
+def transposed(tensor: LogicalTensor) -> LogicalTensor:
+    """Return a matrix as its transpose, without moving a byte."""
+    rows, columns = tensor.shape
+    window = tensor.window or Window(0, row_major(tensor.shape))
+    turned = Window(window.offset, window.stride[::-1])
+    whole = tensor.whole or (tensor.shape if tensor.decode is not None else None)
+    return replace(tensor, shape=(columns, rows), window=turned, whole=whole)
+
+
 def stored_name(weight: str, role: str) -> str:
     """Return the name of a stored part: a role replaces the "weight" at the end of a name. See `Scheme.stored`."""
     return weight.removesuffix("weight") + role if weight.endswith("weight") else weight + role.removeprefix("weight")

@@ -1,0 +1,157 @@
+"""What the names of tensors usually mean: the roles of a model_type that no family knows, as rows of patterns.
+
+Each row is about whole components of a name, between dots: `mlp.shared_expert.up_proj` is no embedding though T5 calls
+its own `shared`, and `embedding_projection` is a projection. A matrix that no row names is a linear layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.dtypes import Shape
+
+
+def _compiled(*rows: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((re.compile(pattern), role) for pattern, role in rows)
+
+
+# Names of any number of dimensions; the first that matches says what the tensor is.
+ANY_SHAPE = _compiled(
+    (r"(?:position_ids|token_type_ids|inv_freq|num_batches_tracked|running_(?:mean|var)|attn\.(?:masked_)?bias)$", "buffer"),
+    (r"e_score_correction_bias$", "router"),
+    (r"(?:^|[._])bias$", "bias"),
+    (r"(?:^|[._])(?:layer_?norm|group_?norm|batch_?norm|rms_?norm|norm|ln|bn)\d*(?:_\w+)?\.(?:weight|gamma|beta)$", "norm"),
+    (r"norm\d*\.(?:weight|gamma|beta)$", "norm"),
+)  # fmt: skip
+# Matrices called weight. What no row names is a linear layer.
+MATRICES = _compiled(
+    (r"(?:^|[._])conv\w*\.weight$", "conv"),
+    (r"(?:^|\.)patch_embed(?:der|ding)?\.weight$", "linear"),  # patches are multiplied, no table is looked up
+    (r"(?:^|[._])(?:embed|embeds|embedding|embeddings|emb|wte|wpe)\.weight$", "embedding"),
+    (r"(?:^|[._])embed_(?!out\.)(?:\w*_)?(?:tokens|in|positions|pos|layer|ids?|codes?)(?:_\w+)?\.weight$", "embedding"),
+    (r"(?:^|\.)(?:shared|relative_attention_bias)\.weight$", "embedding"),  # T5's names
+    (r"(?:^|\.)(?:lm_head|embed_out|proj_out|unembed)\.weight$", "head"),
+    (r"^(?:(?:model|transformer|language_model)\.)*(?:head|output|output_layer|output_projection)\.weight$", "head"),
+    (r"(?:^|\.)shared_head\.head\.weight$", "other"),  # a copy of the head, in DeepSeek's multi-token prediction
+    (r"(?:^|\.)(?:score|classifier)\.(?:\w+\.)*weight$", "head"),
+    (r"(?:^|\.)(?:cls\.(?:\w+\.)*|lm_head\.)?(?:decoder|seq_relationship)\.weight$", "head"),
+    (r"(?:^|\.)\w*router\.(?:\w+\.)*weight$", "router"),
+    (r"(?:^|\.)(?:gate\.wg|wg|shared_expert_gate)\.weight$", "router"),
+    (r"(?:^|\.)experts?\.\d+\.", "expert"),
+)
+GATE = re.compile(r"(?:^|\.)gate\.weight$")
+# Layers that are linear, and that recipes for some engines leave alone.
+LINEAR_KINDS = _compiled(
+    (r"(?:^|\.)indexer\.(?:\w+\.)*weights_proj\.", "sensitive"),  # DeepSeek's sparse attention, kept by every recipe
+    (
+        r"(?:^|\.)(visual|vision|vision_\w+|\w+_vision|vit|vpm|visual_\w+|image_\w+|audio|audio_\w+|\w+_audio|speech_encoder"
+        r"|sam_model|qformer|resampler|aligner|merger|connector|projector|\w+_projector|mlp1|patch_merger)\.",
+        "vision",
+    ),
+    (r"(?:^|\.)(linear_attn)\.", "linear_attention"),
+    (r"(?:^|\.)(mtp|mtp_\w+|nextn|nextn_\w+)\.", "mtp"),
+)
+# A layer of the text model: one after the last of config.json's layers is for multi-token prediction.
+TEXT_LAYER = re.compile(r"^(?:(?:model|language_model|transformer)\.)*layers\.(\d+)\.")
+BLOCK = re.compile(r"^(.*?\b(?:layers?|blocks?|h|blk)\.\d+)\.")
+# Layers that engines fuse: their scales must be one where a scheme shares them.
+FUSED = (
+    (re.compile(r"^(.*attn)\.[qkv]_proj\.weight$"), r"\1.qkv"),
+    (re.compile(r"^(.*)\.(?:gate|up)_proj\.weight$"), r"\1.gate_up"),
+)
+
+
+# Names that mean something else in some model types: (types, pattern, role), before all other rows.
+SPECIAL = tuple(
+    (model_types, re.compile(pattern), role)
+    for model_types, pattern, role in (
+        # transformers keeps these in float32 (_keep_in_fp32_modules of its classes), and quantizes none of them.
+        (("t5", "mt5", "umt5", "udop", "pop2piano"), r"\.wo\.weight$", "sensitive"),
+        (("blip-2",), r"^qformer\.", "sensitive"),
+        # wo_a is a class of its own in transformers, whose matrices are multiplied group by group.
+        (("deepseek_v4",), r"\.(?:compressor|wo_a)\.", "sensitive"),
+        # These towers have one matrix for q, k and v on disk, which transformers cuts in three when it loads them.
+        (("kimi_k25",), r"(?:^|\.)vision_tower\.", "sensitive"),
+        (("step3p7", "step3_vl"), r"(?:^|\.)vision_model\.", "sensitive"),
+        (("fuyu",), r"(?:^|\.)vision_embed_tokens\.", "vision"),
+        # GPT-2's Conv1D, a linear layer that is stored as [inputs, outputs].
+        (("gpt2", "openai-gpt", "imagegpt", "decision_transformer"), r"\.(?:c_attn|c_proj|c_fc|q_attn)\.weight$", "conv1d"),
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Generic:
+    """The meanings of names in a model whose type no family knows.
+
+    `layers` is the number of the text model's layers, or None if config.json does not say it.
+    """
+
+    model_type: str = ""
+    layers: int | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Generic:
+        nested = config.get("text_config")
+        text = nested if isinstance(nested, Mapping) else config
+        model_type, layers = config.get("model_type"), text.get("num_hidden_layers")
+        return cls(
+            model_type if isinstance(model_type, str) else "",
+            layers if isinstance(layers, int) and not isinstance(layers, bool) else None,
+        )
+
+    def role(self, name: str, shape: Shape) -> str:
+        """Return a tensor's role: see `loaders.architectures.families.ROLES`."""
+        is_matrix = len(shape) == 2 and name.endswith(".weight")
+        for model_types, pattern, role in SPECIAL:
+            if self.model_type in model_types and pattern.search(name):
+                return role if is_matrix else _of_any_shape(name)
+        found = _of_any_shape(name)
+        if not is_matrix:
+            return found
+        # A linear layer's bias or norm has one dimension; a matrix of such a name is a layer of a module called so.
+        if found in ("router", "buffer"):
+            return found
+        # A gate that chooses experts has a row for each of them, fewer than columns; that of a gated MLP has more.
+        if GATE.search(name) and shape[0] < shape[1]:
+            return "router"
+        base = next((role for pattern, role in MATRICES if pattern.search(name)), "linear")
+        if base not in ("linear", "expert"):
+            return base
+        return self._kind_of_linear(name, base)
+
+    def _kind_of_linear(self, name: str, base: str) -> str:
+        kind = next((role for pattern, role in LINEAR_KINDS if pattern.search(name)), base)
+        layer = TEXT_LAYER.match(name)
+        is_beyond = self.layers is not None and layer is not None and int(layer[1]) >= self.layers
+        return "mtp" if is_beyond and base == "linear" else kind
+
+
+def _of_any_shape(name: str) -> str:
+    return next((role for pattern, role in ANY_SHAPE if pattern.search(name)), "other")
+
+
+def part_of(name: str) -> str | None:
+    """Return the component of a name that stands for a whole part of the model: a tower, linear attention, MTP."""
+    for pattern, role in LINEAR_KINDS:
+        match = pattern.search(name)
+        if match and role != "sensitive":
+            return match[1]
+    return None
+
+
+def block_of(name: str) -> str:
+    """Return the numbered module that a tensor is in, or its own name."""
+    match = BLOCK.match(name)
+    return match[1] if match else name
+
+
+def group_of(name: str) -> str | None:
+    """Return the name of the layer that engines fuse this one into, if they do."""
+    for pattern, group in FUSED:
+        if match := pattern.match(name):
+            return match.expand(group)
+    return None

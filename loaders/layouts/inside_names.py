@@ -1,0 +1,66 @@
+"""Names of modules that stay as they are, so that they also fit the names that engines have inside.
+
+Engines rename a checkpoint's tensors when they load it: `language_model.lm_head` is `lm_head` inside transformers 5,
+`vision_tower.vision_model.encoder` is `model.vision_tower.encoder`, and vLLM has names of its own. What their renamings
+(transformers' conversion_mapping.py) leave alone are the ends of names, from a numbered layer on, and the one component
+that names a tower. So lists are written by these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from loaders.architectures.families import Family
+from loaders.architectures.generic import part_of
+from loaders.layouts.base import module_of
+from loaders.rules.rule import Decision
+
+NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)|^\d+(?=\\\.)")  # a component of an escaped name that is a number
+
+# What wraps the text model, in any order; engines put these components in front of names, and take them away.
+WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)+")
+
+
+def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: Family) -> list[re.Pattern[str]]:
+    """Return regular expressions that match kept modules by the names of any engine, and none of the quantized ones.
+
+    Parts of a model that are kept as a whole are named by their component. In models of unknown families all other
+    modules are named by the ends of their names; those of known families are the same inside, and have no pattern.
+    """
+    found: dict[str, re.Pattern[str]] = {}
+    for decision in kept:
+        name = module_of(decision.tensor.name)
+        if any(pattern.match(name) for pattern in found.values()):
+            continue
+        for candidate in _candidates(name, family):
+            pattern = re.compile(candidate)
+            if not any(pattern.match(other) for other in quantized):
+                found[candidate] = pattern
+                break
+    return list(found.values())
+
+
+def _candidates(name: str, family: Family) -> Iterable[str]:
+    """Yield patterns for a module, the widest first."""
+    part = part_of(name + ".")
+    if part is not None:
+        yield rf"(?:.*\.)?{re.escape(part)}\..*"
+        yield rf"(?:.*\.)?{re.escape(part)}$"
+    if family.is_generic:
+        end = re.escape(WRAPPERS.sub("", name))
+        yield rf"(?:.*\.)?{re.sub(NUMBER, '[0-9]+', end)}$"
+        yield rf"(?:.*\.)?{end}$"
+
+
+def skip_names(kept: Iterable[str], tied: Iterable[str], catches: Callable[[str], bool]) -> list[str]:
+    """Return entries for transformers' skip lists, which are compared with beginnings and ends of names.
+
+    Beside each kept module's own name stands the end of it, which also fits the name inside transformers; of a tower
+    that is kept as a whole, the tower. `tied` are further names. No entry `catches` a quantized module.
+    """
+    found, tried = set(kept), set(tied)
+    for name in kept:
+        part = part_of(name + ".")
+        tried |= {WRAPPERS.sub("", name), *(() if part is None else (part, f"model.{part}"))}
+    return sorted(found | {entry for entry in tried - found if not catches(entry)})
