@@ -12,6 +12,7 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
+from loaders.tensors.sources import is_stack
 
 
 def warnings(
@@ -37,6 +38,14 @@ def warnings(
             f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
             f" {kept[0].tensor.dtype.torch}: {kept[0].rule.why}."
             " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
+        )
+    stacks = [d for d in decisions if d.action in ("keep", "cast") and is_stack(d.tensor)]
+    if stacks and layout.name != "gguf":
+        share = sum(d.tensor.source_bytes for d in stacks) / sum(d.tensor.source_bytes for d in decisions)
+        said.append(
+            f"mixture of experts: {len(stacks)} stacks of experts, {share:.0%} of the weights, stay"
+            f" {stacks[0].tensor.dtype.torch} ({stacks[0].tensor.name} {list(stacks[0].tensor.shape)} first):"
+            f" {scheme.engine} quantizes no stack"
         )
     if len(kept) < len(experts) and scheme.engine in ("bitsandbytes", "bitnet"):
         said.append(

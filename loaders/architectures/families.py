@@ -39,6 +39,9 @@ ROLES = {
 }
 
 
+NAMES = Generic()  # the meanings of names that hold for every model type
+
+
 @dataclass(frozen=True, slots=True)
 class Traits:
     """The facts about a tensor that its name and shape tell."""
@@ -54,15 +57,27 @@ class Stack:
 
     `name` is the pattern for an expert's tensor: it is expanded with the match's groups, then with {expert} and {part}.
     `parts` share the dimension of outputs, one after another, or in turn if interleaved. Matrices are (experts,
-    outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs).
+    outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs). Where `is_transposed`
+    is None, the shape tells, in which one side is the model's `hidden` size.
     """
 
     pattern: re.Pattern[str]
     name: str
     parts: tuple[str, ...]
-    is_transposed: bool
+    is_transposed: bool | None
     is_interleaved: bool = False
     is_bias: bool = False
+    hidden: int | None = None
+    hidden_is_output: bool = False
+
+    def transposed(self, shape: Shape) -> bool | None:
+        """Whether a stack of this shape is transposed; None if its shape does not tell."""
+        if self.is_transposed is not None or len(shape) != 3:
+            return self.is_transposed
+        is_hidden = shape[1] == self.hidden, shape[2] == self.hidden
+        if is_hidden[0] == is_hidden[1]:
+            return None
+        return is_hidden[1] if self.hidden_is_output else is_hidden[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +85,8 @@ class Family:
     """The names of the tensors of some model types.
 
     `tensors` rows are (pattern, role, block, group); the first match wins, and block and group are expanded with its
-    groups. `names` says what a tensor is that no row names. `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what
+    groups. `names` says what a tensor is that no row names.
+    `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what
     an absent `tie_word_embeddings` means. `stacks` say how experts are stacked on disk, where they are.
     """
 
@@ -81,7 +97,7 @@ class Family:
     ties: bool = False
     stacks: tuple[Stack, ...] = ()
     is_generic: bool = False
-    names: Generic = Generic()
+    names: Generic = NAMES
 
     def traits(self, name: str, shape: Shape) -> Traits:
         """Return a tensor's role, block and group."""
@@ -338,7 +354,20 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    return replace(GENERIC, names=Generic.of(config))
+    return replace(GENERIC, names=Generic.of(config), stacks=_generic_stacks(config))
+
+
+def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
+    """Return the stacks of experts that transformers 5 makes, named as in most of its models."""
+    hidden = text_config(config, "hidden_size")
+    return tuple(
+        Stack(
+            pattern=re.compile(rf"(?P<experts>(?:^|.*\.)experts)\.{stored}(?:\.weight)?$"),
+            name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=None,
+            hidden=hidden if isinstance(hidden, int) else None, hidden_is_output=is_output,
+        )
+        for stored, parts, is_output in (("gate_up_proj", ("gate", "up"), False), ("down_proj", ("down",), True))
+    )  # fmt: skip
 
 
 def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:

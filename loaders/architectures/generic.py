@@ -20,11 +20,13 @@ def _compiled(*rows: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]
 
 # Names of any number of dimensions; the first that matches says what the tensor is.
 ANY_SHAPE = _compiled(
-    (r"(?:position_ids|token_type_ids|inv_freq|num_batches_tracked|running_(?:mean|var)|attn\.(?:masked_)?bias)$", "buffer"),
+    (r"(?:position_ids|token_type_ids|inv_freq|num_batches_tracked|running_(?:mean|var))$", "buffer"),
+    (r"attn\.(?:masked_)?bias$", "buffer"),  # GPT-2's causal mask
     (r"e_score_correction_bias$", "router"),
     (r"(?:^|[._])bias$", "bias"),
-    (r"(?:^|[._])(?:layer_?norm|group_?norm|batch_?norm|rms_?norm|norm|ln|bn)\d*(?:_\w+)?\.(?:weight|gamma|beta)$", "norm"),
+    (r"(?:^|[._])(?:(?:layer|group|batch|rms)_?norm|norm|ln|bn)\d*(?:_\w+)?\.(?:weight|gamma|beta)$", "norm"),
     (r"norm\d*\.(?:weight|gamma|beta)$", "norm"),
+    (r"(?:^|[._])conv\w*\.weight$", "conv"),
 )  # fmt: skip
 # Matrices called weight. What no row names is a linear layer.
 MATRICES = _compiled(
@@ -47,8 +49,8 @@ GATE = re.compile(r"(?:^|\.)gate\.weight$")
 LINEAR_KINDS = _compiled(
     (r"(?:^|\.)indexer\.(?:\w+\.)*weights_proj\.", "sensitive"),  # DeepSeek's sparse attention, kept by every recipe
     (
-        r"(?:^|\.)(visual|vision|vision_\w+|\w+_vision|vit|vpm|visual_\w+|image_\w+|audio|audio_\w+|\w+_audio|speech_encoder"
-        r"|sam_model|qformer|resampler|aligner|merger|connector|projector|\w+_projector|mlp1|patch_merger)\.",
+        r"(?:^|\.)(visual|vision|vision_\w+|\w+_vision|vit|vpm|visual_\w+|image_\w+|audio|audio_\w+|\w+_audio"
+        r"|speech_encoder|sam_model|qformer|resampler|aligner|merger|connector|projector|\w+_projector|mlp1|patch_merger)\.",
         "vision",
     ),
     (r"(?:^|\.)(linear_attn)\.", "linear_attention"),
@@ -78,7 +80,10 @@ SPECIAL = tuple(
         (("step3p7", "step3_vl"), r"(?:^|\.)vision_model\.", "sensitive"),
         (("fuyu",), r"(?:^|\.)vision_embed_tokens\.", "vision"),
         # GPT-2's Conv1D, a linear layer that is stored as [inputs, outputs].
-        (("gpt2", "openai-gpt", "imagegpt", "decision_transformer"), r"\.(?:c_attn|c_proj|c_fc|q_attn)\.weight$", "conv1d"),
+        (
+            ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
+            r"\.(?:c_attn|c_proj|c_fc|q_attn)\.weight$", "conv1d",
+        ),
     )
 )  # fmt: skip
 

@@ -32,7 +32,8 @@ MIXTRAL_EXPERTS = {
     "block_sparse_moe.gate": "ffn_gate_inp", "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
     "block_sparse_moe.experts.{}.w3": "ffn_up_exps", "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
 }  # fmt: skip
-HF_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+# A model saved without its head, as sentence encoders are, has names without `model.`.
+HF_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
@@ -63,6 +64,7 @@ class Architecture:
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
         top, _, suffix = name.rpartition(".")
+        top = f"model.{top}" if top in ("embed_tokens", "norm") else top
         if top in TOP_NAMES and suffix == "weight":
             return GgufName(f"{TOP_NAMES[top]}.weight")
         match = HF_LAYER.match(name)

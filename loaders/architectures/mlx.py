@@ -102,6 +102,11 @@ def convert_dtype(config: Mapping[str, Any]) -> DType | None:
 # --- names
 
 
+def mlx_name(name: str) -> str:
+    """Return mlx-lm's name of a tensor: a model saved without its head, as sentence encoders are, lacks `model.`."""
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
+
+
 def stack_of(model: MlxModel, name: str) -> tuple[str, int] | None:
     """Return the stacked weight or bias of which an expert's tensor is a part, and the expert's number."""
     if model.experts is None:

@@ -95,7 +95,8 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     placed = []
     _check_converted(decisions, config)
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
-    wants_stacks = bool(family_of(config).stacks) and engines <= WHOLE
+    family = family_of(config)
+    wants_stacks = bool(family.stacks) and not family.is_generic and engines <= WHOLE
     for decision in decisions:
         tensor, encoding = decision.tensor, decision.encoding
         if encoding is None:
@@ -132,8 +133,8 @@ def _check_converted(decisions: Sequence[Decision], config: Mapping[str, Any]) -
         for decision in decisions
     ):
         raise BadSpec(
-            f"{setting('quantize')}: transformers with bitsandbytes quantizes no layer of a {config['model_type']} model"
-            " (they are of a class of its own, which is no plain nn.Linear), and would not load them quantized; choose"
+            f"{setting('quantize')}: transformers with bitsandbytes quantizes no layer of a {config['model_type']}"
+            " model (they are of a class of its own, which is no plain nn.Linear), and would not load them quantized; choose"
             " compressed-tensors or GGUF"
         )
 
@@ -263,7 +264,7 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
         )
     if family.is_generic:
         tied = () if heads else TIED_HEADS
-        return skip_names(skip, tied, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
+        return skip_names(skip, tied, family, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
     return skip
 
 

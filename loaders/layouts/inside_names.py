@@ -22,6 +22,30 @@ NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)|^\d+(?=\\\.)")  # a component of an e
 WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)+")
 
 
+# Renamings within names: (model types, what transformers' conversion_mapping.py finds, what it puts there), in its order.
+RENAMED = tuple(
+    (model_types, re.compile(pattern), new)
+    for model_types, pattern, new in (
+        (("deepseek_v4",), r"\.attn\.", ".self_attn."),
+        (("deepseek_v4",), r"\.ffn\.", ".mlp."),
+        (("deepseek_v4",), r"\.indexer\.compressor\.", ".compressor.indexer."),
+        (("deepseek_v4",), r"^head$", "lm_head"),
+        (("deepseek_v4",), r"\.indexer\.weights_proj$", ".compressor.indexer.scorer.weights_proj"),
+        (("deepseek_v4",), r"\.wkv$", ".kv_proj"),
+        (("deepseek_v4",), r"\.wgate$", ".gate_proj"),
+        (("deepseek_v4",), r"\.wo_a$", ".o_a_proj"),
+    )
+)
+
+
+def inside(module: str, family: Family) -> str:
+    """Return a module's name inside transformers, but for what stands before it."""
+    for model_types, pattern, new in RENAMED:
+        if family.names.model_type in model_types:
+            module = pattern.sub(new, module)
+    return module
+
+
 def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: Family) -> list[re.Pattern[str]]:
     """Return regular expressions that match kept modules by the names of any engine, and none of the quantized ones.
 
@@ -29,15 +53,17 @@ def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: 
     modules are named by the ends of their names; those of known families are the same inside, and have no pattern.
     """
     found: dict[str, re.Pattern[str]] = {}
+    others = {name for module in quantized for name in (module, inside(module, family))}
     for decision in kept:
-        name = module_of(decision.tensor.name)
-        if any(pattern.match(name) for pattern in found.values()):
-            continue
-        for candidate in _candidates(name, family):
-            pattern = re.compile(candidate)
-            if not any(pattern.match(other) for other in quantized):
-                found[candidate] = pattern
-                break
+        published = module_of(decision.tensor.name)
+        for name in dict.fromkeys((published, inside(published, family))):
+            if any(pattern.match(name) for pattern in found.values()):
+                continue
+            for candidate in _candidates(name, family):
+                pattern = re.compile(candidate)
+                if not any(pattern.match(other) for other in others):
+                    found[candidate] = pattern
+                    break
     return list(found.values())
 
 
@@ -46,14 +72,13 @@ def _candidates(name: str, family: Family) -> Iterable[str]:
     part = part_of(name + ".")
     if part is not None:
         yield rf"(?:.*\.)?{re.escape(part)}\..*"
-        yield rf"(?:.*\.)?{re.escape(part)}$"
     if family.is_generic:
         end = re.escape(WRAPPERS.sub("", name))
-        yield rf"(?:.*\.)?{re.sub(NUMBER, '[0-9]+', end)}$"
+        yield rf"(?:.*\.)?{NUMBER.sub('[0-9]+', end)}$"
         yield rf"(?:.*\.)?{end}$"
 
 
-def skip_names(kept: Iterable[str], tied: Iterable[str], catches: Callable[[str], bool]) -> list[str]:
+def skip_names(kept: Iterable[str], tied: Iterable[str], family: Family, catches: Callable[[str], bool]) -> list[str]:
     """Return entries for transformers' skip lists, which are compared with beginnings and ends of names.
 
     Beside each kept module's own name stands the end of it, which also fits the name inside transformers; of a tower
@@ -62,5 +87,6 @@ def skip_names(kept: Iterable[str], tied: Iterable[str], catches: Callable[[str]
     found, tried = set(kept), set(tied)
     for name in kept:
         part = part_of(name + ".")
-        tried |= {WRAPPERS.sub("", name), *(() if part is None else (part, f"model.{part}"))}
+        ends = {WRAPPERS.sub("", each) for each in (name, inside(name, family))}
+        tried |= ends | (set() if part is None else {part, f"model.{part}"})
     return sorted(found | {entry for entry in tried - found if not catches(entry)})

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.architectures.mlx import MODELS, MlxModel, convert_dtype, model_of, stack_of
+from loaders.architectures.mlx import MODELS, MlxModel, convert_dtype, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
@@ -56,8 +56,8 @@ class MlxLayout:
             _check_scheme(tensor.name, encoding.scheme)
             if encoding.action == "quantize" and cast_to != tensor.dtype:
                 encoding = replace(encoding, cast=cast_to)
-            stack = stack_of(model, tensor.name)
-            name, index = stack or (tensor.name, 0)
+            stack = stack_of(model, mlx_name(tensor.name))
+            name, index = stack or (mlx_name(tensor.name), 0)
             count = (num_experts(model, checkpoint.config) or 0) if stack else None
             stored = {role: _stored(name, role, part, index, count) for role, part in encoding.stored.items()}
             placed.append(Placed(encoding, stored))
@@ -122,7 +122,7 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
     count = num_experts(model, checkpoint.config)
     stacks: dict[str, list[tuple[int, Placed]]] = {}
     for each in placed:
-        stack = stack_of(model, each.tensor.name)
+        stack = stack_of(model, mlx_name(each.tensor.name))
         if stack is not None:
             stacks.setdefault(stack[0], []).append((stack[1], each))
     for name, found in stacks.items():
@@ -139,8 +139,8 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
 
 
 def _module(decision: Decision, model: MlxModel) -> str:
-    stack = stack_of(model, decision.tensor.name)
-    return (stack[0] if stack else decision.tensor.name).removesuffix(".weight")
+    stack = stack_of(model, mlx_name(decision.tensor.name))
+    return (stack[0] if stack else mlx_name(decision.tensor.name)).removesuffix(".weight")
 
 
 # --- config.json

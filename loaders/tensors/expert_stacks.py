@@ -23,8 +23,9 @@ def cut(tensor: LogicalTensor, family: Family) -> Iterator[LogicalTensor]:
     """
     for stack in family.stacks:
         match = stack.pattern.search(tensor.name)
-        if match:
-            yield from _experts(tensor, stack, match)
+        # A stack whose shape does not tell inputs from outputs stays whole, of which `Sources.notes` speak.
+        if match and (is_transposed := stack.transposed(tensor.shape)) is not None:
+            yield from _experts(tensor, replace(stack, is_transposed=is_transposed), match)
             return
     yield tensor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor
 from loaders.tensors.quantized_sources import mlx, quantized_tensors
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
-EXPERTS = re.compile(r"(?:^|\.)experts?\.")
+CONVOLUTION = 16  # the largest kernel that is taken for one: a stack of experts has more inputs than that
 DERIVED = ("rope_freqs.weight",)  # tensors of a GGUF that follow from its metadata, here from the rope scaling
 
 
@@ -78,13 +77,20 @@ def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec])
     return name.removesuffix(suffix) + "weight" if is_part else name
 
 
+def is_stack(tensor: LogicalTensor) -> bool:
+    """Whether a tensor of a layer holds the matrices of several experts: three dimensions, and no convolution."""
+    shape, is_in_layer = tensor.shape, tensor.block != tensor.name
+    is_float = tensor.dtype.name in WEIGHT_DTYPES
+    return is_in_layer and is_float and len(shape) == 3 and shape[0] > 1 and min(shape[1:]) > CONVOLUTION
+
+
 def _unknown_stacks(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> list[str]:
-    whole = [r for r in tensors if len(r.shape) == 3 and r.dtype.name in WEIGHT_DTYPES and EXPERTS.search(r.name)]
+    whole = [tensor for tensor in tensors if is_stack(tensor)]
     if not whole:
         return []
     return [
         f"{len(whole)} stacks of experts stay whole and unquantized, {whole[0].name} {list(whole[0].shape)} first:"
-        f" which of their dimensions are outputs is not known for model_type {checkpoint.config.get('model_type')!r}"
+        f" how they are to be cut is not known for model_type {checkpoint.config.get('model_type')!r}"
     ]
 
 
