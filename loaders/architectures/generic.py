@@ -50,7 +50,7 @@ LINEAR_KINDS = _compiled(
     (r"(?:^|\.)indexer\.(?:\w+\.)*weights_proj\.", "sensitive"),  # DeepSeek's sparse attention, kept by every recipe
     (
         r"(?:^|\.)(visual|vision|vision_\w+|\w+_vision|vit|vpm|visual_\w+|image_\w+|audio|audio_\w+|\w+_audio"
-        r"|speech_encoder|sam_model|qformer|resampler|aligner|merger|connector|projector|\w+_projector|mlp1|patch_merger)\.",
+        r"|speech_encoder|sam_model|qformer|resampler|aligner|merger|connector|projector|\w+_projector|mlp1|patch_merge\w*)\.",
         "vision",
     ),
     (r"(?:^|\.)(linear_attn)\.", "linear_attention"),
@@ -92,19 +92,21 @@ SPECIAL = tuple(
 class Generic:
     """The meanings of names in a model whose type no family knows.
 
-    `layers` is the number of the text model's layers, or None if config.json does not say it.
+    `model_types` are config.json's, and those of the models in it. `layers` is the number of the text model's layers,
+    or None if config.json does not say it.
     """
 
-    model_type: str = ""
+    model_types: tuple[str, ...] = ()
     layers: int | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Generic:
-        nested = config.get("text_config")
-        text = nested if isinstance(nested, Mapping) else config
-        model_type, layers = config.get("model_type"), text.get("num_hidden_layers")
+        parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+        types = [part.get("model_type") for part in parts]
+        text = config.get("text_config")
+        layers = (text if isinstance(text, Mapping) else config).get("num_hidden_layers")
         return cls(
-            model_type if isinstance(model_type, str) else "",
+            tuple(model_type for model_type in types if isinstance(model_type, str)),
             layers if isinstance(layers, int) and not isinstance(layers, bool) else None,
         )
 
@@ -112,7 +114,7 @@ class Generic:
         """Return a tensor's role: see `loaders.architectures.families.ROLES`."""
         is_matrix = len(shape) == 2 and name.endswith(".weight")
         for model_types, pattern, role in SPECIAL:
-            if self.model_type in model_types and pattern.search(name):
+            if not set(model_types).isdisjoint(self.model_types) and pattern.search(name):
                 return role if is_matrix else _of_any_shape(name)
         found = _of_any_shape(name)
         if not is_matrix:

@@ -1,9 +1,9 @@
 """Names of modules that stay as they are, so that they also fit the names that engines have inside.
 
 Engines rename a checkpoint's tensors when they load it: `language_model.lm_head` is `lm_head` inside transformers 5,
-`vision_tower.vision_model.encoder` is `model.vision_tower.encoder`, and vLLM has names of its own. What their renamings
-(transformers' conversion_mapping.py) leave alone are the ends of names, from a numbered layer on, and the one component
-that names a tower. So lists are written by these.
+`vision_tower.vision_model.encoder` is `model.vision_tower.encoder`, and vLLM has names of its own. What differs most is
+the beginnings of names; what stays are the ends, from a numbered layer on, and the one component that names a tower. So
+lists are written by these; where transformers renames within names, they have both (`loaders.architectures.renames`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from loaders.architectures.families import Family
 from loaders.architectures.generic import part_of
+from loaders.architectures.renames import inside
 from loaders.layouts.base import module_of
 from loaders.rules.rule import Decision
 
@@ -22,30 +23,6 @@ NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)|^\d+(?=\\\.)")  # a component of an e
 WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)+")
 
 
-# Renamings within names: (model types, what transformers' conversion_mapping.py finds, what it puts there), in its order.
-RENAMED = tuple(
-    (model_types, re.compile(pattern), new)
-    for model_types, pattern, new in (
-        (("deepseek_v4",), r"\.attn\.", ".self_attn."),
-        (("deepseek_v4",), r"\.ffn\.", ".mlp."),
-        (("deepseek_v4",), r"\.indexer\.compressor\.", ".compressor.indexer."),
-        (("deepseek_v4",), r"^head$", "lm_head"),
-        (("deepseek_v4",), r"\.indexer\.weights_proj$", ".compressor.indexer.scorer.weights_proj"),
-        (("deepseek_v4",), r"\.wkv$", ".kv_proj"),
-        (("deepseek_v4",), r"\.wgate$", ".gate_proj"),
-        (("deepseek_v4",), r"\.wo_a$", ".o_a_proj"),
-    )
-)
-
-
-def inside(module: str, family: Family) -> str:
-    """Return a module's name inside transformers, but for what stands before it."""
-    for model_types, pattern, new in RENAMED:
-        if family.names.model_type in model_types:
-            module = pattern.sub(new, module)
-    return module
-
-
 def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: Family) -> list[re.Pattern[str]]:
     """Return regular expressions that match kept modules by the names of any engine, and none of the quantized ones.
 
@@ -53,10 +30,10 @@ def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: 
     modules are named by the ends of their names; those of known families are the same inside, and have no pattern.
     """
     found: dict[str, re.Pattern[str]] = {}
-    others = {name for module in quantized for name in (module, inside(module, family))}
+    others = {name for module in quantized for name in (module, inside(module, family.names.model_types))}
     for decision in kept:
         published = module_of(decision.tensor.name)
-        for name in dict.fromkeys((published, inside(published, family))):
+        for name in dict.fromkeys((published, inside(published, family.names.model_types))):
             if any(pattern.match(name) for pattern in found.values()):
                 continue
             for candidate in _candidates(name, family):
@@ -71,7 +48,7 @@ def _candidates(name: str, family: Family) -> Iterable[str]:
     """Yield patterns for a module, the widest first."""
     part = part_of(name + ".")
     if part is not None:
-        yield rf"(?:.*\.)?{re.escape(part)}\..*"
+        yield rf"(?:.*\.)?{re.escape(part)}(?:\..*)?$"
     if family.is_generic:
         end = re.escape(WRAPPERS.sub("", name))
         yield rf"(?:.*\.)?{NUMBER.sub('[0-9]+', end)}$"
@@ -87,6 +64,6 @@ def skip_names(kept: Iterable[str], tied: Iterable[str], family: Family, catches
     found, tried = set(kept), set(tied)
     for name in kept:
         part = part_of(name + ".")
-        ends = {WRAPPERS.sub("", each) for each in (name, inside(name, family))}
+        ends = {WRAPPERS.sub("", each) for each in (name, inside(name, family.names.model_types))}
         tried |= ends | (set() if part is None else {part, f"model.{part}"})
     return sorted(found | {entry for entry in tried - found if not catches(entry)})

@@ -119,7 +119,8 @@ def test_what_is_tied_by_default_is_what_transformers_ties() -> None:
     transformers = pytest.importorskip("transformers")
     for family in FAMILIES:
         for model_type in family.model_types:
-            assert family.ties == transformers.AutoConfig.for_model(model_type).tie_word_embeddings
+            if model_type != "kimi_k2":  # of which transformers has the class, DeepseekV3ForCausalLM, but not the type
+                assert family.ties == transformers.AutoConfig.for_model(model_type).tie_word_embeddings
 
 
 @pytest.mark.quick

@@ -52,7 +52,7 @@ MATRICES = (
 @pytest.mark.quick
 @pytest.mark.parametrize(("model_type", "name", "role"), MATRICES)
 def test_a_matrix_is_what_its_name_means(model_type: str, name: str, role: str) -> None:
-    assert Generic(model_type).role(name, (8, 64)) == role
+    assert Generic((model_type,)).role(name, (8, 64)) == role
 
 
 def test_a_gate_of_a_gated_mlp_is_a_linear_layer() -> None:
@@ -64,7 +64,7 @@ def test_a_gate_of_a_gated_mlp_is_a_linear_layer() -> None:
     [
         ("vision_model.head.attention.in_proj_weight", (192, 64), "other"),  # no module of this name
         ("model.layers.0.mlp.experts.gate_up_proj", (4, 64, 64), "other"),
-        ("model.layers.0.conv.conv.weight", (64, 1, 3), "other"),
+        ("model.layers.0.conv.conv.weight", (64, 1, 3), "conv"),
         ("model.layers.0.input_layernorm.weight", (64,), "norm"),
         ("model.layers.0.mlp.gate.e_score_correction_bias", (8,), "router"),
         ("h.0.attn.bias", (1, 1, 64, 64), "buffer"),
