@@ -18,6 +18,7 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
+from loaders.layouts.engines import builds_own_class
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -32,7 +33,6 @@ from loaders.tensors.logical_tensor import stored_name
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers' key, and mlx-lm's
 # Routers that are an nn.Linear in transformers' classes, so that its loader would convert them.
 LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")
-WHOLE = {"plain", "bitsandbytes", "bitnet"}  # engines for which transformers builds the model's own class
 SINGLE = re.compile(r"\.experts\.\d+\.")
 DEFAULT_HEADS = ("head",)  # the roles that transformers' loaders skip by default
 
@@ -78,7 +78,7 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     wanted = load_dtype(config)
     placed = []
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
-    wants_stacks = bool(family_of(config).stacks) and engines <= WHOLE
+    wants_stacks = bool(family_of(config).stacks) and builds_own_class(engines)
     for decision in decisions:
         tensor, encoding = decision.tensor, decision.encoding
         if encoding is None:
