@@ -18,7 +18,7 @@ from loaders.backends.threads import ThreadedWork
 from loaders.storage.address import Address
 from tests.making import write_checkpoint
 from tests.shelf import serving
-from tests.shelf.places import FolderPlace, Place, ShelfPlace
+from tests.shelf.places import KINDS, FolderPlace, Place, ShelfPlace
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,6 @@ def shelves() -> Iterator[Address]:
         yield address
 
 
-PLACES = ("folder", "shelf")
-
-
 @pytest.fixture
 def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Place]:
     """A function that makes an empty place of a kind."""
@@ -98,7 +95,7 @@ def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], 
     return make
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=KINDS)
 def place(place_of: Callable[[str], Place], request: pytest.FixtureRequest) -> Place:
     """An empty place of each kind."""
     return place_of(request.param)

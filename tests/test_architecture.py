@@ -84,11 +84,11 @@ def test_imports_point_one_way(path: Path) -> None:
     if module in ("jobs", "loaders"):
         return
     here = layer_of(module)
-    assert here is not None, f"{path} belongs to no layer"
+    assert here is not None, f"{path} belongs to no layer: name its folder, or its file, in JOBS or LOADERS above"
     for name in imports_of(path):
         there = layer_of(name)
         if there is not None and room_of(name) != room_of(module):
-            assert there > here, f"{module} imports {name}, which is no layer below"
+            assert there > here, f"{module} imports {name}, which is in no layer below: see JOBS and LOADERS above"
 
 
 @pytest.mark.parametrize("library", sorted(ENTER_BY))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from jobs.cli.main import VERBS
+from loaders.places import CONF
 from tests.readme import README
 
 DEMO = README.parent / "jobs" / "demo"
@@ -28,6 +31,22 @@ def run_blocks(path: Path, folder: Path) -> int:
         # With leading empty lines, tracebacks show the line of the page.
         exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
     return len(found)
+
+
+@pytest.mark.quick
+def test_every_verb_is_in_the_lists_of_verbs() -> None:
+    text = README.read_text()
+    programs = text[text.index("## For programs") : text.index("## How it is built")]
+    rows = re.findall(r"^\| `(\w+)` ", programs, re.MULTILINE)
+    assert sorted(rows) == sorted(VERBS), "the table of For programs"
+    listed = re.search(r"A verb a file: ([\w, ]+)$", text, re.MULTILINE)
+    assert listed is not None
+    assert sorted(listed[1].split(", ")) == sorted(VERBS), "the line of jobs/ in How it is built"
+    files = {path.stem for path in (README.parent / "jobs").glob("*.py")} - {"__init__", "__main__"}
+    assert files == {*VERBS}, "VERBS of jobs/cli/main.py"
+    for verb in VERBS:
+        config = importlib.import_module(f"jobs.{verb}").VERB.config or verb
+        assert (CONF / f"{config}.yaml").is_file(), f"the settings of {verb}"
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,11 @@ from typing import Any
 
 from jobs.benchmarks.gpu_bytes import FIRST, device_presets
 from jobs.benchmarks.gpu_trials import Bench, Found, Trial
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import WeightmillError
 from loaders.places import ROOT
 from loaders.presets.catalog import preset
+from loaders.storage.base import OUR_REPORT
 from loaders.storage.hashes import hash_file
 from loaders.strategies.base import cached_share
 

@@ -26,11 +26,11 @@ from jobs.benchmarks.disk_limit import limited_reads
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said, note
 from jobs.report import tables
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, StorageError
 from loaders.places import ROOT
 from loaders.storage import local
+from loaders.storage.base import OUR_REPORT
 from loaders.storage.hashes import hash_file
 
 STAYED = 0.05  # the share of a file in the page cache up to which it counts as cold

@@ -16,11 +16,11 @@ from jobs.report.plots import comparison_plot
 from jobs.spec.job import TrackingSpec
 from jobs.tracking.run import compare_page
 from jobs.tracking.store import Store, Tracked
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadSpec, io_errors
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
+from loaders.storage.base import OUR_REPORT
 from loaders.storage.json_files import json_bytes
 
 MANY = 10  # runs from which on reading them takes seconds, so that a note is shown

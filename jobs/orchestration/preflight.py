@@ -24,11 +24,11 @@ from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
 from loaders.backends import kernels_of
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
 from loaders.storage import open_store
 from loaders.storage.address import Address
+from loaders.storage.base import OUR_REPORT
 from loaders.storage.hashes import text_digest
 from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader

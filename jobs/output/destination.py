@@ -5,10 +5,10 @@ from __future__ import annotations
 from jobs.output.leftovers import find_leftovers
 from jobs.output.publish import check_replaceable
 from jobs.spec.job import JobSpec
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
+from loaders.storage.base import OUR_REPORT
 
 
 def check_output(spec: JobSpec) -> None:

@@ -13,11 +13,10 @@ from jobs.output.join import join
 from jobs.output.journal import PENDING, Journal, Record
 from jobs.output.report import Report, WeightFile, files_named
 from jobs.planning.plan import Plan, TargetPlan
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.storage import open_store
 from loaders.storage.address import Address
-from loaders.storage.base import Destination
+from loaders.storage.base import OUR_REPORT, Destination
 from loaders.storage.copying import copy_into
 from loaders.storage.hashes import hash_stored
 from loaders.storage.json_files import json_bytes
@@ -45,7 +44,9 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
     index = target.target.layout.index(target.files, stored_bytes, target.parameters)
     if index is not None:
-        signs[target.target.container.index] = json_bytes(index)
+        name = target.target.container.index
+        assert name is not None, "the plan refuses an index that its container does not have"
+        signs[name] = json_bytes(index)
     if target.config is not None:
         signs["config.json"] = json_bytes(target.config)
     apart = {file.name for file in target.files if file.within is None}

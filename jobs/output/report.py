@@ -1,4 +1,8 @@
-"""weightmill.json, the report that stays with an output: its source, its request, its files, its tensors' errors."""
+"""The model of weightmill.json, the report that stays with an output: what the file holds, and reading it back.
+
+jobs/report/document.py builds one of these at the end of a job. A field that older files do not have needs a default,
+or a higher FORMAT.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.stats import CompressionStats, ErrorSums, finite
 from loaders.storage import open_store
 from loaders.storage.address import Address
-from loaders.storage.base import PinnedFiles
+from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.json_files import INDEX_LIMIT, json_bytes, read_json
 
 

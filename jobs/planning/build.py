@@ -49,6 +49,11 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             planned = list(assembly.files)
         elif target.naming.split:
             raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
+        if target.container.index is None and layout.index(planned, 0, 0) is not None:
+            raise BadSpec(
+                f"output.container: layout {layout.name} lists its {len(planned)} files in an index, which container"
+                f" {target.container.name} does not have; choose another, or a larger unit_mb, which makes fewer files"
+            )
         # A layout that assembles files completes their headers, so its files go back to the units, in the same order.
         left = iter(planned)
         for index, (share, count) in enumerate(zip(shares, counts, strict=True)):

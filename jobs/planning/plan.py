@@ -23,7 +23,9 @@ from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import METHOD_FILES
 from loaders.tensors.sources import Sources
 
-FORMAT = 2  # the version of plans and records; those of another version are refused
+# The version of plans, records and reports (`format` in weightmill.json); those of another version are refused. It is
+# raised when a digest changes or the report gets a required field, since older files would then be taken for damaged.
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)

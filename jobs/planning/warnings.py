@@ -8,6 +8,7 @@ from typing import Any
 from loaders.backends.machine import has_avx512_bf16
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Layout, compressed_tensors
+from loaders.layouts.engines import builds_own_class
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.quantization.schemes.plain import Plain
@@ -47,7 +48,7 @@ def warnings(
             f" {stacks[0].tensor.dtype.torch} ({stacks[0].tensor.name} {list(stacks[0].tensor.shape)} first):"
             f" {scheme.engine} quantizes no stack"
         )
-    if len(kept) < len(experts) and scheme.engine in ("bitsandbytes", "bitnet"):
+    if len(kept) < len(experts) and builds_own_class([scheme.engine]):
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"

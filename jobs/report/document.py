@@ -1,4 +1,4 @@
-"""Building a job's report from its plan and its records."""
+"""Building a job's report from its plan and its records. The model that it fills is in jobs/output/report.py."""
 
 from __future__ import annotations
 

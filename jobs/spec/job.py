@@ -158,7 +158,7 @@ class OutputSpec(Spec):
     layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
         description="the consumer whose tensor names and config are written; auto: the scheme's engine"
     )
-    container: Literal["auto", "safetensors", "pytorch", "gguf", "packed"] = Field(
+    container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(
         description="the kind of weight files; auto: the layout's usual one"
     )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")

@@ -18,10 +18,10 @@ from jobs.report.metrics import error_by_layer, metrics, table_columns
 from jobs.report.plots import plots
 from jobs.spec.job import JobSpec
 from jobs.tracking.run import SWEEP, Recorder, Run, open_run
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.places import ROOT
 from loaders.presets.auto import AutoQuant
 from loaders.storage.address import Address
+from loaders.storage.base import OUR_REPORT
 from loaders.storage.hashes import text_digest
 
 CHOSEN = "quant.chosen."  # the mix, which lists every tensor: too long for parameters, it is logged as an artifact

@@ -32,7 +32,6 @@ from jobs.spec.strategy import StrategySpec, reading
 from jobs.verification.logits import Judging, faults_of, judged, judging_of
 from loaders.backends import kernels_of
 from loaders.backends.threads import ThreadedWork
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
 from loaders.quantization.gate import Gate
@@ -40,7 +39,7 @@ from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
-from loaders.storage.base import PinnedFiles
+from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK, hash_stored
 from loaders.storage.json_files import INDEX_LIMIT, json_bytes
 from loaders.strategies import WeightLoader
@@ -253,9 +252,10 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
     faults += [fault for file in target.finals for fault in _size_faults(files, file)]
     faults += [fault for file in report.files for fault in _tail_faults(files, file)]
     index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
-    name = target.target.container.index
-    if index is not None and files.find(name) is not None and files.read_all(name, INDEX_LIMIT) != json_bytes(index):
-        faults.append(f"{name}: it does not say what the files hold")
+    named = target.target.container.index
+    is_there = index is not None and named is not None and files.find(named) is not None
+    if is_there and files.read_all(str(named), INDEX_LIMIT) != json_bytes(index):
+        faults.append(f"{named}: it does not say what the files hold")
     return faults
 
 

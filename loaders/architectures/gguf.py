@@ -58,7 +58,7 @@ class Architecture:
     name: str
     model_types: tuple[str, ...]
     class_name: str
-    experts: Mapping[str, str]
+    further_names: Mapping[str, str]  # of modules that LAYER_NAMES lacks, such as experts; as there
     permutes: bool = False
 
     def gguf_name(self, name: str) -> GgufName | None:
@@ -74,7 +74,7 @@ class Architecture:
         if inner in LAYER_NAMES:
             return GgufName(f"blk.{layer}.{LAYER_NAMES[inner]}.{suffix}")
         expert = EXPERT.search(f".{inner}.")
-        found = self.experts.get(EXPERT.sub(".experts.{}.", f".{inner}.").strip("."))
+        found = self.further_names.get(EXPERT.sub(".experts.{}.", f".{inner}.").strip("."))
         if found is None or suffix != "weight":
             return None
         return GgufName(f"blk.{layer}.{found}.weight", None if expert is None else int(expert[1]))
@@ -88,7 +88,7 @@ class Architecture:
         if match is None:
             return None
         layer, inner, suffix = match.groups()
-        known = {gguf: hf for hf, gguf in (LAYER_NAMES | dict(self.experts)).items()}
+        known = {gguf: hf for hf, gguf in (LAYER_NAMES | dict(self.further_names)).items()}
         return f"model.layers.{layer}.{known[inner]}.{suffix}" if inner in known else None
 
     def row_order(self, name: str, rows: int, config: Mapping[str, Any], *, inverse: bool) -> RowOrder | None:

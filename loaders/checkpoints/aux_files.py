@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from loaders.containers import packed
-from loaders.storage.base import PinnedFiles
+from loaders.containers import CONTAINERS, packed
+from loaders.storage.base import OUR_REPORT, PinnedFiles
 
 # Weights of any container, including those that are not read here. They are never copied: an output with the weights of
 # its source beside its own would be twice as large, and an engine could load the wrong ones.
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
+    *(suffix for container in CONTAINERS.values() for suffix in container.suffixes),
+    ".ggml", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
     ".npy", ".tflite", ".mlmodel", ".ot", ".pkl", ".pickle", ".nemo", ".llamafile",
 )  # fmt: skip
 
 
 INDEX_SUFFIX = ".index.json"
-
-
-OUR_REPORT = "weightmill.json"
 
 
 # Files that describe the source's weights, and would be wrong beside the output's.

@@ -36,7 +36,7 @@ CONTAINERS = {
             suffixes=(),
             single=f"{packed.WEIGHTS}.00001",
             shard=packed.WEIGHTS + ".{number:05d}",
-            index="none",
+            index=None,
         ),
         Container(
             name="pytorch",
@@ -58,7 +58,7 @@ CONTAINERS = {
             suffixes=(".gguf",),
             single="model.gguf",
             shard="model-{number:05d}-of-{count:05d}.gguf",
-            index="none",
+            index=None,
         ),
     )
 }

@@ -32,7 +32,7 @@ class Container:
     place: returns the final places of the tensors, given the lengths of those whose length depends on values.
     frame: makes all other bytes of the file (header, padding, directory), by offset, up to its end.
     suffixes: the suffixes of its files; none for a container whose files are known by their whole names.
-    single, shard, index: the names of a single file, of a shard, and of the shards' index.
+    single, shard, index: the names of a single file, of a shard, and of the shards' index; None if it has no index.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Container:
     suffixes: tuple[str, ...]
     single: str
     shard: str
-    index: str
+    index: str | None
 
     def file_name(self, number: int, count: int) -> str:
         """Return the name of file `number`, from 1, of `count` files."""

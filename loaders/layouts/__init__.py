@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from loaders.layouts.base import Assembling, Assembly, Layout, Naming, Placed
+from loaders.layouts.engines import ENGINES
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.hqq import HqqLayout
 from loaders.layouts.mlx import MlxLayout
 from loaders.layouts.packed import PackedLayout
 
-__all__ = ["BY_ENGINE", "LAYOUTS", "WHOLE_STACKS", "Assembling", "Assembly", "Layout", "Naming", "Placed"]
+__all__ = ["BY_ENGINE", "ENGINES", "LAYOUTS", "WHOLE_STACKS", "Assembling", "Assembly", "Layout", "Naming", "Placed"]
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout(), PackedLayout())
 }
-BY_ENGINE = {
-    "plain": "hf",
-    "bitsandbytes": "hf",
-    "bitnet": "hf",
-    "hqq": "hqq",
-    "compressed-tensors": "hf",
-    "mlx": "mlx",
-    "ggml": "gguf",
-}  # the layout that a scheme's engine reads
-
-# Engines whose loader builds the model's own class and quantizes only linear layers: stacks of experts stay as they
-# are.
-WHOLE_STACKS = ("plain", "bitsandbytes", "bitnet", "hqq")
+BY_ENGINE = {name: engine.layout for name, engine in ENGINES.items()}  # the layout that a scheme's engine reads
+WHOLE_STACKS = tuple(name for name, engine in ENGINES.items() if engine.whole_stacks)

@@ -18,6 +18,7 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
+from loaders.layouts.engines import builds_own_class
 from loaders.layouts.inside_names import skip_names
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
@@ -33,23 +34,13 @@ from loaders.tensors.logical_tensor import stored_name
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers' key, and mlx-lm's
 # Routers that are an nn.Linear in transformers' classes, so that its loader would convert them.
 LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")
-WHOLE = {"plain", "bitsandbytes", "bitnet"}  # engines for which transformers builds the model's own class
 UNCONVERTED = ("falcon",)  # model types whose linear layers are a subclass of nn.Linear: FalconLinear
 SINGLE = re.compile(r"\.experts\.\d+\.")
 # Heads that models tie to their embeddings, so that they are not stored: keys of `_tied_weights_keys` in transformers.
 TIED_HEADS = (
-    "lm_head",
-    "lm_head.decoder",
-    "proj_out",
-    "embed_out",
-    "decoder",
-    "cls.predictions.decoder",
-    "output_projection",
-    "vocab_projector",
-    "generator_lm_head",
-    "head.decoder",
-    "pred_layer.proj",
-)
+    "lm_head", "lm_head.decoder", "proj_out", "embed_out", "decoder", "cls.predictions.decoder", "output_projection",
+    "vocab_projector", "generator_lm_head", "head.decoder", "pred_layer.proj",
+)  # fmt: skip
 DEFAULT_HEADS = ("head",)  # the roles that transformers' loaders skip by default
 
 
@@ -96,7 +87,7 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     _check_converted(decisions, config)
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
     family = family_of(config)
-    wants_stacks = bool(family.stacks) and not family.is_generic and engines <= WHOLE
+    wants_stacks = bool(family.stacks) and not family.is_generic and builds_own_class(engines)
     for decision in decisions:
         tensor, encoding = decision.tensor, decision.encoding
         if encoding is None:

@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from loaders.checkpoints.aux_files import INDEX_SUFFIX
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.containers import CONTAINERS
 from loaders.errors import BadCheckpoint, setting
 from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
@@ -15,12 +17,11 @@ from loaders.storage.base import Store
 from loaders.storage.json_files import read_json
 from loaders.tensors.sources import tensors_of
 
-__all__ = ["BY_METHOD", "Finding", "lint", "lint_folder"]
+__all__ = ["BY_METHOD", "Finding", "lint", "lint_at"]
 
 # the check for each method by which a checkpoint says that it was quantized
 BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
-    "bitsandbytes": transformers.check,
-    "bitnet": transformers.check,
+    **dict.fromkeys(transformers.SKIP_KEYS, transformers.check),
     "compressed-tensors": compressed_tensors.check,
     "mlx": mlx.check,
     "hqq": hqq.check,
@@ -70,7 +71,9 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _index_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """Read the index of the weight files, if there is one."""
-    indexes = (".safetensors.index.json", ".bin.index.json")
+    """Read the index of the weight files, if there is one: by the usual name of their container, or another."""
+    container = CONTAINERS[checkpoint.container]
+    indexes = tuple(suffix + INDEX_SUFFIX for suffix in container.suffixes)
     names = [entry.name for entry in checkpoint.source.store.list(deep=False) if entry.name.endswith(indexes)]
+    names.sort(key=lambda name: name != container.index)
     return read_json(checkpoint.source, names[0]) if names else None

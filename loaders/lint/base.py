@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers import CONTAINERS
 from loaders.rules.defaults import LINEAR
 from loaders.specs import WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -50,6 +51,11 @@ class Subject:
     @property
     def config(self) -> Mapping[str, Any]:
         return self.checkpoint.config
+
+    @property
+    def wants_index(self) -> bool:
+        """Whether engines find several files of this container by an index."""
+        return CONTAINERS[self.checkpoint.container].index is not None
 
     @property
     def by_name(self) -> dict[str, WeightSpec]:

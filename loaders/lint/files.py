@@ -98,7 +98,7 @@ def _dimensions(subject: Subject) -> Iterator[Finding]:
 
 def _index(subject: Subject) -> Iterator[Finding]:
     if subject.index is None:
-        if len(subject.checkpoint.files) > 1 and subject.checkpoint.container not in ("gguf", "packed"):
+        if len(subject.checkpoint.files) > 1 and subject.wants_index:
             yield fault(
                 "transformers, vLLM",
                 f"{len(subject.checkpoint.files)} weight files and no index",

@@ -11,20 +11,22 @@ from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.tensors.logical_tensor import LogicalTensor
 
+# The key of the skip list by method; lint takes the methods that are checked here from this.
 SKIP_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "bitnet": "modules_to_not_convert"}
 
 
 def check(subject: Subject) -> Iterator[Finding]:
     """Yield the problems that transformers would have with a checkpoint of bitsandbytes or BitNet."""
     block: Mapping[str, Any] = subject.config["quantization_config"]
-    key = SKIP_KEYS[block["quant_method"]]
+    method = str(subject.checkpoint.quantized_by)
+    key = SKIP_KEYS[method]
     skip = block.get(key)
     if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
         yield fault("transformers", f"{key} is no list of names", "fails", "write a list, or null")
         return
     yield from _skip_list(subject, key, skip)
     yield from _experts(subject)
-    if block["quant_method"] == "bitsandbytes":
+    if method == "bitsandbytes":
         yield from _bitsandbytes(subject)
 
 

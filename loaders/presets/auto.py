@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from loaders.errors import setting
 from loaders.presets.base import Calibration, Spec
-from loaders.presets.settings import Bnb4Quant, CompressedTensorsQuant, GgmlQuant, MlxQuant, OneQuant, Quant
+from loaders.presets.settings import OneQuant, Quant
 from loaders.quantization.scheme import Scheme
 from loaders.rules.candidates import (
     AMONG,
@@ -23,6 +23,8 @@ from loaders.rules.candidates import (
     settings_of,
 )
 from loaders.rules.rule import Mix
+
+CANDIDATE: TypeAdapter[Quant] = TypeAdapter(Annotated[OneQuant, Field(discriminator="kind")])
 
 
 class Chosen(Spec):
@@ -58,10 +60,7 @@ class AutoQuant(Quant):
     def _candidate(self, name: str) -> Quant:
         settings = settings_of(self.engine or "", name)
         assert settings is not None
-        kinds: dict[str, type[Quant]] = {
-            "mlx": MlxQuant, "ggml": GgmlQuant, "compressed_tensors": CompressedTensorsQuant, "bnb4": Bnb4Quant
-        }  # fmt: skip
-        return kinds[settings["kind"]].model_validate(settings)
+        return CANDIDATE.validate_python(settings)
 
     @property
     def base(self) -> Quant:

@@ -79,4 +79,5 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
             ),
             Rule(action="cast", why=setting("dtype"), cast_to=scheme.dtype),
         )
+    assert scheme.engine in DEFAULTS, f"{scheme.engine}: write its rules here, or give its quantizations a mix"
     return DEFAULTS[scheme.engine]

@@ -36,9 +36,7 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the folder cannot be written, the disk is full, ...
     """
-    # The temporary file is in the same folder, since a rename is atomic only within a filesystem. Its name has the
-    # process id, so that two processes that write the same file do not write into one temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with io_errors("writing", path):
         try:
             with temporary.open("wb") as file:
@@ -52,6 +50,14 @@ def write_file(path: Path, data: bytes) -> None:
                 temporary.unlink()
             raise
         sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    """Return an unused name in the same folder, since a rename is atomic only within a filesystem.
+
+    Processes, and threads of one, that write the same file at once do not write into one temporary file.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def allocate(descriptor: int, size: int) -> None:
@@ -123,7 +129,7 @@ class AtomicWriter:
             raise ValueError(f"encoding: {encoding!r} is for text; give mode='w'")
         self.path = Path(path)
         self._target = Path(os.path.realpath(self.path))
-        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+        self._temporary = _temporary(self._target)
         self._mode = "wb" if "b" in mode else "w"
         self._encoding = None if "b" in mode else encoding or "utf-8"
         self._file: IO[Any] | None = None

@@ -21,6 +21,7 @@ from loaders.storage.address import Address
 # requests for one header; more would fetch weights that are not needed.
 BUFFER = 1 << 20
 Range = tuple[int, int]  # bytes [start, stop)
+OUR_REPORT = "weightmill.json"  # the file that every complete output has, and that is put there last
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,7 +50,12 @@ class Store(Protocol):
         ...
 
     def absence(self) -> str | None:
-        """Say what is at the address if it is no folder of files ("nothing there", "a file; ..."); None if it is."""
+        """Say what is at the address if it is no folder of files ("nothing there", "a file; ..."); None if it is.
+
+        It follows "expected a folder of weights at ..., found" in messages. A store without a rename, where an output's
+        files get their names before it is published, also says so of an output that lacks OUR_REPORT: "an output under
+        way".
+        """
         ...
 
     def is_taken(self) -> bool:
@@ -160,7 +166,11 @@ class Destination(Protocol):
         ...
 
     def claim(self) -> AbstractContextManager[str | None]:
-        """Exclude other drivers for the length of the block; yields the name of the holder if another one has it."""
+        """Exclude other drivers for the length of the block; yields the name of the holder if another one has it.
+
+        The name is for messages and has what finds the process: host and process id ("HOST pid N"). The claim of a
+        process that has ended is free.
+        """
         ...
 
     def put(self, name: str, data: bytes) -> None:
@@ -220,9 +230,10 @@ class Destination(Protocol):
         ...
 
     def stage(self, name: str, data: bytes) -> None:
-        """Write a small file whose presence marks a complete checkpoint: an index, a config.json.
+        """Write a small file whose presence marks a complete checkpoint: an index, a config.json, then OUR_REPORT.
 
-        It is in `files` at once, but `publish` puts it at the output's address last, in the order of staging.
+        It is in `files` at once, but `publish` puts it at the output's address last, in the order of staging, so that
+        OUR_REPORT, the mark of a complete output, comes after everything else.
         """
         ...
 

@@ -18,7 +18,7 @@ from jobs.output.leftovers import find_leftovers
 from loaders.places import ROOT
 from loaders.storage.address import Address
 from tests.making import make_source, snapshot
-from tests.shelf.places import Place, contents, fill
+from tests.shelf.places import REMOTE, Place, contents, fill
 
 REPORT = "weightmill.json"
 # presets, and what their outputs are: shards with an index; one file of many units; files written by offset; one pickle
@@ -44,14 +44,15 @@ def comparable(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], Any]:
     return {name: data for name, data in files.items() if name != REPORT}, report
 
 
+@pytest.mark.parametrize("kind", REMOTE)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_output_is_the_same_wherever_both_lie(
-    preset: str, model: Path, tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
+    preset: str, kind: str, model: Path, tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
 ) -> None:
     assert weightmill("run", *given(model, tmp_path / "here", preset)).status == 0
     wanted = comparable(snapshot(tmp_path / "here"))
-    for kinds in (("shelf", "shelf"), ("folder", "shelf"), ("shelf", "folder")):
-        source, target = (place_of(kind) for kind in kinds)
+    for kinds in ((kind, kind), ("folder", kind), (kind, "folder")):
+        source, target = (place_of(each) for each in kinds)
         out = target.address / "out"
         ran = weightmill("run", *given(fill(source, model, "model"), out, preset))
         assert ran.status == 0, ran.err
@@ -104,8 +105,14 @@ def test_interrupted_at_the_end(
     assert weightmill("verify", f"output.path={out}").status == 0
 
 
+@pytest.mark.parametrize("kind", REMOTE)
 def test_units_are_made_by_other_processes(
-    model: Path, place_of: Callable[[str], Place], tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    model: Path,
+    place_of: Callable[[str], Place],
+    tmp_path: Path,
+    weightmill: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a cluster: a task takes along addresses, not stores."""
 
@@ -117,7 +124,7 @@ def test_units_are_made_by_other_processes(
         return pickle.loads(ran.stdout)
 
     assert weightmill("run", *given(model, tmp_path / "here", "gguf_q8_0")).status == 0
-    place = place_of("shelf")
+    place = place_of(kind)
     monkeypatch.setattr(jobs.execution.unit, "run_unit", elsewhere)
     monkeypatch.setattr(LocalCluster, "is_local", False)
     out = place.address / "out"
@@ -244,11 +251,12 @@ def test_a_mix_is_measured_and_written(model: Path, place: Place, weightmill: An
     assert weightmill("verify", f"output.path={place.address / 'out'}").status == 0
 
 
+@pytest.mark.parametrize("kind", REMOTE)
 def test_what_needs_folders_is_refused_while_planning(
-    model: Path, place_of: Callable[[str], Place], weightmill: Any
+    kind: str, model: Path, place_of: Callable[[str], Place], weightmill: Any
 ) -> None:
     pytest.importorskip("transformers")
-    place = place_of("shelf")
+    place = place_of(kind)
     for source, out in ((model, place.address / "out"), (fill(place, model, "model"), model.parent / "out")):
         ran = weightmill("plan", *given(source, out), "verify=logits")
         assert ran.status == 2

@@ -15,9 +15,10 @@ from tests.readme import table_of
 CELLS = [(preset, kind, cell) for preset, cells in MATRIX.items() for kind, cell in zip(KINDS, cells, strict=True)]
 
 
+@pytest.mark.quick
 def test_every_preset_is_in_it() -> None:
     presets = {path.stem for path in (ROOT / "conf" / "quant").glob("*.yaml")} - {"auto"}  # a mix of the others
-    assert sorted(MATRIX) == sorted(presets)
+    assert sorted(MATRIX) == sorted(presets), "MATRIX of tests/parity/matrix.py"
 
 
 def test_a_reason_stands_where_nothing_is_judged() -> None:

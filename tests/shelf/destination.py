@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,10 +14,9 @@ from typing import NoReturn
 
 import xxhash
 
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadSpec
 from loaders.storage.address import Address
-from loaders.storage.base import Abandoned, Entry, Store
+from loaders.storage.base import OUR_REPORT, Abandoned, Entry, Store
 from tests.shelf.client import Client, Refused
 from tests.shelf.store import HIDDEN, Shelf, key_of
 
@@ -63,7 +63,7 @@ class ShelfDestination:
     @contextmanager
     def claim(self) -> Iterator[str | None]:
         if (other := self._claimed()) is not None:
-            yield f"pid {other}"
+            yield f"{socket.gethostname()} pid {other}"
             return
         try:
             yield None

@@ -11,6 +11,9 @@ from tests.making import snapshot
 from tests.shelf.client import Client
 from tests.shelf.store import key_of
 
+KINDS = ("folder", "shelf")  # the kinds of places, which the fixture `place_of` makes
+REMOTE = KINDS[1:]
+
 
 class Place(Protocol):
     """A place for files. `put` creates a file, or replaces it by a new version."""

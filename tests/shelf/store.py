@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.errors import BadCheckpoint
 from loaders.storage.address import Address
-from loaders.storage.base import Entry, Range
+from loaders.storage.base import OUR_REPORT, Entry, Range
 from tests.shelf.client import Client
 
 HIDDEN = ".weightmill/"  # the prefix of journals, below their outputs' addresses

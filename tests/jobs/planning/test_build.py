@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from jobs.planning.build import cut_units, make_plan
 from jobs.planning.targets import Target
 from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.containers import CONTAINERS
 from loaders.errors import BadSpec
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -92,6 +94,16 @@ def test_dropping_everything_is_refused(source: Path) -> None:
             [Target(id="x", scheme=Plain(), rules=(Rule(action="drop", why="test", name=".", label="rules[0]"),))],
             100,
         )
+
+
+def test_files_of_a_container_without_an_index_are_refused_where_one_is_needed(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTAINERS, "pytorch", replace(CONTAINERS["pytorch"], index=None))
+    target, checkpoint = Target(id="a", scheme=Plain(), container_name="pytorch"), open_checkpoint(source)
+    with pytest.raises(BadSpec, match=r"output\.container: layout hf lists its \d+ files in an index"):
+        make_plan(checkpoint, [target], 0.05)
+    assert len(make_plan(checkpoint, [target], 1000).targets["a"].files) == 1
 
 
 def test_a_quantized_source_can_only_be_copied(tmp_path: Path) -> None:

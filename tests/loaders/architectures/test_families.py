@@ -32,7 +32,10 @@ MODELS |= {
     "deepseek_v3": ("DeepseekV3", {**MLA, "n_group": 2, "q_lora_rank": 16}),
     "deepseek_v2": ("DeepseekV2", {**MLA, "n_group": 1, "q_lora_rank": None}),
     "gpt_oss": ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8}),
     "gemma3_text": ("Gemma3", {"head_dim": 8}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
     "llama4_text": ("Llama4", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
                                "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}),
 }  # fmt: skip
@@ -112,6 +115,13 @@ def test_the_bert_family_names_every_tensor(kind: str, tmp_path: Any) -> None:
         role = family.traits(name, shape).role
         assert role != "other" or len(shape) < 2, name
         assert (name in linear) == (role in ("attention", "mlp", "linear", "head")), (name, role)
+
+
+@pytest.mark.quick
+def test_every_family_is_held_against_transformers() -> None:
+    apart = {"bert"}  # which has tests of its own
+    missing = [f.name for f in FAMILIES if not {*f.model_types} & {*MODELS, *apart}]
+    assert not missing, "a small model of each family in MODELS"
 
 
 @pytest.mark.engine

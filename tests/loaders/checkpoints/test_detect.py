@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 
 from loaders import BadCheckpoint, BadSpec, WeightFormat, detect_weight_format
+from loaders.containers import CONTAINERS
 from loaders.places import DEMO
 
 torch = pytest.importorskip("torch")
 
 
 # --- formats
+
+
+@pytest.mark.quick
+def test_formats_are_the_containers() -> None:
+    assert {found.value for found in WeightFormat} == {*CONTAINERS, "unknown"}, "WeightFormat and its first bytes"
 
 
 def files(source: Path, folder: Path, weightmill: Callable[..., Any]) -> dict[WeightFormat, Path]:

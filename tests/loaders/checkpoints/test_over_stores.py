@@ -18,7 +18,7 @@ from loaders.storage.base import Entry, PinnedFiles
 from loaders.strategies import loader
 from tests import passes
 from tests.making import llama_tensors, make_source, write_checkpoint
-from tests.shelf.places import Place, fill
+from tests.shelf.places import REMOTE, Place, fill
 
 CONTAINERS = {
     "safetensors": ("none",),
@@ -95,9 +95,12 @@ def test_remote_fetches_every_byte_once_however_often_it_is_read(place: Place, t
     assert store.bytes == checkpoint.size
 
 
+@pytest.mark.parametrize("kind", REMOTE)
 @pytest.mark.parametrize("strategy", ["lazy", "read", "multithread", "streaming", "eager", "full"])
-def test_strategies_of_local_files_say_so(strategy: str, place_of: Callable[[str], Place], tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(fill(place_of("shelf"), write_checkpoint(tmp_path / "m"), "m"))
+def test_strategies_of_local_files_say_so(
+    strategy: str, kind: str, place_of: Callable[[str], Place], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(fill(place_of(kind), write_checkpoint(tmp_path / "m"), "m"))
     with pytest.raises(BadSpec, match=r"strategy=remote|is no folder of this machine"):
         values(checkpoint, strategy)
 

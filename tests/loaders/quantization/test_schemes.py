@@ -149,8 +149,10 @@ def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: 
         decoded = reference.decode_mlx(tensors, "w", scheme.bits)
     elif isinstance(scheme, MlxFloat):
         decoded = reference.decode_mlx_float(tensors, "w", scheme.bits, scheme.mode)
-    else:
+    elif isinstance(scheme, Plain):
         decoded = values_of(tensors["w.weight"])
+    else:
+        pytest.fail(f"{type(scheme).__name__}: write its decoder in tests/reference.py, and call it here")
     source = values_of(raw)
     # float32 sums of at most 4096 squares, each within 2^-24 of itself: the quotient's root is good to 1e-5
     assert error.relative_error == pytest.approx(reference.relative_error(source, decoded), rel=1e-5, abs=1e-12)

@@ -7,12 +7,14 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loaders import AtomicWriter, StorageError, atomic_writer, file_lock, get_file_lock_path
+from loaders.storage.atomic import write_file
 
 pytestmark = pytest.mark.quick
 
@@ -30,6 +32,14 @@ def test_text_and_bytes_appear_whole(tmp_path: Path) -> None:
     with atomic_writer(path, "w", encoding="latin-1") as file:
         file.write("ö")
     assert path.read_bytes() == b"\xf6"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_file(path, bytes([number]) * 1000), range(64)))
+    assert len(set(path.read_bytes())) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_one_driver_at_a_time(output: Address) -> None:
         assert free is None
         with other.claim() as who:
             assert who is not None
-            assert str(os.getpid()) in who
+            assert who == f"{socket.gethostname()} pid {os.getpid()}"
         [left] = kind_of(output).abandoned(output.parent, None)
         assert left.is_held
     with other.claim() as free:
