@@ -124,9 +124,9 @@ def _check_converted(decisions: Sequence[Decision], config: Mapping[str, Any]) -
         for decision in decisions
     ):
         raise BadSpec(
-            f"{setting('quantize')}: transformers with bitsandbytes quantizes no layer of a {config['model_type']}"
-            " model (they are of a class of its own, which is no plain nn.Linear), and would not load them quantized; choose"
-            " compressed-tensors or GGUF"
+            f"{setting('quantize')}: transformers with bitsandbytes quantizes no layer of model_type"
+            f" {config['model_type']}, all of a class of its own that is no plain nn.Linear, and would not load them"
+            " quantized; choose another engine"
         )
 
 
