@@ -50,15 +50,14 @@ class Adapter:
     """An open adapter: its settings, and its tensors by what they are for.
 
     low_rank: by module, the factors and magnitudes by their names in peft ("lora_A", "lora_B.bias"). A module may end
-    in .base_layer, where peft wraps several parameters of one module. full: tensors that replace the base's, by name;
-    those of `inner` were saved beside factors of the same module. tokens: rows of embeddings, by module.
+    in .base_layer, where peft wraps several parameters of one module. full: tensors that replace the base's, by name.
+    tokens: rows of embeddings, by module.
     """
 
     file: AdapterFile
     settings: LoraSettings
     low_rank: Mapping[str, Mapping[str, WeightSpec]]
     full: Mapping[str, WeightSpec]
-    inner: frozenset[str]
     tokens: Mapping[str, WeightSpec]
 
 
@@ -83,10 +82,10 @@ def open_adapter(where: str | os.PathLike[str] | Address) -> Adapter:
     entry = opened.files[0]
     for spec in opened.weights:
         _check(spec)
-    low_rank, full, inner, tokens = _sorted(opened.weights)
+    low_rank, full, tokens = _sorted(opened.weights)
     return Adapter(
         file=AdapterFile(address, entry, hash_stored(store, entry)),
-        settings=settings, low_rank=low_rank, full=full, inner=inner, tokens=tokens,
+        settings=settings, low_rank=low_rank, full=full, tokens=tokens,
     )  # fmt: skip
 
 
@@ -104,12 +103,12 @@ def _check(spec: WeightSpec) -> None:
 
 def _sorted(
     weights: tuple[WeightSpec, ...],
-) -> tuple[dict[str, dict[str, WeightSpec]], dict[str, WeightSpec], frozenset[str], dict[str, WeightSpec]]:
+) -> tuple[dict[str, dict[str, WeightSpec]], dict[str, WeightSpec], dict[str, WeightSpec]]:
     """Sort an adapter's tensors by what they are for; see `Adapter`."""
     low_rank: dict[str, dict[str, WeightSpec]] = {}
     full: dict[str, WeightSpec] = {}
     tokens: dict[str, WeightSpec] = {}
-    inner, unknown = set(), []
+    unknown = []
     for spec in weights:
         name = AROUND.sub("", spec.name)
         if match := PART.match(name):
@@ -122,7 +121,6 @@ def _sorted(
             continue
         else:
             put, key = full, SAVED.sub("", name).replace(INNER, "")
-            inner |= {key} if INNER in name else set()
         if key in put:
             raise BadCheckpoint(f"{spec.file}: {spec.name} and {put[key].name} are the same tensor; one is stale")
         put[key] = spec
@@ -131,4 +129,4 @@ def _sorted(
             f"{weights[0].file}: {len(unknown)} tensors of a kind that is not merged, {unknown[0]} first; merge this"
             " adapter with peft (merge_and_unload)"
         )
-    return low_rank, full, frozenset(inner), tokens
+    return low_rank, full, tokens

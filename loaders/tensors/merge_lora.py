@@ -146,7 +146,7 @@ class _Merging:
             is_alone = self._key(dropped) not in {self._key(name) for name, _ in later}
             if is_alone and kept in self.merges and self._is_own(kept):
                 # peft trains a copy of the embeddings and leaves the head the old ones.
-                self._untie(kept, dropped, None)
+                self._untie(kept, None)
 
     def _is_own(self, name: str) -> bool:
         """Whether peft makes a copy of the module that a tensor belongs to, which is then no longer tied."""
@@ -158,17 +158,19 @@ class _Merging:
         kept = self.tensors[self._tied[self._key(name)]]
         self._check_shape(spec, kept, "it replaces")
         other = self.merges.get(kept.name, Merge(adapter=self.adapter.file)).replaced
-        if other is not None and self._same(spec, other):
+        if self.adapter.settings.is_saved(name.rpartition(".")[0]) and (other is None or not self._same(spec, other)):
+            self._untie(kept.name, spec)
+        elif other is None:  # what peft loads into a tied weight, the other name has as well
+            self._set(kept, replaced=spec)
+        elif self._same(spec, other):
             self._said.append(f"{name} is stored with the same weights as {kept.name}, and stays tied to it")
-        elif self.adapter.settings.is_saved(name.rpartition(".")[0]):
-            self._untie(kept.name, name, spec)
         else:
             raise BadSpec(
                 f"{setting('adapter')}: it stores {name} beside {kept.name}, with other weights, and the base ties"
                 " them; merge it with peft (merge_and_unload)"
             )
 
-    def _untie(self, kept: str, dropped: str, spec: WeightSpec | None) -> None:
+    def _untie(self, kept: str, spec: WeightSpec | None) -> None:
         dropped = self._dropped[kept]
         made = known(replace(self.tensors[kept], name=dropped), self.checkpoint.family)
         self.tensors[dropped] = made

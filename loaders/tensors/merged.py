@@ -120,7 +120,8 @@ class MergedView:
         if (product := merge.product) is not None:
             left = self._once("left", lambda: self._factor(product.left).reshape(-1, product.left.shape[2]))
             right = self._once("right", lambda: padded(self._factor(product.right)))
-            add_product(left, right, product.left.shape[1], self._columns, np.float32(product.scaling), start, values)
+            rows, columns = product.left.shape[1], product.right.shape[2]
+            add_product(left, right, rows, columns, np.float32(product.scaling), start, values)
         if merge.added is not None:
             spec, scaling = merge.added
             values += self._stored(spec, start, stop) * np.float32(scaling)
