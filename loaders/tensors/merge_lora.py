@@ -106,23 +106,25 @@ class _Merging:
 
         Raises:
             BadCheckpoint: several would do.
+            BadSpec: it is copied as it is stored, in a quantized form.
         """
-        if name in self.tensors:
-            return self.tensors[name]
-        found = self._by_key.get(self._key(name), [])
+        found = [name] if name in self.tensors else self._by_key.get(self._key(name), [])
         if len(found) > 1:
             raise BadCheckpoint(f"{name}: the adapter's tensor could be {' or '.join(found)} of the base")
-        return self.tensors[found[0]] if found else None
-
-    def _is_tied(self, name: str) -> bool:
-        return self._key(name) in self._tied and self.find(name) is None
-
-    def _set(self, tensor: LogicalTensor, **change: Any) -> None:
+        if not found:
+            return None
+        tensor = self.tensors[found[0]]
         if tensor.dtype.name not in WEIGHT_DTYPES:
             raise BadSpec(
                 f"{setting('transform')}: {tensor.name} is {tensor.dtype}, a part of a quantized weight that is copied"
                 f" as it is stored; choose a quant, or give {setting('quantize')}=none a {setting('dtype')}"
             )
+        return tensor
+
+    def _is_tied(self, name: str) -> bool:
+        return self._key(name) in self._tied and self.find(name) is None
+
+    def _set(self, tensor: LogicalTensor, **change: Any) -> None:
         before = self.merges.get(tensor.name, Merge(adapter=self.adapter.file))
         self.merges[tensor.name] = replace(before, **change)
 

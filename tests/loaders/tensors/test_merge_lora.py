@@ -23,6 +23,7 @@ from tests.making import (
     LLAMA,
     Raw,
     llama_tensors,
+    make_source,
     read_safetensors,
     snapshot,
     values_of,
@@ -33,7 +34,13 @@ from tests.making import (
 )
 
 MODULE = "model.layers.0.self_attn.q_proj"
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "base_model_name_or_path": "org/base"}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 6,
+    "target_modules": ["q_proj"],
+    "base_model_name_or_path": "org/base",
+}
 REPORT = "weightmill.json"  # which tells how long the run took
 
 
@@ -107,8 +114,10 @@ def test_the_sum_is_rounded_once(tmp_path: Path, weightmill: Callable[..., Ran])
 def test_any_quant_gives_what_it_gives_of_the_merged_model(
     quant: str, tmp_path: Path, weightmill: Callable[..., Ran]
 ) -> None:
-    base, given = tiny(tmp_path / "m"), ("transform=merge_lora", f"transform.path={adapter(tmp_path / 'a')}")
-    assert weightmill("run", f"model.path={base}", *given, "quant=none", f"output.path={tmp_path / 'plain'}").status == 0
+    base, given = make_source(tmp_path / "m"), ("transform=merge_lora", f"transform.path={adapter(tmp_path / 'a')}")
+    assert (
+        weightmill("run", f"model.path={base}", *given, "quant=none", f"output.path={tmp_path / 'plain'}").status == 0
+    )
     common = (f"quant={quant}", "model.name=m", "unit_mb=0.05")
     ran = weightmill("run", f"model.path={base}", *given, *common, f"output.path={tmp_path / 'one'}")
     assert ran.status == 0, ran.err
@@ -132,11 +141,12 @@ def test_one_experts_factors_are_cut_from_those_of_the_stack(tmp_path: Path) -> 
     assert last.right.offset == 4 * inputs
 
 
-def test_decoded_bases_are_merged_as_their_decoded_weights_are(
-    tmp_path: Path, weightmill: Callable[..., Ran]
-) -> None:
+def test_decoded_bases_are_merged_as_their_decoded_weights_are(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
     given = ("transform=merge_lora", f"transform.path={adapter(tmp_path / 'a')}", "quant=none", "quant.dtype=bfloat16")
-    assert weightmill("run", f"model.path={tiny(tmp_path / 'm')}", "quant=nf4", f"output.path={tmp_path / 'q'}").status == 0
+    assert (
+        weightmill("run", f"model.path={tiny(tmp_path / 'm')}", "quant=nf4", f"output.path={tmp_path / 'q'}").status
+        == 0
+    )
     decoded = ("quant=none", "quant.dtype=bfloat16", f"output.path={tmp_path / 'd'}")
     assert weightmill("run", f"model.path={tmp_path / 'q'}", *decoded).status == 0
     for name, source in (("one", "q"), ("two", "d")):
@@ -288,8 +298,11 @@ def test_jobs_of_a_sweep_may_merge_different_adapters(tmp_path: Path, weightmill
         f"output.root={tmp_path / 'outs'}",
     )  # fmt: skip
     assert ran.status == 0, ran.err
-    made = [read_safetensors(tmp_path / "outs" / f"m-{name}-none")[f"{MODULE}.weight"] for name in ("one", "two")]
-    assert not np.array_equal(made[0].data, made[1].data)
+    made = [
+        read_safetensors(report.parent)[f"{MODULE}.weight"].data for report in (tmp_path / "outs").glob(f"*/{REPORT}")
+    ]
+    assert len(made) == 2
+    assert not np.array_equal(*made)
 
 
 def test_an_original_that_is_not_merged_judges_nothing(tmp_path: Path, weightmill: Callable[..., Ran]) -> None:
