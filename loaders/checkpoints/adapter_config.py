@@ -33,6 +33,7 @@ PLAIN = re.compile(r"[\w.\-]+")
 GROUP_REPEATED = re.compile(r"\)[*+{]")
 REPEAT = re.compile(r"(?<!\\)[*+{]")
 MOST_REPEATS, LONGEST = 2, 1000
+LARGEST = 1 << 53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,8 @@ def _wrong(key: str, expected: str, found: Any) -> BadCheckpoint:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # The bound also refuses NaN, infinities, and whole numbers that no float holds.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         raise _wrong(key, "a number", value)
     return value
 

@@ -50,7 +50,7 @@ def layer_product(
     rank = _rank(adapter, module, a, a.shape[0])
     outputs, inputs = b.shape[0], math.prod(a.shape[1:])
     is_narrow = math.prod(b.shape) == outputs * rank
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    rows, columns = (weight.shape or (1,))[0], math.prod(weight.shape[1:])
     straight, turned = (rows, columns) == (outputs, inputs), (rows, columns) == (inputs, outputs)
     if is_embedding:
         straight = False

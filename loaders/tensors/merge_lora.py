@@ -48,6 +48,11 @@ def merge_adapter(checkpoint: Checkpoint, sources: Sources, adapter: Adapter) ->
         BadSpec: the adapter cannot be merged into this checkpoint.
         BadCheckpoint: the adapter's tensors do not fit the checkpoint's, or its config.
     """
+    if any(tensor.name.startswith("blk.") for tensor in sources.tensors):
+        raise BadSpec(
+            f"{setting('transform')}: a GGUF that becomes another keeps its names and orders, which no adapter has;"
+            f" merge with {setting('quantize')}=none and {setting('layout')}=hf first"
+        )
     merging = _Merging(checkpoint, sources, adapter)
     merging.replace_full()
     merging.add_products()
@@ -278,8 +283,8 @@ class _Merging:
                 continue
             fitting = [v for k, v in given.items() if not k or module == k or module.endswith(f".{k}")]
             indices = fitting[0] if fitting else ()
-            is_fitting = spec.shape == (len(indices), *weight.shape[1:]) and max(indices) < weight.shape[0]
-            if len(weight.shape) != 2 or not is_fitting:
+            is_fitting = len(weight.shape) == 2 and spec.shape == (len(indices), weight.shape[1])
+            if not is_fitting or max(indices) >= weight.shape[0]:
                 raise BadCheckpoint(
                     f"{spec.name} {list(spec.shape)}: expected a row for each of the {len(indices)} indices that"
                     f" trainable_token_indices gives {module}, within {weight.name} {list(weight.shape)}"
@@ -312,14 +317,14 @@ class _Merging:
         shown = ", ".join(f"{each:g}" for each in scalings[:SHOWN]) + (", ..." if len(scalings) > SHOWN else "")
         kind = "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA"
         said = [
-            f"{len(self.merges)} tensors are merged with {adapter.file.address} ({kind}"
+            f"merged into {len(self.merges)} tensors: {adapter.file.address} ({kind}"
             + (f"; rank {ranks}; scaling {shown}" if ranks else "")
-            + f"): the float32 sum, rounded once{self._base}"
+            + f"), as the float32 sum, rounded once{self._base}"
         ]
         replaced = [name for name, merge in self.merges.items() if merge.replaced is not None]
         if replaced:
             names = ", ".join(replaced[:SHOWN]) + (", ..." if len(replaced) > SHOWN else "")
-            said.append(f"{len(replaced)} tensors are replaced by the adapter's: {names}")
+            said.append(f"replaced by the adapter's own: {len(replaced)} tensors, {names}")
         return [*said, *self._said, *self._other_files()]
 
     def _other_files(self) -> list[str]:
