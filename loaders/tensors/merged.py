@@ -17,7 +17,7 @@ import numpy as np
 from loaders.checkpoints.adapter import AdapterFile
 from loaders.dtypes import Shape, storage_of
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.low_rank import add_product, padded
+from loaders.quantization.kernels.low_rank import add_product, tiled
 from loaders.quantization.scheme import Block, View, Work
 from loaders.specs import WeightSpec
 
@@ -119,7 +119,7 @@ class MergedView:
             values[:] = casts.to_float32(self._view.read(start, stop, slot), self._view.spec.dtype.name)
         if (product := merge.product) is not None:
             left = self._once("left", lambda: self._factor(product.left).reshape(-1, product.left.shape[2]))
-            right = self._once("right", lambda: padded(self._factor(product.right)))
+            right = self._once("right", lambda: tiled(self._factor(product.right)))
             rows, columns = product.left.shape[1], product.right.shape[2]
             add_product(left, right, rows, columns, np.float32(product.scaling), start, values)
         if merge.added is not None:

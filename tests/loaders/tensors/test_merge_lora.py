@@ -15,7 +15,7 @@ import jobs.execution.unit
 from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.quantization.kernels.low_rank import CHAIN, add_product, padded
+from loaders.quantization.kernels.low_rank import CHAIN, add_product, tiled
 from loaders.tensors.merge_lora import merge_adapter
 from loaders.tensors.sources import tensors_of
 from tests.conftest import Ran
@@ -89,7 +89,7 @@ def test_a_range_of_the_product_is_the_chain_of_fused_steps(rank: int) -> None:
     whole = (chain(b, a) * np.float32(1.5)).reshape(-1)
     for start, stop in ((0, 9 * 150), (1, 2), (140, 460)):
         values = np.zeros(stop - start, np.float32)
-        add_product(b, padded(a[None]), 9, 150, np.float32(1.5), start, values)
+        add_product(b, tiled(a[None]), 9, 150, np.float32(1.5), start, values)
         assert np.array_equal(values, whole[start:stop])
 
 
