@@ -40,6 +40,7 @@ from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.merged import check_adapters
 
 # Bytes of source up to which a tensor is encoded by one thread. A larger one is cut into ranges, of which it has enough
 # to keep all threads busy.
@@ -141,6 +142,7 @@ def run_unit(
             work.each([r for r in unit.tensors if runs and r.source_bytes <= SMALL], passes.tensor)
             # A memory map does not notice that its file changed; then what was read may be of two versions.
             files.check_unchanged()
+            check_adapters(unit.tensors)
             for run in runs.values():
                 work.check()
                 run.finish()

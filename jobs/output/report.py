@@ -46,6 +46,16 @@ class ReportedSource(Part):
     files: tuple[NamedFile, ...]
 
 
+class ReportedAdapter(Part):
+    """The adapter that was merged into the source: the file of its tensors, with its xxh3-128."""
+
+    path: str
+    name: str
+    bytes: int
+    xxh3: str
+    tensors: int  # of the source, that it changed
+
+
 class Changed(Part):
     """The sizes and errors over the tensors that were quantized or cast."""
 
@@ -189,6 +199,7 @@ class Report(Part):
     format: int
     job: dict[str, Any]
     source: ReportedSource
+    adapter: ReportedAdapter | None = None
     totals: Totals
     files: tuple[WeightFile, ...]
     aux: dict[str, str]
@@ -203,8 +214,9 @@ class Report(Part):
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; keys that do not apply are left out."""
         document = self.model_dump(mode="json")
-        if self.quality is None:
-            del document["quality"]
+        for key in ("quality", "adapter"):
+            if document[key] is None:
+                del document[key]
         for file in document["files"]:
             if file["pieces"] is None:
                 del file["pieces"]

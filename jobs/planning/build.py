@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
 
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
-from jobs.planning.targets import Target, TargetId, is_decoded, is_split, new_blocks_of
+from jobs.planning.targets import Target, TargetId, adapter_of, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
 from jobs.spec.job import MB
+from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.layouts import Assembling, Placed
@@ -19,6 +20,7 @@ from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.merge_lora import merge_adapter
 from loaders.tensors.sources import tensors_of
 
 
@@ -33,6 +35,10 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     if new_blocks:
         sources = expand_sources(checkpoint, sources, new_blocks)
         checkpoint = expand_checkpoint(checkpoint, new_blocks)
+    adapter = adapter_of(targets)
+    if adapter is not None:
+        merged = merge_adapter(checkpoint, sources, open_adapter(adapter))
+        checkpoint, sources = merged.checkpoint, merged.sources
     groups = cut_units(sources.tensors, unit_mb * MB)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.planning.targets import Target, TargetId
-from loaders.backends.threads import THREAD_BYTES
+from loaders.backends.threads import RANGE, THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Assembling, Assembly
 from loaders.rules.rule import Decision
@@ -20,6 +20,7 @@ from loaders.storage.base import Entry
 from loaders.storage.hashes import text_digest
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.merged import MERGE_BYTES
 from loaders.tensors.quantized_sources import METHOD_FILES
 from loaders.tensors.sources import Sources
 
@@ -75,7 +76,8 @@ class Unit:
         """Return the most bytes that running the unit holds, besides the libraries."""
         encodings = (p.encoding for output in self.outputs.values() for p in output.placements)
         state = max((encoding.state_bytes for encoding in encodings), default=0)
-        return threads * THREAD_BYTES + state
+        each = THREAD_BYTES + (RANGE * MERGE_BYTES if any(r.merge is not None for r in self.tensors) else 0)
+        return threads * each + state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from loaders.presets.settings import Bnb4Quant
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Mix, Rule
+from loaders.storage.address import Address
 from loaders.tensors.quantized_sources import check_decodable
 
 TargetId = str
@@ -35,6 +36,7 @@ class Target:
     container_name: str = "auto"
     naming: Naming = NAMELESS
     new_blocks: int = 0
+    adapter: Address | None = None
 
     @property
     def layout(self) -> Layout:
@@ -67,6 +69,18 @@ def new_blocks_of(targets: Sequence[Target]) -> int:
     if len(wanted) > 1:
         raise BadSpec("transform: outputs with other numbers of blocks are different work: run them apart")
     return next(iter(wanted), 0)
+
+
+def adapter_of(targets: Sequence[Target]) -> Address | None:
+    """Return where the adapter is that all targets want merged.
+
+    Raises:
+        BadSpec: targets want different ones, and so have different weights.
+    """
+    wanted = {target.adapter for target in targets}
+    if len(wanted) > 1:
+        raise BadSpec("transform: outputs with other adapters are different work: run them apart")
+    return next(iter(wanted), None)
 
 
 def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
@@ -168,5 +182,5 @@ def target_of(spec: JobSpec) -> Target:
     return Target(
         id=TARGET, scheme=scheme, rules=spec.own_rules, compute_dtype=compute_dtype, mix=spec.quant.mix,
         layout_name=spec.output.layout, container_name=spec.output.container, naming=naming,
-        new_blocks=spec.transform.num_blocks or 0,
+        new_blocks=spec.transform.num_blocks or 0, adapter=spec.transform.adapter,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from jobs.output.report import (
     LintFinding,
     NamedFile,
     Report,
+    ReportedAdapter,
     ReportedSource,
     ReportedTensor,
     RunReport,
@@ -38,6 +39,7 @@ def make_report(
         format=FORMAT,
         job=job_document(spec),
         source=source_of(plan),
+        adapter=adapter_of(plan),
         totals=totals_of(tensors),
         files=completed.weights,
         aux=dict(sorted(completed.aux.items())),
@@ -79,6 +81,20 @@ def source_of(plan: Plan) -> ReportedSource:
         model_type=checkpoint.config.get("model_type"),
         family=checkpoint.family.name,
         files=tuple(NamedFile(name=tag.name, bytes=tag.size) for tag in checkpoint.files),
+    )
+
+
+def adapter_of(plan: Plan) -> ReportedAdapter | None:
+    """Describe the adapter that a plan merges, if it merges one."""
+    file = plan.sources.adapter
+    if file is None:
+        return None
+    return ReportedAdapter(
+        path=str(file.address),
+        name=file.entry.name,
+        bytes=file.entry.size,
+        xxh3=file.digest,
+        tensors=sum(tensor.merge is not None for tensor in plan.sources.tensors),
     )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.planning.plan import Plan, TargetPlan
-from jobs.report.document import source_of
+from jobs.report.document import adapter_of, source_of
 from jobs.report.tables import size, table, times
 from jobs.spec.job import JobSpec
 
@@ -107,8 +107,10 @@ def _tensor_table(target: TargetPlan) -> Table:
 
 def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence[str]) -> dict[str, Any]:
     """Describe a plan as JSON."""
+    adapter = adapter_of(plan)
     return {
         "status": "planned",
+        **({} if adapter is None else {"adapter": adapter.model_dump(mode="json")}),
         "source": {
             **source_of(plan).model_dump(mode="json"),
             "parameters": plan.parameters,

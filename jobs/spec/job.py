@@ -74,16 +74,34 @@ class SourceSpec(Spec):
 class TransformSpec(Spec):
     """conf/transform: changes of the model itself."""
 
-    kind: Literal["none", "block_expansion"] = "none"
+    kind: Literal["none", "block_expansion", "merge_lora"] = "none"
     num_blocks: int | None = Field(
         default=None, ge=1, description="block_expansion: new decoder blocks; must divide the model's number of blocks"
     )
 
+    path: Location | None = Field(
+        default=None, description="merge_lora: the folder of an adapter of peft, which is added to the weights"
+    )
+
     @model_validator(mode="after")
-    def _blocks_belong_to_expansion(self) -> TransformSpec:
+    def _settings_belong_to_their_kind(self) -> TransformSpec:
         if (self.kind == "block_expansion") != (self.num_blocks is not None):
             raise ValueError("num_blocks belongs to block_expansion, which needs it")
+        if (self.kind == "merge_lora") != (self.path is not None):
+            raise ValueError("path belongs to merge_lora, which needs it: the adapter's folder")
         return self
+
+    @property
+    def adapter(self) -> Address | None:
+        """Where the adapter to merge is."""
+        return None if self.path is None else Address.of(self.path)
+
+    @property
+    def label(self) -> str:
+        """What it adds to the output's default name."""
+        if self.adapter is not None:
+            return f"-{self.adapter.name}"
+        return f"-plus{self.num_blocks}" if self.num_blocks else ""
 
 
 class RuleSpec(Spec):
@@ -295,6 +313,17 @@ class JobSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _original_is_the_merged_model(self) -> JobSpec:
+        calibration = getattr(self.quant, "calibration", None)
+        if self.transform.kind == "merge_lora" and (self.verify.kind == "logits" or calibration is not None):
+            what = "verify=logits" if self.verify.kind == "logits" else "quant.calibration"
+            raise ValueError(
+                f"transform: {what} runs the model at model.path, which is not the merged one; write the merged model"
+                " with quant=none first, and give that as model.path"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rules_fit_the_quant(self) -> JobSpec:
         for index, rule in enumerate(self.rules):
             try:
@@ -316,8 +345,8 @@ class JobSpec(Spec):
     def output_address(self) -> Address:
         if self.output.path is not None:
             return Address.of(self.output.path)
-        grown = f"-plus{self.transform.num_blocks}" if self.transform.num_blocks else ""
-        return Address.of(self.output.root) / f"{self.model_name}{grown}-{self.quant.name}{self.output.suffix}"
+        name = f"{self.model_name}{self.transform.label}-{self.quant.name}{self.output.suffix}"
+        return Address.of(self.output.root) / name
 
     @property
     def own_rules(self) -> tuple[Rule, ...]:

@@ -217,7 +217,14 @@ def _plan_again(spec: JobSpec, report: Report) -> Plan:
             f"model.path: {checkpoint.address} is not the checkpoint that the output was made from: expected"
             f" fingerprint {report.source.fingerprint}, found {checkpoint.fingerprint}"
         )
-    return make_plan(checkpoint, [target_of(spec)], spec.unit_mb)
+    plan = make_plan(checkpoint, [target_of(spec)], spec.unit_mb)
+    merged, recorded = plan.sources.adapter, report.adapter
+    if merged is not None and recorded is not None and merged.digest != recorded.xxh3:
+        raise BadSpec(
+            f"transform.path: {merged.address / merged.entry.name} is not the file that was merged into the output:"
+            f" expected xxh3-128 {recorded.xxh3}, found {merged.digest}"
+        )
+    return plan
 
 
 def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:

@@ -48,8 +48,9 @@ class Encoding:
 
     @property
     def state_bytes(self) -> int:
-        """The bytes that the scheme holds while it encodes the tensor."""
-        return self.scheme.state_bytes(self.spec)
+        """The bytes that the scheme holds while it encodes the tensor, and what is merged into it."""
+        merge = self.tensor.merge
+        return self.scheme.state_bytes(self.spec) + (0 if merge is None else merge.state_bytes)
 
 
 class Parts(Sink, Stored, Protocol):

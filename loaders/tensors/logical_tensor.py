@@ -9,6 +9,7 @@ from loaders.architectures.families import Family
 from loaders.dtypes import DType, Shape, row_major
 from loaders.quantization.scheme import Decoder
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
+from loaders.tensors.merged import Merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class LogicalTensor:
     role, block, group: what the family says of the tensor; see `known`.
     whole: the shape of what `window` picks from, if it differs: the decoded tensor, or the stack this is a part of.
     order: the order in which the logical tensor takes the rows, applied last.
+    merge: what an adapter does to the weights that all of the above give.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LogicalTensor:
     group: str | None = None
     whole: Shape | None = None
     order: RowOrder | None = None
+    merge: Merge | None = None
 
     @property
     def spec(self) -> TensorSpec:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loaders.architectures.families import natural_key
+from loaders.checkpoints.adapter import AdapterFile
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.specs import WeightSpec
@@ -26,12 +27,14 @@ DERIVED = ("rope_freqs.weight",)  # tensors of a GGUF that follow from its metad
 class Sources:
     """A checkpoint's logical tensors, and what was found on the way to them.
 
-    `tied` are (kept, dropped) names, which the engine ties again when it loads; `notes` are for the user.
+    `tied` are (kept, dropped) names, which the engine ties again when it loads; `notes` are for the user. `adapter` is
+    the file of what was merged into them.
     """
 
     tensors: tuple[LogicalTensor, ...]
     tied: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    adapter: AdapterFile | None = None
 
 
 def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:

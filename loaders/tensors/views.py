@@ -16,6 +16,7 @@ from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
 from loaders.strategies import Reader
 from loaders.tensors.logical_tensor import LogicalTensor, Window
+from loaders.tensors.merged import MergedView
 
 
 class StoredView:
@@ -181,13 +182,20 @@ def view_of(
 
     Reading counts on the clock under `phase`.
     """
-    clock = clock or Clock()
+    view = ordered_view(_base_view(tensor, reader, work, decoded_dtype, clock or Clock(), phase), tensor.order)
+    return view if tensor.merge is None else MergedView(view, tensor.merge, work)
+
+
+def _base_view(
+    tensor: LogicalTensor, reader: Reader, work: Work, decoded_dtype: DType | None, clock: Clock, phase: str
+) -> View:
+    """Return a tensor's weights as they are stored or decoded, before any order or merge."""
     if tensor.decode is not None:
         roles = StoredRoles(reader, dict(tensor.stored), clock, phase)
-        return ordered_view(DecodedView(tensor, roles, tensor.decode, work, decoded_dtype), tensor.order)
+        return DecodedView(tensor, roles, tensor.decode, work, decoded_dtype)
     [(_, stored)] = tensor.stored
     assert tensor.window is not None
-    return ordered_view(StoredView(reader, tensor.spec, stored, tensor.window, clock, phase), tensor.order)
+    return StoredView(reader, tensor.spec, stored, tensor.window, clock, phase)
 
 
 def numbers_view(view: View, cast: DType | None, work: Work) -> View:
