@@ -11,11 +11,13 @@ from loaders.architectures.families import natural_key
 from loaders.checkpoints.adapter import AdapterFile
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import small_reader
 from loaders.tensors.expert_stacks import cut
-from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor
+from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor, transposed
 from loaders.tensors.quantized_sources import mlx, quantized_tensors
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
@@ -62,7 +64,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
                     beside[name] = _weight_of(name, spec, by_name)
     if split:
         found = [piece for tensor in found for piece in cut(tensor, family)]
-    tensors = [known(tensor, family, beside.get(tensor.name)) for tensor in found]
+    tensors = [_turned(known(tensor, family, beside.get(tensor.name))) for tensor in found]
     if split:
         notes = (*notes, *_unknown_stacks(checkpoint, tensors))
     if checkpoint.container == "gguf" and not decode:  # for another GGUF, which keeps the order of the source
@@ -78,6 +80,12 @@ def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec])
     module, _, suffix = stored.name.rpartition(".")
     is_part = suffix in ("scales", "biases") and f"{module}.weight" in by_name
     return name.removesuffix(suffix) + "weight" if is_part else name
+
+
+def _turned(tensor: LogicalTensor) -> LogicalTensor:
+    """Return a Conv1D that bitsandbytes holds as [outputs, inputs] in its model's own order again."""
+    is_turned = tensor.role == "conv1d" and isinstance(tensor.decode, Bnb4 | LlmInt8)
+    return transposed(tensor) if is_turned else tensor
 
 
 def is_stack(tensor: LogicalTensor) -> bool:
