@@ -20,6 +20,7 @@ KEYS = {
     **{name: f"output.{name}" for name in ("layout", "container", "split")},
     "transform": "transform",
     "num_blocks": "transform.num_blocks",
+    "peft's merge_and_unload": "transform=merge_lora transform.path=ADAPTER model.path=BASE",
     "quantize": "quant",
     **{name: f"quant.{name}" for name in QUANT},
     "evaluate": "verify=logits",
