@@ -14,12 +14,16 @@ from loaders.errors import BadSpec
 from loaders.layouts import Assembling, Placed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.tokenizer_files import tokenizer_files
+from loaders.layouts.hf import HfLayout
+from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.defaults import default_rules, left_out
+from loaders.rules.rule import Rule
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.logical_tensor import LogicalTensor
-from loaders.tensors.sources import tensors_of
+from loaders.tensors.sources import Sources, tensors_of
 
 
 def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
@@ -37,9 +41,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
-        engine_rules = None if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
-        decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules)
         layout = target.layout
+        decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
         placed = {p.tensor.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
         per_unit, assembly = _files(target, checkpoint, shares), None
@@ -70,6 +73,18 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         for index, (group, output) in enumerate(zip(groups, outputs, strict=True), 1)
     )
     return Plan(checkpoint, sources, units, plans)
+
+
+def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tuple[Rule, ...]:
+    """Return the rules that come after the user's: those of the target's mix or scheme.
+
+    What the model of config.json does not have is dropped first, except from a copy, which leaves all as it is.
+    """
+    usual = default_rules(target.scheme) if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
+    is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
+    if is_copy or checkpoint.container == "gguf":
+        return usual
+    return (*left_out((tensor.name for tensor in sources.tensors), checkpoint.config), *usual)
 
 
 def cut_units(tensors: Sequence[LogicalTensor], unit_bytes: float) -> list[list[LogicalTensor]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from loaders.architectures.families import text_config
+from loaders.architectures.layers import layers_of
 from loaders.errors import setting
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
@@ -13,8 +14,6 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "t
 ANY = "every engine"
 EMBEDDING = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?embed_tokens\.weight$")
 FROM_HIDDEN = re.compile(r"\.layers\.\d+\.(?:self_attn\.[qkv]_proj|mlp\.(?:gate|up)_proj)\.weight$")
-OF_LAYER = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.")
-MOST_LAYERS = 10_000  # a larger num_hidden_layers is taken for nonsense, and layers are not looked for
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -84,15 +83,22 @@ def _dimensions(subject: Subject) -> Iterator[Finding]:
                     f"set {key} to {tensor.shape[axis]}, if the tensor is right",
                 )
                 return
-    layers = {int(match[1]) for r in subject.sources.tensors if (match := OF_LAYER.search(r.name))}
-    count = text_config(subject.config, "num_hidden_layers")
-    missing = sorted(set(range(count)) - layers) if isinstance(count, int) and layers and count < MOST_LAYERS else []
-    if missing:
+    layers = layers_of(subject.config, (tensor.name for tensor in subject.sources.tensors))
+    if layers.missing:
+        missing = some(list(map(str, layers.missing)))
         yield fault(
             ANY,
-            f"config.json says {count} layers, but {len(missing)} have no tensors: {some(list(map(str, missing)))}",
+            f"config.json says {layers.count} layers, but {len(layers.missing)} have no tensors: {missing}",
             "computes with random layers, or fails",
             "set num_hidden_layers, or add the layers",
+        )
+    if layers.beyond:
+        yield fault(
+            "mlx-lm, llama.cpp, vLLM",
+            f"config.json says {layers.count} layers, but {len(layers.beyond)} tensors are of layers beyond:"
+            f" {some(list(layers.beyond))}",
+            "refuse such tensors; transformers ignores them",
+            "set num_hidden_layers, or drop the layers",
         )
 
 
@@ -106,7 +112,8 @@ def _index(subject: Subject) -> Iterator[Finding]:
                 f"write the index (a copy by {setting('quantize')}=none does)",
             )
         return
-    total = (subject.index.get("metadata") or {}).get("total_size")
+    metadata = subject.index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     real = sum(spec.size for spec in subject.checkpoint.weights)
     if total is not None and total != real:
         yield doubt(
