@@ -38,8 +38,8 @@ class Layers:
             found = sorted({number for name in self.beyond if (number := layer_of(name)) is not None})
             said.append(
                 f"config.json has {self.count} layers, and {len(self.beyond)} tensors are of layers beyond"
-                f" ({_some(found)}): no engine computes with them. They are left out of what is converted, unless a rule"
-                " of yours takes them; if they belong to the model, set the number of layers"
+                f" ({_some(found)}): no engine computes with them. They are left out of what is converted, unless a"
+                " rule of yours takes them; if they belong to the model, set the number of layers"
             )
         if self.missing:
             said.append(

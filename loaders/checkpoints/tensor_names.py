@@ -31,11 +31,14 @@ def single(
     """Return each tensor once, and notes about copies and about tensors that the index does not name.
 
     Raises:
-        BadCheckpoint: copies differ and nothing decides between them, or the index puts a tensor where it is not.
+        BadCheckpoint: copies differ and nothing decides between them, the index puts a tensor where it is not, or a
+            name is no text.
     """
     found: dict[str, WeightSpec] = {}
     copies: dict[str, list[WeightSpec]] = {}
     for spec in weights:
+        if not spec.name.isascii() and not _is_text(spec.name):
+            raise BadCheckpoint(f"{spec.file}: the name {spec.name!r} is no text; do not trust this file")
         if spec.name in found:
             copies.setdefault(spec.name, [found[spec.name]]).append(spec)
         else:
@@ -66,6 +69,15 @@ def single(
             " all the same, as engines read them"
         )
     return tuple(found.values()), notes
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8. JSON and pickles can hold halves of characters, which cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_places(found: Mapping[str, WeightSpec], index: Mapping[str, str]) -> None:
@@ -127,9 +139,16 @@ def unwrapped(weights: tuple[WeightSpec, ...]) -> tuple[tuple[WeightSpec, ...], 
             f"{flat!r}: a flat parameter of FSDP, in which layers are not told apart; save the model with"
             " StateDictType.FULL_STATE_DICT"
         )
+    left = [name for name in new.values() if name.startswith(PARALLEL)]
+    notes = list[str]()
+    if left:
+        notes.append(
+            f"{len(left)} of {len(new)} names begin with {PARALLEL}, {left[0]!r} first: it is left, since DDP puts it"
+            " before all names or none; check that the engine knows them"
+        )
     changed = [old for old, name in new.items() if old != name]
     if not changed:
-        return weights, []
+        return weights, notes
     first: dict[str, str] = {}
     for old, name in new.items():
         if name in first:
@@ -149,8 +168,9 @@ def unwrapped(weights: tuple[WeightSpec, ...]) -> tuple[tuple[WeightSpec, ...], 
     )
     said = ", ".join(f"{part}." for part in gone)
     return renamed, [
+        *notes,
         f"{said} is taken from the names of {len(changed)} of {len(new)} tensors ({changed[0]!r} first): training put"
-        " it there, and no engine knows such names"
+        " it there, and no engine knows such names",
     ]
 
 

@@ -23,8 +23,10 @@ SHARD = re.compile(rf"^(?P<stem>.*)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:
 USUAL = ("model", "pytorch_model")  # the stems of what transformers writes
 # Weights under their publisher's own names, as Meta and Mistral put them beside those for transformers.
 CONSOLIDATED = re.compile(r"^consolidated[-.]")
+SLICE = re.compile(r"^consolidated\.\d\d\.pth$")  # Meta's form: each file has a slice of every matrix
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE = "peft's merge_and_unload"  # what a program may call by a setting of its own
+LONGEST_NAME = 255  # characters: no filesystem in use has longer names of files
 SHOWN = 4  # files that a sentence names before it counts the rest
 
 
@@ -162,6 +164,12 @@ def _of_container(
         files, weight_map = _of_index(source, indexes[0], None)
         return files, weight_map, why | {n: "the index does not name it" for n in mine if n not in files}
     files = _without_index(source, mine)
+    slices = [name for name in files if SLICE.match(name)]
+    if len(slices) > 1:
+        raise BadCheckpoint(
+            f"{source.address}: {some(slices)} hold slices of every matrix; put them together first: transformers'"
+            " convert_llama_weights_to_hf.py"
+        )
     if container == "gguf" and len(files) > 1 and not SHARD.match(files[0]):
         raise BadSpec(
             f"{key}: {len(files)} GGUF files in {source.address}, each a model of its own: {some(files)}; put the one"
@@ -195,10 +203,12 @@ def _of_index(source: PinnedFiles, name: str, single: str | None) -> tuple[list[
 
 def _check_inside(index: str, file: str) -> None:
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts or not file.isprintable():
+    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
         raise BadCheckpoint(
             f"{index}: it names {file[:200]!r}, which leaves the checkpoint's folder; do not trust this index"
         )
+    if not file.isprintable() or any(len(part) > LONGEST_NAME for part in path.parts):
+        raise BadCheckpoint(f"{index}: it names {file[:200]!r}, which is no name of a file; do not trust this index")
 
 
 def _without_index(source: PinnedFiles, names: list[str]) -> list[str]:
@@ -299,6 +309,9 @@ def _nothing(source: PinnedFiles, everything: Sequence[Entry], container: str, k
         return f"{said} {name}, {kind.what}; {kind.instead}"
     if inner:
         return f"{said} weights in its sub-folders only: {some(inner)}; give the one that is wanted"
+    broken = {e.name for e in source.store.list(every=True) if "/" not in e.name and e.name.endswith(ALL_SUFFIXES)}
+    if unread := sorted(broken - set(names)):
+        return f"{said} {some(unread)}, which cannot be read: a link to a file that is not there? fetch it again"
     others = [name for name in names if "/" not in name and name.endswith(WEIGHT_SUFFIXES)]
     top = sum("/" not in name for name in names)
     return f"{said} {f'{len(others)} other weight files ({some(others)})' if others else f'{top} files'}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from loaders.architectures.families import text_config
 from loaders.architectures.layers import layers_of
+from loaders.containers.pytorch import read_state
 from loaders.errors import setting
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
@@ -18,10 +19,29 @@ FROM_HIDDEN = re.compile(r"\.layers\.\d+\.(?:self_attn\.[qkv]_proj|mlp\.(?:gate|
 
 def check(subject: Subject) -> Iterator[Finding]:
     """Yield the problems that any engine would have."""
+    yield from _names(subject)
     yield from _config(subject)
     yield from _dimensions(subject)
     yield from _index(subject)
     yield from _head(subject)
+
+
+def _names(subject: Subject) -> Iterator[Finding]:
+    """Check that engines find the tensors by their names in the files; here they are found by less."""
+    checkpoint = subject.checkpoint
+    remedy = f"convert it: a copy by {setting('quantize')}=none has plain names"
+    wrapped = [spec.own_name for spec in checkpoint.weights if spec.own_name is not None]
+    if wrapped:
+        yield fault(
+            ANY, f"{len(wrapped)} tensors have names that training gave them, such as {wrapped[0]!r}",
+            "finds no weights, and fails or computes with random ones", remedy,
+        )  # fmt: skip
+    if checkpoint.container == "pytorch":
+        for file in checkpoint.files:
+            keys = read_state(checkpoint.source, file.name).keys
+            if keys:
+                where = f"{file.name} holds the model under {'.'.join(keys)}, not at the top"
+                yield fault(ANY, where, "finds no weights", remedy)
 
 
 def _config(subject: Subject) -> Iterator[Finding]:

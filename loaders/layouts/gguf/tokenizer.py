@@ -76,7 +76,7 @@ def tokenizer_metadata(files: PinnedFiles, config: Mapping[str, Any], rows: int)
 def _completed(
     files: PinnedFiles, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int
 ) -> Mapping[str, Any]:
-    """Return a tokenizer.json with the tokens that other files add. Those without a row in the embedding are left out."""
+    """Return a tokenizer.json with the tokens that other files add, but those without a row in the embedding."""
     more = [asdict(token) for token in added_elsewhere(files, tokenizer, settings) if token.id < rows]
     return {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or ()), *more]} if more else tokenizer
 
