@@ -54,19 +54,17 @@ def layers_of(config: Mapping[str, Any], names: Iterable[str]) -> Layers:
     count = next((n for key in COUNTS if (n := _count(text_config(config, key)))), None)
     if count is None:
         return Layers(0)
-    by_layer: dict[int, list[str]] = {}
+    last, present = count + _predicting(config), set[int]()
+    after: dict[int, list[str]] = {}
     for name in names:
         number = layer_of(name)
         if number is not None:
-            by_layer.setdefault(number, []).append(name)
-    last = count + _predicting(config)
-    beyond = [
-        name
-        for number, inside in by_layer.items()
-        if number >= last and not any(map(PREDICTS.search, inside))
-        for name in inside
-    ]
-    missing = [number for number in range(count) if number not in by_layer] if by_layer else []
+            present.add(number)
+            if number >= last:
+                after.setdefault(number, []).append(name)
+    unclaimed = {number for number, inside in after.items() if any(map(PREDICTS.search, inside))}
+    beyond = [name for number, inside in after.items() if number not in unclaimed for name in inside]
+    missing = [number for number in range(count) if number not in present] if present else []
     return Layers(count, tuple(beyond), tuple(missing))
 
 

@@ -125,8 +125,9 @@ def unwrapped(weights: tuple[WeightSpec, ...]) -> tuple[tuple[WeightSpec, ...], 
     Raises:
         BadCheckpoint: two tensors would have the same name then, or hold the flat parameters of FSDP.
     """
-    # A checkpoint can have half a million names, nearly always plain ones.
-    if not any(_may_be_wrapped(spec.name) for spec in weights):
+    # A checkpoint can have half a million names, nearly always plain ones: one search in all of them tells.
+    every = "\n" + "\n".join(spec.name for spec in weights)
+    if not any(part in every for part in (*WRAPPERS, f"\n{PARALLEL}", *FLAT)):
         return weights, []
     new = {spec.name: _without_wrappers(spec.name) for spec in weights}
     gone = Counter(part for spec in weights for part in spec.name.split(".") if part in WRAPPERS)
@@ -174,10 +175,6 @@ def unwrapped(weights: tuple[WeightSpec, ...]) -> tuple[tuple[WeightSpec, ...], 
     ]
 
 
-def _may_be_wrapped(name: str) -> bool:
-    return name.startswith(PARALLEL) or name.endswith(FLAT) or any(part in name for part in WRAPPERS)
-
-
 def _without_wrappers(name: str) -> str:
     parts = name.split(".")
     left = [part for part in parts if part not in WRAPPERS]
@@ -186,18 +183,22 @@ def _without_wrappers(name: str) -> str:
 
 def is_adapter(weights: Sequence[WeightSpec]) -> bool:
     """Whether tensors are an adapter's and nothing else, by their names."""
-    names = [spec.name for spec in weights]
-    others = [name for name in names if LORA.search(name) is None]
+    parts = set(_of_lora(weights))
+    others = [spec.name for spec in weights if spec.name not in parts] if parts else []
     is_whole = any(".base_layer." in name for name in others)
-    return len(others) < len(names) and not is_whole and all(OF_ADAPTER.search(name) for name in others)
+    return bool(parts) and not is_whole and all(OF_ADAPTER.search(name) for name in others)
 
 
 def adapter_notes(weights: Sequence[WeightSpec]) -> list[str]:
     """Say that a model's tensors have those of an adapter among them."""
-    names = [spec.name for spec in weights if LORA.search(spec.name)]
+    names = _of_lora(weights)
     if not names:
         return []
     return [
         f"{len(names)} tensors of an adapter are among the model's and not merged, {names[0]!r} first: only code that"
         " expects them loads them"
     ]
+
+
+def _of_lora(weights: Sequence[WeightSpec]) -> list[str]:
+    return [spec.name for spec in weights if "lora_" in spec.name and LORA.search(spec.name)]
