@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.mixed_precision.candidate_errors import Loss
-from jobs.planning.build import engine_rules, make_plan
+from jobs.planning.build import make_plan
+from jobs.planning.engine_rules import engine_rules
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import Target, target_of
 from jobs.spec.job import JobSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
 
+from jobs.planning.engine_rules import engine_rules
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
@@ -14,16 +15,12 @@ from loaders.errors import BadSpec
 from loaders.layouts import Assembling, Placed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.tokenizer_files import tokenizer_files
-from loaders.layouts.hf import HfLayout
-from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
-from loaders.rules.defaults import default_rules, left_out
-from loaders.rules.rule import Rule
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.logical_tensor import LogicalTensor
-from loaders.tensors.sources import Sources, tensors_of
+from loaders.tensors.sources import tensors_of
 
 
 def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
@@ -73,18 +70,6 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         for index, (group, output) in enumerate(zip(groups, outputs, strict=True), 1)
     )
     return Plan(checkpoint, sources, units, plans)
-
-
-def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tuple[Rule, ...]:
-    """Return the rules that come after the user's: those of the target's mix or scheme.
-
-    What the model of config.json does not have is dropped first, except from a copy, which leaves all as it is.
-    """
-    usual = default_rules(target.scheme) if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
-    is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
-    if is_copy or checkpoint.container == "gguf":
-        return usual
-    return (*left_out((tensor.name for tensor in sources.tensors), checkpoint.config), *usual)
 
 
 def cut_units(tensors: Sequence[LogicalTensor], unit_bytes: float) -> list[list[LogicalTensor]]:

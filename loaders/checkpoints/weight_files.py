@@ -62,7 +62,7 @@ NO_MODEL = (
     ADAPTER,
     STATE,
     NoModel(
-        re.compile(r"^(?:mmproj|imatrix)[-._].*\.gguf$|[-._](?:mmproj|imatrix)\.gguf$"),
+        re.compile(r"(?:^|[-._])(?:mmproj|imatrix)(?:[-._].*)?\.gguf$"),
         "what llama.cpp takes beside a model",
         "give the folder that holds the model itself",
     ),
@@ -252,7 +252,7 @@ def _notes(why: Why, everything: Sequence[Entry], files: Sequence[str], containe
         if container == "packed" and (name.startswith(packed.WEIGHTS) or "/" in name):
             continue
         if "/" in name and kind is None:
-            reasons.setdefault("in sub-folders, where no engine looks", []).append(name)
+            reasons.setdefault("in sub-folders", []).append(name)
         else:
             reason = kind.what if kind is not None else why.get(name, f"{container} comes first")
             reasons.setdefault(reason, []).append(name)

@@ -178,7 +178,7 @@ def test_only_states_and_pieces_are_taken_for_no_model() -> None:
     assert [name for name in models if no_model(name) is not None] == []
     states = (
         "optimizer_0.bin", "optimizer.bin", "scheduler.bin", "scaler.pt", "rng_state_3.pth", "random_states_0.pkl",
-        "sampler_1.bin", "custom_checkpoint_0.pkl", "optimizer.safetensors", "mmproj-F16.gguf",
+        "sampler_1.bin", "custom_checkpoint_0.pkl", "optimizer.safetensors", "mmproj-F16.gguf", "m-mmproj-f16.gguf",
         "0000100_adapters.safetensors",
         "adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json",
     )  # fmt: skip
