@@ -31,7 +31,9 @@ class AddedToken:
 
 def added_elsewhere(files: PinnedFiles, tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> list[AddedToken]:
     """Return the tokens that other files add to a tokenizer.json, in the order of their ids."""
-    vocabulary: Mapping[str, int] = tokenizer["model"]["vocab"]
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    if not isinstance(vocabulary, Mapping):  # a kind of tokenizer that is refused with a better message
+        return []
     listed = tokenizer.get("added_tokens") or ()
     known = {*vocabulary, *(each["content"] for each in listed)}
     # An added token that the vocabulary has keeps its id there, below the size.
