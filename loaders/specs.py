@@ -47,7 +47,8 @@ class WeightSpec:
     """A stored tensor of a checkpoint, as a header describes it.
 
     Its bytes are `size` bytes from `offset` in `file`, a name relative to the checkpoint. `stride` counts elements, and
-    is None for row-major order. `alias` names the tensor whose bytes it shares (PyTorch files only).
+    is None for row-major order. `alias` names the tensor whose bytes it shares (PyTorch files only). `own_name` is the
+    name in the file, where that is another.
     """
 
     name: str
@@ -58,6 +59,7 @@ class WeightSpec:
     size: int
     stride: Shape | None = None
     alias: str | None = None
+    own_name: str | None = None
 
     def numel(self) -> int:
         """Return the number of elements."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.mixed_precision.candidate_errors import Loss
 from jobs.planning.build import make_plan
+from jobs.planning.engine_rules import engine_rules
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import Target, target_of
 from jobs.spec.job import JobSpec
@@ -103,7 +104,7 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
         raise BadSpec("quant.among: the candidates quantize no tensor of this checkpoint that rules leave to them")
     first = next(iter(mixes.values()))
     keeping = ChosenMix(((first, frozenset()),), every)
-    rules = keeping.rules(plan.sources.tensors, plan.checkpoint.config)
+    rules = engine_rules(replace(usual, scheme=first.scheme, mix=keeping), plan.checkpoint, plan.sources)
     decisions = decide(plan.sources.tensors, first.scheme, usual.rules, rules)
     placed = usual.layout.place(plan.checkpoint, decisions)
     kept = {each.tensor.name: sum(t.spec.size for t in each.stored.values()) for each in placed}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
 
+from jobs.planning.engine_rules import engine_rules
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, adapter_of, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
@@ -43,9 +44,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for target in targets:
-        engine_rules = None if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
-        decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules)
         layout = target.layout
+        decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
         placed = {p.tensor.name: p for p in layout.place(checkpoint, decisions)}
         shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
         per_unit, assembly = _files(target, checkpoint, shares), None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from loaders.containers import CONTAINERS, packed
-from loaders.storage.base import OUR_REPORT, PinnedFiles
+from loaders.storage.base import OUR_REPORT, Entry, PinnedFiles
 
 # Weights of any container, including those that are not read here. They are never copied: an output with the weights of
 # its source beside its own would be twice as large, and an engine could load the wrong ones.
 WEIGHT_SUFFIXES = (
     *(suffix for container in CONTAINERS.values() for suffix in container.suffixes),
     ".ggml", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
-    ".npy", ".tflite", ".mlmodel", ".ot", ".pkl", ".pickle", ".nemo", ".llamafile",
+    ".npy", ".tflite", ".mlmodel", ".ot", ".pkl", ".pickle", ".nemo", ".llamafile", ".distcp",
 )  # fmt: skip
 
 
@@ -26,14 +28,14 @@ def is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES) or name.endswith(tuple(s + INDEX_SUFFIX for s in WEIGHT_SUFFIXES))
 
 
-def find_aux(files: PinnedFiles) -> tuple[str, ...]:
-    """List the auxiliary files, including those of sub-folders, by their paths from the root.
+def find_aux(files: PinnedFiles, everything: Iterable[Entry]) -> tuple[str, ...]:
+    """Return the auxiliary files among all files of a folder and its sub-folders, by their paths from the root.
 
     Raises:
         BadCheckpoint: a symbolic link leads out of the folder. Links within the Hub's cache are accepted.
     """
     found = []
-    for entry in files.store.list():
+    for entry in everything:
         name = entry.name.rpartition("/")[2]
         if not is_weights(name) and entry.name not in NOT_AUX and name != ".DS_Store":
             files.store.check_inside(entry.name)

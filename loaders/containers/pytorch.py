@@ -31,6 +31,7 @@ T = TypeVar("T")
 PICKLE_LIMIT = 1 << 30
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # MAGIC_NUMBER in torch/serialization.py
 NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the weights
+MOST_LEVELS = 4  # of such keys one in another
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
@@ -65,6 +66,15 @@ class _Tensor:
     stride: Shape
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a file holds: its tensors, the keys under which they lie in it, and other keys that also hold tensors."""
+
+    specs: tuple[WeightSpec, ...]
+    keys: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+
 class _Refused(Exception):
     """The pickle asks for something that weights do not need."""
 
@@ -75,12 +85,19 @@ def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
     Raises:
         BadCheckpoint: not a PyTorch file, truncated, wants to run code, tensors outside their storage, ...
     """
+    return read_state(files, file).specs
+
+
+def read_state(files: PinnedFiles, file: str) -> State:
+    """Read the tensors of one file as `read_specs`, and where in the file they lie. Errors are the same."""
     size = files.entry(file).size
 
-    def specs_of(found: Any, places: dict[str, tuple[int, int]]) -> list[WeightSpec]:
-        return [_spec(name, tensor, file, places, size) for name, tensor in _state_dict(found).items()]
+    def state_of(found: Any, places: dict[str, tuple[int, int]]) -> State:
+        tensors, keys, beside = _state_dict(found)
+        specs = [_spec(name, tensor, file, places, size) for name, tensor in tensors.items()]
+        return State(_with_aliases(specs), keys, beside)
 
-    return _with_aliases(_read(files, file, specs_of))
+    return _read(files, file, state_of)
 
 
 def read_values(files: PinnedFiles, file: str) -> dict[str, Any]:
@@ -288,23 +305,49 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 # --- from the pickled object to specs
 
 
-def _state_dict(found: Any) -> dict[str, _Tensor]:
-    """Find the tensors by name. A trainer's checkpoint holds them one level down."""
-    for key in NESTED_KEYS:
-        if isinstance(found, dict) and not _tensors(found) and isinstance(found.get(key), dict):
-            found = found[key]
+def _state_dict(found: Any) -> tuple[dict[str, _Tensor], tuple[str, ...], tuple[str, ...]]:
+    """Find the tensors by name, the keys that lead to them, and the other keys that hold tensors.
+
+    A trainer's checkpoint holds the model some levels down, beside an optimizer, a loss, averaged weights (EMA).
+    """
+    keys, beside = list[str](), list[str]()
+    # A pickle can hold itself, so the levels are counted.
+    for _ in range(MOST_LEVELS):
+        inner = [key for key in NESTED_KEYS if isinstance(found, dict) and _holds_tensors(found.get(key))]
+        if not inner:
+            break
+        keys.append(inner[0])
+        beside += [
+            key for key, value in found.items() if key != inner[0] and isinstance(key, str) and _holds_tensors(value)
+        ]
+        found = found[inner[0]]
     tensors = _tensors(found) or _tensors(_flat(found))
     if not tensors:
-        keys = list(found)[:8] if isinstance(found, dict) else type(found).__name__
-        raise BadCheckpoint(f"it holds no state dict of tensors; found {keys}")
-    return tensors
+        kinds = list(found)[:8] if isinstance(found, dict) else type(found).__name__
+        what = ", which is the state of an optimizer" if kinds == ["state", "param_groups"] else ""
+        raise BadCheckpoint(
+            f"it holds no state dict of tensors, at the top or under {', '.join(NESTED_KEYS)}; found {kinds}{what}"
+        )
+    return tensors, tuple(keys), tuple(beside)
+
+
+def _holds_tensors(value: Any, levels: int = MOST_LEVELS) -> bool:
+    """Whether a value is a state dict, or holds one where a model is looked for."""
+    if not isinstance(value, dict) or not levels:
+        return False
+    return bool(_tensors(value)) or any(_holds_tensors(value.get(key), levels - 1) for key in NESTED_KEYS)
 
 
 def _flat(found: Any) -> dict[str, Any]:
-    """Flatten a dict of modules, as hqq saves them ({module: {key: value}}), to names "module.key"."""
+    """Flatten a dict of modules, as hqq saves them ({module: {key: value}}), to names "module.key".
+
+    Other dicts of dicts are several state dicts, such as those of two models, whose keys are names with dots.
+    """
     if not isinstance(found, dict):
         return {}
     modules = {name: values for name, values in found.items() if isinstance(name, str) and isinstance(values, dict)}
+    if any(isinstance(key, str) and "." in key for values in modules.values() for key in values):
+        return {}
     return {
         f"{module}.{key}": value
         for module, values in modules.items()

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 
 from loaders.architectures.families import text_config
+from loaders.architectures.layers import layers_of
+from loaders.containers.pytorch import read_state
 from loaders.errors import setting
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 
@@ -13,16 +15,33 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "t
 ANY = "every engine"
 EMBEDDING = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?embed_tokens\.weight$")
 FROM_HIDDEN = re.compile(r"\.layers\.\d+\.(?:self_attn\.[qkv]_proj|mlp\.(?:gate|up)_proj)\.weight$")
-OF_LAYER = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.")
-MOST_LAYERS = 10_000  # a larger num_hidden_layers is taken for nonsense, and layers are not looked for
 
 
 def check(subject: Subject) -> Iterator[Finding]:
     """Yield the problems that any engine would have."""
+    yield from _names(subject)
     yield from _config(subject)
     yield from _dimensions(subject)
     yield from _index(subject)
     yield from _head(subject)
+
+
+def _names(subject: Subject) -> Iterator[Finding]:
+    """Check that engines find the tensors by their names in the files; here they are found by less."""
+    checkpoint = subject.checkpoint
+    remedy = f"convert it: a copy by {setting('quantize')}=none has plain names"
+    wrapped = [spec.own_name for spec in checkpoint.weights if spec.own_name is not None]
+    if wrapped:
+        yield fault(
+            ANY, f"{len(wrapped)} tensors have names that training gave them, such as {wrapped[0]!r}",
+            "finds no weights, and fails or computes with random ones", remedy,
+        )  # fmt: skip
+    if checkpoint.container == "pytorch":
+        for file in checkpoint.files:
+            keys = read_state(checkpoint.source, file.name).keys
+            if keys:
+                where = f"{file.name} holds the model under {'.'.join(keys)}, not at the top"
+                yield fault(ANY, where, "finds no weights", remedy)
 
 
 def _config(subject: Subject) -> Iterator[Finding]:
@@ -84,15 +103,22 @@ def _dimensions(subject: Subject) -> Iterator[Finding]:
                     f"set {key} to {tensor.shape[axis]}, if the tensor is right",
                 )
                 return
-    layers = {int(match[1]) for r in subject.sources.tensors if (match := OF_LAYER.search(r.name))}
-    count = text_config(subject.config, "num_hidden_layers")
-    missing = sorted(set(range(count)) - layers) if isinstance(count, int) and layers and count < MOST_LAYERS else []
-    if missing:
+    layers = layers_of(subject.config, (tensor.name for tensor in subject.sources.tensors))
+    if layers.missing:
+        missing = some(list(map(str, layers.missing)))
         yield fault(
             ANY,
-            f"config.json says {count} layers, but {len(missing)} have no tensors: {some(list(map(str, missing)))}",
+            f"config.json says {layers.count} layers, but {len(layers.missing)} have no tensors: {missing}",
             "computes with random layers, or fails",
             "set num_hidden_layers, or add the layers",
+        )
+    if layers.beyond:
+        yield fault(
+            "mlx-lm, llama.cpp, vLLM",
+            f"config.json says {layers.count} layers, but {len(layers.beyond)} tensors are of layers beyond:"
+            f" {some(list(layers.beyond))}",
+            "refuse such tensors; transformers ignores them",
+            "set num_hidden_layers, or drop the layers",
         )
 
 
@@ -106,7 +132,8 @@ def _index(subject: Subject) -> Iterator[Finding]:
                 f"write the index (a copy by {setting('quantize')}=none does)",
             )
         return
-    total = (subject.index.get("metadata") or {}).get("total_size")
+    metadata = subject.index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     real = sum(spec.size for spec in subject.checkpoint.weights)
     if total is not None and total != real:
         yield doubt(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loaders.architectures.layers import layers_of
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import setting
 from loaders.quantization.scheme import Scheme
@@ -81,3 +85,12 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
         )
     assert scheme.engine in DEFAULTS, f"{scheme.engine}: write its rules here, or give its quantizations a mix"
     return DEFAULTS[scheme.engine]
+
+
+def left_out(names: Iterable[str], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Return the rule that drops tensors of layers that config.json does not have; it goes before an engine's own."""
+    found = layers_of(config, names)
+    if not found.beyond:
+        return ()
+    why = f"config.json has {found.count} layers, so that no engine computes with these"
+    return (Rule(action="drop", why=why, names=frozenset(found.beyond)),)

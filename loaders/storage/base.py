@@ -269,6 +269,11 @@ class Abandoned:
     is_held: bool  # whether a process holds its lock, so the job is running
 
 
+def may_be_newer(store: Store, one: Entry, other: Entry) -> bool:
+    """Whether a file may have changed after another: local files have times as tags, others may not."""
+    return not store.is_local or int(one.tag) >= int(other.tag)
+
+
 class PinnedFiles:
     """Files of a store, each pinned to the version that was seen first.
 

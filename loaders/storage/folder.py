@@ -98,7 +98,9 @@ class Folder:
         if path.is_dir():
             raise BadCheckpoint(f"{path}: a linked folder; its files are not followed: copy it in")
         root, target = self.path.resolve(), path.resolve()
-        in_cache = self.path.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs")
+        # The folder itself may be a link to a snapshot, or a folder within one.
+        caches = [above.parent for above in root.parents if above.name == "snapshots"]
+        in_cache = any(target.is_relative_to((cache / "blobs").resolve()) for cache in caches)
         if not in_cache and not target.is_relative_to(root):
             raise BadCheckpoint(f"{name}: it links to {target}, outside the checkpoint; copy it in")
 

@@ -314,7 +314,7 @@ def _selected(checkpoint: Checkpoint, names: Iterable[str] | None) -> Sequence[W
 def _same_place(checkpoint: Checkpoint, spec: WeightSpec) -> bool:
     """Whether a tensor is the same, name apart, as the one with which it shares its bytes."""
     [original] = [other for other in checkpoint.weights if other.name == spec.alias]
-    return replace(spec, name=original.name, alias=original.alias) == original
+    return replace(spec, name=original.name, alias=original.alias, own_name=original.own_name) == original
 
 
 def _cut(spec: WeightSpec, size: int) -> Iterator[TensorBytes]:

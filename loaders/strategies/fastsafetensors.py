@@ -156,7 +156,7 @@ class FastSafetensorsLoader(WeightLoader):
             BadCheckpoint: the file is shorter than it was.
             StorageError: the library cannot read it.
         """
-        path, names = root / specs[0].file, [spec.name for spec in specs]
+        path, names = root / specs[0].file, [spec.own_name or spec.name for spec in specs]
         device = _with_index(device or "cpu")
         size = Folder(root).entry_of(specs[0].file).size
         for spec in specs:

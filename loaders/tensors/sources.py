@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loaders.architectures.families import natural_key
+from loaders.architectures.layers import layers_of
 from loaders.checkpoints.adapter import AdapterFile
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
@@ -52,6 +53,8 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
     family = checkpoint.family
     by_name = {spec.name: spec for spec in checkpoint.weights}
     tied, notes = _tied(checkpoint, by_name)
+    if checkpoint.container != "gguf":  # whose config is made from its own tensors
+        notes = (*notes, *layers_of(checkpoint.config, by_name).notes)
     gone = {dropped for _, dropped in tied}
     quantized = quantized_tensors(checkpoint) if decode else {}
     parts = {spec.name for found in quantized.values() for _, spec in found.stored}

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from loaders.containers import gguf
+from loaders.layouts.gguf.tokenizer import tokenizer_metadata
 from loaders.places import ROOT
-from tests.making import LLAMA, llama_tensors, weights, write_checkpoint
+from tests.making import LLAMA, llama_tensors, tokenizer, weights, write_checkpoint
 from tests.reading import files_of
 
 transformers = pytest.importorskip("transformers")
@@ -227,3 +228,40 @@ def normal_scores(metadata: dict[str, Any]) -> list[float]:
     """Of the tokens that merges make."""
     scores, types = metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]
     return [score for score, kind in zip(scores, types, strict=True) if kind == 1]
+
+
+def added(*tokens: tuple[int, str, bool]) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {str(number): {"content": text, "special": special, **flags} for number, text, special in tokens}
+
+
+BOS = added((39, "<|bos|>", True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        ({"added_tokens_decoder": BOS | added((40, "<|tool|>", True))}, {}),
+        ({"added_tokens_decoder": BOS | added((90, "<b>", False), (60, "<a>", False))}, {"<z>": 40}),
+        ({"added_tokens_decoder": BOS | added((41, "t3", False))}, {}),
+        ({"pad_token": "<pad>", "extra_special_tokens": ["<|x|>"], "mask_token": "<mask>"}, {"<z>": 41, "<y>": 40}),
+        ({"extra_special_tokens": {"image_token": "<|image|>"}, "eos_token": "<|eos|>"}, {}),
+    ],
+)
+def test_tokens_that_other_files_add_have_the_ids_of_transformers(
+    settings: dict[str, Any], numbers: dict[str, int], tmp_path: Path
+) -> None:
+    """An added token takes the next free id, whatever the file says; one that has no row is left out."""
+    made = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", **settings}
+    own = {**tokenizer(40), "added_tokens": [{"id": 39, **BOS["39"]}]}
+    own["model"]["vocab"] = {f"t{number}": number for number in range(39)}
+    own["pre_tokenizer"]["trim_offsets"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(own))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(made))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    if numbers:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(numbers))
+    by_id = {n: text for text, n in transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab().items()}
+    for rows in (64, max(40, max(by_id))):
+        tokens = list(tokenizer_metadata(files_of(tmp_path), {}, rows)["tokenizer.ggml.tokens"].value)
+        assert tokens == [by_id.get(number, f"[PAD{number}]") for number in range(rows)]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.layouts.gguf.added_tokens import added_elsewhere
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
@@ -60,12 +62,23 @@ def tokenizer_metadata(files: PinnedFiles, config: Mapping[str, Any], rows: int)
         template = _template(files, settings)
         # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
         if not tokenizer or is_sentencepiece(tokenizer):
-            made = from_model(files, tokenizer, settings, rows) if has_model else from_json(tokenizer, settings, rows)
+            if has_model:
+                made = from_model(files, tokenizer, settings, rows)
+            else:
+                made = from_json(_completed(files, tokenizer, settings, rows), settings, rows)
             return _sentencepiece_metadata(made, tokenizer, settings, template, config)
-        return _metadata(tokenizer, settings, template, config, rows)
+        return _metadata(_completed(files, tokenizer, settings, rows), settings, template, config, rows)
     # What reading JSON of another shape than tokenizers writes raises.
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadCheckpoint(f"tokenizer.json: not as tokenizers writes it ({type(error).__name__}: {error})") from None
+
+
+def _completed(
+    files: PinnedFiles, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int
+) -> Mapping[str, Any]:
+    """Return a tokenizer.json with the tokens that other files add, but those without a row in the embedding."""
+    more = [asdict(token) for token in added_elsewhere(files, tokenizer, settings) if token.id < rows]
+    return {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or ()), *more]} if more else tokenizer
 
 
 def _sentencepiece_metadata(

@@ -122,3 +122,17 @@ def test_weights_are_cast_as_the_engine_would_before_they_are_quantized(tmp_path
     casts = {p.name: p.encoding.cast for p in plan.units[0].outputs["x"].placements}
     assert str(casts["model.layers.0.mlp.up_proj.weight"]) == "F16"
     assert casts["model.norm.weight"] is None
+
+
+def test_layers_that_config_json_does_not_have_are_left_out_of_all_but_a_copy(tmp_path: Path) -> None:
+    config = {**LLAMA, "dtype": "bfloat16"}
+    root = write_checkpoint(tmp_path / "m", llama_tensors(layers=3), config=config)
+    plan = make_plan(open_checkpoint(root), TARGETS, 1)
+    left_out = {name for name in llama_tensors(layers=3) if ".layers.2." in name}
+    for target, expected in (("a", left_out), ("d", set())):
+        dropped = {d.tensor.name for d in plan.targets[target].decisions if d.action == "drop"}
+        assert dropped == expected
+    assert any("layers beyond (2)" in note for note in plan.sources.notes)
+    rule = Rule(action="keep", why="mine", name="layers.2", label="rules[0]")
+    kept = make_plan(open_checkpoint(root), [Target(id="a", scheme=Bnb4("nf4"), rules=(rule,))], 1)
+    assert {d.action for d in kept.targets["a"].decisions if d.tensor.name in left_out} == {"keep"}

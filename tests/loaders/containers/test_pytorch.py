@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.containers.pytorch import read_specs
+from loaders.containers.pytorch import read_specs, read_state
 from loaders.dtypes import storage_of
 from loaders.errors import BadCheckpoint
 from loaders.specs import WeightSpec
@@ -190,3 +190,44 @@ def test_numbers_are_what_numpy_reads(tmp_path: Path) -> None:
     [spec] = read_specs(files_of(tmp_path), "m.bin")
     raw = (tmp_path / "m.bin").read_bytes()[spec.offset : spec.offset + spec.size]
     assert np.array_equal(np.frombuffer(raw, np.float32).reshape(3, 5), tensor.numpy())
+
+
+@pytest.mark.parametrize(
+    ("made", "keys", "beside"),
+    [
+        ({"state_dict": {"w": 1}, "loss": 2}, ("state_dict",), ()),
+        ({"model": {"w": 1}, "ema": {"w": 2}, "epoch": 3}, ("model",), ("ema",)),
+        ({"state_dict": {"model": {"module": {"w": 1}}}}, ("state_dict", "model", "module"), ()),
+        ({"w": 1}, (), ()),
+    ],
+)
+def test_the_model_is_found_below_the_top(tmp_path: Path, made: Any, keys: Any, beside: Any) -> None:
+    def tensors(part: Any) -> Any:
+        return {k: tensors(v) for k, v in part.items()} if isinstance(part, dict) else torch.tensor(float(part))
+
+    torch.save(tensors(made), tmp_path / "x.pt")
+    state = read_state(files_of(tmp_path), "x.pt")
+    assert [spec.name for spec in state.specs] == ["w"]
+    assert (state.keys, state.beside) == (keys, beside)
+
+
+@pytest.mark.parametrize("made", [{"ema": {"a.w": 1}, "epoch": 3}, {"one": {"a.w": 1}, "two": {"a.w": 1}}])
+def test_averaged_weights_and_several_models_are_not_taken_for_the_model(tmp_path: Path, made: Any) -> None:
+    torch.save(
+        {k: {n: torch.ones(2) for n in v} if isinstance(v, dict) else v for k, v in made.items()}, tmp_path / "x.pt"
+    )
+    with pytest.raises(BadCheckpoint, match="no state dict of tensors, at the top or under state_dict"):
+        read_specs(files_of(tmp_path), "x.pt")
+
+
+def test_an_optimizers_state_is_named(tmp_path: Path) -> None:
+    torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}, tmp_path / "x.pt")
+    with pytest.raises(BadCheckpoint, match="which is the state of an optimizer"):
+        read_specs(files_of(tmp_path), "x.pt")
+
+
+def test_a_dict_that_holds_itself_is_read_to_an_end(tmp_path: Path) -> None:
+    made: dict[str, Any] = {"w": torch.ones(2)}
+    made["model"] = made
+    torch.save(made, tmp_path / "x.pt")
+    assert [spec.name for spec in read_specs(files_of(tmp_path), "x.pt")] == ["w"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.making import llama_tensors, write_checkpoint, write_moe
+from tests.making import LLAMA, llama_tensors, write_checkpoint, write_moe
 
 
 @pytest.fixture
@@ -137,3 +137,16 @@ def test_a_group_of_two_schemes_does_not_load_in_vllm(source: Path, tmp_path: Pa
     [finding] = ran.document["lint"]
     assert "2 fused groups have parts of different schemes" in finding["what"]
     assert finding["engine"] == "vLLM"
+
+
+def test_names_that_training_gave_are_a_fault(tmp_path: Path, weightmill: Any) -> None:
+    root = write_checkpoint(tmp_path / "m", {f"_orig_mod.{name}": raw for name, raw in llama_tensors().items()})
+    assert any(
+        "names that training gave them, such as '_orig_mod." in each["what"] for each in findings(weightmill, root)
+    )
+
+
+def test_layers_beyond_the_configs_are_a_fault(tmp_path: Path, weightmill: Any) -> None:
+    config = {**LLAMA, "dtype": "bfloat16"}
+    root = write_checkpoint(tmp_path / "m", llama_tensors(layers=3), config=config)
+    assert any("config.json says 2 layers, but 9 tensors" in each["what"] for each in findings(weightmill, root))

@@ -1,0 +1,23 @@
+"""The rules that decide about a target's tensors after the user's own."""
+
+from __future__ import annotations
+
+from jobs.planning.targets import Target
+from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.layouts.hf import HfLayout
+from loaders.quantization.schemes.plain import Plain
+from loaders.rules.defaults import default_rules, left_out
+from loaders.rules.rule import Rule
+from loaders.tensors.sources import Sources
+
+
+def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tuple[Rule, ...]:
+    """Return the rules that come after the user's: those of the target's mix or scheme.
+
+    What the model of config.json does not have is dropped first, except from a copy, which leaves all as it is.
+    """
+    usual = default_rules(target.scheme) if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
+    is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
+    if is_copy or checkpoint.container == "gguf":
+        return usual
+    return (*left_out((tensor.name for tensor in sources.tensors), checkpoint.config), *usual)
