@@ -13,6 +13,7 @@ from typing import Any
 from jobs.planning.targets import Target, TargetId
 from loaders.backends.threads import THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.quantized_by import METHOD_FILES
 from loaders.layouts import Assembling, Assembly
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot
@@ -20,7 +21,6 @@ from loaders.storage.base import Entry
 from loaders.storage.hashes import text_digest
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
-from loaders.tensors.quantized_sources import METHOD_FILES
 from loaders.tensors.sources import Sources
 
 FORMAT = 2  # the version of plans and records; those of another version are refused

@@ -19,7 +19,7 @@ from typing import Any
 from loaders.architectures.families import Family, family_of
 from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, find_aux
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
-from loaders.checkpoints.quantized_by import quantized_by
+from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
 from loaders.containers import CONTAINERS, packed
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import WeightSpec
@@ -29,6 +29,7 @@ from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.hashes import text_digest
 from loaders.storage.json_files import INDEX_LIMIT, read_json
 
+DESCRIPTION_LIMIT = 64 << 20  # the most bytes of a file that describes a quantization
 READS_FOLDERS = "the engine reads files of a folder"
 # Files whose headers are read at once. A header is a few small reads, so on a network or an object store the time is
 # all latency, which threads overlap; on a local disk more threads gain nothing.
@@ -74,9 +75,19 @@ class Checkpoint:
         return self.source.path("", why)
 
     @cached_property
+    def declaration(self) -> Declaration | None:
+        """What says that the weights are quantized; None for plain weights.
+
+        Raises:
+            BadCheckpoint: a file that should describe it holds no JSON object.
+        """
+        read = lambda name: read_json(self.source, name, DESCRIPTION_LIMIT)  # noqa: E731
+        return declaration(self.container, self.config, self.weights, self.aux, read)
+
+    @property
     def quantized_by(self) -> str | None:
         """The method that the weights were quantized by; None for plain weights."""
-        return quantized_by(self.container, self.config, self.aux, [spec.name for spec in self.weights])
+        return None if self.declaration is None else self.declaration.method
 
     @property
     def fingerprint(self) -> str:
@@ -263,6 +274,7 @@ def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkp
         raise BadCheckpoint(f"{address}: it holds no tensors")
     _check_names(weights, None)
     config = gguf_config(source, [name], weights) if container == "gguf" else read_config(source)
+    described = tuple(each for each in METHOD_FILES if source.find(each) is not None)
     return Checkpoint(
-        source=source, container=container, files=(source.entry(name),), weights=weights, config=config, aux=()
+        source=source, container=container, files=(source.entry(name),), weights=weights, config=config, aux=described
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.checkpoints.quantized_by import MODELOPT_CONFIG
 from loaders.errors import BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import (
@@ -36,9 +35,6 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
     "gptq": awq_gptq.find_gptq,
     "gguf": gguf.find,
 }
-
-# Files in which some tools describe their quantization beside config.json. Once weights are decoded they would mislead.
-METHOD_FILES = (MODELOPT_CONFIG, "quantize_config.json", "quant_config.json")
 
 
 def check_decodable(checkpoint: Checkpoint) -> None:
