@@ -16,7 +16,7 @@ from loaders.storage.base import PinnedFiles
 from loaders.strategies import small_reader
 from loaders.tensors.expert_stacks import cut
 from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor
-from loaders.tensors.quantized_sources import mlx, quantized_tensors
+from loaders.tensors.quantized_sources import find_quantized, mlx
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
 EXPERTS = re.compile(r"(?:^|\.)experts?\.")
@@ -43,15 +43,16 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
     experts that the family knows are cut into the experts' tensors.
 
     Raises:
-        BadCheckpoint: a quantized weight lacks one of its parts.
+        BadCheckpoint: a quantized weight lacks one of its parts, or is not as the checkpoint says.
     """
     family = checkpoint.family
     by_name = {spec.name: spec for spec in checkpoint.weights}
     tied, notes = _tied(checkpoint, by_name)
-    gone = {dropped for _, dropped in tied}
-    quantized = quantized_tensors(checkpoint) if decode else {}
-    parts = {spec.name for found in quantized.values() for _, spec in found.stored}
-    found, beside = list(quantized.values()), dict[str, str]()
+    quantized = find_quantized(checkpoint, decode=decode)
+    notes = (*notes, *quantized.notes)
+    gone = {dropped for _, dropped in tied} | quantized.added
+    parts = {spec.name for found in quantized.weights.values() for _, spec in found.stored}
+    found, beside = list(quantized.weights.values()), dict[str, str]()
     for spec in checkpoint.weights:
         if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
             for name, part in mlx.cut_stored(checkpoint, spec) if split else [(spec.name, spec)]:

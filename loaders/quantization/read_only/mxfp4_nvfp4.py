@@ -3,9 +3,9 @@
 MXFP4, by role: blocks, uint8 (..., R, C/32, 16); scales, uint8 (..., R, C/32), powers of two (e8m0).
 DeepSeek V4 stores the same by other names: weight, int8 (R, C/2); scale, F8_E8M0 or uint8 (R, C/32).
 NVFP4, by role: weight, uint8 (..., R, C/2); weight_scale, F8_E4M3 (..., R, C/16); weight_scale_2, one float32, which
-multiplies the others. All hold two codes a byte, the first low. For DeepSeek V4 the sources of that order are transformers
-5.23 (integrations/finegrained_fp8.py, Fp8Dequantize._unpack_fp4) and mlx-lm 0.32.2, which hands the same bytes to MLX as
-they are (models/deepseek_v41.py).
+multiplies the others. All hold two codes a byte, the first low. For DeepSeek V4 the sources of that order are
+transformers 5.23 (integrations/finegrained_fp8.py, Fp8Dequantize._unpack_fp4) and mlx-lm 0.32.2, which hands the same
+bytes to MLX as they are (models/deepseek_v41.py).
 
 Values are code * scale, for NVFP4 code * (scale * scale_2), in float32, as transformers' convert_moe_packed_tensors
 (integrations/mxfp4.py) and ModelOpt's NVFP4QTensor.dequantize compute them. A scale byte of 255 is NaN here, by the

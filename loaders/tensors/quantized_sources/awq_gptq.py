@@ -81,7 +81,11 @@ class Dynamic:
         if not isinstance(entries, Mapping):
             raise BadCheckpoint(f"GPTQ's dynamic settings: expected patterns with settings, found {entries!r:.80}")
         self._entries = [
-            (key, compiled(re.sub(r"^[-+]:", "", key), "GPTQ's dynamic settings"), own if isinstance(own, Mapping) else {})
+            (
+                key,
+                compiled(re.sub(r"^[-+]:", "", key), "GPTQ's dynamic settings"),
+                own if isinstance(own, Mapping) else {},
+            )
             for key, own in entries.items()
         ]
 
@@ -101,12 +105,14 @@ class Dynamic:
             packed = [module for module in quantized if pattern.match(module)]
             if not packed and not any(map(pattern.match, plain)):
                 raise BadCheckpoint(
-                    f"GPTQ's dynamic settings: {key!r} names no module of this checkpoint, so that it was made for another"
+                    f"GPTQ's dynamic settings: {key!r} names no module of this checkpoint, so that it was made for"
+                    " another"
                     " one; correct or remove it"
                 )
             if not packed and not key.startswith("-:"):
                 raise BadCheckpoint(
-                    f"GPTQ's dynamic settings: {key!r} says how modules are quantized that are all stored plain; correct"
+                    f"GPTQ's dynamic settings: {key!r} says how modules are quantized that are all stored plain;"
+                    " correct"
                     " or remove it"
                 )
         for module in quantized:

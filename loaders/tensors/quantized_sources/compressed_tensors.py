@@ -7,13 +7,14 @@ Other tensors of a module's quantization, such as input_scale, go along with its
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from loaders.architectures.families import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.name_patterns import compiled
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
 from loaders.quantization.scheme import Scheme
@@ -39,9 +40,10 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     block = quantization_block(checkpoint)
     if (block.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise BadCheckpoint("config.json: weights compressed by their zeros (sparsity_config) are not decoded here")
-    groups = _Groups(block)
+    groups, modules = _Groups(block), sorted(_modules(by_name))
+    groups.check(modules)
     found = {}
-    for module in sorted(_modules(by_name)):
+    for module in modules:
         tensor = _tensor(checkpoint, by_name, module, groups.weights_of(module))
         companions = tuple((name.removeprefix(f"{module}."), by_name[name]) for name in _companions(by_name, module))
         found[tensor.name] = LogicalTensor(
@@ -80,20 +82,36 @@ class _Groups:
         self._exact: dict[str, Mapping[str, Any]] = {}
         self._patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
         self._classes: list[Mapping[str, Any]] = []
-        for group in groups.values():
-            for target in group.get("targets") or ():
+        for name, group in groups.items():
+            if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
+                raise BadCheckpoint(f"config.json: {name} of config_groups has no list of targets; fetch it again")
+            for target in group["targets"]:
                 self._add(str(target), group)
 
     def _add(self, target: str, group: Mapping[str, Any]) -> None:
-        if not target.startswith("re:"):
+        if target.startswith("re:"):
+            self._patterns.append((compiled(target.removeprefix("re:"), "config.json's targets"), group))
+        elif "." not in target and target[:1].isupper():
+            self._classes.append(group)
+        else:
             self._exact[target] = group
-            if "." not in target:
-                self._classes.append(group)
-            return
-        try:
-            self._patterns.append((re.compile(target.removeprefix("re:")), group))
-        except re.error as error:
-            raise BadCheckpoint(f"config.json: the target {target!r} is no regular expression: {error}") from None
+
+    def check(self, modules: Collection[str]) -> None:
+        """Check that every group that names modules has some of those that are stored quantized.
+
+        Raises:
+            BadCheckpoint: one has none.
+        """
+        used = [group for pattern, group in self._patterns if any(map(pattern.match, modules))]
+        used += [group for name, group in self._exact.items() if name in modules]
+        named = [*((pattern.pattern, group) for pattern, group in self._patterns), *self._exact.items()]
+        for target, group in named:
+            if not any(group is each for each in (*used, *self._classes)):
+                raise BadCheckpoint(
+                    f"config.json's quantization_config has a group for {target!r}, but no module of that name is"
+                    " stored"
+                    " quantized, so that it was made for another checkpoint; correct the targets"
+                )
 
     def weights_of(self, module: str) -> Mapping[str, Any]:
         """Return the settings of a module's weights, and under "activations" whether the group quantizes those too.

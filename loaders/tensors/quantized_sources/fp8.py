@@ -1,8 +1,8 @@
 """float8 weights with scales by block (quant_method fp8): DeepSeek V3's, and transformers' of the same form.
 
 A weight and its scale are paired by name over all shards. Besides `X.weight` with `X.weight_scale_inv` there are
-transformers' 3-D experts, `X` with `X_scale_inv`, and DeepSeek V4's spelling, `X.scale`. That model's experts are MXFP4:
-int8 bytes of two codes each, with a `X.scale` of powers of two for every 32 columns.
+transformers' 3-D experts, `X` with `X_scale_inv`, and DeepSeek V4's spelling, `X.scale`. That model's experts are
+MXFP4: int8 bytes of two codes each, with a `X.scale` of powers of two for every 32 columns.
 """
 
 from __future__ import annotations
@@ -75,4 +75,6 @@ def _fp4(by_name: Mapping[str, WeightSpec], weight: WeightSpec, dtype: DType) ->
         )
     rows, columns = weight.shape[0], weight.shape[1] * 2
     expect(scale, ("F8_E8M0", "U8"), (rows, columns // group), f"for float4 {name} {[rows, columns]}")
-    return undecoded(TensorSpec(name, dtype, (rows, columns)), DeepSeekFp4(), {"weight": weight, "scale": scale}, by_name)
+    return undecoded(
+        TensorSpec(name, dtype, (rows, columns)), DeepSeekFp4(), {"weight": weight, "scale": scale}, by_name
+    )

@@ -7,6 +7,7 @@ for the engine at run time. This was checked against ModelOpt's code, not agains
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DType
