@@ -110,7 +110,8 @@ class Named:
 
 def _could_mean(entry: str, text: str, names: Iterable[str], place: str) -> bool:
     plain = entry.removeprefix("re:").strip(".*^$")
-    if plain in text or ("layers." in plain and plain[plain.index("layers.") :] in text):
+    parts = plain.split(".")
+    if plain in text or any(".".join(parts[start:]) in text for start in range(1, len(parts) - 1)):
         return True
     if "*" not in entry and not entry.startswith("re:"):
         return False

@@ -43,6 +43,6 @@ def test_an_entry_names_whole_parts_of_a_name(entry: str, is_in: bool) -> None:
 
 
 def test_an_entry_is_unused_if_no_tool_could_mean_anything_by_it() -> None:
-    entries = ["gate", "vision", "other.layers.1.mlp", "re:.*experts", "model.layers.*.attn"]
+    entries = ["gate", "vision", "other.layers.1.mlp", "re:.*experts", "model.layers.*.attn", "model.tower.fc1"]
     named = Named(entries, "here")
-    assert named.unused(["model.layers.1.mlp.gate_proj"]) == ["vision", "re:.*experts", "model.layers.*.attn"]
+    assert named.unused(["model.layers.1.mlp.gate_proj"]) == [*entries[1:2], *entries[3:]]
