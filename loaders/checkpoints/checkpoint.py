@@ -17,10 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loaders.architectures.families import Family, family_of
+from loaders.architectures.mlx import model_of
 from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, find_aux
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
-from loaders.containers import CONTAINERS, packed
+from loaders.containers import CONTAINERS, packed, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import WeightSpec
 from loaders.storage import open_store
@@ -82,7 +83,14 @@ class Checkpoint:
             BadCheckpoint: a file that should describe it holds no JSON object.
         """
         read = lambda name: read_json(self.source, name, DESCRIPTION_LIMIT)  # noqa: E731
-        return declaration(self.container, self.config, self.weights, self.aux, read)
+        found = declaration(self.container, self.config, self.weights, self.aux, read)
+        if found is None and self.container == "safetensors" and model_of(self.config) is None:
+            # mlx-lm gives weights names and norms of its own even where it does not quantize them; of the models that
+            # are known here, none changes so.
+            first = self.files[0].name
+            if safetensors.read_metadata(self.source, first).get("format") == "mlx":
+                return Declaration("mlx", f"the metadata of {first}")
+        return found
 
     @property
     def quantized_by(self) -> str | None:

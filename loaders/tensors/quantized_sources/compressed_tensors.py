@@ -42,9 +42,10 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         raise BadCheckpoint("config.json: weights compressed by their zeros (sparsity_config) are not decoded here")
     groups, modules = _Groups(block), sorted(_modules(by_name))
     groups.check(modules)
-    found = {}
+    found, seen = {}, set[Any]()
     for module in modules:
         tensor = _tensor(checkpoint, by_name, module, groups.weights_of(module))
+        _check_shape(checkpoint, by_name, module, tensor, seen)
         companions = tuple((name.removeprefix(f"{module}."), by_name[name]) for name in _companions(by_name, module))
         found[tensor.name] = LogicalTensor(
             name=tensor.name,
@@ -55,6 +56,29 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
             decode=tensor.decode,
         )
     return found
+
+
+def _check_shape(
+    checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str, tensor: LogicalTensor, seen: set[Any]
+) -> None:
+    """Check a packed weight's shape against the stored weight_shape, once for each kind of matrix (`seen`).
+
+    Half the bits in groups of twice the length would fit the sizes of codes and scales as well.
+
+    Raises:
+        BadCheckpoint: the settings give another shape.
+    """
+    packed = by_name.get(f"{module}.weight_packed")
+    kind = (tensor.decode, tensor.shape)
+    if packed is None or kind in seen or f"{module}.weight_shape" not in by_name:
+        return
+    seen.add(kind)
+    columns = _stored_columns(checkpoint, by_name, packed)
+    if columns != tensor.shape[1]:
+        raise BadCheckpoint(
+            f"{module}: config.json's settings (bits, group_size) give rows of {tensor.shape[1]}, but its weight_shape"
+            f" says {columns}; correct the settings, or fetch the checkpoint again"
+        )
 
 
 def _modules(by_name: Mapping[str, WeightSpec]) -> set[str]:

@@ -261,6 +261,17 @@ def test_mlx_checkpoints_of_unknown_models_are_copied_only(tmp_path: Path) -> No
     assert len(tensors_of(checkpoint, decode=False).tensors) == len(checkpoint.weights)
 
 
+@pytest.mark.parametrize(("model_type", "refused"), [("no_such", True), ("llama", False)])
+def test_plain_weights_that_mlx_lm_saved_count_as_mlx_if_the_model_is_unknown(
+    tmp_path: Path, model_type: str, refused: bool
+) -> None:
+    root = folder(tmp_path, model(without=()), model_type=model_type)
+    file = root / "model.safetensors"
+    raw = file.read_bytes().replace(b'"format": "pt"', b'"format":"mlx"')
+    file.write_bytes(raw)
+    assert (open_checkpoint(root).quantized_by == "mlx") == refused
+
+
 # --- float4 experts
 
 
