@@ -35,12 +35,13 @@ class Sources:
     notes: tuple[str, ...]
 
 
-def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
+def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, check: bool = True) -> Sources:
     """Return the logical tensors of a checkpoint, in natural order of blocks and names.
 
     With `decode`, the stored parts of a weight that a known scheme quantized become one tensor, which decodes them.
     Without, every stored tensor is its own, as it is, and those of a GGUF keep their order. With `split`, stacks of
-    experts that the family knows are cut into the experts' tensors.
+    experts that the family knows are cut into the experts' tensors. Without `check`, what the checkpoint says of its
+    quantization may differ from what is stored: for showing a checkpoint, not for using it.
 
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts, or is not as the checkpoint says.
@@ -48,7 +49,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> 
     family = checkpoint.family
     by_name = {spec.name: spec for spec in checkpoint.weights}
     tied, notes = _tied(checkpoint, by_name)
-    quantized = find_quantized(checkpoint, decode=decode)
+    quantized = find_quantized(checkpoint, decode=decode, check=check)
     notes = (*notes, *quantized.notes)
     gone = {dropped for _, dropped in tied} | quantized.added
     parts = {spec.name for found in quantized.weights.values() for _, spec in found.stored}

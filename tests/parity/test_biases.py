@@ -9,8 +9,10 @@ import pytest
 from loaders.architectures.biases import ROWS, has_bias
 
 TYPES = [model_type for row in ROWS for model_type in row.model_types if model_type != "qwen"]
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+SMALL = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", TYPES)

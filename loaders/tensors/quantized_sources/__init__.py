@@ -88,8 +88,8 @@ def quantized_tensors(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
     return {} if find is None else find(checkpoint)
 
 
-def find_quantized(checkpoint: Checkpoint, *, decode: bool) -> Found:
-    """Return what is quantized in a checkpoint, checked against what it says of itself.
+def find_quantized(checkpoint: Checkpoint, *, decode: bool, check: bool) -> Found:
+    """Return what is quantized in a checkpoint; with `check`, held against what the checkpoint says of itself.
 
     There are no weights if they are copied as they are stored, or if their format is not decoded here.
 
@@ -100,15 +100,17 @@ def find_quantized(checkpoint: Checkpoint, *, decode: bool) -> Found:
     said = checkpoint.declaration
     if said is None:
         return Found()
-    if said.method in FINDERS:
+    if check and said.method in FINDERS:
         check_not_stale(checkpoint, said)
     if not decode or said.method not in FINDERS:
         is_said = said.method in FINDERS or bool(said.settings)
         return Found(notes=() if is_said else (f"quantized ({said.method}); its tensors are taken as they are stored",))
+    if check and said.method == "mlx":
+        mlx.check_own_settings(checkpoint)
     weights = quantized_tensors(checkpoint)
     if said.method == "gguf":
         return Found(weights)
-    notes = consistency_notes(checkpoint, said, weights)
+    notes = consistency_notes(checkpoint, said, weights) if check else ()
     if said.method != "gptq":
         return Found(weights, notes=notes)
     added, about = added_biases(checkpoint, weights)

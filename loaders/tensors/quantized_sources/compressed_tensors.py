@@ -73,8 +73,8 @@ def _check_shape(
     if packed is None or kind in seen or f"{module}.weight_shape" not in by_name:
         return
     seen.add(kind)
-    columns = _stored_columns(checkpoint, by_name, packed)
-    if columns != tensor.shape[1]:
+    columns = int(_stored_shape(checkpoint, by_name, packed)[1])
+    if columns not in (0, tensor.shape[1]):  # a file of which only the header was fetched holds zeros
         raise BadCheckpoint(
             f"{module}: config.json's settings (bits, group_size) give rows of {tensor.shape[1]}, but its weight_shape"
             f" says {columns}; correct the settings, or fetch the checkpoint again"
@@ -202,13 +202,19 @@ def _scheme(
 
 def _stored_columns(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec) -> int:
     """Read the number of columns from weight_shape, since the last word of a row may hold unused codes."""
+    shape = _stored_shape(checkpoint, by_name, packed)
+    if shape[0] != packed.shape[0] or shape[1] < 1:
+        name = packed.name.removesuffix("packed") + "shape"
+        raise BadCheckpoint(f"{name}: expected the two sizes of {packed.name}'s weight, found {shape.tolist()}")
+    return int(shape[1])
+
+
+def _stored_shape(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec) -> np.ndarray:
+    """Read a packed weight's weight_shape; zeros if that does not hold two sizes."""
     spec = part(by_name, packed.name, packed.name.removesuffix("packed") + "shape")
     with small_reader(checkpoint.source, (spec,)) as reader:
-        raw = reader.read(spec, 0, spec.size).tobytes()
-    shape = np.frombuffer(raw, "<i8") if spec.dtype.name == "I64" and spec.size == 16 else np.zeros(2, "<i8")
-    if shape[0] != packed.shape[0] or shape[1] < 1:
-        raise BadCheckpoint(f"{spec.name}: expected the two sizes of {packed.name}'s weight, found {shape.tolist()}")
-    return int(shape[1])
+        raw = reader.read(spec, 0, min(spec.size, 16)).tobytes()
+    return np.frombuffer(raw, "<i8") if spec.dtype.name == "I64" and spec.size == 16 else np.zeros(2, "<i8")
 
 
 def _dtype(checkpoint: Checkpoint, scheme: Scheme, scale: WeightSpec) -> DType:

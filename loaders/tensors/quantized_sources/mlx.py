@@ -33,7 +33,6 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """
     by_name = {spec.name: spec for spec in checkpoint.weights}
     modules = [name.removesuffix(".scales") for name in by_name if name.endswith(".scales")]
-    _check_own_settings(settings_of(checkpoint.config) or {}, set(modules), by_name)
     found = [tensor for module in modules for tensor in _quantized(checkpoint, by_name, module)]
     model = model_of(checkpoint.config)
     for spec in (spec for spec in checkpoint.weights if is_stack(model, spec.name)):
@@ -43,22 +42,23 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     return {tensor.name: tensor for tensor in found}
 
 
-def _check_own_settings(block: Mapping[str, Any], quantized: set[str], by_name: Mapping[str, WeightSpec]) -> None:
+def check_own_settings(checkpoint: Checkpoint) -> None:
     """Check that the settings of single modules name modules, and that these are stored as they say.
 
     Raises:
         BadCheckpoint: they are not.
     """
-    for module, own in block.items():
+    names = {spec.name for spec in checkpoint.weights}
+    for module, own in (settings_of(checkpoint.config) or {}).items():
         if not isinstance(own, Mapping) and own is not False:
             continue
         if isinstance(own, Mapping) and not {"bits", "group_size"} & own.keys():
             continue  # not a module's settings
-        is_quantized = module in quantized
+        is_quantized = f"{module}.scales" in names
         if own is False and not is_quantized:
             continue
         if not is_quantized or own is False:
-            is_there = is_quantized or f"{module}.weight" in by_name
+            is_there = is_quantized or f"{module}.weight" in names
             found = "it is stored quantized" if is_quantized else "it is stored plain" if is_there else "there is none"
             said = "is not quantized" if own is False else "is quantized by settings of its own"
             raise BadCheckpoint(
