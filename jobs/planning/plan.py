@@ -15,6 +15,7 @@ from loaders.backends.threads import THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.checkpoints.quantized_by import METHOD_FILES
 from loaders.layouts import Assembling, Assembly
+from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot
 from loaders.storage.base import Entry
@@ -164,11 +165,12 @@ class Plan:
 
     @property
     def aux(self) -> tuple[str, ...]:
-        """The auxiliary files that may be copied. If weights are decoded, those that describe their quantization are
-        left out, since engines would believe them.
+        """The auxiliary files that may be copied. If weights are decoded or quantized, those that describe the source's
+        quantization are left out, since engines would believe them.
         """
-        is_decoded = any(tensor.decode is not None for tensor in self.sources.tensors)
-        return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
+        is_new = any(tensor.decode is not None for tensor in self.sources.tensors)
+        is_new = is_new or any(not isinstance(plan.target.scheme, Plain) for plan in self.targets.values())
+        return tuple(name for name in self.checkpoint.aux if not (is_new and name in METHOD_FILES))
 
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
         """Return the auxiliary files that the target's layout wants."""
