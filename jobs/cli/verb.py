@@ -21,6 +21,7 @@ from jobs.spec.keys import KEYS
 from loaders.errors import BadSpec, WeightmillError, settings_called
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+SHOWN = 20  # problems that are printed; what is wrong with thousands of tensors is seen from the first
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -156,6 +157,8 @@ def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
         print(f"weightmill: {lead}: {problems[0]}", file=sys.stderr)
     else:
         print(f"weightmill: {lead}, {len(problems)} problems:", file=sys.stderr)
-        for problem in problems:
+        for problem in problems[:SHOWN]:
             print(f"  {problem}", file=sys.stderr)
+        if len(problems) > SHOWN:
+            print(f"  and {len(problems) - SHOWN} more, which format=json lists", file=sys.stderr)
     return status

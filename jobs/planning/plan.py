@@ -13,7 +13,9 @@ from typing import Any
 from jobs.planning.targets import Target, TargetId
 from loaders.backends.threads import RANGE, THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.quantized_by import METHOD_FILES
 from loaders.layouts import Assembling, Assembly
+from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot
 from loaders.storage.base import Entry
@@ -21,7 +23,6 @@ from loaders.storage.hashes import text_digest
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merged import MERGE_BYTES
-from loaders.tensors.quantized_sources import METHOD_FILES
 from loaders.tensors.sources import Sources
 
 # The version of plans, records and reports (`format` in weightmill.json); those of another version are refused. It is
@@ -168,11 +169,12 @@ class Plan:
 
     @property
     def aux(self) -> tuple[str, ...]:
-        """The auxiliary files that may be copied. If weights are decoded, those that describe their quantization are
-        left out, since engines would believe them.
+        """The auxiliary files that may be copied. If weights are decoded or quantized, those that describe the source's
+        quantization are left out, since engines would believe them.
         """
-        is_decoded = any(tensor.decode is not None for tensor in self.sources.tensors)
-        return tuple(name for name in self.checkpoint.aux if not (is_decoded and name in METHOD_FILES))
+        is_new = any(tensor.decode is not None for tensor in self.sources.tensors)
+        is_new = is_new or any(not isinstance(plan.target.scheme, Plain) for plan in self.targets.values())
+        return tuple(name for name in self.checkpoint.aux if not (is_new and name in METHOD_FILES))
 
     def aux_of(self, target: TargetPlan) -> tuple[str, ...]:
         """Return the auxiliary files that the target's layout wants."""

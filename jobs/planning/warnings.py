@@ -12,6 +12,7 @@ from loaders.layouts.engines import builds_own_class
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.quantization.schemes.plain import Plain
+from loaders.rules.refusals import ragged_notes
 from loaders.rules.rule import Decision
 from loaders.tensors.sources import is_stack
 
@@ -59,6 +60,7 @@ def warnings(
             " again (\"normal_kernel_cpu\" not implemented for 'Byte'): it fills quantized weights with random numbers"
             " first; a later version may load this output, compressed-tensors (quant=fp8_dynamic) has no such fault"
         )
+    said += ragged_notes(decisions)
     said += _stopping_cpu_kernel(quantized)
     if scheme.engine == "compressed-tensors":
         said += compressed_tensors.warnings(decisions)

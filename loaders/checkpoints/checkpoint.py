@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from loaders.architectures.families import Family, family_of
+from loaders.architectures.mlx import model_of
 from loaders.checkpoints.aux_files import find_aux
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
-from loaders.checkpoints.quantized_by import quantized_by
+from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
 from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, unwrapped
 from loaders.checkpoints.weight_files import adapter_alone, choose, some
-from loaders.containers import CONTAINERS, pytorch
+from loaders.containers import CONTAINERS, pytorch, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.hashes import text_digest
+from loaders.storage.json_files import read_json
 
+DESCRIPTION_LIMIT = 64 << 20  # the most bytes of a file that describes a quantization
 READS_FOLDERS = "the engine reads files of a folder"
 # Files whose headers are read at once. A header is a few small reads, so on a network or an object store the time is
 # all latency, which threads overlap; on a local disk more threads gain nothing.
@@ -70,9 +73,26 @@ class Checkpoint:
         return self.source.path("", why)
 
     @cached_property
+    def declaration(self) -> Declaration | None:
+        """What says that the weights are quantized; None for plain weights.
+
+        Raises:
+            BadCheckpoint: a file that should describe it holds no JSON object.
+        """
+        read = lambda name: read_json(self.source, name, DESCRIPTION_LIMIT)  # noqa: E731
+        found = declaration(self.container, self.config, self.weights, self.aux, read)
+        if found is None and self.container == "safetensors" and model_of(self.config) is None:
+            # mlx-lm gives weights names and norms of its own even where it does not quantize them; of the models that
+            # are known here, none changes so.
+            first = self.files[0].name
+            if safetensors.read_metadata(self.source, first).get("format") == "mlx":
+                return Declaration("mlx", f"the metadata of {first}")
+        return found
+
+    @property
     def quantized_by(self) -> str | None:
         """The method that the weights were quantized by; None for plain weights."""
-        return quantized_by(self.container, self.config, self.aux, [spec.name for spec in self.weights])
+        return None if self.declaration is None else self.declaration.method
 
     @property
     def fingerprint(self) -> str:
@@ -165,12 +185,13 @@ def open_file(where: str | os.PathLike[str] | Address, container: str) -> Checkp
     if not weights:
         raise BadCheckpoint(f"{address}: it holds no tensors")
     config = gguf_config(source, [name], weights) if container == "gguf" else read_config(source)
+    described = tuple(each for each in METHOD_FILES if source.find(each) is not None)
     return Checkpoint(
         source=source,
         container=container,
         files=(source.entry(name),),
         weights=weights,
         config=config,
-        aux=(),
+        aux=described,
         notes=tuple(notes),
     )

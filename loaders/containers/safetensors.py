@@ -33,6 +33,7 @@ def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
         BadCheckpoint: truncated, overlapping, out of range, unknown dtype, absurd lengths, ...
     """
     header, data_start, data_size = _read_header(files, file)
+    header.pop("__metadata__", None)
     specs = []
     for name, entry in header.items():
         try:
@@ -44,8 +45,14 @@ def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
     return tuple(specs)
 
 
+def read_metadata(files: PinnedFiles, file: str) -> Mapping[str, Any]:
+    """Return what a file's header says beside its tensors, such as the format; errors as `read_specs`."""
+    found = _read_header(files, file)[0].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def _read_header(files: PinnedFiles, file: str) -> tuple[dict[str, Any], int, int]:
-    """Return the header's entries by name, the first byte of the data, and how many bytes of data there are."""
+    """Return the header with its metadata, the first byte of the data, and how many bytes of data there are."""
     size = files.entry(file).size
     first = files.read(file, 0, min(size, FIRST))
     length = int.from_bytes(first[:8], "little")
@@ -61,7 +68,6 @@ def _read_header(files: PinnedFiles, file: str) -> tuple[dict[str, Any], int, in
         raise BadCheckpoint(f"{file}: the header is not JSON ({error}); fetch the file again") from None
     if not isinstance(header, dict):
         raise BadCheckpoint(f"{file}: the header is not a JSON object; fetch the file again")
-    header.pop("__metadata__", None)
     return header, 8 + length, size - 8 - length
 
 

@@ -50,7 +50,7 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     """
     # GGUFs are checked under their own names, so that those of unknown architectures can be checked too.
     is_gguf = checkpoint.container == "gguf"
-    subject = Subject(checkpoint, tensors_of(checkpoint, decode=not is_gguf), _index_of(checkpoint))
+    subject = Subject(checkpoint, tensors_of(checkpoint, decode=not is_gguf, check=False), _index_of(checkpoint))
     found = list(gguf.check(subject) if is_gguf else files.check(subject))
     method = checkpoint.quantized_by
     check = BY_METHOD.get(method or "")

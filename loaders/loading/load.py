@@ -28,6 +28,7 @@ from loaders.presets.settings import Quant
 from loaders.quantization.gate import Gate
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.refusals import ragged_notes
 from loaders.rules.rule import Decision
 from loaders.specs import WeightSpec
 from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
@@ -210,6 +211,7 @@ class Loading:
         if not mine:
             raise _none_matches(config, [tensor.name for tensor in tensors])
         decisions = decide(mine, scheme, (), rules)
+        self._notes = (*self._notes, *ragged_notes(decisions))
         placed = self._placed(decisions, quant)
         return [
             self._wanted(decision, placed.get(decision.tensor.name))

@@ -168,6 +168,15 @@ class Gridded(Protocol):
 
 
 @runtime_checkable
+class LeavesRagged(Protocol):
+    """A scheme whose engine takes layers that stay plain, and so those with rows that no groups divide."""
+
+    def is_ragged(self, spec: TensorSpec) -> bool:
+        """Whether a tensor is refused for this alone, that groups do not divide its rows."""
+        ...
+
+
+@runtime_checkable
 class Sharing(Protocol):
     """A scheme whose fused partners (q/k/v, gate/up) must have something in common, such as one scale."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loaders.errors import BadSpec, setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules
+from loaders.rules.refusals import kept_ragged, refusal_line
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor, transposed
@@ -23,21 +24,23 @@ def decide(
         BadSpec: a rule of the user's matches nothing, or asks for what a scheme cannot do; all such faults at once.
     """
     rules = (*own, *(default_rules(scheme) if engine is None else engine))
-    decisions, problems = [], []
+    decisions: list[Decision] = []
+    refused: dict[str, str] = {}
     used: set[int] = set()
     for tensor in tensors:
         # There is always a match: an engine's rules take every tensor that is left.
         index = next(i for i, rule in enumerate(rules) if rule.matches(tensor))
         used.add(index)
-        decision, problem = _decision(tensor, rules[index], scheme)
+        decision, refusal = _decision(tensor, rules[index], scheme)
         decisions.append(decision)
-        problems += [problem] if problem else []
-    for index, rule in enumerate(own):
-        if index not in used:
-            problems.append(_unused(rule, tensors))
+        if refusal is not None:
+            refused[tensor.name] = refusal
+    kept = kept_ragged(decisions, refused) if refused else {}
+    problems = _problems([d for d in decisions if d.tensor.name in refused and d.tensor.name not in kept], refused)
+    problems += [_unused(rule, tensors) for index, rule in enumerate(own) if index not in used]
     if problems:
         raise BadSpec(problems)
-    return tuple(decisions)
+    return tuple(kept.get(decision.tensor.name, decision) for decision in decisions)
 
 
 def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decision, str | None]:
@@ -55,17 +58,23 @@ def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decisi
             return Decision(tensor, rule, Encoding(tensor=tensor, action="keep", scheme=Plain())), said
         tensor = transposed(tensor)
     if rule.action == "quantize" and isinstance(chosen, Plain):
-        key = setting("quantize")
-        said = f"{rule.label or key}: cannot quantize {tensor.name}: {key}=none has no codes; choose another"
-        return Decision(tensor, rule, Encoding(tensor=tensor, action="keep", scheme=Plain())), said
+        said = f"{setting('quantize')}=none has no codes; choose another"
+        return Decision(tensor, rule, Encoding(tensor=tensor, action="quantize", scheme=chosen)), said
     if rule.action == "keep":
         chosen = Plain()
     elif rule.action == "cast":
         chosen = Plain(rule.cast_to)
-    refusal = chosen.refuses(tensor.spec)
-    place = rule.label or "quant"
-    problem = f"{place}: cannot {rule.action} {tensor.name}: {refusal}" if refusal else None
-    return Decision(tensor, rule, Encoding(tensor=tensor, action=rule.action, scheme=chosen)), problem
+    decision = Decision(tensor, rule, Encoding(tensor=tensor, action=rule.action, scheme=chosen))
+    return decision, chosen.refuses(tensor.spec)
+
+
+def _problems(decisions: Sequence[Decision], refused: Mapping[str, str]) -> list[str]:
+    """Return a line for each cause of refusals."""
+    causes: dict[tuple[str, str, str], list[LogicalTensor]] = {}
+    for decision in decisions:
+        place = decision.rule.label or setting("quantize")
+        causes.setdefault((place, decision.action, refused[decision.tensor.name]), []).append(decision.tensor)
+    return [refusal_line(*cause, found) for cause, found in causes.items()]
 
 
 def _unused(rule: Rule, tensors: Sequence[LogicalTensor]) -> str:

@@ -19,7 +19,7 @@ from loaders.storage.base import PinnedFiles
 from loaders.strategies import small_reader
 from loaders.tensors.expert_stacks import cut
 from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor, transposed
-from loaders.tensors.quantized_sources import mlx, quantized_tensors
+from loaders.tensors.quantized_sources import find_quantized, mlx
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
 CONVOLUTION = 16  # the largest kernel that is taken for one: a stack of experts has more inputs than that
@@ -40,25 +40,27 @@ class Sources:
     adapter: AdapterFile | None = None
 
 
-def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False) -> Sources:
+def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, check: bool = True) -> Sources:
     """Return the logical tensors of a checkpoint, in natural order of blocks and names.
 
     With `decode`, the stored parts of a weight that a known scheme quantized become one tensor, which decodes them.
     Without, every stored tensor is its own, as it is, and those of a GGUF keep their order. With `split`, stacks of
-    experts that the family knows are cut into the experts' tensors.
+    experts that the family knows are cut into the experts' tensors. Without `check`, what the checkpoint says of its
+    quantization may differ from what is stored: for showing a checkpoint, not for using it.
 
     Raises:
-        BadCheckpoint: a quantized weight lacks one of its parts.
+        BadCheckpoint: a quantized weight lacks one of its parts, or is not as the checkpoint says.
     """
     family = checkpoint.family
     by_name = {spec.name: spec for spec in checkpoint.weights}
     tied, notes = _tied(checkpoint, by_name)
     if checkpoint.container != "gguf":  # whose config is made from its own tensors
         notes = (*notes, *layers_of(checkpoint.config, by_name).notes)
-    gone = {dropped for _, dropped in tied}
-    quantized = quantized_tensors(checkpoint) if decode else {}
-    parts = {spec.name for found in quantized.values() for _, spec in found.stored}
-    found, beside = list(quantized.values()), dict[str, str]()
+    quantized = find_quantized(checkpoint, decode=decode, check=check)
+    notes = (*notes, *quantized.notes)
+    gone = {dropped for _, dropped in tied} | quantized.added
+    parts = {spec.name for found in quantized.weights.values() for _, spec in found.stored}
+    found, beside = list(quantized.weights.values()), dict[str, str]()
     for spec in checkpoint.weights:
         if spec.name not in gone and spec.name not in parts and not (decode and spec.name in DERIVED):
             for name, part in mlx.cut_stored(checkpoint, spec) if split else [(spec.name, spec)]:

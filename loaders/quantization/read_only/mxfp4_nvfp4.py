@@ -1,8 +1,11 @@
-"""Decoders of float4 weights that are only read: gpt-oss' MXFP4 and ModelOpt's NVFP4.
+"""Decoders of float4 weights that are only read: gpt-oss' and DeepSeek V4's MXFP4, and ModelOpt's NVFP4.
 
 MXFP4, by role: blocks, uint8 (..., R, C/32, 16); scales, uint8 (..., R, C/32), powers of two (e8m0).
+DeepSeek V4 stores the same by other names: weight, int8 (R, C/2); scale, F8_E8M0 or uint8 (R, C/32).
 NVFP4, by role: weight, uint8 (..., R, C/2); weight_scale, F8_E4M3 (..., R, C/16); weight_scale_2, one float32, which
-multiplies the others. Both hold two codes a byte, the first low.
+multiplies the others. All hold two codes a byte, the first low. For DeepSeek V4 the sources of that order are
+transformers 5.23 (integrations/finegrained_fp8.py, Fp8Dequantize._unpack_fp4) and mlx-lm 0.32.2, which hands the same
+bytes to MLX as they are (models/deepseek_v41.py).
 
 Values are code * scale, for NVFP4 code * (scale * scale_2), in float32, as transformers' convert_moe_packed_tensors
 (integrations/mxfp4.py) and ModelOpt's NVFP4QTensor.dequantize compute them. A scale byte of 255 is NaN here, by the
@@ -36,6 +39,21 @@ class GptOssMxfp4(ByBoxes):
     ) -> None:
         scales = e8m0(read_rows(stored, "scales", rows, spec.shape[-1] // self.group))
         packed = read_rows(stored, "blocks", rows, spec.shape[-1] // 2)
+        decode_fp4(packed, scales, columns.start, self.group, out)
+
+
+@dataclass(frozen=True)
+class DeepSeekFp4(ByBoxes):
+    """DeepSeek V4's experts: groups of 32 weights share a power of two."""
+
+    kind: ClassVar[str] = "fp4"
+    group: ClassVar[int] = 32
+
+    def decode_box(
+        self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
+    ) -> None:
+        scales = e8m0(read_rows(stored, "scale", rows, spec.shape[-1] // self.group))
+        packed = read_rows(stored, "weight", rows, spec.shape[-1] // 2).view(np.uint8)
         decode_fp4(packed, scales, columns.start, self.group, out)
 
 

@@ -25,7 +25,7 @@ from loaders.quantization.kernels.compressed_tensors import fp4
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx import microfloat
 from loaders.quantization.scheme import Sink, Stored, View, Work
-from loaders.quantization.schemes.compressed_tensors_int import UNDERFLOW, refuses_matrix, scale_dtype
+from loaders.quantization.schemes.compressed_tensors_int import UNDERFLOW, is_ragged, refuses_matrix, scale_dtype
 from loaders.specs import StoredSpec, TensorSpec
 
 RANGE_OF_CODES = 448.0 * 6.0  # the greatest E4M3 scale times the greatest E2M1 code
@@ -61,6 +61,9 @@ class CompressedNvfp4:
 
     def refuses(self, spec: TensorSpec) -> str | None:
         return _refuses(spec, "NVFP4", fp4.NV_GROUP)
+
+    def is_ragged(self, spec: TensorSpec) -> bool:
+        return is_ragged(spec, fp4.NV_GROUP)
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
         whole = StoredSpec(DTYPES["F32"], (1,))
@@ -167,6 +170,9 @@ class CompressedMxfp4:
 
     def refuses(self, spec: TensorSpec) -> str | None:
         return _refuses(spec, "MXFP4", fp4.MX_GROUP)
+
+    def is_ragged(self, spec: TensorSpec) -> bool:
+        return is_ragged(spec, fp4.MX_GROUP)
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
         return _stored(spec, fp4.MX_GROUP, "U8")

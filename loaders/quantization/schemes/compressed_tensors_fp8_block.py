@@ -23,7 +23,14 @@ from loaders.quantization.kernels.compressed_tensors import fp8
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.scheme import Sink, Stored, View, Work
-from loaders.quantization.schemes.compressed_tensors_int import E4M3_STEPS, EPS, UNDERFLOW, refuses_matrix, scale_dtype
+from loaders.quantization.schemes.compressed_tensors_int import (
+    E4M3_STEPS,
+    EPS,
+    UNDERFLOW,
+    is_ragged,
+    refuses_matrix,
+    scale_dtype,
+)
 from loaders.specs import StoredSpec, TensorSpec
 
 # The number of weights in a band of 128 rows beyond which its memory counts as state. It is RANGE of
@@ -48,6 +55,9 @@ class Fp8Block:
                 f" {BLOCK} at a time; keep it by a rule, or use fp8_dynamic"
             )
         return refusal
+
+    def is_ragged(self, spec: TensorSpec) -> bool:
+        return is_ragged(spec, BLOCK)
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
         rows, columns = spec.shape

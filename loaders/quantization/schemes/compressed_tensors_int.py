@@ -45,6 +45,11 @@ def refuses_matrix(spec: TensorSpec, scheme: str) -> str | None:
     return None
 
 
+def is_ragged(spec: TensorSpec, group: int) -> bool:
+    """Whether a tensor could be the weights of a linear layer, but for rows that groups do not divide."""
+    return refuses_matrix(spec, "") is None and spec.shape[1] % group != 0
+
+
 # By how many scales a weight in E4M3 may be off: half of the widest gap, which is 32, and 4 for the roundings of
 # quotient, scale and cast.
 E4M3_STEPS = 20.0
@@ -94,6 +99,9 @@ class PackedInt:
                 " or choose a group size that divides them"
             )
         return refusal
+
+    def is_ragged(self, spec: TensorSpec) -> bool:
+        return is_ragged(spec, self.group_size)
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
         rows, columns = spec.shape

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.name_patterns import compiled
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.awq_gptq import Awq, Gptq
@@ -28,10 +30,10 @@ def find_awq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     settings = quantization_block(checkpoint)
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version not in AWQ_VERSIONS:
-        raise BadCheckpoint(f"config.json: AWQ version {version!r} is not decoded; {' and '.join(AWQ_VERSIONS)} are")
+        raise BadCheckpoint(f"AWQ version {version!r} is not decoded; {' and '.join(AWQ_VERSIONS)} are")
     bits = settings.get("bits", settings.get("w_bit", 4))
     if bits != 4:
-        raise BadCheckpoint(f"config.json: AWQ of {bits!r} bits is not decoded; 4 are")
+        raise BadCheckpoint(f"AWQ of {bits!r} bits is not decoded; 4 are")
     size = _group_size(settings, "group_size", "q_group_size")
     by_name = {spec.name: spec for spec in checkpoint.weights}
     return {f"{m}.weight": _awq(by_name, m, size, float_dtype(checkpoint)) for m in _modules(by_name)}
@@ -50,21 +52,76 @@ def _awq(by_name: Mapping[str, WeightSpec], module: str, size: int, dtype: DType
 
 
 def find_gptq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """Find the weights that GPTQ quantized, by name. With `dynamic` settings, a weight's bits follow from its shapes.
+    """Find the weights that GPTQ quantized, by name. With `dynamic` settings, modules differ in bits and group size.
 
     Raises:
-        BadCheckpoint: another format or bit width, or a weight that is not whole.
+        BadCheckpoint: another format or bit width, a weight that is not whole, or one that is not as the settings say.
     """
     settings = quantization_block(checkpoint)
     form = str(settings.get("checkpoint_format") or "gptq").lower()
     form = "marlin" if settings.get("is_marlin_format") else form
     if form not in ZERO_OFFSETS:
-        raise BadCheckpoint(
-            f"config.json: GPTQ checkpoint_format {form!r} is not decoded; {' and '.join(ZERO_OFFSETS)} are"
-        )
+        raise BadCheckpoint(f"GPTQ's checkpoint_format {form!r} is not decoded; {' and '.join(ZERO_OFFSETS)} are")
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    dtype = float_dtype(checkpoint)
-    return {f"{m}.weight": _gptq(by_name, m, settings, ZERO_OFFSETS[form], dtype) for m in _modules(by_name)}
+    modules, dtype = _modules(by_name), float_dtype(checkpoint)
+    dynamic = Dynamic(settings)
+    dynamic.check(modules, by_name)
+    return {f"{m}.weight": _gptq(by_name, m, dynamic.settings_of(m), ZERO_OFFSETS[form], dtype) for m in modules}
+
+
+class Dynamic:
+    """GPTQModel's `dynamic` settings: regular expressions, of which the first that matches a module's name counts.
+
+    One that begins with "-:" leaves modules plain; any other, with "+:" or without, gives them settings of their own.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        entries = settings.get("dynamic") or {}
+        if not isinstance(entries, Mapping):
+            raise BadCheckpoint(f"GPTQ's dynamic settings: expected patterns with settings, found {entries!r:.80}")
+        self._entries = [
+            (
+                key,
+                compiled(re.sub(r"^[-+]:", "", key), "GPTQ's dynamic settings"),
+                own if isinstance(own, Mapping) else {},
+            )
+            for key, own in entries.items()
+        ]
+
+    def settings_of(self, module: str) -> Mapping[str, Any]:
+        """Return the settings of a quantized module."""
+        own = next((own for _, pattern, own in self._entries if pattern.match(module)), {})
+        return {**self._settings, **own}
+
+    def check(self, quantized: Collection[str], by_name: Mapping[str, WeightSpec]) -> None:
+        """Check that each pattern names modules, and that these are stored as it says.
+
+        Raises:
+            BadCheckpoint: they are not.
+        """
+        plain = [n.removesuffix(".weight") for n, s in by_name.items() if n.endswith(".weight") and len(s.shape) == 2]
+        for key, pattern, _ in self._entries:
+            packed = [module for module in quantized if pattern.match(module)]
+            if not packed and not any(map(pattern.match, plain)):
+                raise BadCheckpoint(
+                    f"GPTQ's dynamic settings: {key!r} names no module of this checkpoint, so that it was made for"
+                    " another"
+                    " one; correct or remove it"
+                )
+            if not packed and not key.startswith("-:"):
+                raise BadCheckpoint(
+                    f"GPTQ's dynamic settings: {key!r} says how modules are quantized that are all stored plain;"
+                    " correct"
+                    " or remove it"
+                )
+        for module in quantized:
+            key = next((key for key, pattern, _ in self._entries if pattern.match(module)), "")
+            if key.startswith("-:"):
+                raise BadCheckpoint(
+                    f"{module}: GPTQ's dynamic settings ({key!r}) say that it is plain, but it is stored quantized;"
+                    " correct the pattern"
+                )
 
 
 def _gptq(
@@ -74,25 +131,22 @@ def _gptq(
     parts = {role: part(by_name, name, f"{module}.{role}") for role in ("qweight", "qzeros", "scales")}
     index = by_name.get(f"{module}.g_idx")
     words, outputs = _matrix(parts["qweight"])
-    # With `dynamic` settings (GPTQModel), bits and group size differ by module, so they follow from the shapes. The
-    # length of g_idx is then the only place that tells the number of inputs.
-    if index is not None and not settings.get("dynamic"):
-        expect(index, ("I32",), (words * 32 // int(settings.get("bits") or 4),), f"for {name}")
-    inputs = index.numel() if index is not None else words * 32 // int(settings.get("bits") or 4)
-    bits = words * 32 // max(1, inputs)
-    if bits not in (2, 4, 8) or words * 32 != bits * inputs:
+    # The zeros of a group are as many codes as there are outputs, so that their words tell how many bits a code has.
+    bits = _matrix(parts["qzeros"])[1] * 32 // max(1, outputs)
+    if bits not in (2, 4, 8):
+        raise BadCheckpoint(f"{name}: GPTQ of {bits} bits is not decoded; 2, 4, 8 are")
+    declared = settings.get("bits", bits)
+    if declared != bits:
         raise BadCheckpoint(
-            f"{name}: GPTQ of {bits} bits ({inputs} inputs in {words} words) is not decoded; 2, 4, 8 are"
+            f"{name}: the settings say {declared!r} bits, but its shapes are those of {bits} ({parts['qzeros'].name}"
+            f" {list(parts['qzeros'].shape)} for {outputs} outputs); correct the settings, or give this module its own"
+            " under dynamic"
         )
-    size = _group_size(settings, "group_size")
-    groups = parts["scales"].shape[0] if parts["scales"].shape else 0
+    inputs, size = words * 32 // bits, _group_size(settings, "group_size")
     size = inputs if size == -1 else size
-    if settings.get("dynamic") and groups:
-        size = -(-inputs // groups)
-    groups = -(-inputs // size)
-    why = f"for {outputs} outputs and {inputs} inputs in groups of {size}"
-    expect(parts["qzeros"], ("I32",), (groups, outputs * bits // 32), why)
-    expect(parts["scales"], SCALES, (groups, outputs), why)
+    why = f"for {outputs} outputs and {inputs} inputs of {bits} bits in groups of {size}, as the settings say"
+    expect(parts["qzeros"], ("I32",), (-(-inputs // size), outputs * bits // 32), why)
+    expect(parts["scales"], SCALES, (-(-inputs // size), outputs), why)
     if index is not None:
         parts["g_idx"] = expect(index, ("I32",), (inputs,), why)
     decoder = Gptq(bits, size, offset, index is not None, parts["scales"].dtype.name)
@@ -115,5 +169,5 @@ def _group_size(settings: Mapping[str, Any], *keys: str) -> int:
     """Return the group size under the first key that is there; 128, both tools' default, if none is."""
     size = next((settings[key] for key in keys if key in settings), 128)
     if type(size) is not int or (size < 1 and size != -1):
-        raise BadCheckpoint(f"config.json: expected a group_size of 1 or more, or -1 for whole rows, found {size!r}")
+        raise BadCheckpoint(f"expected a group_size of 1 or more, or -1 for whole rows, found {size!r}")
     return size

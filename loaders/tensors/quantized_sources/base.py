@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from loaders.architectures.families import load_dtype, text_config
+from loaders.architectures.families import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
@@ -87,9 +87,8 @@ def expect(found: WeightSpec, dtypes: tuple[str, ...], shape: Shape, why: str) -
 
 
 def quantization_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return config.json's quantization_config, from the top or from the text part; empty if there is none."""
-    block = text_config(checkpoint.config, "quantization_config")
-    return block if isinstance(block, Mapping) else {}
+    """Return the settings of the checkpoint's quantization, wherever it says them; empty if there are none."""
+    return {} if checkpoint.declaration is None else checkpoint.declaration.settings
 
 
 def float_dtype(checkpoint: Checkpoint) -> DType:

@@ -7,13 +7,14 @@ Other tensors of a module's quantization, such as input_scale, go along with its
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from loaders.architectures.families import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.name_patterns import compiled
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
 from loaders.quantization.scheme import Scheme
@@ -39,10 +40,12 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     block = quantization_block(checkpoint)
     if (block.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise BadCheckpoint("config.json: weights compressed by their zeros (sparsity_config) are not decoded here")
-    groups = _Groups(block)
-    found = {}
-    for module in sorted(_modules(by_name)):
+    groups, modules = _Groups(block), sorted(_modules(by_name))
+    groups.check(modules)
+    found, seen = {}, set[Any]()
+    for module in modules:
         tensor = _tensor(checkpoint, by_name, module, groups.weights_of(module))
+        _check_shape(checkpoint, by_name, module, tensor, seen)
         companions = tuple((name.removeprefix(f"{module}."), by_name[name]) for name in _companions(by_name, module))
         found[tensor.name] = LogicalTensor(
             name=tensor.name,
@@ -53,6 +56,29 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
             decode=tensor.decode,
         )
     return found
+
+
+def _check_shape(
+    checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str, tensor: LogicalTensor, seen: set[Any]
+) -> None:
+    """Check a packed weight's shape against the stored weight_shape, once for each kind of matrix (`seen`).
+
+    Half the bits in groups of twice the length would fit the sizes of codes and scales as well.
+
+    Raises:
+        BadCheckpoint: the settings give another shape.
+    """
+    packed = by_name.get(f"{module}.weight_packed")
+    kind = (tensor.decode, tensor.shape)
+    if packed is None or kind in seen or f"{module}.weight_shape" not in by_name:
+        return
+    seen.add(kind)
+    columns = int(_stored_shape(checkpoint, by_name, packed)[1])
+    if columns not in (0, tensor.shape[1]):  # a file of which only the header was fetched holds zeros
+        raise BadCheckpoint(
+            f"{module}: config.json's settings (bits, group_size) give rows of {tensor.shape[1]}, but its weight_shape"
+            f" says {columns}; correct the settings, or fetch the checkpoint again"
+        )
 
 
 def _modules(by_name: Mapping[str, WeightSpec]) -> set[str]:
@@ -80,20 +106,36 @@ class _Groups:
         self._exact: dict[str, Mapping[str, Any]] = {}
         self._patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
         self._classes: list[Mapping[str, Any]] = []
-        for group in groups.values():
-            for target in group.get("targets") or ():
+        for name, group in groups.items():
+            if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
+                raise BadCheckpoint(f"config.json: {name} of config_groups has no list of targets; fetch it again")
+            for target in group["targets"]:
                 self._add(str(target), group)
 
     def _add(self, target: str, group: Mapping[str, Any]) -> None:
-        if not target.startswith("re:"):
+        if target.startswith("re:"):
+            self._patterns.append((compiled(target.removeprefix("re:"), "config.json's targets"), group))
+        elif "." not in target and target[:1].isupper():
+            self._classes.append(group)
+        else:
             self._exact[target] = group
-            if "." not in target:
-                self._classes.append(group)
-            return
-        try:
-            self._patterns.append((re.compile(target.removeprefix("re:")), group))
-        except re.error as error:
-            raise BadCheckpoint(f"config.json: the target {target!r} is no regular expression: {error}") from None
+
+    def check(self, modules: Collection[str]) -> None:
+        """Check that every group that names modules has some of those that are stored quantized.
+
+        Raises:
+            BadCheckpoint: one has none.
+        """
+        used = [group for pattern, group in self._patterns if any(map(pattern.match, modules))]
+        used += [group for name, group in self._exact.items() if name in modules]
+        named = [*((pattern.pattern, group) for pattern, group in self._patterns), *self._exact.items()]
+        for target, group in named:
+            if not any(group is each for each in (*used, *self._classes)):
+                raise BadCheckpoint(
+                    f"config.json's quantization_config has a group for {target!r}, but no module of that name is"
+                    " stored"
+                    " quantized, so that it was made for another checkpoint; correct the targets"
+                )
 
     def weights_of(self, module: str) -> Mapping[str, Any]:
         """Return the settings of a module's weights, and under "activations" whether the group quantizes those too.
@@ -160,13 +202,19 @@ def _scheme(
 
 def _stored_columns(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec) -> int:
     """Read the number of columns from weight_shape, since the last word of a row may hold unused codes."""
+    shape = _stored_shape(checkpoint, by_name, packed)
+    if shape[0] != packed.shape[0] or shape[1] < 1:
+        name = packed.name.removesuffix("packed") + "shape"
+        raise BadCheckpoint(f"{name}: expected the two sizes of {packed.name}'s weight, found {shape.tolist()}")
+    return int(shape[1])
+
+
+def _stored_shape(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], packed: WeightSpec) -> np.ndarray:
+    """Read a packed weight's weight_shape; zeros if that does not hold two sizes."""
     spec = part(by_name, packed.name, packed.name.removesuffix("packed") + "shape")
     with small_reader(checkpoint.source, (spec,)) as reader:
-        raw = reader.read(spec, 0, spec.size).tobytes()
-    shape = np.frombuffer(raw, "<i8") if spec.dtype.name == "I64" and spec.size == 16 else np.zeros(2, "<i8")
-    if shape[0] != packed.shape[0] or shape[1] < 1:
-        raise BadCheckpoint(f"{spec.name}: expected the two sizes of {packed.name}'s weight, found {shape.tolist()}")
-    return int(shape[1])
+        raw = reader.read(spec, 0, min(spec.size, 16)).tobytes()
+    return np.frombuffer(raw, "<i8") if spec.dtype.name == "I64" and spec.size == 16 else np.zeros(2, "<i8")
 
 
 def _dtype(checkpoint: Checkpoint, scheme: Scheme, scale: WeightSpec) -> DType:

@@ -1,7 +1,8 @@
 """float8 weights with scales by block (quant_method fp8): DeepSeek V3's, and transformers' of the same form.
 
 A weight and its scale are paired by name over all shards. Besides `X.weight` with `X.weight_scale_inv` there are
-transformers' 3-D experts, `X` with `X_scale_inv`, and DeepSeek V4's spelling, `X.scale`.
+transformers' 3-D experts, `X` with `X_scale_inv`, and DeepSeek V4's spelling, `X.scale`. That model's experts are
+MXFP4: int8 bytes of two codes each, with a `X.scale` of powers of two for every 32 columns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.deepseek_fp8 import SCALE_DTYPES, Fp8Blocks
+from loaders.quantization.read_only.mxfp4_nvfp4 import DeepSeekFp4
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
@@ -31,7 +33,9 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     dtype = float_dtype(checkpoint)
     coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "F8_E4M3"]
     scaled = (name.removesuffix(SUFFIX) for name in by_name if name.endswith(SUFFIX))
-    return {name: _tensor(by_name, name, block, dtype) for name in dict.fromkeys([*coded, *scaled])}
+    found = {name: _tensor(by_name, name, block, dtype) for name in dict.fromkeys([*coded, *scaled])}
+    packed = (spec for spec in checkpoint.weights if spec.dtype.name == "I8" and spec.name.endswith(".weight"))
+    return found | {spec.name: _fp4(by_name, spec, dtype) for spec in packed if spec.name not in found}
 
 
 def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -59,3 +63,18 @@ def _tensor(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int]
     expect(scale, SCALE_DTYPES, wanted, f"for {name} {list(weight.shape)} in {blocks}")
     parts = {"weight": weight, "weight_scale_inv": scale}
     return undecoded(TensorSpec(name, dtype, weight.shape), decoder, parts, by_name)
+
+
+def _fp4(by_name: Mapping[str, WeightSpec], weight: WeightSpec, dtype: DType) -> LogicalTensor:
+    name, group = weight.name, DeepSeekFp4.group
+    scale = part(by_name, name, name.removesuffix("weight") + "scale")
+    if len(weight.shape) != 2 or weight.shape[1] * 2 % group:
+        raise BadCheckpoint(
+            f"{name}: expected float4 codes I8 [R, C/2], whose C divides into groups of {group}, found"
+            f" {list(weight.shape)}"
+        )
+    rows, columns = weight.shape[0], weight.shape[1] * 2
+    expect(scale, ("F8_E8M0", "U8"), (rows, columns // group), f"for float4 {name} {[rows, columns]}")
+    return undecoded(
+        TensorSpec(name, dtype, (rows, columns)), DeepSeekFp4(), {"weight": weight, "scale": scale}, by_name
+    )

@@ -42,6 +42,31 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     return {tensor.name: tensor for tensor in found}
 
 
+def check_own_settings(checkpoint: Checkpoint) -> None:
+    """Check that the settings of single modules name modules, and that these are stored as they say.
+
+    Raises:
+        BadCheckpoint: they are not.
+    """
+    names = {spec.name for spec in checkpoint.weights}
+    for module, own in (settings_of(checkpoint.config) or {}).items():
+        if not isinstance(own, Mapping) and own is not False:
+            continue
+        if isinstance(own, Mapping) and not {"bits", "group_size"} & own.keys():
+            continue  # not a module's settings
+        is_quantized = f"{module}.scales" in names
+        if own is False and not is_quantized:
+            continue
+        if not is_quantized or own is False:
+            is_there = is_quantized or f"{module}.weight" in names
+            found = "it is stored quantized" if is_quantized else "it is stored plain" if is_there else "there is none"
+            said = "is not quantized" if own is False else "is quantized by settings of its own"
+            raise BadCheckpoint(
+                f"config.json's quantization says that {module} {said}, but {found}; correct that entry, or fetch the"
+                " checkpoint again"
+            )
+
+
 def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module: str) -> Iterator[LogicalTensor]:
     """Yield the tensor of a quantized module, or those of the experts that are stacked in it."""
     name = module + ".weight"

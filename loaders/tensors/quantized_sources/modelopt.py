@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.checkpoints.quantized_by import MODELOPT_CONFIG
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
 from loaders.quantization.read_only.deepseek_fp8 import Fp8Blocks
 from loaders.quantization.read_only.mxfp4_nvfp4 import ModelOptNvfp4
 from loaders.specs import TensorSpec, WeightSpec
-from loaders.storage.json_files import read_json
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.base import expect, float_dtype, part, quantization_block, undecoded
 
@@ -30,9 +28,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     Raises:
         BadCheckpoint: another algorithm, or a weight that is not whole.
     """
-    settings: Mapping[str, Any] = quantization_block(checkpoint)
-    if "quant_algo" not in settings and MODELOPT_CONFIG in checkpoint.aux:
-        settings = read_json(checkpoint.source, MODELOPT_CONFIG).get("quantization") or {}
+    settings = quantization_block(checkpoint)
     if settings.get("quant_algo") not in ALGORITHMS or settings.get("group_size") not in (None, ModelOptNvfp4.group):
         raise BadCheckpoint(
             f"ModelOpt's quant_algo {settings.get('quant_algo')!r} in groups of {settings.get('group_size')} is not"
@@ -47,7 +43,31 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         )
     scaled = [name.removesuffix(end) + ".weight" for name in by_name for end in ENDS if name.endswith(end)]
     coded = [s.name for s in checkpoint.weights if s.dtype.name in ("U8", "F8_E4M3") and s.name.endswith(".weight")]
-    return {name: _tensor(by_name, name, float_dtype(checkpoint)) for name in dict.fromkeys([*scaled, *coded])}
+    found = {name: _tensor(by_name, name, float_dtype(checkpoint)) for name in dict.fromkeys([*scaled, *coded])}
+    _check_algorithms(settings, found)
+    return found
+
+
+def _check_algorithms(settings: Mapping[str, Any], found: Mapping[str, LogicalTensor]) -> None:
+    """Check that weights are stored as the settings say.
+
+    Raises:
+        BadCheckpoint: a weight is FP8 that is said to be NVFP4, or the other way round, or one that is listed is plain.
+    """
+    usual, layers = settings["quant_algo"], settings.get("quantized_layers")
+    listed = layers if isinstance(layers, Mapping) else {}
+    for module in listed:
+        if f"{module}.weight" not in found:
+            raise BadCheckpoint(
+                f"quantized_layers names {module}, of which no quantized weight is stored; correct the list, or fetch"
+                " the checkpoint again"
+            )
+    for name, tensor in found.items():
+        own = listed.get(name.removesuffix(".weight"))
+        said = own.get("quant_algo", usual) if isinstance(own, Mapping) else usual
+        stored = "NVFP4" if isinstance(tensor.decode, ModelOptNvfp4) else "FP8"
+        if said in ("NVFP4", "FP8") and said != stored:
+            raise BadCheckpoint(f"{name}: its quant_algo is {said}, but what is stored is {stored}; correct quant_algo")
 
 
 def _tensor(by_name: Mapping[str, WeightSpec], name: str, dtype: DType) -> LogicalTensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.refusals import RAGGED, ragged_notes
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
@@ -77,8 +82,11 @@ def test_all_faults_are_told_at_once(tensors_in: tuple[LogicalTensor, ...]) -> N
     rules = (own("quantize", role=("norm",)), Rule(action="keep", why="test", name="ghost", label="rules[1]"))
     with pytest.raises(BadSpec) as caught:
         decide(tensors_in, Ternary(), rules)
-    assert len(caught.value.problems) == 6
-    assert "cannot quantize model.norm.weight: its shape is [64]; ternary takes matrices" in str(caught.value)
+    assert len(caught.value.problems) == 2
+    assert "rules[0]: cannot quantize 5 tensors, model.layers.0.post_attention_layernorm.weight, " in str(caught.value)
+    assert "first: its shape is [64]; ternary takes matrices; to keep them: rules='[{action: keep, name: " in str(
+        caught.value
+    )
 
 
 def test_rows_that_do_not_divide_are_refused_by_ternary_before_the_work(tmp_path: Path) -> None:
@@ -89,6 +97,38 @@ def test_rows_that_do_not_divide_are_refused_by_ternary_before_the_work(tmp_path
     root = write_checkpoint(tmp_path / "m", tensors, config={**LLAMA, "dtype": "bfloat16"})
     with pytest.raises(BadSpec, match="k_proj.weight: its 30 rows are no multiple of 4"):
         decide(tensors_of(open_checkpoint(root), decode=False).tensors, Ternary(), ())
+
+
+def ragged(tensors_in: tuple[LogicalTensor, ...], columns: int) -> tuple[LogicalTensor, ...]:
+    """Add a matrix with `columns` columns, of a hundredth of the others' weights or less."""
+    one = next(tensor for tensor in tensors_in if tensor.name.endswith("q_proj.weight"))
+    return (*tensors_in, replace(one, name="vision.proj.weight", role="linear", shape=(4, columns)))
+
+
+def test_a_few_ragged_rows_stay_plain(tensors_in: tuple[LogicalTensor, ...]) -> None:
+    decisions = decide(ragged(tensors_in, 24), CompressedNvfp4(), ())
+    assert [d.tensor.name for d in decisions if d.rule.why == RAGGED] == ["vision.proj.weight"]
+    [said] = ragged_notes(decisions)
+    assert "1 matrices stay bfloat16, vision.proj.weight: their rows (24) do not divide into groups" in said
+
+
+def test_many_ragged_rows_are_refused_in_one_line_with_a_rule_that_keeps_them(
+    tensors_in: tuple[LogicalTensor, ...],
+) -> None:
+    scheme = PackedInt(4, 128, True)  # of the 64 columns of most matrices
+    with pytest.raises(BadSpec) as caught:
+        decide(tensors_in, scheme, ())
+    [problem] = caught.value.problems
+    assert "cannot quantize 12 tensors" in problem
+    [pattern] = re.findall(r'rules=.*name: "(.*)"', problem)
+    kept = Rule(action="keep", why="as told", name=pattern, label="rules[0]")
+    assert actions(decide(tensors_in, scheme, (kept,)))["model.layers.1.mlp.down_proj.weight"] == "quantize"
+
+
+def test_a_ragged_matrix_that_a_rule_names_is_refused(tensors_in: tuple[LogicalTensor, ...]) -> None:
+    rule = Rule(action="quantize", why="as told", name="^vision", label="rules[0]")
+    with pytest.raises(BadSpec, match=r"rules\[0\]: cannot quantize vision.proj.weight: its 24 columns"):
+        decide(ragged(tensors_in, 24), CompressedNvfp4(), (rule,))
 
 
 def test_none_copies_and_casts(tensors_in: tuple[LogicalTensor, ...]) -> None:

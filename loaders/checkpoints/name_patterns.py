@@ -1,0 +1,122 @@
+"""Names and patterns of modules in a checkpoint's own config: exact names, globs, regular expressions.
+
+They come from strangers. A regular expression that repeats a repeated part can take longer than the age of the universe
+on a name of forty letters, so that only those without such parts are matched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from fnmatch import translate
+from functools import lru_cache
+
+from loaders.errors import BadCheckpoint
+
+LONGEST = 20_000  # characters of a pattern; some tools list every layer in one
+MOST_REPEATS = 5  # parts of a pattern of any length, such as .*: each multiplies the time by the length of a name
+QUANTIFIER = re.compile(r"[*+?]|\{\d*,?\d*\}")
+OPENING = re.compile(r"\(\?(?:[:=!>]|<[=!]|P?<\w+>|[aiLmsux-]+:?)")
+ESCAPED = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")  # what stands for one character, whatever is in it
+
+
+@lru_cache(maxsize=4096)
+def compiled(pattern: str, place: str) -> re.Pattern[str]:
+    """Compile a regular expression from a checkpoint; `place` begins the message if it is refused.
+
+    Raises:
+        BadCheckpoint: it is none, or one that could take very long.
+    """
+    try:
+        found = re.compile(pattern[: LONGEST + 1])
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadCheckpoint(f"{place}: {pattern[:80]!r} is no regular expression: {error}") from None
+    if len(pattern) > LONGEST or not is_quick(pattern):
+        raise BadCheckpoint(
+            f"{place}: the pattern {pattern[:80]!r} could take very long (parts of any length within each other, more"
+            f" than {MOST_REPEATS} of them, or {LONGEST} characters); write it more simply"
+        )
+    return found
+
+
+def is_quick(pattern: str) -> bool:
+    """Whether a regular expression repeats no part that itself has a repeat or a choice, and has few repeats."""
+    text = OPENING.sub("(", ESCAPED.sub("x", pattern))
+    groups = [False]  # for each open group, whether it has a repeat or a choice in it
+    repeats, at = 0, 0
+    while at < len(text):
+        quantifier = QUANTIFIER.match(text, at)
+        if text[at] == "(":
+            groups.append(False)
+        elif text[at] == ")" and len(groups) > 1:
+            has_choice = groups.pop()
+            repeat = QUANTIFIER.match(text, at + 1)
+            if repeat and has_choice and repeat[0] != "?":
+                return False
+            groups[-1] = groups[-1] or has_choice
+        elif text[at] == "|" or quantifier:
+            groups[-1] = True
+        repeats += quantifier is not None and quantifier[0] != "?"
+        at = quantifier.end() if quantifier else at + 1
+    return repeats <= MOST_REPEATS
+
+
+class Named:
+    """A list of module names in a config: exact names, names of parts around them, globs, and "re:" patterns.
+
+    Lists of hundreds of entries meet tens of thousands of modules, so that plain entries are looked up, not compared.
+    """
+
+    def __init__(self, entries: Iterable[str], place: str) -> None:
+        self.entries, self.place = tuple(entries), place
+        self._names, starts, patterns = set[str](), list[str](), list[re.Pattern[str]]()
+        for entry in self.entries:
+            if entry.startswith("re:"):
+                patterns.append(compiled(entry.removeprefix("re:"), place))
+            elif entry.endswith("*") and "*" not in entry[:-1]:
+                starts.append(entry[:-1])
+            elif "*" in entry:
+                patterns.append(compiled(translate(entry), place))
+            else:
+                self._names.add(entry)
+        self._starts, self._patterns = tuple(starts), patterns
+
+    def __contains__(self, module: str) -> bool:
+        """Whether an entry names a module, or a part of the model that it is in, by the whole of its name."""
+        parts = module.split(".")
+        count = len(parts)
+        return (
+            any(".".join(parts[:end]) in self._names for end in range(1, count + 1))
+            or any(".".join(parts[start:]) in self._names for start in range(1, count))
+            or module.startswith(self._starts)
+            or any(pattern.match(module) for pattern in self._patterns)
+        )
+
+    def could_mean(self, module: str) -> bool:
+        """Whether an entry could mean a module in any tool's reading; see `unused`."""
+        return module in self or any(_could_mean(entry, module, (module,), self.place) for entry in self.entries)
+
+    def unused(self, modules: Iterable[str]) -> list[str]:
+        """Return the entries that mean none of the modules in any tool's reading.
+
+        Tools list modules by the names that their classes have inside, so that what stands before the layers may
+        differ; some take an entry for any part of a name.
+        """
+        names = tuple(modules)
+        text = "\n".join(names)
+        return [entry for entry in self.entries if not _could_mean(entry, text, names, self.place)]
+
+
+def _could_mean(entry: str, text: str, names: Iterable[str], place: str) -> bool:
+    plain = entry.removeprefix("re:").strip(".*^$")
+    parts = plain.split(".")
+    if plain in text or any(".".join(parts[start:]) in text for start in range(1, len(parts) - 1)):
+        return True
+    if "*" not in entry and not entry.startswith("re:"):
+        return False
+    patterns = []
+    for pattern in (entry.removeprefix("re:"), translate(entry)):
+        with suppress(BadCheckpoint):  # a glob may be no regular expression
+            patterns.append(compiled(pattern, place))
+    return any(pattern.search(name) for name in names for pattern in patterns)
