@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.planning.targets import Target, TargetId
+from jobs.planning.work_key import fields_of, work_key
 from loaders.backends.threads import THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Assembling, Assembly
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot
 from loaders.storage.base import Entry
-from loaders.storage.hashes import text_digest
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import METHOD_FILES
@@ -66,8 +66,7 @@ class Unit:
 
     def key(self, target: TargetId) -> str:
         """Return a digest of the unit's work for a target. A record with another key is of other work."""
-        output = self.outputs[target]
-        return text_digest(f"{FORMAT} {self.sources!r} {self.tensors!r} {output!r}")
+        return work_key(FORMAT, self.sources, [fields_of(tensor) for tensor in self.tensors], self.outputs[target])
 
     def memory_bytes(self, threads: int) -> int:
         """Return the most bytes that running the unit holds, besides the libraries."""
