@@ -28,7 +28,8 @@ def work_key(*work: Any) -> str:
 
 def fields_of(value: Any) -> Any:
     """Return the type's name and the fields of a dataclass."""
-    return _getter(type(value))(value)
+    kind: Hashable = type(value)
+    return _getter(kind)(value)
 
 
 def _plain(value: Any) -> Any:
