@@ -32,7 +32,8 @@ class BenchSpec(Spec):
 
     what: Literal["kernels", "job", "loaders", "load", "plan", "sweep", "budget", "gpu"] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
-        " load: weights into tensors and models; plan: planning a large model, by phases; sweep: several schemes in one pass beside the same as single jobs;"
+        " load: weights into tensors and models; plan: planning a large model, by phases; sweep: several schemes in"
+        " one pass beside the same as single jobs;"
         " budget: what quant=auto loses, beside uniform schemes and presets of its sizes; gpu: what a GPU gives beside"
         " the CPU, and what more cores give"
     )

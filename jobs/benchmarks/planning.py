@@ -55,16 +55,16 @@ def time_plans(path: str | None, tensors: int, quants: Sequence[str], stored: st
     names = [START, *(phase for phase, _, _ in PHASES), SAY]
     shown = table("CPU seconds", *quants, right=quants)
     for name in names:
-        shown.add_row(name, *(f"{row['phases'][name]:.2f}" if "phases" in row else row["fault"] for row in rows))
+        shown.add_row(name, *(f"{row['phases'][name]:.2f}" if "phases" in row else "" for row in rows))
     shown.add_row("all", *(f"{row['cpu_s']:.2f}" if "phases" in row else "" for row in rows))
     shown.add_row("peak RSS MB", *(f"{row['peak_bytes'] / 1e6:.0f}" if "phases" in row else "" for row in rows))
     here, taken = machine(), busy.document()
     said = warning(taken)
     what = str(source) if path is not None else f"{tensors} tensors, {stored}, in the shape of DeepSeek V3"
-    text = Group(f"{here}; {what}", shown, *([] if said is None else [Text(said, style="yellow")]))
-    failed = any("fault" in row for row in rows)
-    document = {"status": "failed" if failed else "done", "machine": here, "busy": taken, "source": what, "rows": rows}
-    return Said(document, text, FAILED if failed else 0)
+    faults = [Text(f"{row['quant']}: {row['fault']}", style="red") for row in rows if "fault" in row]
+    text = Group(f"{here}; {what}", shown, *faults, *([] if said is None else [Text(said, style="yellow")]))
+    document = {"status": "failed" if faults else "done", "machine": here, "busy": taken, "source": what, "rows": rows}
+    return Said(document, text, FAILED if faults else 0)
 
 
 def _planned(source: Path, quant: str, work: Path) -> dict[str, Any]:
@@ -75,9 +75,8 @@ def _planned(source: Path, quant: str, work: Path) -> dict[str, Any]:
         "tracking=none", f"output.path={work / 'output'}",
     ]  # fmt: skip
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ran = subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    environment = {**os.environ, "PYTHONPATH": path}
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if ran.returncode:
         return {"quant": quant, "fault": (ran.stderr.strip().splitlines() or ["no message"])[-1]}
     found = json.loads(file.read_text())
@@ -87,13 +86,15 @@ def _planned(source: Path, quant: str, work: Path) -> dict[str, Any]:
 def make_headers(folder: Path, tensors: int, *, is_fp8: bool) -> None:
     """Write a checkpoint of `tensors` tensors, headers only."""
     folder.mkdir(parents=True)
-    every = islice(_tensors(is_fp8=is_fp8), tensors)
-    shards = -(-tensors // SHARD)
+    every = list(islice(_tensors(is_fp8=is_fp8), tensors))
+    if every[-1][1] == "F8_E4M3":  # its scale would be missing
+        every.pop()
+    shards = -(-len(every) // SHARD)
     weight_map: dict[str, str] = {}
     for number in range(1, shards + 1):
         file = f"model-{number:05d}-of-{shards:05d}.safetensors"
         header, at = dict[str, Any](), 0
-        for name, dtype, shape in islice(every, SHARD):
+        for name, dtype, shape in every[(number - 1) * SHARD : number * SHARD]:
             end = at + DTYPES[dtype].size(shape)
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
             at, weight_map[name] = end, file
@@ -110,8 +111,7 @@ def _tensors(*, is_fp8: bool) -> Iterator[Tensor]:
     yield "model.embed_tokens.weight", "BF16", (VOCABULARY, HIDDEN)
     yield "model.norm.weight", "BF16", (HIDDEN,)
     yield "lm_head.weight", "BF16", (VOCABULARY, HIDDEN)
-    for layer in chain.from_iterable(_layer(f"model.layers.{number}") for number in count()):
-        name, shape = layer
+    for name, shape in chain.from_iterable(_layer(f"model.layers.{number}") for number in count()):
         if len(shape) == 1 or not is_fp8 or name.endswith("mlp.gate.weight"):
             yield name, "BF16", shape
             continue

@@ -55,6 +55,9 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     return Plan(checkpoint, sources, units, plans)
 
 
+NOTHING: Mapping[str, bytes] = {}  # one object for the many tensors without constants
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """What is known of a target before units are cut: what is stored of each tensor, and under which name."""
@@ -136,7 +139,7 @@ def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> Unit
         Placement(
             placed.encoding,
             {role: _slot(places[tensor.name], tensor) for role, tensor in placed.stored.items()},
-            {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
+            {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None} or NOTHING,
         )
         for placed in share
     )

@@ -6,8 +6,10 @@ sweep and a single job can resume each other's work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from jobs.planning.targets import Target, TargetId
@@ -51,7 +53,7 @@ class UnitOutput:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unit:
     """A unit of work: a run of whole decoder blocks, read once for all targets."""
 
@@ -60,7 +62,7 @@ class Unit:
     tensors: tuple[LogicalTensor, ...]
     outputs: Mapping[TargetId, UnitOutput]
 
-    @property
+    @cached_property
     def source_bytes(self) -> int:
         return sum(tensor.source_bytes for tensor in self.tensors)
 
@@ -75,7 +77,7 @@ class Unit:
         return threads * THREAD_BYTES + state
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TargetPlan:
     """A target's plan: the decision about each tensor, and all files of its output except copied auxiliary files."""
 
@@ -88,7 +90,7 @@ class TargetPlan:
     assembly: Assembly | None = None
     made: Mapping[str, bytes] = field(default_factory=dict)  # auxiliary files made from the source's metadata
 
-    @property
+    @cached_property
     def finals(self) -> tuple[OutputFile, ...]:
         """The output's weight files: those of the units, and the file whose ranges are the pieces."""
         pieces = self.pieces
@@ -112,7 +114,7 @@ class TargetPlan:
         )
         return (whole, *(file for file in self.files if file.within is None))
 
-    @property
+    @cached_property
     def pieces(self) -> tuple[OutputFile, ...]:
         """The ranges of a file that several units write, in order."""
         return tuple(file for file in self.files if file.within is not None)
@@ -122,22 +124,22 @@ class TargetPlan:
         """The file whose ranges are the pieces, if there is one."""
         return self.finals[0] if self.pieces else None
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """The number of weights in all tensors that are written."""
-        return sum(d.tensor.spec.numel for d in self.decisions if d.action != "drop")
+        return sum(math.prod(d.tensor.shape) for d in self.decisions if d.action != "drop")
 
-    @property
+    @cached_property
     def tensor_bytes(self) -> int:
         """The bytes of all stored tensors; an upper bound if a length depends on values."""
         return sum(file.tensor_bytes for file in self.files)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """The bytes of all weight files, headers included; an upper bound if a length depends on values."""
         return sum(file.size for file in self.finals)
 
-    @property
+    @cached_property
     def slack_bytes(self) -> int:
         """The bytes by which files may be smaller than planned, because lengths of some tensors depend on values."""
         return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
@@ -148,7 +150,7 @@ class TargetPlan:
 SLACK = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """The plan of a pass over one checkpoint, for all its targets."""
 
@@ -157,7 +159,7 @@ class Plan:
     units: tuple[Unit, ...]
     targets: Mapping[TargetId, TargetPlan]
 
-    @property
+    @cached_property
     def source_bytes(self) -> int:
         return sum(unit.source_bytes for unit in self.units)
 
@@ -175,7 +177,7 @@ class Plan:
         wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
         return tuple(name for name in wanted if name in self.aux)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """The number of weights in all float tensors."""
-        return sum(r.spec.numel for r in self.sources.tensors if r.dtype.is_float)
+        return sum(math.prod(r.shape) for r in self.sources.tensors if r.dtype.is_float)

@@ -29,22 +29,32 @@ def work_key(*work: Any) -> str:
 def fields_of(value: Any) -> Any:
     """Return the type's name and the fields of a dataclass."""
     kind: Hashable = type(value)
-    return _getter(kind)(value)
+    return _by_fields(kind)(value)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, DType | LogicalTensor):  # a table names each dtype, and a unit's tensors are told beside
-        return value.name
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, Mapping):
-        return dict(value)
-    return fields_of(value)
+    kind: Hashable = type(value)
+    return _way(kind)(value)
 
 
 @cache
-def _getter(kind: Hashable) -> Callable[[Any], Any]:
+def _way(kind: Hashable) -> Callable[[Any], Any]:
+    """Return the function that makes values of a type plain; it is chosen once for each type."""
     assert isinstance(kind, type)
+    if issubclass(kind, DType | LogicalTensor):  # a table names each dtype, and a unit's tensors are told beside
+        return attrgetter("name")
+    if issubclass(kind, bytes):
+        return bytes.hex
+    return dict if issubclass(kind, Mapping) else _fields_getter(kind)
+
+
+@cache
+def _by_fields(kind: Hashable) -> Callable[[Any], Any]:
+    assert isinstance(kind, type)
+    return _fields_getter(kind)
+
+
+def _fields_getter(kind: type) -> Callable[[Any], Any]:
     names, label = [field.name for field in fields(kind)], kind.__qualname__
     if not names:
         return lambda value: [label]

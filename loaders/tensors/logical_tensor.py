@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from loaders.architectures.families import natural_key
 from loaders.architectures.templates import KnownTraits
@@ -27,7 +27,13 @@ class Window:
 
     @staticmethod
     def whole(spec: WeightSpec) -> Window:
-        return Window(0, spec.stride if spec.stride is not None else row_major(spec.shape))
+        return _whole(spec.shape, spec.stride)
+
+
+@lru_cache(maxsize=4096)
+def _whole(shape: Shape, stride: Shape | None) -> Window:
+    """Return one window for all tensors of a shape."""
+    return Window(0, stride if stride is not None else row_major(shape))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,4 +106,6 @@ def in_natural_order(tensors: Iterable[LogicalTensor]) -> list[LogicalTensor]:
 
 def stored_name(weight: str, role: str) -> str:
     """Return the name of a stored part: a role replaces the "weight" at the end of a name. See `Scheme.stored`."""
+    if role == "weight":
+        return weight
     return weight.removesuffix("weight") + role if weight.endswith("weight") else weight + role.removeprefix("weight")

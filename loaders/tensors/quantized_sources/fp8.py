@@ -7,6 +7,7 @@ transformers' 3-D experts, `X` with `X_scale_inv`, and DeepSeek V4's spelling, `
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -34,6 +35,12 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     return {name: _tensor(by_name, name, block, dtype) for name in dict.fromkeys([*coded, *scaled])}
 
 
+@cache
+def _decoder(block: tuple[int, int] | None, scale_dtype: str) -> Fp8Blocks:
+    """Return one decoder for all weights whose scales have the same form."""
+    return Fp8Blocks(block, scale_dtype)
+
+
 def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     block = settings.get("weight_block_size", [128, 128])
     if block is None:
@@ -51,7 +58,7 @@ def _tensor(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int]
         raise BadCheckpoint(
             f"{name}: it has a {scale.name}; expected an F8_E4M3 matrix, found {weight.dtype} {list(weight.shape)}"
         )
-    decoder = Fp8Blocks(block, scale.dtype.name)
+    decoder = _decoder(block, scale.dtype.name)
     wanted = decoder.scale_shape(weight.shape)
     if block is None and scale.numel() == 1 and len(weight.shape) == 2:
         wanted = scale.shape  # tools write a single scale as [], [1] or [1, 1]
