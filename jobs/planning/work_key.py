@@ -7,7 +7,7 @@ Every field of every dataclass counts, so a field that is added later needs no w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
 from operator import attrgetter
@@ -28,17 +28,15 @@ def work_key(*work: Any) -> str:
 
 def fields_of(value: Any) -> Any:
     """Return the type's name and the fields of a dataclass."""
-    kind: Hashable = type(value)
-    return _by_fields(kind)(value)
+    return _by_fields(type(value))(value)  # type: ignore[arg-type]  # mypy takes type[Any] for unhashable
 
 
 def _plain(value: Any) -> Any:
-    kind: Hashable = type(value)
-    return _way(kind)(value)
+    return _way(type(value))(value)  # type: ignore[arg-type]
 
 
 @cache
-def _way(kind: Hashable) -> Callable[[Any], Any]:
+def _way(kind: Any) -> Callable[[Any], Any]:
     """Return the function that makes values of a type plain; it is chosen once for each type."""
     assert isinstance(kind, type)
     if issubclass(kind, DType | LogicalTensor):  # a table names each dtype, and a unit's tensors are told beside
@@ -49,7 +47,7 @@ def _way(kind: Hashable) -> Callable[[Any], Any]:
 
 
 @cache
-def _by_fields(kind: Hashable) -> Callable[[Any], Any]:
+def _by_fields(kind: Any) -> Callable[[Any], Any]:
     assert isinstance(kind, type)
     return _fields_getter(kind)
 
