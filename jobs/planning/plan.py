@@ -1,7 +1,8 @@
 """Plans: the units of work of a pass over a checkpoint, and the place of every output byte. Immutable data.
 
-Units depend on the source and its family alone. So any set of targets of one checkpoint has the same units, and a
-sweep and a single job can resume each other's work.
+Units of whole blocks depend on the source and its family alone. So any set of targets of one checkpoint has the same
+units, and a sweep and a single job can resume each other's work. A block that is larger than a unit is cut, between what
+the target puts together.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class UnitOutput:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of work: a run of whole decoder blocks, read once for all targets."""
+    """A unit of work: a run of whole decoder blocks, or a part of a large one, read once for all targets."""
 
     id: str
     sources: tuple[Entry, ...]

@@ -111,28 +111,3 @@ def test_weights_are_cast_as_the_engine_would_before_they_are_quantized(tmp_path
     casts = {p.name: p.encoding.cast for p in plan.units[0].outputs["x"].placements}
     assert str(casts["model.layers.0.mlp.up_proj.weight"]) == "F16"
     assert casts["model.norm.weight"] is None
-
-
-@pytest.mark.parametrize("quant", [CompressedNvfp4(), MlxAffine(4, 32)], ids=["nvfp4a16", "mlx"])
-def test_a_block_larger_than_a_unit_is_cut_between_groups_and_stacks(tmp_path: Path, quant: Scheme) -> None:
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", config=QWEN3_MOE, tensors=qwen3_moe_tensors()))
-    plan = make_plan(checkpoint, [Target(id="x", scheme=quant)], 0.02)
-    of_group: dict[str, set[str]] = {}
-    of_stack: dict[str, set[str]] = {}
-    of_block: dict[str, set[str]] = {}
-    for unit in plan.units:
-        for tensor in unit.tensors:
-            of_block.setdefault(tensor.block, set()).add(unit.id)
-            if tensor.group is not None:
-                of_group.setdefault(tensor.group, set()).add(unit.id)
-        for placement in unit.outputs["x"].placements:
-            for slot in placement.slots.values():
-                if slot.within is not None:
-                    of_stack.setdefault(slot.within[0], set()).add(unit.id)
-    assert any(len(units) > 1 for units in of_block.values())
-    assert all(len(units) == 1 for units in (of_group | of_stack).values())
-    assert bool(of_stack) == isinstance(quant, MlxAffine)
-    whole = make_plan(checkpoint, [Target(id="x", scheme=quant)], 1000)
-    assert sorted(t.name for u in plan.units for t in u.tensors) == sorted(t.name for t in whole.sources.tensors)
-    sizes = [{s.name: s.size for f in each.targets["x"].files for s in f.slots} for each in (plan, whole)]
-    assert sizes[0] == sizes[1]
