@@ -13,7 +13,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,7 @@ class PhaseClock:
 
 def main(file: str, *overrides: str) -> int:
     """Plan, and write the phases to the file; returns the exit status of `jobs.plan`."""
-    from importlib import import_module
-
     from jobs.orchestration import preflight
-    from jobs.plan import VERB
 
     clock = PhaseClock()
     for phase, module, name in PHASES[1:-1]:
@@ -79,7 +78,7 @@ def main(file: str, *overrides: str) -> int:
     plan_job = preflight.plan_job
     opened = clock.timed(phase, getattr(preflight, name))
     setattr(preflight, "plan_job", lambda spec: plan_job(spec, opened))  # noqa: B010
-    status: int = _timed_verb(clock, VERB).main(overrides)
+    status: int = _timed_verb(clock, import_module(PHASES[-1][1]).VERB).main(overrides)
     clock.turn()
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     Path(file).write_text(json.dumps({"phases": clock.seconds, "peak_bytes": usage}))
@@ -88,7 +87,6 @@ def main(file: str, *overrides: str) -> int:
 
 def _timed_verb(clock: PhaseClock, verb: Any) -> Any:
     """Return the verb with its work counted as the last phase, and all that follows as printing."""
-    from dataclasses import replace
 
     def act(spec: Any) -> Any:
         said = clock.timed(PHASES[-1][0], verb.act)(spec)

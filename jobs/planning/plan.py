@@ -1,8 +1,8 @@
 """Plans: the units of work of a pass over a checkpoint, and the place of every output byte. Immutable data.
 
 Units of whole blocks depend on the source and its family alone. So any set of targets of one checkpoint has the same
-units, and a sweep and a single job can resume each other's work. A block that is larger than a unit is cut, between what
-the target puts together.
+units, and a sweep and a single job can resume each other's work. A block that is larger than a unit is cut, but not
+through what the target puts together.
 """
 
 from __future__ import annotations
