@@ -1,4 +1,4 @@
-"""Benchmark kernels, loading, jobs, sweeps, GPUs and quant=auto against their alternatives: python -m jobs.bench."""
+"""Benchmark kernels, loading, planning, jobs, sweeps, GPUs and quant=auto: python -m jobs.bench."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BenchModel(Spec):
     """The checkpoint that is read."""
 
     path: LocalPath | None = Field(
-        description="loaders, load, sweep, budget, gpu: the checkpoint's folder; null: a random Llama"
+        description="loaders, load, plan, sweep, budget, gpu: the checkpoint's folder; null: one that is made"
     )
 
 
@@ -30,9 +30,10 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """The settings of `bench`."""
 
-    what: Literal["kernels", "job", "loaders", "load", "sweep", "budget", "gpu"] = Field(
+    what: Literal["kernels", "job", "loaders", "load", "plan", "sweep", "budget", "gpu"] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
-        " load: weights into tensors and models; sweep: several schemes in one pass beside the same as single jobs;"
+        " load: weights into tensors and models; plan: planning a large model, by phases; sweep: several schemes in"
+        " one pass beside the same as single jobs;"
         " budget: what quant=auto loses, beside uniform schemes and presets of its sizes; gpu: what a GPU gives beside"
         " the CPU, and what more cores give"
     )
@@ -48,7 +49,11 @@ class BenchSpec(Spec):
         gt=0, description="job, loaders, load, sweep, gpu: gigabytes of the random Llama; null: 1, gpu 4"
     )
     quant: str = Field(description="job, load: the scheme")
-    quants: tuple[str, ...] = Field(description="sweep: the schemes")
+    quants: tuple[str, ...] = Field(description="sweep, plan: the schemes")
+    tensors: int = Field(
+        ge=1, description="plan: how many tensors the made checkpoint has, of which only headers exist"
+    )
+    stored: Literal["fp8", "bf16"] = Field(description="plan: their dtype; fp8 has scales beside the weights")
     rate: float | None = Field(
         gt=0,
         description="sweep: MB/s to which the kernel limits reads from the disk (root on Linux); null: no limit",
@@ -107,6 +112,10 @@ def act(spec: BenchSpec) -> Said:
         from jobs.benchmarks.sweep import time_sweep
 
         return time_sweep(spec.model.path, gb, spec.quants, spec.rate, spec.folder, repeats)
+    if spec.what == "plan":
+        from jobs.benchmarks.planning import time_plans
+
+        return time_plans(spec.model.path, spec.tensors, spec.quants, spec.stored, spec.folder)
     if spec.what == "load":
         from jobs.benchmarks.load import time_load
 
@@ -122,12 +131,13 @@ def act(spec: BenchSpec) -> Said:
 
 VERB = Verb(
     name="bench",
-    summary="Time kernels and loading beside installed libraries, whole jobs, a sweep, a GPU, quant=auto.",
+    summary="Time kernels and loading beside installed libraries, planning, whole jobs, a sweep, a GPU, quant=auto.",
     spec=BenchSpec,
     act=act,
     examples=(
         ("kernels", "one thread, a weight of 4096 x 14336"),
         ("loaders model.path=DIR", "every strategy on your storage, cold and warm; the winner as YAML"),
+        ("plan tensors=500000 quants=[nf4]", "half a million tensors, headers only, in the shape of DeepSeek V3"),
         ("load gb=1 repeats=3", "tensors and models from the page cache, beside safetensors and transformers"),
         ("job gb=4 repeats=3", "a random Llama of 4 GB to NF4, from the page cache, beside copying it"),
         ("job path=DIR peer='TOOL {source} {output}'", "your checkpoint, in turn with another tool's command"),

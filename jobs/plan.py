@@ -37,8 +37,10 @@ def act(spec: PlanSpec) -> Said:
         said = [mix, ""]
     planned = preflight.plan_job(job)
     notes = preflight.notes_of(planned)
+    if spec.format == "json":  # only then is the document made, which of a large model is as large as its plan
+        return Said(plan.plan_document(job, planned.plan, planned.target, notes), "")
     text = plan.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
-    return Said(plan.plan_document(job, planned.plan, planned.target, notes), Group(*said, text))
+    return Said({"status": "planned"}, Group(*said, text))
 
 
 VERB = Verb(

@@ -123,7 +123,8 @@ def show(text: RenderableType) -> None:
 def say(said: Said, as_json: bool) -> int:
     """Print a verb's result on standard output, call its `then`, and return the exit status."""
     if as_json:
-        print(json.dumps(said.document, indent=2, ensure_ascii=False))
+        json.dump(said.document, sys.stdout, indent=2, ensure_ascii=False)
+        print()
     else:
         Console(highlight=False, width=_width(sys.stdout)).print(said.text, crop=False)
     sys.stdout.flush()

@@ -6,6 +6,7 @@ of its new blocks; a unit whose tensors are a subset of another's joins that uni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from jobs.execution.unit import Share, UnitTask
@@ -14,7 +15,9 @@ from loaders.storage.address import Address
 from loaders.strategies import WeightLoader
 from loaders.tensors.logical_tensor import LogicalTensor
 
-Content = frozenset[tuple[str, int]]  # the stored tensors that a unit reads, by file and offset
+# The stored tensors that a unit reads, by file and offset. Of a stack of which it reads some experts only, also the
+# first that it reads: units with other experts of the same stack are other work.
+Content = frozenset[tuple[str, int, int | None]]
 
 
 def merge(
@@ -61,7 +64,20 @@ def job_of(share: str) -> int:
 
 def content_of(unit: Unit) -> Content:
     """Return the stored tensors that a unit reads."""
-    return frozenset((spec.file, spec.offset) for tensor in unit.tensors for _, spec in tensor.stored)
+    parts: dict[tuple[str, int], list[LogicalTensor]] = {}
+    for tensor in unit.tensors:
+        for _, spec in tensor.stored:
+            parts.setdefault((spec.file, spec.offset), []).append(tensor)
+    return frozenset((file, offset, _first_part(tensors)) for (file, offset), tensors in parts.items())
+
+
+def _first_part(tensors: Sequence[LogicalTensor]) -> int | None:
+    """Return where the first of some parts of a stored tensor begins; None if together they are all of it."""
+    cut = [tensor for tensor in tensors if tensor.whole is not None and tensor.window is not None]
+    whole = math.prod(cut[0].whole or ()) if cut else 0
+    if len(cut) < len(tensors) or sum(math.prod(tensor.shape) for tensor in cut) >= whole:
+        return None
+    return min(tensor.window.offset for tensor in cut if tensor.window is not None)
 
 
 def _merged(units: Sequence[Unit], name: str) -> Unit:

@@ -18,18 +18,19 @@ from jobs.output.report import Report, read_report
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import TARGET, backend_of, target_of
+from jobs.planning.work_key import work_key
 from jobs.report import tables
 from jobs.report.document import job_document
 from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
 from loaders.backends import kernels_of
+from loaders.backends.memory import no_collection
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT
-from loaders.storage.hashes import text_digest
 from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader
 
@@ -85,12 +86,13 @@ def plan_job(
     target = target_of(spec)
     # Raises BadSpec now if the backend does not exist, and not in the first unit.
     kernels_of(backend_of(spec)[0])
-    checkpoint = opened(spec.source_address, spec.source.container)
-    plan = make_plan(checkpoint, [target], spec.unit_mb)
+    with no_collection():
+        checkpoint = opened(spec.source_address, spec.source.container)
+        plan = make_plan(checkpoint, [target], spec.unit_mb)
     made = plan.targets[TARGET]
     # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
     # metadata. Another key means another journal, so a changed request never resumes old work.
-    key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
+    key = work_key([unit.key(TARGET) for unit in plan.units], made.config, made.assembly, made.made)
     planned = Planned(spec, plan, Journal(output, key))
     _ = planned.strategy  # the property raises BadSpec for a strategy that cannot read this source
     if again and (done := _done_before(planned)) is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby, islice
+from dataclasses import dataclass
+from itertools import islice
 
+from jobs.planning.cut import bonds_of, cut_units
 from jobs.planning.engine_rules import engine_rules
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, adapter_of, is_decoded, is_split, new_blocks_of
@@ -17,12 +19,13 @@ from loaders.layouts import Assembling, Placed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.tokenizer_files import tokenizer_files
 from loaders.rules.decide import decide
+from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merge_lora import merge_adapter
-from loaders.tensors.sources import tensors_of
+from loaders.tensors.sources import Sources, tensors_of
 
 
 def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float) -> Plan:
@@ -31,7 +34,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: a target cannot be made of this checkpoint; all faults of one kind at once.
     """
-    sources = tensors_of(checkpoint, decode=is_decoded(checkpoint, targets), split=is_split(checkpoint, targets))
+    decode = is_decoded(checkpoint, targets)
+    sources = tensors_of(checkpoint, decode=decode, split=is_split(checkpoint, targets))
     new_blocks = new_blocks_of(targets)
     if new_blocks:
         sources = expand_sources(checkpoint, sources, new_blocks)
@@ -40,41 +44,16 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     if adapter is not None:
         merged = merge_adapter(checkpoint, sources, open_adapter(adapter))
         checkpoint, sources = merged.checkpoint, merged.sources
-    groups = cut_units(sources.tensors, unit_mb * MB)
+    drafts = [_draft(checkpoint, sources, target) for target in targets]
+    is_gguf_kept = checkpoint.container == "gguf" and not decode
+    bonds = {name: found for draft in drafts for name, found in bonds_of(draft.placed).items()}
+    groups = cut_units(sources.tensors, unit_mb * MB, bonds, share=not is_gguf_kept)
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
-    for target in targets:
-        layout = target.layout
-        decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
-        placed = {p.tensor.name: p for p in layout.place(checkpoint, decisions)}
-        shares = [[placed[r.name] for r in group if r.name in placed] for group in groups]
-        per_unit, assembly = _files(target, checkpoint, shares), None
-        counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
-        if isinstance(layout, Assembling):
-            assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
-            planned = list(assembly.files)
-        elif target.naming.split:
-            raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
-        if target.container.index is None and layout.index(planned, 0, 0) is not None:
-            raise BadSpec(
-                f"output.container: layout {layout.name} lists its {len(planned)} files in an index, which container"
-                f" {target.container.name} does not have; choose another, or a larger unit_mb, which makes fewer files"
-            )
-        # A layout that assembles files completes their headers, so its files go back to the units, in the same order.
-        left = iter(planned)
-        for index, (share, count) in enumerate(zip(shares, counts, strict=True)):
-            outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
-        config = layout.config(checkpoint, decisions, target.compute_dtype)
-        plans[target.id] = TargetPlan(
-            target=target,
-            decisions=decisions,
-            files=tuple(planned),
-            stored={p.name: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
-            config=config,
-            warnings=(*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
-            assembly=assembly,
-            made={} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
-        )
+    for draft in drafts:
+        plans[draft.target.id], made = _target_plan(checkpoint, draft, groups)
+        for output, mine in zip(outputs, made, strict=True):
+            output[draft.target.id] = mine
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
         Unit(f"unit-{index:05d}", _files_of(group, tags), tuple(group), output)
@@ -83,23 +62,59 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     return Plan(checkpoint, sources, units, plans)
 
 
-def cut_units(tensors: Sequence[LogicalTensor], unit_bytes: float) -> list[list[LogicalTensor]]:
-    """Cut tensors into runs of whole decoder blocks, each of at most `unit_bytes` of source or a single block.
+NOTHING: Mapping[str, bytes] = {}  # one object for the many tensors without constants
 
-    Blocks stay whole because tensors of a fused group, which may share a scale, are in one block. Tensors come sorted
-    by block, or in the order of a GGUF, whose tensors share nothing.
-    """
-    units: list[list[LogicalTensor]] = []
-    size = 0
-    for _, run in groupby(tensors, key=lambda tensor: tensor.block):
-        block = list(run)
-        block_bytes = sum(tensor.source_bytes for tensor in block)
-        if not units or size + block_bytes > unit_bytes:
-            units.append([])
-            size = 0
-        units[-1].extend(block)
-        size += block_bytes
-    return units
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What is known of a target before units are cut: what is stored of each tensor, and under which name."""
+
+    target: Target
+    decisions: tuple[Decision, ...]
+    placed: tuple[Placed, ...]
+
+
+def _draft(checkpoint: Checkpoint, sources: Sources, target: Target) -> Draft:
+    decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
+    return Draft(target, decisions, target.layout.place(checkpoint, decisions))
+
+
+def _target_plan(
+    checkpoint: Checkpoint, draft: Draft, groups: Sequence[Sequence[LogicalTensor]]
+) -> tuple[TargetPlan, list[UnitOutput]]:
+    """Plan a target's files, and what each unit writes of them."""
+    target, decisions, layout = draft.target, draft.decisions, draft.target.layout
+    placed = {each.tensor.name: each for each in draft.placed}
+    shares = [[placed[tensor.name] for tensor in group if tensor.name in placed] for group in groups]
+    per_unit, assembly = _files(target, checkpoint, shares), None
+    counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
+    if isinstance(layout, Assembling):
+        assembly = layout.assemble(checkpoint, decisions, planned, target.naming)
+        planned = list(assembly.files)
+    elif target.naming.split:
+        raise BadSpec("output.split: only gguf can be one file or several; other outputs have a file for each unit")
+    if target.container.index is None and layout.index(planned, 0, 0) is not None:
+        raise BadSpec(
+            f"output.container: layout {layout.name} lists its {len(planned)} files in an index, which container"
+            f" {target.container.name} does not have; choose another, or a larger unit_mb, which makes fewer files"
+        )
+    # A layout that assembles files completes their headers, so its files go back to the units, in the same order.
+    left = iter(planned)
+    outputs = [
+        _unit_output(share, tuple(islice(left, count))) for share, count in zip(shares, counts, strict=True)
+    ]  # fmt: skip
+    config = layout.config(checkpoint, decisions, target.compute_dtype)
+    plan = TargetPlan(
+        target=target,
+        decisions=decisions,
+        files=tuple(planned),
+        stored={p.name: tuple(p.slots.values()) for output in outputs for p in output.placements},
+        config=config,
+        warnings=(*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
+        assembly=assembly,
+        made={} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
+    )
+    return plan, outputs
 
 
 def _files(
@@ -135,7 +150,7 @@ def _unit_output(share: Sequence[Placed], files: tuple[OutputFile, ...]) -> Unit
         Placement(
             placed.encoding,
             {role: _slot(places[tensor.name], tensor) for role, tensor in placed.stored.items()},
-            {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None},
+            {role: t.spec.constant for role, t in placed.stored.items() if t.spec.constant is not None} or NOTHING,
         )
         for placed in share
     )

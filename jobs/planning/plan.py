@@ -1,16 +1,20 @@
 """Plans: the units of work of a pass over a checkpoint, and the place of every output byte. Immutable data.
 
-Units depend on the source and its family alone. So any set of targets of one checkpoint has the same units, and a
-sweep and a single job can resume each other's work.
+Units of whole blocks depend on the source and its family alone. So any set of targets of one checkpoint has the same
+units, and a sweep and a single job can resume each other's work. A block that is larger than a unit is cut, but not
+through what the target puts together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from jobs.planning.targets import Target, TargetId
+from jobs.planning.work_key import fields_of, work_key
 from loaders.backends.threads import RANGE, THREAD_BYTES
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.checkpoints.quantized_by import METHOD_FILES
@@ -19,7 +23,6 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot
 from loaders.storage.base import Entry
-from loaders.storage.hashes import text_digest
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merged import MERGE_BYTES
@@ -55,23 +58,22 @@ class UnitOutput:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unit:
-    """A unit of work: a run of whole decoder blocks, read once for all targets."""
+    """A unit of work: a run of whole decoder blocks, or a part of a large one, read once for all targets."""
 
     id: str
     sources: tuple[Entry, ...]
     tensors: tuple[LogicalTensor, ...]
     outputs: Mapping[TargetId, UnitOutput]
 
-    @property
+    @cached_property
     def source_bytes(self) -> int:
         return sum(tensor.source_bytes for tensor in self.tensors)
 
     def key(self, target: TargetId) -> str:
         """Return a digest of the unit's work for a target. A record with another key is of other work."""
-        output = self.outputs[target]
-        return text_digest(f"{FORMAT} {self.sources!r} {self.tensors!r} {output!r}")
+        return work_key(FORMAT, self.sources, [fields_of(tensor) for tensor in self.tensors], self.outputs[target])
 
     def memory_bytes(self, threads: int) -> int:
         """Return the most bytes that running the unit holds, besides the libraries."""
@@ -81,7 +83,7 @@ class Unit:
         return threads * each + state
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TargetPlan:
     """A target's plan: the decision about each tensor, and all files of its output except copied auxiliary files."""
 
@@ -94,7 +96,7 @@ class TargetPlan:
     assembly: Assembly | None = None
     made: Mapping[str, bytes] = field(default_factory=dict)  # auxiliary files made from the source's metadata
 
-    @property
+    @cached_property
     def finals(self) -> tuple[OutputFile, ...]:
         """The output's weight files: those of the units, and the file whose ranges are the pieces."""
         pieces = self.pieces
@@ -118,7 +120,7 @@ class TargetPlan:
         )
         return (whole, *(file for file in self.files if file.within is None))
 
-    @property
+    @cached_property
     def pieces(self) -> tuple[OutputFile, ...]:
         """The ranges of a file that several units write, in order."""
         return tuple(file for file in self.files if file.within is not None)
@@ -128,22 +130,22 @@ class TargetPlan:
         """The file whose ranges are the pieces, if there is one."""
         return self.finals[0] if self.pieces else None
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """The number of weights in all tensors that are written."""
-        return sum(d.tensor.spec.numel for d in self.decisions if d.action != "drop")
+        return sum(math.prod(d.tensor.shape) for d in self.decisions if d.action != "drop")
 
-    @property
+    @cached_property
     def tensor_bytes(self) -> int:
         """The bytes of all stored tensors; an upper bound if a length depends on values."""
         return sum(file.tensor_bytes for file in self.files)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """The bytes of all weight files, headers included; an upper bound if a length depends on values."""
         return sum(file.size for file in self.finals)
 
-    @property
+    @cached_property
     def slack_bytes(self) -> int:
         """The bytes by which files may be smaller than planned, because lengths of some tensors depend on values."""
         return sum(SLACK for file in self.files for slot in file.slots if slot.is_bound)
@@ -154,7 +156,7 @@ class TargetPlan:
 SLACK = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """The plan of a pass over one checkpoint, for all its targets."""
 
@@ -163,7 +165,7 @@ class Plan:
     units: tuple[Unit, ...]
     targets: Mapping[TargetId, TargetPlan]
 
-    @property
+    @cached_property
     def source_bytes(self) -> int:
         return sum(unit.source_bytes for unit in self.units)
 
@@ -182,7 +184,7 @@ class Plan:
         wanted = layout.aux(self.checkpoint) if isinstance(layout, Assembling) else self.aux
         return tuple(name for name in wanted if name in self.aux)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """The number of weights in all float tensors."""
-        return sum(r.spec.numel for r in self.sources.tensors if r.dtype.is_float)
+        return sum(math.prod(r.shape) for r in self.sources.tensors if r.dtype.is_float)

@@ -63,23 +63,22 @@ def decision_rows(target: TargetPlan) -> list[dict[str, Any]]:
     """Return the rules that decided about tensors, in their order, with the number and bytes of those tensors."""
     sizes = output_sizes(target)
     rows: dict[int, dict[str, Any]] = {}
-    order = {id(rule): index for index, rule in enumerate(dict.fromkeys(d.rule for d in target.decisions))}
     for decision in target.decisions:
-        row = rows.setdefault(
-            id(decision.rule),
-            {
+        row = rows.get(id(decision.rule))
+        if row is None:
+            row = rows[id(decision.rule)] = {
                 "action": decision.action,
                 "rule": str(decision.rule),
                 "why": decision.rule.why,
                 "tensors": 0,
                 "source_bytes": 0,
                 "output_bytes": 0,
-            },
-        )
+            }
         row["tensors"] += 1
         row["source_bytes"] += decision.tensor.source_bytes
         row["output_bytes"] += sizes.get(decision.tensor.name, 0)
-    return [rows[key] for key in sorted(rows, key=lambda key: (rows[key]["action"] != "quantize", order.get(key, 0)))]
+    # The sort is stable: rules keep the order in which they first decided.
+    return sorted(rows.values(), key=lambda row: row["action"] != "quantize")
 
 
 def output_sizes(target: TargetPlan) -> dict[str, int]:

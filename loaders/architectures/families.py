@@ -370,7 +370,14 @@ def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
     )  # fmt: skip
 
 
-def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
-    """Return a sort key that puts "layers.2" before "layers.10"."""
-    parts = re.split(r"(\d+)", text)
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts if part)
+def natural_key(text: str) -> str:
+    """Return a sort key that puts "layers.2" before "layers.10": in it, a number begins with how many digits it has."""
+    return DIGITS.sub(_sorted_by_length, text)
+
+
+DIGITS = re.compile("[0-9]+")
+
+
+def _sorted_by_length(match: re.Match[str]) -> str:
+    digits = match[0].lstrip("0")
+    return f"\0{chr(min(len(digits), 0xFFF))}{digits}"

@@ -57,7 +57,8 @@ LINEAR_KINDS = _compiled(
     (r"(?:^|\.)(mtp|mtp_\w+|nextn|nextn_\w+)\.", "mtp"),
 )
 # A layer of the text model: one after the last of config.json's layers is for multi-token prediction.
-TEXT_LAYER = re.compile(r"^(?:(?:model|language_model|transformer)\.)*layers\.(\d+)\.")
+MOST_LAYERS = 1_000_000  # a larger number is none of a layer; one stands for all layers in `KnownTraits`
+TEXT_LAYER = re.compile(r"^(?:(?:model|language_model|transformer)\.)*layers\.([0-9]{1,20})\.")
 BLOCK = re.compile(r"^(.*?\b(?:layers?|blocks?|h|blk)\.\d+)\.")
 # Layers that engines fuse: their scales must be one where a scheme shares them.
 FUSED = (
@@ -132,9 +133,14 @@ class Generic:
 
     def _kind_of_linear(self, name: str, base: str) -> str:
         kind = next((role for pattern, role in LINEAR_KINDS if pattern.search(name)), base)
+        return "mtp" if base == "linear" and self.is_beyond(name) else kind
+
+    def is_beyond(self, name: str) -> bool:
+        """Whether a tensor is in a layer after the last that config.json counts: the only number that tells a role."""
+        if self.layers is None:
+            return False
         layer = TEXT_LAYER.match(name)
-        is_beyond = self.layers is not None and layer is not None and int(layer[1]) >= self.layers
-        return "mtp" if is_beyond and base == "linear" else kind
+        return layer is not None and self.layers <= int(layer[1]) < MOST_LAYERS
 
 
 def _of_any_shape(name: str) -> str:

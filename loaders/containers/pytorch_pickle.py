@@ -63,29 +63,33 @@ class _Pickle:
         self.parts: list[bytes] = []
         self._tensors = tensors
         self._memo: dict[tuple[str, str], int] = {}
+        self._around: dict[tuple[DType, Shape], tuple[bytes, bytes]] = {}
 
     def value(self, value: Any) -> None:
-        if isinstance(value, Ref):
-            self._parameter(value.tensor) if value.is_parameter else self._tensor(value.tensor)
-        elif isinstance(value, Mapping):
-            self.parts += [pickle.EMPTY_DICT, pickle.MARK]
-            for key, each in value.items():
-                self.value(key)
-                self.value(each)
-            self.parts.append(pickle.SETITEMS)
+        if isinstance(value, str):
+            self._text(value)
         elif isinstance(value, bool):
             self.parts.append(pickle.NEWTRUE if value else pickle.NEWFALSE)
         elif isinstance(value, int):
             self._number(value)
-        elif isinstance(value, str):
-            raw = value.encode()
-            self.parts += [pickle.BINUNICODE, struct.pack("<I", len(raw)), raw]
+        elif isinstance(value, Ref):
+            self._parameter(value.tensor) if value.is_parameter else self._tensor(value.tensor)
+        elif isinstance(value, Mapping):
+            self.parts += [pickle.EMPTY_DICT, pickle.MARK]
+            for key, each in value.items():
+                self._text(key)
+                self.value(each)
+            self.parts.append(pickle.SETITEMS)
         elif isinstance(value, DType):
             self._known("torch", value.torch)
         else:
             self._known("torch", "Size")
             self._tuple([value])
             self.parts.append(pickle.REDUCE)
+
+    def _text(self, value: str) -> None:
+        raw = value.encode()
+        self.parts += [pickle.BINUNICODE, struct.pack("<I", len(raw)), raw]
 
     def _number(self, value: int) -> None:
         if value < 1 << 31:
@@ -114,14 +118,35 @@ class _Pickle:
         self.parts += [pickle.EMPTY_TUPLE, pickle.REDUCE]
 
     def _tensor(self, name: str) -> None:
-        """Write the call that rebuilds a tensor. Dtypes without a storage class, such as float8, need version 3."""
+        """Write the call that rebuilds a tensor."""
         stored = self._tensors[name]
+        # What is before and after the key is the same for all tensors of a dtype and shape, once the names of torch
+        # that it uses were spelled out.
+        around = self._around.get((stored.dtype, stored.shape))
+        if around is not None:
+            self.parts.append(around[0])
+            self._text(stored.key)
+            self.parts.append(around[1])
+            return
+        begin, spelled = len(self.parts), len(self._memo)
+        self._before_key(stored)
+        middle = len(self.parts)
+        self._text(stored.key)
+        after = len(self.parts)
+        self._after_key(stored)
+        if len(self._memo) == spelled:
+            self._around[stored.dtype, stored.shape] = b"".join(self.parts[begin:middle]), b"".join(self.parts[after:])
+
+    def _before_key(self, stored: PickledTensor) -> None:
+        """Write what rebuilds a tensor. Dtypes without a storage class, such as float8, need version 3."""
         typed = STORAGES.get(stored.dtype.name)
         self._known("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
         self.parts += [pickle.MARK, pickle.MARK]
         self.value("storage")
         self._known("torch" if typed else "torch.storage", typed or "UntypedStorage")
-        self.value(stored.key)
+
+    def _after_key(self, stored: PickledTensor) -> None:
+        typed = STORAGES.get(stored.dtype.name)
         self.value("cpu")
         items = stored.dtype.size(stored.shape) // (stored.dtype.item_bytes if typed else 1)
         self._number(items)

@@ -38,38 +38,36 @@ class Tail:
     file: str
     slots: tuple[Slot, ...]
     about: Any
-
-    @property
-    def size(self) -> int:
-        return len(self.made(lambda at, size: bytes(size)))
+    size: int
 
     def made(self, read: Read) -> bytes:
         """Return the bytes of the tail; `read` reads from the file before it."""
-        own, members = own_members(self.file, self.slots, self.about, {}), members_of(self.file, self.slots, self.about)
+        own = own_members(self.file, self.slots, self.about, {})
+        members = members_of(self.file, self.slots, own)
         sums = {
             member.name: zlib.crc32(own[member.name])
             if member.slot is None
             else int.from_bytes(read(member.header + CHECKSUM_AT, 4), "little")
             for member in members
         }
-        last = max((index for index, member in enumerate(members) if member.slot is not None), default=-1)
-        return _whole(members[last + 1 :], own) + directory_bytes(members, sums)
+        return _ending(members, own, sums)
 
 
 def cut(file: str, shares: Sequence[Sequence[Slot]], about: Any) -> tuple[bytes, tuple[OutputFile, ...], Tail]:
     """Cut a file whose lengths are all known into its head, a piece for each share of the tensors, and its tail."""
     slots = tuple(slot for share in shares for slot in share)
-    members = members_of(file, slots, about)
+    own = own_members(file, slots, about, {})
+    members = members_of(file, slots, own)
     mine = [member for member in members if member.slot is not None]
-    head = _whole(members[: members.index(mine[0])], own_members(file, slots, about, {}))
+    head = _whole(members[: members.index(mine[0])], own)
     pieces = []
     firsts = accumulate((len(share) for share in shares), initial=0)
     for number, (first, share) in enumerate(zip(firsts, shares, strict=False), 1):
-        own = mine[first : first + len(share)]
-        start, end = own[0].header, own[-1].start + own[-1].size
+        run = mine[first : first + len(share)]
+        start, end = run[0].header, run[-1].start + run[-1].size
         placed = tuple(
             Slot(name=slot.name, dtype=slot.dtype, shape=slot.shape, offset=member.start - start)
-            for slot, member in zip(share, own, strict=True)
+            for slot, member in zip(share, run, strict=True)
         )
         piece = ZipPiece(PurePosixPath(file).stem, first, start)
         pieces.append(
@@ -83,12 +81,18 @@ def cut(file: str, shares: Sequence[Sequence[Slot]], about: Any) -> tuple[bytes,
                 within=(file, start),
             )
         )
-    return head, tuple(pieces), Tail(file, slots, about)
+    return head, tuple(pieces), Tail(file, slots, about, len(_ending(members, own, {})))
 
 
 def _whole(members: Sequence[Member], own: Mapping[str, bytes]) -> bytes:
     """Return members that are no tensors, one after another, with their headers."""
     return b"".join(header_bytes(m, zlib.crc32(own[m.name])) + own[m.name] for m in members)
+
+
+def _ending(members: list[Member], own: Mapping[str, bytes], checksums: Mapping[str, int]) -> bytes:
+    """Return what follows the last tensor."""
+    last = max((index for index, member in enumerate(members) if member.slot is not None), default=-1)
+    return _whole(members[last + 1 :], own) + directory_bytes(members, checksums)
 
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:

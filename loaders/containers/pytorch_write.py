@@ -63,7 +63,7 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     for name, spec in sorted(whole.items(), key=lambda each: (each[1].is_bound, each[0])):
         check_dtype(name, spec.dtype)
         slots.append(Slot(name=name, dtype=spec.dtype, shape=spec.shape, offset=0, is_bound=spec.is_bound))
-    members = members_of(file, slots, about)
+    members = members_of(file, slots, own_members(file, slots, about, {}))
     starts = {member.slot: member.start for member in members if member.slot is not None}
     first = min(starts.values(), default=0)
     end = max(member.start + member.size for member in members if member.slot is not None or not starts)
@@ -88,15 +88,16 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
 
 def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
     """Return the places of the tensors, given the lengths of those that depend on values."""
-    members = members_of(file.name, file.slots, file.about, lengths)
+    own = own_members(file.name, file.slots, file.about, lengths)
+    members = members_of(file.name, file.slots, own, lengths)
     return {member.slot: (member.start, member.size) for member in members if member.slot is not None}
 
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
     """Return every member that is no tensor, every member's header, and the directory."""
     lengths = {slot.name: places[slot.name][1] for slot in file.slots if slot.is_bound}
-    members = members_of(file.name, file.slots, file.about, lengths)
     own = own_members(file.name, file.slots, file.about, lengths)
+    members = members_of(file.name, file.slots, own, lengths)
     pieces, sums = [], {}
     for member in members:
         if member.slot is None:
@@ -125,10 +126,12 @@ def own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[s
     return {f"{root}/{name}": data for name, data in plain.items()}
 
 
-def members_of(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[str, int] = NO_LENGTHS) -> list[Member]:
-    """Return all members in the order of their bytes."""
-    slots, root = list(slots), PurePosixPath(file).stem
-    sizes = {name: len(data) for name, data in own_members(file, slots, about, lengths).items()}
+def members_of(
+    file: str, slots: Iterable[Slot], own: Mapping[str, bytes], lengths: Mapping[str, int] = NO_LENGTHS
+) -> list[Member]:
+    """Return all members in the order of their bytes; `own` are those that are no tensors: see `own_members`."""
+    root = PurePosixPath(file).stem
+    sizes = {name: len(data) for name, data in own.items()}
     order: list[tuple[str, int, str | None]] = [(f"{root}/{name}", 0, None) for name in ("data.pkl", *BEFORE)]
     order += [(f"{root}/data/{key}", lengths.get(s.name, s.size), s.name) for key, s in enumerate(slots)]
     order += [(f"{root}/{name}", 0, None) for name in AFTER]

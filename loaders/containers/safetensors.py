@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
-from loaders.dtypes import DType, dtype_named
+from loaders.dtypes import DType, Shape, dtype_named
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 from loaders.storage.base import PinnedFiles
@@ -96,7 +97,15 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
     size = dtype.size(tuple(shape))
     if stop - start != size:
         raise BadCheckpoint(f"{dtype} {shape} takes {size} bytes, its offsets hold {stop - start}")
-    return WeightSpec(name=name, dtype=dtype, shape=tuple(shape), file=file, offset=data_start + start, size=size)
+    return WeightSpec(
+        name=name, dtype=dtype, shape=_same(tuple(shape)), file=file, offset=data_start + start, size=size
+    )
+
+
+@lru_cache(maxsize=4096)
+def _same(shape: Shape) -> Shape:
+    """Return one object for all equal shapes: a model has many tensors and few shapes."""
+    return shape
 
 
 def _check_cover(specs: Sequence[WeightSpec], file: str, data_start: int, data_size: int) -> None:

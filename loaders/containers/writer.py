@@ -20,6 +20,7 @@ from loaders.errors import StorageError, io_errors
 from loaders.specs import OutputFile, Slot
 from loaders.storage.atomic import allocate
 
+WRITEBACK = 4 << 20  # bytes that are worth a call to begin to write them out
 SYNC_FILE_RANGE_WRITE = 2  # Linux's fcntl.h: start writing dirty pages out, and wait for nothing
 BLOCK = 4 << 20  # bytes read at a time for a checksum, so that a tensor of any size takes little memory
 
@@ -43,6 +44,7 @@ class ShardWriter:
         self._is_in_place = start is not None
         self._container = container
         self._bound: dict[str, bytes] = {}
+        self._small_bytes = 0  # of small tensors that are finished and not yet being written out
         flags = os.O_RDWR if self._is_in_place else os.O_CREAT | os.O_EXCL | os.O_RDWR
         with io_errors("creating", path):
             self._descriptor = os.open(path, flags, 0o666)
@@ -82,9 +84,19 @@ class ShardWriter:
         return len(out)
 
     def start_syncing(self, slot: Slot) -> None:
-        """Let the system begin to write a finished tensor to the disk, so that `seal` has less to wait for."""
-        if not slot.is_bound:
+        """Let the system begin to write a finished tensor to the disk, so that `seal` has less to wait for.
+
+        Small tensors are written out together: a call for each would take longer than encoding them.
+        """
+        if slot.is_bound:
+            return
+        if slot.size >= WRITEBACK:
             begin_writeback(self._descriptor, self.start + self.file.header_bytes + slot.offset, slot.size)
+            return
+        self._small_bytes += slot.size  # threads may lose each other's sums, which only makes the next call later
+        if self._small_bytes >= WRITEBACK:
+            self._small_bytes = 0
+            begin_writeback(self._descriptor, self.start, self.file.size)
 
     def seal(self) -> Places:
         """Write tensors of variable length and the frame, sync the file, and return the tensors' places.

@@ -64,6 +64,9 @@ class HqqLayout:
         return tuple(placed)
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+        return None  # a unit's file becomes a piece of the one whose pickle `assemble` makes
+
+    def _modules(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
         """Return the modules in the order of their names, each with its keys and values in hqq's order."""
         modules: dict[str, dict[str, Any]] = {}
         for each in placed:
@@ -95,7 +98,7 @@ class HqqLayout:
     ) -> Assembly:
         if naming.split:
             raise BadSpec(f"{setting('split')}: only gguf can be one file or several; hqq reads one qmodel.pt")
-        about = self.about(checkpoint, self.place(checkpoint, decisions))
+        about = self._modules(checkpoint, self.place(checkpoint, decisions))
         head, pieces, tail = cut(QMODEL, [file.slots for file in files], about)
         return Assembly(pieces, {}, Joined(QMODEL, head, tail))
 

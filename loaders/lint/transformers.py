@@ -84,9 +84,9 @@ def _bitsandbytes(subject: Subject) -> Iterator[Finding]:
             f"stops{is_here} at their first use (N must be divisible by block_n); GPUs run them",
             "keep them by a rule if such a CPU is to run it",
         )
+    plain = {r.group for r in subject.sources.tensors if r.group and r.decode is None}
     for group in sorted({r.group for r, _ in four_bit if r.group}):
-        partners = [r for r in subject.sources.tensors if r.group == group]
-        if any(r.decode is None for r in partners):
+        if group in plain:
             yield doubt(
                 "vLLM, which fuses them",
                 f"{group}: some of its layers are quantized and some are not",

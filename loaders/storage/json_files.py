@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from typing import Any
 
 from loaders.errors import BadCheckpoint
@@ -40,4 +41,7 @@ def json_object(raw: bytes, name: str) -> dict[str, Any]:
 
 def json_bytes(document: Any) -> bytes:
     """Return the bytes of a JSON file, formatted as transformers writes them: indented by 2, not escaped to ASCII."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    text = StringIO()  # takes the text as it is made; `dumps` would hold it in millions of pieces
+    json.dump(document, text, indent=2, ensure_ascii=False)
+    text.write("\n")
+    return text.getvalue().encode()

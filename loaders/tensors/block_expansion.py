@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loaders.architectures.families import natural_key
+from loaders.architectures.templates import KnownTraits
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec, setting
-from loaders.tensors.logical_tensor import LogicalTensor, known
+from loaders.tensors.logical_tensor import LogicalTensor, in_natural_order, known
 from loaders.tensors.sources import Sources
 from loaders.tensors.zeros import Zeros
 
@@ -124,7 +124,7 @@ def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) ->
     Raises:
         BadSpec: as `expansion_of`; or a block's tensors are not weights but parts of quantized ones.
     """
-    expansion = expansion_of(checkpoint, num_blocks)
+    expansion, traits_of = expansion_of(checkpoint, num_blocks), KnownTraits(checkpoint.family)
     blocks: dict[int, list[tuple[str, LogicalTensor]]] = {}
     made = []
     for tensor in sources.tensors:
@@ -143,10 +143,9 @@ def expand_sources(checkpoint: Checkpoint, sources: Sources, num_blocks: int) ->
         zeroed = {rest for rest, _ in blocks[origin] if ADDED.match(rest)}
         _check_block(checkpoint, origin, blocks[origin], zeroed)
         for rest, tensor in blocks[origin]:
-            moved = known(replace(tensor, name=f"model.layers.{number}.{rest}"), checkpoint.family)
+            moved = known(replace(tensor, name=f"model.layers.{number}.{rest}"), traits_of)
             made.append(_zeros(moved) if is_new and rest in zeroed else moved)
-    made.sort(key=lambda tensor: (natural_key(tensor.block), natural_key(tensor.name)))
-    return replace(sources, tensors=tuple(made))
+    return replace(sources, tensors=tuple(in_natural_order(made)))
 
 
 def _check_block(checkpoint: Checkpoint, origin: int, block: list[tuple[str, LogicalTensor]], zeroed: set[str]) -> None:

@@ -7,11 +7,13 @@ what is measured is what is written, and what is loaded is what a job would have
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Protocol
 
 from loaders.clock import Clock
-from loaders.dtypes import DType
+from loaders.dtypes import DType, Shape
 from loaders.quantization.fused_group import FusedGroups
 from loaders.quantization.measure import measure
 from loaders.quantization.scheme import Scheme, Sink, Stored, View, Work
@@ -39,18 +41,26 @@ class Encoding:
     @property
     def spec(self) -> TensorSpec:
         """The spec of the tensor that the scheme gets: after the cast."""
-        return self.tensor.spec if self.cast is None else replace(self.tensor.spec, dtype=self.cast)
+        tensor = self.tensor
+        return TensorSpec(tensor.name, self.cast or tensor.dtype, tensor.shape)
 
     @property
     def stored(self) -> Mapping[str, StoredSpec]:
         """The tensors that the scheme stores, by role."""
-        return self.scheme.stored(self.spec)
+        # Schemes are frozen dataclasses, which mypy does not see in the protocol.
+        return _stored(self.scheme, self.cast or self.tensor.dtype, self.tensor.shape)  # type: ignore[arg-type]
 
     @property
     def state_bytes(self) -> int:
         """The bytes that the scheme holds while it encodes the tensor, and what is merged into it."""
         merge = self.tensor.merge
         return self.scheme.state_bytes(self.spec) + (0 if merge is None else merge.state_bytes)
+
+
+@lru_cache(maxsize=4096)
+def _stored(scheme: Scheme, dtype: DType, shape: Shape) -> Mapping[str, StoredSpec]:
+    """Return what a scheme stores, which names do not change: a model has many tensors and few shapes."""
+    return MappingProxyType(dict(scheme.stored(TensorSpec("", dtype, shape))))
 
 
 class Parts(Sink, Stored, Protocol):

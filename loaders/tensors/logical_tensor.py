@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
-from loaders.architectures.families import Family
+from loaders.architectures.families import natural_key
+from loaders.architectures.templates import KnownTraits
 from loaders.dtypes import DType, Shape, row_major
 from loaders.quantization.scheme import Decoder
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
@@ -25,7 +28,13 @@ class Window:
 
     @staticmethod
     def whole(spec: WeightSpec) -> Window:
-        return Window(0, spec.stride if spec.stride is not None else row_major(spec.shape))
+        return _whole(spec.shape, spec.stride)
+
+
+@lru_cache(maxsize=4096)
+def _whole(shape: Shape, stride: Shape | None) -> Window:
+    """Return one window for all tensors of a shape."""
+    return Window(0, stride if stride is not None else row_major(shape))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +91,13 @@ def plain_tensor(name: str, stored: WeightSpec) -> LogicalTensor:
     )
 
 
-def known(tensor: LogicalTensor, family: Family, beside: str | None = None) -> LogicalTensor:
+def known(tensor: LogicalTensor, traits_of: KnownTraits, beside: str | None = None) -> LogicalTensor:
     """Return the tensor with the role, block and group that its family gives it.
 
     `beside` names the weight that a tensor such as a scale belongs to; the tensor then gets that weight's block.
     """
-    traits = family.traits(tensor.name, tensor.shape)
-    block = traits.block if beside is None else family.traits(beside, tensor.shape).block
+    traits = traits_of(tensor.name, tensor.shape)
+    block = traits.block if beside is None else traits_of(beside, tensor.shape).block
     return replace(tensor, role=traits.role, block=block, group=traits.group)
 
 
@@ -101,6 +110,14 @@ def transposed(tensor: LogicalTensor) -> LogicalTensor:
     return replace(tensor, shape=(columns, rows), window=turned, whole=whole)
 
 
+def in_natural_order(tensors: Iterable[LogicalTensor]) -> list[LogicalTensor]:
+    """Return tensors sorted by block, then by name, with layer 2 before layer 10."""
+    key_of_block = cache(natural_key)
+    return sorted(tensors, key=lambda tensor: (key_of_block(tensor.block), natural_key(tensor.name)))
+
+
 def stored_name(weight: str, role: str) -> str:
     """Return the name of a stored part: a role replaces the "weight" at the end of a name. See `Scheme.stored`."""
+    if role == "weight":
+        return weight
     return weight.removesuffix("weight") + role if weight.endswith("weight") else weight + role.removeprefix("weight")

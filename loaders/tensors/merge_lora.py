@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loaders.architectures.families import natural_key
+from loaders.architectures.templates import KnownTraits
 from loaders.checkpoints.adapter import Adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
@@ -179,7 +180,7 @@ class _Merging:
 
     def _untie(self, kept: str, spec: WeightSpec | None) -> None:
         dropped = self._dropped[kept]
-        made = known(replace(self.tensors[kept], name=dropped), self.checkpoint.family)
+        made = known(replace(self.tensors[kept], name=dropped), KnownTraits(self.checkpoint.family))
         self.tensors[dropped] = made
         self._by_key.setdefault(self._key(dropped), []).append(dropped)
         self.untied.append(dropped)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.architectures.families import natural_key
 from loaders.architectures.layers import layers_of
+from loaders.architectures.templates import KnownTraits
 from loaders.checkpoints.adapter import AdapterFile
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
@@ -18,7 +18,7 @@ from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import small_reader
 from loaders.tensors.expert_stacks import cut
-from loaders.tensors.logical_tensor import LogicalTensor, known, plain_tensor, transposed
+from loaders.tensors.logical_tensor import LogicalTensor, in_natural_order, known, plain_tensor, transposed
 from loaders.tensors.quantized_sources import find_quantized, mlx
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
@@ -69,14 +69,15 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
                     beside[name] = _weight_of(name, spec, by_name)
     if split:
         found = [piece for tensor in found for piece in cut(tensor, family)]
-    tensors = [_turned(known(tensor, family, beside.get(tensor.name))) for tensor in found]
+    traits_of = KnownTraits(family)
+    tensors = [_turned(known(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
     if split:
         notes = (*notes, *_unknown_stacks(checkpoint, tensors))
     if checkpoint.container == "gguf" and not decode:  # for another GGUF, which keeps the order of the source
         files = {tag.name: number for number, tag in enumerate(checkpoint.files)}
         tensors.sort(key=lambda tensor: (files[tensor.stored[0][1].file], tensor.stored[0][1].offset))
     else:
-        tensors.sort(key=lambda tensor: (natural_key(tensor.block), natural_key(tensor.name)))
+        tensors = in_natural_order(tensors)
     return Sources(tuple(tensors), tied, notes)
 
 

@@ -15,6 +15,7 @@ from loaders.strategies.base import cut_short
 from loaders.strategies.lazy import MappedFiles
 
 AHEAD = 16 << 20  # bytes beyond a range that the kernel is asked to fetch: its own read-ahead is far shorter
+LONG = 1 << 20  # bytes from which on a read is worth asking for what follows it
 
 
 class OpenFiles:
@@ -67,7 +68,8 @@ class OpenFiles:
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
         out = self._scratch.array(f"read {slot}", stop - start, np.uint8)
-        if self._readahead:
+        # The kernel's own read-ahead is enough for short reads, for each of which a call would take longer than it.
+        if self._readahead and stop - start >= LONG:
             self.advise(spec, stop, stop + self._readahead)
         self.fill(spec, start, out)
         return out

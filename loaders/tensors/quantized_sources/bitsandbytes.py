@@ -23,11 +23,26 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         BadCheckpoint: a weight is not whole, or in a form that only old GPU versions wrote.
     """
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    states = (BNB_STATE.match(name) for name in by_name)
-    found = {state[1]: _tensor(checkpoint, by_name, state[1], state[2]) for state in states if state}
+    named = {match[1]: by_name[name] for name in by_name if (match := BNB_STATE.match(name))}
+    found = _four_bit(checkpoint, by_name, named)
     scaled = [name.removesuffix(SCALES) + "weight" for name in by_name if name.endswith("." + SCALES)]
     coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "I8" and spec.name.endswith(".weight")]
     return found | {name: _int8(checkpoint, by_name, name) for name in dict.fromkeys([*scaled, *coded])}
+
+
+def _four_bit(
+    checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], named: Mapping[str, WeightSpec]
+) -> dict[str, LogicalTensor]:
+    """Return 4-bit weights from their states by the weights' names. Each file is opened once, and no two at a time."""
+    by_file: dict[str, dict[str, WeightSpec]] = {}
+    for name, spec in named.items():
+        by_file.setdefault(spec.file, {})[name] = spec
+    found: dict[str, LogicalTensor] = {}
+    for specs in by_file.values():
+        with small_reader(checkpoint.source, list(specs.values())) as reader:
+            for name, spec in specs.items():
+                found[name] = _tensor(by_name, name, reader.read(spec, 0, spec.size).tobytes())
+    return {name: found[name] for name in named}
 
 
 def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) -> LogicalTensor:
@@ -49,10 +64,8 @@ def _int8(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str) 
     return undecoded(spec, LlmInt8(), {"weight": weight, SCALES: scales}, by_name)
 
 
-def _tensor(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str, table: str) -> LogicalTensor:
-    spec = by_name[f"{name}.quant_state.bitsandbytes__{table}"]
-    with small_reader(checkpoint.source, (spec,)) as reader:
-        state = read_state(reader.read(spec, 0, spec.size).tobytes(), name)
+def _tensor(by_name: Mapping[str, WeightSpec], name: str, raw: bytes) -> LogicalTensor:
+    state = read_state(raw, name)
     packed = part(by_name, name, name)
     storage = "uint8" if packed.dtype.name == "U8" else packed.dtype.torch
     scheme = Bnb4(state["quant_type"], state["blocksize"], "nested_offset" in state, storage)

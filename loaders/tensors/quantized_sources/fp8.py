@@ -8,6 +8,7 @@ MXFP4: int8 bytes of two codes each, with a `X.scale` of powers of two for every
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -38,6 +39,12 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     return found | {spec.name: _fp4(by_name, spec, dtype) for spec in packed if spec.name not in found}
 
 
+@cache
+def _decoder(block: tuple[int, int] | None, scale_dtype: str) -> Fp8Blocks:
+    """Return one decoder for all weights whose scales have the same form."""
+    return Fp8Blocks(block, scale_dtype)
+
+
 def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     block = settings.get("weight_block_size", [128, 128])
     if block is None:
@@ -55,7 +62,7 @@ def _tensor(by_name: Mapping[str, WeightSpec], name: str, block: tuple[int, int]
         raise BadCheckpoint(
             f"{name}: it has a {scale.name}; expected an F8_E4M3 matrix, found {weight.dtype} {list(weight.shape)}"
         )
-    decoder = Fp8Blocks(block, scale.dtype.name)
+    decoder = _decoder(block, scale.dtype.name)
     wanted = decoder.scale_shape(weight.shape)
     if block is None and scale.numel() == 1 and len(weight.shape) == 2:
         wanted = scale.shape  # tools write a single scale as [], [1] or [1, 1]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.planning.build import cut_units, make_plan
+from jobs.planning.build import make_plan
+from jobs.planning.cut import cut_units
 from jobs.planning.targets import Target
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.containers import CONTAINERS

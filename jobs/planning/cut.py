@@ -1,0 +1,81 @@
+"""Cutting a checkpoint's tensors into units: runs of whole blocks, and parts of blocks that are too large for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+
+from loaders.layouts import Placed
+from loaders.tensors.logical_tensor import LogicalTensor
+
+Bonds = Mapping[str, Sequence[str]]  # by tensor: names of what it shares with others
+NO_BONDS: Bonds = {}
+
+
+def cut_units(
+    tensors: Sequence[LogicalTensor], unit_bytes: float, bonds: Bonds = NO_BONDS, *, share: bool = True
+) -> list[list[LogicalTensor]]:
+    """Cut tensors into runs of at most `unit_bytes` of source, or of a single block or part of one.
+
+    Tensors come sorted by block. A block is cut only if it is larger than that, between tensors that have nothing in
+    common: see `_parts`. Without `share`, tensors share nothing, as those of a GGUF, whose order must stay.
+    """
+    units: list[list[LogicalTensor]] = []
+    size = 0
+    for _, run in groupby(tensors, key=lambda tensor: tensor.block):
+        block = list(run)
+        is_large = sum(tensor.source_bytes for tensor in block) > unit_bytes
+        for part in _parts(block, bonds, share=share) if is_large else [block]:
+            part_bytes = sum(tensor.source_bytes for tensor in part)
+            if not units or size + part_bytes > unit_bytes:
+                units.append([])
+                size = 0
+            units[-1].extend(part)
+            size += part_bytes
+    return units
+
+
+def bonds_of(placed: Iterable[Placed]) -> Bonds:
+    """Return what a target's layout puts together: the stack or the file of its own that a tensor is a part of."""
+    found: dict[str, list[str]] = {}
+    for each in placed:
+        for stored in each.stored.values():
+            if stored.whole is not None:
+                found.setdefault(each.tensor.name, []).append(stored.name)
+            if stored.place is not None:
+                found.setdefault(each.tensor.name, []).append(stored.place[0])
+    return found
+
+
+def _parts(block: Sequence[LogicalTensor], bonds: Bonds, *, share: bool) -> list[list[LogicalTensor]]:
+    """Return a block's tensors in the smallest sets that must stay in one unit, in the order of their first ones.
+
+    Together stay the tensors of a module, such as a weight and its scales; those of a fused group, which may share a
+    scale and are never in engines apart; and those that a target stacks into one tensor, which one file holds.
+    """
+    leader = list(range(len(block)))
+    first: dict[str, int] = {}
+    for index, tensor in enumerate(block):
+        for bond in (*_own_bonds(tensor), *bonds.get(tensor.name, ())) if share else ():
+            one, other = _leader(leader, first.setdefault(bond, index)), _leader(leader, index)
+            leader[max(one, other)] = min(one, other)
+    parts: dict[int, list[LogicalTensor]] = {}
+    for index, tensor in enumerate(block):
+        parts.setdefault(_leader(leader, index), []).append(tensor)
+    return list(parts.values())
+
+
+def _own_bonds(tensor: LogicalTensor) -> Iterator[str]:
+    module, _, _ = tensor.name.rpartition(".")
+    if module:
+        yield module
+    if tensor.group is not None:
+        yield tensor.group
+
+
+def _leader(leader: list[int], index: int) -> int:
+    """Return the first tensor of the set that a tensor is in, and shorten the way to it for the next time."""
+    while leader[index] != index:
+        leader[index] = leader[leader[index]]
+        index = leader[index]
+    return index
