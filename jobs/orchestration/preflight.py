@@ -27,6 +27,7 @@ from loaders.backends import kernels_of
 from loaders.checkpoints.aux_files import OUR_REPORT
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
+from loaders.lint import Finding
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
@@ -45,6 +46,7 @@ class Planned:
     journal: Journal
     done: Report | None = None  # the report of an earlier run of this very job, if the job need not run again
     judging: Judging | None = None  # the planned evaluation, with verify=logits
+    findings: tuple[Finding, ...] = ()  # what the engine's own code found, where it was asked
 
     @property
     def target(self) -> TargetPlan:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from loaders.architectures.families import Family
 from loaders.lint.engines.base import Answer, PlannedTensor, Question
@@ -22,6 +22,7 @@ from loaders.specs import Slot
 __all__ = ["Answer", "Asking", "PlannedTensor", "Question", "engine_of", "is_tabled", "question_of", "share_quantized"]
 
 SECONDS = 120.0  # how long an engine may take to answer
+AT_ONCE = 2  # processes that answer at the same time
 BY_LAYOUT = {"mlx": "mlx", "gguf": "ggml"}
 HF_ENGINES = ("bitsandbytes", "bitnet", "compressed-tensors")
 NOT_OF_A_SHARE = ("embedding", "head")  # roles that every engine may keep
@@ -61,41 +62,52 @@ def share_quantized(decisions: Sequence[Decision]) -> float:
 
 
 class Asking:
-    """A question that a process of its own is answering."""
+    """A question that a process of its own is answering. Few run at once, since each takes some hundred MB."""
+
+    _room: ClassVar[threading.BoundedSemaphore] = threading.BoundedSemaphore(AT_ONCE)
 
     def __init__(self, question: Question, seconds: float = SECONDS) -> None:
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "loaders.lint.engines"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
         self._seconds = seconds
-        self._said: Answer | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._is_stopped = False
+        self._said = Answer(unanswered="stopped")
         self._thread = threading.Thread(target=self._talk, args=(question,), daemon=True)
         self._thread.start()
 
     def _talk(self, question: Question) -> None:
+        with self._room:
+            if not self._is_stopped:
+                self._process = _process()
+                self._said = self._answer(self._process, question)
+
+    def _answer(self, process: subprocess.Popen[str], question: Question) -> Answer:
         try:
-            out, err = self._process.communicate(question.to_json(), timeout=self._seconds)
+            out, err = process.communicate(question.to_json(), timeout=self._seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-            self._said = Answer(unanswered=f"the engine's code took more than {self._seconds:.0f} s")
-            return
-        if self._process.returncode:
-            last = (err.strip().splitlines() or [f"status {self._process.returncode}"])[-1]
-            self._said = Answer(unanswered=f"the engine's code stopped: {last[:200]}")
-            return
-        self._said = Answer.from_json(out)
+            process.kill()
+            process.communicate()
+            return Answer(unanswered=f"the engine's code took more than {self._seconds:.0f} s")
+        if process.returncode:
+            last = (err.strip().splitlines() or [f"status {process.returncode}"])[-1]
+            return Answer(unanswered=f"the engine's code stopped: {last[:200]}")
+        return Answer.from_json(out)
 
     def wait(self, seconds: float | None = None) -> Answer | None:
         """Return the answer; None if there is none yet after so many seconds."""
         self._thread.join(seconds)
-        return self._said
+        return None if self._thread.is_alive() else self._said
 
     def stop(self) -> None:
         """End the process, if it still runs."""
-        if self._process.poll() is None:
+        self._is_stopped = True
+        if self._process is not None and self._process.poll() is None:
             self._process.kill()
-        self._thread.join()
+
+
+def _process() -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-m", "loaders.lint.engines"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Asks an engine's own code about a planned output: a question as JSON on standard input, the answer on standard output.
+"""Asks an engine's own code about a planned output: a question as JSON on standard input, answered on output.
 
 It is a process of its own, so that whoever asks imports no torch, and survives what a stranger's config.json makes of
 the engine: too many layers, an endless loop, a crash.
@@ -37,7 +37,7 @@ def answer_of(question: Question) -> Answer:
     except MemoryError:
         return Answer(by=installed, unanswered=f"{installed} took more than {MOST_BYTES >> 30} GB to build the model")
     # The engine's code may raise anything over a config that it does not understand.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return Answer(by=installed, unanswered=f"{installed}: {type(error).__name__}: {lines[0][:200]}")
     return made

@@ -20,13 +20,11 @@ def check(question: Question, installed: str) -> Answer:
         return Answer(by=installed, unanswered=f"{installed} has no architecture {question.architecture!r}")
     known = [gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[architecture]]
     found = unknown(list(question.stored), known)
-    findings = ()
-    if found:
-        what = f"tensors that architecture {question.architecture} does not have: {patterns(found)}"
-        findings = (fault(ENGINE, what, "does not load (wrong number of tensors)", "drop them by a rule"),)
+    what = f"tensors that architecture {question.architecture} does not have: {patterns(found)}"
+    findings = [fault(ENGINE, what, "does not load (wrong number of tensors)", "drop them by a rule")] if found else []
     matrices = [tensor for tensor in question.tensors if len(tensor.shape) > 1 and tensor.action != "drop"]
     done = sum(tensor.numel for tensor in matrices if tensor.is_quantized)
-    return Answer(f"{installed}, {question.architecture}", findings, "", (sum(t.numel for t in matrices), done))
+    return Answer(f"{installed}, {question.architecture}", tuple(findings), "", (sum(t.numel for t in matrices), done))
 
 
 def unknown(names: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -20,9 +20,8 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "U32": "uint32
 
 def check(question: Question, installed: str) -> Answer:
     """Build the class, and hold every planned array against its parameters."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
+    mx: Any = import_module("mlx.core")
+    tree_flatten: Any = import_module("mlx.utils").tree_flatten
     # mlx-lm changes the process's limit of open files when it is imported, which fails where fewer are allowed.
     resource.setrlimit = lambda *given: None
     utils = import_module("mlx_lm.utils")
@@ -49,21 +48,16 @@ def check(question: Question, installed: str) -> Answer:
 
 def _of_recipe(model: Any) -> dict[str, tuple[int, bool]]:
     """Return the modules that can be quantized: their weights, and whether mlx_lm.convert quantizes them."""
-    from mlx import nn
-    from mlx.utils import tree_flatten
-
     predicate = getattr(model, "quant_predicate", None)
     return {
         path: (module.weight.size, predicate is None or bool(predicate(path, module)))
-        for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+        for path, module in model.named_modules()
         if hasattr(module, "to_quantized")
     }
 
 
 def _quantize(utils: Any, model: Any, arrays: Mapping[str, Any], block: Any) -> None:
     """Make quantized modules as load_model does."""
-    from mlx import nn
-
     if not isinstance(block, Mapping):
         return
 
@@ -74,6 +68,7 @@ def _quantize(utils: Any, model: Any, arrays: Mapping[str, Any], block: Any) -> 
             return False
         return utils.infer_quant_config(path, module, arrays)
 
+    nn: Any = import_module("mlx.nn")
     nn.quantize(
         model,
         group_size=block["group_size"],

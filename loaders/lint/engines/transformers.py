@@ -15,6 +15,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,9 +57,8 @@ def cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in DROPPED
     }
-    if made.get("model_type") in ALIASES:
-        made["model_type"] = ALIASES[made["model_type"]]
-    return made
+    named = made.get("model_type")
+    return {**made, "model_type": ALIASES[named]} if isinstance(named, str) and named in ALIASES else made
 
 
 @lru_cache(maxsize=2)
@@ -78,20 +78,20 @@ class Model:
         os.environ["HF_HUB_OFFLINE"] = "1"
         warnings.filterwarnings("ignore")
         import torch
-        import transformers
         from torch import nn
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
         from transformers.pytorch_utils import Conv1D
-        from transformers.quantizers.base import HfQuantizer
 
+        transformers: Any = import_module("transformers")
+        quantizer: Any = import_module("transformers.quantizers.base").HfQuantizer
         transformers.logging.set_verbosity_error()
         made, model_class = _class_of(config)
         made.dtype = torch.bfloat16
         with torch.device("meta"):
             self.model: Any = model_class._from_config(made)
             method = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=engine))
-            HfQuantizer._convert_model_for_quantization(method, self.model)
+            quantizer._convert_model_for_quantization(method, self.model)
         modules = dict(self.model.named_modules())
         self.transposed = {name for name, module in modules.items() if isinstance(module, Conv1D)}
         self.linear = {name for name, module in modules.items() if type(module) is nn.Linear} | self.transposed
@@ -101,7 +101,7 @@ class Model:
         self._renamings = [each for each in changes if isinstance(each, WeightRenaming)]
         self._converters = [each for each in changes if isinstance(each, WeightConverter)]
         self._by_source = {pattern: each for each in self._converters for pattern in each.source_patterns}
-        self.state: Mapping[str, Any] = self.model.state_dict()
+        self.state: dict[str, Any] = self.model.state_dict()
         self.parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self.tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         self._known: dict[str, tuple[tuple[str, ...], bool]] = {}
@@ -154,28 +154,26 @@ class Model:
 
 
 def _class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return transformers' config object and class: the first of `architectures` if it takes this config, or AutoModel's.
+    """Return transformers' config object, and the class that `architectures` names if it takes it, else AutoModel's.
 
     Raises:
         ValueError: transformers has no such model of its own.
     """
-    import transformers
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    named = getattr(transformers, name, None) if re.fullmatch(r"\w+", name) else None
-    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING:
-        made = CONFIG_MAPPING[model_type].from_dict(dict(config))
-    else:
+    transformers: Any = import_module("transformers")
+    known: Any = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    mappings = import_module("transformers.models.auto.modeling_auto")
+    model_type, names = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(f"it has no model type {model_type!r} of its own")
-    if is_model and isinstance(made, named.config_class):  # type: ignore[union-attr]
-        return made, named
+    made = known[model_type].from_dict(dict(config))
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    named = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        wanted: Any = named
+        if isinstance(made, wanted.config_class):
+            return made, named
     for mapping in AUTO_MAPPINGS:
-        found = getattr(modeling_auto, mapping).get(type(made), None)
+        found = getattr(mappings, mapping).get(type(made), None)
         if found is not None:
             return made, found[0] if isinstance(found, tuple) else found
     raise ValueError(f"it has no class for model type {model_type!r}")
@@ -347,9 +345,12 @@ FINDINGS = {
         "makes quantized modules of them and finds no codes", "report this",
     ),
     "dropped": (
-        fault, "dropped, and parameters of the class", "fills them with random numbers", "take the rule that drops them out"
+        fault, "dropped, and parameters of the class",
+        "fills them with random numbers", "take out the rule that drops them",
     ),
-    "shape": (fault, "of another shape than in the class", "fails, or computes with random numbers", "check the source"),
+    "shape": (
+        fault, "of another shape than in the class", "fails, or computes with random numbers", "check the source",
+    ),
     "no expert": (
         doubt, "experts of which transformers' class has no parameter",
         "leaves them out; vLLM may read them", "load it once",
