@@ -13,6 +13,7 @@ from dataclasses import replace
 from jobs.cli.verb import note, show
 from jobs.orchestration.preflight import Planned
 from jobs.report import result
+from loaders.architectures.gguf import architecture_of
 from loaders.errors import BadSpec
 from loaders.lint.engines import Answer, Asking, Question, engine_of, is_tabled, question_of, share_quantized
 
@@ -20,14 +21,17 @@ SILENT_S = 2.0  # how long a job waits for the answer before it says so
 FEW = 0.9  # the share of the weights below which it is remarkable how few are quantized
 
 
-def question_about(planned: Planned) -> Question | None:
-    """Return the question about a plan; None if a table knows the model, or no engine can be asked."""
+def question_about(planned: Planned, *, always: bool = False) -> Question | None:
+    """Return the question about a plan; None if no engine can be asked, or a table knows the model (but `always`)."""
     checkpoint, made = planned.plan.checkpoint, planned.target
     engine = engine_of(made.target.layout.name, made.target.scheme)
     config = checkpoint.config if made.config is None else made.config
-    if engine is None or planned.done is not None or is_tabled(checkpoint.family) or not config:
+    is_needed = always or not is_tabled(checkpoint.family)
+    if engine is None or planned.done is not None or not is_needed or not config:
         return None
-    return question_of(engine, config, made.decisions, [slot for file in made.finals for slot in file.slots])
+    slots = [slot for file in made.finals for slot in file.slots]
+    architecture = architecture_of(config).name if engine == "ggml" else None
+    return question_of(engine, config, made.decisions, slots, architecture)
 
 
 @contextmanager
