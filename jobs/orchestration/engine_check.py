@@ -15,6 +15,7 @@ from jobs.orchestration.preflight import Planned
 from jobs.report import result
 from loaders.architectures.gguf import architecture_of
 from loaders.errors import BadSpec
+from loaders.lint import lint_source
 from loaders.lint.engines import Answer, Asking, Question, engine_of, is_tabled, question_of, share_quantized
 
 SILENT_S = 2.0  # how long a job waits for the answer before it says so
@@ -69,6 +70,8 @@ class Asked:
         Raises:
             BadSpec: the engine would fail, or compute something else, and lint=warn was not asked for.
         """
+        if self.planned.spec.lint == "fail" and self.planned.done is None:
+            _check_source(self.planned)
         answer = self.answer()
         if answer is None:
             return self.planned
@@ -83,6 +86,20 @@ class Asked:
     def stop(self) -> None:
         if self._asking is not None:
             self._asking.stop()
+
+
+def _check_source(planned: Planned) -> None:
+    """Check that the source has no fault that its output would have, too; lint would find it when all is written.
+
+    Raises:
+        BadSpec: it has.
+    """
+    if planned.target.target.container.name == "gguf":
+        return
+    found = lint_source(planned.plan.checkpoint, planned.plan.sources)
+    faults = [f"model.path: {f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in found if f.level == "fault"]
+    if faults:
+        raise BadSpec([*faults, "lint: so would the output be; lint=warn goes on all the same"])
 
 
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:

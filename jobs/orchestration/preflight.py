@@ -37,7 +37,7 @@ from loaders.strategies import WeightLoader
 SPARE_BYTES = 16 << 20  # free bytes that an output needs besides its planned files: config, index, records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planned:
     """A job and its plan."""
 
@@ -93,7 +93,7 @@ def plan_job(
     # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
     # metadata. Another key means another journal, so a changed request never resumes old work.
     key = text_digest(" ".join(unit.key(TARGET) for unit in plan.units) + str((made.config, made.assembly, made.made)))
-    planned = Planned(spec, plan, Journal(output, key))
+    planned = Planned(spec=spec, plan=plan, journal=Journal(output, key))
     _ = planned.strategy  # the property raises BadSpec for a strategy that cannot read this source
     if again and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)

@@ -36,8 +36,13 @@ def check(question: Question, installed: str) -> Answer:
         name: mx.zeros(shape, dtype=getattr(mx, DTYPES.get(dtype, "uint8")))
         for name, (dtype, shape) in question.stored.items()
     }
-    arrays: Mapping[str, Any] = model.sanitize(planned) if hasattr(model, "sanitize") else planned
-    _quantize(utils, model, arrays, question.config.get("quantization"))
+    try:
+        arrays: Mapping[str, Any] = model.sanitize(planned) if hasattr(model, "sanitize") else planned
+        _quantize(utils, model, arrays, question.config.get("quantization"))
+    # The loader runs the same code on the same names, so that it would raise the same, whatever it is.
+    except Exception as error:
+        what = f"mlx-lm's own code raises {type(error).__name__} ({str(error)[:100]}) over these names and shapes"
+        return Answer(f"{installed}, {model_class.__module__}", (fault(ENGINE, what, "fails", "report this"),))
     shapes = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
     found = tuple(_findings(arrays, shapes, recipe))
     done = sum(size for path, (size, said) in recipe.items() if said and f"{path}.scales" in arrays)
