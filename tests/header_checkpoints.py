@@ -127,6 +127,29 @@ def size(dtype: str, shape: Sequence[int]) -> int:
     return -(-math.prod(shape) * BITS[dtype] // 8)
 
 
+EXPERTS = re.compile(r"(?<=\bexperts\.)\{0-\d+\}")
+ROUTER = re.compile(r"(?:^|\.)(?:gate|router)\.|correction_bias$")
+COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+def with_few_experts(entry: Mapping[str, Any], few: int) -> dict[str, Any]:
+    """Return a layout whose mixtures have `few` experts a layer, where these lie one by one: all of them are alike."""
+    if not any(EXPERTS.search(pattern) for pattern, _, _ in entry["tensors"]):
+        return dict(entry)
+
+    def lowered(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: lowered(value) if isinstance(value, dict) else min(value, few) if key in COUNTS else value
+            for key, value in config.items()
+        }
+
+    rows = [
+        [EXPERTS.sub(f"{{0-{few - 1}}}", pattern), dtype, [few, *shape[1:]] if ROUTER.search(pattern) else shape]
+        for pattern, dtype, shape in entry["tensors"]
+    ]
+    return {**entry, "config": lowered(entry["config"]), "tensors": rows, "shards": 5_000_000_000}
+
+
 # --- files
 
 

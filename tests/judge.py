@@ -4,6 +4,7 @@
     python -m tests.judge gpt2 qwen3-8b           these layouts
     python -m tests.judge quants=nf4,mlx_int4     these quants
     python -m tests.judge --readme                and write README's table
+    python -m tests.judge --whole                 with all experts of large mixtures, of which else four are judged
 
 What judges a plan is what `jobs.run` asks before it writes (loaders/lint/engines). No weight is read: a layout is a
 JSON document (see tests/header_checkpoints.py), and a new one is judged as soon as it lies in tests/headers. The exit
@@ -26,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.header_checkpoints import HEADERS, entries, make, tensors_of
+from tests.header_checkpoints import HEADERS, entries, make, tensors_of, with_few_experts
 from tests.making import tokenizer
 
 ENGINES = {
@@ -38,6 +39,7 @@ ENGINES = {
 QUANTS = tuple(quant for quants in ENGINES.values() for quant in quants)
 GOAL = 0.95  # of the weights that an engine's published recipe quantizes
 NONE = "no model_type"
+FEW_EXPERTS = 4
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,12 @@ Verdicts = dict[str, dict[str, Verdict]]  # by layout and quant
 # --- judging
 
 
-def judge(name: str, quants: Sequence[str], root: Path) -> dict[str, Verdict]:
+def judge(name: str, quants: Sequence[str], root: Path, *, is_whole: bool = False) -> dict[str, Verdict]:
     """Judge one layout."""
     from loaders.checkpoints.checkpoint import open_checkpoint
 
     folder = root / name
-    entry = entries()[name]
-    make(entry, folder)
+    make(layout(name, is_whole=is_whole), folder)
     # Headers have no tokenizer, without which nothing is planned for llama.cpp.
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(96)))
     opened = cache(open_checkpoint)
@@ -69,6 +70,11 @@ def judge(name: str, quants: Sequence[str], root: Path) -> dict[str, Verdict]:
         return {quant: _judged(folder, quant, opened) for quant in quants}
     finally:
         shutil.rmtree(folder)
+
+
+def layout(name: str, *, is_whole: bool) -> dict[str, Any]:
+    entry = json.loads((HEADERS / f"{name}.json").read_text())
+    return entry if is_whole else with_few_experts(entry, FEW_EXPERTS)
 
 
 def _judged(folder: Path, quant: str, opened: Any) -> Verdict:
@@ -110,14 +116,15 @@ def reason(text: str, folder: Path) -> str:
     return re.sub(r"'[^']*'", "…", first)[:160]
 
 
-def judge_all(names: Sequence[str], quants: Sequence[str]) -> Iterator[tuple[str, dict[str, Verdict]]]:
+def judge_all(
+    names: Sequence[str], quants: Sequence[str], *, is_whole: bool
+) -> Iterator[tuple[str, dict[str, Verdict]]]:
     """Judge layouts, the largest first, a process for each core."""
-    known = entries()
-    names = sorted(names, key=lambda name: -len(tensors_of(known[name])))
+    names = sorted(names, key=lambda name: -len(tensors_of(layout(name, is_whole=is_whole))))
     with tempfile.TemporaryDirectory(prefix="judge-") as root:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            running = {pool.submit(judge, name, quants, Path(root)): name for name in names}
+            running = {pool.submit(judge, name, quants, Path(root), is_whole=is_whole): name for name in names}
             for done in as_completed(running):
                 yield running[done], done.result()
 
@@ -150,14 +157,14 @@ def table(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         by_type.setdefault(type_of(name), []).append(name)
     rows: dict[tuple[str, ...], list[str]] = {}
     for model_type, names in sorted(by_type.items()):
-        cells = tuple(_cell([verdicts[name] for name in names], quants, notes) for quants in ENGINES.values())
+        cells = tuple(cell([verdicts[name] for name in names], quants, notes) for quants in ENGINES.values())
         rows.setdefault(cells, []).append(f"`{model_type}`" if model_type != NONE else model_type)
     lines = [f"| model type | {' | '.join(ENGINES)} |", "|---" * (len(ENGINES) + 1) + "|"]
     lines += [f"| {' '.join(types)} | {' | '.join(cells)} |" for cells, types in rows.items()]
     return "\n".join([*lines, "", notes.lines()])
 
 
-def _cell(found: Iterable[Mapping[str, Verdict]], quants: Sequence[str], notes: Notes) -> str:
+def cell(found: Iterable[Mapping[str, Verdict]], quants: Sequence[str], notes: Notes) -> str:
     """Return what is true of a type's layouts in an engine's quants: what most have, and which differ."""
     by_said: dict[str, list[str]] = {}
     for verdicts in found:
@@ -199,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
     quants = chosen[0] if chosen else QUANTS
     is_readme = "--readme" in arguments
     verdicts: Verdicts = {}
-    for name, found in judge_all(names, quants):
+    for name, found in judge_all(names, quants, is_whole="--whole" in arguments):
         verdicts[name] = found
         print("\n".join(lines_of(name, found)), flush=True)
     for quant in quants:

@@ -271,7 +271,8 @@ class _Judging:
             # Experts lie one by one for vLLM; transformers' loader dequantizes them before it fuses them.
             return None if is_there else "no expert"
         if is_converted:
-            return "converted"
+            # The loader converts the scales of compressed-tensors beside the codes, and no parts of other engines'.
+            return "converted with scales" if self.engine == "compressed-tensors" else "converted"
         if module in self.kept:
             return "kept"
         return None if module in self.wanted or not is_there else "quantized"
@@ -335,6 +336,10 @@ FINDINGS = {
     "converted": (
         fault, "quantized, where the class fuses or splits what is stored",
         "fuses or splits codes as if they were weights, and fails", "keep them by a rule",
+    ),
+    "converted with scales": (
+        doubt, "quantized, where the class fuses or splits what is stored",
+        "fuses or splits codes and scales, which is right for whole rows only", "load it once",
     ),
     "plain": (
         fault, "stored plain, and not named in config.json's skip list by the class's names",

@@ -64,7 +64,7 @@ def test_llama_cpp_has_these_tensors_and_no_others() -> None:
         "blk.31.attn_q.bias",
         "rope_freqs.weight",
     ]
-    stored = {name: ("F32", (4,)) for name in known}
+    stored = dict.fromkeys(known, ("F32", (4,)))
     assert check_gguf(Question("ggml", {}, (), stored, "llama"), "gguf").findings == ()
     stored |= {"blk.0.ssm_in.weight": ("F32", (4,)), "blk.x.attn_q.weight": ("F32", (4,))}
     [found] = check_gguf(Question("ggml", {}, (), stored, "llama"), "gguf").findings
