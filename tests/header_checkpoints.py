@@ -127,7 +127,7 @@ def size(dtype: str, shape: Sequence[int]) -> int:
     return -(-math.prod(shape) * BITS[dtype] // 8)
 
 
-EXPERTS = re.compile(r"(?<=\bexperts\.)\{0-\d+\}")
+EXPERTS = re.compile(r"(?<=\bexperts\.)\{0-(\d+)\}")
 ROUTER = re.compile(r"(?:^|\.)(?:gate|router)\.|correction_bias$")
 COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_experts_per_tok")
 
@@ -143,8 +143,12 @@ def with_few_experts(entry: Mapping[str, Any], few: int) -> dict[str, Any]:
             for key, value in config.items()
         }
 
+    def cut(pattern: str, shape: list[int]) -> list[int]:
+        return [few, *shape[1:]] if ROUTER.search(pattern) and shape[:1] == [count] else shape
+
+    count = max(int(found[1]) + 1 for pattern, _, _ in entry["tensors"] if (found := EXPERTS.search(pattern)))
     rows = [
-        [EXPERTS.sub(f"{{0-{few - 1}}}", pattern), dtype, [few, *shape[1:]] if ROUTER.search(pattern) else shape]
+        [EXPERTS.sub(f"{{0-{few - 1}}}", pattern), dtype, cut(pattern, shape)]
         for pattern, dtype, shape in entry["tensors"]
     ]
     return {**entry, "config": lowered(entry["config"]), "tensors": rows, "shards": 5_000_000_000}

@@ -110,9 +110,10 @@ def asked(planned: Any) -> Verdict:
 
 
 def reason(text: str, folder: Path) -> str:
-    """Return why a plan is refused, in few words that are the same for other models."""
+    """Return why a plan is refused or not judged, in few words that are the same for other models."""
     first = text.replace(str(folder), "it").split(";")[0]
-    first = re.sub(r"\b[\w.]*\.\d+\.[\w.]+", "a weight", first)
+    first = re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.\d+\.[\w.]+", "a weight", first)
+    first = re.sub(r"its \d+ columns", "the columns", first)
     return re.sub(r"'[^']*'", "…", first)[:160]
 
 

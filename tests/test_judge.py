@@ -16,6 +16,7 @@ from tests.readme import table_of
 
 # Layouts that are the only ones of their types, one right, one with a tied head, one an encoder, one a small mixture.
 AGAIN = ("olmo-2-7b", "smollm3-3b", "gte-small", "olmoe-1b-7b")
+CELL = "right in `fp8_dynamic`, `nvfp4a16`; right, 50% of the recipe in `w4a16`"
 NUMBER = re.compile(r" \(\d+\)")
 
 

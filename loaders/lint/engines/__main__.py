@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from loaders.lint.engines.base import Answer, Question
+from loaders.lint.engines.base import Answer, Question, Unanswerable
 
 MOST_BYTES = 8 << 30  # that the process may take; classes without weights take some hundred MB
 # The module that asks each engine, and the package that must be there.
@@ -34,6 +34,8 @@ def answer_of(question: Question) -> Answer:
         return Answer(unanswered=f"{package} is not installed")
     try:
         made: Answer = import_module(f"loaders.lint.engines.{module}").check(question, installed)
+    except Unanswerable as error:
+        return Answer(by=installed, unanswered=f"{installed} {error}")
     except MemoryError:
         return Answer(by=installed, unanswered=f"{installed} took more than {MOST_BYTES >> 30} GB to build the model")
     # The engine's code may raise anything over a config that it does not understand.

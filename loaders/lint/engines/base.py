@@ -18,6 +18,10 @@ SHOWN = 4  # patterns of names that a finding lists before it counts the rest
 FEW = 0.9  # the share of the weights that a recipe quantizes below which an output is remarkable
 
 
+class Unanswerable(Exception):
+    """The engine's code does not know the model; the message continues "PACKAGE VERSION ..."."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A weight of the source: its name and shape, and what becomes of it (quantize, keep, cast, drop)."""

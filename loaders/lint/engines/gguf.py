@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from loaders.lint.base import fault
-from loaders.lint.engines.base import Answer, Question, patterns
+from loaders.lint.engines.base import Answer, Question, Unanswerable, patterns
 
 ENGINE = "llama.cpp"
 
@@ -17,7 +17,7 @@ def check(question: Question, installed: str) -> Answer:
 
     architecture = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == question.architecture), None)
     if architecture is None:
-        return Answer(by=installed, unanswered=f"{installed} has no architecture {question.architecture!r}")
+        raise Unanswerable(f"has no architecture {question.architecture!r}")
     known = [gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[architecture]]
     found = unknown(list(question.stored), known)
     what = f"tensors that architecture {question.architecture} does not have: {patterns(found)}"

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from loaders.lint.base import Finding, doubt, fault
-from loaders.lint.engines.base import FEW, Answer, Question, patterns
+from loaders.lint.engines.base import FEW, Answer, Question, Unanswerable, patterns
 
 ENGINE = "mlx-lm"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "U32": "uint32", "U8": "uint8", "I64": "int64"}
@@ -29,7 +29,7 @@ def check(question: Question, installed: str) -> Answer:
     try:
         model_class, arguments = utils._get_classes(config)
     except ValueError as error:
-        return Answer(by=installed, unanswered=f"{installed}: {error}")
+        raise Unanswerable(f"has no such model: {error}") from None
     model = model_class(arguments.from_dict(config))
     recipe = _of_recipe(model)
     planned = {

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from loaders.lint.base import Finding, doubt, fault
-from loaders.lint.engines.base import FEW, Answer, PlannedTensor, Question, patterns
+from loaders.lint.engines.base import FEW, Answer, PlannedTensor, Question, Unanswerable, patterns
 
 # Keys of config.json, at any depth, that name code, or what was stored before.
 DROPPED = {
@@ -157,14 +157,14 @@ def _class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return transformers' config object, and the class that `architectures` names if it takes it, else AutoModel's.
 
     Raises:
-        ValueError: transformers has no such model of its own.
+        Unanswerable: transformers has no such model of its own.
     """
     transformers: Any = import_module("transformers")
     known: Any = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     mappings = import_module("transformers.models.auto.modeling_auto")
     model_type, names = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str) or model_type not in known:
-        raise ValueError(f"it has no model type {model_type!r} of its own")
+        raise Unanswerable(f"has no model type {model_type!r} of its own")
     made = known[model_type].from_dict(dict(config))
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     named = getattr(transformers, name, None) if name.isidentifier() else None
@@ -176,7 +176,7 @@ def _class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
         found = getattr(mappings, mapping).get(type(made), None)
         if found is not None:
             return made, found[0] if isinstance(found, tuple) else found
-    raise ValueError(f"it has no class for model type {model_type!r}")
+    raise Unanswerable(f"has no class for model type {model_type!r}")
 
 
 # --- what a loader makes of modules

@@ -6,7 +6,7 @@ import pytest
 
 from loaders.lint.base import fault
 from loaders.lint.engines import Answer, Asking, PlannedTensor, Question
-from loaders.lint.engines.base import patterns
+from loaders.lint.engines.base import Unanswerable, patterns
 from loaders.lint.engines.gguf import check as check_gguf
 
 QUESTION = Question("bitsandbytes", {"model_type": "nobody"}, (PlannedTensor("a.weight", (2, 3), "quantize"),),
@@ -70,4 +70,5 @@ def test_llama_cpp_has_these_tensors_and_no_others() -> None:
     [found] = check_gguf(Question("ggml", {}, (), stored, "llama"), "gguf").findings
     assert found.level == "fault"
     assert found.what.endswith("blk.#.ssm_in.weight, blk.x.attn_q.weight")
-    assert "no architecture 'nobody'" in check_gguf(Question("ggml", {}, (), {}, "nobody"), "gguf").unanswered
+    with pytest.raises(Unanswerable, match="no architecture 'nobody'"):
+        check_gguf(Question("ggml", {}, (), {}, "nobody"), "gguf")

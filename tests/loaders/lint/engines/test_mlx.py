@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loaders.lint.engines.base import Question
+from loaders.lint.engines.base import Question, Unanswerable
 from loaders.lint.engines.mlx import check
 from tests.engines import mlx_lm_or_skip
 
@@ -60,4 +60,5 @@ def test_what_its_own_code_raises_is_a_fault() -> None:
 
 
 def test_a_model_that_it_does_not_have_is_not_judged() -> None:
-    assert "not supported" in check(Question("mlx", {**CONFIG, "model_type": "nobody"}, (), {}), "mlx-lm").unanswered
+    with pytest.raises(Unanswerable, match="nobody not supported"):
+        check(Question("mlx", {**CONFIG, "model_type": "nobody"}, (), {}), "mlx-lm")

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from loaders.lint.engines.base import Answer, PlannedTensor, Question
+from loaders.lint.engines.base import Answer, PlannedTensor, Question, Unanswerable
 from loaders.lint.engines.transformers import Model, check, cleaned
 
 pytestmark = pytest.mark.engine
@@ -134,5 +134,5 @@ def test_config_json_names_no_code() -> None:
     config = {**LLAMA, "auto_map": {"AutoConfig": "evil.Config"}, "_attn_implementation": "someone/kernel",
               "text_config": {"auto_map": {}, "hidden_size": 32}}  # fmt: skip
     assert cleaned(config) == {**LLAMA, "text_config": {"hidden_size": 32}}
-    with pytest.raises(ValueError, match="no model type 'evil'"):
+    with pytest.raises(Unanswerable, match="no model type 'evil'"):
         Model(cleaned({**config, "model_type": "evil", "architectures": ["LlamaForCausalLM"]}), "bitsandbytes")
