@@ -97,7 +97,7 @@ def _check_source(planned: Planned) -> None:
     if planned.target.target.container.name == "gguf":
         return
     found = lint_source(planned.plan.checkpoint, planned.plan.sources)
-    faults = [f"model.path: {f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in found if f.level == "fault"]
+    faults = [f"model.path: {f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in found if f.is_fatal]
     if faults:
         raise BadSpec([*faults, "lint: so would the output be; lint=warn goes on all the same"])
 

@@ -261,7 +261,7 @@ def _pass_lint(planned: Planned, found: Sequence[Finding]) -> None:
     Raises:
         VerifyFailed: it will not, and lint=warn was not asked for.
     """
-    faults = [finding for finding in found if finding.level == "fault"]
+    faults = [finding for finding in found if finding.is_fatal]
     if faults and planned.spec.lint == "fail":
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         first = faults[0]

@@ -90,7 +90,7 @@ class Answer:
 
     @property
     def faults(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.level == "fault"]
+        return [finding for finding in self.findings if finding.is_fatal]
 
     @property
     def share(self) -> float:
