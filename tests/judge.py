@@ -4,11 +4,12 @@
     python -m tests.judge gpt2 qwen3-8b           these layouts
     python -m tests.judge quants=nf4,mlx_int4     these quants
     python -m tests.judge --readme                and write README's table
-    python -m tests.judge --whole                 with all experts of large mixtures, of which else four are judged
+    python -m tests.judge --whole                 with all experts of large mixtures, of which else eight are judged
 
 What judges a plan is what `jobs.run` asks before it writes (loaders/lint/engines). No weight is read: a layout is a
-JSON document (see tests/header_checkpoints.py), and a new one is judged as soon as it lies in tests/headers. The exit
-status is 1 if anything is wrong. On two cores all of it takes some minutes.
+JSON document (see tests/header_checkpoints.py), and a new one is judged as soon as it lies in tests/headers. Types in
+a GGUF are judged by llama.cpp's own dry run, if llama_cpp is installed; its names always. The exit status is 1 if
+anything is wrong. On two cores all of it takes some minutes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from tests import llama_dry_run
 from tests.header_checkpoints import HEADERS, entries, make, tensors_of, with_few_experts
 from tests.making import tokenizer
 
@@ -39,7 +41,7 @@ ENGINES = {
 QUANTS = tuple(quant for quants in ENGINES.values() for quant in quants)
 GOAL = 0.95  # of the weights that an engine's published recipe quantizes
 NONE = "no model_type"
-FEW_EXPERTS = 4
+FEW_EXPERTS = 8  # as many as Mixtral has, for which llama.cpp has rules of its own
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,31 @@ def layout(name: str, *, is_whole: bool) -> dict[str, Any]:
 
 
 def _judged(folder: Path, quant: str, opened: Any) -> Verdict:
+    from loaders.errors import WeightmillError
+
+    try:
+        planned = _plan(folder, quant, opened)
+    except WeightmillError as error:
+        problems = getattr(error, "problems", (str(error),))
+        return Verdict("refused", (reason(problems[0], folder),))
+    except Exception as error:  # a crash of ours is a verdict, too
+        return Verdict("wrong", (f"crash: {type(error).__name__}: {str(error)[:200]}",))
+    found = asked(planned)
+    if found.verdict == "right" and quant in llama_dry_run.FILE_TYPES and llama_dry_run.is_there():
+        return _by_types(planned, quant, _plan(folder, "gguf_bf16", opened), folder, found)
+    return found
+
+
+def _plan(folder: Path, quant: str, opened: Any) -> Any:
     from jobs.cli.compose import compose, take_apart
     from jobs.orchestration.preflight import plan_job
     from jobs.spec.job import JobSpec
-    from loaders.errors import WeightmillError
+    from jobs.spec.keys import KEYS
+    from loaders.errors import settings_called
 
     given = [f"model.path={folder}", f"quant={quant}", f"output.path={folder}-{quant}", "tracking=none"]
-    try:
-        planned = plan_job(compose("run", JobSpec, take_apart("run", JobSpec, given)), opened)
-    except WeightmillError as error:
-        problems = getattr(error, "problems", (str(error),))
-        return Verdict("refused", tuple(reason(problem, folder) for problem in problems[:1]))
-    except Exception as error:  # a crash of ours is a verdict, too
-        return Verdict("wrong", (f"crash: {type(error).__name__}: {str(error)[:200]}",))
-    return asked(planned)
+    with settings_called(KEYS):
+        return plan_job(compose("run", JobSpec, take_apart("run", JobSpec, given)), opened)
 
 
 def asked(planned: Any) -> Verdict:
@@ -104,9 +117,20 @@ def asked(planned: Any) -> Verdict:
         return Verdict("not judged", ("no engine is asked about this",))
     answer = answer_of(question)
     if answer.unanswered:
-        return Verdict("not judged", (reason(answer.unanswered, Path("/")),))
+        return Verdict("not judged", (reason(re.sub(r"(?<=\w) \d+(?:\.\d+)+", "", answer.unanswered), Path("/")),))
     faults = tuple(finding.what for finding in answer.faults)
     return Verdict("wrong" if faults else "right", faults, answer.share)
+
+
+def _by_types(planned: Any, quant: str, floats: Any, folder: Path, found: Verdict) -> Verdict:
+    """Hold the planned types of a GGUF against those that llama.cpp chooses for the same model."""
+    wanted = llama_dry_run.types_of(floats.target, quant, folder)
+    made = {slot.name: slot.dtype.name for file in planned.target.finals for slot in file.slots}
+    other = [name for name in wanted.keys() | made.keys() if wanted.get(name) != made.get(name)]
+    if not other:
+        return found
+    first = sorted(other)[0]
+    return Verdict("wrong", (f"{len(other)} types, {first} first: {made.get(first)}, llama.cpp {wanted.get(first)}",))
 
 
 def reason(text: str, folder: Path) -> str:
@@ -213,6 +237,7 @@ def main(arguments: Sequence[str]) -> int:
     for quant in quants:
         counts = [found[quant].verdict for found in verdicts.values()]
         print(quant, {each: counts.count(each) for each in ("right", "wrong", "refused", "not judged")})
+    print(f"types in GGUF {'were' if llama_dry_run.is_there() else 'were not'} judged by llama.cpp's dry run")
     if is_readme:
         from tests.readme import write_table
 
