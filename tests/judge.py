@@ -109,13 +109,13 @@ def _plan(folder: Path, quant: str, opened: Any) -> Any:
 
 def asked(planned: Any) -> Verdict:
     """Ask the engine's code, in this process."""
-    from jobs.orchestration.engine_check import question_about
+    from jobs.orchestration.engine_check import engine_to_ask, question_about
     from loaders.lint.engines.__main__ import answer_of
 
-    question = question_about(planned, always=True)
-    if question is None:
+    engine = engine_to_ask(planned, always=True)
+    if engine is None:
         return Verdict("not judged", ("no engine is asked about this",))
-    answer = answer_of(question)
+    answer = answer_of(question_about(planned, engine))
     if answer.unanswered:
         return Verdict("not judged", (reason(re.sub(r"(?<=\w) \d+(?:\.\d+)+", "", answer.unanswered), Path("/")),))
     faults = tuple(finding.what for finding in answer.faults)

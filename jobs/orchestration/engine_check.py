@@ -22,14 +22,19 @@ SILENT_S = 2.0  # how long a job waits for the answer before it says so
 FEW = 0.9  # the share of the weights below which it is remarkable how few are quantized
 
 
-def question_about(planned: Planned, *, always: bool = False) -> Question | None:
-    """Return the question about a plan; None if no engine can be asked, or a table knows the model (but `always`)."""
+def engine_to_ask(planned: Planned, *, always: bool = False) -> str | None:
+    """Return the engine to ask about a plan; None if there is none, or a table knows the model (but `always`)."""
     checkpoint, made = planned.plan.checkpoint, planned.target
-    engine = engine_of(made.target.layout.name, made.target.scheme)
-    config = checkpoint.config if made.config is None else made.config
     is_needed = always or not is_tabled(checkpoint.family)
-    if engine is None or planned.done is not None or not is_needed or not config:
+    if planned.done is not None or not is_needed or not (made.config or checkpoint.config):
         return None
+    return engine_of(made.target.layout.name, made.target.scheme)
+
+
+def question_about(planned: Planned, engine: str) -> Question:
+    """Return the question about a plan."""
+    made = planned.target
+    config = planned.plan.checkpoint.config if made.config is None else made.config
     slots = [slot for file in made.finals for slot in file.slots]
     architecture = architecture_of(config).name if engine == "ggml" else None
     return question_of(engine, config, made.decisions, slots, architecture)
@@ -51,8 +56,8 @@ class Asked:
 
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
-        question = question_about(planned)
-        self._asking = None if question is None else Asking(question)
+        engine = engine_to_ask(planned)
+        self._asking = None if engine is None else Asking(question_about(planned, engine))
 
     def answer(self) -> Answer | None:
         """Wait for the answer; None if nothing was asked."""
@@ -104,8 +109,7 @@ def _check_source(planned: Planned) -> None:
 
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
     """Ask about a plan if that is wanted; returns the answer, and what a plan notes about it."""
-    asked = question_about(planned)
-    if asked is None:
+    if engine_to_ask(planned) is None:
         return Answer(), []
     if not is_wanted:
         why = f"model_type {planned.plan.checkpoint.config.get('model_type')!r} is not known here"

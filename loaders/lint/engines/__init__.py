@@ -21,7 +21,7 @@ from loaders.specs import Slot
 
 __all__ = ["Answer", "Asking", "PlannedTensor", "Question", "engine_of", "is_tabled", "question_of", "share_quantized"]
 
-SECONDS = 120.0  # how long an engine may take to answer
+SECONDS = 300.0  # how long an engine may take to answer
 AT_ONCE = 2  # processes that answer at the same time
 BY_LAYOUT = {"mlx": "mlx", "gguf": "ggml"}
 HF_ENGINES = ("bitsandbytes", "bitnet", "compressed-tensors")
@@ -76,9 +76,14 @@ class Asking:
 
     def _talk(self, question: Question) -> None:
         with self._room:
-            if not self._is_stopped:
-                self._process = _process()
-                self._said = self._answer(self._process, question)
+            if self._is_stopped:
+                return
+            self._process = _process()
+            # It may have been stopped while the process came into being, when there was none to end.
+            if self._is_stopped:
+                self._process.kill()
+            said = self._answer(self._process, question)
+            self._said = self._said if self._is_stopped else said
 
     def _answer(self, process: subprocess.Popen[str], question: Question) -> Answer:
         try:
