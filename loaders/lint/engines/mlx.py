@@ -31,13 +31,14 @@ def check(question: Question, installed: str) -> Answer:
     except ValueError as error:
         raise Unanswerable(f"has no such model: {error}") from None
     model = model_class(arguments.from_dict(config))
-    recipe = _of_recipe(model)
     planned = {
         name: mx.zeros(shape, dtype=getattr(mx, DTYPES.get(dtype, "uint8")))
         for name, (dtype, shape) in question.stored.items()
     }
     try:
         arrays: Mapping[str, Any] = model.sanitize(planned) if hasattr(model, "sanitize") else planned
+        # Sanitizing takes away the output projection of a model whose embeddings are tied.
+        recipe = _of_recipe(model)
         _quantize(utils, model, arrays, question.config.get("quantization"))
     # The loader runs the same code on the same names, so that it would raise the same, whatever it is.
     except Exception as error:
