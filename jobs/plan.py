@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Literal
 
 from pydantic import Field
 
-from jobs.cli.verb import Said, Verb
+from jobs.cli.verb import DONE, FAILED, Said, Verb
 from jobs.spec.job import JobSpec
 
 
@@ -15,6 +16,10 @@ class PlanSpec(JobSpec):
     """The settings of `plan`: those of a job, and how much of its plan to show."""
 
     tensors: Literal["summary", "all"] = Field(default="summary", description="all lists each one")
+    check: Literal["none", "engine"] = Field(
+        default="none",
+        description="engine asks its own code whether it would load the output, as run does for models unknown here",
+    )
 
 
 def act(spec: PlanSpec) -> Said:
@@ -22,8 +27,9 @@ def act(spec: PlanSpec) -> Said:
     from rich.console import Group, RenderableType
 
     from jobs.mixed_precision import search
-    from jobs.orchestration import preflight
+    from jobs.orchestration import engine_check, preflight
     from jobs.report import plan
+    from jobs.report.result import findings_text
     from loaders.presets.auto import AutoQuant
 
     job: JobSpec = spec
@@ -36,11 +42,16 @@ def act(spec: PlanSpec) -> Said:
         job = found
         said = [mix, ""]
     planned = preflight.plan_job(job)
-    notes = preflight.notes_of(planned)
+    answer, about = engine_check.asked_for(planned, is_wanted=spec.check == "engine")
+    notes = [*preflight.notes_of(planned), *about]
+    status = FAILED if answer.faults and spec.lint == "fail" else DONE
     if spec.format == "json":  # only then is the document made, which of a large model is as large as its plan
-        return Said(plan.plan_document(job, planned.plan, planned.target, notes), "")
+        document = plan.plan_document(job, planned.plan, planned.target, notes)
+        document["findings"] = [asdict(finding) for finding in answer.findings]
+        return Said(document, "", status)
     text = plan.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
-    return Said({"status": "planned"}, Group(*said, text))
+    shown = [findings_text(answer.findings)] if answer.findings else []
+    return Said({"status": "planned"}, Group(*said, text, *shown), status)
 
 
 VERB = Verb(
@@ -51,6 +62,7 @@ VERB = Verb(
     examples=(
         ("model.path=DIR quant=nf4", "files, bytes, which tensors by which rule"),
         ("model.path=DIR quant=nf4 tensors=all", "and every tensor"),
+        ("model.path=DIR quant=nf4 check=engine", "and ask the engine's own class whether it would load that"),
         ("model.path=DIR quant=nf4 format=json", "for a program"),
     ),
     config="run",

@@ -7,14 +7,19 @@ import re
 from loaders.places import ROOT
 
 README = ROOT / "README.md"
-PLACE = r"(?s)(?<=<!-- {0}: python -m tests.readme -->\n\n).*?(?=\n\n<!-- end {0} -->)"
+PLACE = r"(?s)(<!-- {0}: python -m tests\.\w+(?: --readme)? -->\n\n)(.*?)(?=\n\n<!-- end {0} -->)"
 
 
 def table_of(name: str) -> str:
     """Return the table between the markers of a name."""
     found = re.search(PLACE.format(name), README.read_text())
     assert found is not None, f"README.md: no table {name}"
-    return found[0]
+    return found[2]
+
+
+def write_table(name: str, table: str) -> None:
+    """Write a table between its markers."""
+    README.write_text(re.sub(PLACE.format(name), lambda found: found[1] + table, README.read_text()))
 
 
 def main() -> None:
@@ -22,10 +27,8 @@ def main() -> None:
     from tests import sources
     from tests.parity import matrix
 
-    text = README.read_text()
-    for name, table in {"matrix": matrix.table(), "sources": sources.table()}.items():
-        text = re.sub(PLACE.format(name), lambda _, table=table: table, text)
-    README.write_text(text)
+    write_table("matrix", matrix.table())
+    write_table("sources", sources.table())
 
 
 if __name__ == "__main__":

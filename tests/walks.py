@@ -78,7 +78,9 @@ def make_source(folder: Path) -> Path:
     shapes = {"model.embed_tokens.weight": (96, 1024), TENSOR: SHAPE, "model.norm.weight": (1024,)}
     tensors = {name: weights(rng.standard_normal(shape) * 0.05, "BF16") for name, shape in shapes.items()}
     sizes = {"hidden_size": SHAPE[1], "intermediate_size": SHAPE[0], "num_hidden_layers": 1}
-    return write_checkpoint(folder, tensors, config={**LLAMA, **sizes, "dtype": "bfloat16"})
+    return write_checkpoint(
+        folder, tensors, config={**LLAMA, **sizes, "dtype": "bfloat16", "tie_word_embeddings": True}
+    )
 
 
 def walk_of_bytes(folder: Path) -> Walk:

@@ -30,7 +30,7 @@ from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
 from jobs.verification.logits import judged, pass_gate
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
-from loaders.lint import lint_at
+from loaders.lint import Finding, lint_at
 from loaders.quantization.gate import Gate
 from loaders.stats import LoadStats
 from loaders.storage import open_store
@@ -131,7 +131,9 @@ class Job:
         _pass_gate(planned, records)
         completed = complete(planned.plan, planned.target, planned.journal, records)
         quality = self._judge([file.xxh3 for file in completed.weights])
-        found = lint_at(planned.journal.destination.files)
+        linted = lint_at(planned.journal.destination.files)
+        _pass_lint(planned, linted)
+        found = [*planned.findings, *linted]
         report = make_report(
             planned.spec, planned.plan, planned.target, records, completed, found, self._about(done, records), quality
         )
@@ -251,6 +253,22 @@ def _pass_gate(planned: Planned, records: Sequence[Record]) -> None:
     found = [(error, fault) for error, fault in faults if fault]
     if found:
         raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")
+
+
+def _pass_lint(planned: Planned, found: Sequence[Finding]) -> None:
+    """Check that the engine will load the output, and compute what it should.
+
+    Raises:
+        VerifyFailed: it will not, and lint=warn was not asked for.
+    """
+    faults = [finding for finding in found if finding.is_fatal]
+    if faults and planned.spec.lint == "fail":
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        first = faults[0]
+        raise VerifyFailed(
+            f"not published: {first.what}; {first.engine}: {first.happens}; {first.remedy}{more}. The finished units"
+            " are kept: the same command with lint=warn publishes them all the same"
+        )
 
 
 # --- tracking and the report

@@ -28,6 +28,7 @@ from loaders.backends import kernels_of
 from loaders.backends.memory import no_collection
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
+from loaders.lint import Finding
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT
@@ -37,7 +38,7 @@ from loaders.strategies import WeightLoader
 SPARE_BYTES = 16 << 20  # free bytes that an output needs besides its planned files: config, index, records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planned:
     """A job and its plan."""
 
@@ -46,6 +47,7 @@ class Planned:
     journal: Journal
     done: Report | None = None  # the report of an earlier run of this very job, if the job need not run again
     judging: Judging | None = None  # the planned evaluation, with verify=logits
+    findings: tuple[Finding, ...] = ()  # what the engine's own code found, where it was asked
 
     @property
     def target(self) -> TargetPlan:
@@ -93,7 +95,7 @@ def plan_job(
     # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
     # metadata. Another key means another journal, so a changed request never resumes old work.
     key = work_key([unit.key(TARGET) for unit in plan.units], made.config, made.assembly, made.made)
-    planned = Planned(spec, plan, Journal(output, key))
+    planned = Planned(spec=spec, plan=plan, journal=Journal(output, key))
     _ = planned.strategy  # the property raises BadSpec for a strategy that cannot read this source
     if again and (done := _done_before(planned)) is not None:
         return replace(planned, done=done)

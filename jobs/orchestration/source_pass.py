@@ -19,6 +19,7 @@ from jobs.execution.merge import job_of, merge
 from jobs.execution.run_tasks import run_tasks
 from jobs.execution.unit import UnitReport, UnitTask
 from jobs.mixed_precision.search import mixed
+from jobs.orchestration import engine_check
 from jobs.orchestration.job import Job, Pass
 from jobs.orchestration.preflight import Planned, check_space, notes_of, plan_job
 from jobs.report import plan
@@ -57,7 +58,9 @@ def run_job(spec: JobSpec) -> Said:
     """
     spec = mixed(spec)
     planned = plan_job(spec)
-    show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
+    with engine_check.asking([planned]) as [asked]:
+        show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
+        planned = asked.settled()
     job = Job(1, planned)
     run_pass([job], Clusters())
     assert job.outcome is not None
@@ -78,6 +81,13 @@ def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | Weight
             found[number] = plan_job(mixed(spec, again=True), opened, again=True)
         except WeightmillError as error:
             found[number] = error
+    planned = {number: plan for number, plan in found.items() if isinstance(plan, Planned)}
+    with engine_check.asking(list(planned.values())) as asked:
+        for number, each in zip(planned, asked, strict=True):
+            try:
+                found[number] = each.settled()
+            except WeightmillError as error:
+                found[number] = error
     return found
 
 

@@ -154,6 +154,7 @@ class LintFinding(Part):
     what: str
     happens: str
     remedy: str
+    loads_in: str = ""
 
 
 class RunReport(Part):

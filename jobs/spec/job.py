@@ -291,6 +291,10 @@ class JobSpec(Spec):
     cluster: ClusterSpec
     tracking: TrackingSpec
     verify: VerifySpec
+    lint: Literal["fail", "warn"] = Field(
+        default="fail",
+        description="what a finding means that the engine fails, or computes something else: the job fails, or goes on",
+    )
     objective: tuple[str, ...] = Field(
         default=("error/relative",),
         description="metrics that a job returns to Hydra's sweeper, for it to search by",

@@ -15,9 +15,9 @@ from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.storage.address import Address
 from loaders.storage.base import Store
 from loaders.storage.json_files import read_json
-from loaders.tensors.sources import tensors_of
+from loaders.tensors.sources import Sources, tensors_of
 
-__all__ = ["BY_METHOD", "Finding", "lint", "lint_at"]
+__all__ = ["BY_METHOD", "Finding", "lint", "lint_at", "lint_source"]
 
 # the check for each method by which a checkpoint says that it was quantized
 BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
@@ -68,6 +68,11 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
             )
         )
     return sorted(found, key=lambda finding: finding.level != "fault")
+
+
+def lint_source(checkpoint: Checkpoint, sources: Sources) -> list[Finding]:
+    """Return what is wrong with a source in such a way that every output of it would have it, too."""
+    return list(files.carried(Subject(checkpoint, sources, None)))
 
 
 def _index_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -16,28 +16,37 @@ from loaders.tensors.sources import Sources
 SHOWN = 4  # names that a finding lists before it counts the rest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A problem that an engine will have with a checkpoint: what it is, what happens then, and what to do."""
+    """A problem that an engine will have with a checkpoint: what it is, what happens then, and what to do.
+
+    `loads_in` names another engine, or another version, that has no such problem.
+    """
 
     level: Literal["fault", "doubt"]
     engine: str
     what: str
     happens: str
     remedy: str
+    loads_in: str = ""
+
+    @property
+    def is_fatal(self) -> bool:
+        """Whether no engine of such checkpoints is known to load it, and to compute what it should."""
+        return self.level == "fault" and not self.loads_in
 
     def __str__(self) -> str:
         return f"{self.level}: {self.what}; {self.engine}: {self.happens}; {self.remedy}"
 
 
-def fault(engine: str, what: str, happens: str, remedy: str) -> Finding:
+def fault(engine: str, what: str, happens: str, remedy: str, loads_in: str = "") -> Finding:
     """Return a finding that the engine fails, or computes something else."""
-    return Finding("fault", engine, what, happens, remedy)
+    return Finding(level="fault", engine=engine, what=what, happens=happens, remedy=remedy, loads_in=loads_in)
 
 
 def doubt(engine: str, what: str, happens: str, remedy: str) -> Finding:
     """Return a finding that the engine may fail, or may compute something else."""
-    return Finding("doubt", engine, what, happens, remedy)
+    return Finding(level="doubt", engine=engine, what=what, happens=happens, remedy=remedy)
 
 
 @dataclass(frozen=True)

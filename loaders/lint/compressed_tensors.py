@@ -98,6 +98,7 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
             f"{len(unlike)} fused groups have parts of different schemes: {some(unlike)}",
             "fuses them and refuses; transformers loads them apart",
             "give all parts of a group one scheme, or keep them all",
+            loads_in="transformers",
         )
     ragged = [
         name
@@ -139,7 +140,9 @@ def _experts(tensors: list[LogicalTensor]) -> Iterator[Finding]:
                 "experts are in NVFP4",
                 "forgets their global scale and silently computes wrong numbers",
                 "run it in vLLM",
+                loads_in="vLLM",
             )
         elif fails_for_experts(scheme):
             name = name_of(scheme)
-            yield fault("transformers 5", f"experts are in {name}", "fails (CONVERSION)", "run it in vLLM")
+            what = f"experts are in {name}"
+            yield fault("transformers 5", what, "fails (CONVERSION)", "run it in vLLM", loads_in="vLLM")

@@ -61,6 +61,7 @@ def _experts(subject: Subject) -> Iterator[Finding]:
             f"{len(experts)} experts are quantized one by one: {some(experts)}",
             "fuses experts and fails with a size mismatch; transformers 4 loads them",
             "keep experts by a rule",
+            loads_in="transformers 4",
         )
     routers = [module(r) for r in subject.sources.tensors if r.role == "router" and r.decode is not None]
     if routers:
@@ -69,6 +70,7 @@ def _experts(subject: Subject) -> Iterator[Finding]:
             f"{len(routers)} routers are quantized: {some(routers)}",
             "reads them as plain parameters and fails",
             "keep routers by a rule",
+            loads_in="transformers 4",
         )
 
 

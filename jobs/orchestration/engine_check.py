@@ -1,0 +1,140 @@
+"""Asking an output's engine about the plan before anything is written: would its own class load these names?
+
+Only models are asked about that no table here knows. The engine's code runs in a process of its own, so that a job
+imports no torch; see `loaders.lint.engines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from jobs.cli.verb import note, show
+from jobs.orchestration.preflight import Planned
+from jobs.report import result
+from loaders.architectures.gguf import architecture_of
+from loaders.errors import BadSpec
+from loaders.lint import lint_source
+from loaders.lint.engines import Answer, Asking, Question, engine_of, is_tabled, question_of, share_quantized
+
+SILENT_S = 2.0  # how long a job waits for the answer before it says so
+FEW = 0.9  # the share of the weights below which it is remarkable how few are quantized
+
+
+def engine_to_ask(planned: Planned, *, always: bool = False) -> str | None:
+    """Return the engine to ask about a plan; None if there is none, or a table knows the model (but `always`)."""
+    checkpoint, made = planned.plan.checkpoint, planned.target
+    is_needed = always or not is_tabled(checkpoint.family)
+    if planned.done is not None or not is_needed or not (made.config or checkpoint.config):
+        return None
+    return engine_of(made.target.layout.name, made.target.scheme)
+
+
+def question_about(planned: Planned, engine: str) -> Question:
+    """Return the question about a plan."""
+    made = planned.target
+    config = planned.plan.checkpoint.config if made.config is None else made.config
+    slots = [slot for file in made.finals for slot in file.slots]
+    architecture = architecture_of(config).name if engine == "ggml" else None
+    return question_of(engine, config, made.decisions, slots, architecture)
+
+
+@contextmanager
+def asking(jobs: Sequence[Planned]) -> Iterator[list[Asked]]:
+    """Ask about all jobs at once within the block; what still runs at its end is stopped."""
+    asked = [Asked(planned) for planned in jobs]
+    try:
+        yield asked
+    finally:
+        for each in asked:
+            each.stop()
+
+
+class Asked:
+    """A plan about which its engine is being asked, if it needs to be."""
+
+    def __init__(self, planned: Planned) -> None:
+        self.planned = planned
+        engine = engine_to_ask(planned)
+        self._asking = None if engine is None else Asking(question_about(planned, engine))
+
+    def answer(self) -> Answer | None:
+        """Wait for the answer; None if nothing was asked."""
+        if self._asking is None:
+            return None
+        said = self._asking.wait(SILENT_S)
+        if said is None:
+            note("waiting for the engine's own code, which says whether it would load this output")
+            said = self._asking.wait()
+        return said
+
+    def settled(self) -> Planned:
+        """Return the plan with what was found. What is no fault, or is to be let pass, is shown.
+
+        Raises:
+            BadSpec: the engine would fail, or compute something else, and lint=warn was not asked for.
+        """
+        if self.planned.spec.lint == "fail" and self.planned.done is None:
+            _check_source(self.planned)
+        answer = self.answer()
+        if answer is None:
+            return self.planned
+        if answer.unanswered:
+            note(unanswered(self.planned, answer))
+        if answer.faults and self.planned.spec.lint == "fail":
+            raise BadSpec(problems(answer))
+        if answer.findings:
+            show(result.findings_text(answer.findings))
+        return replace(self.planned, findings=answer.findings)
+
+    def stop(self) -> None:
+        if self._asking is not None:
+            self._asking.stop()
+
+
+def _check_source(planned: Planned) -> None:
+    """Check that the source has no fault that its output would have, too; lint would find it when all is written.
+
+    Raises:
+        BadSpec: it has.
+    """
+    if planned.target.target.container.name == "gguf":
+        return
+    found = lint_source(planned.plan.checkpoint, planned.plan.sources)
+    faults = [f"model.path: {f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in found if f.is_fatal]
+    if faults:
+        raise BadSpec([*faults, "lint: so would the output be; lint=warn goes on all the same"])
+
+
+def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
+    """Ask about a plan if that is wanted; returns the answer, and what a plan notes about it."""
+    if engine_to_ask(planned) is None:
+        return Answer(), []
+    if not is_wanted:
+        why = f"model_type {planned.plan.checkpoint.config.get('model_type')!r} is not known here"
+        return Answer(), [f"{why}, and its engine was not asked: check=engine asks it, run does; {share(planned)}"]
+    with asking([planned]) as [each]:
+        answer = each.answer() or Answer()
+    if answer.unanswered:
+        return answer, [unanswered(planned, answer)]
+    faults = f"{len(answer.faults)} faults" if answer.faults else "no fault"
+    return answer, [f"asked was {answer.by}: {faults}; {share(planned)}"]
+
+
+def problems(answer: Answer) -> list[str]:
+    """Return the faults as problems of a request, a line each."""
+    faults = [f"{f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in answer.faults]
+    return [*faults, f"lint: asked was {answer.by}; lint=warn goes on all the same"]
+
+
+def unanswered(planned: Planned, answer: Answer) -> str:
+    """Say that nobody could be asked, and what can be said without: how much of the model is quantized."""
+    return f"the engine's own code could not be asked about this output: {answer.unanswered}; {share(planned)}"
+
+
+def share(planned: Planned) -> str:
+    """Say how much of a model is quantized, with a warning if it is little."""
+    found = share_quantized(planned.target.decisions)
+    said = f"{found:.0%} of the weights in matrices other than embeddings and heads are quantized"
+    return said if found >= FEW else f"warning: only {said}: see what is kept, and why"

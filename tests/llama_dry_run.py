@@ -1,0 +1,44 @@
+"""llama.cpp's own choice of types: llama_model_quantize as a dry run over a GGUF whose tensors are a hole."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+# Such as "[ 2/ 255] blk.0.attn_k.weight - [3072, 1024, 1, 1], type = bf16, size = 6.00 MiB -> 1.69 MiB (q4_K)"
+LINE = re.compile(
+    r"\]\s+(?P<name>\S+)\s+- \[[^]]*\], type =\s*(?P<type>\w+),.*?(?:\((?P<made>\w+)\))?\s*$", re.MULTILINE
+)
+FILE_TYPES = {"gguf_q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
+
+
+def is_there() -> bool:
+    """Whether llama.cpp can be asked here."""
+    return util.find_spec("llama_cpp") is not None
+
+
+def types_of(planned: Any, quant: str, folder: Path) -> dict[str, str]:
+    """Return the type that llama.cpp gives each tensor of a planned GGUF of floats."""
+    import llama_cpp
+
+    joined = planned.assembly.joined
+    source = folder / "floats.gguf"
+    with source.open("wb") as file:
+        file.write(joined.head)
+        file.truncate(len(joined.head) + sum(piece.size for piece in planned.pieces))
+    said: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, data: Any) -> None:
+        said.append(text.decode(errors="replace"))
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.dry_run = getattr(llama_cpp, FILE_TYPES[quant]), True
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(folder / "none").encode(), ctypes.byref(params))
+    source.unlink()
+    assert status == 0, "".join(said)[-500:]
+    return {found["name"]: (found["made"] or found["type"]).upper() for found in LINE.finditer("".join(said))}
