@@ -1,4 +1,4 @@
-"""llama.cpp's architectures: tensor names in both directions, row orders, and config.json from metadata.
+"""llama.cpp's architectures: tensor names in both directions, and row orders.
 
 Names and keys are those of gguf-py (llama.cpp, gguf-py/gguf/constants.py) and of llama.cpp's converter
 (conversion/llama.py, conversion/qwen.py). Only models listed here are converted between transformers' form and GGUF.
@@ -7,7 +7,7 @@ Names and keys are those of gguf-py (llama.cpp, gguf-py/gguf/constants.py) and o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Architecture:
 
     `class_name` is transformers' class for config.json. `permutes` says that rows of q and k are in another order in a
     GGUF: llama.cpp's rotary embedding pairs neighbours, transformers' pairs the halves of a head (`permute` in
-    conversion/llama.py).
+    conversion/llama.py). `has_factors` says that llama.cpp loads the tensor rope_freqs.weight.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Architecture:
     class_name: str
     experts: Mapping[str, str]
     permutes: bool = False
+    has_factors: bool = False
 
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
@@ -107,7 +108,9 @@ class Architecture:
 
 
 ARCHITECTURES = (
-    Architecture("llama", ("llama", "mistral", "mixtral"), "LlamaForCausalLM", MIXTRAL_EXPERTS, permutes=True),
+    Architecture(
+        "llama", ("llama", "mistral", "mixtral"), "LlamaForCausalLM", MIXTRAL_EXPERTS, permutes=True, has_factors=True
+    ),
     Architecture("qwen2", ("qwen2",), "Qwen2ForCausalLM", {}),
     Architecture("qwen3", ("qwen3",), "Qwen3ForCausalLM", {}),
     Architecture("qwen3moe", ("qwen3_moe",), "Qwen3MoeForCausalLM", QWEN_EXPERTS),
@@ -153,76 +156,3 @@ def experts_of(config: Mapping[str, Any]) -> int:
         if text_config(config, key) is not None:
             return number(config, key)
     return 0
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_theta, rope_type and the scaling's settings from either style of config.json."""
-    found: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        block = text_config(config, key)
-        found |= block if isinstance(block, Mapping) else {}
-    if "type" in found:
-        found.setdefault("rope_type", found["type"])
-    theta = text_config(config, "rope_theta")
-    if theta is not None:
-        found.setdefault("rope_theta", theta)
-    return found
-
-
-# --- metadata -> config.json
-
-
-def config_of(metadata: Mapping[str, Any], names: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Make a config.json from a GGUF's metadata (plain values by key) and tensor names.
-
-    `dtype` is transformers' name for the weights' dtype. The result is empty for an unknown architecture.
-    """
-    architecture = architecture_named(metadata.get("general.architecture"))
-    if architecture is None:
-        return {}
-
-    def value(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{architecture.name}.{key}", default)
-
-    heads, hidden = value("attention.head_count"), value("embedding_length")
-    experts = value("expert_count", 0)
-    # llama.cpp holds Mixtral as a llama with experts. A Mistral cannot be told from a Llama, and becomes one.
-    model_type = "mixtral" if architecture.name == "llama" and experts else architecture.model_types[0]
-    config: dict[str, Any] = {
-        "architectures": [CLASS_NAMES.get(model_type, architecture.class_name)],
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv", heads),
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_theta": value("rope.freq_base", 10000.0),
-        "vocab_size": value("vocab_size"),
-        "tie_word_embeddings": "output.weight" not in names,
-        "dtype": dtype,
-    }
-    if value("attention.key_length") is not None:
-        config["head_dim"] = value("attention.key_length")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if config["vocab_size"] is None and isinstance(tokens, list | tuple):
-        config["vocab_size"] = len(tokens)
-    for key in ("bos", "eos"):
-        found = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if found is not None:
-            config[f"{key}_token_id"] = found
-    if experts:
-        config["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
-        config["num_experts_per_tok"] = value("expert_used_count")
-        if architecture.name == "qwen3moe":
-            config |= {"moe_intermediate_size": value("expert_feed_forward_length"), "norm_topk_prob": True}
-    # Qwen2's attention always has biases, and its config no such key.
-    if any(name.endswith("attn_q.bias") for name in names) and architecture.name != "qwen2":
-        config["attention_bias"] = True
-    scaling = value("rope.scaling.type")
-    if scaling not in (None, "none"):
-        config["rope_scaling"] = {"rope_type": scaling, "factor": value("rope.scaling.factor")}
-        if value("rope.scaling.original_context_length") is not None:
-            config["rope_scaling"]["original_max_position_embeddings"] = value("rope.scaling.original_context_length")
-    return {key: found for key, found in config.items() if found is not None}

@@ -183,7 +183,7 @@ class _Converting:
 
     def _with_rope_factors(self, placed: list[Placed]) -> tuple[Placed, ...]:
         """Add rope_freqs.weight, a constant that no tensor of the source becomes, to what the embedding stores."""
-        factors = rope_factors(self._config)
+        factors = rope_factors(self._architecture, self._config)
         if factors is None:
             return tuple(placed)
         part = StoredSpec(DTYPES["F32"], factors.shape, factors.tobytes())
