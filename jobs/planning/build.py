@@ -13,7 +13,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.layouts import Assembling, Placed
 from loaders.layouts.gguf.layout import GgufLayout
-from loaders.layouts.gguf.tokenizer_files import tokenizer_files
+from loaders.layouts.gguf.made_files import made_files
 from loaders.rules.decide import decide
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
@@ -54,15 +54,21 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         for index, (share, count) in enumerate(zip(shares, counts, strict=True)):
             outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
         config = layout.config(checkpoint, decisions, target.compute_dtype)
+        made, lost = ({}, []) if isinstance(layout, GgufLayout) else made_files(checkpoint)
+        notes = (*lost, *(assembly.notes if assembly is not None else ()))
         plans[target.id] = TargetPlan(
             target=target,
             decisions=decisions,
             files=tuple(planned),
             stored={p.name: tuple(p.slots.values()) for o in outputs for p in o[target.id].placements},
             config=config,
-            warnings=(*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
+            warnings=(
+                *layout.warnings(decisions),
+                *warnings(checkpoint, target.scheme, decisions, config, layout),
+                *notes,
+            ),
             assembly=assembly,
-            made={} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
+            made=made,
         )
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(

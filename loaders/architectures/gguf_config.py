@@ -13,6 +13,7 @@ import numpy as np
 
 from loaders.architectures.gguf import CLASS_NAMES, Architecture, architecture_named
 from loaders.architectures.rope import scaling_of, usual_attention_factor
+from loaders.dtypes import shortest_decimal
 
 FACTORS = "rope_freqs.weight"
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
@@ -39,7 +40,7 @@ class _Settings:
         found = self._metadata.get(f"{self._name}.{key}", default)
         if key in PER_LAYER and isinstance(found, list | tuple) and len(set(found)) == 1:
             return found[0]
-        return float(str(np.float32(found))) if isinstance(found, float) and np.float32(found) == found else found
+        return shortest_decimal(found) if isinstance(found, float) else found
 
 
 def config_of(
