@@ -24,9 +24,6 @@ PRE_NAMES = {name: regex for regex, name in PRE_BY_REGEX.items()}
 SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 # pre-tokenizers with which a whole word that is a token is taken as it is (ibid.)
 IGNORES_MERGES = ("llama-bpe", "tekken")
-    "llama-bpe",
-    "tekken",
-)  # pre-tokenizers with which a whole word that is a token is taken as it is (ibid.)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 NORMALIZED = ("qwen2",)  # Qwen's own tokenizers compose characters (NFC) first
 
