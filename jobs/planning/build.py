@@ -9,11 +9,13 @@ from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
 from jobs.spec.job import MB
+from loaders.architectures import mlx, mlx_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.layouts import Assembling, Placed
+from loaders.layouts import Assembling, Layout, Placed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.made_files import made_files
+from loaders.layouts.mlx import MlxLayout
 from loaders.rules.decide import decide
 from loaders.specs import OutputFile, Slot, StoredTensor
 from loaders.storage.base import Entry
@@ -55,7 +57,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
             outputs[index][target.id] = _unit_output(share, tuple(islice(left, count)))
         config = layout.config(checkpoint, decisions, target.compute_dtype)
         made, lost = ({}, []) if isinstance(layout, GgufLayout) else made_files(checkpoint)
-        notes = (*lost, *(assembly.notes if assembly is not None else ()))
+        notes = [*lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]
         plans[target.id] = TargetPlan(
             target=target,
             decisions=decisions,
@@ -76,6 +78,12 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         for index, (group, output) in enumerate(zip(groups, outputs, strict=True), 1)
     )
     return Plan(checkpoint, sources, units, plans)
+
+
+def _not_computed(layout: Layout, checkpoint: Checkpoint) -> list[str]:
+    """Warn of what the source's config.json says and MLX's engine does not compute."""
+    model = mlx.model_of(checkpoint.config) if isinstance(layout, MlxLayout) else None
+    return [] if model is None else mlx_config.not_computed(model, checkpoint.config)
 
 
 def cut_units(tensors: Sequence[LogicalTensor], unit_bytes: float) -> list[list[LogicalTensor]]:

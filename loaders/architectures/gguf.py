@@ -51,7 +51,8 @@ class Architecture:
 
     `class_name` is transformers' class for config.json. `permutes` says that rows of q and k are in another order in a
     GGUF: llama.cpp's rotary embedding pairs neighbours, transformers' pairs the halves of a head (`permute` in
-    conversion/llama.py). `has_factors` says that llama.cpp loads the tensor rope_freqs.weight.
+    conversion/llama.py). `has_factors` says that llama.cpp loads the tensor rope_freqs.weight. `biases` are the modules
+    whose biases it loads.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Architecture:
     experts: Mapping[str, str]
     permutes: bool = False
     has_factors: bool = False
+    biases: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
@@ -70,6 +72,8 @@ class Architecture:
         if match is None:
             return None
         layer, inner, suffix = match.groups()
+        if suffix == "bias" and inner not in self.biases:
+            return None
         if inner in LAYER_NAMES:
             return GgufName(f"blk.{layer}.{LAYER_NAMES[inner]}.{suffix}")
         expert = EXPERT.search(f".{inner}.")
@@ -88,7 +92,10 @@ class Architecture:
             return None
         layer, inner, suffix = match.groups()
         known = {gguf: hf for hf, gguf in (LAYER_NAMES | dict(self.experts)).items()}
-        return f"model.layers.{layer}.{known[inner]}.{suffix}" if inner in known else None
+        found = known.get(inner)
+        if found is None or (suffix == "bias" and found not in self.biases):
+            return None
+        return f"model.layers.{layer}.{found}.{suffix}"
 
     def row_order(self, name: str, rows: int, config: Mapping[str, Any], *, inverse: bool) -> RowOrder | None:
         """Return the order in which GGUF takes the rows of transformers' tensor `name`; with `inverse`, the way back.
@@ -109,7 +116,13 @@ class Architecture:
 
 ARCHITECTURES = (
     Architecture(
-        "llama", ("llama", "mistral", "mixtral"), "LlamaForCausalLM", MIXTRAL_EXPERTS, permutes=True, has_factors=True
+        "llama",
+        ("llama", "mistral", "mixtral"),
+        "LlamaForCausalLM",
+        MIXTRAL_EXPERTS,
+        permutes=True,
+        has_factors=True,
+        biases=tuple(inner for inner in LAYER_NAMES if inner.endswith("_proj")),
     ),
     Architecture("qwen2", ("qwen2",), "Qwen2ForCausalLM", {}),
     Architecture("qwen3", ("qwen3",), "Qwen3ForCausalLM", {}),

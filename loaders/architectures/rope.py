@@ -6,7 +6,7 @@ The arithmetic of each scaling is that of transformers 5 (modeling_rope_utils.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -20,7 +20,7 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0  # yarn's defaults
 # Factors of Llama 3.1's scaling that are tried where a GGUF does not show them: those that models were published with,
 # and powers of two for the rest. The low one is always 1: scaling it and the other two changes nothing.
 FACTORS = (8.0, 32.0, 2.0, 4.0, 16.0, 64.0)
-HIGH_FACTORS = (4.0, 2.0, 8.0, 16.0, 32.0, 1.5, 3.0)
+HIGH_FACTORS: tuple[float, ...] = (4.0, 2.0, 8.0, 16.0, 32.0, 1.5, 3.0)
 LENGTHS = tuple(2**power for power in (13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 14, 15, 16, 17, 18, 19, 20))
 
 
@@ -171,23 +171,25 @@ def _candidates(factors: np.ndarray, wavelengths: np.ndarray) -> list[tuple[floa
     return [*found, *product(every, HIGH_FACTORS, LENGTHS)]
 
 
-def _solved(factors: np.ndarray, wavelengths: np.ndarray) -> list[tuple[float, int]]:
-    """Work the settings out from two frequencies between the scaled and the others, where a line goes through them."""
+def _solved(factors: np.ndarray, wavelengths: np.ndarray) -> Iterator[tuple[float, int]]:
+    """Work settings out from frequencies between the scaled and the others, whose height over 1/wavelength is a line.
+
+    Two of them give both settings; of one, those that go with the usual factors of high frequencies.
+    """
     largest = float(factors.max())
     between = np.flatnonzero((factors > 1) & (factors < largest))
-    if between.size < 2:
-        return []
+    if between.size == 0:
+        return
     first, last = between[0], between[-1]
-    x, y = ((1 / float(wavelengths[n]), float(factors[n])) for n in (first, last))
-    heights = [(1 / each[1] - 1 / largest) / (1 - 1 / largest) for each in (x, y)]
-    if x[0] == y[0] or heights[0] == heights[1]:
-        return []
-    slope = (heights[0] - heights[1]) / (x[0] - y[0])
-    start = heights[0] - slope * x[0]  # -1 / (high - 1), where the low factor is 1
-    if start >= 0:
-        return []
-    high = 1 - 1 / start
-    original = slope * (high - 1)
-    if not (math.isfinite(high) and 1 <= original < 1 << 30):
-        return []
-    return [(round(high, digits), round(original)) for digits in (0, 1, 2, 3) if round(high, digits) > 1]
+    (x0, y0), (x1, y1) = (
+        (1 / float(wavelengths[n]), (1 / float(factors[n]) - 1 / largest) / (1 - 1 / largest)) for n in (first, last)
+    )
+    highs = HIGH_FACTORS
+    if x0 != x1 and y0 != y1:
+        start = y0 - (y0 - y1) / (x0 - x1) * x0  # -1 / (high - 1), where the low factor is 1
+        exact = 1 - 1 / start if start < 0 else 1.0
+        highs = tuple(dict.fromkeys(round(exact, digits) for digits in range(4)))
+    for high in highs:
+        original = (1 + y0 * (high - 1)) / x0
+        if high > 1 and original < 1 << 30:
+            yield high, round(original)

@@ -25,6 +25,7 @@ from loaders.architectures.rope import (
     rope_of,
     usual_attention_factor,
 )
+from loaders.architectures.windows import ignored_window, window_of
 from loaders.containers.gguf import MetadataValue, booleans, float32, text, uint32
 from loaders.errors import BadSpec
 
@@ -79,7 +80,7 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
         "rope.dimension_count": uint32(length),
         "vocab_size": uint32(number(config, "vocab_size")),
         **_rope_metadata(config),
-        **_window_metadata(architecture, config),
+        **_window_metadata(config),
         **_expert_metadata(architecture, config),
     }
     return {f"{architecture.name}.{key}": entry for key, entry in found.items()}
@@ -168,51 +169,18 @@ def head_length(config: Mapping[str, Any]) -> int:
     return number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
 
 
-def window_of(architecture: Architecture, config: Mapping[str, Any]) -> tuple[int, tuple[bool, ...] | None] | None:
-    """Return the sliding window, and which layers have it (None: all); None if all layers attend to all tokens.
-
-    As in transformers: Mistral has one unless it says null, Qwen only if use_sliding_window is set, Llama never.
-    """
-    model_type = config.get("model_type")
-    if model_type in ("mistral", "mixtral"):
-        default = 4096 if model_type == "mistral" and "sliding_window" not in config else None
-        if text_config(config, "sliding_window", default) is None:
-            return None
-        return number(config, "sliding_window", default), None
-    if model_type == "llama" or text_config(config, "use_sliding_window") is not True:
-        return None
-    if "sliding_window" in config and text_config(config, "sliding_window") is None:
-        return None
-    window, layers = number(config, "sliding_window", 4096), number(config, "num_hidden_layers")
-    if architecture.name == "qwen3moe":
-        return window, None
-    kinds = text_config(config, "layer_types")
-    if isinstance(kinds, list) and len(kinds) == layers:
-        slides = tuple(kind == "sliding_attention" for kind in kinds)
-    else:
-        first = number(config, "max_window_layers", 28)
-        slides = tuple(layer >= first for layer in range(layers))
-    return None if not any(slides) else (window, None if all(slides) else slides)
-
-
-def _window_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
-    """Return the keys of a sliding window. llama.cpp computes these architectures without: see `not_computed`."""
-    found = window_of(architecture, config)
+def _window_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    """Return the keys of a sliding window, which llama.cpp does not compute for these architectures."""
+    found = window_of(config)
     if found is None:
         return {}
-    window, slides = found
-    layers = {} if slides is None else {"attention.sliding_window_pattern": booleans(slides)}
-    return {"attention.sliding_window": uint32(window), **layers}
+    layers = {} if found.layers is None else {"attention.sliding_window_pattern": booleans(found.layers)}
+    return {"attention.sliding_window": uint32(found.tokens), **layers}
 
 
 def not_computed(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
     """Say what the metadata holds and llama.cpp does not compute, or only if it is told so on its command line."""
-    said, window, rope = [], window_of(architecture, config), rope_of(config)
-    if window is not None and window[0] < number(config, "max_position_embeddings"):
-        said.append(
-            f"llama.cpp computes {architecture.name} without a sliding window: texts of more than {window[0]} tokens"
-            " come out otherwise than in transformers (the GGUF says the window, for engines that read it)"
-        )
+    said, rope = ignored_window(config, "llama.cpp"), rope_of(config)
     for name, usual in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW)):
         if rope.get("rope_type") == "yarn" and (rope.get(name) or usual) != usual:
             said.append(
