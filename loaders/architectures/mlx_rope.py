@@ -17,13 +17,13 @@ SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope", "mrope")  # those
 OWN = {
     "mixtral": (), "qwen2_moe": (), "qwen3_moe": (), "gemma": (), "gemma2": (), "phi3": ("linear", "longrope"),
 }  # fmt: skip
-# models whose yarn is another than transformers' usual one, in both libraries
-APART = ("deepseek_v2", "gpt_oss")
+# models whose rotary embeddings are others than transformers' usual ones, in both libraries
+APART = ("deepseek_v2", "gpt_oss", "gemma3", "gemma3_text", "llama4", "llama4_text")
 
 
 def rope_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
     """Say what of a model's rotary embeddings mlx-lm would not compute, or return None."""
-    if model_type in APART or model_type.startswith(("gemma3", "llama4")):
+    if model_type in APART:
         return None
     rope = rope_of(text)
     kind = rope.get("rope_type", "default")
@@ -91,7 +91,7 @@ def _mlx_yarn_scale(scaling: Mapping[str, Any], factor: float) -> float:
 
 def ignored_factors(model_type: str, text: Mapping[str, Any]) -> list[str]:
     """Warn that mlx-lm takes longrope's factors for long texts whatever a text's length."""
-    rope = rope_of(text)
+    rope = {} if model_type in APART else rope_of(text)
     if rope.get("rope_type") != "longrope" or rope.get("short_factor") == rope.get("long_factor"):
         return []
     return [
