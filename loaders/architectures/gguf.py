@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loaders.architectures.families import text_config
@@ -45,7 +45,7 @@ class GgufName:
     expert: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """An architecture of llama.cpp and the model types that it holds.
 
@@ -58,7 +58,7 @@ class Architecture:
     name: str
     model_types: tuple[str, ...]
     class_name: str
-    experts: Mapping[str, str]
+    experts: Mapping[str, str] = field(default_factory=dict)
     permutes: bool = False
     has_factors: bool = False
     biases: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -116,18 +116,16 @@ class Architecture:
 
 ARCHITECTURES = (
     Architecture(
-        "llama",
-        ("llama", "mistral", "mixtral"),
-        "LlamaForCausalLM",
-        MIXTRAL_EXPERTS,
-        permutes=True,
-        has_factors=True,
+        name="llama", model_types=("llama", "mistral", "mixtral"), class_name="LlamaForCausalLM",
+        experts=MIXTRAL_EXPERTS, permutes=True, has_factors=True,
         biases=tuple(inner for inner in LAYER_NAMES if inner.endswith("_proj")),
     ),
-    Architecture("qwen2", ("qwen2",), "Qwen2ForCausalLM", {}),
-    Architecture("qwen3", ("qwen3",), "Qwen3ForCausalLM", {}),
-    Architecture("qwen3moe", ("qwen3_moe",), "Qwen3MoeForCausalLM", QWEN_EXPERTS),
-)
+    Architecture(name="qwen2", model_types=("qwen2",), class_name="Qwen2ForCausalLM"),
+    Architecture(name="qwen3", model_types=("qwen3",), class_name="Qwen3ForCausalLM"),
+    Architecture(
+        name="qwen3moe", model_types=("qwen3_moe",), class_name="Qwen3MoeForCausalLM", experts=QWEN_EXPERTS
+    ),
+)  # fmt: skip
 CLASS_NAMES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}
 
 

@@ -30,7 +30,7 @@ ENDS = ("eos", "eot", "eom")  # the tokens that end a text in llama.cpp: each is
 
 
 class _Settings:
-    """The values under an architecture's name. Numbers are rounded back to the decimals that float32 came from."""
+    """The values under an architecture's name; one value where all layers have the same."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: Architecture) -> None:
         self._metadata = metadata
@@ -40,7 +40,7 @@ class _Settings:
         found = self._metadata.get(f"{self._name}.{key}", default)
         if key in PER_LAYER and isinstance(found, list | tuple) and len(set(found)) == 1:
             return found[0]
-        return shortest_decimal(found) if isinstance(found, float) else found
+        return found
 
 
 def config_of(
@@ -138,7 +138,7 @@ def _sliding(model_type: str, value: _Settings) -> dict[str, Any]:
 def _scaling(value: _Settings) -> dict[str, Any]:
     """Return the rope scaling that the metadata says; llama.cpp's default is linear, by no factor."""
     kind = value("rope.scaling.type")
-    factor = value("rope.scaling.factor") or value("rope.scale_linear")
+    factor = _decimal(value("rope.scaling.factor") or value("rope.scale_linear"))
     if kind == "none" or (kind in (None, "linear") and not factor):
         return {}
     found: dict[str, Any] = {"rope_type": kind or "linear", "factor": factor}
@@ -147,13 +147,17 @@ def _scaling(value: _Settings) -> dict[str, Any]:
     found["original_max_position_embeddings"] = value("rope.scaling.original_context_length", value("context_length"))
     for name in ("beta_fast", "beta_slow"):
         if value(f"rope.scaling.yarn_{name}") is not None:
-            found[name] = value(f"rope.scaling.yarn_{name}")
+            found[name] = _decimal(value(f"rope.scaling.yarn_{name}"))
     said, scale = value("rope.scaling.yarn_attn_factor"), value("rope.scaling.attn_factor")
     if said is not None:
-        found["attention_factor"] = said
+        found["attention_factor"] = _decimal(said)
     elif scale not in (None, 1.0) and _is_positive(factor) and _is_positive(scale):
         found["attention_factor"] = scale * usual_attention_factor(factor)
     return found
+
+
+def _decimal(value: Any) -> Any:
+    return shortest_decimal(value) if isinstance(value, float) else value
 
 
 def _is_positive(value: Any) -> bool:
