@@ -14,6 +14,7 @@ from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.layouts.gguf import tekken
 from loaders.layouts.gguf.chat_templates import template_metadata, templates_of
 from loaders.layouts.gguf.generation import end_metadata, end_tokens, left_out, read_generation
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
@@ -54,8 +55,9 @@ def tokenizer_metadata(
         BadSpec: there is no tokenizer, or one that llama.cpp has no counterpart for.
         BadCheckpoint: its files are damaged.
     """
-    has_model = files.find(MODEL) is not None
-    if files.find("tokenizer.json") is None and not has_model:
+    has_model, has_json = (files.find(name) is not None for name in (MODEL, "tokenizer.json"))
+    is_tekken = not has_json and files.find(tekken.FILE) is not None
+    if not has_json and not has_model and not is_tekken:
         raise BadSpec(
             f"{setting('layout')}: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it"
         )
@@ -64,6 +66,8 @@ def tokenizer_metadata(
             read_json(files, name) if files.find(name) is not None else {}
             for name in ("tokenizer.json", "tokenizer_config.json")
         )
+        if is_tekken:
+            tokenizer, settings = tekken.read_tekken(files), {**tekken.SETTINGS, **settings}
         templates, generation = templates_of(files, settings), read_generation(files)
         # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
         if not tokenizer or is_sentencepiece(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from loaders.containers import gguf
-from loaders.errors import BadSpec
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.layouts.gguf.chat_templates import template_metadata, template_setting, templates_of
 from loaders.layouts.gguf.generation import (
     end_metadata,
@@ -18,6 +19,7 @@ from loaders.layouts.gguf.generation import (
     left_out,
     sampling_metadata,
 )
+from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX, tokenizer_metadata
 from tests.making import make_source
 from tests.reading import files_of
 
@@ -92,6 +94,36 @@ def test_llama_cpp_is_told_the_factor_by_which_yarn_differs_from_the_usual(tmp_p
     found = read(tmp_path / "o")[0]
     assert found["llama.rope.scaling.yarn_attn_factor"].value == pytest.approx(1.3)
     assert found["llama.rope.scaling.attn_factor"].value == pytest.approx(1.3 / 1.1386294)  # 1 + 0.1 ln 4
+
+
+def tekken(**more: Any) -> dict[str, Any]:
+    """A tekken.json of two special tokens, the 256 bytes, and "th", "the", "he"."""
+    words = [bytes([n]) for n in range(256)] + [b"th", b"the", b"he", b"beyond"]
+    vocab = [{"rank": n, "token_bytes": base64.b64encode(word).decode()} for n, word in enumerate(words)]
+    [pattern] = [regex for regex, name in PRE_BY_REGEX.items() if name == "tekken"]
+    config = {"pattern": pattern, "default_vocab_size": 261, "default_num_special_tokens": 2}
+    specials = [{"rank": 1, "token_str": "<s>", "is_control": True}]
+    return {"config": config, "vocab": vocab, "special_tokens": specials, **more}
+
+
+def test_mistrals_own_file_is_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken()))
+    found = gguf.plain(tokenizer_metadata(files_of(tmp_path), {}, 261)[0])
+    assert found["tokenizer.ggml.tokens"][:2] == ("<SPECIAL_0>", "<s>")
+    assert found["tokenizer.ggml.tokens"][258:] == ("th", "the", "he")
+    assert found["tokenizer.ggml.token_type"][:3] == (3, 3, 1)
+    assert found["tokenizer.ggml.merges"] == ("t h", "t he", "th e", "h e")
+    assert (found["tokenizer.ggml.pre"], found["tokenizer.ggml.bos_token_id"]) == ("tekken", 1)
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(vocab=[{"rank": "x"}])))
+    with pytest.raises(BadCheckpoint, match=r"tekken.json: not as mistral-common writes it"):
+        tokenizer_metadata(files_of(tmp_path), {}, 261)
+
+
+def test_tiktokens_file_is_told_from_sentencepieces(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(BadSpec, match=r"it is tiktoken's, .* fetch the model's tokenizer.json"):
+        tokenizer_metadata(files_of(tmp_path), {}, 2)
 
 
 def test_named_templates_have_keys_of_their_own(tmp_path: Path) -> None:
