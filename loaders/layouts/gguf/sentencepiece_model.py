@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint
 from loaders.storage.base import PinnedFiles
 
 LARGEST = 1 << 28  # bytes: the largest published models have some 5 MB
@@ -44,12 +44,12 @@ def read_model(files: PinnedFiles, name: str) -> SentencePieceModel:
 
     Raises:
         BadCheckpoint: it is not a SentencePiece model, or damaged.
-        BadSpec: it is tiktoken's.
     """
     raw = files.read_all(name, LARGEST)
     if TIKTOKEN.match(raw[:256]):
-        raise BadSpec(
-            f"{name}: it is tiktoken's, which says no special tokens; fetch the model's tokenizer.json as well"
+        raise BadCheckpoint(
+            f"{name}: not a model of SentencePiece but tiktoken's, without special tokens; fetch the model's"
+            " tokenizer.json as well"
         )
     try:
         pieces, model_type, adds_prefix = [], UNIGRAM, True

@@ -122,7 +122,7 @@ def test_mistrals_own_file_is_a_tokenizer(tmp_path: Path) -> None:
 
 def test_tiktokens_file_is_told_from_sentencepieces(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    with pytest.raises(BadSpec, match=r"it is tiktoken's, .* fetch the model's tokenizer.json"):
+    with pytest.raises(BadCheckpoint, match=r"but tiktoken's, .* fetch the model's tokenizer.json"):
         tokenizer_metadata(files_of(tmp_path), {}, 2)
 
 
