@@ -59,7 +59,8 @@ def _layers_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
 
     It works out from a layer's number whether the layer attends fully, has rotary embeddings, or has experts.
     """
-    layers = int(text.get("num_hidden_layers", 0))
+    count = text.get("num_hidden_layers")
+    layers = count if type(count) is int else 0
     if model_type.startswith("gemma3") and isinstance(text.get("layer_types"), list):
         pattern = sliding_pattern(text)
         wanted = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
@@ -140,7 +141,7 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     if scaling is not None or model_type == "llama4":
         made["rope_scaling"] = scaling
     if scaling is not None and model_type in NEEDS_TYPE and "type" not in scaling:
-        made["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+        made["rope_scaling"] = {**scaling, "type": scaling.get("rope_type", "default")}
     rope = text.get("rope_parameters")
     if isinstance(rope, Mapping) and model_type == "phi3" and "partial_rotary_factor" in rope:
         made["partial_rotary_factor"] = rope["partial_rotary_factor"]

@@ -83,8 +83,8 @@ def scaling_for_mlx(model_type: str, scaling: Mapping[str, Any], text: Mapping[s
 
 def _mlx_yarn_scale(scaling: Mapping[str, Any], factor: float) -> float:
     one, other = (
-        0.1 * float(scaling.get(key, usual) or 0) * math.log(factor) + 1
-        for key, usual in (("mscale", 1), ("mscale_all_dim", 0))
+        1.0 + (0.1 * rope_number(scaling, key, usual) * math.log(factor) if scaling.get(key, usual) else 0.0)
+        for key, usual in (("mscale", 1.0), ("mscale_all_dim", 0.0))
     )
     return one / other
 

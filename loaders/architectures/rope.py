@@ -16,6 +16,7 @@ from loaders.architectures.families import text_config
 from loaders.errors import BadSpec
 
 HAS_ORIGINAL = ("llama3", "yarn", "longrope")  # scalings that need the length of the texts before the scaling
+LARGEST = 1e30  # what any setting is below, so that float32 can hold it
 BETA_FAST, BETA_SLOW = 32.0, 1.0  # yarn's defaults
 # Factors of Llama 3.1's scaling that are tried where a GGUF does not show them: those that models were published with,
 # and powers of two for the rest. The low one is always 1: scaling it and the other two changes nothing.
@@ -69,7 +70,7 @@ def rope_number(rope: Mapping[str, Any], key: str, default: float | None = None)
     """
     found = rope.get(key)
     found = default if found is None else found
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < LARGEST:
         kind = rope.get("rope_type", "default")
         raise BadSpec(f"config.json: the rotary embeddings ({kind}) need a number above 0 as {key}, found {found!r}")
     return float(found)

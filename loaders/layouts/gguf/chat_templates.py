@@ -72,7 +72,9 @@ def template_metadata(templates: Mapping[str, str]) -> dict[str, MetadataValue]:
 def template_setting(metadata: Mapping[str, Any]) -> str | Sequence[Mapping[str, str]] | None:
     """Return what tokenizer_config.json has as chat_template: the only one, a list of named ones, or None."""
     default = metadata.get(KEY)
-    names = [name for name in metadata.get(NAMES) or () if isinstance(metadata.get(f"{KEY}.{name}"), str)]
+    listed = metadata.get(NAMES)
+    listed = listed if isinstance(listed, list | tuple) else ()
+    names = [name for name in listed if isinstance(metadata.get(f"{KEY}.{name}"), str)]
     if not names:
         return default if isinstance(default, str) else None
     first = [{"name": DEFAULT, "template": default}] if isinstance(default, str) else []

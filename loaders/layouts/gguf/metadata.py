@@ -182,9 +182,10 @@ def not_computed(architecture: Architecture, config: Mapping[str, Any]) -> list[
     """Say what the metadata holds and llama.cpp does not compute, or only if it is told so on its command line."""
     said, rope = ignored_window(config, "llama.cpp"), rope_of(config)
     for name, usual in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW)):
-        if rope.get("rope_type") == "yarn" and (rope.get(name) or usual) != usual:
+        found = rope_number(rope, name) if rope.get("rope_type") == "yarn" and rope.get(name) else usual
+        if found != usual:
             said.append(
                 f"llama.cpp does not read yarn's {name} for {architecture.name} and takes {usual:g}: give it"
-                f" --yarn-{name.replace('_', '-')} {rope[name]:g} whenever you run the model (the GGUF says it, too)"
+                f" --yarn-{name.replace('_', '-')} {found:g} whenever you run the model (the GGUF says it, too)"
             )
     return said
