@@ -124,3 +124,11 @@ def dtype_named(name: str) -> DType:
 def storage_of(dtype: DType) -> np.dtype:
     """The numpy dtype that holds raw weights of `dtype`."""
     return np.dtype(dtype.storage)
+
+
+def shortest_decimal(value: float) -> float:
+    """Return the number of the fewest digits that is this one in float32: 1e-05 for 9.99999974737875e-06.
+
+    A number that is none of float32's stays as it is.
+    """
+    return float(str(np.float32(value))) if np.float32(value) == value else value

@@ -12,12 +12,14 @@ from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, adapter_of, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
 from jobs.spec.job import MB
+from loaders.architectures import mlx, mlx_config
 from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.layouts import Assembling, Placed
+from loaders.layouts import Assembling, Layout, Placed
 from loaders.layouts.gguf.layout import GgufLayout
-from loaders.layouts.gguf.tokenizer_files import tokenizer_files
+from loaders.layouts.gguf.made_files import made_files
+from loaders.layouts.mlx import MlxLayout
 from loaders.rules.decide import decide
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot, StoredTensor
@@ -65,6 +67,12 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
 NOTHING: Mapping[str, bytes] = {}  # one object for the many tensors without constants
 
 
+def _not_computed(layout: Layout, checkpoint: Checkpoint) -> list[str]:
+    """Warn of what the source's config.json says and MLX's engine does not compute."""
+    model = mlx.model_of(checkpoint.config) if isinstance(layout, MlxLayout) else None
+    return [] if model is None else mlx_config.not_computed(model, checkpoint.config)
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """What is known of a target before units are cut: what is stored of each tensor, and under which name."""
@@ -104,15 +112,21 @@ def _target_plan(
         _unit_output(share, tuple(islice(left, count))) for share, count in zip(shares, counts, strict=True)
     ]  # fmt: skip
     config = layout.config(checkpoint, decisions, target.compute_dtype)
+    made, lost = ({}, []) if isinstance(layout, GgufLayout) else made_files(checkpoint)
+    notes = [*lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]
     plan = TargetPlan(
         target=target,
         decisions=decisions,
         files=tuple(planned),
         stored={p.name: tuple(p.slots.values()) for output in outputs for p in output.placements},
         config=config,
-        warnings=(*layout.warnings(decisions), *warnings(checkpoint, target.scheme, decisions, config, layout)),
+        warnings=(
+            *layout.warnings(decisions),
+            *warnings(checkpoint, target.scheme, decisions, config, layout),
+            *notes,
+        ),
         assembly=assembly,
-        made={} if isinstance(layout, GgufLayout) else tokenizer_files(checkpoint),
+        made=made,
     )
     return plan, outputs
 

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures: tensor names in both directions, row orders, and config.json from metadata.
+"""llama.cpp's architectures: tensor names in both directions, and row orders.
 
 Names and keys are those of gguf-py (llama.cpp, gguf-py/gguf/constants.py) and of llama.cpp's converter
 (conversion/llama.py, conversion/qwen.py). Only models listed here are converted between transformers' form and GGUF.
@@ -7,8 +7,8 @@ Names and keys are those of gguf-py (llama.cpp, gguf-py/gguf/constants.py) and o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from loaders.architectures.families import text_config
@@ -46,20 +46,24 @@ class GgufName:
     expert: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """An architecture of llama.cpp and the model types that it holds.
 
     `class_name` is transformers' class for config.json. `permutes` says that rows of q and k are in another order in a
     GGUF: llama.cpp's rotary embedding pairs neighbours, transformers' pairs the halves of a head (`permute` in
-    conversion/llama.py).
+    conversion/llama.py). `has_factors` says that llama.cpp loads the tensor rope_freqs.weight. `biases` are the modules
+    whose biases it loads.
     """
 
     name: str
     model_types: tuple[str, ...]
     class_name: str
-    further_names: Mapping[str, str]  # of modules that LAYER_NAMES lacks, such as experts; as there
+    # Names of modules that LAYER_NAMES lacks, such as experts; as there.
+    further_names: Mapping[str, str] = field(default_factory=dict)
     permutes: bool = False
+    has_factors: bool = False
+    biases: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
@@ -71,6 +75,8 @@ class Architecture:
         if match is None:
             return None
         layer, inner, suffix = match.groups()
+        if suffix == "bias" and inner not in self.biases:
+            return None
         if inner in LAYER_NAMES:
             return GgufName(f"blk.{layer}.{LAYER_NAMES[inner]}.{suffix}")
         expert = EXPERT.search(f".{inner}.")
@@ -89,7 +95,10 @@ class Architecture:
             return None
         layer, inner, suffix = match.groups()
         known = {gguf: hf for hf, gguf in (LAYER_NAMES | dict(self.further_names)).items()}
-        return f"model.layers.{layer}.{known[inner]}.{suffix}" if inner in known else None
+        found = known.get(inner)
+        if found is None or (suffix == "bias" and found not in self.biases):
+            return None
+        return f"model.layers.{layer}.{found}.{suffix}"
 
     def row_order(self, name: str, rows: int, config: Mapping[str, Any], *, inverse: bool) -> RowOrder | None:
         """Return the order in which GGUF takes the rows of transformers' tensor `name`; with `inverse`, the way back.
@@ -109,11 +118,17 @@ class Architecture:
 
 
 ARCHITECTURES = (
-    Architecture("llama", ("llama", "mistral", "mixtral"), "LlamaForCausalLM", MIXTRAL_EXPERTS, permutes=True),
-    Architecture("qwen2", ("qwen2",), "Qwen2ForCausalLM", {}),
-    Architecture("qwen3", ("qwen3",), "Qwen3ForCausalLM", {}),
-    Architecture("qwen3moe", ("qwen3_moe",), "Qwen3MoeForCausalLM", QWEN_EXPERTS),
-)
+    Architecture(
+        name="llama", model_types=("llama", "mistral", "mixtral"), class_name="LlamaForCausalLM",
+        further_names=MIXTRAL_EXPERTS, permutes=True, has_factors=True,
+        biases=tuple(inner for inner in LAYER_NAMES if inner.endswith("_proj")),
+    ),
+    Architecture(name="qwen2", model_types=("qwen2",), class_name="Qwen2ForCausalLM"),
+    Architecture(name="qwen3", model_types=("qwen3",), class_name="Qwen3ForCausalLM"),
+    Architecture(
+        name="qwen3moe", model_types=("qwen3_moe",), class_name="Qwen3MoeForCausalLM", further_names=QWEN_EXPERTS
+    ),
+)  # fmt: skip
 CLASS_NAMES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}
 
 
@@ -155,76 +170,3 @@ def experts_of(config: Mapping[str, Any]) -> int:
         if text_config(config, key) is not None:
             return number(config, key)
     return 0
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_theta, rope_type and the scaling's settings from either style of config.json."""
-    found: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        block = text_config(config, key)
-        found |= block if isinstance(block, Mapping) else {}
-    if "type" in found:
-        found.setdefault("rope_type", found["type"])
-    theta = text_config(config, "rope_theta")
-    if theta is not None:
-        found.setdefault("rope_theta", theta)
-    return found
-
-
-# --- metadata -> config.json
-
-
-def config_of(metadata: Mapping[str, Any], names: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Make a config.json from a GGUF's metadata (plain values by key) and tensor names.
-
-    `dtype` is transformers' name for the weights' dtype. The result is empty for an unknown architecture.
-    """
-    architecture = architecture_named(metadata.get("general.architecture"))
-    if architecture is None:
-        return {}
-
-    def value(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{architecture.name}.{key}", default)
-
-    heads, hidden = value("attention.head_count"), value("embedding_length")
-    experts = value("expert_count", 0)
-    # llama.cpp holds Mixtral as a llama with experts. A Mistral cannot be told from a Llama, and becomes one.
-    model_type = "mixtral" if architecture.name == "llama" and experts else architecture.model_types[0]
-    config: dict[str, Any] = {
-        "architectures": [CLASS_NAMES.get(model_type, architecture.class_name)],
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv", heads),
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_theta": value("rope.freq_base", 10000.0),
-        "vocab_size": value("vocab_size"),
-        "tie_word_embeddings": "output.weight" not in names,
-        "dtype": dtype,
-    }
-    if value("attention.key_length") is not None:
-        config["head_dim"] = value("attention.key_length")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if config["vocab_size"] is None and isinstance(tokens, list | tuple):
-        config["vocab_size"] = len(tokens)
-    for key in ("bos", "eos"):
-        found = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if found is not None:
-            config[f"{key}_token_id"] = found
-    if experts:
-        config["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
-        config["num_experts_per_tok"] = value("expert_used_count")
-        if architecture.name == "qwen3moe":
-            config |= {"moe_intermediate_size": value("expert_feed_forward_length"), "norm_topk_prob": True}
-    # Qwen2's attention always has biases, and its config no such key.
-    if any(name.endswith("attn_q.bias") for name in names) and architecture.name != "qwen2":
-        config["attention_bias"] = True
-    scaling = value("rope.scaling.type")
-    if scaling not in (None, "none"):
-        config["rope_scaling"] = {"rope_type": scaling, "factor": value("rope.scaling.factor")}
-        if value("rope.scaling.original_context_length") is not None:
-            config["rope_scaling"]["original_max_position_embeddings"] = value("rope.scaling.original_context_length")
-    return {key: found for key, found in config.items() if found is not None}

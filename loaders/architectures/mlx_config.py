@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.architectures.mlx import MlxModel
+from loaders.architectures.mlx_rope import ignored_factors, rope_fault, scaling_for_mlx
+from loaders.architectures.windows import ignored_window
 
 NEEDS_TYPE = ("phi3", "qwen2_moe")  # models whose rope_scaling must have "type", the older name of "rope_type"
 VISION = "vision_config"
@@ -42,8 +44,14 @@ def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
         return "config.json: mlx-lm's deepseek_v2 fails without a rope scaling, which this model lacks"
     if model_type == "qwen2_moe" and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
         return "config.json: mlx-lm's qwen2_moe has experts in every layer; this model does not (mlp_only_layers)"
-    said = _layers_fault(str(model_type), text)
+    said = _layers_fault(str(model_type), text) or rope_fault(str(model_type), text)
     return None if said is None else f"config.json: mlx-lm's {model_type} {said}; it would compute something else"
+
+
+def not_computed(model: MlxModel, config: Mapping[str, Any]) -> list[str]:
+    """Warn of what config.json says and mlx-lm does not compute, or not for every text."""
+    text, model_type = text_of(model, config), str(config["model_type"])
+    return [*ignored_window(config, "mlx-lm"), *ignored_factors(model_type, text)]
 
 
 def _layers_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
@@ -51,7 +59,8 @@ def _layers_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
 
     It works out from a layer's number whether the layer attends fully, has rotary embeddings, or has experts.
     """
-    layers = int(text.get("num_hidden_layers", 0))
+    count = text.get("num_hidden_layers")
+    layers = count if type(count) is int else 0
     if model_type.startswith("gemma3") and isinstance(text.get("layer_types"), list):
         pattern = sliding_pattern(text)
         wanted = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
@@ -127,13 +136,17 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     theta, scaling = _rope(text)
     if theta is not None:
         made["rope_theta"] = theta
+    if isinstance(scaling, Mapping):
+        scaling = scaling_for_mlx(model_type, scaling, text)
     if scaling is not None or model_type == "llama4":
         made["rope_scaling"] = scaling
     if scaling is not None and model_type in NEEDS_TYPE and "type" not in scaling:
-        made["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+        made["rope_scaling"] = {**scaling, "type": scaling.get("rope_type", "default")}
     rope = text.get("rope_parameters")
     if isinstance(rope, Mapping) and model_type == "phi3" and "partial_rotary_factor" in rope:
         made["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if isinstance(rope, Mapping) and model_type == "phi3" and "original_max_position_embeddings" in rope:
+        made.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
     if model_type.startswith("gemma3"):
         made["sliding_window_pattern"] = sliding_pattern(text)
         local = rope.get("sliding_attention") if isinstance(rope, Mapping) else None

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from loaders.architectures.gguf import config_of
+import numpy as np
+
+from loaders.architectures.gguf_config import FACTORS, config_of
 from loaders.architectures.mlx import packed_expert_name
 from loaders.containers import gguf, packed
 from loaders.errors import BadCheckpoint
@@ -16,6 +18,7 @@ from loaders.storage.json_files import read_json
 
 # Weights that share a scale in packed checkpoints. Their files do not say it: the number is compiled into the engine.
 PACKED_GROUP = 64
+LARGEST_FACTORS = 1 << 16  # bytes: a head of 128 has 64 factors
 
 
 def gguf_config(files: PinnedFiles, names: Sequence[str], weights: Sequence[WeightSpec]) -> dict[str, Any]:
@@ -37,7 +40,23 @@ def gguf_config(files: PinnedFiles, names: Sequence[str], weights: Sequence[Weig
     # config.json has one dtype. Norms and biases are float32 in most GGUFs, so the matrices decide.
     matrices = {spec.dtype.name for spec in weights if len(spec.shape) > 1}
     dtype = next((t for t, name in (("bfloat16", "BF16"), ("float16", "F16")) if name in matrices), "float32")
-    return config_of(metadata[0], [spec.name for spec in weights], dtype)
+    return config_of(metadata[0], [spec.name for spec in weights], dtype, _rope_factors(files, weights))
+
+
+def _rope_factors(files: PinnedFiles, weights: Sequence[WeightSpec]) -> np.ndarray | None:
+    """Return the divisors of rotary frequencies, a tensor that is a setting of the model; None if there is none.
+
+    Raises:
+        BadCheckpoint: it is no list of numbers that can divide frequencies.
+    """
+    spec = next((spec for spec in weights if spec.name == FACTORS), None)
+    if spec is None:
+        return None
+    if spec.dtype.name == "F32" and len(spec.shape) == 1 and spec.size <= LARGEST_FACTORS:
+        found = np.frombuffer(files.read(spec.file, spec.offset, spec.offset + spec.size), np.float32)
+        if found.size and np.all(np.isfinite(found) & (found > 0)):
+            return found
+    raise BadCheckpoint(f"{FACTORS}: expected float32 factors above 0, at most {LARGEST_FACTORS} bytes; fetch it again")
 
 
 def packed_checkpoint(files: PinnedFiles) -> tuple[list[str], tuple[WeightSpec, ...], dict[str, Any]]:

@@ -69,6 +69,10 @@ def boolean(value: bool) -> MetadataValue:
     return MetadataValue(7, value)
 
 
+def booleans(values: Sequence[bool]) -> MetadataValue:
+    return MetadataValue(7, tuple(values), is_array=True)
+
+
 def texts(values: Sequence[str]) -> MetadataValue:
     return MetadataValue(STRING, tuple(values), is_array=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -77,12 +77,14 @@ class Joined:
 class Assembly:
     """The units' files after their layout has seen all of them, in the same order, and the files that it adds.
 
-    `made` are small files by name. `joined` is the file of which the units' files are pieces, if they are.
+    `made` are small files by name. `joined` is the file of which the units' files are pieces, if they are. `notes` say
+    what of the source the engine will not get.
     """
 
     files: tuple[OutputFile, ...]
     made: Mapping[str, bytes]
     joined: Joined | None
+    notes: tuple[str, ...] = field(default=(), repr=False)  # A job's key is made of what the output holds.
 
 
 @runtime_checkable

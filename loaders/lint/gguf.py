@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loaders.architectures.gguf import Architecture, architecture_named
+from loaders.architectures.gguf import LAYER_NAMES, Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX
@@ -32,7 +32,6 @@ DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 HEAD_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 EXTRA = {"qwen3": HEAD_NORMS, "qwen3moe": HEAD_NORMS}
-BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -156,7 +155,8 @@ def _blocks(
     missing = [f"blk.{n}.{part}" for n in range(min(count, 4096)) for part in parts if f"blk.{n}.{part}" not in specs]
     if missing:
         yield fault(ENGINE, f"{len(missing)} tensors are not there: {some(missing)}", "fails: missing tensor", AGAIN)
-    known = {*parts, *BIASES, "rope_freqs.weight"}
+    known = {*parts, *(f"{LAYER_NAMES[module]}.bias" for module in architecture.biases)}
+    known |= {"rope_freqs.weight"} if architecture.has_factors else set()
     others = [
         name
         for name in specs

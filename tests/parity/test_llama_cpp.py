@@ -140,12 +140,15 @@ def causal(prefix: str, **extra: Any) -> Any:
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "attention_factor": 2.0}  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
     "llama untied": lambda: causal("Llama", num_hidden_layers=9),
     "llama tied": lambda: causal("Llama", tie_word_embeddings=True, attention_bias=True),
     "llama odd": lambda: causal("Llama", hidden_size=320, intermediate_size=720, num_attention_heads=5,
                                 num_key_value_heads=5),
     "llama 3 rope": lambda: causal("Llama", rope_parameters=LLAMA3),
+    "llama yarn": lambda: causal("Llama", rope_parameters=YARN, attention_bias=True, mlp_bias=True),
     "mistral": lambda: causal("Mistral", head_dim=32),
     "qwen2 tied": lambda: causal("Qwen2", tie_word_embeddings=True),
     "qwen3": lambda: causal("Qwen3", head_dim=32, num_hidden_layers=4),

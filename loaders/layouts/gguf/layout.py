@@ -20,10 +20,12 @@ from loaders.containers import gguf
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
+from loaders.layouts.gguf.generation import read_generation, sampling_metadata
 from loaders.layouts.gguf.metadata import (
     FILE_TYPES,
     general_metadata,
     model_metadata,
+    not_computed,
     quantization_metadata,
     rope_factors,
 )
@@ -92,7 +94,7 @@ class GgufLayout:
         is_copy = checkpoint.container == "gguf" and all(d.scheme in (None, Plain()) for d in decisions)
         label = naming.label or (_own_label(checkpoint) if is_copy else None) or _label(files)
         stem = f"{naming.model}-{label}"
-        metadata = _metadata(checkpoint, files, naming.model, None if is_copy else label)
+        metadata, notes = _metadata(checkpoint, files, naming.model, None if is_copy else label)
         tensors = sum(len(file.slots) for file in files)
         if naming.split:
             count = len(files) + 1
@@ -102,7 +104,7 @@ class GgufLayout:
                 for number, file in enumerate(files, 1)
             )
             first = gguf.header(metadata | gguf.split_metadata(0, count, tensors), [])
-            return Assembly(whole, {names[0]: first}, None)
+            return Assembly(whole, {names[0]: first}, None, notes)
         starts = list(accumulate((file.data_bytes for file in files), initial=0))
         places = [(slot, at + slot.offset) for at, file in zip(starts, files, strict=False) for slot in file.slots]
         joined = Joined(f"{stem}.gguf", gguf.header(metadata, places))
@@ -110,7 +112,7 @@ class GgufLayout:
             replace(file, name=f"{joined.name}.{number:05d}", within=(joined.name, len(joined.head) + at))
             for number, (at, file) in enumerate(zip(starts, files, strict=False), 1)
         )
-        return Assembly(pieces, {}, joined)
+        return Assembly(pieces, {}, joined, notes)
 
 
 def _as_it_is(decision: Decision) -> Placed:
@@ -183,7 +185,7 @@ class _Converting:
 
     def _with_rope_factors(self, placed: list[Placed]) -> tuple[Placed, ...]:
         """Add rope_freqs.weight, a constant that no tensor of the source becomes, to what the embedding stores."""
-        factors = rope_factors(self._config)
+        factors = rope_factors(self._architecture, self._config)
         if factors is None:
             return tuple(placed)
         part = StoredSpec(DTYPES["F32"], factors.shape, factors.tobytes())
@@ -228,23 +230,30 @@ def _own_label(checkpoint: Checkpoint) -> str | None:
 
 def _metadata(
     checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str | None
-) -> dict[str, gguf.MetadataValue]:
-    """Make the metadata; `label` is the name of its file type, or None for a copy of a GGUF, whose own stays."""
+) -> tuple[dict[str, gguf.MetadataValue], tuple[str, ...]]:
+    """Make the metadata, and notes on what they do not hold.
+
+    `label` is the name of the file type, or None for a copy of a GGUF, whose own stays.
+    """
     if checkpoint.container == "gguf":
         found = gguf.read_metadata(checkpoint.source, checkpoint.files[0].name)
         # The output is aligned to the default, so that another alignment of the source's must not be carried over.
         is_usual = found.get(gguf.ALIGNMENT_KEY, gguf.uint32(0)).value == gguf.ALIGNMENT
         dropped = SPLIT_KEYS if is_usual else (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
         kept = {key: entry for key, entry in found.items() if key not in dropped}
-        return kept if label is None else kept | quantization_metadata(label)
+        return (kept if label is None else kept | quantization_metadata(label)), ()
     assert label is not None
     architecture = architecture_of(checkpoint.config)
     rows = next((slot.shape[0] for file in files for slot in file.slots if slot.name == EMBEDDING), None)
     if rows is None:
         raise BadSpec(f"{setting('layout')}: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
     config = {**checkpoint.config, "vocab_size": rows}
-    return {
+    tokenizer, left_out = tokenizer_metadata(checkpoint.source, checkpoint.config, rows)
+    made = {
         **general_metadata(architecture.name, model, label),
+        **sampling_metadata(read_generation(checkpoint.source)),
         **model_metadata(architecture, config),
-        **tokenizer_metadata(checkpoint.source, checkpoint.config, rows),
+        **tokenizer,
     }
+    notes = [f"a GGUF has no place for {each}" for each in left_out]
+    return made, (*not_computed(architecture, config), *notes)

@@ -9,15 +9,24 @@ Keys are those of gguf-py (gguf/constants.py); their values follow llama.cpp's c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from loaders.architectures.families import text_config
-from loaders.architectures.gguf import Architecture, experts_of, number, rope_of
-from loaders.containers.gguf import MetadataValue, float32, text, uint32
+from loaders.architectures.gguf import Architecture, experts_of, number
+from loaders.architectures.rope import (
+    BETA_FAST,
+    BETA_SLOW,
+    attention_factor,
+    frequency_factors,
+    rope_number,
+    rope_of,
+    usual_attention_factor,
+)
+from loaders.architectures.windows import ignored_window, window_of
+from loaders.containers.gguf import MetadataValue, booleans, float32, text, uint32
 from loaders.errors import BadSpec
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
@@ -54,16 +63,14 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
         BadSpec: config.json lacks a size, or asks for what llama.cpp does not compute.
     """
     _check_computed(architecture, config)
-    heads, hidden = number(config, "num_attention_heads"), number(config, "hidden_size")
-    head = text_config(config, "head_dim")
-    length = number(config, "head_dim") if head is not None else hidden // max(1, heads)
+    heads, length = number(config, "num_attention_heads"), head_length(config)
     epsilon = text_config(config, "rms_norm_eps")
     if not isinstance(epsilon, float | int) or isinstance(epsilon, bool):
         raise BadSpec(f"config.json: expected a number as rms_norm_eps, found {epsilon!r}")
     found = {
         "block_count": uint32(number(config, "num_hidden_layers")),
         "context_length": uint32(number(config, "max_position_embeddings")),
-        "embedding_length": uint32(hidden),
+        "embedding_length": uint32(number(config, "hidden_size")),
         "feed_forward_length": uint32(number(config, "intermediate_size")),
         "attention.head_count": uint32(heads),
         "attention.head_count_kv": uint32(number(config, "num_key_value_heads", heads)),
@@ -73,6 +80,7 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
         "rope.dimension_count": uint32(length),
         "vocab_size": uint32(number(config, "vocab_size")),
         **_rope_metadata(config),
+        **_window_metadata(config),
         **_expert_metadata(architecture, config),
     }
     return {f"{architecture.name}.{key}": entry for key, entry in found.items()}
@@ -106,44 +114,78 @@ def _expert_metadata(architecture: Architecture, config: Mapping[str, Any]) -> d
 def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """Return the keys of rotary embeddings. Llama 3.1's scaling is a tensor instead: see `rope_factors`."""
     rope = rope_of(config)
-    found = {"rope.freq_base": float32(float(rope.get("rope_theta", 10000.0)))}
+    found = {"rope.freq_base": float32(rope_number(rope, "rope_theta", 10000.0))}
     kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3"):
+    if kind == "default" or frequency_factors(rope, head_length(config)) is not None:
         return found
     if kind not in ("linear", "yarn") or "factor" not in rope:
         raise BadSpec(f"config.json: rope scaling {kind!r} is not converted to GGUF here; linear, yarn and llama3 are")
-    found |= {"rope.scaling.type": text(kind), "rope.scaling.factor": float32(float(rope["factor"]))}
-    if kind == "yarn":
-        length = rope.get("original_max_position_embeddings") or number(config, "max_position_embeddings")
-        found["rope.scaling.original_context_length"] = uint32(int(length))
-        for key, name in (
-            ("attention_factor", "attn_factor"), ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow"),
-        ):  # fmt: skip
-            if rope.get(key) is not None:
-                found[f"rope.scaling.yarn_{name}"] = float32(float(rope[key]))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise BadSpec("config.json: llama.cpp rotates whole heads; partial_rotary_factor is not 1 here")
+    found |= {"rope.scaling.type": text(kind), "rope.scaling.factor": float32(rope_number(rope, "factor"))}
+    return found | (_yarn_metadata(rope) if kind == "yarn" else {})
+
+
+def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    """Return the keys of yarn.
+
+    The converter writes yarn_attn_factor, which llama.cpp reads for other architectures only. For these it multiplies
+    the usual factor by that under attn_factor (src/llama-context.cpp), so that this is written as well.
+    """
+    if rope.get("truncate", True) is False:
+        raise BadSpec("config.json: llama.cpp's yarn rounds the range of its ramp; truncate is false here")
+    found = {"rope.scaling.original_context_length": uint32(int(rope_number(rope, "original_max_position_embeddings")))}
+    said = attention_factor(rope)
+    if said is not None:
+        usual = usual_attention_factor(rope_number(rope, "factor"))
+        found["rope.scaling.yarn_attn_factor"] = float32(said)
+        if np.float32(said / usual) != 1:
+            found["rope.scaling.attn_factor"] = float32(said / usual)
+    for name in ("beta_fast", "beta_slow"):
+        if rope.get(name):  # transformers takes 0 for the default, too
+            found[f"rope.scaling.yarn_{name}"] = float32(rope_number(rope, name))
     return found
 
 
-def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
-    """Return the divisors of the frequencies in Llama 3.1's rope scaling: float32 (head/2,); None for another scaling.
+def rope_factors(architecture: Architecture, config: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the contents of rope_freqs.weight: float32 (head/2,); None for a model without.
 
-    They are the tensor rope_freqs.weight. The arithmetic is float32, as in llama.cpp's converter (conversion/llama.py,
-    generate_extra_tensors), and gives the same but for the last bit of a power.
+    Raises:
+        BadSpec: llama.cpp's architecture does not load it.
     """
-    rope = rope_of(config)
-    if rope.get("rope_type") != "llama3":
-        return None
-    try:
-        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        original, base = float(rope["original_max_position_embeddings"]), float(rope.get("rope_theta", 10000.0))
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadSpec(f"config.json: the llama3 rope scaling lacks {error}") from None
-    length = text_config(config, "head_dim")
-    if length is None:
-        length = number(config, "hidden_size") // number(config, "num_attention_heads")
-    frequencies = 1.0 / base ** (np.arange(0, length, 2, dtype=np.float32) / np.float32(length))
-    wavelengths = np.float32(2 * math.pi) / frequencies
-    smooth = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
-    between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
-    long = np.where(wavelengths > original / low, np.float32(factor), between)
-    return np.where(wavelengths < original / high, np.float32(1), long).astype(np.float32)
+    found = frequency_factors(rope_of(config), head_length(config))
+    if found is not None and not architecture.has_factors:
+        raise BadSpec(
+            f"config.json: llama.cpp's {architecture.name} loads no rope_freqs.weight, which the rope scaling"
+            f" {rope_of(config)['rope_type']!r} needs"
+        )
+    return found
+
+
+def head_length(config: Mapping[str, Any]) -> int:
+    """Return the size of a head, as config.json says it or as it follows."""
+    if text_config(config, "head_dim") is not None:
+        return number(config, "head_dim")
+    return number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
+
+
+def _window_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    """Return the keys of a sliding window, which llama.cpp does not compute for these architectures."""
+    found = window_of(config)
+    if found is None:
+        return {}
+    layers = {} if found.layers is None else {"attention.sliding_window_pattern": booleans(found.layers)}
+    return {"attention.sliding_window": uint32(found.tokens), **layers}
+
+
+def not_computed(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
+    """Say what the metadata holds and llama.cpp does not compute, or only if it is told so on its command line."""
+    said, rope = ignored_window(config, "llama.cpp"), rope_of(config)
+    for name, usual in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW)):
+        found = rope_number(rope, name) if rope.get("rope_type") == "yarn" and rope.get(name) else usual
+        if found != usual:
+            said.append(
+                f"llama.cpp does not read yarn's {name} for {architecture.name} and takes {usual:g}: give it"
+                f" --yarn-{name.replace('_', '-')} {found:g} whenever you run the model (the GGUF says it, too)"
+            )
+    return said

@@ -6,6 +6,7 @@ which takes no protobuf library. No length or number is trusted beyond the bytes
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from loaders.storage.base import PinnedFiles
 LARGEST = 1 << 28  # bytes: the largest published models have some 5 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]{1,200}={0,2} [0-9]+\s")  # its first line: a token in base64, and its rank
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 
 
@@ -44,6 +46,11 @@ def read_model(files: PinnedFiles, name: str) -> SentencePieceModel:
         BadCheckpoint: it is not a SentencePiece model, or damaged.
     """
     raw = files.read_all(name, LARGEST)
+    if TIKTOKEN.match(raw[:256]):
+        raise BadCheckpoint(
+            f"{name}: not a model of SentencePiece but tiktoken's, without special tokens; fetch the model's"
+            " tokenizer.json as well"
+        )
     try:
         pieces, model_type, adds_prefix = [], UNIGRAM, True
         for number, value in _fields(raw):

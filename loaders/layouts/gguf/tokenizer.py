@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.layouts.gguf import tekken
 from loaders.layouts.gguf.added_tokens import added_elsewhere
+from loaders.layouts.gguf.chat_templates import template_metadata, templates_of
+from loaders.layouts.gguf.generation import end_metadata, end_tokens, left_out, read_generation
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf-py's TokenType
 MODEL = "tokenizer.model"
-TEMPLATE_LIMIT = 1 << 24  # bytes: the longest published chat templates have some 20 kB
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -39,18 +41,25 @@ GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes of transformer
 # CodeLlama's tokens for filling in the middle, which llama.cpp's converter recognizes by the size of the vocabulary
 CODE_LLAMA_ROWS = 32016
 CODE_LLAMA_IDS = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
-SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+# llama.cpp's name of a special token (misspelled there) -> transformers'
+SPECIAL = {
+    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token",
+    "seperator": "sep_token", "mask": "mask_token",
+}  # fmt: skip
 
 
-def tokenizer_metadata(files: PinnedFiles, config: Mapping[str, Any], rows: int) -> dict[str, MetadataValue]:
-    """Return tokenizer.ggml.* for a model whose embedding has `rows` rows.
+def tokenizer_metadata(
+    files: PinnedFiles, config: Mapping[str, Any], rows: int
+) -> tuple[dict[str, MetadataValue], list[str]]:
+    """Return tokenizer.ggml.* for a model whose embedding has `rows` rows, and what of the tokenizer they do not hold.
 
     Raises:
         BadSpec: there is no tokenizer, or one that llama.cpp has no counterpart for.
         BadCheckpoint: its files are damaged.
     """
-    has_model = files.find(MODEL) is not None
-    if files.find("tokenizer.json") is None and not has_model:
+    has_model, has_json = (files.find(name) is not None for name in (MODEL, "tokenizer.json"))
+    is_tekken = not has_json and files.find(tekken.FILE) is not None
+    if not has_json and not has_model and not is_tekken:
         raise BadSpec(
             f"{setting('layout')}: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it"
         )
@@ -59,15 +68,22 @@ def tokenizer_metadata(files: PinnedFiles, config: Mapping[str, Any], rows: int)
             read_json(files, name) if files.find(name) is not None else {}
             for name in ("tokenizer.json", "tokenizer_config.json")
         )
-        template = _template(files, settings)
+        if is_tekken:
+            tokenizer, settings = tekken.read_tekken(files), {**tekken.SETTINGS, **settings}
+        templates, generation = templates_of(files, settings), read_generation(files)
         # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
         if not tokenizer or is_sentencepiece(tokenizer):
             if has_model:
                 made = from_model(files, tokenizer, settings, rows)
             else:
                 made = from_json(_completed(files, tokenizer, settings, rows), settings, rows)
-            return _sentencepiece_metadata(made, tokenizer, settings, template, config)
-        return _metadata(_completed(files, tokenizer, settings, rows), settings, template, config, rows)
+            found = _sentencepiece_metadata(made, tokenizer, settings, config)
+        else:
+            found = _metadata(_completed(files, tokenizer, settings, rows), settings, config, rows)
+        ends = end_tokens(generation, config)
+        found |= end_metadata(found, ends)
+        notes = [*left_out(generation, ends, found), *_left_out(tokenizer, settings, templates)]
+        return found | template_metadata(templates), notes
     # What reading JSON of another shape than tokenizers writes raises.
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadCheckpoint(f"tokenizer.json: not as tokenizers writes it ({type(error).__name__}: {error})") from None
@@ -85,7 +101,6 @@ def _sentencepiece_metadata(
     made: Vocabulary,
     tokenizer: Mapping[str, Any],
     settings: Mapping[str, Any],
-    template: str | None,
     config: Mapping[str, Any],
 ) -> dict[str, MetadataValue]:
     """Return the keys of a SentencePiece vocabulary, with special tokens from transformers' files."""
@@ -113,13 +128,12 @@ def _sentencepiece_metadata(
         if says or str(settings.get("tokenizer_class", "Llama")).startswith(GENERIC):
             adds = _adds(name, tokenizer, settings, made.tokens, ids[name])
             found[f"tokenizer.ggml.add_{name}_token"] = boolean(adds)
-    return found | ({} if template is None else {"tokenizer.chat_template": text(template)})
+    return found
 
 
 def _metadata(
     tokenizer: Mapping[str, Any],
     settings: Mapping[str, Any],
-    template: str | None,
     config: Mapping[str, Any],
     rows: int,
 ) -> dict[str, MetadataValue]:
@@ -148,7 +162,7 @@ def _metadata(
     found |= {f"tokenizer.ggml.{name}_token_id": uint32(number) for name, number in ids.items() if number is not None}
     for name in ("bos", "eos"):
         found[f"tokenizer.ggml.add_{name}_token"] = boolean(_adds(name, tokenizer, settings, tokens, ids[name]))
-    return found | ({} if template is None else {"tokenizer.chat_template": text(template)})
+    return found
 
 
 def _type(token: str | None, added: Mapping[str, Any]) -> int:
@@ -220,9 +234,24 @@ def _adds(
     return False
 
 
-def _template(files: PinnedFiles, settings: Mapping[str, Any]) -> str | None:
-    """Return the chat template, from its own file or from tokenizer_config.json."""
-    if files.find("chat_template.jinja") is not None:
-        return files.read_all("chat_template.jinja", TEMPLATE_LIMIT).decode()
-    found = settings.get("chat_template")
-    return found if isinstance(found, str) else None
+def _left_out(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], templates: Mapping[str, str]) -> Iterator[str]:
+    """Say what of a tokenizer a GGUF has no place for."""
+    decoder = settings.get("added_tokens_decoder") or {}
+    added = {each["content"]: each for each in (*decoder.values(), *tokenizer.get("added_tokens", ()))}
+    for flag, what in (
+        ("lstrip", "take the spaces before them"), ("rstrip", "take the spaces after them"),
+        ("single_word", "count only as words of their own"),
+    ):  # fmt: skip
+        names = [content for content, each in added.items() if each.get(flag)]
+        if names:
+            yield f"{len(names)} added tokens {what} ({flag}), {names[0]!r} first"
+    if settings.get("cls_token") not in (None, settings.get("bos_token")):
+        yield f"cls_token {_content(settings['cls_token'])!r}"
+    renamed = [name for name in templates if re.search("[^A-Za-z0-9_]", name)]
+    if renamed:
+        yield f"names of chat templates: {', '.join(renamed)} get _ for what is no letter or digit"
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token, which may be given with its flags."""
+    return token.get("content") if isinstance(token, Mapping) else token

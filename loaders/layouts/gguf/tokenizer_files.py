@@ -14,6 +14,7 @@ from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
+from loaders.layouts.gguf.chat_templates import template_setting
 from loaders.layouts.gguf.sentencepiece import SPACE
 from loaders.layouts.gguf.tokenizer import CONTROL, NORMAL, PRE_BY_REGEX, SPECIAL, UNUSED, USER_DEFINED
 
@@ -21,13 +22,15 @@ UNKNOWN = 2  # gguf-py's TokenType
 PRE_NAMES = {name: regex for regex, name in PRE_BY_REGEX.items()}
 # other names under which llama.cpp splits text in the same way (src/llama-vocab.cpp)
 SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-IGNORES_MERGES = ("llama-bpe",)  # pre-tokenizers with which a whole word that is a token is taken as it is (ibid.)
+# pre-tokenizers with which a whole word that is a token is taken as it is (ibid.)
+IGNORES_MERGES = ("llama-bpe", "tekken")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 NORMALIZED = ("qwen2",)  # Qwen's own tokenizers compose characters (NFC) first
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return the files by name; none if the vocabulary is of another kind, or the folder has a tokenizer already."""
-    if checkpoint.container != "gguf" or {"tokenizer.json", "tokenizer.model"} & set(checkpoint.aux):
+    if checkpoint.container != "gguf" or set(TOKENIZERS) & set(checkpoint.aux):
         return {}
     metadata = gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name))
     try:
@@ -172,6 +175,6 @@ def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = tokens[number]
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     found |= {} if length is None else {"model_max_length": length}
-    template = metadata.get("tokenizer.chat_template")
-    found |= {"chat_template": template} if isinstance(template, str) else {}
+    template = template_setting(metadata)
+    found |= {} if template is None else {"chat_template": template}
     return found | {"tokenizer_class": "PreTrainedTokenizerFast"}

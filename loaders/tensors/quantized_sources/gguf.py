@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from loaders.architectures.gguf import ARCHITECTURES, architecture_of
+from loaders.architectures.gguf_config import FACTORS, faults
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers import gguf
 from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.quantization.read_only.ggml import check_readable
@@ -16,7 +18,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     """Find every tensor under its name in transformers; blocks are decoded to float32.
 
     Raises:
-        BadSpec: the architecture is not known, or has no place for a tensor.
+        BadSpec: the architecture is not known, or it has a tensor or a setting that transformers' class has not.
     """
     if not checkpoint.config:
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
@@ -24,10 +26,17 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
             f"{setting('checkpoint')}: {checkpoint.address} is a GGUF of an architecture that is not known here:"
             f" {known} are"
         )
+    metadata = gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name))
+    wrong = faults(metadata, [spec.name for spec in checkpoint.weights])
+    if wrong:
+        raise BadSpec(
+            f"{setting('checkpoint')}: transformers' {checkpoint.config['model_type']} has no place for what the GGUF"
+            f" says: {'; '.join(wrong)}; keep it a GGUF (a quant of gguf_*), or take the original model"
+        )
     architecture, found = architecture_of(checkpoint.config), {}
     for spec in checkpoint.weights:
         name = architecture.hf_name(spec.name)
-        if spec.name == "rope_freqs.weight":  # it follows from the rope scaling, which is in the config
+        if spec.name == FACTORS:  # it follows from the rope scaling, which is in the config
             continue
         if name is None:
             raise BadSpec(f"{spec.name}: transformers has no such tensor for {architecture.name}")
