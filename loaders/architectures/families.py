@@ -26,6 +26,7 @@ ROLES = {
     "vision": "a linear layer of a tower for images or sound, or between it and the text model",
     "linear_attention": "a linear layer of linear attention",
     "mtp": "a linear layer of a block for multi-token prediction",
+    "fused": "a linear layer that transformers joins with others, or cuts in several, when it loads it",
     "sensitive": "a linear layer that its model's own class keeps in float32, or makes of several when it loads",
     "conv1d": "a linear layer that is stored as [inputs, outputs]",
     "embedding": "a table looked up by id",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loaders.architectures.renames import fused_modules
 from loaders.dtypes import Shape
 
 
@@ -132,8 +133,11 @@ class Generic:
         return self._kind_of_linear(name, base)
 
     def _kind_of_linear(self, name: str, base: str) -> str:
+        if self.is_beyond(name):
+            return "mtp"
         kind = next((role for pattern, role in LINEAR_KINDS if pattern.search(name)), base)
-        return "mtp" if base == "linear" and self.is_beyond(name) else kind
+        is_fused = base == "linear" and kind != "mtp" and bool(fused_modules(name, self.model_types))
+        return "fused" if is_fused else kind
 
     def is_beyond(self, name: str) -> bool:
         """Whether a tensor is in a layer after the last that config.json counts: the only number that tells a role."""

@@ -19,7 +19,7 @@ from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.layouts.engines import builds_own_class
-from loaders.layouts.inside_names import skip_names
+from loaders.layouts.inside_names import TIED_HEADS, skip_names
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -36,11 +36,6 @@ QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers' key
 LINEAR_ROUTERS = ("shared_expert_gate.weight", "feed_forward.router.weight")
 UNCONVERTED = ("falcon",)  # model types whose linear layers are a subclass of nn.Linear: FalconLinear
 SINGLE = re.compile(r"\.experts\.\d+\.")
-# Heads that models tie to their embeddings, so that they are not stored: keys of `_tied_weights_keys` in transformers.
-TIED_HEADS = (
-    "lm_head", "lm_head.decoder", "proj_out", "embed_out", "decoder", "cls.predictions.decoder", "output_projection",
-    "vocab_projector", "generator_lm_head", "head.decoder", "pred_layer.proj",
-)  # fmt: skip
 DEFAULT_HEADS = ("head",)  # the roles that transformers' loaders skip by default
 
 
@@ -254,7 +249,8 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
             f" ends or begins like it; keep both or neither ({', '.join(caught[:4])})"
         )
     if family.is_generic:
-        tied = () if heads else TIED_HEADS
+        # A head of another name is `lm_head` inside many classes, whatever it is called on disk.
+        tied = TIED_HEADS if not heads else ("lm_head",) if kept & heads else ()
         return skip_names(skip, tied, family, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
     return skip
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from loaders.architectures.families import Family
-from loaders.architectures.generic import part_of
-from loaders.architectures.renames import inside
+from loaders.architectures.generic import block_of, part_of
+from loaders.architectures.renames import fused_modules, inside
 from loaders.layouts.base import module_of
 from loaders.rules.rule import Decision
 
@@ -21,6 +21,12 @@ NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)|^\d+(?=\\\.)")  # a component of an e
 
 # What wraps the text model, in any order; engines put these components in front of names, and take them away.
 WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)+")
+
+# Heads that models tie to their embeddings, so that they are not stored: keys of `_tied_weights_keys` in transformers.
+TIED_HEADS = (
+    "lm_head", "lm_head.decoder", "proj_out", "embed_out", "decoder", "cls.predictions.decoder", "output_projection",
+    "vocab_projector", "generator_lm_head", "head.decoder", "pred_layer.proj",
+)  # fmt: skip
 
 
 def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: Family) -> list[re.Pattern[str]]:
@@ -49,6 +55,8 @@ def _candidates(name: str, family: Family) -> Iterable[str]:
     part = part_of(name + ".")
     if part is not None:
         yield rf"(?:.*\.)?{re.escape(part)}(?:\..*)?$"
+    if family.names.is_beyond(name):
+        yield rf"(?:.*\.)?{re.escape(WRAPPERS.sub('', block_of(name)))}\..*"
     if family.is_generic:
         end = re.escape(WRAPPERS.sub("", name))
         yield rf"(?:.*\.)?{NUMBER.sub('[0-9]+', end)}$"
@@ -64,6 +72,8 @@ def skip_names(kept: Iterable[str], tied: Iterable[str], family: Family, catches
     found, tried = set(kept), set(tied)
     for name in kept:
         part = part_of(name + ".")
-        ends = {WRAPPERS.sub("", each) for each in (name, inside(name, family.names.model_types))}
+        renamed = inside(name, family.names.model_types)
+        fused = fused_modules(f"{renamed}.weight", family.names.model_types)
+        ends = {WRAPPERS.sub("", each) for each in (name, renamed, *fused)}
         tried |= ends | (set() if part is None else {part, f"model.{part}"})
     return sorted(found | {entry for entry in tried - found if not catches(entry)})

@@ -15,7 +15,8 @@ from loaders.rules.rule import Rule
 NOT_FLOAT = tuple(name for name in DTYPES if name not in WEIGHT_DTYPES)
 LINEAR = ("attention", "mlp", "linear")  # the roles of linear layers that every engine quantizes
 # The roles of layers that are linear, too, and that some engines, or recipes for them, leave as they are.
-OTHER_LINEAR = ("vision", "linear_attention", "mtp", "sensitive")
+OTHER_LINEAR = ("vision", "linear_attention", "mtp", "fused", "sensitive")
+FUSED = "transformers joins it with others, or cuts it, as it loads, which cannot be done to packed codes"
 SENSITIVE = "the model's own class keeps it in float32, or makes it of several layers"
 
 EXPERTS_KEPT = (
@@ -40,6 +41,8 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
         Rule(action="keep", why=f"{engine} keeps the output projection", role=("head",)),
         Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
         Rule(action="keep", why=EXPERTS_KEPT.format(engine=engine), role=("expert",)),
+        Rule(action="keep", why="transformers loads no block for multi-token prediction", role=("mtp",)),
+        Rule(action="keep", why=FUSED, role=("fused",)),
         Rule(action="keep", why=SENSITIVE, role=("sensitive",)),
         *CONV1D.get(engine, CONV1D_KEPT),
         Rule(action="keep", why="no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
@@ -63,7 +66,12 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
         Rule(action="keep", why=SENSITIVE, role=("sensitive",)),
         *CONV1D_KEPT,
         Rule(action="keep", why="no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
-        Rule(action="quantize", why="llm-compressor quantizes every linear layer", role=LINEAR, shape=(None, None)),
+        Rule(
+            action="quantize",
+            why="llm-compressor quantizes every linear layer",
+            role=(*LINEAR, "fused"),
+            shape=(None, None),
+        ),
         Rule(action="quantize", why="each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
         Rule(action="keep", why="no matrix"),
     ),

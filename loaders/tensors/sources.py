@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,6 +71,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
         found = [piece for tensor in found for piece in cut(tensor, family)]
     traits_of = KnownTraits(family)
     tensors = [_turned(known(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
+    tensors = _apart(tensors)
     if split:
         notes = (*notes, *_unknown_stacks(checkpoint, tensors))
     if checkpoint.container == "gguf" and not decode:  # for another GGUF, which keeps the order of the source
@@ -86,6 +87,20 @@ def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec])
     module, _, suffix = stored.name.rpartition(".")
     is_part = suffix in ("scales", "biases") and f"{module}.weight" in by_name
     return name.removesuffix(suffix) + "weight" if is_part else name
+
+
+def _apart(tensors: list[LogicalTensor]) -> list[LogicalTensor]:
+    """Return the tensors; a layer beside an `in_proj_weight` belongs to torch's MultiheadAttention, no nn.Linear."""
+    ending = "in_proj_weight"
+    beside = {
+        tensor.name.removesuffix(ending) + "out_proj.weight" for tensor in tensors if tensor.name.endswith(ending)
+    }
+    if not beside:
+        return tensors
+    return [
+        replace(tensor, role="fused") if tensor.name in beside and tensor.role in ("linear", "vision") else tensor
+        for tensor in tensors
+    ]
 
 
 def _turned(tensor: LogicalTensor) -> LogicalTensor:

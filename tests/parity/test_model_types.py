@@ -40,7 +40,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "glm4_moe": {**EXPERTS, **ROUTED},
     "glm_moe_dsa": {
         **EXPERTS, **ROUTED, **LATENT, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 8, "head_dim": 32,
-        "indexer_types": ["full", "full"],
+        "indexer_types": ["full", "full"], "num_key_value_heads": 4,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "qwen3_next": {

@@ -191,6 +191,8 @@ def skipped(modules: Iterable[str], listed: Sequence[str]) -> set[str]:
 
 def wanted(model: Model, engine: str, block: Mapping[str, Any]) -> set[str]:
     """Return the modules that the loader makes quantized ones."""
+    if not block:  # nothing is quantized
+        return set()
     if engine == "compressed-tensors":
         return _targeted(model, block)
     listed = block.get(SKIP_KEYS[engine])
@@ -253,6 +255,10 @@ class _Judging:
         is_expert = EXPERT.search(tensor.name) is not None or (is_there and _is_stack(key, model.state[key]))
         self._count(tensor, module, is_expert=is_expert)
         if tensor.is_quantized:
+            # Of a Conv1D bitsandbytes stores the transpose, the weight of the linear layer that it makes of it.
+            is_turned = self.engine == "bitsandbytes" and module in model.transposed
+            if is_turned and tensor.shape == tuple(model.state[key].shape)[::-1]:
+                return
             found = self._quantized(key, module, is_there=is_there, is_converted=is_converted, is_expert=is_expert)
         else:
             found = "plain" if key.endswith(".weight") and module in self.wanted else None
