@@ -144,7 +144,7 @@ def with_few_experts(entry: Mapping[str, Any], few: int) -> dict[str, Any]:
         }
 
     def cut(pattern: str, shape: list[int]) -> list[int]:
-        return [few, *shape[1:]] if ROUTER.search(pattern) and shape[:1] == [count] else shape
+        return [few if size == count else size for size in shape] if ROUTER.search(pattern) else shape
 
     count = max(int(found[1]) + 1 for pattern, _, _ in entry["tensors"] if (found := EXPERTS.search(pattern)))
     rows = [

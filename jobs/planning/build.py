@@ -49,7 +49,13 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     drafts = [_draft(checkpoint, sources, target) for target in targets]
     is_gguf_kept = checkpoint.container == "gguf" and not decode
     bonds = {name: found for draft in drafts for name, found in bonds_of(draft.placed).items()}
-    groups = cut_units(sources.tensors, unit_mb * MB, bonds, share=not is_gguf_kept)
+    groups = cut_units(
+        sources.tensors,
+        unit_mb * MB,
+        bonds,
+        share=not is_gguf_kept,
+        in_order=any(isinstance(draft.target.layout, Assembling) for draft in drafts),
+    )
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
     for draft in drafts:

@@ -13,19 +13,25 @@ NO_BONDS: Bonds = {}
 
 
 def cut_units(
-    tensors: Sequence[LogicalTensor], unit_bytes: float, bonds: Bonds = NO_BONDS, *, share: bool = True
+    tensors: Sequence[LogicalTensor],
+    unit_bytes: float,
+    bonds: Bonds = NO_BONDS,
+    *,
+    share: bool = True,
+    in_order: bool = False,
 ) -> list[list[LogicalTensor]]:
     """Cut tensors into runs of at most `unit_bytes` of source, or of a single block or part of one.
 
     Tensors come sorted by block. A block is cut only if it is larger than that, between tensors that have nothing in
-    common: see `_parts`. Without `share`, tensors share nothing, as those of a GGUF, whose order must stay.
+    common: see `_parts`. Without `share`, tensors share nothing, as those of a GGUF, whose order must stay. With
+    `in_order`, tensors keep their order, so that a file that all units write does not depend on how they are cut.
     """
     units: list[list[LogicalTensor]] = []
     size = 0
     for _, run in groupby(tensors, key=lambda tensor: tensor.block):
         block = list(run)
         is_large = sum(tensor.source_bytes for tensor in block) > unit_bytes
-        for part in _parts(block, bonds, share=share) if is_large else [block]:
+        for part in _parts(block, bonds, share=share, in_order=in_order) if is_large else [block]:
             part_bytes = sum(tensor.source_bytes for tensor in part)
             if not units or size + part_bytes > unit_bytes:
                 units.append([])
@@ -47,7 +53,7 @@ def bonds_of(placed: Iterable[Placed]) -> Bonds:
     return found
 
 
-def _parts(block: Sequence[LogicalTensor], bonds: Bonds, *, share: bool) -> list[list[LogicalTensor]]:
+def _parts(block: Sequence[LogicalTensor], bonds: Bonds, *, share: bool, in_order: bool) -> list[list[LogicalTensor]]:
     """Return a block's tensors in the smallest sets that must stay in one unit, in the order of their first ones.
 
     Together stay the tensors of a module, such as a weight and its scales; those of a fused group, which may share a
@@ -59,10 +65,25 @@ def _parts(block: Sequence[LogicalTensor], bonds: Bonds, *, share: bool) -> list
         for bond in (*_own_bonds(tensor), *bonds.get(tensor.name, ())) if share else ():
             one, other = _leader(leader, first.setdefault(bond, index)), _leader(leader, index)
             leader[max(one, other)] = min(one, other)
+    leaders = [_leader(leader, index) for index in range(len(block))]
+    if in_order:
+        leaders = _without_gaps(leaders)
     parts: dict[int, list[LogicalTensor]] = {}
-    for index, tensor in enumerate(block):
-        parts.setdefault(_leader(leader, index), []).append(tensor)
+    for first_of_set, tensor in zip(leaders, block, strict=True):
+        parts.setdefault(first_of_set, []).append(tensor)
     return list(parts.values())
+
+
+def _without_gaps(leaders: Sequence[int]) -> list[int]:
+    """Join sets that lie among each other, so that each is a run of neighbours."""
+    last = {leader: index for index, leader in enumerate(leaders)}
+    joined, end, current = [], -1, 0
+    for index, leader in enumerate(leaders):
+        if index > end:
+            current = index
+        end = max(end, last[leader])
+        joined.append(current)
+    return joined
 
 
 def _own_bonds(tensor: LogicalTensor) -> Iterator[str]:

@@ -182,7 +182,7 @@ def looks_packed(spec: WeightSpec, names: Collection[str]) -> str | None:
         return "MXFP4"
     if len(spec.shape) < 2:
         return None
-    if dtype in CODES:
+    if dtype in CODES and name.endswith(("weight", "_proj")):
         return f"some method of {spec.dtype}"
     if name.endswith(".weight"):
         if dtype == "U32" and name.removesuffix("weight") + "scales" in names:

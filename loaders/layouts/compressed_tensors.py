@@ -19,7 +19,7 @@ from typing import Any
 from loaders.architectures.families import Family
 from loaders.errors import setting
 from loaders.layouts.base import module_of
-from loaders.layouts.inside_names import TIED_HEADS, inside_patterns
+from loaders.layouts.inside_names import inside_patterns, tied_heads
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
@@ -92,7 +92,7 @@ def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Fa
     if family.is_generic:
         actions = {d.action for d in decisions if d.tensor.role == "head" and d.action != "drop"}
         # Which head a model has, and ties, config.json need not say; a head of another name is often `lm_head` inside.
-        tied.update(TIED_HEADS if not actions else () if "quantize" in actions else ("lm_head",))
+        tied.update(tied_heads(family) if not actions else () if "quantize" in actions else ("lm_head",))
     stacks = {found[1] for d in decisions if len(d.tensor.shape) == 3 and (found := STACK.match(d.tensor.name))}
     regular = {pattern.pattern for pattern in patterns} | {rf"{re.escape(stack)}\..+$" for stack in stacks}
     return sorted(named | tied) + sorted(f"re:{pattern}" for pattern in regular)

@@ -19,7 +19,7 @@ from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.layouts.engines import builds_own_class
-from loaders.layouts.inside_names import TIED_HEADS, skip_names
+from loaders.layouts.inside_names import skip_names, tied_heads
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -250,7 +250,7 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
         )
     if family.is_generic:
         # A head of another name is `lm_head` inside many classes, whatever it is called on disk.
-        tied = TIED_HEADS if not heads else ("lm_head",) if kept & heads else ()
+        tied = tied_heads(family) if not heads else ("lm_head",) if kept & heads else ()
         return skip_names(skip, tied, family, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
     return skip
 

@@ -22,11 +22,27 @@ NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)|^\d+(?=\\\.)")  # a component of an e
 # What wraps the text model, in any order; engines put these components in front of names, and take them away.
 WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)+")
 
-# Heads that models tie to their embeddings, so that they are not stored: keys of `_tied_weights_keys` in transformers.
-TIED_HEADS = (
-    "lm_head", "lm_head.decoder", "proj_out", "embed_out", "decoder", "cls.predictions.decoder", "output_projection",
-    "vocab_projector", "generator_lm_head", "head.decoder", "pred_layer.proj",
-)  # fmt: skip
+# Heads that models tie to their embeddings, so that they are not stored, where they are not called `lm_head`: those of
+# `_tied_weights_keys` in transformers' classes.
+OTHER_HEADS = {
+    **dict.fromkeys(("whisper", "moonshine", "speech_to_text"), "proj_out"),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "esm", "gte", "xmod",
+         "roberta-prelayernorm", "ibert", "longformer", "mpnet", "luke"),
+        "lm_head.decoder",
+    ),
+    **dict.fromkeys(("modernbert", "modernbert-decoder"), "decoder"),
+    **dict.fromkeys(("electra", "convbert"), "generator_lm_head"),
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
+    **dict.fromkeys(("flaubert", "xlm"), "pred_layer.proj"),
+    "distilbert": "vocab_projector", "gpt_neox_japanese": "embed_out", "rwkv": "head",
+}  # fmt: skip
+
+
+def tied_heads(family: Family) -> tuple[str, ...]:
+    """Return the names of heads that a model without one of its own may tie to its embedding."""
+    others = [OTHER_HEADS[each] for each in family.names.model_types if each in OTHER_HEADS]
+    return tuple(dict.fromkeys((*others, *(() if others else ("lm_head",)))))
 
 
 def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: Family) -> list[re.Pattern[str]]:

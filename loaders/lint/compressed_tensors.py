@@ -30,6 +30,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield fault(BOTH, f"ignore has what is no regular expression: {some(broken)}", "fails", "mend it")
         return
     tensors = [r for r in subject.sources.tensors if r.role in LINEAR_ROLES and len(r.shape) == 2]
+    tensors = [r for r in tensors if r.decode is not None or r.name.endswith(".weight")]
     yield from _targets(block)
     yield from _ignored(tensors, ignore)
     yield from _fused(subject, tensors)

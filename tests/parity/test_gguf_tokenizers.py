@@ -263,5 +263,5 @@ def test_tokens_that_other_files_add_have_the_ids_of_transformers(
         (tmp_path / "added_tokens.json").write_text(json.dumps(numbers))
     by_id = {n: text for text, n in transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab().items()}
     for rows in (64, max(40, max(by_id))):
-        tokens = list(tokenizer_metadata(files_of(tmp_path), {}, rows)["tokenizer.ggml.tokens"].value)
+        tokens = list(tokenizer_metadata(files_of(tmp_path), {}, rows)[0]["tokenizer.ggml.tokens"].value)
         assert tokens == [by_id.get(number, f"[PAD{number}]") for number in range(rows)]

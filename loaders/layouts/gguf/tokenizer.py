@@ -70,16 +70,15 @@ def tokenizer_metadata(
         )
         if is_tekken:
             tokenizer, settings = tekken.read_tekken(files), {**tekken.SETTINGS, **settings}
+        # Mistral's own file has all of its tokens.
+        whole = tokenizer if is_tekken or not tokenizer else _completed(files, tokenizer, settings, rows)
         templates, generation = templates_of(files, settings), read_generation(files)
         # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
         if not tokenizer or is_sentencepiece(tokenizer):
-            if has_model:
-                made = from_model(files, tokenizer, settings, rows)
-            else:
-                made = from_json(_completed(files, tokenizer, settings, rows), settings, rows)
+            made = from_model(files, tokenizer, settings, rows) if has_model else from_json(whole, settings, rows)
             found = _sentencepiece_metadata(made, tokenizer, settings, config)
         else:
-            found = _metadata(_completed(files, tokenizer, settings, rows), settings, config, rows)
+            found = _metadata(whole, settings, config, rows)
         ends = end_tokens(generation, config)
         found |= end_metadata(found, ends)
         notes = [*left_out(generation, ends, found), *_left_out(tokenizer, settings, templates)]

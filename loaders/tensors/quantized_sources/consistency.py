@@ -23,7 +23,10 @@ EXCLUDED = (
 )  # fmt: skip
 DECIDED_BY_TENSORS = ("mlx", "hqq", "gguf")  # whose engines look at each module's tensors, not at a list
 GENERIC_LISTS = ("bitsandbytes",)  # whose tools write the same list for every model, whatever modules it has
-HEADS = re.compile(r"(?:^|[.*])(?:lm_head|head|score|embed_out|output(?:_layer)?|proj_out)[.*$]*$")
+HEADS = re.compile(
+    r"(?:^|[.*])(?:\w*lm_head|(?:lm_head\.)?decoder|head|score|embed_out|output(?:_layer|_projection)?|proj_out|vocab_projector"
+    r"|pred_layer\.proj)[.*$]*$"
+)
 # Endings of scales and other companions of packed weights.
 SCALES = (
     ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".g_idx", ".quant_map", ".scale_weight",

@@ -15,7 +15,10 @@ from loaders.errors import BadSpec
 GROUPS = choices_of("run")
 
 
-NEEDS = {"quant=auto": ("quant.engine=mlx", "quant.target_bits=4.25")}  # what a choice cannot be without
+NEEDS = {  # what a choice cannot be without
+    "quant=auto": ("quant.engine=mlx", "quant.target_bits=4.25"),
+    "transform=merge_lora": ("transform.path=adapter",),
+}
 
 
 def spec_of(*arguments: str) -> JobSpec:

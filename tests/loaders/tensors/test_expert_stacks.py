@@ -170,6 +170,7 @@ def test_mxfp4_of_an_unknown_model_is_refused(tmp_path: Path) -> None:
     tensors = {
         **llama_tensors("F32"),
         "model.layers.0.mlp.experts.x_blocks": Raw("U8", np.zeros((1, 2, 1, 16), np.uint8)),
+        "model.layers.0.mlp.experts.x_scales": Raw("U8", np.zeros((1, 2, 1), np.uint8)),
     }
     config = {**LLAMA, "model_type": "new", "quantization_config": {"quant_method": "mxfp4"}}
     root = write_checkpoint(tmp_path, tensors, config=config)

@@ -125,7 +125,9 @@ def test_fp8_that_is_not_whole_is_refused(change: dict[str, Raw | None], message
 
 
 def test_a_block_size_that_is_none_is_refused(tmp_path: Path) -> None:
-    root = write(tmp_path, llama_tensors("F32"), {"quant_method": "fp8", "weight_block_size": [128, 0]})
+    tensors = llama_tensors("F32")
+    tensors["model.layers.0.mlp.up_proj.weight"] = Raw("F8_E4M3", np.zeros((128, 64), np.uint8))
+    root = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [128, 0]})
     with pytest.raises(BadCheckpoint, match=r"expected a weight_block_size of two positive numbers, found \[128, 0\]"):
         tensors_in(root)
 
@@ -133,7 +135,7 @@ def test_a_block_size_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_fp8_comes_back_plain_and_quantizes_to_anything(tmp_path: Path, weightmill: Any) -> None:
     root, wanted = fp8_checkpoint(tmp_path / "fp8", shards=3, dtype="BF16")
     plain = weightmill("run", f"model.path={root}", f"output.path={tmp_path / 'plain'}", "quant=none",
-                       "quant.dtype=bfloat16", "format=json")  # fmt: skip
+                       "quant.dtype=bfloat16", "format=json", "lint=warn")  # fmt: skip
     assert plain.status == 0, plain.err
     from loaders.checkpoints.derived_config import read_config
 
@@ -144,7 +146,8 @@ def test_fp8_comes_back_plain_and_quantizes_to_anything(tmp_path: Path, weightmi
     assert found[Q_PROJ].dtype == "BF16"
     assert np.array_equal(values_of(found[Q_PROJ]), bf16(wanted))
     for source in ("fp8", "plain"):
-        ran = weightmill("run", f"model.path={tmp_path / source}", f"output.path={tmp_path / source}-nf4", "quant=nf4")
+        given = f"model.path={tmp_path / source}", f"output.path={tmp_path / source}-nf4", "quant=nf4", "lint=warn"
+        ran = weightmill("run", *given)
         assert ran.status == 0, ran.err
     one, other = (read_safetensors(tmp_path / f"{source}-nf4") for source in ("fp8", "plain"))
     assert set(one) == set(other)

@@ -72,12 +72,17 @@ def test_nvfp4_comes_back_plain_without_its_settings(tmp_path: Path, weightmill:
     parts, wanted = nvfp4_parts(Q_PROJ)
     root = modelopt_checkpoint(tmp_path / "nvfp4", {**llama_tensors("F32"), **parts}, "hf_quant_config.json")
     ran = weightmill(
-        "run", f"model.path={root}", f"output.path={tmp_path / 'out'}", "quant=none", "quant.dtype=bfloat16"
+        "run",
+        f"model.path={root}",
+        f"output.path={tmp_path / 'out'}",
+        "quant=none",
+        "quant.dtype=bfloat16",
+        "lint=warn",
     )
     assert ran.status == 0, ran.err
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     assert np.array_equal(values_of(read_safetensors(tmp_path / "out")[Q_PROJ]), bf16(wanted))
-    copied = weightmill("run", f"model.path={root}", f"output.path={tmp_path / 'copy'}", "quant=none")
+    copied = weightmill("run", f"model.path={root}", f"output.path={tmp_path / 'copy'}", "quant=none", "lint=warn")
     assert copied.status == 0, copied.err
     assert (tmp_path / "copy" / "hf_quant_config.json").exists()
 
