@@ -138,6 +138,7 @@ def reason(text: str, folder: Path) -> str:
     first = text.replace(str(folder), "it").split(";")[0]
     first = re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.\d+\.[\w.]+", "a weight", first)
     first = re.sub(r"its \d+ columns", "the columns", first)
+    first = re.sub(r"\d+ tensors, a weight.* first:", "some tensors:", first)
     return re.sub(r"'[^']*'", "…", first)[:160]
 
 

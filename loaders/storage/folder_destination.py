@@ -177,6 +177,10 @@ class FolderDestination:
     def forget(self) -> None:
         # It is gone already, by an earlier call or by another process.
         with suppress(FileNotFoundError):
+            # The newest goes last, which says how far the job had come: a kill in between must not take it away alone,
+            # or a published output would look like another's.
+            for path in sorted(self.root.iterdir(), key=lambda path: (path.is_file(), path.lstat().st_mtime_ns)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             shutil.rmtree(self.root)
 
 
