@@ -349,21 +349,6 @@ FAMILIES = (
 GENERIC = Family(name="generic", model_types=(), tensors=(), tied=TIED_HEAD, is_generic=True)
 
 
-# (the rest of a stack's name, with the end of the group `experts` in it; what follows the group in an expert's name;
-# its parts; whether it is transposed, None where models differ)
-GENERIC_STACKS = (
-    (r"experts)\.gate_up_proj", "", ("gate", "up"), None),
-    (r"experts)\.down_proj", "", ("down",), None),
-    # Granite's
-    (r"block_sparse_moe)\.input_linear", ".experts", ("gate", "up"), False),
-    (r"block_sparse_moe)\.output_linear", ".experts", ("down",), False),
-    # Step's
-    (r"moe)\.gate_proj", ".experts", ("gate",), False),
-    (r"moe)\.up_proj", ".experts", ("up",), False),
-    (r"moe)\.down_proj", ".experts", ("down",), False),
-)
-
-
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family of a config.json by its `model_type`, or a generic one if none knows it."""
     model_type = config.get("model_type")
@@ -374,15 +359,18 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
-    """Return the usual stacks of experts; single ones are named as in the class of transformers 5, where it has one."""
+    """Return the stacks of experts that transformers 5 makes, named as in most of its models.
+
+    Others, such as Granite's `input_linear`, stay whole: neither transformers nor vLLM reads their experts one by one.
+    """
     hidden = text_config(config, "hidden_size")
     return tuple(
         Stack(
-            pattern=re.compile(rf"(?P<experts>(?:^|.*\.){stored}(?:\.weight)?$"),
-            name=rf"\g<experts>{inside}.{{expert}}.{{part}}_proj.weight", parts=parts, is_transposed=transposed,
-            hidden=hidden if isinstance(hidden, int) else None, hidden_is_output="down" in parts,
+            pattern=re.compile(rf"(?P<experts>(?:^|.*\.)experts)\.{stored}(?:\.weight)?$"),
+            name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=None,
+            hidden=hidden if isinstance(hidden, int) else None, hidden_is_output=is_output,
         )
-        for stored, inside, parts, transposed in GENERIC_STACKS
+        for stored, parts, is_output in (("gate_up_proj", ("gate", "up"), False), ("down_proj", ("down",), True))
     )  # fmt: skip
 
 
