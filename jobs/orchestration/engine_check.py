@@ -113,10 +113,15 @@ def _check_source(planned: Planned) -> None:
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
     """Ask about a plan if that is wanted; returns the answer, and what a plan notes about it."""
     if engine_to_ask(planned) is None:
-        return Answer(), []
+        known = (
+            f"model_type {planned.plan.checkpoint.config.get('model_type')!r} is known here: its engine was not asked"
+        )
+        return Answer(), [known] if is_wanted else []
     if not is_wanted:
         why = f"model_type {planned.plan.checkpoint.config.get('model_type')!r} is not known here"
-        return Answer(), [f"{why}, and its engine was not asked: check=engine asks it, run does; {share(planned)}"]
+        return Answer(), [
+            f"{why}, and its engine was not asked: add check=engine; run always asks it; {share(planned)}"
+        ]
     with asking([planned]) as [each]:
         answer = each.answer() or Answer()
     if answer.unanswered:

@@ -33,13 +33,15 @@ def warnings(
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
     experts = [d for d in decisions if d.tensor.role == "expert"]
     kept = [d for d in experts if d.action != "quantize"]
-    if kept and layout.name != "gguf":
+    single = [d for d in kept if not is_stack(d.tensor)]
+    if single and layout.name != "gguf":
         total = sum(d.tensor.source_bytes for d in decisions)
-        share = sum(d.tensor.source_bytes for d in kept) / total
+        share = sum(d.tensor.source_bytes for d in single) / total
+        is_own = bool(single[0].rule.label)  # whoever kept them by a rule needs no rule against it
+        cure = "" if is_own else ". To quantize them all the same: rules='[{role: expert, action: quantize}]'"
         said.append(
-            f"mixture of experts: {len(kept)} expert matrices, {share:.0%} of the weights, stay"
-            f" {kept[0].tensor.dtype.torch}: {kept[0].rule.why}."
-            " To quantize them all the same: rules='[{role: expert, action: quantize}]'"
+            f"mixture of experts: {len(single)} expert matrices, {share:.0%} of the weights, stay"
+            f" {single[0].tensor.dtype.torch}: {single[0].rule.why}{cure}"
         )
     stacks = [d for d in decisions if d.action in ("keep", "cast") and is_stack(d.tensor)]
     if stacks and layout.name != "gguf":

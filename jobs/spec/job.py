@@ -293,7 +293,7 @@ class JobSpec(Spec):
     verify: VerifySpec
     lint: Literal["fail", "warn"] = Field(
         default="fail",
-        description="what a finding means that the engine fails, or computes something else: the job fails, or goes on",
+        description="on a fault (the engine fails, or computes something else): fail the job, or warn and go on",
     )
     objective: tuple[str, ...] = Field(
         default=("error/relative",),

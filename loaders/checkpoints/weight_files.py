@@ -289,10 +289,7 @@ def adapter_alone(source: PinnedFiles, key: str) -> str:
     if source.find(ADAPTER_CONFIG) is not None:
         base = read_json(source, ADAPTER_CONFIG).get("base_model_name_or_path")
     of = f" of {base[:200]!r}" if isinstance(base, str) and base else ""
-    return (
-        f"{key}: {source.address} holds an adapter{of}, not a model; to merge it into its base, with rounding once:"
-        f" {setting(MERGE)}"
-    )
+    return f"{key}: {source.address} holds an adapter{of}, not a model; to merge it into its base: {setting(MERGE)}"
 
 
 def _nothing(source: PinnedFiles, everything: Sequence[Entry], container: str, key: str) -> str:

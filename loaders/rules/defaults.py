@@ -46,7 +46,7 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
         Rule(action="keep", why=SENSITIVE, role=("sensitive",)),
         *CONV1D.get(engine, CONV1D_KEPT),
         Rule(action="keep", why="no matrix of a linear layer", role=("norm", "conv", "bias", "buffer", "other")),
-        Rule(action="quantize", why=conversion, role=(*LINEAR, *OTHER_LINEAR), shape=(None, None)),
+        Rule(action="quantize", why=conversion, role=(*LINEAR, "vision", "linear_attention"), shape=(None, None)),
         Rule(action="keep", why="no matrix"),
     )
 
