@@ -17,9 +17,9 @@ from loaders.architectures.gguf import architecture_of
 from loaders.errors import BadSpec
 from loaders.lint import lint_source
 from loaders.lint.engines import Answer, Asking, Question, engine_of, is_tabled, question_of, share_quantized
+from loaders.lint.engines.base import FEW
 
 SILENT_S = 2.0  # how long a job waits for the answer before it says so
-FEW = 0.9  # the share of the weights below which it is remarkable how few are quantized
 
 
 def engine_to_ask(planned: Planned, *, always: bool = False) -> str | None:
