@@ -41,7 +41,7 @@ checkpoints backends
 architectures containers quantization
 specs stats clock
 storage dtypes
-errors places
+errors places words
 """
 LAYERS = [
     *([f"jobs.{word}" for word in line.split()] for line in JOBS.strip().splitlines()),

@@ -6,13 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from loaders.words import size
 
-def size(count: float) -> str:
-    """Format bytes in decimal units: 1_234_567 becomes "1.23 MB"."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f} B"
+__all__ = ["size", "table", "times"]
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:

@@ -177,6 +177,16 @@ class LeavesRagged(Protocol):
 
 
 @runtime_checkable
+class Grouped(Protocol):
+    """A scheme whose user chooses the size of its groups, which must divide rows."""
+
+    group_sizes: ClassVar[tuple[int, ...]]
+
+    @property
+    def group_size(self) -> int: ...
+
+
+@runtime_checkable
 class Sharing(Protocol):
     """A scheme whose fused partners (q/k/v, gate/up) must have something in common, such as one scale."""
 

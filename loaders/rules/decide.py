@@ -36,7 +36,7 @@ def decide(
         if refusal is not None:
             refused[tensor.name] = refusal
     kept = kept_ragged(decisions, refused) if refused else {}
-    problems = _problems([d for d in decisions if d.tensor.name in refused and d.tensor.name not in kept], refused)
+    problems = _problems([d for d in decisions if d.tensor.name in refused.keys() - kept.keys()], refused, decisions)
     problems += [_unused(rule, tensors) for index, rule in enumerate(own) if index not in used]
     if problems:
         raise BadSpec(problems)
@@ -68,13 +68,13 @@ def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decisi
     return decision, chosen.refuses(tensor.spec)
 
 
-def _problems(decisions: Sequence[Decision], refused: Mapping[str, str]) -> list[str]:
+def _problems(mine: Sequence[Decision], refused: Mapping[str, str], decisions: Sequence[Decision]) -> list[str]:
     """Return a line for each cause of refusals."""
-    causes: dict[tuple[str, str, str], list[LogicalTensor]] = {}
-    for decision in decisions:
+    causes: dict[tuple[str, str, str], list[Decision]] = {}
+    for decision in mine:
         place = decision.rule.label or setting("quantize")
-        causes.setdefault((place, decision.action, refused[decision.tensor.name]), []).append(decision.tensor)
-    return [refusal_line(*cause, found) for cause, found in causes.items()]
+        causes.setdefault((place, decision.action, refused[decision.tensor.name]), []).append(decision)
+    return [refusal_line(place, why, found, decisions) for (place, _, why), found in causes.items()]
 
 
 def _unused(rule: Rule, tensors: Sequence[LogicalTensor]) -> str:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from loaders.quantization.scheme import LeavesRagged
+from loaders.errors import setting
+from loaders.quantization.scheme import Grouped, LeavesRagged
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.words import counted, size
 
 RAGGED = "groups do not divide its rows, and the engine takes layers that are not quantized"
 # The largest share of the weights to be quantized that stays plain without being asked: a vision tower's, not a third
@@ -27,19 +29,24 @@ def kept_ragged(decisions: Sequence[Decision], refused: Mapping[str, str]) -> di
     `refused` are the reasons of refusals, by name.
     """
     mine = [d for d in decisions if d.action == "quantize" and not d.rule.label]
-    ragged = [
-        d for d in mine
-        if d.tensor.name in refused and isinstance(d.scheme, LeavesRagged) and d.scheme.is_ragged(d.tensor.spec)
-    ]  # fmt: skip
-    total, plain = (sum(d.tensor.spec.numel for d in some) for some in (mine, ragged))
-    if not ragged or plain > RAGGED_SHARE * total:
+    ragged = [d for d in mine if d.tensor.name in refused and _is_ragged(d)]
+    if not ragged or _share(ragged, mine) > RAGGED_SHARE:
         return {}
     rule = Rule(action="keep", why=RAGGED, names=frozenset(d.tensor.name for d in ragged))
-    kept = {}
-    for decision in ragged:
-        encoding = Encoding(tensor=decision.tensor, action="keep", scheme=Plain())
-        kept[decision.tensor.name] = replace(decision, rule=rule, encoding=encoding)
-    return kept
+    return {d.tensor.name: replace(d, rule=rule, encoding=_plain(d)) for d in ragged}
+
+
+def _is_ragged(decision: Decision) -> bool:
+    scheme = decision.scheme
+    return isinstance(scheme, LeavesRagged) and scheme.is_ragged(decision.tensor.spec)
+
+
+def _plain(decision: Decision) -> Encoding:
+    return Encoding(tensor=decision.tensor, action="keep", scheme=Plain())
+
+
+def _share(some: Sequence[Decision], all_: Sequence[Decision]) -> float:
+    return sum(d.tensor.spec.numel for d in some) / sum(d.tensor.spec.numel for d in all_)
 
 
 def ragged_notes(decisions: Sequence[Decision]) -> list[str]:
@@ -50,20 +57,54 @@ def ragged_notes(decisions: Sequence[Decision]) -> list[str]:
     total = sum(d.tensor.spec.numel for d in decisions if d.action == "quantize")
     plain = sum(tensor.spec.numel for tensor in ragged)
     return [
-        f"{len(ragged)} matrices stay {ragged[0].dtype.torch}, {_listed(ragged)}: their rows"
-        f" ({', '.join(map(str, sorted({tensor.shape[-1] for tensor in ragged})))}) do not divide into groups; they are"
+        f"{counted(len(ragged), 'matrix stays', 'matrices stay')} {ragged[0].dtype.torch}, {_listed(ragged)}: their rows"
+        f" ({', '.join(map(str, sorted({tensor.shape[-1] for tensor in ragged})))}) do not divide into groups; that is"
         f" {plain / (plain + total):.1%} of the weights to be quantized"
     ]
 
 
-def refusal_line(place: str, action: str, why: str, tensors: Sequence[LogicalTensor]) -> str:
-    """Return one line about all tensors that are refused for one reason, with the rule that keeps them."""
-    if len(tensors) == 1:
-        return f"{place}: cannot {action} {tensors[0].name}: {why}"
-    return (
-        f"{place}: cannot {action} {len(tensors)} tensors, {_listed(tensors)}: {why}; to keep them:"
-        f" rules='[{{action: keep, {_condition(tensors)}}}]'"
-    )
+def refusal_line(place: str, why: str, refused: Sequence[Decision], decisions: Sequence[Decision]) -> str:
+    """Return one line about all tensors that are refused for one reason, with what can be done about them.
+
+    `decisions` are those about all tensors of the model.
+    """
+    tensors, action, is_ragged = [d.tensor for d in refused], refused[0].action, _is_ragged(refused[0])
+    what = tensors[0].name if len(tensors) == 1 else f"{len(tensors)} tensors, {_listed(tensors)}"
+    said = f"{place}: cannot {action} {what}: {why if len(tensors) == 1 else re.sub('^its ', 'their ', why)}"
+    if is_ragged:
+        said += _other_groups(refused[0], decisions)
+    if is_ragged or len(tensors) > 1:
+        said += f"; to keep {'it' if len(tensors) == 1 else 'them'}: rules='[{{action: keep, {_condition(tensors)}}}]'"
+    return said + (_cost(decisions) if is_ragged else "")
+
+
+def _other_groups(refused: Decision, decisions: Sequence[Decision]) -> str:
+    """Say which size of groups divides the rows of all tensors of a refused one's scheme, or most of them."""
+    scheme = refused.scheme
+    if not isinstance(scheme, Grouped):
+        return ""
+    mine = [d for d in decisions if d.action == "quantize" and d.scheme == scheme]
+    left = {n: _share([d for d in mine if d.tensor.shape[-1] % n], mine) for n in scheme.group_sizes}
+    best = min(left, key=lambda n: (left[n], -n))
+    if left[best] > RAGGED_SHARE:
+        return f"; no group size that {scheme.engine} takes ({', '.join(map(str, left))}) divides enough of the rows"
+    whole = "all rows" if not left[best] else f"all but {left[best]:.1%} of the weights' rows"
+    key = f"{refused.rule.label}.quant.group_size" if refused.rule.label else setting("group_size")
+    return f"; {key}={best} divides {whole}"
+
+
+def _cost(decisions: Sequence[Decision]) -> str:
+    """Say how much of the model stays plain, and how large the output is, if all ragged rows are kept."""
+    wanted = [d for d in decisions if d.action == "quantize"]
+    ragged = {d.tensor.name for d in wanted if _is_ragged(d)}
+    share = _share([d for d in wanted if d.tensor.name in ragged], wanted)
+    encodings = [
+        _plain(d) if d.scheme is not None and d.scheme.refuses(d.tensor.spec) else d.encoding for d in decisions
+    ]
+    after = sum(part.size for each in encodings if each is not None for part in each.stored.values())
+    before = sum(d.tensor.source_bytes for d in decisions)
+    # A few ragged rows are kept without a rule; here they are too many, or a rule of the user's wants them quantized.
+    return f" (then {share:.0%} of the weights to be quantized stay plain; the output has {size(after)}, the source {size(before)})"
 
 
 def _listed(tensors: Sequence[LogicalTensor]) -> str:
@@ -73,7 +114,8 @@ def _listed(tensors: Sequence[LogicalTensor]) -> str:
 
 def _condition(tensors: Sequence[LogicalTensor]) -> str:
     """Return a rule's condition that takes these tensors: their names without numbers, or the length of their rows."""
-    kinds = sorted({re.sub(r"\d+", r"\\d+", re.escape(tensor.name)) for tensor in tensors})
+    # Only numbers that are whole parts of a name count things: fc1 and fc2 are two layers, of other shapes.
+    kinds = sorted({re.sub(r"(?<![^.])\d+(?![^.\\])", r"\\d+", re.escape(tensor.name)) for tensor in tensors})
     if len(kinds) <= MOST_PATTERNS:
         return f'name: "^{kinds[0]}$"' if len(kinds) == 1 else f'name: "^({"|".join(kinds)})$"'
     [(dimensions, columns), *others] = {(len(tensor.shape), tensor.shape[-1:]) for tensor in tensors}

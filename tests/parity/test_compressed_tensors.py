@@ -286,12 +286,15 @@ def test_the_checkpoint_is_that_of_compressed_tensors_and_loads(
 @pytest.mark.parametrize(
     ("preset", "said"),
     [
-        ("w4a16", "its 200 columns are no multiple of quant.group_size=128; keep it by a rule, or choose a group size"),
+        (
+            "w4a16",
+            "its 200 columns are no multiple of quant.group_size=128; no group size that compressed-tensors takes (32, 64, 128)",
+        ),
         ("w4a16_asym", "its 200 columns are no multiple of quant.group_size=128"),
         ("w8a16", "its 200 columns are no multiple of quant.group_size=128"),
-        ("nvfp4a16", "its 200 columns are no multiple of 16, the group of NVFP4; keep it by a rule"),
-        ("mxfp4", "its 200 columns are no multiple of 32, the group of MXFP4; keep it by a rule"),
-        ("mxfp4a16", "its 200 columns are no multiple of 32, the group of MXFP4; keep it by a rule"),
+        ("nvfp4a16", "its 200 columns are no multiple of 16, the group of NVFP4; to keep "),
+        ("mxfp4", "its 200 columns are no multiple of 32, the group of MXFP4; to keep "),
+        ("mxfp4a16", "its 200 columns are no multiple of 32, the group of MXFP4; to keep "),
         ("fp8_block", "its 200 columns are no multiple of 128, and FP8_BLOCK's engines quantize activations"),
     ],
 )

@@ -52,7 +52,7 @@ class Fp8Block:
         if refusal is None and spec.shape[1] % BLOCK:
             return (
                 f"its {spec.shape[1]} columns are no multiple of {BLOCK}, and FP8_BLOCK's engines quantize activations"
-                f" {BLOCK} at a time; keep it by a rule, or use fp8_dynamic"
+                f" {BLOCK} at a time; fp8_dynamic takes rows of any length"
             )
         return refusal
 

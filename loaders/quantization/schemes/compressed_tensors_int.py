@@ -72,6 +72,7 @@ class PackedInt:
     kind: ClassVar[str] = "packed_int"
     engine: ClassVar[str] = "compressed-tensors"
     backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    group_sizes: ClassVar[tuple[int, ...]] = GROUP_SIZES
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
@@ -93,11 +94,7 @@ class PackedInt:
         name = f"W{self.bits}A16"
         refusal = refuses_matrix(spec, name)
         if refusal is None and spec.shape[1] % self.group_size:
-            return (
-                f"its {spec.shape[1]} columns are no multiple of {setting('group_size')}={self.group_size}; keep it"
-                " by a rule,"
-                " or choose a group size that divides them"
-            )
+            return f"its {spec.shape[1]} columns are no multiple of {setting('group_size')}={self.group_size}"
         return refusal
 
     def is_ragged(self, spec: TensorSpec) -> bool:

@@ -139,8 +139,11 @@ def test_a_fused_group_of_two_schemes_is_said(source: Path, tmp_path: Path, weig
     [
         (("quant=w4a16", "quant.group_size=48"), "quant.group_size: expected one of 32, 64, 128, or null"),
         (("quant=fp8_block", "quant.group_size=64"), "quant.group_size: fp8_block has groups of its own"),
-        (("quant=w4a16",), "its 64 columns are no multiple of quant.group_size=128; keep it by a rule, or choose"),
-        (("quant=fp8_block",), "its 64 columns are no multiple of 128, and FP8_BLOCK's engines quantize activations"),
+        (
+            ("quant=w4a16",),
+            "their 64 columns are no multiple of quant.group_size=128; quant.group_size=64 divides all rows; to keep them",
+        ),
+        (("quant=fp8_block",), "their 64 columns are no multiple of 128, and FP8_BLOCK's engines quantize activations"),
         (
             ("quant=w4a16", "quant.group_size=64", "rules=[{name: up, action: quantize, quant: {preset: w8a8}}]"),
             "rules[0].quant: group_size: Value error, w8a8 has groups of its own",

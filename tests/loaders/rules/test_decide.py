@@ -84,7 +84,7 @@ def test_all_faults_are_told_at_once(tensors_in: tuple[LogicalTensor, ...]) -> N
         decide(tensors_in, Ternary(), rules)
     assert len(caught.value.problems) == 2
     assert "rules[0]: cannot quantize 5 tensors, model.layers.0.post_attention_layernorm.weight, " in str(caught.value)
-    assert "first: its shape is [64]; ternary takes matrices; to keep them: rules='[{action: keep, name: " in str(
+    assert "first: their shape is [64]; ternary takes matrices; to keep them: rules='[{action: keep, name: " in str(
         caught.value
     )
 
@@ -109,7 +109,7 @@ def test_a_few_ragged_rows_stay_plain(tensors_in: tuple[LogicalTensor, ...]) -> 
     decisions = decide(ragged(tensors_in, 24), CompressedNvfp4(), ())
     assert [d.tensor.name for d in decisions if d.rule.why == RAGGED] == ["vision.proj.weight"]
     [said] = ragged_notes(decisions)
-    assert "1 matrices stay bfloat16, vision.proj.weight: their rows (24) do not divide into groups" in said
+    assert "1 matrix stays bfloat16, vision.proj.weight: their rows (24) do not divide into groups" in said
 
 
 def test_many_ragged_rows_are_refused_in_one_line_with_a_rule_that_keeps_them(
