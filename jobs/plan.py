@@ -15,7 +15,7 @@ from jobs.spec.job import JobSpec
 class PlanSpec(JobSpec):
     """The settings of `plan`: those of a job, and how much of its plan to show."""
 
-    tensors: Literal["summary", "all"] = Field(default="summary", description="all lists each one")
+    tensors: Literal["summary", "all"] = Field(default="summary", description="all lists each one, and each file")
     check: Literal["none", "engine"] = Field(
         default="none",
         description="engine asks its own code whether it would load the output, as run does for models unknown here",
@@ -61,7 +61,7 @@ VERB = Verb(
     act=act,
     examples=(
         ("model.path=DIR quant=nf4", "files, bytes, which tensors by which rule"),
-        ("model.path=DIR quant=nf4 tensors=all", "and every tensor"),
+        ("model.path=DIR quant=nf4 tensors=all", "and every tensor and file"),
         ("model.path=DIR quant=nf4 check=engine", "and ask the engine's own class whether it would load that"),
         ("model.path=DIR quant=nf4 format=json", "for a program"),
     ),

@@ -1,6 +1,9 @@
-"""Numbers in the words of messages: how many of what, and how many bytes."""
+"""The words of messages: how many of what, how many bytes, what type of model."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -17,3 +20,9 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def model_type_said(config: Mapping[str, Any]) -> str:
+    """Return what type of model a config.json says that it is, as a noun."""
+    found = config.get("model_type")
+    return f"model_type {found!r:.80}" if found else "a model without model_type"

@@ -25,6 +25,7 @@ from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.errors import BadSpec, StorageError
 from loaders.places import ROOT
+from loaders.words import counted
 
 STORE_BYTES = 100 << 20  # bytes of Ray's object store, which holds only messages: tensors never enter it
 # The path of a Unix socket may have 107 bytes on Linux, and Ray appends this to the path of its temporary folder.
@@ -58,7 +59,7 @@ class RayCluster:
         nodes = self._live_nodes()
         cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
         where = f"the Ray cluster at {self._address}" if self._address else "Ray, started here"
-        return f"{where}: {len(nodes)} machine(s), {cpus:.0f} CPUs, {self.threads} threads a unit"
+        return f"{where}: {counted(len(nodes), 'machine')}, {cpus:.0f} CPUs, {self.threads} threads a unit"
 
     def _live_nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]

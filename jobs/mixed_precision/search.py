@@ -43,6 +43,7 @@ from loaders.errors import BadSpec, io_errors
 from loaders.presets.auto import AutoQuant
 from loaders.quantization.importance import Importance
 from loaders.storage.hashes import text_digest
+from loaders.words import counted
 
 FOLDER = ".measured"  # the folder of measurements in output.root, which later budgets use again
 Importances = Mapping[str, tuple[Importance, ...]]
@@ -306,7 +307,7 @@ def _to_be_measured(choices: Choices, measurements: Measurements) -> str:
     candidates = sorted({c for _, mine in missing for c in mine}, key=list(choices.open).index)
     size = tables.size(sum(tensor.source_bytes for tensor in tensors))
     return (
-        f"jobs.run will measure {len(tensors)} tensors, {size}, in {len(missing)} unit(s), each under"
+        f"jobs.run will measure {len(tensors)} tensors, {size}, in {counted(len(missing), 'unit')}, each under"
         f" {', '.join(candidates)}; then it chooses, and writes in a second pass\n"
         "what was measured stays: another budget measures nothing again, and jobs.plan then shows its mix"
     )

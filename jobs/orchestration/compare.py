@@ -22,6 +22,7 @@ from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.base import OUR_REPORT
 from loaders.storage.json_files import json_bytes
+from loaders.words import counted
 
 MANY = 10  # runs from which on reading them takes seconds, so that a note is shown
 LISTED = 50  # tensors that differ most, listed in the document
@@ -45,7 +46,7 @@ def compare(
         store = Store(tracking, Path(root))
         title, found = _find(store, sweep, named, where) if not runs else (title, store.named(named, where))
         if len(found) > MANY:
-            note(f"reading {len(found)} runs and their tables")
+            note(f"reading {counted(len(found), 'run and its table', 'runs and their tables')}")
         candidates += [_of_run(run) for run in found]
         ids, of = [run.run_id for run in found], None if runs or sweep == "all" else title
         page = compare_page(tracking, Path(root), ids, store.experiment, of) if ids else None
@@ -141,4 +142,4 @@ def _said(title: str, candidates: Sequence[ComparedJob], error: str, folder: Pat
         f"written: {folder}/compare.md, compare.png, compare.json",
         *([whole(page)] if page else []),
     ]
-    return Said(document, Group(f"{title}: {len(ordered)} runs", *lines))
+    return Said(document, Group(f"{title}: {counted(len(ordered), 'run')}", *lines))

@@ -18,6 +18,7 @@ from loaders.errors import BadSpec
 from loaders.lint import lint_source
 from loaders.lint.engines import Answer, Asking, Question, engine_of, is_tabled, question_of, share_quantized
 from loaders.lint.engines.base import FEW
+from loaders.words import counted, model_type_said
 
 SILENT_S = 2.0  # how long a job waits for the answer before it says so
 
@@ -112,33 +113,43 @@ def _check_source(planned: Planned) -> None:
 
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
     """Ask about a plan if that is wanted; returns the answer, and what a plan notes about it."""
-    if engine_to_ask(planned) is None:
-        known = (
-            f"model_type {planned.plan.checkpoint.config.get('model_type')!r} is known here: its engine was not asked"
-        )
-        return Answer(), [known] if is_wanted else []
+    engine, model_type = engine_to_ask(planned), model_type_said(planned.plan.checkpoint.config)
+    if engine is None:
+        why = f"{model_type} is known here" if is_tabled(planned.plan.checkpoint.family) else "there is none to ask"
+        return Answer(), [f"no engine was asked: {why}"] if is_wanted else []
     if not is_wanted:
-        why = f"model_type {planned.plan.checkpoint.config.get('model_type')!r} is not known here"
         return Answer(), [
-            f"{why}, and its engine was not asked: add check=engine; run always asks it; {share(planned)}"
+            f"{model_type} is not known here, and {engine} was not asked whether it loads this output: add"
+            f" check=engine; run always asks; {share(planned)}"
         ]
     with asking([planned]) as [each]:
         answer = each.answer() or Answer()
     if answer.unanswered:
         return answer, [unanswered(planned, answer)]
-    faults = f"{len(answer.faults)} faults" if answer.faults else "no fault"
-    return answer, [f"asked was {answer.by}: {faults}; {share(planned)}"]
+    return answer, [f"{verdict(planned, answer)}; {share(planned)}"]
 
 
 def problems(answer: Answer) -> list[str]:
     """Return the faults as problems of a request, a line each."""
     faults = [f"{f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in answer.faults]
-    return [*faults, f"lint: asked was {answer.by}; lint=warn goes on all the same"]
+    return [*faults, f"lint: {answer.by} says so, asked before the work; lint=warn goes on all the same"]
+
+
+def verdict(planned: Planned, answer: Answer) -> str:
+    """Say what an engine that was asked makes of a plan."""
+    # vLLM loads what is written for compressed-tensors, too, and has no class that could be built without a GPU.
+    other = " (vLLM was not asked)" if planned.target.target.scheme.engine == "compressed-tensors" else ""
+    if answer.faults:
+        return f"{answer.by} would not load this output right: {counted(len(answer.faults), 'fault')}{other}"
+    return f"{answer.by} would load this output: no fault found{other}"
 
 
 def unanswered(planned: Planned, answer: Answer) -> str:
     """Say that nobody could be asked, and what can be said without: how much of the model is quantized."""
-    return f"the engine's own code could not be asked about this output: {answer.unanswered}; {share(planned)}"
+    return (
+        f"the engine's own code could not be asked about this output: {answer.unanswered}; {share(planned)}; check that"
+        " the engine loads it"
+    )
 
 
 def share(planned: Planned) -> str:

@@ -155,7 +155,7 @@ def notes_of(planned: Planned) -> list[str]:
     # Files are made in the local temporary folder, one per running unit, and uploaded.
     if not output.is_local:
         need = cluster.units_at_once * max(file.size for file in planned.target.files)
-    room = " TOO LITTLE" if need > free else ""
+    room = ", too little" if need > free else ""
     judging = [] if planned.judging is None else [planned.judging.note]
     return [
         *done,
@@ -163,7 +163,7 @@ def notes_of(planned: Planned) -> list[str]:
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
         f"memory: up to {tables.size(memory)} a unit of {cluster.threads} threads;"
-        f" disk: {tables.size(need)} of {tables.size(free)} free{room}",
+        f" disk: needs {tables.size(need)}, {tables.size(free)} free{room}",
     ]
 
 

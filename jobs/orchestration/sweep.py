@@ -36,6 +36,7 @@ from jobs.tracking.run import Recorder, compare_page
 from loaders.errors import BadSpec, WeightmillError
 from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
+from loaders.words import counted
 
 UNKNOWN_KEY = re.compile(r"([\w.]+): unknown key")
 
@@ -152,7 +153,10 @@ class Sweep:
                 adopted[number] = self._recorder.adopt(tracking, root, run_key(plan.journal), tags)
         jobs = [Job(number, plan, self.id) for number, plan in planned.items() if number not in old]
         groups = passes(jobs)
-        note(f"{self.id}: {len(planned)} jobs, {len(old)} of them done before; {len(groups)} pass(es) over the sources")
+        note(
+            f"{self.id}: {counted(len(planned), 'job')}, {len(old)} of them done before;"
+            f" {counted(len(groups), 'pass', 'passes')} over the sources"
+        )
         for group in groups:
             source = group[0].planned.plan
             size = tables.size(source.source_bytes)
@@ -195,7 +199,7 @@ class Sweep:
         page = self._page()
         reads: list[RenderableType] = [
             f"{read.source}: {tables.size(read.bytes_read)} of {tables.size(read.source_bytes)} read once for"
-            f" {read.jobs} job(s) in {read.wall_s:.2f} s"
+            f" {counted(read.jobs, 'job')} in {read.wall_s:.2f} s"
             + (f"; the kernel fetched {tables.size(read.disk_bytes)} from disks" if read.disk_bytes is not None else "")
             for read in self._reads
         ]
@@ -204,7 +208,7 @@ class Sweep:
             reads.append(f"{len(self._repeats)} of {len(self._names)} trials were of a job that was done already")
         faults = [Text(f"FAILED job {n}, {self._names[n]}: {self.outcomes[n]}", style="bold red") for n in failed]
         text = Group(
-            f"{len(candidates)} jobs:", *compared.lines(), *reads, *faults, *([whole(page)] if page else []),
+            f"{counted(len(candidates), 'job')}:", *compared.lines(), *reads, *faults, *([whole(page)] if page else []),
         )  # fmt: skip
         document = {
             "status": "failed" if failed else "done",

@@ -20,6 +20,7 @@ from loaders.storage.base import OUR_REPORT, Destination
 from loaders.storage.copying import copy_into
 from loaders.storage.hashes import hash_stored
 from loaders.storage.json_files import json_bytes
+from loaders.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,8 @@ def check_replaceable(output: Address) -> None:
     others = files_of_others(output)
     if others:
         raise BadSpec(
-            f"output.path: {output} holds {len(others)} files that weightmill did not write, {others[0]} first;"
+            f"output.path: {output} holds {counted(len(others), 'file')} that weightmill did not write,"
+            f" {others[0]} first;"
             " output.overwrite=true would remove them: move them away, or choose another path"
         )
 

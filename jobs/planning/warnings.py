@@ -9,12 +9,14 @@ from loaders.backends.machine import has_avx512_bf16
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Layout, compressed_tensors
 from loaders.layouts.engines import builds_own_class
+from loaders.lint.engines import engine_of
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.refusals import ragged_notes
 from loaders.rules.rule import Decision
 from loaders.tensors.sources import is_stack
+from loaders.words import counted, model_type_said, size
 
 
 def warnings(
@@ -31,31 +33,8 @@ def warnings(
     quantized = [d for d in decisions if d.action == "quantize"]
     if not quantized and layout.name != "gguf":
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
-    experts = [d for d in decisions if d.tensor.role == "expert"]
-    kept = [d for d in experts if d.action != "quantize"]
-    single = [d for d in kept if not is_stack(d.tensor)]
-    if single and layout.name != "gguf":
-        total = sum(d.tensor.source_bytes for d in decisions)
-        share = sum(d.tensor.source_bytes for d in single) / total
-        is_own = bool(single[0].rule.label)  # whoever kept them by a rule needs no rule against it
-        cure = "" if is_own else ". To quantize them all the same: rules='[{role: expert, action: quantize}]'"
-        said.append(
-            f"mixture of experts: {len(single)} expert matrices, {share:.0%} of the weights, stay"
-            f" {single[0].tensor.dtype.torch}: {single[0].rule.why}{cure}"
-        )
-    stacks = [d for d in decisions if d.action in ("keep", "cast") and is_stack(d.tensor)]
-    if stacks and layout.name != "gguf":
-        share = sum(d.tensor.source_bytes for d in stacks) / sum(d.tensor.source_bytes for d in decisions)
-        said.append(
-            f"mixture of experts: {len(stacks)} stacks of experts, {share:.0%} of the weights, stay"
-            f" {stacks[0].tensor.dtype.torch} ({stacks[0].tensor.name} {list(stacks[0].tensor.shape)} first):"
-            f" {scheme.engine} quantizes no stack"
-        )
-    if len(kept) < len(experts) and builds_own_class([scheme.engine]):
-        said.append(
-            "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
-            " transformers 5 fuses experts and fails on such names with a size mismatch"
-        )
+    if layout.name != "gguf":
+        said += _experts(scheme, decisions)
     if quantized and scheme.engine == "bitsandbytes" and checkpoint.family.name == "llama4":
         said.append(
             "transformers 5.23 saves a Llama 4 quantized by bitsandbytes with these very tensors, and fails to load it"
@@ -64,28 +43,93 @@ def warnings(
         )
     said += ragged_notes(decisions)
     said += _stopping_cpu_kernel(quantized)
+    said += _grown(decisions)
     if scheme.engine == "compressed-tensors":
         said += compressed_tensors.warnings(decisions)
     if checkpoint.family.is_generic:
-        model_type = checkpoint.config.get("model_type", "none")
+        # Where an engine can be asked, what it said, or that it was not asked, stands beside the plan.
+        is_asked = engine_of(layout.name, scheme) is not None
+        check = "check the list (tensors=all)" + ("" if is_asked else ", and that the engine loads the output")
         said.append(
-            f"model_type {model_type!r} is not known: every matrix not named like an embedding, norm, head, router or"
-            " expert is taken for a linear layer; check the list (tensors=all), and that the engine loads the output"
+            f"{model_type_said(checkpoint.config)} is not known: every matrix not named like an embedding, norm, head,"
+            f" router or expert is taken for a linear layer; {check}"
         )
     if config is None and layout.name != "gguf":
         said.append("the source has no config.json: the engine will need one with a quantization_config")
     return said
 
 
+def _experts(scheme: Scheme, decisions: Sequence[Decision]) -> list[str]:
+    """Return warnings about experts: those that stay, and those that transformers 5 does not load."""
+    said = []
+    total = sum(d.tensor.source_bytes for d in decisions)
+    experts = [d for d in decisions if d.tensor.role == "expert"]
+    kept = [d for d in experts if d.action != "quantize"]
+    single = [d for d in kept if not is_stack(d.tensor)]
+    if single:
+        share = sum(d.tensor.source_bytes for d in single) / total
+        is_own = bool(single[0].rule.label)  # whoever kept them by a rule needs no rule against it
+        cure = "" if is_own else ". To quantize them all the same: rules='[{role: expert, action: quantize}]'"
+        said.append(
+            f"mixture of experts: {counted(len(single), 'expert matrix', 'expert matrices')}, {share:.0%} of the"
+            f" weights, {_stay(single)} {single[0].tensor.dtype.torch}: {single[0].rule.why}{cure}"
+        )
+    stacks = [d for d in decisions if d.action in ("keep", "cast") and is_stack(d.tensor)]
+    if stacks:
+        share = sum(d.tensor.source_bytes for d in stacks) / total
+        first = stacks[0].tensor
+        said.append(
+            f"mixture of experts: {counted(len(stacks), 'stack')} of experts, {share:.0%} of the weights,"
+            f" {_stay(stacks)} {first.dtype.torch} ({first.name} {list(first.shape)} first): {stacks[0].rule.why}"
+        )
+    if len(kept) < len(experts) and builds_own_class([scheme.engine]):
+        said.append(
+            "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
+            " transformers 5 fuses experts and fails on such names with a size mismatch"
+        )
+    return said
+
+
+def _stay(some: Sequence[Decision]) -> str:
+    return "stays" if len(some) == 1 else "stay"
+
+
+def _grown(decisions: Sequence[Decision]) -> list[str]:
+    """Return a warning about an output that is larger than its source, which is quantized and is decoded here."""
+    written = [d for d in decisions if d.encoding is not None]
+    sizes = [sum(part.size for part in d.encoding.stored.values()) for d in written if d.encoding is not None]
+    before, after = sum(d.tensor.source_bytes for d in decisions), sum(sizes)
+    grown = [
+        (d.tensor, now)
+        for d, now in zip(written, sizes, strict=True)
+        if d.tensor.decode is not None and now > d.tensor.source_bytes
+    ]
+    if after <= before or not grown:
+        return []
+    first, kind = grown[0][0], grown[0][0].decode
+    source, output = sum(tensor.source_bytes for tensor, _ in grown), sum(now for _, now in grown)
+    return [
+        f"the output is larger than the source, {size(after)} instead of {size(before)}:"
+        f" {counted(len(grown), 'tensor takes', 'tensors take')} {size(output)}, for which the source, already"
+        f" quantized ({kind.kind if kind else ''}), needs {size(source)} ({first.name} first)"
+    ]
+
+
 def _stopping_cpu_kernel(quantized: Sequence[Decision]) -> list[str]:
     """Return a warning about matrices that bitsandbytes cannot compute with on some CPUs."""
-    found = [d.tensor for d in quantized if isinstance(d.scheme, Bnb4) and d.scheme.stops_cpu_kernel(d.tensor.shape)]
+    found = [
+        (d.tensor, why)
+        for d in quantized
+        if isinstance(d.scheme, Bnb4) and (why := d.scheme.stops_cpu_kernel(d.tensor.shape)) is not None
+    ]
     if not found:
         return []
+    (first, why), is_one = found[0], len(found) == 1
     is_here = ", such as this machine's," if has_avx512_bf16() else ""
     return [
-        f"{len(found)} matrices ({found[0].name} {list(found[0].shape)} first) stop bitsandbytes on a CPU with"
-        f" AVX512-BF16{is_here} at their first use (N must be divisible by block_n): there it needs rows in multiples"
-        f" of {CPU_ROWS} and columns in multiples of the group size; GPUs run them; keep them by a rule if such a CPU"
-        " is to run the output"
+        f"{counted(len(found), 'matrix', 'matrices')} ({first.name} {list(first.shape)}"
+        f"{'' if is_one else ' first'}: {why}) {'stops' if is_one else 'stop'} bitsandbytes on a CPU with"
+        f" AVX512-BF16{is_here} at {'its' if is_one else 'their'} first use: there its kernel takes rows in multiples"
+        f" of {CPU_ROWS} and columns in multiples of the group size; GPUs take any; keep {'it' if is_one else 'them'}"
+        " by a rule if such a CPU is to run the output"
     ]

@@ -9,25 +9,28 @@ from rich.console import Group, RenderableType
 
 from jobs.report.tables import size, table
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.tensors.quantized_sources.consistency import stale
 from loaders.tensors.sources import Sources
+from loaders.words import counted
 
 
 def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, Any]:
     """Describe a checkpoint, its files and all its tensors as JSON."""
+    contradiction = stale(checkpoint)
     return {
         "status": "done",
         "path": str(checkpoint.address),
         "container": checkpoint.container,
         "model_type": checkpoint.config.get("model_type"),
         "family": checkpoint.family.name,
-        "quantization": checkpoint.quantized_by,
+        "quantization": checkpoint.quantized_by if contradiction is None else None,
         "parameters": sum(r.spec.numel for r in sources.tensors if r.dtype.is_float),
         "bytes": checkpoint.size,
         "fingerprint": checkpoint.fingerprint,
         "files": [{"name": tag.name, "bytes": tag.size} for tag in checkpoint.files],
         "aux": list(checkpoint.aux),
         "tied": [{"kept": kept, "tied": tied} for kept, tied in sources.tied],
-        "notes": [*checkpoint.notes, *sources.notes],
+        "notes": [*([] if contradiction is None else [contradiction]), *checkpoint.notes, *sources.notes],
         "tensors": [
             {
                 "name": r.name,
@@ -49,7 +52,8 @@ def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> Render
     """Render the description of a checkpoint as tables: a summary by role, or every tensor."""
     head = (
         f"{document['path']}\n{document['family']} family (model_type {document['model_type']}),"
-        f" {document['container']}, {len(document['files'])} file(s), {len(document['tensors'])} tensors,"
+        f" {document['container']}, {counted(len(document['files']), 'file')},"
+        f" {counted(len(document['tensors']), 'tensor')},"
         f" {document['parameters']:,} parameters, {size(document['bytes'])}"
         + (f", quantized by {document['quantization']}" if document["quantization"] else "")
     )

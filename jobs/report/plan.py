@@ -13,6 +13,10 @@ from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.document import adapter_of, source_of
 from jobs.report.tables import size, table, times
 from jobs.spec.job import JobSpec
+from loaders.words import counted
+
+MOST_FILES = 8  # files that a plan lists; of more, it lists the first SHOWN_FILES and the last
+SHOWN_FILES = 3
 
 
 def plan_text(
@@ -24,13 +28,13 @@ def plan_text(
     head.add_row("source", f"{checkpoint.address}")
     head.add_row(
         "",
-        f"{checkpoint.family.name} family, {checkpoint.container}, {len(checkpoint.files)} file(s),"
-        f" {len(plan.sources.tensors)} tensors, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
+        f"{checkpoint.family.name} family, {checkpoint.container}, {counted(len(checkpoint.files), 'file')},"
+        f" {counted(len(plan.sources.tensors), 'tensor')}, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
     )
     head.add_row("output", str(spec.output_address))
     head.add_row(
         "",
-        f"{spec.quant.name}, {len(target.finals)} file(s), {target.weight_bytes:,} bytes"
+        f"{spec.quant.name}, {counted(len(target.finals), 'file')}, {target.weight_bytes:,} bytes"
         + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
         + f": {times(plan.source_bytes / target.tensor_bytes)},"
         f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
@@ -40,7 +44,7 @@ def plan_text(
         head.add_row("", note)
     parts: list[RenderableType] = [head, _decision_table(target)]
     if len(target.finals) > 1:
-        parts.append(_file_table(target))
+        parts.append(_file_table(target, all_files=all_tensors))
     if all_tensors:
         parts.append(_tensor_table(target))
     parts += [Text(f"note: {note}", style="cyan") for note in (*checkpoint.notes, *plan.sources.notes)]
@@ -86,10 +90,16 @@ def output_sizes(target: TargetPlan) -> dict[str, int]:
     return {name: sum(slot.size for slot in slots) for name, slots in target.stored.items()}
 
 
-def _file_table(target: TargetPlan) -> Table:
-    shown = table("file", "bytes", "tensors", right=("bytes", "tensors"))
-    for file in target.finals:
+def _file_table(target: TargetPlan, *, all_files: bool) -> Table:
+    """Return the table of files: of many, only the first and the last, so that warnings after it are seen."""
+    shown, files = table("file", "bytes", "tensors", right=("bytes", "tensors")), target.finals
+    between = () if all_files or len(files) <= MOST_FILES else files[SHOWN_FILES:-1]
+    for file in files[: SHOWN_FILES if between else None]:
         shown.add_row(file.name, f"{file.size:,}", str(len(file.slots)))
+    if between:
+        total, slots = sum(file.size for file in between), sum(len(file.slots) for file in between)
+        shown.add_row(f"... {len(between)} more (tensors=all lists them)", f"{total:,}", str(slots))
+        shown.add_row(files[-1].name, f"{files[-1].size:,}", str(len(files[-1].slots)))
     return shown
 
 

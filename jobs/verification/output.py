@@ -45,6 +45,7 @@ from loaders.storage.json_files import INDEX_LIMIT, json_bytes
 from loaders.strategies import WeightLoader
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.views import StoredRoles
+from loaders.words import counted
 
 SHOWN = 10  # faults that the text lists before it counts the rest
 
@@ -351,6 +352,6 @@ def _said(output: Address, plan: Plan, checked: int, faults: list[str], quality:
     if not faults:
         text = f"verified: {output}: {checked} tensors, every byte and every error as recorded"
         return Said(document, Group(text, *shown))
-    lines = [f"NOT right: {output}: {len(faults)} fault(s)", *(f"  {fault}" for fault in faults[:SHOWN])]
+    lines = [f"NOT right: {output}: {counted(len(faults), 'fault')}", *(f"  {fault}" for fault in faults[:SHOWN])]
     lines += [f"  ... and {len(faults) - SHOWN} more (format=json lists all)"] if len(faults) > SHOWN else []
     return Said(document, Group(*lines, *shown), FAILED)

@@ -14,6 +14,7 @@ from typing import Any
 from loaders.architectures.families import text_config
 from loaders.errors import BadSpec, setting
 from loaders.specs import RowOrder
+from loaders.words import model_type_said
 
 # transformers' name of a module within a layer -> GGUF's; weights and biases alike
 LAYER_NAMES = {
@@ -143,7 +144,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         if model_type in architecture.model_types:
             return architecture
     known = ", ".join(t for a in ARCHITECTURES for t in a.model_types)
-    raise BadSpec(f"{setting('layout')}: gguf knows no architecture for model_type {model_type!r}; it knows {known}")
+    raise BadSpec(f"{setting('layout')}: gguf knows no architecture for {model_type_said(config)}; it knows {known}")
 
 
 def architecture_named(name: object) -> Architecture | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.architectures.families import text_config
+from loaders.words import counted
 
 # Layers of a text model that are counted by the keys below. Towers and encoders have counts of their own.
 OF_LAYER = re.compile(r"^(?:(?:language_model|model|transformer|backbone)\.)*(?:layers|h)\.(\d{1,6})\.")
@@ -37,13 +38,15 @@ class Layers:
         if self.beyond:
             found = sorted({number for name in self.beyond if (number := layer_of(name)) is not None})
             said.append(
-                f"config.json has {self.count} layers, and {len(self.beyond)} tensors are of layers beyond"
+                f"config.json has {self.count} layers, and {counted(len(self.beyond), 'tensor is', 'tensors are')}"
+                " of layers beyond"
                 f" ({_some(found)}): no engine computes with them. They are left out of what is converted, unless a"
                 " rule of yours takes them; if they belong to the model, set the number of layers"
             )
         if self.missing:
             said.append(
-                f"config.json has {self.count} layers, and {len(self.missing)} have no tensors ({_some(self.missing)}):"
+                f"config.json has {self.count} layers, and {counted(len(self.missing), 'has', 'have')} no tensors"
+                f" ({_some(self.missing)}):"
                 " an engine fails, or computes with random ones; fetch the missing files, or set the number of layers"
             )
         return tuple(said)

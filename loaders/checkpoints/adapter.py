@@ -17,6 +17,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles
 from loaders.storage.hashes import hash_stored
 from loaders.storage.json_files import read_json
+from loaders.words import counted
 
 FILES = {"adapter_model.safetensors": "safetensors", "adapter_model.bin": "pytorch"}  # in peft's order
 # Names around the base's own: peft's two, and those of torch.compile and FSDP.
@@ -126,7 +127,8 @@ def _sorted(
         put[key] = spec
     if unknown:
         raise BadCheckpoint(
-            f"{weights[0].file}: {len(unknown)} tensors of a kind that is not merged, {unknown[0]} first; merge this"
+            f"{weights[0].file}: {counted(len(unknown), 'tensor')} of a kind that is not merged, {unknown[0]}"
+            " first; merge this"
             " adapter with peft (merge_and_unload)"
         )
     return low_rank, full, tokens

@@ -14,6 +14,7 @@ from dataclasses import replace
 from loaders.errors import BadCheckpoint
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
+from loaders.words import counted
 
 COMPARE_BYTES = 4 << 20  # bytes of two copies compared at a time, so that large tensors take little memory
 # What torch.compile, FSDP, activation checkpointing and Lightning put into the names of the modules that they wrap.
@@ -86,7 +87,8 @@ def _check_places(found: Mapping[str, WeightSpec], index: Mapping[str, str]) -> 
         name = wrong[0]
         where = f"it is in {found[name].file}" if name in found else "no file has it"
         raise BadCheckpoint(
-            f"the index puts {len(wrong)} tensors where they are not, {name[:200]!r} in {index[name]}: {where};"
+            f"the index puts {counted(len(wrong), 'tensor where it is', 'tensors where they are')} not,"
+            f" {name[:200]!r} in {index[name]}: {where};"
             " fetch the index and its shards again"
         )
 
@@ -195,7 +197,8 @@ def adapter_notes(weights: Sequence[WeightSpec]) -> list[str]:
     if not names:
         return []
     return [
-        f"{len(names)} tensors of an adapter are among the model's and not merged, {names[0]!r} first: only code that"
+        f"{counted(len(names), 'tensor of an adapter is', 'tensors of an adapter are')} among the model's and not"
+        f" merged, {names[0]!r} first: only code that"
         " expects them loads them"
     ]
 

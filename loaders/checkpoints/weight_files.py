@@ -8,6 +8,7 @@ by name. What is no model (adapters, optimizer states, pieces of FSDP and DeepSp
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -288,8 +289,15 @@ def adapter_alone(source: PinnedFiles, key: str) -> str:
     base = None
     if source.find(ADAPTER_CONFIG) is not None:
         base = read_json(source, ADAPTER_CONFIG).get("base_model_name_or_path")
-    of = f" of {base[:200]!r}" if isinstance(base, str) and base else ""
-    return f"{key}: {source.address} holds an adapter{of}, not a model; to merge it into its base: {setting(MERGE)}"
+    of, where = "", "the model that it was trained on"
+    if isinstance(base, str) and base:
+        of, where = f" of {base[:200]!r}", f"{base[:200]!r}"
+    # What a program calls the merge may have a place for the adapter's path.
+    merge = setting(MERGE).replace("{adapter}", shlex.quote(str(source.address)))
+    return (
+        f"{key}: {source.address} holds an adapter{of}, not a model; to merge it into its base: {merge}, where BASE is"
+        f" the folder with {where}"
+    )
 
 
 def _nothing(source: PinnedFiles, everything: Sequence[Entry], container: str, key: str) -> str:

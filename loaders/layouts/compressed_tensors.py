@@ -28,6 +28,7 @@ from loaders.quantization.schemes.compressed_tensors_int import PackedInt
 from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
 from loaders.rules.defaults import LINEAR, OTHER_LINEAR
 from loaders.rules.rule import Decision
+from loaders.words import counted
 
 ENGINE = "compressed-tensors"
 VERSION = "0.20.0"  # the version of compressed-tensors whose bytes are written
@@ -274,7 +275,8 @@ def _fused(decisions: Sequence[Decision]) -> Iterator[str]:
     ]  # fmt: skip
     if unlike:
         yield (
-            f"{len(unlike)} fused groups have several schemes ({unlike[0]} first): vLLM fuses their layers and refuses"
+            f"{counted(len(unlike), 'fused group has', 'fused groups have')} several schemes ({unlike[0]} first):"
+            " vLLM fuses their layers and refuses"
             " that; transformers loads them"
         )
     ragged = [
@@ -283,6 +285,7 @@ def _fused(decisions: Sequence[Decision]) -> Iterator[str]:
     ]  # fmt: skip
     if ragged:
         yield (
-            f"{len(ragged)} fused groups have rows that are no multiple of {BLOCK} ({ragged[0]} first): vLLM refuses"
+            f"{counted(len(ragged), 'fused group has', 'fused groups have')} rows that are no multiple of {BLOCK}"
+            f" ({ragged[0]} first): vLLM refuses"
             " FP8_BLOCK layers whose blocks would cross the parts of a fused one; keep them by a rule"
         )

@@ -97,9 +97,10 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
             )
         if decision.action == "quantize" and tensor.role == "expert" and len(tensor.shape) == 3:
             raise BadSpec(
-                f"{decision.rule.label or setting('quantize')}: {tensor.name} is a stack of experts, which"
-                " transformers loads as"
-                f" one parameter and {encoding.scheme.engine} does not quantize; keep it"
+                f"{decision.rule.label or setting('quantize')}: {tensor.name} {list(tensor.shape)} is a stack of"
+                " experts, which transformers loads as one parameter and"
+                f" {encoding.scheme.engine} does not quantize; take experts out of the rule, or choose a quant of"
+                " compressed-tensors or MLX, which quantize experts of the model types that they know"
             )
         if encoding.action == "quantize" and wanted != tensor.dtype:
             encoding = replace(encoding, cast=wanted)

@@ -25,6 +25,7 @@ from loaders.quantization.schemes.mlx_float import MlxFloat
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
+from loaders.words import model_type_said
 
 SUFFIXES = {"weight": "weight", SCALES: "scales", BIASES: "biases"}
 
@@ -86,10 +87,9 @@ class MlxLayout:
 def _known_model(checkpoint: Checkpoint) -> MlxModel:
     model = model_of(checkpoint.config)
     if model is None:
-        found = checkpoint.config.get("model_type", "none")
+        found = model_type_said(checkpoint.config)
         raise BadSpec(
-            f"{setting('checkpoint')}: model_type {found!r} is not one whose MLX names are known here; known:"
-            f" {', '.join(MODELS)}"
+            f"{setting('checkpoint')}: {found} is not one whose MLX names are known here; known: {', '.join(MODELS)}"
         )
     problem = fault(model, checkpoint.config)
     if problem:

@@ -29,6 +29,7 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot, StoredSpec, StoredTensor
 from loaders.tensors.quantized_sources.mlx import stored_scheme
+from loaders.words import counted
 
 READ = ("U32", "BF16", "F32")  # the dtypes that the engine reads
 TOWER = re.compile(r"(?:^|\.)(?:vision_tower|vision_model|visual|multi_modal_projector)\.")
@@ -59,7 +60,10 @@ class PackedLayout:
         said = []
         towers = [d.tensor.name for d in decisions if d.scheme is not None and _is_tower(d)]
         if towers:
-            said.append(f"packed holds no towers for images: {len(towers)} tensors are left out, {towers[0]} first")
+            said.append(
+                f"packed holds no towers for images: {counted(len(towers), 'tensor is', 'tensors are')} left out,"
+                f" {towers[0]} first"
+            )
         is_plain = not any(_is_words(d) for d in decisions)
         if is_plain:
             said.append(

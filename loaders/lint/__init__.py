@@ -15,6 +15,8 @@ from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.storage.address import Address
 from loaders.storage.base import Store
 from loaders.storage.json_files import read_json
+from loaders.tensors.quantized_sources import FINDERS
+from loaders.tensors.quantized_sources.consistency import STALE_CURE, stale
 from loaders.tensors.sources import Sources, tensors_of
 
 __all__ = ["BY_METHOD", "Finding", "lint", "lint_at", "lint_source"]
@@ -54,7 +56,11 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     found = list(gguf.check(subject) if is_gguf else files.check(subject))
     method = checkpoint.quantized_by
     check = BY_METHOD.get(method or "")
-    if checkpoint.container == "packed":
+    contradiction = stale(checkpoint) if method in FINDERS else None
+    if contradiction is not None:
+        happens = "makes quantized modules and finds no codes for them"
+        found.append(fault("the engine of that method", contradiction, happens, STALE_CURE))
+    elif checkpoint.container == "packed":
         found += packed.check(subject)
     elif check is not None and (method in BY_FILES or isinstance(checkpoint.config.get("quantization_config"), dict)):
         found += check(subject)
@@ -62,8 +68,8 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
         found.append(
             doubt(
                 "its engine",
-                f"quantized by {method}, which is not checked here",
-                "may find what was not looked at",
+                f"it is quantized by {method}, and what that method's engines want is not checked here",
+                "may load it or not",
                 "load it once",
             )
         )

@@ -14,6 +14,7 @@ from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.strategies import small_reader
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.words import counted
 
 BOTH = "vLLM, transformers"
 
@@ -69,7 +70,8 @@ def _ignored(tensors: list[LogicalTensor], ignore: list[str]) -> Iterator[Findin
     if bare:
         yield fault(
             BOTH,
-            f"{len(bare)} linear layers are stored plain and are not in ignore: {some(bare)}",
+            f"{counted(len(bare), 'linear layer is', 'linear layers are')} stored plain and not in ignore:"
+            f" {some(bare)}",
             "looks for their scales and fails (a router or an MTP layer: KeyError)",
             "name them in quantization_config.ignore",
         )
@@ -77,7 +79,7 @@ def _ignored(tensors: list[LogicalTensor], ignore: list[str]) -> Iterator[Findin
     if caught:
         yield fault(
             BOTH,
-            f"{len(caught)} quantized layers are in ignore: {some(caught)}",
+            f"{counted(len(caught), 'quantized layer is', 'quantized layers are')} in ignore: {some(caught)}",
             "takes their codes for plain weights, and fails or computes something else",
             "take them out of quantization_config.ignore",
         )
@@ -96,7 +98,8 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
     if unlike:
         yield fault(
             "vLLM",
-            f"{len(unlike)} fused groups have parts of different schemes: {some(unlike)}",
+            f"{counted(len(unlike), 'fused group has', 'fused groups have')} parts of different schemes:"
+            f" {some(unlike)}",
             "fuses them and refuses; transformers loads them apart",
             "give all parts of a group one scheme, or keep them all",
             loads_in="transformers",
@@ -109,7 +112,8 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
     if ragged:
         yield doubt(
             "vLLM",
-            f"{len(ragged)} fused groups have rows that are no multiple of {BLOCK}: {some(ragged)}",
+            f"{counted(len(ragged), 'fused group has', 'fused groups have')} rows that are no multiple of {BLOCK}:"
+            f" {some(ragged)}",
             "refuses blocks that cross the parts of a fused layer",
             "keep them by a rule",
         )
@@ -117,7 +121,8 @@ def _fused(subject: Subject, tensors: list[LogicalTensor]) -> Iterator[Finding]:
     if apart:
         yield doubt(
             "vLLM",
-            f"{len(apart)} fused groups have parts of different global scales: {some(apart)}",
+            f"{counted(len(apart), 'fused group has', 'fused groups have')} parts of different global scales:"
+            f" {some(apart)}",
             "takes the greatest for all and loses accuracy",
             f"share the global scale over each group, as {setting('quantize')}=nvfp4a16 does",
         )

@@ -10,6 +10,7 @@ from loaders.architectures.layers import layers_of
 from loaders.containers.pytorch import read_state
 from loaders.errors import setting
 from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.words import counted
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 ANY = "every engine"
@@ -38,7 +39,8 @@ def _names(subject: Subject) -> Iterator[Finding]:
     wrapped = [spec.own_name for spec in checkpoint.weights if spec.own_name is not None]
     if wrapped:
         yield fault(
-            ANY, f"{len(wrapped)} tensors have names that training gave them, such as {wrapped[0]!r}",
+            ANY, f"{counted(len(wrapped), 'tensor has a name', 'tensors have names')} that training gave, such as"
+            f" {wrapped[0]!r}",
             "finds no weights, and fails or computes with random ones", remedy,
         )  # fmt: skip
     if checkpoint.container == "pytorch":
@@ -98,7 +100,7 @@ def _dimensions(subject: Subject) -> Iterator[Finding]:
         wanted: tuple[tuple[int, str], ...] = ()
         if EMBEDDING.search(name):
             wanted = ((0, "vocab_size"), (1, "hidden_size"))
-        elif FROM_HIDDEN.search(name):
+        elif FROM_HIDDEN.search(name) and tensor.role != "vision":  # towers have a hidden_size of their own
             wanted = ((1, "hidden_size"),)
         for axis, key in wanted if len(tensor.shape) == 2 else ():
             size = text_config(subject.config, key)
@@ -115,14 +117,16 @@ def _dimensions(subject: Subject) -> Iterator[Finding]:
         missing = some(list(map(str, layers.missing)))
         yield fault(
             ANY,
-            f"config.json says {layers.count} layers, but {len(layers.missing)} have no tensors: {missing}",
+            f"config.json says {layers.count} layers, but {counted(len(layers.missing), 'has', 'have')} no"
+            f" tensors: {missing}",
             "computes with random layers, or fails",
             "set num_hidden_layers, or add the layers",
         )
     if layers.beyond:
         yield fault(
             "mlx-lm, llama.cpp, vLLM",
-            f"config.json says {layers.count} layers, but {len(layers.beyond)} tensors are of layers beyond:"
+            f"config.json says {layers.count} layers, but"
+            f" {counted(len(layers.beyond), 'tensor is', 'tensors are')} of layers beyond:"
             f" {some(list(layers.beyond))}",
             "refuse such tensors; transformers ignores them",
             "set num_hidden_layers, or drop the layers",

@@ -17,6 +17,7 @@ from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 from loaders.specs import WeightSpec
+from loaders.words import counted
 
 ENGINE = "llama.cpp"
 AGAIN = "convert the model again"
@@ -129,7 +130,7 @@ def _types(specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
     ]
     if wrong:
         yield fault(
-            ENGINE, f"{len(wrong)} vectors are not float32: {some(wrong)}",
+            ENGINE, f"{counted(len(wrong), 'vector is', 'vectors are')} not float32: {some(wrong)}",
             "stops when it computes with them", "keep them in float32",
         )  # fmt: skip
 
@@ -154,7 +155,12 @@ def _blocks(
     # The bound is for a damaged block_count, which could make this list endless.
     missing = [f"blk.{n}.{part}" for n in range(min(count, 4096)) for part in parts if f"blk.{n}.{part}" not in specs]
     if missing:
-        yield fault(ENGINE, f"{len(missing)} tensors are not there: {some(missing)}", "fails: missing tensor", AGAIN)
+        yield fault(
+            ENGINE,
+            f"{counted(len(missing), 'tensor is', 'tensors are')} not there: {some(missing)}",
+            "fails: missing tensor",
+            AGAIN,
+        )
     known = {*parts, *(f"{LAYER_NAMES[module]}.bias" for module in architecture.biases)}
     known |= {"rope_freqs.weight"} if architecture.has_factors else set()
     others = [
@@ -164,7 +170,7 @@ def _blocks(
     ]
     if others:
         yield doubt(
-            ENGINE, f"{len(others)} tensors that {architecture.name} does not have: {some(others)}",
+            ENGINE, f"{counted(len(others), 'tensor')} that {architecture.name} does not have: {some(others)}",
             "may fail: wrong number of tensors", "drop them by a rule",
         )  # fmt: skip
 
@@ -192,6 +198,8 @@ def _shapes(name: str, metadata: Mapping[str, Any], specs: Mapping[str, WeightSp
         wrong.append(f"{EMBEDDING} {list(specs[EMBEDDING].shape)}, not rows of {hidden}")
     if wrong:
         yield fault(
-            ENGINE, f"{len(wrong)} tensors have other shapes than the metadata says: {some(wrong)}",
+            ENGINE,
+            f"{counted(len(wrong), 'tensor has another shape', 'tensors have other shapes')} than the metadata says:"
+            f" {some(wrong)}",
             "fails: the tensor has the wrong shape", AGAIN,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from loaders.errors import setting
 from loaders.layouts.hqq import HqqLayout
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
+from loaders.words import counted
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -32,7 +33,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     if experts:
         yield doubt(
             "hqq, transformers 5",
-            f"{len(experts)} experts lie one by one: {some(experts)}",
+            f"{counted(len(experts), 'expert lies', 'experts lie')} one by one: {some(experts)}",
             "fuses experts, and does not find these; with transformers 4 it does",
             "load it with transformers 4",
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.words import counted
 
 ENGINE = "mlx-lm"
 FILES = "model"  # mlx-lm reads every model*.safetensors, and no other file
@@ -22,7 +23,12 @@ def check(subject: Subject) -> Iterator[Finding]:
         )
     bare = [name for name in names if name.endswith(".scales") and name.removesuffix("scales") + "weight" not in names]
     if bare:
-        yield fault(ENGINE, f"{len(bare)} scales without a weight: {some(bare)}", "fails", "fetch the checkpoint again")
+        yield fault(
+            ENGINE,
+            f"{counted(len(bare), 'tensor of scales', 'tensors of scales')} without a weight: {some(bare)}",
+            "fails",
+            "fetch the checkpoint again",
+        )
     block = config.get("quantization")
     if isinstance(block, Mapping):
         modules = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
@@ -30,7 +36,8 @@ def check(subject: Subject) -> Iterator[Finding]:
         if stale:
             yield doubt(
                 ENGINE,
-                f"quantization names {len(stale)} modules that are stored plain: {some(stale)}",
+                f"quantization names {counted(len(stale), 'module that is', 'modules that are')} stored plain:"
+                f" {some(stale)}",
                 "makes quantized modules of them and finds no scales",
                 "remove them from quantization, or set them to false",
             )

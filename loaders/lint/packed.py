@@ -12,6 +12,7 @@ from loaders.containers.packed import EXPERTS
 from loaders.errors import setting
 from loaders.layouts.packed import READ
 from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.words import counted
 
 ENGINE = "moeflux"
 BITS = (4, 8)  # the widths that moeflux is known to compute with
@@ -24,7 +25,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     if odd:
         yield fault(
             ENGINE,
-            f"{len(odd)} tensors are not {', '.join(READ)}: {some(odd)}",
+            f"{counted(len(odd), 'tensor is', 'tensors are')} not {', '.join(READ)}: {some(odd)}",
             "does not know their dtype",
             f"write them again with {setting('dtype')}=bfloat16, or quantize",
         )
@@ -50,7 +51,8 @@ def check(subject: Subject) -> Iterator[Finding]:
     if inside:
         yield doubt(
             ENGINE,
-            f"{len(inside)} experts' tensors are not in {EXPERTS}/: {some(inside)}",
+            f"{counted(len(inside), 'tensor of experts is', 'tensors of experts are')} not in {EXPERTS}/:"
+            f" {some(inside)}",
             "looks for routed experts there",
             "write it again from a checkpoint whose model_type is known",
         )

@@ -10,6 +10,7 @@ from loaders.layouts.hf import DEFAULT_HEADS, is_skipped
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.words import counted
 
 # The key of the skip list by method; lint takes the methods that are checked here from this.
 SKIP_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "bitnet": "modules_to_not_convert"}
@@ -39,7 +40,7 @@ def _skip_list(subject: Subject, key: str, skip: Sequence[str] | None) -> Iterat
     if bare:
         yield fault(
             "transformers",
-            f"{len(bare)} linear layers are stored plain and are not in {key}: {some(bare)}",
+            f"{counted(len(bare), 'linear layer is', 'linear layers are')} stored plain and not in {key}: {some(bare)}",
             "makes quantized modules of them and finds no codes",
             f"name them in {key} (and lm_head with them)",
         )
@@ -47,7 +48,7 @@ def _skip_list(subject: Subject, key: str, skip: Sequence[str] | None) -> Iterat
     if caught:
         yield fault(
             "transformers",
-            f"{len(caught)} quantized layers are skipped by {key}: {some(caught)}",
+            f"{counted(len(caught), 'quantized layer is', 'quantized layers are')} skipped by {key}: {some(caught)}",
             "makes plain modules of them and fails on the shapes",
             f"take them out of {key}",
         )
@@ -58,7 +59,7 @@ def _experts(subject: Subject) -> Iterator[Finding]:
     if experts:
         yield fault(
             "transformers 5",
-            f"{len(experts)} experts are quantized one by one: {some(experts)}",
+            f"{counted(len(experts), 'expert is', 'experts are')} quantized one by one: {some(experts)}",
             "fuses experts and fails with a size mismatch; transformers 4 loads them",
             "keep experts by a rule",
             loads_in="transformers 4",
@@ -67,7 +68,7 @@ def _experts(subject: Subject) -> Iterator[Finding]:
     if routers:
         yield fault(
             "transformers 5",
-            f"{len(routers)} routers are quantized: {some(routers)}",
+            f"{counted(len(routers), 'router is', 'routers are')} quantized: {some(routers)}",
             "reads them as plain parameters and fails",
             "keep routers by a rule",
             loads_in="transformers 4",
@@ -76,14 +77,18 @@ def _experts(subject: Subject) -> Iterator[Finding]:
 
 def _bitsandbytes(subject: Subject) -> Iterator[Finding]:
     four_bit = [(tensor, tensor.decode) for tensor in subject.sources.tensors if isinstance(tensor.decode, Bnb4)]
-    stopping = [module(tensor) for tensor, scheme in four_bit if scheme.stops_cpu_kernel(tensor.shape)]
+    stopping = [
+        (module(tensor), why)
+        for tensor, scheme in four_bit
+        if (why := scheme.stops_cpu_kernel(tensor.shape)) is not None
+    ]
     if stopping:
         is_here = ", so on this machine," if has_avx512_bf16() else ""
         yield doubt(
             "bitsandbytes on a CPU with AVX512-BF16",
-            f"{len(stopping)} layers' rows are no multiple of {CPU_ROWS}, or their columns none of the group size:"
-            f" {some(stopping)}",
-            f"stops{is_here} at their first use (N must be divisible by block_n); GPUs run them",
+            f"{counted(len(stopping), 'layer')} with a number of rows that is no multiple of {CPU_ROWS}, or of columns"
+            f" that is none of the group size ({stopping[0][1]}): {some([name for name, _ in stopping])}",
+            f"stops{is_here} at the first use: its kernel there takes no others; GPUs take any",
             "keep them by a rule if such a CPU is to run it",
         )
     plain = {r.group for r in subject.sources.tensors if r.group and r.decode is None}

@@ -23,6 +23,7 @@ from loaders.layouts.hf import plain_config
 from loaders.models.weights import ModelWeights, Parts, torch_dtype
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
+from loaders.words import model_type_said
 
 # transformers 5 fuses a layer's experts into two parameters, one for gate and up, one for down; checkpoints store them
 # one by one, under the names of most models or of Mixtral (w1, w2, w3).
@@ -147,9 +148,8 @@ def model_config(checkpoint: Checkpoint) -> Any:
         made = AutoConfig.for_model(str(plain.get("model_type")))
     except ValueError:
         raise BadSpec(
-            f"{setting('checkpoint')}: transformers has no model_type {plain.get('model_type')!r} of its own; code"
-            " that comes with a"
-            " checkpoint is never run"
+            f"{setting('checkpoint')}: transformers does not know {model_type_said(plain)} without code of the"
+            " checkpoint's own, which is never run"
         ) from None
     return type(made).from_dict(plain)
 

@@ -21,6 +21,7 @@ from loaders.rules.llama_cpp import MIXES
 from loaders.rules.mlx import kept
 from loaders.rules.rule import Decision, Mix, Rule
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.words import counted
 
 Engine = Literal["mlx", "gguf", "vllm", "transformers"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -142,7 +143,8 @@ class ChosenMix:
                 by_scheme.setdefault(scheme, set()).add(name)
         if strangers:
             raise BadSpec(
-                f"{setting('chosen')}: it names {len(strangers)} tensors ({min(strangers)}) that this checkpoint"
+                f"{setting('chosen')}: it names {counted(len(strangers), 'tensor')} ({min(strangers)}) that this"
+                " checkpoint"
                 " lacks or its"
                 " candidates cannot take: leave it away, and the mix is chosen for this checkpoint"
             )

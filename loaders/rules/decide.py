@@ -13,6 +13,7 @@ from loaders.rules.refusals import kept_ragged, refusal_line
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor, transposed
+from loaders.words import counted
 
 
 def decide(
@@ -82,9 +83,13 @@ def _unused(rule: Rule, tensors: Sequence[LogicalTensor]) -> str:
     matching = sum(rule.matches(tensor) for tensor in tensors)
     if matching:
         return (
-            f"{rule.label}: the {matching} tensors it matches ({rule}) are all taken by rules before it; reorder them"
+            f"{rule.label}: what it matches ({rule}: {counted(matching, 'tensor')}) is all taken by rules before it;"
+            " reorder them"
         )
     names = [tensor.name for tensor in tensors]
+    if rule.role is not None and not any(tensor.role in rule.role for tensor in tensors):
+        roles = ", ".join(sorted({tensor.role for tensor in tensors}))
+        return f"{rule.label}: it matches no tensor ({rule}); the roles of this checkpoint's tensors are {roles}"
     likely = [name for name in names if rule.name and fnmatch.fnmatch(name, f"*{rule.name.strip('^$*')}*")]
     hint = f"such as {likely[0]!r}" if likely else f"the checkpoint's names look like {names[len(names) // 2]!r}"
     return f"{rule.label}: it matches no tensor ({rule}); {hint}"

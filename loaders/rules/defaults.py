@@ -23,7 +23,7 @@ EXPERTS_KEPT = (
     "transformers 5 fuses a layer's experts into one parameter, which {engine} does not quantize; experts quantized one"
     " by one load in transformers 4 only"
 )
-
+STACKS_KEPT = "transformers holds a layer's experts in one stack, and {engine} quantizes linear layers only"
 
 CONV1D = {
     "bitsandbytes": (
@@ -40,6 +40,7 @@ def _engine_rules(engine: str, conversion: str) -> tuple[Rule, ...]:
         Rule(action="keep", why=f"{engine} keeps embeddings", role=("embedding",)),
         Rule(action="keep", why=f"{engine} keeps the output projection", role=("head",)),
         Rule(action="keep", why="a router decides; rounding it changes the choice of experts", role=("router",)),
+        Rule(action="keep", why=STACKS_KEPT.format(engine=engine), role=("expert",), shape=(None, None, None)),
         Rule(action="keep", why=EXPERTS_KEPT.format(engine=engine), role=("expert",)),
         Rule(action="keep", why="transformers loads no block for multi-token prediction", role=("mtp",)),
         Rule(action="keep", why=FUSED, role=("fused",)),
@@ -73,6 +74,12 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
             shape=(None, None),
         ),
         Rule(action="quantize", why="each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
+        Rule(
+            action="keep",
+            why="a stack of experts: vLLM takes them one by one, and how these are cut is not known",
+            role=("expert",),
+            shape=(None, None, None),
+        ),
         Rule(action="keep", why="no matrix"),
     ),
 }

@@ -57,8 +57,8 @@ def ragged_notes(decisions: Sequence[Decision]) -> list[str]:
     total = sum(d.tensor.spec.numel for d in decisions if d.action == "quantize")
     plain = sum(tensor.spec.numel for tensor in ragged)
     return [
-        f"{counted(len(ragged), 'matrix stays', 'matrices stay')} {ragged[0].dtype.torch}, {_listed(ragged)}: their rows"
-        f" ({', '.join(map(str, sorted({tensor.shape[-1] for tensor in ragged})))}) do not divide into groups; that is"
+        f"{counted(len(ragged), 'matrix stays', 'matrices stay')} {ragged[0].dtype.torch}, {_listed(ragged)}: rows of"
+        f" {', '.join(map(str, sorted({tensor.shape[-1] for tensor in ragged})))} do not divide into groups; that is"
         f" {plain / (plain + total):.1%} of the weights to be quantized"
     ]
 
@@ -104,7 +104,10 @@ def _cost(decisions: Sequence[Decision]) -> str:
     after = sum(part.size for each in encodings if each is not None for part in each.stored.values())
     before = sum(d.tensor.source_bytes for d in decisions)
     # A few ragged rows are kept without a rule; here they are too many, or a rule of the user's wants them quantized.
-    return f" (then {share:.0%} of the weights to be quantized stay plain; the output has {size(after)}, the source {size(before)})"
+    return (
+        f" (then {share:.0%} of the weights to be quantized stay plain; the output has {size(after)}, the source"
+        f" {size(before)})"
+    )
 
 
 def _listed(tensors: Sequence[LogicalTensor]) -> str:

@@ -25,6 +25,7 @@ from loaders.specs import WeightSpec
 from loaders.stats import LoadStats
 from loaders.storage import local
 from loaders.storage.base import Entry, PinnedFiles
+from loaders.words import counted
 
 Source = Checkpoint | Path | str
 SLICE_BYTES = 32 << 20  # the default slice: large enough for a disk's full rate, small beside any memory
@@ -307,7 +308,9 @@ def _selected(checkpoint: Checkpoint, names: Iterable[str] | None) -> Sequence[W
     wanted = set(names)
     unknown = sorted(wanted - {spec.name for spec in checkpoint.weights})
     if unknown:
-        raise BadSpec(f"names: {len(unknown)} tensors that {checkpoint.address} does not have, {unknown[0]!r} first")
+        raise BadSpec(
+            f"names: {counted(len(unknown), 'tensor')} that {checkpoint.address} does not have, {unknown[0]!r} first"
+        )
     return [spec for spec in checkpoint.weights if spec.name in wanted]
 
 

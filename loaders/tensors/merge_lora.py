@@ -23,6 +23,7 @@ from loaders.tensors.logical_tensor import LogicalTensor, known
 from loaders.tensors.lora_factors import expert_product, layer_product, parameters_of
 from loaders.tensors.merged import Merge
 from loaders.tensors.sources import Sources
+from loaders.words import counted
 
 # Names of modules that only hold the others. Engines and their versions differ in them: model.language_model.layers
 # was language_model.model.layers, and a bare base has no `transformer.` or `model.`.
@@ -306,7 +307,8 @@ class _Merging:
         shown = ", ".join(self._unmatched[:SHOWN])
         more = f" and {len(self._unmatched) - SHOWN} more" if len(self._unmatched) > SHOWN else ""
         raise BadCheckpoint(
-            f"{self.adapter.file.entry.name}: {len(self._unmatched)} of its tensors belong to no tensor of"
+            f"{self.adapter.file.entry.name}:"
+            f" {counted(len(self._unmatched), 'of its tensors belongs', 'of its tensors belong')} to no tensor of"
             f" {self.checkpoint.address}: {shown}{more}; give the base that it was trained on{self._base}"
         )
 
@@ -318,14 +320,14 @@ class _Merging:
         shown = ", ".join(f"{each:g}" for each in scalings[:SHOWN]) + (", ..." if len(scalings) > SHOWN else "")
         kind = "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA"
         said = [
-            f"merged into {len(self.merges)} tensors: {adapter.file.address} ({kind}"
+            f"merged into {counted(len(self.merges), 'tensor')}: {adapter.file.address} ({kind}"
             + (f"; rank {ranks}; scaling {shown}" if ranks else "")
             + f"), as the float32 sum, rounded once{self._base}"
         ]
         replaced = [name for name, merge in self.merges.items() if merge.replaced is not None]
         if replaced:
             names = ", ".join(replaced[:SHOWN]) + (", ..." if len(replaced) > SHOWN else "")
-            said.append(f"replaced by the adapter's own: {len(replaced)} tensors, {names}")
+            said.append(f"replaced by the adapter's own: {counted(len(replaced), 'tensor')}, {names}")
         return [*said, *self._said, *self._other_files()]
 
     def _other_files(self) -> list[str]:

@@ -20,6 +20,7 @@ from loaders.strategies import small_reader
 from loaders.tensors.expert_stacks import cut
 from loaders.tensors.logical_tensor import LogicalTensor, in_natural_order, known, plain_tensor, transposed
 from loaders.tensors.quantized_sources import find_quantized, mlx
+from loaders.words import counted, model_type_said
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
 CONVOLUTION = 16  # the largest kernel that is taken for one: a stack of experts has more inputs than that
@@ -72,6 +73,8 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
     traits_of = KnownTraits(family)
     tensors = [_turned(known(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
     tensors = _apart(tensors)
+    if checkpoint.container != "gguf":
+        tensors = _stacked(tensors)
     if split:
         notes = (*notes, *_unknown_stacks(checkpoint, tensors))
     if checkpoint.container == "gguf" and not decode:  # for another GGUF, which keeps the order of the source
@@ -103,6 +106,11 @@ def _apart(tensors: list[LogicalTensor]) -> list[LogicalTensor]:
     ]
 
 
+def _stacked(tensors: list[LogicalTensor]) -> list[LogicalTensor]:
+    """Return the tensors; a stack that its name does not tell is one of experts all the same."""
+    return [replace(each, role="expert") if each.role == "other" and is_stack(each) else each for each in tensors]
+
+
 def _turned(tensor: LogicalTensor) -> LogicalTensor:
     """Return a Conv1D that bitsandbytes holds as [outputs, inputs] in its model's own order again."""
     is_turned = tensor.role == "conv1d" and isinstance(tensor.decode, Bnb4 | LlmInt8)
@@ -121,8 +129,9 @@ def _unknown_stacks(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) ->
     if not whole:
         return []
     return [
-        f"{len(whole)} stacks of experts stay whole and unquantized, {whole[0].name} {list(whole[0].shape)} first:"
-        f" how they are to be cut is not known for model_type {checkpoint.config.get('model_type')!r}"
+        f"{counted(len(whole), 'stack of experts stays', 'stacks of experts stay')} whole and unquantized,"
+        f" {whole[0].name} {list(whole[0].shape)} first:"
+        f" how they are to be cut is not known for {model_type_said(checkpoint.config)}"
     ]
 
 

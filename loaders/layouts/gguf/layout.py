@@ -36,6 +36,7 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
 from loaders.tensors.encoding import Encoding
+from loaders.words import counted
 
 ENGINES = ("ggml", "plain")
 LEGAL = ("LICENSE", "NOTICE", "COPYING")  # how the names begin of the source's files that are copied
@@ -81,7 +82,8 @@ class GgufLayout:
             return ()
         types = ", ".join(sorted({d.tensor.dtype.name for d in again}))
         return (
-            f"{len(again)} tensors are quantized already ({types}) and are quantized again, from what they decode to,"
+            f"{counted(len(again), 'tensor is', 'tensors are')} quantized already ({types}) and quantized again,"
+            " from what they decode to,"
             " as llama-quantize --allow-requantize does: more is lost than from the weights they came from",
         )
 
@@ -149,7 +151,8 @@ class _Converting:
         unknown = [name for name, found in names.items() if found is None]
         if unknown:
             raise BadSpec(
-                f"{setting('layout')}: llama.cpp's {self._architecture.name} has no place for {len(unknown)} tensors"
+                f"{setting('layout')}: llama.cpp's {self._architecture.name} has no place for"
+                f" {counted(len(unknown), 'tensor')}"
                 f" ({', '.join(unknown[:4])}); drop them by a rule if the model works without"
             )
         placed = [self._placed(d, name) for d in self._decisions if (name := names[d.tensor.name]) is not None]

@@ -22,6 +22,7 @@ from loaders.layouts.gguf.generation import end_metadata, end_tokens, left_out, 
 from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
+from loaders.words import counted
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf-py's TokenType
 MODEL = "tokenizer.model"
@@ -243,7 +244,7 @@ def _left_out(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], templat
     ):  # fmt: skip
         names = [content for content, each in added.items() if each.get(flag)]
         if names:
-            yield f"{len(names)} added tokens {what} ({flag}), {names[0]!r} first"
+            yield f"{counted(len(names), 'added token')} {what} ({flag}), {names[0]!r} first"
     if settings.get("cls_token") not in (None, settings.get("bos_token")):
         yield f"cls_token {_content(settings['cls_token'])!r}"
     renamed = [name for name in templates if re.search("[^A-Za-z0-9_]", name)]

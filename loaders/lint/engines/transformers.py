@@ -21,6 +21,7 @@ from typing import Any
 
 from loaders.lint.base import Finding, doubt, fault
 from loaders.lint.engines.base import FEW, Answer, PlannedTensor, Question, Unanswerable, patterns
+from loaders.words import model_type_said
 
 # Keys of config.json, at any depth, that name code, or what was stored before.
 DROPPED = {
@@ -164,7 +165,7 @@ def _class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     mappings = import_module("transformers.models.auto.modeling_auto")
     model_type, names = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str) or model_type not in known:
-        raise Unanswerable(f"has no model type {model_type!r} of its own")
+        raise Unanswerable(f"does not know {model_type_said(config)} without code of the checkpoint's own")
     made = known[model_type].from_dict(dict(config))
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     named = getattr(transformers, name, None) if name.isidentifier() else None

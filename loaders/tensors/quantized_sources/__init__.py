@@ -23,6 +23,7 @@ from loaders.tensors.quantized_sources import (
 )
 from loaders.tensors.quantized_sources.consistency import check_not_stale, consistency_notes
 from loaders.tensors.quantized_sources.gptq_biases import added_biases
+from loaders.words import model_type_said
 
 # The finders by config.json's quant_method. Their tensors have no role, block and group yet; the family fills them in.
 FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
@@ -61,8 +62,8 @@ def check_decodable(checkpoint: Checkpoint) -> None:
         )
     if said.method == "mlx" and model_of(checkpoint.config) is None:
         raise BadSpec(
-            f"{setting('checkpoint')}: this is mlx-lm's checkpoint of model_type"
-            f" {checkpoint.config.get('model_type', 'none')!r}, and how mlx-lm renames that model's tensors, offsets"
+            f"{setting('checkpoint')}: this is mlx-lm's checkpoint of"
+            f" {model_type_said(checkpoint.config)}, and how mlx-lm renames that model's tensors, offsets"
             " its"
             f" norms and turns its convolutions is not known here, so that it cannot be turned back; {as_stored}; take"
             " the model as its makers published it"
@@ -101,7 +102,7 @@ def find_quantized(checkpoint: Checkpoint, *, decode: bool, check: bool) -> Foun
     if said is None:
         return Found()
     if check and said.method in FINDERS:
-        check_not_stale(checkpoint, said)
+        check_not_stale(checkpoint)
     if not decode or said.method not in FINDERS:
         is_said = said.method in FINDERS or bool(said.settings)
         return Found(notes=() if is_said else (f"quantized ({said.method}); its tensors are taken as they are stored",))

@@ -16,6 +16,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.errors import BadCheckpoint, setting
 from loaders.specs import WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.words import counted
 
 # The lists of modules that stay plain, by the tools' keys.
 EXCLUDED = (
@@ -33,21 +34,30 @@ SCALES = (
 )  # fmt: skip
 
 
-def check_not_stale(checkpoint: Checkpoint, said: Declaration) -> None:
+STALE_CURE = "if plain is right, remove it from there; if not, fetch the checkpoint again"
+
+
+def stale(checkpoint: Checkpoint) -> str | None:
+    """Say that a description of a quantization contradicts the tensors, all of which are plain; None if it does not."""
+    said, names = checkpoint.declaration, {spec.name for spec in checkpoint.weights}
+    if said is None or not said.settings or any(looks_packed(spec, names) for spec in checkpoint.weights):
+        return None
+    first = next((spec for spec in checkpoint.weights if len(spec.shape) == 2), checkpoint.weights[0])
+    return (
+        f"{checkpoint.address}/{said.place} says that the weights are quantized ({said.method}), but all are stored"
+        f" plain, such as {first.name} {first.dtype} {list(first.shape)}"
+    )
+
+
+def check_not_stale(checkpoint: Checkpoint) -> None:
     """Check that something is packed where a method says that weights are.
 
     Raises:
         BadCheckpoint: every tensor is plain.
     """
-    names = {spec.name for spec in checkpoint.weights}
-    if not said.settings or any(looks_packed(spec, names) for spec in checkpoint.weights):
-        return
-    first = next((spec for spec in checkpoint.weights if len(spec.shape) == 2), checkpoint.weights[0])
-    raise BadCheckpoint(
-        f"{said.place} says that the weights are quantized ({said.method}), but all are stored plain, such as"
-        f" {first.name} {first.dtype} {list(first.shape)}; if they are meant to be, remove it from there; if not, fetch"
-        " the checkpoint again"
-    )
+    found = stale(checkpoint)
+    if found is not None:
+        raise BadCheckpoint(f"{found}; {STALE_CURE}")
 
 
 def consistency_notes(
@@ -80,9 +90,9 @@ def _check_left_over(said: Declaration, left: list[WeightSpec], names: set[str])
     if found:
         raise BadCheckpoint(
             f"{found[0].name}: {found[0].dtype} {list(found[0].shape)} looks like a packed weight or its scale, but"
-            " is no"
-            f" part of what {said.method} stores ({said.place}); {len(found)} such tensors are not decoded: correct the"
-            f" description, or fetch the checkpoint again; {setting('quantize')}=none copies it as it is stored"
+            f" is no part of what {said.method} stores ({said.place});"
+            f" {counted(len(found), 'such tensor is', 'such tensors are')} not decoded: correct the description,"
+            f" or fetch the checkpoint again; {setting('quantize')}=none copies it as it is stored"
         )
 
 
@@ -141,7 +151,10 @@ def _unused(said: Declaration, excluded: Named, names: list[str]) -> Iterator[st
         )
     if unused:
         first = next(entry for entry in entries if entry in unused)
-        yield f"{said.place} excludes {len(unused)} modules that are not there, {first!r} first"
+        yield (
+            f"{said.place} excludes {counted(len(unused), 'module that is', 'modules that are')} not there,"
+            f" {first!r} first"
+        )
 
 
 def _plain_among_quantized(
@@ -160,9 +173,7 @@ def _plain_among_quantized(
     mine = [name for name in found if not excluded.could_mean(name.removesuffix(".weight"))]
     if mine:
         yield (
-            f"{len(mine)} matrices are stored plain, {mine[0]} first, though {said.place} does not exclude them and"
-            " others"
-            " like them are quantized: they are taken as they are; an engine that believes the description does not"
-            " load"
-            " this source"
+            f"{counted(len(mine), 'matrix is', 'matrices are')} stored plain, {mine[0]} first, though {said.place} does"
+            " not exclude what is plain, and others like it are quantized: plain ones are taken as they are; an engine"
+            " that believes the description does not load this source"
         )

@@ -8,6 +8,7 @@ from loaders.architectures.biases import has_bias
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.specs import WeightSpec
 from loaders.strategies import small_reader
+from loaders.words import counted, model_type_said
 
 MOST = 256 << 20  # bytes of biases that are read while a checkpoint is planned
 
@@ -34,15 +35,14 @@ def added_biases(checkpoint: Checkpoint, quantized: Collection[str]) -> tuple[fr
     notes = []
     if gone:
         notes.append(
-            f"{len(gone)} biases of zeros, {without[min(gone)].name} first, are dropped: GPTQ's tool added them, and"
-            " the"
-            f" plain model ({checkpoint.config.get('model_type')}) has none there"
+            f"{counted(len(gone), 'bias', 'biases')} of zeros, {without[min(gone)].name} first, dropped: GPTQ's tool"
+            f" added them, and the plain model ({model_type_said(checkpoint.config)}) has none there"
         )
     unknown = [bias.name for module, bias in without.items() if module not in gone and bias.name in zero]
     if unknown:
         notes.append(
-            f"{len(unknown)} biases are all zero, {unknown[0]} first, and kept: whether the plain model has them is not"
-            f" known for model_type {checkpoint.config.get('model_type')!r}; if it has not, drop them by a rule"
+            f"{counted(len(unknown), 'bias is', 'biases are')} all zero, {unknown[0]} first, and kept: whether the"
+            f" plain model has them is not known for {model_type_said(checkpoint.config)}; if not, drop them by a rule"
         )
     return frozenset(without[module].name for module in gone), tuple(notes)
 

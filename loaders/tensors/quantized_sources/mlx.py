@@ -21,6 +21,7 @@ from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor, plain_tensor
 from loaders.tensors.quantized_sources.base import part
+from loaders.words import model_type_said
 
 Scheme = MlxAffine | MlxFloat
 
@@ -171,7 +172,7 @@ def _cut(
     if names is None or not is_even:
         raise BadCheckpoint(
             f"{name}: {[list(spec.shape) for _, spec in stored]} is no stack of experts of a model_type known here"
-            f" ({checkpoint.config.get('model_type', 'none')!r}; known: {', '.join(MODELS)})"
+            f" ({model_type_said(checkpoint.config)}; known: {', '.join(MODELS)})"
         )
     for index, own in enumerate(names):
         yield own, [(role, _slice(spec, index)) for role, spec in stored]

@@ -18,7 +18,7 @@ def test_inspect_says_what_is_there(source: Path, weightmill: Any) -> None:
     assert {row["name"] for row in document["tensors"]} == set(llama_tensors())
     said = weightmill("inspect", f"model.path={source}").out
     assert "embedding" in said
-    assert "3 file(s), 21 tensors" in said
+    assert "3 files, 21 tensors" in said
     assert "model.layers.1.mlp.up_proj.weight" in weightmill("inspect", f"model.path={source}", "tensors=all").out
 
 

@@ -123,7 +123,10 @@ def test_an_adapter_alone_is_refused_and_what_to_do_is_said(tmp_path: Path, name
     with settings_called(KEYS), pytest.raises(BadSpec) as refused:
         open_checkpoint(tmp_path)
     assert "an adapter of 'meta/llama', not a model" in str(refused.value)
-    assert str(refused.value).endswith("transform=merge_lora transform.path=ADAPTER model.path=BASE")
+    merge = (
+        f"transform=merge_lora transform.path={tmp_path} model.path=BASE, where BASE is the folder with 'meta/llama'"
+    )
+    assert str(refused.value).endswith(merge)
 
 
 def test_an_adapter_under_the_name_of_a_model_is_refused(tmp_path: Path) -> None:

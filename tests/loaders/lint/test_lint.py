@@ -61,7 +61,7 @@ def test_sizes_that_stop_bitsandbytes_on_some_cpus_are_doubted(
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (skip([]), "1 linear layers are stored plain and are not in llm_int8_skip_modules: lm_head"),
+        (skip([]), "1 linear layer is stored plain and not in llm_int8_skip_modules: lm_head"),
         (skip(["lm_head", "up_proj"]), "2 quantized layers are skipped by llm_int8_skip_modules"),
         (skip("lm_head"), "llm_int8_skip_modules is no list of names"),  # type: ignore[arg-type]
         (lambda config: config.pop("model_type"), "config.json has no model_type"),

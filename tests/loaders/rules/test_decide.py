@@ -74,7 +74,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_a_hint(tensors_in: tuple[L
 
 def test_a_rule_behind_one_that_takes_all_is_an_error(tensors_in: tuple[LogicalTensor, ...]) -> None:
     rules = (own("keep", name="proj"), Rule(action="keep", why="test", name="down_proj", label="rules[1]"))
-    with pytest.raises(BadSpec, match=r"rules\[1\]: the 2 tensors it matches .* are all taken by rules before it"):
+    with pytest.raises(BadSpec, match=r"rules\[1\]: what it matches \(.*: 2 tensors\) is all taken by rules before it"):
         decide(tensors_in, Bnb4("nf4"), rules)
 
 
@@ -109,7 +109,7 @@ def test_a_few_ragged_rows_stay_plain(tensors_in: tuple[LogicalTensor, ...]) -> 
     decisions = decide(ragged(tensors_in, 24), CompressedNvfp4(), ())
     assert [d.tensor.name for d in decisions if d.rule.why == RAGGED] == ["vision.proj.weight"]
     [said] = ragged_notes(decisions)
-    assert "1 matrix stays bfloat16, vision.proj.weight: their rows (24) do not divide into groups" in said
+    assert "1 matrix stays bfloat16, vision.proj.weight: rows of 24 do not divide into groups" in said
 
 
 def test_many_ragged_rows_are_refused_in_one_line_with_a_rule_that_keeps_them(

@@ -186,7 +186,7 @@ def test_an_excluded_module_that_is_quantized_is_an_error_but_for_a_head(tmp_pat
 
 def test_plain_matrices_among_quantized_ones_are_told(tmp_path: Path) -> None:
     root = write(tmp_path, model(fp8()), COMPRESSED)
-    assert f"1 matrices are stored plain, {SECOND}.weight first, though" in notes_of(root)
+    assert f"1 matrix is stored plain, {SECOND}.weight first, though" in notes_of(root)
 
 
 @pytest.mark.parametrize("name", [f"{SECOND}.weight_scale", f"{SECOND}.qweight", f"{SECOND}.g_idx"])

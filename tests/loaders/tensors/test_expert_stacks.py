@@ -162,7 +162,7 @@ def test_mxfp4_comes_back_as_the_checkpoint_that_transformers_loads(tmp_path: Pa
     refused = weightmill("run", f"model.path={root}", f"output.path={tmp_path / 'no'}", "quant=nf4",
                          "rules=[{role: expert, action: quantize}]")  # fmt: skip
     assert refused.status == 2
-    assert "is a stack of experts, which transformers loads as one parameter" in refused.err
+    assert "is a stack of experts, which transformers loads as one parameter and bitsandbytes does not" in refused.err
     assert weightmill("diff", root, tmp_path / "out", "format=json").document["different"] == 0
 
 
@@ -204,4 +204,4 @@ def test_an_unknown_stack_stays_whole_and_is_named(tmp_path: Path) -> None:
     root = write_checkpoint(tmp_path, tensors, config={**LLAMA, "model_type": "new"})
     found = tensors_of(open_checkpoint(root), decode=True, split=True)
     assert name in {r.name for r in found.tensors}
-    assert any("1 stacks of experts stay whole and unquantized, " + name in note for note in found.notes)
+    assert any("1 stack of experts stays whole and unquantized, " + name in note for note in found.notes)
