@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +41,7 @@ ENGINES = {
 QUANTS = tuple(quant for quants in ENGINES.values() for quant in quants)
 GOAL = 0.95  # of the weights that an engine's published recipe quantizes
 NONE = "no model_type"
+LONGEST = 300  # characters of a reason; more end at a word
 FEW_EXPERTS = 8  # as many as Mixtral has, for which llama.cpp has rules of its own
 
 
@@ -135,11 +136,14 @@ def _by_types(planned: Any, quant: str, floats: Any, folder: Path, found: Verdic
 
 def reason(text: str, folder: Path) -> str:
     """Return why a plan is refused or not judged, in few words that are the same for other models."""
-    first = text.replace(str(folder), "it").split(";")[0]
+    text = text.replace(str(folder), "it")
+    # What is quoted is a model's own; an apostrophe within a word quotes nothing.
+    first = re.sub(r"(?<!\w)'[^']*'(?!\w)", "…", text).split(";")[0]
     first = re.sub(r"\b[a-z_]\w*(?:\.\w+)*\.\d+\.[\w.]+", "a weight", first)
-    first = re.sub(r"its \d+ columns", "the columns", first)
+    first = re.sub(r"(?:its|their) \d+ columns", "the columns", first)
     first = re.sub(r"\d+ tensors, a weight.* first:", "some tensors:", first)
-    return re.sub(r"'[^']*'", "…", first)[:160]
+    first = first if len(first) <= LONGEST else first[:LONGEST].rpartition(" ")[0] + " …"
+    return re.sub(r"^(?:quant|model\.path|output\.layout): ", "", first)
 
 
 def judge_all(
@@ -183,34 +187,44 @@ def table(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         by_type.setdefault(type_of(name), []).append(name)
     rows: dict[tuple[str, ...], list[str]] = {}
     for model_type, names in sorted(by_type.items()):
-        cells = tuple(cell([verdicts[name] for name in names], quants, notes) for quants in ENGINES.values())
+        of_type = {name: verdicts[name] for name in names}
+        cells = tuple(cell(of_type, quants, notes) for quants in ENGINES.values())
         rows.setdefault(cells, []).append(f"`{model_type}`" if model_type != NONE else model_type)
     lines = [f"| model type | {' | '.join(ENGINES)} |", "|---" * (len(ENGINES) + 1) + "|"]
     lines += [f"| {' '.join(types)} | {' | '.join(cells)} |" for cells, types in rows.items()]
     return "\n".join([*lines, "", notes.lines()])
 
 
-def cell(found: Iterable[Mapping[str, Verdict]], quants: Sequence[str], notes: Notes) -> str:
-    """Return what is true of a type's layouts in an engine's quants: what most have, and which differ."""
-    by_said: dict[str, list[str]] = {}
-    for verdicts in found:
+def cell(found: Mapping[str, Mapping[str, Verdict]], quants: Sequence[str], notes: Notes) -> str:
+    """Return what is true of a type's layouts in an engine's quants: what most have, and which differ.
+
+    `found` has verdicts by layout and quant. A layout is named where others of its type are not as it is.
+    """
+    by_said: dict[str, list[tuple[str, str]]] = {}
+    for name, verdicts in found.items():
         for quant in quants:
-            by_said.setdefault(_said(verdicts[quant], notes), []).append(quant)
+            by_said.setdefault(_said(verdicts[quant], notes), []).append((name, quant))
     if len(by_said) == 1:
         return next(iter(by_said))
-    parts = []
-    for said, having in sorted(by_said.items(), key=lambda item: -len(item[1])):
-        those = sorted(set(having), key=QUANTS.index)
-        which = f" in {', '.join(f'`{quant}`' for quant in those)}" if len(those) < len(quants) else ""
-        parts.append(f"{said}{which}")
+    (most, having), *others = sorted(by_said.items(), key=lambda item: -len(item[1]))
+    # What most have needs its quants only where no layout has it in the others.
+    parts = [most + _in_quants({quant for _, quant in having}, quants)]
+    for said, those in others:
+        names, of = sorted({name for name, _ in those}), _in_quants({quant for _, quant in those}, quants)
+        parts.append(said + of + (f" for {', '.join(names)}" if len(names) < len(found) else ""))
     return "; ".join(parts)
+
+
+def _in_quants(having: Collection[str], quants: Sequence[str]) -> str:
+    return f" in {', '.join(f'`{quant}`' for quant in quants if quant in having)}" if len(having) < len(quants) else ""
 
 
 def _said(verdict: Verdict, notes: Notes) -> str:
     if verdict.verdict in ("refused", "not judged"):
         return f"{verdict.verdict} ({notes.number(verdict.why[0])})"
     share = f", {verdict.share:.0%} of the recipe" if verdict.share < GOAL else ""
-    return verdict.verdict + share
+    note = f" ({notes.number(reason(verdict.why[0], Path('/')))})" if verdict.verdict == "wrong" else ""
+    return verdict.verdict + note + share
 
 
 # --- all

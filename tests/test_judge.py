@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.header_checkpoints import compress, entries, expand, make, tensors_of, with_few_experts
-from tests.judge import ENGINES, QUANTS, Notes, Verdict, cell, judge, table, type_of
+from tests.judge import ENGINES, QUANTS, Notes, Verdict, cell, judge, reason, table, type_of
 from tests.readme import table_of
 
 # Layouts that are the only ones of their types, one right, one with a tied head, one an encoder, one a small mixture.
@@ -39,7 +39,7 @@ def test_what_is_judged_again_is_what_the_table_says(name: str, tmp_path: Path) 
     assert [each for each in entries() if type_of(each) == type_of(name)] == [name]
     found = judge(name, QUANTS, tmp_path)
     notes = Notes()
-    cells = [NUMBER.sub("", cell([found], quants, notes)) for quants in ENGINES.values()]
+    cells = [NUMBER.sub("", cell({name: found}, quants, notes)) for quants in ENGINES.values()]
     assert [NUMBER.sub("", text) for text in cells_of(table_of("engines"))[type_of(name)]] == cells
 
 
@@ -88,3 +88,23 @@ def test_patterns_stand_for_names() -> None:
     assert list(expand("a.{0-1,3}.b")) == ["a.0.b", "a.1.b", "a.3.b"]
     names = {f"a.{i}.b.{j}": ("F32", (2,)) for i in range(3) for j in (0, 2)}
     assert compress(names) == [["a.{0-2}.b.{0,2}", "F32", [2]]]
+
+
+@pytest.mark.quick
+def test_a_layout_is_named_where_others_of_its_type_are_not_as_it_is() -> None:
+    right, refused, wrong = Verdict("right"), Verdict("refused", ("ragged",)), Verdict("wrong", ("a name is missing",))
+    quants, notes = ("fp8_dynamic", "w4a16"), Notes()
+    found = {name: dict.fromkeys(quants, right) for name in ("one", "two", "three")}
+    found["two"] = {**found["two"], "w4a16": refused}
+    assert cell(found, quants, notes) == "right; refused (1) in `w4a16` for two"
+    assert cell({"one": dict.fromkeys(quants, wrong)}, quants, notes) == "wrong (2)"
+    assert notes.lines() == "(1) ragged; (2) a name is missing."
+
+
+@pytest.mark.quick
+def test_a_reason_is_whole_and_the_same_for_other_models() -> None:
+    text = "quant: cannot quantize 3 tensors, model.layers.0.fc2.weight, b first: their 448 columns are odd; keep them"
+    assert reason(text, Path("/x")) == "cannot quantize some tensors: the columns are odd"
+    text = "model.path: this is mlx-lm's checkpoint of model_type 'abc', and how it renames that model's tensors is odd"
+    said = "this is mlx-lm's checkpoint of model_type …, and how it renames that model's tensors is odd"
+    assert reason(text, Path("/x")) == said

@@ -108,7 +108,7 @@ def _check_source(planned: Planned) -> None:
     found = lint_source(checkpoint, sources)
     faults = [f"model.path: {f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in found if f.is_fatal]
     if faults:
-        raise BadSpec([*faults, "lint: so would the output be; lint=warn goes on all the same"])
+        raise BadSpec([*faults[:-1], f"{faults[-1]} (so would the output be; lint=warn goes on all the same)"])
 
 
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
@@ -132,7 +132,7 @@ def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
 def problems(answer: Answer) -> list[str]:
     """Return the faults as problems of a request, a line each."""
     faults = [f"{f.what}; {f.engine}: {f.happens}; {f.remedy}" for f in answer.faults]
-    return [*faults, f"lint: {answer.by} says so, asked before the work; lint=warn goes on all the same"]
+    return [*faults[:-1], f"{faults[-1]} (so says {answer.by}; lint=warn goes on all the same)"]
 
 
 def verdict(planned: Planned, answer: Answer) -> str:

@@ -39,7 +39,8 @@ def _names(subject: Subject) -> Iterator[Finding]:
     wrapped = [spec.own_name for spec in checkpoint.weights if spec.own_name is not None]
     if wrapped:
         yield fault(
-            ANY, f"{counted(len(wrapped), 'tensor has a name', 'tensors have names')} that training gave, such as"
+            ANY,
+            f"{counted(len(wrapped), 'tensor has a name', 'tensors have names')} from training, such as"
             f" {wrapped[0]!r}",
             "finds no weights, and fails or computes with random ones", remedy,
         )  # fmt: skip
@@ -58,7 +59,15 @@ def _config(subject: Subject) -> Iterator[Finding]:
         return
     if subject.checkpoint.container == "gguf":
         return
-    if not config.get("model_type"):
+    part = config.get("_class_name")
+    if not config.get("model_type") and isinstance(part, str):
+        yield fault(
+            "transformers, vLLM",
+            f"config.json has no model_type, but _class_name {part!r:.80}: it is a part of a pipeline of diffusers",
+            "do not know what model this is; diffusers may, and is not asked here",
+            "load it once with diffusers",
+        )
+    elif not config.get("model_type"):
         yield fault(ANY, "config.json has no model_type", "does not know what model this is", "copy it from the source")
     elif subject.checkpoint.family.is_generic and not config.get("auto_map"):
         yield doubt(

@@ -76,7 +76,7 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
         Rule(action="quantize", why="each expert by itself, as vLLM loads them", role=("expert",), shape=(None, None)),
         Rule(
             action="keep",
-            why="a stack of experts: vLLM takes them one by one, and how these are cut is not known",
+            why="vLLM takes experts one by one, and how these stacks of them are cut is not known",
             role=("expert",),
             shape=(None, None, None),
         ),

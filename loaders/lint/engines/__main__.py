@@ -7,6 +7,7 @@ the engine: too many layers, an endless loop, a crash.
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from importlib import import_module
@@ -23,6 +24,9 @@ ASKING = {
     "mlx": ("mlx", "mlx-lm"),
     "ggml": ("gguf", "gguf"),
 }
+
+# How transformers says that it lacks a package for a class.
+NEEDED = re.compile(r"requires the (\S{1,80}) library but it was not found")
 
 
 def answer_of(question: Question) -> Answer:
@@ -41,6 +45,9 @@ def answer_of(question: Question) -> Answer:
     # The engine's code may raise anything over a config that it does not understand.
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
+        needed = NEEDED.search(lines[0])
+        if needed:
+            return Answer(by=installed, unanswered=f"{installed} needs the package {needed[1]}, which is not installed")
         return Answer(by=installed, unanswered=f"{installed}: {type(error).__name__}: {lines[0][:200]}")
     return made
 

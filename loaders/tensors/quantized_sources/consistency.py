@@ -174,6 +174,6 @@ def _plain_among_quantized(
     if mine:
         yield (
             f"{counted(len(mine), 'matrix is', 'matrices are')} stored plain, {mine[0]} first, though {said.place} does"
-            " not exclude what is plain, and others like it are quantized: plain ones are taken as they are; an engine"
+            " not exclude what is plain, and others like it are quantized: what is plain is taken as it is; an engine"
             " that believes the description does not load this source"
         )

@@ -105,7 +105,7 @@ def test_a_plan_asks_only_if_it_should(unknown: Path, weightmill: Any, monkeypat
     assert ran.status == 0
     assert said.asked == []
     [note] = [note for note in ran.document["notes"] if "check=engine" in note]
-    assert "its engine was not asked" in note
+    assert "bitsandbytes was not asked" in note
     assert "100% of the weights in matrices" in note
     ran = weightmill("plan", f"model.path={unknown}", "format=json", "check=engine")
     assert ran.status == 1

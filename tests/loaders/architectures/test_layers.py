@@ -19,7 +19,7 @@ def names(count: int, prefix: str = "model.") -> list[str]:
 def test_a_layer_beyond_the_count_is_found(prefix: str) -> None:
     found = layers_of({"num_hidden_layers": 2}, names(3, prefix))
     assert found.beyond == (f"{prefix}layers.2.mlp.up_proj.weight",)
-    assert "config.json has 2 layers, and 1 tensors are of layers beyond (2)" in found.notes[0]
+    assert "config.json has 2 layers, and 1 tensor is of layers beyond (2)" in found.notes[0]
 
 
 def test_layers_without_tensors_are_found() -> None:

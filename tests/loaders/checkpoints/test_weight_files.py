@@ -146,7 +146,7 @@ def test_an_adapter_beside_its_base_is_passed_over(tmp_path: Path) -> None:
 def test_an_adapter_among_the_models_tensors_is_said(tmp_path: Path) -> None:
     part = Raw("F32", np.zeros((2, 4), np.float32))
     write_safetensors(tmp_path / "model.safetensors", {"q.base_layer.weight": part, "q.lora_A.default.weight": part})
-    assert "1 tensors of an adapter are among the model's and not merged" in said(tmp_path)
+    assert "1 tensor of an adapter is among the model's and not merged" in said(tmp_path)
 
 
 # --- what training leaves

@@ -260,7 +260,7 @@ def test_a_scale_a_row_and_rows_that_end_within_a_word_are_read(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda block: block.update(ignore=[]), "1 linear layers are stored plain and are not in ignore: lm_head"),
+        (lambda block: block.update(ignore=[]), "1 linear layer is stored plain and not in ignore: lm_head"),
         (lambda block: block.update(ignore=["lm_head", "re:.*up_proj"]), "2 quantized layers are in ignore"),
         (lambda block: block["config_groups"]["group_0"].update(targets=["re:.*layers.0"]), "no group of config.json"),
         (

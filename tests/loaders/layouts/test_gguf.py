@@ -81,7 +81,7 @@ def with_extra(name: str, shape: tuple[int, ...] = (4, 64)) -> Any:
 
 REFUSALS: dict[str, tuple[dict[str, Any], Any, list[str], str]] = {
     "an unknown architecture": ({"model_type": "mamba"}, None, [], "knows no architecture for model_type 'mamba'"),
-    "a tensor without a place": ({}, with_extra("model.vision.weight"), [], "no place for 1 tensors .*vision"),
+    "a tensor without a place": ({}, with_extra("model.vision.weight"), [], "no place for 1 tensor .*vision"),
     "another activation": ({"hidden_act": "gelu"}, None, [], "computes llama with silu, not with gelu"),
     "another rope": (
         {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, None, [],
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_cannot_be_told_is_refused(model: Path, tmp_path: Path,
 def test_blocks_are_quantized_again_and_the_plan_says_so(model: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", *arguments(model, tmp_path / "q8")).status == 0
     again = [f"model.path={tmp_path / 'q8'}", "quant=gguf_q4_0", f"output.path={tmp_path / 'q4'}"]
-    assert "tensors are quantized already (Q8_0) and are quantized again" in weightmill("plan", *again).out
+    assert "tensors are quantized already (Q8_0) and quantized again" in weightmill("plan", *again).out
     assert weightmill("run", *again).status == 0
     assert weightmill("verify", f"output.path={tmp_path / 'q4'}").status == 0
     plain = [f"model.path={tmp_path / 'q8'}", "quant=none", "quant.dtype=float32", f"output.path={tmp_path / 'f32'}"]

@@ -179,7 +179,7 @@ def test_a_language_model_s_prefix_goes_and_towers_stay_behind(tmp_path: Path, w
     found = tensors_of(tmp_path / "out")
     assert {name.partition(".")[0] for name in found} == {"model", "lm_head"}
     assert found["model.layers.0.linear_attn.A_log"][0] == "F32"
-    assert any("no towers for images: 1 tensors are left out" in warning for warning in report["warnings"])
+    assert any("no towers for images: 1 tensor is left out" in warning for warning in report["warnings"])
 
 
 def test_other_verbs_know_it(model: Path, tmp_path: Path, weightmill: Any) -> None:

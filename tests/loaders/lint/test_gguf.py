@@ -74,10 +74,10 @@ CASES: dict[str, tuple[Change, str, bool]] = {
     "an id of no token": (set_("tokenizer.ggml.bos_token_id", gguf.uint32(700)), "ids of no token", False),
     "no embedding": (without("token_embd.weight"), "not there: token_embd.weight", True),
     "no last norm": (without("output_norm.weight"), "not there: output_norm.weight", True),
-    "half a block": (without("blk.1.ffn_up.weight"), "1 tensors are not there: blk.1.ffn_up.weight", True),
+    "half a block": (without("blk.1.ffn_up.weight"), "1 tensor is not there: blk.1.ffn_up.weight", True),
     "more blocks": (set_("llama.block_count", gguf.uint32(3)), "9 tensors are not there: blk.2.attn_norm", True),
     "fewer blocks": (set_("llama.block_count", gguf.uint32(1)), "block_count is 1, but there are", True),
-    "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ffn_sideways.weight"), "1 tensors that llama does not", True),
+    "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ffn_sideways.weight"), "1 tensor that llama does not", True),
     "other heads": (set_("llama.attention.head_count_kv", gguf.uint32(4)), "other shapes than the metadata says", True),
     "another architecture": (set_("general.architecture", gguf.text("mamba")), "mamba is not known here", True),
 }  # fmt: skip

@@ -199,7 +199,7 @@ def test_only_the_named_tensors_come(name: str, container: str, tmp_path: Path) 
     made(container, tmp_path / "m")
     names = ["layers.2.up.weight", "layers.0.up.weight"]
     assert sorted(a_loader(name).load_weights(tmp_path / "m", names=names)) == sorted(names)
-    with pytest.raises(BadSpec, match="names: 1 tensors that .* does not have, 'layers.9'"):
+    with pytest.raises(BadSpec, match="names: 1 tensor that .* does not have, 'layers.9'"):
         list(a_loader(name).iterate_weights(tmp_path / "m", names=["layers.9"]))
 
 

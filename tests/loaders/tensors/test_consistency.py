@@ -170,9 +170,7 @@ def test_heads_may_be_listed_without_being_stored(tmp_path: Path) -> None:
 
 def test_single_entries_that_name_nothing_are_told(tmp_path: Path) -> None:
     root = write(tmp_path, model(fp8()), {**COMPRESSED, "ignore": [SECOND, "tower.fc1"]})
-    assert (
-        notes_of(root) == "config.json's quantization_config excludes 1 modules that are not there, 'tower.fc1' first"
-    )
+    assert notes_of(root) == "config.json's quantization_config excludes 1 module that is not there, 'tower.fc1' first"
 
 
 def test_an_excluded_module_that_is_quantized_is_an_error_but_for_a_head(tmp_path: Path) -> None:
@@ -224,7 +222,7 @@ def test_biases_of_zeros_that_the_model_has_not_are_dropped(
     root = write(tmp_path, model(parts), GPTQ, **config)
     assert (f"{MODULE}.bias" in tensors_in(root)) == kept
     said = notes_of(root)
-    assert ("1 biases of zeros" in said) == (not kept)
+    assert ("1 bias of zeros" in said) == (not kept)
     assert ("is not known for model_type 'no_such'" in said) == ("model_type" in config)
 
 

@@ -107,7 +107,7 @@ def test_the_sum_is_rounded_once(tmp_path: Path, weightmill: Callable[..., Ran])
     assert all(np.array_equal(new[n].data, old[n].data) for n in old if n != f"{MODULE}.weight")
     assert ran.document["adapter"]["tensors"] == 1
     assert ran.document["warnings"] == [
-        f"merged into 1 tensors: {tmp_path / 'a'} (LoRA; rank 4 (1); scaling 1.5), as the float32 sum, rounded once (it"
+        f"merged into 1 tensor: {tmp_path / 'a'} (LoRA; rank 4 (1); scaling 1.5), as the float32 sum, rounded once (it"
         " was trained on org/base)"
     ]
 
@@ -228,8 +228,8 @@ def test_a_config_that_cannot_be_merged_is_refused(tmp_path: Path, config: dict[
         (factors(inputs=32), r"\[4, 32\] and .* \[64, 4\] do not fit .*q_proj.weight \[64, 64\]"),
         (dict(list(factors().items())[:1]), "expected lora_A and lora_B in the adapter"),
         ({"base_model.model.model.embed_tokens.weight": normal(99, 64)}, "the vocabulary was resized"),
-        ({"base_model.model.score.weight": normal(2, 64)}, "1 of its tensors belong to no tensor"),
-        ({**factors(), f"base_model.model.{MODULE}.lora_diag": normal(4)}, "1 tensors of a kind that is not merged"),
+        ({"base_model.model.score.weight": normal(2, 64)}, "1 of its tensors belongs to no tensor"),
+        ({**factors(), f"base_model.model.{MODULE}.lora_diag": normal(4)}, "1 tensor of a kind that is not merged"),
         ({**factors(), f"base_model.model.{MODULE}.lora_B.bias": normal(64)}, "has no bias of the base to be added to"),
         ({f"{MODULE}.lora_A.weight": normal(4, 0)}, "its shards were not gathered"),
     ],
