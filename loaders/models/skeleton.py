@@ -148,8 +148,8 @@ def model_config(checkpoint: Checkpoint) -> Any:
         made = AutoConfig.for_model(str(plain.get("model_type")))
     except ValueError:
         raise BadSpec(
-            f"{setting('checkpoint')}: transformers does not know {model_type_said(plain)} without code of the"
-            " checkpoint's own, which is never run"
+            f"{setting('checkpoint')}: transformers has no class of its own for {model_type_said(plain)}; code that"
+            " comes with a checkpoint is never run"
         ) from None
     return type(made).from_dict(plain)
 

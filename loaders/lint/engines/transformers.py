@@ -165,7 +165,7 @@ def _class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     mappings = import_module("transformers.models.auto.modeling_auto")
     model_type, names = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str) or model_type not in known:
-        raise Unanswerable(f"does not know {model_type_said(config)} without code of the checkpoint's own")
+        raise Unanswerable(f"has no class of its own for {model_type_said(config)}")
     made = known[model_type].from_dict(dict(config))
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     named = getattr(transformers, name, None) if name.isidentifier() else None

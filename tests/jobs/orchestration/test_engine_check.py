@@ -165,3 +165,19 @@ def test_transformers_own_class_is_asked(tmp_path: Path, weightmill: Any) -> Non
     assert ran.status == 1, ran.err
     assert any("dropped, and parameters of the class: model.layers.#.self_attn.q_proj" in f["what"]
                for f in ran.document["findings"])  # fmt: skip
+
+
+@pytest.mark.quick
+def test_what_an_engine_said_is_said_and_who_was_not_asked(
+    unknown: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking(monkeypatch)
+    arguments = ("plan", f"model.path={unknown}", "check=engine", "format=json")
+    [note] = [each for each in weightmill(*arguments, "quant=fp8_dynamic").document["notes"] if "somebody" in each]
+    assert note.startswith("somebody would load this output: no fault found (vLLM was not asked); 100%")
+    ran = weightmill(*arguments, "quant=nf4")
+    [note] = [each for each in ran.document["notes"] if "somebody" in each]
+    assert note.startswith("somebody would load this output: no fault found; 100%")
+    assert not any("that the engine loads" in each for each in ran.document["warnings"])
+    # No code of hqq's can be asked.
+    assert any("that the engine loads" in each for each in weightmill(*arguments, "quant=hqq4").document["warnings"])

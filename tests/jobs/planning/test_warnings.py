@@ -40,7 +40,8 @@ def test_what_stops_bitsandbytes_on_some_cpus_is_said_aloud(
     target = make_plan(open_checkpoint(source), [Target(id="x", scheme=Bnb4("nf4", 128))], 100).targets["x"]
     [said] = target.warnings
     assert said.startswith(
-        "12 matrices (model.layers.0.mlp.gate_proj.weight [128, 64] first) stop bitsandbytes on a CPU"
+        "12 matrices (model.layers.0.mlp.gate_proj.weight [128, 64] first: its 64 columns are no multiple of its group"
+        " size, 128) stop bitsandbytes on a CPU"
     )
     assert ("such as this machine's" in said) == has
     assert make_plan(open_checkpoint(source), [Target(id="x", scheme=Bnb4("nf4"))], 100).targets["x"].warnings == ()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.making import llama_tensors, write_checkpoint
+from tests.making import llama_tensors, make_source, write_checkpoint
 
 
 @pytest.mark.quick
@@ -40,3 +40,16 @@ def test_inspect_says_what_is_tied(tmp_path: Path, weightmill: Any) -> None:
     write_safetensors(root / "model.safetensors", {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
     document = weightmill("inspect", f"model.path={root}", "format=json").document
     assert document["tied"] == [{"kept": "model.embed_tokens.weight", "tied": "lm_head.weight"}]
+
+
+@pytest.mark.quick
+def test_a_stale_description_is_said_in_the_same_words_by_every_verb(tmp_path: Path, weightmill: Any) -> None:
+    block = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    root = make_source(tmp_path / "m", quantization_config=block)
+    said = f"{root}/config.json's quantization_config says that the weights are quantized (bitsandbytes), but all are"
+    document = weightmill("inspect", root, "format=json").document
+    assert document["quantization"] is None
+    assert said in document["notes"][0]
+    assert said in weightmill("plan", f"model.path={root}").err
+    findings = weightmill("lint", root, "format=json").document["findings"]
+    assert [said in finding["what"] for finding in findings if finding["level"] == "fault"] == [True]

@@ -110,7 +110,7 @@ def test_experts_quantized_one_by_one(tmp_path: Path, weightmill: Any) -> None:
 @pytest.mark.parametrize(
     ("quant", "change", "what"),
     [
-        ("w8a8", lambda c: c["quantization_config"].update(ignore=[]), "stored plain and are not in ignore: lm_head"),
+        ("w8a8", lambda c: c["quantization_config"].update(ignore=[]), "stored plain and not in ignore: lm_head"),
         (
             "w8a8",
             lambda c: c["quantization_config"]["ignore"].append("re:.*up_proj"),

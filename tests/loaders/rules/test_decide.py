@@ -20,6 +20,7 @@ from loaders.rules.refusals import RAGGED, ragged_notes
 from loaders.rules.rule import Decision, Rule
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
+from loaders.words import size
 from tests.making import LLAMA, llama_tensors, write_checkpoint
 
 pytestmark = pytest.mark.quick
@@ -134,3 +135,24 @@ def test_a_ragged_matrix_that_a_rule_names_is_refused(tensors_in: tuple[LogicalT
 def test_none_copies_and_casts(tensors_in: tuple[LogicalTensor, ...]) -> None:
     assert set(actions(decide(tensors_in, Plain(), ())).values()) == {"keep"}
     assert set(actions(decide(tensors_in, Plain("F32"), ())).values()) == {"cast"}
+
+
+def test_a_refusal_of_ragged_rows_names_the_groups_that_fit_and_what_keeping_costs(
+    tensors_in: tuple[LogicalTensor, ...],
+) -> None:
+    with pytest.raises(BadSpec) as caught:
+        decide(tensors_in, PackedInt(4, 128, True), ())
+    said = str(caught.value)
+    assert "no multiple of group_size=128; group_size=64 divides all rows; to keep them: rules=" in said
+    [pattern] = re.findall(r'rules=.*name: "(.*)"', said)
+    kept = decide(tensors_in, PackedInt(4, 128, True), (own("keep", name=pattern),))
+    output = size(sum(part.size for d in kept if d.encoding is not None for part in d.encoding.stored.values()))
+    source = size(sum(tensor.source_bytes for tensor in tensors_in))
+    assert said.endswith(f" stay plain; the output has {output}, the source {source})")
+
+
+def test_a_rule_for_a_role_that_no_tensor_has_is_told_the_roles(tensors_in: tuple[LogicalTensor, ...]) -> None:
+    with pytest.raises(
+        BadSpec, match=r"no tensor \(role expert\); the roles of this checkpoint's tensors are attention"
+    ):
+        decide(tensors_in, Bnb4("nf4"), (own("keep", role=("expert",)),))

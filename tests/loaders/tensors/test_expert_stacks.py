@@ -203,5 +203,5 @@ def test_an_unknown_stack_stays_whole_and_is_named(tmp_path: Path) -> None:
     tensors = {**llama_tensors(), name: weights(np.ones((2, 64, 64), np.float32), "BF16")}
     root = write_checkpoint(tmp_path, tensors, config={**LLAMA, "model_type": "new"})
     found = tensors_of(open_checkpoint(root), decode=True, split=True)
-    assert name in {r.name for r in found.tensors}
+    assert {r.name: r.role for r in found.tensors}[name] == "expert"
     assert any("1 stack of experts stays whole and unquantized, " + name in note for note in found.notes)

@@ -34,7 +34,7 @@ def test_who_cannot_answer_says_why() -> None:
     pytest.importorskip("transformers")
     answer = Asking(QUESTION).wait()
     assert answer is not None
-    assert "no model type 'nobody' of its own" in answer.unanswered
+    assert "no class of its own for model_type 'nobody'" in answer.unanswered
     assert answer.findings == ()
 
 

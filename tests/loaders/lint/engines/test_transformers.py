@@ -134,5 +134,5 @@ def test_config_json_names_no_code() -> None:
     config = {**LLAMA, "auto_map": {"AutoConfig": "evil.Config"}, "_attn_implementation": "someone/kernel",
               "text_config": {"auto_map": {}, "hidden_size": 32}}  # fmt: skip
     assert cleaned(config) == {**LLAMA, "text_config": {"hidden_size": 32}}
-    with pytest.raises(Unanswerable, match="no model type 'evil'"):
+    with pytest.raises(Unanswerable, match="no class of its own for model_type 'evil'"):
         Model(cleaned({**config, "model_type": "evil", "architectures": ["LlamaForCausalLM"]}), "bitsandbytes")
