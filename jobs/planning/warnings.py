@@ -8,7 +8,7 @@ from typing import Any
 from loaders.backends.machine import has_avx512_bf16
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Layout, compressed_tensors
-from loaders.layouts.engines import builds_own_class
+from loaders.layouts.engines import builds_own_class, wants_stacks
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
 from loaders.quantization.schemes.plain import Plain
@@ -51,16 +51,10 @@ def warnings(
             f" {stacks[0].tensor.dtype.torch} ({stacks[0].tensor.name} {list(stacks[0].tensor.shape)} first):"
             f" {scheme.engine} quantizes no stack"
         )
-    if len(kept) < len(experts) and builds_own_class([scheme.engine]):
+    if len(kept) < len(experts) and builds_own_class([scheme.engine]) and wants_stacks(scheme.engine, checkpoint.family):
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
-        )
-    if quantized and scheme.engine == "bitsandbytes" and checkpoint.family.name == "llama4":
-        said.append(
-            "transformers 5.23 saves a Llama 4 quantized by bitsandbytes with these very tensors, and fails to load it"
-            " again (\"normal_kernel_cpu\" not implemented for 'Byte'): it fills quantized weights with random numbers"
-            " first; a later version may load this output, compressed-tensors (quant=fp8_dynamic) has no such fault"
         )
     said += ragged_notes(decisions)
     said += _stopping_cpu_kernel(quantized)

@@ -89,6 +89,7 @@ class Family:
     groups. `names` says what a tensor is that no row names.
     `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what
     an absent `tie_word_embeddings` means. `stacks` say how experts are stacked on disk, where they are.
+    `single_experts` are engines for which transformers replaces a stack by a linear layer for each expert matrix.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Family:
     tied: tuple[tuple[str, str], ...] = ()
     ties: bool = False
     stacks: tuple[Stack, ...] = ()
+    single_experts: tuple[str, ...] = ()
     is_generic: bool = False
     names: Generic = NAMES
 
@@ -343,6 +345,7 @@ FAMILIES = (
         tensors=TOWERS + ATTENTION + LLAMA4 + SHARED_EXPERTS + ENDS,
         tied=TIED_HEAD,
         stacks=LLAMA4_STACKS,
+        single_experts=("bitsandbytes",),
     ),
     Family(name="bert", model_types=("bert",), tensors=BERT, tied=TIED_BERT, ties=True),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loaders.architectures.families import Family
 from loaders.architectures.layers import layers_of
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import setting
@@ -24,6 +25,10 @@ EXPERTS_KEPT = (
     " by one load in transformers 4 only"
 )
 
+SINGLE_EXPERTS = Rule(
+    action="quantize", role=("expert",), shape=(None, None),
+    why="transformers makes an nn.Linear of each expert matrix of this model as it loads a quantized one",
+)  # fmt: skip
 
 CONV1D = {
     "bitsandbytes": (
@@ -78,8 +83,8 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
-    """Return the engine's own rules for a scheme."""
+def default_rules(scheme: Scheme, family: Family | None = None) -> tuple[Rule, ...]:
+    """Return the engine's own rules for a scheme, and for a family's models where the engine treats them apart."""
     if isinstance(scheme, Plain):
         if scheme.dtype is None:
             return (Rule(action="keep", why="copied as it is"),)
@@ -92,7 +97,11 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
             Rule(action="cast", why=setting("dtype"), cast_to=scheme.dtype),
         )
     assert scheme.engine in DEFAULTS, f"{scheme.engine}: write its rules here, or give its quantizations a mix"
-    return DEFAULTS[scheme.engine]
+    rules = DEFAULTS[scheme.engine]
+    if family is None or scheme.engine not in family.single_experts:
+        return rules
+    # A dtype that is no float comes first, as in every engine's rules.
+    return (rules[0], SINGLE_EXPERTS, *rules[1:])
 
 
 def left_out(names: Iterable[str], config: Mapping[str, Any]) -> tuple[Rule, ...]:
