@@ -59,7 +59,7 @@ def warnings(
     said += ragged_notes(decisions)
     said += _stopping_cpu_kernel(quantized)
     if scheme.engine == "compressed-tensors":
-        said += compressed_tensors.warnings(decisions)
+        said += compressed_tensors.warnings(decisions, checkpoint.family)
     if checkpoint.family.is_generic:
         model_type = checkpoint.config.get("model_type", "none")
         said.append(

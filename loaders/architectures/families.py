@@ -59,7 +59,8 @@ class Stack:
     `name` is the pattern for an expert's tensor: it is expanded with the match's groups, then with {expert} and {part}.
     `parts` share the dimension of outputs, one after another, or in turn if interleaved. Matrices are (experts,
     outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs). Where `is_transposed`
-    is None, the shape tells, in which one side is the model's `hidden` size.
+    is None, the shape tells, in which one side is the model's `hidden` size. With `only_vllm`, transformers has no place
+    for the experts one by one, and reads the stack alone.
     """
 
     pattern: re.Pattern[str]
@@ -68,6 +69,7 @@ class Stack:
     is_transposed: bool | None
     is_interleaved: bool = False
     is_bias: bool = False
+    only_vllm: bool = False
     hidden: int | None = None
     hidden_is_output: bool = False
 
@@ -361,13 +363,28 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return replace(GENERIC, names=Generic.of(config), stacks=_generic_stacks(config))
 
 
-def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
-    """Return the stacks of experts that transformers 5 makes, named as in most of its models.
+# Stacks of other names, whose experts llm-compressor names one by one, and vLLM reads so since August 2026: its
+# GraniteMoeModel and RoutedExperts.load_weights, GraniteMoeHybridModel.get_expert_mapping, Step3p5Model.load_weights.
+# By model type: the rest of a stack's name, and its parts.
+GRANITE_STACKS = ((r"block_sparse_moe)\.input_linear", ("gate", "up")), (r"block_sparse_moe)\.output_linear", ("down",)))
+STEP_STACKS = tuple((rf"moe)\.{part}_proj", (part,)) for part in ("gate", "up", "down"))
+OTHER_STACKS = {
+    "granitemoe": GRANITE_STACKS, "granitemoeshared": GRANITE_STACKS, "granitemoehybrid": GRANITE_STACKS,
+    "step3p5": STEP_STACKS, "step3p7": STEP_STACKS,
+}  # fmt: skip
 
-    Others, such as Granite's `input_linear`, stay whole: neither transformers nor vLLM reads their experts one by one.
-    """
+
+def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
+    """Return the stacks of experts that transformers 5 makes, named as in most of its models, and those of others."""
     hidden = text_config(config, "hidden_size")
+    others = OTHER_STACKS.get(str(config.get("model_type")), ())
     return tuple(
+        Stack(
+            pattern=re.compile(rf"(?P<layer>(?:^|.*\.){stored}\.weight$"),
+            name=r"\g<layer>.experts.{expert}.{part}_proj.weight", parts=parts, is_transposed=False, only_vllm=True,
+        )
+        for stored, parts in others
+    ) + tuple(
         Stack(
             pattern=re.compile(rf"(?P<experts>(?:^|.*\.)experts)\.{stored}(?:\.weight)?$"),
             name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=None,
