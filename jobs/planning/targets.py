@@ -141,7 +141,9 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
         BadSpec: the checkpoint has stacks, and some targets want them whole and others split.
     """
     stacks = checkpoint.family.stacks
-    wanted = {not (isinstance(t.layout, HfLayout) and wants_stacks(t.scheme.engine, checkpoint.family)) for t in targets}
+    wanted = {
+        not (isinstance(t.layout, HfLayout) and wants_stacks(t.scheme.engine, checkpoint.family)) for t in targets
+    }
     if len(wanted) == 2 and any(stack.pattern.search(w.name) for stack in stacks for w in checkpoint.weights):
         raise BadSpec(
             "quant: the checkpoint stacks its experts; transformers wants them whole, the other engines asked for one"

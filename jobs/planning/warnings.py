@@ -51,7 +51,11 @@ def warnings(
             f" {stacks[0].tensor.dtype.torch} ({stacks[0].tensor.name} {list(stacks[0].tensor.shape)} first):"
             f" {scheme.engine} quantizes no stack"
         )
-    if len(kept) < len(experts) and builds_own_class([scheme.engine]) and wants_stacks(scheme.engine, checkpoint.family):
+    if (
+        len(kept) < len(experts)
+        and builds_own_class([scheme.engine])
+        and wants_stacks(scheme.engine, checkpoint.family)
+    ):
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"
