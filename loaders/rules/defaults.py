@@ -18,7 +18,7 @@ LINEAR = ("attention", "mlp", "linear")  # the roles of linear layers that every
 # The roles of layers that are linear, too, and that some engines, or recipes for them, leave as they are.
 OTHER_LINEAR = ("vision", "linear_attention", "mtp", "fused", "sensitive")
 FUSED = "transformers joins it with others, or cuts it, as it loads, which cannot be done to packed codes"
-SENSITIVE = "the model's own class keeps it in float32, or makes it of several layers"
+SENSITIVE = "the model's own class keeps it in float32, makes it of several layers, or multiplies it group by group"
 
 EXPERTS_KEPT = (
     "transformers 5 fuses a layer's experts into one parameter, which {engine} does not quantize; experts quantized one"

@@ -357,6 +357,9 @@ def test_experts_of_a_llama_4_are_quantized_one_by_one_as_its_loader_has_them(
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     found, wanted = logits(model).float(), logits(plain).float()
     assert ((found - wanted).norm() / wanted.norm()).item() < most
+    from loaders.models import load_model_and_tokenizer
+
+    assert torch.equal(logits(load_model_and_tokenizer(tmp_path / "out", "cpu")[0]).float(), found)
 
 
 def test_a_llama_4_as_transformers_saves_it_is_a_fault_to_lint(tmp_path: Path, weightmill: Any) -> None:
