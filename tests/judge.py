@@ -46,7 +46,7 @@ FEW_EXPERTS = 8  # as many as Mixtral has, for which llama.cpp has rules of its 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one plan is worth. `share` is of the weights that the engine's recipe quantizes, `stays` why less than all."""
+    """What one plan is worth. `share` is of the weights that the engine's recipe quantizes, `stays` says why so few."""
 
     verdict: Literal["right", "wrong", "refused", "not judged"]
     why: tuple[str, ...] = ()

@@ -33,10 +33,10 @@ def engine_to_ask(planned: Planned, *, always: bool = False) -> str | None:
 
 def why_ask(planned: Planned) -> str | None:
     """Return what no table here knows of a plan's model; None if all of it is known."""
-    checkpoint, sources = planned.plan.checkpoint, planned.plan.sources
-    # A GGUF that stays one has llama.cpp's own names.
-    names = () if planned.target.target.container.name == "gguf" else [tensor.name for tensor in sources.tensors]
-    return unfamiliar(checkpoint.family, names)
+    family, made = planned.plan.checkpoint.family, planned.target
+    # A GGUF that stays one has llama.cpp's own names; layers that config.json does not count are no part of the model.
+    names = [d.tensor.name for d in made.decisions if d.action != "drop" or d.rule.label]
+    return unfamiliar(family, () if made.target.container.name == "gguf" else names)
 
 
 def question_about(planned: Planned, engine: str) -> Question:

@@ -27,23 +27,25 @@ def unfamiliar(family: Family, names: Sequence[str]) -> str | None:
     return _lacking(names)
 
 
-def _is_expert(name: str) -> bool:
-    return ".experts." in name
-
-
 def _lacking(names: Iterable[str]) -> str | None:
-    """Return which layer lacks tensors that another one has, which has all of its own, too; None if none does."""
+    """Return which layer lacks tensors that others have, which have all of its own, too; None if none does.
+
+    What fewer layers have than lack it proves nothing: the last may be one for multi-token prediction.
+    """
     layers: dict[str, set[str]] = {}
     for name in names:
         if match := LAYER.match(name):
             layers.setdefault(match["layer"], set()).add(match["rest"])
-    first: dict[tuple[str, frozenset[str]], str] = {}
+    alike: dict[tuple[str, frozenset[str]], list[str]] = {}
     for layer, rest in layers.items():
-        first.setdefault((layer.rpartition(".")[0], frozenset(rest)), layer)
-    for (stem, found), layer in first.items():
-        for (other_stem, more), other in first.items():
-            # A layer without any expert, beside some with experts, is a dense one.
-            is_dense = not any(map(_is_expert, found)) and any(map(_is_expert, more))
-            if stem == other_stem and found < more and not is_dense:
-                return f"{layer} lacks {patterns(sorted(more - found))} of {other}"
+        alike.setdefault((layer.rpartition(".")[0], frozenset(rest)), []).append(layer)
+    for (stem, found), lacking in alike.items():
+        for (other_stem, more), having in alike.items():
+            if stem == other_stem and found < more and len(having) >= len(lacking) and not _is_dense(found, more):
+                return f"{lacking[0]} lacks {patterns(sorted(more - found))} of {having[0]}"
     return None
+
+
+def _is_dense(found: Iterable[str], more: Iterable[str]) -> bool:
+    """Whether a layer has no expert at all, beside one that has some."""
+    return not any(".experts." in name for name in found) and any(".experts." in name for name in more)
