@@ -47,11 +47,12 @@ FEW_EXPERTS = 8  # as many as Mixtral has, for which llama.cpp has rules of its 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one plan is worth. `share` is of the weights that the engine's recipe quantizes."""
+    """What one plan is worth. `share` is of the weights that the engine's recipe quantizes, `stays` says why so few."""
 
     verdict: Literal["right", "wrong", "refused", "not judged"]
     why: tuple[str, ...] = ()
     share: float = 1.0
+    stays: str = ""
 
 
 Verdicts = dict[str, dict[str, Verdict]]  # by layout and quant
@@ -120,7 +121,9 @@ def asked(planned: Any) -> Verdict:
     if answer.unanswered:
         return Verdict("not judged", (reason(re.sub(r"(?<=\w) \d+(?:\.\d+)+", "", answer.unanswered), Path("/")),))
     faults = tuple(finding.what for finding in answer.faults)
-    return Verdict("wrong" if faults else "right", faults, answer.share)
+    decisions = planned.target.decisions
+    stays = next((d.rule.why for d in decisions if d.tensor.name == answer.left), "") if answer.share < GOAL else ""
+    return Verdict("wrong" if faults else "right", faults, answer.share, stays)
 
 
 def _by_types(planned: Any, quant: str, floats: Any, folder: Path, found: Verdict) -> Verdict:
@@ -222,9 +225,11 @@ def _in_quants(having: Collection[str], quants: Sequence[str]) -> str:
 def _said(verdict: Verdict, notes: Notes) -> str:
     if verdict.verdict in ("refused", "not judged"):
         return f"{verdict.verdict} ({notes.number(verdict.why[0])})"
-    share = f", {verdict.share:.0%} of the recipe" if verdict.share < GOAL else ""
     note = f" ({notes.number(reason(verdict.why[0], Path('/')))})" if verdict.verdict == "wrong" else ""
-    return verdict.verdict + note + share
+    if verdict.share >= GOAL:
+        return verdict.verdict + note
+    why = f" ({notes.number(f'what stays most: {verdict.stays}')})" if verdict.stays else ""
+    return f"{verdict.verdict}{note}, {verdict.share:.0%} of the recipe{why}"
 
 
 # --- all

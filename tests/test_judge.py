@@ -16,7 +16,6 @@ from tests.readme import table_of
 
 # Layouts that are the only ones of their types, one right, one with a tied head, one an encoder, one a small mixture.
 AGAIN = ("olmo-2-7b", "smollm3-3b", "gte-small", "olmoe-1b-7b")
-CELL = "right in `fp8_dynamic`, `nvfp4a16`; right, 50% of the recipe in `w4a16`"
 NUMBER = re.compile(r" \(\d+\)")
 
 
@@ -46,7 +45,7 @@ def test_what_is_judged_again_is_what_the_table_says(name: str, tmp_path: Path) 
 @pytest.mark.quick
 def test_types_of_which_the_same_is_true_share_a_row() -> None:
     right, refused = Verdict("right"), Verdict("refused", ("nobody knows it",))
-    few = Verdict("right", share=0.5)
+    few = Verdict("right", share=0.5, stays="too dear")
     shown = table(
         {
             "olmo-2-7b": dict.fromkeys(QUANTS, right),
@@ -59,12 +58,19 @@ def test_types_of_which_the_same_is_true_share_a_row() -> None:
         "olmo2": ["right"] * 4,
         "phi": [
             "right",
-            "right in `fp8_dynamic`, `nvfp4a16`; right, 50% of the recipe in `w4a16`",
+            "right in `fp8_dynamic`, `nvfp4a16`; right, 50% of the recipe (1) in `w4a16`",
             "right",
-            "refused (1)",
+            "refused (2)",
         ],
     }
-    assert shown.splitlines()[-1] == "(1) nobody knows it."
+    assert shown.splitlines()[-1] == "(1) what stays most: too dear; (2) nobody knows it."
+
+
+@pytest.mark.quick
+def test_every_share_of_a_recipe_in_the_table_has_a_reason() -> None:
+    shown = table_of("engines")
+    assert re.findall(r"% of the recipe(?! \(\d+\))", shown) == []
+    assert all(f"({number}) what stays most: " in shown for number in re.findall(r"% of the recipe \((\d+)\)", shown))
 
 
 @pytest.mark.quick

@@ -1,7 +1,7 @@
 """Asking an output's engine about the plan before anything is written: would its own class load these names?
 
-Only models are asked about that no table here knows. The engine's code runs in a process of its own, so that a job
-imports no torch; see `loaders.lint.engines`.
+Only models are asked about of which not all is in a table here. The engine's code runs in a process of its own, so that
+a job imports no torch; see `loaders.lint.engines`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jobs.report import result
 from loaders.architectures.gguf import architecture_of
 from loaders.errors import BadSpec
 from loaders.lint import lint_source
-from loaders.lint.engines import Answer, Asking, Question, engine_of, is_tabled, question_of, share_quantized
+from loaders.lint.engines import Answer, Asking, Question, engine_of, question_of, share_quantized, unfamiliar
 from loaders.lint.engines.base import FEW
 from loaders.words import counted, model_type_said
 
@@ -26,10 +26,18 @@ SILENT_S = 2.0  # how long a job waits for the answer before it says so
 def engine_to_ask(planned: Planned, *, always: bool = False) -> str | None:
     """Return the engine to ask about a plan; None if there is none, or a table knows the model (but `always`)."""
     checkpoint, made = planned.plan.checkpoint, planned.target
-    is_needed = always or not is_tabled(checkpoint.family)
-    if planned.done is not None or not is_needed or not (made.config or checkpoint.config):
+    if planned.done is not None or not (made.config or checkpoint.config):
         return None
-    return engine_of(made.target.layout.name, made.target.scheme)
+    engine = engine_of(made.target.layout.name, made.target.scheme)
+    return engine if engine is None or always or why_ask(planned) is not None else None
+
+
+def why_ask(planned: Planned) -> str | None:
+    """Return what no table here knows of a plan's model; None if all of it is known."""
+    family, made = planned.plan.checkpoint.family, planned.target
+    # A GGUF that stays one has llama.cpp's own names; layers that config.json does not count are no part of the model.
+    names = [d.tensor.name for d in made.decisions if d.action != "drop" or d.rule.label]
+    return unfamiliar(family, () if made.target.container.name == "gguf" else names)
 
 
 def question_about(planned: Planned, engine: str) -> Question:
@@ -113,14 +121,14 @@ def _check_source(planned: Planned) -> None:
 
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
     """Ask about a plan if that is wanted; returns the answer, and what a plan notes about it."""
-    engine, model_type = engine_to_ask(planned), model_type_said(planned.plan.checkpoint.config)
+    engine, about = engine_to_ask(planned), model_type_said(planned.plan.checkpoint.config)
     if engine is None:
-        why = f"{model_type} is known here" if is_tabled(planned.plan.checkpoint.family) else "there is none to ask"
+        why = f"{about} is known here" if why_ask(planned) is None else "there is none to ask"
         return Answer(), [f"no engine was asked: {why}"] if is_wanted else []
     if not is_wanted:
         return Answer(), [
-            f"{model_type} is not known here, and {engine} was not asked whether it loads this output: add"
-            f" check=engine; run always asks; {share(planned)}"
+            f"{about}: {why_ask(planned)}; {engine} was not asked whether it loads this output: add check=engine; run"
+            f" always asks; {share(planned)}"
         ]
     with asking([planned]) as [each]:
         answer = each.answer() or Answer()

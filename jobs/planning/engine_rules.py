@@ -16,7 +16,11 @@ def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tu
 
     What the model of config.json does not have is dropped first, except from a copy, which leaves all as it is.
     """
-    usual = default_rules(target.scheme) if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
+    mix = target.mix
+    if mix is None:
+        usual = default_rules(target.scheme, checkpoint.family)
+    else:
+        usual = mix.rules(sources.tensors, checkpoint.config)
     is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
     if is_copy or checkpoint.container == "gguf":
         return usual

@@ -10,7 +10,8 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
 from loaders.containers.packed import EXPERTS
 from loaders.errors import BadSpec
-from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS, Layout, Naming
+from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Naming
+from loaders.layouts.engines import wants_stacks
 from loaders.layouts.hf import HfLayout
 from loaders.presets.settings import Bnb4Quant
 from loaders.quantization.scheme import Scheme
@@ -139,8 +140,10 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     Raises:
         BadSpec: the checkpoint has stacks, and some targets want them whole and others split.
     """
-    wanted = {not (t.scheme.engine in WHOLE_STACKS and isinstance(t.layout, HfLayout)) for t in targets}
     stacks = checkpoint.family.stacks
+    wanted = {
+        not (isinstance(t.layout, HfLayout) and wants_stacks(t.scheme.engine, checkpoint.family)) for t in targets
+    }
     if len(wanted) == 2 and any(stack.pattern.search(w.name) for stack in stacks for w in checkpoint.weights):
         raise BadSpec(
             "quant: the checkpoint stacks its experts; transformers wants them whole, the other engines asked for one"

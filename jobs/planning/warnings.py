@@ -8,7 +8,7 @@ from typing import Any
 from loaders.backends.machine import has_avx512_bf16
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Layout, compressed_tensors
-from loaders.layouts.engines import builds_own_class
+from loaders.layouts.engines import builds_own_class, wants_stacks
 from loaders.lint.engines import engine_of
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
@@ -34,18 +34,12 @@ def warnings(
     if not quantized and layout.name != "gguf":
         said.append("nothing is quantized: no tensor is one that the engine and your rules let be quantized")
     if layout.name != "gguf":
-        said += _experts(scheme, decisions)
-    if quantized and scheme.engine == "bitsandbytes" and checkpoint.family.name == "llama4":
-        said.append(
-            "transformers 5.23 saves a Llama 4 quantized by bitsandbytes with these very tensors, and fails to load it"
-            " again (\"normal_kernel_cpu\" not implemented for 'Byte'): it fills quantized weights with random numbers"
-            " first; a later version may load this output, compressed-tensors (quant=fp8_dynamic) has no such fault"
-        )
+        said += _experts(checkpoint, scheme, decisions)
     said += ragged_notes(decisions)
     said += _stopping_cpu_kernel(quantized)
     said += _grown(decisions)
     if scheme.engine == "compressed-tensors":
-        said += compressed_tensors.warnings(decisions)
+        said += compressed_tensors.warnings(decisions, checkpoint.family)
     if checkpoint.family.is_generic:
         # Where an engine can be asked, what it said, or that it was not asked, stands beside the plan.
         is_asked = engine_of(layout.name, scheme) is not None
@@ -59,7 +53,7 @@ def warnings(
     return said
 
 
-def _experts(scheme: Scheme, decisions: Sequence[Decision]) -> list[str]:
+def _experts(checkpoint: Checkpoint, scheme: Scheme, decisions: Sequence[Decision]) -> list[str]:
     """Return warnings about experts: those that stay, and those that transformers 5 does not load."""
     said = []
     total = sum(d.tensor.source_bytes for d in decisions)
@@ -82,7 +76,8 @@ def _experts(scheme: Scheme, decisions: Sequence[Decision]) -> list[str]:
             f"mixture of experts: {counted(len(stacks), 'stack')} of experts, {share:.0%} of the weights,"
             f" {_stay(stacks)} {first.dtype.torch} ({first.name} {list(first.shape)} first): {stacks[0].rule.why}"
         )
-    if len(kept) < len(experts) and builds_own_class([scheme.engine]):
+    is_stacked = builds_own_class([scheme.engine]) and wants_stacks(scheme.engine, checkpoint.family)
+    if len(kept) < len(experts) and is_stacked:
         said.append(
             "experts are quantized one by one, as you ask: transformers 4 (and tools built on it) load them;"
             " transformers 5 fuses experts and fails on such names with a size mismatch"

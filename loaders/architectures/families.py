@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loaders.architectures.generic import Generic, block_of, group_of
+from loaders.architectures.stacks import GPT_OSS_STACKS, LLAMA4_STACKS, Stack, generic_stacks
 from loaders.dtypes import DTYPES, DType, Shape
 
 ROLES = {
@@ -53,35 +54,6 @@ class Traits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
-    """A stored tensor that holds all experts of a layer, and how to cut it into the experts' tensors.
-
-    `name` is the pattern for an expert's tensor: it is expanded with the match's groups, then with {expert} and {part}.
-    `parts` share the dimension of outputs, one after another, or in turn if interleaved. Matrices are (experts,
-    outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs). Where `is_transposed`
-    is None, the shape tells, in which one side is the model's `hidden` size.
-    """
-
-    pattern: re.Pattern[str]
-    name: str
-    parts: tuple[str, ...]
-    is_transposed: bool | None
-    is_interleaved: bool = False
-    is_bias: bool = False
-    hidden: int | None = None
-    hidden_is_output: bool = False
-
-    def transposed(self, shape: Shape) -> bool | None:
-        """Whether a stack of this shape is transposed; None if its shape does not tell."""
-        if self.is_transposed is not None or len(shape) != 3:
-            return self.is_transposed
-        is_hidden = shape[1] == self.hidden, shape[2] == self.hidden
-        if is_hidden[0] == is_hidden[1]:
-            return None
-        return is_hidden[1] if self.hidden_is_output else is_hidden[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """The names of the tensors of some model types.
 
@@ -89,6 +61,7 @@ class Family:
     groups. `names` says what a tensor is that no row names.
     `tied` rows are (the name that stays, the name that goes) where config.json ties embeddings; `ties` is what
     an absent `tie_word_embeddings` means. `stacks` say how experts are stacked on disk, where they are.
+    `single_experts` are engines for which transformers replaces a stack by a linear layer for each expert matrix.
     """
 
     name: str
@@ -97,6 +70,7 @@ class Family:
     tied: tuple[tuple[str, str], ...] = ()
     ties: bool = False
     stacks: tuple[Stack, ...] = ()
+    single_experts: tuple[str, ...] = ()
     is_generic: bool = False
     names: Generic = NAMES
 
@@ -107,6 +81,10 @@ class Family:
             if match:
                 return Traits(role, match.expand(block), None if group is None else match.expand(group))
         return Traits(self.names.role(name, shape), block_of(name), group_of(name) if self.is_generic else None)
+
+    def has_row(self, name: str) -> bool:
+        """Whether the table names a tensor."""
+        return any(pattern.search(name) for pattern, *_ in self.tensors)
 
     def tied_pairs(self, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         """Return the (kept, dropped) names that the engine ties for this config."""
@@ -192,6 +170,9 @@ MLA = _rows(
         r"\g<layer>.self_attn.qkv_a",
     ),
     (LAYER + r"self_attn\.indexer\.weights_proj\.weight$", "sensitive", r"\g<layer>.self_attn", None),
+    (LAYER + r"self_attn\.indexer\.(?:wq_b|wk)\.weight$", "linear", r"\g<layer>", None),
+    (LAYER + r"self_attn\.indexer\.k_norm\.weight$", "norm", r"\g<layer>", None),
+    (LAYER + r"self_attn\.indexer\.k_norm\.bias$", "bias", r"\g<layer>", None),
     (LAYER + r"self_attn\.(?:q_b|kv_b|q)_proj\.weight$", "attention", r"\g<layer>.self_attn", None),
     (LAYER + r"self_attn\.(?:q_a_proj|kv_a_proj_with_mqa)\.bias$", "bias", r"\g<layer>.self_attn", None),
     (LAYER + r"self_attn\.(?:q_a|kv_a)_layernorm\.weight$", "norm", r"\g<layer>.self_attn", None),
@@ -258,6 +239,13 @@ BERT = _rows(
     (r"(?:^|\.)predictions\.transform\.dense\.weight$", "linear", "predictions", None),
     (r"(?:^|\.)predictions\.transform\.LayerNorm\.(?:weight|bias|gamma|beta)$", "norm", "predictions", None),
     (r"(?:^|\.)(?:classifier|seq_relationship|qa_outputs)\.weight$", "linear", "classifier", None),
+    (r"^(?P<name>(?:.*\.)?(?:pooler|transform)\.dense\.bias)$", "bias", r"\g<name>", None),
+    (
+        r"^(?P<name>(?:.*\.)?(?:predictions(?:\.decoder)?|classifier|seq_relationship|qa_outputs)\.bias)$",
+        "bias",
+        r"\g<name>",
+        None,
+    ),
 )
 TIED_HEAD = (("model.embed_tokens.weight", "lm_head.weight"),)
 TIED_GEMMA = (
@@ -265,32 +253,6 @@ TIED_GEMMA = (
     ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
     ("model.language_model.embed_tokens.weight", "lm_head.weight"),
 )
-GPT_OSS_STACK = r"(?P<experts>(?:^|.*\.)mlp\.experts)\."
-GPT_OSS_STACKS = (
-    Stack(
-        pattern=re.compile(GPT_OSS_STACK + "gate_up_proj$"), name=r"\g<experts>.{expert}.{part}_proj.weight",
-        parts=("gate", "up"), is_transposed=True, is_interleaved=True,
-    ),
-    Stack(
-        pattern=re.compile(GPT_OSS_STACK + "down_proj$"), name=r"\g<experts>.{expert}.{part}_proj.weight",
-        parts=("down",), is_transposed=True,
-    ),
-    Stack(
-        pattern=re.compile(GPT_OSS_STACK + "gate_up_proj_bias$"), name=r"\g<experts>.{expert}.{part}_proj.bias",
-        parts=("gate", "up"), is_transposed=True, is_interleaved=True, is_bias=True,
-    ),
-    Stack(
-        pattern=re.compile(GPT_OSS_STACK + "down_proj_bias$"), name=r"\g<experts>.{expert}.{part}_proj.bias",
-        parts=("down",), is_transposed=True, is_bias=True,
-    ),
-)  # fmt: skip
-LLAMA4_STACKS = tuple(
-    Stack(
-        pattern=re.compile(rf"(?P<experts>(?:^|.*\.)feed_forward\.experts)\.{stored}$"),
-        name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=True,
-    )
-    for stored, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",)))
-)  # fmt: skip
 TIED_BERT = (
     ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
     ("cls.predictions.bias", "cls.predictions.decoder.bias"),
@@ -343,6 +305,7 @@ FAMILIES = (
         tensors=TOWERS + ATTENTION + LLAMA4 + SHARED_EXPERTS + ENDS,
         tied=TIED_HEAD,
         stacks=LLAMA4_STACKS,
+        single_experts=("bitsandbytes",),
     ),
     Family(name="bert", model_types=("bert",), tensors=BERT, tied=TIED_BERT, ties=True),
 )
@@ -355,23 +318,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    return replace(GENERIC, names=Generic.of(config), stacks=_generic_stacks(config))
-
-
-def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
-    """Return the stacks of experts that transformers 5 makes, named as in most of its models.
-
-    Others, such as Granite's `input_linear`, stay whole: neither transformers nor vLLM reads their experts one by one.
-    """
-    hidden = text_config(config, "hidden_size")
-    return tuple(
-        Stack(
-            pattern=re.compile(rf"(?P<experts>(?:^|.*\.)experts)\.{stored}(?:\.weight)?$"),
-            name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=None,
-            hidden=hidden if isinstance(hidden, int) else None, hidden_is_output=is_output,
-        )
-        for stored, parts, is_output in (("gate_up_proj", ("gate", "up"), False), ("down_proj", ("down",), True))
-    )  # fmt: skip
+    return replace(
+        GENERIC,
+        names=Generic.of(config),
+        stacks=generic_stacks(config.get("model_type"), text_config(config, "hidden_size")),
+    )
 
 
 def natural_key(text: str) -> str:

@@ -201,10 +201,20 @@ def activations_of(scheme: Scheme) -> dict[str, Any] | None:
 # --- warnings
 
 
-def warnings(decisions: Sequence[Decision]) -> list[str]:
+def warnings(decisions: Sequence[Decision], family: Family) -> list[str]:
     """Return what transformers 5.23 with compressed-tensors 0.20, or vLLM, do with the output unexpectedly."""
     found = quantized(decisions)
-    return [*_transformers(found), *_dtypes(found), *_fused(decisions)]
+    return [*_single_experts(decisions, family), *_transformers(found), *_dtypes(found), *_fused(decisions)]
+
+
+def _single_experts(decisions: Sequence[Decision], family: Family) -> Iterator[str]:
+    is_single = any(d.tensor.role == "expert" and d.action != "drop" for d in decisions)
+    if is_single and any(stack.only_vllm for stack in family.stacks):
+        yield (
+            "experts are named one by one, as llm-compressor does and vLLM reads them since August 2026; transformers"
+            " 5.23 knows only stacks of them in this model, and fills in random numbers: for transformers choose a"
+            " quant of bitsandbytes, which leaves the stacks whole"
+        )
 
 
 def _transformers(found: Sequence[Decision]) -> Iterator[str]:

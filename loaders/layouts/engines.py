@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from loaders.architectures.families import Family
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
@@ -30,6 +32,11 @@ ENGINES = {
     "mlx": Engine(layout="mlx", method="mlx"),
     "ggml": Engine(layout="gguf", method="gguf"),
 }
+
+
+def wants_stacks(engine: str, family: Family) -> bool:
+    """Whether an output for this engine has the stacks of experts of this family whole, and not cut into experts."""
+    return ENGINES[engine].whole_stacks and engine not in family.single_experts
 
 
 def builds_own_class(engines: Iterable[str]) -> bool:

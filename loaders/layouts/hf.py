@@ -18,7 +18,7 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
-from loaders.layouts.engines import builds_own_class
+from loaders.layouts.engines import builds_own_class, wants_stacks
 from loaders.layouts.inside_names import skip_names, tied_heads
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
@@ -82,12 +82,13 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     _check_converted(decisions, config)
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
     family = family_of(config)
-    wants_stacks = bool(family.stacks) and not family.is_generic and builds_own_class(engines)
+    is_whole = builds_own_class(engines) and all(wants_stacks(engine, family) for engine in engines)
+    is_stacked = bool(family.stacks) and not family.is_generic and is_whole
     for decision in decisions:
         tensor, encoding = decision.tensor, decision.encoding
         if encoding is None:
             continue
-        if wants_stacks and SINGLE.search(tensor.name):
+        if is_stacked and SINGLE.search(tensor.name):
             raise BadSpec(
                 f"{setting('layout')}: transformers' {config['model_type']} holds experts in stacks, and this source"
                 " has them"

@@ -19,7 +19,7 @@ SKIP_KEYS = {"bitsandbytes": "llm_int8_skip_modules", "bitnet": "modules_to_not_
 def check(subject: Subject) -> Iterator[Finding]:
     """Yield the problems that transformers would have with a checkpoint of bitsandbytes or BitNet."""
     block: Mapping[str, Any] = subject.config["quantization_config"]
-    method = str(subject.checkpoint.quantized_by)
+    method = _method(subject)
     key = SKIP_KEYS[method]
     skip = block.get(key)
     if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
@@ -31,11 +31,16 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield from _bitsandbytes(subject)
 
 
+def _method(subject: Subject) -> str:
+    return str(subject.checkpoint.quantized_by)
+
+
 def _skip_list(subject: Subject, key: str, skip: Sequence[str] | None) -> Iterator[Finding]:
     def is_left_alone(tensor: LogicalTensor) -> bool:
         return tensor.role in DEFAULT_HEADS if skip is None else is_skipped(module(tensor), skip)
 
-    linears = [tensor for tensor in subject.linears if tensor.role != "expert"]
+    is_single = _method(subject) in subject.checkpoint.family.single_experts
+    linears = [tensor for tensor in subject.linears if is_single or tensor.role != "expert"]
     bare = [module(r) for r in linears if r.decode is None and not is_left_alone(r)]
     if bare:
         yield fault(
@@ -55,8 +60,18 @@ def _skip_list(subject: Subject, key: str, skip: Sequence[str] | None) -> Iterat
 
 
 def _experts(subject: Subject) -> Iterator[Finding]:
-    experts = [module(r) for r in subject.sources.tensors if r.role == "expert" and r.decode is not None]
-    if experts:
+    found = [r for r in subject.sources.tensors if r.role == "expert"]
+    experts = [module(r) for r in found if r.decode is not None]
+    if _method(subject) in subject.checkpoint.family.single_experts:
+        if stacks := [module(r) for r in found if len(r.shape) == 3]:
+            yield fault(
+                "transformers",
+                f"{len(stacks)} stacks of experts: {some(stacks)}",
+                "makes a linear layer of each expert matrix, finds none of their weights, and stops or fills in random"
+                " numbers",
+                "quantize the plain model anew",
+            )
+    elif experts:
         yield fault(
             "transformers 5",
             f"{counted(len(experts), 'expert is', 'experts are')} quantized one by one: {some(experts)}",

@@ -12,13 +12,15 @@ from loaders.backends.devices import NAMES, Backend, backend, best
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.layouts import BY_ENGINE, LAYOUTS, WHOLE_STACKS
+from loaders.layouts import BY_ENGINE, LAYOUTS
+from loaders.layouts.engines import wants_stacks
 from loaders.loading.config import LoadConfig
 from loaders.loading.load import open_weights
 from loaders.presets.catalog import preset
 from loaders.presets.settings import Quant
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.defaults import default_rules
 from loaders.specs import TensorSpec
 from loaders.storage import local
 from loaders.strategies.auto import choose
@@ -237,11 +239,13 @@ def planned_bytes(
     """
     scheme = quant.scheme
     is_copy = scheme == Plain()
-    how, known = (not is_copy, scheme.engine not in WHOLE_STACKS), {} if known is None else known
+    family = checkpoint.family
+    how, known = (not is_copy, not wants_stacks(scheme.engine, family)), {} if known is None else known
     if how not in known:
         known[how] = tensors_of(checkpoint, decode=how[0], split=how[1])
     sources = known[how]
-    rules = None if quant.mix is None else quant.mix.rules(sources.tensors, checkpoint.config)
+    mix = quant.mix
+    rules = default_rules(scheme, family) if mix is None else mix.rules(sources.tensors, checkpoint.config)
     decisions = decide(sources.tensors, scheme, (), rules)
     layout = LAYOUTS[BY_ENGINE[scheme.engine]]
     placed = layout.place(checkpoint, decisions)

@@ -10,6 +10,8 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,6 +83,9 @@ def skeleton_of(
     if any(buffer.is_meta for buffer in model.buffers()):
         with BUILDING:
             model = auto.from_config(config, dtype=wanted, **options)
+    if checkpoint.quantized_by in checkpoint.family.single_experts:
+        with BUILDING:
+            make_experts_single(model, checkpoint.quantized_by, wanted)
     forget(model)
     model.eval()
     keep_in_float32(model, wanted)
@@ -88,6 +93,18 @@ def skeleton_of(
     for name, original in tied.items():
         set_parameter(model, name, model.get_parameter(original))
     return Skeleton(model, parameters, tied)
+
+
+def make_experts_single(model: Any, method: str | None, dtype: torch.dtype) -> None:
+    """Replace stacks of experts by the linear layers that transformers makes of them in a quantized model."""
+    quantizer: Any = import_module("transformers.quantizers.base").HfQuantizer
+    asked = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        quantizer._convert_model_for_quantization(asked, model)
+    finally:
+        torch.set_default_dtype(before)
 
 
 class EmptyOnMeta(TorchFunctionMode):

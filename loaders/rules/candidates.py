@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal, get_args
 
+from loaders.architectures.families import family_of
 from loaders.errors import BadSpec, setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.ggml import TYPES
@@ -96,7 +97,7 @@ class CandidateMix:
     mix: Mix | None
 
     def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        usual = default_rules(self.scheme) if self.mix is None else self.mix.rules(tensors, config)
+        usual = default_rules(self.scheme, family_of(config)) if self.mix is None else self.mix.rules(tensors, config)
         refused = {
             tensor.name
             for tensor in tensors

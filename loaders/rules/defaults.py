@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loaders.architectures.families import Family
 from loaders.architectures.layers import layers_of
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import setting
@@ -17,13 +18,18 @@ LINEAR = ("attention", "mlp", "linear")  # the roles of linear layers that every
 # The roles of layers that are linear, too, and that some engines, or recipes for them, leave as they are.
 OTHER_LINEAR = ("vision", "linear_attention", "mtp", "fused", "sensitive")
 FUSED = "transformers joins it with others, or cuts it, as it loads, which cannot be done to packed codes"
-SENSITIVE = "the model's own class keeps it in float32, or makes it of several layers"
+SENSITIVE = "the model's own class keeps it in float32, makes it of several layers, or multiplies it group by group"
 
 EXPERTS_KEPT = (
     "transformers 5 fuses a layer's experts into one parameter, which {engine} does not quantize; experts quantized one"
     " by one load in transformers 4 only"
 )
 STACKS_KEPT = "transformers holds a layer's experts in one stack, and {engine} quantizes linear layers only"
+
+SINGLE_EXPERTS = Rule(
+    action="quantize", role=("expert",), shape=(None, None),
+    why="transformers makes an nn.Linear of each expert matrix of this model as it loads a quantized one",
+)  # fmt: skip
 
 CONV1D = {
     "bitsandbytes": (
@@ -85,8 +91,8 @@ DEFAULTS: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
-    """Return the engine's own rules for a scheme."""
+def default_rules(scheme: Scheme, family: Family | None = None) -> tuple[Rule, ...]:
+    """Return the engine's own rules for a scheme, and for a family's models where the engine treats them apart."""
     if isinstance(scheme, Plain):
         if scheme.dtype is None:
             return (Rule(action="keep", why="copied as it is"),)
@@ -99,7 +105,11 @@ def default_rules(scheme: Scheme) -> tuple[Rule, ...]:
             Rule(action="cast", why=setting("dtype"), cast_to=scheme.dtype),
         )
     assert scheme.engine in DEFAULTS, f"{scheme.engine}: write its rules here, or give its quantizations a mix"
-    return DEFAULTS[scheme.engine]
+    rules = DEFAULTS[scheme.engine]
+    if family is None or scheme.engine not in family.single_experts:
+        return rules
+    # A dtype that is no float comes first, as in every engine's rules.
+    return (rules[0], SINGLE_EXPERTS, *rules[1:])
 
 
 def left_out(names: Iterable[str], config: Mapping[str, Any]) -> tuple[Rule, ...]:

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from loaders.architectures.families import Family, Stack
+from loaders.architectures.families import Family
+from loaders.architectures.stacks import Stack
 from loaders.dtypes import Shape, row_major
 from loaders.errors import BadCheckpoint
 from loaders.tensors.logical_tensor import LogicalTensor, Window

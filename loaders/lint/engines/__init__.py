@@ -1,6 +1,6 @@
 """Asking an engine's own code about an output before it is written, in a process of its own beside the job.
 
-What types of models need it: those that no table here holds, which a test holds against the engine. See `is_tabled`.
+Models need it of which not all is in a table here, which a test holds against the engine. See `unfamiliar`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,20 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from loaders.architectures.families import Family
 from loaders.lint.engines.base import Answer, PlannedTensor, Question
+from loaders.lint.engines.tables import unfamiliar
 from loaders.places import ROOT
 from loaders.quantization.scheme import Scheme
 from loaders.rules.rule import Decision
 from loaders.specs import Slot
 
-__all__ = ["Answer", "Asking", "PlannedTensor", "Question", "engine_of", "is_tabled", "question_of", "share_quantized"]
+__all__ = ["Answer", "Asking", "PlannedTensor", "Question", "engine_of", "question_of", "share_quantized", "unfamiliar"]
 
 SECONDS = 300.0  # how long an engine may take to answer
 AT_ONCE = 2  # processes that answer at the same time
 BY_LAYOUT = {"mlx": "mlx", "gguf": "ggml"}
 HF_ENGINES = ("bitsandbytes", "bitnet", "compressed-tensors")
 NOT_OF_A_SHARE = ("embedding", "head")  # roles that every engine may keep
-
-
-def is_tabled(family: Family) -> bool:
-    """Whether the names of a family's models are in a table here that a test holds against the engines."""
-    return not family.is_generic
 
 
 def engine_of(layout: str, scheme: Scheme) -> str | None:

@@ -71,13 +71,15 @@ class Answer:
     """What an engine's code makes of a planned output.
 
     by: the code that was asked: a class, its package and version. unanswered: why nobody could be asked, else empty.
-    recipe: weights that the engine's published recipe quantizes, and how many of them the plan does.
+    recipe: weights that the engine's published recipe quantizes, and how many of them the plan does. left: the largest
+    tensor of those that the plan does not quantize.
     """
 
     by: str = ""
     findings: tuple[Finding, ...] = ()
     unanswered: str = ""
     recipe: tuple[int, int] = (0, 0)
+    left: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -86,7 +88,7 @@ class Answer:
     def from_json(text: str) -> Answer:
         made = json.loads(text)
         findings = tuple(Finding(**finding) for finding in made["findings"])
-        return Answer(made["by"], findings, made["unanswered"], (made["recipe"][0], made["recipe"][1]))
+        return Answer(made["by"], findings, made["unanswered"], (made["recipe"][0], made["recipe"][1]), made["left"])
 
     @property
     def faults(self) -> list[Finding]:

@@ -40,6 +40,7 @@ EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 RECIPE_IGNORES = re.compile(
     r"(?:^|\.)(?:\w*head|embed_out|score|classifier|router|gate|wg|shared_expert_gate)(?:$|\.)"
     r"|vis(?:ion|ual)|audio|image|projector|aligner|linear_attn|\bmtp\b|weights_proj|patch_embed"
+    r"|\bcompressor\.(?:indexer\.)?(?:kv|gate)_proj"
 )
 
 
@@ -48,7 +49,7 @@ def check(question: Question, installed: str) -> Answer:
     model = _model_of(json.dumps(cleaned(question.config)), question.engine)
     judging = _Judging(model, question)
     findings = tuple(judging.findings())
-    return Answer(f"{installed}, {type(model.model).__name__}", findings, "", judging.recipe)
+    return Answer(f"{installed}, {type(model.model).__name__}", findings, "", judging.recipe, judging.left)
 
 
 def cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,6 +230,7 @@ class _Judging:
         self.kept = skipped(model.like_linear, [*model.kept, *model.kept_strictly])
         self.at_fault: dict[str, list[str]] = defaultdict(list)
         self.recipe = (0, 0)
+        self.left, self._most = "", 0
         self._seen: set[str] = set()
         self._dropped: set[str] = set()
         self._by_recipe = self._modules_of_recipe()
@@ -295,6 +297,8 @@ class _Judging:
         if is_in and len(tensor.shape) > 1:
             wanted, done = self.recipe
             self.recipe = (wanted + tensor.numel, done + tensor.numel * tensor.is_quantized)
+            if not tensor.is_quantized and tensor.numel > self._most:
+                self.left, self._most = tensor.name, tensor.numel
 
     def _rest(self) -> None:
         """Find the parameters that no tensor becomes."""

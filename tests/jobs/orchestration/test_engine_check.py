@@ -89,6 +89,27 @@ def test_a_known_type_is_not_asked_about(
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("variant", ["other names", "a layer lacks one"])
+def test_a_known_type_is_asked_about_if_no_table_knows_all_of_it(
+    variant: str, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = llama_tensors()
+    if variant == "other names":
+        tensors["model.layers.1.mlp.extra_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"]
+        said_of_it = "no table here names model.layers.#.mlp.extra_proj.weight"
+    else:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        said_of_it = "model.layers.1 lacks mlp.up_proj.weight of model.layers.0"
+    config = {**LLAMA, "architectures": ["LlamaForCausalLM"]}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    said = asking(monkeypatch, findings=(FAULT,))
+    assert weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}", "tracking=none").status == 2
+    assert len(said.asked) == 1
+    notes = weightmill("plan", f"model.path={source}", "format=json").document["notes"]
+    assert any(said_of_it in note for note in notes)
+
+
+@pytest.mark.quick
 def test_nothing_is_asked_of_a_copy(
     unknown: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

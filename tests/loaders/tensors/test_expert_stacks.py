@@ -92,6 +92,31 @@ def test_llama4_experts_are_halves_transposed(
             assert logical.role == "expert"
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("model_type", ["granitemoe", "granitemoehybrid", "step3p7", "new"])
+def test_stacks_of_other_names_are_cut_as_vllm_cuts_them(model_type: str, tmp_path: Path, work: ThreadedWork) -> None:
+    """vLLM's loaders halve a stack's outputs into gate and up; as wide as it is high, its shape does not tell how."""
+    rng = np.random.default_rng(0)
+    shapes = {"input_linear": (2, 16, 16), "output_linear": (2, 16, 8)}
+    layer = "model.layers.0.block_sparse_moe."
+    if model_type == "step3p7":
+        shapes, layer = {"gate_proj": (2, 8, 16), "up_proj": (2, 8, 16), "down_proj": (2, 16, 8)}, "model.layers.0.moe."
+    stacks = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {**llama_tensors("F32"), **{f"{layer}{name}.weight": Raw("F32", data) for name, data in stacks.items()}}
+    found = split(write_checkpoint(tmp_path, tensors, config={**LLAMA, "model_type": model_type}))
+    if model_type == "new":  # whoever reads that one by one is not known
+        assert {f"{layer}{name}.weight" for name in stacks} <= set(found)
+        return
+    if model_type != "step3p7":
+        stacks = {"gate_proj": stacks["input_linear"][:, :8], "up_proj": stacks["input_linear"][:, 8:],
+                  "down_proj": stacks["output_linear"]}  # fmt: skip
+    for name, data in stacks.items():
+        for expert in range(2):
+            logical = found[f"{layer}experts.{expert}.{name}.weight"]
+            assert logical.role == "expert"
+            assert np.array_equal(values(tmp_path, logical, work, None), data[expert])
+
+
 @pytest.mark.usefixtures("box")
 @pytest.mark.parametrize("step", [None, 50])
 def test_mxfp4_is_what_transformers_dequantizes(
