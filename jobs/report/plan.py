@@ -13,6 +13,9 @@ from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.document import adapter_of, source_of
 from jobs.report.tables import size, table, times
 from jobs.spec.job import JobSpec
+from loaders.specs import OutputFile
+
+FILES = 40  # weight files that a summary lists; a large model has hundreds, which tell little more
 
 
 def plan_text(
@@ -40,7 +43,10 @@ def plan_text(
         head.add_row("", note)
     parts: list[RenderableType] = [head, _decision_table(target)]
     if len(target.finals) > 1:
-        parts.append(_file_table(target))
+        shown = target.finals if all_tensors else target.finals[:FILES]
+        parts.append(_file_table(shown))
+        if len(shown) < len(target.finals):
+            parts.append(Text(f"and {len(target.finals) - len(shown)} more files, which tensors=all lists"))
     if all_tensors:
         parts.append(_tensor_table(target))
     parts += [Text(f"note: {note}", style="cyan") for note in (*checkpoint.notes, *plan.sources.notes)]
@@ -86,9 +92,9 @@ def output_sizes(target: TargetPlan) -> dict[str, int]:
     return {name: sum(slot.size for slot in slots) for name, slots in target.stored.items()}
 
 
-def _file_table(target: TargetPlan) -> Table:
+def _file_table(files: Sequence[OutputFile]) -> Table:
     shown = table("file", "bytes", "tensors", right=("bytes", "tensors"))
-    for file in target.finals:
+    for file in files:
         shown.add_row(file.name, f"{file.size:,}", str(len(file.slots)))
     return shown
 
