@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -106,18 +107,27 @@ class TiedPair(Part):
     tied: str
 
 
-class StoredPart(Part):
+# Models of pydantic take several times the memory of dataclasses, which it checks all the same, and there may be a
+# hundred thousand of these.
+ROW = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPart:
     """A tensor that was written, with its xxh3-64."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ROW
     dtype: str
     shape: tuple[int, ...]
     bytes: int
     xxh3: str
 
 
-class ReportedTensor(Part):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedTensor:
     """The sizes and errors of one tensor. Infinities are None."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ROW
     name: str
     role: str
     action: str
