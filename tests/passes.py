@@ -78,7 +78,7 @@ def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) ->
         for report in reports:
             assert not report.failures, report.failures
         for preset, journal in journals.items():
-            complete(planned, planned.targets[preset], journal, [report.records[preset] for report in reports])
+            complete(planned, planned.targets[preset], journal, [report.done[preset] for report in reports])
     return {
         preset: Written(journal.destination.files.path, planned.targets[preset].config)
         for preset, journal in journals.items()

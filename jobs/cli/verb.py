@@ -27,12 +27,19 @@ S = TypeVar("S", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Said:
-    """The result of a verb: a document for programs, a text for people, and the exit status."""
+    """The result of a verb: a document for programs, a text for people, and the exit status.
 
-    document: dict[str, Any]
+    `made` is the document, or makes it if it is asked for, where it is large.
+    """
+
+    made: dict[str, Any] | Callable[[], dict[str, Any]]
     text: RenderableType
     status: int = DONE
     then: Callable[[], None] = lambda: None  # called last, after the result was printed
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return self.made() if callable(self.made) else self.made
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jobs.execution.part_files import PartFiles
-from jobs.output.journal import Journal, Record, TensorRecord, Written, WrittenTensor
+from jobs.output.journal import Done, Journal, Record, TensorRecord, Written, WrittenTensor
 from jobs.planning.plan import Placement, Unit
 from jobs.planning.targets import TargetId
 from loaders.backends import leased_kernels
@@ -97,10 +97,10 @@ class UnitTask:
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """The result of an attempt: by share, the record of each that is done, and the reason for each that failed."""
+    """The result of an attempt: by share, what is done, and the reason for each that failed."""
 
     unit: str
-    records: Mapping[str, Record]
+    done: Mapping[str, Done]
     failures: Mapping[str, str]
     load: LoadStats
     attempts: int = 1
@@ -157,8 +157,8 @@ def run_unit(
         files=len(unit.sources), tensors=len(unit.tensors), bytes=unit.source_bytes if runs else 0,
         wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **(warmth if runs else {}),
     )  # fmt: skip
-    records = {name: run.record(load) for name, run in runs.items() if not run.failure}
-    return UnitReport(unit.id, records, {name: run.failure for name, run in runs.items() if run.failure}, load)
+    done = {name: run.record(load) for name, run in runs.items() if not run.failure}
+    return UnitReport(unit.id, done, {name: run.failure for name, run in runs.items() if run.failure}, load)
 
 
 class TargetRun:
@@ -246,8 +246,8 @@ class TargetRun:
         worst = max(self.faults)[1]
         return worst if len(self.faults) == 1 else f"{worst} (the worst of {len(self.faults)} in {self._share.unit.id})"
 
-    def record(self, load: LoadStats) -> Record:
-        """Write the record of the finished unit for this target, and return it."""
+    def record(self, load: LoadStats) -> Done:
+        """Write the record of the finished unit for this target, and return what the job needs of it."""
         unit = self._share.unit
         written, tensors = self._finished or ((), ())
         spent = self._clock.seconds()
@@ -268,7 +268,7 @@ class TargetRun:
             attempt=self._attempt,
         )
         self._journal.add(record)
-        return record
+        return record.done
 
     def abort(self) -> None:
         if self._files is not None:

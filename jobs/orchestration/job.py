@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from rich.text import Text
 from jobs.cli.verb import FAILED, Said, note
 from jobs.execution.unit import Share
 from jobs.orchestration.preflight import Planned, notes_of
-from jobs.output.journal import Record
+from jobs.output.journal import Done, TensorRecord
 from jobs.output.publish import complete, is_published, publish
 from jobs.output.report import Report, read_report
 from jobs.planning.targets import TARGET
@@ -56,7 +56,7 @@ class Job:
         self.planned = planned
         self.sweep = sweep
         self.run: Run = NoRun()
-        self.records: dict[str, Record] = {}
+        self.done: dict[str, Done] = {}
         self.resumed: frozenset[str] = frozenset()
         self.retries = 0
         self._is_held = False
@@ -87,11 +87,11 @@ class Job:
         if self.is_whole:
             note(f"{journal.output} was published before the job was interrupted; finishing what is left")
             return
-        self.records = resume(self.planned)
-        self.resumed = frozenset(self.records)
-        if self.records:
+        self.done = resume(self.planned)
+        self.resumed = frozenset(self.done)
+        if self.done:
             units = len(self.planned.plan.units)
-            note(f"{len(self.records)} of {units} units were done before; going on with the rest")
+            note(f"{len(self.done)} of {units} units were done before; going on with the rest")
 
     def shares(self) -> list[tuple[int, Share]]:
         """Return the units that are left to do, each with the job's number."""
@@ -101,7 +101,7 @@ class Job:
         return [
             (self.number, Share(unit, TARGET, journal.output, journal.key, self._gate))
             for unit in self.planned.plan.units
-            if unit.id not in self.records
+            if unit.id not in self.done
         ]
 
     @property
@@ -125,17 +125,25 @@ class Job:
             track_job(self.run, planned.spec, planned.target, planned.journal.output, self.report, plan)
         self.run.end("FINISHED")
 
-    def _publish(self, done: Pass) -> Report:
+    def _publish(self, whole: Pass) -> Report:
         planned = self.planned
-        records = [self.records[unit.id] for unit in planned.plan.units]
-        _pass_gate(planned, records)
-        completed = complete(planned.plan, planned.target, planned.journal, records)
+        units, journal = planned.plan.units, planned.journal
+        _pass_gate(planned, journal.tensors(unit for unit in units if unit.id in self.resumed))
+        done = [self.done[unit.id] for unit in units]
+        completed = complete(planned.plan, planned.target, journal, done)
         quality = self._judge([file.xxh3 for file in completed.weights])
         linted = lint_at(planned.journal.destination.files)
         _pass_lint(planned, linted)
         found = [*planned.findings, *linted]
         report = make_report(
-            planned.spec, planned.plan, planned.target, records, completed, found, self._about(done, records), quality
+            planned.spec,
+            planned.plan,
+            planned.target,
+            journal.tensors(units),
+            completed,
+            found,
+            self._about(whole, done),
+            quality,
         )
         publish(planned.journal, report, overwrite=planned.spec.output.overwrite)
         return report
@@ -162,19 +170,20 @@ class Job:
             raise
         return quality
 
-    def _about(self, done: Pass, records: Sequence[Record]) -> dict[str, Any]:
+    def _about(self, whole: Pass, done: Sequence[Done]) -> dict[str, Any]:
         """Return the fields of the report's `run`."""
-        load = sum((record.load for record in records), LoadStats())
-        nodes = tuple(sorted({record.node for record in records}))
-        fresh = sum(record.load.bytes for unit, record in self.records.items() if unit not in self.resumed)
+        load = sum((unit.load for unit in done), LoadStats())
+        nodes = tuple(sorted({unit.node for unit in done}))
+        new = [unit for unit in done if unit.unit not in self.resumed]
+        fresh = sum(unit.load.bytes for unit in new)
         price = self.planned.spec.tracking.price_per_hour
-        machines = len({record.node for unit, record in self.records.items() if unit not in self.resumed})
+        machines = len({unit.node for unit in new})
         return {
             "key": self.planned.journal.key,
             "sweep": self.sweep,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(done.started)),
-            "wall_s": done.wall_s,
-            "throughput_gbps": fresh / done.wall_s / 1e9,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(whole.started)),
+            "wall_s": whole.wall_s,
+            "throughput_gbps": fresh / whole.wall_s / 1e9,
             "read_s": load.read_s,
             "encode_s": load.encode_s,
             "measure_s": load.measure_s,
@@ -182,15 +191,15 @@ class Job:
             "bytes": load.bytes,
             "files": len(self.planned.plan.checkpoint.files),
             "tensors": load.tensors,
-            "peak_anonymous_bytes": max(done.peak_bytes, load.peak_anonymous_bytes),
+            "peak_anonymous_bytes": max(whole.peak_bytes, load.peak_anonymous_bytes),
             "units": len(self.planned.plan.units),
             "units_resumed": len(self.resumed),
             "retries": self.retries,
-            "jobs_in_pass": done.jobs,
-            "cost": None if price is None else price * machines * done.wall_s / 3600 / done.jobs,
-            "strategy": done.strategy,
+            "jobs_in_pass": whole.jobs,
+            "cost": None if price is None else price * machines * whole.wall_s / 3600 / whole.jobs,
+            "strategy": whole.strategy,
             "backend": self.planned.backend[0],
-            "cluster": done.cluster,
+            "cluster": whole.cluster,
             "nodes": nodes,
             "python": platform.python_version(),
         }
@@ -231,25 +240,21 @@ class Job:
         )
 
 
-def resume(planned: Planned) -> dict[str, Record]:
-    """Return the valid records of earlier attempts, by unit."""
+def resume(planned: Planned) -> dict[str, Done]:
+    """Return what earlier attempts have done, by unit."""
     found = {unit.id: planned.journal.done(unit, TARGET) for unit in planned.plan.units}
-    return {unit: record for unit, record in found.items() if record is not None}
+    return {unit: done for unit, done in found.items() if done is not None}
 
 
-def _pass_gate(planned: Planned, records: Sequence[Record]) -> None:
-    """Check the gate over all records, since those of earlier attempts may have passed a wider gate.
+def _pass_gate(planned: Planned, tensors: Iterable[TensorRecord]) -> None:
+    """Check the gate over tensors of earlier attempts, which may have passed a wider one.
 
     Raises:
         VerifyFailed: a tensor fails; the message names the worst.
     """
     gate = Gate(planned.spec.verify.allow_nonfinite, planned.spec.verify.max_relative_error)
     schemes = {d.tensor.name: d.scheme for d in planned.target.decisions if d.scheme is not None}
-    faults = [
-        (t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name]))
-        for record in records
-        for t in record.tensors
-    ]
+    faults = [(t.error.relative_error, gate.fault(t.name, t.error, schemes[t.name])) for t in tensors]
     found = [(error, fault) for error, fault in faults if fault]
     if found:
         raise VerifyFailed(f"not published: {max(found)[1]} (the worst of {len(found)})")
@@ -288,7 +293,7 @@ def _wait(run: Run) -> str:
 
 def _said(planned: Planned, report: Report, address: str | None, untracked: str) -> Said:
     output = planned.journal.output
-    found = {"status": "done", "output": str(output), "tracked": address, **report.to_json()}
+    found = lambda: {"status": "done", "output": str(output), "tracked": address, **report.to_json()}  # noqa: E731
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []

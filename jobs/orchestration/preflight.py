@@ -35,6 +35,7 @@ from loaders.storage.base import OUR_REPORT
 from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader
 
+LEVELS = 6  # of the key of a job: its work, an assembly of it, the assembly's fields, and in them each file
 SPARE_BYTES = 16 << 20  # free bytes that an output needs besides its planned files: config, index, records
 
 
@@ -94,7 +95,7 @@ def plan_job(
     made = plan.targets[TARGET]
     # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
     # metadata. Another key means another journal, so a changed request never resumes old work.
-    key = work_key([unit.key(TARGET) for unit in plan.units], made.config, made.assembly, made.made)
+    key = work_key([unit.key(TARGET) for unit in plan.units], made.config, made.assembly, made.made, levels=LEVELS)
     planned = Planned(spec=spec, plan=plan, journal=Journal(output, key))
     _ = planned.strategy  # the property raises BadSpec for a strategy that cannot read this source
     if again and (done := _done_before(planned)) is not None:

@@ -252,7 +252,7 @@ def _take(outcome: UnitReport | UnitFailed, task: UnitTask, jobs: dict[int, Job]
                 raise StorageError(f"{outcome.unit}: {outcome.reason}")
             if name in outcome.failures:
                 raise VerifyFailed(f"not published: {outcome.failures[name]}")
-            if name in outcome.records:
-                job.records[share.unit.id] = outcome.records[name]
+            if name in outcome.done:
+                job.done[share.unit.id] = outcome.done[name]
                 job.retries += outcome.attempts - 1
     return 0 if isinstance(outcome, UnitFailed) else outcome.load.bytes

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
 
-from jobs.output.journal import Journal, Record, Written
+from jobs.output.journal import Done, Journal, Written
 from jobs.output.report import FileRange, WeightFile
 from loaders.errors import VerifyFailed
 from loaders.layouts.base import Joined
@@ -19,14 +19,14 @@ from loaders.specs import OutputFile
 from loaders.storage.hashes import BLOCK
 
 
-def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, records: Sequence[Record]) -> WeightFile:
+def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: Sequence[Done]) -> WeightFile:
     """Join pieces into a finished file; returns its entry for the report.
 
     Raises:
         VerifyFailed: a piece is not what its record says.
         StorageError: the disk is full, ...
     """
-    written = {file.name: file for record in records for file in record.files}
+    written = {file.name: file for unit in done for file in unit.files}
     joining = _Joining(joined, pieces, journal, written)
     name, destination = f"files/{joined.name}", journal.destination
     if destination.is_local:

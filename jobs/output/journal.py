@@ -10,15 +10,15 @@ published.json           the output's report, written just before publishing, an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.planning.plan import FORMAT, Unit
-from loaders.errors import BadCheckpoint, BadSpec
+from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
 from loaders.specs import OutputFile
-from loaders.stats import CompressionStats, ErrorSums, LoadStats
+from loaders.stats import ErrorSums, LoadStats
 from loaders.storage import destination_at
 from loaders.storage.address import Address
 from loaders.storage.base import Entry
@@ -46,16 +46,6 @@ class TensorRecord:
     def output_bytes(self) -> int:
         return sum(size for _, _, size, _ in self.stored.values())
 
-    @property
-    def stats(self) -> CompressionStats:
-        return CompressionStats(
-            tensors=1,
-            parameters=self.error.numel,
-            source_bytes=self.source_bytes,
-            output_bytes=self.output_bytes,
-            error=self.error,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -65,6 +55,17 @@ class Written:
     size: int
     xxh3: str
     tag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a job holds of a finished unit; its tensors stay in its record, so that a large model takes no memory."""
+
+    unit: str
+    files: tuple[Written, ...]
+    output_bytes: int
+    load: LoadStats
+    node: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,17 @@ class Record:
     attempt: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        """Return its fields; those of what is in them are for `_fields`, since `asdict` copies all of it."""
+        return {"format": FORMAT, **_fields(self)}
+
+    @property
+    def done(self) -> Done:
+        size = sum(tensor.output_bytes for tensor in self.tensors)
+        return Done(unit=self.unit, files=self.files, output_bytes=size, load=self.load, node=self.node)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def record_from(document: Mapping[str, Any]) -> Record:
@@ -182,29 +193,47 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Write a unit's record. This is the unit's last step, after which it counts as done."""
-        document = json.dumps(record.to_json(), separators=(",", ":")).encode()
+        document = json.dumps(record.to_json(), default=_fields, separators=(",", ":")).encode()
         self.destination.put(f"records/{record.unit}.json", document)
 
-    def done(self, unit: Unit, target: str) -> Record | None:
-        """Return the unit's record, if it is of this very work and its files are intact; else None.
+    def tensors(self, units: Iterable[Unit]) -> Iterator[TensorRecord]:
+        """Yield the tensors of finished units, of which one unit's are in memory at a time.
+
+        Raises:
+            VerifyFailed: a unit's record is gone.
+        """
+        for unit in units:
+            found = self._found(unit)
+            if found is None:
+                raise VerifyFailed(
+                    f"{unit.id}: its record in {self.destination.journal} is gone; run the same command again"
+                )
+            yield from record_from(found).tensors
+
+    def _found(self, unit: Unit) -> Any:
+        """Return a unit's record as JSON, if there is one."""
+        raw = self.destination.get(f"records/{unit.id}.json")
+        # A crash of the machine may leave a file without its bytes; the unit is then done again.
+        try:
+            return None if raw is None else json.loads(raw)
+        except ValueError:
+            return None
+
+    def done(self, unit: Unit, target: str) -> Done | None:
+        """Return what its record says of a unit, if it is of this very work and its files are intact; else None.
 
         Raises:
             BadCheckpoint: the record is of another format version.
         """
-        raw = self.destination.get(f"records/{unit.id}.json")
-        if raw is None:
+        found = self._found(unit)
+        if found is None:
             return None
-        try:
-            document = json.loads(raw)
-        # A crash of the machine may leave a file without its bytes; the unit is then done again.
-        except ValueError:
-            return None
-        record = record_from(document)
+        record = record_from(found)
         if record.key != unit.key(target):
             return None
         planned, written = unit.outputs[target].files, {row.name: row for row in record.files}
         is_there = all(file.name in written and self._is_there(file, written[file.name]) for file in planned)
-        return record if is_there else None
+        return record.done if is_there else None
 
     def _is_there(self, file: OutputFile, written: Written) -> bool:
         name, start, found = self.find(file)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.output.join import join
-from jobs.output.journal import PENDING, Journal, Record
+from jobs.output.journal import PENDING, Done, Journal
 from jobs.output.report import Report, WeightFile, files_named
 from jobs.planning.plan import Plan, TargetPlan
 from loaders.errors import BadSpec, VerifyFailed
@@ -31,18 +31,18 @@ class Completed:
     weights: tuple[WeightFile, ...]
 
 
-def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence[Record]) -> Completed:
+def complete(plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Done]) -> Completed:
     """Join files that several units wrote, and add everything but the report to the finished weight files.
 
     Raises:
         VerifyFailed: a weight file is not what its record says.
         StorageError: a file cannot be read or written.
     """
-    _check_files(target, journal, records)
+    _check_files(target, journal, done)
     # Readers take an index or a config.json for the sign of a complete checkpoint, so stores without an atomic rename
     # must write these last: they are staged.
     destination, made, signs = journal.destination, dict(target.made), dict[str, bytes]()
-    stored_bytes = sum(t.output_bytes for record in records for t in record.tensors)
+    stored_bytes = sum(unit.output_bytes for unit in done)
     index = target.target.layout.index(target.files, stored_bytes, target.parameters)
     if index is not None:
         name = target.target.container.index
@@ -51,12 +51,12 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     if target.config is not None:
         signs["config.json"] = json_bytes(target.config)
     apart = {file.name for file in target.files if file.within is None}
-    written = [file for record in records for file in record.files if file.name in apart]
+    written = [file for unit in done for file in unit.files if file.name in apart]
     weights = [WeightFile(name=file.name, bytes=file.size, xxh3=file.xxh3) for file in written]
     if target.assembly is not None:
         made |= target.assembly.made
         if target.assembly.joined is not None:
-            weights = [join(target.assembly.joined, target.pieces, journal, records), *weights]
+            weights = [join(target.assembly.joined, target.pieces, journal, done), *weights]
     copied = [name for name in plan.aux_of(target) if name not in made and name not in signs]
     finals = {file.name for file in target.finals}
     _remove_others(destination, {*made, *signs, *copied, *finals, OUR_REPORT})
@@ -73,7 +73,7 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, records: Sequence
     return Completed({n: hash_stored(files, entry) for n, entry in found.items() if entry is not None}, tuple(weights))
 
 
-def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]) -> None:
+def _check_files(target: TargetPlan, journal: Journal, done: Sequence[Done]) -> None:
     """Check that every planned file exists with the size in its record.
 
     Hashes were checked when earlier runs' records were taken over, and when this run's files were written.
@@ -81,7 +81,7 @@ def _check_files(target: TargetPlan, journal: Journal, records: Sequence[Record]
     Raises:
         VerifyFailed: a file is missing or has another size.
     """
-    sizes = {file.name: file.size for record in records for file in record.files}
+    sizes = {file.name: file.size for unit in done for file in unit.files}
     for file in target.files:
         name, start, entry = journal.find(file)
         size = None if entry is None else entry.size

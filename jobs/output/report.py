@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,13 +20,13 @@ from loaders.stats import CompressionStats, ErrorSums, finite
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, PinnedFiles
-from loaders.storage.json_files import INDEX_LIMIT, json_bytes, read_json
+from loaders.storage.json_files import INDEX_LIMIT, read_json
 
 
 class Part(BaseModel):
     """The base of all parts of a report: immutable and strict, without unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class NamedFile(Part):
@@ -106,18 +107,27 @@ class TiedPair(Part):
     tied: str
 
 
-class StoredPart(Part):
+# Models of pydantic take several times the memory of dataclasses, which it checks all the same, and there may be a
+# hundred thousand of these.
+ROW = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPart:
     """A tensor that was written, with its xxh3-64."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ROW
     dtype: str
     shape: tuple[int, ...]
     bytes: int
     xxh3: str
 
 
-class ReportedTensor(Part):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedTensor:
     """The sizes and errors of one tensor. Infinities are None."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ROW
     name: str
     role: str
     action: str
@@ -131,6 +141,16 @@ class ReportedTensor(Part):
     max_error: float
     sums: ErrorSums
     stored: dict[str, StoredPart]
+
+    @property
+    def stats(self) -> CompressionStats:
+        return CompressionStats(
+            tensors=1,
+            parameters=self.sums.numel,
+            source_bytes=self.source_bytes,
+            output_bytes=self.output_bytes,
+            error=self.sums,
+        )
 
     @staticmethod
     def of(tensor: TensorRecord) -> ReportedTensor:
@@ -214,18 +234,17 @@ class Report(Part):
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; keys that do not apply are left out."""
-        document = self.model_dump(mode="json")
-        for key in ("quality", "adapter"):
-            if document[key] is None:
-                del document[key]
-        for file in document["files"]:
-            if file["pieces"] is None:
-                del file["pieces"]
-        return document
+        return self.model_dump(mode="json", exclude=self._left_out())
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of the file."""
-        return json_bytes(self.to_json())
+        """Return the bytes of the file, made at once: as Python's objects they would take several times the memory."""
+        return self.model_dump_json(indent=2, exclude=self._left_out()).encode() + b"\n"
+
+    def _left_out(self) -> dict[str, Any]:
+        """Return the keys that do not apply, as pydantic wants them."""
+        found: dict[str, Any] = {key: True for key in ("quality", "adapter") if getattr(self, key) is None}
+        files = {index: {"pieces"} for index, file in enumerate(self.files) if file.pieces is None}
+        return {**found, "files": files} if files else found
 
     @staticmethod
     def from_json(raw: bytes | str, where: str = OUR_REPORT) -> Report:
@@ -280,7 +299,7 @@ def files_named(output: Address) -> set[str]:
         raise BadCheckpoint(f"{output / OUR_REPORT}: it does not say which files weightmill wrote") from None
 
 
-def totals_of(tensors: Sequence[TensorRecord]) -> Totals:
+def totals_of(tensors: Sequence[ReportedTensor]) -> Totals:
     """Sum up the sizes and errors of all tensors, and of those that were quantized or cast."""
     whole = sum((tensor.stats for tensor in tensors), CompressionStats())
     mine = [tensor.stats for tensor in tensors if tensor.action in ("quantize", "cast")]

@@ -58,10 +58,11 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     )
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
-    for draft in drafts:
-        plans[draft.target.id], made = _target_plan(checkpoint, draft, groups)
+    for target in targets:
+        # Nothing else holds the draft then, which is a fifth of planning's memory.
+        plans[target.id], made = _target_plan(checkpoint, drafts.pop(0), groups)
         for output, mine in zip(outputs, made, strict=True):
-            output[draft.target.id] = mine
+            output[target.id] = mine
     tags = {tag.name: tag for tag in checkpoint.files}
     units = tuple(
         Unit(f"unit-{index:05d}", _files_of(group, tags), tuple(group), output)
@@ -98,8 +99,8 @@ def _target_plan(
 ) -> tuple[TargetPlan, list[UnitOutput]]:
     """Plan a target's files, and what each unit writes of them."""
     target, decisions, layout = draft.target, draft.decisions, draft.target.layout
-    placed = {each.tensor.name: each for each in draft.placed}
-    shares = [[placed[tensor.name] for tensor in group if tensor.name in placed] for group in groups]
+    shares = _shares(draft.placed, groups)
+    del draft
     per_unit, assembly = _files(target, checkpoint, shares), None
     counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
     if isinstance(layout, Assembling):
@@ -114,9 +115,8 @@ def _target_plan(
         )
     # A layout that assembles files completes their headers, so its files go back to the units, in the same order.
     left = iter(planned)
-    outputs = [
-        _unit_output(share, tuple(islice(left, count))) for share, count in zip(shares, counts, strict=True)
-    ]  # fmt: skip
+    shares.reverse()  # what is stored of a unit goes when its places are known
+    outputs = [_unit_output(shares.pop(), tuple(islice(left, count))) for count in counts]
     config = layout.config(checkpoint, decisions, target.compute_dtype)
     made, lost = ({}, []) if isinstance(layout, GgufLayout) else made_files(checkpoint)
     notes = [*lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]
@@ -135,6 +135,12 @@ def _target_plan(
         made=made,
     )
     return plan, outputs
+
+
+def _shares(placed: Sequence[Placed], groups: Sequence[Sequence[LogicalTensor]]) -> list[list[Placed]]:
+    """Return what is stored of each unit's tensors."""
+    by_name = {each.tensor.name: each for each in placed}
+    return [[by_name[tensor.name] for tensor in group if tensor.name in by_name] for group in groups]
 
 
 def _files(

@@ -7,23 +7,38 @@ Every field of every dataclass counts, so a field that is added later needs no w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
 from operator import attrgetter
 from typing import Any
 
 from loaders.dtypes import DType
-from loaders.storage.hashes import text_digest
+from loaders.storage.hashes import digest_of
 from loaders.tensors.logical_tensor import LogicalTensor
 
 
-def work_key(*work: Any) -> str:
+def work_key(*work: Any, levels: int = 0) -> str:
     """Return a digest of texts, numbers, bytes, sequences, mappings, and dataclasses of such; their types count.
 
     Of a logical tensor inside a dataclass only the name counts: give it by itself for its fields (`fields_of`).
+    The entries of so many `levels` of sequences become text one by one: that is slower, and the whole text, which may
+    be larger than the plan, is never in memory. The digest is the same.
     """
-    return text_digest(json.dumps(work, default=_plain, separators=(",", ":"), check_circular=False))
+    return digest_of(_texts(work, levels))
+
+
+def _texts(value: Any, levels: int) -> Iterator[str]:
+    if is_dataclass(value) and levels:
+        value = _plain(value)
+    if not levels or not isinstance(value, list | tuple):
+        yield json.dumps(value, default=_plain, separators=(",", ":"), check_circular=False)
+        return
+    yield "["
+    for index, each in enumerate(value):
+        yield from [","] if index else []
+        yield from _texts(each, levels - 1)
+    yield "]"
 
 
 def fields_of(value: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from jobs.output.journal import Record, TensorRecord
+from jobs.output.journal import TensorRecord
 from jobs.output.publish import Completed
 from jobs.output.report import (
     LintFinding,
@@ -30,11 +30,11 @@ NOT_OF_THE_RESULT = ("output", "strategy", "cluster", "tracking", "lint", "objec
 
 
 def make_report(
-    spec: JobSpec, plan: Plan, target: TargetPlan, records: Sequence[Record], completed: Completed,
+    spec: JobSpec, plan: Plan, target: TargetPlan, records: Iterable[TensorRecord], completed: Completed,
     found: Sequence[Finding], about: Mapping[str, Any], quality: Mapping[str, Any] | None = None,
 ) -> Report:  # fmt: skip
     """Make the report of a finished target. `about` has the fields of its `run`, except the request."""
-    tensors = [tensor for record in records for tensor in record.tensors]
+    tensors = tuple(ReportedTensor.of(record) for record in records)
     return Report(
         format=FORMAT,
         job=job_document(spec),
@@ -46,7 +46,7 @@ def make_report(
         tied=tuple(TiedPair(kept=kept, tied=tied) for kept, tied in plan.sources.tied),
         warnings=(*plan.checkpoint.notes, *plan.sources.notes, *target.warnings, *_let_pass(tensors)),
         lint=tuple(LintFinding(**asdict(finding)) for finding in found),
-        tensors=tuple(ReportedTensor.of(tensor) for tensor in tensors),
+        tensors=tensors,
         versions=versions(),
         quality=None if quality is None else dict(quality),
         run=RunReport(**about, request=spec.resolved()),
@@ -58,11 +58,11 @@ def job_document(spec: JobSpec) -> dict[str, Any]:
     return {key: value for key, value in spec.resolved().items() if key not in NOT_OF_THE_RESULT}
 
 
-def _let_pass(tensors: Sequence[TensorRecord]) -> list[str]:
+def _let_pass(tensors: Sequence[ReportedTensor]) -> list[str]:
     """Return warnings about tensors with NaN or infinities that verify.allow_nonfinite accepted."""
     said = []
     for tensor in tensors:
-        error = tensor.error
+        error = tensor.sums
         if error.nonfinite:
             taken = (
                 f", and {error.nonfinite_decoded} more that share a scale with them" if error.nonfinite_decoded else ""

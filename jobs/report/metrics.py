@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from jobs.output.report import Report, ReportedTensor
@@ -89,9 +90,9 @@ def _by_role(report: Report) -> dict[str, float | None]:
 
 def table_columns(report: Report) -> dict[str, list[Any]]:
     """Return the table of all tensors, by column."""
-    rows = [tensor.model_dump(mode="json", exclude={"sums", "stored"}) for tensor in report.tensors]
-    rows = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows]
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    names = [field.name for field in fields(ReportedTensor) if field.name not in ("sums", "stored")]
+    table = {name: [getattr(tensor, name) for tensor in report.tensors] for name in names}
+    return {**table, "shape": ["x".join(map(str, shape)) for shape in table["shape"]]}
 
 
 def error_by_layer(report: Report) -> dict[int, ErrorSums]:

@@ -36,7 +36,8 @@ DECIDING = {
     "quant_algo": ("quant_algo",),
 }
 BNB_STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__(nf4|fp4)$")
-BNB_PART = re.compile(rf"{BNB_STATE.pattern}|\.{SCALES}$")  # a name that only bitsandbytes gives
+# Endings of names that only bitsandbytes gives.
+BNB_ENDS = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", f".{SCALES}")
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 CODES = (*FLOAT8, "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")  # dtypes that only quantized checkpoints have
 # Endings of names that only packed weights and their scales have, with whose they are.
@@ -50,6 +51,7 @@ PACKED_ENDS = {
     "_scale_inv": "FP8 by blocks",
     ".absmax": "bitsandbytes",
 }
+PACKED = tuple(PACKED_ENDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +175,10 @@ def looks_packed(spec: WeightSpec, names: Collection[str]) -> str | None:
     name, dtype = spec.name, spec.dtype.name
     if name.endswith(HQQ_CODES):
         return "hqq"
-    if BNB_PART.search(name):
+    if name.endswith(BNB_ENDS):
         return "bitsandbytes"
-    end = next((end for end in PACKED_ENDS if name.endswith(end)), None)
-    if end is not None:
-        return PACKED_ENDS[end]
+    if name.endswith(PACKED):
+        return next(whose for end, whose in PACKED_ENDS.items() if name.endswith(end))
     if name.endswith("_blocks") and dtype == "U8" and name.removesuffix("_blocks") + "_scales" in names:
         return "MXFP4"
     if len(spec.shape) < 2:

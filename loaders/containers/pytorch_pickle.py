@@ -46,21 +46,21 @@ def check_dtype(name: str, dtype: DType) -> None:
         raise BadSpec(f"{setting('container')}: {name} is {dtype}, which PyTorch files cannot hold; use safetensors")
 
 
-def state_dict(tree: Mapping[str, Any], tensors: Mapping[str, PickledTensor]) -> bytes:
+def state_dict(items: Iterable[tuple[str, Any]], tensors: Mapping[str, PickledTensor]) -> bytes:
     """Pickle a dict, perhaps of dicts, of references (`Ref`), whole numbers, flags, text, shapes (tuples) and dtypes.
 
-    `tensors` says what the references stand for.
+    `items` are its keys and values. `tensors` says what the references stand for.
     """
     written = _Pickle(tensors)
-    written.value(tree)
-    return b"".join([pickle.PROTO, b"\x02", *written.parts, pickle.STOP])
+    written.items(items)
+    return b"".join([pickle.PROTO, b"\x02", written.raw, pickle.STOP])
 
 
 class _Pickle:
-    """The parts of a pickle so far. `_memo` holds the names of torch that were written already."""
+    """The bytes of a pickle so far. `_memo` holds the names of torch that were written already."""
 
     def __init__(self, tensors: Mapping[str, PickledTensor]) -> None:
-        self.parts: list[bytes] = []
+        self.raw = bytearray()
         self._tensors = tensors
         self._memo: dict[tuple[str, str], int] = {}
         self._around: dict[tuple[DType, Shape], tuple[bytes, bytes]] = {}
@@ -69,53 +69,57 @@ class _Pickle:
         if isinstance(value, str):
             self._text(value)
         elif isinstance(value, bool):
-            self.parts.append(pickle.NEWTRUE if value else pickle.NEWFALSE)
+            self.raw += pickle.NEWTRUE if value else pickle.NEWFALSE
         elif isinstance(value, int):
             self._number(value)
         elif isinstance(value, Ref):
             self._parameter(value.tensor) if value.is_parameter else self._tensor(value.tensor)
         elif isinstance(value, Mapping):
-            self.parts += [pickle.EMPTY_DICT, pickle.MARK]
-            for key, each in value.items():
-                self._text(key)
-                self.value(each)
-            self.parts.append(pickle.SETITEMS)
+            self.items(value.items())
         elif isinstance(value, DType):
             self._known("torch", value.torch)
         else:
             self._known("torch", "Size")
             self._tuple([value])
-            self.parts.append(pickle.REDUCE)
+            self.raw += pickle.REDUCE
+
+    def items(self, items: Iterable[tuple[str, Any]]) -> None:
+        """Write a dict."""
+        self.raw += pickle.EMPTY_DICT + pickle.MARK
+        for key, value in items:
+            self._text(key)
+            self.value(value)
+        self.raw += pickle.SETITEMS
 
     def _text(self, value: str) -> None:
         raw = value.encode()
-        self.parts += [pickle.BINUNICODE, struct.pack("<I", len(raw)), raw]
+        self.raw += pickle.BINUNICODE + struct.pack("<I", len(raw)) + raw
 
     def _number(self, value: int) -> None:
         if value < 1 << 31:
-            self.parts += [pickle.BININT, struct.pack("<i", value)]
+            self.raw += pickle.BININT + struct.pack("<i", value)
         else:
-            self.parts += [pickle.LONG1, b"\x08", struct.pack("<q", value)]
+            self.raw += pickle.LONG1 + b"\x08" + struct.pack("<q", value)
 
     def _known(self, module: str, name: str) -> None:
         """Write a global name; it is spelled out once and looked up from then on."""
         if (module, name) in self._memo:
-            self.parts += [pickle.BINGET, bytes([self._memo[module, name]])]
+            self.raw += pickle.BINGET + bytes([self._memo[module, name]])
             return
         index = self._memo[module, name] = len(self._memo)
-        self.parts += [pickle.GLOBAL, f"{module}\n{name}\n".encode(), pickle.BINPUT, bytes([index])]
+        self.raw += pickle.GLOBAL + f"{module}\n{name}\n".encode() + pickle.BINPUT + bytes([index])
 
     def _tuple(self, values: Iterable[Any]) -> None:
         """Write a tuple of plain values; a tuple among them stays a tuple."""
-        self.parts.append(pickle.MARK)
+        self.raw += pickle.MARK
         for value in values:
             self._tuple(value) if isinstance(value, tuple) else self.value(value)
-        self.parts.append(pickle.TUPLE)
+        self.raw += pickle.TUPLE
 
     def _hooks(self) -> None:
         """Write an empty OrderedDict: torch's backward hooks of a tensor."""
         self._known("collections", "OrderedDict")
-        self.parts += [pickle.EMPTY_TUPLE, pickle.REDUCE]
+        self.raw += pickle.EMPTY_TUPLE + pickle.REDUCE
 
     def _tensor(self, name: str) -> None:
         """Write the call that rebuilds a tensor."""
@@ -124,24 +128,24 @@ class _Pickle:
         # that it uses were spelled out.
         around = self._around.get((stored.dtype, stored.shape))
         if around is not None:
-            self.parts.append(around[0])
+            self.raw += around[0]
             self._text(stored.key)
-            self.parts.append(around[1])
+            self.raw += around[1]
             return
-        begin, spelled = len(self.parts), len(self._memo)
+        begin, spelled = len(self.raw), len(self._memo)
         self._before_key(stored)
-        middle = len(self.parts)
+        middle = len(self.raw)
         self._text(stored.key)
-        after = len(self.parts)
+        after = len(self.raw)
         self._after_key(stored)
         if len(self._memo) == spelled:
-            self._around[stored.dtype, stored.shape] = b"".join(self.parts[begin:middle]), b"".join(self.parts[after:])
+            self._around[stored.dtype, stored.shape] = bytes(self.raw[begin:middle]), bytes(self.raw[after:])
 
     def _before_key(self, stored: PickledTensor) -> None:
         """Write what rebuilds a tensor. Dtypes without a storage class, such as float8, need version 3."""
         typed = STORAGES.get(stored.dtype.name)
         self._known("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
-        self.parts += [pickle.MARK, pickle.MARK]
+        self.raw += pickle.MARK + pickle.MARK
         self.value("storage")
         self._known("torch" if typed else "torch.storage", typed or "UntypedStorage")
 
@@ -150,7 +154,7 @@ class _Pickle:
         self.value("cpu")
         items = stored.dtype.size(stored.shape) // (stored.dtype.item_bytes if typed else 1)
         self._number(items)
-        self.parts += [pickle.TUPLE, pickle.BINPERSID]
+        self.raw += pickle.TUPLE + pickle.BINPERSID
         self._number(0)
         self._tuple(stored.shape)
         self._tuple(row_major(stored.shape))
@@ -158,12 +162,12 @@ class _Pickle:
         self._hooks()
         if not typed:
             self.value(stored.dtype)
-        self.parts += [pickle.TUPLE, pickle.REDUCE]
+        self.raw += pickle.TUPLE + pickle.REDUCE
 
     def _parameter(self, name: str) -> None:
         self._known("torch._utils", "_rebuild_parameter")
-        self.parts.append(pickle.MARK)
+        self.raw += pickle.MARK
         self._tensor(name)
         self.value(False)
         self._hooks()
-        self.parts += [pickle.TUPLE, pickle.REDUCE]
+        self.raw += pickle.TUPLE + pickle.REDUCE

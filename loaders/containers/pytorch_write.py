@@ -120,8 +120,8 @@ def own_members(file: str, slots: Iterable[Slot], about: Any, lengths: Mapping[s
         size = lengths.get(slot.name, slot.size)
         shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
         tensors[slot.name] = PickledTensor(str(key), slot.dtype, shape)
-    tree = dict.fromkeys(tensors) if about is None else {module: dict(values) for module, values in about}
-    pickled = state_dict({name: Ref(name) for name in tree} if about is None else tree, tensors)
+    flat = ((name, Ref(name)) for name in tensors)
+    pickled = state_dict(flat if about is None else ((module, dict(values)) for module, values in about), tensors)
     plain = {"data.pkl": pickled, **BEFORE, **AFTER}
     return {f"{root}/{name}": data for name, data in plain.items()}
 

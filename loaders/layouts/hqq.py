@@ -9,7 +9,7 @@ Source: hqq/models/base.py (serialize_weights, from_quantized) and hqq/core/quan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -42,7 +42,10 @@ class HqqLayout:
     file: ClassVar[str | None] = QMODEL
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
-        wanted, placed = load_dtype(checkpoint.config), []
+        return tuple(self._placed(checkpoint, decisions))
+
+    def _placed(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> Iterator[Placed]:
+        wanted = load_dtype(checkpoint.config)
         for decision in decisions:
             tensor, encoding = decision.tensor, decision.encoding
             if encoding is None:
@@ -60,13 +63,12 @@ class HqqLayout:
                 for role, part in encoding.stored.items()
                 if role in ROLES or not isinstance(scheme, Hqq)
             }
-            placed.append(Placed(encoding, stored))
-        return tuple(placed)
+            yield Placed(encoding, stored)
 
     def about(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
         return None  # a unit's file becomes a piece of the one whose pickle `assemble` makes
 
-    def _modules(self, checkpoint: Checkpoint, placed: Sequence[Placed]) -> Any:
+    def _modules(self, checkpoint: Checkpoint, placed: Iterable[Placed]) -> Any:
         """Return the modules in the order of their names, each with its keys and values in hqq's order."""
         modules: dict[str, dict[str, Any]] = {}
         for each in placed:
@@ -98,7 +100,7 @@ class HqqLayout:
     ) -> Assembly:
         if naming.split:
             raise BadSpec(f"{setting('split')}: only gguf can be one file or several; hqq reads one qmodel.pt")
-        about = self._modules(checkpoint, self.place(checkpoint, decisions))
+        about = self._modules(checkpoint, self._placed(checkpoint, decisions))
         head, pieces, tail = cut(QMODEL, [file.slots for file in files], about)
         return Assembly(pieces, {}, Joined(QMODEL, head, tail))
 

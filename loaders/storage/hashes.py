@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,15 @@ def digest(data: bytes | np.ndarray) -> str:
 
 def text_digest(text: str) -> str:
     """Return the xxh3-128 of a text, as 32 hex digits. It names plans, jobs and sources."""
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    return digest_of([text])
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    """Return the digest of one text that comes in parts, so that it need not be in memory as a whole."""
+    hasher = xxhash.xxh3_128()
+    for text in texts:
+        hasher.update(text.encode())
+    return hasher.hexdigest()
 
 
 def hash_stored(store: Store, entry: Entry, start: int = 0, size: int | None = None) -> str:

@@ -70,7 +70,8 @@ class LogicalTensor:
     @property
     def source_bytes(self) -> int:
         """The bytes that leave storage for this tensor; of a stack, its share."""
-        total = sum(spec.size for _, spec in self.stored)
+        # A plan asks for this several times for each tensor, of which most have one stored part.
+        total = self.stored[0][1].size if len(self.stored) == 1 else sum(spec.size for _, spec in self.stored)
         return total if self.whole is None else total * self.spec.numel // max(1, math.prod(self.whole))
 
     @property
@@ -97,7 +98,7 @@ def known(tensor: LogicalTensor, traits_of: KnownTraits, beside: str | None = No
     `beside` names the weight that a tensor such as a scale belongs to; the tensor then gets that weight's block.
     """
     traits = traits_of(tensor.name, tensor.shape)
-    block = traits.block if beside is None else traits_of(beside, tensor.shape).block
+    block = traits.block if beside in (None, tensor.name) else traits_of(beside, tensor.shape).block
     return replace(tensor, role=traits.role, block=block, group=traits.group)
 
 
