@@ -67,7 +67,7 @@ LLAMA4_STACKS = tuple(
     for stored, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",)))
 )  # fmt: skip
 
-# Stacks of other names, whose experts llm-compressor names one by one, and vLLM reads so since August 2026: its
+# Stacks of other names, whose experts llm-compressor names one by one, and vLLM reads so since September 2026: its
 # GraniteMoeModel and RoutedExperts.load_weights, GraniteMoeHybridModel.get_expert_mapping, Step3p5Model.load_weights.
 # By model type: the rest of a stack's name, and its parts.
 GRANITE_STACKS = (
