@@ -1,25 +1,23 @@
-"""What llama.cpp's own converter makes of each tiny model (tests/tiny_models.py), kept as goldens in tests/goldens/gguf.
+"""What llama.cpp's own converter makes of each tiny model (tests/tiny_models.py): the goldens in tests/goldens/gguf.
 
-    python -m tests.converter                    every type, and the vocabularies that come with llama.cpp
+    python -m tests.converter                    every type
     python -m tests.converter --only qwen3 ...   these types
     python -m tests.converter --check            write nothing; print differences, and exit with 1 if there are any
     python -m tests.converter --llama-cpp FOLDER an unpacked llama.cpp, instead of the pinned one
 
 The converter is that of the pinned llama-cpp-python's source distribution, which brings llama.cpp with its own gguf-py.
-It is fetched once (76 MB) and unpacked into the user's cache. Each conversion runs in a process of its own, which has the
-distribution's gguf-py first on its path.
+It is fetched once (76 MB) and unpacked into the user's cache. Each conversion runs in a process of its own, which has
+the distribution's gguf-py first on its path.
 
-One thing is not the converter's: it knows a tokenizer's pre-tokenizer by a hash of what the published tokenizer makes of
-a text, and a tiny one has no known hash. So `get_vocab_base_pre` is replaced by a function that returns the name of
-tests/tiny_configs.py. The hashes are tried on real vocabularies instead: see tests/pre_tokenizers.py.
+Two things are not the converter's. It knows a tokenizer's pre-tokenizer by a hash of what the published tokenizer makes
+of a text, and a tiny one has no known hash: so `get_vocab_base_pre` is replaced by a function that returns the name of
+tests/tiny_configs.py (the hashes are tried on real vocabularies: tests/pre_tokenizers.py). For the few types with
+`plain_vocabulary` there, `set_vocab` is replaced by the converter's own for byte-level BPE.
 
-For the few types with `plain_vocabulary` there, `set_vocab` is replaced by the
-converter's own for byte-level BPE.
-
-A golden holds for the transformers version of goldens/gguf/index.json, whose config classes the converter asks for what
-config.json leaves out. The index has, too, the types on which the converter itself fails, with its words. Where it fails
-on what the class of the installed transformers makes of a config.json, it is run again on the file as it lies, which it
-does by itself under the transformers that it pins (4.57, which has no such class); the index says of which.
+The converter asks transformers' config class for what config.json leaves out, so a golden holds for the version in
+index.json. It pins 4.57, and reads config.json itself for types that this has no class for. For types with
+`as_published`, whose words the installed class changes into others that the converter fails on, it does so here, too.
+index.json has the types on which the converter itself fails, with its words.
 """
 
 from __future__ import annotations
@@ -66,9 +64,8 @@ def fetched() -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        # pip runs a distribution's build to learn its metadata, so its plain file is asked for by `download` alone.
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python",
-                   "--no-build-isolation", "--dest", work, f"llama-cpp-python=={VERSION}"]  # fmt: skip
+                   "--dest", work, f"llama-cpp-python=={VERSION}"]  # fmt: skip
         subprocess.run(command, check=True)
         unpack(Path(work) / f"llama_cpp_python-{VERSION}.tar.gz", Path(work) / "llama.cpp")
         (Path(work) / "llama.cpp").rename(folder)
@@ -91,7 +88,7 @@ def unpack(archive: Path, folder: Path) -> None:
 # --- one conversion
 
 
-def convert(root: Path, model: Path, out: Path, tiny: Tiny, *, reads_raw: bool = False) -> None:
+def convert(root: Path, model: Path, out: Path, tiny: Tiny) -> None:
     """Run the converter in this process, which should be a new one: its classes keep state."""
     sys.path[:0] = [str(root / "gguf-py"), str(root)]
     import conversion.base
@@ -104,7 +101,7 @@ def convert(root: Path, model: Path, out: Path, tiny: Tiny, *, reads_raw: bool =
         config = json.loads((model / "config.json").read_text())
         its_class = conversion.get_model_class(config["architectures"][0])
         its_class.set_vocab = conversion.base.TextModel._set_vocab_gpt2
-    if reads_raw:
+    if tiny.as_published:
 
         class Nothing:
             @staticmethod
@@ -116,7 +113,7 @@ def convert(root: Path, model: Path, out: Path, tiny: Tiny, *, reads_raw: bool =
     convert_hf_to_gguf.main()
 
 
-def _converted(connection: Any, root: Path, kind: str, work: Path, reads_raw: bool) -> None:
+def _converted(connection: Any, root: Path, kind: str, work: Path) -> None:
     """Make a tiny model, convert it, and send ("done", summary) or ("failed", why)."""
     logging.disable(logging.WARNING)
     said: list[str] = []
@@ -129,7 +126,7 @@ def _converted(connection: Any, root: Path, kind: str, work: Path, reads_raw: bo
         model = work / kind
         if not (model / "config.json").exists():
             tiny_models.make(kind, model)
-        convert(root, model, work / f"{kind}.gguf", TINY[kind], reads_raw=reads_raw)
+        convert(root, model, work / f"{kind}.gguf", TINY[kind])
         connection.send(("done", summary(work / f"{kind}.gguf")))
     except SystemExit:
         connection.send(("failed", "; ".join(said) or "it exits without a word"))
@@ -138,9 +135,9 @@ def _converted(connection: Any, root: Path, kind: str, work: Path, reads_raw: bo
         connection.send(("failed", f"{type(error).__name__}: {error} ({Path(place.filename).name}, {place.name})"))
 
 
-def converted(root: Path, kind: str, work: Path, *, reads_raw: bool = False) -> tuple[str, Any]:
+def converted(root: Path, kind: str, work: Path) -> tuple[str, Any]:
     here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_converted, args=(there, root, kind, work, reads_raw))
+    process = multiprocessing.get_context("fork").Process(target=_converted, args=(there, root, kind, work))
     process.start()
     there.close()
     try:
@@ -154,38 +151,29 @@ def converted(root: Path, kind: str, work: Path, *, reads_raw: bool = False) -> 
 # --- goldens
 
 
-def goldens(root: Path, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return summaries by type, the reasons of those that fail, and the types whose config.json is read raw."""
+def goldens(root: Path, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return summaries by type, and the reasons of those that fail."""
     import torch  # noqa: F401  imported before the forks, which then need not
     import transformers  # noqa: F401
 
-    made, failed, raw = {}, {}, []
+    made, failed = {}, {}
     with tempfile.TemporaryDirectory() as work:
         for kind in kinds:
             status, found = converted(root, kind, Path(work))
-            if status == "failed":
-                again, second = converted(root, kind, Path(work), reads_raw=True)
-                if again == "done":
-                    status, found = again, second
-                    raw.append(kind)
-                elif second != found:
-                    found = f"{found}; with config.json as it lies: {second}"
             print(f"{kind:20} {len(found['tensors'])} tensors" if status == "done" else f"{kind:20} fails: {found}")
             (made if status == "done" else failed)[kind] = found
-    return made, failed, raw
+    return made, failed
 
 
-def index_of(kinds: Sequence[str], failed: dict[str, str], raw: Sequence[str]) -> dict[str, Any]:
+def index_of(kinds: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
     """Return the index, in which the types that were not asked for stay as they are."""
     import transformers
 
     old = json.loads(INDEX.read_text()) if INDEX.exists() else {}
     kept = {kind: why for kind, why in old.get("failed", {}).items() if kind not in kinds and kind in TINY}
-    known = [kind for kind in old.get("raw", {}) if kind not in kinds and kind in TINY]
     return {
         "made by": {"llama-cpp-python": VERSION, "transformers": transformers.__version__},
         "failed": dict(sorted({**kept, **failed}.items())),
-        "raw": dict.fromkeys(sorted({*known, *raw}), "the converter fails on the class's config, and takes the file's"),
     }
 
 
@@ -196,8 +184,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--llama-cpp", type=Path)
     chosen = parser.parse_args(arguments)
     root, kinds = (chosen.llama_cpp or fetched()).resolve(), chosen.only or list(TINY)
-    made, failed, raw = goldens(root, kinds)
-    index = index_of(kinds, failed, raw)
+    made, failed = goldens(root, kinds)
+    index = index_of(kinds, failed)
     if not chosen.check:
         GOLDENS.mkdir(parents=True, exist_ok=True)
         for kind in kinds:

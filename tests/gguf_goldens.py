@@ -1,6 +1,6 @@
 """What a GGUF holds, in short: metadata by key, and each tensor's type, shape and hash. Read by neither gguf-py nor us.
 
-The layout of the file is that of llama.cpp's docs (gguf.md, version 3).
+The layout of the file is that of llama.cpp's docs (gguf.md, versions 2 and 3).
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ FORMATS = {"UINT8": "B", "INT8": "b", "UINT16": "H", "INT16": "h", "UINT32": "I"
 # Number of a tensor's type -> its name, weights a block, bytes a block; those that a converter writes
 TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 24: ("I8", 1, 1), 26: ("I32", 1, 4),
          27: ("I64", 1, 8), 30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17)}  # fmt: skip
-LONG = 24  # arrays beyond this are told by count and hash
+LONG = 24
 
 
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+class Reader:
+    """Reads a GGUF's head from its beginning. Arrays of more than `long` values are told by count and hash."""
+
+    def __init__(self, data: bytes, long: float = LONG) -> None:
+        assert data[:8] in (b"GGUF\x03\0\0\0", b"GGUF\x02\0\0\0")  # the same form in little-endian
+        self.data, self.at, self.long = data, 8, long
+
+    def head(self) -> tuple[int, dict[str, list[Any]]]:
+        """Return the number of tensors, and the metadata."""
+        tensors, keys = self.number("UINT64"), self.number("UINT64")
+        return tensors, {self.text(): self.entry() for _ in range(keys)}
 
     def number(self, kind: str) -> Any:
         form = "<" + FORMATS[kind]
@@ -47,18 +55,15 @@ class _Reader:
             return [kind, self.text() if kind == "STRING" else self.number(kind)]
         inner, count, start = KINDS[self.number("UINT32")], self.number("UINT64"), self.at
         values = [self.text() if inner == "STRING" else self.number(inner) for _ in range(count)]
-        if count <= LONG:
+        if count <= self.long:
             return [kind, inner, values]
         return [kind, inner, {"count": count, "xxh3": xxhash.xxh3_64_hexdigest(self.data[start : self.at])}]
 
 
 def summary(path: Path) -> dict[str, Any]:
     """Return {"metadata": {key: entry}, "tensors": {name: [type, shape, hash]}}; shapes have columns last."""
-    reader = _Reader(path.read_bytes())
-    assert reader.data[:8] == b"GGUF\x03\0\0\0"
-    reader.at = 8
-    tensors, keys = reader.number("UINT64"), reader.number("UINT64")
-    metadata = {reader.text(): reader.entry() for _ in range(keys)}
+    reader = Reader(path.read_bytes())
+    tensors, metadata = reader.head()
     found = []
     for _ in range(tensors):
         name, dimensions = reader.text(), reader.number("UINT32")

@@ -1,8 +1,8 @@
 """Tiny configurations of published model types: a few layers, and every kind of layer that the type has.
 
-Where tests/headers has a published config.json, that is taken, and its sizes are replaced by the small ones here, so that
-activations, scalings and whatever else an engine's converter reads are those of a real model. For the other types the
-defaults of transformers' config class are taken. Rows divide by 32, and those of the dense down projection by 256.
+Where tests/headers has a published config.json, that is taken, and its sizes are replaced by the small ones here, so
+that activations, scalings and whatever else an engine's converter reads are those of a real model. For the other types
+the defaults of transformers' config class are taken. Rows divide by 32, and those of the dense down projection by 256.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ SIZES: dict[str, Any] = {
 class Tiny:
     """A tiny model of a type.
 
-    `base` is the layout of tests/headers whose config.json is taken; without it, `model_type`'s defaults are. `config`
-    replaces what it says, part by part. `next_tokens` names the form in which layers for multi-token prediction are
-    stored, which transformers' classes lack: see tests/next_tokens.py. `centred` norms are stored minus one. `mxfp4` stores
-    experts in MXFP4 as GPT-OSS, `fp4` as DeepSeek V4, `stacked` in two tensors a layer. `renames` are [pattern, replacement] from the names that the class
-    saves to the published ones, where these differ. `as_published` leaves config.json in its published words, where the
-    class saves others that engines do not read. `tokenizer` is a kind of tests/tiny_tokenizers.py. `pre` is the pre-tokenizer that llama.cpp's converter is given.
+    base: the layout of tests/headers whose config.json is taken; without it, the defaults of `model_type`
+    config: what replaces its values, part by part
+    next_tokens: the form in which layers for multi-token prediction are stored, which transformers' classes lack: see
+        tests/next_tokens.py
+    tokenizer: a kind of tests/tiny_tokenizers.py
+    centred: norms are stored minus one
+    mxfp4, fp4, stacked: how experts are stored: as GPT-OSS's, as DeepSeek V4's, or in two stacks a layer
+    renames: [pattern, replacement] from names that the class saves to the published ones, where these differ
+    as_published: config.json stays in its published words, where the class saves others, and llama.cpp's converter is
+        given these words too
+    pre: the pre-tokenizer that the converter is given
+    plain_vocabulary: the converter writes the vocabulary as a byte-level BPE's, where it wants code that comes with the
+        published tokenizer, or an older transformers'
     """
 
     model_type: str
@@ -181,7 +188,8 @@ TINY: dict[str, Tiny] = {
         config=text(
             **INDEXER, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, num_hidden_layers=4,
             num_hash_layers=1, q_lora_rank=64, o_lora_rank=32, o_groups=2, qk_rope_head_dim=16, head_dim=64,
-            intermediate_size=64, hc_mult=2, compress_ratios=[0, 4, 128, 4, 0], num_key_value_heads=1, sliding_window=16,
+            intermediate_size=64, hc_mult=2, compress_ratios=[0, 4, 128, 4, 0], num_key_value_heads=1,
+            sliding_window=16,
         ),
     ),
     "nemotron_h": Tiny(
@@ -193,7 +201,7 @@ TINY: dict[str, Tiny] = {
         ),
     ),
     "nemotron_h_dense": Tiny(
-        model_type="nemotron_h", base="nemotron-h-56b",
+        model_type="nemotron_h", base="nemotron-h-56b", as_published=True,
         config=text(
             hybrid_override_pattern="M-*-", num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32, n_groups=2,
             ssm_state_size=32, chunk_size=16, attention_head_dim=32,
@@ -331,7 +339,8 @@ TINY: dict[str, Tiny] = {
     "hunyuan_v1_dense": Tiny(model_type="hunyuan_v1_dense", pre="hunyuan-dense", config=text()),
     "hunyuan_v1_moe": Tiny(
         model_type="hunyuan_v1_moe", base="hunyuan-a13b", plain_vocabulary=True,
-        config=text(num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[64, 64], num_shared_expert=[1, 1], intermediate_size=64),
+        config=text(num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[64, 64], num_shared_expert=[1, 1],
+                    intermediate_size=64),
     ),
     "phi3": Tiny(model_type="phi3", base="phi-3-mini", tokenizer="sentencepiece", config=SIZES),
     "phimoe": Tiny(
@@ -393,7 +402,7 @@ TINY: dict[str, Tiny] = {
     "llama": Tiny(
         model_type="llama", base="llama-3.1-8b", config={**SIZES},
     ),
-    "mistral": Tiny(model_type="mistral", base="mistral-7b-v0.1", tokenizer="sentencepiece", config=SIZES),
+    "mistral": Tiny(model_type="mistral", base="mistral-7b-v0.1", tokenizer="sentencepiece", config=text()),
     "mixtral": Tiny(
         model_type="mixtral", base="mixtral-8x7b", tokenizer="sentencepiece", config={**SIZES, "num_local_experts": 4},
     ),

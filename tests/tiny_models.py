@@ -1,7 +1,7 @@
-"""Tiny checkpoints of published model types, the same bytes on every machine: python -m tests.tiny_models OUT [TYPE ...]
+"""Tiny checkpoints of published model types, the same bytes everywhere: python -m tests.tiny_models OUT [TYPE ...]
 
-Each has the names, shapes and dtypes that the Hub's checkpoints of its type have: transformers' class is built on the meta
-device, saved names are what its own conversion back gives, and layers for multi-token prediction are added as
+Each has the names, shapes and dtypes that the Hub's checkpoints of its type have: transformers' class is built on the
+meta device, saved names are what its own conversion back gives, and layers for multi-token prediction are added as
 published. config.json is as save_pretrained writes it. Values come from a generator seeded by the tensor's name, by
 integer arithmetic and one rounding, so that they do not depend on a mathematical library.
 
@@ -29,7 +29,6 @@ from tests.making import Raw, weights, write_safetensors
 from tests.tiny_configs import ROWS, TINY, Tiny
 
 SPECIAL_KEY = re.compile(r"(bos|eos|pad|decoder_start|[a-z_]*)_token_(?:id|index)$")
-TEXT_KEYS = ("text_config",)
 INTERN_SIZES = {4096: 64, 14336: 256, 92544: ROWS, 6144: 128}  # internlm2-7b's to tiny's; 6144 are q, k and v
 
 
@@ -216,7 +215,7 @@ def filled(name: str, dtype: str, shape: tuple[int, ...], tiny: Tiny, config: Ma
     if dtype in ("U8", "I8", "F8_E8M0"):
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         made = np.random.PCG64(seed).random_raw(math.prod(shape))
-        codes = made % 4 + 118 if name.endswith("scale") or name.endswith("_scales") else made % 256  # 2^-9 to 2^-6
+        codes = made % 4 + 118 if name.endswith(("scale", "_scales")) else made % 256  # 2^-9 to 2^-6
         return Raw(dtype, codes.astype(np.uint8).reshape(shape))
     return weights(values_of(name, shape, centred=tiny.centred).reshape(shape), dtype)
 

@@ -1,7 +1,8 @@
 """Tokenizers of 320 tokens for tiny checkpoints: real ones, which cut any text, made without training.
 
 "bpe" is byte-level, as most models have it; "bpe_spaces" a BPE over text with ▁ for spaces and bytes for what it lacks,
-as Gemma 4's; "sentencepiece" a tokenizer.model alone, as Llama 2's; "bpe_roberta" byte-level with an encoder's special
+as Gemma 4's; "sentencepiece" a tokenizer.model and
+its tokenizer.json, as Llama 2's; "bpe_roberta" byte-level with an encoder's special
 tokens; "wordpiece" BERT's; "unigram" XLM-RoBERTa's.
 """
 
@@ -89,9 +90,9 @@ def byte_level_bpe(folder: Path, specials: Sequence[str], first: str) -> None:
 
 
 def bpe(folder: Path) -> dict[str, Any]:
-    byte_level_bpe(folder, ("<|begin|>", "<|end|>", "<|pad|>", "<tool>"), "<|begin|>")
+    byte_level_bpe(folder, ("<|begin|>", "<|end|>", "<|endoftext|>", "<tool>"), "<|begin|>")
     return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>",
-            "pad_token": "<|pad|>", "add_bos_token": True, "add_eos_token": False}  # fmt: skip
+            "pad_token": "<|endoftext|>", "add_bos_token": True, "add_eos_token": False}  # fmt: skip
 
 
 def bpe_glm(folder: Path) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def bpe_spaces(folder: Path) -> dict[str, Any]:
 
 
 def sentencepiece(folder: Path) -> dict[str, Any]:
-    """Write tokenizer.model, a protobuf of sentencepiece's ModelProto (src/sentencepiece_model.proto)."""
+    """Write tokenizer.model, a protobuf of sentencepiece's ModelProto (its sentencepiece_model.proto), and its JSON."""
 
     def varint(value: int) -> bytes:
         low, rest = value & 0x7F, value >> 7
@@ -148,11 +149,25 @@ def sentencepiece(folder: Path) -> dict[str, Any]:
     trainer = number(3, 2) + number(4, len(pieces)) + number(35, 1) + number(40, 0) + number(41, 1) + number(42, 2)
     normalizer = block(1, b"identity") + number(3, 1) + number(4, 0) + number(5, 1)
     (folder / "tokenizer.model").write_bytes(data + block(2, trainer) + block(3, normalizer))
-    decoder = {str(n): {**added(n, text), "id": None} for n, text in enumerate(("<unk>", "<s>", "</s>"))}
-    for each in decoder.values():
-        del each["id"]
+    specials = [added(n, text) for n, text in enumerate(("<unk>", "<s>", "</s>"))]
+    normalizers = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]  # fmt: skip
+    whole = document(
+        specials,
+        bpe_model([piece[0] for piece in pieces], texts[:20], unk_token="<unk>", fuse_unk=True, byte_fallback=True),
+        normalizer={"type": "Sequence", "normalizers": normalizers}, post_processor=template(("<s>", 1), None),
+        decoder={"type": "Sequence", "decoders": decoders},
+    )  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False, indent=1))
+    known = {str(each["id"]): {key: value for key, value in each.items() if key != "id"} for each in specials}
     return {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-            "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": decoder}  # fmt: skip
+            "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": known}  # fmt: skip
 
 
 def bpe_roberta(folder: Path) -> dict[str, Any]:
