@@ -336,7 +336,7 @@ TINY: dict[str, Tiny] = {
             "moe_layer_start_index": 1, "moe_layer_end_index": 2,
         },
     ),
-    "hunyuan_v1_dense": Tiny(model_type="hunyuan_v1_dense", pre="hunyuan-dense", config=text()),
+    "hunyuan_v1_dense": Tiny(model_type="hunyuan_v1_dense", config=text()),
     "hunyuan_v1_moe": Tiny(
         model_type="hunyuan_v1_moe", base="hunyuan-a13b", plain_vocabulary=True,
         config=text(num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[64, 64], num_shared_expert=[1, 1],
@@ -382,7 +382,7 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "bert": Tiny(
-        model_type="bert", base="gte-small", tokenizer="wordpiece",
+        model_type="bert", base="gte-small", tokenizer="wordpiece", pre="jina-v2-en",
         config={**SIZES, "max_position_embeddings": 64},
     ),
     "roberta": Tiny(
