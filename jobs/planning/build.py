@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from jobs.planning.cut import bonds_of, cut_units
@@ -16,7 +16,7 @@ from loaders.architectures import mlx, mlx_config
 from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.layouts import Assembling, Layout, Placed
+from loaders.layouts import Assembling, Forming, Layout, Placed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.made_files import made_files
 from loaders.layouts.mlx import MlxLayout
@@ -89,6 +89,8 @@ class Draft:
 
 
 def _draft(checkpoint: Checkpoint, sources: Sources, target: Target) -> Draft:
+    if isinstance(target.layout, Forming):
+        sources = replace(sources, tensors=tuple(target.layout.formed(checkpoint, sources.tensors)))
     decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
     return Draft(target, decisions, target.layout.place(checkpoint, decisions))
 
@@ -98,8 +100,10 @@ def _target_plan(
 ) -> tuple[TargetPlan, list[UnitOutput]]:
     """Plan a target's files, and what each unit writes of them."""
     target, decisions, layout = draft.target, draft.decisions, draft.target.layout
-    placed = {each.tensor.name: each for each in draft.placed}
-    shares = [[placed[tensor.name] for tensor in group if tensor.name in placed] for group in groups]
+    placed: dict[str, list[Placed]] = {}
+    for each in draft.placed:
+        placed.setdefault(each.tensor.source_name, []).append(each)
+    shares = [[each for tensor in group for each in placed.get(tensor.name, ())] for group in groups]
     per_unit, assembly = _files(target, checkpoint, shares), None
     counts, planned = [len(files) for files in per_unit], [file for files in per_unit for file in files]
     if isinstance(layout, Assembling):

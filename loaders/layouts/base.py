@@ -64,6 +64,15 @@ class Layout(Protocol):
         ...
 
 
+@runtime_checkable
+class Forming(Protocol):
+    """A layout whose engine holds some tensors in another form than checkpoints have."""
+
+    def formed(self, checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Sequence[LogicalTensor]:
+        """Return the tensors as the engine holds them, for rules to decide about: cut, arranged anew, or changed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Joined:
     """The one file of which the units' pieces are ranges: its name, the bytes before the first, and what follows."""

@@ -68,6 +68,11 @@ class LogicalTensor:
         return TensorSpec(self.name, self.dtype, self.shape)
 
     @property
+    def source_name(self) -> str:
+        """The name of the checkpoint's tensor that this is, or in an engine's form is made of."""
+        return self.name
+
+    @property
     def source_bytes(self) -> int:
         """The bytes that leave storage for this tensor; of a stack, its share."""
         total = sum(spec.size for _, spec in self.stored)
