@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.planning.targets import Target
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.layouts import Forming
 from loaders.layouts.hf import HfLayout
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules, left_out
@@ -17,6 +18,8 @@ def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tu
     What the model of config.json does not have is dropped first, except from a copy, which leaves all as it is.
     """
     usual = default_rules(target.scheme) if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
+    if isinstance(target.layout, Forming):
+        usual = (*target.layout.left_out(checkpoint), *usual)
     is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
     if is_copy or checkpoint.container == "gguf":
         return usual

@@ -24,7 +24,7 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.mlx_affine import BIASES, SCALES, MlxAffine
 from loaders.quantization.schemes.mlx_float import MlxFloat
 from loaders.quantization.schemes.plain import Plain
-from loaders.rules.rule import Decision
+from loaders.rules.rule import Decision, Rule, dropping
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
 from loaders.tensors.formed import Forms
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -48,6 +48,9 @@ class MlxLayout:
     def formed(self, checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Sequence[LogicalTensor]:
         forms = Forms(_known_model(checkpoint).forms, checkpoint.config)
         return [piece for tensor in tensors for piece in forms.of(tensor)]
+
+    def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
+        return dropping(_known_model(checkpoint).drop)
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loaders.architectures.gguf import LAYER_NAMES, Architecture, architecture_named
+from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX
@@ -155,7 +155,8 @@ def _blocks(
     missing = [f"blk.{n}.{part}" for n in range(min(count, 4096)) for part in parts if f"blk.{n}.{part}" not in specs]
     if missing:
         yield fault(ENGINE, f"{len(missing)} tensors are not there: {some(missing)}", "fails: missing tensor", AGAIN)
-    known = {*parts, *(f"{LAYER_NAMES[module]}.bias" for module in architecture.biases)}
+    biases = (architecture.gguf_name(f"model.layers.0.{module}.bias") for module in architecture.biases)
+    known = {*parts, *(BLOCK.sub("", bias.name) for bias in biases if bias is not None)}
     known |= {"rope_freqs.weight"} if architecture.has_factors else set()
     others = [
         name

@@ -42,7 +42,6 @@ class MlxRules:
         why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
         return (
             Rule(action="drop", why="mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
-            *_left_out(config),
             Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
             *_kept_by_name(config),
             *(rule for shape in short for rule in kept(config, why, MODULES, shape)),
@@ -85,11 +84,6 @@ class MlxRules:
             Rule(action="quantize", why=why, role=("head",), shape=(None, None), scheme=high),
             Rule(action="quantize", why=why, name=pattern, role=MODULES, shape=(None, None), scheme=high),
         )
-
-
-def _left_out(config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    model = model_of(config)
-    return () if model is None else tuple(Rule(action="drop", why=why, name=name) for name, why in model.drop)
 
 
 def _kept_by_name(config: Mapping[str, Any]) -> tuple[Rule, ...]:
