@@ -28,7 +28,7 @@ from loaders.architectures.rope import (
 from loaders.architectures.windows import ignored_window, window_of
 from loaders.containers.gguf import MetadataValue, booleans, float32, text, uint32
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys import head_size, keys_of
+from loaders.layouts.gguf.keys import COMMON, head_size, keys_of
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # llama-quantize's name of a file type -> general.file_type (llama_ftype in llama.h)
@@ -85,7 +85,8 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
     }
     missing = [names[0] for names in NEEDED if not found.keys() & {*names}]
     if missing:
-        raise BadSpec(f"config.json: nothing gives {architecture.name}.{missing[0]}, which llama.cpp needs")
+        wanted = COMMON[missing[0]][1].replace("|", " or ")
+        raise BadSpec(f"config.json: expected {wanted}, which llama.cpp needs as {missing[0]}; found none")
     return {f"{architecture.name}.{key}": entry for key, entry in found.items()}
 
 
