@@ -94,7 +94,7 @@ def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> No
     """Raise BadSpec if llama.cpp would compute the model differently."""
     activation = text_config(config, "hidden_act", "silu")
     if activation not in architecture.activations:
-        known = " or ".join(architecture.activations)
+        known = architecture.activations[0]
         raise BadSpec(f"config.json: llama.cpp computes {architecture.name} with {known}, not with {activation}")
     if architecture.name == "qwen3moe":
         if not text_config(config, "norm_topk_prob", False):
