@@ -238,11 +238,15 @@ def dump(entry: Mapping[str, Any]) -> str:
 
 def derive(config: Mapping[str, Any]) -> Tensors:
     """Return names, dtypes and shapes as published, by transformers' class and its own conversion back."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     from loaders.lint.engines.transformers import Model, cleaned
 
-    found = Model(cleaned(config), "plain")
+    return published(Model(cleaned(config), "plain"))
+
+
+def published(found: Any) -> Tensors:
+    """Return names, dtypes and shapes that a class of loaders.lint.engines.transformers.Model is saved with."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     state = revert_weight_conversion(found.model, {k: v for k, v in found.state.items() if k not in found.tied})
     known = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
     return {name: (known[str(value.dtype).split(".")[-1]], tuple(value.shape)) for name, value in state.items()}
