@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,6 +182,9 @@ class TargetRun:
         self._files: PartFiles | None = None
         output = share.unit.outputs[share.target]
         self.placements = {placement.name: placement for placement in output.placements}
+        self._by_source: dict[str, list[Placement]] = {}
+        for placement in output.placements:
+            self._by_source.setdefault(placement.encoding.tensor.source_name, []).append(placement)
         with self.guarded():
             if not self._journal.destination.is_there():
                 raise StorageError(
@@ -212,6 +215,10 @@ class TargetRun:
 
     def takes(self, tensor: LogicalTensor) -> bool:
         return self.error is None and self.tensors.get(tensor.name) == tensor
+
+    def placed(self, tensor: LogicalTensor) -> Sequence[Placement]:
+        """Return what this share makes of a source's tensor: nothing if it is dropped, several if it is cut."""
+        return self._by_source.get(tensor.name, ())
 
     def encoder(self, reader: Reader, work: ThreadedWork) -> TensorEncoder:
         """Return an encoder for this share's tensors."""
@@ -301,11 +308,11 @@ class UnitPass:
                     self._encode(run, encoder, tensor, threads)
 
     def _encode(self, run: TargetRun, encoder: TensorEncoder, tensor: LogicalTensor, threads: int) -> None:
-        placement = run.placements.get(tensor.name)
-        if placement is None:  # dropped
+        placements = run.placed(tensor)
+        if not placements:  # dropped
             self._on_bytes(tensor.source_bytes)
-            return
-        sink = run.begin(placement)
-        encoder.encode(placement.encoding, sink, threads=threads)
-        run.measured(placement, encoder.measure(placement.encoding, sink, self._on_bytes, threads=threads))
-        sink.done()
+        for placement in placements:
+            sink = run.begin(placement)
+            encoder.encode(placement.encoding, sink, threads=threads)
+            run.measured(placement, encoder.measure(placement.encoding, sink, self._on_bytes, threads=threads))
+            sink.done()

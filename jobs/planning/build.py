@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from jobs.planning.cut import bonds_of, cut_units
@@ -16,7 +16,7 @@ from loaders.architectures import mlx, mlx_config
 from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.layouts import Assembling, Layout, Placed
+from loaders.layouts import Assembling, Forming, Layout, Placed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.made_files import made_files
 from loaders.layouts.mlx import MlxLayout
@@ -90,6 +90,8 @@ class Draft:
 
 
 def _draft(checkpoint: Checkpoint, sources: Sources, target: Target) -> Draft:
+    if isinstance(target.layout, Forming):
+        sources = replace(sources, tensors=tuple(target.layout.formed(checkpoint, sources.tensors)))
     decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
     return Draft(target, decisions, target.layout.place(checkpoint, decisions))
 
@@ -139,8 +141,10 @@ def _target_plan(
 
 def _shares(placed: Sequence[Placed], groups: Sequence[Sequence[LogicalTensor]]) -> list[list[Placed]]:
     """Return what is stored of each unit's tensors."""
-    by_name = {each.tensor.name: each for each in placed}
-    return [[by_name[tensor.name] for tensor in group if tensor.name in by_name] for group in groups]
+    by_source: dict[str, list[Placed]] = {}
+    for each in placed:
+        by_source.setdefault(each.tensor.source_name, []).append(each)
+    return [[each for tensor in group for each in by_source.get(tensor.name, ())] for group in groups]
 
 
 def _files(

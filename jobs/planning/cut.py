@@ -47,9 +47,9 @@ def bonds_of(placed: Iterable[Placed]) -> Bonds:
     for each in placed:
         for stored in each.stored.values():
             if stored.whole is not None:
-                found.setdefault(each.tensor.name, []).append(stored.name)
+                found.setdefault(each.tensor.source_name, []).append(stored.name)
             if stored.place is not None:
-                found.setdefault(each.tensor.name, []).append(stored.place[0])
+                found.setdefault(each.tensor.source_name, []).append(stored.place[0])
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.planning.targets import Target
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.layouts import Forming
 from loaders.layouts.hf import HfLayout
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules, left_out
@@ -21,6 +22,8 @@ def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tu
         usual = default_rules(target.scheme, checkpoint.family)
     else:
         usual = mix.rules(sources.tensors, checkpoint.config)
+    if isinstance(target.layout, Forming):
+        usual = (*target.layout.left_out(checkpoint), *usual)
     is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
     if is_copy or checkpoint.container == "gguf":
         return usual

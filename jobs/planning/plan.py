@@ -24,6 +24,7 @@ from loaders.rules.rule import Decision
 from loaders.specs import OutputFile, Slot
 from loaders.storage.base import Entry
 from loaders.tensors.encoding import Encoding
+from loaders.tensors.formed import FormedTensor
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merged import MERGE_BYTES
 from loaders.tensors.sources import Sources
@@ -73,7 +74,10 @@ class Unit:
 
     def key(self, target: TargetId) -> str:
         """Return a digest of the unit's work for a target. A record with another key is of other work."""
-        return work_key(FORMAT, self.sources, [fields_of(tensor) for tensor in self.tensors], self.outputs[target])
+        output = self.outputs[target]
+        formed = [p.encoding.tensor for p in output.placements if isinstance(p.encoding.tensor, FormedTensor)]
+        tensors = [fields_of(tensor) for tensor in (*self.tensors, *formed)]
+        return work_key(FORMAT, self.sources, tensors, output)
 
     def memory_bytes(self, threads: int) -> int:
         """Return the most bytes that running the unit holds, besides the libraries."""

@@ -1,7 +1,7 @@
-"""llama.cpp's architectures: tensor names in both directions, and row orders.
+"""llama.cpp's architectures: the names of their tensors, and what else differs from transformers.
 
-Names and keys are those of gguf-py (llama.cpp, gguf-py/gguf/constants.py) and of llama.cpp's converter
-(conversion/llama.py, conversion/qwen.py). Only models listed here are converted between transformers' form and GGUF.
+What is said of a model type is in the `gguf` section of its family's file, names in `gguf_names`. The facts are those
+of llama.cpp's converter (its `conversion` package).
 """
 
 from __future__ import annotations
@@ -9,33 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+from loaders.architectures import gguf_names
 from loaders.architectures.families import text_config
+from loaders.architectures.family_files import known_types, section
+from loaders.architectures.forms import Form, forms_of
 from loaders.errors import BadSpec, setting
 from loaders.specs import RowOrder
 from loaders.words import model_type_said
 
-# transformers' name of a module within a layer -> GGUF's; weights and biases alike
-LAYER_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+# transformers' modules within a layer that most architectures have
+MODULES = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-# GGUF stacks experts: {} stands for an expert's number in transformers' name
-QWEN_EXPERTS = {
-    "mlp.gate": "ffn_gate_inp", "mlp.experts.{}.gate_proj": "ffn_gate_exps", "mlp.experts.{}.up_proj": "ffn_up_exps",
-    "mlp.experts.{}.down_proj": "ffn_down_exps",
-}  # fmt: skip
-MIXTRAL_EXPERTS = {
-    "block_sparse_moe.gate": "ffn_gate_inp", "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
-    "block_sparse_moe.experts.{}.w3": "ffn_up_exps", "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
-}  # fmt: skip
 # A model saved without its head, as sentence encoders are, has names without `model.`.
 HF_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
 
@@ -49,42 +42,55 @@ class GgufName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """An architecture of llama.cpp and the model types that it holds.
+    """The way in which llama.cpp holds a model_type: the `gguf` section of its family's file.
 
-    `class_name` is transformers' class for config.json. `permutes` says that rows of q and k are in another order in a
-    GGUF: llama.cpp's rotary embedding pairs neighbours, transformers' pairs the halves of a head (`permute` in
-    conversion/llama.py). `has_factors` says that llama.cpp loads the tensor rope_freqs.weight. `biases` are the modules
-    whose biases it loads.
+    architecture: llama.cpp's name of it.
+    classes: transformers' class for config.json by model_type, where a GGUF of it is read; empty where it is not.
+    modules: further modules within a layer that are read from a GGUF, with {} for an expert's number; see MODULES.
+    renames: [pattern, replacement] rows that the converter applies to names before it looks them up.
+    forms: tensors that are held in another shape, or with other values; see `loaders.architectures.forms`.
+    drop: patterns for published names of what is left out, each with the reason.
+    permutes: rows of q and k are in another order: llama.cpp's rotary embedding pairs neighbours, transformers' pairs
+    the halves of a head (`permute` in conversion/llama.py).
+    has_factors: llama.cpp loads the tensor rope_freqs.weight.
+    biases: the modules within a layer whose biases it loads.
+    keys: its keys of metadata: [type, key of config.json, default] or [type, number]; null for one that it has not.
+    made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
+    activations: the values of hidden_act that it computes.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    class_name: str
-    # Names of modules that LAYER_NAMES lacks, such as experts; as there.
-    further_names: Mapping[str, str] = field(default_factory=dict)
+    architecture: str
+    classes: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    forms: tuple[Form, ...] = ()
+    drop: tuple[tuple[str, str], ...] = ()
     permutes: bool = False
     has_factors: bool = False
     biases: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    made: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("silu", "swish")
+
+    @property
+    def name(self) -> str:
+        return self.architecture
 
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
-        top, _, suffix = name.rpartition(".")
-        top = f"model.{top}" if top in ("embed_tokens", "norm") else top
-        if top in TOP_NAMES and suffix == "weight":
-            return GgufName(f"{TOP_NAMES[top]}.weight")
+        suffix = name.rpartition(".")[2]
         match = HF_LAYER.match(name)
-        if match is None:
+        if suffix == "bias" and (match is None or match[2] not in self.biases):
             return None
-        layer, inner, suffix = match.groups()
-        if suffix == "bias" and inner not in self.biases:
-            return None
-        if inner in LAYER_NAMES:
-            return GgufName(f"blk.{layer}.{LAYER_NAMES[inner]}.{suffix}")
-        expert = EXPERT.search(f".{inner}.")
-        found = self.further_names.get(EXPERT.sub(".experts.{}.", f".{inner}.").strip("."))
-        if found is None or suffix != "weight":
-            return None
-        return GgufName(f"blk.{layer}.{found}.weight", None if expert is None else int(expert[1]))
+        if name.startswith(("layers.", "embed_tokens.", "norm.")):
+            name = f"model.{name}"
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        expert = EXPERT.search(name)
+        if expert is not None:
+            name = EXPERT.sub(".experts", name)
+        found = gguf_names.gguf_name(self.architecture, name)
+        return None if found is None else GgufName(found, None if expert is None else int(expert[1]))
 
     def hf_name(self, name: str) -> str | None:
         """Return transformers' name of a GGUF's tensor, with {} for an expert's number; None if it is unknown."""
@@ -95,11 +101,19 @@ class Architecture:
         if match is None:
             return None
         layer, inner, suffix = match.groups()
-        known = {gguf: hf for hf, gguf in (LAYER_NAMES | dict(self.further_names)).items()}
-        found = known.get(inner)
+        found = self._read_names().get(inner)
         if found is None or (suffix == "bias" and found not in self.biases):
             return None
         return f"model.layers.{layer}.{found}.{suffix}"
+
+    def _read_names(self) -> Mapping[str, str]:
+        """Return the modules within a layer by GGUF's names within it."""
+        found = {}
+        for module in (*MODULES, *self.modules):
+            name = gguf_names.gguf_name(self.architecture, f"model.layers.0.{module.replace('.{}', '')}")
+            if name is not None:
+                found[name.removeprefix("blk.0.")] = module
+        return found
 
     def row_order(self, name: str, rows: int, config: Mapping[str, Any], *, inverse: bool) -> RowOrder | None:
         """Return the order in which GGUF takes the rows of transformers' tensor `name`; with `inverse`, the way back.
@@ -118,19 +132,16 @@ class Architecture:
         return RowOrder(rows // heads, inverse)
 
 
-ARCHITECTURES = (
-    Architecture(
-        name="llama", model_types=("llama", "mistral", "mixtral"), class_name="LlamaForCausalLM",
-        further_names=MIXTRAL_EXPERTS, permutes=True, has_factors=True,
-        biases=tuple(inner for inner in LAYER_NAMES if inner.endswith("_proj")),
-    ),
-    Architecture(name="qwen2", model_types=("qwen2",), class_name="Qwen2ForCausalLM"),
-    Architecture(name="qwen3", model_types=("qwen3",), class_name="Qwen3ForCausalLM"),
-    Architecture(
-        name="qwen3moe", model_types=("qwen3_moe",), class_name="Qwen3MoeForCausalLM", further_names=QWEN_EXPERTS
-    ),
-)  # fmt: skip
-CLASS_NAMES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}
+@cache
+def _architecture(model_type: object) -> Architecture | None:
+    found = section(model_type, "gguf")
+    if found is None:
+        return None
+    made: dict[str, Any] = {
+        key: tuple(tuple(row) if isinstance(row, list) else row for row in value) if isinstance(value, list) else value
+        for key, value in found.items()
+    }
+    return Architecture(**{**made, "forms": forms_of(found.get("forms", ()))})
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -139,17 +150,30 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         BadSpec: none here is for its model_type.
     """
-    model_type = config.get("model_type")
-    for architecture in ARCHITECTURES:
-        if model_type in architecture.model_types:
-            return architecture
-    known = ", ".join(t for a in ARCHITECTURES for t in a.model_types)
-    raise BadSpec(f"{setting('layout')}: gguf knows no architecture for {model_type_said(config)}; it knows {known}")
+    found = _architecture(config.get("model_type"))
+    if found is None:
+        known = ", ".join(known_types("gguf"))
+        raise BadSpec(
+            f"{setting('layout')}: gguf knows no architecture for {model_type_said(config)}; it knows {known}"
+        )
+    return found
+
+
+@cache
+def read_types() -> Mapping[str, tuple[str, ...]]:
+    """Return the model types that a GGUF of an architecture may become, by the architecture's name."""
+    found: dict[str, tuple[str, ...]] = {}
+    for model_type in known_types("gguf"):
+        architecture = _architecture(model_type)
+        if architecture is not None and model_type in architecture.classes:
+            found[architecture.name] = (*found.get(architecture.name, ()), model_type)
+    return found
 
 
 def architecture_named(name: object) -> Architecture | None:
-    """Return the architecture of the name that a GGUF gives as general.architecture."""
-    return next((a for a in ARCHITECTURES if a.name == name), None)
+    """Return the architecture that a GGUF gives as general.architecture, if such a GGUF is read."""
+    types = read_types().get(name) if isinstance(name, str) else None
+    return None if types is None else _architecture(types[0])
 
 
 def number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -167,7 +191,7 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
 
 def experts_of(config: Mapping[str, Any]) -> int:
     """Return the number of experts in a layer; 0 for a dense model. transformers 5 renamed the key."""
-    for key in ("num_local_experts", "num_experts"):
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         if text_config(config, key) is not None:
             return number(config, key)
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.gguf import CLASS_NAMES, Architecture, architecture_named
+from loaders.architectures.gguf import Architecture, architecture_named, architecture_of, read_types
 from loaders.architectures.rope import scaling_of, usual_attention_factor
 from loaders.dtypes import shortest_decimal
 
@@ -58,7 +58,7 @@ def config_of(
     heads, experts = value("attention.head_count"), value("expert_count", 0)
     model_type = _model_type(architecture, value)
     config: dict[str, Any] = {
-        "architectures": [CLASS_NAMES.get(model_type, architecture.class_name)],
+        "architectures": [architecture_of({"model_type": model_type}).classes[model_type]],
         "model_type": model_type,
         "hidden_size": value("embedding_length"),
         "intermediate_size": value("feed_forward_length"),
@@ -104,7 +104,7 @@ def _model_type(architecture: Architecture, value: _Settings) -> str:
     """
     if architecture.name == "llama" and value("expert_count", 0):
         return "mixtral"
-    return "mistral" if architecture.name == "llama" and _window(value) else architecture.model_types[0]
+    return "mistral" if architecture.name == "llama" and _window(value) else read_types()[architecture.name][0]
 
 
 def _window(value: _Settings) -> int:

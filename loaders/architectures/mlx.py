@@ -1,9 +1,8 @@
 """mlx-lm's models: the names of their tensors and their settings, where they differ from transformers'.
 
-Facts are from mlx_lm 0.32, models/*.py (ModelArgs and sanitize). Names are the same except those of a mixture's
-experts: mlx-lm stacks them, so that an expert's matrix is one of E along the first dimension of
-MODULE.switch_mlp.gate_proj and its like. Norms of Gemma are stored as they are. deepseek_v3 is missing: mlx-lm cuts its
-kv_b_proj by heads and transposes one half.
+The facts are in the `mlx` sections of the family files, from mlx_lm 0.32, models/*.py (ModelArgs, sanitize and
+quant_predicate). mlx-lm stacks experts, so that an expert's matrix is one of E along the first dimension of
+MODULE.switch_mlp.gate_proj and its like.
 """
 
 from __future__ import annotations
@@ -11,82 +10,77 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+from loaders.architectures.family_files import section
+from loaders.architectures.forms import Form, forms_of
 from loaders.dtypes import DTYPES, DType
 
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MlxModel:
-    """The way in which mlx-lm treats a model_type.
+class Experts:
+    """A layer's experts: `module` holds them, `matrices` are published names by mlx-lm's.
 
-    experts: the module that holds experts, and transformers' names of their three matrices by mlx-lm's.
-    num_experts: mlx-lm's key for the number of experts.
-    has_head_dim: whether mlx-lm can be told a head_dim other than hidden_size / num_attention_heads.
-    router_bits: bits of the router's affine groups of ROUTER_GROUP; None: as everything else.
-    needs: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
-    stack: mlx-lm's name of the module that stacks experts.
-    head: the output projection is there or tied as the config says ("either"), must be there ("own"), or must not
-    ("tied").
-    is_nested: whether the language model's settings are in text_config.
-    router_is_linear: whether mlx-lm has a linear layer as router, which it then quantizes.
+    count: mlx-lm's key for their number in config.json. stack: mlx-lm's name of the module that stacks them.
     """
 
-    experts: tuple[str, Mapping[str, str]] | None = None
-    num_experts: str = ""
-    has_head_dim: bool = False
+    module: str
+    count: str
+    stack: str = "switch_mlp"
+    matrices: Mapping[str, str] = field(
+        default_factory=lambda: {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlxModel:
+    """The way in which mlx-lm treats a model_type: the `mlx` section of its family's file.
+
+    names: beginnings of published names, and what mlx-lm has in their place; the first that fits counts.
+    forms: tensors that mlx-lm holds in another shape, or with other values; see `loaders.architectures.forms`.
+    drop, keep: patterns for published names of what mlx-lm leaves out, or has as no linear layer, each with the reason.
+    experts: a layer's experts, where they are.
+    head_dim: whether mlx-lm can be told a head_dim other than hidden_size / num_attention_heads.
+    router_bits: bits of the router's affine groups of ROUTER_GROUP; None: as everything else.
+    needs: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
+    head: the output projection is there or tied as the config says ("either"), must be there ("own"), or must not
+    ("tied").
+    nested: whether the language model's settings are in text_config.
+    """
+
+    names: tuple[tuple[str, str], ...] = ()
+    forms: tuple[Form, ...] = ()
+    drop: tuple[tuple[str, str], ...] = ()
+    keep: tuple[tuple[str, str], ...] = ()
+    experts: Experts | None = None
+    head_dim: bool = False
     router_bits: int | None = None
     needs: Mapping[str, Any] = field(default_factory=dict)
-    stack: str = "switch_mlp"
     head: str = "either"
-    is_nested: bool = False
-    router_is_linear: bool = True
+    nested: bool = False
 
 
-GATED = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
-QWEN_EXPERTS = ("mlp", GATED)
-MIXTRAL_EXPERTS = ("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
-MODELS = {
-    "llama": MlxModel(has_head_dim=True),
-    "mistral": MlxModel(has_head_dim=True),
-    "mixtral": MlxModel(experts=MIXTRAL_EXPERTS, num_experts="num_local_experts"),
-    "qwen2": MlxModel(),
-    "qwen2_moe": MlxModel(experts=QWEN_EXPERTS, num_experts="num_experts", head="own"),
-    "qwen3": MlxModel(has_head_dim=True),
-    "qwen3_moe": MlxModel(
-        experts=QWEN_EXPERTS,
-        num_experts="num_experts",
-        has_head_dim=True,
-        router_bits=8,
-        needs={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False},
-    ),
-    "gemma": MlxModel(has_head_dim=True, head="tied"),
-    "gemma2": MlxModel(has_head_dim=True, head="tied"),
-    "gemma3_text": MlxModel(has_head_dim=True),
-    "gemma3": MlxModel(has_head_dim=True, is_nested=True),
-    "phi3": MlxModel(),
-    "deepseek_v2": MlxModel(
-        experts=QWEN_EXPERTS, num_experts="n_routed_experts", has_head_dim=True, head="own", router_is_linear=False
-    ),
-    "gpt_oss": MlxModel(
-        experts=("mlp", GATED), num_experts="num_local_experts", has_head_dim=True, router_bits=8,
-        stack="experts", head="own",
-    ),
-    "llama4": MlxModel(
-        experts=("feed_forward", GATED), num_experts="num_local_experts", has_head_dim=True,
-        stack="experts", head="own", is_nested=True,
-    ),
-}  # fmt: skip
 ROUTER_GROUP = 64  # the group size that mlx-lm's models ask for where they set their router's bits
-LAYER = r"(?:language_model\.)?model\.layers\.\d+"
-TOWERS = r"^(?:vision_tower|vision_model|multi_modal_projector)\."  # parts that mlx-lm's language models leave out
+LAYER = r"(?:.*\.)?layers\.\d+"
 
 
 def model_of(config: Mapping[str, Any]) -> MlxModel | None:
-    """Return the entry of a config's model_type, or None if it is unknown."""
-    return MODELS.get(str(config.get("model_type")))
+    """Return the model of a config's model_type, or None if it is unknown."""
+    return _model(config.get("model_type"))
+
+
+@cache
+def _model(model_type: object) -> MlxModel | None:
+    found = section(model_type, "mlx")
+    if found is None:
+        return None
+    experts = found.get("experts")
+    made: dict[str, Any] = {key: tuple(map(tuple, found.get(key, ()))) for key in ("names", "drop", "keep")}
+    made |= {"forms": forms_of(found.get("forms", ())), "experts": Experts(**experts) if experts else None}
+    return MlxModel(**{**found, **made})
 
 
 def convert_dtype(config: Mapping[str, Any]) -> DType | None:
@@ -102,19 +96,32 @@ def convert_dtype(config: Mapping[str, Any]) -> DType | None:
 # --- names
 
 
-def mlx_name(name: str) -> str:
+def mlx_name(model: MlxModel, name: str) -> str:
     """Return mlx-lm's name of a tensor: a model saved without its head, as sentence encoders are, lacks `model.`."""
+    for published, own in model.names:
+        if name.startswith(published):
+            return own + name.removeprefix(published)
     return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
+def published_name(model: MlxModel, name: str) -> str:
+    """Return the published name of mlx-lm's tensor."""
+    for published, own in model.names:
+        if name.startswith(own):
+            return published + name.removeprefix(own)
+    return name
+
+
 def stack_of(model: MlxModel, name: str) -> tuple[str, int] | None:
-    """Return the stacked weight or bias of which an expert's tensor is a part, and the expert's number."""
+    """Return the stacked weight or bias of which an expert's tensor is a part, and the expert's number.
+
+    `name` is the expert's, as `mlx_name` gives it.
+    """
     if model.experts is None:
         return None
-    module, matrices = model.experts
-    own = {hf: mlx for mlx, hf in matrices.items()}
-    match = re.fullmatch(rf"({LAYER}\.{module})\.experts\.(\d+)\.({'|'.join(own)})\.(weight|bias)", name)
-    return (f"{match[1]}.{model.stack}.{own[match[3]]}.{match[4]}", int(match[2])) if match else None
+    own = {hf: mlx for mlx, hf in model.experts.matrices.items()}
+    match = re.fullmatch(rf"({LAYER}\.{model.experts.module})\.experts\.(\d+)\.({'|'.join(own)})\.(weight|bias)", name)
+    return (f"{match[1]}.{model.experts.stack}.{own[match[3]]}.{match[4]}", int(match[2])) if match else None
 
 
 def is_stack(model: MlxModel | None, name: str) -> bool:
@@ -123,14 +130,17 @@ def is_stack(model: MlxModel | None, name: str) -> bool:
 
 
 def expert_names(model: MlxModel, stacked: str, count: int) -> tuple[str, ...] | None:
-    """Return transformers' names of the experts in a stacked weight or bias, in order; None if it is no stack."""
+    """Return the published names of the experts in a stacked weight or bias, in order; None if it is no stack."""
     if model.experts is None:
         return None
-    module, matrices = model.experts
-    match = re.fullmatch(rf"({LAYER}\.{module})\.{model.stack}\.({'|'.join(matrices)})\.(weight|bias)", stacked)
+    matrices = model.experts.matrices
+    match = re.fullmatch(
+        rf"({LAYER}\.{model.experts.module})\.{model.experts.stack}\.({'|'.join(matrices)})\.(weight|bias)", stacked
+    )
     if match is None:
         return None
-    return tuple(f"{match[1]}.experts.{e}.{matrices[match[2]]}.{match[3]}" for e in range(count))
+    module = published_name(model, f"{match[1]}.")
+    return tuple(f"{module}experts.{e}.{matrices[match[2]]}.{match[3]}" for e in range(count))
 
 
 # --- the packed container's experts, whose matrices have mlx-lm's names
@@ -142,7 +152,8 @@ def packed_experts(config: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
     A model that is unknown gets the most common ones.
     """
     model = model_of(config)
-    return QWEN_EXPERTS if model is None or model.experts is None else model.experts
+    experts = Experts(module="mlp", count="") if model is None or model.experts is None else model.experts
+    return experts.module, experts.matrices
 
 
 def packed_expert_name(config: Mapping[str, Any], layer: int, expert: int, component: str) -> str:

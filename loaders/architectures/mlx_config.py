@@ -19,27 +19,29 @@ VISION = "vision_config"
 def text_of(model: MlxModel, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of the language model, which a multimodal config holds one level down."""
     nested = config.get("text_config")
-    return nested if model.is_nested and isinstance(nested, Mapping) else config
+    return nested if model.nested and isinstance(nested, Mapping) else config
 
 
 def num_experts(model: MlxModel, config: Mapping[str, Any]) -> int | None:
     """Return the number of experts in a layer, by whichever name the config has; None for a dense model."""
     text = text_of(model, config)
-    found = next((text[k] for k in (model.num_experts, "num_experts", "num_local_experts") if k in text), None)
-    return found if model.experts is not None and isinstance(found, int) else None
+    if model.experts is None:
+        return None
+    found = next((text[k] for k in (model.experts.count, "num_experts", "num_local_experts") if k in text), None)
+    return found if isinstance(found, int) else None
 
 
 def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
     """Describe a setting that mlx-lm would read wrongly or could not load; None if there is none."""
     text, model_type = text_of(model, config), config["model_type"]
     head_dim, usual = text.get("head_dim"), _usual_head_dim(text)
-    if not model.has_head_dim and head_dim not in (None, usual):
+    if not model.head_dim and head_dim not in (None, usual):
         return (
             f"config.json: head_dim is {head_dim}, but mlx-lm's {model_type} takes hidden_size /"
             f" num_attention_heads, {usual}: it could not load these weights; use another engine's quant"
         )
     if model.experts is not None and num_experts(model, config) is None:
-        return f"config.json: expected {model.num_experts}, which {model_type} needs, found none"
+        return f"config.json: expected {model.experts.count}, which {model_type} needs, found none"
     if model_type == "deepseek_v2" and _rope(text)[1] is None:
         return "config.json: mlx-lm's deepseek_v2 fails without a rope scaling, which this model lacks"
     if model_type == "qwen2_moe" and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
@@ -120,7 +122,7 @@ def translate_config(model: MlxModel, config: Mapping[str, Any], *, is_tied: boo
     """
     made = {key: value for key, value in config.items() if key not in ("_name_or_path", VISION)}
     made["tie_word_embeddings"] = is_tied
-    if not model.is_nested:
+    if not model.nested:
         return made | _translated(model, config)
     text = text_of(model, config)
     made["text_config"] = dict(text) | _translated(model, text, str(config.get("model_type")))
@@ -157,7 +159,7 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     if text.get("head_dim") is None and _usual_head_dim(text) is not None:
         made["head_dim"] = _usual_head_dim(text)
     if model.experts is not None:
-        made[model.num_experts] = num_experts(model, {**text, "text_config": text})
+        made[model.experts.count] = num_experts(model, {**text, "text_config": text})
     return made | {key: value for key, value in model.needs.items() if text.get(key) is None}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loaders.layouts.base import Assembling, Assembly, Layout, Naming, Placed
+from loaders.layouts.base import Assembling, Assembly, Forming, Layout, Naming, Placed
 from loaders.layouts.engines import ENGINES
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.hf import HfLayout
@@ -10,7 +10,18 @@ from loaders.layouts.hqq import HqqLayout
 from loaders.layouts.mlx import MlxLayout
 from loaders.layouts.packed import PackedLayout
 
-__all__ = ["BY_ENGINE", "ENGINES", "LAYOUTS", "WHOLE_STACKS", "Assembling", "Assembly", "Layout", "Naming", "Placed"]
+__all__ = [
+    "BY_ENGINE",
+    "ENGINES",
+    "LAYOUTS",
+    "WHOLE_STACKS",
+    "Assembling",
+    "Assembly",
+    "Forming",
+    "Layout",
+    "Naming",
+    "Placed",
+]
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout(), PackedLayout())

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers.pytorch_pieces import Tail
-from loaders.rules.rule import Decision
+from loaders.rules.rule import Decision, Rule
 from loaders.specs import OutputFile, StoredTensor
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -61,6 +61,19 @@ class Layout(Protocol):
 
         `total_bytes` are the bytes of all tensors, `parameters` the number of weights before they were quantized.
         """
+        ...
+
+
+@runtime_checkable
+class Forming(Protocol):
+    """A layout whose engine holds some tensors in another form than checkpoints have."""
+
+    def formed(self, checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Sequence[LogicalTensor]:
+        """Return the tensors as the engine holds them, for rules to decide about: cut, arranged anew, or changed."""
+        ...
+
+    def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
+        """Return the rules that drop what the engine has not; they go before an engine's own."""
         ...
 
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.architectures.mlx import MODELS, MlxModel, convert_dtype, mlx_name, model_of, stack_of
+from loaders.architectures.family_files import known_types
+from loaders.architectures.mlx import MlxModel, convert_dtype, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
@@ -23,8 +24,10 @@ from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.mlx_affine import BIASES, SCALES, MlxAffine
 from loaders.quantization.schemes.mlx_float import MlxFloat
 from loaders.quantization.schemes.plain import Plain
-from loaders.rules.rule import Decision
+from loaders.rules.rule import Decision, Rule, dropping
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
+from loaders.tensors.formed import Forms
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.words import model_type_said
 
 SUFFIXES = {"weight": "weight", SCALES: "scales", BIASES: "biases"}
@@ -43,6 +46,13 @@ class MlxLayout:
     def warnings(self, decisions: Sequence[Decision]) -> tuple[str, ...]:
         return ()
 
+    def formed(self, checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Sequence[LogicalTensor]:
+        forms = Forms(_known_model(checkpoint).forms, checkpoint.config)
+        return [piece for tensor in tensors for piece in forms.of(tensor)]
+
+    def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
+        return dropping(_known_model(checkpoint).drop)
+
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
         has_head = any(d.tensor.role == "head" and d.action != "drop" for d in decisions)
@@ -57,8 +67,9 @@ class MlxLayout:
             _check_scheme(tensor.name, encoding.scheme)
             if encoding.action == "quantize" and cast_to != tensor.dtype:
                 encoding = replace(encoding, cast=cast_to)
-            stack = stack_of(model, mlx_name(tensor.name))
-            name, index = stack or (mlx_name(tensor.name), 0)
+            own = mlx_name(model, tensor.name)
+            stack = stack_of(model, own)
+            name, index = stack or (own, 0)
             count = (num_experts(model, checkpoint.config) or 0) if stack else None
             stored = {role: _stored(name, role, part, index, count) for role, part in encoding.stored.items()}
             placed.append(Placed(encoding, stored))
@@ -89,7 +100,8 @@ def _known_model(checkpoint: Checkpoint) -> MlxModel:
     if model is None:
         found = model_type_said(checkpoint.config)
         raise BadSpec(
-            f"{setting('checkpoint')}: {found} is not one whose MLX names are known here; known: {', '.join(MODELS)}"
+            f"{setting('checkpoint')}: {found} is not one whose MLX names are known here; known:"
+            f" {', '.join(known_types('mlx'))}"
         )
     problem = fault(model, checkpoint.config)
     if problem:
@@ -122,7 +134,7 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
     count = num_experts(model, checkpoint.config)
     stacks: dict[str, list[tuple[int, Placed]]] = {}
     for each in placed:
-        stack = stack_of(model, mlx_name(each.tensor.name))
+        stack = stack_of(model, mlx_name(model, each.tensor.name))
         if stack is not None:
             stacks.setdefault(stack[0], []).append((stack[1], each))
     for name, found in stacks.items():
@@ -139,8 +151,9 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
 
 
 def _module(decision: Decision, model: MlxModel) -> str:
-    stack = stack_of(model, mlx_name(decision.tensor.name))
-    return (stack[0] if stack else mlx_name(decision.tensor.name)).removesuffix(".weight")
+    own = mlx_name(model, decision.tensor.name)
+    stack = stack_of(model, own)
+    return (stack[0] if stack else own).removesuffix(".weight")
 
 
 # --- config.json

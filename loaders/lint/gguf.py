@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loaders.architectures.gguf import LAYER_NAMES, Architecture, architecture_named
+from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX
@@ -161,7 +161,8 @@ def _blocks(
             "fails: missing tensor",
             AGAIN,
         )
-    known = {*parts, *(f"{LAYER_NAMES[module]}.bias" for module in architecture.biases)}
+    biases = (architecture.gguf_name(f"model.layers.0.{module}.bias") for module in architecture.biases)
+    known = {*parts, *(BLOCK.sub("", bias.name) for bias in biases if bias is not None)}
     known |= {"rope_freqs.weight"} if architecture.has_factors else set()
     others = [
         name

@@ -26,6 +26,7 @@ from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
+from loaders.rules.defaults import default_rules
 from loaders.rules.mlx import MlxRules
 from loaders.rules.rule import Rule
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
@@ -94,12 +95,13 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
         sources = expand_sources(checkpoint, sources, config.llama_pro_blocks)
         checkpoint = expand_checkpoint(checkpoint, config.llama_pro_blocks)
     scheme: Scheme = config.scheme or Plain(next((d.name for d in DTYPES.values() if d.torch == config.dtype), None))
-    rules: tuple[Rule, ...] | None = None
+    layout = MlxLayout()
+    tensors = layout.formed(checkpoint, sources.tensors)
+    rules: tuple[Rule, ...] = default_rules(scheme) if config.scheme is None else ()
     if config.scheme is not None:
         group_size = getattr(scheme, "group_size", 64)
-        rules = MlxRules(group_size).rules(sources.tensors, checkpoint.config)
-    decisions = decide(sources.tensors, scheme, (), rules)
-    layout = MlxLayout()
+        rules = MlxRules(group_size).rules(tensors, checkpoint.config)
+    decisions = decide(tensors, scheme, (), (*layout.left_out(checkpoint), *rules))
     placed = layout.place(checkpoint, decisions)
     made = layout.config(checkpoint, decisions, None)
     (folder / "config.json").write_text(json.dumps(made))

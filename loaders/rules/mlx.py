@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loaders.architectures.families import text_config
-from loaders.architectures.mlx import ROUTER_GROUP, TOWERS, convert_dtype, model_of
+from loaders.architectures.mlx import ROUTER_GROUP, convert_dtype, model_of
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.schemes.mlx_affine import MlxAffine
-from loaders.rules.defaults import LINEAR, NOT_FLOAT
+from loaders.rules.defaults import LINEAR, NOT_FLOAT, OTHER_LINEAR
 from loaders.rules.rule import Rule
 from loaders.tensors.logical_tensor import LogicalTensor
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
-MODULES = (*LINEAR, "expert", "embedding", "head", "router")
+MODULES = (*LINEAR, *OTHER_LINEAR, "expert", "embedding", "head", "router")
 # The modules that a mixed recipe gives more bits; w2 is Mixtral's down_proj.
 FINE = r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj|\.experts\.\d+\.w2)\."
 
@@ -37,19 +37,23 @@ class MlxRules:
     high: MlxAffine | None = None
 
     def rules(self, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        ragged = sorted({r.shape[-1] for r in tensors if len(r.shape) == 2 and r.shape[-1] % self.group_size})
+        ragged = sorted({r.shape for r in tensors if len(r.shape) in (2, 3) and r.shape[-1] % self.group_size})
+        short = dict.fromkeys((*(None,) * (len(shape) - 1), shape[-1]) for shape in ragged)
         why = f"mlx-lm leaves alone what groups of {self.group_size} do not divide"
         return (
             Rule(action="drop", why="mlx-lm computes it", name=r"rotary_emb\.inv_freq$"),
-            *_towers(config),
             Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
-            *(rule for columns in ragged for rule in kept(config, why, MODULES, (None, columns))),
+            *_kept_by_name(config),
+            *(rule for shape in short for rule in kept(config, why, MODULES, shape)),
             *(self._router(config) if self.high is None else self._mixed(self.high, config)),
-            Rule(
-                action="quantize",
-                why="mlx-lm quantizes every linear layer and embedding",
-                role=MODULES,
-                shape=(None, None),
+            *(
+                Rule(
+                    action="quantize",
+                    why="mlx-lm quantizes every linear layer and embedding",
+                    role=MODULES,
+                    shape=shape,
+                )
+                for shape in ((None, None), (None, None, None))
             ),
             *kept(config, "no linear layer or embedding", None, None),
         )
@@ -57,8 +61,6 @@ class MlxRules:
     def _router(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
         """Return the rules for routers of models that mlx-lm's quant_predicate treats apart."""
         model = model_of(config)
-        if model is not None and not model.router_is_linear:
-            return kept(config, "this model's router is no linear layer to mlx-lm", ("router",), None)
         if model is None or model.router_bits is None:
             return ()
         why = f"mlx-lm gives this model's routers {model.router_bits} bits"
@@ -84,19 +86,23 @@ class MlxRules:
         )
 
 
-def _towers(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+def _kept_by_name(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     model = model_of(config)
-    if model is None or not model.is_nested:
-        return ()
-    return (Rule(action="drop", why="mlx-lm's language models have no tower for images", name=TOWERS),)
+    return (
+        () if model is None else tuple(rule for name, why in model.keep for rule in kept(config, why, None, None, name))
+    )
 
 
 def kept(
-    config: Mapping[str, Any], why: str, role: tuple[str, ...] | None, shape: tuple[int | None, ...] | None
+    config: Mapping[str, Any],
+    why: str,
+    role: tuple[str, ...] | None,
+    shape: tuple[int | None, ...] | None,
+    name: str | None = None,
 ) -> tuple[Rule, ...]:
     """Return rules that leave tensors unquantized, and cast them to the dtype that mlx_lm.convert gives all weights."""
     dtype = convert_dtype(config)
-    keep = Rule(action="keep", why=why, role=role, shape=shape)
+    keep = Rule(action="keep", why=why, role=role, shape=shape, name=name)
     if dtype is None:
         return (keep,)
     others = tuple(name for name in WEIGHT_DTYPES if name != dtype.name)
@@ -105,6 +111,7 @@ def kept(
         why=f"{why}, and casts it to torch_dtype",
         role=role,
         shape=shape,
+        name=name,
         dtype=others,
         cast_to=dtype.name,
     )

@@ -6,7 +6,7 @@ A user's rules come first. The engine's own follow: what its loader does and doe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -59,6 +59,11 @@ class Rule:
 
 def _fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
     return len(wanted) == len(shape) and all(w is None or w == n for w, n in zip(wanted, shape, strict=True))
+
+
+def dropping(rows: Iterable[tuple[str, str]]) -> tuple[Rule, ...]:
+    """Return rules that drop what patterns name, from rows of a pattern and the reason."""
+    return tuple(Rule(action="drop", why=why, name=name) for name, why in rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,11 @@ class LogicalTensor:
         return TensorSpec(self.name, self.dtype, self.shape)
 
     @property
+    def source_name(self) -> str:
+        """The name of the checkpoint's tensor that this is, or in an engine's form is made of."""
+        return self.name
+
+    @property
     def source_bytes(self) -> int:
         """The bytes that leave storage for this tensor; of a stack, its share."""
         # A plan asks for this several times for each tensor, of which most have one stored part.

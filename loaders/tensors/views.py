@@ -15,6 +15,7 @@ from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
 from loaders.strategies import Reader
+from loaders.tensors.formed import VALUES, FormedTensor
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.merged import MergedView
 
@@ -99,7 +100,8 @@ class DecodedView:
     def __init__(
         self, tensor: LogicalTensor, stored: StoredRoles, decoder: Decoder, work: Work, dtype: DType | None = None
     ) -> None:
-        self.spec = tensor.spec if dtype is None else TensorSpec(tensor.name, dtype, tensor.shape)
+        spec = gathered_spec(tensor)
+        self.spec = spec if dtype is None else replace(spec, dtype=dtype)
         self._whole = tensor.decoded_spec
         self._window = tensor.window
         self._stored = stored
@@ -164,6 +166,30 @@ class ReorderedView:
         return block[:, self._rows].reshape(-1)[start - first : stop - first]
 
 
+class FormedView:
+    """The elements of a tensor in an engine's form, with the values that the engine holds."""
+
+    def __init__(self, view: View, tensor: FormedTensor) -> None:
+        self.spec = tensor.spec
+        self._view = view
+        self._change = VALUES[tensor.values] if tensor.values else None
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        block = self._view.read(start, stop, slot)
+        if self._change is None:
+            return block
+        return casts.cast(
+            self._change(casts.to_float32(block, self._view.spec.dtype.name)), "F32", self.spec.dtype.name
+        )
+
+
+def gathered_spec(tensor: LogicalTensor) -> TensorSpec:
+    """Return what is read of a tensor before its values are changed: its shape is that over which its window steps."""
+    if isinstance(tensor, FormedTensor):
+        return TensorSpec(tensor.name, tensor.read_as, tensor.gather)
+    return tensor.spec
+
+
 def ordered_view(view: View, order: RowOrder | None) -> View:
     """Return a view with its rows in an order; None leaves them."""
     return view if order is None else ReorderedView(view, order)
@@ -183,6 +209,8 @@ def view_of(
     Reading counts on the clock under `phase`.
     """
     view = ordered_view(_base_view(tensor, reader, work, decoded_dtype, clock or Clock(), phase), tensor.order)
+    if isinstance(tensor, FormedTensor):
+        return FormedView(view, tensor)
     return view if tensor.merge is None else MergedView(view, tensor.merge, work)
 
 
@@ -195,7 +223,7 @@ def _base_view(
         return DecodedView(tensor, roles, tensor.decode, work, decoded_dtype)
     [(_, stored)] = tensor.stored
     assert tensor.window is not None
-    return StoredView(reader, tensor.spec, stored, tensor.window, clock, phase)
+    return StoredView(reader, gathered_spec(tensor), stored, tensor.window, clock, phase)
 
 
 def numbers_view(view: View, cast: DType | None, work: Work) -> View:

@@ -33,9 +33,11 @@ from loaders.layouts.gguf.tokenizer import tokenizer_metadata
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
-from loaders.rules.rule import Decision
+from loaders.rules.rule import Decision, Rule, dropping
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
 from loaders.tensors.encoding import Encoding
+from loaders.tensors.formed import Forms
+from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.words import counted
 
 ENGINES = ("ggml", "plain")
@@ -52,6 +54,15 @@ class GgufLayout:
     name: ClassVar[str] = "gguf"
     containers: ClassVar[tuple[str, ...]] = ("gguf",)
     file: ClassVar[str | None] = None
+
+    def formed(self, checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Sequence[LogicalTensor]:
+        if checkpoint.container == "gguf":
+            return tensors
+        forms = Forms(architecture_of(checkpoint.config).forms, checkpoint.config, floats="F32")
+        return [piece for tensor in tensors for piece in forms.of(tensor)]
+
+    def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
+        return () if checkpoint.container == "gguf" else dropping(architecture_of(checkpoint.config).drop)
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         for decision in decisions:

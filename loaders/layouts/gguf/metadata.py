@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loaders.architectures.families import text_config
-from loaders.architectures.gguf import Architecture, experts_of, number
+from loaders.architectures.gguf import Architecture, number
 from loaders.architectures.rope import (
     BETA_FAST,
     BETA_SLOW,
@@ -28,6 +28,7 @@ from loaders.architectures.rope import (
 from loaders.architectures.windows import ignored_window, window_of
 from loaders.containers.gguf import MetadataValue, booleans, float32, text, uint32
 from loaders.errors import BadSpec
+from loaders.layouts.gguf.keys import COMMON, head_size, keys_of
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # llama-quantize's name of a file type -> general.file_type (llama_ftype in llama.h)
@@ -36,6 +37,14 @@ FILE_TYPES = {
     "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32, "TQ1_0": 36,
     "TQ2_0": 37, "MXFP4_MOE": 38,
 }  # fmt: skip
+
+
+# keys that llama.cpp refuses to load without, or computes wrongly; of several names in one row, one is enough
+NEEDED = (
+    ("context_length",), ("embedding_length",), ("attention.head_count",),
+    ("feed_forward_length", "expert_feed_forward_length"),
+    ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+)  # fmt: skip
 
 
 def general_metadata(architecture: str, model: str, label: str) -> dict[str, MetadataValue]:
@@ -63,34 +72,30 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
         BadSpec: config.json lacks a size, or asks for what llama.cpp does not compute.
     """
     _check_computed(architecture, config)
-    heads, length = number(config, "num_attention_heads"), head_length(config)
-    epsilon = text_config(config, "rms_norm_eps")
-    if not isinstance(epsilon, float | int) or isinstance(epsilon, bool):
-        raise BadSpec(f"config.json: expected a number as rms_norm_eps, found {epsilon!r}")
+    heads, length = number(config, "num_attention_heads"), head_size(config)
     found = {
-        "block_count": uint32(number(config, "num_hidden_layers")),
-        "context_length": uint32(number(config, "max_position_embeddings")),
-        "embedding_length": uint32(number(config, "hidden_size")),
-        "feed_forward_length": uint32(number(config, "intermediate_size")),
-        "attention.head_count": uint32(heads),
+        "vocab_size": uint32(number(config, "vocab_size")),
         "attention.head_count_kv": uint32(number(config, "num_key_value_heads", heads)),
-        "attention.layer_norm_rms_epsilon": float32(float(epsilon)),
         "attention.key_length": uint32(length),
         "attention.value_length": uint32(length),
         "rope.dimension_count": uint32(length),
-        "vocab_size": uint32(number(config, "vocab_size")),
         **_rope_metadata(config),
         **_window_metadata(config),
-        **_expert_metadata(architecture, config),
+        **keys_of(architecture, config),
     }
+    missing = [names[0] for names in NEEDED if not found.keys() & {*names}]
+    if missing:
+        wanted = COMMON[missing[0]][1].replace("|", " or ")
+        raise BadSpec(f"config.json: expected {wanted}, which llama.cpp needs as {missing[0]}; found none")
     return {f"{architecture.name}.{key}": entry for key, entry in found.items()}
 
 
 def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> None:
     """Raise BadSpec if llama.cpp would compute the model differently."""
     activation = text_config(config, "hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise BadSpec(f"config.json: llama.cpp computes {architecture.name} with silu, not with {activation}")
+    if activation not in architecture.activations:
+        known = architecture.activations[0]
+        raise BadSpec(f"config.json: llama.cpp computes {architecture.name} with {known}, not with {activation}")
     if architecture.name == "qwen3moe":
         if not text_config(config, "norm_topk_prob", False):
             raise BadSpec("config.json: llama.cpp always normalizes the experts' weights; norm_topk_prob is false here")
@@ -98,25 +103,12 @@ def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> No
             raise BadSpec("config.json: llama.cpp takes every layer of qwen3moe for a mixture; some here are dense")
 
 
-def _expert_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
-    count = experts_of(config)
-    if not count:
-        return {}
-    found = {
-        "expert_count": uint32(count),
-        "expert_used_count": uint32(number(config, "num_experts_per_tok")),
-    }
-    if architecture.name == "qwen3moe":
-        found["expert_feed_forward_length"] = uint32(number(config, "moe_intermediate_size"))
-    return found
-
-
 def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """Return the keys of rotary embeddings. Llama 3.1's scaling is a tensor instead: see `rope_factors`."""
     rope = rope_of(config)
     found = {"rope.freq_base": float32(rope_number(rope, "rope_theta", 10000.0))}
     kind = rope.get("rope_type", "default")
-    if kind == "default" or frequency_factors(rope, head_length(config)) is not None:
+    if kind == "default" or frequency_factors(rope, head_size(config)) is not None:
         return found
     if kind not in ("linear", "yarn") or "factor" not in rope:
         raise BadSpec(f"config.json: rope scaling {kind!r} is not converted to GGUF here; linear, yarn and llama3 are")
@@ -153,20 +145,13 @@ def rope_factors(architecture: Architecture, config: Mapping[str, Any]) -> np.nd
     Raises:
         BadSpec: llama.cpp's architecture does not load it.
     """
-    found = frequency_factors(rope_of(config), head_length(config))
+    found = frequency_factors(rope_of(config), head_size(config))
     if found is not None and not architecture.has_factors:
         raise BadSpec(
             f"config.json: llama.cpp's {architecture.name} loads no rope_freqs.weight, which the rope scaling"
             f" {rope_of(config)['rope_type']!r} needs"
         )
     return found
-
-
-def head_length(config: Mapping[str, Any]) -> int:
-    """Return the size of a head, as config.json says it or as it follows."""
-    if text_config(config, "head_dim") is not None:
-        return number(config, "head_dim")
-    return number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
 
 
 def _window_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:

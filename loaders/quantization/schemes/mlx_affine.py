@@ -66,8 +66,8 @@ class MlxAffine:
     def refuses(self, spec: TensorSpec) -> str | None:
         if spec.dtype.name not in WEIGHT_DTYPES:
             return f"its dtype is {spec.dtype}; MLX takes {', '.join(WEIGHT_DTYPES)}"
-        if len(spec.shape) != 2 or spec.numel == 0:
-            return f"its shape is {list(spec.shape)}; MLX quantizes matrices"
+        if len(spec.shape) not in (2, 3) or spec.numel == 0:
+            return f"its shape is {list(spec.shape)}; MLX quantizes matrices, one or a stack of them"
         if spec.shape[-1] % self.group_size:
             return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; keep it by a rule"
         return None
@@ -77,9 +77,9 @@ class MlxAffine:
         return DTYPES["F32"] if spec.dtype.name == "F64" else spec.dtype
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
-        rows, columns = spec.shape
-        scales = StoredSpec(self.scale_dtype(spec), (rows, columns // self.group_size))
-        words = StoredSpec(DTYPES["U32"], (rows, columns * self.bits // 32))
+        *rows, columns = spec.shape
+        scales = StoredSpec(self.scale_dtype(spec), (*rows, columns // self.group_size))
+        words = StoredSpec(DTYPES["U32"], (*rows, columns * self.bits // 32))
         return {"weight": words, SCALES: scales, BIASES: scales}
 
     def state_bytes(self, spec: TensorSpec) -> int:

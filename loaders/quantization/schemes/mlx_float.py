@@ -78,17 +78,17 @@ class MlxFloat:
     def refuses(self, spec: TensorSpec) -> str | None:
         if spec.dtype.name not in WEIGHT_DTYPES:
             return f"its dtype is {spec.dtype}; MLX takes {', '.join(WEIGHT_DTYPES)}"
-        if len(spec.shape) != 2 or spec.numel == 0:
-            return f"its shape is {list(spec.shape)}; MLX quantizes matrices"
+        if len(spec.shape) not in (2, 3) or spec.numel == 0:
+            return f"its shape is {list(spec.shape)}; MLX quantizes matrices, one or a stack of them"
         if spec.shape[-1] % self.group_size:
             return f"its rows of {spec.shape[-1]} do not divide into groups of {self.group_size}; keep it by a rule"
         return None
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
-        rows, columns = spec.shape
+        *rows, columns = spec.shape
         return {
-            "weight": StoredSpec(DTYPES["U32"], (rows, columns * self.bits // 32)),
-            SCALES: StoredSpec(DTYPES["U8"], (rows, columns // self.group_size)),
+            "weight": StoredSpec(DTYPES["U32"], (*rows, columns * self.bits // 32)),
+            SCALES: StoredSpec(DTYPES["U8"], (*rows, columns // self.group_size)),
         }
 
     def state_bytes(self, spec: TensorSpec) -> int:

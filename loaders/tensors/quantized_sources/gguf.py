@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loaders.architectures.gguf import ARCHITECTURES, architecture_of
+from loaders.architectures.gguf import architecture_of, read_types
 from loaders.architectures.gguf_config import FACTORS, faults
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
@@ -21,7 +21,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         BadSpec: the architecture is not known, or it has a tensor or a setting that transformers' class has not.
     """
     if not checkpoint.config:
-        known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+        known = ", ".join(read_types())
         raise BadSpec(
             f"{setting('checkpoint')}: {checkpoint.address} is a GGUF of an architecture that is not known here:"
             f" {known} are"

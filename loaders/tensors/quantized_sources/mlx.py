@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from loaders.architectures.families import load_dtype
-from loaders.architectures.mlx import MODELS, expert_names, is_stack, model_of, stack_of
+from loaders.architectures.family_files import known_types
+from loaders.architectures.mlx import expert_names, is_stack, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import settings_of
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
@@ -119,7 +120,7 @@ def stored_scheme(checkpoint: Checkpoint, weight: LogicalTensor, scales: Logical
         BadCheckpoint: the settings are unknown.
     """
     model, block = model_of(checkpoint.config), settings_of(checkpoint.config) or {}
-    stack = None if model is None else stack_of(model, weight.name)
+    stack = None if model is None else stack_of(model, mlx_name(model, weight.name))
     names = [name.removesuffix(".weight") for name in (weight.name, *(stack[:1] if stack else ()))]
     module = next((name for name in names if name in block), names[0])
     return _scheme(checkpoint.config, module, weight.stored[0][1], scales.stored[0][1])
@@ -172,7 +173,7 @@ def _cut(
     if names is None or not is_even:
         raise BadCheckpoint(
             f"{name}: {[list(spec.shape) for _, spec in stored]} is no stack of experts of a model_type known here"
-            f" ({model_type_said(checkpoint.config)}; known: {', '.join(MODELS)})"
+            f" ({model_type_said(checkpoint.config)}; known: {', '.join(known_types('mlx'))})"
         )
     for index, own in enumerate(names):
         yield own, [(role, _slice(spec, index)) for role, spec in stored]

@@ -87,7 +87,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], Any, list[str], str]] = {
         {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, None, [],
         "rope scaling 'longrope' is not converted",
     ),
-    "a size that is missing": ({"rms_norm_eps": None}, None, [], "expected a number as rms_norm_eps"),
+    "a size that is missing": ({"rms_norm_eps": None}, None, [], "expected rms_norm_eps"),
     "heads that do not divide": ({"num_attention_heads": 5}, None, [], "do not divide into 5 heads"),
     "a foreign quant": ({}, None, ["quant=nf4", "output=gguf"], "GGUF holds ggml's types, not bnb4"),
     "blocks in safetensors": ({}, None, ["output=hf"], "Q8_0, which safetensors cannot hold; use gguf"),

@@ -1,0 +1,50 @@
+"""Families as files: what one file of the folder `families` says of some model types, for each engine.
+
+A file begins with `model_types: [...]` on one line, so that the file of a type is found without reading all of them.
+Its sections are read by `loaders.architectures.mlx` and `loaders.architectures.gguf`, whose classes say what each
+key means.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).with_name("families")
+MODEL_TYPES = re.compile(r"^model_types: \[([\w, .-]+)\]$", re.MULTILINE)
+
+
+@cache
+def _texts() -> Mapping[str, str]:
+    """Return the text of each model type's file."""
+    found: dict[str, str] = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        types = MODEL_TYPES.search(text)
+        assert types is not None, f"{path.name}: it must say `model_types: [...]` on one line"
+        for model_type in types[1].split(", "):
+            assert model_type not in found, f"{path.name}: another file has {model_type}, too"
+            found[model_type] = text
+    return found
+
+
+@cache
+def section(model_type: object, engine: str) -> Mapping[str, Any] | None:
+    """Return what the family of a model type says for an engine; None if it says nothing, or there is no family."""
+    text = _texts().get(model_type) if isinstance(model_type, str) else None
+    return None if text is None else yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
+
+
+@cache
+def known_types(engine: str) -> tuple[str, ...]:
+    """Return the model types of which some file says something for an engine."""
+    return tuple(model_type for model_type in sorted(_texts()) if section(model_type, engine) is not None)
+
+
+# libyaml reads the same some ten times faster, where it is there
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

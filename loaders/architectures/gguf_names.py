@@ -1,0 +1,49 @@
+"""llama.cpp's names of tensors: for each architecture, the modules of checkpoints and what a GGUF calls them.
+
+The table is gguf-py's (gguf/constants.py, gguf/tensor_mapping.py); `python -m tests.gguf_names` takes it from there,
+and a test holds it against the installed version.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+NAMES_FILE = Path(__file__).with_name("gguf_names.json")
+LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@cache
+def _tables() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(NAMES_FILE.read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def _names(architecture: str) -> Mapping[str, str]:
+    """Return GGUF's names by the names of modules, with {} for a layer's number."""
+    tables, found = _tables(), {}
+    own = tables["own"].get(architecture, {})
+    for kind in tables["architectures"][architecture]:
+        for module in own.get(kind, tables["modules"].get(kind, ())):
+            found[module] = tables["tensors"][kind]
+    return found
+
+
+def gguf_name(architecture: str, name: str) -> str | None:
+    """Return GGUF's name of a checkpoint's tensor, or None if the architecture has no such tensor."""
+    for suffix in ("", ".weight", ".bias"):
+        module = name.removesuffix(suffix)
+        if suffix and module == name:
+            continue
+        # The first number is the layer's; the names have no other.
+        layer = LAYER.search(module)
+        form = module if layer is None else f"{module[: layer.start()]}{{}}{module[layer.end() :]}"
+        found = _names(architecture).get(form)
+        if found is not None:
+            return found.replace("{}", layer[0] if layer else "") + suffix
+    return None

@@ -1,0 +1,57 @@
+"""Write gguf-py's names of tensors to loaders/architectures/gguf_names.json: python -m tests.gguf_names FOLDER
+
+FOLDER is the gguf-py of a llama.cpp source, whose names a release of the `gguf` package may lack.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from loaders.architectures.gguf_names import NAMES_FILE
+
+TOWERS = ("mmproj", "clip")  # files of their own
+
+
+def names(gguf: Any) -> dict[str, Any]:
+    """Return the names of modules for each of gguf-py's tensors, with {} for a layer's number, and what each
+    architecture has of them.
+
+    "tensors" are GGUF's name by kind, "modules" the names in checkpoints by kind, "own" those that an architecture has
+    instead.
+    """
+    mapping = gguf.TensorNameMap
+    architectures = {
+        name: [kind.name for kind in gguf.MODEL_TENSORS[arch] if kind in gguf.TENSOR_NAMES]
+        for arch, name in sorted(gguf.MODEL_ARCH_NAMES.items(), key=lambda each: each[1])
+        if name not in TOWERS
+    }
+    used = [gguf.MODEL_TENSOR[name] for name in sorted({name for names in architectures.values() for name in names})]
+    modules = {**mapping.mappings_cfg, **mapping.block_mappings_cfg}
+    open_ = lambda text: text.replace("{bid}", "{}")  # noqa: E731
+    return {
+        "tensors": {kind.name: open_(gguf.TENSOR_NAMES[kind]) for kind in used},
+        "modules": {kind.name: [open_(name) for name in modules[kind]] for kind in used if kind in modules},
+        "own": {
+            gguf.MODEL_ARCH_NAMES[arch]: {kind.name: [open_(name) for name in found] for kind, found in own.items()}
+            for arch, own in mapping.arch_block_mappings_cfg.items()
+        },
+        "architectures": architectures,
+    }
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """Return the table as JSON with one line an entry, for a readable diff."""
+    parts = []
+    for key, table in found.items():
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in table.items())
+        parts.append(f"{json.dumps(key)}: {{\n{rows}\n}}")
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    import gguf as installed
+
+    NAMES_FILE.write_text(text_of(names(installed)))
