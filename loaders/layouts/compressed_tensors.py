@@ -211,8 +211,8 @@ def _single_experts(decisions: Sequence[Decision], family: Family) -> Iterator[s
     is_single = any(d.tensor.role == "expert" and d.action != "drop" for d in decisions)
     if is_single and any(stack.only_vllm for stack in family.stacks):
         yield (
-            "experts are named one by one, as llm-compressor does and vLLM reads them since September 2026; transformers"
-            " 5.23 knows only stacks of them in this model, and fills in random numbers: for transformers choose a"
+            "experts are named one by one, as llm-compressor does and vLLM reads them since September 2026;"
+            " transformers 5.23 knows only stacks of them in this model, and fills in random numbers: for transformers choose a"
             " quant of bitsandbytes, which leaves the stacks whole"
         )
 
