@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.architectures.renames import fused_modules
+from loaders.architectures.renames import fused_modules, is_bound
 from loaders.dtypes import Shape
 
 
@@ -36,7 +36,12 @@ MATRICES = _compiled(
     (r"(?:^|[._])(?:embed|embeds|embedding|embeddings|emb|wte|wpe)\.weight$", "embedding"),
     (r"(?:^|[._])embed_(?!out\.)(?:\w*_)?(?:tokens|in|positions|pos|layer|ids?|codes?)(?:_\w+)?\.weight$", "embedding"),
     (r"(?:^|\.)(?:shared|relative_attention_bias)\.weight$", "embedding"),  # T5's names
-    (r"(?:^|\.)(?:lm_head|embed_out|proj_out|unembed)\.weight$", "head"),
+    # Tables under other names: learned tokens, points and codes, or one table for each of several inputs.
+    (r"(?:^|[._])(?:tokens?|codebook|table|query_feat|bias_values)\.weight$", "embedding"),
+    (r"(?:^|[._])embed(?:s_layers?|_global|_timestep)(?:\.\d+)?\.weight$", "embedding"),
+    (r"(?:^|[._])(?:embeddings|point_embed|codebooks?)\.\d+\.weight$", "embedding"),
+    (r"(?:(?:^|\.)(?:row|column)_embedder|CodepointEmbedder_\d+)\.weight$", "embedding"),
+    (r"(?:^|\.)(?:lm_heads?|embed_out|proj_out|unembed)(?:\.\d+)?\.weight$", "head"),
     (r"^(?:(?:model|transformer|language_model)\.)*(?:head|output|output_layer|output_projection)\.weight$", "head"),
     (r"(?:^|\.)shared_head\.head\.weight$", "other"),  # a copy of the head, in DeepSeek's multi-token prediction
     (r"(?:^|\.)(?:score|classifier)\.(?:\w+\.)*weight$", "head"),
@@ -72,18 +77,19 @@ FUSED = (
 SPECIAL = tuple(
     (model_types, re.compile(pattern), role)
     for model_types, pattern, role in (
-        # transformers keeps these in float32 (_keep_in_fp32_modules of its classes), and quantizes none of them.
-        (("t5", "mt5", "umt5", "udop", "pop2piano"), r"\.wo\.weight$", "sensitive"),
-        (("blip-2",), r"^qformer\.", "sensitive"),
         # wo_a is a class of its own in transformers, whose matrices are multiplied group by group.
         (("deepseek_v4",), r"\.(?:compressor|wo_a)\.", "sensitive"),
         # These towers have one matrix for q, k and v on disk, which transformers cuts in three when it loads them.
         (("kimi_k25",), r"(?:^|\.)vision_tower\.", "sensitive"),
         (("step3p7", "step3_vl"), r"(?:^|\.)vision_model\.", "sensitive"),
         (("fuyu",), r"(?:^|\.)vision_embed_tokens\.", "vision"),
+        # A layer of its own class, with its own rounding.
+        (("ibert",), r"\.encoder\.layer\.", "sensitive"),
+        (("ctrl",), r"(?:^|\.)w\.weight$", "embedding"),
+        (("sam3", "sam3_lite_text", "sam3_video"), r"\.reference_points\.weight$", "embedding"),
         # GPT-2's Conv1D, a linear layer that is stored as [inputs, outputs].
         (
-            ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
+            ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"),
             r"\.(?:c_attn|c_proj|c_fc|q_attn)\.weight$", "conv1d",
         ),
     )
@@ -135,6 +141,8 @@ class Generic:
     def _kind_of_linear(self, name: str, base: str) -> str:
         if self.is_beyond(name):
             return "mtp"
+        if base == "linear" and is_bound(name.removesuffix(".weight"), self.model_types):
+            return "sensitive"
         kind = next((role for pattern, role in LINEAR_KINDS if pattern.search(name)), base)
         is_fused = base == "linear" and kind != "mtp" and bool(fused_modules(name, self.model_types))
         return "fused" if is_fused else kind

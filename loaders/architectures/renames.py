@@ -1,7 +1,8 @@
-"""transformers' renamings of published tensors: what a module is called inside its classes, and which it fuses or cuts.
+"""What transformers makes of published tensors, by `model_type`: what a module is called inside its classes, and which it
+fuses, cuts, ties to others or keeps in float32.
 
-The data are its own (conversion_mapping.py), by `model_type`; `python -m tests.renames` takes them from the installed
-version, and a test holds them against it.
+The data are its own (conversion_mapping.py and the attributes of its classes); `python -m tests.renames` takes them from
+the installed version, and a test holds them against it.
 """
 
 from __future__ import annotations
@@ -52,3 +53,39 @@ def fused_modules(weight: str, model_types: Iterable[str]) -> tuple[str, ...]:
             if pattern.search(weight):
                 return tuple(pattern.sub(target, weight).removesuffix(".weight") for target in targets)
     return ()
+
+
+# What wraps the text model, in any order; engines put these components in front of names, and take them away.
+WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)+")
+
+
+def tied_heads(model_types: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules beside `lm_head` that model types may tie to tables, so that they are not stored."""
+    return _tied(model_types, 1)
+
+
+def tied_layers(model_types: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules that model types may tie to linear layers, so that they are not stored."""
+    return _tied(model_types, 2)
+
+
+def _tied(model_types: Iterable[str], length: int) -> tuple[str, ...]:
+    rows = (row for model_type in model_types for row in _tables()["tied"].get(model_type, ()))
+    return tuple(dict.fromkeys(row[0] for row in rows if len(row) == length))
+
+
+@functools.cache
+def _bound_of(model_type: str) -> tuple[re.Pattern[str], ...]:
+    """Return patterns for linear layers that a model type ties to others, on either side, or keeps in float32."""
+    tied = (WRAPPERS.sub("", name) for row in _tables()["tied"].get(model_type, ()) if len(row) == 2 for name in row)
+    # transformers compares these with the beginning of a name, up to the end of a component, or with its end.
+    floats = (rf"^(?:{pattern})(?:\.|$)|{pattern}$" for pattern in _tables()["float32"].get(model_type, ()))
+    patterns = (*(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in dict.fromkeys(tied)), *floats)
+    return tuple(re.compile(pattern) for pattern in patterns)
+
+
+def is_bound(module: str, model_types: Iterable[str]) -> bool:
+    """Whether a linear layer may not be quantized: another layer shares its weight, or it is kept in float32."""
+    types = tuple(model_types)
+    name = inside(module, types)
+    return any(pattern.search(name) for model_type in types for pattern in _bound_of(model_type))

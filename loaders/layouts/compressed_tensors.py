@@ -19,7 +19,7 @@ from typing import Any
 from loaders.architectures.families import Family
 from loaders.errors import setting
 from loaders.layouts.base import module_of
-from loaders.layouts.inside_names import inside_patterns, tied_heads
+from loaders.layouts.inside_names import inside_patterns, may_be_linear, tied_patterns
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
@@ -83,18 +83,19 @@ def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Fa
 
     Experts that stay a stack are named by a pattern, since engines ask for each expert by name.
     """
-    kept = [d for d in decisions if is_linear(d) and d.action in ("keep", "cast")]
+    plain = [d for d in decisions if d.action in ("keep", "cast")]
+    kept = [d for d in plain if is_linear(d) or (family.is_generic and may_be_linear(d))]
     patterns = inside_patterns(kept, [module_of(d.tensor.name) for d in quantized(decisions)], family)
     named = {module_of(d.tensor.name) for d in kept}
     # A pattern says what its names say, and also fits the names that engines have inside.
     named = {name for name in named if not any(pattern.match(name) for pattern in patterns)}
     tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
-    if family.is_generic:
-        actions = {d.action for d in decisions if d.tensor.role == "head" and d.action != "drop"}
-        # Which head a model has, and ties, config.json need not say; a head of another name is often `lm_head` inside.
-        tied.update(tied_heads(family) if not actions else () if "quantize" in actions else ("lm_head",))
     stacks = {found[1] for d in decisions if len(d.tensor.shape) == 3 and (found := STACK.match(d.tensor.name))}
     regular = {pattern.pattern for pattern in patterns} | {rf"{re.escape(stack)}\..+$" for stack in stacks}
+    heads = {d.action for d in decisions if d.tensor.role == "head" and d.action != "drop"}
+    if family.is_generic and "quantize" not in heads:
+        others = [module_of(d.tensor.name) for d in quantized(decisions)]
+        regular |= {p for p in tied_patterns(family, has_head=bool(heads)) if not any(re.match(p, m) for m in others)}
     return sorted(named | tied) + sorted(f"re:{pattern}" for pattern in regular)
 
 

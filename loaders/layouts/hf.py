@@ -19,7 +19,7 @@ from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.layouts.engines import builds_own_class
-from loaders.layouts.inside_names import skip_names, tied_heads
+from loaders.layouts.inside_names import may_be_linear, skip_names, tied_entries
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -249,9 +249,10 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
             f" ends or begins like it; keep both or neither ({', '.join(caught[:4])})"
         )
     if family.is_generic:
-        # A head of another name is `lm_head` inside many classes, whatever it is called on disk.
-        tied = tied_heads(family) if not heads else ("lm_head",) if kept & heads else ()
-        return skip_names(skip, tied, family, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
+        # What is taken for a table by its name may be a linear layer all the same.
+        doubtful = {_module(d) for d in decisions if d.action in ("keep", "cast") and may_be_linear(d)}
+        tied = tied_entries(family, has_head=bool(heads)) if kept & heads or not heads else ()
+        return skip_names(skip, doubtful, tied, family, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
     return skip
 
 

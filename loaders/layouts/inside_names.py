@@ -13,36 +13,43 @@ from collections.abc import Callable, Iterable, Sequence
 
 from loaders.architectures.families import Family
 from loaders.architectures.generic import block_of, part_of
-from loaders.architectures.renames import fused_modules, inside
+from loaders.architectures.renames import WRAPPERS, fused_modules, inside, tied_heads, tied_layers
 from loaders.layouts.base import module_of
 from loaders.rules.rule import Decision
 
 NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)|^\d+(?=\\\.)")  # a component of an escaped name that is a number
 
-# What wraps the text model, in any order; engines put these components in front of names, and take them away.
-WRAPPERS = re.compile(r"^(?:(?:model|language_model|transformer|backbone|text_model|llm)\.)+")
 
-# Heads that models tie to their embeddings, so that they are not stored, where they are not called `lm_head`: those of
-# `_tied_weights_keys` in transformers' classes.
-OTHER_HEADS = {
-    **dict.fromkeys(("whisper", "moonshine", "speech_to_text"), "proj_out"),
-    **dict.fromkeys(
-        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "esm", "gte", "xmod",
-         "roberta-prelayernorm", "ibert", "longformer", "mpnet", "luke"),
-        "lm_head.decoder",
-    ),
-    **dict.fromkeys(("modernbert", "modernbert-decoder"), "decoder"),
-    **dict.fromkeys(("electra", "convbert"), "generator_lm_head"),
-    **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
-    **dict.fromkeys(("flaubert", "xlm"), "pred_layer.proj"),
-    "distilbert": "vocab_projector", "gpt_neox_japanese": "embed_out", "rwkv": "head",
-}  # fmt: skip
+# Tables that no model makes of linear layers.
+TABLES = re.compile(r"(?:^|[._])(?:wte|wpe|shared|embed_(?:tokens|positions|in)|(?:word|position|token_type)_embeddings?)$")
 
 
-def tied_heads(family: Family) -> tuple[str, ...]:
-    """Return the names of heads that a model without one of its own may tie to its embedding."""
-    others = [OTHER_HEADS[each] for each in family.names.model_types if each in OTHER_HEADS]
-    return tuple(dict.fromkeys((*others, *(() if others else ("lm_head",)))))
+def may_be_linear(decision: Decision) -> bool:
+    """Whether a tensor that is no linear layer by its name may be one all the same: a name tells no more than a habit."""
+    tensor = decision.tensor
+    is_weight = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+    return is_weight and tensor.role in ("embedding", "conv", "other") and not TABLES.search(module_of(tensor.name))
+
+
+def tied_entries(family: Family, *, has_head: bool) -> tuple[str, ...]:
+    """Return the names of modules that a model may tie to others, so that they are not stored.
+
+    Config.json need not say which these are, so they are all that models of its type may tie, and `lm_head`: where a
+    head of another name is stored, that is what it is called inside many classes.
+    """
+    types = family.names.model_types
+    heads, layers = tied_heads(types), tied_layers(types)
+    return (*heads, *layers, *(f"model.{name}" for name in layers), *(("lm_head",) if has_head or not heads else ()))
+
+
+def tied_patterns(family: Family, *, has_head: bool) -> tuple[str, ...]:
+    """Return regular expressions for what `tied_entries` names, wherever in the model it is."""
+    heads, layers = tied_heads(family.names.model_types), tied_layers(family.names.model_types)
+    heads = (*heads, "lm_head") if has_head or not heads else heads
+    return (
+        *(rf"(?:.*\.)?{re.escape(name)}$" for name in heads),
+        *(rf"(?:.*\.)?{re.escape(WRAPPERS.sub('', name))}(?:\..*)?$" for name in layers),
+    )
 
 
 def inside_patterns(kept: Iterable[Decision], quantized: Sequence[str], family: Family) -> list[re.Pattern[str]]:
@@ -79,17 +86,22 @@ def _candidates(name: str, family: Family) -> Iterable[str]:
         yield rf"(?:.*\.)?{end}$"
 
 
-def skip_names(kept: Iterable[str], tied: Iterable[str], family: Family, catches: Callable[[str], bool]) -> list[str]:
+def skip_names(
+    kept: Iterable[str], doubtful: Iterable[str], tied: Iterable[str], family: Family, catches: Callable[[str], bool]
+) -> list[str]:
     """Return entries for transformers' skip lists, which are compared with beginnings and ends of names.
 
     Beside each kept module's own name stands the end of it, which also fits the name inside transformers; of a tower
-    that is kept as a whole, the tower. `tied` are further names. No entry `catches` a quantized module.
+    that is kept as a whole, the tower. `doubtful` may be kept modules, too, and `tied` are further names. No entry
+    `catches` a quantized module.
     """
     found, tried = set(kept), set(tied)
-    for name in kept:
-        part = part_of(name + ".")
+    for name in (*kept, *doubtful):
         renamed = inside(name, family.names.model_types)
         fused = fused_modules(f"{renamed}.weight", family.names.model_types)
-        ends = {WRAPPERS.sub("", each) for each in (name, renamed, *fused)}
-        tried |= ends | (set() if part is None else {part, f"model.{part}"})
+        tried |= {WRAPPERS.sub("", each) for each in (name, renamed, *fused)}
+    for part in {part for name in kept if (part := part_of(name + ".")) is not None}:
+        # Where one of these is in a published name, the other may be in the name inside.
+        entries = {part, f"model.{part}"}
+        tried |= set() if any(catches(entry) for entry in entries) else entries
     return sorted(found | {entry for entry in tried - found if not catches(entry)})
