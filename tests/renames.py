@@ -53,7 +53,7 @@ def _changes(types: dict[str, str]) -> Iterator[tuple[str, list[Any]]]:
     from transformers import conversion_mapping
 
     by_key = conversion_mapping._build_checkpoint_conversion_mapping()
-    by_key |= {key: by_key[like] for key, like in conversion_mapping._MODEL_TO_CONVERSION_PATTERN.items()}
+    by_key = {key: by_key[like] for key, like in conversion_mapping._MODEL_TO_CONVERSION_PATTERN.items()} | by_key
     for key, changes in sorted(by_key.items(), key=lambda each: each[0] in types):
         if key in types:
             yield types[key], [each for each in changes if not any("^" in p for p in each.source_patterns)]
@@ -93,6 +93,15 @@ def tied(model_class: Any) -> list[list[str]]:
     ]
 
 
+# Ties that classes make as they are built, and do not name: parts of a name, tied among themselves.
+TIED_WHEN_BUILT = {
+    "bark": ["fine_acoustics.lm_heads"],
+    "deimv2": ["bbox_embed", "class_embed"],
+    "zamba": ["shared_transf"],
+    "zamba2": ["shared_transformer"],
+}
+
+
 def _module(pattern: str) -> str:
     """Return the module that a pattern of tied weights names, up to where it is no plain name."""
     plain = re.match(r"[\w.]*", pattern.removeprefix("^").replace("\\.", "."))
@@ -116,7 +125,7 @@ def renames() -> dict[str, Any]:
 
     found: dict[str, list[list[str]]] = {}
     joined: dict[str, list[list[Any]]] = {}
-    ties: dict[str, list[list[str]]] = {}
+    ties = {model_type: [[part, part] for part in parts] for model_type, parts in TIED_WHEN_BUILT.items()}
     floats: dict[str, set[str]] = {}
     known = list(classes())
     for model_type, changes in _changes({each.__name__: model_type for model_type, each in known}):

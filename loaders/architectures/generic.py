@@ -51,6 +51,7 @@ MATRICES = _compiled(
     (r"(?:^|\.)experts?\.\d+\.", "expert"),
 )
 GATE = re.compile(r"(?:^|\.)gate\.weight$")
+FEW_EXPERTS = 8  # the model's width is at least so many times their number, and its MLP's less than so many times it
 # Layers that are linear, and that recipes for some engines leave alone.
 LINEAR_KINDS = _compiled(
     (r"(?:^|\.)indexer\.(?:\w+\.)*weights_proj\.", "sensitive"),  # DeepSeek's sparse attention, kept by every recipe
@@ -83,6 +84,7 @@ SPECIAL = tuple(
         (("kimi_k25",), r"(?:^|\.)vision_tower\.", "sensitive"),
         (("step3p7", "step3_vl"), r"(?:^|\.)vision_model\.", "sensitive"),
         (("fuyu",), r"(?:^|\.)vision_embed_tokens\.", "vision"),
+        (("inkling_mm_model", "inkling_audio"), r"audio\.encoder\.weight$", "embedding"),
         # A layer of its own class, with its own rounding.
         (("ibert",), r"\.encoder\.layer\.", "sensitive"),
         (("ctrl",), r"(?:^|\.)w\.weight$", "embedding"),
@@ -121,6 +123,8 @@ class Generic:
     def role(self, name: str, shape: Shape) -> str:
         """Return a tensor's role: see `loaders.architectures.families.ROLES`."""
         is_matrix = len(shape) == 2 and name.endswith(".weight")
+        if 0 in shape:
+            return "other"
         for model_types, pattern, role in SPECIAL:
             if not set(model_types).isdisjoint(self.model_types) and pattern.search(name):
                 return role if is_matrix else _of_any_shape(name)
@@ -130,8 +134,9 @@ class Generic:
         # A linear layer's bias or norm has one dimension; a matrix of such a name is a layer of a module called so.
         if found in ("router", "buffer"):
             return found
-        # A gate that chooses experts has a row for each of them, fewer than columns; that of a gated MLP has more.
-        if GATE.search(name) and shape[0] < shape[1]:
+        # A gate that chooses experts has a row, or a column, for each of them; that of a gated MLP has some more rows
+        # than columns.
+        if GATE.search(name) and (shape[0] < shape[1] or shape[0] >= FEW_EXPERTS * shape[1]):
             return "router"
         base = next((role for pattern, role in MATRICES if pattern.search(name)), "linear")
         if base not in ("linear", "expert"):
@@ -145,7 +150,9 @@ class Generic:
             return "sensitive"
         kind = next((role for pattern, role in LINEAR_KINDS if pattern.search(name)), base)
         is_fused = base == "linear" and kind != "mtp" and bool(fused_modules(name, self.model_types))
-        return "fused" if is_fused else kind
+        if is_fused:
+            return "sensitive" if kind == "vision" else "fused"
+        return kind
 
     def is_beyond(self, name: str) -> bool:
         """Whether a tensor is in a layer after the last that config.json counts: the only number that tells a role."""

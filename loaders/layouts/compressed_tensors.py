@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loaders.architectures.families import Family
+from loaders.architectures.renames import WRAPPERS
 from loaders.errors import setting
 from loaders.layouts.base import module_of
-from loaders.layouts.inside_names import inside_patterns, may_be_linear, tied_patterns
+from loaders.layouts.inside_names import inside_patterns, may_be_linear, modules_within, tied_patterns
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
@@ -92,11 +93,20 @@ def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Fa
     tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
     stacks = {found[1] for d in decisions if len(d.tensor.shape) == 3 and (found := STACK.match(d.tensor.name))}
     regular = {pattern.pattern for pattern in patterns} | {rf"{re.escape(stack)}\..+$" for stack in stacks}
-    heads = {d.action for d in decisions if d.tensor.role == "head" and d.action != "drop"}
-    if family.is_generic and "quantize" not in heads:
-        others = [module_of(d.tensor.name) for d in quantized(decisions)]
-        regular |= {p for p in tied_patterns(family, has_head=bool(heads)) if not any(re.match(p, m) for m in others)}
+    if family.is_generic:
+        regular |= _unnamed(decisions, [module_of(d.tensor.name) for d in kept], family)
     return sorted(named | tied) + sorted(f"re:{pattern}" for pattern in regular)
+
+
+def _unnamed(decisions: Sequence[Decision], kept: Sequence[str], family: Family) -> set[str]:
+    """Return patterns for modules that are kept, and that no name of a stored weight tells."""
+    heads = {d.action for d in decisions if d.tensor.role == "head" and d.action != "drop"}
+    found = set() if "quantize" in heads else set(tied_patterns(family, kept, has_head=bool(heads)))
+    plain = [d for d in decisions if d.action in ("keep", "cast")]
+    within = {name for d in plain for name in modules_within(d.tensor.name, family)}
+    found |= {rf"(?:.*\.)?{re.escape(WRAPPERS.sub('', name))}$" for name in within}
+    others = [module_of(d.tensor.name) for d in quantized(decisions)]
+    return {pattern for pattern in found if not any(re.match(pattern, other) for other in others)}
 
 
 def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[str]:
