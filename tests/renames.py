@@ -1,7 +1,7 @@
 """Write what transformers' classes do to published names to loaders/architectures/renames.json: python -m tests.renames
 
-transformers.conversion_mapping has renamings by model type and by class. What a class ties, and keeps in float32, stands
-in its attributes, which are read in all of its modules (about a minute).
+transformers.conversion_mapping has renamings by model type and by class. What a class ties, and keeps in float32,
+stands in its attributes, which are read in all of its modules (about a minute).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,13 @@ def _changes(types: dict[str, str]) -> Iterator[tuple[str, list[Any]]]:
             yield key, changes
 
 
-def classes() -> Iterator[tuple[str, Any]]:
-    """Yield all classes of models, with the model type that each is of."""
+def classes(only: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield classes of models, with the model type that each is of: all, or those of these packages."""
     from transformers import PreTrainedModel, models
 
     for package in pkgutil.iter_modules(models.__path__):
+        if only and package.name not in only:
+            continue
         for file in sorted(Path(models.__path__[0], package.name).glob("modeling_*.py")):
             try:
                 module = import_module(f"{models.__name__}.{package.name}.{file.stem}")
@@ -83,7 +85,7 @@ TABLE = re.compile(r"embeddings?\b|embed_(?!out\b)|_embedding|tokens_embed|bias|
 
 
 def tied(model_class: Any) -> list[list[str]]:
-    """Return the linear layers but lm_head that a class ties: [layer that is not stored], with the other if no table."""
+    """Return linear layers but lm_head that a class ties: [what is not stored], and the other if it is no table."""
     found = getattr(model_class, "_tied_weights_keys", None)
     pairs = [[_module(each) for each in pair] for pair in (found.items() if isinstance(found, dict) else ())]
     return [
@@ -115,11 +117,12 @@ def in_float32(model_class: Any) -> list[str]:
     return [pattern for patterns in kept for pattern in patterns if not no_layer.search(pattern)]
 
 
-def renames() -> dict[str, Any]:
+def renames(only: Collection[str] = ()) -> dict[str, Any]:
     """Return what the installed transformers makes of names and layers, by model type, in its order.
 
-    "renames" are [pattern, replacement], "fused" are [pattern, replacements], "tied" are [module that is not
-    stored], followed by the module that is stored where this is a linear layer, too; "float32" are patterns for modules.
+    "renames" are [pattern, replacement], "fused" are [pattern, replacements], "float32" are patterns for modules,
+    "tied" are [module that is not stored], followed by the module that is stored where this is a linear layer, too.
+    `only` are the packages whose classes are looked at, if not all.
     """
     import transformers
 
@@ -127,7 +130,7 @@ def renames() -> dict[str, Any]:
     joined: dict[str, list[list[Any]]] = {}
     ties = {model_type: [[part, part] for part in parts] for model_type, parts in TIED_WHEN_BUILT.items()}
     floats: dict[str, set[str]] = {}
-    known = list(classes())
+    known = list(classes(only))
     for model_type, changes in _changes({each.__name__: model_type for model_type, each in known}):
         for table, rows in ((found, plain(changes)), (joined, fused(changes))):
             if rows:

@@ -1,7 +1,7 @@
-"""What transformers makes of published tensors, by `model_type`: what a module is called inside its classes, and which it
-fuses, cuts, ties to others or keeps in float32.
+"""What transformers makes of published tensors, by `model_type`.
 
-The data are its own (conversion_mapping.py and the attributes of its classes); `python -m tests.renames` takes them from
+What a module is called inside its classes, and which modules it fuses, cuts, ties to others or keeps in float32. The
+data are its own (conversion_mapping.py and the attributes of its classes); `python -m tests.renames` takes them from
 the installed version, and a test holds them against it.
 """
 

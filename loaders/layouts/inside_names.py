@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 from loaders.architectures.families import Family
 from loaders.architectures.generic import block_of, part_of
 from loaders.architectures.renames import (
-    WRAPPERS, float32_of, fused_modules, inside, insides, tensor_inside, tied_heads, tied_layers,
+    WRAPPERS,
+    float32_of,
+    fused_modules,
+    inside,
+    insides,
+    tensor_inside,
+    tied_heads,
+    tied_layers,
 )  # fmt: skip
 from loaders.layouts.base import module_of
 from loaders.rules.rule import Decision
@@ -29,7 +36,7 @@ TABLES = re.compile(
 
 
 def may_be_linear(decision: Decision) -> bool:
-    """Whether a tensor that is no linear layer by its name may be one all the same: a name tells no more than a habit."""
+    """Whether a tensor that is no linear layer by its name may be one: names are only habits."""
     tensor = decision.tensor
     is_weight = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
     return is_weight and tensor.role in ("embedding", "conv", "other") and not TABLES.search(module_of(tensor.name))

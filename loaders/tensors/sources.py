@@ -22,6 +22,8 @@ from loaders.tensors.logical_tensor import LogicalTensor, in_natural_order, know
 from loaders.tensors.quantized_sources import find_quantized, mlx
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
+# Roles of what is joined with other tensors: a tower's layers are quantized for no engine that keeps the tower.
+JOINED = {"linear": "fused", "vision": "sensitive"}
 CONVOLUTION = 16  # the largest kernel that is taken for one: a stack of experts has more inputs than that
 DERIVED = ("rope_freqs.weight",)  # tensors of a GGUF that follow from its metadata, here from the rope scaling
 
@@ -98,7 +100,7 @@ def _apart(tensors: list[LogicalTensor]) -> list[LogicalTensor]:
     if not beside:
         return tensors
     return [
-        replace(tensor, role="fused") if tensor.name in beside and tensor.role in ("linear", "vision") else tensor
+        replace(tensor, role=JOINED[tensor.role]) if tensor.name in beside and tensor.role in JOINED else tensor
         for tensor in tensors
     ]
 
