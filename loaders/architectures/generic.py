@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.architectures.renames import fused_modules
+from loaders.architectures.renames import fused_modules, is_bound
 from loaders.dtypes import Shape
 
 
@@ -36,7 +36,12 @@ MATRICES = _compiled(
     (r"(?:^|[._])(?:embed|embeds|embedding|embeddings|emb|wte|wpe)\.weight$", "embedding"),
     (r"(?:^|[._])embed_(?!out\.)(?:\w*_)?(?:tokens|in|positions|pos|layer|ids?|codes?)(?:_\w+)?\.weight$", "embedding"),
     (r"(?:^|\.)(?:shared|relative_attention_bias)\.weight$", "embedding"),  # T5's names
-    (r"(?:^|\.)(?:lm_head|embed_out|proj_out|unembed)\.weight$", "head"),
+    # Tables under other names: learned tokens, points and codes, or one table for each of several inputs.
+    (r"(?:^|[._])(?:tokens?|codebook|table|query_feat|bias_values)\.weight$", "embedding"),
+    (r"(?:^|[._])embed(?:s_layers?|_global|_timestep)(?:\.\d+)?\.weight$", "embedding"),
+    (r"(?:^|[._])(?:embeddings|point_embed|codebooks?)\.\d+\.weight$", "embedding"),
+    (r"(?:(?:^|\.)(?:row|column)_embedder|CodepointEmbedder_\d+)\.weight$", "embedding"),
+    (r"(?:^|\.)(?:lm_heads?|embed_out|proj_out|unembed)(?:\.\d+)?\.weight$", "head"),
     (r"^(?:(?:model|transformer|language_model)\.)*(?:head|output|output_layer|output_projection)\.weight$", "head"),
     (r"(?:^|\.)shared_head\.head\.weight$", "other"),  # a copy of the head, in DeepSeek's multi-token prediction
     (r"(?:^|\.)(?:score|classifier)\.(?:\w+\.)*weight$", "head"),
@@ -46,6 +51,7 @@ MATRICES = _compiled(
     (r"(?:^|\.)experts?\.\d+\.", "expert"),
 )
 GATE = re.compile(r"(?:^|\.)gate\.weight$")
+FEW_EXPERTS = 8  # the model's width is at least so many times their number, and its MLP's less than so many times it
 # Layers that are linear, and that recipes for some engines leave alone.
 LINEAR_KINDS = _compiled(
     (r"(?:^|\.)indexer\.(?:\w+\.)*weights_proj\.", "sensitive"),  # DeepSeek's sparse attention, kept by every recipe
@@ -72,18 +78,20 @@ FUSED = (
 SPECIAL = tuple(
     (model_types, re.compile(pattern), role)
     for model_types, pattern, role in (
-        # transformers keeps these in float32 (_keep_in_fp32_modules of its classes), and quantizes none of them.
-        (("t5", "mt5", "umt5", "udop", "pop2piano"), r"\.wo\.weight$", "sensitive"),
-        (("blip-2",), r"^qformer\.", "sensitive"),
         # wo_a is a class of its own in transformers, whose matrices are multiplied group by group.
         (("deepseek_v4",), r"\.(?:compressor|wo_a)\.", "sensitive"),
         # These towers have one matrix for q, k and v on disk, which transformers cuts in three when it loads them.
         (("kimi_k25",), r"(?:^|\.)vision_tower\.", "sensitive"),
         (("step3p7", "step3_vl"), r"(?:^|\.)vision_model\.", "sensitive"),
         (("fuyu",), r"(?:^|\.)vision_embed_tokens\.", "vision"),
+        (("inkling_mm_model", "inkling_audio"), r"audio\.encoder\.weight$", "embedding"),
+        # A layer of its own class, with its own rounding.
+        (("ibert",), r"\.encoder\.layer\.", "sensitive"),
+        (("ctrl",), r"(?:^|\.)w\.weight$", "embedding"),
+        (("sam3", "sam3_lite_text", "sam3_video"), r"\.reference_points\.weight$", "embedding"),
         # GPT-2's Conv1D, a linear layer that is stored as [inputs, outputs].
         (
-            ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
+            ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"),
             r"\.(?:c_attn|c_proj|c_fc|q_attn)\.weight$", "conv1d",
         ),
     )
@@ -115,6 +123,8 @@ class Generic:
     def role(self, name: str, shape: Shape) -> str:
         """Return a tensor's role: see `loaders.architectures.families.ROLES`."""
         is_matrix = len(shape) == 2 and name.endswith(".weight")
+        if 0 in shape:
+            return "other"
         for model_types, pattern, role in SPECIAL:
             if not set(model_types).isdisjoint(self.model_types) and pattern.search(name):
                 return role if is_matrix else _of_any_shape(name)
@@ -124,8 +134,9 @@ class Generic:
         # A linear layer's bias or norm has one dimension; a matrix of such a name is a layer of a module called so.
         if found in ("router", "buffer"):
             return found
-        # A gate that chooses experts has a row for each of them, fewer than columns; that of a gated MLP has more.
-        if GATE.search(name) and shape[0] < shape[1]:
+        # A gate that chooses experts has a row, or a column, for each of them; that of a gated MLP has some more rows
+        # than columns.
+        if GATE.search(name) and (shape[0] < shape[1] or shape[0] >= FEW_EXPERTS * shape[1]):
             return "router"
         base = next((role for pattern, role in MATRICES if pattern.search(name)), "linear")
         if base not in ("linear", "expert"):
@@ -135,9 +146,13 @@ class Generic:
     def _kind_of_linear(self, name: str, base: str) -> str:
         if self.is_beyond(name):
             return "mtp"
+        if base == "linear" and is_bound(name.removesuffix(".weight"), self.model_types):
+            return "sensitive"
         kind = next((role for pattern, role in LINEAR_KINDS if pattern.search(name)), base)
         is_fused = base == "linear" and kind != "mtp" and bool(fused_modules(name, self.model_types))
-        return "fused" if is_fused else kind
+        if is_fused:
+            return "sensitive" if kind == "vision" else "fused"
+        return kind
 
     def is_beyond(self, name: str) -> bool:
         """Whether a tensor is in a layer after the last that config.json counts: the only number that tells a role."""

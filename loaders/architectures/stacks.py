@@ -89,8 +89,8 @@ def generic_stacks(model_type: Any, hidden: Any) -> tuple[Stack, ...]:
     others = OTHER_STACKS.get(str(model_type), ())
     return tuple(
         Stack(
-            pattern=re.compile(rf"(?P<layer>(?:^|.*\.){stored}\.weight$"),
-            name=r"\g<layer>.experts.{expert}.{part}_proj.weight", parts=parts, is_transposed=False, only_vllm=True,
+            pattern=re.compile(rf"(?P<experts>(?:^|.*\.){stored}\.weight$"),
+            name=r"\g<experts>.experts.{expert}.{part}_proj.weight", parts=parts, is_transposed=False, only_vllm=True,
         )
         for stored, parts in others
     ) + tuple(

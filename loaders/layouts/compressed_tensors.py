@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loaders.architectures.families import Family
+from loaders.architectures.renames import WRAPPERS
 from loaders.errors import setting
 from loaders.layouts.base import module_of
-from loaders.layouts.inside_names import inside_patterns, tied_heads
+from loaders.layouts.inside_names import inside_patterns, may_be_linear, modules_within, tied_patterns
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
@@ -84,19 +85,29 @@ def ignored(decisions: Sequence[Decision], config: Mapping[str, Any], family: Fa
 
     Experts that stay a stack are named by a pattern, since engines ask for each expert by name.
     """
-    kept = [d for d in decisions if is_linear(d) and d.action in ("keep", "cast")]
+    plain = [d for d in decisions if d.action in ("keep", "cast")]
+    kept = [d for d in plain if is_linear(d) or (family.is_generic and may_be_linear(d))]
     patterns = inside_patterns(kept, [module_of(d.tensor.name) for d in quantized(decisions)], family)
     named = {module_of(d.tensor.name) for d in kept}
     # A pattern says what its names say, and also fits the names that engines have inside.
     named = {name for name in named if not any(pattern.match(name) for pattern in patterns)}
     tied = {module_of(name) for _, name in family.tied_pairs(config) if name.endswith(".weight")}
-    if family.is_generic:
-        actions = {d.action for d in decisions if d.tensor.role == "head" and d.action != "drop"}
-        # Which head a model has, and ties, config.json need not say; a head of another name is often `lm_head` inside.
-        tied.update(tied_heads(family) if not actions else () if "quantize" in actions else ("lm_head",))
     stacks = {found[1] for d in decisions if len(d.tensor.shape) == 3 and (found := STACK.match(d.tensor.name))}
     regular = {pattern.pattern for pattern in patterns} | {rf"{re.escape(stack)}\..+$" for stack in stacks}
+    if family.is_generic:
+        regular |= _unnamed(decisions, [module_of(d.tensor.name) for d in kept], family)
     return sorted(named | tied) + sorted(f"re:{pattern}" for pattern in regular)
+
+
+def _unnamed(decisions: Sequence[Decision], kept: Sequence[str], family: Family) -> set[str]:
+    """Return patterns for modules that are kept, and that no name of a stored weight tells."""
+    heads = {d.action for d in decisions if d.tensor.role == "head" and d.action != "drop"}
+    found = set() if "quantize" in heads else set(tied_patterns(family, kept, has_head=bool(heads)))
+    plain = [d for d in decisions if d.action in ("keep", "cast")]
+    within = {name for d in plain for name in modules_within(d.tensor.name, family)}
+    found |= {rf"(?:.*\.)?{re.escape(WRAPPERS.sub('', name))}$" for name in within}
+    others = [module_of(d.tensor.name) for d in quantized(decisions)]
+    return {pattern for pattern in found if not any(re.match(pattern, other) for other in others)}
 
 
 def targets_of(members: Sequence[Decision], everything: Sequence[str]) -> list[str]:
@@ -212,8 +223,8 @@ def _single_experts(decisions: Sequence[Decision], family: Family) -> Iterator[s
     if is_single and any(stack.only_vllm for stack in family.stacks):
         yield (
             "experts are named one by one, as llm-compressor does and vLLM reads them since September 2026;"
-            " transformers 5.23 knows only stacks of them in this model, and fills in random numbers: for transformers choose a"
-            " quant of bitsandbytes, which leaves the stacks whole"
+            " transformers 5.23 knows only stacks of them in this model, and fills in random numbers: for transformers"
+            " choose a quant of bitsandbytes, which leaves the stacks whole"
         )
 
 

@@ -13,13 +13,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from loaders.architectures.families import Family, family_of, load_dtype
+from loaders.architectures.renames import inside
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.layouts.engines import builds_own_class, wants_stacks
-from loaders.layouts.inside_names import skip_names, tied_heads
+from loaders.layouts.inside_names import may_be_linear, modules_within, skip_names, tied_entries
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -243,6 +244,10 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
     heads = {_module(d) for d in decisions if d.tensor.role in DEFAULT_HEADS and len(d.tensor.shape) == 2}
     if kept == heads.difference(quantized) and not heads.intersection(quantized) and not family.is_generic:
         return None
+    if kept and not heads and not family.is_generic:
+        kept |= {name.removesuffix(".weight") for _, name in family.tied if name.endswith(".weight")}.difference(
+            quantized
+        )
     skip = sorted(kept)
     caught = [module for module in quantized if is_skipped(module, skip)]
     if caught:
@@ -251,9 +256,13 @@ def skip_list(decisions: Sequence[Decision], family: Family) -> list[str] | None
             f" ends or begins like it; keep both or neither ({', '.join(caught[:4])})"
         )
     if family.is_generic:
-        # A head of another name is `lm_head` inside many classes, whatever it is called on disk.
-        tied = tied_heads(family) if not heads else ("lm_head",) if kept & heads else ()
-        return skip_names(skip, tied, family, lambda entry: any(is_skipped(module, [entry]) for module in quantized))
+        plain = [d for d in decisions if d.action in ("keep", "cast")]
+        # What is taken for a table by its name may be a linear layer all the same.
+        doubtful = {_module(d) for d in plain if may_be_linear(d)}
+        doubtful.update(name for d in plain for name in modules_within(d.tensor.name, family))
+        tied = tied_entries(family, kept, has_head=bool(heads)) if kept & heads or not heads else ()
+        taken = {each for name in quantized for each in (name, inside(name, family.names.model_types))}
+        return skip_names(skip, doubtful, tied, family, lambda entry: any(is_skipped(name, [entry]) for name in taken))
     return skip
 
 

@@ -15,6 +15,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -231,15 +232,23 @@ def abandoned_in(folder: Path, name: str | None = None) -> tuple[Abandoned, ...]
 
 
 def left_in(path: Path) -> Abandoned:
-    """Describe one journal folder."""
-    files = [p for p in path.rglob("*") if p.is_file()]
+    """Describe one journal folder, in which a job may be at work."""
+    found = {each: status for each in path.rglob("*") if stat.S_ISREG((status := _status(each)).st_mode)}
     return Abandoned(
         address=Address(str(path)),
-        size=sum(p.stat().st_size for p in files),
-        units_done=sum(p.parent.name == "records" for p in files),
-        age_s=time.time() - max((p.stat().st_mtime for p in files), default=path.stat().st_mtime),
+        size=sum(status.st_size for status in found.values()),
+        units_done=sum(each.parent.name == "records" for each in found),
+        age_s=time.time() - max((status.st_mtime for status in found.values()), default=_status(path).st_mtime),
         is_held=_is_held(path),
     )
+
+
+def _status(path: Path) -> os.stat_result:
+    """Return what stat says of a path; of one that went away meanwhile, zeros."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return os.stat_result((0,) * 10)
 
 
 def _is_held(journal: Path) -> bool:

@@ -6,7 +6,7 @@ A window of a plain stack picks its elements; a window of a quantized one says w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from loaders.architectures.families import Family
@@ -16,16 +16,38 @@ from loaders.errors import BadCheckpoint
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
-def cut(tensor: LogicalTensor, family: Family) -> Iterator[LogicalTensor]:
+def cut_all(tensors: Sequence[LogicalTensor], family: Family) -> Iterator[LogicalTensor]:
+    """Yield tensors, with those of the experts for each stack that the family knows.
+
+    Where a stack's shape does not tell inputs from outputs (the outputs of two parts may be as many as the inputs), the
+    other stack of the same experts does.
+    """
+    told: dict[str, bool] = {}
+    for tensor in tensors:
+        for stack in family.stacks:
+            match = stack.pattern.search(tensor.name)
+            if match and (is_transposed := stack.transposed(tensor.shape)) is not None:
+                told[match["experts"]] = is_transposed
+    for tensor in tensors:
+        yield from cut(tensor, family, told)
+
+
+def cut(tensor: LogicalTensor, family: Family, told: Mapping[str, bool]) -> Iterator[LogicalTensor]:
     """Yield the tensors of a stack's experts, or the tensor itself if its name is no stack of the family's.
+
+    `told` says of experts, by the beginning of their names, whether their stacks are transposed.
 
     Raises:
         BadCheckpoint: the stack does not have the shape that the family gives it.
     """
     for stack in family.stacks:
         match = stack.pattern.search(tensor.name)
-        # A stack whose shape does not tell inputs from outputs stays whole, of which `Sources.notes` speak.
-        if match and (is_transposed := stack.transposed(tensor.shape)) is not None:
+        if not match:
+            continue
+        is_transposed = stack.transposed(tensor.shape)
+        is_transposed = told.get(match["experts"]) if is_transposed is None else is_transposed
+        # A stack of which nothing tells inputs from outputs stays whole, of which `Sources.notes` speak.
+        if is_transposed is not None:
             yield from _experts(tensor, replace(stack, is_transposed=is_transposed), match)
             return
     yield tensor

@@ -17,12 +17,14 @@ from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import small_reader
-from loaders.tensors.expert_stacks import cut
+from loaders.tensors.expert_stacks import cut_all
 from loaders.tensors.logical_tensor import LogicalTensor, in_natural_order, known, plain_tensor, transposed
 from loaders.tensors.quantized_sources import find_quantized, mlx
 from loaders.words import counted, model_type_said
 
 COMPARE_BYTES = 4 << 20  # bytes of two tied tensors compared at a time, so that large embeddings take little memory
+# Roles of what is joined with other tensors: a tower's layers are quantized for no engine that keeps the tower.
+JOINED = {"linear": "fused", "vision": "sensitive"}
 CONVOLUTION = 16  # the largest kernel that is taken for one: a stack of experts has more inputs than that
 DERIVED = ("rope_freqs.weight",)  # tensors of a GGUF that follow from its metadata, here from the rope scaling
 
@@ -69,7 +71,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
                 if not decode:
                     beside[name] = _weight_of(name, spec, by_name)
     if split:
-        found = [piece for tensor in found for piece in cut(tensor, family)]
+        found = list(cut_all(found, family))
     traits_of = KnownTraits(family)
     tensors = [_turned(known(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
     tensors = _apart(tensors)
@@ -101,7 +103,7 @@ def _apart(tensors: list[LogicalTensor]) -> list[LogicalTensor]:
     if not beside:
         return tensors
     return [
-        replace(tensor, role="fused") if tensor.name in beside and tensor.role in ("linear", "vision") else tensor
+        replace(tensor, role=JOINED[tensor.role]) if tensor.name in beside and tensor.role in JOINED else tensor
         for tensor in tensors
     ]
 

@@ -46,6 +46,20 @@ MATRICES = (
     ("gpt2", "wpe.weight", "embedding"),
     ("flux", "transformer_blocks.0.norm1.linear.weight", "linear"),
     ("olmoe", "model.layers.0.mlp.experts.7.up_proj.weight", "expert"),
+    # Tables that are not called embedding, or are one of several.
+    ("sam2", "mask_decoder.mask_tokens.weight", "embedding"),
+    ("sam", "prompt_encoder.point_embed.3.weight", "embedding"),
+    ("muse_spark", "model.vision_tower.patch_embedder.position_embedding_table.weight", "embedding"),
+    ("pegasus_x", "model.encoder.embed_global.weight", "embedding"),
+    ("markuplm", "embeddings.xpath_embeddings.xpath_tag_sub_embeddings.7.weight", "embedding"),
+    ("bark", "fine_acoustics.input_embeds_layers.2.weight", "embedding"),
+    ("pix2struct", "encoder.embeddings.row_embedder.weight", "embedding"),
+    ("flux", "x_embedder.weight", "linear"),
+    # A weight that another layer shares, or that a part's class keeps in float32.
+    ("zamba2", "model.layers.6.shared_transformer.self_attn.q_proj.weight", "sensitive"),
+    ("kyutai_speech_to_text", "codec_model.decoder_transformer.layers.0.mlp.fc1.weight", "sensitive"),
+    # A head for each of several codebooks.
+    ("bark", "fine_acoustics.lm_heads.0.weight", "head"),
 )
 
 
@@ -57,6 +71,14 @@ def test_a_matrix_is_what_its_name_means(model_type: str, name: str, role: str) 
 
 def test_a_gate_of_a_gated_mlp_is_a_linear_layer() -> None:
     assert Generic().role("layers.0.ffn.gate.weight", (256, 64)) == "linear"
+
+
+def test_a_gate_with_a_column_for_each_expert_is_a_router() -> None:
+    assert Generic().role("layers.0.mlp.gate.weight", (2560, 64)) == "router"
+
+
+def test_a_matrix_of_nothing_is_no_linear_layer() -> None:
+    assert Generic().role("query.weight", (0, 256)) == "other"
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,16 @@ def test_an_unknown_stack_stays_whole_and_is_named(tmp_path: Path) -> None:
     found = tensors_of(open_checkpoint(root), decode=True, split=True)
     assert {r.name: r.role for r in found.tensors}[name] == "expert"
     assert any("1 stack of experts stays whole and unquantized, " + name in note for note in found.notes)
+
+
+def test_a_stack_whose_shape_does_not_tell_is_cut_as_the_other_of_its_layer(tmp_path: Path) -> None:
+    experts = "model.layers.0.mlp.experts"
+    tensors = {
+        **llama_tensors(),
+        f"{experts}.gate_up_proj": weights(np.ones((2, 64, 64), np.float32), "BF16"),
+        f"{experts}.down_proj": weights(np.ones((2, 64, 32), np.float32), "BF16"),
+    }
+    root = write_checkpoint(tmp_path, tensors, config={**LLAMA, "model_type": "new"})
+    found = {r.name: r.shape for r in tensors_of(open_checkpoint(root), decode=True, split=True).tensors}
+    assert found[f"{experts}.1.up_proj.weight"] == (32, 64)
+    assert found[f"{experts}.1.down_proj.weight"] == (64, 32)
