@@ -50,13 +50,13 @@ def name_of(ids: Sequence[int], tokenizer: Mapping[str, Any], settings: Mapping[
     """Return the converter's name of a tokenizer that makes these ids of the text, without tokens around it.
 
     The hash was taken with those that transformers puts there: bos if add_bos_token says so, which classes of older
-    versions heed, or what the post_processor has, or nothing.
+    versions heed, or what the post_processor has.
     """
     added = {each["content"]: each["id"] for each in tokenizer.get("added_tokens") or ()}
     bos = added.get(content_of(settings.get("bos_token")))
     first, last = around(tokenizer)
     outer = [([bos], last)] if bos is not None and settings.get("add_bos_token") is True else []
-    for before, after in (*outer, (first, last), ([], [])):
+    for before, after in (*outer, (first, last)):
         digest = hashlib.sha256(str([*before, *ids, *after]).encode()).hexdigest()
         found: str | None = table("pre_hashes.json").get(digest)
         if found is not None:

@@ -9,7 +9,7 @@ hash of this tokenizer decides (`check_text`), and else the tokenizer's special 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -88,25 +88,28 @@ def pre_name(tokenizer: Mapping[str, Any], settings: Mapping[str, Any] = _NONE) 
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
             raise BadSpec(f"tokenizer.json: its normalizer {short(step)} has no counterpart in llama.cpp")
-    parts = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    steps = _told(parts)
+    steps = steps_of(tokenizer)
     form = next((form for form in forms() if form.steps == steps), None)
     if form is None:
         raise BadSpec(
-            f"tokenizer.json: it cuts words by {short(parts)}, which is no way that llama.cpp is known to have"
+            f"tokenizer.json: it cuts words by {short(steps)}, which is no way that llama.cpp is known to have"
         )
-    return name_by_hash(tokenizer, settings, form.steps) or next(
-        row["name"] for row in form.names if _holds(row, tokenizer, model)
-    )
+    by_hash = name_by_hash(tokenizer, settings, form.steps)
+    # Two ways may make the same of the converter's text, as Qwen 3.5's does with the vocabulary of Qwen 2.
+    if by_hash is not None and form_named(by_hash) in (None, form):
+        return by_hash
+    return next(str(row["name"]) for row in form.names if _holds(row, tokenizer, model))
 
 
-def _told(parts: Sequence[Mapping[str, Any]]) -> Steps:
+def steps_of(tokenizer: Mapping[str, Any]) -> Steps:
     """Return a tokenizer.json's pre_tokenizers in the words of the file.
 
     Raises:
         BadSpec: one is of a kind that llama.cpp has not, or the bytes are never shown as letters.
     """
-    steps, is_byte_level = [], False
+    parts = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    steps: list[str] = []
+    is_byte_level = False
     for part in parts:
         kind = part.get("type")
         if kind == "ByteLevel" and not is_byte_level and not part.get("add_prefix_space"):

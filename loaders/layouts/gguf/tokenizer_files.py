@@ -42,7 +42,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         return {}
     metadata = gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name))
     try:
-        tokenizer = _tokenizer(metadata)
+        tokenizer = tokenizer_of(metadata)
         if tokenizer is None:
             return {}
         made = {"tokenizer.json": tokenizer, "tokenizer_config.json": _settings(metadata)}
@@ -53,7 +53,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         return {}
 
 
-def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+def tokenizer_of(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the document of tokenizer.json, or None for a vocabulary of another kind."""
     kind, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
     tokens = metadata.get("tokenizer.ggml.tokens") or ()

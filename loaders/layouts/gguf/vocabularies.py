@@ -50,7 +50,7 @@ def wordpiece_metadata(
     ]
     return {
         "tokenizer.ggml.model": text("bert"),
-        "tokenizer.ggml.pre": text(_wordpiece_name(tokenizer, settings)),
+        "tokenizer.ggml.pre": text(wordpiece_name(tokenizer, settings)),
         "tokenizer.ggml.tokens": texts(shown),
         "tokenizer.ggml.token_type": int32s(types),
         **flags,
@@ -68,7 +68,7 @@ def _check_wordpiece(tokenizer: Mapping[str, Any]) -> None:
         raise BadSpec(f"tokenizer.json: llama.cpp takes {CONTINUING} for what continues a word; here it is {prefix!r}")
 
 
-def _wordpiece_name(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def wordpiece_name(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Return the converter's name of the tokenizer, by its hash. llama.cpp does not heed it for WordPiece."""
     vocabulary: Mapping[str, int] = tokenizer["model"]["vocab"]
     unknown = vocabulary.get(tokenizer["model"].get("unk_token", "[UNK]"))
@@ -77,7 +77,7 @@ def _wordpiece_name(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -
         if isinstance(part, int):
             ids.append(part)
             continue
-        for word in _bert_words(part, tokenizer.get("normalizer") or {}):
+        for word in bert_words(part, tokenizer.get("normalizer") or {}):
             found = _pieces(word, vocabulary)
             if found is None:
                 if unknown is None:
@@ -87,7 +87,7 @@ def _wordpiece_name(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -
     return name_of(ids, tokenizer, settings) or "default"
 
 
-def _bert_words(part: str, normalizer: Mapping[str, Any]) -> list[str]:
+def bert_words(part: str, normalizer: Mapping[str, Any]) -> list[str]:
     """Return the words into which BERT cuts a text: at spaces, and at every mark and every character of Chinese."""
     lower = bool(normalizer.get("lowercase", True))
     strips = normalizer.get("strip_accents")
