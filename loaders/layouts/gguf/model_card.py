@@ -93,9 +93,9 @@ def model_card_metadata(
         values = [each for name in names for each in _texts(card.get(name))]
         if any(card.get(name) is not None for name in names):
             found[f"general.{key}"] = texts(values)
-    for key, names in SOURCES.items():
-        if any(name in card for name in names):
-            listed = next(card[name] for name in names if name in card)
+    for key, keys in SOURCES.items():
+        if any(name in card for name in keys):
+            listed = next(card[name] for name in keys if name in card)
             rows = [_source(each, total) for each in (listed if isinstance(listed, list) else [listed])]
             found |= _numbered(key, [row for row in rows if row is not None])
     return found

@@ -17,7 +17,7 @@ AS_IT_IS = re.compile(r"(v\d+(?:\.\d+)*|\d.*)")
 UNITS = " KMBT"  # thousands, millions, ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NameParts:
     """The parts of a model's name; None for what it does not say."""
 
@@ -38,7 +38,7 @@ def title(text: str) -> str:
 def name_parts(model_id: str, parameters: int) -> NameParts:
     """Return the parts of ORGANIZATION/NAME or NAME; a size that is far from `parameters` is none."""
     if " " in model_id:
-        return NameParts(model_id)
+        return NameParts(name=model_id)
     organization, rest = model_id.split("/", 1) if "/" in model_id else ("", model_id)
     owner = None if not organization or organization.startswith(".") else organization
     parts = [part for part in rest.split("-") if part]
@@ -56,7 +56,8 @@ def name_parts(model_id: str, parameters: int) -> NameParts:
 
     size, finetune, version = joined("size_label"), joined("finetune"), joined("version", "basename")
     says = size is not None or finetune is not None or version is not None
-    return NameParts(rest, owner, joined("basename") if says else None, finetune, version, size)
+    base = joined("basename") if says else None
+    return NameParts(name=rest, organization=owner, basename=base, finetune=finetune, version=version, size_label=size)
 
 
 def _kind(at: int, parts: list[str], parameters: int) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from loaders.containers import gguf
 from loaders.layouts.gguf.model_card import card_of, model_card_metadata
-from loaders.layouts.gguf.model_names import NameParts, name_parts, rounded, size_label, title
+from loaders.layouts.gguf.model_names import name_parts, rounded, size_label, title
 from tests.reading import files_of
 
 CARD = """---
@@ -33,6 +33,7 @@ version: 1.5
 ---
 # The model
 """
+PARTS = ("name", "organization", "basename", "finetune", "version", "size_label")
 NAMES = (
     "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1", "bigscience/bloom-7b1",
     "gpt2-xl", "Llama-3-8B-Instruct-262k", "Phi-3-mini-4k-instruct", "./x/y", "a/b/c", "model", "--", "a model",
@@ -72,7 +73,8 @@ def test_a_card_is_told_as_gguf_py_tells_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_have_the_parts_that_gguf_py_finds(name: str, parameters: int) -> None:
     metadata = pytest.importorskip("gguf.metadata").Metadata
-    assert name_parts(name, parameters) == NameParts(*metadata.get_model_id_components(name, parameters))
+    found = name_parts(name, parameters)
+    assert tuple(getattr(found, part) for part in PARTS) == metadata.get_model_id_components(name, parameters)
     assert title(name) == metadata.id_to_title(name)
 
 
