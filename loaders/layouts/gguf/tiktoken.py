@@ -1,4 +1,4 @@
-"""tiktoken's files of a byte-level BPE, as the document that tokenizer.json would be: Kimi's and the first Qwen's.
+"""tiktoken's files of a byte-level BPE as tokenizer.json's document: Kimi's, Hunyuan's, and the first Qwen's.
 
 A line has a token in base64 and its rank. Neither the way of cutting text nor the special tokens are in the file: both
 are in the Python of the model, which is not run. So they are written down here for the files that are known.
@@ -26,12 +26,13 @@ LARGEST = 1 << 27  # bytes
 class Tiktoken:
     """A file whose tokenizer is known.
 
-    `pre` is llama.cpp's name of its way of cutting text. Special tokens follow those of the file: `named` first, then
-    as many of `reserved` (with {} for a number) as are needed for `specials` in all.
+    `pre` is llama.cpp's name of its way of cutting text, and `way` another name of that. Special tokens follow those of
+    the file: `named` first, then as many of `reserved` (with {} for a number, the id if `by_id`) as make `specials`.
     """
 
     file: str
     pre: str
+    way: str = ""
     named: tuple[str, ...] = ()
     reserved: str = ""
     by_id: bool = False
@@ -45,6 +46,12 @@ KNOWN = (
     Tiktoken(
         file="qwen.tiktoken", pre="qwen2", named=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         reserved="<|extra_{}|>", specials=208,
+    ),
+    # tokenization_hy.py
+    Tiktoken(
+        file="hy.tiktoken", pre="hunyuan", way="qwen2",
+        named=("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"), reserved="<|extra_{}|>",
+        specials=210,
     ),
 )  # fmt: skip
 
@@ -74,7 +81,7 @@ def read_tiktoken(
         number, after = first + place, place - len(known.named)
         usual = known.named[place] if after < 0 else known.reserved.format(number if known.by_id else after)
         added.append({"id": number, "content": told.get(number, usual), "special": True, "normalized": False})
-    form = form_named(known.pre)
+    form = form_named(known.way or known.pre)
     assert form is not None
     document = {
         "added_tokens": added,

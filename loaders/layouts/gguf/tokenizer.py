@@ -69,20 +69,7 @@ def _vocabulary(
         found = vocabularies.unigram_of_model(files, unigram, rows)
         return _with_special(found, tokenizer, settings, config, traits)
     if not tokenizer:
-        own = tiktoken.find(files)
-        if files.find(tekken.FILE) is not None:
-            tokenizer, settings = tekken.read_tekken(files), {**tekken.SETTINGS, **settings}
-            scores = {"tokenizer.ggml.scores": float32s((0.0,) * rows)}
-            return _byte_level(tokenizer, settings, config, traits, rows) | scores
-        if own is not None:
-            tokenizer, settings = tiktoken.read_tiktoken(files, own, settings)
-            return _byte_level(tokenizer, settings, config, traits, rows)
-        if model is None:
-            raise BadSpec(
-                f"{setting('layout')}: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it"
-            )
-        made = from_model(files, model, tokenizer, settings, traits, rows)
-        return _sentencepiece(made, tokenizer, settings, config, traits)
+        return _without_json(files, model, settings, config, traits, rows)
     whole = _completed(files, tokenizer, settings, rows)
     if traits.kind == "gemma4":
         found = vocabularies.gemma4_metadata(whole, settings, _merges(whole), rows)
@@ -104,6 +91,29 @@ def _vocabulary(
         found = vocabularies.wordpiece_metadata(whole, settings, tokens, types)
         return _with_special(found, whole, settings, config, traits, tokens=tokens)
     return _byte_level(whole, settings, config, traits, rows)
+
+
+def _without_json(
+    files: PinnedFiles,
+    model: str | None,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    traits: Traits,
+    rows: int,
+) -> dict[str, MetadataValue]:
+    """Return the keys from a file of another library than tokenizers. `model` is SentencePiece's, if there is one."""
+    own = tiktoken.find(files)
+    if files.find(tekken.FILE) is not None:
+        scores = {"tokenizer.ggml.scores": float32s((0.0,) * rows)}  # which the converter writes here, and only here
+        return _byte_level(tekken.read_tekken(files), {**tekken.SETTINGS, **settings}, config, traits, rows) | scores
+    if own is not None:
+        document, settings = tiktoken.read_tiktoken(files, own, settings)
+        return _byte_level(document, settings, config, traits, rows, pre=own.pre)
+    if model is None:
+        raise BadSpec(
+            f"{setting('layout')}: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it"
+        )
+    return _sentencepiece(from_model(files, model, {}, settings, traits, rows), {}, settings, config, traits)
 
 
 def _completed(
@@ -140,9 +150,11 @@ def _byte_level(
     config: Mapping[str, Any],
     traits: Traits,
     rows: int,
+    *,
+    pre: str | None = None,
 ) -> dict[str, MetadataValue]:
-    """Return the keys of a byte-level BPE."""
-    pre = pre_name(tokenizer, settings)
+    """Return the keys of a byte-level BPE. `pre` is llama.cpp's name of its way of cutting text, if it is known."""
+    pre = pre_name(tokenizer, settings) if pre is None else pre
     tokens, types = _tokens(tokenizer, rows)
     found = {
         "tokenizer.ggml.model": text("gpt2"),

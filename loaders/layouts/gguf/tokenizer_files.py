@@ -33,7 +33,7 @@ SAME = {
                      "granite-docling", "exaone4", "roberta-bpe"), "gpt-2"),
 }  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-NORMALIZED = ("qwen2",)  # Qwen's own tokenizers compose characters (NFC) first
+NORMALIZED = ("qwen2", "qwen35")  # Qwen's own tokenizers compose characters (NFC) first
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:

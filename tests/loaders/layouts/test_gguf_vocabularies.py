@@ -57,7 +57,14 @@ def test_the_first_qwens_file_has_tokens_of_its_program(tmp_path: Path) -> None:
     (tmp_path / "qwen.tiktoken").write_text(ranks(b"th"))
     found = found_in(tmp_path, 257 + 208, model_type="qwen")
     assert found["tokens"][257:261] == ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>")
-    assert (found["tokens"][-1], found["pre"]) == ("<|extra_204|>", "qwen2")
+    assert (found["tokens"][-1], found["pre"], found["bos_token_id"]) == ("<|extra_204|>", "qwen2", 257)
+
+
+def test_hunyuans_file_has_tokens_of_its_program(tmp_path: Path) -> None:
+    (tmp_path / "hy.tiktoken").write_text(ranks(b"th"))
+    found = found_in(tmp_path, 257 + 210, model_type="hunyuan_v1_moe", pad_token_id=261)
+    assert found["tokens"][259:263] == ("<|bos|>", "<|eos|>", "<|pad|>", "<|extra_0|>")
+    assert (found["tokens"][-1], found["pre"], found["padding_token_id"]) == ("<|extra_204|>", "hunyuan", 261)
 
 
 @pytest.mark.parametrize("text", ["IQ== x\n", "IQ== 1\n", "!? 0\n", "\n"])
