@@ -1,196 +1,205 @@
-"""Real vocabularies held against the names that llama.cpp gives to pre-tokenizers: python -m tests.pre_tokenizers
+"""Names of pre-tokenizers, tried on real vocabularies: python -m tests.pre_tokenizers [--write] [--more FOLDER]
 
-    python -m tests.pre_tokenizers                     write tests/goldens/pre_tokenizers.json
-    python -m tests.pre_tokenizers --check             print differences, and exit with 1 if there are any
-    python -m tests.pre_tokenizers --llama-cpp FOLDER  an unpacked llama.cpp, instead of tests/converter.py's pinned one
-
-llama.cpp ships vocabularies (models/ggml-vocab-*.gguf), each with the name of its pre-tokenizer, but not with the parts
-of the published tokenizer.json, which are written here. A tokenizer is made of both and asked for the text of the
-converter's `get_vocab_base_pre`. If the hash is one that this function knows, the parts are those of the published
-tokenizer; its name must be the file's. The golden keeps the parts, so that a test can ask us for the name without the
-vocabularies (10 MB).
+llama.cpp's source distribution (see tests/converter.py) brings 13 real vocabularies of BPE and one of WordPiece. From
+each a tokenizer of the `tokenizers` library is made; the ids that it makes of llama.cpp's own test texts (*.inp) are
+those of *.out, and the hash that llama.cpp's converter takes has the name that is expected. `--more` is a folder with a
+NAME/tokenizer.json for each further tokenizer, and where it comes from in NAME/source.txt. `--write` keeps what a test
+needs in tests/goldens/pre_tokenizers.json, of each vocabulary the tokens and merges that the converter's text can use,
+and writes docs/gguf_pre_tokenizers.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import logging
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.converter import VERSION, fetched
-from tests.gguf_goldens import Reader, dump
+from loaders.containers import gguf
+from loaders.layouts.gguf import check_text, pre_tokenizers, tokenizer_files
+from loaders.layouts.gguf.byte_letters import byte_letters
+from loaders.layouts.gguf.vocabularies import bert_words, wordpiece_name
+from loaders.places import ROOT
+from tests.gguf_goldens import GOLDENS
+from tests.reading import files_of
 
-CONTROL, USER_DEFINED = 3, 4  # token types
-CLS, SEP = 101, 102  # of BERT
-GOLDEN = Path(__file__).resolve().parent / "goldens" / "pre_tokenizers.json"
-CONTRACTIONS, END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{END}"
-QWEN35 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{END}"
-HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
-# DeepSeek LLM's: letters of alphabets that have two cases
-LETTERS = (
-    "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
-    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
-    "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79"
-    "-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-"
-    "\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-"
-    "\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-"
-    "\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-"
-    "\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a"
-    "\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
-    "\U000118a0-\U000118df\U0001e900-\U0001e943]+"
-)
+GOLDEN = GOLDENS.parent / "pre_tokenizers.json"
+UNNAMED = {"aquila": "gpt-2", "gpt-neox": "gpt-2"}  # vocabularies without a name: the way in which they cut text
+# names that the converter's later lines replace, for the same tokenizer under another name
+REPLACED = {"mpt": "olmo", "gpt-neox": "olmo", "bert-bge": "jina-v2-en"}
+TABLE = "docs/gguf_pre_tokenizers.md"
+HEAD = """# Names of pre-tokenizers in a GGUF
 
+llama.cpp knows by name how a byte-level BPE cuts text into words (`tokenizer.ggml.pre`). The way is read from
+tokenizer.json and looked up in `loaders/layouts/gguf/pre_tokenizers.yaml`; of several names for one way, llama.cpp's
+converter's hash of the tokenizer decides, and else its special tokens. A tokenizer whose way is none of these is
+refused.
 
-def byte_level(*, splits: bool = True) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": splits}
+*Run* means that a real vocabulary gets the name here (`python -m tests.pre_tokenizers`); *table* that the name is taken
+from llama.cpp's table of hashes and its regular expressions, and no vocabulary was at hand to run it.
 
-
-def split(regex: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+| Name | Way of | How known |
+|---|---|---|
+"""
+BREAK = "\n__ggml_vocab_test__\n"
 
 
-def digits(*, individual: bool) -> dict[str, Any]:
-    return {"type": "Digits", "individual_digits": individual}
+def vocabularies(folder: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield the name, tokenizer.json's document and the metadata of each vocabulary that has a way of cutting text."""
+    for path in sorted(folder.glob("ggml-vocab-*.gguf")):
+        metadata = gguf.plain(gguf.read_metadata(files_of(path.parent), path.name))
+        name = path.stem.removeprefix("ggml-vocab-")
+        if metadata["tokenizer.ggml.model"] == "gpt2":
+            pre = metadata.get("tokenizer.ggml.pre", UNNAMED.get(name))
+            told = {"tokenizer.ggml.add_bos_token": pre in pre_tokenizers.ADDS_BOS} | metadata
+            document = tokenizer_files.tokenizer_of({**told, "tokenizer.ggml.pre": pre})
+            assert document is not None, name
+            yield name, document, metadata
+        elif metadata["tokenizer.ggml.model"] == "bert":
+            yield name, wordpiece(metadata), metadata
 
 
-def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-def deepseek(letters: str, punctuation: str, *, at_end: bool) -> dict[str, Any]:
-    ends = [split(r"\s+$")] if at_end else []
-    return sequence(split("[\r\n]"), split(letters), split(punctuation), *ends, split(HAN), digits(individual=True),
-                    byte_level(splits=False))  # fmt: skip
-
-
-def bpe_parts() -> dict[str, dict[str, Any]]:
-    """Return the parts of each published tokenizer.json; `adds` is the token that it puts before a text."""
-    nfc, numbers = {"type": "NFC"}, sequence(digits(individual=True), byte_level())
-    falcon = sequence({"type": "Punctuation", "behavior": "Contiguous"}, byte_level(), digits(individual=False),
-                      split("[0-9][0-9][0-9]"))  # fmt: skip
-    return {
-        "aquila": {"pre_tokenizer": byte_level()},
-        "command-r": {"normalizer": nfc, "pre_tokenizer": numbers, "adds": "bos"},
-        "deepseek-coder": {"pre_tokenizer": deepseek("\\s?\\p{L}+", "\\s?\\p{P}+", at_end=False), "adds": "bos"},
-        "deepseek-llm": {"pre_tokenizer": deepseek(LETTERS, PUNCTUATION, at_end=True), "adds": "bos"},
-        "falcon": {"pre_tokenizer": falcon},
-        "gpt-2": {"pre_tokenizer": byte_level()},
-        "gpt-neox": {"normalizer": nfc, "pre_tokenizer": byte_level()},
-        "llama-bpe": {"pre_tokenizer": sequence(split(LLAMA3), byte_level(splits=False)), "ignore_merges": True,
-                      "adds": "bos"},
-        "mpt": {"normalizer": nfc, "pre_tokenizer": byte_level()},
-        "qwen2": {"normalizer": nfc,
-                  "pre_tokenizer": sequence(split(LLAMA3.replace("{1,3}", "")), byte_level(splits=False))},
-        "qwen35": {"normalizer": nfc, "pre_tokenizer": sequence(split(QWEN35), byte_level(splits=False))},
-        "refact": {"pre_tokenizer": numbers},
-        "starcoder": {"pre_tokenizer": numbers},
-    }  # fmt: skip
-
-
-def bpe_document(metadata: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer.json of a byte-level BPE."""
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": number, "content": token, "special": kind == CONTROL, **flags}
-        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False,
-        "ignore_merges": parts.get("ignore_merges", False), "vocab": {t: number for number, t in enumerate(tokens)},
-        "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
-    }  # fmt: skip
-    return {
-        "version": "1.0", "added_tokens": added, "normalizer": parts.get("normalizer"),
-        "pre_tokenizer": parts["pre_tokenizer"], "post_processor": None, "decoder": None, "model": model,
-    }  # fmt: skip
-
-
-def wordpiece_document(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer.json of BERT's WordPiece, whose tokens a GGUF has with ▁ before words and without ##."""
+def wordpiece(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return BERT's tokenizer.json: what begins a word loses ▁, what continues one gets ##."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     texts = [
-        token if kind == CONTROL else token[1:] if token.startswith("\u2581") else f"##{token}"
+        token if kind == 3 else token[1:] if token.startswith("▁") else f"##{token}"
         for token, kind in zip(tokens, types, strict=True)
     ]
-    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-             "max_input_chars_per_word": 100, "vocab": {text: number for number, text in enumerate(texts)}}  # fmt: skip
-    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
-                  "lowercase": True}  # fmt: skip
+    special = {n: {"id": n, "content": texts[n], "special": True, "single_word": False, "lstrip": False,
+                   "rstrip": False, "normalized": False} for n, kind in enumerate(types) if kind == 3}  # fmt: skip
+    ends = [metadata[f"tokenizer.ggml.{key}_token_id"] for key in ("cls", "seperator")]
     return {
-        "version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": None, "decoder": None, "model": model,
+        "version": "1.0", "added_tokens": list(special.values()),
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                       "strip_accents": None, "lowercase": True},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "cls": [texts[ends[0]], ends[0]],
+                           "sep": [texts[ends[1]], ends[1]]},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": {text: n for n, text in enumerate(texts)}},
     }  # fmt: skip
 
 
-class Encoder:
-    """What the converter asks of a tokenizer, with the hash that it makes of the answer."""
-
-    def __init__(self, document: dict[str, Any], before: list[int], after: list[int]) -> None:
-        from tokenizers import Tokenizer
-
-        self.tokenizer = Tokenizer.from_str(json.dumps(document))
-        self.before, self.after, self.hash = before, after, ""
-
-    def encode(self, text: str) -> list[int]:
-        ids = [*self.before, *self.tokenizer.encode(text, add_special_tokens=False).ids, *self.after]
-        self.hash = hashlib.sha256(str(ids).encode()).hexdigest()
-        return ids
+def texts_of(path: Path) -> list[tuple[str, list[int]]]:
+    """Return llama.cpp's test texts with the ids that are expected; none for a vocabulary without."""
+    inputs, outputs = (path.with_name(path.name + suffix) for suffix in (".inp", ".out"))
+    if not inputs.exists():
+        return []
+    texts = inputs.read_text(encoding="utf-8").split(BREAK)
+    wanted = [[int(number) for number in line.split()] for line in outputs.read_text().splitlines()]
+    return list(zip(texts, wanted, strict=False))
 
 
-def names(root: Path) -> dict[str, dict[str, Any]]:
-    """Return by vocabulary: the file's name, the converter's, its hash, and the parts that it was made with."""
-    sys.path[:0] = [str(root / "gguf-py"), str(root)]
-    import conversion.base
+def different(document: Mapping[str, Any], texts: Sequence[tuple[str, list[int]]]) -> list[str]:
+    """Return the texts of which the `tokenizers` library makes other ids."""
+    from tokenizers import Tokenizer
 
-    logging.disable(logging.WARNING)
-    parts, made = bpe_parts(), {}
-    for path in sorted((root / "models").glob("ggml-vocab-*.gguf")):
-        name = path.stem.removeprefix("ggml-vocab-")
-        _, entries = Reader(path.read_bytes(), math.inf).head()
-        metadata = {key: entry[-1] for key, entry in entries.items()}
-        kind = metadata["tokenizer.ggml.model"]
-        found = {"model": kind, "file": metadata.get("tokenizer.ggml.pre")}
-        if kind in ("gpt2", "bert"):
-            known = parts[name] if kind == "gpt2" else {}
-            before = [metadata["tokenizer.ggml.bos_token_id"]] if known.get("adds") else []
-            encoder = (
-                Encoder(bpe_document(metadata, known), before, [])
-                if kind == "gpt2"
-                else Encoder(wordpiece_document(metadata), [CLS], [SEP])
-            )
-            try:
-                found["converter"] = conversion.base.TextModel.get_vocab_base_pre(None, encoder)
-            except NotImplementedError:
-                found["converter"] = None  # its table has no such hash
-            found |= {"hash": encoder.hash, "parts": {k: v for k, v in known.items() if k != "adds"}}
-        made[name] = found
-    return made
+    tokenizer = Tokenizer.from_str(json.dumps({"truncation": None, "padding": None, "decoder": None, **document}))
+    return [text for text, wanted in texts if tokenizer.encode(text, add_special_tokens=False).ids != wanted]
+
+
+def name_of(document: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the name by the hash alone; empty if the converter knows none."""
+    if document["model"]["type"] == "WordPiece":
+        return wordpiece_name(document, settings).replace("default", "")
+    return check_text.name_by_hash(document, settings, pre_tokenizers.steps_of(document)) or ""
+
+
+def reduced(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json with the tokens and merges alone that the converter's text can use."""
+    model = document["model"]
+    if model["type"] == "WordPiece":
+        words = {f"##{word}" for word in bert_words(check_text.TEXT, document["normalizer"])}
+    else:
+        found = check_text.words(check_text.TEXT, pre_tokenizers.steps_of(document))
+        words = {"".join(byte_letters()[byte] for byte in word.encode()) for word in found}
+    parts = {word[at:end] for word in words for at in range(len(word)) for end in range(at + 1, len(word) + 1)}
+    parts |= {f"##{part}" for part in parts} | {"[UNK]"}
+    vocabulary = {token: number for token, number in model["vocab"].items() if token in parts}
+    kept = {"type": model["type"], "vocab": vocabulary}
+    if "merges" in model:
+        pairs = (tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
+        kept |= {
+            "merges": [" ".join(pair) for pair in pairs if "".join(pair) in parts],
+            "ignore_merges": bool(model.get("ignore_merges")),
+        }
+    used = {*json.dumps(document.get("post_processor"), ensure_ascii=False).split('"')}
+    added = [
+        {"id": each["id"], "content": each["content"]}
+        for each in document["added_tokens"]
+        if each["content"] in check_text.TEXT or each["content"] in used
+    ]
+    rest = {key: document.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")}
+    return {"added_tokens": added, **rest, "model": kept}
+
+
+def table_of(goldens: Mapping[str, Any]) -> str:
+    """Return the documented table of names."""
+    run: dict[str, list[str]] = {}
+    for golden in goldens.values():
+        run.setdefault(golden["name"], []).append(golden["source"])
+    same = tokenizer_files.SAME
+    told = {*pre_tokenizers.known_names(), *run, *same} - {"llama3", "llama-v3", "glm5", "llada-moe"}
+    rows = []
+    for name in sorted(told):
+        form = pre_tokenizers.form_named(same.get(name, name))
+        way = form.names[-1]["name"] if form is not None else "WordPiece, of which the name does not matter"
+        rows.append(f"| {name} | {way} | {'run: ' + '; '.join(run[name]) if name in run else 'table'} |\n")
+    refused = sorted({*check_text.table("pre_hashes.json").values()} - told)
+    return (
+        HEAD + "".join(rows) + "\nOther names of the converter, which are given only if the hash is known and the "
+        f"way is one of these: {', '.join(refused)}.\n"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
+    from tests.converter import fetched
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--more", type=Path)
     parser.add_argument("--llama-cpp", type=Path)
     chosen = parser.parse_args(arguments)
-    root = (chosen.llama_cpp or fetched()).resolve()
-    document = dump({"made by": {"llama-cpp-python": VERSION}, "names": names(root)})
-    if not chosen.check:
-        GOLDEN.parent.mkdir(parents=True, exist_ok=True)
-        GOLDEN.write_text(document)
-        return 0
-    same = GOLDEN.exists() and GOLDEN.read_text() == document
-    print("as the golden" if same else f"{GOLDEN.name} differs; run without --check, and read the difference")
-    return 0 if same else 1
+    folder = (chosen.llama_cpp or fetched()) / "models"
+    goldens: dict[str, Any] = {} if not GOLDEN.exists() else json.loads(GOLDEN.read_text(encoding="utf-8"))
+    for name, document, metadata in vocabularies(folder):
+        settings = {"bos_token": "", "add_bos_token": False}
+        found, texts = name_of(document, settings), texts_of(folder / f"ggml-vocab-{name}.gguf")
+        wrong = different(document, texts)
+        print(
+            f"{name:16} hash {found or '-':14} {len(texts) - len(wrong)} of {len(texts)} texts", *map(repr, wrong[:2])
+        )
+        if found and name != "qwen35":  # Qwen 2's vocabulary, whose hash is another name's
+            expected = metadata.get("tokenizer.ggml.pre", name)
+            assert found == REPLACED.get(expected, expected), f"{name}: expected {expected}, found {found}"
+            goldens[name] = {"name": found, "source": f"ggml-vocab-{name}.gguf", "tokenizer": reduced(document)}
+    for path in sorted(chosen.more.glob("*/tokenizer.json")) if chosen.more else ():
+        document = json.loads(path.read_text(encoding="utf-8"))
+        told = path.with_name("tokenizer_config.json")
+        settings = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
+        settings = {key: settings[key] for key in ("bos_token", "add_bos_token") if key in settings}
+        found = name_of(document, settings)
+        print(f"{path.parent.name:16} hash {found or '-'}")
+        if found:
+            source = path.with_name("source.txt").read_text().strip()
+            small = reduced(document)
+            if settings.get("add_bos_token"):
+                small["added_tokens"] += [
+                    {"id": each["id"], "content": each["content"]}
+                    for each in document["added_tokens"]
+                    if each["content"] == check_text.content_of(settings.get("bos_token"))
+                ]
+            goldens[path.parent.name] = {"name": found, "source": source, "settings": settings, "tokenizer": small}
+    if chosen.write:
+        rows = ",\n".join(
+            f"{json.dumps(name)}: {json.dumps(goldens[name], ensure_ascii=False)}" for name in sorted(goldens)
+        )
+        GOLDEN.write_text(f"{{{rows}}}\n", encoding="utf-8")
+        (ROOT / TABLE).write_text(table_of(goldens), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
