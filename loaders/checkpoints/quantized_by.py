@@ -25,6 +25,7 @@ METHOD_FILES = {
     "quant_config.json": "awq",  # AutoAWQ
     "quantization_config.json": "auto-round",
 }
+SAME = {"intel/auto-round": "auto-round", "auto_round": "auto-round", "autoround": "auto-round"}  # older spellings
 BLOCK = "quantization_config"
 BLOCKS = (BLOCK, "compression_config", "quantization")  # config.json's keys of a description; the last is MLX's
 DEEPEST = 3  # levels of config.json that are searched for descriptions at places where none is read
@@ -120,7 +121,8 @@ def _in_config(config: Mapping[str, Any]) -> Iterator[Declaration]:
             yield Declaration(f"an unknown method: {place} is no object", place)
         elif quantizes_weights(block):
             method = block.get("quant_method")
-            yield Declaration(method if isinstance(method, str) else "an unknown method", place, block)
+            method = SAME.get(method, method) if isinstance(method, str) else "an unknown method"
+            yield Declaration(method, place, block)
         return
     elsewhere = next(_elsewhere(config, "", DEEPEST), None)
     if elsewhere is not None:
@@ -147,7 +149,7 @@ def _in_files(aux: Collection[str], read: Callable[[str], Mapping[str, Any]]) ->
         method = settings.get("quant_method", settings.get("quantization_method"))
         if not isinstance(method, str):
             method = "awq" if "w_bit" in settings or "q_group_size" in settings else usual
-        yield Declaration(method, name, settings)
+        yield Declaration(SAME.get(method, method), name, settings)
 
 
 def _contradiction(one: Declaration, other: Declaration) -> str | None:

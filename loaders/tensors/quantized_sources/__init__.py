@@ -10,11 +10,13 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import (
+    auto_round,
     awq_gptq,
     bitnet,
     bitsandbytes,
     compressed_tensors,
     fp8,
+    fp8_scaled,
     gguf,
     hqq,
     mlx,
@@ -38,8 +40,13 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
     "modelopt_fp4": modelopt.find,
     "awq": awq_gptq.find_awq,
     "gptq": awq_gptq.find_gptq,
+    "auto-round": auto_round.find,
+    "fbgemm_fp8": fp8_scaled.find_fbgemm,
     "gguf": gguf.find,
 }
+
+
+ADD_BIASES = ("gptq", "auto-round")  # whose tools gave every quantized layer a bias; AutoRound while it used AutoGPTQ's
 
 
 def check_decodable(checkpoint: Checkpoint) -> None:
@@ -112,7 +119,7 @@ def find_quantized(checkpoint: Checkpoint, *, decode: bool, check: bool) -> Foun
     if said.method == "gguf":
         return Found(weights)
     notes = consistency_notes(checkpoint, said, weights) if check else ()
-    if said.method != "gptq":
+    if said.method not in ADD_BIASES:
         return Found(weights, notes=notes)
     added, about = added_biases(checkpoint, weights)
     return Found(weights, added, (*notes, *about))
