@@ -25,6 +25,7 @@ METHOD_FILES = {
     "quant_config.json": "awq",  # AutoAWQ
     "quantization_config.json": "auto-round",
 }
+MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_fp8", "modelopt_mixed", "modelopt_mxfp8")  # one tool's, by engine
 SAME = {"intel/auto-round": "auto-round", "auto_round": "auto-round", "autoround": "auto-round"}  # older spellings
 BLOCK = "quantization_config"
 BLOCKS = (BLOCK, "compression_config", "quantization")  # config.json's keys of a description; the last is MLX's
@@ -35,6 +36,7 @@ DECIDING = {
     "group_size": ("group_size", "q_group_size"),
     "checkpoint_format": ("checkpoint_format",),
     "quant_algo": ("quant_algo",),
+    "packing_format": ("packing_format",),
 }
 BNB_STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__(nf4|fp4)$")
 # Endings of names that only bitsandbytes gives.
@@ -154,7 +156,7 @@ def _in_files(aux: Collection[str], read: Callable[[str], Mapping[str, Any]]) ->
 
 def _contradiction(one: Declaration, other: Declaration) -> str | None:
     """Say on what two declarations differ, if it decides how weights are decoded."""
-    methods = {each.method.removesuffix("_fp4") for each in (one, other)}
+    methods = {"modelopt" if each.method in MODELOPT else each.method for each in (one, other)}
     if len(methods) > 1:
         return f"{one.place} says {one.method}, and {other.place} says {other.method}; remove the one that is stale"
     for key, names in DECIDING.items():

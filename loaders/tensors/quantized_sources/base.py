@@ -18,7 +18,7 @@ from loaders.tensors.logical_tensor import LogicalTensor, stored_name
 # of their own.
 RUN_TIME = (
     "input_scale", "input_scale_ub", "activation_scale", "k_scale", "v_scale", "q_scale", "kv_scale", "output_scale",
-    "weight_format",
+    "k_bias", "v_bias", "weight_format",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""float8 weights (quant_method fp8) with scales by block, DeepSeek V3's and transformers', or for rows or the whole.
+"""float8 weights (quant_method fp8, mxfp8) with scales by block, as DeepSeek V3 has them, or for rows or the whole.
 
 A weight and its scale are paired by name over all shards. Besides `X.weight` with `X.weight_scale_inv` there are
 transformers' 3-D experts, `X` with `X_scale_inv`, and DeepSeek V4's spelling, `X.scale`. vLLM's form has
@@ -33,7 +33,7 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
         BadCheckpoint: a float8 weight lacks its scale, or that has another shape than the blocks give.
     """
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    block = _block_size(quantization_block(checkpoint))
+    block = _block_size(quantization_block(checkpoint), [1, 32] if checkpoint.quantized_by == "mxfp8" else [128, 128])
     dtype = float_dtype(checkpoint)
     coded = [spec.name for spec in checkpoint.weights if spec.dtype.name == "F8_E4M3"]
     scaled = [name.removesuffix(SUFFIX) for name in by_name if name.endswith(SUFFIX)]
@@ -49,8 +49,8 @@ def _decoder(block: tuple[int, int] | None, scale_dtype: str) -> Fp8Blocks:
     return Fp8Blocks(block, scale_dtype)
 
 
-def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    block = settings.get("weight_block_size", [128, 128])
+def _block_size(settings: Mapping[str, Any], usual: list[int]) -> tuple[int, int] | None:
+    block = settings.get("weight_block_size", usual)
     if block is None:
         return None
     if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
