@@ -13,7 +13,7 @@ bits are plain. Checked against auto-round 0.2 to 0.16 (auto_round/export/export
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -50,14 +50,14 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
             f"AutoRound's {rotated}: the weights are rotated, and the engine rotates activations as it runs; they are"
             " not turned back here; take the model as it was before it was quantized"
         )
-    form = _form(settings)
+    form, extra, dtype = _form(settings), _Extra(settings), float_dtype(checkpoint)
     if form == "floats":
-        found = {name: _floats(by_name, name, settings, checkpoint) for name in _float_weights(by_name)}
-        _Extra(settings).check([name.removesuffix(".weight") for name in found], by_name)
-        return found
+        modules = _float_modules(by_name)
+        extra.check(modules, by_name)
+        return {f"{m}.weight": _floats(by_name, f"{m}.weight", extra.settings_of(m), dtype) for m in modules}
     if str(settings.get("data_type") or "int").split("_")[0] != "int":
         raise BadCheckpoint(f"AutoRound's data_type {settings['data_type']!r} is not decoded as {form}; int is")
-    extra, modules, dtype = _Extra(settings), packed_modules(by_name), float_dtype(checkpoint)
+    modules = packed_modules(by_name)
     extra.check(modules, by_name)
     return {f"{m}.weight": _packed(by_name, m, extra.settings_of(m), form, dtype) for m in modules}
 
@@ -153,7 +153,9 @@ def _check_blocks(settings: Mapping[str, Any], quantized: list[str]) -> None:
         BadCheckpoint: it names none.
     """
     said = settings.get("block_name_to_quantize") or settings.get("to_quant_block_names")
-    names = [block.strip() for block in said.split(",")] if isinstance(said, str) else list(_flat(said))
+    listed = said.split(",") if isinstance(said, str) else said if isinstance(said, list) else []
+    flat = [name for each in listed for name in (each if isinstance(each, list) else [each])]
+    names = [name.strip() for name in flat if isinstance(name, str)]
     parts = {piece for module in quantized for piece in module.split(".")}
     if names and quantized and not any(re.sub(r"(\.\d+)+$", "", n).rsplit(".", 1)[-1] in parts for n in names):
         raise BadCheckpoint(
@@ -162,28 +164,22 @@ def _check_blocks(settings: Mapping[str, Any], quantized: list[str]) -> None:
         )
 
 
-def _flat(names: Any) -> Iterator[str]:
-    if isinstance(names, str):
-        yield names
-    elif isinstance(names, list):
-        for each in names:
-            yield from _flat(each)
-
-
 # --- float codes
 
 
-def _float_weights(by_name: Mapping[str, WeightSpec]) -> list[str]:
+def _float_modules(by_name: Mapping[str, WeightSpec]) -> list[str]:
     ends = (".weight_packed", ".weight_scale", ".weight_global_scale")
-    scaled = [name.removesuffix(end) + ".weight" for name in by_name for end in ends if name.endswith(end)]
-    coded = [name for name, spec in by_name.items() if spec.dtype.name == "F8_E4M3" and name.endswith(".weight")]
+    scaled = [name.removesuffix(end) for name in by_name for end in ends if name.endswith(end)]
+    coded = [name.removesuffix(".weight") for name, spec in by_name.items() if _is_float8(spec)]
     return list(dict.fromkeys([*scaled, *coded]))
 
 
-def _floats(
-    by_name: Mapping[str, WeightSpec], name: str, settings: Mapping[str, Any], checkpoint: Checkpoint
-) -> LogicalTensor:
-    dtype, scale = float_dtype(checkpoint), part(by_name, name, name + "_scale")
+def _is_float8(spec: WeightSpec) -> bool:
+    return spec.dtype.name == "F8_E4M3" and spec.name.endswith(".weight")
+
+
+def _floats(by_name: Mapping[str, WeightSpec], name: str, settings: Mapping[str, Any], dtype: DType) -> LogicalTensor:
+    scale = part(by_name, name, name + "_scale")
     packed = by_name.get(name + "_packed")
     if packed is not None:
         if len(packed.shape) != 2 or str(settings.get("data_type", "")).startswith("mx_int"):
