@@ -96,10 +96,11 @@ GGML_BLOCKS = {
 }  # fmt: skip
 
 
-# Block formats that are only read: encoding them needs calibration data, or scales in tensors of their own.
+# Block formats that are only read: their codes come from calibration or training, or their scales are tensors apart.
 GGML_READ_BLOCKS = {
     "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
     "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "NVFP4": (64, 36),
+    "Q1_0": (128, 18), "Q2_0": (64, 18),
 }  # fmt: skip
 
 

@@ -101,6 +101,11 @@ def gptq(name: str, values: np.ndarray) -> dict[str, Raw]:
     return parts | {name.replace("weight", "g_idx"): Raw("I32", (np.arange(128) // 32).astype(np.int32))}
 
 
+def gptq_raw(name: str, values: np.ndarray) -> dict[str, Raw]:
+    """GPTQ's words with zeros as they are, and without the groups of inputs: AutoRound's."""
+    return _packed(name, *_integers(name), IN_ORDER, along=0)
+
+
 def _integers(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(len(name))
     scales = (rng.random((4, 128)) * 0.01).astype(np.float16)
@@ -132,6 +137,22 @@ def modelopt_fp8(name: str, values: np.ndarray) -> dict[str, Raw]:
     return {name: Raw("F8_E4M3", codes), name + "_scale": Raw("F32", np.array(0.01, np.float32))}
 
 
+def fp8_rows(name: str, values: np.ndarray) -> dict[str, Raw]:
+    rng = np.random.default_rng(len(name))
+    codes, scales = rng.integers(0, 0x70, values.shape, dtype=np.uint8), rng.random((128, 1)) * 0.01
+    return {name: Raw("F8_E4M3", codes), name + "_scale": Raw("F32", scales.astype(np.float32))}
+
+
+def modelopt_mixed(name: str, values: np.ndarray) -> dict[str, Raw]:
+    return (modelopt_nvfp4 if "mlp" in name else fp8_rows)(name, values)
+
+
+def mixed_layers() -> dict[str, dict[str, str]]:
+    """Say of each matrix what ModelOpt made of it."""
+    modules = [name.removesuffix(".weight") for name in tensors() if "_proj." in name]
+    return {m: {"quant_algo": "W4A16_NVFP4" if "mlp" in m else "FP8_PER_CHANNEL_PER_TOKEN"} for m in modules}
+
+
 def gpt_oss(root: Path) -> Path:
     """Write a gpt-oss model of two experts in MXFP4; other tensors are named as by its class in transformers."""
     rng, found = np.random.default_rng(0), tensors()
@@ -159,6 +180,8 @@ def pytorch(root: Path) -> Path:
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [48, 80]}
 INT4 = {"bits": 4, "group_size": 32}
+AUTO_ROUND = {**INT4, "quant_method": "auto-round", "sym": False, "data_type": "int"}
+MODELOPT_MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": mixed_layers()}
 COMPRESSED = ("fp8_dynamic", "fp8_block", "w8a8", "w8a16", "w4a16", "w4a16_asym", "nvfp4a16", "mxfp4a16", "mxfp4")
 SOURCES: dict[str, dict[str, Build]] = {  # README's row: the forms that it stands for, the first goes to every engine
     "safetensors": {"safetensors": base},
@@ -177,9 +200,19 @@ SOURCES: dict[str, dict[str, Build]] = {  # README's row: the forms that it stan
     "FP8 block (DeepSeek)": {"fp8": replaced(fp8_block, FP8)},
     "AWQ": {"awq": replaced(awq, {**INT4, "quant_method": "awq", "version": "gemm", "zero_point": True})},
     "GPTQ": {"gptq": replaced(gptq, {**INT4, "quant_method": "gptq", "desc_act": False, "sym": False})},
+    "AutoRound": {
+        "auto-round": replaced(gptq_raw, {**AUTO_ROUND, "packing_format": "auto_round"}),
+        "auto-round gptq": replaced(gptq, {**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"}),
+        "auto-round awq": replaced(awq, {**AUTO_ROUND, "packing_format": "auto_round:auto_awq"}),
+    },
+    "FP8 by rows (fbgemm, vLLM)": {
+        "fbgemm": replaced(fp8_rows, {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}),
+        "fp8 rows": replaced(fp8_rows, {"quant_method": "fp8", "activation_scheme": "static"}),
+    },
     "ModelOpt NVFP4": {"nvfp4": replaced(modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"})},
     "gpt-oss MXFP4": {"mxfp4 gpt-oss": gpt_oss},
     "ModelOpt FP8": {"fp8 modelopt": replaced(modelopt_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"})},
+    "ModelOpt mixed": {"mixed": replaced(modelopt_mixed, MODELOPT_MIXED)},
 }
 
 # Pairs of a source and an engine that are refused, with the message of the plan.

@@ -40,6 +40,15 @@ def compiled(pattern: str, place: str) -> re.Pattern[str]:
     return found
 
 
+def fault_of(pattern: str, place: str) -> str | None:
+    """Say why a pattern is not matched: it is no regular expression, or could take very long; None if it is."""
+    try:
+        compiled(pattern, place)
+    except BadCheckpoint as error:
+        return str(error)
+    return None
+
+
 def is_quick(pattern: str) -> bool:
     """Whether a regular expression repeats no part that itself has a repeat or a choice, and has few repeats."""
     text = OPENING.sub("(", ESCAPED.sub("x", pattern))

@@ -25,6 +25,8 @@ METHOD_FILES = {
     "quant_config.json": "awq",  # AutoAWQ
     "quantization_config.json": "auto-round",
 }
+MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_fp8", "modelopt_mixed", "modelopt_mxfp8")  # one tool's, by engine
+SAME = {"intel/auto-round": "auto-round", "auto_round": "auto-round", "autoround": "auto-round"}  # older spellings
 BLOCK = "quantization_config"
 BLOCKS = (BLOCK, "compression_config", "quantization")  # config.json's keys of a description; the last is MLX's
 DEEPEST = 3  # levels of config.json that are searched for descriptions at places where none is read
@@ -34,6 +36,7 @@ DECIDING = {
     "group_size": ("group_size", "q_group_size"),
     "checkpoint_format": ("checkpoint_format",),
     "quant_algo": ("quant_algo",),
+    "packing_format": ("packing_format",),
 }
 BNB_STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__(nf4|fp4)$")
 # Endings of names that only bitsandbytes gives.
@@ -120,7 +123,8 @@ def _in_config(config: Mapping[str, Any]) -> Iterator[Declaration]:
             yield Declaration(f"an unknown method: {place} is no object", place)
         elif quantizes_weights(block):
             method = block.get("quant_method")
-            yield Declaration(method if isinstance(method, str) else "an unknown method", place, block)
+            method = SAME.get(method, method) if isinstance(method, str) else "an unknown method"
+            yield Declaration(method, place, block)
         return
     elsewhere = next(_elsewhere(config, "", DEEPEST), None)
     if elsewhere is not None:
@@ -147,12 +151,12 @@ def _in_files(aux: Collection[str], read: Callable[[str], Mapping[str, Any]]) ->
         method = settings.get("quant_method", settings.get("quantization_method"))
         if not isinstance(method, str):
             method = "awq" if "w_bit" in settings or "q_group_size" in settings else usual
-        yield Declaration(method, name, settings)
+        yield Declaration(SAME.get(method, method), name, settings)
 
 
 def _contradiction(one: Declaration, other: Declaration) -> str | None:
     """Say on what two declarations differ, if it decides how weights are decoded."""
-    methods = {each.method.removesuffix("_fp4") for each in (one, other)}
+    methods = {"modelopt" if each.method in MODELOPT else each.method for each in (one, other)}
     if len(methods) > 1:
         return f"{one.place} says {one.method}, and {other.place} says {other.method}; remove the one that is stale"
     for key, names in DECIDING.items():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from loaders.checkpoints.name_patterns import compiled, fault_of
 from loaders.errors import setting
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
@@ -26,9 +26,10 @@ def check(subject: Subject) -> Iterator[Finding]:
     if not (isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)):
         yield fault(BOTH, "quantization_config.ignore is no list of names", "fails", "write a list")
         return
-    broken = [name for name in ignore if name.startswith("re:") and not _compiles(name[3:])]
-    if broken:
-        yield fault(BOTH, f"ignore has what is no regular expression: {some(broken)}", "fails", "mend it")
+    patterns = (name.removeprefix("re:") for name in ignore if name.startswith("re:"))
+    broken = next(filter(None, (fault_of(pattern, "quantization_config.ignore") for pattern in patterns)), None)
+    if broken is not None:
+        yield fault(BOTH, broken, "fails, or takes as long, since it matches every module with it", "mend it")
         return
     tensors = [r for r in subject.sources.tensors if r.role in LINEAR_ROLES and len(r.shape) == 2]
     tensors = [r for r in tensors if r.decode is not None or r.name.endswith(".weight")]
@@ -36,15 +37,6 @@ def check(subject: Subject) -> Iterator[Finding]:
     yield from _ignored(tensors, ignore)
     yield from _fused(subject, tensors)
     yield from _experts(tensors)
-
-
-def _compiles(pattern: str) -> bool:
-    """Whether a pattern is a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def _targets(block: Mapping[str, Any]) -> Iterator[Finding]:
@@ -62,7 +54,12 @@ def _targets(block: Mapping[str, Any]) -> Iterator[Finding]:
 
 def is_named(name: str, patterns: list[str]) -> bool:
     """Whether a module is in a list of exact names and, after "re:", regular expressions matched from the start."""
-    return any(re.match(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns)
+    return any(
+        compiled(each.removeprefix("re:"), "quantization_config.ignore").match(name) is not None
+        if each.startswith("re:")
+        else each == name
+        for each in patterns
+    )
 
 
 def _ignored(tensors: list[LogicalTensor], ignore: list[str]) -> Iterator[Finding]:

@@ -167,7 +167,9 @@ def _blocks(
     others = [
         name
         for name in specs
-        if BLOCK.sub("", name) not in known and name not in (EMBEDDING, NORM, HEAD) and not name.endswith("_scale")
+        if BLOCK.sub("", name) not in known
+        and name not in (EMBEDDING, NORM, HEAD)
+        and not name.endswith(("_scale", ".scale"))
     ]
     if others:
         yield doubt(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loaders.backends.machine import has_avx512_bf16
+from loaders.checkpoints.name_patterns import fault_of
 from loaders.layouts.hf import DEFAULT_HEADS, is_skipped
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
 from loaders.quantization.schemes.bitsandbytes_4bit import CPU_ROWS, Bnb4
@@ -25,7 +26,11 @@ def check(subject: Subject) -> Iterator[Finding]:
     if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
         yield fault("transformers", f"{key} is no list of names", "fails", "write a list, or null")
         return
-    yield from _skip_list(subject, key, skip)
+    broken = next(filter(None, (fault_of(each, f"quantization_config.{key}") for each in skip or ())), None)
+    if broken is not None:
+        yield fault("transformers", broken, "fails, or takes as long, since it matches every module with it", "mend it")
+    else:
+        yield from _skip_list(subject, key, skip)
     yield from _experts(subject)
     if method == "bitsandbytes":
         yield from _bitsandbytes(subject)

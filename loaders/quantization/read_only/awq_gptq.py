@@ -1,16 +1,17 @@
 """Decoders of AWQ's and GPTQ's integer weights, which are only read: making them takes calibration data.
 
 By role, for a weight of R outputs and C inputs with G groups of inputs:
-    AWQ, version gemm                        GPTQ, of b = 2, 4 or 8 bits
+    AWQ, version gemm                        GPTQ, of b = 2 to 8 bits
     qweight  int32 (C, R/8)                  qweight  int32 (C*b/32, R)
     qzeros   int32 (G, R/8)                  qzeros   int32 (G, R*b/32)
     scales   float16 (G, R)                  scales   float16 (G, R)
                                              g_idx    int32 (C,): each input's group; without it groups lie in order
-From its lowest bits on, a word of AWQ holds the outputs 0 2 4 6 1 3 5 7; GPTQ's are in order. GPTQ's first format
-stores zeros less one, modulo 2**b; gptq_v2 stores them as they are.
+From its lowest bits on, a word of AWQ holds the outputs 0 2 4 6 1 3 5 7; GPTQ's are in order, and where b does not
+divide 32 a code goes on in the next word. GPTQ's first format stores zeros less one, modulo 2**b; gptq_v2 stores them
+as they are. AutoRound stores the same; its zeros less one have no modulus, so that a stored 2**b - 1 means 2**b.
 
-Values are (code - zero) * scale, as AutoAWQ (awq/utils/packing_utils.py) and AutoGPTQ (qlinear_cuda_old.py) compute
-them.
+Values are (code - zero) * scale, as AutoAWQ (awq/utils/packing_utils.py), AutoGPTQ (qlinear_cuda_old.py) and AutoRound
+(auto_round_extension/torch) compute them.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Awq(ByBoxes):
             awq_gptq.decode_outputs(words, outputs, local, zeros.T.astype(np.float32), scales, part)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gptq(ByBoxes):
-    """GPTQ of 2, 4 or 8 bits. `zero_offset` is what stored zeros lack; `has_index` says whether there is a g_idx."""
+    """GPTQ. `zero_offset` is what stored zeros lack, modulo 2**bits if it `wraps`; `has_index`: there is a g_idx."""
 
     kind: ClassVar[str] = "gptq"
     bits: int
@@ -69,22 +70,23 @@ class Gptq(ByBoxes):
     zero_offset: int
     has_index: bool
     scale_dtype: str
+    wraps: bool = True
 
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
-        height, each = spec.shape[0], 32 // self.bits
-        many = max(each, WORDS // height * each)
+        height = spec.shape[0]
+        many = max(1, WORDS // height) * (32 // self.bits)
         for at in range(columns.start, columns.stop, many):
             end = min(columns.stop, at + many)
             used, local = np.unique(self._groups(spec, stored, at, end), return_inverse=True)
             scales = _rows_of(stored, "scales", used, height, rows, self.scale_dtype)
             zeros = self._zeros(stored, used, height, rows)
-            first, last = at // each, -(-end // each)
+            first, last = at * self.bits // 32, -(-end * self.bits // 32)
             words = stored.read("qweight", first * height, last * height).view(np.uint32).reshape(-1, height)
             words = np.ascontiguousarray(words[:, rows.start : rows.stop : rows.step].T)
             part = out[:, at - columns.start : end - columns.start]
-            awq_gptq.decode_inputs(words, self.bits, at - first * each, local, zeros, scales, part)
+            awq_gptq.decode_inputs(words, self.bits, at * self.bits - first * 32, local, zeros, scales, part)
 
     def _groups(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
         """Return the groups of inputs [start, stop): int64."""
@@ -101,12 +103,20 @@ class Gptq(ByBoxes):
 
     def _zeros(self, stored: Stored, used: np.ndarray, height: int, rows: range) -> np.ndarray:
         """Return the zeros of some outputs (rows) in the groups `used`: float32 (rows, groups)."""
-        each = 32 // self.bits
-        width, first, last = height // each, rows[0] // each, rows[-1] // each + 1
+        width = height * self.bits // 32
+        first, last = rows[0] * self.bits // 32, -(-(rows[-1] + 1) * self.bits // 32)
         packed = np.stack([stored.read("qzeros", g * width + first, g * width + last).copy() for g in used])
-        codes = _codes(packed.view(np.uint32), self.bits, np.arange(0, 32, self.bits, dtype=np.uint32))
-        codes = codes[:, np.arange(rows.start, rows.stop, rows.step) - first * each]
-        return ((codes + self.zero_offset) & ((1 << self.bits) - 1)).T.astype(np.float32)
+        bits = np.arange(rows.start, rows.stop, rows.step) * self.bits - first * 32
+        codes = _codes_at(packed.view(np.uint32), self.bits, bits) + self.zero_offset
+        return ((codes & ((1 << self.bits) - 1)) if self.wraps else codes).T.astype(np.float32)
+
+
+def _codes_at(words: np.ndarray, bits: int, begins: np.ndarray) -> np.ndarray:
+    """Unpack the codes that begin at some bits of rows of words (groups, words): int64 (groups, codes)."""
+    pairs = words.astype(np.uint64)
+    pairs[:, :-1] |= pairs[:, 1:] << np.uint64(32)
+    codes = pairs[:, begins // 32] >> (begins % 32).astype(np.uint64)
+    return (codes & np.uint64((1 << bits) - 1)).astype(np.int64)
 
 
 def _codes(words: np.ndarray, bits: int, shifts: np.ndarray) -> np.ndarray:

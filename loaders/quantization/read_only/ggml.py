@@ -7,20 +7,41 @@ ggml's (gguf-py/tests/test_quants.py in llama.cpp).
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from loaders.dtypes import DTYPES, GGML_READ_BLOCKS
 from loaders.errors import BadSpec
 from loaders.quantization.kernels.ggml.decode import DECODERS
+from loaders.quantization.kernels.ggml.decode_read_only import READ_DECODERS
+from loaders.quantization.scheme import Stored, Work
+from loaders.specs import TensorSpec
 
+KERNELS = DECODERS | READ_DECODERS
 NUMBERS = 1 << 16  # weights that gguf decodes at a time: it makes several arrays of that size
+
+
+@dataclass(frozen=True)
+class GgmlScaled:
+    """Blocks times a float32 beside them, `scale`: what NVFP4's scales share, or what a trained model multiplies by."""
+
+    kind: ClassVar[str] = "ggml"
+    type: str
+
+    def align(self, spec: TensorSpec) -> int:
+        return DTYPES[self.type].block
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        dtype = DTYPES[self.type]
+        decode_blocks(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), out)
+        out *= stored.read("scale", 0, 1)[0]
 
 
 def check_readable(name: str) -> None:
     """Raise BadSpec if blocks of this type cannot be decoded here."""
-    if name not in DECODERS:
+    if name not in KERNELS:
         _reader(name)
 
 
@@ -30,8 +51,8 @@ def decode_blocks(name: str, data: np.ndarray, out: np.ndarray) -> None:
     Raises:
         BadSpec: the type needs the gguf package, which is not there.
     """
-    if name in DECODERS:
-        DECODERS[name](data, out)
+    if name in KERNELS:
+        KERNELS[name](data, out)
         return
     reader, dtype = _reader(name), DTYPES[name]
     block = dtype.size((dtype.block,))

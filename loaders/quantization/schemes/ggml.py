@@ -99,7 +99,7 @@ class Ggml:
 
     def refuses(self, spec: TensorSpec) -> str | None:
         if self.type not in TYPES:
-            return f"{self.type} is read, not written: its codes are found with calibration data"
+            return f"{self.type} is read, not written: its codes come from calibration or training"
         if spec.dtype.name not in WEIGHT_DTYPES and spec.dtype.block == 1:
             return f"its dtype is {spec.dtype}; {self.type} takes {', '.join(WEIGHT_DTYPES)}, and other blocks of ggml"
         if self.type in FLOATS:

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 
 from loaders.architectures.mlx import model_of
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.quantized_by import MODELOPT
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources import (
+    auto_round,
     awq_gptq,
     bitnet,
     bitsandbytes,
     compressed_tensors,
     fp8,
+    fp8_scaled,
     gguf,
     hqq,
     mlx,
@@ -31,15 +34,35 @@ FINDERS: dict[str, Callable[[Checkpoint], dict[str, LogicalTensor]]] = {
     "bitnet": bitnet.find,
     "hqq": hqq.find,
     "fp8": fp8.find,
+    "mxfp8": fp8.find,
     "compressed-tensors": compressed_tensors.find,
     "mlx": mlx.find,
     "mxfp4": mxfp4.find,
-    "modelopt": modelopt.find,
-    "modelopt_fp4": modelopt.find,
+    **dict.fromkeys(MODELOPT, modelopt.find),
     "awq": awq_gptq.find_awq,
     "gptq": awq_gptq.find_gptq,
+    "auto-round": auto_round.find,
+    "fbgemm_fp8": fp8_scaled.find_fbgemm,
     "gguf": gguf.find,
 }
+
+
+# Methods of which checkpoints are common, with why their codes are not turned into weights here.
+NOT_DECODED = {
+    "aqlm": "its codes are indexes into codebooks that are added up",
+    "vptq": "its codes are indexes of vectors in codebooks",
+    "exl2": "its codes have several widths in one matrix, in an order of ExLlamaV2's kernels",
+    "exl3": "its codes are walks through a trellis, over rotated weights",
+    "higgs": "its codes are points of grids, over rotated weights; transformers' model.dequantize() gives them back",
+    "spqr": "its outliers are stored apart, in an order of its kernels",
+    "quark": "AMD Quark writes many forms under this name",
+    "torchao": "its tensors are objects of torchao's classes, which differ between its versions",
+    "quanto": "its tensors are objects of quanto's classes",
+    "eetq": "its int8 codes lie in an order of its kernels",
+    "fp_quant": "its weights are rotated",
+    "sinq": "its scales are of both rows and columns",
+}
+ADD_BIASES = ("gptq", "auto-round")  # whose tools gave every quantized layer a bias; AutoRound while it used AutoGPTQ's
 
 
 def check_decodable(checkpoint: Checkpoint) -> None:
@@ -56,9 +79,11 @@ def check_decodable(checkpoint: Checkpoint) -> None:
     if said.problem is not None:
         raise BadCheckpoint(f"{said.problem}; {as_stored} as it is stored")
     if said.method not in FINDERS:
+        why = f" ({NOT_DECODED[said.method]})" if said.method in NOT_DECODED else ""
         raise BadSpec(
-            f"{setting('checkpoint')}: the checkpoint is already quantized ({said.method}), which is not decoded here;"
-            f" {as_stored}; decoded are: {', '.join(sorted(FINDERS))}"
+            f"{setting('checkpoint')}: the checkpoint is already quantized ({said.method}), which is not decoded here"
+            f"{why}; {as_stored}; take the model as its makers published it, or in a format that is decoded:"
+            f" {', '.join(sorted(FINDERS))}"
         )
     if said.method == "mlx" and model_of(checkpoint.config) is None:
         raise BadSpec(
@@ -112,7 +137,7 @@ def find_quantized(checkpoint: Checkpoint, *, decode: bool, check: bool) -> Foun
     if said.method == "gguf":
         return Found(weights)
     notes = consistency_notes(checkpoint, said, weights) if check else ()
-    if said.method != "gptq":
+    if said.method not in ADD_BIASES:
         return Found(weights, notes=notes)
     added, about = added_biases(checkpoint, weights)
     return Found(weights, added, (*notes, *about))

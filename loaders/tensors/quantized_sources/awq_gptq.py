@@ -34,12 +34,17 @@ def find_awq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     bits = settings.get("bits", settings.get("w_bit", 4))
     if bits != 4:
         raise BadCheckpoint(f"AWQ of {bits!r} bits is not decoded; 4 are")
-    size = _group_size(settings, "group_size", "q_group_size")
+    size = group_size(settings, "group_size", "q_group_size")
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    return {f"{m}.weight": _awq(by_name, m, size, float_dtype(checkpoint)) for m in _modules(by_name)}
+    return {f"{m}.weight": awq_weight(by_name, m, size, float_dtype(checkpoint)) for m in packed_modules(by_name)}
 
 
-def _awq(by_name: Mapping[str, WeightSpec], module: str, size: int, dtype: DType) -> LogicalTensor:
+def awq_weight(by_name: Mapping[str, WeightSpec], module: str, size: int, dtype: DType) -> LogicalTensor:
+    """Return the weight of a module that AWQ packed in groups of `size`, -1 for whole rows.
+
+    Raises:
+        BadCheckpoint: a part is missing, or has another shape.
+    """
     name = f"{module}.weight"
     parts = {role: part(by_name, name, f"{module}.{role}") for role in ("qweight", "qzeros", "scales")}
     inputs, width = _matrix(parts["qweight"])
@@ -63,10 +68,11 @@ def find_gptq(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     if form not in ZERO_OFFSETS:
         raise BadCheckpoint(f"GPTQ's checkpoint_format {form!r} is not decoded; {' and '.join(ZERO_OFFSETS)} are")
     by_name = {spec.name: spec for spec in checkpoint.weights}
-    modules, dtype = _modules(by_name), float_dtype(checkpoint)
+    modules, dtype = packed_modules(by_name), float_dtype(checkpoint)
     dynamic = Dynamic(settings)
     dynamic.check(modules, by_name)
-    return {f"{m}.weight": _gptq(by_name, m, dynamic.settings_of(m), ZERO_OFFSETS[form], dtype) for m in modules}
+    offset = ZERO_OFFSETS[form]
+    return {f"{m}.weight": gptq_weight(by_name, m, dynamic.settings_of(m), offset, dtype) for m in modules}
 
 
 class Dynamic:
@@ -124,36 +130,50 @@ class Dynamic:
                 )
 
 
-def _gptq(
-    by_name: Mapping[str, WeightSpec], module: str, settings: Mapping[str, Any], offset: int, dtype: DType
-) -> LogicalTensor:
+def gptq_weight(
+    by_name: Mapping[str, WeightSpec], module: str, settings: Mapping[str, Any], offset: int, dtype: DType,
+    *, wraps: bool = True,
+) -> LogicalTensor:  # fmt: skip
+    """Return the weight of a module that GPTQ packed; `offset` and `wraps` say what stored zeros are (`Gptq`).
+
+    Raises:
+        BadCheckpoint: a part is missing, or it has another shape than the module's settings give.
+    """
     name = f"{module}.weight"
     parts = {role: part(by_name, name, f"{module}.{role}") for role in ("qweight", "qzeros", "scales")}
     index = by_name.get(f"{module}.g_idx")
     words, outputs = _matrix(parts["qweight"])
     # The zeros of a group are as many codes as there are outputs, so that their words tell how many bits a code has.
     bits = _matrix(parts["qzeros"])[1] * 32 // max(1, outputs)
-    if bits not in (2, 4, 8):
-        raise BadCheckpoint(f"{name}: GPTQ of {bits} bits is not decoded; 2, 4, 8 are")
+    if not 2 <= bits <= 8:
+        raise BadCheckpoint(f"{name}: GPTQ of {bits} bits is not decoded; 2 to 8 are")
+    if outputs * bits % 32 or words * 32 % bits:
+        raise BadCheckpoint(
+            f"{name}: {parts['qweight'].name} {[words, outputs]} and {parts['qzeros'].name}"
+            f" {list(parts['qzeros'].shape)} hold no whole number of codes of {bits} bits; fetch the checkpoint again"
+        )
     declared = settings.get("bits", bits)
     if declared != bits:
         raise BadCheckpoint(
             f"{name}: the settings say {declared!r} bits, but its shapes are those of {bits} ({parts['qzeros'].name}"
             f" {list(parts['qzeros'].shape)} for {outputs} outputs); correct the settings, or give this module its own"
-            " under dynamic"
+            " (under dynamic for GPTQ, extra_config for AutoRound)"
         )
-    inputs, size = words * 32 // bits, _group_size(settings, "group_size")
+    inputs, size = words * 32 // bits, group_size(settings, "group_size")
     size = inputs if size == -1 else size
     why = f"for {outputs} outputs and {inputs} inputs of {bits} bits in groups of {size}, as the settings say"
     expect(parts["qzeros"], ("I32",), (-(-inputs // size), outputs * bits // 32), why)
     expect(parts["scales"], SCALES, (-(-inputs // size), outputs), why)
     if index is not None:
         parts["g_idx"] = expect(index, ("I32",), (inputs,), why)
-    decoder = Gptq(bits, size, offset, index is not None, parts["scales"].dtype.name)
+    decoder = Gptq(
+        bits=bits, group_size=size, zero_offset=offset, has_index=index is not None,
+        scale_dtype=parts["scales"].dtype.name, wraps=wraps,
+    )  # fmt: skip
     return undecoded(TensorSpec(name, dtype, (outputs, inputs)), decoder, parts, by_name)
 
 
-def _modules(by_name: Mapping[str, WeightSpec]) -> list[str]:
+def packed_modules(by_name: Mapping[str, WeightSpec]) -> list[str]:
     """Return the modules of which there is a packed part."""
     names = (name.removesuffix(end) for name in by_name for end in PARTS if name.endswith(end))
     return list(dict.fromkeys(names))
@@ -165,8 +185,12 @@ def _matrix(packed: WeightSpec) -> tuple[int, int]:
     return packed.shape[0], packed.shape[1]
 
 
-def _group_size(settings: Mapping[str, Any], *keys: str) -> int:
-    """Return the group size under the first key that is there; 128, both tools' default, if none is."""
+def group_size(settings: Mapping[str, Any], *keys: str) -> int:
+    """Return the group size under the first key that is there; 128, the tools' default, if none is.
+
+    Raises:
+        BadCheckpoint: it is no group size.
+    """
     size = next((settings[key] for key in keys if key in settings), 128)
     if type(size) is not int or (size < 1 and size != -1):
         raise BadCheckpoint(f"expected a group_size of 1 or more, or -1 for whole rows, found {size!r}")

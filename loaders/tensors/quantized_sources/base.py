@@ -16,7 +16,10 @@ from loaders.tensors.logical_tensor import LogicalTensor, stored_name
 # Scales of activations and caches beside a quantized weight, and a flag of bitsandbytes': the engine needs them when it
 # runs, and a decoded weight has no use for them. They count as parts of the weight, so that they do not become tensors
 # of their own.
-RUN_TIME = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale", "weight_format")
+RUN_TIME = (
+    "input_scale", "input_scale_ub", "activation_scale", "k_scale", "v_scale", "q_scale", "kv_scale", "output_scale",
+    "k_bias", "v_bias", "weight_format",
+)  # fmt: skip
 
 
 def decoded(

@@ -1,6 +1,13 @@
-"""A GGUF as a checkpoint of transformers: its names, experts one by one, the rows of q and k in transformers' order."""
+"""A GGUF as a checkpoint of transformers: its names, experts one by one, the rows of q and k in transformers' order.
+
+Beside `X.weight` there may be `X.scale`, by which the engine multiplies (NVFP4), and `X.input_scale`, for activations:
+a float32, or one for each expert of a stack.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 from loaders.architectures.gguf import architecture_of, read_types
 from loaders.architectures.gguf_config import FACTORS, faults
@@ -8,10 +15,12 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.quantization.read_only.ggml import check_readable
+from loaders.quantization.read_only.ggml import GgmlScaled, check_readable
 from loaders.quantization.schemes.ggml import Ggml
-from loaders.specs import WeightSpec
+from loaders.specs import RowOrder, WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor, Window
+
+SCALES = ("scale", "input_scale")
 
 
 def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
@@ -34,29 +43,61 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
             f" says: {'; '.join(wrong)}; keep it a GGUF (a quant of gguf_*), or take the original model"
         )
     architecture, found = architecture_of(checkpoint.config), {}
+    by_name = {spec.name: spec for spec in checkpoint.weights}
     for spec in checkpoint.weights:
-        name = architecture.hf_name(spec.name)
         if spec.name == FACTORS:  # it follows from the rope scaling, which is in the config
             continue
+        module, _, end = spec.name.rpartition(".")
+        if end in SCALES and f"{module}.weight" in by_name:
+            continue
+        name = architecture.hf_name(spec.name)
         if name is None:
             raise BadSpec(f"{spec.name}: transformers has no such tensor for {architecture.name}")
-        for each, part in _parts(name, spec):
+        for index, (each, part) in enumerate(_parts(name, spec)):
             order = architecture.row_order(each, part.shape[0], checkpoint.config, inverse=True)
-            is_block = part.dtype.block > 1
-            if is_block:
-                check_readable(part.dtype.name)
-            found[each] = LogicalTensor(
-                name=each,
-                dtype=DTYPES["F32"] if is_block else part.dtype,
-                shape=part.shape,
-                stored=(("weight", part),),
-                window=None if is_block else Window.whole(part),
-                decode=Ggml(part.dtype.name) if is_block else None,
-                role="",
-                block="",
-                group=None,
-                order=order,
+            found[each] = _tensor(each, part, _scales(by_name, spec, "{}" in name, index), order)
+    return found
+
+
+def _tensor(name: str, part: WeightSpec, scales: Mapping[str, WeightSpec], order: RowOrder | None) -> LogicalTensor:
+    is_block = part.dtype.block > 1
+    if is_block:
+        check_readable(part.dtype.name)
+    elif scales:
+        beside = next(iter(scales.values())).name
+        raise BadSpec(f"{part.name}: {part.dtype} weights with a {beside} are not read; blocks of codes are")
+    decoder = GgmlScaled(part.dtype.name) if "scale" in scales else Ggml(part.dtype.name)
+    return LogicalTensor(
+        name=name,
+        dtype=DTYPES["F32"] if is_block else part.dtype,
+        shape=part.shape,
+        stored=(("weight", part), *scales.items()),
+        window=None if is_block else Window.whole(part),
+        decode=decoder if is_block else None,
+        role="",
+        block="",
+        group=None,
+        order=order,
+    )
+
+
+def _scales(by_name: Mapping[str, WeightSpec], weight: WeightSpec, is_stack: bool, index: int) -> dict[str, WeightSpec]:
+    """Return the scales of a weight, or of expert `index` of a stack.
+
+    Raises:
+        BadCheckpoint: they have another dtype or shape.
+    """
+    found = {}
+    for end in SCALES if weight.name.endswith(".weight") else ():
+        spec = by_name.get(weight.name.removesuffix("weight") + end)
+        if spec is None:
+            continue
+        wanted = weight.shape[:1] if is_stack else (1,)
+        if spec.dtype.name != "F32" or spec.shape != wanted:
+            raise BadCheckpoint(
+                f"{spec.name}: expected F32 {list(wanted)} for {weight.name}, found {spec.dtype} {list(spec.shape)}"
             )
+        found[end] = replace(spec, shape=(1,), offset=spec.offset + 4 * index, size=4)
     return found
 
 

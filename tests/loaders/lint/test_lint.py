@@ -64,6 +64,7 @@ def test_sizes_that_stop_bitsandbytes_on_some_cpus_are_doubted(
         (skip([]), "1 linear layer is stored plain and not in llm_int8_skip_modules: lm_head"),
         (skip(["lm_head", "up_proj"]), "2 quantized layers are skipped by llm_int8_skip_modules"),
         (skip("lm_head"), "llm_int8_skip_modules is no list of names"),  # type: ignore[arg-type]
+        (skip(["lm_head", "(a+)+b"]), "'(a+)+b' could take very long"),
         (lambda config: config.pop("model_type"), "config.json has no model_type"),
         (lambda config: config.update(model_type="", _class_name="XModel"), "it is a part of a pipeline of diffusers"),
         (lambda config: config.update(auto_map={"AutoModel": "modeling_x.Y"}), "not there: modeling_x.py"),
@@ -117,6 +118,8 @@ def test_experts_quantized_one_by_one(tmp_path: Path, weightmill: Any) -> None:
             "2 quantized layers are in ignore",
         ),
         ("w8a8", lambda c: c["quantization_config"].update(ignore="lm_head"), "ignore is no list"),
+        ("w8a8", lambda c: c["quantization_config"]["ignore"].append("re:(a+)+b"), "'(a+)+b' could take very long"),
+        ("w8a8", lambda c: c["quantization_config"]["ignore"].append("re:(a"), "'(a' is no regular expression"),
         ("mlx_int4", lambda c: c.pop("quantization"), "has quantization_config and no quantization"),
         ("mlx_int4", lambda c: c.pop("tie_word_embeddings"), "does not say tie_word_embeddings"),
         ("mlx_int4", lambda c: c.update(rope_parameters={"rope_theta": c.pop("rope_theta", 1e4)}), "rope_theta stands"),

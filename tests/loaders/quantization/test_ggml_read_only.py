@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import loaders.quantization.read_only.ggml as reading
+from loaders.backends.threads import ThreadedWork
 from loaders.containers import gguf
 from loaders.dtypes import DTYPES, GGML_BLOCKS, GGML_READ_BLOCKS
-from loaders.errors import BadSpec
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import StoredSpec, StoredTensor, TensorSpec
 from tests.making import read_safetensors
-from tests.reading import files_of
+from tests.reading import files_of, tensors_in, values
 
 BLOCKS = GGML_BLOCKS | GGML_READ_BLOCKS
 # where a block keeps its float16 scales; IQ1_M spreads its one over the top bits of the last four words
@@ -40,7 +41,10 @@ def random_blocks(name: str, count: int) -> np.ndarray:
     return blocks.reshape(-1)
 
 
-@pytest.mark.parametrize("name", sorted(BLOCKS))
+LATER = {"Q1_0", "Q2_0"}  # which gguf-py on PyPI does not have yet
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - LATER))
 def test_blocks_decode_as_gguf_py_decodes_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     quants = pytest.importorskip("gguf.quants")
     data, found = random_blocks(name, 30), []
@@ -52,6 +56,19 @@ def test_blocks_decode_as_gguf_py_decodes_them(name: str, monkeypatch: pytest.Mo
         found.append(out)
     assert np.isfinite(theirs).all()
     assert all(np.array_equal(out, theirs) for out in found)
+
+
+@pytest.mark.parametrize(("name", "bits", "low", "step"), [("Q1_0", 1, -1, 2), ("Q2_0", 2, -1, 1)])
+def test_small_codes_are_multiples_of_a_scale(name: str, bits: int, low: int, step: int) -> None:
+    """Codes of a few bits in order, from a byte's lowest on, after a float16 scale."""
+    data, numbers = random_blocks(name, 30), BLOCKS[name][0]
+    blocks = data.reshape(30, -1)
+    found = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(30, numbers, bits)
+    codes = (found << np.arange(bits)).sum(axis=2).astype(np.int64)
+    out = np.empty(30 * numbers, np.float32)
+    reading.decode_blocks(name, data, out)
+    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    assert np.array_equal(out.reshape(30, numbers), (low + step * codes) * scales)
 
 
 def test_a_block_by_hand() -> None:
@@ -87,6 +104,66 @@ def test_a_type_that_the_package_does_not_know_is_refused(monkeypatch: pytest.Mo
     monkeypatch.delitem(package.quants._type_traits, package.GGMLQuantizationType.IQ2_S)
     with pytest.raises(BadSpec, match="does not decode ggml's type IQ2_S; pip install -U gguf"):
         reading.check_readable("IQ2_S")
+
+
+def gguf_of(root: Path, architecture: str, tensors: dict[str, tuple[str, tuple[int, ...], np.ndarray]]) -> Path:
+    """Write a GGUF of tensors with their types, shapes and bytes."""
+    stored = [StoredTensor(name, StoredSpec(DTYPES[kind], shape)) for name, (kind, shape, _) in tensors.items()]
+    metadata = {"general.architecture": gguf.text(architecture), "general.file_type": gguf.uint32(26)}
+    for key, value in {"expert_count": 3, "attention.head_count": 2, "attention.head_count_kv": 1}.items():
+        metadata[f"{architecture}.{key}"] = gguf.uint32(value)
+    file = gguf.with_head(gguf.lay_out("m.gguf", stored), metadata)
+    data = bytearray(file.size)
+    data[: file.header_bytes] = file.about
+    for slot in file.slots:
+        at = file.header_bytes + slot.offset
+        data[at : at + slot.size] = tensors[slot.name][2].tobytes()
+    root.mkdir()
+    (root / "m.gguf").write_bytes(data)
+    return root
+
+
+def test_scales_beside_blocks_multiply_them(tmp_path: Path, work: ThreadedWork) -> None:
+    """NVFP4's: one for a tensor, one for each expert of a stack; those of activations change nothing."""
+    rng = np.random.default_rng(0)
+    one, each = rng.random(1).astype(np.float32), rng.random(3).astype(np.float32)
+    blocks = {"attn_q": random_blocks("NVFP4", 64 * 2), "ffn_up_exps": random_blocks("NVFP4", 3 * 32 * 2)}
+    tensors = {
+        "blk.0.attn_q.weight": ("NVFP4", (64, 128), blocks["attn_q"]),
+        "blk.0.attn_q.scale": ("F32", (1,), one),
+        "blk.0.attn_q.input_scale": ("F32", (1,), one),
+        "blk.0.ffn_up_exps.weight": ("NVFP4", (3, 32, 128), blocks["ffn_up_exps"]),
+        "blk.0.ffn_up_exps.scale": ("F32", (3,), each),
+        "blk.0.attn_k.weight": ("Q2_0", (64, 128), random_blocks("Q2_0", 64 * 2)),
+    }
+    root = gguf_of(tmp_path / "m", "qwen3moe", tensors)
+    found = tensors_in(root)
+    assert not any("scale" in name for name in found)
+    plain = np.empty(64 * 128, np.float32)
+    reading.decode_blocks("NVFP4", blocks["attn_q"], plain)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for step in (None, 100):
+        assert np.array_equal(values(root, found[name], work, step).reshape(-1), plain * one)
+    stack = np.empty(3 * 32 * 128, np.float32)
+    reading.decode_blocks("NVFP4", blocks["ffn_up_exps"], stack)
+    for expert, wanted in enumerate(stack.reshape(3, 32, 128)):
+        name = f"model.layers.0.mlp.experts.{expert}.up_proj.weight"
+        assert np.array_equal(values(root, found[name], work), wanted * each[expert])
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "message"),
+    [
+        ("NVFP4", np.ones(2, np.float32), r"attn_q.scale: expected F32 \[1\] for .*attn_q.weight, found F32 \[2\]"),
+        ("F32", np.ones(1, np.float32), r"attn_q.weight: F32 weights with a blk.0.attn_q.scale are not read"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(kind: str, scale: np.ndarray, message: str, tmp_path: Path) -> None:
+    data = random_blocks("NVFP4", 128) if kind == "NVFP4" else np.ones((64, 128), np.float32)
+    tensors = {"blk.0.attn_q.weight": (kind, (64, 128), data), "blk.0.attn_q.scale": ("F32", scale.shape, scale)}
+    root = gguf_of(tmp_path / "m", "qwen3moe", tensors)
+    with pytest.raises((BadCheckpoint, BadSpec), match=message):
+        tensors_in(root)
 
 
 def test_a_gguf_of_such_blocks_is_a_source(weightmill: Any, tmp_path: Path) -> None:

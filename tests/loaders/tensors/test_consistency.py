@@ -187,7 +187,7 @@ def test_plain_matrices_among_quantized_ones_are_told(tmp_path: Path) -> None:
     assert f"1 matrix is stored plain, {SECOND}.weight first, though" in notes_of(root)
 
 
-@pytest.mark.parametrize("name", [f"{SECOND}.weight_scale", f"{SECOND}.qweight", f"{SECOND}.g_idx"])
+@pytest.mark.parametrize("name", [f"{SECOND}.weight_zero_point", f"{SECOND}.qweight", f"{SECOND}.g_idx"])
 def test_a_part_that_belongs_to_nothing_is_an_error(tmp_path: Path, name: str) -> None:
     extra = {name: Raw("I32", np.ones((8, 64), np.int32))}
     block = {"quant_method": "fp8", "weight_block_size": None}

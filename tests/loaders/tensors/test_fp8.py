@@ -99,6 +99,58 @@ def test_fp8_may_have_one_scale_a_matrix(shape: tuple[int, ...], tmp_path: Path,
     assert not any("activation_scale" in name for name in tensors_in(root))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (64,), (64, 1)])
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8"])
+def test_a_weight_scale_is_for_rows_or_the_whole(
+    method: str, shape: tuple[int, ...], tmp_path: Path, work: ThreadedWork
+) -> None:
+    codes, _ = fp8_tensors((64, 80), (64, 80))
+    scales = np.random.default_rng(1).random(shape).astype(np.float32)
+    tensors = {**llama_tensors("F32"), Q_PROJ: Raw("F8_E4M3", codes), Q_PROJ + "_scale": Raw("F32", np.array(scales))}
+    for name in ("input_scale", "input_scale_ub"):
+        tensors[Q_PROJ.replace("weight", name)] = Raw("F32", np.ones(1, np.float32))
+    settings = {"quant_method": method, "activation_scheme": "static", "modules_to_not_convert": ["lm_head"]}
+    root = write(tmp_path, tensors, settings, shards=2)
+    wanted = e4m3_values_once[codes] * np.asarray(scales).reshape(-1, 1)
+    for step in (None, 7, 1000):
+        assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work, step), wanted)
+    assert not any("scale" in name for name in tensors_in(root))
+
+
+def test_a_weight_scale_may_be_by_blocks(tmp_path: Path, work: ThreadedWork) -> None:
+    codes, scales = fp8_tensors((64, 72), (32, 16))
+    tensors = {**llama_tensors("F32"), Q_PROJ: Raw("F8_E4M3", codes), Q_PROJ + "_scale": Raw("F32", scales)}
+    root = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 16]})
+    assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), blockwise(codes, scales, (32, 16)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": None}, r"it is quantized, but .*q_proj.weight_scale is missing"),
+        ({"weight": None}, r"it is quantized, but .*q_proj.weight is missing"),
+        (
+            {"weight_scale": Raw("F32", np.ones((1, 64), np.float32))},
+            r"expected F32/BF16/F16 \[64, 1\] .* found .*1, 64",
+        ),
+        ({"weight": Raw("BF16", np.ones((64, 80), np.uint16))}, r"expected an F8_E4M3 matrix, found BF16"),
+    ],
+)
+def test_fbgemms_weights_that_are_not_whole_are_refused(
+    change: dict[str, Raw | None], message: str, tmp_path: Path
+) -> None:
+    codes, _ = fp8_tensors((64, 80), (64, 80))
+    found: dict[str, Raw | None] = {
+        **llama_tensors("F32"),
+        Q_PROJ: Raw("F8_E4M3", codes),
+        Q_PROJ + "_scale": Raw("F32", np.ones((64, 1), np.float32)),
+    }
+    found |= {Q_PROJ.removesuffix("weight") + name: raw for name, raw in change.items()}
+    root = write(tmp_path, {n: r for n, r in found.items() if r is not None}, {"quant_method": "fbgemm_fp8"})
+    with pytest.raises(BadCheckpoint, match=message):
+        tensors_in(root)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -68,6 +68,83 @@ def test_modelopts_fp8_has_one_scale(tmp_path: Path, work: ThreadedWork) -> None
     assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), e4m3_values_once[codes] * np.float32(0.25))
 
 
+def forms() -> dict[str, tuple[dict[str, Raw], np.ndarray]]:
+    """Parts of a weight (256, 96) as each algorithm stores them, and its values."""
+    rng = np.random.default_rng(0)
+    codes, _ = fp8_tensors((256, 96), (256, 96))
+    floats, packed = e4m3_values_once[codes], rng.integers(0, 256, (256, 48), dtype=np.uint8)
+    powers = rng.integers(100, 130, (256, 3), dtype=np.uint8)
+    factors = np.repeat(np.exp2(powers - 127.0), 32, axis=1).astype(np.float32)
+    rows, blocks = rng.random(256).astype(np.float32), rng.random((2, 1)).astype(np.float32)
+    halves = E2M1[np.stack([packed & 15, packed >> 4], axis=-1).reshape(256, 96)]
+    wide = floats * np.repeat(blocks, 128, axis=0)
+    found = {
+        "FP8_PER_CHANNEL_PER_TOKEN": (rows, floats * rows[:, None]),
+        "FP8": (rows[:, None], floats * rows[:, None]),
+        "fp8_pb_wo": (blocks[:, None, :, None], wide),
+        "FP8_PB_REAL": (blocks, wide),
+        "MXFP8": (powers, floats * factors),
+        "W4A8_MXFP4_FP8": (powers, halves * factors),
+    }
+    return {
+        said: (
+            {
+                Q_PROJ: Raw("U8", packed) if "FP4" in said else Raw("F8_E4M3", codes),
+                Q_PROJ + "_scale": Raw("U8" if scale.dtype == np.uint8 else "F32", scale),
+            },
+            wanted,
+        )
+        for said, (scale, wanted) in found.items()
+    }
+
+
+@pytest.mark.parametrize("said", forms())
+def test_each_algorithm_is_code_times_scale(said: str, tmp_path: Path, work: ThreadedWork) -> None:
+    parts, wanted = forms()[said]
+    cache = {f"{MODULE}.k_scale": Raw("F32", np.ones(1, np.float32))}
+    settings = {"quant_method": "modelopt", "quant_algo": said, "kv_cache_quant_algo": "FP8"}
+    root = write(tmp_path, {**llama_tensors("F32"), **parts, **cache}, settings)
+    for step in (None, 97):
+        assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work, step), wanted)
+    assert not any("scale" in name for name in tensors_in(root))
+
+
+@pytest.mark.parametrize("method", ["modelopt", "modelopt_mixed"])
+def test_modules_may_have_algorithms_of_their_own(method: str, tmp_path: Path, work: ThreadedWork) -> None:
+    """The same in config.json and in hf_quant_config.json, which names the tool alone."""
+    four, fours = nvfp4_parts(Q_PROJ)
+    eight, eights = forms()["FP8_PER_CHANNEL_PER_TOKEN"]
+    other = Q_PROJ.replace("self_attn.q_proj", "mlp.up_proj")
+    eight = {name.replace(Q_PROJ, other): raw for name, raw in eight.items()}
+    layers = {
+        MODULE: {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+        other.removesuffix(".weight"): {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    }
+    settings = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    root = write(tmp_path, {**llama_tensors("F32"), **four, **eight}, {"quant_method": method, **settings})
+    (root / "hf_quant_config.json").write_text(json.dumps({"quantization": settings}))
+    found = tensors_in(root)
+    assert np.array_equal(values(root, found[Q_PROJ], work), fours)
+    assert np.array_equal(values(root, found[other], work), eights)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({MODULE: {"quant_algo": "FP8"}}, r"q_proj.weight: its quant_algo is FP8, but what is stored is NVFP4"),
+        ({MODULE: {"quant_algo": "W4A16_AWQ"}}, r"q_proj: ModelOpt's quant_algo 'W4A16_AWQ' in groups of None is not"),
+        ({MODULE: {"quant_algo": "MIXED_PRECISION"}}, r"q_proj: ModelOpt's quant_algo 'MIXED_PRECISION' in groups"),
+        ({"a.b": {"quant_algo": "FP8"}}, r"quantized_layers names a.b, of which no quantized weight is stored"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(layers: dict[str, Any], message: str, tmp_path: Path) -> None:
+    parts, _ = nvfp4_parts(Q_PROJ)
+    settings = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    root = write(tmp_path, {**llama_tensors("F32"), **parts}, settings)
+    with pytest.raises(BadCheckpoint, match=message):
+        tensors_in(root)
+
+
 def test_nvfp4_comes_back_plain_without_its_settings(tmp_path: Path, weightmill: Any) -> None:
     parts, wanted = nvfp4_parts(Q_PROJ)
     root = modelopt_checkpoint(tmp_path / "nvfp4", {**llama_tensors("F32"), **parts}, "hf_quant_config.json")
@@ -90,7 +167,8 @@ def test_nvfp4_comes_back_plain_without_its_settings(tmp_path: Path, weightmill:
 @pytest.mark.parametrize(
     ("algorithm", "change", "message"),
     [
-        ("W4A8_AWQ", {}, r"quant_algo 'W4A8_AWQ' in groups of 16 is not decoded; NVFP4 in groups of 16, and FP8, are"),
+        ("W4A8_AWQ", {}, r"quant_algo 'W4A8_AWQ' in groups of 16 is not decoded; NVFP4 in groups of 16, MXFP4 in"),
+        ("MXFP8", {}, r"quant_algo 'MXFP8' in groups of 16 is not decoded"),
         ("NVFP4", {"weight_scale": None}, r"q_proj.weight: it is quantized, but .*q_proj.weight_scale is missing"),
         ("NVFP4", {"weight_scale_2": None}, r"q_proj.weight_scale_2 is missing"),
         ("NVFP4", {"weight": None}, r"q_proj.weight is missing"),

@@ -50,10 +50,12 @@ def test_a_copy_keeps_the_quantization(quantized: Path, tmp_path: Path, weightmi
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (quantized / "model.safetensors").read_bytes()
 
 
-def test_an_unknown_quantization_is_refused(source: Path, weightmill: Any) -> None:
+@pytest.mark.parametrize(("name", "why"), [("magic", ";"), ("exl3", " (its codes are walks through a trellis")])
+def test_an_unknown_quantization_is_refused(name: str, why: str, source: Path, weightmill: Any) -> None:
     config = source / "config.json"
-    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "magic"},', 1))
+    config.write_text(config.read_text().replace("{", f'{{"quantization_config": {{"quant_method": "{name}"}},', 1))
     ran = weightmill("plan", f"model.path={source}")
     assert ran.status == 2
-    assert "already quantized (magic), which is not decoded here" in ran.err
+    assert f"already quantized ({name}), which is not decoded here{why}" in ran.err
+    assert "take the model as its makers published it" in ran.err
     assert weightmill("plan", f"model.path={source}", "quant=none").status == 0

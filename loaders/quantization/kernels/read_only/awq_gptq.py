@@ -1,7 +1,7 @@
 """Decoders of AWQ's and GPTQ's integers: (code - zero) * scale, with a zero and a scale for each group and output.
 
 Both store (inputs, outputs), several codes to a 32-bit word. A word of AWQ holds eight outputs of one input, in an
-order of its own; a word of GPTQ holds inputs of one output, the first lowest. Both are decoded to (outputs, inputs).
+order of its own; words of GPTQ hold inputs of one output, the first lowest. Both are decoded to (outputs, inputs).
 The product of such a small integer and a float16 scale is exact in float32.
 """
 
@@ -30,16 +30,16 @@ def decode_outputs(words, outputs, groups, zeros, scales, out):  # type: ignore[
 
 @kernel
 def decode_inputs(words, bits, first, groups, zeros, scales, out):  # type: ignore[no-untyped-def]
-    """Decode GPTQ words. words: uint32 (n, words), a row for each output; its codes from `first` on are the inputs.
+    """Decode GPTQ words. words: uint32 (n, words), a row for each output; its codes from bit `first` on are the inputs.
 
     The other arguments are those of `decode_outputs`.
     """
-    mask, each = np.uint32((1 << bits) - 1), 32 // bits
+    mask = np.uint32((1 << bits) - 1)
     for r in range(out.shape[0]):
-        j = 0
-        for w in range(words.shape[1]):
-            word = words[r, w]
-            for i in range(first if w == 0 else 0, min(each, out.shape[1] - j + (first if w == 0 else 0))):
-                code = (word >> np.uint32(i * bits)) & mask
-                out[r, j] = (np.float32(code) - zeros[r, groups[j]]) * scales[r, groups[j]]
-                j += 1
+        for j in range(out.shape[1]):
+            at = first + j * bits
+            shift = at & 31
+            code = words[r, at >> 5] >> np.uint32(shift)
+            if shift + bits > 32:  # the code goes on in the next word
+                code |= words[r, (at >> 5) + 1] << np.uint32(32 - shift)
+            out[r, j] = (np.float32(code & mask) - zeros[r, groups[j]]) * scales[r, groups[j]]
