@@ -38,6 +38,9 @@ class ModelSpec(Spec):
     path: Location | None = Field(description="the folder of the checkpoint")
     hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
     revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
+    components_to_quantize: tuple[str, ...] | None = Field(
+        default=None, description="a pipeline of diffusers: which components; null: transformer, unet, text encoders"
+    )
 
     @property
     def address(self) -> Address:
