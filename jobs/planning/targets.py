@@ -165,6 +165,8 @@ def for_source(target: Target, checkpoint: Checkpoint) -> Target:
             raise BadSpec(
                 f"model.components_to_quantize: {checkpoint.address} is no pipeline of diffusers; leave it out"
             )
+        if target.layout_name == "diffusers":
+            raise BadSpec(f"output.layout: {checkpoint.address} is no model of diffusers; choose another")
         return target
     what = "a pipeline of diffusers" if checkpoint.components else "a component of a pipeline of diffusers"
     check_scheme(target.scheme, "quant")

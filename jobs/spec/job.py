@@ -176,7 +176,7 @@ class OutputSpec(Spec):
 
     root: Location = Field(description="the folder of outputs without a path, and, if local, of the tracking store")
     path: Location | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
+    layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed", "diffusers"] = Field(
         description="the consumer whose tensor names and config are written; auto: the scheme's engine"
     )
     container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(

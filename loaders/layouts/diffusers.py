@@ -25,7 +25,8 @@ from loaders.specs import OutputFile, StoredTensor
 from loaders.storage.json_files import json_bytes
 from loaders.tensors.logical_tensor import LogicalTensor
 
-ENGINES = ("plain", "bitsandbytes")
+LOADED = ("plain", "bitsandbytes")  # the engines of schemes that diffusers loads, of those that are written here
+NOT_LOADED = {"ggml": "diffusers takes a GGUF as a transformer's single file alone, which is not written here yet"}
 STEM = "diffusion_pytorch_model"
 
 
@@ -47,11 +48,11 @@ def check_scheme(scheme: Scheme, place: str) -> None:
     Raises:
         BadSpec: it does not.
     """
-    if scheme.engine not in ENGINES:
+    if scheme.engine not in LOADED:
+        why = NOT_LOADED.get(scheme.engine, f"diffusers does not load what is quantized for {scheme.engine}")
         raise BadSpec(
-            f"{place}: diffusers does not load {scheme.kind} of {scheme.engine}: it loads bitsandbytes, and torchao,"
-            f" quanto and GGUF single files, which are not written here yet; choose {setting('quantize')}=nf4, fp4,"
-            " int8 or none"
+            f"{place}: {why}; it loads bitsandbytes (choose {setting('quantize')}=nf4, fp4, int8, or none), and torchao"
+            " and quanto, which are not written here"
         )
 
 
