@@ -27,7 +27,7 @@ NUMBER = re.compile(r"[0-9]+")
 def class_of(config: Mapping[str, Any]) -> str | None:
     """Return the class of diffusers that a config.json or a model_index.json names; None if it names none."""
     found = config.get("_class_name")
-    return found if isinstance(found, str) and "model_type" not in config else None
+    return found if isinstance(found, str) and not config.get("model_type") else None
 
 
 def is_table_by_name(name: str) -> bool:
