@@ -65,7 +65,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
         if not DiffusersClass(part).is_known:
             yield doubt(
                 "diffusers",
-                f"_class_name {part!r:.80} is not known here: it is a part of a pipeline of diffusers, or of other code",
+                f"_class_name {part!r:.80} is not known here; it is a part of a pipeline of diffusers or of other code",
                 "may know it or not: names were not checked against it",
                 "load it once with diffusers",
             )
