@@ -51,9 +51,16 @@ def act(spec: RecommendSpec) -> Said:
 
     from jobs.report.tables import size, table
     from loaders.checkpoints.checkpoint import open_checkpoint
+    from loaders.errors import BadSpec
+    from loaders.layouts.diffusers import is_of_diffusers
     from loaders.loading.recommend import get_recommended_loader_config
 
     checkpoint = open_checkpoint(spec.model.address, spec.source.container)
+    if is_of_diffusers(checkpoint):
+        raise BadSpec(
+            f"model.path: {checkpoint.address} is of diffusers, and what is recommended here is for language"
+            " models; see python -m jobs.plan with quant=nf4, fp4 or int8"
+        )
     found = get_recommended_loader_config(
         checkpoint, spec.backend.kind, spec.backend.memory_gb, context_tokens=spec.context_tokens
     )

@@ -145,6 +145,7 @@ OPENS_PATHS = {
     "jobs/tracking/": "MLflow's database and files, and .git",
     "jobs/verification/logits.py": "a text of a person's",
     "jobs/verification/output.py": "numbers of an output that an engine has read from its folder",
+    "loaders/architectures/diffusers.py": "a table of the package's own",
     "loaders/architectures/renames.py": "a table of the package's own",
     "loaders/layouts/gguf/tables.py": "tables of the package's own",
     "loaders/backends/machine.py": "/proc and /sys",

@@ -6,20 +6,23 @@ replaced by that step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jobs.output.join import join
 from jobs.output.journal import PENDING, Done, Journal
 from jobs.output.report import Report, WeightFile, files_named
 from jobs.planning.plan import Plan, TargetPlan
+from loaders.checkpoints.pipeline import MODEL_INDEX
 from loaders.errors import BadSpec, VerifyFailed
+from loaders.layouts.diffusers import DiffusersLayout
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Destination
 from loaders.storage.copying import copy_into
 from loaders.storage.hashes import hash_stored
-from loaders.storage.json_files import json_bytes
+from loaders.storage.json_files import INDEX_LIMIT, json_bytes
 from loaders.words import counted
 
 
@@ -42,12 +45,11 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Do
     # Readers take an index or a config.json for the sign of a complete checkpoint, so stores without an atomic rename
     # must write these last: they are staged.
     destination, made, signs = journal.destination, dict(target.made), dict[str, bytes]()
-    stored_bytes = sum(unit.output_bytes for unit in done)
-    index = target.target.layout.index(target.files, stored_bytes, target.parameters)
-    if index is not None:
-        name = target.target.container.index
-        assert name is not None, "the plan refuses an index that its container does not have"
-        signs[name] = json_bytes(index)
+    sizes = {file.name: file.size for unit in done for file in unit.files}
+    total = sum(unit.output_bytes for unit in done)
+    signs |= indexes_of(plan, target, total, {file.name: sizes[file.name] - file.header_bytes for file in target.files})
+    if plan.checkpoint.components:
+        signs[MODEL_INDEX] = plan.checkpoint.source.read_all(MODEL_INDEX, INDEX_LIMIT)
     if target.config is not None:
         signs["config.json"] = json_bytes(target.config)
     apart = {file.name for file in target.files if file.within is None}
@@ -71,6 +73,21 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Do
     if missing := [name for name, entry in found.items() if entry is None]:
         raise VerifyFailed(f"{missing[0]}: it is gone from {destination.journal}; run the same command again")
     return Completed({n: hash_stored(files, entry) for n, entry in found.items() if entry is not None}, tuple(weights))
+
+
+def indexes_of(plan: Plan, target: TargetPlan, total: int, sizes: Mapping[str, int]) -> dict[str, bytes]:
+    """Return an output's indexes by name: mostly one or none, of a pipeline one for each component in several files.
+
+    `total` are the bytes of all tensors, `sizes` those of the tensors in each file that has nothing else in it.
+    """
+    layout, name = target.target.layout, target.target.container.index
+    if isinstance(layout, DiffusersLayout):
+        made: Mapping[str, Mapping[str, Any]] = layout.indexes(plan.checkpoint, target.files, sizes)
+    else:
+        index = layout.index(target.files, total, target.parameters)
+        assert index is None or name is not None, "the plan refuses an index that its container does not have"
+        made = {} if index is None or name is None else {name: index}
+    return {name: json_bytes(index) for name, index in made.items()}
 
 
 def _check_files(target: TargetPlan, journal: Journal, done: Sequence[Done]) -> None:

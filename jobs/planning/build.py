@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 from jobs.planning.cut import bonds_of, cut_units
 from jobs.planning.engine_rules import engine_rules
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
-from jobs.planning.targets import Target, TargetId, adapter_of, is_decoded, is_split, new_blocks_of
+from jobs.planning.targets import Target, TargetId, adapter_of, for_source, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
 from jobs.spec.job import MB
 from loaders.architectures import mlx, mlx_config
@@ -17,6 +18,7 @@ from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.layouts import Assembling, Forming, Layout, Placed
+from loaders.layouts.diffusers import DiffusersLayout, component_of
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.made_files import made_files
 from loaders.layouts.mlx import MlxLayout
@@ -36,6 +38,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     Raises:
         BadSpec: a target cannot be made of this checkpoint; all faults of one kind at once.
     """
+    targets = [for_source(target, checkpoint) for target in targets]
     decode = is_decoded(checkpoint, targets)
     sources = tensors_of(checkpoint, decode=decode, split=is_split(checkpoint, targets))
     new_blocks = new_blocks_of(targets)
@@ -55,6 +58,7 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
         bonds,
         share=not is_gguf_kept,
         in_order=any(isinstance(draft.target.layout, Assembling) for draft in drafts),
+        part_of=partial(component_of, checkpoint),
     )
     plans: dict[TargetId, TargetPlan] = {}
     outputs: list[dict[TargetId, UnitOutput]] = [{} for _ in groups]
@@ -121,6 +125,8 @@ def _target_plan(
     outputs = [_unit_output(shares.pop(), tuple(islice(left, count))) for count in counts]
     config = layout.config(checkpoint, decisions, target.compute_dtype)
     made, lost = ({}, []) if isinstance(layout, GgufLayout) else made_files(checkpoint)
+    if isinstance(layout, DiffusersLayout):
+        made = layout.configs(checkpoint, decisions, target.compute_dtype)
     notes = [*lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]
     plan = TargetPlan(
         target=target,
@@ -157,16 +163,23 @@ def _files(
     """
     layout, container = target.layout, target.container
     stored = [[tensor for placed in share for tensor in placed.stored.values()] for share in shares]
-    count = sum(any(tensor.place is None for tensor in tensors) for tensors in stored)
+    firsts = [
+        next(tensor.name for tensor in tensors if tensor.place is None)
+        for tensors in stored
+        if any(tensor.place is None for tensor in tensors)
+    ]
     if not any(stored):
         raise BadSpec("rules: every tensor is dropped; nothing would be left to write")
-    number, files = 0, []
+    if isinstance(layout, DiffusersLayout):
+        names = iter(layout.file_names(checkpoint, firsts))
+    else:
+        names = (layout.file or container.file_name(n, len(firsts)) for n in range(1, len(firsts) + 1))
+    files = []
     for share, tensors in zip(shares, stored, strict=True):
         about, mine = layout.about(checkpoint, share), []
         usual = [tensor for tensor in tensors if tensor.place is None]
         if usual:
-            number += 1
-            mine.append(container.lay_out(layout.file or container.file_name(number, count), usual, about))
+            mine.append(container.lay_out(next(names), usual, about))
         for name in dict.fromkeys(tensor.place[0] for tensor in tensors if tensor.place is not None):
             apart = [tensor for tensor in tensors if tensor.place is not None and tensor.place[0] == name]
             mine.append(container.lay_out(name, apart, about))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from loaders.layouts import Placed
@@ -19,12 +19,14 @@ def cut_units(
     *,
     share: bool = True,
     in_order: bool = False,
+    part_of: Callable[[str], str] = lambda name: "",
 ) -> list[list[LogicalTensor]]:
     """Cut tensors into runs of at most `unit_bytes` of source, or of a single block or part of one.
 
     Tensors come sorted by block. A block is cut only if it is larger than that, between tensors that have nothing in
     common: see `_parts`. Without `share`, tensors share nothing, as those of a GGUF, whose order must stay. With
     `in_order`, tensors keep their order, so that a file that all units write does not depend on how they are cut.
+    `part_of` says by a tensor's name in which part of a checkpoint it is; no unit has tensors of two.
     """
     units: list[list[LogicalTensor]] = []
     size = 0
@@ -33,7 +35,7 @@ def cut_units(
         is_large = sum(tensor.source_bytes for tensor in block) > unit_bytes
         for part in _parts(block, bonds, share=share, in_order=in_order) if is_large else [block]:
             part_bytes = sum(tensor.source_bytes for tensor in part)
-            if not units or size + part_bytes > unit_bytes:
+            if not units or size + part_bytes > unit_bytes or part_of(part[0].name) != part_of(units[-1][-1].name):
                 units.append([])
                 size = 0
             units[-1].extend(part)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from jobs.planning.targets import Target
+from loaders.checkpoints import pipeline
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Forming
 from loaders.layouts.hf import HfLayout
@@ -10,6 +13,34 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules, left_out
 from loaders.rules.rule import Rule
 from loaders.tensors.sources import Sources
+
+USUAL = "of a pipeline, transformers, UNets and text encoders are quantized; model.components_to_quantize changes it"
+# Components of a pipeline that are quantized where the user says nothing: what computes most, and holds most weights.
+QUANTIZED_NAMES = re.compile(r"^(?:transformer|unet|text_encoder|prior)(?:_\w+)?$")
+QUANTIZED_CLASSES = re.compile(r"Transformer|UNet")
+
+
+def passed_through(checkpoint: Checkpoint, target: Target) -> tuple[Rule, ...]:
+    """Return the rule that keeps a pipeline's other components: VAEs, image encoders, safety checkers, ...
+
+    Without a choice of the user's, a cast (quant=none quant.dtype=...) is of all components.
+    """
+    if not checkpoint.components or (target.components is None and isinstance(target.scheme, Plain)):
+        return ()
+    classes, wanted = pipeline.classes_of(checkpoint.config), target.components
+    left = [
+        part
+        for part in checkpoint.components
+        if (not _is_quantized(part, classes[part]) if wanted is None else part not in wanted)
+    ]
+    if not left:
+        return ()
+    why = "passed through: " + ("not in model.components_to_quantize" if wanted is not None else USUAL)
+    return (Rule(action="keep", why=why, name=rf"^(?:{'|'.join(map(re.escape, left))})/"),)
+
+
+def _is_quantized(part: str, class_name: str) -> bool:
+    return bool(QUANTIZED_NAMES.match(part) or QUANTIZED_CLASSES.search(class_name))
 
 
 def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tuple[Rule, ...]:
@@ -24,6 +55,7 @@ def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tu
         usual = mix.rules(sources.tensors, checkpoint.config)
     if isinstance(target.layout, Forming):
         usual = (*target.layout.left_out(checkpoint), *usual)
+    usual = (*passed_through(checkpoint, target), *usual)
     is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
     if is_copy or checkpoint.container == "gguf":
         return usual

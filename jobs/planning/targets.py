@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobs.spec.job import JobSpec
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -11,6 +11,7 @@ from loaders.containers import CONTAINERS, Container
 from loaders.containers.packed import EXPERTS
 from loaders.errors import BadSpec
 from loaders.layouts import BY_ENGINE, LAYOUTS, Layout, Naming
+from loaders.layouts.diffusers import check_scheme, is_of_diffusers
 from loaders.layouts.engines import wants_stacks
 from loaders.layouts.hf import HfLayout
 from loaders.presets.settings import Bnb4Quant
@@ -38,6 +39,7 @@ class Target:
     naming: Naming = NAMELESS
     new_blocks: int = 0
     adapter: Address | None = None
+    components: tuple[str, ...] | None = None  # of a pipeline of diffusers: those to quantize; None: the usual ones
 
     @property
     def layout(self) -> Layout:
@@ -94,7 +96,7 @@ def is_decoded(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
         return _is_gguf_decoded(targets)
     # quant=none copies quantized weights into layouts that store them in the same form. The packed layout holds MLX's
     # packed uint32 words, so it takes those of an MLX checkpoint unchanged.
-    layouts = ("auto", "hf", "packed") if checkpoint.quantized_by == "mlx" else ("auto", "hf")
+    layouts = ("auto", "hf", "diffusers", *(("packed",) if checkpoint.quantized_by == "mlx" else ()))
     copies = [target for target in targets if target.scheme == Plain() and target.layout_name in layouts]
     if len(copies) == len(targets) or checkpoint.quantized_by is None:
         _check_copies(checkpoint, copies)
@@ -152,6 +154,42 @@ def is_split(checkpoint: Checkpoint, targets: Sequence[Target]) -> bool:
     return True in wanted
 
 
+def for_source(target: Target, checkpoint: Checkpoint) -> Target:
+    """Return the target as its source wants it: what is of diffusers is written for diffusers.
+
+    Raises:
+        BadSpec: diffusers could not load the output, or the target is about components that the source does not have.
+    """
+    if not is_of_diffusers(checkpoint):
+        if target.components is not None:
+            raise BadSpec(
+                f"model.components_to_quantize: {checkpoint.address} is no pipeline of diffusers; leave it out"
+            )
+        if target.layout_name == "diffusers":
+            raise BadSpec(f"output.layout: {checkpoint.address} is no model of diffusers; choose another")
+        return target
+    what = "a pipeline of diffusers" if checkpoint.components else "a component of a pipeline of diffusers"
+    check_scheme(target.scheme, "quant")
+    for rule in target.rules:
+        if rule.scheme is not None:
+            check_scheme(rule.scheme, rule.label)
+    if target.layout_name not in ("auto", "diffusers") or target.container_name not in ("auto", "safetensors"):
+        raise BadSpec(
+            f"output: {checkpoint.address} is {what}, which is written for diffusers, as safetensors; leave it out"
+        )
+    if target.new_blocks or target.adapter is not None:
+        raise BadSpec(
+            f"transform: {checkpoint.address} is {what}, whose blocks and adapters are not known here; leave it out"
+        )
+    unknown = [name for name in target.components or () if name not in checkpoint.components]
+    if unknown:
+        raise BadSpec(
+            f"model.components_to_quantize: {unknown[0]} is no component with weights; there are"
+            f" {', '.join(checkpoint.components) or 'none: this is one component by itself'}"
+        )
+    return replace(target, layout_name="diffusers")
+
+
 TARGET = "target"  # the id of a job's only target
 
 
@@ -186,4 +224,5 @@ def target_of(spec: JobSpec) -> Target:
         id=TARGET, scheme=scheme, rules=spec.own_rules, compute_dtype=compute_dtype, mix=spec.quant.mix,
         layout_name=spec.output.layout, container_name=spec.output.container, naming=naming,
         new_blocks=spec.transform.num_blocks or 0, adapter=spec.transform.adapter,
+        components=spec.model.components_to_quantize,
     )  # fmt: skip

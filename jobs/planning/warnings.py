@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loaders.architectures.diffusers import DiffusersClass, class_of
 from loaders.backends.machine import has_avx512_bf16
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Layout, compressed_tensors
+from loaders.layouts.diffusers import is_of_diffusers, parts_of
 from loaders.layouts.engines import builds_own_class, wants_stacks
 from loaders.lint.engines import engine_of
 from loaders.quantization.scheme import Scheme
@@ -40,7 +42,9 @@ def warnings(
     said += _grown(decisions)
     if scheme.engine == "compressed-tensors":
         said += compressed_tensors.warnings(decisions, checkpoint.family)
-    if checkpoint.family.is_generic:
+    if is_of_diffusers(checkpoint):
+        said += _unknown_parts(checkpoint, quantized)
+    elif checkpoint.family.is_generic:
         # Where an engine can be asked, what it said, or that it was not asked, stands beside the plan.
         is_asked = engine_of(layout.name, scheme) is not None
         check = "check the list (tensors=all)" + ("" if is_asked else ", and that the engine loads the output")
@@ -48,8 +52,26 @@ def warnings(
             f"{model_type_said(checkpoint.config)} is not known: every matrix not named like an embedding, norm, head,"
             f" router or expert is taken for a linear layer; {check}"
         )
-    if config is None and layout.name != "gguf":
+    if config is None and layout.name != "gguf" and not checkpoint.components:
         said.append("the source has no config.json: the engine will need one with a quantization_config")
+    return said
+
+
+def _unknown_parts(checkpoint: Checkpoint, quantized: Sequence[Decision]) -> list[str]:
+    """Return a warning about each quantized component of which no table knows the class, or which has no config."""
+    said = []
+    for prefix, part in parts_of(checkpoint).items():
+        if not any(decision.tensor.name.startswith(prefix) for decision in quantized):
+            continue
+        name, where = class_of(part.config), prefix.rstrip("/") or "the component"
+        if not part.config:
+            said.append(f"{where} has no config.json: the engine will need one with a quantization_config")
+        elif part.family.is_generic and (name is None or not DiffusersClass(name).is_known):
+            what = model_type_said(part.config) if name is None else f"class {name!r:.80}"
+            said.append(
+                f"{where}: {what} is not known: every matrix not named like a table for lookups is taken for a linear"
+                " layer; check the list (tensors=all), and that the engine loads the output"
+            )
     return said
 
 

@@ -38,6 +38,9 @@ class ModelSpec(Spec):
     path: Location | None = Field(description="the folder of the checkpoint")
     hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
     revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
+    components_to_quantize: tuple[str, ...] | None = Field(
+        default=None, description="a pipeline of diffusers: which components; null: transformer, unet, text encoders"
+    )
 
     @property
     def address(self) -> Address:
@@ -173,7 +176,7 @@ class OutputSpec(Spec):
 
     root: Location = Field(description="the folder of outputs without a path, and, if local, of the tracking store")
     path: Location | None = Field(description="the output's folder; root / model-quant by default")
-    layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed"] = Field(
+    layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed", "diffusers"] = Field(
         description="the consumer whose tensor names and config are written; auto: the scheme's engine"
     )
     container: Literal["auto", "safetensors", "packed", "pytorch", "gguf"] = Field(

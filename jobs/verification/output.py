@@ -21,7 +21,7 @@ from jobs.cli.verb import FAILED, Said
 from jobs.execution.choose import choose
 from jobs.execution.run_tasks import run_all
 from jobs.execution.unit import SMALL
-from jobs.output.publish import files_of_others
+from jobs.output.publish import files_of_others, indexes_of
 from jobs.output.report import FileRange, Report, ReportedTensor, WeightFile, read_report, tensor_errors
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Placement, Plan, Unit
@@ -41,7 +41,7 @@ from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK, hash_stored
-from loaders.storage.json_files import INDEX_LIMIT, json_bytes
+from loaders.storage.json_files import INDEX_LIMIT
 from loaders.strategies import WeightLoader
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.views import StoredRoles
@@ -259,11 +259,12 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
     target = plan.targets[TARGET]
     faults += [fault for file in target.finals for fault in _size_faults(files, file)]
     faults += [fault for file in report.files for fault in _tail_faults(files, file)]
-    index = target.target.layout.index(target.files, sum(spec.size for spec in found.values()), target.parameters)
-    named = target.target.container.index
-    is_there = index is not None and named is not None and files.find(named) is not None
-    if is_there and files.read_all(str(named), INDEX_LIMIT) != json_bytes(index):
-        faults.append(f"{named}: it does not say what the files hold")
+    sizes = dict.fromkeys((file.name for file in target.files), 0)
+    for spec in found.values():
+        sizes[spec.file] = sizes.get(spec.file, 0) + spec.size
+    for named, index in indexes_of(plan, target, sum(spec.size for spec in found.values()), sizes).items():
+        if files.find(named) is not None and files.read_all(named, INDEX_LIMIT) != index:
+            faults.append(f"{named}: it does not say what the files hold")
     return faults
 
 

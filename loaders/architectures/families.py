@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loaders.architectures.diffusers import class_of
 from loaders.architectures.generic import Generic, block_of, group_of
 from loaders.architectures.stacks import GPT_OSS_STACKS, LLAMA4_STACKS, Stack, generic_stacks
 from loaders.dtypes import DTYPES, DType, Shape
@@ -318,6 +319,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    if class_of(config) is not None:
+        return replace(GENERIC, name="diffusers", names=Generic.of(config), tied=())
     return replace(
         GENERIC,
         names=Generic.of(config),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loaders.architectures.diffusers import DiffusersClass, class_of
 from loaders.architectures.renames import fused_modules, is_bound
 from loaders.dtypes import Shape
 
@@ -103,11 +104,12 @@ class Generic:
     """The meanings of names in a model whose type no family knows.
 
     `model_types` are config.json's, and those of the models in it. `layers` is the number of the text model's layers,
-    or None if config.json does not say it.
+    or None if config.json does not say it. `part` is the class of a component of a diffusers pipeline.
     """
 
     model_types: tuple[str, ...] = ()
     layers: int | None = None
+    part: DiffusersClass | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Generic:
@@ -115,6 +117,8 @@ class Generic:
         types = [part.get("model_type") for part in parts]
         text = config.get("text_config")
         layers = (text if isinstance(text, Mapping) else config).get("num_hidden_layers")
+        if (part := class_of(config)) is not None:
+            return cls(part=DiffusersClass(part))
         return cls(
             tuple(model_type for model_type in types if isinstance(model_type, str)),
             layers if isinstance(layers, int) and not isinstance(layers, bool) else None,
@@ -125,6 +129,8 @@ class Generic:
         is_matrix = len(shape) == 2 and name.endswith(".weight")
         if 0 in shape:
             return "other"
+        if is_matrix and self.part is not None:
+            return self.part.role(name)
         for model_types, pattern, role in SPECIAL:
             if not set(model_types).isdisjoint(self.model_types) and pattern.search(name):
                 return role if is_matrix else _of_any_shape(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from loaders.containers import CONTAINERS, packed
@@ -17,6 +18,7 @@ WEIGHT_SUFFIXES = (
 
 
 INDEX_SUFFIX = ".index.json"
+VARIANT_INDEX = re.compile(r"\.index\.\w+\.json$")  # the index of a variant, as diffusers and transformers call it
 
 
 # Files that describe the source's weights, and would be wrong beside the output's.
@@ -25,7 +27,8 @@ NOT_AUX = (OUR_REPORT, packed.MANIFEST, packed.EXPERT_LAYOUT)
 
 def is_weights(name: str) -> bool:
     """Whether a file holds weights or an index of weights, by its name; such files are never copied to an output."""
-    return name.endswith(WEIGHT_SUFFIXES) or name.endswith(tuple(s + INDEX_SUFFIX for s in WEIGHT_SUFFIXES))
+    plain = VARIANT_INDEX.sub(INDEX_SUFFIX, name)
+    return plain.endswith(WEIGHT_SUFFIXES) or plain.endswith(tuple(s + INDEX_SUFFIX for s in WEIGHT_SUFFIXES))
 
 
 def find_aux(files: PinnedFiles, everything: Iterable[Entry]) -> tuple[str, ...]:

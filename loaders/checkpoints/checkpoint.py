@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loaders.architectures.families import Family, family_of
 from loaders.architectures.mlx import model_of
+from loaders.checkpoints import pipeline
 from loaders.checkpoints.aux_files import find_aux
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
@@ -30,6 +31,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.hashes import text_digest
 from loaders.storage.json_files import read_json
+from loaders.storage.within import Within
 
 DESCRIPTION_LIMIT = 64 << 20  # the most bytes of a file that describes a quantization
 READS_FOLDERS = "the engine reads files of a folder"
@@ -43,7 +45,8 @@ class Checkpoint:
     """An open checkpoint: its files, the headers of its tensors, its config. No weights are in memory.
 
     `files` are the weight files, `aux` the names of the auxiliary ones; `notes` are sentences for the user about files
-    that were found but not read.
+    that were found but not read. `components` are the checkpoints in the sub-folders of a pipeline of diffusers, by
+    folder, in the order of its model_index.json, which is its `config`; see `pipeline`.
     """
 
     source: PinnedFiles
@@ -53,6 +56,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     aux: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
     family: Family = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ class Checkpoint:
         Raises:
             BadCheckpoint: a file that should describe it holds no JSON object.
         """
+        if self.components:
+            return next((each.declaration for each in self.components.values() if each.declaration is not None), None)
         read = lambda name: read_json(self.source, name, DESCRIPTION_LIMIT)  # noqa: E731
         found = declaration(self.container, self.config, self.weights, self.aux, read)
         if found is None and self.container == "safetensors" and model_of(self.config) is None:
@@ -123,6 +129,8 @@ def open_checkpoint(
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
+    if (model_index := pipeline.read_model_index(store)) is not None:
+        return _open_pipeline(store, everything, container, key, model_index)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
     chosen = choose(source, everything, container, key)
     if chosen.container == "packed":
@@ -145,6 +153,33 @@ def open_checkpoint(
         config=config,
         aux=find_aux(source, everything),
         notes=(*chosen.notes, *notes),
+    )
+
+
+def _open_pipeline(
+    store: Store, everything: Sequence[Entry], container: str, key: str, model_index: dict[str, Any]
+) -> Checkpoint:
+    """Open a pipeline of diffusers. Errors as `open_checkpoint`."""
+    parts = {
+        part: open_checkpoint(Within(store, part), container, f"{key}, component {part}")
+        for part in pipeline.parts_of(model_index, everything, store.address)
+    }
+    source = PinnedFiles(store, everything)
+    files = [replace(tag, name=f"{part}/{tag.name}") for part, each in parts.items() for tag in each.files]
+    containers = {each.container for each in parts.values()}
+    return Checkpoint(
+        source=source,
+        # Where components differ, each was read by its own; the name stands for the pipeline in what is shown.
+        container=containers.pop() if len(containers) == 1 else "safetensors",
+        files=tuple(source.entry(tag.name) for tag in files),
+        weights=tuple(pipeline.within(part, spec) for part, each in parts.items() for spec in each.weights),
+        config=model_index,
+        aux=find_aux(source, everything),
+        notes=(
+            *(f"{part}: {note}" for part, each in parts.items() for note in each.notes),
+            *pipeline.passed_over(everything, tuple(parts)),
+        ),
+        components=parts,
     )
 
 

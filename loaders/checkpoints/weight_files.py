@@ -21,7 +21,12 @@ from loaders.storage.json_files import INDEX_LIMIT, read_json
 
 ENDINGS = "|".join(re.escape(suffix) for container in CONTAINERS.values() for suffix in container.suffixes)
 SHARD = re.compile(rf"^(?P<stem>.*)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:{ENDINGS})$")
-USUAL = ("model", "pytorch_model")  # the stems of what transformers writes
+USUAL = ("model", "pytorch_model", "diffusion_pytorch_model")  # the stems of what transformers and diffusers write
+# A variant of the usual files (fp16, bf16, ema, ...), as transformers and diffusers name them, now and before.
+VARIANT = re.compile(
+    rf"^(?P<stem>{'|'.join(USUAL)})\.(?P<variant>[A-Za-z_]\w*)(?:-\d{{5}}-of-\d{{5}})?(?:{ENDINGS})$"
+    rf"|^(?:{'|'.join(USUAL)})-\d{{5}}-of-\d{{5}}\.(?P<before>[A-Za-z_]\w*)(?:{ENDINGS})$"
+)
 # Weights under their publisher's own names, as Meta and Mistral put them beside those for transformers.
 CONSOLIDATED = re.compile(r"^consolidated[-.]")
 SLICE = re.compile(r"^consolidated\.\d\d\.pth$")  # Meta's form: each file has a slice of every matrix
@@ -121,10 +126,11 @@ def choose(source: PinnedFiles, everything: Sequence[Entry], container: str, key
             continue
         suffixes = CONTAINERS[candidate].suffixes
         mine = [name for name in usable if name.endswith(suffixes)]
+        mine, variants = _without_variants(source, mine, key)
         indexes = [name for name in usable if name.endswith(tuple(s + INDEX_SUFFIX for s in suffixes))]
         if mine or indexes:
             files, index, why = _of_container(source, candidate, mine, indexes, key)
-            return Chosen(candidate, tuple(files), index, _notes(why, everything, files, candidate))
+            return Chosen(candidate, tuple(files), index, _notes(variants | why, everything, files, candidate))
     raise BadSpec(_nothing(source, everything, container, key))
 
 
@@ -138,6 +144,26 @@ def no_model(name: str) -> NoModel | None:
 
 
 Why = dict[str, str]  # by file that is passed over: the reason
+
+
+def _without_variants(source: PinnedFiles, mine: list[str], key: str) -> tuple[list[str], Why]:
+    """Return a container's files without variants of the usual ones, and why each variant is passed over.
+
+    A folder that has one variant and nothing else is that variant.
+
+    Raises:
+        BadSpec: there are several variants and no usual files.
+    """
+    found = {name: match["variant"] or match["before"] for name in mine if (match := VARIANT.match(name))}
+    others = [name for name in mine if name not in found]
+    if any(_is_named_usually(name) for name in others):
+        return others, {name: f"the variant {variant} of the model beside it" for name, variant in found.items()}
+    if len(set(found.values())) > 1:
+        raise BadSpec(
+            f"{key}: {source.address} holds the variants {', '.join(sorted(set(found.values())))} and not the usual"
+            " files; put the one that is wanted in a folder of its own"
+        )
+    return mine, {}
 
 
 def _of_container(

@@ -141,7 +141,9 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     for name, spec in sorted(whole.items(), key=lambda t: (t[1].is_bound, -t[1].dtype.item_bytes, t[0])):
         slots.append(Slot(name=name, dtype=spec.dtype, shape=spec.shape, offset=offset, is_bound=spec.is_bound))
         offset += spec.size
-    header_bytes = len(header({slot.name: (slot.dtype, slot.shape, slot.offset) for slot in slots}, about))
+    header_bytes = len(
+        header({own_name(file, slot.name): (slot.dtype, slot.shape, slot.offset) for slot in slots}, about)
+    )
     return OutputFile(
         name=file,
         header_bytes=header_bytes,
@@ -150,6 +152,12 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
         container="safetensors",
         about=about,
     )
+
+
+def own_name(file: str, name: str) -> str:
+    """Return a tensor's name in a file: that of a file in a sub-folder begins with the folder in the plan alone."""
+    folder = file.rpartition("/")[0]
+    return name.removeprefix(f"{folder}/") if folder else name
 
 
 def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = None, room: int = 0) -> bytes:
@@ -182,7 +190,7 @@ def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[in
     for slot in file.slots:
         at, size = places[slot.name]
         shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
-        entries[slot.name] = (slot.dtype, shape, at - file.header_bytes)
+        entries[own_name(file.name, slot.name)] = (slot.dtype, shape, at - file.header_bytes)
     head = header(entries, file.about, file.header_bytes)
     assert len(head) == file.header_bytes, (len(head), file.header_bytes)
     return [(0, head)]

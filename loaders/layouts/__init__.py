@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loaders.layouts.base import Assembling, Assembly, Forming, Layout, Naming, Placed
+from loaders.layouts.diffusers import DiffusersLayout
 from loaders.layouts.engines import ENGINES
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.hf import HfLayout
@@ -24,7 +25,8 @@ __all__ = [
 ]
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout(), PackedLayout())
+    layout.name: layout
+    for layout in (HfLayout(), HqqLayout(), MlxLayout(), GgufLayout(), PackedLayout(), DiffusersLayout())
 }
 BY_ENGINE = {name: engine.layout for name, engine in ENGINES.items()}  # the layout that a scheme's engine reads
 WHOLE_STACKS = tuple(name for name, engine in ENGINES.items() if engine.whole_stacks)

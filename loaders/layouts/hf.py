@@ -150,7 +150,20 @@ def config_json(
     if all(scheme.engine == compressed_tensors.ENGINE for scheme in schemes):
         made["quantization_config"] = compressed_tensors.config_block(decisions, config, family)
         return made
-    skip, dtype = skip_list(decisions, family), compute_dtype or _model_dtype(config, decisions)
+    made["quantization_config"] = quantization_block(config, decisions, skip_list(decisions, family), compute_dtype)
+    return made
+
+
+def quantization_block(
+    config: Mapping[str, Any], decisions: Sequence[Decision], skip: list[str] | None, compute_dtype: str | None
+) -> dict[str, Any]:
+    """Return the quantization_config of all quantized tensors; `skip` as `quantization_config` takes it.
+
+    Raises:
+        BadSpec: they need different ones, and there is place for one.
+    """
+    schemes = {d.scheme for d in decisions if d.action == "quantize" and d.scheme is not None}
+    dtype = compute_dtype or _model_dtype(config, decisions)
     blocks = [quantization_config(scheme, skip, dtype) for scheme in schemes]
     for block in blocks[1:]:
         differing = [key for key in blocks[0] if block.get(key) != blocks[0][key]]
@@ -159,8 +172,7 @@ def config_json(
                 f"rules: tensors differ in {', '.join(differing)}, for which config.json has one place only; give all"
                 " the same"
             )
-    made["quantization_config"] = blocks[0]
-    return made
+    return blocks[0]
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from loaders.architectures.diffusers import class_of
 from loaders.checkpoints.aux_files import INDEX_SUFFIX
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.containers import CONTAINERS
 from loaders.errors import BadCheckpoint, setting
-from loaders.lint import compressed_tensors, files, gguf, hqq, mlx, packed, transformers
+from loaders.lint import compressed_tensors, diffusers, files, gguf, hqq, mlx, packed, transformers
 from loaders.lint.base import Finding, Subject, doubt, fault
 from loaders.storage.address import Address
 from loaders.storage.base import Store
@@ -50,12 +52,16 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts.
     """
+    if checkpoint.components:
+        return _of_components({part: lint(each) for part, each in checkpoint.components.items()})
     # GGUFs are checked under their own names, so that those of unknown architectures can be checked too.
     is_gguf = checkpoint.container == "gguf"
     subject = Subject(checkpoint, tensors_of(checkpoint, decode=not is_gguf, check=False), _index_of(checkpoint))
     found = list(gguf.check(subject) if is_gguf else files.check(subject))
     method = checkpoint.quantized_by
-    check = BY_METHOD.get(method or "")
+    check = (
+        BY_METHOD.get(method or "") if class_of(checkpoint.config) is None else diffusers.BY_METHOD.get(method or "")
+    )
     contradiction = stale(checkpoint) if method in FINDERS else None
     if contradiction is not None:
         happens = "makes quantized modules and finds no codes for them"
@@ -76,8 +82,19 @@ def lint(checkpoint: Checkpoint) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.level != "fault")
 
 
+def _of_components(parts: Mapping[str, list[Finding]]) -> list[Finding]:
+    """Return the findings about a pipeline's components, faults first; a text encoder's tokenizer lies beside it."""
+    found = [replace(each, what=f"{part}: {each.what}") for part, mine in parts.items() for each in mine]
+    found = [finding for finding in found if not finding.what.endswith(files.NO_TOKENIZER)]
+    return sorted(found, key=lambda finding: finding.level != "fault")
+
+
 def lint_source(checkpoint: Checkpoint, sources: Sources) -> list[Finding]:
     """Return what is wrong with a source in such a way that every output of it would have it, too."""
+    if checkpoint.components:
+        parts = checkpoint.components.items()
+        each = {part: lint_source(one, tensors_of(one, decode=True, check=False)) for part, one in parts}
+        return _of_components(each)
     return list(files.carried(Subject(checkpoint, sources, None)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from loaders.architectures.diffusers import DiffusersClass, class_of
 from loaders.architectures.families import text_config
 from loaders.architectures.layers import layers_of
 from loaders.containers.pytorch import read_state
@@ -13,6 +14,7 @@ from loaders.lint.base import Finding, Subject, doubt, fault, some
 from loaders.words import counted
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+NO_TOKENIZER = f"there is no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)"
 ANY = "every engine"
 EMBEDDING = re.compile(r"^(?:language_model\.)?model\.(?:language_model\.)?embed_tokens\.weight$")
 FROM_HIDDEN = re.compile(r"\.layers\.\d+\.(?:self_attn\.[qkv]_proj|mlp\.(?:gate|up)_proj)\.weight$")
@@ -59,14 +61,14 @@ def _config(subject: Subject) -> Iterator[Finding]:
         return
     if subject.checkpoint.container == "gguf":
         return
-    part = config.get("_class_name")
-    if not config.get("model_type") and isinstance(part, str):
-        yield fault(
-            "transformers, vLLM",
-            f"config.json has no model_type, but _class_name {part!r:.80}: it is a part of a pipeline of diffusers",
-            "do not know what model this is; diffusers may, and is not asked here",
-            "load it once with diffusers",
-        )
+    if (part := class_of(config)) is not None:
+        if not DiffusersClass(part).is_known:
+            yield doubt(
+                "diffusers",
+                f"_class_name {part!r:.80} is not known here; it is a part of a pipeline of diffusers or of other code",
+                "may know it or not: names were not checked against it",
+                "load it once with diffusers",
+            )
     elif not config.get("model_type"):
         yield fault(ANY, "config.json has no model_type", "does not know what model this is", "copy it from the source")
     elif subject.checkpoint.family.is_generic and not config.get("auto_map"):
@@ -95,7 +97,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
     if not any(source.find(name) is not None for name in TOKENIZERS) and text_config(config, "vocab_size"):
         yield doubt(
             ANY,
-            f"there is no tokenizer ({', '.join(TOKENIZERS[:3])}, ...)",
+            NO_TOKENIZER,
             "loads the weights but cannot read text",
             "copy the tokenizer's files from the source",
         )

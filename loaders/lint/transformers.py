@@ -33,7 +33,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield from _skip_list(subject, key, skip)
     yield from _experts(subject)
     if method == "bitsandbytes":
-        yield from _bitsandbytes(subject)
+        yield from bitsandbytes(subject)
 
 
 def _method(subject: Subject) -> str:
@@ -95,7 +95,7 @@ def _experts(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _bitsandbytes(subject: Subject) -> Iterator[Finding]:
+def bitsandbytes(subject: Subject) -> Iterator[Finding]:
     four_bit = [(tensor, tensor.decode) for tensor in subject.sources.tensors if isinstance(tensor.decode, Bnb4)]
     stopping = [
         (module(tensor), why)

@@ -9,6 +9,7 @@ import numpy as np
 
 from loaders.architectures.layers import layers_of
 from loaders.architectures.templates import KnownTraits
+from loaders.checkpoints import pipeline
 from loaders.checkpoints.adapter import AdapterFile
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
@@ -54,6 +55,13 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
     Raises:
         BadCheckpoint: a quantized weight lacks one of its parts, or is not as the checkpoint says.
     """
+    if checkpoint.components:
+        return _of_components(
+            {
+                part: tensors_of(each, decode=decode, split=split, check=check)
+                for part, each in checkpoint.components.items()
+            }
+        )
     family = checkpoint.family
     by_name = {spec.name: spec for spec in checkpoint.weights}
     tied, notes = _tied(checkpoint, by_name)
@@ -85,6 +93,25 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
     else:
         tensors = in_natural_order(tensors)
     return Sources(tuple(tensors), tied, notes)
+
+
+def _of_components(parts: Mapping[str, Sources]) -> Sources:
+    """Return the tensors of a pipeline, each under its component's name; components follow one another."""
+    return Sources(
+        tensors=tuple(_within(part, tensor) for part, sources in parts.items() for tensor in sources.tensors),
+        tied=tuple((f"{part}/{kept}", f"{part}/{gone}") for part, each in parts.items() for kept, gone in each.tied),
+        notes=tuple(f"{part}: {note}" for part, sources in parts.items() for note in sources.notes),
+    )
+
+
+def _within(part: str, tensor: LogicalTensor) -> LogicalTensor:
+    return replace(
+        tensor,
+        name=f"{part}/{tensor.name}",
+        stored=tuple((role, pipeline.within(part, spec)) for role, spec in tensor.stored),
+        block=f"{part}/{tensor.block}",
+        group=None if tensor.group is None else f"{part}/{tensor.group}",
+    )
 
 
 def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:

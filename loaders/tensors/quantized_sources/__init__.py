@@ -72,8 +72,10 @@ def check_decodable(checkpoint: Checkpoint) -> None:
         BadSpec: it is not.
         BadCheckpoint: two descriptions of its quantization contradict each other.
     """
+    for each in checkpoint.components.values():
+        check_decodable(each)
     said = checkpoint.declaration
-    if said is None:
+    if said is None or checkpoint.components:
         return
     as_stored = f"it can be copied ({setting('quantize')}=none), inspected and compared"
     if said.problem is not None:

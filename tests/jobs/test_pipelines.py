@@ -1,0 +1,90 @@
+"""Jobs over pipelines of diffusers: the same guarantees as for any checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.execution.unit
+from tests.making import snapshot
+from tests.pipelines import STEM, write_pipeline
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    return write_pipeline(tmp_path / "pipeline")
+
+
+def arguments(source: Path, out: Path) -> list[str]:
+    return [f"model.path={source}", f"output.path={out}", "quant=nf4", "quant.double_quant=true", "unit_mb=0.05"]
+
+
+def test_a_pipeline_is_written_verified_and_linted(pipeline: Path, tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    ran = weightmill("run", *arguments(pipeline, out), "format=json")
+    assert ran.status == 0, ran.err
+    assert ran.document["lint"] == []
+    index = json.loads((out / "transformer" / f"{STEM}.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {p.name for p in (out / "transformer").glob("*.safetensors")}
+    assert weightmill("verify", f"output.path={out}").status == 0
+    assert weightmill("lint", f"output.path={out}").status == 0
+    assert weightmill("inspect", f"model.path={out}", "format=json").document["quantization"] == "bitsandbytes"
+
+
+@pytest.mark.parametrize("name", [f"vae/{STEM}.safetensors", "transformer/config.json", "model_index.json"])
+def test_a_changed_byte_of_any_component_is_found(pipeline: Path, tmp_path: Path, weightmill: Any, name: str) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", *arguments(pipeline, out)).status == 0
+    data = (out / name).read_bytes()
+    (out / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if name.startswith("vae") else data + b" ")
+    ran = weightmill("verify", f"output.path={out}", "format=json")
+    assert ran.status == 1
+    assert any("vae/" in fault or name in fault for fault in ran.document["faults"])
+
+
+def test_an_interrupted_job_goes_on(
+    pipeline: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert weightmill("run", *arguments(pipeline, tmp_path / "whole")).status == 0
+    out, ran = tmp_path / "out", []
+    honest = jobs.execution.unit.run_unit
+
+    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
+        ran.append(task.unit.id)
+        if len(ran) == 4:
+            raise ValueError("a bug")
+        return honest(task, on_bytes, stop)
+
+    monkeypatch.setattr(jobs.execution.unit, "run_unit", failing)
+    with pytest.raises(ValueError, match="a bug"):
+        weightmill("run", *arguments(pipeline, out), "cluster.units_at_once=1")
+    assert not out.exists()
+    done = set(ran[:3])
+    assert weightmill("run", *arguments(pipeline, out)).status == 0
+    assert not done.intersection(ran[4:])
+    whole = snapshot(tmp_path / "whole", ignore=["weightmill.json"])
+    assert snapshot(out, ignore=["weightmill.json"]) == whole
+
+
+def test_lint_finds_a_skip_list_that_does_not_fit(pipeline: Path, tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", *arguments(pipeline, out)).status == 0
+    file = out / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["proj_out"]
+    file.write_text(json.dumps(config))
+    ran = weightmill("lint", f"output.path={out}", "format=json")
+    [found] = ran.document["findings"]
+    assert found["what"].startswith("transformer: 3 quantized layers are skipped by llm_int8_skip_modules")
+    assert (ran.status, found["engine"], found["level"]) == (1, "diffusers", "fault")
+
+
+def test_recommending_is_for_language_models(pipeline: Path, weightmill: Any) -> None:
+    ran = weightmill("recommend", f"model.path={pipeline}")
+    assert ran.status == 2
+    assert "is of diffusers" in ran.err
