@@ -38,7 +38,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loaders.architectures.families import natural_key
+from loaders.architectures.family import natural_key
 
 HEADERS = Path(__file__).resolve().parent / "headers"
 KNOWN = {

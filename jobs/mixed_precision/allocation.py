@@ -16,7 +16,7 @@ from jobs.planning.engine_rules import engine_rules
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import Target, target_of
 from jobs.spec.job import JobSpec
-from loaders.architectures.families import natural_key
+from loaders.architectures.family import natural_key
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.presets.auto import AutoQuant, Chosen

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from jobs.spec.base import FloatName, Format, LocalPath, Location, Spec
 from jobs.spec.strategy import StrategySpec
-from loaders.architectures.families import ROLES
+from loaders.architectures.family import ROLES
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.presets.auto import QuantSpec

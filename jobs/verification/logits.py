@@ -18,7 +18,7 @@ from jobs.output.journal import LOGITS
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.report.tables import size
 from jobs.spec.job import LogitsSpec
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.backends.machine import total_memory
 from loaders.checkpoints.checkpoint import READS_FOLDERS, open_checkpoint
 from loaders.errors import BadSpec, StorageError, VerifyFailed, setting

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 
 ATTENTION, MLP = r"\.self_attn\.[qkvo]_proj$", r"\.mlp\.(?:gate|up|down)_proj$"
 

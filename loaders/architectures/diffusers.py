@@ -53,7 +53,7 @@ class DiffusersClass:
         return self.name in _rows()
 
     def role(self, weight: str) -> str:
-        """Return the role of a matrix called weight: see `loaders.architectures.families.ROLES`."""
+        """Return the role of a matrix called weight: see `loaders.architectures.family.ROLES`."""
         row, module = _rows().get(self.name, {}), weight.removesuffix(".weight")
         form = NUMBER.sub("N", module)
         if form in row.get("others", ()):

@@ -125,7 +125,7 @@ class Generic:
         )
 
     def role(self, name: str, shape: Shape) -> str:
-        """Return a tensor's role: see `loaders.architectures.families.ROLES`."""
+        """Return a tensor's role: see `loaders.architectures.family.ROLES`."""
         is_matrix = len(shape) == 2 and name.endswith(".weight")
         if 0 in shape:
             return "other"

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from loaders.architectures import gguf_names
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.architectures.family_files import known_types, section
 from loaders.architectures.forms import Form, forms_of
 from loaders.errors import BadSpec, setting

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.words import counted
 
 # Layers of a text model that are counted by the keys below. Towers and encoders have counts of their own.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.architectures.rope import attention_factor, rope_number, rope_of, usual_attention_factor
 
 SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope", "mrope")  # those of initialize_rope

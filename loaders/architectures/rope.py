@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.errors import BadSpec
 
 HAS_ORIGINAL = ("llama3", "yarn", "longrope")  # scalings that need the length of the texts before the scaling

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from loaders.architectures.families import Family, Traits
+from loaders.architectures.family import Family, Traits
 from loaders.dtypes import Shape
 
 NUMBER = re.compile(r"(?<=\.)([0-9]+)(?=\.)")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 
 EVERY_LAYER = ("mistral", "mixtral", "phi3")  # models that have a window unless sliding_window is null
 BY_SWITCH = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")  # models that have one only if use_sliding_window is set

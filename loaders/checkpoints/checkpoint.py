@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loaders.architectures.families import Family, family_of
+from loaders.architectures.family import Family, family_of
 from loaders.architectures.mlx import model_of
 from loaders.checkpoints import pipeline
 from loaders.checkpoints.aux_files import find_aux

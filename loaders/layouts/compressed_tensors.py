@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from loaders.architectures.families import Family
+from loaders.architectures.family import Family
 from loaders.architectures.renames import WRAPPERS
 from loaders.errors import setting
 from loaders.layouts.base import module_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from loaders.architectures.families import Family
+from loaders.architectures.family import Family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

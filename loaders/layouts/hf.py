@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.architectures.families import Family, family_of, load_dtype
+from loaders.architectures.family import Family, family_of, load_dtype
 from loaders.architectures.renames import inside
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from loaders.architectures.families import Family
+from loaders.architectures.family import Family
 from loaders.architectures.generic import block_of, part_of
 from loaders.architectures.renames import (
     WRAPPERS,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.architectures.mlx import MlxModel, model_of, packed_expert
 from loaders.architectures.mlx_config import fault, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint

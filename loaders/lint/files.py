@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from loaders.architectures.diffusers import DiffusersClass, class_of
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.architectures.layers import layers_of
 from loaders.containers.pytorch import read_state
 from loaders.errors import setting

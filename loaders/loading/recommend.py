@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.backends.devices import NAMES, Backend, backend, best
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import dtype_named

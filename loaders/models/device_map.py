@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.architectures.families import load_dtype
+from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
 from loaders.models.skeleton import Skeleton

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loaders.architectures.families import load_dtype
+from loaders.architectures.family import load_dtype
 from loaders.backends import best
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from loaders.architectures.families import load_dtype
+from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.layouts.hf import plain_config

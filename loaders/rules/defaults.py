@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loaders.architectures.families import Family
+from loaders.architectures.family import Family
 from loaders.architectures.layers import layers_of
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import setting

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.architectures.families import natural_key
+from loaders.architectures.family import natural_key
 from loaders.architectures.gguf import Architecture, architecture_of, experts_of, number
 from loaders.dtypes import DTYPES
 from loaders.quantization.schemes.ggml import FLOATS, Ggml

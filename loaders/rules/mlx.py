@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.architectures.mlx import ROUTER_GROUP, convert_dtype, model_of
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.schemes.mlx_affine import MlxAffine

@@ -22,7 +22,7 @@ class Rule:
     """Conditions on a tensor, of which all that are given must hold, and what is then done with it.
 
     why: the reason, for plans and reports. name: a regular expression, searched in the tensor's name. shape: one entry
-    a dimension, None for any size. dtype: names such as "BF16". role: see `loaders.architectures.families.ROLES`.
+    a dimension, None for any size. dtype: names such as "BF16". role: see `loaders.architectures.family.ROLES`.
     names: exact names; a mix chooses by these. cast_to: the dtype for the action "cast". scheme: the scheme for the
     action "quantize" where it is not the target's. label: where the user wrote the rule; empty for the engine's own.
     """

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loaders.architectures.families import Family
+from loaders.architectures.family import Family
 from loaders.architectures.stacks import Stack
 from loaders.dtypes import Shape, row_major
 from loaders.errors import BadCheckpoint

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
-from loaders.architectures.families import natural_key
+from loaders.architectures.family import natural_key
 from loaders.architectures.templates import KnownTraits
 from loaders.dtypes import DType, Shape, row_major
 from loaders.quantization.scheme import Decoder

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loaders.architectures.families import natural_key
+from loaders.architectures.family import natural_key
 from loaders.architectures.templates import KnownTraits
 from loaders.checkpoints.adapter import Adapter
 from loaders.checkpoints.checkpoint import Checkpoint

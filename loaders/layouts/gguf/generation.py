@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.containers.gguf import MetadataValue, float32, text, uint32
 from loaders.dtypes import shortest_decimal
 from loaders.storage.base import PinnedFiles

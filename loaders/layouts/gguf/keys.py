@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.architectures.gguf import Architecture, number
 from loaders.architectures.rope import rope_number, rope_of
 from loaders.containers.gguf import MetadataValue, boolean, float32, text, uint32

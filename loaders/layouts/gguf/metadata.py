@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.architectures.gguf import Architecture, number
 from loaders.architectures.rope import (
     BETA_FAST,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from loaders.architectures.families import Family
+from loaders.architectures.family import Family
 from loaders.lint.engines.base import patterns
 
 NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")

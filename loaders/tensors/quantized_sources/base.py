@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from loaders.architectures.families import load_dtype
+from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint

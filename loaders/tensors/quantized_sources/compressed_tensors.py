@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.families import load_dtype
+from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.checkpoints.name_patterns import compiled
 from loaders.dtypes import DTYPES, DType, Shape

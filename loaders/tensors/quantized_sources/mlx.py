@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from loaders.architectures.families import load_dtype
+from loaders.architectures.family import load_dtype
 from loaders.architectures.family_files import known_types
 from loaders.architectures.mlx import expert_names, is_stack, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import settings_of

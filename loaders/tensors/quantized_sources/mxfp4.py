@@ -7,7 +7,7 @@ do not tell.
 
 from __future__ import annotations
 
-from loaders.architectures.families import text_config
+from loaders.architectures.family import text_config
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, setting
 from loaders.quantization.read_only.mxfp4_nvfp4 import GptOssMxfp4

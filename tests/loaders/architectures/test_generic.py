@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loaders.architectures.families import family_of
+from loaders.architectures.family import family_of
 from loaders.architectures.generic import Generic
 
 MATRICES = (

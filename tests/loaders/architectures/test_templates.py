@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from loaders.architectures.families import FAMILIES, GENERIC, Family, natural_key
+from loaders.architectures.family import FAMILIES, GENERIC, Family, natural_key
 from loaders.architectures.templates import STAND_IN, KnownTraits
 
 pytestmark = pytest.mark.quick

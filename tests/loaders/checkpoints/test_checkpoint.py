@@ -149,7 +149,7 @@ def test_a_tied_head_that_is_stored_twice_stays_tied_only_if_it_is_the_same(tmp_
 
 
 def test_both_styles_of_config_are_read(tmp_path: Path) -> None:
-    from loaders.architectures.families import load_dtype
+    from loaders.architectures.family import load_dtype
 
     for key in ("dtype", "torch_dtype"):
         assert str(load_dtype({key: "bfloat16"})) == "BF16"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from loaders.architectures.families import Family, family_of
+from loaders.architectures.family import Family, family_of
 from loaders.layouts.hf import is_skipped
 from loaders.layouts.inside_names import modules_within, skip_names, tied_entries, tied_patterns
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loaders.architectures.families import FAMILIES, ROLES, family_of, natural_key
+from loaders.architectures.family import FAMILIES, ROLES, family_of, natural_key
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
