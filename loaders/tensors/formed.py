@@ -140,7 +140,7 @@ class Forms:
         if tensor.merge is not None:
             raise BadSpec(
                 f"{setting('transform')}: {tensor.name} is held in another form by this engine, into which the adapter"
-                " cannot be merged on the way; write the merged model first, without quantizing it, and then quantize that"
+                " cannot be merged on the way; write the merged model first, without quantizing it, then quantize that"
             )
         found = [tensor]
         for row in self._rows:
