@@ -13,6 +13,7 @@ bits are plain. Checked against auto-round 0.2 to 0.16 (auto_round/export/export
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,15 +51,15 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
             f"AutoRound's {rotated}: the weights are rotated, and the engine rotates activations as it runs; they are"
             " not turned back here; take the model as it was before it was quantized"
         )
-    form, extra, dtype = _form(settings), _Extra(settings), float_dtype(checkpoint)
+    form, extra, dtype = _form(settings), _Extra(settings, by_name), float_dtype(checkpoint)
     if form == "floats":
         modules = _float_modules(by_name)
-        extra.check(modules, by_name)
+        extra.check(modules)
         return {f"{m}.weight": _floats(by_name, f"{m}.weight", extra.settings_of(m), dtype) for m in modules}
     if str(settings.get("data_type") or "int").split("_")[0] != "int":
         raise BadCheckpoint(f"AutoRound's data_type {settings['data_type']!r} is not decoded as {form}; int is")
     modules = packed_modules(by_name)
-    extra.check(modules, by_name)
+    extra.check(modules)
     return {f"{m}.weight": _packed(by_name, m, extra.settings_of(m), form, dtype) for m in modules}
 
 
@@ -98,8 +99,8 @@ def _packed(
 class _Extra:
     """extra_config: settings of modules by name, and by regular expressions that are searched for in names."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Mapping[str, Any], by_name: Mapping[str, WeightSpec]) -> None:
+        self._settings, self._by_name = settings, by_name
         entries = settings.get("extra_config") or {}
         if not isinstance(entries, Mapping) or not all(isinstance(own, Mapping) for own in entries.values()):
             raise BadCheckpoint(f"AutoRound's extra_config: expected modules with settings, found {entries!r:.80}")
@@ -109,17 +110,24 @@ class _Extra:
             for key, own in entries.items()
             if own and re.search(r"[*^$|()\[\]?+\\]", key)
         ]
+        stored = {name.rpartition(".")[0] for name in by_name}
+        tails = Counter(map(_tail, entries))
+        self._by_tail: Mapping[str, Mapping[str, Any]] = {
+            _tail(key): own for key, own in entries.items() if tails[_tail(key)] == 1 and key not in stored
+        }
 
     def settings_of(self, module: str) -> Mapping[str, Any]:
         """Return the settings of a quantized module."""
         return {**self._settings, **self._own(module)}
 
     def _own(self, module: str) -> Mapping[str, Any]:
+        """Return what extra_config says of a module, which may have another prefix inside the class that was loaded."""
         if module in self._entries:
             return self._entries[module]
-        return next((own for pattern, own in self._patterns if pattern.search(module)), {})
+        matching = next((own for pattern, own in self._patterns if pattern.search(module)), None)
+        return self._by_tail.get(_tail(module), {}) if matching is None else matching
 
-    def check(self, quantized: list[str], by_name: Mapping[str, WeightSpec]) -> None:
+    def check(self, quantized: list[str]) -> None:
         """Check that modules are stored as the settings say, and that these were made for this model.
 
         Raises:
@@ -133,12 +141,19 @@ class _Extra:
                 )
         packed = set(quantized)
         for key, own in self._entries.items():
-            if own and not _is_plain(own) and key not in packed and f"{key}.weight" in by_name:
+            if own and not _is_plain(own) and key not in packed and f"{key}.weight" in self._by_name:
                 raise BadCheckpoint(
                     f"{key}: AutoRound's extra_config says how it is quantized, but it is stored plain; correct"
                     " extra_config, or fetch the checkpoint again"
                 )
         _check_blocks(self._settings, quantized)
+
+
+def _tail(module: str) -> str:
+    """Return a name from its first block on: layers.0.mlp.up_proj; the whole of it where it is in none."""
+    parts = module.split(".")
+    first = next((at for at, part in enumerate(parts) if at and part.isdigit()), 1)
+    return ".".join(parts[first - 1 :])
 
 
 def _is_plain(own: Mapping[str, Any]) -> bool:

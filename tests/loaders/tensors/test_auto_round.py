@@ -87,13 +87,23 @@ def test_awqs_words_are_decoded(tmp_path: Path, work: ThreadedWork) -> None:
     assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), wanted)
 
 
-@pytest.mark.parametrize("key", [MODULE, r".*self_attn\.q_proj.*"])
+@pytest.mark.parametrize("key", [MODULE, r".*self_attn\.q_proj.*", MODULE.replace("model.", "model.language_model.")])
 def test_modules_may_have_settings_of_their_own(key: str, tmp_path: Path, work: ThreadedWork) -> None:
     parts, wanted = integers(8, 48, 1)
     extra = {key: {"bits": 8, "group_size": 48}, "model.layers.0.mlp.up_proj": {"bits": 16, "data_type": "float"}}
     blocks = {"block_name_to_quantize": "model.language_model.layers"}
     root = checkpoint(tmp_path, parts, **GPTQ, **blocks, extra_config=extra)
     assert np.array_equal(values(root, tensors_in(root)[Q_PROJ], work), wanted)
+
+
+def test_what_is_said_of_a_tower_holds_for_the_tower_alone(tmp_path: Path, work: ThreadedWork) -> None:
+    parts, wanted = integers(4, 32, 1)
+    tower = "vision." + MODULE.removeprefix("model.")
+    parts[f"{tower}.weight"] = llama_tensors("F32")[Q_PROJ]
+    root = checkpoint(tmp_path, parts, **GPTQ, extra_config={tower: {"bits": 16, "data_type": "float"}})
+    found = tensors_in(root)
+    assert np.array_equal(values(root, found[Q_PROJ], work), wanted)
+    assert found[f"{tower}.weight"].decode is None
 
 
 def test_nvfp4_and_mxfp4_are_those_of_compressed_tensors(tmp_path: Path, work: ThreadedWork) -> None:
