@@ -15,6 +15,7 @@ from loaders.layouts.hf import HfLayout
 from loaders.presets.settings import Bnb4Quant
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
+from loaders.rules.next_tokens import NextTokens
 from loaders.rules.rule import Mix, Rule
 from loaders.storage.address import Address
 from loaders.tensors.quantized_sources import check_decodable
@@ -37,6 +38,7 @@ class Target:
     naming: Naming = NAMELESS
     new_blocks: int = 0
     adapter: Address | None = None
+    next_tokens: NextTokens = "auto"
 
     @property
     def layout(self) -> Layout:
@@ -183,4 +185,5 @@ def target_of(spec: JobSpec) -> Target:
         id=TARGET, scheme=scheme, rules=spec.own_rules, compute_dtype=compute_dtype, mix=spec.quant.mix,
         layout_name=spec.output.layout, container_name=spec.output.container, naming=naming,
         new_blocks=spec.transform.num_blocks or 0, adapter=spec.transform.adapter,
+        next_tokens=spec.mtp,
     )  # fmt: skip

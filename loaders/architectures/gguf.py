@@ -27,6 +27,8 @@ MODULES = (
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # A model saved without its head, as sentence encoders are, has names without `model.`.
 HF_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
+# What the converter makes of the names of every model before it looks them up (filter_tensors in conversion/base.py).
+COMMON_RENAMES = ((r"e_score_correction_bias$", "e_score_correction.bias"), (r"language_model\.", ""))
 EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
@@ -56,6 +58,7 @@ class Architecture:
     keys: its keys of metadata: [type, key of config.json, default] or [type, number]; null for one that it has not.
     made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
     activations: the values of hidden_act that it computes.
+    next_tokens: it has layers for multi-token prediction, after the others.
     """
 
     architecture: str
@@ -70,6 +73,7 @@ class Architecture:
     keys: Mapping[str, Any] = field(default_factory=dict)
     made: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
+    next_tokens: bool = False
 
     @property
     def name(self) -> str:
@@ -83,7 +87,7 @@ class Architecture:
             return None
         if name.startswith(("layers.", "embed_tokens.", "norm.")):
             name = f"model.{name}"
-        for pattern, replacement in self.renames:
+        for pattern, replacement in (*COMMON_RENAMES, *self.renames):
             name = re.sub(pattern, replacement, name)
         expert = EXPERT.search(name)
         if expert is not None:

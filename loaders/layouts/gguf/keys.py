@@ -38,7 +38,7 @@ COMMON = {
     "attention.value_length": ("uint32", "head_dim"),
 }
 MAKE: dict[str, Callable[[Any], MetadataValue]] = {
-    "uint32": uint32, "float32": lambda value: float32(float(value)), "bool": boolean, "text": text,
+    "uint32": uint32, "float32": lambda value: float32(float(value)), "bool": boolean, "text": text, "flag": boolean,
 }  # fmt: skip
 GATES = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # gguf-py's ExpertGatingFuncType
 GATE_NAMES = (
@@ -72,15 +72,16 @@ def _key(key: str, row: Any, config: Config) -> Keys:
     kind, source, *default = row
     value = _value(config, source) if isinstance(source, str) else source
     value = default[0] if value is None and default else value
-    if value is None:
+    if value is None or (kind == "flag" and value is False):
         return {}
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_right = {
         "uint32": type(value) is int and value >= 0, "float32": is_number, "bool": isinstance(value, bool),
-        "text": isinstance(value, str),
+        "flag": isinstance(value, bool), "text": isinstance(value, str),
     }[kind]  # fmt: skip
     if not is_right:
-        wanted = {"uint32": "a whole number", "float32": "a number", "bool": "true or false", "text": "a text"}[kind]
+        words = {"uint32": "a whole number", "float32": "a number", "text": "a text"}
+        wanted = words.get(kind, "true or false")
         raise BadSpec(f"config.json: expected {wanted} as {source}, found {value!r}")
     return {key: MAKE[kind](value)}
 
@@ -106,4 +107,25 @@ def partial_rotary(config: Config) -> Keys:
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
-MADE: dict[str, Callable[[Config], Keys]] = {each.__name__: each for each in (partial_rotary,)}
+def latent_sizes(config: Config) -> Keys:
+    """Latent attention: the sizes of its one wide head, and those of the heads that this is cut into."""
+    rank, rotated = number(config, "kv_lora_rank", 512), number(config, "qk_rope_head_dim")
+    return {
+        "attention.key_length": uint32(rank + rotated),
+        "attention.value_length": uint32(rank),
+        "attention.key_length_mla": uint32(number(config, "qk_nope_head_dim") + rotated),
+        "attention.value_length_mla": uint32(number(config, "v_head_dim")),
+    }
+
+
+def latent_yarn(config: Config) -> Keys:
+    """Yarn's mscale_all_dim, a tenth of which this architecture reads."""
+    rope = rope_of(config)
+    if rope.get("mscale_all_dim") is None:
+        return {}
+    return {"rope.scaling.yarn_log_multiplier": float32(0.1 * rope_number(rope, "mscale_all_dim"))}
+
+
+MADE: dict[str, Callable[[Config], Keys]] = {
+    each.__name__: each for each in (partial_rotary, latent_sizes, latent_yarn)
+}

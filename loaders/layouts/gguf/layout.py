@@ -8,6 +8,7 @@ that holds only the metadata.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ ENGINES = ("ggml", "plain")
 LEGAL = ("LICENSE", "NOTICE", "COPYING")  # how the names begin of the source's files that are copied
 SPLIT_KEYS = (gguf.SPLIT_NUMBER, gguf.SPLIT_COUNT, gguf.SPLIT_TENSORS)
 EMBEDDING = "token_embd.weight"
+BLOCK = re.compile(r"^blk\.(\d+)\.")
 ROUTER = "ffn_gate_inp.weight"
 FLOATS = ("F32", "F16", "BF16")
 
@@ -62,6 +64,12 @@ class GgufLayout:
 
     def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
         return () if checkpoint.container == "gguf" else dropping(architecture_of(checkpoint.config).drop)
+
+    def no_next_tokens(self, checkpoint: Checkpoint) -> str | None:
+        architecture = architecture_of(checkpoint.config)
+        if architecture.next_tokens:
+            return None
+        return f"llama.cpp's converter writes no layers for multi-token prediction for {architecture.name}"
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         for decision in decisions:
@@ -259,11 +267,12 @@ def _metadata(
     if rows is None:
         raise BadSpec(f"{setting('layout')}: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
     config = {**checkpoint.config, "vocab_size": rows}
+    blocks = [int(match[1]) for file in files for slot in file.slots if (match := BLOCK.match(slot.name))]
     tokenizer, left_out = tokenizer_metadata(checkpoint.source, checkpoint.config, rows)
     made = {
         **general_metadata(architecture.name, model, label),
         **sampling_metadata(read_generation(checkpoint.source)),
-        **model_metadata(architecture, config),
+        **model_metadata(architecture, config, blocks=1 + max(blocks, default=-1)),
         **tokenizer,
     }
     notes = [f"a GGUF has no place for {each}" for each in left_out]

@@ -65,8 +65,12 @@ def quantization_metadata(label: str) -> dict[str, MetadataValue]:
     }
 
 
-def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
+def model_metadata(
+    architecture: Architecture, config: Mapping[str, Any], blocks: int | None = None
+) -> dict[str, MetadataValue]:
     """Return ARCHITECTURE.*: the sizes of the model.
+
+    `blocks` is the number of layers in the file. Those beyond config.json's count are for multi-token prediction.
 
     Raises:
         BadSpec: config.json lacks a size, or asks for what llama.cpp does not compute.
@@ -87,6 +91,9 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
     if missing:
         wanted = COMMON[missing[0]][1].replace("|", " or ")
         raise BadSpec(f"config.json: expected {wanted}, which llama.cpp needs as {missing[0]}; found none")
+    beyond = (blocks or 0) - number(config, "num_hidden_layers")
+    if beyond > 0:
+        found |= {"block_count": uint32(blocks or 0), "nextn_predict_layers": uint32(beyond)}
     return {f"{architecture.name}.{key}": entry for key, entry in found.items()}
 
 
