@@ -24,7 +24,7 @@ class Tiny:
     `base` is the layout of tests/headers whose config.json is taken; without it, `model_type`'s defaults are. `config`
     replaces what it says, part by part. `next_tokens` names the form in which layers for multi-token prediction are
     stored, which transformers' classes lack: see tests/next_tokens.py. `centred` norms are stored minus one. `mxfp4` stores
-    experts in MXFP4, `stacked` in one tensor a layer. `renames` are [pattern, replacement] from the names that the class
+    experts in MXFP4 as GPT-OSS, `fp4` as DeepSeek V4, `stacked` in two tensors a layer. `renames` are [pattern, replacement] from the names that the class
     saves to the published ones, where these differ. `as_published` leaves config.json in its published words, where the
     class saves others that engines do not read. `tokenizer` is a kind of tests/tiny_tokenizers.py. `pre` is the pre-tokenizer that llama.cpp's converter is given.
     """
@@ -36,10 +36,12 @@ class Tiny:
     tokenizer: str = "bpe"
     centred: bool = False
     mxfp4: bool = False
+    fp4: bool = False
     stacked: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     as_published: bool = False
     pre: str = "gpt-2"
+    plain_vocabulary: bool = False
 
 
 def text(**sizes: Any) -> dict[str, Any]:
@@ -134,12 +136,13 @@ TINY: dict[str, Tiny] = {
     "gemma": Tiny(model_type="gemma", base="gemma-2b", tokenizer="sentencepiece", centred=True, config=text()),
     "gemma2": Tiny(model_type="gemma2", tokenizer="sentencepiece", centred=True, config=text(**SLIDING)),
     "glm4_moe": Tiny(
-        model_type="glm4_moe", base="glm-4.5-air", next_tokens="deepseek_whole",
+        model_type="glm4_moe", base="glm-4.5-air", tokenizer="bpe_glm",
+        next_tokens="deepseek_whole",
         config=text(**ROUTED, use_qk_norm=True),
     ),
-    "glm4": Tiny(model_type="glm4", config=text()),
+    "glm4": Tiny(model_type="glm4", tokenizer="bpe_glm", config=text()),
     "glm_moe_dsa": Tiny(
-        model_type="glm_moe_dsa", base="glm-5.2", next_tokens="deepseek", pre="glm4",
+        model_type="glm_moe_dsa", base="glm-5.2", tokenizer="bpe_glm", next_tokens="deepseek",
         config=text(
             **ROUTED, **LATENT, **INDEXER, qk_head_dim=64, indexer_types=["full", "shared", "full"],
             mlp_layer_types=["dense", "sparse", "sparse"], index_topk_freq=2, index_skip_topk_offset=1,
@@ -153,7 +156,8 @@ TINY: dict[str, Tiny] = {
         config={**SIZES, **ROUTED, **LATENT, "n_group": 2, "topk_group": 1},
     ),
     "deepseek_v32": Tiny(
-        model_type="deepseek_v32", base="deepseek-v3.2", next_tokens="deepseek_whole",
+        model_type="deepseek_v32", base="deepseek-v3.2", plain_vocabulary=True,
+        next_tokens="deepseek_whole",
         config={**SIZES, **ROUTED, **LATENT, **INDEXER, "n_group": 2, "topk_group": 1},
     ),
     "kimi_k2": Tiny(model_type="kimi_k2", base="kimi-k2", config={**SIZES, **ROUTED, **LATENT}),
@@ -171,7 +175,7 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "deepseek_v4": Tiny(
-        model_type="deepseek_v4", base="deepseek-v4-flash", next_tokens="deepseek_v4",
+        model_type="deepseek_v4", base="deepseek-v4-flash", next_tokens="deepseek_v4", as_published=True, fp4=True,
         renames=((r"^model\.embed_tokens\.", "embed."), (r"^model\.hc_head\.hc_", "hc_head_"), (r"^model\.", ""),
                  (r"\.attn\.norm\.", ".attn.kv_norm.")),
         config=text(
@@ -200,7 +204,7 @@ TINY: dict[str, Tiny] = {
         config=text(num_local_experts=4, num_experts_per_tok=2, rotary_dim=16, intermediate_size=64),
     ),
     "minimax_m3_vl": Tiny(
-        model_type="minimax_m3_vl", base="minimax-m3",
+        model_type="minimax_m3_vl", base="minimax-m3", as_published=True,
         config={
             "text_config": text(
                 intermediate_size=64, dense_intermediate_size=256, shared_intermediate_size=64, num_local_experts=4,
@@ -272,7 +276,7 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "mimo_v2_flash": Tiny(
-        model_type="mimo_v2_flash", base="mimo-v2-flash", next_tokens="mimo",
+        model_type="mimo_v2_flash", base="mimo-v2-flash", next_tokens="mimo", as_published=True,
         config=text(
             **MIMO_LAYERS, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, v_head_dim=32,
             swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=32, swa_v_head_dim=32,
@@ -315,7 +319,7 @@ TINY: dict[str, Tiny] = {
         model_type="smollm3", base="smollm3-3b",
         config={**SIZES, "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 0]},
     ),
-    "cohere2": Tiny(model_type="cohere2", config=text(**SLIDING)),
+    "cohere2": Tiny(model_type="cohere2", config=text(**SLIDING, rotary_pct=1.0)),
     "ernie4_5": Tiny(model_type="ernie4_5", tokenizer="sentencepiece", config=text()),
     "ernie4_5_moe": Tiny(
         model_type="ernie4_5_moe", base="ernie-4.5-21b-a3b", tokenizer="sentencepiece", next_tokens="ernie",
@@ -326,13 +330,15 @@ TINY: dict[str, Tiny] = {
     ),
     "hunyuan_v1_dense": Tiny(model_type="hunyuan_v1_dense", pre="hunyuan-dense", config=text()),
     "hunyuan_v1_moe": Tiny(
-        model_type="hunyuan_v1_moe", base="hunyuan-a13b", pre="hunyuan",
-        config=text(num_experts=4, moe_topk=2, moe_intermediate_size=64, intermediate_size=64),
+        model_type="hunyuan_v1_moe", base="hunyuan-a13b", plain_vocabulary=True,
+        config=text(num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[64, 64], num_shared_expert=[1, 1], intermediate_size=64),
     ),
     "phi3": Tiny(model_type="phi3", base="phi-3-mini", tokenizer="sentencepiece", config=SIZES),
     "phimoe": Tiny(
         model_type="phimoe", base="phi-tiny-moe", tokenizer="sentencepiece",
-        config=text(num_local_experts=4, num_experts_per_tok=2, intermediate_size=64),
+        config=text(
+            num_local_experts=4, num_experts_per_tok=2, intermediate_size=64, original_max_position_embeddings=4096,
+        ),
     ),
     "exaone4": Tiny(model_type="exaone4", config=text(**SLIDING, sliding_window_pattern="LG")),
     "starcoder2": Tiny(model_type="starcoder2", config=SIZES),
@@ -372,7 +378,7 @@ TINY: dict[str, Tiny] = {
     ),
     "roberta": Tiny(
         model_type="roberta", base="roberta-base", tokenizer="bpe_roberta",
-        config={**SIZES, "max_position_embeddings": 66},
+        config={**SIZES, "architectures": ["RobertaModel"], "max_position_embeddings": 66},
     ),
     "xlm-roberta": Tiny(
         model_type="xlm-roberta", base="bge-m3", tokenizer="unigram",

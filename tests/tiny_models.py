@@ -103,7 +103,7 @@ def class_of(tiny: Tiny) -> tuple[dict[str, Any], Tensors]:
 
     start = entries()[tiny.base]["config"] if tiny.base else {"model_type": tiny.model_type}
     wanted = with_tiny_tokens(merged(start, tiny.config), tiny_tokenizers.IDS[tiny.tokenizer])
-    if not tiny.base:
+    if not tiny.base and not tiny.as_published:
         defaults = CONFIG_MAPPING[tiny.model_type](**{k: v for k, v in wanted.items() if k != "model_type"})
         wanted = with_tiny_tokens(defaults.to_dict(), tiny_tokenizers.IDS[tiny.tokenizer]) | {"architectures": None}
     found = Model(cleaned(wanted), "plain")
@@ -155,6 +155,18 @@ def in_mxfp4(tensors: Tensors) -> Tensors:
     return made
 
 
+def in_fp4(tensors: Tensors) -> Tensors:
+    """Return the tensors with each expert's matrix as two codes a byte, and a scale for 32 columns."""
+    made: Tensors = {}
+    for name, (dtype, shape) in tensors.items():
+        if re.search(r"ffn\.experts\.\d+\.w\d\.weight$", name):
+            made[name] = "I8", (shape[0], shape[1] // 2)
+            made[name.removesuffix("weight") + "scale"] = "F8_E8M0", (shape[0], shape[1] // 32)
+        else:
+            made[name] = dtype, shape
+    return made
+
+
 def model_of(kind: str) -> tuple[dict[str, Any], Tensors]:
     """Return config.json, and the name, dtype and shape of every tensor."""
     tiny = TINY[kind]
@@ -166,6 +178,7 @@ def model_of(kind: str) -> tuple[dict[str, Any], Tensors]:
     if tiny.mxfp4:
         tensors = in_mxfp4(tensors)
         config["quantization_config"] = entries()[tiny.base]["config"]["quantization_config"]
+    tensors = in_fp4(tensors) if tiny.fp4 else tensors
     dtypes = published_dtypes(tiny.base)
     kept = {name: dtypes.get(without_numbers(name)) == "F32" for name in tensors}
     return config, {n: ("F32" if kept[n] else dtype, shape) for n, (dtype, shape) in sorted(tensors.items())}
@@ -200,11 +213,11 @@ def filled(name: str, dtype: str, shape: tuple[int, ...], tiny: Tiny, config: Ma
     if dtype in ("I64", "I32"):  # a table of experts by token, or positions
         made = np.random.PCG64(len(name)).random_raw(math.prod(shape)) % 4
         return Raw(dtype, made.astype(np.int64 if dtype == "I64" else np.int32).reshape(shape))
-    if dtype == "U8":
+    if dtype in ("U8", "I8", "F8_E8M0"):
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         made = np.random.PCG64(seed).random_raw(math.prod(shape))
-        codes = made % 4 + 118 if name.endswith("_scales") else made % 256  # E8M0: 2^-9 to 2^-6
-        return Raw("U8", codes.astype(np.uint8).reshape(shape))
+        codes = made % 4 + 118 if name.endswith("scale") or name.endswith("_scales") else made % 256  # 2^-9 to 2^-6
+        return Raw(dtype, codes.astype(np.uint8).reshape(shape))
     return weights(values_of(name, shape, centred=tiny.centred).reshape(shape), dtype)
 
 

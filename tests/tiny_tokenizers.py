@@ -19,6 +19,7 @@ from tests.tiny_configs import ROWS
 # Numbers of special tokens by kind; "other" is for tokens that stand for images and the like.
 IDS: dict[str, dict[str, int]] = {
     "bpe": {"bos": 288, "eos": 289, "pad": 290, "other": 291},
+    "bpe_glm": {"bos": 289, "eos": 288, "pad": 288, "other": 291},
     "bpe_spaces": {"pad": 0, "eos": 1, "bos": 2, "other": 4},
     "sentencepiece": {"bos": 1, "eos": 2, "pad": 0, "other": 5},
     "bpe_roberta": {"bos": 0, "pad": 1, "eos": 2, "cls": 0, "sep": 2, "other": 3},
@@ -75,17 +76,29 @@ def document(tokens: list[dict[str, Any]], model: dict[str, Any], **parts: Any) 
     return {**made, "model": model}
 
 
-def bpe(folder: Path) -> dict[str, Any]:
+def byte_level_bpe(folder: Path, specials: Sequence[str], first: str) -> None:
+    """Write the tokenizer.json of a byte-level BPE; <tool> is the token that is added and not special."""
     pairs = [pair.replace(" ", "Ġ") for pair in PAIRS]
-    specials = [added(288, "<|begin|>"), added(289, "<|end|>"), added(290, "<|pad|>"),
-                added(291, "<tool>", special=False)]  # fmt: skip
+    tokens = [added(288 + i, token, special=token != "<tool>") for i, token in enumerate(specials)]
+    processor = template((first, 288 + specials.index(first)), None) if first else byte_level()
     whole = document(
-        specials, bpe_model([*byte_letters(), *pairs], pairs), pre_tokenizer=byte_level(), decoder=byte_level(),
-        post_processor=template(("<|begin|>", 288), None),
+        tokens, bpe_model([*byte_letters(), *pairs], pairs), pre_tokenizer=byte_level(), decoder=byte_level(),
+        post_processor=processor,
     )  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False, indent=1))
+
+
+def bpe(folder: Path) -> dict[str, Any]:
+    byte_level_bpe(folder, ("<|begin|>", "<|end|>", "<|pad|>", "<tool>"), "<|begin|>")
     return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>",
             "pad_token": "<|pad|>", "add_bos_token": True, "add_eos_token": False}  # fmt: skip
+
+
+def bpe_glm(folder: Path) -> dict[str, Any]:
+    """GLM's, whose special tokens its converter asks for by name."""
+    byte_level_bpe(folder, ("<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|observation|>"), "")
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>"}  # fmt: skip
 
 
 def bpe_spaces(folder: Path) -> dict[str, Any]:
@@ -95,7 +108,11 @@ def bpe_spaces(folder: Path) -> dict[str, Any]:
     letters = sorted({*"▁", *"".join(pairs), *CHARACTERS})
     tokens = [*tokens, *letters, *pairs][:ROWS]
     kept = [pair for pair in pairs if pair in tokens]
-    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     whole = document(
         specials, bpe_model(tokens, kept, unk_token="<unk>", fuse_unk=True, byte_fallback=True),
         normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
@@ -197,7 +214,7 @@ def unigram(folder: Path) -> dict[str, Any]:
 
 
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    each.__name__: each for each in (bpe, bpe_spaces, sentencepiece, bpe_roberta, wordpiece, unigram)
+    each.__name__: each for each in (bpe, bpe_glm, bpe_spaces, sentencepiece, bpe_roberta, wordpiece, unigram)
 }
 
 
@@ -205,5 +222,5 @@ def write(kind: str, folder: Path) -> None:
     """Write the tokenizer's files, and a chat template where the kind is a language model's."""
     settings = KINDS[kind](folder) | {"clean_up_tokenization_spaces": False, "model_max_length": 128}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=1))
-    if kind in ("bpe", "bpe_spaces", "sentencepiece"):
+    if kind not in ("bpe_roberta", "wordpiece", "unigram"):
         (folder / "chat_template.jinja").write_text(TEMPLATE)
