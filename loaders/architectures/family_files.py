@@ -35,9 +35,27 @@ def _texts() -> Mapping[str, str]:
 
 @cache
 def section(model_type: object, engine: str) -> Mapping[str, Any] | None:
-    """Return what the family of a model type says for an engine; None if it says nothing, or there is no family."""
+    """Return what the family of a model type says for an engine; None if it says nothing, or there is no family.
+
+    A section that is `like` that of another model type has all that this says, with changes; see `added`.
+    """
     text = _texts().get(model_type) if isinstance(model_type, str) else None
-    return None if text is None else yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
+    found = None if text is None else yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
+    if found is None or "like" not in found:
+        return found  # type: ignore[no-any-return]
+    return added(section(found.pop("like"), engine) or {}, found)
+
+
+def added(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with changes: mappings and lists are added to its own, and what is neither takes its place."""
+    made = dict(whole)
+    for key, value in changes.items():
+        before = made.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            made[key] = before | value
+        else:
+            made[key] = before + value if isinstance(value, list) and isinstance(before, list) else value
+    return made
 
 
 @cache

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from loaders.architectures import gguf_names
 from loaders.architectures.families import text_config
-from loaders.architectures.family_files import known_types, section
+from loaders.architectures.family_files import added, known_types, section
 from loaders.architectures.forms import Form, forms_of
+from loaders.architectures.layer_kinds import CONDITIONS
 from loaders.errors import BadSpec, setting
 from loaders.specs import RowOrder
 
@@ -26,9 +27,11 @@ MODULES = (
 )  # fmt: skip
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # A model saved without its head, as sentence encoders are, has names without `model.`.
-HF_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
+HF_LAYER = re.compile(r"^(?:(?:model|backbone)\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
 # What the converter makes of the names of every model before it looks them up (filter_tensors in conversion/base.py).
-COMMON_RENAMES = ((r"e_score_correction_bias$", "e_score_correction.bias"), (r"language_model\.", ""))
+COMMON_RENAMES = ((r"language_model\.", ""), (r"e_score_correction_bias$", "e_score_correction.bias"))
+# Vectors that the converter calls a bias, and that llama.cpp loads for every architecture that has them in its table.
+NO_BIASES = ("e_score_correction.bias", "expert_bias.bias", "router_bias.bias")
 EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
@@ -57,8 +60,14 @@ class Architecture:
     biases: the modules within a layer whose biases it loads.
     keys: its keys of metadata: [type, key of config.json, default] or [type, number]; null for one that it has not.
     made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
+    by_layer: words for keys with a value for each layer of the file; they are in `loaders.layouts.gguf.keys_by_layer`.
     activations: the values of hidden_act that it computes.
     next_tokens: it has layers for multi-token prediction, after the others.
+    next_names: [pattern, replacement] rows for the names of such layers: {} is the number of the layer, which is that
+    of the others and the pattern's group `n`.
+    variants: what differs for some models of a type, under a word of `loaders.architectures.layer_kinds`; a later one
+    that holds goes before.
+    layers: the number of config.json's layers.
     """
 
     architecture: str
@@ -72,8 +81,12 @@ class Architecture:
     biases: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     keys: Mapping[str, Any] = field(default_factory=dict)
     made: tuple[str, ...] = ()
+    by_layer: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
     next_tokens: bool = False
+    next_names: tuple[tuple[str, str], ...] = ()
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layers: int = 0
 
     @property
     def name(self) -> str:
@@ -81,19 +94,32 @@ class Architecture:
 
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
-        suffix = name.rpartition(".")[2]
-        match = HF_LAYER.match(name)
-        if suffix == "bias" and (match is None or match[2] not in self.biases):
-            return None
-        if name.startswith(("layers.", "embed_tokens.", "norm.")):
-            name = f"model.{name}"
-        for pattern, replacement in (*COMMON_RENAMES, *self.renames):
-            name = re.sub(pattern, replacement, name)
+        name = self._renamed(name)
         expert = EXPERT.search(name)
         if expert is not None:
             name = EXPERT.sub(".experts", name)
+        match = HF_LAYER.match(name)
+        is_bias = name.endswith(".bias") and not name.endswith(NO_BIASES)
+        if is_bias and (match is None or match[2] not in self.biases):
+            return None
         found = gguf_names.gguf_name(self.architecture, name)
         return None if found is None else GgufName(found, None if expert is None else int(expert[1]))
+
+    def _renamed(self, name: str) -> str:
+        """Return the name under which the converter looks a tensor up."""
+        for pattern, replacement in self.next_names:
+            match = re.search(pattern, name)
+            if match is not None:
+                number = self.layers + int(match.groupdict().get("n", "0"))
+                name = name[: match.start()] + replacement.format(number) + name[match.end() :]
+                break
+        for pattern, replacement in COMMON_RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.startswith(("layers.", "embed_tokens.", "norm.")):
+            name = f"model.{name}"
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def hf_name(self, name: str) -> str | None:
         """Return transformers' name of a GGUF's tensor, with {} for an expert's number; None if it is unknown."""
@@ -124,7 +150,7 @@ class Architecture:
         Raises:
             BadSpec: the rows do not divide into heads.
         """
-        match = HF_LAYER.match(name)
+        match = HF_LAYER.match(self._renamed(name))
         if not self.permutes or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
             return None
         heads = number(config, "num_attention_heads")
@@ -138,8 +164,10 @@ class Architecture:
 @cache
 def _architecture(model_type: object) -> Architecture | None:
     found = section(model_type, "gguf")
-    if found is None:
-        return None
+    return None if found is None else _made(found)
+
+
+def _made(found: Mapping[str, Any]) -> Architecture:
     made: dict[str, Any] = {
         key: tuple(tuple(row) if isinstance(row, list) else row for row in value) if isinstance(value, list) else value
         for key, value in found.items()
@@ -160,7 +188,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise BadSpec(
             f"{setting('layout')}: gguf knows no architecture for model_type {model_type!r}; it knows {known}"
         )
-    return found
+    for condition, changes in found.variants.items():
+        if CONDITIONS[condition](config):
+            found = _made(added(section(model_type, "gguf") or {}, changes))
+    layers = text_config(config, "num_hidden_layers")
+    return replace(found, layers=layers if type(layers) is int else 0)
 
 
 @cache

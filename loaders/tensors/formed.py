@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from loaders.architectures.families import text_config
 from loaders.architectures.forms import Form
 from loaders.architectures.gguf import number
 from loaders.dtypes import DTYPES, DType, Shape, row_major
@@ -22,6 +23,7 @@ from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 Config = Mapping[str, Any]
+GROUPS = ("n_groups", "mamba_n_groups", "ssm_n_groups")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +92,27 @@ def halves(view: np.ndarray, config: Config) -> list[Piece]:
     return [Piece(view[:half]), Piece(view[half:])]
 
 
+def row_halves(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the rows of each expert in a stack [experts, rows, columns] into two halves."""
+    if len(view.shape) != 3 or view.shape[1] % 2:
+        raise BadCheckpoint(f"expected [experts, an even number of rows, columns], found {list(view.shape)}")
+    half = view.shape[1] // 2
+    return [Piece(view[:, :half]), Piece(view[:, half:])]
+
+
+def column(view: np.ndarray, config: Config) -> list[Piece]:
+    """Make a vector a matrix of one column."""
+    return [Piece(_axis(view, 0, (view.shape[0], 1)))]
+
+
+def state_groups(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the norm of a state space into a row for each group."""
+    groups = next((number(config, key) for key in GROUPS if text_config(config, key) is not None), 1)
+    return [Piece(_axis(view, 0, (groups, view.shape[0] // max(1, groups))))]
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
-    each.__name__: each for each in (swap_last, squeeze, latent_heads, halves)
+    each.__name__: each for each in (swap_last, squeeze, latent_heads, halves, row_halves, column, state_groups)
 }
 
 

@@ -12,11 +12,12 @@ from typing import Any
 from loaders.architectures.families import text_config
 from loaders.architectures.gguf import Architecture, number
 from loaders.architectures.rope import rope_number, rope_of
-from loaders.containers.gguf import MetadataValue, boolean, float32, text, uint32
+from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, text, uint32
 from loaders.errors import BadSpec
+from loaders.layouts.gguf.keys_by_layer import MADE_BY_LAYER, MADE_HYBRID
 
 Config = Mapping[str, Any]
-Keys = dict[str, MetadataValue]
+Keys = dict[str, MetadataValue | None]  # None takes a key away
 
 # GGUF's key -> its type, and the names that config.json has for it, of which the first counts that is there
 COMMON = {
@@ -46,13 +47,16 @@ GATE_NAMES = (
 )
 
 
-def keys_of(architecture: Architecture, config: Config) -> Keys:
+def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, MetadataValue | None], blocks: int) -> Keys:
     """Return the keys that all architectures have, and this one's own, without its name before them.
+
+    `usual` are keys that follow from more than one value of config.json; the architecture's own take their places.
+    `blocks` is the number of layers in the file.
 
     Raises:
         BadSpec: config.json has another kind of value where a number is needed, or lacks what a key is made of.
     """
-    found: Keys = {"block_count": uint32(number(config, "num_hidden_layers"))}
+    found = {**usual, "block_count": uint32(number(config, "num_hidden_layers"))}
     for key, row in COMMON.items():
         found |= _key(key, row, config)
     gate = _value(config, GATE_NAMES)
@@ -61,11 +65,12 @@ def keys_of(architecture: Architecture, config: Config) -> Keys:
             raise BadSpec(f"config.json: llama.cpp chooses experts by {', '.join(GATES)}, not by {gate!r}")
         found["expert_gating_func"] = uint32(GATES[gate])
     for key, own in architecture.keys.items():
-        found.pop(key, None)
-        found |= {} if own is None else _key(key, own, config)
+        found |= {key: None} if own is None else _key(key, own, config)
     for word in architecture.made:
         found |= MADE[word](config)
-    return found
+    for word in architecture.by_layer:
+        found |= MADE_BY_LAYER[word](config, blocks)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _key(key: str, row: Any, config: Config) -> Keys:
@@ -101,6 +106,11 @@ def head_size(config: Config) -> int:
     return number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
 
 
+def whole_rotary(config: Config) -> Keys:
+    """All of a head is rotated."""
+    return {"rope.dimension_count": uint32(head_size(config))}
+
+
 def partial_rotary(config: Config) -> Keys:
     """The part of a head that is rotated."""
     factor = rope_number(rope_of(config), "partial_rotary_factor", 1.0)
@@ -119,13 +129,52 @@ def latent_sizes(config: Config) -> Keys:
 
 
 def latent_yarn(config: Config) -> Keys:
-    """Yarn's mscale_all_dim, a tenth of which this architecture reads."""
+    """Yarn's mscale_all_dim, a tenth of which this architecture reads; it takes mscale for the same.
+
+    Raises:
+        BadSpec: mscale is another number.
+    """
     rope = rope_of(config)
     if rope.get("mscale_all_dim") is None:
         return {}
-    return {"rope.scaling.yarn_log_multiplier": float32(0.1 * rope_number(rope, "mscale_all_dim"))}
+    scale = rope_number(rope, "mscale_all_dim")
+    if rope.get("mscale") not in (None, scale):
+        raise BadSpec(f"config.json: llama.cpp takes yarn's mscale for mscale_all_dim, {scale}; it is {rope['mscale']}")
+    found: Keys = {"rope.scaling.yarn_log_multiplier": float32(0.1 * scale)}
+    return found if rope.get("attention_factor") is not None else found | NO_ATTENTION_FACTOR
 
 
+def mistral_yarn(config: Config) -> Keys:
+    """Yarn's mscale_all_dim as it is, and the scale of the queries at long distances."""
+    rope = rope_of(config)
+    return {
+        "rope.scaling.yarn_log_multiplier": float32(rope_number(rope, "mscale_all_dim")),
+        "attention.temperature_scale": float32(rope_number(rope, "llama_4_scaling_beta")),
+        **({} if rope.get("attention_factor") is not None else NO_ATTENTION_FACTOR),
+    }
+
+
+def half_rotary(config: Config) -> Keys:
+    """The part of a head that is rotated, where config.json means a half if it says nothing."""
+    factor = rope_number(rope_of(config), "partial_rotary_factor", text_config(config, "partial_rotary_factor", 0.5))
+    return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
+
+
+def indexer_types(config: Config) -> Keys:
+    """Whether each layer has an indexer of its own, or takes the choice of the one before."""
+    kinds = text_config(config, "indexer_types")
+    if kinds is None:
+        return {}
+    if not isinstance(kinds, list) or not {"full", "shared"}.issuperset(kinds):
+        raise BadSpec(f"config.json: expected a list of full and shared as indexer_types, found {kinds!r}")
+    return {"attention.indexer.types": booleans([kind == "full" for kind in kinds])}
+
+
+# Yarn's factor of the embeddings, which architectures with a multiplier of its own work out by themselves.
+NO_ATTENTION_FACTOR: Keys = {"rope.scaling.yarn_attn_factor": None, "rope.scaling.attn_factor": None}
 MADE: dict[str, Callable[[Config], Keys]] = {
-    each.__name__: each for each in (partial_rotary, latent_sizes, latent_yarn)
-}
+    each.__name__: each
+    for each in (
+        whole_rotary, partial_rotary, latent_sizes, latent_yarn, mistral_yarn, half_rotary, indexer_types,
+    )
+} | MADE_HYBRID  # fmt: skip

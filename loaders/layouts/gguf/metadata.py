@@ -76,22 +76,23 @@ def model_metadata(
         BadSpec: config.json lacks a size, or asks for what llama.cpp does not compute.
     """
     _check_computed(architecture, config)
-    heads, length = number(config, "num_attention_heads"), head_size(config)
-    found = {
-        "vocab_size": uint32(number(config, "vocab_size")),
+    heads, length = number(config, "num_attention_heads"), uint32(head_size(config))
+    usual = {
+        "vocab_size": None,  # a place for a key that only some architectures have
         "attention.head_count_kv": uint32(number(config, "num_key_value_heads", heads)),
-        "attention.key_length": uint32(length),
-        "attention.value_length": uint32(length),
-        "rope.dimension_count": uint32(length),
+        "attention.key_length": length,
+        "attention.value_length": length,
+        "rope.dimension_count": None,
         **_rope_metadata(config),
         **_window_metadata(config),
-        **keys_of(architecture, config),
     }
+    layers = number(config, "num_hidden_layers")
+    found = keys_of(architecture, config, usual, max(layers, blocks or 0))
     missing = [names[0] for names in NEEDED if not found.keys() & {*names}]
     if missing:
         wanted = COMMON[missing[0]][1].replace("|", " or ")
         raise BadSpec(f"config.json: expected {wanted}, which llama.cpp needs as {missing[0]}; found none")
-    beyond = (blocks or 0) - number(config, "num_hidden_layers")
+    beyond = (blocks or 0) - layers
     if beyond > 0:
         found |= {"block_count": uint32(blocks or 0), "nextn_predict_layers": uint32(beyond)}
     return {f"{architecture.name}.{key}": entry for key, entry in found.items()}
