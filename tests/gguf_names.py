@@ -27,8 +27,10 @@ def names(gguf: Any) -> dict[str, Any]:
         for arch, name in sorted(gguf.MODEL_ARCH_NAMES.items(), key=lambda each: each[1])
         if name not in TOWERS
     }
-    used = [gguf.MODEL_TENSOR[name] for name in sorted({name for names in architectures.values() for name in names})]
     modules = {**mapping.mappings_cfg, **mapping.block_mappings_cfg}
+    needed = {name for names in architectures.values() for name in names}
+    # In gguf-py's order: of two kinds that have the name of a module in common, the later one has it.
+    used = [kind for kind in dict.fromkeys((*modules, *gguf.MODEL_TENSOR)) if kind.name in needed]
     open_ = lambda text: text.replace("{bid}", "{}")  # noqa: E731
     return {
         "tensors": {kind.name: open_(gguf.TENSOR_NAMES[kind]) for kind in used},

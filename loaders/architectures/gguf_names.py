@@ -25,10 +25,14 @@ def _tables() -> Mapping[str, Any]:
 
 @cache
 def _names(architecture: str) -> Mapping[str, str]:
-    """Return GGUF's names by the names of modules, with {} for a layer's number."""
+    """Return GGUF's names by the names of modules, with {} for a layer's number.
+
+    Of two kinds of tensors that have a module's name in common, the later one has it, as in gguf-py.
+    """
     tables, found = _tables(), {}
     own = tables["own"].get(architecture, {})
-    for kind in tables["architectures"][architecture]:
+    kinds = {*tables["architectures"][architecture]}
+    for kind in (kind for kind in tables["tensors"] if kind in kinds):
         for module in own.get(kind, tables["modules"].get(kind, ())):
             found[module] = tables["tensors"][kind]
     return found
