@@ -46,13 +46,15 @@ GATE_NAMES = (
 )
 
 
-def keys_of(architecture: Architecture, config: Config) -> Keys:
+def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, MetadataValue | None]) -> Keys:
     """Return the keys that all architectures have, and this one's own, without its name before them.
+
+    `usual` are keys that follow from more than one value of config.json; the architecture's own take their places.
 
     Raises:
         BadSpec: config.json has another kind of value where a number is needed, or lacks what a key is made of.
     """
-    found: Keys = {"block_count": uint32(number(config, "num_hidden_layers"))}
+    found = {**usual, "block_count": uint32(number(config, "num_hidden_layers"))}
     for key, row in COMMON.items():
         found |= _key(key, row, config)
     gate = _value(config, GATE_NAMES)
@@ -61,11 +63,10 @@ def keys_of(architecture: Architecture, config: Config) -> Keys:
             raise BadSpec(f"config.json: llama.cpp chooses experts by {', '.join(GATES)}, not by {gate!r}")
         found["expert_gating_func"] = uint32(GATES[gate])
     for key, own in architecture.keys.items():
-        found.pop(key, None)
-        found |= {} if own is None else _key(key, own, config)
+        found |= {key: None} if own is None else _key(key, own, config)
     for word in architecture.made:
         found |= MADE[word](config)
-    return found
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _key(key: str, row: Any, config: Config) -> Keys:
@@ -100,10 +101,15 @@ def head_size(config: Config) -> int:
     return number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
 
 
+def whole_rotary(config: Config) -> Keys:
+    """All of a head is rotated."""
+    return {"rope.dimension_count": uint32(head_size(config))}
+
+
 def partial_rotary(config: Config) -> Keys:
     """The part of a head that is rotated."""
     factor = rope_number(rope_of(config), "partial_rotary_factor", 1.0)
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
-MADE: dict[str, Callable[[Config], Keys]] = {each.__name__: each for each in (partial_rotary,)}
+MADE: dict[str, Callable[[Config], Keys]] = {each.__name__: each for each in (whole_rotary, partial_rotary)}

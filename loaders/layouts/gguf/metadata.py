@@ -72,17 +72,17 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
         BadSpec: config.json lacks a size, or asks for what llama.cpp does not compute.
     """
     _check_computed(architecture, config)
-    heads, length = number(config, "num_attention_heads"), head_size(config)
-    found = {
-        "vocab_size": uint32(number(config, "vocab_size")),
+    heads, length = number(config, "num_attention_heads"), uint32(head_size(config))
+    usual = {
+        "vocab_size": None,  # a place for a key that only some architectures have
         "attention.head_count_kv": uint32(number(config, "num_key_value_heads", heads)),
-        "attention.key_length": uint32(length),
-        "attention.value_length": uint32(length),
-        "rope.dimension_count": uint32(length),
+        "attention.key_length": length,
+        "attention.value_length": length,
+        "rope.dimension_count": None,
         **_rope_metadata(config),
         **_window_metadata(config),
-        **keys_of(architecture, config),
     }
+    found = keys_of(architecture, config, usual)
     missing = [names[0] for names in NEEDED if not found.keys() & {*names}]
     if missing:
         wanted = COMMON[missing[0]][1].replace("|", " or ")
