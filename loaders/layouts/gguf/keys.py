@@ -12,9 +12,10 @@ from typing import Any
 from loaders.architectures.families import text_config
 from loaders.architectures.gguf import Architecture, number
 from loaders.architectures.rope import rope_number, rope_of
-from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, text, uint32
+from loaders.containers.gguf import MetadataValue, boolean, float32, text, uint32
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.keys_by_layer import MADE_BY_LAYER, MADE_HYBRID
+from loaders.layouts.gguf.keys_latent import MADE_LATENT
 
 Config = Mapping[str, Any]
 Keys = dict[str, MetadataValue | None]  # None takes a key away
@@ -117,64 +118,14 @@ def partial_rotary(config: Config) -> Keys:
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
-def latent_sizes(config: Config) -> Keys:
-    """Latent attention: the sizes of its one wide head, and those of the heads that this is cut into."""
-    rank, rotated = number(config, "kv_lora_rank", 512), number(config, "qk_rope_head_dim")
-    return {
-        "attention.key_length": uint32(rank + rotated),
-        "attention.value_length": uint32(rank),
-        "attention.key_length_mla": uint32(number(config, "qk_nope_head_dim") + rotated),
-        "attention.value_length_mla": uint32(number(config, "v_head_dim")),
-    }
-
-
-def latent_yarn(config: Config) -> Keys:
-    """Yarn's mscale_all_dim, a tenth of which this architecture reads; it takes mscale for the same.
-
-    Raises:
-        BadSpec: mscale is another number.
-    """
-    rope = rope_of(config)
-    if rope.get("mscale_all_dim") is None:
-        return {}
-    scale = rope_number(rope, "mscale_all_dim")
-    if rope.get("mscale") not in (None, scale):
-        raise BadSpec(f"config.json: llama.cpp takes yarn's mscale for mscale_all_dim, {scale}; it is {rope['mscale']}")
-    found: Keys = {"rope.scaling.yarn_log_multiplier": float32(0.1 * scale)}
-    return found if rope.get("attention_factor") is not None else found | NO_ATTENTION_FACTOR
-
-
-def mistral_yarn(config: Config) -> Keys:
-    """Yarn's mscale_all_dim as it is, and the scale of the queries at long distances."""
-    rope = rope_of(config)
-    return {
-        "rope.scaling.yarn_log_multiplier": float32(rope_number(rope, "mscale_all_dim")),
-        "attention.temperature_scale": float32(rope_number(rope, "llama_4_scaling_beta")),
-        **({} if rope.get("attention_factor") is not None else NO_ATTENTION_FACTOR),
-    }
-
-
 def half_rotary(config: Config) -> Keys:
     """The part of a head that is rotated, where config.json means a half if it says nothing."""
     factor = rope_number(rope_of(config), "partial_rotary_factor", text_config(config, "partial_rotary_factor", 0.5))
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
-def indexer_types(config: Config) -> Keys:
-    """Whether each layer has an indexer of its own, or takes the choice of the one before."""
-    kinds = text_config(config, "indexer_types")
-    if kinds is None:
-        return {}
-    if not isinstance(kinds, list) or not {"full", "shared"}.issuperset(kinds):
-        raise BadSpec(f"config.json: expected a list of full and shared as indexer_types, found {kinds!r}")
-    return {"attention.indexer.types": booleans([kind == "full" for kind in kinds])}
-
-
-# Yarn's factor of the embeddings, which architectures with a multiplier of its own work out by themselves.
-NO_ATTENTION_FACTOR: Keys = {"rope.scaling.yarn_attn_factor": None, "rope.scaling.attn_factor": None}
 MADE: dict[str, Callable[[Config], Keys]] = {
-    each.__name__: each
-    for each in (
-        whole_rotary, partial_rotary, latent_sizes, latent_yarn, mistral_yarn, half_rotary, indexer_types,
-    )
-} | MADE_HYBRID  # fmt: skip
+    **{each.__name__: each for each in (whole_rotary, partial_rotary, half_rotary)},
+    **MADE_HYBRID,
+    **MADE_LATENT,
+}

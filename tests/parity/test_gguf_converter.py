@@ -1,0 +1,75 @@
+"""Held against llama.cpp's own converter: every tensor and every key of a tiny model of each type, and llama.cpp runs it.
+
+What the converter makes is in tests/goldens/gguf; see tests/converter.py. The keys of general and of the tokenizer are
+held by the tests of tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from loaders.architectures.gguf import architecture_of  # noqa: E402
+from tests import tiny_models  # noqa: E402
+from tests.gguf_goldens import differences, golden_path, summary  # noqa: E402
+from tests.tiny_configs import ROWS  # noqa: E402
+
+pytestmark = pytest.mark.engine
+
+ELSEWHERE = ("general.", "tokenizer.")
+# Keys that are written where the converter writes none, each with the reason.
+MORE = {
+    "attention.key_length": "what llama.cpp takes without it may be another number",
+    "attention.value_length": "what llama.cpp takes without it may be another number",
+    "attention.sliding_window": "llama.cpp ignores Mistral's, which is not lost this way",
+}
+KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+
+
+@pytest.fixture
+def converted(tmp_path: Path, weightmill: Callable[..., Any]) -> Callable[[str], Path]:
+    """A function that makes a tiny model of a type, and a GGUF of it with the converter's types."""
+
+    def convert(kind: str) -> Path:
+        model = tiny_models.make(kind, tmp_path / kind)
+        ran = weightmill("run", f"model.path={model}", f"output.path={tmp_path / 'out'}", "quant=gguf_bf16")
+        assert ran.status == 0, ran.err
+        [made] = (tmp_path / "out").glob("*.gguf")
+        return Path(made)
+
+    return convert
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tiny_model_is_converted_as_by_llama_cpp(kind: str, converted: Callable[[str], Path]) -> None:
+    golden = json.loads(golden_path(kind).read_text())
+    made = converted(kind)
+    name = architecture_of(json.loads((made.parent.parent / kind / "config.json").read_text())).name
+    found = summary(made)
+    for part in (golden["metadata"], found["metadata"]):
+        for key in [key for key in part if key.startswith(ELSEWHERE)]:
+            del part[key]
+    for key in MORE:
+        if f"{name}.{key}" not in golden["metadata"]:
+            found["metadata"].pop(f"{name}.{key}", None)
+    assert differences(golden, found) == []
+    assert_runs(made)
+
+
+def assert_runs(file: Path) -> None:
+    """Load a file in llama.cpp, where it is installed, and compute finite logits that differ from token to token."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = llama_cpp.Llama(str(file), n_ctx=64, n_batch=64, logits_all=True, verbose=False, n_threads=1)
+    model.eval([5, 77, 200, 3, 150, 31, 8, 260])
+    logits = np.array(model.scores[:8])
+    model.close()
+    assert logits.shape == (8, ROWS)
+    assert np.isfinite(logits).all()
+    assert len(np.unique(logits.argmax(1))) > 1
