@@ -26,7 +26,9 @@ class Tiny:
     stored, which transformers' classes lack: see tests/next_tokens.py. `centred` norms are stored minus one. `mxfp4` stores
     experts in MXFP4 as GPT-OSS, `fp4` as DeepSeek V4, `stacked` in two tensors a layer. `renames` are [pattern, replacement] from the names that the class
     saves to the published ones, where these differ. `as_published` leaves config.json in its published words, where the
-    class saves others that engines do not read. `tokenizer` is a kind of tests/tiny_tokenizers.py. `pre` is the pre-tokenizer that llama.cpp's converter is given.
+    class saves others that engines do not read. `raw` has llama.cpp's converter read config.json as it lies, where the
+    class's defaults make it take a dense model for a mixture. `tokenizer` is a kind of tests/tiny_tokenizers.py. `pre` is
+    the pre-tokenizer that the converter is given.
     """
 
     model_type: str
@@ -40,6 +42,7 @@ class Tiny:
     stacked: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     as_published: bool = False
+    raw: bool = False
     pre: str = "gpt-2"
     plain_vocabulary: bool = False
 
@@ -82,7 +85,7 @@ GEMMA4_VISION: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "patch_size": 4, "position_embedding_size": 16,
 }  # fmt: skip
 MAMBA: dict[str, Any] = {"mamba_d_state": 32, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
-MIMO_LAYERS = {"hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "num_hidden_layers": 3}
+MIMO_LAYERS = {"hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "num_hidden_layers": 3}
 
 # In the order of demand.
 TINY: dict[str, Tiny] = {
@@ -193,7 +196,7 @@ TINY: dict[str, Tiny] = {
         ),
     ),
     "nemotron_h_dense": Tiny(
-        model_type="nemotron_h", base="nemotron-h-56b",
+        model_type="nemotron_h", base="nemotron-h-56b", as_published=True, raw=True,
         config=text(
             hybrid_override_pattern="M-*-", num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32, n_groups=2,
             ssm_state_size=32, chunk_size=16, attention_head_dim=32,
@@ -303,7 +306,7 @@ TINY: dict[str, Tiny] = {
         config={**SIZES, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "granitemoehybrid": Tiny(
-        model_type="granitemoehybrid", base="granite-4.0-h-small",
+        model_type="granitemoehybrid", base="granite-4.0-h-small", as_published=True,
         config={
             **SIZES, **MAMBA, "intermediate_size": 64, "shared_intermediate_size": 256, "num_local_experts": 4,
             "num_experts_per_tok": 2, "layer_types": ["mamba", "attention"], "mamba_n_heads": 4,

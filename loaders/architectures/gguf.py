@@ -16,7 +16,7 @@ from loaders.architectures import gguf_names
 from loaders.architectures.families import text_config
 from loaders.architectures.family_files import added, known_types, section
 from loaders.architectures.forms import Form, forms_of
-from loaders.architectures.layer_kinds import CONDITIONS
+from loaders.architectures.layer_kinds import CONDITIONS, layer_count
 from loaders.errors import BadSpec, setting
 from loaders.specs import RowOrder
 
@@ -32,6 +32,7 @@ HF_LAYER = re.compile(r"^(?:(?:model|backbone)\.)?layers\.(\d+)\.(.+)\.(weight|b
 COMMON_RENAMES = ((r"language_model\.", ""), (r"e_score_correction_bias$", "e_score_correction.bias"))
 # Vectors that the converter calls a bias, and that llama.cpp loads for every architecture that has them in its table.
 NO_BIASES = ("e_score_correction.bias", "expert_bias.bias", "router_bias.bias")
+QUERIES, KEYS = ("self_attn.q_proj", "mixer.q_proj"), ("self_attn.k_proj", "mixer.k_proj")
 EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
@@ -62,6 +63,8 @@ class Architecture:
     made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
     by_layer: words for keys with a value for each layer of the file; they are in `loaders.layouts.gguf.keys_by_layer`.
     activations: the values of hidden_act that it computes.
+    own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
+    rounds_ramp: yarn's ramp is computed with a rounded range, whatever config.json says; a warning tells so.
     next_tokens: it has layers for multi-token prediction, after the others.
     next_names: [pattern, replacement] rows for the names of such layers: {} is the number of the layer, which is that
     of the others and the pattern's group `n`.
@@ -83,6 +86,8 @@ class Architecture:
     made: tuple[str, ...] = ()
     by_layer: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
+    own_rope: bool = False
+    rounds_ramp: bool = False
     next_tokens: bool = False
     next_names: tuple[tuple[str, str], ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -151,10 +156,10 @@ class Architecture:
             BadSpec: the rows do not divide into heads.
         """
         match = HF_LAYER.match(self._renamed(name))
-        if not self.permutes or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
+        if not self.permutes or match is None or match[2] not in QUERIES + KEYS:
             return None
         heads = number(config, "num_attention_heads")
-        if match[2] == "self_attn.k_proj":
+        if match[2] in KEYS:
             heads = number(config, "num_key_value_heads", heads)
         if heads < 1 or rows % (2 * heads):
             raise BadSpec(f"{name}: its {rows} rows do not divide into {heads} heads of an even size")
@@ -191,8 +196,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     for condition, changes in found.variants.items():
         if CONDITIONS[condition](config):
             found = _made(added(section(model_type, "gguf") or {}, changes))
-    layers = text_config(config, "num_hidden_layers")
-    return replace(found, layers=layers if type(layers) is int else 0)
+    return replace(found, layers=layer_count(config) or 0)
 
 
 @cache

@@ -38,6 +38,15 @@ def layer_kinds(config: Config) -> tuple[str, ...]:
     return tuple(KINDS[kind] for kind in found)
 
 
+def layer_count(config: Config) -> int | None:
+    """Return the number of layers, which some models say only by the kinds of their layers."""
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        found = text_config(config, key)
+        if found is not None:
+            return found if type(found) is int and found >= 0 else None
+    return len(layer_kinds(config)) or None
+
+
 # --- conditions under which an engine holds a model type in another way: see `variants` in `gguf.Architecture`
 
 

@@ -112,7 +112,7 @@ class _Model:
 
     @property
     def layers(self) -> int:
-        return number(self.config, "num_hidden_layers")
+        return self.architecture.layers
 
     @property
     def experts(self) -> int:

@@ -57,7 +57,7 @@ def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, Meta
     Raises:
         BadSpec: config.json has another kind of value where a number is needed, or lacks what a key is made of.
     """
-    found = {**usual, "block_count": uint32(number(config, "num_hidden_layers"))}
+    found = {**usual, "block_count": uint32(architecture.layers)}
     for key, row in COMMON.items():
         found |= _key(key, row, config)
     gate = _value(config, GATE_NAMES)
@@ -114,14 +114,21 @@ def whole_rotary(config: Config) -> Keys:
 
 def partial_rotary(config: Config) -> Keys:
     """The part of a head that is rotated."""
-    factor = rope_number(rope_of(config), "partial_rotary_factor", 1.0)
+    factor = _rotary_factor(config, 1.0)
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
 def half_rotary(config: Config) -> Keys:
     """The part of a head that is rotated, where config.json means a half if it says nothing."""
-    factor = rope_number(rope_of(config), "partial_rotary_factor", text_config(config, "partial_rotary_factor", 0.5))
+    factor = _rotary_factor(config, 0.5)
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
+
+
+def _rotary_factor(config: Config, default: float) -> float:
+    """Return the part of a head that is rotated, from either of the places where config.json may say it."""
+    rope = rope_of(config)
+    found = rope.get("partial_rotary_factor", text_config(config, "partial_rotary_factor"))
+    return rope_number({**rope, "partial_rotary_factor": found}, "partial_rotary_factor", default)
 
 
 MADE: dict[str, Callable[[Config], Keys]] = {

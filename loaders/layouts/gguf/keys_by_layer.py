@@ -7,7 +7,8 @@ from typing import Any
 
 from loaders.architectures.families import text_config
 from loaders.architectures.gguf import number
-from loaders.architectures.layer_kinds import layer_kinds
+from loaders.architectures.layer_kinds import layer_count, layer_kinds
+from loaders.architectures.rope import rope_of
 from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, float32s, int32s, uint32
 from loaders.errors import BadSpec
 
@@ -45,8 +46,14 @@ def inner_size(config: Config) -> Keys:
 def hybrid_positions(config: Config) -> Keys:
     """Whether attention has rotary embeddings: not beside state spaces, unless config.json says so."""
     rotates = "recurrent" not in _kinds(config) or text_config(config, "position_embedding_type") == "rope"
-    found: Keys = {"rope.scaling.finetuned": boolean(rotates)}
-    return found if rotates else found | {"context_length": uint32(CONTEXT)}
+    found: Keys = {
+        "rope.scaling.finetuned": boolean(rotates),
+        "rope.dimension_count": uint32(number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))),
+    }
+    if rotates:
+        return found
+    base = {} if rope_of(config).get("rope_theta") is not None else {"rope.freq_base": None}
+    return {**found, "context_length": uint32(CONTEXT), **base}
 
 
 def adjusted_feed_forward(config: Config) -> Keys:
@@ -61,7 +68,7 @@ def adjusted_feed_forward(config: Config) -> Keys:
 
 
 def _kinds(config: Config) -> tuple[str, ...]:
-    found, count = layer_kinds(config), number(config, "num_hidden_layers")
+    found, count = layer_kinds(config), layer_count(config) or 0
     if len(found) < count:
         raise BadSpec(f"config.json: expected the kinds of {count} layers, found none")
     return found[:count]
@@ -111,7 +118,12 @@ def step_layers(config: Config, blocks: int) -> Keys:
     rotated = _list(config, "partial_rotary_factors", blocks, 0.5)
     if rotated != [1.0 if kind == "sliding_attention" else 0.5 for kind in kinds]:
         raise BadSpec("config.json: llama.cpp rotates half of a head, and all in a window; partial_rotary_factors differ")
-    bases = text_config(config, "rope_theta")
+    scaling = text_config(config, "rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
+        raise BadSpec(f"config.json: the rope scaling {scaling!r} of {config.get('model_type')} is not converted to GGUF here")
+    bases = _list(config, "rope_theta", blocks, 10000.0)
+    if len({*zip(bases, kinds, strict=True)}) != len({*kinds}) or not all(isinstance(base, int | float) for base in bases):
+        raise BadSpec(f"config.json: expected one rope_theta for each kind of layers, found {str(bases)[:80]}")
     other = text_config(config, "attention_other_setting")
     within = other if isinstance(other, Mapping) else {}
     heads, groups = number(config, "num_attention_heads"), number(config, "num_attention_groups")
@@ -121,8 +133,9 @@ def step_layers(config: Config, blocks: int) -> Keys:
         "attention.head_count_kv": int32s(_by(is_sliding, within.get("num_attention_groups", groups), groups)),
         "attention.sliding_window_pattern": booleans(is_sliding),
     }
-    if isinstance(bases, list) and len(bases) > 1:
-        found |= {"rope.freq_base": float32(float(bases[0])), "rope.freq_base_swa": float32(float(bases[1]))}
+    within_base = next((base for base, sliding in zip(bases, is_sliding, strict=False) if sliding), bases[0])
+    outside = next((base for base, sliding in zip(bases, is_sliding, strict=False) if not sliding), bases[0])
+    found |= {"rope.freq_base": float32(float(outside)), "rope.freq_base_swa": float32(float(within_base))}
     for key, name in (("swiglu_clamp_exp", "swiglu_limits"), ("swiglu_clamp_shexp", "swiglu_limits_shared")):
         if text_config(config, name) is not None:
             limits = _list(config, name, blocks, 0.0)

@@ -83,10 +83,12 @@ def model_metadata(
         "attention.key_length": length,
         "attention.value_length": length,
         "rope.dimension_count": None,
-        **_rope_metadata(config),
+        **({} if architecture.own_rope else _rope_metadata(architecture, config)),
         **_window_metadata(config),
     }
-    layers = number(config, "num_hidden_layers")
+    layers = architecture.layers
+    if not layers:
+        number(config, "num_hidden_layers")  # which says what is wrong with it
     found = keys_of(architecture, config, usual, max(layers, blocks or 0))
     missing = [names[0] for names in NEEDED if not found.keys() & {*names}]
     if missing:
@@ -111,7 +113,7 @@ def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> No
             raise BadSpec("config.json: llama.cpp takes every layer of qwen3moe for a mixture; some here are dense")
 
 
-def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
+def _rope_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """Return the keys of rotary embeddings. Llama 3.1's scaling is a tensor instead: see `rope_factors`."""
     rope = rope_of(config)
     found = {"rope.freq_base": float32(rope_number(rope, "rope_theta", 10000.0))}
@@ -123,16 +125,16 @@ def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     if rope.get("partial_rotary_factor", 1) != 1:
         raise BadSpec("config.json: llama.cpp rotates whole heads; partial_rotary_factor is not 1 here")
     found |= {"rope.scaling.type": text(kind), "rope.scaling.factor": float32(rope_number(rope, "factor"))}
-    return found | (_yarn_metadata(rope) if kind == "yarn" else {})
+    return found | (_yarn_metadata(architecture, rope) if kind == "yarn" else {})
 
 
-def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, MetadataValue]:
+def _yarn_metadata(architecture: Architecture, rope: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """Return the keys of yarn.
 
     The converter writes yarn_attn_factor, which llama.cpp reads for other architectures only. For these it multiplies
     the usual factor by that under attn_factor (src/llama-context.cpp), so that this is written as well.
     """
-    if rope.get("truncate", True) is False:
+    if rope.get("truncate", True) is False and not architecture.rounds_ramp:
         raise BadSpec("config.json: llama.cpp's yarn rounds the range of its ramp; truncate is false here")
     found = {"rope.scaling.original_context_length": uint32(int(rope_number(rope, "original_max_position_embeddings")))}
     said = attention_factor(rope)
@@ -153,6 +155,8 @@ def rope_factors(architecture: Architecture, config: Mapping[str, Any]) -> np.nd
     Raises:
         BadSpec: llama.cpp's architecture does not load it.
     """
+    if architecture.own_rope:
+        return None
     found = frequency_factors(rope_of(config), head_size(config))
     if found is not None and not architecture.has_factors:
         raise BadSpec(
@@ -173,7 +177,9 @@ def _window_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
 
 def not_computed(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
     """Say what the metadata holds and llama.cpp does not compute, or only if it is told so on its command line."""
-    said, rope = ignored_window(config, "llama.cpp"), rope_of(config)
+    said, rope = ignored_window(config, "llama.cpp"), {} if architecture.own_rope else rope_of(config)
+    if rope.get("truncate", True) is False and rope.get("rope_type") == "yarn":
+        said.append("llama.cpp rounds the range of yarn's ramp, which transformers does not for this model")
     for name, usual in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW)):
         found = rope_number(rope, name) if rope.get("rope_type") == "yarn" and rope.get(name) else usual
         if found != usual:
