@@ -24,7 +24,8 @@ class Tiny:
     `base` is the layout of tests/headers whose config.json is taken; without it, `model_type`'s defaults are. `config`
     replaces what it says, part by part. `next_tokens` names the form in which layers for multi-token prediction are
     stored, which transformers' classes lack: see tests/next_tokens.py. `centred` norms are stored minus one. `mxfp4` stores
-    experts in MXFP4 as GPT-OSS, `fp4` as DeepSeek V4, `stacked` in two tensors a layer. `renames` are [pattern, replacement] from the names that the class
+    experts in MXFP4 as GPT-OSS, `fp4` as DeepSeek V4, `stacked` in two tensors a layer, `transposed` such tensors as
+    [experts, inputs, outputs]. `renames` are [pattern, replacement] from the names that the class
     saves to the published ones, where these differ. `as_published` leaves config.json in its published words, where the
     class saves others that engines do not read. `raw` has llama.cpp's converter read config.json as it lies, where the
     class's defaults make it take a dense model for a mixture. `tokenizer` is a kind of tests/tiny_tokenizers.py. `pre` is
@@ -40,6 +41,7 @@ class Tiny:
     mxfp4: bool = False
     fp4: bool = False
     stacked: bool = False
+    transposed: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     as_published: bool = False
     raw: bool = False
@@ -238,7 +240,7 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "qwen3_vl_moe": Tiny(
-        model_type="qwen3_vl_moe", base="qwen3-vl-30b-a3b",
+        model_type="qwen3_vl_moe", base="qwen3-vl-30b-a3b", transposed=True,
         config={
             "text_config": text(**EXPERTS, rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 5, 5],
                                                          "rope_type": "default"}),

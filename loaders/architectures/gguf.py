@@ -16,7 +16,9 @@ from loaders.architectures import gguf_names
 from loaders.architectures.families import text_config
 from loaders.architectures.family_files import added, known_types, section
 from loaders.architectures.forms import Form, forms_of
+from loaders.architectures.gguf_types import is_float32, is_quantized
 from loaders.architectures.layer_kinds import CONDITIONS, layer_count
+from loaders.dtypes import Shape
 from loaders.errors import BadSpec, setting
 from loaders.specs import RowOrder
 
@@ -28,8 +30,6 @@ MODULES = (
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # A model saved without its head, as sentence encoders are, has names without `model.`.
 HF_LAYER = re.compile(r"^(?:(?:model|backbone)\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
-# What the converter makes of the names of every model before it looks them up (filter_tensors in conversion/base.py).
-COMMON_RENAMES = ((r"language_model\.", ""), (r"e_score_correction_bias$", "e_score_correction.bias"))
 # Vectors that the converter calls a bias, and that llama.cpp loads for every architecture that has them in its table.
 NO_BIASES = ("e_score_correction.bias", "expert_bias.bias", "router_bias.bias")
 QUERIES, KEYS = ("self_attn.q_proj", "mixer.q_proj"), ("self_attn.k_proj", "mixer.k_proj")
@@ -37,12 +37,27 @@ EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
 
+# The tensors of towers for images and sound, as TextModel.filter_tensors in conversion/base.py knows them.
+TOWERS = (
+    r"^(?:mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.|sound_(?:encoder|projection)\.|speech_embeddings\.)"
+    r"|visual\.|(?:vision|audio)[._]|talker\.|token2wav\.|code2wav\.|projector\.|pre_mm_projector_norm|image_newline"
+    r"|view_seperator|patch_embed|patch_merge(?:r|_mlp)\.|model\.connector\."
+)
+PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")  # what config.json has of a model with towers
+NO_TOWERS = "llama.cpp keeps the towers of a model in a file of their own (mmproj), which is not made here"
+
+
 @dataclass(frozen=True, slots=True)
 class GgufName:
-    """The place of transformers' tensor in a GGUF: a name, and the expert's number in a stack."""
+    """The place of transformers' tensor in a GGUF.
+
+    expert: its number in a stack of experts. part, parts: which of how many tensors, whose rows follow each other.
+    """
 
     name: str
     expert: int | None = None
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,31 +67,38 @@ class Architecture:
     architecture: llama.cpp's name of it.
     classes: transformers' class for config.json by model_type, where a GGUF of it is read; empty where it is not.
     modules: further modules within a layer that are read from a GGUF, with {} for an expert's number; see MODULES.
-    renames: [pattern, replacement] rows that the converter applies to names before it looks them up.
+    renames: [pattern, replacement] rows that are applied to names before they are looked up; {next} in a replacement is
+    the number of the layer for multi-token prediction, the first or, by a group called next, another one. A name that
+    begins with blk. is a GGUF's own.
+    joins: [pattern, replacement, part, parts] rows for tensors whose rows follow each other in one of a GGUF's.
     forms: tensors that are held in another shape, or with other values; see `loaders.architectures.forms`.
     drop: patterns for published names of what is left out, each with the reason.
     permutes: rows of q and k are in another order: llama.cpp's rotary embedding pairs neighbours, transformers' pairs
     the halves of a head (`permute` in conversion/llama.py).
     has_factors: llama.cpp loads the tensor rope_freqs.weight.
-    biases: the modules within a layer whose biases it loads.
+    biases: the modules within a layer whose biases it loads, with {} for an expert's number.
+    float32: a pattern for GGUF's names of further tensors that are float32 whatever is asked for the others.
+    defaults: what transformers' class takes for keys that a config.json leaves out.
+    extras: words for tensors that follow from config.json; see `loaders.layouts.gguf.extra_tensors`.
+    layers: the number of the layers of the model at hand, without those for multi-token prediction.
     keys: its keys of metadata: [type, key of config.json, default] or [type, number]; null for one that it has not.
     made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
-    by_layer: words for keys with a value for each layer of the file; they are in `loaders.layouts.gguf.keys_by_layer`.
-    activations: the values of hidden_act that it computes.
+    activations: the values that it computes of hidden_act, or of the key that `activation` names.
+    needs: [key, value, reason] rows of what config.json must say where it says anything.
+    ropes: the kinds of rotary embeddings that it computes beside those of all: mrope (by sections), sliding (another base
+    in layers with a window), longrope, proportional.
     own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
     rounds_ramp: yarn's ramp is computed with a rounded range, whatever config.json says; a warning tells so.
     next_tokens: it has layers for multi-token prediction, after the others.
-    next_names: [pattern, replacement] rows for the names of such layers: {} is the number of the layer, which is that
-    of the others and the pattern's group `n`.
     variants: what differs for some models of a type, under a word of `loaders.architectures.layer_kinds`; a later one
     that holds goes before.
-    layers: the number of config.json's layers.
     """
 
     architecture: str
     classes: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    joins: tuple[tuple[str, str, int, int], ...] = ()
     forms: tuple[Form, ...] = ()
     drop: tuple[tuple[str, str], ...] = ()
     permutes: bool = False
@@ -84,12 +106,16 @@ class Architecture:
     biases: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     keys: Mapping[str, Any] = field(default_factory=dict)
     made: tuple[str, ...] = ()
-    by_layer: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
+    activation: str = "hidden_act"
+    needs: tuple[tuple[str, Any, str], ...] = ()
+    ropes: tuple[str, ...] = ()
+    float32: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    extras: tuple[str, ...] = ()
     own_rope: bool = False
     rounds_ramp: bool = False
     next_tokens: bool = False
-    next_names: tuple[tuple[str, str], ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: int = 0
 
@@ -99,32 +125,44 @@ class Architecture:
 
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
-        name = self._renamed(name)
-        expert = EXPERT.search(name)
-        if expert is not None:
-            name = EXPERT.sub(".experts", name)
+        name = _published(name)
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, lambda match, to=replacement: self._renamed(match, to), name)
+        if name.startswith("blk."):
+            return GgufName(name)
         match = HF_LAYER.match(name)
         is_bias = name.endswith(".bias") and not name.endswith(NO_BIASES)
-        if is_bias and (match is None or match[2] not in self.biases):
+        if is_bias and (match is None or EXPERT.sub(".experts.{}", match[2]) not in self.biases):
             return None
+        expert = EXPERT.search(name)
+        number = None if expert is None else int(expert[1])
+        name, part, parts = self._joined(EXPERT.sub(".experts", name))
         found = gguf_names.gguf_name(self.architecture, name)
-        return None if found is None else GgufName(found, None if expert is None else int(expert[1]))
+        return None if found is None else GgufName(found, number, part, parts)
 
-    def _renamed(self, name: str) -> str:
-        """Return the name under which the converter looks a tensor up."""
-        for pattern, replacement in self.next_names:
-            match = re.search(pattern, name)
-            if match is not None:
-                number = self.layers + int(match.groupdict().get("n", "0"))
-                name = name[: match.start()] + replacement.format(number) + name[match.end() :]
-                break
-        for pattern, replacement in COMMON_RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if name.startswith(("layers.", "embed_tokens.", "norm.")):
-            name = f"model.{name}"
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
+    def _renamed(self, match: re.Match[str], replacement: str) -> str:
+        number = self.layers + int(match.groupdict().get("next") or 0)
+        return match.expand(replacement).replace("{next}", str(number))
+
+    def _joined(self, name: str) -> tuple[str, int, int]:
+        """Return the name of the tensor that this one is a part of, and which part of how many."""
+        for pattern, replacement, part, parts in self.joins:
+            if re.search(pattern, name):
+                return re.sub(pattern, replacement, name), part, parts
+        return name, 0, 1
+
+    def is_float32(self, name: str, dimensions: int) -> bool:
+        """Whether a GGUF's tensor is float32 whatever is asked for the others."""
+        return is_float32(name, dimensions) or bool(self.float32 and re.search(self.float32, name))
+
+    def is_quantized(self, name: str, shape: Shape) -> bool:
+        """Whether llama.cpp quantizes a GGUF's tensor of this whole shape at all."""
+        return is_quantized(self.architecture, name, shape)
+
+    def dropped(self, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """Return [pattern, reason] rows for published names of what is left out."""
+        is_multimodal = any(key in config for key in PARTS)
+        return (*self.drop, (TOWERS, NO_TOWERS)) if is_multimodal else self.drop
 
     def hf_name(self, name: str) -> str | None:
         """Return transformers' name of a GGUF's tensor, with {} for an expert's number; None if it is unknown."""
@@ -155,7 +193,7 @@ class Architecture:
         Raises:
             BadSpec: the rows do not divide into heads.
         """
-        match = HF_LAYER.match(self._renamed(name))
+        match = HF_LAYER.match(_published(name))
         if not self.permutes or match is None or match[2] not in QUERIES + KEYS:
             return None
         heads = number(config, "num_attention_heads")
@@ -164,6 +202,12 @@ class Architecture:
         if heads < 1 or rows % (2 * heads):
             raise BadSpec(f"{name}: its {rows} rows do not divide into {heads} heads of an even size")
         return RowOrder(rows // heads, inverse)
+
+
+def _published(name: str) -> str:
+    """Return a tensor's name as that of a language model by itself, as the converter does before it looks names up."""
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("language_model.", "")
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
 @cache
@@ -197,6 +241,12 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         if CONDITIONS[condition](config):
             found = _made(added(section(model_type, "gguf") or {}, changes))
     return replace(found, layers=layer_count(config) or 0)
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config.json with what transformers' class takes for the keys that it leaves out."""
+    found = architecture_of(config).defaults
+    return {**config, **{key: value for key, value in found.items() if text_config(config, key) is None}}
 
 
 @cache

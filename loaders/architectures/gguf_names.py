@@ -38,6 +38,12 @@ def _names(architecture: str) -> Mapping[str, str]:
     return found
 
 
+def tensor_names(architecture: str) -> tuple[str, ...]:
+    """Return GGUF's names of an architecture's tensors, with {} for a layer's number; none if it is unknown."""
+    tables = _tables()
+    return tuple(tables["tensors"][kind] for kind in tables["architectures"].get(architecture, ()))
+
+
 def gguf_name(architecture: str, name: str) -> str | None:
     """Return GGUF's name of a checkpoint's tensor, or None if the architecture has no such tensor."""
     for suffix in ("", ".weight", ".bias"):
@@ -48,6 +54,6 @@ def gguf_name(architecture: str, name: str) -> str | None:
         layer = LAYER.search(module)
         form = module if layer is None else f"{module[: layer.start()]}{{}}{module[layer.end() :]}"
         found = _names(architecture).get(form)
-        if found is not None:
+        if found is not None and (suffix or not found.endswith("_exps")):  # a stack that is not cut has no place
             return found.replace("{}", layer[0] if layer else "") + suffix
     return None

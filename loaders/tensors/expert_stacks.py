@@ -6,7 +6,7 @@ A window of a plain stack picks its elements; a window of a quantized one says w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from loaders.architectures.families import Family, Stack
@@ -15,16 +15,35 @@ from loaders.errors import BadCheckpoint
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
-def cut(tensor: LogicalTensor, family: Family) -> Iterator[LogicalTensor]:
+def orientation(tensors: Iterable[LogicalTensor], family: Family) -> bool | None:
+    """Return whether stacks are transposed, as far as their shapes tell and agree: the two of a layer never both fail."""
+    told = {
+        stack.transposed(tensor.shape)
+        for tensor in (tensors if family.stacks else ())
+        if len(tensor.shape) == 3
+        for stack in family.stacks
+        if stack.is_transposed is None and stack.pattern.search(tensor.name)
+    }
+    told.discard(None)
+    return told.pop() if len(told) == 1 else None
+
+
+def cut(tensor: LogicalTensor, family: Family, usual: bool | None = None) -> Iterator[LogicalTensor]:
     """Yield the tensors of a stack's experts, or the tensor itself if its name is no stack of the family's.
+
+    `usual` says whether a stack is transposed whose own shape does not tell.
 
     Raises:
         BadCheckpoint: the stack does not have the shape that the family gives it.
     """
     for stack in family.stacks:
         match = stack.pattern.search(tensor.name)
+        if match is None:
+            continue
+        told = stack.transposed(tensor.shape)
+        is_transposed = usual if told is None else told
         # A stack whose shape does not tell inputs from outputs stays whole, of which `Sources.notes` speak.
-        if match and (is_transposed := stack.transposed(tensor.shape)) is not None:
+        if is_transposed is not None:
             yield from _experts(tensor, replace(stack, is_transposed=is_transposed), match)
             return
     yield tensor

@@ -111,8 +111,49 @@ def state_groups(view: np.ndarray, config: Config) -> list[Piece]:
     return [Piece(_axis(view, 0, (groups, view.shape[0] // max(1, groups))))]
 
 
+def _value_heads(view: np.ndarray, config: Config, axis: int) -> np.ndarray:
+    """Return heads of values for each head of keys in turn: [keys, values, size] becomes [values, keys, size]."""
+    keys, values = (number(config, f"linear_num_{kind}_heads") for kind in ("key", "value"))
+    each = values // max(1, keys)
+    return _axis(view, axis, (keys, each, view.shape[axis] // max(1, values))).swapaxes(axis, axis + 1)
+
+
+def value_rows(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take rows by heads of values in llama.cpp's order, where neighbours have different heads of keys."""
+    return [Piece(_value_heads(view, config, 0), view.shape)]
+
+
+def value_columns(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take columns by heads of values in llama.cpp's order."""
+    return [Piece(_value_heads(view, config, 1), view.shape)]
+
+
+def keys_and_values(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the rows of queries and keys from those of values, whose heads are taken in llama.cpp's order."""
+    rows = 2 * number(config, "linear_key_head_dim") * number(config, "linear_num_key_heads")
+    view = view.squeeze() if view.ndim > 2 else view
+    return [Piece(view[:rows]), Piece(_value_heads(view[rows:], config, 0), view[rows:].shape)]
+
+
+def by_key_heads(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut [query, key, values, gates] of each head of keys into all queries, all keys, all values, and all gates."""
+    heads, values = (number(config, f"linear_num_{kind}_heads") for kind in ("key", "value"))
+    key, value = (number(config, f"linear_{kind}_head_dim") for kind in ("key", "value"))
+    sizes = [key, key, *[values // max(1, heads) * value] * 2]
+    by_head, pieces, start = _axis(view, 0, (heads, sum(sizes))), [], 0
+    for size in sizes:
+        piece = by_head[:, start : start + size]
+        pieces.append(Piece(piece, (heads * size, *view.shape[1:])))
+        start += size
+    return pieces
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
-    each.__name__: each for each in (swap_last, squeeze, latent_heads, halves, row_halves, column, state_groups)
+    each.__name__: each
+    for each in (
+        swap_last, squeeze, latent_heads, halves, row_halves, column, state_groups, value_rows, value_columns,
+        keys_and_values, by_key_heads,
+    )
 }
 
 

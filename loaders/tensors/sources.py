@@ -17,7 +17,7 @@ from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import small_reader
-from loaders.tensors.expert_stacks import cut
+from loaders.tensors.expert_stacks import cut, orientation
 from loaders.tensors.logical_tensor import LogicalTensor, in_natural_order, known, plain_tensor, transposed
 from loaders.tensors.quantized_sources import find_quantized, mlx
 
@@ -68,7 +68,8 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
                 if not decode:
                     beside[name] = _weight_of(name, spec, by_name)
     if split:
-        found = [piece for tensor in found for piece in cut(tensor, family)]
+        usual = orientation(found, family)
+        found = [piece for tensor in found for piece in cut(tensor, family, usual)]
     traits_of = KnownTraits(family)
     tensors = [_turned(known(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
     tensors = _apart(tensors)

@@ -12,9 +12,9 @@ from typing import Any
 from loaders.architectures.families import text_config
 from loaders.architectures.gguf import Architecture, number
 from loaders.architectures.rope import rope_number, rope_of
-from loaders.containers.gguf import MetadataValue, boolean, float32, text, uint32
+from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, text, uint32
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys_by_layer import MADE_BY_LAYER, MADE_HYBRID
+from loaders.layouts.gguf.keys_by_layer import MADE_BY_LAYER
 from loaders.layouts.gguf.keys_latent import MADE_LATENT
 
 Config = Mapping[str, Any]
@@ -22,11 +22,11 @@ Keys = dict[str, MetadataValue | None]  # None takes a key away
 
 # GGUF's key -> its type, and the names that config.json has for it, of which the first counts that is there
 COMMON = {
-    "context_length": ("uint32", "max_position_embeddings|n_ctx|n_positions|max_length|max_sequence_length"),
+    "context_length": ("uint32", "max_position_embeddings|n_ctx|n_positions|max_length|max_sequence_length|model_max_length"),
     "embedding_length": ("uint32", "hidden_size|n_embd|dim"),
     "feed_forward_length": (
         "uint32",
-        "prefix_dense_intermediate_size|dense_intermediate_size|intermediate_size|n_inner",
+        "prefix_dense_intermediate_size|dense_intermediate_size|intermediate_size|n_inner|hidden_dim",
     ),
     "attention.head_count": ("uint32", "num_attention_heads|n_head|n_heads"),
     "attention.head_count_kv": ("uint32", "num_key_value_heads|n_kv_heads"),
@@ -48,16 +48,16 @@ GATE_NAMES = (
 )
 
 
-def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, MetadataValue | None], blocks: int) -> Keys:
+def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, MetadataValue | None]) -> Keys:
     """Return the keys that all architectures have, and this one's own, without its name before them.
 
     `usual` are keys that follow from more than one value of config.json; the architecture's own take their places.
-    `blocks` is the number of layers in the file.
+    `config` says, too, how many layers are written: block_count, with those for multi-token prediction.
 
     Raises:
         BadSpec: config.json has another kind of value where a number is needed, or lacks what a key is made of.
     """
-    found = {**usual, "block_count": uint32(architecture.layers)}
+    found = {**usual, "block_count": uint32(number(config, "block_count"))}
     for key, row in COMMON.items():
         found |= _key(key, row, config)
     gate = _value(config, GATE_NAMES)
@@ -69,8 +69,6 @@ def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, Meta
         found |= {key: None} if own is None else _key(key, own, config)
     for word in architecture.made:
         found |= MADE[word](config)
-    for word in architecture.by_layer:
-        found |= MADE_BY_LAYER[word](config, blocks)
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -107,6 +105,23 @@ def head_size(config: Config) -> int:
     return number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
 
 
+def kinds_of_layers(config: Config) -> list[str]:
+    """Return the kind of each layer."""
+    found, count = text_config(config, "layer_types"), number(config, "num_hidden_layers")
+    if not isinstance(found, list) or len(found) != count or not all(isinstance(kind, str) for kind in found):
+        raise BadSpec(f"config.json: expected the kinds of {count} layers as layer_types, found {found!r:.80}")
+    return found
+
+
+def sliding_base(config: Config) -> float | None:
+    """Return the base of rotary embeddings in layers with a sliding window, if config.json says it."""
+    block = text_config(config, "rope_parameters")
+    if isinstance(block, Mapping) and "sliding_attention" in block:
+        return rope_number(rope_of(config, "sliding_attention"), "rope_theta", 10000.0)
+    local = _value(config, "local_rope_theta|swa_rope_theta|rope_local_base_freq")
+    return None if local is None else rope_number({"rope_theta": local}, "rope_theta")
+
+
 def whole_rotary(config: Config) -> Keys:
     """All of a head is rotated."""
     return {"rope.dimension_count": uint32(head_size(config))}
@@ -114,25 +129,35 @@ def whole_rotary(config: Config) -> Keys:
 
 def partial_rotary(config: Config) -> Keys:
     """The part of a head that is rotated."""
-    factor = _rotary_factor(config, 1.0)
+    factor = rope_of(config, "full_attention").get("partial_rotary_factor", text_config(config, "partial_rotary_factor"))
+    factor = rope_number({"partial_rotary_factor": factor}, "partial_rotary_factor", 1.0)
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
+
+
+def linear_attention(config: Config) -> Keys:
+    """Which layers are recurrent, and the size of their state."""
+    recurrent = [kind == "linear_attention" for kind in kinds_of_layers(config)]
+    after = number(config, "block_count") - len(recurrent)
+    inner = number(config, "linear_value_head_dim") * number(config, "linear_num_value_heads")
+    return {
+        "attention.recurrent_layers": booleans([*recurrent, *[False] * after]), "ssm.inner_size": uint32(inner),
+    }  # fmt: skip
+
+
+def deepstack(config: Config) -> Keys:
+    """How many of the first layers take features of an image."""
+    vision = config.get("vision_config")
+    indexes = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
+    return {"n_deepstack_layers": uint32(len(indexes) if isinstance(indexes, list) else 0)}
 
 
 def half_rotary(config: Config) -> Keys:
     """The part of a head that is rotated, where config.json means a half if it says nothing."""
-    factor = _rotary_factor(config, 0.5)
+    factor = rope_of(config).get("partial_rotary_factor", text_config(config, "partial_rotary_factor"))
+    factor = rope_number({"partial_rotary_factor": factor}, "partial_rotary_factor", 0.5)
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
-def _rotary_factor(config: Config, default: float) -> float:
-    """Return the part of a head that is rotated, from either of the places where config.json may say it."""
-    rope = rope_of(config)
-    found = rope.get("partial_rotary_factor", text_config(config, "partial_rotary_factor"))
-    return rope_number({**rope, "partial_rotary_factor": found}, "partial_rotary_factor", default)
-
-
 MADE: dict[str, Callable[[Config], Keys]] = {
-    **{each.__name__: each for each in (whole_rotary, partial_rotary, half_rotary)},
-    **MADE_HYBRID,
-    **MADE_LATENT,
-}
+    each.__name__: each for each in (whole_rotary, partial_rotary, linear_attention, deepstack, half_rotary)
+} | MADE_BY_LAYER | MADE_LATENT

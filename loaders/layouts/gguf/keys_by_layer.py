@@ -108,12 +108,13 @@ def first_moe_layer(config: Config) -> Keys:
 # --- values for each of the file's layers, those for multi-token prediction included
 
 
-def step_layers(config: Config, blocks: int) -> Keys:
+def step_layers(config: Config) -> Keys:
     """Step's heads, windows, bases of rotary embeddings and limits, which depend on the kind of a layer.
 
     Raises:
         BadSpec: layers rotate other parts of a head than llama.cpp does: a half, or all of it in a window.
     """
+    blocks = number(config, "block_count")
     kinds = _list(config, "layer_types", blocks, "full_attention")
     rotated = _list(config, "partial_rotary_factors", blocks, 0.5)
     if rotated != [1.0 if kind == "sliding_attention" else 0.5 for kind in kinds]:
@@ -143,7 +144,7 @@ def step_layers(config: Config, blocks: int) -> Keys:
     return found
 
 
-def mimo_layers(config: Config, blocks: int) -> Keys:
+def mimo_layers(config: Config) -> Keys:
     """MiMo's key-value heads and windows; its layers for multi-token prediction have a window.
 
     Raises:
@@ -157,7 +158,7 @@ def mimo_layers(config: Config, blocks: int) -> Keys:
         said = [int(kind == "sliding_attention") for kind in text_config(config, "layer_types", [])]
     if not isinstance(said, list) or not {0, 1}.issuperset(said):
         raise BadSpec(f"config.json: expected a list of 0 and 1 as hybrid_layer_pattern, found {said!r}")
-    pattern = [*said, *[1] * max(0, blocks - len(said))]
+    pattern = [*said, *[1] * max(0, number(config, "block_count") - len(said))]
     every = number(config, "num_key_value_heads")
     within = number(config, "swa_num_key_value_heads", every)
     base = text_config(config, "swa_rope_theta")
@@ -180,13 +181,10 @@ def _by(chosen: Sequence[bool], one: int, other: int) -> list[int]:
     return [one if each else other for each in chosen]
 
 
-MADE_HYBRID: dict[str, Callable[[Config], Keys]] = {
+MADE_BY_LAYER: dict[str, Callable[[Config], Keys]] = {
     each.__name__: each
     for each in (
         attention_layers, mlp_layers, inner_size, hybrid_positions, adjusted_feed_forward, sparse_indexer,
-        first_moe_layer,
+        first_moe_layer, step_layers, mimo_layers,
     )
 }  # fmt: skip
-MADE_BY_LAYER: dict[str, Callable[[Config, int], Keys]] = {
-    each.__name__: each for each in (step_layers, mimo_layers)
-}

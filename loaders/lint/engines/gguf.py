@@ -1,10 +1,14 @@
-"""What llama.cpp makes of planned names: the tensors that its architectures have, as the `gguf` package lists them."""
+"""What llama.cpp makes of planned names: the tensors that its architectures have, as gguf-py lists them.
+
+The table here may be newer than the `gguf` package that is installed, or older: either may know a tensor.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+from loaders.architectures import gguf_names
 from loaders.lint.base import fault
 from loaders.lint.engines.base import Answer, Question, Unanswerable, patterns
 
@@ -15,10 +19,12 @@ def check(question: Question, installed: str) -> Answer:
     """Hold every planned name against the architecture's list."""
     import gguf
 
-    architecture = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == question.architecture), None)
-    if architecture is None:
+    known = [name.replace("{}", "{bid}") for name in gguf_names.tensor_names(question.architecture or "")]
+    for architecture, name in gguf.MODEL_ARCH_NAMES.items():
+        if name == question.architecture:
+            known += [gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[architecture]]
+    if not known:
         raise Unanswerable(f"has no architecture {question.architecture!r}")
-    known = [gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[architecture]]
     found = unknown(list(question.stored), known)
     what = f"tensors that architecture {question.architecture} does not have: {patterns(found)}"
     findings = [fault(ENGINE, what, "does not load (wrong number of tensors)", "drop them by a rule")] if found else []
