@@ -39,7 +39,12 @@ TOWERS = (
     r"|visual\.|(?:vision|audio)[._]|talker\.|token2wav\.|code2wav\.|projector\.|pre_mm_projector_norm|image_newline"
     r"|view_seperator|patch_embed|patch_merge(?:r|_mlp)\.|model\.connector\."
 )
-PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")  # what config.json has of a model with towers
+PARTS = (
+    "text_config",
+    "vision_config",
+    "audio_config",
+    "thinker_config",
+)  # what config.json has of a model with towers
 NO_TOWERS = "llama.cpp keeps the towers of a model in a file of their own (mmproj), which is not made here"
 
 
@@ -72,7 +77,7 @@ class Architecture:
     permutes: rows of q and k are in another order: llama.cpp's rotary embedding pairs neighbours, transformers' pairs
     the halves of a head (`permute` in conversion/llama.py).
     has_factors: llama.cpp loads the tensor rope_freqs.weight.
-    biases: the modules within a layer whose biases it loads, with {} for an expert's number.
+    biases: the modules, of a layer or beside the layers, whose biases it loads, with {} for an expert's number.
     float32: a pattern for GGUF's names of further tensors that are float32 whatever is asked for the others.
     defaults: what transformers' class takes for keys that a config.json leaves out.
     extras: words for tensors that follow from config.json; see `loaders.layouts.gguf.extra_tensors`.
@@ -117,9 +122,11 @@ class Architecture:
             name = re.sub(pattern, lambda match, to=replacement: self._renamed(match, to), name)
         if name.startswith("blk."):
             return GgufName(name)
-        match = HF_LAYER.match(name)
-        if name.endswith(".bias") and (match is None or EXPERT.sub(".experts.{}", match[2]) not in self.biases):
-            return None
+        if name.endswith(".bias"):
+            match = HF_LAYER.match(name)
+            module = name.removeprefix("model.").removesuffix(".bias") if match is None else match[2]
+            if EXPERT.sub(".experts.{}", module) not in self.biases:
+                return None
         expert = EXPERT.search(name)
         number = None if expert is None else int(expert[1])
         name, part, parts = self._joined(EXPERT.sub(".experts", name))
