@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from loaders.architectures import gguf_names
@@ -86,8 +86,8 @@ class Architecture:
     made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
     activations: the values that it computes of hidden_act, or of the key that `activation` names.
     needs: [key, value, reason] rows of what config.json must say where it says anything.
-    ropes: the kinds of rotary embeddings that it computes beside those of all: mrope (by sections), sliding (another base
-    in layers with a window), longrope, proportional.
+    ropes: the kinds of rotary embeddings that it computes beside those of all: mrope (by sections), sliding (another
+    base in layers with a window), longrope, proportional.
     """
 
     architecture: str
@@ -119,7 +119,7 @@ class Architecture:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
         name = _published(name)
         for pattern, replacement in self.renames:
-            name = re.sub(pattern, lambda match, to=replacement: self._renamed(match, to), name)
+            name = re.sub(pattern, partial(self._renamed, replacement), name)
         if name.startswith("blk."):
             return GgufName(name)
         if name.endswith(".bias"):
@@ -133,7 +133,7 @@ class Architecture:
         found = gguf_names.gguf_name(self.architecture, name)
         return None if found is None else GgufName(found, number, part, parts)
 
-    def _renamed(self, match: re.Match[str], replacement: str) -> str:
+    def _renamed(self, replacement: str, match: re.Match[str]) -> str:
         number = self.layers + int(match.groupdict().get("next") or 0)
         return match.expand(replacement).replace("{next}", str(number))
 

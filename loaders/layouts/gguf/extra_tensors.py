@@ -54,10 +54,10 @@ def long_factors(config: Config) -> Extras:
 def _factors(rope: Config, key: str, config: Config) -> np.ndarray:
     found, size = rope.get(key), head_size(config)
     wanted = int(size * rope_number(rope, "partial_rotary_factor", 1.0)) // 2
-    is_right = isinstance(found, list) and all(isinstance(n, int | float) and 0 < n < NEVER for n in found)
-    if not is_right or len(found) != wanted:
+    numbers = found if isinstance(found, list) else []
+    if len(numbers) != wanted or not all(isinstance(n, int | float) and 0 < n < NEVER for n in numbers):
         raise BadSpec(f"config.json: expected {wanted} numbers above 0 as {key} of its longrope, found {found!r:.80}")
-    return np.array(found, np.float32)
+    return np.array(numbers, np.float32)
 
 
 def proportional_factors(config: Config) -> Extras:
