@@ -86,6 +86,10 @@ GEMMA4_VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "patch_size": 4, "position_embedding_size": 16,
 }  # fmt: skip
+LONGROPE: dict[str, Any] = {
+    "type": "longrope", "short_factor": [1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 48.0],
+}  # fmt: skip
 MAMBA: dict[str, Any] = {"mamba_d_state": 32, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 MIMO_LAYERS = {"hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "num_hidden_layers": 3}
 
@@ -131,15 +135,19 @@ TINY: dict[str, Tiny] = {
         model_type="gemma3", base="medgemma-27b", tokenizer="sentencepiece", centred=True,
         renames=((r"^vision_tower\.", "vision_tower.vision_model."),),
         config={
-            "text_config": text(**SLIDING), "vision_config": VISION, "mm_tokens_per_image": 4,
+            "text_config": text(**SLIDING, query_pre_attn_scalar=32), "vision_config": VISION,
+            "mm_tokens_per_image": 4,
         },
     ),
     "gemma3_text": Tiny(
         model_type="gemma3_text", base="gemma-3-4b-text", tokenizer="sentencepiece", centred=True,
-        config=text(**SLIDING, sliding_window_pattern=2),
+        config=text(**SLIDING, sliding_window_pattern=2, query_pre_attn_scalar=32),
     ),
     "gemma": Tiny(model_type="gemma", base="gemma-2b", tokenizer="sentencepiece", centred=True, config=text()),
-    "gemma2": Tiny(model_type="gemma2", tokenizer="sentencepiece", centred=True, config=text(**SLIDING)),
+    "gemma2": Tiny(
+        model_type="gemma2", tokenizer="sentencepiece", centred=True,
+        config=text(**SLIDING, query_pre_attn_scalar=32),
+    ),
     "glm4_moe": Tiny(
         model_type="glm4_moe", base="glm-4.5-air", tokenizer="bpe_glm",
         next_tokens="deepseek_whole",
@@ -339,11 +347,17 @@ TINY: dict[str, Tiny] = {
         config=text(num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[64, 64], num_shared_expert=[1, 1], intermediate_size=64),
     ),
     "phi3": Tiny(model_type="phi3", base="phi-3-mini", tokenizer="sentencepiece", config=SIZES),
+    "phi3_long": Tiny(
+        model_type="phi3", base="phi-3-mini", tokenizer="sentencepiece",
+        config={**SIZES, "rope_scaling": LONGROPE, "max_position_embeddings": 131072},
+    ),
     "phimoe": Tiny(
         model_type="phimoe", base="phi-tiny-moe", tokenizer="sentencepiece",
-        config=text(
-            num_local_experts=4, num_experts_per_tok=2, intermediate_size=64, original_max_position_embeddings=4096,
-        ),
+        config={
+            **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "head_dim": 16,
+            "rope_scaling": {**LONGROPE, "short_mscale": 1.2, "long_mscale": 1.2},
+            "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+        },
     ),
     "exaone4": Tiny(model_type="exaone4", config=text(**SLIDING, sliding_window_pattern="LG")),
     "starcoder2": Tiny(model_type="starcoder2", config=SIZES),

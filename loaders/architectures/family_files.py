@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -37,13 +37,17 @@ def _texts() -> Mapping[str, str]:
 def section(model_type: object, engine: str) -> Mapping[str, Any] | None:
     """Return what the family of a model type says for an engine; None if it says nothing, or there is no family.
 
-    A section that is `like` that of another model type has all that this says, with changes; see `added`.
+    A section that says `like: MODEL_TYPE` has what that type's has, but for the keys that it has itself, and with what
+    its `add` adds to them.
     """
     text = _texts().get(model_type) if isinstance(model_type, str) else None
-    found = None if text is None else yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
+    if text is None:
+        return None
+    found = yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
     if found is None or "like" not in found:
-        return found  # type: ignore[no-any-return]
-    return added(section(found.pop("like"), engine) or {}, found)
+        return cast("Mapping[str, Any] | None", found)
+    own = {key: value for key, value in found.items() if key not in ("like", "add")}
+    return added({**(section(found["like"], engine) or {}), **own}, found.get("add", {}))
 
 
 def added(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from loaders.architectures import gguf_names
@@ -43,7 +43,12 @@ TOWERS = (
     r"|visual\.|(?:vision|audio)[._]|talker\.|token2wav\.|code2wav\.|projector\.|pre_mm_projector_norm|image_newline"
     r"|view_seperator|patch_embed|patch_merge(?:r|_mlp)\.|model\.connector\."
 )
-PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")  # what config.json has of a model with towers
+PARTS = (
+    "text_config",
+    "vision_config",
+    "audio_config",
+    "thinker_config",
+)  # what config.json has of a model with towers
 NO_TOWERS = "llama.cpp keeps the towers of a model in a file of their own (mmproj), which is not made here"
 
 
@@ -76,7 +81,7 @@ class Architecture:
     permutes: rows of q and k are in another order: llama.cpp's rotary embedding pairs neighbours, transformers' pairs
     the halves of a head (`permute` in conversion/llama.py).
     has_factors: llama.cpp loads the tensor rope_freqs.weight.
-    biases: the modules within a layer whose biases it loads, with {} for an expert's number.
+    biases: the modules, of a layer or beside the layers, whose biases it loads, with {} for an expert's number.
     float32: a pattern for GGUF's names of further tensors that are float32 whatever is asked for the others.
     defaults: what transformers' class takes for keys that a config.json leaves out.
     extras: words for tensors that follow from config.json; see `loaders.layouts.gguf.extra_tensors`.
@@ -85,13 +90,13 @@ class Architecture:
     made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
     activations: the values that it computes of hidden_act, or of the key that `activation` names.
     needs: [key, value, reason] rows of what config.json must say where it says anything.
-    ropes: the kinds of rotary embeddings that it computes beside those of all: mrope (by sections), sliding (another base
-    in layers with a window), longrope, proportional.
     own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
     rounds_ramp: yarn's ramp is computed with a rounded range, whatever config.json says; a warning tells so.
     next_tokens: it has layers for multi-token prediction, after the others.
     variants: what differs for some models of a type, under a word of `loaders.architectures.layer_kinds`; a later one
     that holds goes before.
+    ropes: the kinds of rotary embeddings that it computes beside those of all: mrope (by sections), sliding (another
+    base in layers with a window), longrope, proportional.
     """
 
     architecture: str
@@ -127,20 +132,21 @@ class Architecture:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
         name = _published(name)
         for pattern, replacement in self.renames:
-            name = re.sub(pattern, lambda match, to=replacement: self._renamed(match, to), name)
+            name = re.sub(pattern, partial(self._renamed, replacement), name)
         if name.startswith("blk."):
             return GgufName(name)
-        match = HF_LAYER.match(name)
-        is_bias = name.endswith(".bias") and not name.endswith(NO_BIASES)
-        if is_bias and (match is None or EXPERT.sub(".experts.{}", match[2]) not in self.biases):
-            return None
+        if name.endswith(".bias") and not name.endswith(NO_BIASES):
+            match = HF_LAYER.match(name)
+            module = name.removeprefix("model.").removesuffix(".bias") if match is None else match[2]
+            if EXPERT.sub(".experts.{}", module) not in self.biases:
+                return None
         expert = EXPERT.search(name)
         number = None if expert is None else int(expert[1])
         name, part, parts = self._joined(EXPERT.sub(".experts", name))
         found = gguf_names.gguf_name(self.architecture, name)
         return None if found is None else GgufName(found, number, part, parts)
 
-    def _renamed(self, match: re.Match[str], replacement: str) -> str:
+    def _renamed(self, replacement: str, match: re.Match[str]) -> str:
         number = self.layers + int(match.groupdict().get("next") or 0)
         return match.expand(replacement).replace("{next}", str(number))
 

@@ -16,7 +16,7 @@ from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
 def orientation(tensors: Iterable[LogicalTensor], family: Family) -> bool | None:
-    """Return whether stacks are transposed, as far as their shapes tell and agree: the two of a layer never both fail."""
+    """Return whether stacks are transposed, as far as shapes tell and agree: those of a layer's two never both fail."""
     told = {
         stack.transposed(tensor.shape)
         for tensor in (tensors if family.stacks else ())

@@ -151,8 +151,17 @@ def by_key_heads(view: np.ndarray, config: Config) -> list[Piece]:
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
     each.__name__: each
     for each in (
-        swap_last, squeeze, latent_heads, halves, row_halves, column, state_groups, value_rows, value_columns,
-        keys_and_values, by_key_heads,
+        swap_last,
+        squeeze,
+        latent_heads,
+        halves,
+        row_halves,
+        column,
+        state_groups,
+        value_rows,
+        value_columns,
+        keys_and_values,
+        by_key_heads,
     )
 }
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.gguf import Architecture, number
+from loaders.architectures.gguf import Architecture
 from loaders.architectures.rope import frequency_factors, rope_number, rope_of
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys import head_size
+from loaders.layouts.gguf.keys import head_size, of_full_attention
 
 Config = Mapping[str, Any]
 Extras = dict[str, np.ndarray]
@@ -54,15 +54,15 @@ def long_factors(config: Config) -> Extras:
 def _factors(rope: Config, key: str, config: Config) -> np.ndarray:
     found, size = rope.get(key), head_size(config)
     wanted = int(size * rope_number(rope, "partial_rotary_factor", 1.0)) // 2
-    is_right = isinstance(found, list) and all(isinstance(n, int | float) and 0 < n < NEVER for n in found)
-    if not is_right or len(found) != wanted:
+    numbers = found if isinstance(found, list) else []
+    if len(numbers) != wanted or not all(isinstance(n, int | float) and 0 < n < NEVER for n in numbers):
         raise BadSpec(f"config.json: expected {wanted} numbers above 0 as {key} of its longrope, found {found!r:.80}")
-    return np.array(found, np.float32)
+    return np.array(numbers, np.float32)
 
 
 def proportional_factors(config: Config) -> Extras:
     """Factors that leave a part of each head of full attention unrotated: Gemma 4's."""
-    size = number(config, "global_head_dim", head_size(config))
+    size = of_full_attention(config, "head_dim", "global_head_dim") or head_size(config)
     rotated = int(size * rope_number(rope_of(config, "full_attention"), "partial_rotary_factor", 1.0) / 2)
     factors = np.full(size // 2, NEVER, np.float32)
     factors[:rotated] = 1

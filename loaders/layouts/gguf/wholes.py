@@ -1,4 +1,4 @@
-"""Tensors of a GGUF that are made of several: stacks of experts, and tensors whose rows are those of several sources."""
+"""Tensors of a GGUF made of several: stacks of experts, and tensors whose rows are those of several sources."""
 
 from __future__ import annotations
 
