@@ -20,6 +20,7 @@ from loaders.dtypes import DTYPES, Shape
 from loaders.quantization.schemes.ggml import FLOATS, Ggml
 from loaders.rules.rule import Rule
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.repacked import holds_mxfp4
 
 # mix (llama.cpp: file type) -> the type of most of its tensors
 MIXES = {
@@ -98,6 +99,8 @@ class GgmlMix:
         default, found = MIXES[self.name], model.found.get(tensor.name)
         if found is None:
             return "keep", "llama.cpp has no place for it"
+        if default in (*FLOATS, "MXFP4") and holds_mxfp4(tensor):
+            return "MXFP4", "the source's own blocks, as llama.cpp's converter has them"
         if default in FLOATS and not model.architecture.is_float32(found.name, len(found.shape)):
             return default, f"llama.cpp's {self.name}"
         if default in FLOATS or not model.architecture.is_quantized(found.name, found.shape):

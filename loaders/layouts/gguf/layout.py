@@ -35,12 +35,14 @@ from loaders.layouts.gguf.tokenizer import tokenizer_metadata
 from loaders.layouts.gguf.wholes import Whole, is_part, wholes
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.ggml import Ggml
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision, Rule, dropping
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.formed import Forms
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.repacked import holds_mxfp4
 
 ENGINES = ("ggml", "plain")
 LEGAL = ("LICENSE", "NOTICE", "COPYING")  # how the names begin of the source's files that are copied
@@ -115,6 +117,8 @@ class GgufLayout:
     ) -> Assembly:
         is_copy = checkpoint.container == "gguf" and all(d.scheme in (None, Plain()) for d in decisions)
         label = naming.label or (_own_label(checkpoint) if is_copy else None) or _label(files)
+        if label in FLOATS and any(slot.dtype.name == "MXFP4" for file in files for slot in file.slots):
+            label = "MXFP4_MOE"
         stem = f"{naming.model}-{label}"
         metadata, notes = _metadata(checkpoint, files, naming.model, None if is_copy else label)
         tensors = sum(len(file.slots) for file in files)
@@ -216,6 +220,8 @@ def _type_for(decision: Decision, name: GgufName, architecture: Architecture) ->
         isinstance(scheme, Plain) or not architecture.is_quantized(name.name, shape)
     ):
         scheme = Plain() if tensor.dtype.name == "F32" and isinstance(scheme, Plain) else Plain("F32")
+    elif scheme == Plain() and holds_mxfp4(tensor):
+        return Ggml("MXFP4"), "quantize"
     elif isinstance(scheme, Plain) and scheme.dtype is None and tensor.dtype.name not in FLOATS:
         scheme = Plain("F32")
     refusal = scheme.refuses(tensor.spec)
