@@ -186,7 +186,9 @@ def index_of(kinds: Sequence[str], failed: dict[str, str], raw: Sequence[str]) -
     return {
         "made by": {"llama-cpp-python": VERSION, "transformers": transformers.__version__},
         "failed": dict(sorted({**kept, **failed}.items())),
-        "raw": dict.fromkeys(sorted({*known, *raw}), "with the class's config the converter fails, or takes it for another model"),
+        "raw": dict.fromkeys(
+            sorted({*known, *raw}), "with the class's config the converter fails, or takes it for another model"
+        ),
     }
 
 

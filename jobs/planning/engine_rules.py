@@ -32,7 +32,7 @@ def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tu
     layers = layers_of(checkpoint.config, (tensor.name for tensor in sources.tensors))
     next_tokens = next_token_rules(
         target.next_tokens, target.scheme, layers.predicting, usual,
-        target.layout.no_next_tokens(checkpoint) if isinstance(target.layout, Forming) else None,
+        has_none=target.layout.no_next_tokens(checkpoint) if isinstance(target.layout, Forming) else None,
         is_gguf=isinstance(target.layout, GgufLayout),
     )  # fmt: skip
     dropped = target.layout.left_out(checkpoint) if isinstance(target.layout, Forming) else ()

@@ -288,7 +288,7 @@ class JobSpec(Spec):
     rules: tuple[RuleSpec, ...] = Field(description="rules that decide about tensors before the engine's own")
     mtp: NextTokens = Field(
         default="auto",
-        description="layers for multi-token prediction: as they are, as the others, or none; auto: as the engine's tool",
+        description="layers for multi-token prediction: as they are, as the others, or none; auto: as the engine does",
     )
     output: OutputSpec
     strategy: StrategySpec

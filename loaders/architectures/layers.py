@@ -28,7 +28,7 @@ class Layers:
     """What is said of layers beyond the config's count, and of those without tensors.
 
     beyond: the names of tensors in layers of which the config does not speak. missing: the layers without tensors.
-    predicting: the names of tensors for multi-token prediction, in layers after the others or under a name of their own.
+    predicting: those of tensors for multi-token prediction, in layers after the others or under names of their own.
     """
 
     count: int

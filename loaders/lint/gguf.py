@@ -22,6 +22,7 @@ ENGINE = "llama.cpp"
 AGAIN = "convert the model again"
 BLOCK = re.compile(r"^blk\.(\d+)\.")
 EMBEDDING, NORM, HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
+NORMS = (NORM, "token_embd_norm.weight")  # what comes before the head; LFM2 calls its so
 # keys under the architecture's name without which loading fails; those of DEFAULTED have a default that may be wrong
 REQUIRED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
             "attention.layer_norm_rms_epsilon")  # fmt: skip
@@ -112,7 +113,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _top(specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
-    missing = [name for name in (EMBEDDING, NORM) if name not in specs]
+    missing = [names[0] for names in ((EMBEDDING,), NORMS) if not specs.keys() & {*names}]
     if missing:
         yield fault(ENGINE, f"not there: {some(missing)}", "fails: missing tensor", AGAIN)
     if EMBEDDING in specs and HEAD in specs and specs[HEAD].shape != specs[EMBEDDING].shape:

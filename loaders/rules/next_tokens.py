@@ -23,7 +23,13 @@ LINEAR = ("attention", "mlp", "linear", "expert", "mtp")
 
 
 def next_token_rules(
-    choice: NextTokens, scheme: Scheme, names: Sequence[str], usual: Sequence[Rule], has_none: str | None, *, is_gguf: bool
+    choice: NextTokens,
+    scheme: Scheme,
+    names: Sequence[str],
+    usual: Sequence[Rule],
+    *,
+    has_none: str | None = None,
+    is_gguf: bool = False,
 ) -> tuple[Rule, ...]:
     """Return the rules about tensors for multi-token prediction, `names`; they go before the engine's own, `usual`.
 

@@ -1,7 +1,7 @@
 """MXFP4 of a checkpoint as ggml's blocks: the same codes and scales in another order, so that nothing is rounded.
 
-A checkpoint has codes and scales apart, two neighbouring codes in a byte. A block of ggml has the scale's byte, and then
-sixteen bytes: the first half of the block's codes in their low halves, the second half in their high ones.
+A checkpoint has codes and scales apart, two neighbouring codes in a byte. A block of ggml has the scale's byte, and
+then sixteen bytes: the first half of the block's codes in their low halves, the second half in their high ones.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ def holds_mxfp4(tensor: LogicalTensor) -> bool:
     if len(tensor.shape) != 2 or tensor.window is None:
         return len(tensor.shape) == 2
     columns, window = tensor.decoded_spec.shape[-1], tensor.window
-    return tensor.shape[1] == columns and window.stride[1] == 1 and not (
-        window.offset % columns or window.stride[0] % columns
+    return (
+        tensor.shape[1] == columns
+        and window.stride[1] == 1
+        and not (window.offset % columns or window.stride[0] % columns)
     )
 
 

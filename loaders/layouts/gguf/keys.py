@@ -54,7 +54,9 @@ GATE_NAMES = (
 )
 
 
-def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, MetadataValue | None]) -> Keys:
+def keys_of(
+    architecture: Architecture, config: Config, usual: Mapping[str, MetadataValue | None]
+) -> dict[str, MetadataValue]:
     """Return the keys that all architectures have, and this one's own, without its name before them.
 
     `usual` are keys that follow from more than one value of config.json; the architecture's own take their places.
@@ -63,7 +65,7 @@ def keys_of(architecture: Architecture, config: Config, usual: Mapping[str, Meta
     Raises:
         BadSpec: config.json has another kind of value where a number is needed, or lacks what a key is made of.
     """
-    found = {**usual, "block_count": uint32(number(config, "block_count"))}
+    found: Keys = {**usual, "block_count": uint32(number(config, "block_count"))}
     for key, row in COMMON.items():
         found |= _key(key, row, config)
     gate = _value(config, GATE_NAMES)
@@ -249,7 +251,7 @@ def longrope(config: Config) -> Keys:
     if original is None:
         return {}
     before = rope_number({"original_max_position_embeddings": original}, "original_max_position_embeddings")
-    found = {"rope.scaling.original_context_length": uint32(int(before))}
+    found: Keys = {"rope.scaling.original_context_length": uint32(int(before))}
     if not rope.get("long_factor"):
         return found
     scale = number(config, "max_position_embeddings") / before

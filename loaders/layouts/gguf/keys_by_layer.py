@@ -1,4 +1,4 @@
-"""Keys of metadata whose values differ from layer to layer, and those of hybrid models, as words of a family's table."""
+"""Keys of metadata that differ from layer to layer, and those of hybrid models, as words of a family's table."""
 
 from __future__ import annotations
 
@@ -118,12 +118,13 @@ def step_layers(config: Config) -> Keys:
     kinds = _list(config, "layer_types", blocks, "full_attention")
     rotated = _list(config, "partial_rotary_factors", blocks, 0.5)
     if rotated != [1.0 if kind == "sliding_attention" else 0.5 for kind in kinds]:
-        raise BadSpec("config.json: llama.cpp rotates half of a head, and all in a window; partial_rotary_factors differ")
+        raise BadSpec("config.json: llama.cpp rotates half a head, and all in a window; partial_rotary_factors differ")
     scaling = text_config(config, "rope_scaling")
     if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
-        raise BadSpec(f"config.json: the rope scaling {scaling!r} of {config.get('model_type')} is not converted to GGUF here")
+        raise BadSpec(f"config.json: Step's rope scaling {str(scaling)[:80]} is not converted to GGUF here")
     bases = _list(config, "rope_theta", blocks, 10000.0)
-    if len({*zip(bases, kinds, strict=True)}) != len({*kinds}) or not all(isinstance(base, int | float) for base in bases):
+    is_one_a_kind = len({*zip(map(str, bases), kinds, strict=True)}) == len({*kinds})
+    if not is_one_a_kind or not all(isinstance(base, int | float) for base in bases):
         raise BadSpec(f"config.json: expected one rope_theta for each kind of layers, found {str(bases)[:80]}")
     other = text_config(config, "attention_other_setting")
     within = other if isinstance(other, Mapping) else {}
