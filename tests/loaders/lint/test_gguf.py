@@ -105,12 +105,13 @@ def moe(metadata: Metadata, specs: dict[str, WeightSpec]) -> None:
                  "ernie4_5-moe.expert_used_count": gguf.uint32(2)}  # fmt: skip
 
 
+ERNIE = "ernie4_5-moe"
 OTHERS: dict[str, tuple[Change, str]] = {
-    "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ssm_a"), "1 tensors that ernie4_5-moe does not have: blk.1.ssm_a"),
-    "other experts": (set_("ernie4_5-moe.expert_count", gguf.uint32(8)), "1 stacks of experts are not of expert_count 8"),
-    "more blocks": (set_("ernie4_5-moe.block_count", gguf.uint32(3)), "1 blocks are not there: blk.2"),
-    "fewer blocks": (set_("ernie4_5-moe.block_count", gguf.uint32(1)), "block_count is 1, but there are"),
-    "no number of experts": (without("ernie4_5-moe.expert_used_count"), "lacks ernie4_5-moe.expert_used_count"),
+    "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ssm_a"), f"1 tensors that {ERNIE} does not have: blk.1.ssm_a"),
+    "other experts": (set_(f"{ERNIE}.expert_count", gguf.uint32(8)), "1 stacks of experts are not of expert_count 8"),
+    "more blocks": (set_(f"{ERNIE}.block_count", gguf.uint32(3)), "1 blocks are not there: blk.2"),
+    "fewer blocks": (set_(f"{ERNIE}.block_count", gguf.uint32(1)), "block_count is 1, but there are"),
+    "no number of experts": (without(f"{ERNIE}.expert_used_count"), f"lacks {ERNIE}.expert_used_count"),
     "no last norm": (without("output_norm.weight"), "not there: output_norm.weight"),
 }  # fmt: skip
 
