@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from loaders.architectures.gguf_names import NAMES_FILE
@@ -52,8 +53,17 @@ def text_of(found: dict[str, Any]) -> str:
     return "{" + ",\n".join(parts) + "}\n"
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, sys.argv[1])
-    import gguf as installed
+def main(arguments: Sequence[str]) -> int:
+    """Write the table; with --print after the folder, print it instead."""
+    sys.path.insert(0, arguments[0])
+    import gguf
 
-    NAMES_FILE.write_text(text_of(names(installed)))
+    if "--print" in arguments:
+        print(text_of(names(gguf)), end="")
+    else:
+        NAMES_FILE.write_text(text_of(names(gguf)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

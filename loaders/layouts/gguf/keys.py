@@ -146,7 +146,11 @@ def partial_rotary(config: Config) -> Keys:
 
 def linear_attention(config: Config) -> Keys:
     """Which layers are recurrent, and the size of their state."""
-    recurrent = [kind == "linear_attention" for kind in kinds_of_layers(config)]
+    if text_config(config, "layer_types") is None:
+        every = max(1, number(config, "full_attention_interval", 4))
+        recurrent = [bool((layer + 1) % every) for layer in range(number(config, "num_hidden_layers"))]
+    else:
+        recurrent = [kind == "linear_attention" for kind in kinds_of_layers(config)]
     after = number(config, "block_count") - len(recurrent)
     inner = number(config, "linear_value_head_dim") * number(config, "linear_num_value_heads")
     return {
@@ -180,10 +184,13 @@ def every_sixth_full(config: Config) -> Keys:
 
 def _window_pattern(config: Config, turn: int) -> Keys:
     """Return the layers with a window where llama.cpp would take others: it takes the last of each `turn` as full."""
-    if text_config(config, "layer_types") is None:
-        return {}
-    found = [kind == "sliding_attention" for kind in kinds_of_layers(config)]
-    usual = [layer % turn < turn - 1 for layer in range(len(found))]
+    layers, own = range(number(config, "num_hidden_layers")), _value(config, "sliding_window_pattern") or turn
+    usual = [layer % turn < turn - 1 for layer in layers]
+    if text_config(config, "layer_types") is not None:
+        found = [kind == "sliding_attention" for kind in kinds_of_layers(config)]
+    else:
+        own = number({"sliding_window_pattern": own}, "sliding_window_pattern")
+        found = [layer % own < own - 1 for layer in layers]
     return {} if found == usual else {"attention.sliding_window_pattern": booleans(found)}
 
 

@@ -115,7 +115,8 @@ def _rope_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
     found = {"rope.freq_base": float32(rope_number(rope, "rope_theta", 10000.0))}
     if is_sliding and (local := sliding_base(config)) is not None:
         found["rope.freq_base_swa"] = float32(local)
-    if "mrope" in architecture.ropes and (sections := rope.get("mrope_section")) is not None:
+    if "mrope" in architecture.ropes:
+        sections = rope.get("mrope_section", text_config(config, "mrope_section"))
         found["rope.dimension_sections"] = int32s(_sections(sections))
     kind = rope.get("rope_type", "default")
     if kind in ("default", *architecture.ropes) or frequency_factors(rope, head_size(config)) is not None:

@@ -13,13 +13,14 @@ from loaders.lint.base import fault
 from loaders.lint.engines.base import Answer, Question, Unanswerable, patterns
 
 ENGINE = "llama.cpp"
+NUMBER = re.compile(r"\{(?:[bx]id)?\}")
 
 
 def check(question: Question, installed: str) -> Answer:
     """Hold every planned name against the architecture's list."""
     import gguf
 
-    known = [name.replace("{}", "{bid}") for name in gguf_names.tensor_names(question.architecture or "")]
+    known = [*gguf_names.tensor_names(question.architecture or "")]
     for architecture, name in gguf.MODEL_ARCH_NAMES.items():
         if name == question.architecture:
             known += [gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[architecture]]
@@ -34,7 +35,7 @@ def check(question: Question, installed: str) -> Answer:
 
 
 def unknown(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return the names that none of an architecture's, which have {bid} for a layer's number, stand for."""
-    shapes = [re.escape(name).replace(re.escape("{bid}"), r"\d+").replace(re.escape("{xid}"), r"\d+") for name in known]
+    """Return the names that none of an architecture's stand for, which have {} or {bid} for a layer's number."""
+    shapes = [r"\d+".join(map(re.escape, NUMBER.split(name))) for name in known]
     pattern = re.compile(rf"(?:{'|'.join(shapes)})(?:\.(?:weight|bias|scale|input_scale))?")
     return [name for name in names if not pattern.fullmatch(name)]
