@@ -194,7 +194,7 @@ TINY: dict[str, Tiny] = {
         config=text(
             **INDEXER, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, num_hidden_layers=4,
             num_hash_layers=1, q_lora_rank=64, o_lora_rank=32, o_groups=2, qk_rope_head_dim=16, head_dim=64,
-            intermediate_size=64, hc_mult=2, compress_ratios=[0, 4, 128, 4, 0], num_key_value_heads=1, sliding_window=16,
+            intermediate_size=64, hc_mult=4, compress_ratios=[0, 4, 128, 4, 0], num_key_value_heads=1, sliding_window=16,
         ),
     ),
     "nemotron_h": Tiny(

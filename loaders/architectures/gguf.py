@@ -83,6 +83,7 @@ class Architecture:
     has_factors: llama.cpp loads the tensor rope_freqs.weight.
     biases: the modules, of a layer or beside the layers, whose biases it loads, with {} for an expert's number.
     float32: a pattern for GGUF's names of further tensors that are float32 whatever is asked for the others.
+    as_stored: one for those that are not, though other architectures' are.
     defaults: what transformers' class takes for keys that a config.json leaves out.
     extras: words for tensors that follow from config.json; see `loaders.layouts.gguf.extra_tensors`.
     layers: the number of the layers of the model at hand, without those for multi-token prediction.
@@ -116,6 +117,7 @@ class Architecture:
     needs: tuple[tuple[str, Any, str], ...] = ()
     ropes: tuple[str, ...] = ()
     float32: str = ""
+    as_stored: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     own_rope: bool = False
@@ -159,6 +161,8 @@ class Architecture:
 
     def is_float32(self, name: str, dimensions: int) -> bool:
         """Whether a GGUF's tensor is float32 whatever is asked for the others."""
+        if self.as_stored and re.search(self.as_stored, name):
+            return False
         return is_float32(name, dimensions) or bool(self.float32 and re.search(self.float32, name))
 
     def is_quantized(self, name: str, shape: Shape) -> bool:

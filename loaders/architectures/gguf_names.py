@@ -33,7 +33,7 @@ def _names(architecture: str) -> Mapping[str, str]:
     own = tables["own"].get(architecture, {})
     kinds = {*tables["architectures"][architecture]}
     for kind in (kind for kind in tables["tensors"] if kind in kinds):
-        for module in own.get(kind, tables["modules"].get(kind, ())):
+        for module in (tables["tensors"][kind], *own.get(kind, tables["modules"].get(kind, ()))):
             found[module] = tables["tensors"][kind]
     return found
 

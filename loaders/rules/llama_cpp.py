@@ -16,7 +16,7 @@ from typing import Any
 
 from loaders.architectures.families import natural_key
 from loaders.architectures.gguf import Architecture, architecture_of, completed, experts_of, number
-from loaders.dtypes import DTYPES, Shape
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, Shape
 from loaders.quantization.schemes.ggml import FLOATS, Ggml
 from loaders.rules.rule import Rule
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -99,6 +99,8 @@ class GgmlMix:
         default, found = MIXES[self.name], model.found.get(tensor.name)
         if found is None:
             return "keep", "llama.cpp has no place for it"
+        if tensor.dtype.block == 1 and tensor.dtype.name not in WEIGHT_DTYPES:
+            return "keep", "numbers that are no weights"
         if default in (*FLOATS, "MXFP4") and holds_mxfp4(tensor):
             return "MXFP4", "the source's own blocks, as llama.cpp's converter has them"
         if default in FLOATS and not model.architecture.is_float32(found.name, len(found.shape)):

@@ -48,10 +48,14 @@ class FormedTensor(LogicalTensor):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements of a tensor by a view, and the shape in which the engine holds them; None for the view's own."""
+    """Elements of a tensor by a view, and the shape in which the engine holds them; None for the view's own.
+
+    `dtype` is that of the elements where it is not the tensor's: of halves of its numbers.
+    """
 
     view: np.ndarray
     shape: Shape | None = None
+    dtype: str | None = None
 
 
 # --- views
@@ -111,6 +115,12 @@ def state_groups(view: np.ndarray, config: Config) -> list[Piece]:
     return [Piece(_axis(view, 0, (groups, view.shape[0] // max(1, groups))))]
 
 
+def low_halves(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take the low four bytes of whole numbers of eight, which have room for numbers of experts."""
+    whole = Window(2 * (_address(view) - _BASE_ADDRESS), tuple(2 * stride for stride in view.strides))
+    return [Piece(_standing(whole, view.shape), dtype="I32")]
+
+
 def _value_heads(view: np.ndarray, config: Config, axis: int) -> np.ndarray:
     """Return heads of values for each head of keys in turn: [keys, values, size] becomes [values, keys, size]."""
     keys, values = (number(config, f"linear_num_{kind}_heads") for kind in ("key", "value"))
@@ -158,6 +168,7 @@ VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
         row_halves,
         column,
         state_groups,
+        low_halves,
         value_rows,
         value_columns,
         keys_and_values,
@@ -234,7 +245,8 @@ class Forms:
     def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, values: str) -> FormedTensor:
         view = piece.view
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
-        dtype = DTYPES[self._floats] if values and self._floats else tensor.dtype
+        stored = DTYPES[piece.dtype] if piece.dtype else tensor.dtype
+        dtype = DTYPES[self._floats] if values and self._floats else stored
         before = tensor if isinstance(tensor, FormedTensor) else None
         return FormedTensor(
             **own | {
@@ -246,7 +258,7 @@ class Forms:
             },
             origin=tensor.source_name,
             gather=view.shape,
-            read_as=before.read_as if before else tensor.dtype,
+            read_as=before.read_as if before and not piece.dtype else stored,
             values=values or (before.values if before else ""),
         )  # fmt: skip
 
@@ -266,7 +278,10 @@ _BASE_ADDRESS = _address(_BASE)
 def _view(tensor: LogicalTensor) -> np.ndarray:
     """Return a view that stands for the tensor's elements: an element is a byte, and its address the offset."""
     window = tensor.window or Window(0, row_major(tensor.shape))
-    shape = tensor.gather if isinstance(tensor, FormedTensor) else tensor.shape
+    return _standing(window, tensor.gather if isinstance(tensor, FormedTensor) else tensor.shape)
+
+
+def _standing(window: Window, shape: Shape) -> np.ndarray:
     interface = {
         "data": (_BASE_ADDRESS + window.offset, True), "shape": shape, "strides": window.stride, "typestr": "|i1",
         "version": 3,

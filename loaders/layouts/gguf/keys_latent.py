@@ -8,7 +8,7 @@ from typing import Any
 from loaders.architectures.families import text_config
 from loaders.architectures.gguf import number
 from loaders.architectures.rope import rope_number, rope_of
-from loaders.containers.gguf import MetadataValue, booleans, float32, uint32
+from loaders.containers.gguf import MetadataValue, booleans, float32, float32s, int32s, uint32
 from loaders.errors import BadSpec
 
 Config = Mapping[str, Any]
@@ -67,6 +67,20 @@ def indexer_types(config: Config) -> Keys:
     return {"attention.indexer.types": booleans([kind == "full" for kind in kinds])}
 
 
+def compressed_attention(config: Config) -> Keys:
+    """DeepSeek V4's ratios of compression, the limits of its MLPs, and the width of its hyper-connections."""
+    ratios, layers = text_config(config, "compress_ratios"), number(config, "num_hidden_layers")
+    if not isinstance(ratios, list) or not all(type(ratio) is int and 0 <= ratio < 1 << 31 for ratio in ratios):
+        raise BadSpec(f"config.json: expected a list of whole numbers as compress_ratios, found {str(ratios)[:80]}")
+    limits = float32s([rope_number(config, "swiglu_limit")] * layers)
+    return {
+        "attention.compress_ratios": int32s(ratios),
+        "swiglu_clamp_exp": limits,
+        "swiglu_clamp_shexp": limits,
+        "embedding_length_out": uint32(number(config, "hidden_size") * number(config, "hc_mult")),
+    }
+
+
 MADE_LATENT: dict[str, Callable[[Config], Keys]] = {
-    each.__name__: each for each in (latent_sizes, latent_yarn, mistral_yarn, indexer_types)
+    each.__name__: each for each in (latent_sizes, latent_yarn, mistral_yarn, indexer_types, compressed_attention)
 }

@@ -49,6 +49,7 @@ LEGAL = ("LICENSE", "NOTICE", "COPYING")  # how the names begin of the source's 
 SPLIT_KEYS = (gguf.SPLIT_NUMBER, gguf.SPLIT_COUNT, gguf.SPLIT_TENSORS)
 EMBEDDING = "token_embd.weight"
 BLOCK = re.compile(r"blk\.(\d+)\.")
+INTEGERS = ("I32",)  # tables of numbers, such as DeepSeek V4's experts by token
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -215,6 +216,8 @@ def _type_for(decision: Decision, name: GgufName, architecture: Architecture) ->
     """Return the scheme and action for a tensor: some are float32, whatever is asked for the others."""
     tensor, scheme = decision.tensor, decision.scheme
     assert scheme is not None
+    if tensor.dtype.name in INTEGERS:
+        return Plain(), "keep"
     shape = tensor.shape if name.expert is None else (2, *tensor.shape)  # a stack of some experts
     if architecture.is_float32(name.name, len(shape)) and (
         isinstance(scheme, Plain) or not architecture.is_quantized(name.name, shape)
