@@ -186,7 +186,11 @@ def plus_one(numbers: np.ndarray) -> np.ndarray:
 
 
 def minus_exp(numbers: np.ndarray) -> np.ndarray:
-    """Return -exp(x), rounded once: the decay of state spaces, stored as its logarithm."""
+    """Return -exp(x), rounded once: the decay of state spaces, stored as its logarithm.
+
+    torch's exp gives a neighbour of this for one number in a hundred, and which ones depends on the machine: on the
+    vector library (MKL's or Sleef's) that it was built with.
+    """
     found: np.ndarray = -np.exp(numbers.astype(np.float64)).astype(np.float32)
     return found
 
