@@ -67,6 +67,20 @@ def indexer_types(config: Config) -> Keys:
     return {"attention.indexer.types": booleans([kind == "full" for kind in kinds])}
 
 
+def usual_groups(config: Config) -> Keys:
+    """No key: llama.cpp chooses groups of experts by the sum of each group's two best, as DeepSeek V3 does.
+
+    Raises:
+        BadSpec: they are chosen by the best alone, as the large DeepSeek V2 does.
+    """
+    if number(config, "n_group", 1) > 1 and text_config(config, "topk_method") == "group_limited_greedy":
+        raise BadSpec(
+            "config.json: llama.cpp chooses groups of experts by the sum of their two best; by topk_method"
+            " group_limited_greedy the best one alone counts"
+        )
+    return {}
+
+
 def compressed_attention(config: Config) -> Keys:
     """DeepSeek V4's ratios of compression, the limits of its MLPs, and the width of its hyper-connections."""
     ratios, layers = text_config(config, "compress_ratios"), number(config, "num_hidden_layers")
@@ -82,5 +96,5 @@ def compressed_attention(config: Config) -> Keys:
 
 
 MADE_LATENT: dict[str, Callable[[Config], Keys]] = {
-    each.__name__: each for each in (latent_sizes, latent_yarn, mistral_yarn, indexer_types, compressed_attention)
+    each.__name__: each for each in (latent_sizes, latent_yarn, mistral_yarn, indexer_types, usual_groups, compressed_attention)
 }
