@@ -96,5 +96,6 @@ def compressed_attention(config: Config) -> Keys:
 
 
 MADE_LATENT: dict[str, Callable[[Config], Keys]] = {
-    each.__name__: each for each in (latent_sizes, latent_yarn, mistral_yarn, indexer_types, usual_groups, compressed_attention)
+    each.__name__: each
+    for each in (latent_sizes, latent_yarn, mistral_yarn, indexer_types, usual_groups, compressed_attention)
 }
