@@ -38,8 +38,8 @@ KINDS = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe",
     "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_moe",
     "gemma4_per_layer", "phi3", "phi3_long", "phimoe",
-    "glm4", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25",
-    "nemotron_h", "nemotron_h_dense", "minimax_m2", "minimax_m3_vl", "gpt_oss", "gpt_oss_mxfp4", "mistral3",
+    "glm4", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2",
+    "kimi_k25", "nemotron_h", "nemotron_h_dense", "minimax_m2", "minimax_m3_vl", "gpt_oss", "gpt_oss_mxfp4", "mistral3",
     "ministral3", "step3p7", "mimo_v2_flash", "lfm2", "lfm2_moe", "granite", "granitemoe", "granitemoehybrid",
 )  # fmt: skip
 NOT_RUN = ("deepseek_v2",)  # V2 Lite, which llama.cpp tells from V2 by its 27 layers
