@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.mixed_precision.candidate_errors import Loss
 from jobs.planning.build import make_plan
-from jobs.planning.engine_rules import engine_rules
+from jobs.planning.engine_rules import engine_rules, formed_sources
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import Target, target_of
 from jobs.spec.job import JobSpec
@@ -98,14 +98,20 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
         for name, mix in mixes.items()
     ]  # fmt: skip
     plan = make_plan(checkpoint, targets, spec.unit_mb)
-    taken = {name: frozenset(d.tensor.name for d in plan.targets[name].decisions if is_open(d)) for name in mixes}
+    # What an engine cuts out of a tensor is measured by nobody, and is as the first candidate has it.
+    known = {tensor.name for tensor in plan.sources.tensors}
+    taken = {
+        name: frozenset(d.tensor.name for d in plan.targets[name].decisions if is_open(d) and d.tensor.name in known)
+        for name in mixes
+    }
     every = frozenset().union(*taken.values())
     if not every:
         raise BadSpec("quant.among: the candidates quantize no tensor of this checkpoint that rules leave to them")
     first = next(iter(mixes.values()))
     keeping = ChosenMix(((first, frozenset()),), every)
-    rules = engine_rules(replace(usual, scheme=first.scheme, mix=keeping), plan.checkpoint, plan.sources)
-    decisions = decide(plan.sources.tensors, first.scheme, usual.rules, rules)
+    sources = formed_sources(usual, plan.checkpoint, plan.sources)
+    rules = engine_rules(replace(usual, scheme=first.scheme, mix=keeping), plan.checkpoint, sources)
+    decisions = decide(sources.tensors, first.scheme, usual.rules, rules)
     placed = usual.layout.place(plan.checkpoint, decisions)
     kept = {each.tensor.name: sum(t.spec.size for t in each.stored.values()) for each in placed}
     return Choices(spec=spec, quant=quant, checkpoint=checkpoint, plan=plan, open=taken, kept_bytes=kept)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jobs.planning.targets import Target
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.layouts import Forming
@@ -10,6 +12,13 @@ from loaders.quantization.schemes.plain import Plain
 from loaders.rules.defaults import default_rules, left_out
 from loaders.rules.rule import Rule
 from loaders.tensors.sources import Sources
+
+
+def formed_sources(target: Target, checkpoint: Checkpoint, sources: Sources) -> Sources:
+    """Return the tensors as the target's engine holds them, where it holds some in another form."""
+    if not isinstance(target.layout, Forming):
+        return sources
+    return replace(sources, tensors=tuple(target.layout.formed(checkpoint, sources.tensors)))
 
 
 def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tuple[Rule, ...]:
