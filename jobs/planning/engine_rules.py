@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jobs.planning.targets import Target
+from loaders.architectures.gguf_config import facts_of
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers import gguf
 from loaders.layouts import Forming
 from loaders.layouts.hf import HfLayout
 from loaders.quantization.schemes.plain import Plain
@@ -26,7 +28,10 @@ def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tu
 
     What the model of config.json does not have is dropped first, except from a copy, which leaves all as it is.
     """
-    usual = default_rules(target.scheme) if target.mix is None else target.mix.rules(sources.tensors, checkpoint.config)
+    config = checkpoint.config
+    if not config and checkpoint.container == "gguf":  # of an architecture that is copied or quantized, but not read
+        config = facts_of(gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name)))
+    usual = default_rules(target.scheme) if target.mix is None else target.mix.rules(sources.tensors, config)
     if isinstance(target.layout, Forming):
         usual = (*target.layout.left_out(checkpoint), *usual)
     is_copy = target.scheme == Plain() and isinstance(target.layout, HfLayout)
