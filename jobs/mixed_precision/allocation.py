@@ -50,6 +50,7 @@ class Choices:
     quant: AutoQuant
     checkpoint: Checkpoint
     plan: Plan
+    formed: tuple[LogicalTensor, ...]  # the plan's tensors as the engine holds them
     open: Mapping[str, frozenset[str]]  # by candidate, the tensors that it may take
     kept_bytes: Mapping[str, int]  # by tensor, its stored bytes if it is not quantized
 
@@ -57,7 +58,7 @@ class Choices:
     def tensors(self) -> dict[str, LogicalTensor]:
         """The tensors that some candidate may take, by name."""
         taken = frozenset().union(*self.open.values())
-        return {tensor.name: tensor for tensor in self.plan.sources.tensors if tensor.name in taken}
+        return {tensor.name: tensor for tensor in self.formed if tensor.name in taken}
 
     @property
     def fixed_bytes(self) -> int:
@@ -98,12 +99,7 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
         for name, mix in mixes.items()
     ]  # fmt: skip
     plan = make_plan(checkpoint, targets, spec.unit_mb)
-    # What an engine cuts out of a tensor is measured by nobody, and is as the first candidate has it.
-    known = {tensor.name for tensor in plan.sources.tensors}
-    taken = {
-        name: frozenset(d.tensor.name for d in plan.targets[name].decisions if is_open(d) and d.tensor.name in known)
-        for name in mixes
-    }
+    taken = {name: frozenset(d.tensor.name for d in plan.targets[name].decisions if is_open(d)) for name in mixes}
     every = frozenset().union(*taken.values())
     if not every:
         raise BadSpec("quant.among: the candidates quantize no tensor of this checkpoint that rules leave to them")
@@ -114,7 +110,9 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
     decisions = decide(sources.tensors, first.scheme, usual.rules, rules)
     placed = usual.layout.place(plan.checkpoint, decisions)
     kept = {each.tensor.name: sum(t.spec.size for t in each.stored.values()) for each in placed}
-    return Choices(spec=spec, quant=quant, checkpoint=checkpoint, plan=plan, open=taken, kept_bytes=kept)
+    return Choices(
+        spec=spec, quant=quant, checkpoint=checkpoint, plan=plan, formed=sources.tensors, open=taken, kept_bytes=kept
+    )
 
 
 # --- what a mix is chosen from
@@ -159,7 +157,7 @@ def errors_of(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> dic
     tensors that it does cover.
     """
     tensors = choices.tensors
-    tied = not any(tensor.role == "head" for tensor in choices.plan.sources.tensors)
+    tied = not any(tensor.role == "head" for tensor in choices.formed)
     weights = {name: prior(tensor, is_tied=tied) * tensor.spec.numel for name, tensor in tensors.items()}
     whole = sum(weights.values())
     free = {
