@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jobs.planning.targets import Target
+from loaders.architectures.gguf_config import facts_of
 from loaders.architectures.layers import layers_of
 from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.containers import gguf
 from loaders.errors import BadSpec, setting
 from loaders.layouts import Forming
 from loaders.layouts.gguf.layout import GgufLayout
@@ -18,6 +21,13 @@ from loaders.rules.next_tokens import next_token_rules
 from loaders.rules.rule import Rule
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
+
+
+def formed_sources(target: Target, checkpoint: Checkpoint, sources: Sources) -> Sources:
+    """Return the tensors as the target's engine holds them, where it holds some in another form."""
+    if not isinstance(target.layout, Forming):
+        return sources
+    return replace(sources, tensors=tuple(target.layout.formed(checkpoint, sources.tensors)))
 
 
 def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tuple[Rule, ...]:
@@ -33,6 +43,8 @@ def engine_rules(target: Target, checkpoint: Checkpoint, sources: Sources) -> tu
     if checkpoint.container == "gguf":
         if target.next_tokens != "auto":
             raise BadSpec(f"{setting('mtp')}: a GGUF's layers stay as they are; only auto goes with this source")
+        if not config:  # of an architecture that is copied or quantized, but not read
+            config = facts_of(gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name)))
         return (*dropped, *_usual(target, sources.tensors, config))
     layers = layers_of(config, (tensor.name for tensor in sources.tensors))
     is_copy = target.scheme == Plain() and isinstance(layout, HfLayout)

@@ -80,6 +80,34 @@ def test_a_tiny_model_is_converted_as_by_llama_cpp(kind: str, converted: Callabl
         assert_runs(made)
 
 
+def test_what_a_quantized_source_decodes_to_is_in_the_same_form(tmp_path: Path, weightmill: Callable[..., Any]) -> None:
+    """Heads in another order, parts of a tensor and stacks, decoded on the way and before it."""
+    tiny_models.make("qwen3_5_moe", tmp_path / "tiny")
+
+    def run(source: str, name: str, *settings: str) -> Path:
+        arguments = [f"model.path={tmp_path / source}", f"output.path={tmp_path / name}", *settings]
+        ran = weightmill("run", *arguments)
+        assert ran.status == 0, ran.err
+        return tmp_path / name
+
+    run("tiny", "nf4", "quant=nf4")
+    # What is not quantized stays as it is: the logarithms of decay are float32.
+    run("nf4", "plain", "quant=none", "quant.dtype=bfloat16", "rules=[{name: 'A_log|attn.norm', action: keep}]")
+    [made], [wanted] = (run(each, f"of_{each}", "quant=gguf_bf16").glob("*.gguf") for each in ("nf4", "plain"))
+    assert summary(made)["tensors"] == summary(wanted)["tensors"]
+
+
+def test_a_mix_is_chosen_where_tensors_are_in_parts(tmp_path: Path, weightmill: Callable[..., Any]) -> None:
+    model = tiny_models.make("qwen3_5", tmp_path / "tiny")
+    ran = weightmill(
+        "run", f"model.path={model}", f"output.path={tmp_path / 'out'}", "quant=auto", "quant.engine=gguf",
+        "quant.target_bits=8.5",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    [made] = (tmp_path / "out").glob("*.gguf")
+    assert_runs(made)
+
+
 def assert_runs(file: Path) -> None:
     """Load a file in llama.cpp, where it is installed, and compute finite logits that differ from token to token."""
     llama_cpp = pytest.importorskip("llama_cpp")

@@ -16,6 +16,7 @@ pytest.importorskip("llama_cpp")
 from jobs.planning.engine_rules import engine_rules
 from jobs.planning.targets import Target
 from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.containers import gguf
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
@@ -23,6 +24,7 @@ from loaders.rules.llama_cpp import MIXES, GgmlMix
 from loaders.tensors.sources import tensors_of
 from tests import tiny_models
 from tests.llama_dry_run import types_in
+from tests.reading import files_of
 
 pytestmark = pytest.mark.engine
 
@@ -60,3 +62,17 @@ def test_types_are_those_that_llama_cpp_chooses(kind: str, tmp_path: Path, weigh
         found = {name: (theirs.get(name), ours.get(name)) for name in theirs.keys() | ours.keys()}
         wrong[file_type] = {name: pair for name, pair in found.items() if pair[0] != pair[1]}
     assert {file_type: found for file_type, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma4_per_layer"])
+def test_a_gguf_that_is_not_read_is_quantized_as_llama_cpp_does(
+    kind: str, tmp_path: Path, weightmill: Callable[..., Any]
+) -> None:
+    """Its architecture is none that transformers' names are known for here: only its own names and metadata count."""
+    model = tiny_models.make(kind, tmp_path / "tiny")
+    for source, quant in ((model, "gguf_bf16"), (tmp_path / "gguf_bf16", "gguf_q4_k_m")):
+        ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / quant}", f"quant={quant}")
+        assert ran.status == 0, ran.err
+    [floats], [made] = ((tmp_path / quant).glob("*.gguf") for quant in ("gguf_bf16", "gguf_q4_k_m"))
+    specs = gguf.read_specs(files_of(made.parent), made.name)
+    assert {spec.name: spec.dtype.name for spec in specs} == types_in(floats, "LLAMA_FTYPE_MOSTLY_Q4_K_M")
