@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from loaders.architectures.gguf_names import NAMES_FILE
@@ -27,8 +28,10 @@ def names(gguf: Any) -> dict[str, Any]:
         for arch, name in sorted(gguf.MODEL_ARCH_NAMES.items(), key=lambda each: each[1])
         if name not in TOWERS
     }
-    used = [gguf.MODEL_TENSOR[name] for name in sorted({name for names in architectures.values() for name in names})]
     modules = {**mapping.mappings_cfg, **mapping.block_mappings_cfg}
+    needed = {name for names in architectures.values() for name in names}
+    # In gguf-py's order: of two kinds that have the name of a module in common, the later one has it.
+    used = [kind for kind in dict.fromkeys((*modules, *gguf.MODEL_TENSOR)) if kind.name in needed]
     open_ = lambda text: text.replace("{bid}", "{}")  # noqa: E731
     return {
         "tensors": {kind.name: open_(gguf.TENSOR_NAMES[kind]) for kind in used},
@@ -50,8 +53,17 @@ def text_of(found: dict[str, Any]) -> str:
     return "{" + ",\n".join(parts) + "}\n"
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, sys.argv[1])
-    import gguf as installed
+def main(arguments: Sequence[str]) -> int:
+    """Write the table; with --print after the folder, print it instead."""
+    sys.path.insert(0, arguments[0])
+    import gguf
 
-    NAMES_FILE.write_text(text_of(names(installed)))
+    if "--print" in arguments:
+        print(text_of(names(gguf)), end="")
+    else:
+        NAMES_FILE.write_text(text_of(names(gguf)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

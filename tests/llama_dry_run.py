@@ -22,23 +22,34 @@ def is_there() -> bool:
 
 def types_of(planned: Any, quant: str, folder: Path) -> dict[str, str]:
     """Return the type that llama.cpp gives each tensor of a planned GGUF of floats."""
-    import llama_cpp
-
     joined = planned.assembly.joined
     source = folder / "floats.gguf"
     with source.open("wb") as file:
         file.write(joined.head)
         file.truncate(len(joined.head) + sum(piece.size for piece in planned.pieces))
+    found = types_in(source, FILE_TYPES[quant])
+    source.unlink()
+    return found
+
+
+HELD: list[Any] = []  # llama.cpp keeps the last one and calls it whenever it is used again
+
+
+def types_in(source: Path, file_type: str) -> dict[str, str]:
+    """Return the type that llama.cpp gives each tensor of a GGUF; `file_type` is the name of llama.h's constant."""
+    import llama_cpp
+
     said: list[str] = []
 
     @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, data: Any) -> None:
         said.append(text.decode(errors="replace"))
 
+    HELD.append(log)
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.dry_run = getattr(llama_cpp, FILE_TYPES[quant]), True
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(folder / "none").encode(), ctypes.byref(params))
-    source.unlink()
+    params.ftype, params.dry_run = getattr(llama_cpp, file_type), True
+    out = source.with_name("none")
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
     assert status == 0, "".join(said)[-500:]
     return {found["name"]: (found["made"] or found["type"]).upper() for found in LINE.finditer("".join(said))}

@@ -27,7 +27,8 @@ class Tiny:
         tests/next_tokens.py
     tokenizer: a kind of tests/tiny_tokenizers.py
     centred: norms are stored minus one
-    mxfp4, fp4, stacked: how experts are stored: as GPT-OSS's, as DeepSeek V4's, or in two stacks a layer
+    mxfp4, fp4, stacked: how experts are stored: as GPT-OSS's, as DeepSeek V4's, or in two stacks a layer,
+        `transposed` ones as [experts, inputs, outputs]
     renames: [pattern, replacement] from names that the class saves to the published ones, where these differ
     as_published: config.json stays in its published words, where the class saves others, and llama.cpp's converter is
         given these words too
@@ -45,8 +46,10 @@ class Tiny:
     mxfp4: bool = False
     fp4: bool = False
     stacked: bool = False
+    transposed: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     as_published: bool = False
+    raw: bool = False
     pre: str = "gpt-2"
     plain_vocabulary: bool = False
 
@@ -88,8 +91,12 @@ GEMMA4_VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "patch_size": 4, "position_embedding_size": 16,
 }  # fmt: skip
+LONGROPE: dict[str, Any] = {
+    "type": "longrope", "short_factor": [1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 48.0],
+}  # fmt: skip
 MAMBA: dict[str, Any] = {"mamba_d_state": 32, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
-MIMO_LAYERS = {"hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "num_hidden_layers": 3}
+MIMO_LAYERS = {"hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "num_hidden_layers": 3}
 
 # In the order of demand.
 TINY: dict[str, Tiny] = {
@@ -133,15 +140,19 @@ TINY: dict[str, Tiny] = {
         model_type="gemma3", base="medgemma-27b", tokenizer="sentencepiece", centred=True,
         renames=((r"^vision_tower\.", "vision_tower.vision_model."),),
         config={
-            "text_config": text(**SLIDING), "vision_config": VISION, "mm_tokens_per_image": 4,
+            "text_config": text(**SLIDING, query_pre_attn_scalar=32), "vision_config": VISION,
+            "mm_tokens_per_image": 4,
         },
     ),
     "gemma3_text": Tiny(
         model_type="gemma3_text", base="gemma-3-4b-text", tokenizer="sentencepiece", centred=True,
-        config=text(**SLIDING, sliding_window_pattern=2),
+        config=text(**SLIDING, sliding_window_pattern=2, query_pre_attn_scalar=32),
     ),
     "gemma": Tiny(model_type="gemma", base="gemma-2b", tokenizer="sentencepiece", centred=True, config=text()),
-    "gemma2": Tiny(model_type="gemma2", tokenizer="sentencepiece", centred=True, config=text(**SLIDING)),
+    "gemma2": Tiny(
+        model_type="gemma2", tokenizer="sentencepiece", centred=True,
+        config=text(**SLIDING, query_pre_attn_scalar=32),
+    ),
     "glm4_moe": Tiny(
         model_type="glm4_moe", base="glm-4.5-air", tokenizer="bpe_glm",
         next_tokens="deepseek_whole",
@@ -188,7 +199,7 @@ TINY: dict[str, Tiny] = {
         config=text(
             **INDEXER, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, num_hidden_layers=4,
             num_hash_layers=1, q_lora_rank=64, o_lora_rank=32, o_groups=2, qk_rope_head_dim=16, head_dim=64,
-            intermediate_size=64, hc_mult=2, compress_ratios=[0, 4, 128, 4, 0], num_key_value_heads=1,
+            intermediate_size=64, hc_mult=4, compress_ratios=[0, 4, 128, 4, 0], num_key_value_heads=1,
             sliding_window=16,
         ),
     ),
@@ -243,7 +254,7 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "qwen3_vl_moe": Tiny(
-        model_type="qwen3_vl_moe", base="qwen3-vl-30b-a3b",
+        model_type="qwen3_vl_moe", base="qwen3-vl-30b-a3b", transposed=True,
         config={
             "text_config": text(**EXPERTS, rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 5, 5],
                                                          "rope_type": "default"}),
@@ -311,7 +322,7 @@ TINY: dict[str, Tiny] = {
         config={**SIZES, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "granitemoehybrid": Tiny(
-        model_type="granitemoehybrid", base="granite-4.0-h-small",
+        model_type="granitemoehybrid", base="granite-4.0-h-small", as_published=True,
         config={
             **SIZES, **MAMBA, "intermediate_size": 64, "shared_intermediate_size": 256, "num_local_experts": 4,
             "num_experts_per_tok": 2, "layer_types": ["mamba", "attention"], "mamba_n_heads": 4,
@@ -343,11 +354,17 @@ TINY: dict[str, Tiny] = {
                     intermediate_size=64),
     ),
     "phi3": Tiny(model_type="phi3", base="phi-3-mini", tokenizer="sentencepiece", config=SIZES),
+    "phi3_long": Tiny(
+        model_type="phi3", base="phi-3-mini", tokenizer="sentencepiece",
+        config={**SIZES, "rope_scaling": LONGROPE, "max_position_embeddings": 131072},
+    ),
     "phimoe": Tiny(
         model_type="phimoe", base="phi-tiny-moe", tokenizer="sentencepiece",
-        config=text(
-            num_local_experts=4, num_experts_per_tok=2, intermediate_size=64, original_max_position_embeddings=4096,
-        ),
+        config={
+            **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "head_dim": 16,
+            "rope_scaling": {**LONGROPE, "short_mscale": 1.2, "long_mscale": 1.2},
+            "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+        },
     ),
     "exaone4": Tiny(model_type="exaone4", config=text(**SLIDING, sliding_window_pattern="LG")),
     "starcoder2": Tiny(model_type="starcoder2", config=SIZES),

@@ -174,6 +174,9 @@ def model_of(kind: str) -> tuple[dict[str, Any], Tensors]:
         tensors = tensors | next_tokens.FORMS[tiny.next_tokens](tensors, text_part(config))
     if tiny.stacked:
         tensors = in_stacks(tensors)
+    if tiny.transposed:
+        turned = {n: (dtype, shape) for n, (dtype, shape) in tensors.items() if ".experts." in n and len(shape) == 3}
+        tensors |= {n: (dtype, (shape[0], shape[2], shape[1])) for n, (dtype, shape) in turned.items()}
     if tiny.mxfp4:
         tensors = in_mxfp4(tensors)
         config["quantization_config"] = entries()[tiny.base]["config"]["quantization_config"]

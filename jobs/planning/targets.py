@@ -17,6 +17,7 @@ from loaders.layouts.hf import HfLayout
 from loaders.presets.settings import Bnb4Quant
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
+from loaders.rules.next_tokens import NextTokens
 from loaders.rules.rule import Mix, Rule
 from loaders.storage.address import Address
 from loaders.tensors.quantized_sources import check_decodable
@@ -40,6 +41,7 @@ class Target:
     new_blocks: int = 0
     adapter: Address | None = None
     components: tuple[str, ...] | None = None  # of a pipeline of diffusers: those to quantize; None: the usual ones
+    next_tokens: NextTokens = "auto"
 
     @property
     def layout(self) -> Layout:
@@ -225,4 +227,5 @@ def target_of(spec: JobSpec) -> Target:
         layout_name=spec.output.layout, container_name=spec.output.container, naming=naming,
         new_blocks=spec.transform.num_blocks or 0, adapter=spec.transform.adapter,
         components=spec.model.components_to_quantize,
+        next_tokens=spec.mtp,
     )  # fmt: skip

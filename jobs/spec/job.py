@@ -18,6 +18,7 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.presets.auto import QuantSpec
 from loaders.presets.settings import Quant
+from loaders.rules.next_tokens import NextTokens
 from loaders.rules.rule import Rule
 from loaders.storage.address import Address
 
@@ -288,6 +289,10 @@ class JobSpec(Spec):
         description="source megabytes (1e6 bytes) per unit of work: decides what a crash costs, and the size of files",
     )
     rules: tuple[RuleSpec, ...] = Field(description="rules that decide about tensors before the engine's own")
+    mtp: NextTokens = Field(
+        default="auto",
+        description="layers for multi-token prediction: as they are, as the others, or none; auto: as the engine does",
+    )
     output: OutputSpec
     strategy: StrategySpec
     backend: BackendSpec

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -35,9 +35,31 @@ def _texts() -> Mapping[str, str]:
 
 @cache
 def section(model_type: object, engine: str) -> Mapping[str, Any] | None:
-    """Return what the family of a model type says for an engine; None if it says nothing, or there is no family."""
+    """Return what the family of a model type says for an engine; None if it says nothing, or there is no family.
+
+    A section that says `like: MODEL_TYPE` has what that type's has, but for the keys that it has itself, and with what
+    its `add` adds to them.
+    """
     text = _texts().get(model_type) if isinstance(model_type, str) else None
-    return None if text is None else yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
+    if text is None:
+        return None
+    found = yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
+    if found is None or "like" not in found:
+        return cast("Mapping[str, Any] | None", found)
+    own = {key: value for key, value in found.items() if key not in ("like", "add")}
+    return added({**(section(found["like"], engine) or {}), **own}, found.get("add", {}))
+
+
+def added(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with changes: mappings and lists are added to its own, and what is neither takes its place."""
+    made = dict(whole)
+    for key, value in changes.items():
+        before = made.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            made[key] = before | value
+        else:
+            made[key] = before + value if isinstance(value, list) and isinstance(before, list) else value
+    return made
 
 
 @cache

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 from loaders.architectures import gguf_names
 from loaders.architectures.family import text_config
-from loaders.architectures.family_files import known_types, section
+from loaders.architectures.family_files import added, known_types, section
 from loaders.architectures.forms import Form, forms_of
+from loaders.architectures.gguf_types import is_float32, is_quantized
+from loaders.architectures.layer_kinds import CONDITIONS, layer_count
+from loaders.dtypes import Shape
 from loaders.errors import BadSpec, setting
 from loaders.specs import RowOrder
 from loaders.words import model_type_said
@@ -27,17 +30,41 @@ MODULES = (
 )  # fmt: skip
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # A model saved without its head, as sentence encoders are, has names without `model.`.
-HF_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
+HF_LAYER = re.compile(r"^(?:(?:model|backbone)\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
+# Vectors that the converter calls a bias, and that llama.cpp loads for every architecture that has them in its table.
+NO_BIASES = ("e_score_correction.bias", "expert_bias.bias", "router_bias.bias")
+QUERIES, KEYS = ("self_attn.q_proj", "mixer.q_proj"), ("self_attn.k_proj", "mixer.k_proj")
 EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
 
+GGUF_ARCHITECTURE = "gguf_architecture"  # a GGUF's architecture, where facts stand for a config.json
+# The tensors of towers for images and sound, as TextModel.filter_tensors in conversion/base.py knows them.
+TOWERS = (
+    r"^(?:mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.|sound_(?:encoder|projection)\.|speech_embeddings\.)"
+    r"|visual\.|(?:vision|audio)[._]|talker\.|token2wav\.|code2wav\.|projector\.|pre_mm_projector_norm|image_newline"
+    r"|view_seperator|patch_embed|patch_merge(?:r|_mlp)\.|model\.connector\."
+)
+PARTS = (
+    "text_config",
+    "vision_config",
+    "audio_config",
+    "thinker_config",
+)  # what config.json has of a model with towers
+NO_TOWERS = "llama.cpp keeps the towers of a model in a file of their own (mmproj), which is not made here"
+
+
 @dataclass(frozen=True, slots=True)
 class GgufName:
-    """The place of transformers' tensor in a GGUF: a name, and the expert's number in a stack."""
+    """The place of transformers' tensor in a GGUF.
+
+    expert: its number in a stack of experts. part, parts: which of how many tensors, whose rows follow each other.
+    """
 
     name: str
     expert: int | None = None
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +74,39 @@ class Architecture:
     architecture: llama.cpp's name of it.
     classes: transformers' class for config.json by model_type, where a GGUF of it is read; empty where it is not.
     modules: further modules within a layer that are read from a GGUF, with {} for an expert's number; see MODULES.
-    renames: [pattern, replacement] rows that the converter applies to names before it looks them up.
+    renames: [pattern, replacement] rows that are applied to names before they are looked up; {next} in a replacement is
+    the number of the layer for multi-token prediction, the first or, by a group called next, another one. A name that
+    begins with blk. is a GGUF's own.
+    joins: [pattern, replacement, part, parts] rows for tensors whose rows follow each other in one of a GGUF's.
     forms: tensors that are held in another shape, or with other values; see `loaders.architectures.forms`.
     drop: patterns for published names of what is left out, each with the reason.
     permutes: rows of q and k are in another order: llama.cpp's rotary embedding pairs neighbours, transformers' pairs
     the halves of a head (`permute` in conversion/llama.py).
     has_factors: llama.cpp loads the tensor rope_freqs.weight.
-    biases: the modules within a layer whose biases it loads.
+    biases: the modules, of a layer or beside the layers, whose biases it loads, with {} for an expert's number.
+    float32: a pattern for GGUF's names of further tensors that are float32 whatever is asked for the others.
+    as_stored: one for those that are not, though other architectures' are.
+    defaults: what transformers' class takes for keys that a config.json leaves out.
+    extras: words for tensors that follow from config.json; see `loaders.layouts.gguf.extra_tensors`.
+    layers: the number of the layers of the model at hand, without those for multi-token prediction.
     keys: its keys of metadata: [type, key of config.json, default] or [type, number]; null for one that it has not.
     made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
-    activations: the values of hidden_act that it computes.
+    activations: the values that it computes of hidden_act, or of the key that `activation` names.
+    needs: [key, value, reason] rows of what config.json must say where it says anything.
+    own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
+    rounds_ramp: yarn's ramp is computed with a rounded range, whatever config.json says; a warning tells so.
+    next_tokens: it has layers for multi-token prediction, after the others.
+    variants: what differs for some models of a type, under a word of `loaders.architectures.layer_kinds`; a later one
+    that holds goes before.
+    ropes: the kinds of rotary embeddings that it computes beside those of all: mrope (by sections), sliding (another
+    base in layers with a window), longrope, proportional.
     """
 
     architecture: str
     classes: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    joins: tuple[tuple[str, str, int, int], ...] = ()
     forms: tuple[Form, ...] = ()
     drop: tuple[tuple[str, str], ...] = ()
     permutes: bool = False
@@ -71,6 +115,18 @@ class Architecture:
     keys: Mapping[str, Any] = field(default_factory=dict)
     made: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
+    activation: str = "hidden_act"
+    needs: tuple[tuple[str, Any, str], ...] = ()
+    ropes: tuple[str, ...] = ()
+    float32: str = ""
+    as_stored: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    extras: tuple[str, ...] = ()
+    own_rope: bool = False
+    rounds_ramp: bool = False
+    next_tokens: bool = False
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layers: int = 0
 
     @property
     def name(self) -> str:
@@ -78,19 +134,47 @@ class Architecture:
 
     def gguf_name(self, name: str) -> GgufName | None:
         """Return where transformers' tensor is in a GGUF, or None if the architecture has no such tensor."""
-        suffix = name.rpartition(".")[2]
-        match = HF_LAYER.match(name)
-        if suffix == "bias" and (match is None or match[2] not in self.biases):
-            return None
-        if name.startswith(("layers.", "embed_tokens.", "norm.")):
-            name = f"model.{name}"
+        name = _published(name)
         for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
+            name = re.sub(pattern, partial(self._renamed, replacement), name)
+        if name.startswith("blk."):
+            return GgufName(name)
+        if name.endswith(".bias") and not name.endswith(NO_BIASES):
+            match = HF_LAYER.match(name)
+            module = name.removeprefix("model.").removesuffix(".bias") if match is None else match[2]
+            if EXPERT.sub(".experts.{}", module) not in self.biases:
+                return None
         expert = EXPERT.search(name)
-        if expert is not None:
-            name = EXPERT.sub(".experts", name)
+        number = None if expert is None else int(expert[1])
+        name, part, parts = self._joined(EXPERT.sub(".experts", name))
         found = gguf_names.gguf_name(self.architecture, name)
-        return None if found is None else GgufName(found, None if expert is None else int(expert[1]))
+        return None if found is None else GgufName(found, number, part, parts)
+
+    def _renamed(self, replacement: str, match: re.Match[str]) -> str:
+        number = self.layers + int(match.groupdict().get("next") or 0)
+        return match.expand(replacement).replace("{next}", str(number))
+
+    def _joined(self, name: str) -> tuple[str, int, int]:
+        """Return the name of the tensor that this one is a part of, and which part of how many."""
+        for pattern, replacement, part, parts in self.joins:
+            if re.search(pattern, name):
+                return re.sub(pattern, replacement, name), part, parts
+        return name, 0, 1
+
+    def is_float32(self, name: str, dimensions: int) -> bool:
+        """Whether a GGUF's tensor is float32 whatever is asked for the others."""
+        if self.as_stored and re.search(self.as_stored, name):
+            return False
+        return is_float32(name, dimensions) or bool(self.float32 and re.search(self.float32, name))
+
+    def is_quantized(self, name: str, shape: Shape) -> bool:
+        """Whether llama.cpp quantizes a GGUF's tensor of this whole shape at all."""
+        return is_quantized(self.architecture, name, shape)
+
+    def dropped(self, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """Return [pattern, reason] rows for published names of what is left out."""
+        is_multimodal = any(key in config for key in PARTS)
+        return (*self.drop, (TOWERS, NO_TOWERS)) if is_multimodal else self.drop
 
     def hf_name(self, name: str) -> str | None:
         """Return transformers' name of a GGUF's tensor, with {} for an expert's number; None if it is unknown."""
@@ -110,9 +194,9 @@ class Architecture:
         """Return the modules within a layer by GGUF's names within it."""
         found = {}
         for module in (*MODULES, *self.modules):
-            name = gguf_names.gguf_name(self.architecture, f"model.layers.0.{module.replace('.{}', '')}")
+            name = gguf_names.gguf_name(self.architecture, f"model.layers.0.{module.replace('.{}', '')}.weight")
             if name is not None:
-                found[name.removeprefix("blk.0.")] = module
+                found[name.removeprefix("blk.0.").removesuffix(".weight")] = module
         return found
 
     def row_order(self, name: str, rows: int, config: Mapping[str, Any], *, inverse: bool) -> RowOrder | None:
@@ -121,22 +205,30 @@ class Architecture:
         Raises:
             BadSpec: the rows do not divide into heads.
         """
-        match = HF_LAYER.match(name)
-        if not self.permutes or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
+        match = HF_LAYER.match(_published(name))
+        if not self.permutes or match is None or match[2] not in QUERIES + KEYS:
             return None
         heads = number(config, "num_attention_heads")
-        if match[2] == "self_attn.k_proj":
+        if match[2] in KEYS:
             heads = number(config, "num_key_value_heads", heads)
         if heads < 1 or rows % (2 * heads):
             raise BadSpec(f"{name}: its {rows} rows do not divide into {heads} heads of an even size")
         return RowOrder(rows // heads, inverse)
 
 
+def _published(name: str) -> str:
+    """Return a tensor's name as that of a language model by itself, as the converter does before it looks names up."""
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("language_model.", "")
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
+
+
 @cache
 def _architecture(model_type: object) -> Architecture | None:
     found = section(model_type, "gguf")
-    if found is None:
-        return None
+    return None if found is None else _made(found)
+
+
+def _made(found: Mapping[str, Any]) -> Architecture:
     made: dict[str, Any] = {
         key: tuple(tuple(row) if isinstance(row, list) else row for row in value) if isinstance(value, list) else value
         for key, value in found.items()
@@ -150,13 +242,25 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         BadSpec: none here is for its model_type.
     """
-    found = _architecture(config.get("model_type"))
+    if isinstance(name := config.get(GGUF_ARCHITECTURE), str):
+        return Architecture(architecture=name)
+    model_type = config.get("model_type")
+    found = _architecture(model_type)
     if found is None:
         known = ", ".join(known_types("gguf"))
         raise BadSpec(
             f"{setting('layout')}: gguf knows no architecture for {model_type_said(config)}; it knows {known}"
         )
-    return found
+    for condition, changes in found.variants.items():
+        if CONDITIONS[condition](config):
+            found = _made(added(section(model_type, "gguf") or {}, changes))
+    return replace(found, layers=layer_count(config) or 0)
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config.json with what transformers' class takes for the keys that it leaves out."""
+    found = architecture_of(config).defaults
+    return {**config, **{key: value for key, value in found.items() if text_config(config, key) is None}}
 
 
 @cache

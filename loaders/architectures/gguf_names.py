@@ -25,13 +25,23 @@ def _tables() -> Mapping[str, Any]:
 
 @cache
 def _names(architecture: str) -> Mapping[str, str]:
-    """Return GGUF's names by the names of modules, with {} for a layer's number."""
+    """Return GGUF's names by the names of modules, with {} for a layer's number.
+
+    Of two kinds of tensors that have a module's name in common, the later one has it, as in gguf-py.
+    """
     tables, found = _tables(), {}
     own = tables["own"].get(architecture, {})
-    for kind in tables["architectures"][architecture]:
-        for module in own.get(kind, tables["modules"].get(kind, ())):
+    kinds = {*tables["architectures"][architecture]}
+    for kind in (kind for kind in tables["tensors"] if kind in kinds):
+        for module in (tables["tensors"][kind], *own.get(kind, tables["modules"].get(kind, ()))):
             found[module] = tables["tensors"][kind]
     return found
+
+
+def tensor_names(architecture: str) -> tuple[str, ...]:
+    """Return GGUF's names of an architecture's tensors, with {} for a layer's number; none if it is unknown."""
+    tables = _tables()
+    return tuple(tables["tensors"][kind] for kind in tables["architectures"].get(architecture, ()))
 
 
 def gguf_name(architecture: str, name: str) -> str | None:
@@ -44,6 +54,6 @@ def gguf_name(architecture: str, name: str) -> str | None:
         layer = LAYER.search(module)
         form = module if layer is None else f"{module[: layer.start()]}{{}}{module[layer.end() :]}"
         found = _names(architecture).get(form)
-        if found is not None:
+        if found is not None and (suffix or not found.endswith("_exps")):  # a stack that is not cut has no place
             return found.replace("{}", layer[0] if layer else "") + suffix
     return None

@@ -19,17 +19,23 @@ OF_LAYER = re.compile(r"^(?:(?:language_model|model|transformer|backbone)\.)*(?:
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 PREDICTING = re.compile(r"nextn|mtp")  # keys that count the layers for multi-token prediction, after the others
 PREDICTS = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head|nextn\w*|mtp\w*)\.")
+NEXT_TOKENS = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_\w+)?\.")  # parts for multi-token prediction that have a name
 MOST = 10_000  # a larger count is taken for nonsense, and layers are not looked for
 SHOWN = 8  # numbers of layers that a sentence lists
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """What does not fit: the names of tensors in layers beyond the config's count, and the layers without tensors."""
+    """What is said of layers beyond the config's count, and of those without tensors.
+
+    beyond: the names of tensors in layers of which the config does not speak. missing: the layers without tensors.
+    predicting: those of tensors for multi-token prediction, in layers after the others or under names of their own.
+    """
 
     count: int
     beyond: tuple[str, ...] = ()
     missing: tuple[int, ...] = ()
+    predicting: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -55,20 +61,25 @@ class Layers:
 def layers_of(config: Mapping[str, Any], names: Iterable[str]) -> Layers:
     """Compare the layers in tensors' names with the count in config.json."""
     count = next((n for key in COUNTS if (n := _count(text_config(config, key)))), None)
+    listed = list(names)
+    predicting = [name for name in listed if NEXT_TOKENS.search(name)]
     if count is None:
-        return Layers(0)
+        return Layers(0, predicting=tuple(predicting))
     last, present = count + _predicting(config), set[int]()
     after: dict[int, list[str]] = {}
-    for name in names:
+    for name in listed:
         number = layer_of(name)
         if number is not None:
             present.add(number)
             if number >= last:
                 after.setdefault(number, []).append(name)
+            if number >= count and not NEXT_TOKENS.search(name):
+                predicting.append(name)
     unclaimed = {number for number, inside in after.items() if any(map(PREDICTS.search, inside))}
     beyond = [name for number, inside in after.items() if number not in unclaimed for name in inside]
     missing = [number for number in range(count) if number not in present] if present else []
-    return Layers(count, tuple(beyond), tuple(missing))
+    unknown = {*beyond}
+    return Layers(count, tuple(beyond), tuple(missing), tuple(name for name in predicting if name not in unknown))
 
 
 def layer_of(name: str) -> int | None:

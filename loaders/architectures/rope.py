@@ -25,8 +25,10 @@ HIGH_FACTORS: tuple[float, ...] = (4.0, 2.0, 8.0, 16.0, 32.0, 1.5, 3.0)
 LENGTHS = tuple(2**power for power in (13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 14, 15, 16, 17, 18, 19, 20))
 
 
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_of(config: Mapping[str, Any], layers: str | None = None) -> dict[str, Any]:
     """Return rope_theta, rope_type and the scaling's settings from either style of config.json.
+
+    `layers` is the kind of layers whose settings are returned; without it, all must have the same.
 
     Raises:
         BadSpec: kinds of layers differ in them.
@@ -34,7 +36,9 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         block = text_config(config, key)
-        found |= _of_all_layers(block) if isinstance(block, Mapping) else {}
+        if isinstance(block, Mapping):
+            own = block.get(layers) if layers else None
+            found |= own if isinstance(own, Mapping) else _of_all_layers(block)
     if "type" in found:
         found.setdefault("rope_type", found["type"])
     if found.get("rope_type") == "su":  # what the first models with longrope call it

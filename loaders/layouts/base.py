@@ -76,6 +76,10 @@ class Forming(Protocol):
         """Return the rules that drop what the engine has not; they go before an engine's own."""
         ...
 
+    def no_next_tokens(self, checkpoint: Checkpoint) -> str | None:
+        """Say why the engine has no place for layers for multi-token prediction; None if it has."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:

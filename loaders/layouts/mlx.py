@@ -53,6 +53,9 @@ class MlxLayout:
     def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
         return dropping(_known_model(checkpoint).drop)
 
+    def no_next_tokens(self, checkpoint: Checkpoint) -> str | None:
+        return "mlx-lm has no layers for multi-token prediction"
+
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
         has_head = any(d.tensor.role == "head" and d.action != "drop" for d in decisions)

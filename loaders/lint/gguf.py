@@ -1,8 +1,8 @@
 """Checks of GGUF files, as llama.cpp reads them: metadata that it needs, a tensor for every place, sizes that agree.
 
 The keys that are required, and those for which llama.cpp silently takes a default, are from src/llama-model.cpp
-(load_hparams and load_tensors of each architecture) and src/llama-vocab.cpp. Architectures that are not known here are
-checked only for what holds for all.
+(load_hparams and load_tensors of each architecture) and src/llama-vocab.cpp. Of the architectures that are read here,
+every tensor of every block is known; of the others in gguf-py's table, the tensors that they may have.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from loaders.architectures import gguf_names
 from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.layouts.gguf.pre_tokenizers import known_names
 from loaders.lint.base import Finding, Subject, doubt, fault, some
+from loaders.lint.engines.gguf import unknown
 from loaders.specs import WeightSpec
 from loaders.words import counted
 
 ENGINE = "llama.cpp"
 AGAIN = "convert the model again"
 BLOCK = re.compile(r"^blk\.(\d+)\.")
+STACK = re.compile(r"ffn_(?:gate|up|down|gate_up)_exps\.weight$")
 EMBEDDING, NORM, HEAD = "token_embd.weight", "output_norm.weight", "output.weight"
 # keys under the architecture's name without which loading fails; those of DEFAULTED have a default that may be wrong
-REQUIRED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-            "attention.layer_norm_rms_epsilon")  # fmt: skip
+REQUIRED = ("context_length", "embedding_length", "block_count")
+READ_REQUIRED = ("feed_forward_length", "attention.head_count", "attention.layer_norm_rms_epsilon")
 MOE_REQUIRED = ("expert_count", "expert_used_count")
 DEFAULTED = {"rope.freq_base": "10000", "attention.head_count_kv": "as many as attention.head_count"}
 ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
@@ -43,22 +46,29 @@ def check(subject: Subject) -> Iterator[Finding]:
     if not isinstance(name, str):
         yield fault(ENGINE, "the metadata has no general.architecture", "does not load it", AGAIN)
         return
-    yield from _sizes(name, metadata)
+    architecture, known = architecture_named(name), gguf_names.tensor_names(name)
+    yield from _sizes(name, metadata, specs, is_read=architecture is not None)
     yield from _tokenizer(metadata, specs)
-    yield from _top(specs)
+    yield from _top(specs, has_norm="output_norm" in known and "token_embd_norm" not in known)
     yield from _types(specs)
-    architecture = architecture_named(name)
-    if architecture is None:
+    if architecture is not None:
+        yield from _blocks(architecture, metadata, specs)
+        yield from _shapes(name, metadata, specs)
+    elif known:
+        yield from _beyond(name, metadata, specs)
+        yield from _strangers(name, unknown([*specs], known))
+    else:
         yield doubt(
             ENGINE, f"architecture {name} is not known here", "may want tensors that are not there", "load it once"
         )
-    else:
-        yield from _blocks(architecture, metadata, specs)
-        yield from _shapes(name, metadata, specs)
+    yield from _stacks(name, metadata, specs)
 
 
-def _sizes(name: str, metadata: Mapping[str, Any]) -> Iterator[Finding]:
-    wanted = (*REQUIRED, *(MOE_REQUIRED if name == "qwen3moe" else ()))
+def _sizes(
+    name: str, metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec], *, is_read: bool
+) -> Iterator[Finding]:
+    has_experts = any("_exps." in tensor for tensor in specs)
+    wanted = (*REQUIRED, *(READ_REQUIRED if is_read else ()), *(MOE_REQUIRED if has_experts else ()))
     missing = [f"{name}.{key}" for key in wanted if f"{name}.{key}" not in metadata]
     if missing:
         yield fault(ENGINE, f"the metadata lacks {some(missing)}", "fails: key not found in model", AGAIN)
@@ -112,8 +122,8 @@ def _byte_level(metadata: Mapping[str, Any]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _top(specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
-    missing = [name for name in (EMBEDDING, NORM) if name not in specs]
+def _top(specs: Mapping[str, WeightSpec], *, has_norm: bool) -> Iterator[Finding]:
+    missing = [name for name in (EMBEDDING, *((NORM,) if has_norm else ())) if name not in specs]
     if missing:
         yield fault(ENGINE, f"not there: {some(missing)}", "fails: missing tensor", AGAIN)
     if EMBEDDING in specs and HEAD in specs and specs[HEAD].shape != specs[EMBEDDING].shape:
@@ -142,13 +152,7 @@ def _blocks(
     count = metadata.get(f"{architecture.name}.block_count")
     if not isinstance(count, int):
         return
-    found = {int(match[1]) for name in specs if (match := BLOCK.match(name))}
-    beyond = sorted(number for number in found if number >= count)
-    if beyond:
-        yield fault(
-            ENGINE, f"block_count is {count}, but there are tensors of blk.{beyond[0]}",
-            "fails: wrong number of tensors", f"set {architecture.name}.block_count to {max(found) + 1}",
-        )  # fmt: skip
+    yield from _beyond(architecture.name, metadata, specs)
     is_mixture = bool(metadata.get(f"{architecture.name}.expert_count", 0))
     parts = [f"{part}.weight" for part in (*ATTENTION, *(EXPERTS if is_mixture else DENSE))]
     parts += EXTRA.get(architecture.name, ())
@@ -171,10 +175,47 @@ def _blocks(
         and name not in (EMBEDDING, NORM, HEAD)
         and not name.endswith(("_scale", ".scale"))
     ]
-    if others:
+    yield from _strangers(architecture.name, others)
+
+
+def _beyond(name: str, metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
+    """Check that no block is after the last that the metadata counts, and that none before it is missing."""
+    count = metadata.get(f"{name}.block_count")
+    if not isinstance(count, int):
+        return
+    found = {int(match[1]) for tensor in specs if (match := BLOCK.match(tensor))}
+    beyond = sorted(number for number in found if number >= count)
+    if beyond:
+        yield fault(
+            ENGINE, f"block_count is {count}, but there are tensors of blk.{beyond[0]}",
+            "fails: wrong number of tensors", f"set {name}.block_count to {max(found) + 1}",
+        )  # fmt: skip
+    # The bound is for a damaged block_count, which could make this list endless.
+    missing = [f"blk.{number}" for number in range(min(count, 4096)) if number not in found]
+    if missing and architecture_named(name) is None:
+        yield fault(ENGINE, f"{len(missing)} blocks are not there: {some(missing)}", "fails: missing tensor", AGAIN)
+
+
+def _strangers(name: str, tensors: list[str]) -> Iterator[Finding]:
+    if tensors:
         yield doubt(
-            ENGINE, f"{counted(len(others), 'tensor')} that {architecture.name} does not have: {some(others)}",
+            ENGINE, f"{counted(len(tensors), 'tensor')} that {name} does not have: {some(tensors)}",
             "may fail: wrong number of tensors", "drop them by a rule",
+        )  # fmt: skip
+
+
+def _stacks(name: str, metadata: Mapping[str, Any], specs: Mapping[str, WeightSpec]) -> Iterator[Finding]:
+    """Check that stacks have as many experts as the metadata says."""
+    experts = metadata.get(f"{name}.expert_count")
+    wrong = [
+        f"{spec.name} {list(spec.shape)}"
+        for spec in specs.values()
+        if STACK.search(spec.name) and isinstance(experts, int) and (len(spec.shape) < 3 or spec.shape[0] != experts)
+    ]
+    if wrong:
+        yield fault(
+            ENGINE, f"{len(wrong)} stacks of experts are not of expert_count {experts}: {some(wrong)}",
+            "fails: the tensor has the wrong shape", AGAIN,
         )  # fmt: skip
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from loaders.architectures.family import Family
-from loaders.architectures.layers import layers_of
+from loaders.architectures.layers import Layers
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import setting
 from loaders.quantization.scheme import Scheme
@@ -112,9 +109,8 @@ def default_rules(scheme: Scheme, family: Family | None = None) -> tuple[Rule, .
     return (rules[0], SINGLE_EXPERTS, *rules[1:])
 
 
-def left_out(names: Iterable[str], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+def left_out(found: Layers) -> tuple[Rule, ...]:
     """Return the rule that drops tensors of layers that config.json does not have; it goes before an engine's own."""
-    found = layers_of(config, names)
     if not found.beyond:
         return ()
     why = f"config.json has {found.count} layers, so that no engine computes with these"

@@ -11,14 +11,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from loaders.architectures.family import natural_key
-from loaders.architectures.gguf import Architecture, architecture_of, experts_of, number
-from loaders.dtypes import DTYPES
+from loaders.architectures.gguf import (
+    GGUF_ARCHITECTURE,
+    Architecture,
+    GgufName,
+    architecture_of,
+    completed,
+    experts_of,
+    number,
+)
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, Shape
 from loaders.quantization.schemes.ggml import FLOATS, Ggml
 from loaders.rules.rule import Rule
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.repacked import holds_mxfp4
 
 # mix (llama.cpp: file type) -> the type of most of its tensors
 MIXES = {
@@ -31,7 +41,25 @@ MIXES = {
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
             "Q6_K": "Q8_0"}  # fmt: skip
 TERNARY = ("TQ1_0", "TQ2_0")
-PARTS = ("attn_v", "attn_k", "attn_q", "attn_output", "ffn_up", "ffn_gate", "ffn_down")
+# A tensor's part in the model by its name; the first that matches counts.
+PARTS = tuple(
+    (part, re.compile(pattern))
+    for part, pattern in (
+        ("output", r"^output\.weight$"),
+        ("token_embd", r"^(?:per_layer_)?token_embd\.weight$"),
+        ("attn_qkv", r"attn_qkv\.weight"),
+        ("attn_kv_b", r"attn_kv_b\.weight"),
+        ("attn_v", r"attn_v\.weight"),
+        ("attn_k", r"attn_k\.weight"),
+        ("attn_q", r"attn_q\.weight"),
+        ("attn_output", r"attn_output\.weight"),
+        ("ffn_up", "ffn_up"),
+        ("ffn_gate", "ffn_gate"),
+        ("ffn_down", "ffn_down"),
+    )
+)
+VALUES = ("attn_v", "attn_qkv", "attn_kv_b")  # parts that are taken for values of attention
+GLM5_NEXT = re.compile(r"attn_q_[ab]|nextn\.eh_proj")  # what is quantized to no fewer than 8 bits there
 LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
@@ -41,7 +69,7 @@ class GgmlMix:
 
     pure: every matrix gets the mix's main type, except where its blocks do not divide rows (llama-quantize --pure).
     embedding, output: types for the embedding and the output projection (--token-embedding-type, --output-tensor-type);
-    a tied embedding takes that of the output projection. absmean: ternary types round as BitNet does.
+    a tied embedding without one takes that of the output projection. absmean: ternary types round as BitNet does.
     """
 
     name: str
@@ -57,15 +85,10 @@ class GgmlMix:
             BadSpec: the model's architecture is not known.
         """
         architecture = architecture_of(config)
-        names = {tensor.name: _gguf_name(architecture, tensor.name) for tensor in tensors}
-        model = _Model(architecture, config, set(names.values()))
+        model = _Model.of(architecture, completed(config), tensors)
         by_type: dict[tuple[str, str], set[str]] = {}
         for tensor in tensors:
-            name = names[tensor.name]
-            if not _is_quantized(tensor, name):
-                chosen, why = "keep", "llama.cpp keeps vectors, norms and routers"
-            else:
-                chosen, why = self._type(tensor, name, model)
+            chosen, why = self._chosen(tensor, model)
             if tensor.dtype.name == chosen:
                 chosen, why = "keep", "it is of its type already"
             by_type.setdefault((chosen, why), set()).add(tensor.name)
@@ -79,70 +102,123 @@ class GgmlMix:
         scheme = Ggml(chosen, self.absmean and chosen in TERNARY)
         return Rule(action="quantize", why=f"{why}: {chosen}", names=names, scheme=scheme)
 
-    def _asked(self, name: str, model: _Model) -> str | None:
-        """Return the type that the user asked for, if this is the embedding or the output projection."""
-        if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
-            return self.output
-        return self.embedding if name == "token_embd.weight" else None
-
-    def _type(self, tensor: LogicalTensor, name: str, model: _Model) -> tuple[str, str]:
-        """Return a matrix's type, and the reason for it."""
-        default = MIXES[self.name]
-        if default in FLOATS:
+    def _chosen(self, tensor: LogicalTensor, model: _Model) -> tuple[str, str]:
+        """Return a tensor's type, or "keep", and the reason for it."""
+        default, found = MIXES[self.name], model.found.get(tensor.name)
+        if found is None:
+            return "keep", "llama.cpp has no place for it"
+        if tensor.dtype.block == 1 and tensor.dtype.name not in WEIGHT_DTYPES:
+            return "keep", "numbers that are no weights"
+        if default in (*FLOATS, "MXFP4") and holds_mxfp4(tensor):
+            return "MXFP4", "the source's own blocks, as llama.cpp's converter has them"
+        if default in FLOATS and not model.architecture.is_float32(found.name, len(found.shape)):
             return default, f"llama.cpp's {self.name}"
-        asked = self._asked(name, model)
-        chosen = asked or (default if self.pure else _chosen(self.name, default, tensor, name, model))
+        if default in FLOATS or not model.architecture.is_quantized(found.name, found.shape):
+            return "keep", "llama.cpp keeps vectors, norms and routers"
+        asked = self._asked(found, model)
+        chosen = asked or (default if self.pure else _type(self.name, default, found, model))
         fitting = fallback(chosen, tensor.shape[-1])
         if fitting != chosen:
             return fitting, f"its rows do not divide into {chosen}'s blocks of {DTYPES[chosen].block}"
         return chosen, f"llama.cpp's {self.name}"
 
+    def _asked(self, tensor: _Tensor, model: _Model) -> str | None:
+        """Return the type that the user asked for, if this is an embedding or the output projection."""
+        if tensor.part == "token_embd":
+            return self.embedding or (self.output if model.is_tied else None)
+        return self.output if tensor.part == "output" else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor by its name in a GGUF, and the shape of the whole, of a stack with its experts."""
+
+    name: str
+    shape: Shape
+
+    @property
+    def part(self) -> str:
+        """Its part in the model: tensor_get_category."""
+        return next((part for part, pattern in PARTS if pattern.search(self.name)), "")
+
 
 @dataclass(frozen=True)
 class _Model:
-    """The facts about a model by which types are chosen."""
+    """The facts about a model by which types are chosen. `found` are its tensors by their published names."""
 
     architecture: Architecture
     config: Mapping[str, Any]
-    names: set[str]
+    found: Mapping[str, _Tensor]
+
+    @classmethod
+    def of(cls, architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[LogicalTensor]) -> _Model:
+        dropped = [re.compile(pattern) for pattern, _ in architecture.dropped(config)]
+        experts, found = experts_of(config), {}
+        is_gguf = GGUF_ARCHITECTURE in config
+        for tensor in tensors:
+            place = GgufName(tensor.name) if is_gguf else architecture.gguf_name(tensor.name)
+            if any(pattern.search(tensor.name) for pattern in dropped):
+                continue
+            if place is not None:
+                shape = tensor.shape if place.expert is None else (experts, *tensor.shape)
+                found[tensor.name] = _Tensor(place.name, shape)
+            elif architecture.hf_name(tensor.name) is not None:  # a GGUF's own name
+                found[tensor.name] = _Tensor(tensor.name, tensor.shape)
+        return cls(architecture, config, found)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(tensor.name for tensor in self.found.values())
 
     @property
     def is_tied(self) -> bool:
         return "output.weight" not in self.names
 
-    @property
+    @cached_property
     def layers(self) -> int:
-        return number(self.config, "num_hidden_layers")
+        """The number of layers, with those for multi-token prediction."""
+        return max((int(layer[1]) + 1 for name in self.names if (layer := LAYER.match(name))), default=0)
 
-    @property
+    @cached_property
     def experts(self) -> int:
         return experts_of(self.config)
 
-    @property
+    @cached_property
     def queries_per_key(self) -> int:
-        heads = number(self.config, "num_attention_heads")
+        """How many heads of queries share one of keys in the first layer; 0 where it has no attention."""
+        heads = number(self.config, "num_attention_heads", 0)
+        if "blk.0.attn_kv_a_mqa.weight" in self.names:  # latent attention has one head of keys
+            return heads
+        if not any(name.startswith("blk.0.attn_k") or name == "blk.0.attn_qkv.weight" for name in self.names):
+            return 0
         return heads // max(1, number(self.config, "num_key_value_heads", heads))
 
     @property
     def is_70b(self) -> bool:
         """Whether llama.cpp would take it for a 70B: by its 80 layers, and unlike a 65B by fewer keys than queries."""
         is_llama = self.architecture.name == "llama" and self.queries_per_key != 1
-        return self.layers == 80 and (is_llama or self.architecture.name == "qwen2")
+        return self.layers == 80 and (is_llama or self.architecture.name in ("qwen2", "deci", "olmo"))
 
-    def rank(self, part: str, name: str) -> tuple[int, int]:
-        """Return which of the model's tensors of this part it is, and how many there are."""
-        mine = [n for n in self.names if f".{part}." in n and n.endswith(".weight")]
-        return sorted(mine, key=natural_key).index(name), len(mine)
+    @cached_property
+    def _ranks(self) -> Mapping[str, list[str]]:
+        """The quantized tensors of each part, in the order of layers."""
+        ranks: dict[str, set[str]] = {}
+        for tensor in self.found.values():
+            if self.architecture.is_quantized(tensor.name, tensor.shape):
+                ranks.setdefault(tensor.part, set()).add(tensor.name)
+        return {part: sorted(names, key=natural_key) for part, names in ranks.items()}
 
+    def value_rank(self, tensor: _Tensor) -> tuple[int, int]:
+        """Return which of the model's tensors with values of attention this is, and how many there are."""
+        names = sorted((name for part in VALUES for name in self._ranks.get(part, ())), key=natural_key)
+        return names.index(tensor.name), len(names)
 
-def _gguf_name(architecture: Architecture, name: str) -> str:
-    found = architecture.gguf_name(name)
-    return name if found is None else found.name
-
-
-def _is_quantized(tensor: LogicalTensor, name: str) -> bool:
-    is_matrix = len(tensor.shape) >= 2 and name.endswith("weight")
-    return is_matrix and not name.endswith("_norm.weight") and "ffn_gate_inp." not in name
+    def layer_of(self, tensor: _Tensor) -> int:
+        """Return the layer by which llama.cpp chooses: it counts the tensors of a dense model, which may be wrong."""
+        layer = LAYER.match(tensor.name)
+        if self.experts > 1 and layer is not None:
+            return int(layer[1])
+        return self._ranks[tensor.part].index(tensor.name)
 
 
 def fallback(chosen: str, columns: int) -> str:
@@ -159,33 +235,32 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _chosen(mix: str, default: str, tensor: LogicalTensor, name: str, model: _Model) -> str:
+def _type(mix: str, default: str, tensor: _Tensor, model: _Model) -> str:
     """Return the type of a tensor by its part in the model: llama_tensor_get_type."""
-    if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
-        if mix == "MXFP4_MOE" or tensor.shape[-1] % DTYPES[default].block:
+    name, part = tensor.name, tensor.part
+    if model.architecture.name == "glm5-next" and GLM5_NEXT.search(name):
+        return "Q8_0"
+    if part == "output" or (part == "token_embd" and model.is_tied):
+        if mix == "MXFP4_MOE" or model.architecture.name == "falcon" or tensor.shape[-1] % DTYPES[default].block:
             return "Q8_0"
         return default if default == "Q8_0" else "Q6_K"
     if mix == "MXFP4_MOE":
-        return "MXFP4" if "_exps." in name else "Q8_0"
-    if name == "token_embd.weight":
+        is_stack = len(tensor.shape) == 3 and tensor.shape[0] > 1
+        is_chosen = model.architecture.name != "bailingmoe3" or part.startswith("ffn_")
+        return "MXFP4" if is_stack and is_chosen else "Q8_0"
+    if part == "token_embd":
         return "Q4_K" if default in TERNARY else default
-    part = next((part for part in PARTS if f"{part}.weight" in name or f"{part}_exps." in name), "")
-    if part == "attn_v":
-        return _value_type(mix, default, model, *model.rank("attn_v", name))
+    if part in VALUES:
+        return _value_type(mix, default, model, *model.value_rank(tensor))
     if part == "attn_k" and model.experts == 8:
         return "Q8_0"
+    is_falcon = model.architecture.name == "falcon"
     if part == "ffn_down":
-        layer = LAYER.match(name)
-        # llama.cpp counts the tensors of a dense model, and reads the layer's number from the name of a mixture's.
-        rank = int(layer[1]) if model.experts > 1 and layer else _down_rank(model, name)
-        return _down_type(mix, default, rank, model.layers)
+        down = _falcon_down_type if is_falcon else _down_type
+        return down(mix, default, model.layer_of(tensor), model.layers)
     if part == "attn_output":
-        return _output_type(mix, default, model.experts)
+        return {"Q3_K_L": "Q4_K"}.get(mix, default) if is_falcon else _output_type(mix, default, model.experts)
     return default
-
-
-def _down_rank(model: _Model, name: str) -> int:
-    return model.rank("ffn_down", name)[0]
 
 
 def _value_type(mix: str, default: str, model: _Model, rank: int, count: int) -> str:
@@ -213,6 +288,19 @@ def _down_type(mix: str, default: str, layer: int, layers: int) -> str:
     if mix in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, layers):
         return "Q6_K"
     return default
+
+
+def _falcon_down_type(mix: str, default: str, layer: int, layers: int) -> str:
+    if mix == "Q2_K":
+        return "Q3_K"
+    is_first = layer < layers // 16
+    if mix == "Q3_K_M":
+        return "Q5_K" if is_first else "Q4_K" if _more_bits(layer, layers) else "Q3_K"
+    if mix == "Q3_K_L":
+        return "Q4_K"
+    if mix == "Q4_K_M":
+        return "Q6_K" if is_first else "Q5_K" if _more_bits(layer, layers) else "Q4_K"
+    return "Q6_K" if mix == "Q5_K_M" and _more_bits(layer, layers) else default
 
 
 def _output_type(mix: str, default: str, experts: int) -> str:

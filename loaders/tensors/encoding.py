@@ -17,11 +17,13 @@ from loaders.dtypes import DType, Shape
 from loaders.quantization.fused_group import FusedGroups
 from loaders.quantization.measure import measure
 from loaders.quantization.scheme import Scheme, Sink, Stored, View, Work
+from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, StoredSpec, TensorSpec
 from loaders.stats import ErrorSums
 from loaders.strategies import Reader
 from loaders.tensors.logical_tensor import LogicalTensor
-from loaders.tensors.views import encoded_view, numbers_view, ordered_view, view_of
+from loaders.tensors.repacked import holds_mxfp4, repack
+from loaders.tensors.views import StoredRoles, encoded_view, numbers_view, ordered_view, view_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,10 @@ class TensorEncoder:
     def encode(self, encoding: Encoding, sink: Sink, *, threads: int = 1) -> None:
         """Encode a tensor and write its parts to `sink`; `threads` is the number that work on it, for the clock."""
         with self._clock.phase("encode", threads):
+            if encoding.scheme == Ggml("MXFP4") and holds_mxfp4(encoding.tensor) and encoding.order is None:
+                tensor = encoding.tensor
+                repack(tensor, StoredRoles(self._reader, dict(tensor.stored), self._clock), sink, self._work)
+                return
             scheme = self._scheme(encoding)
             scheme.encode(self._seen(encoding), sink, self._work)
 

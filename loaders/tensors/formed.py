@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from loaders.architectures.family import text_config
 from loaders.architectures.forms import Form
 from loaders.architectures.gguf import number
 from loaders.dtypes import DTYPES, DType, Shape, row_major
@@ -22,6 +23,7 @@ from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 Config = Mapping[str, Any]
+GROUPS = ("n_groups", "mamba_n_groups", "ssm_n_groups")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +48,14 @@ class FormedTensor(LogicalTensor):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements of a tensor by a view, and the shape in which the engine holds them; None for the view's own."""
+    """Elements of a tensor by a view, and the shape in which the engine holds them; None for the view's own.
+
+    `dtype` is that of the elements where it is not the tensor's: of halves of its numbers.
+    """
 
     view: np.ndarray
     shape: Shape | None = None
+    dtype: str | None = None
 
 
 # --- views
@@ -90,8 +96,84 @@ def halves(view: np.ndarray, config: Config) -> list[Piece]:
     return [Piece(view[:half]), Piece(view[half:])]
 
 
+def row_halves(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the rows of each expert in a stack [experts, rows, columns] into two halves."""
+    if len(view.shape) != 3 or view.shape[1] % 2:
+        raise BadCheckpoint(f"expected [experts, an even number of rows, columns], found {list(view.shape)}")
+    half = view.shape[1] // 2
+    return [Piece(view[:, :half]), Piece(view[:, half:])]
+
+
+def column(view: np.ndarray, config: Config) -> list[Piece]:
+    """Make a vector a matrix of one column."""
+    return [Piece(_axis(view, 0, (view.shape[0], 1)))]
+
+
+def state_groups(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the norm of a state space into a row for each group."""
+    groups = next((number(config, key) for key in GROUPS if text_config(config, key) is not None), 1)
+    return [Piece(_axis(view, 0, (groups, view.shape[0] // max(1, groups))))]
+
+
+def low_halves(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take the low four bytes of whole numbers of eight, which have room for numbers of experts."""
+    whole = Window(2 * (_address(view) - _BASE_ADDRESS), tuple(2 * stride for stride in view.strides))
+    return [Piece(_standing(whole, view.shape), dtype="I32")]
+
+
+def _value_heads(view: np.ndarray, config: Config, axis: int) -> np.ndarray:
+    """Return heads of values for each head of keys in turn: [keys, values, size] becomes [values, keys, size]."""
+    keys, values = (number(config, f"linear_num_{kind}_heads") for kind in ("key", "value"))
+    each = values // max(1, keys)
+    return _axis(view, axis, (keys, each, view.shape[axis] // max(1, values))).swapaxes(axis, axis + 1)
+
+
+def value_rows(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take rows by heads of values in llama.cpp's order, where neighbours have different heads of keys."""
+    return [Piece(_value_heads(view, config, 0), view.shape)]
+
+
+def value_columns(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take columns by heads of values in llama.cpp's order."""
+    return [Piece(_value_heads(view, config, 1), view.shape)]
+
+
+def keys_and_values(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the rows of queries and keys from those of values, whose heads are taken in llama.cpp's order."""
+    rows = 2 * number(config, "linear_key_head_dim") * number(config, "linear_num_key_heads")
+    view = view.squeeze() if view.ndim > 2 else view
+    return [Piece(view[:rows]), Piece(_value_heads(view[rows:], config, 0), view[rows:].shape)]
+
+
+def by_key_heads(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut [query, key, values, gates] of each head of keys into all queries, all keys, all values, and all gates."""
+    heads, values = (number(config, f"linear_num_{kind}_heads") for kind in ("key", "value"))
+    key, value = (number(config, f"linear_{kind}_head_dim") for kind in ("key", "value"))
+    sizes = [key, key, *[values // max(1, heads) * value] * 2]
+    by_head, pieces, start = _axis(view, 0, (heads, sum(sizes))), [], 0
+    for size in sizes:
+        piece = by_head[:, start : start + size]
+        pieces.append(Piece(piece, (heads * size, *view.shape[1:])))
+        start += size
+    return pieces
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
-    each.__name__: each for each in (swap_last, squeeze, latent_heads, halves)
+    each.__name__: each
+    for each in (
+        swap_last,
+        squeeze,
+        latent_heads,
+        halves,
+        row_halves,
+        column,
+        state_groups,
+        low_halves,
+        value_rows,
+        value_columns,
+        keys_and_values,
+        by_key_heads,
+    )
 }
 
 
@@ -104,7 +186,11 @@ def plus_one(numbers: np.ndarray) -> np.ndarray:
 
 
 def minus_exp(numbers: np.ndarray) -> np.ndarray:
-    """Return -exp(x), rounded once: the decay of state spaces, stored as its logarithm."""
+    """Return -exp(x), rounded once: the decay of state spaces, stored as its logarithm.
+
+    torch's exp gives a neighbour of this for one number in a hundred, and which ones depends on the machine: on the
+    vector library (MKL's or Sleef's) that it was built with.
+    """
     found: np.ndarray = -np.exp(numbers.astype(np.float64)).astype(np.float32)
     return found
 
@@ -140,7 +226,8 @@ class Forms:
         if tensor.merge is not None:
             raise BadSpec(
                 f"{setting('transform')}: {tensor.name} is held in another form by this engine, into which the adapter"
-                " cannot be merged on the way; write the merged model first, without quantizing it, then quantize that"
+                " cannot be merged on the way; write the merged model first"
+                f" ({setting('quantize')}=none), then quantize that"
             )
         found = [tensor]
         for row in self._rows:
@@ -163,7 +250,8 @@ class Forms:
     def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, values: str) -> FormedTensor:
         view = piece.view
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
-        dtype = DTYPES[self._floats] if values and self._floats else tensor.dtype
+        stored = DTYPES[piece.dtype] if piece.dtype else tensor.dtype
+        dtype = DTYPES[self._floats] if values and self._floats else stored
         before = tensor if isinstance(tensor, FormedTensor) else None
         return FormedTensor(
             **own | {
@@ -175,7 +263,7 @@ class Forms:
             },
             origin=tensor.source_name,
             gather=view.shape,
-            read_as=before.read_as if before else tensor.dtype,
+            read_as=before.read_as if before and not piece.dtype else stored,
             values=values or (before.values if before else ""),
         )  # fmt: skip
 
@@ -195,7 +283,10 @@ _BASE_ADDRESS = _address(_BASE)
 def _view(tensor: LogicalTensor) -> np.ndarray:
     """Return a view that stands for the tensor's elements: an element is a byte, and its address the offset."""
     window = tensor.window or Window(0, row_major(tensor.shape))
-    shape = tensor.gather if isinstance(tensor, FormedTensor) else tensor.shape
+    return _standing(window, tensor.gather if isinstance(tensor, FormedTensor) else tensor.shape)
+
+
+def _standing(window: Window, shape: Shape) -> np.ndarray:
     interface = {
         "data": (_BASE_ADDRESS + window.offset, True), "shape": shape, "strides": window.stride, "typestr": "|i1",
         "version": 3,

@@ -8,18 +8,21 @@ that holds only the metadata.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from loaders.architectures.gguf import Architecture, GgufName, architecture_of, experts_of
+from loaders.architectures.gguf import Architecture, GgufName, architecture_of, completed, experts_of
+from loaders.architectures.gguf_types import is_float32
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
+from loaders.layouts.gguf.extra_tensors import extra_tensors
 from loaders.layouts.gguf.generation import read_generation, sampling_metadata
 from loaders.layouts.gguf.metadata import (
     FILE_TYPES,
@@ -27,25 +30,28 @@ from loaders.layouts.gguf.metadata import (
     model_metadata,
     not_computed,
     quantization_metadata,
-    rope_factors,
 )
 from loaders.layouts.gguf.model_card import card_of, model_card_metadata
 from loaders.layouts.gguf.tokenizer import tokenizer_metadata
+from loaders.layouts.gguf.wholes import Whole, is_part, wholes
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.ggml import Ggml
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.rule import Decision, Rule, dropping
 from loaders.specs import OutputFile, StoredSpec, StoredTensor
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.formed import Forms
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.repacked import holds_mxfp4
 from loaders.words import counted
 
 ENGINES = ("ggml", "plain")
 LEGAL = ("LICENSE", "NOTICE", "COPYING")  # how the names begin of the source's files that are copied
 SPLIT_KEYS = (gguf.SPLIT_NUMBER, gguf.SPLIT_COUNT, gguf.SPLIT_TENSORS)
 EMBEDDING = "token_embd.weight"
-ROUTER = "ffn_gate_inp.weight"
+BLOCK = re.compile(r"blk\.(\d+)\.")
+INTEGERS = ("I32",)  # tables of numbers, such as DeepSeek V4's experts by token
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -59,11 +65,19 @@ class GgufLayout:
     def formed(self, checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Sequence[LogicalTensor]:
         if checkpoint.container == "gguf":
             return tensors
-        forms = Forms(architecture_of(checkpoint.config).forms, checkpoint.config, floats="F32")
+        forms = Forms(architecture_of(checkpoint.config).forms, completed(checkpoint.config), floats="F32")
         return [piece for tensor in tensors for piece in forms.of(tensor)]
 
     def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
-        return () if checkpoint.container == "gguf" else dropping(architecture_of(checkpoint.config).drop)
+        if checkpoint.container == "gguf":
+            return ()
+        return dropping(architecture_of(checkpoint.config).dropped(checkpoint.config))
+
+    def no_next_tokens(self, checkpoint: Checkpoint) -> str | None:
+        architecture = architecture_of(checkpoint.config)
+        if architecture.next_tokens:
+            return None
+        return f"llama.cpp's converter writes no layers for multi-token prediction for {architecture.name}"
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         for decision in decisions:
@@ -107,6 +121,8 @@ class GgufLayout:
     ) -> Assembly:
         is_copy = checkpoint.container == "gguf" and all(d.scheme in (None, Plain()) for d in decisions)
         label = naming.label or (_own_label(checkpoint) if is_copy else None) or _label(files)
+        if label in FLOATS and any(slot.dtype.name == "MXFP4" for file in files for slot in file.slots):
+            label = "MXFP4_MOE"
         stem = f"{naming.model}-{label}"
         metadata, notes = _metadata(checkpoint, files, naming.model, None if is_copy else label)
         tensors = sum(len(file.slots) for file in files)
@@ -133,8 +149,8 @@ def _as_it_is(decision: Decision) -> Placed:
     """Place a tensor of one GGUF in another: it is copied, or quantized again from what its blocks decode to."""
     encoding, tensor = decision.encoding, decision.tensor
     assert encoding is not None
-    if isinstance(encoding.scheme, Plain) and (len(tensor.shape) < 2 or tensor.name.endswith(ROUTER)):
-        # llama.cpp needs vectors and routers in float32, whatever is asked for the others.
+    if isinstance(encoding.scheme, Plain) and is_float32(tensor.name, len(tensor.shape)):
+        # llama.cpp needs vectors and some others in float32, whatever is asked for the rest.
         encoding = replace(encoding, scheme=Plain())
     if encoding.scheme == Plain():
         encoding = replace(encoding, action="keep")
@@ -148,9 +164,9 @@ class _Converting:
     """A checkpoint of transformers on its way to GGUF."""
 
     def __init__(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> None:
-        self._config = checkpoint.config
+        self._config = completed(checkpoint.config)
         self._architecture: Architecture = architecture_of(checkpoint.config)
-        self._experts = experts_of(checkpoint.config)
+        self._experts = experts_of(self._config)
         self._decisions = [d for d in decisions if d.scheme is not None and d.tensor.role != "buffer"]
 
     def place(self) -> tuple[Placed, ...]:
@@ -167,58 +183,54 @@ class _Converting:
                 f" {counted(len(unknown), 'tensor')}"
                 f" ({', '.join(unknown[:4])}); drop them by a rule if the model works without"
             )
-        placed = [self._placed(d, name) for d in self._decisions if (name := names[d.tensor.name]) is not None]
-        self._check_stacks(names, placed)
-        return self._with_rope_factors(placed)
+        known = [(d, name) for d in self._decisions if (name := names[d.tensor.name]) is not None]
+        encodings = [(name, self._encoding(d, name)) for d, name in known]
+        whole = wholes([(name, encoding) for name, encoding in encodings if is_part(name)], self._experts)
+        return self._with_extras([self._placed(name, encoding, whole) for name, encoding in encodings])
 
-    def _placed(self, decision: Decision, name: GgufName) -> Placed:
+    def _encoding(self, decision: Decision, name: GgufName) -> Encoding:
         source = decision.tensor
-        scheme, action = _type_for(decision)
+        scheme, action = _type_for(decision, name, self._architecture)
         order = self._architecture.row_order(source.name, source.shape[0], self._config, inverse=False)
-        encoding = Encoding(tensor=source, action=action, scheme=scheme, order=order)
+        return Encoding(tensor=source, action=action, scheme=scheme, order=order)
+
+    def _placed(self, name: GgufName, encoding: Encoding, whole: Mapping[str, Whole]) -> Placed:
         [(role, part)] = encoding.stored.items()
         tensor = StoredTensor(name.name, part)
-        if name.expert is not None:
-            whole = StoredSpec(part.dtype, (self._experts, *part.shape))
-            tensor = StoredTensor(name.name, part, whole, name.expert * part.size)
+        if name.name in whole:
+            found = whole[name.name]
+            tensor = StoredTensor(name.name, part, found.spec, found.offset(name))
         return Placed(encoding, {role: tensor})
 
-    def _check_stacks(self, names: Mapping[str, GgufName | None], placed: Sequence[Placed]) -> None:
-        """Raise BadSpec if a stack lacks experts, or they differ in shape or type."""
-        stacks: dict[str, list[int]] = {}
-        shapes: dict[str, set[object]] = {}
-        for each in placed:
-            found = names[each.tensor.name]
-            if found is not None and found.expert is not None:
-                stacks.setdefault(found.name, []).append(found.expert)
-                shapes.setdefault(found.name, set()).add((each.tensor.shape, each.stored["weight"].spec.dtype.name))
-        for name, experts in stacks.items():
-            if sorted(experts) != list(range(self._experts)):
-                raise BadSpec(f"{name}: {len(experts)} experts to stack, config.json says {self._experts}")
-            if len(shapes[name]) > 1:
-                raise BadSpec(f"{name}: its experts differ in shape or type ({shapes[name]}); a stack has one of each")
-
-    def _with_rope_factors(self, placed: list[Placed]) -> tuple[Placed, ...]:
-        """Add rope_freqs.weight, a constant that no tensor of the source becomes, to what the embedding stores."""
-        factors = rope_factors(self._architecture, self._config)
-        if factors is None:
+    def _with_extras(self, placed: list[Placed]) -> tuple[Placed, ...]:
+        """Add the constants that no tensor of the source becomes to what the embedding stores."""
+        extras = extra_tensors(self._architecture, self._config)
+        if not extras:
             return tuple(placed)
-        part = StoredSpec(DTYPES["F32"], factors.shape, factors.tobytes())
-        extra = {"rope_freqs": StoredTensor("rope_freqs.weight", part)}
+        stored = {
+            name.removesuffix(".weight"): StoredTensor(name, StoredSpec(DTYPES["F32"], data.shape, data.tobytes()))
+            for name, data in extras.items()
+        }
         return tuple(
-            replace(p, stored={**p.stored, **extra}) if p.stored["weight"].name == EMBEDDING else p for p in placed
+            replace(p, stored={**p.stored, **stored}) if p.stored["weight"].name == EMBEDDING else p for p in placed
         )
 
 
-def _type_for(decision: Decision) -> tuple[Scheme, str]:
-    """Return the scheme and action for a tensor: vectors and routers are float32, whatever is asked for the others."""
+def _type_for(decision: Decision, name: GgufName, architecture: Architecture) -> tuple[Scheme, str]:
+    """Return the scheme and action for a tensor: some are float32, whatever is asked for the others."""
     tensor, scheme = decision.tensor, decision.scheme
     assert scheme is not None
-    wide = Plain("F32")
-    if len(tensor.shape) < 2 or tensor.role == "router":
-        scheme = Plain() if tensor.dtype.name == "F32" and isinstance(scheme, Plain) else wide
+    if tensor.dtype.name in INTEGERS:
+        return Plain(), "keep"
+    shape = tensor.shape if name.expert is None else (2, *tensor.shape)  # a stack of some experts
+    if architecture.is_float32(name.name, len(shape)) and (
+        isinstance(scheme, Plain) or not architecture.is_quantized(name.name, shape)
+    ):
+        scheme = Plain() if tensor.dtype.name == "F32" and isinstance(scheme, Plain) else Plain("F32")
+    elif scheme == Plain() and holds_mxfp4(tensor):
+        return Ggml("MXFP4"), "quantize"
     elif isinstance(scheme, Plain) and scheme.dtype is None and tensor.dtype.name not in FLOATS:
-        scheme = wide
+        scheme = Plain("F32")
     refusal = scheme.refuses(tensor.spec)
     if refusal:
         raise BadSpec(f"{tensor.name}: it cannot be in a GGUF: {refusal}")
@@ -243,6 +255,13 @@ def _own_label(checkpoint: Checkpoint) -> str | None:
     return next((label for label, number in FILE_TYPES.items() if found is not None and number == found.value), None)
 
 
+def _next_tokens(architecture: Architecture, files: Sequence[OutputFile]) -> int:
+    """Return how many layers for multi-token prediction are written: those after the model's own."""
+    layers = (BLOCK.match(slot.name) for file in files for slot in file.slots)
+    last = max((int(layer[1]) for layer in layers if layer), default=0)
+    return max(0, last + 1 - architecture.layers)
+
+
 def _metadata(
     checkpoint: Checkpoint, files: Sequence[OutputFile], model: str, label: str | None
 ) -> tuple[dict[str, gguf.MetadataValue], tuple[str, ...]]:
@@ -262,14 +281,14 @@ def _metadata(
     rows = next((slot.shape[0] for file in files for slot in file.slots if slot.name == EMBEDDING), None)
     if rows is None:
         raise BadSpec(f"{setting('layout')}: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
-    config = {**checkpoint.config, "vocab_size": rows}
+    config = {**completed(checkpoint.config), "vocab_size": rows}
     tensors = [(slot.name, slot.shape) for file in files for slot in file.slots]
     tokenizer, left_out = tokenizer_metadata(checkpoint.source, checkpoint.config, rows)
     made = {
         **general_metadata(architecture.name, label),
         **model_card_metadata(card_of(checkpoint.source), checkpoint.config, model, tensors),
         **sampling_metadata(read_generation(checkpoint.source)),
-        **model_metadata(architecture, config),
+        **model_metadata(architecture, config, _next_tokens(architecture, files)),
         **tokenizer,
     }
     notes = [f"a GGUF has no place for {each}" for each in left_out]

@@ -9,6 +9,7 @@ Keys are those of gguf-py (gguf/constants.py); their values follow llama.cpp's c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +27,9 @@ from loaders.architectures.rope import (
     usual_attention_factor,
 )
 from loaders.architectures.windows import ignored_window, window_of
-from loaders.containers.gguf import MetadataValue, booleans, float32, text, uint32
+from loaders.containers.gguf import MetadataValue, booleans, float32, int32s, text, uint32
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys import COMMON, head_size, keys_of
+from loaders.layouts.gguf.keys import COMMON, head_size, keys_of, sliding_base
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # llama-quantize's name of a file type -> general.file_type (llama_ftype in llama.h)
@@ -64,24 +65,29 @@ def quantization_metadata(label: str) -> dict[str, MetadataValue]:
     }
 
 
-def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
-    """Return ARCHITECTURE.*: the sizes of the model.
+def model_metadata(
+    architecture: Architecture, config: Mapping[str, Any], next_tokens: int = 0
+) -> dict[str, MetadataValue]:
+    """Return ARCHITECTURE.*: the sizes of the model, with `next_tokens` layers for multi-token prediction.
 
     Raises:
         BadSpec: config.json lacks a size, or asks for what llama.cpp does not compute.
     """
     _check_computed(architecture, config)
-    heads, length = number(config, "num_attention_heads"), head_size(config)
-    found = {
-        "vocab_size": uint32(number(config, "vocab_size")),
+    heads, length = number(config, "num_attention_heads"), uint32(head_size(config))
+    usual = {
+        "vocab_size": None,  # a place for a key that only some architectures have
         "attention.head_count_kv": uint32(number(config, "num_key_value_heads", heads)),
-        "attention.key_length": uint32(length),
-        "attention.value_length": uint32(length),
-        "rope.dimension_count": uint32(length),
-        **_rope_metadata(config),
+        "attention.key_length": length,
+        "attention.value_length": length,
+        "rope.dimension_count": None,
+        **({} if architecture.own_rope else _rope_metadata(architecture, config)),
         **_window_metadata(config),
-        **keys_of(architecture, config),
     }
+    layers = (architecture.layers or number(config, "num_hidden_layers")) + next_tokens
+    found = keys_of(architecture, {**config, "block_count": layers}, usual)
+    if next_tokens:
+        found["nextn_predict_layers"] = uint32(next_tokens)
     missing = [names[0] for names in NEEDED if not found.keys() & {*names}]
     if missing:
         wanted = COMMON[missing[0]][1].replace("|", " or ")
@@ -91,39 +97,52 @@ def model_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dic
 
 def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> None:
     """Raise BadSpec if llama.cpp would compute the model differently."""
-    activation = text_config(config, "hidden_act", "silu")
+    activation = text_config(config, architecture.activation, architecture.activations[0])
     if activation not in architecture.activations:
         known = architecture.activations[0]
         raise BadSpec(f"config.json: llama.cpp computes {architecture.name} with {known}, not with {activation}")
-    if architecture.name == "qwen3moe":
-        if not text_config(config, "norm_topk_prob", False):
-            raise BadSpec("config.json: llama.cpp always normalizes the experts' weights; norm_topk_prob is false here")
-        if text_config(config, "mlp_only_layers") or text_config(config, "decoder_sparse_step", 1) != 1:
-            raise BadSpec("config.json: llama.cpp takes every layer of qwen3moe for a mixture; some here are dense")
+    for key, wanted, why in architecture.needs:
+        found = text_config(config, key)
+        if found is not None and found != wanted:
+            raise BadSpec(f"config.json: {why}; {key} is {json.dumps(found)[:60]} here")
 
 
-def _rope_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
-    """Return the keys of rotary embeddings. Llama 3.1's scaling is a tensor instead: see `rope_factors`."""
-    rope = rope_of(config)
+def _rope_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    """Return the keys of rotary embeddings. Some scalings are tensors instead: see `extra_tensors`."""
+    is_sliding = "sliding" in architecture.ropes
+    rope = rope_of(config, "full_attention" if is_sliding else None)
     found = {"rope.freq_base": float32(rope_number(rope, "rope_theta", 10000.0))}
+    if is_sliding and (local := sliding_base(config)) is not None:
+        found["rope.freq_base_swa"] = float32(local)
+    if "mrope" in architecture.ropes:
+        sections = rope.get("mrope_section", text_config(config, "mrope_section"))
+        found["rope.dimension_sections"] = int32s(_sections(sections))
     kind = rope.get("rope_type", "default")
-    if kind == "default" or frequency_factors(rope, head_size(config)) is not None:
+    if kind in ("default", *architecture.ropes) or frequency_factors(rope, head_size(config)) is not None:
         return found
     if kind not in ("linear", "yarn") or "factor" not in rope:
         raise BadSpec(f"config.json: rope scaling {kind!r} is not converted to GGUF here; linear, yarn and llama3 are")
     if rope.get("partial_rotary_factor", 1) != 1:
         raise BadSpec("config.json: llama.cpp rotates whole heads; partial_rotary_factor is not 1 here")
     found |= {"rope.scaling.type": text(kind), "rope.scaling.factor": float32(rope_number(rope, "factor"))}
-    return found | (_yarn_metadata(rope) if kind == "yarn" else {})
+    return found | (_yarn_metadata(architecture, rope) if kind == "yarn" else {})
 
 
-def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, MetadataValue]:
+def _sections(sections: Any) -> list[int]:
+    """Return the parts of a head that are rotated by time, height and width, with the zero for a fourth."""
+    is_right = isinstance(sections, list) and len(sections) <= 4 and all(type(n) is int and n >= 0 for n in sections)
+    if not is_right:
+        raise BadSpec(f"config.json: expected up to four whole numbers as mrope_section, found {sections!r}")
+    return [*sections, 0, 0, 0, 0][:4]
+
+
+def _yarn_metadata(architecture: Architecture, rope: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """Return the keys of yarn.
 
     The converter writes yarn_attn_factor, which llama.cpp reads for other architectures only. For these it multiplies
     the usual factor by that under attn_factor (src/llama-context.cpp), so that this is written as well.
     """
-    if rope.get("truncate", True) is False:
+    if rope.get("truncate", True) is False and not architecture.rounds_ramp:
         raise BadSpec("config.json: llama.cpp's yarn rounds the range of its ramp; truncate is false here")
     found = {"rope.scaling.original_context_length": uint32(int(rope_number(rope, "original_max_position_embeddings")))}
     said = attention_factor(rope)
@@ -138,21 +157,6 @@ def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, MetadataValue]:
     return found
 
 
-def rope_factors(architecture: Architecture, config: Mapping[str, Any]) -> np.ndarray | None:
-    """Return the contents of rope_freqs.weight: float32 (head/2,); None for a model without.
-
-    Raises:
-        BadSpec: llama.cpp's architecture does not load it.
-    """
-    found = frequency_factors(rope_of(config), head_size(config))
-    if found is not None and not architecture.has_factors:
-        raise BadSpec(
-            f"config.json: llama.cpp's {architecture.name} loads no rope_freqs.weight, which the rope scaling"
-            f" {rope_of(config)['rope_type']!r} needs"
-        )
-    return found
-
-
 def _window_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     """Return the keys of a sliding window, which llama.cpp does not compute for these architectures."""
     found = window_of(config)
@@ -164,7 +168,10 @@ def _window_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
 
 def not_computed(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
     """Say what the metadata holds and llama.cpp does not compute, or only if it is told so on its command line."""
-    said, rope = ignored_window(config, "llama.cpp"), rope_of(config)
+    said = ignored_window(config, "llama.cpp")
+    rope = {} if architecture.own_rope else rope_of(config, "full_attention")
+    if rope.get("truncate", True) is False and rope.get("rope_type") == "yarn":
+        said.append("llama.cpp rounds the range of yarn's ramp, which transformers does not for this model")
     for name, usual in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW)):
         found = rope_number(rope, name) if rope.get("rope_type") == "yarn" and rope.get(name) else usual
         if found != usual:

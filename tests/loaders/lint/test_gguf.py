@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[Change, str, bool]] = {
     "fewer blocks": (set_("llama.block_count", gguf.uint32(1)), "block_count is 1, but there are", True),
     "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ffn_sideways.weight"), "1 tensor that llama does not", True),
     "other heads": (set_("llama.attention.head_count_kv", gguf.uint32(4)), "other shapes than the metadata says", True),
-    "another architecture": (set_("general.architecture", gguf.text("mamba")), "mamba is not known here", True),
+    "another architecture": (set_("general.architecture", gguf.text("lama")), "lama is not known here", True),
 }  # fmt: skip
 
 
@@ -92,6 +93,42 @@ def test_what_llama_cpp_would_stumble_over(name: str, honest: Path, tmp_path: Pa
     assert mine[0]["engine"] == "llama.cpp"
     if name != "a stranger":
         assert (ran.document["faults"] > 0) == (fails or mine[0]["level"] == "fault") or name == "another architecture"
+
+
+def moe(metadata: Metadata, specs: dict[str, WeightSpec]) -> None:
+    """Make it an ERNIE 4.5 with a stack of experts."""
+    for key in [key for key in metadata if key.startswith("llama.")]:
+        metadata[key.replace("llama.", "ernie4_5-moe.")] = metadata.pop(key)
+    stack = replace(specs["blk.0.ffn_up.weight"], name="blk.0.ffn_up_exps.weight", shape=(4, 32, 64))
+    specs |= {stack.name: stack}
+    metadata |= {"general.architecture": gguf.text("ernie4_5-moe"), "ernie4_5-moe.expert_count": gguf.uint32(4),
+                 "ernie4_5-moe.expert_used_count": gguf.uint32(2)}  # fmt: skip
+
+
+ERNIE = "ernie4_5-moe"
+OTHERS: dict[str, tuple[Change, str]] = {
+    "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ssm_a"), f"1 tensors that {ERNIE} does not have: blk.1.ssm_a"),
+    "other experts": (set_(f"{ERNIE}.expert_count", gguf.uint32(8)), "1 stacks of experts are not of expert_count 8"),
+    "more blocks": (set_(f"{ERNIE}.block_count", gguf.uint32(3)), "1 blocks are not there: blk.2"),
+    "fewer blocks": (set_(f"{ERNIE}.block_count", gguf.uint32(1)), "block_count is 1, but there are"),
+    "no number of experts": (without(f"{ERNIE}.expert_used_count"), f"lacks {ERNIE}.expert_used_count"),
+    "no last norm": (without("output_norm.weight"), "not there: output_norm.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", *sorted(OTHERS)])
+def test_an_architecture_that_is_not_read_is_checked_by_its_names(
+    name: str, honest: Path, tmp_path: Path, weightmill: Any
+) -> None:
+    change, what = OTHERS.get(name, (lambda metadata, specs: None, ""))
+
+    def both(metadata: Metadata, specs: dict[str, WeightSpec]) -> None:
+        moe(metadata, specs)
+        change(metadata, specs)
+
+    ran = weightmill("lint", f"output.path={changed(honest, tmp_path / 'm', both)}", "format=json")
+    said = [found["what"] for found in ran.document["findings"] if found["engine"] == "llama.cpp"]
+    assert any(what in each for each in said) if name else said == []
 
 
 @pytest.mark.engine

@@ -243,3 +243,21 @@ def test_a_stack_whose_shape_does_not_tell_is_cut_as_the_other_of_its_layer(tmp_
     found = {r.name: r.shape for r in tensors_of(open_checkpoint(root), decode=True, split=True).tensors}
     assert found[f"{experts}.1.up_proj.weight"] == (32, 64)
     assert found[f"{experts}.1.down_proj.weight"] == (64, 32)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_stack_whose_shape_does_not_tell_is_as_the_other_of_its_layer(is_transposed: bool, tmp_path: Path) -> None:
+    """Experts as large as the model: only the stack of gate and up tells inputs from outputs."""
+    shapes = {"gate_up_proj": (4, 64, 128) if is_transposed else (4, 128, 64), "down_proj": (4, 64, 64)}
+    tensors = {
+        f"model.layers.0.mlp.experts.{name}": weights(np.arange(np.prod(shape)).reshape(shape) % 251, "F32")
+        for name, shape in shapes.items()
+    }
+    write_checkpoint(tmp_path, tensors, config={"model_type": "qwen3_vl_moe", "hidden_size": 64})
+    found = split(tmp_path)
+    down = found["model.layers.0.mlp.experts.2.down_proj.weight"]
+    assert down.window is not None
+    assert down.window.stride == ((1, 64) if is_transposed else (64, 1))
+    assert {name.rpartition("experts.")[2] for name in found} == {
+        f"{expert}.{part}_proj.weight" for expert in range(4) for part in ("gate", "up", "down")
+    }
