@@ -176,9 +176,9 @@ class Architecture:
         """Return the modules within a layer by GGUF's names within it."""
         found = {}
         for module in (*MODULES, *self.modules):
-            name = gguf_names.gguf_name(self.architecture, f"model.layers.0.{module.replace('.{}', '')}")
+            name = gguf_names.gguf_name(self.architecture, f"model.layers.0.{module.replace('.{}', '')}.weight")
             if name is not None:
-                found[name.removeprefix("blk.0.")] = module
+                found[name.removeprefix("blk.0.").removesuffix(".weight")] = module
         return found
 
     def row_order(self, name: str, rows: int, config: Mapping[str, Any], *, inverse: bool) -> RowOrder | None:
