@@ -18,17 +18,20 @@ class Form:
 
     view, values: the words for what is done; empty for nothing.
     to: the names of the pieces in the published style, expanded with the groups of `name`; the tensor's own if empty.
+    Where a view gives more pieces than there are names, "{}" in these is counted up: an expert's number.
+    role: the role of the pieces, where the tensor's own does not tell it.
     """
 
     name: re.Pattern[str]
     view: str = ""
     values: str = ""
     to: tuple[str, ...] = ()
+    role: str = ""
 
 
 def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
     """Return the forms of a table's rows."""
     return tuple(
-        Form(re.compile(row["name"]), row.get("view", ""), row.get("values", ""), tuple(row.get("to", ())))
+        Form(re.compile(row["name"]), row.get("view", ""), row.get("values", ""), tuple(row.get("to", ())), row.get("role", ""))
         for row in rows
     )

@@ -8,13 +8,14 @@ MODULE.switch_mlp.gate_proj and its like.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from loaders.architectures.family_files import section
 from loaders.architectures.forms import Form, forms_of
+from loaders.architectures.mlx_layers import Place, places_of
 from loaders.dtypes import DTYPES, DType
 
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -40,30 +41,43 @@ class MlxModel:
     """The way in which mlx-lm treats a model_type: the `mlx` section of its family's file.
 
     names: beginnings of published names, and what mlx-lm has in their place; the first that fits counts.
+    inside: parts of published names, wherever they stand, and what mlx-lm has in their place; each counts.
     forms: tensors that mlx-lm holds in another shape, or with other values; see `loaders.architectures.forms`.
     drop, keep: patterns for published names of what mlx-lm leaves out, or has as no linear layer, each with the reason.
     experts: a layer's experts, where they are.
     head_dim: whether mlx-lm can be told a head_dim other than hidden_size / num_attention_heads.
-    router_bits: bits of the router's affine groups of ROUTER_GROUP; None: as everything else.
+    fine: patterns for published names of weights that mlx-lm always gives FINE_BITS in groups of FINE_GROUP, each with
+    the reason.
+    uncast: patterns for published names of what mlx_lm.convert does not cast to torch_dtype.
     needs: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
+    takes: settings that mlx-lm does not read, with the values of which it computes one and the same thing.
+    places: lists in config.json of what each layer is, where mlx-lm works it out; see `loaders.architectures.mlx_layers`.
+    scalings: the rope scalings that it computes where it does not leave them to mlx-lm's initialize_rope.
     head: the output projection is there or tied as the config says ("either"), must be there ("own"), or must not
     ("tied").
     nested: whether the language model's settings are in text_config.
     """
 
     names: tuple[tuple[str, str], ...] = ()
+    inside: tuple[tuple[str, str], ...] = ()
     forms: tuple[Form, ...] = ()
     drop: tuple[tuple[str, str], ...] = ()
     keep: tuple[tuple[str, str], ...] = ()
     experts: Experts | None = None
     head_dim: bool = False
-    router_bits: int | None = None
+    fine: tuple[tuple[str, str], ...] = ()
+    uncast: tuple[str, ...] = ()
     needs: Mapping[str, Any] = field(default_factory=dict)
+    takes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    places: tuple[Place, ...] = ()
+    scalings: tuple[str, ...] | None = None
     head: str = "either"
     nested: bool = False
 
 
-ROUTER_GROUP = 64  # the group size that mlx-lm's models ask for where they set their router's bits
+# the affine groups that mlx-lm's models ask for where they set those of a module
+FINE_BITS = 8
+FINE_GROUP = 64
 LAYER = r"(?:.*\.)?layers\.\d+"
 
 
@@ -78,8 +92,11 @@ def _model(model_type: object) -> MlxModel | None:
     if found is None:
         return None
     experts = found.get("experts")
-    made: dict[str, Any] = {key: tuple(map(tuple, found.get(key, ()))) for key in ("names", "drop", "keep")}
+    pairs = ("names", "inside", "drop", "keep", "fine")
+    made: dict[str, Any] = {key: tuple(map(tuple, found.get(key, ()))) for key in pairs}
     made |= {"forms": forms_of(found.get("forms", ())), "experts": Experts(**experts) if experts else None}
+    made |= {"uncast": tuple(found.get("uncast", ())), "places": places_of(found.get("places", ()))}
+    made |= {"scalings": tuple(found["scalings"]) if "scalings" in found else None}
     return MlxModel(**{**found, **made})
 
 
@@ -98,6 +115,8 @@ def convert_dtype(config: Mapping[str, Any]) -> DType | None:
 
 def mlx_name(model: MlxModel, name: str) -> str:
     """Return mlx-lm's name of a tensor: a model saved without its head, as sentence encoders are, lacks `model.`."""
+    for published, own in model.inside:
+        name = name.replace(published, own)
     for published, own in model.names:
         if name.startswith(published):
             return own + name.removeprefix(published)
@@ -108,7 +127,10 @@ def published_name(model: MlxModel, name: str) -> str:
     """Return the published name of mlx-lm's tensor."""
     for published, own in model.names:
         if name.startswith(own):
-            return published + name.removeprefix(own)
+            name = published + name.removeprefix(own)
+            break
+    for published, own in model.inside:
+        name = name.replace(own, published)
     return name
 
 

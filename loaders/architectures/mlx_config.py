@@ -46,7 +46,7 @@ def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
         return "config.json: mlx-lm's deepseek_v2 fails without a rope scaling, which this model lacks"
     if model_type == "qwen2_moe" and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
         return "config.json: mlx-lm's qwen2_moe has experts in every layer; this model does not (mlp_only_layers)"
-    said = _layers_fault(str(model_type), text) or rope_fault(str(model_type), text)
+    said = _computed_fault(model, text) or rope_fault(model, str(model_type), text)
     return None if said is None else f"config.json: mlx-lm's {model_type} {said}; it would compute something else"
 
 
@@ -56,27 +56,12 @@ def not_computed(model: MlxModel, config: Mapping[str, Any]) -> list[str]:
     return [*ignored_window(config, "mlx-lm"), *ignored_factors(model_type, text)]
 
 
-def _layers_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
-    """Say which kind of layers mlx-lm would find at other places than the config says, or return None.
-
-    It works out from a layer's number whether the layer attends fully, has rotary embeddings, or has experts.
-    """
-    count = text.get("num_hidden_layers")
-    layers = count if type(count) is int else 0
-    if model_type.startswith("gemma3") and isinstance(text.get("layer_types"), list):
-        pattern = sliding_pattern(text)
-        wanted = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-        if text["layer_types"] != wanted:
-            return f"attends fully in every layer whose number {pattern} divides, not as layer_types says"
-    if model_type == "llama4":
-        ropes, step = text.get("no_rope_layers"), int(text.get("interleave_moe_layer_step", 1))
-        if ropes and [bool(r) for r in ropes] != [(i + 1) % 4 != 0 for i in range(layers)]:
-            return "leaves out rope in every fourth layer, not as no_rope_layers says"
-        if text.get("moe_layers", range(step - 1, layers, step)) and list(
-            text.get("moe_layers", range(step - 1, layers, step))
-        ) != list(range(step - 1, layers, step)):
-            return f"has experts in every layer whose number {step} divides, not as moe_layers says"
-    return None
+def _computed_fault(model: MlxModel, text: Mapping[str, Any]) -> str | None:
+    """Say which setting mlx-lm does not read would have it compute something else, or return None."""
+    for key, known in model.takes.items():
+        if text.get(key) is not None and text[key] not in known:
+            return f"knows {key} {' or '.join(map(repr, known))}, and config.json has {text[key]!r}"
+    return next((said for place in model.places if (said := place.fault(text))), None)
 
 
 def head_fault(model: MlxModel, model_type: str, *, has_head: bool) -> str | None:
@@ -86,11 +71,6 @@ def head_fault(model: MlxModel, model_type: str, *, has_head: bool) -> str | Non
     if model.head == "tied" and has_head:
         return f"mlx-lm's {model_type} has no output projection of its own: drop it by a rule if it is the embedding"
     return None
-
-
-def sliding_pattern(text: Mapping[str, Any]) -> int:
-    """Return Gemma 3's period: every layer whose number, from 1, it divides attends to all tokens. 6 is the default."""
-    return int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or 6)
 
 
 def _usual_head_dim(text: Mapping[str, Any]) -> int | None:
@@ -126,6 +106,7 @@ def translate_config(model: MlxModel, config: Mapping[str, Any], *, is_tied: boo
         return made | _translated(model, config)
     text = text_of(model, config)
     made["text_config"] = dict(text) | _translated(model, text, str(config.get("model_type")))
+    made["text_config"]["tie_word_embeddings"] = is_tied
     if "vocab_size" not in made and "vocab_size" in text:
         made["vocab_size"] = text["vocab_size"]
     return made
@@ -145,12 +126,11 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     if scaling is not None and model_type in NEEDS_TYPE and "type" not in scaling:
         made["rope_scaling"] = {**scaling, "type": scaling.get("rope_type", "default")}
     rope = text.get("rope_parameters")
-    if isinstance(rope, Mapping) and model_type == "phi3" and "partial_rotary_factor" in rope:
+    if isinstance(rope, Mapping) and rope.get("partial_rotary_factor") is not None:
         made["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if isinstance(rope, Mapping) and model_type == "phi3" and "original_max_position_embeddings" in rope:
         made.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
     if model_type.startswith("gemma3"):
-        made["sliding_window_pattern"] = sliding_pattern(text)
         local = rope.get("sliding_attention") if isinstance(rope, Mapping) else None
         if isinstance(local, Mapping) and "rope_theta" in local:
             made["rope_local_base_freq"] = local["rope_theta"]
@@ -160,7 +140,9 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
         made["head_dim"] = _usual_head_dim(text)
     if model.experts is not None:
         made[model.experts.count] = num_experts(model, {**text, "text_config": text})
-    return made | {key: value for key, value in model.needs.items() if text.get(key) is None}
+    for place in model.places:
+        made |= place.setting(text)
+    return {key: value for key, value in model.needs.items() if text.get(key) is None} | made
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

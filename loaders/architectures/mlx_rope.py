@@ -10,24 +10,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.architectures.families import text_config
+from loaders.architectures.mlx import MlxModel
 from loaders.architectures.rope import attention_factor, rope_number, rope_of, usual_attention_factor
 
 SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope", "mrope")  # those of initialize_rope
-# models that compute rotary embeddings themselves, and the scalings that they know
-OWN = {
-    "mixtral": (), "qwen2_moe": (), "qwen3_moe": (), "gemma": (), "gemma2": (), "phi3": ("linear", "longrope"),
-}  # fmt: skip
 # models whose rotary embeddings are others than transformers' usual ones, in both libraries
 APART = ("deepseek_v2", "gpt_oss", "gemma3", "gemma3_text", "llama4", "llama4_text")
 
 
-def rope_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
+def rope_fault(model: MlxModel, model_type: str, text: Mapping[str, Any]) -> str | None:
     """Say what of a model's rotary embeddings mlx-lm would not compute, or return None."""
     if model_type in APART:
         return None
     rope = rope_of(text)
     kind = rope.get("rope_type", "default")
-    known = OWN.get(model_type, SCALINGS)
+    known = SCALINGS if model.scalings is None else model.scalings
     if kind != "default" and kind not in known:
         which = f"only {', '.join(known)}" if known else "no rope scaling"
         return f"knows {which}, and config.json has {kind}"

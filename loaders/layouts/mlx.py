@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from loaders.architectures.families import text_config
 from loaders.architectures.family_files import known_types
+from loaders.architectures.layers import LAYERS, layer_of
 from loaders.architectures.mlx import MlxModel, convert_dtype, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -50,7 +52,7 @@ class MlxLayout:
         return [piece for tensor in tensors for piece in forms.of(tensor)]
 
     def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
-        return dropping(_known_model(checkpoint).drop)
+        return dropping((*_known_model(checkpoint).drop, *_beyond(checkpoint)))
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
@@ -106,6 +108,17 @@ def _known_model(checkpoint: Checkpoint) -> MlxModel:
     if problem:
         raise BadSpec(f"{setting('checkpoint')}: {problem}")
     return model
+
+
+def _beyond(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Return a row for the layers after the last that config.json counts: mlx-lm loads no other."""
+    count = text_config(checkpoint.config, "num_hidden_layers")
+    if type(count) is not int:
+        return []
+    found = {layer for spec in checkpoint.weights if (layer := layer_of(spec.name)) is not None and layer >= count}
+    if not found:
+        return []
+    return [(rf"{LAYERS}(?:{'|'.join(map(str, sorted(found)))})\.", "mlx-lm has no block for multi-token prediction")]
 
 
 def _check_scheme(name: str, scheme: Scheme) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loaders.architectures.families import text_config
-from loaders.architectures.mlx import ROUTER_GROUP, convert_dtype, model_of
+from loaders.architectures.mlx import FINE_BITS, FINE_GROUP, convert_dtype, model_of
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.schemes.mlx_affine import MlxAffine
 from loaders.rules.defaults import LINEAR, NOT_FLOAT, OTHER_LINEAR
@@ -45,7 +45,7 @@ class MlxRules:
             Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
             *_kept_by_name(config),
             *(rule for shape in short for rule in kept(config, why, MODULES, shape)),
-            *(self._router(config) if self.high is None else self._mixed(self.high, config)),
+            *(_fine(config) if self.high is None else self._mixed(self.high, config)),
             *(
                 Rule(
                     action="quantize",
@@ -56,22 +56,6 @@ class MlxRules:
                 for shape in ((None, None), (None, None, None))
             ),
             *kept(config, "no linear layer or embedding", None, None),
-        )
-
-    def _router(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        """Return the rules for routers of models that mlx-lm's quant_predicate treats apart."""
-        model = model_of(config)
-        if model is None or model.router_bits is None:
-            return ()
-        why = f"mlx-lm gives this model's routers {model.router_bits} bits"
-        return (
-            Rule(
-                action="quantize",
-                why=why,
-                role=("router",),
-                shape=(None, None),
-                scheme=MlxAffine(model.router_bits, ROUTER_GROUP),
-            ),
         )
 
     def _mixed(self, high: MlxAffine, config: Mapping[str, Any]) -> tuple[Rule, ...]:
@@ -88,8 +72,20 @@ class MlxRules:
 
 def _kept_by_name(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     model = model_of(config)
-    return (
-        () if model is None else tuple(rule for name, why in model.keep for rule in kept(config, why, None, None, name))
+    if model is None:
+        return ()
+    uncast = (Rule(action="keep", why="mlx-lm keeps its dtype", name=name) for name in model.uncast)
+    return (*uncast, *(rule for name, why in model.keep for rule in kept(config, why, None, None, name)))
+
+
+def _fine(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Return the rules for the modules that a model's quant_predicate treats apart."""
+    model = model_of(config)
+    scheme = MlxAffine(FINE_BITS, FINE_GROUP)
+    return tuple(
+        Rule(action="quantize", why=why, name=name, role=MODULES, shape=shape, scheme=scheme)
+        for name, why in (() if model is None else model.fine)
+        for shape in ((None, None), (None, None, None))
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,21 @@ def halves(view: np.ndarray, config: Config) -> list[Piece]:
     return [Piece(view[:half]), Piece(view[half:])]
 
 
+def experts(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut a stack [experts, outputs, inputs] into the experts' matrices."""
+    return [Piece(each) for each in view]
+
+
+def expert_halves(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut a stack [experts, 2 * outputs, inputs] into two matrices of each expert."""
+    return [piece for each in view for piece in halves(each, config)]
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
-    each.__name__: each for each in (swap_last, squeeze, latent_heads, halves)
+    each.__name__: each for each in (swap_last, squeeze, latent_heads, halves, experts, expert_halves)
 }
+# The words whose views are undone by a word; the others join what no view of one tensor joins.
+VIEWS_BACK = {"swap_last": "swap_last"}
 
 
 # --- values
@@ -109,7 +121,15 @@ def minus_exp(numbers: np.ndarray) -> np.ndarray:
     return found
 
 
-VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {each.__name__: each for each in (plus_one, minus_exp)}
+def minus_one(numbers: np.ndarray) -> np.ndarray:
+    """Take one away: a norm as published again, of which an engine has 1 + weight."""
+    return numbers - np.float32(1)
+
+
+VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    each.__name__: each for each in (plus_one, minus_exp, minus_one)
+}
+UNDONE_BY = {"plus_one": "minus_one", "minus_one": "plus_one"}
 
 
 # --- forming
@@ -157,14 +177,18 @@ class Forms:
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{tensor.name}: {error}") from None
         names = [tensor.name[: match.start()] + match.expand(to) + tensor.name[match.end() :] for to in row.to]
+        rounds = len(pieces) // max(1, len(names))
+        names = [name.replace("{}", str(number)) for number in range(rounds) for name in names]
         for piece, name in zip(pieces, names or [tensor.name], strict=True):
-            yield self._formed(tensor, name, piece, row.values)
+            yield self._formed(tensor, name, piece, row)
 
-    def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, values: str) -> FormedTensor:
-        view = piece.view
+    def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, row: Form) -> FormedTensor:
+        view, values = piece.view, row.values
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
-        dtype = DTYPES[self._floats] if values and self._floats else tensor.dtype
         before = tensor if isinstance(tensor, FormedTensor) else None
+        if before is not None and values and UNDONE_BY.get(values) == before.values:
+            values, before = "", replace(before, values="")
+        dtype = DTYPES[self._floats] if values and self._floats else tensor.dtype
         return FormedTensor(
             **own | {
                 "name": name,
@@ -172,6 +196,7 @@ class Forms:
                 "window": Window(_address(view) - _BASE_ADDRESS, tuple(view.strides)),
                 "whole": tensor.whole or tensor.shape,
                 "dtype": dtype,
+                "role": row.role or tensor.role,
             },
             origin=tensor.source_name,
             gather=view.shape,
