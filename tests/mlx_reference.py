@@ -11,12 +11,18 @@ import numpy as np
 from tests.engines import mlx_lm_or_skip
 
 GROUP = 32
+# What a type's published config.json says, and the tiny one does not, which transformers' class has saved.
+GIVEN: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4},
+}
 FLOATS = ("float16", "bfloat16", "float32")
 
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json with rotary embeddings where checkpoints of transformers 4 have them, which mlx-lm reads."""
     made = {key: published(part) if key == "text_config" else part for key, part in config.items()}
+    if isinstance(text := config.get("text_config"), Mapping) and "vocab_size" in text:
+        made.setdefault("vocab_size", text["vocab_size"])
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return made
@@ -29,6 +35,8 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
     made.setdefault("rope_theta", rope.get("rope_theta"))
     if rope.get("rope_type", "default") != "default":
         made.setdefault("rope_scaling", dict(rope))
+    else:
+        made.setdefault("rope_scaling", None)
     if rope.get("partial_rotary_factor") is not None:
         made.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     return made
