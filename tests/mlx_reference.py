@@ -3,52 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+from tests import tiny_models
 from tests.engines import mlx_lm_or_skip
+from tests.tiny_configs import TINY
+from tests.tiny_models import merged
 
 GROUP = 32
 # What a type's published config.json says, and the tiny one does not, which transformers' class has saved.
 GIVEN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4},
+    "qwen3_vl_moe": {"text_config": {"num_experts": 4}},
+    "gemma3": {"text_config": {"sliding_window_pattern": 2}},
+    "gemma3_text": {"sliding_window_pattern": 2},
+    "cohere2": {"sliding_window_pattern": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "mamba2": {"intermediate_size": 128},
+    "gemma4": {"text_config": {"global_head_dim": 64, "num_global_key_value_heads": 1}},
+    "gemma4_moe": {"text_config": {"global_head_dim": 64, "num_global_key_value_heads": 1}},
+    "gemma4_per_layer": {"text_config": {"global_head_dim": 64}},
 }
 FLOATS = ("float16", "bfloat16", "float32")
 
+# mlx-lm leaves out the layer for multi-token prediction only where its number is 61, as in the published model.
+LOOSE = ("deepseek_v3",)
+# Sizes that mlx-lm takes for granted, and layers as the published models have them, where the tiny one differs.
+CHANGED: dict[str, dict[str, Any]] = {
+    "glm_moe_dsa": {"indexer_types": ["full"] * 3},
+    "cohere2": {"head_dim": 16},
+    "phimoe": {"head_dim": 16},
+    "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1, 1]},
+}
+
+
+def make(kind: str, folder: Path) -> Path:
+    """Write the tiny checkpoint of a type as mlx-lm can read it; returns its folder."""
+    tiny = TINY[kind]
+    with patch.dict(TINY, {kind: replace(tiny, config=merged(tiny.config, CHANGED.get(kind, {})))}):
+        return tiny_models.make(kind, folder)
+
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json with rotary embeddings where checkpoints of transformers 4 have them, which mlx-lm reads."""
+    """Return config.json with settings where checkpoints of transformers 4 have them, which mlx-lm reads."""
     made = {key: published(part) if key == "text_config" else part for key, part in config.items()}
-    if isinstance(text := config.get("text_config"), Mapping) and "vocab_size" in text:
-        made.setdefault("vocab_size", text["vocab_size"])
-    rope = config.get("rope_parameters")
+    if isinstance(text := made.get("text_config"), dict):
+        for one, other, key in ((made, text, "vocab_size"), (text, made, "tie_word_embeddings")):
+            if key in other:
+                one.setdefault(key, other[key])
+    rope, is_gemma3 = config.get("rope_parameters"), str(config.get("model_type")).startswith("gemma3")
     if not isinstance(rope, Mapping):
         return made
-    if isinstance(local := rope.get("sliding_attention"), Mapping) and str(config.get("model_type")).startswith("gemma3"):
+    if is_gemma3 and isinstance(local := rope.get("sliding_attention"), Mapping):
         made["rope_local_base_freq"] = local.get("rope_theta")
     if isinstance(rope.get("full_attention"), Mapping):
-        if not str(config.get("model_type")).startswith("gemma3"):
-            return made
         rope = rope["full_attention"]
     made.setdefault("rope_theta", rope.get("rope_theta"))
-    if rope.get("rope_type", "default") != "default":
-        made.setdefault("rope_scaling", dict(rope))
-    else:
-        made.setdefault("rope_scaling", None)
+    made.setdefault("rope_scaling", dict(rope) if rope.get("rope_type", "default") != "default" else None)
     if rope.get("partial_rotary_factor") is not None:
         made.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     return made
 
 
-def theirs(source: Path, out: Path, config: Mapping[str, Any], *, quantize: bool = True) -> Any:
-    """Convert a checkpoint by mlx-lm's functions; returns its model. `config` adds to config.json."""
+def theirs(source: Path, out: Path, config: Mapping[str, Any], *, strict: bool = True) -> Any:
+    """Convert a checkpoint by mlx-lm's functions; returns its model. `config` adds to config.json.
+
+    Without `strict`, mlx-lm leaves out tensors that its model lacks, which it else refuses.
+    """
     utils = mlx_lm_or_skip()
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
 
-    model, config = utils.load_model(source, lazy=True, model_config=dict(config))
+    whole = merged(published(utils.load_config(source)), config)
+    model, config = utils.load_model(source, lazy=True, strict=strict, model_config=whole)
     name = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     if name in FLOATS:
         chosen = getattr(model, "cast_predicate", lambda _: True)
@@ -60,8 +92,7 @@ def theirs(source: Path, out: Path, config: Mapping[str, Any], *, quantize: bool
                 model.parameters(),
             )
         )
-    if quantize:
-        model, config = utils.quantize_model(model, config, GROUP, 4)
+    model, config = utils.quantize_model(model, config, GROUP, 4)
     utils.save_model(out, model)
     utils.save_config(config, out / "config.json")
     return model

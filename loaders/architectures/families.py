@@ -59,7 +59,7 @@ class Stack:
     `name` is the pattern for an expert's tensor: it is expanded with the match's groups, then with {expert} and {part}.
     `parts` share the dimension of outputs, one after another, or in turn if interleaved. Matrices are (experts,
     outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs). Where `is_transposed`
-    is None, the shape tells, in which one side is the model's `hidden` size.
+    is None, the shape tells, in which one side is the model's `hidden` size; `square_is_transposed` tells where both are.
     """
 
     pattern: re.Pattern[str]
@@ -70,6 +70,7 @@ class Stack:
     is_bias: bool = False
     hidden: int | None = None
     hidden_is_output: bool = False
+    square_is_transposed: bool | None = None
 
     def transposed(self, shape: Shape) -> bool | None:
         """Whether a stack of this shape is transposed; None if its shape does not tell."""
@@ -77,7 +78,7 @@ class Stack:
             return self.is_transposed
         is_hidden = shape[1] == self.hidden, shape[2] == self.hidden
         if is_hidden[0] == is_hidden[1]:
-            return None
+            return self.square_is_transposed if is_hidden[0] else None
         return is_hidden[1] if self.hidden_is_output else is_hidden[0]
 
 
@@ -369,9 +370,16 @@ def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
             pattern=re.compile(rf"(?P<experts>(?:^|.*\.)experts)\.{stored}(?:\.weight)?$"),
             name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=None,
             hidden=hidden if isinstance(hidden, int) else None, hidden_is_output=is_output,
+            square_is_transposed=TRANSPOSED.get(str(config.get("model_type"))),
         )
         for stored, parts, is_output in (("gate_up_proj", ("gate", "up"), False), ("down_proj", ("down",), True))
     )  # fmt: skip
+
+
+# Whether the published stacks of a model type are transposed, for those whose shape does not tell it.
+TRANSPOSED = {
+    "qwen3_5_moe": False, "qwen3_5_moe_text": False, "gemma4": False, "gemma4_text": False, "qwen3_vl_moe": True,
+}  # fmt: skip
 
 
 def natural_key(text: str) -> str:

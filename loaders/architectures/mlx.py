@@ -53,6 +53,8 @@ class MlxModel:
     takes: settings that mlx-lm does not read, with the values of which it computes one and the same thing.
     places: lists in config.json of what each layer is, where mlx-lm works it out; see `loaders.architectures.mlx_layers`.
     scalings: the rope scalings that it computes where it does not leave them to mlx-lm's initialize_rope.
+    apart: whether its rotary embeddings are others than transformers' usual ones, in both libraries.
+    words: what mlx-lm calls the entries of a setting's list, by what transformers 5 calls them.
     head: the output projection is there or tied as the config says ("either"), must be there ("own"), or must not
     ("tied").
     nested: whether the language model's settings are in text_config.
@@ -71,6 +73,8 @@ class MlxModel:
     takes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     places: tuple[Place, ...] = ()
     scalings: tuple[str, ...] | None = None
+    apart: bool = False
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     head: str = "either"
     nested: bool = False
 

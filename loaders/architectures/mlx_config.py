@@ -40,20 +40,18 @@ def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
             f"config.json: head_dim is {head_dim}, but mlx-lm's {model_type} takes hidden_size /"
             f" num_attention_heads, {usual}: it could not load these weights; use another engine's quant"
         )
-    if model.experts is not None and num_experts(model, config) is None:
-        return f"config.json: expected {model.experts.count}, which {model_type} needs, found none"
     if model_type == "deepseek_v2" and _rope(text)[1] is None:
         return "config.json: mlx-lm's deepseek_v2 fails without a rope scaling, which this model lacks"
     if model_type == "qwen2_moe" and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
         return "config.json: mlx-lm's qwen2_moe has experts in every layer; this model does not (mlp_only_layers)"
-    said = _computed_fault(model, text) or rope_fault(model, str(model_type), text)
+    said = _computed_fault(model, text) or rope_fault(model, text)
     return None if said is None else f"config.json: mlx-lm's {model_type} {said}; it would compute something else"
 
 
 def not_computed(model: MlxModel, config: Mapping[str, Any]) -> list[str]:
     """Warn of what config.json says and mlx-lm does not compute, or not for every text."""
     text, model_type = text_of(model, config), str(config["model_type"])
-    return [*ignored_window(config, "mlx-lm"), *ignored_factors(model_type, text)]
+    return [*ignored_window(config, "mlx-lm"), *ignored_factors(model, model_type, text)]
 
 
 def _computed_fault(model: MlxModel, text: Mapping[str, Any]) -> str | None:
@@ -102,9 +100,9 @@ def translate_config(model: MlxModel, config: Mapping[str, Any], *, is_tied: boo
     """
     made = {key: value for key, value in config.items() if key not in ("_name_or_path", VISION)}
     made["tie_word_embeddings"] = is_tied
-    if not model.nested:
-        return made | _translated(model, config)
     text = text_of(model, config)
+    if text is config:
+        return made | _translated(model, config)
     made["text_config"] = dict(text) | _translated(model, text, str(config.get("model_type")))
     made["text_config"]["tie_word_embeddings"] = is_tied
     if "vocab_size" not in made and "vocab_size" in text:
@@ -120,7 +118,7 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     if theta is not None:
         made["rope_theta"] = theta
     if isinstance(scaling, Mapping):
-        scaling = scaling_for_mlx(model_type, scaling, text)
+        scaling = scaling_for_mlx(model, scaling, text)
     if scaling is not None or model_type == "llama4":
         made["rope_scaling"] = scaling
     if scaling is not None and model_type in NEEDS_TYPE and "type" not in scaling:
@@ -138,11 +136,25 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
         made["num_key_value_heads"] = text["num_attention_heads"]
     if text.get("head_dim") is None and _usual_head_dim(text) is not None:
         made["head_dim"] = _usual_head_dim(text)
-    if model.experts is not None:
+    if model.experts is not None and num_experts(model, {**text, "text_config": text}) is not None:
         made[model.experts.count] = num_experts(model, {**text, "text_config": text})
+    made |= _global_heads(text)
     for place in model.places:
         made |= place.setting(text)
+    for key, words in model.words.items():
+        if isinstance(text.get(key), list):
+            made[key] = [words.get(entry, entry) if isinstance(entry, str) else entry for entry in text[key]]
     return {key: value for key, value in model.needs.items() if text.get(key) is None} | made
+
+
+def _global_heads(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of Gemma 4's layers with full attention, which transformers 5.23 keeps layer by layer."""
+    layers = text.get("per_layer_config")
+    found = next(iter(layers.values()), None) if isinstance(layers, Mapping) else None
+    if not isinstance(found, Mapping):
+        return {}
+    words = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    return {own: found[key] for key, own in words.items() if key in found and text.get(own) is None}
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

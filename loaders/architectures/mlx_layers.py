@@ -19,6 +19,8 @@ class Place:
     value: what the list says of these layers, and of no other.
     every, first: the setting that mlx-lm reads. They are the layers whose number, from 1, it divides, or the first so
     many; a number instead of a setting's name is mlx-lm's own, which cannot be set.
+    spelled, letters: the setting that mlx-lm reads is a letter a layer, taken in turn: the first of the two is for
+    these layers.
     says: what mlx-lm does, for a message.
     """
 
@@ -27,15 +29,19 @@ class Place:
     value: Any = None
     every: str | int | None = None
     first: str | int | None = None
+    spelled: str = ""
+    letters: str = ""
 
     def fault(self, text: Mapping[str, Any]) -> str | None:
         """Say what mlx-lm would do at other places than the config says, or return None."""
         chosen = self._chosen(text)
-        return None if chosen is None or self._number(chosen) is not None else f"{self.says}, not as {self.key} says"
+        return None if chosen is None or self.spelled or self._number(chosen) is not None else f"{self.says}, not as {self.key} says"
 
-    def setting(self, text: Mapping[str, Any]) -> dict[str, int]:
+    def setting(self, text: Mapping[str, Any]) -> dict[str, Any]:
         """Return the setting with which mlx-lm does what the list says; nothing if there is no list."""
         chosen, key = self._chosen(text), self.every if self.every is not None else self.first
+        if chosen is not None and self.spelled:
+            return self._spelt(chosen, text)
         number = None if chosen is None else self._number(chosen)
         return {key: number} if isinstance(key, str) and number is not None else {}
 
@@ -44,6 +50,13 @@ class Place:
         if not isinstance(found, list) or not found or type(count) is not int:
             return None
         return [layer in found for layer in range(count)] if self.value is None else [e == self.value for e in found]
+
+    def _spelt(self, chosen: list[bool], text: Mapping[str, Any]) -> dict[str, Any]:
+        yes, no = self.letters
+        wanted, found = [yes if each else no for each in chosen], text.get(self.spelled)
+        if isinstance(found, str) and found and wanted == [found[i % len(found)] for i in range(len(chosen))]:
+            return {}
+        return {self.spelled: "".join(wanted) if any(chosen) else None}
 
     def _number(self, chosen: list[bool]) -> int | None:
         """Return the number that gives these layers, or None."""

@@ -151,6 +151,9 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
             stacks.setdefault(stack[0], []).append((stack[1], each))
     for name, found in stacks.items():
         if sorted(index for index, _ in found) != list(range(count or 0)):
+            if count is None:
+                key = model.experts.count if model.experts else ""
+                raise BadSpec(f"{setting('checkpoint')}: config.json: expected {key}, the number of experts, found none")
             raise BadSpec(
                 f"{name}: mlx-lm stacks {count} experts, of which {len(found)} are to be written; keep or drop all"
             )
