@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,31 @@ import numpy as np
 
 from tests import tiny_models
 from tests.engines import mlx_lm_or_skip
-from tests.tiny_configs import TINY
+from tests.tiny_configs import EXPERTS, GEMMA4, LATENT, LINEAR, ROUTED, ROWS, SIZES, TINY, Tiny, text
 from tests.tiny_models import merged
 
 GROUP = 32
 # What a type's published config.json says, and the tiny one does not, which transformers' class has saved.
 GIVEN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4},
-    "qwen3_vl_moe": {"text_config": {"num_experts": 4}},
+    "qwen3_vl_moe": {"text_config": {"num_experts": 4, "tie_word_embeddings": False}},
     "gemma3": {"text_config": {"sliding_window_pattern": 2}},
     "gemma3_text": {"sliding_window_pattern": 2},
     "cohere2": {"sliding_window_pattern": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "mamba2": {"intermediate_size": 128},
+    "gemma4_text": {"global_head_dim": 64, "num_global_key_value_heads": 1},
+    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
+    "gpt2": {"n_ctx": 64},
     "gemma4": {"text_config": {"global_head_dim": 64, "num_global_key_value_heads": 1}},
     "gemma4_moe": {"text_config": {"global_head_dim": 64, "num_global_key_value_heads": 1}},
     "gemma4_per_layer": {"text_config": {"global_head_dim": 64}},
 }
 FLOATS = ("float16", "bfloat16", "float32")
 
+# Published stacks are [experts, inputs, outputs], which transformers 5 turns.
+TURNED = ("qwen3_vl_moe",)
 # mlx-lm leaves out the layer for multi-token prediction only where its number is 61, as in the published model.
 LOOSE = ("deepseek_v3",)
 # Sizes that mlx-lm takes for granted, and layers as the published models have them, where the tiny one differs.
@@ -40,13 +47,47 @@ CHANGED: dict[str, dict[str, Any]] = {
     "phimoe": {"head_dim": 16},
     "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1, 1]},
 }
+# Types of which only mlx-lm's side is held against ours.
+MORE: dict[str, Tiny] = {
+    "cohere": Tiny(model_type="cohere", config=SIZES),
+    "phi": Tiny(model_type="phi", config=SIZES),
+    "stablelm": Tiny(model_type="stablelm", config=SIZES),
+    "helium": Tiny(model_type="helium", config={**SIZES, "head_dim": 16}),
+    "apertus": Tiny(model_type="apertus", config=SIZES),
+    "gpt_neox": Tiny(model_type="gpt_neox", config=SIZES),
+    "dots1": Tiny(model_type="dots1", config=text(**ROUTED, n_shared_experts=1, layer_types=["full_attention"] * 3)),
+    "qwen2_vl": Tiny(
+        model_type="qwen2_vl", base="qwen2-vl-7b",
+        config={**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+                "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4}},
+    ),
+    "gemma4_text": Tiny(
+        model_type="gemma4_text", tokenizer="bpe_spaces", config=text(**GEMMA4, hidden_size_per_layer_input=0)
+    ),
+    "glm4_moe_lite": Tiny(model_type="glm4_moe_lite", config={**SIZES, **ROUTED, **LATENT}),
+    "nemotron": Tiny(model_type="nemotron", config=SIZES),
+    "gpt2": Tiny(
+        model_type="gpt2", base="gpt2", renames=((r"^transformer\.", ""),),
+        config={"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "vocab_size": ROWS},
+    ),
+    "glm": Tiny(model_type="glm", config=text()),
+    "mamba": Tiny(model_type="mamba", config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16}),
+    "falcon_mamba": Tiny(model_type="falcon_mamba", config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16}),
+    "mistral4": Tiny(model_type="mistral4", config={**SIZES, **ROUTED, **LATENT}),
+}
 
 
 def make(kind: str, folder: Path) -> Path:
     """Write the tiny checkpoint of a type as mlx-lm can read it; returns its folder."""
-    tiny = TINY[kind]
-    with patch.dict(TINY, {kind: replace(tiny, config=merged(tiny.config, CHANGED.get(kind, {})))}):
+    tiny = TINY.get(kind) or MORE[kind]
+    made = tiny_models.model_of
+    turned = patch.object(tiny_models, "model_of", lambda kind: _turned(*made(kind)))
+    with turned if kind in TURNED else nullcontext(), patch.dict(TINY, {kind: replace(tiny, config=merged(tiny.config, CHANGED.get(kind, {})))}):
         return tiny_models.make(kind, folder)
+
+
+def _turned(config: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return config, {n: (d, (s[0], *s[:0:-1]) if ".experts." in n else s) for n, (d, s) in tensors.items()}
 
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -379,6 +379,7 @@ def _generic_stacks(config: Mapping[str, Any]) -> tuple[Stack, ...]:
 # Whether the published stacks of a model type are transposed, for those whose shape does not tell it.
 TRANSPOSED = {
     "qwen3_5_moe": False, "qwen3_5_moe_text": False, "gemma4": False, "gemma4_text": False, "qwen3_vl_moe": True,
+    "mistral4": False,
 }  # fmt: skip
 
 

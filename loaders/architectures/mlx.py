@@ -23,7 +23,7 @@ CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A layer's experts: `module` holds them, `matrices` are published names by mlx-lm's.
+    """A layer's experts: `module` holds them, or the layer itself if it is empty; `matrices` are published names by mlx-lm's.
 
     count: mlx-lm's key for their number in config.json. stack: mlx-lm's name of the module that stacks them.
     """
@@ -34,6 +34,11 @@ class Experts:
     matrices: Mapping[str, str] = field(
         default_factory=lambda: {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
     )
+
+    @property
+    def inside(self) -> str:
+        """The module's name inside a layer, as a part of a pattern."""
+        return re.escape(f".{self.module}") if self.module else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +151,7 @@ def stack_of(model: MlxModel, name: str) -> tuple[str, int] | None:
     if model.experts is None:
         return None
     own = {hf: mlx for mlx, hf in model.experts.matrices.items()}
-    match = re.fullmatch(rf"({LAYER}\.{model.experts.module})\.experts\.(\d+)\.({'|'.join(own)})\.(weight|bias)", name)
+    match = re.fullmatch(rf"({LAYER}{model.experts.inside})\.experts\.(\d+)\.({'|'.join(own)})\.(weight|bias)", name)
     return (f"{match[1]}.{model.experts.stack}.{own[match[3]]}.{match[4]}", int(match[2])) if match else None
 
 
@@ -161,7 +166,7 @@ def expert_names(model: MlxModel, stacked: str, count: int) -> tuple[str, ...] |
         return None
     matrices = model.experts.matrices
     match = re.fullmatch(
-        rf"({LAYER}\.{model.experts.module})\.{model.experts.stack}\.({'|'.join(matrices)})\.(weight|bias)", stacked
+        rf"({LAYER}{model.experts.inside})\.{model.experts.stack}\.({'|'.join(matrices)})\.(weight|bias)", stacked
     )
     if match is None:
         return None
@@ -186,7 +191,8 @@ def packed_expert_name(config: Mapping[str, Any], layer: int, expert: int, compo
     """Return transformers' name of a component of an expert, such as "gate_proj.weight"."""
     module, matrices = packed_experts(config)
     matrix, _, suffix = component.partition(".")
-    return f"model.layers.{layer}.{module}.experts.{expert}.{matrices[matrix]}.{suffix}"
+    inside = f"{module}." if module else ""
+    return f"model.layers.{layer}.{inside}experts.{expert}.{matrices[matrix]}.{suffix}"
 
 
 def packed_expert(config: Mapping[str, Any], name: str) -> tuple[int, int, str] | None:
@@ -194,6 +200,6 @@ def packed_expert(config: Mapping[str, Any], name: str) -> tuple[int, int, str] 
     module, matrices = packed_experts(config)
     own = {hf: mlx for mlx, hf in matrices.items()}
     match = re.fullmatch(
-        rf"model\.layers\.(\d+)\.{module}\.experts\.(\d+)\.({'|'.join(own)})\.(weight|scales|biases)", name
+        rf"model\.layers\.(\d+)\.{re.escape(module)}\.?experts\.(\d+)\.({'|'.join(own)})\.(weight|scales|biases)", name
     )
     return (int(match[1]), int(match[2]), f"{own[match[3]]}.{match[4]}") if match else None
