@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from tests import tiny_models
 from tests.engines import mlx_lm_or_skip
-from tests.tiny_configs import EXPERTS, GEMMA4, LATENT, LINEAR, ROUTED, ROWS, SIZES, TINY, Tiny, text
+from tests.tiny_configs import EXPERTS, GEMMA4, LATENT, LINEAR, ROUTED, ROWS, SIZES, TINY, VISION, Tiny, text
 from tests.tiny_models import merged
 
 GROUP = 32
@@ -36,8 +35,6 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 FLOATS = ("float16", "bfloat16", "float32")
 
-# Published stacks are [experts, inputs, outputs], which transformers 5 turns.
-TURNED = ("qwen3_vl_moe",)
 # mlx-lm leaves out the layer for multi-token prediction only where its number is 61, as in the published model.
 LOOSE = ("deepseek_v3",)
 # Sizes that mlx-lm takes for granted, and layers as the published models have them, where the tiny one differs.
@@ -73,21 +70,40 @@ MORE: dict[str, Tiny] = {
     "glm": Tiny(model_type="glm", config=text()),
     "mamba": Tiny(model_type="mamba", config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16}),
     "falcon_mamba": Tiny(model_type="falcon_mamba", config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16}),
+    "step3p5": replace(TINY["step3p7"], next_tokens=""),
+    "llava": Tiny(
+        model_type="llava", base="pixtral-12b", config={"text_config": text(), "vision_config": {**VISION, "head_dim": 16}}
+    ),
     "mistral4": Tiny(model_type="mistral4", config={**SIZES, **ROUTED, **LATENT}),
 }
+
+
+Made = tuple[dict[str, Any], dict[str, Any]]
+
+
+def turned(config: dict[str, Any], tensors: dict[str, Any]) -> Made:
+    """Return a model with stacks [experts, inputs, outputs] as published, which transformers 5 turns."""
+    return config, {n: (d, (s[0], *s[:0:-1]) if ".experts." in n else s) for n, (d, s) in tensors.items()}
+
+
+def step_text(config: dict[str, Any], tensors: dict[str, Any]) -> Made:
+    """Return the language model of Step 3.7, with config.json in the words of Step 3.5."""
+    prefix = "model.language_model."
+    own = {n.replace(prefix, "model."): t for n, t in tensors.items() if n.startswith((prefix, "lm_head", "model.layers", "model.embed_tokens", "model.norm"))}
+    return {**TINY["step3p7"].config["text_config"], "dtype": "bfloat16", "tie_word_embeddings": False}, own
+
+
+ALTERED = {"qwen3_vl_moe": turned, "step3p5": step_text}
 
 
 def make(kind: str, folder: Path) -> Path:
     """Write the tiny checkpoint of a type as mlx-lm can read it; returns its folder."""
     tiny = TINY.get(kind) or MORE[kind]
     made = tiny_models.model_of
-    turned = patch.object(tiny_models, "model_of", lambda kind: _turned(*made(kind)))
-    with turned if kind in TURNED else nullcontext(), patch.dict(TINY, {kind: replace(tiny, config=merged(tiny.config, CHANGED.get(kind, {})))}):
+    alter = ALTERED.get(kind, lambda config, tensors: (config, tensors))
+    altered = patch.object(tiny_models, "model_of", lambda kind: alter(*made(kind)))
+    with altered, patch.dict(TINY, {kind: replace(tiny, config=merged(tiny.config, CHANGED.get(kind, {})))}):
         return tiny_models.make(kind, folder)
-
-
-def _turned(config: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return config, {n: (d, (s[0], *s[:0:-1]) if ".experts." in n else s) for n, (d, s) in tensors.items()}
 
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:
