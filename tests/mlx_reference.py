@@ -54,9 +54,13 @@ MORE: dict[str, Tiny] = {
     "gpt_neox": Tiny(model_type="gpt_neox", config=SIZES),
     "dots1": Tiny(model_type="dots1", config=text(**ROUTED, n_shared_experts=1, layer_types=["full_attention"] * 3)),
     "qwen2_vl": Tiny(
-        model_type="qwen2_vl", base="qwen2-vl-7b",
-        config={**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-                "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4}},
+        model_type="qwen2_vl",
+        base="qwen2-vl-7b",
+        config={
+            **SIZES,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4},
+        },
     ),
     "gemma4_text": Tiny(
         model_type="gemma4_text", tokenizer="bpe_spaces", config=text(**GEMMA4, hidden_size_per_layer_input=0)
@@ -64,15 +68,24 @@ MORE: dict[str, Tiny] = {
     "glm4_moe_lite": Tiny(model_type="glm4_moe_lite", config={**SIZES, **ROUTED, **LATENT}),
     "nemotron": Tiny(model_type="nemotron", config=SIZES),
     "gpt2": Tiny(
-        model_type="gpt2", base="gpt2", renames=((r"^transformer\.", ""),),
+        model_type="gpt2",
+        base="gpt2",
+        renames=((r"^transformer\.", ""),),
         config={"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "vocab_size": ROWS},
     ),
     "glm": Tiny(model_type="glm", config=text()),
-    "mamba": Tiny(model_type="mamba", config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16}),
-    "falcon_mamba": Tiny(model_type="falcon_mamba", config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16}),
+    "mamba": Tiny(
+        model_type="mamba", config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16}
+    ),
+    "falcon_mamba": Tiny(
+        model_type="falcon_mamba",
+        config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16},
+    ),
     "step3p5": replace(TINY["step3p7"], next_tokens=""),
     "llava": Tiny(
-        model_type="llava", base="pixtral-12b", config={"text_config": text(), "vision_config": {**VISION, "head_dim": 16}}
+        model_type="llava",
+        base="pixtral-12b",
+        config={"text_config": text(), "vision_config": {**VISION, "head_dim": 16}},
     ),
     "mistral4": Tiny(model_type="mistral4", config={**SIZES, **ROUTED, **LATENT}),
 }
@@ -89,7 +102,11 @@ def turned(config: dict[str, Any], tensors: dict[str, Any]) -> Made:
 def step_text(config: dict[str, Any], tensors: dict[str, Any]) -> Made:
     """Return the language model of Step 3.7, with config.json in the words of Step 3.5."""
     prefix = "model.language_model."
-    own = {n.replace(prefix, "model."): t for n, t in tensors.items() if n.startswith((prefix, "lm_head", "model.layers", "model.embed_tokens", "model.norm"))}
+    own = {
+        n.replace(prefix, "model."): t
+        for n, t in tensors.items()
+        if n.startswith((prefix, "lm_head", "model.layers", "model.embed_tokens", "model.norm"))
+    }
     return {**TINY["step3p7"].config["text_config"], "dtype": "bfloat16", "tie_word_embeddings": False}, own
 
 
@@ -144,7 +161,9 @@ def theirs(source: Path, out: Path, config: Mapping[str, Any], *, strict: bool =
         model.update(
             tree_map_with_path(
                 lambda key, value: (
-                    value.astype(getattr(mx, name)) if chosen(key) and mx.issubdtype(value.dtype, mx.floating) else value
+                    value.astype(getattr(mx, name))
+                    if chosen(key) and mx.issubdtype(value.dtype, mx.floating)
+                    else value
                 ),
                 model.parameters(),
             )

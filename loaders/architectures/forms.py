@@ -32,6 +32,12 @@ class Form:
 def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
     """Return the forms of a table's rows."""
     return tuple(
-        Form(re.compile(row["name"]), row.get("view", ""), row.get("values", ""), tuple(row.get("to", ())), row.get("role", ""))
+        Form(
+            re.compile(row["name"]),
+            row.get("view", ""),
+            row.get("values", ""),
+            tuple(row.get("to", ())),
+            row.get("role", ""),
+        )
         for row in rows
     )

@@ -132,7 +132,9 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
         local = rope.get("sliding_attention") if isinstance(rope, Mapping) else None
         if isinstance(local, Mapping) and "rope_theta" in local:
             made["rope_local_base_freq"] = local["rope_theta"]
-    if text.get("num_key_value_heads") is None and "num_attention_heads" in text:
+    if {"num_key_value_heads", "num_attention_groups"}.isdisjoint(k for k, v in text.items() if v is not None) and (
+        "num_attention_heads" in text
+    ):
         made["num_key_value_heads"] = text["num_attention_heads"]
     if text.get("head_dim") is None and _usual_head_dim(text) is not None:
         made["head_dim"] = _usual_head_dim(text)

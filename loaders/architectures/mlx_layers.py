@@ -35,7 +35,11 @@ class Place:
     def fault(self, text: Mapping[str, Any]) -> str | None:
         """Say what mlx-lm would do at other places than the config says, or return None."""
         chosen = self._chosen(text)
-        return None if chosen is None or self.spelled or self._number(chosen) is not None else f"{self.says}, not as {self.key} says"
+        return (
+            None
+            if chosen is None or self.spelled or self._number(chosen) is not None
+            else f"{self.says}, not as {self.key} says"
+        )
 
     def setting(self, text: Mapping[str, Any]) -> dict[str, Any]:
         """Return the setting with which mlx-lm does what the list says; nothing if there is no list."""

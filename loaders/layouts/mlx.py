@@ -153,7 +153,9 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
         if sorted(index for index, _ in found) != list(range(count or 0)):
             if count is None:
                 key = model.experts.count if model.experts else ""
-                raise BadSpec(f"{setting('checkpoint')}: config.json: expected {key}, the number of experts, found none")
+                raise BadSpec(
+                    f"{setting('checkpoint')}: config.json: expected {key}, the number of experts, found none"
+                )
             raise BadSpec(
                 f"{name}: mlx-lm stacks {count} experts, of which {len(found)} are to be written; keep or drop all"
             )

@@ -1,0 +1,93 @@
+"""Every model type with a section for mlx-lm, on a tiny checkpoint: the bytes, config.json and logits of mlx_lm itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loaders.architectures.family_files import known_types, section
+from tests import mlx_reference, passes
+from tests.engines import mlx_lm_or_skip
+from tests.making import read_safetensors
+from tests.quick import some_quick
+from tests.tiny_configs import TINY
+
+mx = pytest.importorskip("mlx.core")
+mlx_utils = mlx_lm_or_skip()
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.engine
+
+ALL = {**TINY, **mlx_reference.MORE}
+TYPES = {kind: kind if kind in mlx_reference.ALTERED else tiny.model_type for kind, tiny in ALL.items()}
+# Tiny checkpoints that mlx-lm does not convert so; tests/parity/test_mlx_models.py holds gpt-oss against transformers.
+APART = {
+    "gpt_oss": "mlx-lm reads this type's experts in MXFP4 only",
+    "gpt_oss_mxfp4": "mlx-lm keeps MXFP4 experts as they are, where the preset asks for affine groups",
+}
+# Types without a tiny checkpoint, which a relative with the same section stands for.
+RELATIVES = {"mimo": "qwen2"}
+KINDS = [kind for kind, of in TYPES.items() if section(of, "mlx") is not None and kind not in APART]
+# Keys of config.json that may differ, and why.
+DIFFERENT = {
+    "eos_token_id": "mlx-lm writes that of generation_config.json, which it reads again when it loads",
+    "rope_type": "mlx-lm's class of settings renames this key of the dictionary that is then saved",
+    "type": "see rope_type",
+    "rope_scaling": "an absent one is null",
+    "partial_rotary_factor": "given to the reference, and not read",
+    "intermediate_size": "mamba2 needs the key and does not use it",
+    "head_dim": "ours says it, where mlx-lm works it out",
+    "num_global_key_value_heads": "an absent one is null",
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu() -> None:
+    mx.set_default_device(mx.cpu)
+
+
+def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key not in ("quantization", "quantization_config"):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def settings(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a quantization block with what its modules leave unsaid."""
+    return {key: {"mode": "affine", **value} if isinstance(value, dict) else value for key, value in block.items()}
+
+
+def check_config(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    mine, wanted = dict(flat(ours)), dict(flat(theirs))
+    other = [key for key in wanted if mine.get(key) != wanted[key] and key.rsplit(".", 1)[-1] not in DIFFERENT]
+    assert other == ["quantization", "quantization_config"] or not other, {k: (mine.get(k), wanted[k]) for k in other}
+    for key in ("quantization", "quantization_config"):
+        assert settings(ours[key]) == settings(theirs[key])
+
+
+@pytest.mark.parametrize("kind", some_quick(KINDS, "deepseek_v32"))
+def test_bytes_config_and_logits_are_those_of_mlx_lm(kind: str, tmp_path: Path) -> None:
+    source = mlx_reference.make(kind, tmp_path / "source")
+    given = mlx_reference.GIVEN.get(kind, {})
+    model = mlx_reference.theirs(source, tmp_path / "peer", given, strict=kind not in mlx_reference.LOOSE)
+    ours = passes.run(source, tmp_path, "mlx_int4", settings=(f"quant.group_size={mlx_reference.GROUP}",))["mlx_int4"]
+    mine, wanted = read_safetensors(ours.folder), read_safetensors(tmp_path / "peer")
+    assert set(mine) == set(wanted)
+    for name, raw in wanted.items():
+        assert (mine[name].dtype, mine[name].data.shape) == (raw.dtype, raw.data.shape), name
+        assert mine[name].data.tobytes() == raw.data.tobytes(), name
+    check_config(*(json.loads((f / "config.json").read_text()) for f in (ours.folder, tmp_path / "peer")))
+    loaded, _ = mlx_utils.load_model(ours.folder)
+    found, expected = mlx_reference.logits(loaded), mlx_reference.logits(model)
+    assert np.isfinite(found).all()
+    assert np.array_equal(found, expected)
+
+
+def test_every_type_with_a_section_has_a_tiny_checkpoint() -> None:
+    assert set(known_types("mlx")) <= {*TYPES.values(), *RELATIVES}
