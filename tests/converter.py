@@ -199,9 +199,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     lines = [f"index {key}: expected {old}, found {new}" for key, old, new in _changes(index)]
     for kind, found in made.items():
-        old = (
-            json.loads(golden_path(kind).read_text()) if golden_path(kind).exists() else {"metadata": {}, "tensors": {}}
-        )
+        old = json.loads(golden_path(kind).read_text()) if golden_path(kind).exists() else {"metadata": {}, "tensors": {}}
         lines += [f"{kind}: {line}" for line in differences(old, found)]
     print("\n".join(lines) or "as the goldens")
     return 1 if lines else 0

@@ -83,7 +83,9 @@ def dump(document: Mapping[str, Any]) -> str:
     """Return a golden as text, a line for each key and each tensor."""
     parts = []
     for name, part in document.items():
-        rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in part.items())
+        rows = ",\n".join(
+            f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in part.items()
+        )
         parts.append(f'"{name}": {{\n{rows}\n}}')
     return "{" + ",\n".join(parts) + "}\n"
 

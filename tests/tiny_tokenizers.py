@@ -95,11 +95,7 @@ def bpe_spaces(folder: Path) -> dict[str, Any]:
     letters = sorted({*"▁", *"".join(pairs), *CHARACTERS})
     tokens = [*tokens, *letters, *pairs][:ROWS]
     kept = [pair for pair in pairs if pair in tokens]
-    steps = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
+    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
     whole = document(
         specials, bpe_model(tokens, kept, unk_token="<unk>", fuse_unk=True, byte_fallback=True),
         normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},

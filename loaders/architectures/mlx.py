@@ -23,8 +23,9 @@ CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A layer's experts: `module` holds them, or the layer itself if it is empty; `matrices` are published names by mlx-lm's.
+    """A layer's experts. `module` holds them, or the layer itself if it is empty.
 
+    matrices: published names by mlx-lm's.
     count: mlx-lm's key for their number in config.json. stack: mlx-lm's name of the module that stacks them.
     """
 
@@ -56,7 +57,7 @@ class MlxModel:
     uncast: patterns for published names of what mlx_lm.convert does not cast to torch_dtype.
     needs: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
     takes: settings that mlx-lm does not read, with the values of which it computes one and the same thing.
-    places: lists in config.json of what each layer is, where mlx-lm works it out; see `loaders.architectures.mlx_layers`.
+    places: lists in config.json of what each layer is, where mlx-lm works it out; see `mlx_layers`.
     scalings: the rope scalings that it computes where it does not leave them to mlx-lm's initialize_rope.
     apart: whether its rotary embeddings are others than transformers' usual ones, in both libraries.
     words: what mlx-lm calls the entries of a setting's list, by what transformers 5 calls them.
@@ -170,8 +171,18 @@ def expert_names(model: MlxModel, stacked: str, count: int) -> tuple[str, ...] |
     )
     if match is None:
         return None
-    module = published_name(model, f"{match[1]}.")
-    return tuple(f"{module}experts.{e}.{matrices[match[2]]}.{match[3]}" for e in range(count))
+    matrix = f"{matrices[match[2]]}.{match[3]}"
+    return tuple(published_name(model, f"{match[1]}.experts.{expert}.{matrix}") for expert in range(count))
+
+
+def is_piece(model: MlxModel, name: str) -> bool:
+    """Whether a tensor is one of several that mlx-lm cuts a published one into, and no expert's."""
+    return any(name.endswith(f".{to}") for form in model.forms if form.role != "expert" for to in form.to)
+
+
+def keeps_published_tensors(model: MlxModel) -> bool:
+    """Whether mlx-lm has a model's tensors as published, but for experts."""
+    return not (model.names or model.inside or model.forms)
 
 
 # --- the packed container's experts, whose matrices have mlx-lm's names

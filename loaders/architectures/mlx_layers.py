@@ -56,7 +56,7 @@ class Place:
         return [layer in found for layer in range(count)] if self.value is None else [e == self.value for e in found]
 
     def _spelt(self, chosen: list[bool], text: Mapping[str, Any]) -> dict[str, Any]:
-        yes, no = self.letters
+        yes, no = self.letters[0], self.letters[1]
         wanted, found = [yes if each else no for each in chosen], text.get(self.spelled)
         if isinstance(found, str) and found and wanted == [found[i % len(found)] for i in range(len(chosen))]:
             return {}

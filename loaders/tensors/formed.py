@@ -75,6 +75,16 @@ def squeeze(view: np.ndarray, config: Config) -> list[Piece]:
     return [Piece(view.squeeze())]
 
 
+def scalar(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take the one number of a vector."""
+    return [Piece(view.reshape(()))]
+
+
+def vector(view: np.ndarray, config: Config) -> list[Piece]:
+    """Make a vector of one number."""
+    return [Piece(view.reshape((1,)))]
+
+
 def latent_heads(view: np.ndarray, config: Config) -> list[Piece]:
     """Cut kv_b_proj [heads * (nope + value), rank] by heads: [heads, rank, nope] and [heads, value, rank]."""
     heads, nope, value = (number(config, key) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
@@ -101,10 +111,10 @@ def expert_halves(view: np.ndarray, config: Config) -> list[Piece]:
 
 
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
-    each.__name__: each for each in (swap_last, squeeze, latent_heads, halves, experts, expert_halves)
+    each.__name__: each for each in (swap_last, squeeze, scalar, vector, latent_heads, halves, experts, expert_halves)
 }
-# The words whose views are undone by a word; the others join what no view of one tensor joins.
-VIEWS_BACK = {"swap_last": "swap_last"}
+# The words whose views are undone by a word; the others cut what no view of one tensor joins.
+VIEWS_BACK = {"swap_last": "swap_last", "scalar": "vector", "vector": "scalar"}
 
 
 # --- values
@@ -133,6 +143,17 @@ UNDONE_BY = {"plus_one": "minus_one", "minus_one": "plus_one"}
 
 
 # --- forming
+
+
+def undone(rows: Sequence[Form], config: Config, tensor: LogicalTensor) -> LogicalTensor:
+    """Return a tensor in an engine's form as it was published; rows that cut tensors are left out."""
+    back = [
+        replace(row, view=VIEWS_BACK[row.view] if row.view else "", values=UNDONE_BY[row.values] if row.values else "")
+        for row in reversed(rows)
+        if not row.to
+    ]
+    (made,) = Forms([replace(row, role="") for row in back], config).of(tensor)
+    return made
 
 
 class Forms:
