@@ -59,7 +59,7 @@ class Stack:
     `name` is the pattern for an expert's tensor: it is expanded with the match's groups, then with {expert} and {part}.
     `parts` share the dimension of outputs, one after another, or in turn if interleaved. Matrices are (experts,
     outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs). Where `is_transposed`
-    is None, the shape tells, in which one side is the model's `hidden` size; `square_is_transposed` tells where both are.
+    is None, the shape tells, in which one side is the model's `hidden` size, or `square_is_transposed` if both are.
     """
 
     pattern: re.Pattern[str]
@@ -381,6 +381,8 @@ TRANSPOSED = {
     "qwen3_5_moe": False, "qwen3_5_moe_text": False, "gemma4": False, "gemma4_text": False, "qwen3_vl_moe": True,
     "mistral4": False,
 }  # fmt: skip
+# Types whose experts transformers reads in stacks, and not one by one.
+ONLY_STACKED = ("gemma4", "gemma4_text", "qwen3_vl_moe", "granitemoe", "granitemoehybrid", "mistral4")
 
 
 def natural_key(text: str) -> str:

@@ -60,6 +60,7 @@ class MlxModel:
     places: lists in config.json of what each layer is, where mlx-lm works it out; see `mlx_layers`.
     scalings: the rope scalings that it computes where it does not leave them to mlx-lm's initialize_rope.
     apart: whether its rotary embeddings are others than transformers' usual ones, in both libraries.
+    own_rope: whether mlx-lm reads rope_parameters, and nothing of it from another place.
     words: what mlx-lm calls the entries of a setting's list, by what transformers 5 calls them.
     head: the output projection is there or tied as the config says ("either"), must be there ("own"), or must not
     ("tied").
@@ -80,6 +81,7 @@ class MlxModel:
     places: tuple[Place, ...] = ()
     scalings: tuple[str, ...] | None = None
     apart: bool = False
+    own_rope: bool = False
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     head: str = "either"
     nested: bool = False

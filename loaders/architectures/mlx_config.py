@@ -114,7 +114,7 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     """Return the language model's settings that mlx-lm looks for in other places, or that it needs stated."""
     made: dict[str, Any] = {}
     model_type = model_type or str(text.get("model_type"))
-    theta, scaling = _rope(text)
+    theta, scaling = (None, None) if model.own_rope else _rope(text)
     if theta is not None:
         made["rope_theta"] = theta
     if isinstance(scaling, Mapping):

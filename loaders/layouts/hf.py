@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from loaders.architectures.families import Family, family_of, load_dtype
+from loaders.architectures.families import ONLY_STACKED, Family, family_of, load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
@@ -82,7 +82,8 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     _check_converted(decisions, config)
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
     family = family_of(config)
-    wants_stacks = bool(family.stacks) and not family.is_generic and builds_own_class(engines)
+    is_stacked = (bool(family.stacks) and not family.is_generic) or config.get("model_type") in ONLY_STACKED
+    wants_stacks = is_stacked and builds_own_class(engines)
     for decision in decisions:
         tensor, encoding = decision.tensor, decision.encoding
         if encoding is None:

@@ -1,4 +1,4 @@
-"""Every model type with a section for mlx-lm, on a tiny checkpoint: the bytes, config.json and logits of mlx_lm itself."""
+"""Every model type with a section for mlx-lm, on a tiny checkpoint: bytes, config.json and logits of mlx_lm itself."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from loaders.architectures.family_files import known_types, section
+from loaders.errors import BadSpec
 from tests import mlx_reference, passes
 from tests.engines import mlx_lm_or_skip
-from tests.making import read_safetensors
+from tests.making import read_safetensors, values_of
 from tests.quick import some_quick
 from tests.tiny_configs import TINY
 
@@ -32,6 +33,7 @@ APART = {
 # Types without a tiny checkpoint, which a relative with the same section stands for.
 RELATIVES = {"mimo": "qwen2"}
 KINDS = [kind for kind, of in TYPES.items() if section(of, "mlx") is not None and kind not in APART]
+GROUPS = (f"quant.group_size={mlx_reference.GROUP}",)
 # Keys of config.json that may differ, and why.
 DIFFERENT = {
     "eos_token_id": "mlx-lm writes that of generation_config.json, which it reads again when it loads",
@@ -76,7 +78,7 @@ def test_bytes_config_and_logits_are_those_of_mlx_lm(kind: str, tmp_path: Path) 
     source = mlx_reference.make(kind, tmp_path / "source")
     given = mlx_reference.GIVEN.get(kind, {})
     model = mlx_reference.theirs(source, tmp_path / "peer", given, strict=kind not in mlx_reference.LOOSE)
-    ours = passes.run(source, tmp_path, "mlx_int4", settings=(f"quant.group_size={mlx_reference.GROUP}",))["mlx_int4"]
+    ours = passes.run(source, tmp_path, "mlx_int4", settings=GROUPS)["mlx_int4"]
     mine, wanted = read_safetensors(ours.folder), read_safetensors(tmp_path / "peer")
     assert set(mine) == set(wanted)
     for name, raw in wanted.items():
@@ -87,6 +89,54 @@ def test_bytes_config_and_logits_are_those_of_mlx_lm(kind: str, tmp_path: Path) 
     found, expected = mlx_reference.logits(loaded), mlx_reference.logits(model)
     assert np.isfinite(found).all()
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", some_quick(KINDS, "qwen3_5"))
+def test_mlx_checkpoints_are_read_back(kind: str, tmp_path: Path) -> None:
+    """Written again they are the same, to the bit: names, norms and axes are undone, and done again."""
+    source = mlx_reference.make(kind, tmp_path / "source")
+    plain = passes.run(source, tmp_path / "a", "none", settings=("output=mlx",))["none"]
+    again = passes.run(plain.folder, tmp_path / "b", "none", settings=("output=mlx",))["none"]
+    assert again.tensors == plain.tensors
+
+
+@pytest.mark.parametrize("kind", ["kimi_k2", "granitemoe", "gpt2", "gemma4_moe"])
+def test_quantized_mlx_checkpoints_are_read_back(kind: str, tmp_path: Path) -> None:
+    plain = mlx_reference.make(kind, tmp_path / "source")
+    coarse = passes.run(plain, tmp_path / "c", "mlx_int8", settings=GROUPS)["mlx_int8"]
+    fine = passes.run(coarse.folder, tmp_path / "d", "mlx_int4", settings=GROUPS)["mlx_int4"]
+    assert fine.tensors.keys() == coarse.tensors.keys()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "gpt2", "mamba2", "step3p5"])
+def test_published_tensors_come_back(kind: str, tmp_path: Path) -> None:
+    source = mlx_reference.make(kind, tmp_path / "source")
+    plain = passes.run(source, tmp_path / "a", "none", settings=("output=mlx",))["none"]
+    back = passes.run(plain.folder, tmp_path / "b", "none", settings=("quant.dtype=bfloat16",))["none"]
+    published, found = (read_safetensors(folder) for folder in (source, back.folder))
+    shared = found.keys() & published.keys()
+    assert len(shared) > 20
+    for name in shared:
+        if "norm" in name:  # one was added to some, and rounded
+            assert np.allclose(values_of(found[name]), values_of(published[name]), atol=2**-8), name
+        elif found[name].dtype == published[name].dtype:
+            assert found[name].data.tobytes() == published[name].data.tobytes(), name
+
+
+def test_pieces_of_a_published_tensor_go_to_mlx_only(tmp_path: Path) -> None:
+    source = mlx_reference.make("kimi_k2", tmp_path / "source")
+    plain = passes.run(source, tmp_path / "a", "none", settings=("output=mlx",))["none"]
+    with pytest.raises(
+        BadSpec, match="mlx-lm has cut tensors of this kimi_k2 into pieces .6, model.layers.0.self_attn"
+    ):
+        passes.plan(plain.folder, "nf4")
+
+
+def test_experts_of_stacks_do_not_go_back_to_transformers(tmp_path: Path) -> None:
+    source = mlx_reference.make("granitemoe", tmp_path / "source")
+    plain = passes.run(source, tmp_path / "a", "none", settings=("output=mlx",))["none"]
+    with pytest.raises(BadSpec, match="transformers' granitemoe holds experts in stacks"):
+        passes.plan(plain.folder, "none", settings=("quant.dtype=float16",))
 
 
 def test_every_type_with_a_section_has_a_tiny_checkpoint() -> None:

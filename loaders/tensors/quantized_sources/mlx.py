@@ -52,7 +52,8 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     parts = {spec.name for tensor in found for _, spec in tensor.stored}
     for spec in (spec for spec in checkpoint.weights if spec.name not in parts):
         if is_stack(model, spec.name):
-            found += [plain_tensor(name, slice_) for name, [(_, slice_)] in _cut(checkpoint, spec.name, [("weight", spec)])]
+            cut = _cut(checkpoint, spec.name, [("weight", spec)])
+            found += [plain_tensor(name, slice_) for name, [(_, slice_)] in cut]
         else:
             found.append(plain_tensor(spec.name, spec))
     return {made.name: made for tensor in found for made in [_published(checkpoint, model, tensor)]}
