@@ -97,13 +97,13 @@ def plain_tensor(name: str, stored: WeightSpec) -> LogicalTensor:
 
 
 def known(tensor: LogicalTensor, traits_of: KnownTraits, beside: str | None = None) -> LogicalTensor:
-    """Return the tensor with the role, block and group that its family gives it; a role that it has stays.
+    """Return the tensor with the role, block and group that its family gives it.
 
     `beside` names the weight that a tensor such as a scale belongs to; the tensor then gets that weight's block.
     """
     traits = traits_of(tensor.name, tensor.shape)
     block = traits.block if beside is None else traits_of(beside, tensor.shape).block
-    return replace(tensor, role=tensor.role or traits.role, block=block, group=traits.group)
+    return replace(tensor, role=traits.role, block=block, group=traits.group)
 
 
 def transposed(tensor: LogicalTensor) -> LogicalTensor:

@@ -70,7 +70,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
     if split:
         found = [piece for tensor in found for piece in cut(tensor, family)]
     traits_of = KnownTraits(family)
-    tensors = [_turned(known(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
+    tensors = [_turned(_with_traits(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
     tensors = _apart(tensors)
     if split:
         notes = (*notes, *_unknown_stacks(checkpoint, tensors))
@@ -80,6 +80,12 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
     else:
         tensors = in_natural_order(tensors)
     return Sources(tuple(tensors), tied, notes)
+
+
+def _with_traits(tensor: LogicalTensor, traits_of: KnownTraits, beside: str | None) -> LogicalTensor:
+    """Return a tensor with its family's traits, but for a role that its format's finder knows."""
+    made = known(tensor, traits_of, beside)
+    return replace(made, role=tensor.role) if tensor.role else made
 
 
 def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:
