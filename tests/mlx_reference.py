@@ -35,6 +35,11 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 FLOATS = ("float16", "bfloat16", "float32")
 
+# Tiny checkpoints that mlx-lm does not convert so; tests/parity/test_mlx_models.py holds gpt-oss against transformers.
+APART = {
+    "gpt_oss": "mlx-lm reads this type's experts in MXFP4 only",
+    "gpt_oss_mxfp4": "mlx-lm keeps MXFP4 experts as they are, where the preset asks for affine groups",
+}
 # mlx-lm leaves out the layer for multi-token prediction only where its number is 61, as in the published model.
 LOOSE = ("deepseek_v3",)
 # Sizes that mlx-lm takes for granted, and layers as the published models have them, where the tiny one differs.

@@ -25,14 +25,9 @@ pytestmark = pytest.mark.engine
 
 ALL = {**TINY, **mlx_reference.MORE}
 TYPES = {kind: kind if kind in mlx_reference.ALTERED else tiny.model_type for kind, tiny in ALL.items()}
-# Tiny checkpoints that mlx-lm does not convert so; tests/parity/test_mlx_models.py holds gpt-oss against transformers.
-APART = {
-    "gpt_oss": "mlx-lm reads this type's experts in MXFP4 only",
-    "gpt_oss_mxfp4": "mlx-lm keeps MXFP4 experts as they are, where the preset asks for affine groups",
-}
 # Types without a tiny checkpoint, which a relative with the same section stands for.
 RELATIVES = {"mimo": "qwen2"}
-KINDS = [kind for kind, of in TYPES.items() if section(of, "mlx") is not None and kind not in APART]
+KINDS = [kind for kind, of in TYPES.items() if section(of, "mlx") is not None and kind not in mlx_reference.APART]
 GROUPS = (f"quant.group_size={mlx_reference.GROUP}",)
 # Keys of config.json that may differ, and why.
 DIFFERENT = {
