@@ -56,7 +56,8 @@ class MlxModel:
     the reason.
     uncast: patterns for published names of what mlx_lm.convert does not cast to torch_dtype.
     needs: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
-    takes: settings that mlx-lm does not read, with the values of which it computes one and the same thing.
+    takes: settings that mlx-lm does not read, with the values of which it computes one and the same thing. The
+    activation is SILU's where nothing is said.
     places: lists in config.json of what each layer is, where mlx-lm works it out; see `mlx_layers`.
     scalings: the rope scalings that it computes where it does not leave them to mlx-lm's initialize_rope.
     apart: whether its rotary embeddings are others than transformers' usual ones, in both libraries.
@@ -87,6 +88,7 @@ class MlxModel:
     nested: bool = False
 
 
+SILU = ("silu", "swish")
 # the affine groups that mlx-lm's models ask for where they set those of a module
 FINE_BITS = 8
 FINE_GROUP = 64
@@ -108,6 +110,7 @@ def _model(model_type: object) -> MlxModel | None:
     made: dict[str, Any] = {key: tuple(map(tuple, found.get(key, ()))) for key in pairs}
     made |= {"forms": forms_of(found.get("forms", ())), "experts": Experts(**experts) if experts else None}
     made |= {"uncast": tuple(found.get("uncast", ())), "places": places_of(found.get("places", ()))}
+    made |= {"takes": {"hidden_act": SILU, **found.get("takes", {})}}
     made |= {"scalings": tuple(found["scalings"]) if "scalings" in found else None}
     return MlxModel(**{**found, **made})
 
