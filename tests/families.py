@@ -50,7 +50,8 @@ def proposed(source: Numbered, trace: Trace) -> dict[str, Any]:
     made: dict[str, Any] = {}
     pairs, forms, experts = list[tuple[str, str]](), dict[str, dict[str, Any]](), dict[str, Any]()
     cut: dict[str, list[str]] = {}
-    for own, (numbers, added) in trace.tensors.items():
+    found = {own: mlx_trace.split(values) for own, values in trace.tensors.items()}
+    for own, (numbers, added) in found.items():
         names = source.sources(numbers)
         if len(names) > 1 and (one := SINGLE.match(names[0])) and (stack := STACKED.match(own)):
             experts |= {"module": one[2], "stack": stack[2].removeprefix(f"{one[2]}.")}
@@ -64,8 +65,8 @@ def proposed(source: Numbered, trace: Trace) -> dict[str, Any]:
         if row is not None:
             pairs.append((names[0], own))
     forms |= {_open(name): _cutting(source, trace, name, owns) for name, owns in cut.items()}
-    published = {own: source.sources(numbers)[0] for own, (numbers, _) in trace.tensors.items()}
-    used = {name for numbers, _ in trace.tensors.values() for name in source.sources(numbers)}
+    published = {own: source.sources(numbers)[0] for own, (numbers, _) in found.items()}
+    used = {name for numbers, _ in found.values() for name in source.sources(numbers)}
     names, inside = _renamings(pairs)
     settings = {
         "nested": "text_config" in source.config, "experts": experts, "names": names, "inside": inside,
@@ -110,7 +111,7 @@ def _form(source: Numbered, name: str, numbers: np.ndarray, added: float) -> dic
 
 def _cutting(source: Numbered, trace: Trace, name: str, owns: Sequence[str]) -> dict[str, Any]:
     """Return the words that cut a tensor into several of mlx-lm's."""
-    found = {own: trace.tensors[own][0] for own in owns}
+    found = {own: mlx_trace.split(trace.tensors[own])[0] for own in owns}
     config = source.config.get("text_config") or source.config
     for word, view in VIEWS.items():
         try:

@@ -46,6 +46,17 @@ LOOSE = ("deepseek_v3",)
 CHANGED: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"indexer_types": ["full"] * 3},
     "cohere2": {"head_dim": 16},
+    "falcon_h1": {  # those of the small ones; of the published layouts' sizes, none has any but 1
+        "embedding_multiplier": 5.656854249492381,
+        "lm_head_multiplier": 0.0390625,
+        "key_multiplier": 0.390625,
+        "attention_in_multiplier": 1.25,
+        "attention_out_multiplier": 0.9375,
+        "ssm_in_multiplier": 1.25,
+        "mlp_multipliers": [0.8838834764831844, 0.5859375],
+        "ssm_out_multiplier": 0.23570226039551587,
+        "ssm_multipliers": [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+    },
     "phimoe": {"head_dim": 16},
     "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1, 1]},
 }

@@ -48,13 +48,13 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Trace:
-    """What mlx-lm has: the numbers of each of its tensors, and what was added to them; and its predicates' answers.
+    """What mlx-lm has: the values of each of its tensors, see `split`; and its predicates' answers.
 
     fine: modules that it gives settings of their own. plain: weights of two dimensions that are no module to quantize.
     uncast: tensors that keep their dtype.
     """
 
-    tensors: Mapping[str, tuple[np.ndarray, float]]
+    tensors: Mapping[str, np.ndarray]
     fine: Mapping[str, Any] = field(default_factory=dict)
     plain: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
@@ -96,12 +96,12 @@ def traced(kind: str, source: Numbered) -> Trace:
     made = model.sanitize(stored) if hasattr(model, "sanitize") else stored
     tree_flatten: Any = import_module("mlx.utils").tree_flatten
     owned = {name for name, _ in tree_flatten(model.parameters())}
-    found = {name: split(np.array(array)) for name, array in made.items() if name in owned}
+    found = {name: np.array(array) for name, array in made.items() if name in owned}
     modules = {path: m for path, m in model.named_modules() if hasattr(m, "to_quantized")}
     predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     answers = {path: predicate(path, module) for path, module in modules.items()}
     casts = getattr(model, "cast_predicate", lambda name: True)
-    matrices = [name for name, (each, _) in found.items() if each.ndim == 2 and name.endswith(".weight")]
+    matrices = [name for name, each in found.items() if each.ndim == 2 and name.endswith(".weight")]
     return Trace(
         found,
         fine={path: answer for path, answer in answers.items() if answer is not True},
@@ -117,17 +117,17 @@ def split(values: np.ndarray) -> tuple[np.ndarray, float]:
     return numbers.astype(np.int64), float(added[0]) if len(added) == 1 else float("nan")
 
 
-def ours(source: Numbered, out: Path) -> dict[str, tuple[np.ndarray, float]]:
+def ours(source: Numbered, out: Path) -> dict[str, np.ndarray]:
     """Return what a family file makes of the numbers."""
     written = passes.run(source.folder, out, "none", settings=("output=mlx",))["none"]
-    return {name: split(raw.data) for name, raw in read_safetensors(written.folder).items()}
+    return {name: raw.data for name, raw in read_safetensors(written.folder).items()}
 
 
-def described(source: Numbered, tensor: tuple[np.ndarray, float] | None) -> str:
+def described(source: Numbered, values: np.ndarray | None) -> str:
     """Say where a tensor's elements are from."""
-    if tensor is None:
+    if values is None:
         return "no such tensor"
-    numbers, added = tensor
+    numbers, added = split(values)
     names = source.sources(numbers)
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     said = f"{list(numbers.shape)} of {names[0]}{more}"
@@ -140,7 +140,7 @@ def differences(kind: str, root: Path) -> Iterator[str]:
     theirs, mine = traced(kind, source).tensors, ours(source, root / "out")
     for name in sorted(theirs.keys() | mine.keys()):
         one, other = mine.get(name), theirs.get(name)
-        if one is None or other is None or not np.array_equal(one[0], other[0]) or one[1] != other[1]:
+        if one is None or other is None or not np.array_equal(one, other):
             yield f"{name}: the family file gives {described(source, one)}, mlx-lm {described(source, other)}"
 
 

@@ -17,6 +17,7 @@ class Form:
     """A row: `name` is searched in a tensor's published name.
 
     view, values: the words for what is done; empty for nothing.
+    by: the settings that a word of `values` takes; "key.0" is an entry of a list.
     to: the names of the pieces in the published style, expanded with the groups of `name`; the tensor's own if empty.
     Where a view gives more pieces than there are names, "{}" in these is counted up: an expert's number.
     role: the role of the pieces, where the tensor's own does not tell it.
@@ -27,6 +28,7 @@ class Form:
     values: str = ""
     to: tuple[str, ...] = ()
     role: str = ""
+    by: tuple[str, ...] = ()
 
 
 def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
@@ -38,6 +40,7 @@ def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
             row.get("values", ""),
             tuple(row.get("to", ())),
             row.get("role", ""),
+            tuple(row.get("by", ())),
         )
         for row in rows
     )

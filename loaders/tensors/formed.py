@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from loaders.architectures.families import text_config
 from loaders.architectures.forms import Form
 from loaders.architectures.gguf import number
-from loaders.dtypes import DTYPES, DType, Shape, row_major
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape, row_major
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.quantization.kernels import casts
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 Config = Mapping[str, Any]
@@ -31,13 +33,15 @@ class FormedTensor(LogicalTensor):
     origin: the tensor of the checkpoint that it is made of.
     gather: the dimensions over which the window's strides run; their product is that of the shape.
     read_as: the dtype of the elements that are gathered; `dtype` is that of the result.
-    values: what is done to the elements: a word of VALUES, or empty.
+    values: what is done to the elements: a word of VALUES or FACTORS, or empty.
+    factors: for a word of FACTORS: how many rows, and what these are multiplied by, in turn.
     """
 
     origin: str
     gather: Shape
     read_as: DType
     values: str = ""
+    factors: tuple[tuple[int, float], ...] = ()
 
     @property
     def source_name(self) -> str:
@@ -139,7 +143,46 @@ def minus_one(numbers: np.ndarray) -> np.ndarray:
 VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     each.__name__: each for each in (plus_one, minus_exp, minus_one)
 }
+
+
+def scaled(config: Config, by: Sequence[str], rows: int, dtype: DType) -> list[tuple[int, float]]:
+    """Return the product of settings as the one factor of all rows, rounded to the dtype."""
+    return [(rows, _rounded(math.prod(_setting(config, key) for key in by), dtype))]
+
+
+def scaled_mamba(config: Config, by: Sequence[str], rows: int, dtype: DType) -> list[tuple[int, float]]:
+    """Return the factors of the parts of Mamba's in_proj: one setting for all, and a list of one for each part."""
+    inner, groups, state, heads = (
+        number(config, f"mamba_{key}") for key in ("d_ssm", "n_groups", "d_state", "n_heads")
+    )
+    whole, sizes = _rounded(_setting(config, by[0]), dtype), (inner, inner, groups * state, groups * state, heads)
+    if sum(sizes) != rows:
+        raise BadCheckpoint(f"expected {sum(sizes)} rows, found {rows}")
+    parts = [_rounded(_setting(config, f"{by[1]}.{index}"), dtype) for index in range(len(sizes))]
+    return [(size, _rounded(whole * part, dtype)) for size, part in zip(sizes, parts, strict=True)]
+
+
+def _setting(config: Config, path: str) -> float:
+    key, _, index = path.partition(".")
+    found = text_config(config, key)
+    if index and isinstance(found, list) and int(index) < len(found):
+        found = found[int(index)]
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < abs(found) < math.inf:
+        raise BadCheckpoint(f"config.json: expected a number for {path}, and not 0, found {found!r}")
+    return float(found)
+
+
+def _rounded(value: float, dtype: DType) -> float:
+    name = dtype.name if dtype.name in WEIGHT_DTYPES else "F32"
+    return float(casts.to_float32(casts.cast(np.array([value], np.float32), "F32", name), name)[0])
+
+
+# The words that multiply rows, and by what. With "un" before it, a word divides.
+FACTORS: dict[str, Callable[[Config, Sequence[str], int, DType], list[tuple[int, float]]]] = {
+    each.__name__: each for each in (scaled, scaled_mamba)
+}
 UNDONE_BY = {"plus_one": "minus_one", "minus_one": "plus_one"}
+UNDONE_BY |= {f"un{word}": word for word in FACTORS} | {word: f"un{word}" for word in FACTORS}
 
 
 # --- forming
@@ -201,15 +244,21 @@ class Forms:
         rounds = len(pieces) // max(1, len(names))
         names = [name.replace("{}", str(number)) for number in range(rounds) for name in names]
         for piece, name in zip(pieces, names or [tensor.name], strict=True):
-            yield self._formed(tensor, name, piece, row)
+            try:
+                yield self._formed(tensor, name, piece, row)
+            except BadCheckpoint as error:
+                raise BadCheckpoint(f"{tensor.name}: {error}") from None
 
     def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, row: Form) -> FormedTensor:
         view, values = piece.view, row.values
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
         before = tensor if isinstance(tensor, FormedTensor) else None
         if before is not None and values and UNDONE_BY.get(values) == before.values:
-            values, before = "", replace(before, values="")
+            values, before = "", replace(before, values="", factors=())
         dtype = DTYPES[self._floats] if values and self._floats else tensor.dtype
+        factors = before.factors if before else ()
+        if (word := values.removeprefix("un")) in FACTORS:
+            factors = tuple(FACTORS[word](self._config, row.by, view.shape[0], tensor.dtype))
         return FormedTensor(
             **own | {
                 "name": name,
@@ -223,6 +272,7 @@ class Forms:
             gather=view.shape,
             read_as=before.read_as if before else tensor.dtype,
             values=values or (before.values if before else ""),
+            factors=factors,
         )  # fmt: skip
 
 
