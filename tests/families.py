@@ -39,7 +39,7 @@ REASON = "say why"
 def kinds() -> dict[str, str]:
     """Return the kinds of tiny checkpoints that mlx-lm can be asked about, and their model types."""
     found = {**TINY, **mlx_reference.MORE}
-    return {kind: kind if kind in mlx_reference.ALTERED else tiny.model_type for kind, tiny in found.items()}
+    return {kind: kind if kind in mlx_reference.OWN_TYPES else tiny.model_type for kind, tiny in found.items()}
 
 
 # --- proposing

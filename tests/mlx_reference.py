@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from tests import tiny_models
 from tests.engines import mlx_lm_or_skip
-from tests.tiny_configs import GEMMA4, LATENT, ROUTED, ROWS, SIZES, TINY, VISION, Tiny, text
+from tests.tiny_configs import EXPERTS, GEMMA4, LATENT, ROUTED, ROWS, SIZES, TINY, VISION, Tiny, text
 from tests.tiny_models import merged
 
 GROUP = 32
@@ -25,6 +26,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window_pattern": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "mamba2": {"intermediate_size": 128},
+    "exaone_moe": {"is_moe_layer": [False, True]},
+    "solar_open": {"partial_rotary_factor": 1.0},
     "gemma4_text": {"global_head_dim": 64, "num_global_key_value_heads": 1},
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
@@ -39,6 +42,16 @@ FLOATS = ("float16", "bfloat16", "float32")
 APART = {
     "gpt_oss": "mlx-lm reads this type's experts in MXFP4 only",
     "gpt_oss_mxfp4": "mlx-lm keeps MXFP4 experts as they are, where the preset asks for affine groups",
+}
+# Types of tests/tiny_configs.py for which no section is written.
+LACKS = {
+    "deepseek_v4": "mlx-lm has no such model",
+    "step3p7": "mlx-lm has no such model, only step3p5 without the tower",
+    "hunyuan_v1_moe": "mlx-lm has no such model, only hunyuan, which reads another config.json",
+    "bert": "mlx-lm has no encoders",
+    "roberta": "mlx-lm has no encoders",
+    "xlm-roberta": "mlx-lm has no encoders",
+    "modernbert": "mlx-lm has no encoders",
 }
 # mlx-lm leaves out the layer for multi-token prediction only where its number is 61, as in the published model.
 LOOSE = ("deepseek_v3",)
@@ -98,6 +111,18 @@ MORE: dict[str, Tiny] = {
         config={"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 16},
     ),
     "step3p5": replace(TINY["step3p7"], next_tokens=""),
+    "exaone_moe": Tiny(
+        model_type="exaone_moe",
+        config=text(
+            **EXPERTS,
+            layer_types=["sliding_attention", "full_attention"],
+            mlp_layer_types=["dense", "sparse"],
+            is_moe_layer=[False, True],
+            num_shared_experts=1,
+            sliding_window=16,
+        ),
+    ),
+    "solar_open": Tiny(model_type="solar_open", config=text(**{**ROUTED, "first_k_dense_replace": 0})),
     "llava": Tiny(
         model_type="llava",
         base="pixtral-12b",
@@ -126,7 +151,20 @@ def step_text(config: dict[str, Any], tensors: dict[str, Any]) -> Made:
     return {**TINY["step3p7"].config["text_config"], "dtype": "bfloat16", "tie_word_embeddings": False}, own
 
 
-ALTERED = {"qwen3_vl_moe": turned, "step3p5": step_text}
+def with_shared_keys(config: dict[str, Any], tensors: dict[str, Any]) -> Made:
+    """Return a model with the keys and values that its last layers do not use."""
+    more = {n.replace(f"layers.{i}.", f"layers.{i + 2}."): t for n, t in tensors.items() for i in (0, 1)
+            if f"language_model.layers.{i}." in n and re.search(r"self_attn\.(?:[kv]_proj|k_norm)", n)}  # fmt: skip
+    return config, {**tensors, **more}
+
+
+ALTERED = {
+    "qwen3_vl_moe": turned,
+    "step3p5": step_text,
+    "gemma4_per_layer": with_shared_keys,
+}
+# Kinds of altered ones whose model type is the kind's name.
+OWN_TYPES = ("step3p5",)
 
 
 def make(kind: str, folder: Path) -> Path:

@@ -51,6 +51,7 @@ class MlxModel:
     forms: tensors that mlx-lm holds in another shape, or with other values; see `loaders.architectures.forms`.
     drop, keep: patterns for published names of what mlx-lm leaves out, or has as no linear layer, each with the reason.
     experts: a layer's experts, where they are.
+    shared_keys: the setting that says of how many last layers mlx-lm drops keys and values, which earlier ones give.
     head_dim: whether mlx-lm can be told a head_dim other than hidden_size / num_attention_heads.
     fine: patterns for published names of weights that mlx-lm always gives FINE_BITS in groups of FINE_GROUP, each with
     the reason.
@@ -74,6 +75,7 @@ class MlxModel:
     drop: tuple[tuple[str, str], ...] = ()
     keep: tuple[tuple[str, str], ...] = ()
     experts: Experts | None = None
+    shared_keys: str = ""
     head_dim: bool = False
     fine: tuple[tuple[str, str], ...] = ()
     uncast: tuple[str, ...] = ()

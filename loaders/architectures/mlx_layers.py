@@ -21,29 +21,33 @@ class Place:
     many; a number instead of a setting's name is mlx-lm's own, which cannot be set.
     spelled, letters: the setting that mlx-lm reads is a letter a layer, taken in turn: the first of the two is for
     these layers.
+    flags: the setting that mlx-lm reads has true for these layers, and false for the others.
     says: what mlx-lm does, for a message.
     """
 
     key: str
-    says: str
+    says: str = ""
     value: Any = None
     every: str | int | None = None
     first: str | int | None = None
     spelled: str = ""
     letters: str = ""
+    flags: str = ""
 
     def fault(self, text: Mapping[str, Any]) -> str | None:
         """Say what mlx-lm would do at other places than the config says, or return None."""
         chosen = self._chosen(text)
         return (
             None
-            if chosen is None or self.spelled or self._number(chosen) is not None
+            if chosen is None or self.spelled or self.flags or self._number(chosen) is not None
             else f"{self.says}, not as {self.key} says"
         )
 
     def setting(self, text: Mapping[str, Any]) -> dict[str, Any]:
         """Return the setting with which mlx-lm does what the list says; nothing if there is no list."""
         chosen, key = self._chosen(text), self.every if self.every is not None else self.first
+        if chosen is not None and self.flags:
+            return {self.flags: chosen}
         if chosen is not None and self.spelled:
             return self._spelt(chosen, text)
         number = None if chosen is None else self._number(chosen)

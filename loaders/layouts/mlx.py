@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from loaders.architectures.families import text_config
 from loaders.architectures.family_files import known_types
-from loaders.architectures.layers import LAYERS, layer_of
+from loaders.architectures.layers import LAYERS, MOST, layer_of
 from loaders.architectures.mlx import MlxModel, convert_dtype, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -52,7 +52,8 @@ class MlxLayout:
         return [piece for tensor in tensors for piece in forms.of(tensor)]
 
     def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
-        return dropping((*_known_model(checkpoint).drop, *_beyond(checkpoint)))
+        model = _known_model(checkpoint)
+        return dropping((*model.drop, *_beyond(checkpoint), *_shared(checkpoint, model)))
 
     def place(self, checkpoint: Checkpoint, decisions: Sequence[Decision]) -> tuple[Placed, ...]:
         model = _known_model(checkpoint)
@@ -119,6 +120,16 @@ def _beyond(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     if not found:
         return []
     return [(rf"{LAYERS}(?:{'|'.join(map(str, sorted(found)))})\.", "mlx-lm has no block for multi-token prediction")]
+
+
+def _shared(checkpoint: Checkpoint, model: MlxModel) -> list[tuple[str, str]]:
+    """Return a row for the keys and values of the last layers, where mlx-lm takes those of earlier layers."""
+    count, shared = (text_config(checkpoint.config, key) for key in ("num_hidden_layers", model.shared_keys))
+    if not model.shared_keys or type(count) is not int or type(shared) is not int or not 0 < shared <= count <= MOST:
+        return []
+    layers = "|".join(map(str, range(count - shared, count)))
+    name = rf"{LAYERS}(?:{layers})\.self_attn\.(?:[kv]_proj|k_norm)\."
+    return [(name, "mlx-lm takes keys and values of an earlier layer there")]
 
 
 def _check_scheme(name: str, scheme: Scheme) -> None:

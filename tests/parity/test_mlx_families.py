@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.engine
 
 ALL = {**TINY, **mlx_reference.MORE}
-TYPES = {kind: kind if kind in mlx_reference.ALTERED else tiny.model_type for kind, tiny in ALL.items()}
+TYPES = {kind: kind if kind in mlx_reference.OWN_TYPES else tiny.model_type for kind, tiny in ALL.items()}
 # Types without a tiny checkpoint, which a relative with the same section stands for.
 RELATIVES = {"mimo": "qwen2"}
 KINDS = [kind for kind, of in TYPES.items() if section(of, "mlx") is not None and kind not in mlx_reference.APART]
@@ -136,3 +136,14 @@ def test_experts_of_stacks_do_not_go_back_to_transformers(tmp_path: Path) -> Non
 
 def test_every_type_with_a_section_has_a_tiny_checkpoint() -> None:
     assert set(known_types("mlx")) <= {*TYPES.values(), *RELATIVES}
+
+
+@pytest.mark.parametrize("model_type", mlx_reference.LACKS)
+def test_mlx_lm_still_lacks_the_types_that_have_no_section(model_type: str) -> None:
+    assert section(model_type, "mlx") is None
+    with pytest.raises(ValueError, match="not supported"):
+        mlx_utils._get_classes({"model_type": model_type})
+
+
+def test_every_tiny_type_has_a_section_or_a_reason() -> None:
+    assert {tiny.model_type for tiny in TINY.values()} <= {*known_types("mlx"), *mlx_reference.LACKS}
