@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -198,7 +199,7 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def theirs(source: Path, out: Path, config: Mapping[str, Any], *, strict: bool = True) -> Any:
+def theirs(source: Path, out: Path, config: Mapping[str, Any], *, strict: bool = True, recipe: str = "") -> Any:
     """Convert a checkpoint by mlx-lm's functions; returns its model. `config` adds to config.json.
 
     Without `strict`, mlx-lm leaves out tensors that its model lacks, which it else refuses.
@@ -222,7 +223,9 @@ def theirs(source: Path, out: Path, config: Mapping[str, Any], *, strict: bool =
                 model.parameters(),
             )
         )
-    model, config = utils.quantize_model(model, config, GROUP, 4)
+    mixed = import_module("mlx_lm.convert").mixed_quant_predicate_builder
+    predicate = mixed(recipe, model, GROUP) if recipe else None
+    model, config = utils.quantize_model(model, config, GROUP, 4, quant_predicate=predicate)
     utils.save_model(out, model)
     utils.save_config(config, out / "config.json")
     return model

@@ -14,7 +14,7 @@ from loaders.architectures.family_files import known_types, section
 from loaders.errors import BadSpec
 from tests import mlx_reference, passes
 from tests.engines import mlx_lm_or_skip
-from tests.making import read_safetensors, values_of
+from tests.making import Raw, read_safetensors, values_of
 from tests.quick import some_quick
 from tests.tiny_configs import TINY
 
@@ -68,6 +68,13 @@ def check_config(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         assert settings(ours[key]) == settings(theirs[key])
 
 
+def check_tensors(mine: Mapping[str, Raw], wanted: Mapping[str, Raw]) -> None:
+    assert set(mine) == set(wanted)
+    for name, raw in wanted.items():
+        assert (mine[name].dtype, mine[name].data.shape) == (raw.dtype, raw.data.shape), name
+        assert mine[name].data.tobytes() == raw.data.tobytes(), name
+
+
 @pytest.mark.parametrize("kind", some_quick(KINDS, "deepseek_v32"))
 def test_bytes_config_and_logits_are_those_of_mlx_lm(kind: str, tmp_path: Path) -> None:
     source = mlx_reference.make(kind, tmp_path / "source")
@@ -75,15 +82,20 @@ def test_bytes_config_and_logits_are_those_of_mlx_lm(kind: str, tmp_path: Path) 
     model = mlx_reference.theirs(source, tmp_path / "peer", given, strict=kind not in mlx_reference.LOOSE)
     ours = passes.run(source, tmp_path, "mlx_int4", settings=GROUPS)["mlx_int4"]
     mine, wanted = read_safetensors(ours.folder), read_safetensors(tmp_path / "peer")
-    assert set(mine) == set(wanted)
-    for name, raw in wanted.items():
-        assert (mine[name].dtype, mine[name].data.shape) == (raw.dtype, raw.data.shape), name
-        assert mine[name].data.tobytes() == raw.data.tobytes(), name
+    check_tensors(mine, wanted)
     check_config(*(json.loads((f / "config.json").read_text()) for f in (ours.folder, tmp_path / "peer")))
     loaded, _ = mlx_utils.load_model(ours.folder)
     found, expected = mlx_reference.logits(loaded), mlx_reference.logits(model)
     assert np.isfinite(found).all()
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "nemotron_h", "lfm2_moe", "qwen3_5"])
+def test_a_mixed_recipe_goes_by_mlx_lms_names(kind: str, tmp_path: Path) -> None:
+    source = mlx_reference.make(kind, tmp_path / "source")
+    mlx_reference.theirs(source, tmp_path / "peer", mlx_reference.GIVEN.get(kind, {}), recipe="mixed_4_6")
+    ours = passes.run(source, tmp_path, "mlx_mixed_4_6", settings=GROUPS)["mlx_mixed_4_6"]
+    check_tensors(*(read_safetensors(folder) for folder in (ours.folder, tmp_path / "peer")))
 
 
 @pytest.mark.parametrize("kind", some_quick(KINDS, "qwen3_5"))
