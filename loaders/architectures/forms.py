@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """A row: `name` is searched in a tensor's published name.
 
@@ -35,12 +35,12 @@ def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
     """Return the forms of a table's rows."""
     return tuple(
         Form(
-            re.compile(row["name"]),
-            row.get("view", ""),
-            row.get("values", ""),
-            tuple(row.get("to", ())),
-            row.get("role", ""),
-            tuple(row.get("by", ())),
+            name=re.compile(row["name"]),
+            view=row.get("view", ""),
+            values=row.get("values", ""),
+            to=tuple(row.get("to", ())),
+            role=row.get("role", ""),
+            by=tuple(row.get("by", ())),
         )
         for row in rows
     )
