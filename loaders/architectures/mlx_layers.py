@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loaders.architectures.layers import MOST
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -55,7 +57,7 @@ class Place:
 
     def _chosen(self, text: Mapping[str, Any]) -> list[bool] | None:
         found, count = text.get(self.key), text.get("num_hidden_layers")
-        if not isinstance(found, list) or not found or type(count) is not int:
+        if not isinstance(found, list) or not found or type(count) is not int or not 0 < count <= MOST:
             return None
         return [layer in found for layer in range(count)] if self.value is None else [e == self.value for e in found]
 

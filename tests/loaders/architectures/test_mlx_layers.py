@@ -44,7 +44,15 @@ def test_the_first_layers_and_a_fixed_number() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("wrong", [{}, {"layer_types": "sliding"}, {"layer_types": [1], "num_hidden_layers": "4"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"layer_types": "sliding"},
+        {"layer_types": [1], "num_hidden_layers": "4"},
+        {"layer_types": [1], "num_hidden_layers": 10**15},
+    ],
+)
 def test_without_a_list_nothing_is_said(wrong: dict[str, Any]) -> None:
     place = Place(key="layer_types", value=F, every="pattern", says="attends fully by pattern")
     assert place.setting(wrong) == {}
