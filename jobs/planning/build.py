@@ -29,6 +29,7 @@ from loaders.storage.base import Entry
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merge_lora import merge_adapter
+from loaders.tensors.quantized_sources.mlx import check_whole
 from loaders.tensors.sources import Sources, tensors_of
 
 
@@ -41,6 +42,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     targets = [for_source(target, checkpoint) for target in targets]
     decode = is_decoded(checkpoint, targets)
     sources = tensors_of(checkpoint, decode=decode, split=is_split(checkpoint, targets))
+    if decode and not all(isinstance(target.layout, MlxLayout) for target in targets):
+        check_whole(checkpoint, sources.tensors)
     new_blocks = new_blocks_of(targets)
     if new_blocks:
         sources = expand_sources(checkpoint, sources, new_blocks)

@@ -12,23 +12,35 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """A row: `name` is searched in a tensor's published name.
 
     view, values: the words for what is done; empty for nothing.
+    by: the settings that a word of `values` takes; "key.0" is an entry of a list.
     to: the names of the pieces in the published style, expanded with the groups of `name`; the tensor's own if empty.
+    Where a view gives more pieces than there are names, "{}" in these is counted up: an expert's number.
+    role: the role of the pieces, where the tensor's own does not tell it.
     """
 
     name: re.Pattern[str]
     view: str = ""
     values: str = ""
     to: tuple[str, ...] = ()
+    role: str = ""
+    by: tuple[str, ...] = ()
 
 
 def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
     """Return the forms of a table's rows."""
     return tuple(
-        Form(re.compile(row["name"]), row.get("view", ""), row.get("values", ""), tuple(row.get("to", ())))
+        Form(
+            name=re.compile(row["name"]),
+            view=row.get("view", ""),
+            values=row.get("values", ""),
+            to=tuple(row.get("to", ())),
+            role=row.get("role", ""),
+            by=tuple(row.get("by", ())),
+        )
         for row in rows
     )

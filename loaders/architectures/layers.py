@@ -15,7 +15,8 @@ from loaders.architectures.family import text_config
 from loaders.words import counted
 
 # Layers of a text model that are counted by the keys below. Towers and encoders have counts of their own.
-OF_LAYER = re.compile(r"^(?:(?:language_model|model|transformer|backbone)\.)*(?:layers|h)\.(\d{1,6})\.")
+LAYERS = r"^(?:(?:language_model|model|transformer|backbone)\.)*(?:layers|h)\."
+OF_LAYER = re.compile(rf"{LAYERS}(\d{{1,6}})\.")
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 PREDICTING = re.compile(r"nextn|mtp")  # keys that count the layers for multi-token prediction, after the others
 PREDICTS = re.compile(r"\.(?:eh_proj|enorm|hnorm|shared_head|nextn\w*|mtp\w*)\.")

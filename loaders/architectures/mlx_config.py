@@ -40,43 +40,26 @@ def fault(model: MlxModel, config: Mapping[str, Any]) -> str | None:
             f"config.json: head_dim is {head_dim}, but mlx-lm's {model_type} takes hidden_size /"
             f" num_attention_heads, {usual}: it could not load these weights; use another engine's quant"
         )
-    if model.experts is not None and num_experts(model, config) is None:
-        return f"config.json: expected {model.experts.count}, which {model_type} needs, found none"
     if model_type == "deepseek_v2" and _rope(text)[1] is None:
         return "config.json: mlx-lm's deepseek_v2 fails without a rope scaling, which this model lacks"
     if model_type == "qwen2_moe" and (text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1):
         return "config.json: mlx-lm's qwen2_moe has experts in every layer; this model does not (mlp_only_layers)"
-    said = _layers_fault(str(model_type), text) or rope_fault(str(model_type), text)
+    said = _computed_fault(model, text) or rope_fault(model, text)
     return None if said is None else f"config.json: mlx-lm's {model_type} {said}; it would compute something else"
 
 
 def not_computed(model: MlxModel, config: Mapping[str, Any]) -> list[str]:
     """Warn of what config.json says and mlx-lm does not compute, or not for every text."""
     text, model_type = text_of(model, config), str(config["model_type"])
-    return [*ignored_window(config, "mlx-lm"), *ignored_factors(model_type, text)]
+    return [*ignored_window(config, "mlx-lm"), *ignored_factors(model, model_type, text)]
 
 
-def _layers_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
-    """Say which kind of layers mlx-lm would find at other places than the config says, or return None.
-
-    It works out from a layer's number whether the layer attends fully, has rotary embeddings, or has experts.
-    """
-    count = text.get("num_hidden_layers")
-    layers = count if type(count) is int else 0
-    if model_type.startswith("gemma3") and isinstance(text.get("layer_types"), list):
-        pattern = sliding_pattern(text)
-        wanted = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-        if text["layer_types"] != wanted:
-            return f"attends fully in every layer whose number {pattern} divides, not as layer_types says"
-    if model_type == "llama4":
-        ropes, step = text.get("no_rope_layers"), int(text.get("interleave_moe_layer_step", 1))
-        if ropes and [bool(r) for r in ropes] != [(i + 1) % 4 != 0 for i in range(layers)]:
-            return "leaves out rope in every fourth layer, not as no_rope_layers says"
-        if text.get("moe_layers", range(step - 1, layers, step)) and list(
-            text.get("moe_layers", range(step - 1, layers, step))
-        ) != list(range(step - 1, layers, step)):
-            return f"has experts in every layer whose number {step} divides, not as moe_layers says"
-    return None
+def _computed_fault(model: MlxModel, text: Mapping[str, Any]) -> str | None:
+    """Say which setting mlx-lm does not read would have it compute something else, or return None."""
+    for key, known in model.takes.items():
+        if text.get(key) is not None and text[key] not in known:
+            return f"knows {key} {' or '.join(map(repr, known))}, and config.json has {text[key]!r}"
+    return next((said for place in model.places if (said := place.fault(text))), None)
 
 
 def head_fault(model: MlxModel, model_type: str, *, has_head: bool) -> str | None:
@@ -86,11 +69,6 @@ def head_fault(model: MlxModel, model_type: str, *, has_head: bool) -> str | Non
     if model.head == "tied" and has_head:
         return f"mlx-lm's {model_type} has no output projection of its own: drop it by a rule if it is the embedding"
     return None
-
-
-def sliding_pattern(text: Mapping[str, Any]) -> int:
-    """Return Gemma 3's period: every layer whose number, from 1, it divides attends to all tokens. 6 is the default."""
-    return int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or 6)
 
 
 def _usual_head_dim(text: Mapping[str, Any]) -> int | None:
@@ -122,10 +100,11 @@ def translate_config(model: MlxModel, config: Mapping[str, Any], *, is_tied: boo
     """
     made = {key: value for key, value in config.items() if key not in ("_name_or_path", VISION)}
     made["tie_word_embeddings"] = is_tied
-    if not model.nested:
-        return made | _translated(model, config)
     text = text_of(model, config)
+    if text is config:
+        return made | _translated(model, config)
     made["text_config"] = dict(text) | _translated(model, text, str(config.get("model_type")))
+    made["text_config"]["tie_word_embeddings"] = is_tied
     if "vocab_size" not in made and "vocab_size" in text:
         made["vocab_size"] = text["vocab_size"]
     return made
@@ -135,32 +114,49 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     """Return the language model's settings that mlx-lm looks for in other places, or that it needs stated."""
     made: dict[str, Any] = {}
     model_type = model_type or str(text.get("model_type"))
-    theta, scaling = _rope(text)
+    theta, scaling = (None, None) if model.own_rope else _rope(text)
     if theta is not None:
         made["rope_theta"] = theta
     if isinstance(scaling, Mapping):
-        scaling = scaling_for_mlx(model_type, scaling, text)
+        scaling = scaling_for_mlx(model, scaling, text)
     if scaling is not None or model_type == "llama4":
         made["rope_scaling"] = scaling
     if scaling is not None and model_type in NEEDS_TYPE and "type" not in scaling:
         made["rope_scaling"] = {**scaling, "type": scaling.get("rope_type", "default")}
     rope = text.get("rope_parameters")
-    if isinstance(rope, Mapping) and model_type == "phi3" and "partial_rotary_factor" in rope:
+    if isinstance(rope, Mapping) and rope.get("partial_rotary_factor") is not None:
         made["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if isinstance(rope, Mapping) and model_type == "phi3" and "original_max_position_embeddings" in rope:
         made.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
     if model_type.startswith("gemma3"):
-        made["sliding_window_pattern"] = sliding_pattern(text)
         local = rope.get("sliding_attention") if isinstance(rope, Mapping) else None
         if isinstance(local, Mapping) and "rope_theta" in local:
             made["rope_local_base_freq"] = local["rope_theta"]
-    if text.get("num_key_value_heads") is None and "num_attention_heads" in text:
+    if {"num_key_value_heads", "num_attention_groups"}.isdisjoint(k for k, v in text.items() if v is not None) and (
+        "num_attention_heads" in text
+    ):
         made["num_key_value_heads"] = text["num_attention_heads"]
     if text.get("head_dim") is None and _usual_head_dim(text) is not None:
         made["head_dim"] = _usual_head_dim(text)
-    if model.experts is not None:
+    if model.experts is not None and num_experts(model, {**text, "text_config": text}) is not None:
         made[model.experts.count] = num_experts(model, {**text, "text_config": text})
-    return made | {key: value for key, value in model.needs.items() if text.get(key) is None}
+    made |= _global_heads(text)
+    for place in model.places:
+        made |= place.setting(text)
+    for key, words in model.words.items():
+        if isinstance(text.get(key), list):
+            made[key] = [words.get(entry, entry) if isinstance(entry, str) else entry for entry in text[key]]
+    return {key: value for key, value in model.needs.items() if text.get(key) is None} | made
+
+
+def _global_heads(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of Gemma 4's layers with full attention, which transformers 5.23 keeps layer by layer."""
+    layers = text.get("per_layer_config")
+    found = next(iter(layers.values()), None) if isinstance(layers, Mapping) else None
+    if not isinstance(found, Mapping):
+        return {}
+    words = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    return {own: found[key] for key, own in words.items() if key in found and text.get(own) is None}
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -10,24 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.architectures.family import text_config
+from loaders.architectures.mlx import MlxModel
 from loaders.architectures.rope import attention_factor, rope_number, rope_of, usual_attention_factor
 
 SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope", "mrope")  # those of initialize_rope
-# models that compute rotary embeddings themselves, and the scalings that they know
-OWN = {
-    "mixtral": (), "qwen2_moe": (), "qwen3_moe": (), "gemma": (), "gemma2": (), "phi3": ("linear", "longrope"),
-}  # fmt: skip
-# models whose rotary embeddings are others than transformers' usual ones, in both libraries
-APART = ("deepseek_v2", "gpt_oss", "gemma3", "gemma3_text", "llama4", "llama4_text")
 
 
-def rope_fault(model_type: str, text: Mapping[str, Any]) -> str | None:
+def rope_fault(model: MlxModel, text: Mapping[str, Any]) -> str | None:
     """Say what of a model's rotary embeddings mlx-lm would not compute, or return None."""
-    if model_type in APART:
+    if model.apart:
         return None
     rope = rope_of(text)
     kind = rope.get("rope_type", "default")
-    known = OWN.get(model_type, SCALINGS)
+    known = SCALINGS if model.scalings is None else model.scalings
     if kind != "default" and kind not in known:
         which = f"only {', '.join(known)}" if known else "no rope scaling"
         return f"knows {which}, and config.json has {kind}"
@@ -60,7 +55,7 @@ def _scale(factor: float, rope: Mapping[str, Any]) -> float:
     return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def scaling_for_mlx(model_type: str, scaling: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+def scaling_for_mlx(model: MlxModel, scaling: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
     """Return a rope scaling with which mlx-lm computes what transformers does, and transformers the same as before.
 
     mlx-lm has other defaults for the length of the texts before the scaling, and reads no attention_factor: it has one
@@ -70,7 +65,7 @@ def scaling_for_mlx(model_type: str, scaling: Mapping[str, Any], text: Mapping[s
     kind = rope.get("rope_type")
     if kind in ("llama3", "yarn") and made.get("original_max_position_embeddings") is None:
         made["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    if kind != "yarn" or model_type in APART:
+    if kind != "yarn" or model.apart:
         return made
     made = {key: value for key, value in made.items() if value or key not in ("beta_fast", "beta_slow")}
     factor = rope_number(rope, "factor")
@@ -89,9 +84,9 @@ def _mlx_yarn_scale(scaling: Mapping[str, Any], factor: float) -> float:
     return one / other
 
 
-def ignored_factors(model_type: str, text: Mapping[str, Any]) -> list[str]:
+def ignored_factors(model: MlxModel, model_type: str, text: Mapping[str, Any]) -> list[str]:
     """Warn that mlx-lm takes longrope's factors for long texts whatever a text's length."""
-    rope = {} if model_type in APART else rope_of(text)
+    rope = {} if model.apart else rope_of(text)
     if rope.get("rope_type") != "longrope" or rope.get("short_factor") == rope.get("long_factor"):
         return []
     return [

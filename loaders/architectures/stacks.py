@@ -29,6 +29,7 @@ class Stack:
     only_vllm: bool = False
     hidden: int | None = None
     hidden_is_output: bool = False
+    square_is_transposed: bool | None = None
 
     def transposed(self, shape: Shape) -> bool | None:
         """Whether a stack of this shape is transposed; None if its shape does not tell."""
@@ -36,7 +37,7 @@ class Stack:
             return self.is_transposed
         is_hidden = shape[1] == self.hidden, shape[2] == self.hidden
         if is_hidden[0] == is_hidden[1]:
-            return None
+            return self.square_is_transposed if is_hidden[0] else None
         return is_hidden[1] if self.hidden_is_output else is_hidden[0]
 
 
@@ -79,6 +80,13 @@ OTHER_STACKS = {
     "granitemoe": GRANITE_STACKS, "granitemoeshared": GRANITE_STACKS, "granitemoehybrid": GRANITE_STACKS,
     "step3p5": STEP_STACKS, "step3p7": STEP_STACKS,
 }  # fmt: skip
+# Whether the published stacks of a model type are transposed, for those whose shape does not tell it.
+TRANSPOSED = {
+    "qwen3_5_moe": False, "qwen3_5_moe_text": False, "gemma4": False, "gemma4_text": False, "qwen3_vl_moe": True,
+    "mistral4": False,
+}  # fmt: skip
+# Types whose experts transformers reads in stacks, and not one by one.
+ONLY_STACKED = ("gemma4", "gemma4_text", "qwen3_vl_moe", "granitemoe", "granitemoehybrid", "mistral4")
 
 
 def generic_stacks(model_type: Any, hidden: Any) -> tuple[Stack, ...]:
@@ -98,6 +106,7 @@ def generic_stacks(model_type: Any, hidden: Any) -> tuple[Stack, ...]:
             pattern=re.compile(rf"(?P<experts>(?:^|.*\.)experts)\.{stored}(?:\.weight)?$"),
             name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=None,
             hidden=hidden if isinstance(hidden, int) else None, hidden_is_output=is_output,
+            square_is_transposed=TRANSPOSED.get(str(model_type)),
         )
         for stored, parts, is_output in (("gate_up_proj", ("gate", "up"), False), ("down_proj", ("down",), True))
     )  # fmt: skip

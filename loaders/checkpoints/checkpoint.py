@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.architectures.family import Family, family_of
-from loaders.architectures.mlx import model_of
+from loaders.architectures.mlx import keeps_published_tensors, model_of
 from loaders.checkpoints import pipeline
 from loaders.checkpoints.aux_files import find_aux
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
@@ -87,9 +87,9 @@ class Checkpoint:
             return next((each.declaration for each in self.components.values() if each.declaration is not None), None)
         read = lambda name: read_json(self.source, name, DESCRIPTION_LIMIT)  # noqa: E731
         found = declaration(self.container, self.config, self.weights, self.aux, read)
-        if found is None and self.container == "safetensors" and model_of(self.config) is None:
-            # mlx-lm gives weights names and norms of its own even where it does not quantize them; of the models that
-            # are known here, none changes so.
+        model = model_of(self.config)
+        if found is None and self.container == "safetensors" and (model is None or not keeps_published_tensors(model)):
+            # mlx-lm gives weights names and values of its own even where it does not quantize them.
             first = self.files[0].name
             if safetensors.read_metadata(self.source, first).get("format") == "mlx":
                 return Declaration("mlx", f"the metadata of {first}")

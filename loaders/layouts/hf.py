@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from loaders.architectures.family import Family, family_of, load_dtype
 from loaders.architectures.renames import inside
+from loaders.architectures.stacks import ONLY_STACKED
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
@@ -84,7 +85,8 @@ def place(decisions: Sequence[Decision], config: Mapping[str, Any]) -> tuple[Pla
     engines = {decision.scheme.engine for decision in decisions if decision.scheme is not None}
     family = family_of(config)
     is_whole = builds_own_class(engines) and all(wants_stacks(engine, family) for engine in engines)
-    is_stacked = bool(family.stacks) and not family.is_generic and is_whole
+    has_stacks = bool(family.stacks) and not family.is_generic
+    is_stacked = is_whole and (has_stacks or config.get("model_type") in ONLY_STACKED)
     for decision in decisions:
         tensor, encoding = decision.tensor, decision.encoding
         if encoding is None:

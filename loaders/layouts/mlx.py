@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from loaders.architectures.family import text_config
 from loaders.architectures.family_files import known_types
+from loaders.architectures.layers import LAYERS, MOST, layer_of
 from loaders.architectures.mlx import MlxModel, convert_dtype, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -51,7 +53,8 @@ class MlxLayout:
         return [piece for tensor in tensors for piece in forms.of(tensor)]
 
     def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
-        return dropping(_known_model(checkpoint).drop)
+        model = _known_model(checkpoint)
+        return dropping((*model.drop, *_beyond(checkpoint), *_shared(checkpoint, model)))
 
     def no_next_tokens(self, checkpoint: Checkpoint) -> str | None:
         return "mlx-lm has no layers for multi-token prediction"
@@ -112,6 +115,27 @@ def _known_model(checkpoint: Checkpoint) -> MlxModel:
     return model
 
 
+def _beyond(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Return a row for the layers after the last that config.json counts: mlx-lm loads no other."""
+    count = text_config(checkpoint.config, "num_hidden_layers")
+    if type(count) is not int:
+        return []
+    found = {layer for spec in checkpoint.weights if (layer := layer_of(spec.name)) is not None and layer >= count}
+    if not found:
+        return []
+    return [(rf"{LAYERS}(?:{'|'.join(map(str, sorted(found)))})\.", "mlx-lm has no block for multi-token prediction")]
+
+
+def _shared(checkpoint: Checkpoint, model: MlxModel) -> list[tuple[str, str]]:
+    """Return a row for the keys and values of the last layers, where mlx-lm takes those of earlier layers."""
+    count, shared = (text_config(checkpoint.config, key) for key in ("num_hidden_layers", model.shared_keys))
+    if not model.shared_keys or type(count) is not int or type(shared) is not int or not 0 < shared <= count <= MOST:
+        return []
+    layers = "|".join(map(str, range(count - shared, count)))
+    name = rf"{LAYERS}(?:{layers})\.self_attn\.(?:[kv]_proj|k_norm)\."
+    return [(name, "mlx-lm takes keys and values of an earlier layer there")]
+
+
 def _check_scheme(name: str, scheme: Scheme) -> None:
     if scheme.engine not in ("mlx", "plain"):
         raise BadSpec(
@@ -142,6 +166,11 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
             stacks.setdefault(stack[0], []).append((stack[1], each))
     for name, found in stacks.items():
         if sorted(index for index, _ in found) != list(range(count or 0)):
+            if count is None:
+                key = model.experts.count if model.experts else ""
+                raise BadSpec(
+                    f"{setting('checkpoint')}: config.json: expected {key}, the number of experts, found none"
+                )
             raise BadSpec(
                 f"{name}: mlx-lm stacks {count} experts, of which {len(found)} are to be written; keep or drop all"
             )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loaders.architectures.family import text_config
-from loaders.architectures.mlx import ROUTER_GROUP, convert_dtype, model_of
+from loaders.architectures.layers import layer_of
+from loaders.architectures.mlx import FINE_BITS, FINE_GROUP, convert_dtype, mlx_name, model_of, stack_of
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.schemes.mlx_affine import MlxAffine
 from loaders.rules.defaults import LINEAR, NOT_FLOAT, OTHER_LINEAR
@@ -21,8 +22,8 @@ from loaders.tensors.logical_tensor import LogicalTensor
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 MODULES = (*LINEAR, *OTHER_LINEAR, "expert", "embedding", "head", "router")
-# The modules that a mixed recipe gives more bits; w2 is Mixtral's down_proj.
-FINE = r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj|\.experts\.\d+\.w2)\."
+# The modules that a mixed recipe gives more bits, by mlx-lm's names.
+FINE = r"\.layers\.(?:{layers})\..*(?:v_proj|v_a_proj|v_b_proj|down_proj)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class MlxRules:
             Rule(action="keep", why="not a float dtype that is quantized", dtype=NOT_FLOAT),
             *_kept_by_name(config),
             *(rule for shape in short for rule in kept(config, why, MODULES, shape)),
-            *(self._router(config) if self.high is None else self._mixed(self.high, config)),
+            *(_fine(config) if self.high is None else self._mixed(self.high, tensors, config)),
             *(
                 Rule(
                     action="quantize",
@@ -58,38 +59,49 @@ class MlxRules:
             *kept(config, "no linear layer or embedding", None, None),
         )
 
-    def _router(self, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        """Return the rules for routers of models that mlx-lm's quant_predicate treats apart."""
-        model = model_of(config)
-        if model is None or model.router_bits is None:
-            return ()
-        why = f"mlx-lm gives this model's routers {model.router_bits} bits"
+    def _mixed(self, high: MlxAffine, tensors: Sequence[LogicalTensor], config: Mapping[str, Any]) -> tuple[Rule, ...]:
+        """Return the rules that give `high` to what mlx-lm's mixed_quant_predicate gives it to."""
+        layers = [layer for tensor in tensors if (layer := layer_of(tensor.name)) is not None]
+        count = int(text_config(config, "num_hidden_layers") or max(layers, default=-1) + 1)
+        eighth = count // 8
+        fine = [i for i in range(count) if i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2]
+        why, pattern = f"{high.bits} bits by the mixed recipe", re.compile(FINE.format(layers="|".join(map(str, fine))))
+        names = frozenset(tensor.name for tensor in tensors if pattern.search(_own_name(tensor.name, config)))
         return (
-            Rule(
-                action="quantize",
-                why=why,
-                role=("router",),
-                shape=(None, None),
-                scheme=MlxAffine(model.router_bits, ROUTER_GROUP),
+            Rule(action="quantize", why=why, role=("head",), shape=(None, None), scheme=high),
+            *(
+                Rule(action="quantize", why=why, names=names, role=MODULES, shape=shape, scheme=high)
+                for shape in ((None, None), (None, None, None))
             ),
         )
 
-    def _mixed(self, high: MlxAffine, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-        """Return the rules that give `high` to what mlx-lm's mixed_quant_predicate gives it to."""
-        count = int(text_config(config, "num_hidden_layers", 0))
-        eighth = count // 8
-        fine = [i for i in range(count) if i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2]
-        why, pattern = f"{high.bits} bits by the mixed recipe", FINE.format(layers="|".join(map(str, fine)))
-        return (
-            Rule(action="quantize", why=why, role=("head",), shape=(None, None), scheme=high),
-            Rule(action="quantize", why=why, name=pattern, role=MODULES, shape=(None, None), scheme=high),
-        )
+
+def _own_name(name: str, config: Mapping[str, Any]) -> str:
+    """Return mlx-lm's name of a tensor, that of its stack for an expert's; its own where the model is not known."""
+    model = model_of(config)
+    if model is None:
+        return name
+    own = mlx_name(model, name)
+    stack = stack_of(model, own)
+    return stack[0] if stack else own
 
 
 def _kept_by_name(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     model = model_of(config)
-    return (
-        () if model is None else tuple(rule for name, why in model.keep for rule in kept(config, why, None, None, name))
+    if model is None:
+        return ()
+    uncast = (Rule(action="keep", why="mlx-lm keeps its dtype", name=name) for name in model.uncast)
+    return (*uncast, *(rule for name, why in model.keep for rule in kept(config, why, None, None, name)))
+
+
+def _fine(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Return the rules for the modules that a model's quant_predicate treats apart."""
+    model = model_of(config)
+    scheme = MlxAffine(FINE_BITS, FINE_GROUP)
+    return tuple(
+        Rule(action="quantize", why=why, name=name, role=MODULES, shape=shape, scheme=scheme)
+        for name, why in (() if model is None else model.fine)
+        for shape in ((None, None), (None, None, None))
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ import numpy as np
 from loaders.architectures.family import text_config
 from loaders.architectures.forms import Form
 from loaders.architectures.gguf import number
-from loaders.dtypes import DTYPES, DType, Shape, row_major
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape, row_major
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.quantization.kernels import casts
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 Config = Mapping[str, Any]
@@ -33,13 +34,15 @@ class FormedTensor(LogicalTensor):
     origin: the tensor of the checkpoint that it is made of.
     gather: the dimensions over which the window's strides run; their product is that of the shape.
     read_as: the dtype of the elements that are gathered; `dtype` is that of the result.
-    values: what is done to the elements: a word of VALUES, or empty.
+    values: what is done to the elements: a word of VALUES or FACTORS, or empty.
+    factors: for a word of FACTORS: how many rows, and what these are multiplied by, in turn.
     """
 
     origin: str
     gather: Shape
     read_as: DType
     values: str = ""
+    factors: tuple[tuple[int, float], ...] = ()
 
     @property
     def source_name(self) -> str:
@@ -79,6 +82,16 @@ def swap_last(view: np.ndarray, config: Config) -> list[Piece]:
 def squeeze(view: np.ndarray, config: Config) -> list[Piece]:
     """Leave out the dimensions of one."""
     return [Piece(view.squeeze())]
+
+
+def scalar(view: np.ndarray, config: Config) -> list[Piece]:
+    """Take the one number of a vector."""
+    return [Piece(view.reshape(()))]
+
+
+def vector(view: np.ndarray, config: Config) -> list[Piece]:
+    """Make a vector of one number."""
+    return [Piece(view.reshape((1,)))]
 
 
 def latent_heads(view: np.ndarray, config: Config) -> list[Piece]:
@@ -158,6 +171,16 @@ def by_key_heads(view: np.ndarray, config: Config) -> list[Piece]:
     return pieces
 
 
+def experts(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut a stack [experts, outputs, inputs] into the experts' matrices."""
+    return [Piece(each) for each in view]
+
+
+def expert_halves(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut a stack [experts, 2 * outputs, inputs] into two matrices of each expert."""
+    return [piece for each in view for piece in halves(each, config)]
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
     each.__name__: each
     for each in (
@@ -173,8 +196,14 @@ VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
         value_columns,
         keys_and_values,
         by_key_heads,
+        scalar,
+        vector,
+        experts,
+        expert_halves,
     )
 }
+# The words whose views are undone by a word; the others cut what no view of one tensor joins.
+VIEWS_BACK = {"swap_last": "swap_last", "scalar": "vector", "vector": "scalar"}
 
 
 # --- values
@@ -195,10 +224,68 @@ def minus_exp(numbers: np.ndarray) -> np.ndarray:
     return found
 
 
-VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {each.__name__: each for each in (plus_one, minus_exp)}
+def minus_one(numbers: np.ndarray) -> np.ndarray:
+    """Take one away: a norm as published again, of which an engine has 1 + weight."""
+    return numbers - np.float32(1)
+
+
+VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    each.__name__: each for each in (plus_one, minus_exp, minus_one)
+}
+
+
+def scaled(config: Config, by: Sequence[str], rows: int, dtype: DType) -> list[tuple[int, float]]:
+    """Return the product of settings as the one factor of all rows, rounded to the dtype."""
+    return [(rows, _rounded(math.prod(_setting(config, key) for key in by), dtype))]
+
+
+def scaled_mamba(config: Config, by: Sequence[str], rows: int, dtype: DType) -> list[tuple[int, float]]:
+    """Return the factors of the parts of Mamba's in_proj: one setting for all, and a list of one for each part."""
+    inner, groups, state, heads = (
+        number(config, f"mamba_{key}") for key in ("d_ssm", "n_groups", "d_state", "n_heads")
+    )
+    whole, sizes = _rounded(_setting(config, by[0]), dtype), (inner, inner, groups * state, groups * state, heads)
+    if sum(sizes) != rows:
+        raise BadCheckpoint(f"expected {sum(sizes)} rows, found {rows}")
+    parts = [_rounded(_setting(config, f"{by[1]}.{index}"), dtype) for index in range(len(sizes))]
+    return [(size, _rounded(whole * part, dtype)) for size, part in zip(sizes, parts, strict=True)]
+
+
+def _setting(config: Config, path: str) -> float:
+    key, _, index = path.partition(".")
+    found = text_config(config, key)
+    if index and isinstance(found, list) and int(index) < len(found):
+        found = found[int(index)]
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < abs(found) < math.inf:
+        raise BadCheckpoint(f"config.json: expected a number for {path}, and not 0, found {found!r}")
+    return float(found)
+
+
+def _rounded(value: float, dtype: DType) -> float:
+    name = dtype.name if dtype.name in WEIGHT_DTYPES else "F32"
+    return float(casts.to_float32(casts.cast(np.array([value], np.float32), "F32", name), name)[0])
+
+
+# The words that multiply rows, and by what. With "un" before it, a word divides.
+FACTORS: dict[str, Callable[[Config, Sequence[str], int, DType], list[tuple[int, float]]]] = {
+    each.__name__: each for each in (scaled, scaled_mamba)
+}
+UNDONE_BY = {"plus_one": "minus_one", "minus_one": "plus_one"}
+UNDONE_BY |= {f"un{word}": word for word in FACTORS} | {word: f"un{word}" for word in FACTORS}
 
 
 # --- forming
+
+
+def undone(rows: Sequence[Form], config: Config, tensor: LogicalTensor) -> LogicalTensor:
+    """Return a tensor in an engine's form as it was published; rows that cut tensors are left out."""
+    back = [
+        replace(row, view=VIEWS_BACK[row.view] if row.view else "", values=UNDONE_BY[row.values] if row.values else "")
+        for row in reversed(rows)
+        if not row.to
+    ]
+    (made,) = Forms([replace(row, role="") for row in back], config).of(tensor)
+    return made
 
 
 class Forms:
@@ -244,15 +331,25 @@ class Forms:
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{tensor.name}: {error}") from None
         names = [tensor.name[: match.start()] + match.expand(to) + tensor.name[match.end() :] for to in row.to]
+        rounds = len(pieces) // max(1, len(names))
+        names = [name.replace("{}", str(number)) for number in range(rounds) for name in names]
         for piece, name in zip(pieces, names or [tensor.name], strict=True):
-            yield self._formed(tensor, name, piece, row.values)
+            try:
+                yield self._formed(tensor, name, piece, row)
+            except BadCheckpoint as error:
+                raise BadCheckpoint(f"{tensor.name}: {error}") from None
 
-    def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, values: str) -> FormedTensor:
-        view = piece.view
+    def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, row: Form) -> FormedTensor:
+        view, values = piece.view, row.values
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
         stored = DTYPES[piece.dtype] if piece.dtype else tensor.dtype
-        dtype = DTYPES[self._floats] if values and self._floats else stored
         before = tensor if isinstance(tensor, FormedTensor) else None
+        if before is not None and values and UNDONE_BY.get(values) == before.values:
+            values, before = "", replace(before, values="", factors=())
+        dtype = DTYPES[self._floats] if values and self._floats else stored
+        factors = before.factors if before else ()
+        if (word := values.removeprefix("un")) in FACTORS:
+            factors = tuple(FACTORS[word](self._config, row.by, view.shape[0], tensor.dtype))
         return FormedTensor(
             **own | {
                 "name": name,
@@ -260,11 +357,13 @@ class Forms:
                 "window": Window(_address(view) - _BASE_ADDRESS, tuple(view.strides)),
                 "whole": tensor.whole or tensor.shape,
                 "dtype": dtype,
+                "role": row.role or tensor.role,
             },
             origin=tensor.source_name,
             gather=view.shape,
             read_as=before.read_as if before and not piece.dtype else stored,
             values=values or (before.values if before else ""),
+            factors=factors,
         )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def tensors_of(checkpoint: Checkpoint, *, decode: bool, split: bool = False, che
     if split:
         found = list(cut_all(found, family))
     traits_of = KnownTraits(family)
-    tensors = [_turned(known(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
+    tensors = [_turned(_with_traits(tensor, traits_of, beside.get(tensor.name))) for tensor in found]
     tensors = _apart(tensors)
     if checkpoint.container != "gguf":
         tensors = _stacked(tensors)
@@ -112,6 +112,12 @@ def _within(part: str, tensor: LogicalTensor) -> LogicalTensor:
         block=f"{part}/{tensor.block}",
         group=None if tensor.group is None else f"{part}/{tensor.group}",
     )
+
+
+def _with_traits(tensor: LogicalTensor, traits_of: KnownTraits, beside: str | None) -> LogicalTensor:
+    """Return a tensor with its family's traits, but for a role that its format's finder knows."""
+    made = known(tensor, traits_of, beside)
+    return replace(made, role=tensor.role) if tensor.role else made
 
 
 def _weight_of(name: str, stored: WeightSpec, by_name: Mapping[str, WeightSpec]) -> str:

@@ -172,15 +172,24 @@ class FormedView:
     def __init__(self, view: View, tensor: FormedTensor) -> None:
         self.spec = tensor.spec
         self._view = view
-        self._change = VALUES[tensor.values] if tensor.values else None
+        self._change = VALUES.get(tensor.values)
+        rows = np.array([rows for rows, _ in tensor.factors], np.int64)
+        self._factors = np.repeat(np.array([factor for _, factor in tensor.factors], np.float32), rows)
+        self._divides = tensor.values.startswith("un")
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
         block = self._view.read(start, stop, slot)
-        if self._change is None:
+        if self._change is None and not self._factors.size:
             return block
-        return casts.cast(
-            self._change(casts.to_float32(block, self._view.spec.dtype.name)), "F32", self.spec.dtype.name
-        )
+        numbers = casts.to_float32(block, self._view.spec.dtype.name)
+        made = self._scaled(numbers, start) if self._change is None else self._change(numbers)
+        return casts.cast(made, "F32", self.spec.dtype.name)
+
+    def _scaled(self, numbers: np.ndarray, start: int) -> np.ndarray:
+        columns = max(1, self.spec.numel // self._factors.size)
+        factors = self._factors[np.arange(start, start + numbers.size) // columns]
+        made: np.ndarray = numbers / factors if self._divides else numbers * factors
+        return made
 
 
 def gathered_spec(tensor: LogicalTensor) -> TensorSpec:

@@ -146,7 +146,11 @@ def test_it_is_read_again(kind: str, sources: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("gemma3_text", {"layer_types": ["full_attention"] * 2}, "attends fully in every layer whose number 2 divides"),
+        (
+            "gemma3_text",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "attends fully in every layer whose number sliding_window_pattern divides, not as layer_types says",
+        ),
         ("qwen2_moe", {"mlp_only_layers": [0]}, "has experts in every layer; this model does not"),
         (
             "deepseek_v2",

@@ -1,25 +1,36 @@
-"""MLX's weights, affine or small floats, with stacked experts cut into transformers' single ones.
+"""MLX's weights, affine or small floats, under published names, with stacked experts cut into single ones.
 
 config.json's `quantization` has the settings of all modules, and those of single modules by path. Plain weights are
-found too if they are stacked, so that an unquantized MLX checkpoint is read like any other.
+found too if mlx-lm has changed them, so that an unquantized MLX checkpoint is read like any other: stacked experts,
+norms and convolutions. Where mlx-lm cut a tensor, its pieces stay under their own names, which only MLX takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from loaders.architectures.family import load_dtype
 from loaders.architectures.family_files import known_types
-from loaders.architectures.mlx import expert_names, is_stack, mlx_name, model_of, stack_of
+from loaders.architectures.mlx import (
+    MlxModel,
+    expert_names,
+    is_piece,
+    is_stack,
+    mlx_name,
+    model_of,
+    published_name,
+    stack_of,
+)
 from loaders.architectures.mlx_config import settings_of
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES
-from loaders.errors import BadCheckpoint
+from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.quantization.schemes.mlx_affine import BIASES, BITS, GROUP_SIZES, SCALES, MlxAffine
 from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from loaders.specs import TensorSpec, WeightSpec
+from loaders.tensors.formed import FormedTensor, undone
 from loaders.tensors.logical_tensor import LogicalTensor, plain_tensor
 from loaders.tensors.quantized_sources.base import part
 from loaders.words import model_type_said
@@ -37,11 +48,44 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     modules = [name.removesuffix(".scales") for name in by_name if name.endswith(".scales")]
     found = [tensor for module in modules for tensor in _quantized(checkpoint, by_name, module)]
     model = model_of(checkpoint.config)
-    for spec in (spec for spec in checkpoint.weights if is_stack(model, spec.name)):
-        if spec.name.removesuffix(".weight") + ".scales" not in by_name:
-            for name, [(_, slice_)] in _cut(checkpoint, spec.name, [("weight", spec)]):
-                found.append(plain_tensor(name, slice_))
-    return {tensor.name: tensor for tensor in found}
+    if model is None:
+        return {tensor.name: tensor for tensor in found}
+    parts = {spec.name for tensor in found for _, spec in tensor.stored}
+    for spec in (spec for spec in checkpoint.weights if spec.name not in parts):
+        if is_stack(model, spec.name):
+            cut = _cut(checkpoint, spec.name, [("weight", spec)])
+            found += [plain_tensor(name, slice_) for name, [(_, slice_)] in cut]
+        else:
+            found.append(plain_tensor(spec.name, spec))
+    return {made.name: made for tensor in found for made in [_published(checkpoint, model, tensor)]}
+
+
+def _published(checkpoint: Checkpoint, model: MlxModel, tensor: LogicalTensor) -> LogicalTensor:
+    """Return a tensor under its published name, with the elements and values that it was published with."""
+    if is_piece(model, tensor.name):
+        role = "linear" if len(tensor.shape) == 3 else ""
+        return replace(tensor, name=published_name(model, tensor.name), role=role)
+    made = replace(tensor, name=published_name(model, tensor.name))
+    formed = undone(model.forms, checkpoint.config, made)
+    return replace(formed, origin=formed.name) if isinstance(formed, FormedTensor) else formed
+
+
+def check_whole(checkpoint: Checkpoint, tensors: Iterable[LogicalTensor]) -> None:
+    """Check that no tensor is a piece of a published one: none but MLX has a use for it.
+
+    Raises:
+        BadSpec: one is.
+    """
+    model = model_of(checkpoint.config)
+    if checkpoint.quantized_by != "mlx" or model is None:
+        return
+    pieces = [tensor.name for tensor in tensors if is_piece(model, tensor.name)]
+    if pieces:
+        raise BadSpec(
+            f"{setting('checkpoint')}: mlx-lm has cut tensors of this {checkpoint.config.get('model_type')} into pieces"
+            f" ({len(pieces)}, {pieces[0]} first), which are not joined here, so that only MLX's presets read it; take"
+            " the model as its makers published it"
+        )
 
 
 def check_own_settings(checkpoint: Checkpoint) -> None:
@@ -80,8 +124,8 @@ def _quantized(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], module
     plain = load_dtype(checkpoint.config) or DTYPES["BF16"]
     dtype = scales.dtype if isinstance(scheme, MlxAffine) else plain
     for own_name, roles in _cut(checkpoint, name, stored):
-        rows, words = roles[0][1].shape
-        spec = TensorSpec(own_name, dtype, (rows, words * 32 // scheme.bits))
+        *rows, words = roles[0][1].shape
+        spec = TensorSpec(own_name, dtype, (*rows, words * 32 // scheme.bits))
         wanted = scheme.stored(spec)
         for role, found in roles:
             if (found.dtype, found.shape) != (wanted[role].dtype, wanted[role].shape):
@@ -168,6 +212,9 @@ def _cut(
         return
     count, model = (stored[0][1].shape or (0,))[0], model_of(checkpoint.config)
     names = expert_names(model, name, count) if model is not None else None
+    if names is None and model is not None and is_piece(model, name):
+        yield name, stored
+        return
     dimensions = 2 if name.endswith(".bias") else 3
     is_even = all(len(spec.shape) == dimensions and spec.shape[0] == count for _, spec in stored)
     if names is None or not is_even:

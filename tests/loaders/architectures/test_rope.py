@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders.architectures.mlx import MlxModel, model_of
 from loaders.architectures.mlx_rope import rope_fault, scaling_for_mlx
 from loaders.architectures.rope import attention_factor, frequency_factors, rope_of, scaling_of
 from loaders.architectures.windows import Window, window_of
@@ -69,6 +70,12 @@ def test_a_setting_that_is_no_number_is_refused() -> None:
         frequency_factors({**llama3(8, 1, 4, 64), "factor": "eight"}, 16)
 
 
+def mlx(model_type: str) -> MlxModel:
+    found = model_of({"model_type": model_type})
+    assert found is not None
+    return found
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -77,7 +84,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_mlx_scales_yarn_as_transformers_does(more: dict[str, float]) -> None:
     scaling = YARN | more
-    made = scaling_for_mlx("llama", scaling, {"max_position_embeddings": 128})
+    made = scaling_for_mlx(mlx("llama"), scaling, {"max_position_embeddings": 128})
     assert scaling.items() <= {**made, **more}.items()
     assert attention_factor(made) == attention_factor(scaling)  # transformers still reads the same
     said = attention_factor(scaling)
@@ -96,7 +103,7 @@ def test_mlx_scales_yarn_as_transformers_does(more: dict[str, float]) -> None:
     ("qwen3_moe", {}, None),
 ])  # fmt: skip
 def test_what_mlx_does_not_compute_is_said(model_type: str, scaling: dict[str, Any], message: str | None) -> None:
-    found = rope_fault(model_type, {"rope_scaling": scaling, "max_position_embeddings": 128})
+    found = rope_fault(mlx(model_type), {"rope_scaling": scaling, "max_position_embeddings": 128})
     assert found is None if message is None else message in str(found)
 
 
