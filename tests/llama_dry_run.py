@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from functools import cache
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,22 @@ LINE = re.compile(
     r"\]\s+(?P<name>\S+)\s+- \[[^]]*\], type =\s*(?P<type>\w+),.*?(?:\((?P<made>\w+)\))?\s*$", re.MULTILINE
 )
 FILE_TYPES = {"gguf_q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
+
+
+LISTENING: list[list[str]] = []
+
+
+@cache
+def _listener() -> Any:
+    """Return what llama.cpp calls with its words. It calls it for good, so that it must never be freed."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, data: Any) -> None:
+        for said in LISTENING:
+            said.append(text.decode(errors="replace"))
+
+    return log
 
 
 def is_there() -> bool:
@@ -32,24 +49,17 @@ def types_of(planned: Any, quant: str, folder: Path) -> dict[str, str]:
     return found
 
 
-HELD: list[Any] = []  # llama.cpp keeps the last one and calls it whenever it is used again
-
-
 def types_in(source: Path, file_type: str) -> dict[str, str]:
     """Return the type that llama.cpp gives each tensor of a GGUF; `file_type` is the name of llama.h's constant."""
     import llama_cpp
 
     said: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, data: Any) -> None:
-        said.append(text.decode(errors="replace"))
-
-    HELD.append(log)
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_listener(), ctypes.c_void_p(0))
+    LISTENING.append(said)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.dry_run = getattr(llama_cpp, file_type), True
     out = source.with_name("none")
     status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
+    LISTENING.remove(said)
     assert status == 0, "".join(said)[-500:]
     return {found["name"]: (found["made"] or found["type"]).upper() for found in LINE.finditer("".join(said))}
