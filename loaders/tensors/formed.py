@@ -158,6 +158,17 @@ def by_key_heads(view: np.ndarray, config: Config) -> list[Piece]:
     return pieces
 
 
+def grouped_heads(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the heads of queries, then one of keys and one of values of each group into all of each kind."""
+    heads = number(config, "num_attention_heads")
+    groups = number(config, "num_key_value_heads", heads)
+    each = heads // max(1, groups)
+    size = view.shape[0] // max(1, groups * (each + 2))
+    by_group = _axis(view, 0, (groups, each + 2, size))
+    rows = ((by_group[:, :each], heads), (by_group[:, each], groups), (by_group[:, each + 1], groups))
+    return [Piece(piece, (count * size, *view.shape[1:])) for piece, count in rows]
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
     each.__name__: each
     for each in (
@@ -173,6 +184,7 @@ VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
         value_columns,
         keys_and_values,
         by_key_heads,
+        grouped_heads,
     )
 }
 
