@@ -27,7 +27,7 @@ def windows(config: Config) -> Keys:
     """The window, and which layers have it: all but the last of every four, where config.json says nothing else."""
     tokens, sliding = text_config(config, "sliding_window"), _sliding(config)
     if tokens is None:
-        if "layer_types" in config and any(sliding):
+        if text_config(config, "layer_types") is not None and any(sliding):
             raise BadSpec("config.json: some layers have a window by layer_types; expected its size as sliding_window")
         return {}
     return {
@@ -40,7 +40,7 @@ def _sliding(config: Config) -> list[bool]:
     """Return for each layer whether it has a window."""
     count = layer_count(config) or 0
     if text_config(config, "layer_types") is not None:
-        return [kind == "sliding" for kind in layer_kinds(config)]
+        return [kind == "sliding" for kind in layer_kinds(config)[:count]]
     turn = text_config(config, "sliding_window_pattern")
     turn = TURN if turn is None else turn
     if isinstance(turn, str) and turn and {*turn} <= {"L", "G"}:
@@ -53,9 +53,9 @@ def _sliding(config: Config) -> list[bool]:
 def plain_rope_in_windows(config: Config) -> Keys:
     """No key: llama.cpp scales rotary embeddings in OLMo 3's layers of full attention alone, by linear or yarn."""
     block = text_config(config, "rope_parameters")
-    within = block.get("sliding_attention") if isinstance(block, Mapping) else None
+    within = block.get("sliding_attention") if isinstance(block, Mapping) else None  # the old style's is never scaled
     kinds = {
-        "sliding_attention": within.get("rope_type", "default") if isinstance(within, Mapping) else "default",
+        "sliding_attention": rope_of({"rope_parameters": within or {}}).get("rope_type", "default"),
         "full_attention": rope_of(config, "full_attention").get("rope_type", "default"),
     }
     for layers, known in (("sliding_attention", ("default",)), ("full_attention", ("default", "linear", "yarn"))):
@@ -67,6 +67,8 @@ def plain_rope_in_windows(config: Config) -> Keys:
 
 def windows_by_depth(config: Config) -> Keys:
     """No key: llama.cpp gives EXAONE 4 windows if it has 64 layers, and leaves layers without one unrotated then."""
+    if "sliding_window" not in config:
+        raise BadSpec("config.json: expected sliding_window, which is null in an EXAONE 4 without windows")
     has_windows, layers = text_config(config, "sliding_window") is not None, layer_count(config)
     if has_windows != (layers == DEEP):
         raise BadSpec(
@@ -116,10 +118,10 @@ def base_by_alpha(config: Config) -> Keys:
     size = number(config, "head_dim", shared)
     if size <= 2:
         raise BadSpec(f"config.json: expected a head_dim above 2 for Hunyuan's dynamic rope scaling, found {size}")
-    longest = number(config, "max_position_embeddings")
+    longest, theta = number(config, "max_position_embeddings"), rope_number(rope, "rope_theta", 10000.0)
     return {
         "context_length": uint32(HUNYUAN_HAS if longest == HUNYUAN_SAYS else longest),
-        "rope.freq_base": float32(rope_number(rope, "rope_theta", 10000.0) * rope_number(rope, "alpha") ** (size / (size - 2))),
+        "rope.freq_base": float32(theta * rope_number(rope, "alpha") ** (size / (size - 2))),
         "rope.scaling.type": text("none"),
         "rope.scaling.factor": float32(1.0),
         "rope.scaling.original_context_length": uint32(HUNYUAN_HAS),
@@ -175,10 +177,10 @@ def the_same_experts(config: Config) -> Keys:
 def _one(config: Config, key: str) -> int:
     """Return a number that config.json has for all layers, or in a list for each of them."""
     found = text_config(config, key)
-    values = {*found} if isinstance(found, list) and all(type(each) is int for each in found) else {found}
-    if len(values) != 1:
+    first = found[0] if isinstance(found, list) and found else found
+    if isinstance(found, list) and any(each != first for each in found):
         raise BadSpec(f"config.json: llama.cpp takes one {key} for all layers, found {str(found)[:80]}")
-    return number({key: values.pop()}, key)
+    return number({key: first}, key)
 
 
 MADE_CHECKED: dict[str, Callable[[Config], Keys]] = {
