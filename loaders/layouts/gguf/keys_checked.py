@@ -145,8 +145,8 @@ def experts_to_the_last(config: Config) -> Keys:
     last, layers = text_config(config, "moe_layer_end_index", -1), layer_count(config) or 0
     if last not in (-1, layers - 1):
         raise BadSpec(
-            f"config.json: llama.cpp takes all {layers} layers after the dense ones for mixtures; moe_layer_end_index is"
-            f" {last!r}"
+            f"config.json: llama.cpp takes all {layers} layers after the dense ones for mixtures;"
+            f" moe_layer_end_index is {last!r}"
         )
     return {}
 
