@@ -330,15 +330,27 @@ TINY: dict[str, Tiny] = {
     ),
     "olmo2": Tiny(model_type="olmo2", base="olmo-2-7b", config=SIZES),
     "olmo3": Tiny(model_type="olmo3", config={**SIZES, **SLIDING}),
+    "olmo3_yarn": Tiny(
+        model_type="olmo3",
+        config={
+            **SIZES, "num_hidden_layers": 4, "sliding_window": 16,
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512,
+                "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0,
+            },
+        },
+    ),
     "olmoe": Tiny(
         model_type="olmoe", base="olmoe-1b-7b",
-        config={**SIZES, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+        config={
+            **SIZES, "num_key_value_heads": 4, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+        },
     ),
     "smollm3": Tiny(
         model_type="smollm3", base="smollm3-3b",
-        config={**SIZES, "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 0]},
+        config={**SIZES, "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 1]},
     ),
-    "cohere2": Tiny(model_type="cohere2", config=text(**SLIDING, rotary_pct=1.0)),
+    "cohere2": Tiny(model_type="cohere2", config=text(**SLIDING, head_dim=16, rotary_pct=1.0)),
     "ernie4_5": Tiny(model_type="ernie4_5", tokenizer="sentencepiece", config=text()),
     "ernie4_5_moe": Tiny(
         model_type="ernie4_5_moe", base="ernie-4.5-21b-a3b", tokenizer="sentencepiece", next_tokens="ernie",
@@ -348,6 +360,13 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "hunyuan_v1_dense": Tiny(model_type="hunyuan_v1_dense", config=text()),
+    "hunyuan_v1_alpha": Tiny(
+        model_type="hunyuan_v1_dense", pre="hunyuan-dense",
+        config=text(
+            max_position_embeddings=32768, num_experts=1, tie_word_embeddings=True,
+            rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+        ),
+    ),
     "hunyuan_v1_moe": Tiny(
         model_type="hunyuan_v1_moe", base="hunyuan-a13b", plain_vocabulary=True,
         config=text(num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[64, 64], num_shared_expert=[1, 1],
@@ -366,7 +385,21 @@ TINY: dict[str, Tiny] = {
             "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
         },
     ),
-    "exaone4": Tiny(model_type="exaone4", config=text(**SLIDING, sliding_window_pattern="LG")),
+    "exaone4": Tiny(
+        model_type="exaone4",
+        config={**SIZES, "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+    "exaone4_windows": Tiny(
+        model_type="exaone4",
+        config={
+            **SIZES, "num_hidden_layers": 64, "sliding_window": 16, "sliding_window_pattern": "LLLG",
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 16,
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 512,
+            },
+        },
+    ),
     "starcoder2": Tiny(model_type="starcoder2", config=SIZES),
     "falcon_h1": Tiny(
         model_type="falcon_h1", base="falcon-h1-7b",

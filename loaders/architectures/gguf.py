@@ -99,7 +99,7 @@ class Architecture:
     variants: what differs for some models of a type, under a word of `loaders.architectures.layer_kinds`; a later one
     that holds goes before.
     ropes: the kinds of rotary embeddings that it computes beside those of all: mrope (by sections), sliding (another
-    base in layers with a window), longrope, proportional.
+    base in layers with a window), longrope, proportional, dynamic.
     """
 
     architecture: str

@@ -61,4 +61,11 @@ def without_experts(config: Config) -> bool:
     return "moe" not in kinds if {"mlp", "moe"} & {*kinds} else not text_config(config, "num_local_experts")
 
 
-CONDITIONS: dict[str, Callable[[Config], bool]] = {each.__name__: each for each in (all_attention, without_experts)}
+def tied(config: Config) -> bool:
+    """config.json says that the head is the embedding."""
+    return text_config(config, "tie_word_embeddings") is True
+
+
+CONDITIONS: dict[str, Callable[[Config], bool]] = {
+    each.__name__: each for each in (all_attention, without_experts, tied)
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 from loaders.architectures.family import text_config
 
-EVERY_LAYER = ("mistral", "mixtral", "phi3")  # models that have a window unless sliding_window is null
+EVERY_LAYER = ("mistral", "mixtral", "phi3", "starcoder2")  # models that have a window unless sliding_window is null
 BY_SWITCH = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")  # models that have one only if use_sliding_window is set
 DEFAULTS = {"mistral": 4096, **dict.fromkeys(BY_SWITCH, 4096)}  # where config.json has no such key
 

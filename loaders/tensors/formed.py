@@ -181,6 +181,17 @@ def expert_halves(view: np.ndarray, config: Config) -> list[Piece]:
     return [piece for each in view for piece in halves(each, config)]
 
 
+def grouped_heads(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the heads of queries, then one of keys and one of values of each group into all of each kind."""
+    heads = number(config, "num_attention_heads")
+    groups = number(config, "num_key_value_heads", heads)
+    each = heads // max(1, groups)
+    size = view.shape[0] // max(1, groups * (each + 2))
+    by_group = _axis(view, 0, (groups, each + 2, size))
+    rows = ((by_group[:, :each], heads), (by_group[:, each], groups), (by_group[:, each + 1], groups))
+    return [Piece(piece, (count * size, *view.shape[1:])) for piece, count in rows]
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
     each.__name__: each
     for each in (
@@ -200,6 +211,7 @@ VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
         vector,
         experts,
         expert_halves,
+        grouped_heads,
     )
 }
 # The words whose views are undone by a word; the others cut what no view of one tensor joins.

@@ -41,6 +41,8 @@ KINDS = (
     "glm4", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2",
     "kimi_k25", "nemotron_h", "nemotron_h_dense", "minimax_m2", "minimax_m3_vl", "gpt_oss", "gpt_oss_mxfp4", "mistral3",
     "ministral3", "step3p7", "mimo_v2_flash", "lfm2", "lfm2_moe", "granite", "granitemoe", "granitemoehybrid",
+    "olmo2", "olmo3", "olmo3_yarn", "olmoe", "smollm3", "cohere2", "ernie4_5", "ernie4_5_moe", "hunyuan_v1_dense",
+    "hunyuan_v1_alpha", "hunyuan_v1_moe", "exaone4", "exaone4_windows", "starcoder2", "seed_oss", "internlm2",
 )  # fmt: skip
 NOT_RUN = ("deepseek_v2",)  # V2 Lite, which llama.cpp tells from V2 by its 27 layers
 
