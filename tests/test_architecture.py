@@ -146,6 +146,7 @@ OPENS_PATHS = {
     "jobs/verification/logits.py": "a text of a person's",
     "jobs/verification/output.py": "numbers of an output that an engine has read from its folder",
     "loaders/architectures/renames.py": "a table of the package's own",
+    "loaders/layouts/gguf/tables.py": "tables of the package's own",
     "loaders/backends/machine.py": "/proc and /sys",
     "loaders/backends/memory.py": "/proc",
     "loaders/containers/read_back.py": "parts, which are made here before their destination has them",

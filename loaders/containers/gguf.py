@@ -81,6 +81,10 @@ def int32s(values: Sequence[int]) -> MetadataValue:
     return MetadataValue(5, tuple(values), is_array=True)
 
 
+def uint8s(values: bytes) -> MetadataValue:
+    return MetadataValue(0, tuple(values), is_array=True)
+
+
 def float32s(values: Sequence[float]) -> MetadataValue:
     return MetadataValue(6, tuple(values), is_array=True)
 

@@ -15,7 +15,7 @@ from loaders.architectures import gguf_names
 from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
-from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX
+from loaders.layouts.gguf.pre_tokenizers import known_names
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 from loaders.lint.engines.gguf import unknown
 from loaders.specs import WeightSpec
@@ -114,7 +114,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Iterator[Finding]:
         yield fault(ENGINE, "the metadata has no tokenizer.ggml.merges", "fails: cannot find tokenizer merges", AGAIN)
     pre = metadata.get("tokenizer.ggml.pre")
     if pre in (None, "default"):
-        known = ", ".join(sorted(PRE_BY_REGEX.values()))
+        known = ", ".join(known_names())
         yield doubt(
             ENGINE, f"tokenizer.ggml.pre is {pre or 'missing'}", "cuts text as the model was not trained to see it",
             f"set it to the tokenizer's own ({known}, ...), or {AGAIN}",

@@ -133,8 +133,10 @@ def test_a_tokenizer_model_is_told_as_gguf_py_and_sentencepiece_tell_it(
     special = vocab.SpecialVocab(folder, n_vocab=ROWS)
     assert special.add_special_token == {"bos": True, "eos": False}
     assert found["tokenizer.ggml.add_bos_token"] is True
-    assert found["tokenizer.ggml.add_eos_token"] is False
-    assert [found[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "bos", "eos")] == [0, 1, 2]
+    assert found.get("tokenizer.ggml.add_eos_token", False) is False  # llama.cpp's default, told where a file says it
+    assert [found[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")] == [1, 2]
+    # Without tokenizer.json the converter does not tell it; it is llama.cpp's default.
+    assert found.get("tokenizer.ggml.unknown_token_id") == (0 if kind == "both" else None)
 
 
 def test_a_tokenizer_json_alone_gives_the_same_vocabulary(sources: dict[str, Path], made: Any, tmp_path: Path) -> None:

@@ -67,13 +67,14 @@ def _number(value: Any) -> float | None:
 
 
 def end_tokens(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
-    """Return the ids of all tokens that end a text, from either file, which may list several."""
-    found: dict[int, None] = {}
-    for value in (generation.get("eos_token_id"), text_config(config, "eos_token_id")):
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) is int and number >= 0:
-                found[number] = None
-    return list(found)
+    """Return the ids of all tokens that end a text: generation_config.json's, or else config.json's, as generate does.
+
+    A config.json may have its class's default there, which is no token of the model.
+    """
+    said = generation.get("eos_token_id")
+    said = text_config(config, "eos_token_id") if said is None else said
+    numbers = said if isinstance(said, list) else [said]
+    return list(dict.fromkeys(number for number in numbers if type(number) is int and number >= 0))
 
 
 def end_metadata(made: Mapping[str, MetadataValue], ends: list[int]) -> dict[str, MetadataValue]:

@@ -31,6 +31,7 @@ from loaders.layouts.gguf.metadata import (
     not_computed,
     quantization_metadata,
 )
+from loaders.layouts.gguf.model_card import card_of, model_card_metadata
 from loaders.layouts.gguf.tokenizer import tokenizer_metadata
 from loaders.layouts.gguf.wholes import Whole, is_part, wholes
 from loaders.quantization.read_only.ggml import check_readable
@@ -278,9 +279,11 @@ def _metadata(
     if rows is None:
         raise BadSpec(f"{setting('layout')}: a GGUF needs {EMBEDDING}, and there is no model.embed_tokens.weight")
     config = {**completed(checkpoint.config), "vocab_size": rows}
+    tensors = [(slot.name, slot.shape) for file in files for slot in file.slots]
     tokenizer, left_out = tokenizer_metadata(checkpoint.source, checkpoint.config, rows)
     made = {
-        **general_metadata(architecture.name, model, label),
+        **general_metadata(architecture.name, label),
+        **model_card_metadata(card_of(checkpoint.source), checkpoint.config, model, tensors),
         **sampling_metadata(read_generation(checkpoint.source)),
         **model_metadata(architecture, config, _next_tokens(architecture, files)),
         **tokenizer,

@@ -6,15 +6,15 @@ from loaders.architectures.gguf_config import left_out
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.layouts.gguf.generation import FILE, generation_file
-from loaders.layouts.gguf.tokenizer import SPECIAL
+from loaders.layouts.gguf.special_tokens import KEYS
 from loaders.layouts.gguf.tokenizer_files import TOKENIZERS, tokenizer_files
 from loaders.storage.json_files import json_bytes
 
 # keys of the tokenizer and of the whole file that are read, or that say nothing of how the model computes
 KNOWN = (
     *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "scores", "token_type", "merges")),
-    *(f"tokenizer.ggml.{key}_token_id" for key in (*SPECIAL, "eot", "eom")),
-    *(f"tokenizer.ggml.add_{key}" for key in ("bos_token", "eos_token", "space_prefix")),
+    *(f"tokenizer.ggml.{key}_token_id" for key in KEYS.values()),
+    *(f"tokenizer.ggml.add_{key}" for key in ("bos_token", "eos_token", "sep_token", "space_prefix")),
     "tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.prefix_token_id", "tokenizer.ggml.suffix_token_id",
     "tokenizer.ggml.middle_token_id",
 )  # fmt: skip

@@ -48,12 +48,11 @@ NEEDED = (
 )  # fmt: skip
 
 
-def general_metadata(architecture: str, model: str, label: str) -> dict[str, MetadataValue]:
-    """Return general.*: what the file is, and how its tensors are stored."""
+def general_metadata(architecture: str, label: str) -> dict[str, MetadataValue]:
+    """Return what the file is, and how its tensors are stored; `model_card` has what is known of the model."""
     return {
         "general.architecture": text(architecture),
         "general.type": text("model"),
-        "general.name": text(model),
         **quantization_metadata(label),
     }
 

@@ -17,15 +17,14 @@ from typing import Any
 from loaders.errors import BadSpec
 from loaders.layouts.gguf import sentencepiece_model
 from loaders.layouts.gguf.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from loaders.layouts.gguf.traits import Traits, looks_special
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
 SPACE = "▁"  # U+2581, which stands for a space in tokens
 ABSENT_SCORE, ADDED_SCORE = -10000.0, -1000.0  # what the converter gives to absent and to added tokens
+NUL_AS = "🐉"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Added tokens that the converter takes as control tokens whatever their files say (does_token_look_special).
-ALSO_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -46,43 +45,52 @@ class Vocabulary:
         if 0 <= number < len(self.tokens):
             self.tokens[number], self.scores[number], self.types[number] = text, score, kind
 
-    def add(self, number: int, text: str, is_special: bool) -> None:
-        """Set a token that was added to the model's own."""
-        if is_special or text in ALSO_SPECIAL or LOOKS_SPECIAL.fullmatch(text):
+    def add(self, number: int, text: str, is_special: bool, *, as_told: bool = False) -> None:
+        """Set a token that was added to the model's own. `as_told`: whether it is special, its looks do not matter."""
+        if is_special or (not as_told and looks_special(text)):
             self.put(number, text, ADDED_SCORE, CONTROL)
+        elif as_told:
+            self.put(number, text, ADDED_SCORE, USER_DEFINED)
         else:
             self.put(number, text.replace(SPACE, " "), ADDED_SCORE, USER_DEFINED)
 
 
-def from_model(files: PinnedFiles, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> Vocabulary:
-    """Make the vocabulary from tokenizer.model, and from the tokens that other files add.
+def from_model(
+    files: PinnedFiles, name: str, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], traits: Traits, rows: int
+) -> Vocabulary:
+    """Make the vocabulary from the file `name`, a tokenizer.model, and from the tokens that other files add.
 
     Raises:
         BadCheckpoint: tokenizer.model is damaged.
         BadSpec: llama.cpp's "llama" does not compute its kind of model, or it has more tokens than the embedding rows.
     """
-    model = sentencepiece_model.read_model(files, "tokenizer.model")
+    model = sentencepiece_model.read_model(files, name)
     if model.model_type != sentencepiece_model.BPE:
         raise BadSpec(
-            f"tokenizer.model: its model_type is {model.model_type}; llama.cpp cuts text so for BPE (2) only, and would"
+            f"{name}: its model_type is {model.model_type}; llama.cpp cuts text so for BPE (2) only, and would"
             " cut it otherwise here"
         )
     if len(model.pieces) > rows:
-        raise BadSpec(f"tokenizer.model: it has {len(model.pieces)} tokens, but the embedding has {rows} rows")
+        raise BadSpec(f"{name}: it has {len(model.pieces)} tokens, but the embedding has {rows} rows")
     made = Vocabulary.empty(rows)
     for number, piece in enumerate(model.pieces):
         kind = NORMAL if piece.type == USER_DEFINED else piece.type  # the converter does not tell these apart
-        made.put(number, piece.text, piece.score, kind)
+        if traits.unused and piece.text.startswith(traits.unused):
+            kind = UNUSED
+        # llama.cpp takes a token of one zero byte for an empty one, and the converter writes this for it (internlm.py).
+        made.put(number, NUL_AS if piece.text == "\0" else piece.text, piece.score, kind)
     if files.find("added_tokens.json") is not None:
         for text, number in read_json(files, "added_tokens.json").items():
             made.put(int(number), text, ADDED_SCORE, USER_DEFINED)
     known = settings.get("added_tokens_decoder") or {}
     for each in tokenizer.get("added_tokens", ()):  # transformers 5 writes added tokens only here
-        if str(each["id"]) not in known and len(model.pieces) <= each["id"]:
-            made.add(each["id"], each["content"], bool(each.get("special")))
+        if traits.as_told or (str(each["id"]) not in known and len(model.pieces) <= each["id"]):
+            made.add(each["id"], each["content"], bool(each.get("special")), as_told=traits.as_told)
     for number, each in known.items():
-        made.add(int(number), each["content"], bool(each.get("special")))
+        made.add(int(number), each["content"], bool(each.get("special")), as_told=traits.as_told)
     made.adds_prefix = _prefix_setting(settings, model.adds_prefix)
+    if traits.adds_prefix is not None:  # what the converter writes for the type, or the model's own where that is false
+        made.adds_prefix = traits.adds_prefix and model.adds_prefix
     return made
 
 
@@ -155,6 +163,8 @@ def _adds_prefix(tokenizer: Mapping[str, Any]) -> bool:
         elif step.get("type") != "Replace" or step.get("pattern") != {"String": " "} or step.get("content") != SPACE:
             raise BadSpec(f"tokenizer.json: its normalizer {_short(step)} has no counterpart in llama.cpp")
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Split" and step.get("pattern") == {"String": " "}:
+            continue  # The normalizer has replaced all spaces before, as in Gemma 3.
         if step.get("type") != "Metaspace" or step.get("replacement") != SPACE or step.get("split"):
             raise BadSpec(
                 f"tokenizer.json: its pre_tokenizer {_short(step)} is not one that llama.cpp is known to have"

@@ -32,11 +32,17 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """A tokenizer.model. `model_type` is UNIGRAM, BPE, or another; `adds_prefix`: a text gets a space before it."""
+    """A tokenizer.model.
+
+    `model_type` is UNIGRAM, BPE, or another; `adds_prefix`: a text gets a space before it; `removes_spaces`: of several
+    spaces one stays; `charsmap`: what characters become before anything else, as a trie of sentencepiece's own.
+    """
 
     pieces: tuple[Token, ...]
     model_type: int
     adds_prefix: bool
+    removes_spaces: bool = True
+    charsmap: bytes = b""
 
 
 def read_model(files: PinnedFiles, name: str) -> SentencePieceModel:
@@ -52,19 +58,22 @@ def read_model(files: PinnedFiles, name: str) -> SentencePieceModel:
             " tokenizer.json as well"
         )
     try:
-        pieces, model_type, adds_prefix = [], UNIGRAM, True
+        pieces, model_type, normalizer = [], UNIGRAM, b""
         for number, value in _fields(raw):
             if number == 1 and isinstance(value, bytes):
                 pieces.append(_piece(value))
             elif number == 2 and isinstance(value, bytes):  # TrainerSpec
                 model_type = _last_int(value, 3, UNIGRAM)
             elif number == 3 and isinstance(value, bytes):  # NormalizerSpec
-                adds_prefix = bool(_last_int(value, 3, 1))
+                normalizer += value  # a message that comes in parts is all of them
+        adds_prefix, removes_spaces = (bool(_last_int(normalizer, field, 1)) for field in (3, 4))
+        maps = [value for number, value in _fields(normalizer) if number == 2 and isinstance(value, bytes)]
+        charsmap = maps[-1] if maps else b""
     except (ValueError, struct.error) as error:
         raise BadCheckpoint(f"{name}: not a model of SentencePiece, or damaged ({error}); fetch it again") from None
     if not pieces:
         raise BadCheckpoint(f"{name}: it holds no pieces; not a model of SentencePiece? fetch it again")
-    return SentencePieceModel(tuple(pieces), model_type, adds_prefix)
+    return SentencePieceModel(tuple(pieces), model_type, adds_prefix, removes_spaces, charsmap)
 
 
 def _piece(raw: bytes) -> Token:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.errors import BadCheckpoint
+from loaders.layouts.gguf.byte_letters import byte_letters
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
@@ -53,7 +54,7 @@ def _document(found: Mapping[str, Any]) -> dict[str, Any]:
     added = [
         {"id": number, "content": names.get(number, f"<SPECIAL_{number}>"), "special": True} for number in range(first)
     ]
-    letters = _letters()
+    letters = byte_letters()
     ranks = {
         base64.b64decode(each["token_bytes"], validate=True): int(each["rank"])
         for each in found["vocab"]
@@ -71,12 +72,12 @@ def _document(found: Mapping[str, Any]) -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "model": {
             "type": "BPE", "vocab": {text[token]: first + rank for token, rank in ranks.items()},
-            "merges": [[text[left], text[right]] for left, right in _merges(ranks)],
+            "merges": [[text[left], text[right]] for left, right in merges_of(ranks)],
         },
     }  # fmt: skip
 
 
-def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return all ways to make a token of two others, in the order in which they are to be tried."""
     found = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -84,10 +85,3 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
         found += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return found
-
-
-def _letters() -> list[str]:
-    """Return the letter by which a byte-level BPE shows each byte: GPT-2's bytes_to_unicode."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in shown else next(others)) for byte in range(256)]

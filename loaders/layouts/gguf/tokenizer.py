@@ -1,13 +1,10 @@
-"""A tokenizer as llama.cpp's metadata: SentencePiece, or byte-level BPE with the name of its pre-tokenizer.
+"""A tokenizer as llama.cpp's metadata: byte-level BPE, SentencePiece, and the vocabularies of encoders.
 
-llama.cpp has every pre-tokenizer built in and knows it by a name, tokenizer.ggml.pre; with a wrong name it silently
-splits text wrongly. Here the name is found by the regular expression that tokenizer.json holds, and a tokenizer whose
-expression is unknown is refused. Keys and token types are those of gguf-py (gguf/constants.py, gguf/vocab.py).
+Keys and token types are those of gguf-py (gguf/constants.py, gguf/vocab.py), values those of llama.cpp's converter.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -15,37 +12,25 @@ from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.layouts.gguf import tekken
+from loaders.layouts.gguf import tekken, tiktoken, vocabularies
 from loaders.layouts.gguf.added_tokens import added_elsewhere
 from loaders.layouts.gguf.chat_templates import template_metadata, templates_of
 from loaders.layouts.gguf.generation import end_metadata, end_tokens, left_out, read_generation
-from loaders.layouts.gguf.sentencepiece import Vocabulary, from_json, from_model, is_sentencepiece
+from loaders.layouts.gguf.pre_tokenizers import ADDS_BOS, pre_name
+from loaders.layouts.gguf.sentencepiece import SPACE, Vocabulary, from_json, from_model, is_sentencepiece
+from loaders.layouts.gguf.special_tokens import content_of, read_special, special_ids, special_metadata
+from loaders.layouts.gguf.traits import Traits, looks_special, traits_of
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf-py's TokenType
-MODEL = "tokenizer.model"
-LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>")
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# the regular expression that splits text into words -> llama.cpp's name (src/llama-vocab.cpp)
-PRE_BY_REGEX = {
-    rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",
-    rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}": "qwen2",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
-}
-GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes of transformers that add nothing by themselves
+MODELS = ("tokenizer.model", "tokenizer.model.v3")  # SentencePiece's; the second is Mamba-Codestral's name of it
+UNIGRAM_MODELS = {"xlm-roberta": vocabularies.XLM_ROBERTA_FILE, "t5": vocabularies.T5_FILE}
 # CodeLlama's tokens for filling in the middle, which llama.cpp's converter recognizes by the size of the vocabulary
 CODE_LLAMA_ROWS = 32016
 CODE_LLAMA_IDS = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
-# llama.cpp's name of a special token (misspelled there) -> transformers'
-SPECIAL = {
-    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token",
-    "seperator": "sep_token", "mask": "mask_token",
-}  # fmt: skip
+MODEL_KEY, PRE_KEY = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+UNKNOWN_BY_DEFAULT = 0  # the token that llama.cpp takes for unknown where a SentencePiece vocabulary says nothing
 
 
 def tokenizer_metadata(
@@ -57,35 +42,78 @@ def tokenizer_metadata(
         BadSpec: there is no tokenizer, or one that llama.cpp has no counterpart for.
         BadCheckpoint: its files are damaged.
     """
-    has_model, has_json = (files.find(name) is not None for name in (MODEL, "tokenizer.json"))
-    is_tekken = not has_json and files.find(tekken.FILE) is not None
-    if not has_json and not has_model and not is_tekken:
-        raise BadSpec(
-            f"{setting('layout')}: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it"
-        )
     try:
         tokenizer, settings = (
             read_json(files, name) if files.find(name) is not None else {}
             for name in ("tokenizer.json", "tokenizer_config.json")
         )
-        if is_tekken:
-            tokenizer, settings = tekken.read_tekken(files), {**tekken.SETTINGS, **settings}
-        # Mistral's own file has all of its tokens.
-        whole = tokenizer if is_tekken or not tokenizer else _completed(files, tokenizer, settings, rows)
         templates, generation = templates_of(files, settings), read_generation(files)
-        # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
-        if not tokenizer or is_sentencepiece(tokenizer):
-            made = from_model(files, tokenizer, settings, rows) if has_model else from_json(whole, settings, rows)
-            found = _sentencepiece_metadata(made, tokenizer, settings, config)
-        else:
-            found = _metadata(whole, settings, config, rows)
+        found = _vocabulary(files, tokenizer, settings, config, rows)
         ends = end_tokens(generation, config)
         found |= end_metadata(found, ends)
         notes = [*left_out(generation, ends, found), *_left_out(tokenizer, settings, templates)]
         return found | template_metadata(templates), notes
     # What reading JSON of another shape than tokenizers writes raises.
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise BadCheckpoint(f"tokenizer.json: not as tokenizers writes it ({type(error).__name__}: {error})") from None
+
+
+def _vocabulary(
+    files: PinnedFiles, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any], rows: int
+) -> dict[str, MetadataValue]:
+    """Return the keys of the vocabulary and of its special tokens, by the kind that the files have."""
+    traits = traits_of(config)
+    model = next((name for name in MODELS if files.find(name) is not None), None)
+    unigram = UNIGRAM_MODELS.get(str(config.get("model_type")))
+    if unigram is not None and files.find(unigram) is not None:
+        found = vocabularies.unigram_of_model(files, unigram, rows)
+        return _with_special(found, tokenizer, settings, config, traits)
+    if not tokenizer:
+        return _without_json(files, model, settings, config, traits, rows)
+    whole = _completed(files, tokenizer, settings, rows)
+    if traits.kind == "gemma4":
+        found = vocabularies.gemma4_metadata(whole, settings, _merges(whole), rows)
+        return _with_special(found, whole, settings, config, traits) | {"tokenizer.ggml.add_bos_token": boolean(True)}
+    # Llama 3 has a tokenizer.model that is not SentencePiece's, so tokenizer.json decides what the tokenizer is.
+    if is_sentencepiece(tokenizer):
+        if model is not None:
+            made = from_model(files, model, tokenizer, settings, traits, rows)
+        else:
+            made = from_json(whole, settings, rows)
+            made.adds_prefix = made.adds_prefix if traits.adds_prefix_of_json is None else traits.adds_prefix_of_json
+        return _sentencepiece(made, whole, settings, config, traits)
+    kind = (tokenizer.get("model") or {}).get("type")
+    if kind == "Unigram":
+        found, _ = vocabularies.unigram_of_json(whole, settings, rows)
+        return _with_special(found, whole, settings, config, traits)
+    if kind == "WordPiece":
+        tokens, types = _tokens(whole, rows)
+        found = vocabularies.wordpiece_metadata(whole, settings, tokens, types)
+        return _with_special(found, whole, settings, config, traits, tokens=tokens)
+    return _byte_level(whole, settings, config, traits, rows)
+
+
+def _without_json(
+    files: PinnedFiles,
+    model: str | None,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    traits: Traits,
+    rows: int,
+) -> dict[str, MetadataValue]:
+    """Return the keys from a file of another library than tokenizers. `model` is SentencePiece's, if there is one."""
+    own = tiktoken.find(files)
+    if files.find(tekken.FILE) is not None:
+        scores = {"tokenizer.ggml.scores": float32s((0.0,) * rows)}  # which the converter writes here, and only here
+        return _byte_level(tekken.read_tekken(files), {**tekken.SETTINGS, **settings}, config, traits, rows) | scores
+    if own is not None:
+        document, settings = tiktoken.read_tiktoken(files, own, settings)
+        return _byte_level(document, settings, config, traits, rows, pre=own.pre)
+    if model is None:
+        raise BadSpec(
+            f"{setting('layout')}: gguf needs the tokenizer, and {files.address} has no tokenizer.json; fetch it"
+        )
+    return _sentencepiece(from_model(files, model, {}, settings, traits, rows), {}, settings, config, traits)
 
 
 def _completed(
@@ -96,13 +124,14 @@ def _completed(
     return {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or ()), *more]} if more else tokenizer
 
 
-def _sentencepiece_metadata(
+def _sentencepiece(
     made: Vocabulary,
     tokenizer: Mapping[str, Any],
     settings: Mapping[str, Any],
     config: Mapping[str, Any],
+    traits: Traits,
 ) -> dict[str, MetadataValue]:
-    """Return the keys of a SentencePiece vocabulary, with special tokens from transformers' files."""
+    """Return the keys of a SentencePiece BPE."""
     found = {
         "tokenizer.ggml.model": text("llama"),
         "tokenizer.ggml.pre": text("default"),
@@ -112,125 +141,105 @@ def _sentencepiece_metadata(
     }
     if isinstance(made.adds_prefix, bool):
         found["tokenizer.ggml.add_space_prefix"] = boolean(made.adds_prefix)
-    rows, vocabulary = len(made.tokens), {token: number for number, token in enumerate(made.tokens)}
-    ids = {name: _special_id(settings.get(key), config.get(f"{key}_id"), vocabulary) for name, key in SPECIAL.items()}
-    if rows == CODE_LLAMA_ROWS:
-        ids |= CODE_LLAMA_IDS
-    found |= {
-        f"tokenizer.ggml.{name}_token_id": uint32(number)
-        for name, number in ids.items()
-        if number is not None and number < rows
-    }
-    for name in ("bos", "eos"):
-        says = f"add_{name}_token" in settings or tokenizer.get("post_processor") is not None
-        # Where no file says it, LlamaTokenizer does what is llama.cpp's default: it adds bos, and no eos.
-        if says or str(settings.get("tokenizer_class", "Llama")).startswith(GENERIC):
-            adds = _adds(name, tokenizer, settings, made.tokens, ids[name])
-            found[f"tokenizer.ggml.add_{name}_token"] = boolean(adds)
-    return found
+    return _with_special(found, tokenizer, settings, config, traits)
 
 
-def _metadata(
+def _byte_level(
     tokenizer: Mapping[str, Any],
     settings: Mapping[str, Any],
     config: Mapping[str, Any],
+    traits: Traits,
     rows: int,
+    *,
+    pre: str | None = None,
 ) -> dict[str, MetadataValue]:
-    """Return the keys of a byte-level BPE."""
-    pre = pre_name(tokenizer)
-    vocabulary = dict(tokenizer["model"]["vocab"])
-    added = {each["content"]: each for each in tokenizer.get("added_tokens", ())}
-    vocabulary |= {content: each["id"] for content, each in added.items()}
-    by_id = {number: token for token, number in vocabulary.items()}
-    if not all(type(number) is int and 0 <= number < rows for number in by_id):
-        raise BadSpec(f"tokenizer.json: its tokens go to {max(by_id)}, but the embedding has {rows} rows")
-    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
-    types = [_type(by_id.get(number), added) for number in range(rows)]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
-    broken = [merge for merge in merges if merge.count(" ") != 1]
-    if broken:
-        raise BadSpec(f"tokenizer.json: GGUF cannot hold the merge {broken[0]!r}, whose parts have spaces")
+    """Return the keys of a byte-level BPE. `pre` is llama.cpp's name of its way of cutting text, if it is known."""
+    pre = pre_name(tokenizer, settings) if pre is None else pre
+    tokens, types = _tokens(tokenizer, rows)
     found = {
         "tokenizer.ggml.model": text("gpt2"),
         "tokenizer.ggml.pre": text(pre),
         "tokenizer.ggml.tokens": texts(tokens),
         "tokenizer.ggml.token_type": int32s(types),
-        "tokenizer.ggml.merges": texts(merges),
+        "tokenizer.ggml.merges": texts(_merges(tokenizer)),
     }
-    ids = {name: _special_id(settings.get(key), config.get(f"{key}_id"), vocabulary) for name, key in SPECIAL.items()}
-    found |= {f"tokenizer.ggml.{name}_token_id": uint32(number) for name, number in ids.items() if number is not None}
-    for name in ("bos", "eos"):
-        found[f"tokenizer.ggml.add_{name}_token"] = boolean(_adds(name, tokenizer, settings, tokens, ids[name]))
+    if traits.tells_prefix and isinstance(settings.get("add_prefix_space"), bool):
+        found["tokenizer.ggml.add_space_prefix"] = boolean(settings["add_prefix_space"])
+    return _with_special(found, tokenizer, settings, config, traits)
+
+
+def _tokens(tokenizer: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Return the texts and types of the tokens by id.
+
+    Raises:
+        BadSpec: a token has no row in the embedding.
+    """
+    vocabulary = dict(tokenizer["model"]["vocab"])
+    added = {each["content"]: each for each in tokenizer.get("added_tokens") or ()}
+    vocabulary |= {content: each["id"] for content, each in added.items()}
+    by_id = {number: token for token, number in vocabulary.items()}
+    if not all(type(number) is int and 0 <= number < rows for number in by_id):
+        raise BadSpec(f"tokenizer.json: its tokens go to {max(by_id)}, but the embedding has {rows} rows")
+    tokens, types = [f"[PAD{number}]" for number in range(rows)], [UNUSED] * rows
+    for number, token in by_id.items():
+        if token not in added:
+            tokens[number], types[number] = token, NORMAL
+        elif added[token].get("special") or looks_special(token):
+            tokens[number], types[number] = token, CONTROL
+        else:
+            tokens[number], types[number] = token.replace(SPACE, " "), USER_DEFINED
+    return tokens, types
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Return the merges, a text each.
+
+    Raises:
+        BadSpec: a part of one has a space.
+    """
+    found = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    broken = [merge for merge in found if merge.count(" ") != 1]
+    if broken:
+        raise BadSpec(f"tokenizer.json: GGUF cannot hold the merge {broken[0]!r}, whose parts have spaces")
     return found
 
 
-def _type(token: str | None, added: Mapping[str, Any]) -> int:
-    """Return a token's type; None is a row of the embedding without a token."""
-    if token is None:
-        return UNUSED
-    if token not in added:
-        return NORMAL
-    return CONTROL if added[token].get("special") or LOOKS_SPECIAL.fullmatch(token) else USER_DEFINED
+def _with_special(
+    found: dict[str, MetadataValue],
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    traits: Traits,
+    *,
+    tokens: list[str] | None = None,
+) -> dict[str, MetadataValue]:
+    """Return the keys of a vocabulary with those of its special tokens.
 
-
-def pre_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for the way in which this tokenizer splits text into words.
-
-    Raises:
-        BadSpec: it has none that is known here, or the tokenizer is not a byte-level BPE.
+    `tokens` are the tokens' texts where the keys have others.
     """
-    model = tokenizer.get("model") or {}
-    kind = model.get("type", "none") if isinstance(model, Mapping) else "none"
-    if kind != "BPE":
-        raise BadSpec(f"tokenizer.json: its model is {kind}; for gguf, BPE is converted: byte-level or SentencePiece's")
-    normalizer = tokenizer.get("normalizer")
-    if normalizer is not None and normalizer.get("type") != "NFC":
-        raise BadSpec(f"tokenizer.json: its normalizer {_short(normalizer)} has no counterpart in llama.cpp")
-    steps = tokenizer.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", ()) if steps.get("type") == "Sequence" else (steps,)
-    *before, last = steps or ({},)
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        raise BadSpec(f"tokenizer.json: its pre_tokenizer {_short(last)} is not one that llama.cpp is known to have")
-    if not before and last.get("use_regex", True):
-        return "gpt-2"
-    if len(before) == 1 and before[0].get("type") == "Split" and not last.get("use_regex", True):
-        pattern = before[0].get("pattern") or {}
-        name = PRE_BY_REGEX.get(pattern.get("Regex", ""))
-        if name is not None and before[0].get("behavior") == "Isolated" and not before[0].get("invert"):
-            return name
-    if [step.get("type") for step in before] == ["Digits"] and before[0].get("individual_digits"):
-        return "smollm"
-    raise BadSpec(f"tokenizer.json: it cuts words by {_short(before)}, which is no way that llama.cpp is known to have")
-
-
-def _short(part: object) -> str:
-    return json.dumps(part, ensure_ascii=False)[:200]
-
-
-def _special_id(name: Any, number: Any, vocabulary: Mapping[str, int]) -> int | None:
-    """Return the id of a special token by its name in tokenizer_config.json, or else by its number in config.json.
-
-    config.json may have a list of numbers, of which the first counts.
-    """
-    name = name.get("content") if isinstance(name, Mapping) else name
-    if isinstance(name, str) and name in vocabulary:
-        return vocabulary[name]
-    number = number[0] if isinstance(number, list) and number else number
-    return number if type(number) is int and number >= 0 else None
-
-
-def _adds(
-    name: str, tokenizer: Mapping[str, Any], settings: Mapping[str, Any], tokens: list[str], number: int | None
-) -> bool:
-    """Whether encoding puts the token before (bos) or after (eos) a text."""
-    if isinstance(settings.get(f"add_{name}_token"), bool):
-        return bool(settings[f"add_{name}_token"])
-    processor = tokenizer.get("post_processor") or {}
-    for step in processor.get("processors", (processor,)):
-        if step.get("type") == "TemplateProcessing" and step.get("single") and number is not None:
-            part = step["single"][0 if name == "bos" else -1]
-            return bool(part.get("SpecialToken", {}).get("id") == tokens[number])
-    return False
+    kind, pre = (str(found[key].value) if key in found else "" for key in (MODEL_KEY, PRE_KEY))
+    texts_by_id = found["tokenizer.ggml.tokens"].value if tokens is None else tokens
+    vocabulary, rows = {token: number for number, token in enumerate(texts_by_id)}, len(texts_by_id)
+    special = read_special(tokenizer, settings)
+    ids = special_ids(special, config, vocabulary, rows)
+    if kind == "llama" and not tokenizer and ids.get("unknown") == UNKNOWN_BY_DEFAULT:
+        del ids["unknown"]
+    if kind == "llama" and rows == CODE_LLAMA_ROWS:
+        ids |= CODE_LLAMA_IDS
+    if traits.end_of_chat in vocabulary:
+        ids["eos"] = vocabulary[traits.end_of_chat]
+    if traits.end_of_document and type(config.get("eod_token_id")) is int and 0 <= config["eod_token_id"] < rows:
+        ids["eos"] = config["eod_token_id"]
+    ids = {key: vocabulary[token] for key, token in traits.tokens.items() if token in vocabulary} | ids
+    ids |= {key: number for key, number in traits.ids.items() if number < rows}
+    if rows == traits.no_bos_with:
+        special.adds["bos"] = False
+    bos_by_default = kind == "llama" or (kind == "gpt2" and pre in ADDS_BOS)
+    found |= special_metadata(ids, special, tokenizer, settings, bos_by_default=bos_by_default)
+    if traits.counts_token_types:
+        count = config.get("type_vocab_size", 1)
+        found["tokenizer.ggml.token_type_count"] = uint32(count if type(count) is int and count >= 0 else 1)
+    return found
 
 
 def _left_out(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], templates: Mapping[str, str]) -> Iterator[str]:
@@ -245,12 +254,7 @@ def _left_out(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], templat
         if names:
             yield f"{len(names)} added tokens {what} ({flag}), {names[0]!r} first"
     if settings.get("cls_token") not in (None, settings.get("bos_token")):
-        yield f"cls_token {_content(settings['cls_token'])!r}"
+        yield f"cls_token {content_of(settings['cls_token'])!r}"
     renamed = [name for name in templates if re.search("[^A-Za-z0-9_]", name)]
     if renamed:
         yield f"names of chat templates: {', '.join(renamed)} get _ for what is no letter or digit"
-
-
-def _content(token: Any) -> Any:
-    """Return the text of a token, which may be given with its flags."""
-    return token.get("content") if isinstance(token, Mapping) else token

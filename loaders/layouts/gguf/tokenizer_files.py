@@ -15,17 +15,25 @@ from typing import Any
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.layouts.gguf.chat_templates import template_setting
+from loaders.layouts.gguf.pre_tokenizers import IGNORES_MERGES, form_named, pre_tokenizers
 from loaders.layouts.gguf.sentencepiece import SPACE
-from loaders.layouts.gguf.tokenizer import CONTROL, NORMAL, PRE_BY_REGEX, SPECIAL, UNUSED, USER_DEFINED
+from loaders.layouts.gguf.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from loaders.layouts.gguf.special_tokens import KEYS, ROLES
 
-UNKNOWN = 2  # gguf-py's TokenType
-PRE_NAMES = {name: regex for regex, name in PRE_BY_REGEX.items()}
 # other names under which llama.cpp splits text in the same way (src/llama-vocab.cpp)
-SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-# pre-tokenizers with which a whole word that is a token is taken as it is (ibid.)
-IGNORES_MERGES = ("llama-bpe", "tekken")
+SAME = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "lfm2", "jina-v5-nano", "smaug-bpe",
+                     "chatglm-bpe", "glm5"), "llama-bpe"),
+    **dict.fromkeys(("kormo", "f2llmv2", "megrez", "hunyuan", "stablelm2", "solar-open", "grok-2", "bailingmoe",
+                     "bailingmoe2", "llada-moe"), "qwen2"),
+    **dict.fromkeys(("kanana2", "talkie", "minimax-m2"), "gpt-4o"),
+    **dict.fromkeys(("joyai-llm", "hy_v4"), "deepseek-v3"),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), "smollm"),
+    **dict.fromkeys(("phi-2", "gigachat", "a.x-4.0", "mellum", "modern-bert", "mpt", "olmo", "jais", "trillion",
+                     "granite-docling", "exaone4", "roberta-bpe"), "gpt-2"),
+}  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-NORMALIZED = ("qwen2",)  # Qwen's own tokenizers compose characters (NFC) first
+NORMALIZED = ("qwen2", "qwen35")  # Qwen's own tokenizers compose characters (NFC) first
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -34,7 +42,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         return {}
     metadata = gguf.plain(gguf.read_metadata(checkpoint.source, checkpoint.files[0].name))
     try:
-        tokenizer = _tokenizer(metadata)
+        tokenizer = tokenizer_of(metadata)
         if tokenizer is None:
             return {}
         made = {"tokenizer.json": tokenizer, "tokenizer_config.json": _settings(metadata)}
@@ -45,7 +53,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         return {}
 
 
-def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+def tokenizer_of(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the document of tokenizer.json, or None for a vocabulary of another kind."""
     kind, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
     tokens = metadata.get("tokenizer.ggml.tokens") or ()
@@ -56,7 +64,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         if each != UNUSED or token != f"[PAD{number}]"
     }
     if kind == "gpt2":
-        parts = _byte_level(SAME.get(pre, pre), metadata, vocabulary)
+        parts = _byte_level(pre, metadata, vocabulary)
     elif kind == "llama":
         parts = _sentencepiece(metadata, vocabulary, types)
     else:
@@ -77,19 +85,10 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _byte_level(pre: str, metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, Any] | None:
     """Return the parts of a byte-level BPE, or None for a pre-tokenizer that is unknown here."""
-    steps: list[dict[str, Any]]
-    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": pre not in PRE_NAMES}
-    if pre in PRE_NAMES:
-        steps = [
-            {"type": "Split", "pattern": {"Regex": PRE_NAMES[pre]}, "behavior": "Isolated", "invert": False},
-            last,
-        ]
-    elif pre == "smollm":
-        steps = [{"type": "Digits", "individual_digits": True}, last]
-    elif pre == "gpt-2":
-        steps = [last]
-    else:
+    form = form_named(SAME.get(pre, pre))
+    if form is None or pre == "kimi-k2":  # Kimi's expression is not one of the tokenizers library
         return None
+    steps = pre_tokenizers(form)
     return {
         "normalizer": {"type": "NFC"} if pre in NORMALIZED else None,
         "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
@@ -169,10 +168,10 @@ def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the document of tokenizer_config.json."""
     tokens = metadata["tokenizer.ggml.tokens"]
     found: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    for name, key in SPECIAL.items():
-        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if number is not None:
-            found[key] = tokens[number]
+    for role, key in KEYS.items():
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and role in ROLES:
+            found[f"{role}_token"] = tokens[number]
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     found |= {} if length is None else {"model_max_length": length}
     template = template_setting(metadata)

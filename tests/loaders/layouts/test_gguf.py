@@ -109,9 +109,9 @@ def test_what_cannot_be_done_is_refused_in_the_plan(name: str, tmp_path: Path, w
 
 
 def test_a_tokenizer_that_cannot_be_told_is_refused(model: Path, tmp_path: Path, weightmill: Any) -> None:
-    (model / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    (model / "tokenizer.json").write_text('{"model": {"type": "WordLevel"}}')
     ran = weightmill("plan", *arguments(model, tmp_path / "out"))
-    assert "its model is Unigram" in ran.err
+    assert "its model is WordLevel" in ran.err
     (model / "tokenizer.json").unlink()
     ran = weightmill("plan", *arguments(model, tmp_path / "out"))
     assert "has no tokenizer.json" in ran.err

@@ -19,7 +19,8 @@ from loaders.layouts.gguf.generation import (
     left_out,
     sampling_metadata,
 )
-from loaders.layouts.gguf.tokenizer import PRE_BY_REGEX, tokenizer_metadata
+from loaders.layouts.gguf.pre_tokenizers import form_named
+from loaders.layouts.gguf.tokenizer import tokenizer_metadata
 from tests.making import make_source
 from tests.reading import files_of
 
@@ -100,7 +101,9 @@ def tekken(**more: Any) -> dict[str, Any]:
     """A tekken.json of two special tokens, the 256 bytes, and "th", "the", "he"."""
     words = [bytes([n]) for n in range(256)] + [b"th", b"the", b"he", b"beyond"]
     vocab = [{"rank": n, "token_bytes": base64.b64encode(word).decode()} for n, word in enumerate(words)]
-    [pattern] = [regex for regex, name in PRE_BY_REGEX.items() if name == "tekken"]
+    form = form_named("tekken")
+    assert form is not None
+    [pattern] = form.steps
     config = {"pattern": pattern, "default_vocab_size": 261, "default_num_special_tokens": 2}
     specials = [{"rank": 1, "token_str": "<s>", "is_control": True}]
     return {"config": config, "vocab": vocab, "special_tokens": specials, **more}
@@ -163,11 +166,12 @@ def test_sampling_goes_both_ways() -> None:
 def test_tokens_that_end_a_text_take_the_places_that_are_free() -> None:
     tokens = gguf.texts(["a", "b", "<|eom_id|>", "c", "d"])
     made = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": gguf.uint32(1)}
-    ends = end_tokens({"eos_token_id": [1, 2, 3]}, {"eos_token_id": 4})
-    assert ends == [1, 2, 3, 4]
+    assert end_tokens({}, {"eos_token_id": 4}) == [4]
+    ends = end_tokens({"eos_token_id": [1, 2, 3, 0]}, {"eos_token_id": 4})
+    assert ends == [1, 2, 3, 0]
     found = end_metadata(made, ends)
     assert {key.split(".")[2]: value.value for key, value in found.items()} == {"eom_token_id": 2, "eot_token_id": 3}
     assert left_out({"num_beams": 4, "use_cache": True}, ends, made | found) == [
-        "eos_token_id 4: a GGUF holds three (eos, eot, eom)",
+        "eos_token_id 0: a GGUF holds three (eos, eot, eom)",
         "generation_config.json's num_beams=4",
     ]

@@ -7,7 +7,7 @@ import pytest
 
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.tokenizer import pre_name
+from loaders.layouts.gguf.pre_tokenizers import pre_name
 from loaders.specs import RowOrder, TensorSpec
 from loaders.tensors.views import ReorderedView
 from tests.encoding import MemoryView
@@ -35,7 +35,7 @@ def tokenizer(regex: str | None, **model: object) -> dict[str, object]:
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": regex is None}
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     steps = last if regex is None else {"type": "Sequence", "pretokenizers": [split, last]}
-    return {"model": {"type": "BPE", **model}, "normalizer": None, "pre_tokenizer": steps}
+    return {"model": {"type": "BPE", "vocab": {}, **model}, "normalizer": None, "pre_tokenizer": steps}
 
 
 def test_the_way_words_are_cut_has_a_name() -> None:
