@@ -17,6 +17,7 @@ class Form:
     """A row: `name` is searched in a tensor's published name.
 
     view, values: the words for what is done; empty for nothing.
+    times: keys of config.json whose numbers the values are multiplied by, in this order; KEY.2 is the third of a list.
     to: the names of the pieces in the published style, expanded with the groups of `name`; the tensor's own if empty.
     """
 
@@ -24,11 +25,15 @@ class Form:
     view: str = ""
     values: str = ""
     to: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
 
 
 def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
     """Return the forms of a table's rows."""
     return tuple(
-        Form(re.compile(row["name"]), row.get("view", ""), row.get("values", ""), tuple(row.get("to", ())))
+        Form(
+            re.compile(row["name"]), row.get("view", ""), row.get("values", ""), tuple(row.get("to", ())),
+            tuple(row.get("times", ())),
+        )
         for row in rows
-    )
+    )  # fmt: skip

@@ -23,6 +23,7 @@ from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 Config = Mapping[str, Any]
+LARGEST = 1e30  # what any factor is below, so that float32 can hold it
 GROUPS = ("n_groups", "mamba_n_groups", "ssm_n_groups")
 
 
@@ -34,12 +35,14 @@ class FormedTensor(LogicalTensor):
     gather: the dimensions over which the window's strides run; their product is that of the shape.
     read_as: the dtype of the elements that are gathered; `dtype` is that of the result.
     values: what is done to the elements: a word of VALUES, or empty.
+    factors: what they are multiplied by, one after the other, each product rounded to float32.
     """
 
     origin: str
     gather: Shape
     read_as: DType
     values: str = ""
+    factors: tuple[float, ...] = ()
 
     @property
     def source_name(self) -> str:
@@ -158,6 +161,29 @@ def by_key_heads(view: np.ndarray, config: Config) -> list[Piece]:
     return pieces
 
 
+def state_parts(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the rows that enter a Mamba 2 into those of gates, inputs, B, C and steps."""
+    inner = number(config, "mamba_d_ssm", number(config, "mamba_expand", 2) * number(config, "hidden_size"))
+    state = number(config, "mamba_n_groups", 1) * number(config, "mamba_d_state")
+    pieces, start = [], 0
+    for size in (inner, inner, state, state, view.shape[0] - 2 * (inner + state)):
+        if size < 1:
+            raise BadCheckpoint(f"expected more than {start} rows as config.json says, found {view.shape[0]}")
+        pieces.append(Piece(view[start : start + size]))
+        start += size
+    return pieces
+
+
+def after_padding(view: np.ndarray, config: Config) -> list[Piece]:
+    """Leave out the positions up to that of the padding: RoBERTa counts from the one after it."""
+    if text_config(config, "pad_token_id") is None:
+        return [Piece(view)]
+    first = number(config, "pad_token_id") + 1
+    if first >= view.shape[0]:
+        raise BadCheckpoint(f"expected more than {first} positions, as pad_token_id says, found {view.shape[0]}")
+    return [Piece(view[first:])]
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
     each.__name__: each
     for each in (
@@ -173,6 +199,8 @@ VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
         value_columns,
         keys_and_values,
         by_key_heads,
+        state_parts,
+        after_padding,
     )
 }
 
@@ -243,10 +271,16 @@ class Forms:
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{tensor.name}: {error}") from None
         names = [tensor.name[: match.start()] + match.expand(to) + tensor.name[match.end() :] for to in row.to]
+        factors = tuple(factor for key in row.times if (factor := _factor(self._config, key)) != 1)
+        if row.times and not factors and not row.view and not row.values:
+            yield tensor
+            return
         for piece, name in zip(pieces, names or [tensor.name], strict=True):
-            yield self._formed(tensor, name, piece, row.values)
+            yield self._formed(tensor, name, piece, row.values, factors)
 
-    def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, values: str) -> FormedTensor:
+    def _formed(
+        self, tensor: LogicalTensor, name: str, piece: Piece, values: str, factors: tuple[float, ...]
+    ) -> FormedTensor:
         view = piece.view
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
         stored = DTYPES[piece.dtype] if piece.dtype else tensor.dtype
@@ -264,7 +298,25 @@ class Forms:
             gather=view.shape,
             read_as=before.read_as if before and not piece.dtype else stored,
             values=values or (before.values if before else ""),
+            factors=(*(before.factors if before else ()), *factors),
         )  # fmt: skip
+
+
+def _factor(config: Config, key: str) -> float:
+    """Return a number of config.json, 1 if it says nothing; KEY.2 is the third of a list.
+
+    Raises:
+        BadSpec: it is no finite number.
+    """
+    name, _, index = key.partition(".")
+    found = text_config(config, name)
+    if index and isinstance(found, list) and len(found) > int(index):
+        found = found[int(index)]
+    if found is None:
+        return 1.0
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < LARGEST:
+        raise BadSpec(f"config.json: expected a number as {key}, found {str(found)[:80]}")
+    return float(found)
 
 
 # An array of one byte, of which views are made that are never read: their strides and addresses say which elements they

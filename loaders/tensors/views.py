@@ -173,14 +173,18 @@ class FormedView:
         self.spec = tensor.spec
         self._view = view
         self._change = VALUES[tensor.values] if tensor.values else None
+        self._factors = [np.float32(factor) for factor in tensor.factors]
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
         block = self._view.read(start, stop, slot)
-        if self._change is None:
+        if self._change is None and not self._factors:
             return block
-        return casts.cast(
-            self._change(casts.to_float32(block, self._view.spec.dtype.name)), "F32", self.spec.dtype.name
-        )
+        numbers = casts.to_float32(block, self._view.spec.dtype.name)
+        if self._change is not None:
+            numbers = self._change(numbers)
+        for factor in self._factors:
+            numbers = numbers * factor
+        return casts.cast(numbers, "F32", self.spec.dtype.name)
 
 
 def gathered_spec(tensor: LogicalTensor) -> TensorSpec:

@@ -16,6 +16,7 @@ from loaders.architectures.rope import rope_number, rope_of
 from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, int32s, text, uint32
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.keys_by_layer import MADE_BY_LAYER
+from loaders.layouts.gguf.keys_encoders import MADE_ENCODERS
 from loaders.layouts.gguf.keys_latent import MADE_LATENT
 
 Config = Mapping[str, Any]
@@ -275,4 +276,4 @@ MADE: dict[str, Callable[[Config], Keys]] = {
         whole_rotary, partial_rotary, linear_attention, deepstack, every_second_full, every_sixth_full,
         usual_attention_scale, usual_heads, two_sizes_of_heads, wide_shared_layers, longrope, half_rotary,
     )
-} | MADE_BY_LAYER | MADE_LATENT  # fmt: skip
+} | MADE_BY_LAYER | MADE_LATENT | MADE_ENCODERS  # fmt: skip
