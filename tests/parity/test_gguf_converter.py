@@ -35,7 +35,7 @@ MORE = {
 }
 # Keys whose values are others than the converter's, each with the reason.
 OTHER = {"phimoe.rope.scaling.attn_factor": "config.json says it, and the converter takes what follows from lengths"}
-# Tensors whose bytes are others than the converter's: of thousands of exponentials, some are torch's neighbours of ours.
+# Tensors whose bytes are not the converter's: of thousands of exponentials, some are torch's neighbours of ours.
 OTHER_BYTES = {"jamba": ".ssm_a"}
 KINDS = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe",
