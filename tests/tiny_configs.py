@@ -15,6 +15,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": ROWS,
 }  # fmt: skip
+ENCODER = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}  # which has no such key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,7 +404,12 @@ TINY: dict[str, Tiny] = {
     "starcoder2": Tiny(model_type="starcoder2", config=SIZES),
     "falcon_h1": Tiny(
         model_type="falcon_h1", base="falcon-h1-7b",
-        config=text(**MAMBA, mamba_d_ssm=128, mamba_n_heads=4),
+        config=text(
+            **MAMBA, mamba_d_ssm=128, mamba_n_heads=4, attention_in_multiplier=1.5, attention_out_multiplier=0.9375,
+            key_multiplier=0.7, embedding_multiplier=5.656854249492381, lm_head_multiplier=0.0390625,
+            mlp_multipliers=[0.8838834764831844, 0.58], ssm_in_multiplier=1.25, ssm_out_multiplier=0.3,
+            ssm_multipliers=[0.35, 0.25, 0.17, 0.5, 0.11],
+        ),
     ),
     "jamba": Tiny(
         model_type="jamba", base="jamba-mini", tokenizer="sentencepiece",
@@ -424,7 +430,7 @@ TINY: dict[str, Tiny] = {
         config={
             "text_config": text(
                 num_hidden_layers=4, num_local_experts=4, intermediate_size=64, intermediate_size_mlp=256,
-                interleave_moe_layer_step=2, attention_chunk_size=16,
+                interleave_moe_layer_step=2, use_qk_norm=True,
             ),
             "vision_config": {
                 **VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
@@ -433,19 +439,19 @@ TINY: dict[str, Tiny] = {
     ),
     "bert": Tiny(
         model_type="bert", base="gte-small", tokenizer="wordpiece", pre="jina-v2-en",
-        config={**SIZES, "max_position_embeddings": 64},
+        config={**ENCODER, "max_position_embeddings": 64},
     ),
     "roberta": Tiny(
         model_type="roberta", base="roberta-base", tokenizer="bpe_roberta",
-        config={**SIZES, "architectures": ["RobertaModel"], "max_position_embeddings": 66},
+        config={**ENCODER, "architectures": ["RobertaModel"], "max_position_embeddings": 66},
     ),
     "xlm-roberta": Tiny(
         model_type="xlm-roberta", base="bge-m3", tokenizer="unigram",
-        config={**SIZES, "max_position_embeddings": 66},
+        config={**ENCODER, "max_position_embeddings": 66},
     ),
     "modernbert": Tiny(
         model_type="modernbert", tokenizer="bpe_roberta",
-        config={**SIZES, "num_hidden_layers": 4, "max_position_embeddings": 64, "local_attention": 16},
+        config={**ENCODER, "num_hidden_layers": 4, "max_position_embeddings": 64, "local_attention": 16},
     ),
     "seed_oss": Tiny(model_type="seed_oss", config=text()),
     "internlm2": Tiny(model_type="internlm2", base="internlm2-7b", tokenizer="sentencepiece", config=SIZES),

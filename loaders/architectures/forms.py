@@ -18,6 +18,7 @@ class Form:
 
     view, values: the words for what is done; empty for nothing.
     by: the settings that a word of `values` takes; "key.0" is an entry of a list.
+    times: keys of config.json whose numbers the values are multiplied by, in this order; KEY.2 is the third of a list.
     to: the names of the pieces in the published style, expanded with the groups of `name`; the tensor's own if empty.
     Where a view gives more pieces than there are names, "{}" in these is counted up: an expert's number.
     role: the role of the pieces, where the tensor's own does not tell it.
@@ -29,6 +30,7 @@ class Form:
     to: tuple[str, ...] = ()
     role: str = ""
     by: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
 
 
 def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
@@ -41,6 +43,7 @@ def forms_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
             to=tuple(row.get("to", ())),
             role=row.get("role", ""),
             by=tuple(row.get("by", ())),
+            times=tuple(row.get("times", ())),
         )
         for row in rows
-    )
+    )  # fmt: skip

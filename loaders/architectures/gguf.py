@@ -30,7 +30,7 @@ MODULES = (
 )  # fmt: skip
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # A model saved without its head, as sentence encoders are, has names without `model.`.
-HF_LAYER = re.compile(r"^(?:(?:model|backbone)\.)?layers\.(\d+)\.(.+)\.(weight|bias)$")
+HF_LAYER = re.compile(r"^(?:(?:model|backbone|encoder)\.)?layers?\.(\d+)\.(.+)\.(weight|bias)$")
 # Vectors that the converter calls a bias, and that llama.cpp loads for every architecture that has them in its table.
 NO_BIASES = ("e_score_correction.bias", "expert_bias.bias", "router_bias.bias")
 QUERIES, KEYS = ("self_attn.q_proj", "mixer.q_proj"), ("self_attn.k_proj", "mixer.k_proj")

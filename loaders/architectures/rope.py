@@ -114,8 +114,6 @@ def frequency_factors(rope: Mapping[str, Any], length: int) -> np.ndarray | None
         return None
     factor, low, high = (rope_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original, base = rope_number(rope, "original_max_position_embeddings"), rope_number(rope, "rope_theta", 10000.0)
-    if low == high:
-        raise BadSpec("config.json: the llama3 rope scaling has the same low_freq_factor and high_freq_factor")
     return _llama3(factor, low, high, original, _wavelengths(base, length))
 
 
@@ -125,11 +123,12 @@ def _wavelengths(base: float, length: int) -> np.ndarray:
 
 
 def _llama3(factor: float, low: float, high: float, original: float, wavelengths: np.ndarray) -> np.ndarray:
-    smooth = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
-    # Between the two lengths this is a mean; outside, where it may divide by zero, it is not taken.
-    with np.errstate(divide="ignore"):
+    # Between the two lengths this is a mean; outside, where it may divide by zero, it is not taken. Where they are one,
+    # nothing is between.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        smooth = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
         between = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
-    long = np.where(wavelengths > original / low, np.float32(factor), between)
+    long = np.where((wavelengths > original / low) | (low == high), np.float32(factor), between)
     return np.where(wavelengths < original / high, np.float32(1), long).astype(np.float32)
 
 

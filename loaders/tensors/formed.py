@@ -24,6 +24,7 @@ from loaders.quantization.kernels import casts
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 Config = Mapping[str, Any]
+LARGEST = 1e30  # what any factor is below, so that float32 can hold it
 GROUPS = ("n_groups", "mamba_n_groups", "ssm_n_groups")
 
 
@@ -36,6 +37,7 @@ class FormedTensor(LogicalTensor):
     read_as: the dtype of the elements that are gathered; `dtype` is that of the result.
     values: what is done to the elements: a word of VALUES or FACTORS, or empty.
     factors: for a word of FACTORS: how many rows, and what these are multiplied by, in turn.
+    times: what they are multiplied by then, one after the other, each product rounded to float32.
     """
 
     origin: str
@@ -43,6 +45,7 @@ class FormedTensor(LogicalTensor):
     read_as: DType
     values: str = ""
     factors: tuple[tuple[int, float], ...] = ()
+    times: tuple[float, ...] = ()
 
     @property
     def source_name(self) -> str:
@@ -192,6 +195,29 @@ def grouped_heads(view: np.ndarray, config: Config) -> list[Piece]:
     return [Piece(piece, (count * size, *view.shape[1:])) for piece, count in rows]
 
 
+def state_parts(view: np.ndarray, config: Config) -> list[Piece]:
+    """Cut the rows that enter a Mamba 2 into those of gates, inputs, B, C and steps."""
+    inner = number(config, "mamba_d_ssm", number(config, "mamba_expand", 2) * number(config, "hidden_size"))
+    state = number(config, "mamba_n_groups", 1) * number(config, "mamba_d_state")
+    pieces, start = [], 0
+    for size in (inner, inner, state, state, view.shape[0] - 2 * (inner + state)):
+        if size < 1:
+            raise BadCheckpoint(f"expected more than {start} rows as config.json says, found {view.shape[0]}")
+        pieces.append(Piece(view[start : start + size]))
+        start += size
+    return pieces
+
+
+def after_padding(view: np.ndarray, config: Config) -> list[Piece]:
+    """Leave out the positions up to that of the padding: RoBERTa counts from the one after it."""
+    if text_config(config, "pad_token_id") is None:
+        return [Piece(view)]
+    first = number(config, "pad_token_id") + 1
+    if first >= view.shape[0]:
+        raise BadCheckpoint(f"expected more than {first} positions, as pad_token_id says, found {view.shape[0]}")
+    return [Piece(view[first:])]
+
+
 VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
     each.__name__: each
     for each in (
@@ -212,6 +238,8 @@ VIEWS: dict[str, Callable[[np.ndarray, Config], list[Piece]]] = {
         experts,
         expert_halves,
         grouped_heads,
+        state_parts,
+        after_padding,
     )
 }
 # The words whose views are undone by a word; the others cut what no view of one tensor joins.
@@ -343,15 +371,21 @@ class Forms:
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{tensor.name}: {error}") from None
         names = [tensor.name[: match.start()] + match.expand(to) + tensor.name[match.end() :] for to in row.to]
+        times = tuple(factor for key in row.times if (factor := _factor(self._config, key)) != 1)
+        if row.times and not times and not row.view and not row.values:
+            yield tensor
+            return
         rounds = len(pieces) // max(1, len(names))
         names = [name.replace("{}", str(number)) for number in range(rounds) for name in names]
         for piece, name in zip(pieces, names or [tensor.name], strict=True):
             try:
-                yield self._formed(tensor, name, piece, row)
+                yield self._formed(tensor, name, piece, row, times)
             except BadCheckpoint as error:
                 raise BadCheckpoint(f"{tensor.name}: {error}") from None
 
-    def _formed(self, tensor: LogicalTensor, name: str, piece: Piece, row: Form) -> FormedTensor:
+    def _formed(
+        self, tensor: LogicalTensor, name: str, piece: Piece, row: Form, times: tuple[float, ...]
+    ) -> FormedTensor:
         view, values = piece.view, row.values
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
         stored = DTYPES[piece.dtype] if piece.dtype else tensor.dtype
@@ -376,7 +410,25 @@ class Forms:
             read_as=before.read_as if before and not piece.dtype else stored,
             values=values or (before.values if before else ""),
             factors=factors,
+            times=(*(before.times if before else ()), *times),
         )  # fmt: skip
+
+
+def _factor(config: Config, key: str) -> float:
+    """Return a number of config.json, 1 if it says nothing; KEY.2 is the third of a list.
+
+    Raises:
+        BadSpec: it is no finite number.
+    """
+    name, _, index = key.partition(".")
+    found = text_config(config, name)
+    if index and isinstance(found, list) and len(found) > int(index):
+        found = found[int(index)]
+    if found is None:
+        return 1.0
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < LARGEST:
+        raise BadSpec(f"config.json: expected a number as {key}, found {str(found)[:80]}")
+    return float(found)
 
 
 # An array of one byte, of which views are made that are never read: their strides and addresses say which elements they

@@ -176,14 +176,20 @@ class FormedView:
         rows = np.array([rows for rows, _ in tensor.factors], np.int64)
         self._factors = np.repeat(np.array([factor for _, factor in tensor.factors], np.float32), rows)
         self._divides = tensor.values.startswith("un")
+        self._times = [np.float32(factor) for factor in tensor.times]
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
         block = self._view.read(start, stop, slot)
-        if self._change is None and not self._factors.size:
+        if self._change is None and not self._factors.size and not self._times:
             return block
         numbers = casts.to_float32(block, self._view.spec.dtype.name)
-        made = self._scaled(numbers, start) if self._change is None else self._change(numbers)
-        return casts.cast(made, "F32", self.spec.dtype.name)
+        if self._change is not None:
+            numbers = self._change(numbers)
+        elif self._factors.size:
+            numbers = self._scaled(numbers, start)
+        for factor in self._times:
+            numbers = numbers * factor
+        return casts.cast(numbers, "F32", self.spec.dtype.name)
 
     def _scaled(self, numbers: np.ndarray, start: int) -> np.ndarray:
         columns = max(1, self.spec.numel // self._factors.size)

@@ -17,6 +17,7 @@ from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, i
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.keys_by_layer import MADE_BY_LAYER
 from loaders.layouts.gguf.keys_checked import MADE_CHECKED
+from loaders.layouts.gguf.keys_encoders import MADE_ENCODERS
 from loaders.layouts.gguf.keys_latent import MADE_LATENT
 
 Config = Mapping[str, Any]
@@ -276,4 +277,4 @@ MADE: dict[str, Callable[[Config], Keys]] = {
         whole_rotary, partial_rotary, linear_attention, deepstack, every_second_full, every_sixth_full,
         usual_attention_scale, usual_heads, two_sizes_of_heads, wide_shared_layers, longrope, half_rotary,
     )
-} | MADE_BY_LAYER | MADE_CHECKED | MADE_LATENT  # fmt: skip
+} | MADE_BY_LAYER | MADE_CHECKED | MADE_LATENT | MADE_ENCODERS  # fmt: skip

@@ -32,6 +32,7 @@ from loaders.layouts.gguf.metadata import (
     quantization_metadata,
 )
 from loaders.layouts.gguf.model_card import card_of, model_card_metadata
+from loaders.layouts.gguf.pooling import pooling_metadata
 from loaders.layouts.gguf.tokenizer import tokenizer_metadata
 from loaders.layouts.gguf.wholes import Whole, is_part, wholes
 from loaders.quantization.read_only.ggml import check_readable
@@ -284,12 +285,14 @@ def _metadata(
     config = {**completed(checkpoint.config), "vocab_size": rows}
     tensors = [(slot.name, slot.shape) for file in files for slot in file.slots]
     tokenizer, left_out = tokenizer_metadata(checkpoint.source, checkpoint.config, rows)
+    pooling, modules = pooling_metadata(checkpoint.source, architecture.name)
     made = {
         **general_metadata(architecture.name, label),
         **model_card_metadata(card_of(checkpoint.source), checkpoint.config, model, tensors),
         **sampling_metadata(read_generation(checkpoint.source)),
         **model_metadata(architecture, config, _next_tokens(architecture, files)),
+        **pooling,
         **tokenizer,
     }
-    notes = [f"a GGUF has no place for {each}" for each in left_out]
+    notes = [f"a GGUF has no place for {each}" for each in (*left_out, *modules)]
     return made, (*not_computed(architecture, config), *notes)

@@ -1,0 +1,197 @@
+"""Keys of metadata of encoders, of state spaces alone and of Llama 4, as words of a family's table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loaders.architectures.family import text_config
+from loaders.architectures.gguf import number
+from loaders.architectures.layer_kinds import layer_count
+from loaders.architectures.rope import rope_number, rope_of
+from loaders.containers.gguf import MetadataValue, float32, int32s, text, texts, uint32
+from loaders.errors import BadSpec
+
+Config = Mapping[str, Any]
+Keys = dict[str, MetadataValue | None]
+
+POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}  # gguf-py's PoolingType
+SCALED = 128  # experts of the Llama 4 whose queries and keys have no norms: Maverick
+TURN = 4  # layers of Llama 4, of which the last attends to everything and rotates nothing
+
+
+# --- state spaces
+
+
+def state_heads(config: Config) -> Keys:
+    """The width of Mamba 2's channels and the number of its heads.
+
+    Raises:
+        BadSpec: the width is not the one that the model's expansion makes.
+    """
+    width = number(config, "expand", 2) * number(config, "hidden_size")
+    inner = number(config, "intermediate_size", number(config, "d_inner", width))
+    size = number(config, "head_dim", 64)
+    if inner != width or size < 1 or inner % size:
+        raise BadSpec(f"config.json: expected {width} channels in heads of one size, found {inner} and head_dim {size}")
+    return {"ssm.inner_size": uint32(inner), "ssm.time_step_rank": uint32(inner // size)}
+
+
+def step_rank(config: Config) -> Keys:
+    """The rank of the projection to time steps, a sixteenth of the width if it is auto."""
+    found = text_config(config, "mamba_dt_rank", "auto")
+    rank = -(-number(config, "hidden_size") // 16) if found == "auto" else number(config, "mamba_dt_rank")
+    return {"ssm.time_step_rank": uint32(rank)}
+
+
+def unclamped_steps(config: Config) -> Keys:
+    """No key: llama.cpp keeps time steps within no limits."""
+    found = text_config(config, "time_step_limit")
+    if found is None:
+        return {}
+    # transformers writes infinity as {"__float__": "Infinity"}.
+    limits = [each.get("__float__") if isinstance(each, Mapping) else each for each in found]
+    if len(limits) != 2 or limits[0] != 0 or limits[1] not in (math.inf, "Infinity"):
+        raise BadSpec(f"config.json: llama.cpp keeps time steps within no limits; time_step_limit is {limits} here")
+    return {}
+
+
+def norm_after_gate(config: Config) -> Keys:
+    """No key: llama.cpp norms a state space's output after the gate."""
+    if text_config(config, "mamba_rms_norm", False) and text_config(config, "mamba_norm_before_gate", True):
+        raise BadSpec("config.json: llama.cpp norms after the gate of Mamba 2; mamba_norm_before_gate is true here")
+    return {}
+
+
+def one_embedding(config: Config) -> Keys:
+    """No key: a tied embedding cannot have two multipliers."""
+    inner, outer = (text_config(config, f"{key}_multiplier", 1) for key in ("embedding", "lm_head"))
+    if text_config(config, "tie_word_embeddings", False) and inner != outer:
+        raise BadSpec(
+            "config.json: llama.cpp has multipliers in the weights, and one embedding cannot have two:"
+            f" embedding_multiplier is {inner}, lm_head_multiplier {outer}"
+        )
+    return {}
+
+
+def attention_in_turn(config: Config) -> Keys:
+    """Heads of keys and values for each layer: Jamba has attention in one layer of each turn."""
+    heads = number(config, "num_key_value_heads", number(config, "num_attention_heads"))
+    first, turn = number(config, "attn_layer_offset"), max(1, number(config, "attn_layer_period"))
+    layers = range(layer_count(config) or 0)
+    return {"attention.head_count_kv": int32s([heads if n >= first and (n - first) % turn == 0 else 0 for n in layers])}
+
+
+# --- Llama 4
+
+
+def usual_chunks(config: Config) -> Keys:
+    """No key: llama.cpp knows which layers attend within chunks, which rotate, and which norm queries and keys.
+
+    Raises:
+        BadSpec: the model's are others.
+    """
+    layers = layer_count(config) or 0
+    whole = [layer % TURN == TURN - 1 for layer in range(layers)]
+    step = max(1, number(config, "interleave_moe_layer_step", 1))
+    experts = number(config, "num_local_experts", 16)
+    if experts < 1:
+        raise BadSpec("config.json: llama.cpp loads no Llama 4 without experts; num_local_experts is 0")
+    rows = (
+        ("layer_types", ["full_attention" if each else "chunked_attention" for each in whole], "attends within chunks"),
+        ("no_rope_layers", [int(not each) for each in whole], "rotates queries and keys"),
+        ("moe_layers", list(range(step - 1, layers, step)), "has experts"),
+    )
+    for key, wanted, what in rows:
+        found = text_config(config, key)
+        if found and found != wanted:
+            raise BadSpec(f"config.json: llama.cpp {what} in other layers than {key} says: expected {wanted!s:.120}")
+    if bool(text_config(config, "use_qk_norm", True)) == (experts == SCALED):
+        raise BadSpec(
+            f"config.json: llama.cpp norms queries and keys unless a Llama 4 has {SCALED} experts; use_qk_norm is"
+            f" {text_config(config, 'use_qk_norm', True)} with {experts} here"
+        )
+    if not text_config(config, "attn_temperature_tuning", True):
+        raise BadSpec("config.json: llama.cpp scales attention in long texts; attn_temperature_tuning is off here")
+    return {}
+
+
+# --- encoders
+
+
+def positions_after_padding(config: Config) -> Keys:
+    """The number of positions after that of the padding."""
+    longest = number(config, "max_position_embeddings")
+    if text_config(config, "pad_token_id") is None:
+        return {}
+    return {"context_length": uint32(max(0, longest - number(config, "pad_token_id") - 1))}
+
+
+def _is_classifier(config: Config) -> bool:
+    names = config.get("architectures")
+    return isinstance(names, list) and any("ForSequenceClassification" in str(name) for name in names)
+
+
+def no_classes(config: Config) -> Keys:
+    """No key: llama.cpp computes BERT's classes without the pooler before them."""
+    if _is_classifier(config):
+        raise BadSpec("config.json: llama.cpp computes BERT's classifier without the pooler that is before it")
+    return {}
+
+
+def class_labels(config: Config) -> Keys:
+    """The names of a classifier's classes, unless they are transformers' own two."""
+    found = config.get("id2label")
+    if not isinstance(found, Mapping) or not found:
+        return {}
+    if not all(str(key).isdecimal() and isinstance(label, str) for key, label in found.items()):
+        raise BadSpec(f"config.json: expected names of classes by number as id2label, found {str(found)[:80]}")
+    names = [found[key] for key in sorted(found, key=int)]
+    if len(names) == 2 and names[0] == "LABEL_0" and not _is_classifier(config):
+        return {}
+    return {"classifier.output_labels": texts(names)}
+
+
+def class_pooling(config: Config) -> Keys:
+    """How a classifier makes one vector of a text's."""
+    found = text_config(config, "classifier_pooling")
+    if found is None:
+        return {}
+    if found not in ("cls", "mean"):
+        raise BadSpec(f"config.json: llama.cpp pools for a classifier by cls or mean, not by {found!r}")
+    return {"classifier.pooling_type": uint32(POOLINGS[found])}
+
+
+def every_third_full(config: Config) -> Keys:
+    """ModernBERT's bases of rotary embeddings, and how often a layer has no window: the first, and each of a turn.
+
+    Raises:
+        BadSpec: the layers without a window do not come in turn, or a scaling is said.
+    """
+    layers, turn = layer_count(config) or 0, text_config(config, "global_attn_every_n_layers")
+    kinds = text_config(config, "layer_types")
+    if isinstance(kinds, list):
+        full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        turn = turn or (full[1] if len(full) > 1 else max(1, layers))
+        if full != list(range(0, layers, max(1, turn))):
+            raise BadSpec(
+                f"config.json: llama.cpp takes every {turn}. layer for one without a window, not {full!s:.80}"
+            )
+    found: Keys = {} if turn is None else {"attention.sliding_window_pattern": uint32(turn)}
+    for key, kind, own in (("freq_base", "full", "global"), ("freq_base_swa", "sliding", "local")):
+        rope = rope_of(config, f"{kind}_attention")
+        if rope.get("rope_type", "default") != "default":
+            raise BadSpec(f"config.json: llama.cpp scales no rotary embeddings of ModernBERT; {rope} is said")
+        base = {"rope_theta": text_config(config, f"{own}_rope_theta"), **rope}
+        found[f"rope.{key}"] = float32(rope_number(base, "rope_theta"))
+    return {**found, "rope.scaling.type": text("none")}
+
+
+MADE_ENCODERS: dict[str, Callable[[Config], Keys]] = {
+    each.__name__: each
+    for each in (
+        state_heads, step_rank, unclamped_steps, norm_after_gate, one_embedding, attention_in_turn, usual_chunks,
+        positions_after_padding, no_classes, class_labels, class_pooling, every_third_full,
+    )
+}  # fmt: skip
