@@ -25,7 +25,7 @@ import yaml
 from loaders.architectures.family import text_config
 from loaders.architectures.family_files import section
 from loaders.architectures.layers import layer_of
-from loaders.tensors.formed import VIEWS
+from loaders.tensors.form_views import VIEWS
 from tests import mlx_reference, mlx_trace
 from tests.mlx_trace import Numbered, Trace
 from tests.tiny_configs import TINY

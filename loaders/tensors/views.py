@@ -15,7 +15,8 @@ from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
 from loaders.strategies import Reader
-from loaders.tensors.formed import VALUES, FormedTensor
+from loaders.tensors.form_values import VALUES
+from loaders.tensors.formed import FormedTensor
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.merged import MergedView
 

@@ -10,7 +10,7 @@ import pytest
 from loaders.architectures.gguf import architecture_of, completed
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.metadata import model_metadata
-from loaders.tensors.formed import grouped_heads
+from loaders.tensors.form_views import grouped_heads
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "rms_norm_eps": 1e-6,
