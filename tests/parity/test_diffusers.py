@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,8 @@ from unittest import mock
 import pytest
 
 from loaders.architectures.diffusers import _rows, is_skipped
+from loaders.lint.engines import question_of
+from loaders.lint.engines.__main__ import answer_of
 from tests import passes
 from tests.diffusers_classes import row_of
 
@@ -100,14 +103,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def on_a_cpu() -> Iterator[None]:
     """Let diffusers quantize and load on a CPU, which bitsandbytes can and diffusers does not ask for."""
-    from diffusers.quantizers.bitsandbytes import bnb_quantizer as quantizers
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
-    with (
-        mock.patch.object(quantizers.BnB4BitDiffusersQuantizer, "validate_environment", lambda *_, **__: None),
-        mock.patch.object(quantizers.BnB8BitDiffusersQuantizer, "validate_environment", lambda *_, **__: None),
-        mock.patch.object(quantizers.BnB4BitDiffusersQuantizer, "update_device_map", lambda *_: {"": "cpu"}),
-        mock.patch.object(quantizers.BnB8BitDiffusersQuantizer, "update_device_map", lambda *_: {"": "cpu"}),
-    ):
+    with ExitStack() as patched:
+        for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+            patched.enter_context(mock.patch.object(quantizer, "validate_environment"))
+            patched.enter_context(mock.patch.object(quantizer, "update_device_map", return_value={"": "cpu"}))
         yield
 
 
@@ -198,3 +199,31 @@ def test_other_classes_have_the_bytes_of_diffusers_own(tmp_path: Path, make: Any
 def test_the_table_of_classes_is_diffusers_own(make: Any) -> None:
     model = make()
     assert row_of(type(model), model).items() <= _rows()[type(model).__name__].items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "skip", "said"),
+    [
+        ([], None, []),
+        (['rules=[{name: "proj_out.bias$", action: drop}]'], None, ["transformer: dropped"]),
+        ([], ["x_embedder"], ["transformer: quantized, where the class keeps", "transformer: stored plain"]),
+    ],
+)
+def test_diffusers_own_classes_are_asked(
+    pipeline: Path, settings: list[str], skip: list[str] | None, said: list[str]
+) -> None:
+    made = passes.plan(pipeline, "nf4", settings=settings)
+    target = made.targets["nf4"]
+    configs = {f"{part}/": json.loads(target.made[f"{part}/config.json"]) for part in ("transformer", "text_encoder")}
+    configs["transformer/"]["quantization_config"]["llm_int8_skip_modules"] = skip
+    mine = [d for d in target.decisions if d.tensor.name.startswith(tuple(configs))]
+    answer = answer_of(question_of("diffusers", configs, mine, ()))
+    assert not answer.unanswered
+    assert "FluxTransformer2DModel; transformers" in answer.by
+    assert [finding.what.partition(":")[0] for finding in answer.faults] == ["transformer"] * min(1, len(said))
+    assert all(any(f.what.startswith(each) for each in said) for f in answer.faults)
+
+
+def test_a_class_that_diffusers_does_not_have_is_no_answer(pipeline: Path) -> None:
+    answer = answer_of(question_of("diffusers", {"": {"_class_name": "NextYearsTransformer2DModel"}}, (), ()))
+    assert "has no class 'NextYearsTransformer2DModel' of its own" in answer.unanswered
