@@ -70,7 +70,7 @@ def _unknown_parts(checkpoint: Checkpoint, quantized: Sequence[Decision]) -> lis
             what = model_type_said(part.config) if name is None else f"class {name!r:.80}"
             said.append(
                 f"{where}: {what} is not known: every matrix not named like a table for lookups is taken for a linear"
-                " layer; check the list (tensors=all), and that the engine loads the output"
+                " layer; check the list (tensors=all)"
             )
     return said
 
