@@ -20,6 +20,7 @@ from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.json_files import read_json
 
 MODEL_INDEX = "model_index.json"
+CONTAINERS = ("safetensors", "pytorch")  # what diffusers reads in a component's folder
 # Classes of components that hold no weights, by the words in their names.
 WEIGHTLESS = ("Tokenizer", "Processor", "FeatureExtractor", "Scheduler", "Guider")
 SHOWN = 4  # files that a note names before it counts the rest

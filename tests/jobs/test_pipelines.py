@@ -38,7 +38,12 @@ def test_a_pipeline_is_written_verified_and_linted(pipeline: Path, tmp_path: Pat
     assert set(index["weight_map"].values()) == {p.name for p in (out / "transformer").glob("*.safetensors")}
     assert weightmill("verify", f"output.path={out}").status == 0
     assert weightmill("lint", f"output.path={out}").status == 0
-    assert weightmill("inspect", f"model.path={out}", "format=json").document["quantization"] == "bitsandbytes"
+    shown = weightmill("inspect", f"model.path={out}", "format=json").document
+    assert (shown["class"], shown["quantization"]) == ("FluxPipeline", "bitsandbytes")
+    assert {part: each["class"] for part, each in shown["components"].items()} == {
+        "text_encoder": "llama", "transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL",
+    }  # fmt: skip
+    assert "AutoencoderKL" in weightmill("inspect", f"model.path={out}").out
 
 
 @pytest.mark.parametrize("name", [f"vae/{STEM}.safetensors", "transformer/config.json", "model_index.json"])

@@ -201,6 +201,14 @@ def test_the_table_of_classes_is_diffusers_own(make: Any) -> None:
     assert row_of(type(model), model).items() <= _rows()[type(model).__name__].items()
 
 
+def test_the_table_says_what_classes_keep_in_float32() -> None:
+    """A newer diffusers that keeps others fails here: `python -m tests.diffusers_classes` takes them over."""
+    classes = {name: getattr(diffusers, name, None) for name in _rows()}
+    assert {name: row.get("float32", []) for name, row in _rows().items()} == {
+        name: list(cls._keep_in_fp32_modules or ()) for name, cls in classes.items() if cls is not None
+    }
+
+
 @pytest.mark.parametrize(
     ("settings", "skip", "said"),
     [

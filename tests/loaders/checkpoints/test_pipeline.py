@@ -131,3 +131,12 @@ def test_a_folder_with_no_component_in_its_model_index_is_an_ordinary_one(tmp_pa
     folder = write_component(tmp_path / "a", transformer_tensors(), "FluxTransformer2DModel")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "X", "vae": [None, None]}))
     assert not open_checkpoint(folder).components
+
+
+def test_a_component_in_another_container_is_refused(pipeline: Path) -> None:
+    usual = pipeline / "transformer" / f"{STEM}.safetensors"
+    write_gguf(usual.with_name("flux-Q8_0.gguf"), {"x": Raw("F32", np.zeros((4, 32), np.float32))})
+    assert open_checkpoint(pipeline).components["transformer"].container == "safetensors"
+    usual.unlink()
+    with pytest.raises(BadSpec, match="component transformer of .* is gguf, which is not read in a pipeline"):
+        open_checkpoint(pipeline)
