@@ -129,7 +129,7 @@ def open_checkpoint(
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
-    if (model_index := pipeline.read_model_index(store)) is not None:
+    if (model_index := pipeline.read_model_index(store, everything)) is not None:
         return _open_pipeline(store, everything, container, key, model_index)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
     chosen = choose(source, everything, container, key)
