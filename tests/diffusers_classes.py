@@ -21,7 +21,7 @@ Row = dict[str, list[str]]
 
 
 def row_of(cls: Any, model: Any) -> Row:
-    """Return what the table says of a class, of which `model` is one without weights; None if it cannot be built."""
+    """Return the row of a class. `model` is one without weights, or None if its own defaults cannot build it."""
     import torch
 
     row: Row = {}

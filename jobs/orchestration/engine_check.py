@@ -6,18 +6,23 @@ a job imports no torch; see `loaders.lint.engines`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from jobs.cli.verb import note, show
 from jobs.orchestration.preflight import Planned
 from jobs.report import result
+from loaders.architectures.diffusers import DiffusersClass, class_of
 from loaders.architectures.gguf import architecture_of
 from loaders.errors import BadSpec
+from loaders.layouts.diffusers import is_of_diffusers, parts_of
 from loaders.lint import lint_source
 from loaders.lint.engines import Answer, Asking, Question, engine_of, question_of, share_quantized, unfamiliar
 from loaders.lint.engines.base import FEW
+from loaders.rules.rule import Decision
+from loaders.storage.json_files import json_object
 from loaders.words import counted, model_type_said
 
 SILENT_S = 2.0  # how long a job waits for the answer before it says so
@@ -35,6 +40,8 @@ def engine_to_ask(planned: Planned, *, always: bool = False) -> str | None:
 def why_ask(planned: Planned) -> str | None:
     """Return what no table here knows of a plan's model; None if all of it is known."""
     family, made = planned.plan.checkpoint.family, planned.target
+    if is_of_diffusers(planned.plan.checkpoint):
+        return next((f"{part}: not known here" for part in _parts(planned, is_known=False)), None)
     # A GGUF that stays one has llama.cpp's own names; layers that config.json does not count are no part of the model.
     names = [d.tensor.name for d in made.decisions if d.action != "drop" or d.rule.label]
     return unfamiliar(family, () if made.target.container.name == "gguf" else names)
@@ -43,10 +50,36 @@ def why_ask(planned: Planned) -> str | None:
 def question_about(planned: Planned, engine: str) -> Question:
     """Return the question about a plan."""
     made = planned.target
+    if is_of_diffusers(planned.plan.checkpoint):
+        configs = _parts(planned, is_known=False) or _parts(planned, is_known=True)
+        return question_of(engine, configs, [d for prefix in configs for d in _of_part(made.decisions, prefix)], ())
     config = planned.plan.checkpoint.config if made.config is None else made.config
     slots = [slot for file in made.finals for slot in file.slots]
     architecture = architecture_of(config).name if engine == "ggml" else None
     return question_of(engine, config, made.decisions, slots, architecture)
+
+
+def _parts(planned: Planned, *, is_known: bool) -> dict[str, Mapping[str, Any]]:
+    """Return the planned config.json of each quantized component of diffusers, by its prefix.
+
+    Without `is_known`, only of those that no table here knows.
+    """
+    made, found = planned.target, dict[str, Mapping[str, Any]]()
+    for prefix, part in parts_of(planned.plan.checkpoint).items():
+        mine, name = _of_part(made.decisions, prefix), class_of(part.config)
+        if not part.config or not any(decision.action == "quantize" for decision in mine):
+            continue
+        names = [decision.tensor.name.removeprefix(prefix) for decision in mine]
+        is_listed = unfamiliar(part.family, names) is None if name is None else DiffusersClass(name).is_known
+        if is_known or not is_listed:
+            written = made.made.get(f"{prefix}config.json")
+            config = made.config if written is None else json_object(written, f"{prefix}config.json")
+            found[prefix] = config or part.config
+    return found
+
+
+def _of_part(decisions: Sequence[Decision], prefix: str) -> list[Decision]:
+    return [decision for decision in decisions if decision.tensor.name.startswith(prefix)]
 
 
 @contextmanager
@@ -121,7 +154,7 @@ def _check_source(planned: Planned) -> None:
 
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
     """Ask about a plan if that is wanted; returns the answer, and what a plan notes about it."""
-    engine, about = engine_to_ask(planned), model_type_said(planned.plan.checkpoint.config)
+    engine, about = engine_to_ask(planned), _about(planned.plan.checkpoint.config)
     if engine is None:
         why = f"{about} is known here" if why_ask(planned) is None else "there is none to ask"
         return Answer(), [f"no engine was asked: {why}"] if is_wanted else []
@@ -135,6 +168,10 @@ def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
     if answer.unanswered:
         return answer, [unanswered(planned, answer)]
     return answer, [f"{verdict(planned, answer)}; {share(planned)}"]
+
+
+def _about(config: Mapping[str, Any]) -> str:
+    return class_of(config) or model_type_said(config)
 
 
 def problems(answer: Answer) -> list[str]:
@@ -162,6 +199,9 @@ def unanswered(planned: Planned, answer: Answer) -> str:
 
 def share(planned: Planned) -> str:
     """Say how much of a model is quantized, with a warning if it is little."""
-    found = share_quantized(planned.target.decisions)
+    decisions: Sequence[Decision] = planned.target.decisions
+    if planned.plan.checkpoint.components:  # what is passed through is not to be quantized
+        decisions = [d for prefix in _parts(planned, is_known=True) for d in _of_part(decisions, prefix)]
+    found = share_quantized(decisions)
     said = f"{found:.0%} of the weights in matrices other than embeddings and heads are quantized"
     return said if found >= FEW else f"warning: only {said}: see what is kept, and why"

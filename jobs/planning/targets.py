@@ -172,6 +172,10 @@ def for_source(target: Target, checkpoint: Checkpoint) -> Target:
         return target
     what = "a pipeline of diffusers" if checkpoint.components else "a component of a pipeline of diffusers"
     check_scheme(target.scheme, "quant")
+    if target.mix is not None:
+        raise BadSpec(
+            f"quant: {checkpoint.address} is {what}, for which no mix is chosen; choose nf4, fp4, int8 or none"
+        )
     for rule in target.rules:
         if rule.scheme is not None:
             check_scheme(rule.scheme, rule.label)

@@ -43,7 +43,7 @@ def warnings(
     if scheme.engine == "compressed-tensors":
         said += compressed_tensors.warnings(decisions, checkpoint.family)
     if is_of_diffusers(checkpoint):
-        said += _unknown_parts(checkpoint, quantized)
+        said += _of_parts(checkpoint, quantized)
     elif checkpoint.family.is_generic:
         # Where an engine can be asked, what it said, or that it was not asked, stands beside the plan.
         is_asked = engine_of(layout.name, scheme) is not None
@@ -57,11 +57,12 @@ def warnings(
     return said
 
 
-def _unknown_parts(checkpoint: Checkpoint, quantized: Sequence[Decision]) -> list[str]:
-    """Return a warning about each quantized component of which no table knows the class, or which has no config."""
+def _of_parts(checkpoint: Checkpoint, quantized: Sequence[Decision]) -> list[str]:
+    """Return warnings about each quantized component of diffusers."""
     said = []
     for prefix, part in parts_of(checkpoint).items():
-        if not any(decision.tensor.name.startswith(prefix) for decision in quantized):
+        mine = [decision for decision in quantized if decision.tensor.name.startswith(prefix)]
+        if not mine:
             continue
         name, where = class_of(part.config), prefix.rstrip("/") or "the component"
         if not part.config:
@@ -70,7 +71,13 @@ def _unknown_parts(checkpoint: Checkpoint, quantized: Sequence[Decision]) -> lis
             what = model_type_said(part.config) if name is None else f"class {name!r:.80}"
             said.append(
                 f"{where}: {what} is not known: every matrix not named like a table for lookups is taken for a linear"
-                " layer; check the list (tensors=all), and that the engine loads the output"
+                " layer; check the list (tensors=all)"
+            )
+        # Other models say in config.json in which dtype they are loaded.
+        if name is not None and any(isinstance(d.scheme, Bnb4) and d.tensor.dtype.name == "F32" for d in mine):
+            said.append(
+                f"{where} is stored in float32, in which its 4-bit layers compute unless quant.compute_dtype=bfloat16"
+                " (or float16) says another"
             )
     return said
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from jobs.report.tables import size, table
+from loaders.architectures.diffusers import class_of
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.tensors.quantized_sources.consistency import stale
 from loaders.tensors.sources import Sources
@@ -23,6 +24,8 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
         "container": checkpoint.container,
         "model_type": checkpoint.config.get("model_type"),
         "family": checkpoint.family.name,
+        "class": class_of(checkpoint.config),
+        "components": {part: _component(each) for part, each in checkpoint.components.items()},
         "quantization": checkpoint.quantized_by if contradiction is None else None,
         "parameters": sum(r.spec.numel for r in sources.tensors if r.dtype.is_float),
         "bytes": checkpoint.size,
@@ -48,10 +51,22 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
     }
 
 
+def _component(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe a component of a pipeline: its class, or the type of its model."""
+    named = class_of(checkpoint.config) or checkpoint.config.get("model_type")
+    return {
+        "class": named if isinstance(named, str) else None,
+        "quantization": checkpoint.quantized_by,
+        "tensors": len(checkpoint.weights),
+        "bytes": checkpoint.size,
+    }
+
+
 def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> RenderableType:
     """Render the description of a checkpoint as tables: a summary by role, or every tensor."""
+    named = document["class"] or f"model_type {document['model_type']}"
     head = (
-        f"{document['path']}\n{document['family']} family (model_type {document['model_type']}),"
+        f"{document['path']}\n{document['family']} family ({named}),"
         f" {document['container']}, {counted(len(document['files']), 'file')},"
         f" {counted(len(document['tensors']), 'tensor')},"
         f" {document['parameters']:,} parameters, {size(document['bytes'])}"
@@ -60,7 +75,16 @@ def checkpoint_text(document: Mapping[str, Any], *, all_tensors: bool) -> Render
     ties = [f"{pair['tied']} is tied to {pair['kept']}" for pair in document["tied"]]
     aux = f"other files: {', '.join(document['aux']) or 'none'}"
     shown = _every_tensor(document) if all_tensors else _by_role(document)
-    return Group(head, shown, *ties, aux, *document["notes"])
+    parts = [_by_component(document)] if document["components"] else []
+    return Group(head, *parts, shown, *ties, aux, *document["notes"])
+
+
+def _by_component(document: Mapping[str, Any]) -> RenderableType:
+    shown = table("component", "class", "quantized by", "stored tensors", "bytes", right=("stored tensors", "bytes"))
+    for part, each in document["components"].items():
+        row = (each["class"] or "", each["quantization"] or "", str(each["tensors"]), size(each["bytes"]))
+        shown.add_row(part, *row)
+    return shown
 
 
 def _every_tensor(document: Mapping[str, Any]) -> RenderableType:

@@ -129,7 +129,7 @@ def open_checkpoint(
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
-    if (model_index := pipeline.read_model_index(store)) is not None:
+    if (model_index := pipeline.read_model_index(store, everything)) is not None:
         return _open_pipeline(store, everything, container, key, model_index)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
     chosen = choose(source, everything, container, key)
@@ -167,6 +167,12 @@ def _open_pipeline(
     source = PinnedFiles(store, everything)
     files = [replace(tag, name=f"{part}/{tag.name}") for part, each in parts.items() for tag in each.files]
     containers = {each.container for each in parts.values()}
+    if others := containers - set(pipeline.CONTAINERS):
+        part = next(part for part, each in parts.items() if each.container in others)
+        raise BadSpec(
+            f"{key}: component {part} of {store.address} is {parts[part].container}, which is not read in a pipeline;"
+            f" put the weights there as {' or '.join(pipeline.CONTAINERS)}"
+        )
     return Checkpoint(
         source=source,
         # Where components differ, each was read by its own; the name stands for the pipeline in what is shown.

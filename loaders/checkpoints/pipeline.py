@@ -20,18 +20,25 @@ from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.json_files import read_json
 
 MODEL_INDEX = "model_index.json"
+CONTAINERS = ("safetensors", "pytorch")  # what diffusers reads in a component's folder
 # Classes of components that hold no weights, by the words in their names.
 WEIGHTLESS = ("Tokenizer", "Processor", "FeatureExtractor", "Scheduler", "Guider")
 SHOWN = 4  # files that a note names before it counts the rest
 
 
-def read_model_index(store: Store) -> dict[str, Any] | None:
-    """Return model_index.json of a pipeline; None if the store holds none. Errors as `read_json`."""
+def read_model_index(store: Store, everything: Sequence[Entry]) -> dict[str, Any] | None:
+    """Return model_index.json of a pipeline; None if the store holds none. Errors as `read_json`.
+
+    A folder with weights of its own and none of the components' folders is no pipeline.
+    """
     files = PinnedFiles(store)
     if files.find(MODEL_INDEX) is None:
         return None
     found = read_json(files, MODEL_INDEX)
-    return found if isinstance(found.get("_class_name"), str) and classes_of(found) else None
+    named = classes_of(found) if isinstance(found.get("_class_name"), str) else {}
+    there = {entry.name.partition("/")[0] for entry in everything if "/" in entry.name}
+    has_own = any("/" not in entry.name and entry.name.endswith(WEIGHT_SUFFIXES) for entry in everything)
+    return found if named and (not has_own or not there.isdisjoint(named)) else None
 
 
 def classes_of(model_index: Mapping[str, Any]) -> dict[str, str]:

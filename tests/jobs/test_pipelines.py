@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jobs.execution.unit
+from loaders.storage.address import Address
 from tests.making import snapshot
 from tests.pipelines import STEM, write_pipeline
+from tests.shelf.places import REMOTE, Place, contents, fill
 
 pytestmark = pytest.mark.quick
+
+REPORT = "weightmill.json"
 
 
 @pytest.fixture
@@ -20,7 +25,7 @@ def pipeline(tmp_path: Path) -> Path:
     return write_pipeline(tmp_path / "pipeline")
 
 
-def arguments(source: Path, out: Path) -> list[str]:
+def arguments(source: Address | Path, out: Address | Path) -> list[str]:
     return [f"model.path={source}", f"output.path={out}", "quant=nf4", "quant.double_quant=true", "unit_mb=0.05"]
 
 
@@ -33,7 +38,12 @@ def test_a_pipeline_is_written_verified_and_linted(pipeline: Path, tmp_path: Pat
     assert set(index["weight_map"].values()) == {p.name for p in (out / "transformer").glob("*.safetensors")}
     assert weightmill("verify", f"output.path={out}").status == 0
     assert weightmill("lint", f"output.path={out}").status == 0
-    assert weightmill("inspect", f"model.path={out}", "format=json").document["quantization"] == "bitsandbytes"
+    shown = weightmill("inspect", f"model.path={out}", "format=json").document
+    assert (shown["class"], shown["quantization"]) == ("FluxPipeline", "bitsandbytes")
+    assert {part: each["class"] for part, each in shown["components"].items()} == {
+        "text_encoder": "llama", "transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL",
+    }  # fmt: skip
+    assert "AutoencoderKL" in weightmill("inspect", f"model.path={out}").out
 
 
 @pytest.mark.parametrize("name", [f"vae/{STEM}.safetensors", "transformer/config.json", "model_index.json"])
@@ -45,6 +55,20 @@ def test_a_changed_byte_of_any_component_is_found(pipeline: Path, tmp_path: Path
     ran = weightmill("verify", f"output.path={out}", "format=json")
     assert ran.status == 1
     assert any("vae/" in fault or name in fault for fault in ran.document["faults"])
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+def test_the_output_is_the_same_in_other_stores(
+    pipeline: Path, kind: str, tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
+) -> None:
+    assert weightmill("run", *arguments(pipeline, tmp_path / "here")).status == 0
+    place = place_of(kind)
+    out = place.address / "out"
+    ran = weightmill("run", *arguments(fill(place, pipeline, "pipeline"), out))
+    assert ran.status == 0, ran.err
+    here, there = snapshot(tmp_path / "here"), contents(out)
+    assert {n: d for n, d in there.items() if n != REPORT} == {n: d for n, d in here.items() if n != REPORT}
+    assert weightmill("verify", f"output.path={out}").status == 0
 
 
 def test_an_interrupted_job_goes_on(
@@ -67,8 +91,8 @@ def test_an_interrupted_job_goes_on(
     done = set(ran[:3])
     assert weightmill("run", *arguments(pipeline, out)).status == 0
     assert not done.intersection(ran[4:])
-    whole = snapshot(tmp_path / "whole", ignore=["weightmill.json"])
-    assert snapshot(out, ignore=["weightmill.json"]) == whole
+    whole = snapshot(tmp_path / "whole", ignore=[REPORT])
+    assert snapshot(out, ignore=[REPORT]) == whole
 
 
 def test_lint_finds_a_skip_list_that_does_not_fit(pipeline: Path, tmp_path: Path, weightmill: Any) -> None:

@@ -23,7 +23,8 @@ __all__ = ["Answer", "Asking", "PlannedTensor", "Question", "engine_of", "questi
 
 SECONDS = 300.0  # how long an engine may take to answer
 AT_ONCE = 2  # processes that answer at the same time
-BY_LAYOUT = {"mlx": "mlx", "gguf": "ggml"}
+BY_LAYOUT = {"mlx": "mlx", "gguf": "ggml", "diffusers": "diffusers"}
+BY_FILES = ("mlx", "ggml")  # the engines that go by what lies in the files; the others go by the weights
 HF_ENGINES = ("bitsandbytes", "bitnet", "compressed-tensors")
 NOT_OF_A_SHARE = ("embedding", "head")  # roles that every engine may keep
 
@@ -44,8 +45,7 @@ def question_of(
 ) -> Question:
     """Return the question about a planned output; `stored` are the tensors of its files."""
     tensors = tuple(PlannedTensor(d.tensor.name, d.tensor.shape, d.action) for d in decisions)
-    # transformers goes by the weights, the others by what lies in the files.
-    slots = stored if engine in BY_LAYOUT.values() else ()
+    slots = stored if engine in BY_FILES else ()
     return Question(engine, config, tensors, {s.name: (s.dtype.name, s.shape) for s in slots}, architecture)
 
 

@@ -21,6 +21,7 @@ ASKING = {
     "bitsandbytes": ("transformers", "transformers"),
     "bitnet": ("transformers", "transformers"),
     "compressed-tensors": ("transformers", "transformers"),
+    "diffusers": ("diffusers", "transformers"),  # whose classes text encoders are; diffusers is asked for by itself
     "mlx": ("mlx", "mlx-lm"),
     "ggml": ("gguf", "gguf"),
 }

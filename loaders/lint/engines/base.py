@@ -41,10 +41,11 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A planned output: who will load it, its config.json, its weights.
+    """A planned output: who will load it, its config.json (of diffusers: each component's, by its prefix), its weights.
 
-    `engine` is bitsandbytes, bitnet, compressed-tensors, mlx or ggml. `stored` are the tensors of the output's files,
-    with dtype and shape, where the engine goes by these; `architecture` is llama.cpp's name of the model in a GGUF.
+    `engine` is bitsandbytes, bitnet, compressed-tensors, diffusers, mlx or ggml. `stored` are the tensors of the
+    output's files, with dtype and shape, where the engine goes by these; `architecture` is llama.cpp's name of the
+    model in a GGUF.
     """
 
     engine: str

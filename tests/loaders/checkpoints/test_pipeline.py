@@ -14,7 +14,8 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.strategies import loader
 from loaders.tensors.sources import tensors_of
-from tests.making import write_safetensors
+from tests import passes
+from tests.making import tokenizer, write_checkpoint, write_safetensors
 from tests.pipelines import STEM, transformer_tensors, write_component, write_pipeline
 
 pytestmark = pytest.mark.quick
@@ -127,7 +128,20 @@ def test_of_several_variants_alone_none_is_chosen(pipeline: Path) -> None:
         open_checkpoint(pipeline)
 
 
-def test_a_folder_with_no_component_in_its_model_index_is_an_ordinary_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vae", [[None, None], ["diffusers", "AutoencoderKL"]])
+def test_a_folder_without_components_is_an_ordinary_one(tmp_path: Path, vae: list[Any]) -> None:
     folder = write_component(tmp_path / "a", transformer_tensors(), "FluxTransformer2DModel")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "X", "vae": [None, None]}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "X", "vae": vae}))
     assert not open_checkpoint(folder).components
+
+
+def test_a_component_in_another_container_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    usual = pipeline / "transformer" / f"{STEM}.safetensors"
+    source = write_checkpoint(tmp_path / "llama")
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer(96)))
+    made = passes.run(source, tmp_path / "made", "gguf_q8_0")["gguf_q8_0"].folder
+    shutil.copy(next(made.glob("*.gguf")), usual.with_name("flux-Q8_0.gguf"))
+    assert open_checkpoint(pipeline).components["transformer"].container == "safetensors"
+    usual.unlink()
+    with pytest.raises(BadSpec, match="component transformer of .* is gguf, which is not read in a pipeline"):
+        open_checkpoint(pipeline)

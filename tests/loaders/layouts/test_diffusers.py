@@ -13,7 +13,7 @@ from loaders.architectures.diffusers import DiffusersClass
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from tests import passes
-from tests.making import read_safetensors
+from tests.making import read_safetensors, weights
 from tests.pipelines import STEM, transformer_tensors, vae_tensors, write_component, write_pipeline
 
 pytestmark = pytest.mark.quick
@@ -161,6 +161,14 @@ def test_modules_that_a_class_keeps_in_float32_are_kept(tmp_path: Path) -> None:
     # diffusers finds these modules by itself.
     assert out.config is not None
     assert out.config["quantization_config"]["llm_int8_skip_modules"] is None
+
+
+@pytest.mark.parametrize("preset", ["nf4", "int8"])
+def test_four_bit_layers_that_would_compute_in_float32_are_said(tmp_path: Path, preset: str) -> None:
+    tensors = {"proj_out.weight": weights(np.ones((64, 64), np.float32), "F32")}
+    folder = write_component(tmp_path / "wan", tensors, "WanTransformer3DModel")
+    warnings = passes.plan(folder, preset).targets[preset].warnings
+    assert any("is stored in float32" in each for each in warnings) == (preset == "nf4")
 
 
 def test_an_unknown_class_is_said_and_its_tables_are_skipped(tmp_path: Path) -> None:
