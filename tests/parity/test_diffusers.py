@@ -105,19 +105,10 @@ def on_a_cpu() -> Iterator[None]:
     """Let diffusers quantize and load on a CPU, which bitsandbytes can and diffusers does not ask for."""
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
-<<<<<<< HEAD
-    with (
-        mock.patch.object(quantizers.BnB4BitDiffusersQuantizer, "validate_environment", return_value=None),
-        mock.patch.object(quantizers.BnB8BitDiffusersQuantizer, "validate_environment", return_value=None),
-        mock.patch.object(quantizers.BnB4BitDiffusersQuantizer, "update_device_map", return_value={"": "cpu"}),
-        mock.patch.object(quantizers.BnB8BitDiffusersQuantizer, "update_device_map", return_value={"": "cpu"}),
-    ):
-=======
     with ExitStack() as patched:
         for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
             patched.enter_context(mock.patch.object(quantizer, "validate_environment"))
             patched.enter_context(mock.patch.object(quantizer, "update_device_map", return_value={"": "cpu"}))
->>>>>>> d368044e5d36691f4cc6aff09965d9f2fbc54936
         yield
 
 
