@@ -130,6 +130,7 @@ def size(dtype: str, shape: Sequence[int]) -> int:
 EXPERTS = re.compile(r"(?<=\bexperts\.)\{0-(\d+)\}")
 ROUTER = re.compile(r"(?:^|\.)(?:gate|router)\.|correction_bias$")
 COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_experts_per_tok")
+GROUPS = {"n_group": 2, "topk_group": 4}  # of experts, which are fewer than these: by how much
 
 
 def with_few_experts(entry: Mapping[str, Any], few: int) -> dict[str, Any]:
@@ -137,9 +138,15 @@ def with_few_experts(entry: Mapping[str, Any], few: int) -> dict[str, Any]:
     if not any(EXPERTS.search(pattern) for pattern, _, _ in entry["tensors"]):
         return dict(entry)
 
+    most = dict.fromkeys(COUNTS, few) | {key: max(1, few // part) for key, part in GROUPS.items()}
+
     def lowered(config: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            key: lowered(value) if isinstance(value, dict) else min(value, few) if key in COUNTS else value
+            key: lowered(value)
+            if isinstance(value, dict)
+            else min(value, most[key])
+            if value and key in most
+            else value
             for key, value in config.items()
         }
 

@@ -32,6 +32,9 @@ def types_of(planned: Any, quant: str, folder: Path) -> dict[str, str]:
     return found
 
 
+HELD: list[Any] = []  # llama.cpp keeps the last one and calls it whenever it is used again
+
+
 def types_in(source: Path, file_type: str) -> dict[str, str]:
     """Return the type that llama.cpp gives each tensor of a GGUF; `file_type` is the name of llama.h's constant."""
     import llama_cpp
@@ -42,6 +45,7 @@ def types_in(source: Path, file_type: str) -> dict[str, str]:
     def log(level: int, text: bytes, data: Any) -> None:
         said.append(text.decode(errors="replace"))
 
+    HELD.append(log)
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.dry_run = getattr(llama_cpp, file_type), True

@@ -146,6 +146,8 @@ OPENS_PATHS = {
     "jobs/verification/logits.py": "a text of a person's",
     "jobs/verification/output.py": "numbers of an output that an engine has read from its folder",
     "loaders/architectures/renames.py": "a table of the package's own",
+    "loaders/architectures/gguf_names.py": "a table of the package's own",
+    "loaders/architectures/family_files.py": "the package's own files of families",
     "loaders/backends/machine.py": "/proc and /sys",
     "loaders/backends/memory.py": "/proc",
     "loaders/containers/read_back.py": "parts, which are made here before their destination has them",

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.mixed_precision.candidate_errors import Loss
 from jobs.planning.build import make_plan
-from jobs.planning.engine_rules import engine_rules
+from jobs.planning.engine_rules import engine_rules, formed_sources
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import Target, target_of
 from jobs.spec.job import JobSpec
@@ -50,6 +50,7 @@ class Choices:
     quant: AutoQuant
     checkpoint: Checkpoint
     plan: Plan
+    formed: tuple[LogicalTensor, ...]  # the plan's tensors as the engine holds them
     open: Mapping[str, frozenset[str]]  # by candidate, the tensors that it may take
     kept_bytes: Mapping[str, int]  # by tensor, its stored bytes if it is not quantized
 
@@ -57,7 +58,7 @@ class Choices:
     def tensors(self) -> dict[str, LogicalTensor]:
         """The tensors that some candidate may take, by name."""
         taken = frozenset().union(*self.open.values())
-        return {tensor.name: tensor for tensor in self.plan.sources.tensors if tensor.name in taken}
+        return {tensor.name: tensor for tensor in self.formed if tensor.name in taken}
 
     @property
     def fixed_bytes(self) -> int:
@@ -104,11 +105,14 @@ def choices_of(spec: JobSpec, quant: AutoQuant, checkpoint: Checkpoint) -> Choic
         raise BadSpec("quant.among: the candidates quantize no tensor of this checkpoint that rules leave to them")
     first = next(iter(mixes.values()))
     keeping = ChosenMix(((first, frozenset()),), every)
-    rules = engine_rules(replace(usual, scheme=first.scheme, mix=keeping), plan.checkpoint, plan.sources)
-    decisions = decide(plan.sources.tensors, first.scheme, usual.rules, rules)
+    sources = formed_sources(usual, plan.checkpoint, plan.sources)
+    rules = engine_rules(replace(usual, scheme=first.scheme, mix=keeping), plan.checkpoint, sources)
+    decisions = decide(sources.tensors, first.scheme, usual.rules, rules)
     placed = usual.layout.place(plan.checkpoint, decisions)
     kept = {each.tensor.name: sum(t.spec.size for t in each.stored.values()) for each in placed}
-    return Choices(spec=spec, quant=quant, checkpoint=checkpoint, plan=plan, open=taken, kept_bytes=kept)
+    return Choices(
+        spec=spec, quant=quant, checkpoint=checkpoint, plan=plan, formed=sources.tensors, open=taken, kept_bytes=kept
+    )
 
 
 # --- what a mix is chosen from
@@ -153,7 +157,7 @@ def errors_of(choices: Choices, losses: Mapping[str, Mapping[str, Loss]]) -> dic
     tensors that it does cover.
     """
     tensors = choices.tensors
-    tied = not any(tensor.role == "head" for tensor in choices.plan.sources.tensors)
+    tied = not any(tensor.role == "head" for tensor in choices.formed)
     weights = {name: prior(tensor, is_tied=tied) * tensor.spec.numel for name, tensor in tensors.items()}
     whole = sum(weights.values())
     free = {

@@ -83,7 +83,8 @@ class MeasuringTask:
     @property
     def work_bytes(self) -> int:
         """The source bytes to encode, counted once for each candidate."""
-        sizes = {tensor.name: tensor.spec.num_items * tensor.dtype.item_bytes for tensor in self.unit.tensors}
+        tensors = tensors_in(self.unit)
+        sizes = {name: tensor.spec.num_items * tensor.dtype.item_bytes for name, tensor in tensors.items()}
         return sum(sizes[name] for names in self.wanted.values() for name in names)
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> MeasuringReport:
@@ -91,7 +92,7 @@ class MeasuringTask:
             name: {p.name: p.encoding for p in self.unit.outputs[name].placements if p.name in names}
             for name, names in self.wanted.items()
         }
-        taken = [r for r in self.unit.tensors if any(r.name in found for found in encodings.values())]
+        taken = [r for name, r in tensors_in(self.unit).items() if any(name in found for found in encodings.values())]
         specs = [spec for tensor in taken for _, spec in tensor.stored]
         with (
             self.strategy.open(PinnedFiles(open_store(self.source), self.unit.sources), specs) as reader,
@@ -152,6 +153,11 @@ def reordered(importance: Importance, order: RowOrder | None) -> Importance:
 
 
 # --- what was measured
+
+
+def tensors_in(unit: Unit) -> dict[str, LogicalTensor]:
+    """Return a unit's tensors as the candidates' engine holds them, by name."""
+    return {p.name: p.encoding.tensor for output in unit.outputs.values() for p in output.placements}
 
 
 class Measurements:

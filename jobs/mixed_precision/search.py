@@ -31,7 +31,7 @@ from jobs.mixed_precision.allocation import (
     errors_of,
     rules_of,
 )
-from jobs.mixed_precision.candidate_errors import Loss, Measurements, MeasuringTask, of_all
+from jobs.mixed_precision.candidate_errors import Loss, Measurements, MeasuringTask, of_all, tensors_in
 from jobs.output.destination import check_output
 from jobs.planning.targets import backend_of
 from jobs.report import tables
@@ -133,7 +133,7 @@ def _missing(choices: Choices, measurements: Measurements) -> list[tuple[int, tu
     """Return the units, by index, with the candidates that are not measured yet."""
     found = []
     for index, unit in enumerate(choices.plan.units):
-        names = {tensor.name for tensor in unit.tensors}
+        names = set(tensors_in(unit))
         wanted = {c: frozenset(names & taken) for c, taken in choices.open.items()}
         lacking = tuple(c for c, mine in wanted.items() if mine and measurements.find(unit, c, mine) is None)
         found += [(index, lacking)] if lacking else []
@@ -149,7 +149,7 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
     missing = _missing(choices, measurements)
     for index, lacking in missing:
         unit = choices.plan.units[index]
-        names = {tensor.name for tensor in unit.tensors}
+        names = set(tensors_in(unit))
         wanted = {c: frozenset(names & choices.open[c]) for c in lacking}
         lean = replace(unit, outputs={c: unit.outputs[c] for c in lacking})
         mine = {name: importances[name] for name in names & set(importances)}
@@ -165,7 +165,7 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
             )
         )
     taken = choices.tensors
-    some = sum(any(tensor.name in taken for tensor in unit.tensors) for unit in units.values())
+    some = sum(not taken.keys().isdisjoint(tensors_in(unit)) for unit in units.values())
     if some > len(tasks):
         note(f"{some - len(tasks)} of {some} units were measured before; going on with the rest")
     with closing(run_all(cluster, tasks, "measuring", sum(task.work_bytes for task in tasks))) as reports:
@@ -180,7 +180,7 @@ def _losses(choices: Choices, measurements: Measurements) -> dict[str, dict[str,
     for candidate, taken in choices.open.items():
         of_units = []
         for unit in choices.plan.units:
-            mine = taken & {tensor.name for tensor in unit.tensors}
+            mine = taken & tensors_in(unit).keys()
             losses = measurements.find(unit, candidate, mine) if mine else {}
             assert losses is not None
             of_units.append(losses)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from jobs.planning.cut import bonds_of, cut_units
-from jobs.planning.engine_rules import engine_rules
+from jobs.planning.engine_rules import engine_rules, formed_sources
 from jobs.planning.plan import Placement, Plan, TargetPlan, Unit, UnitOutput
 from jobs.planning.targets import Target, TargetId, adapter_of, is_decoded, is_split, new_blocks_of
 from jobs.planning.warnings import warnings
@@ -16,7 +16,7 @@ from loaders.architectures import mlx, mlx_config
 from loaders.checkpoints.adapter import open_adapter
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.layouts import Assembling, Forming, Layout, Placed
+from loaders.layouts import Assembling, Layout, Placed
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.made_files import made_files
 from loaders.layouts.mlx import MlxLayout
@@ -89,8 +89,7 @@ class Draft:
 
 
 def _draft(checkpoint: Checkpoint, sources: Sources, target: Target) -> Draft:
-    if isinstance(target.layout, Forming):
-        sources = replace(sources, tensors=tuple(target.layout.formed(checkpoint, sources.tensors)))
+    sources = formed_sources(target, checkpoint, sources)
     decisions = decide(sources.tensors, target.scheme, target.rules, engine_rules(target, checkpoint, sources))
     return Draft(target, decisions, target.layout.place(checkpoint, decisions))
 

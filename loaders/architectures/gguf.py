@@ -37,6 +37,7 @@ EXPERT = re.compile(r"\.experts\.(\d+)(?=\.)")
 GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 
 
+GGUF_ARCHITECTURE = "gguf_architecture"  # a GGUF's architecture, where facts stand for a config.json
 # The tensors of towers for images and sound, as TextModel.filter_tensors in conversion/base.py knows them.
 TOWERS = (
     r"^(?:mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.|sound_(?:encoder|projection)\.|speech_embeddings\.)"
@@ -240,6 +241,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         BadSpec: none here is for its model_type.
     """
+    if isinstance(name := config.get(GGUF_ARCHITECTURE), str):
+        return Architecture(architecture=name)
     model_type = config.get("model_type")
     found = _architecture(model_type)
     if found is None:

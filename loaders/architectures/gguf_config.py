@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.gguf import Architecture, architecture_named, architecture_of, read_types
+from loaders.architectures.gguf import (
+    GGUF_ARCHITECTURE,
+    Architecture,
+    architecture_named,
+    architecture_of,
+    read_types,
+)
 from loaders.architectures.rope import scaling_of, usual_attention_factor
 from loaders.dtypes import shortest_decimal
 
@@ -26,6 +32,11 @@ KNOWN = (
     "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor", "vocab_size", "expert_count", "expert_used_count", "expert_feed_forward_length",
 )  # fmt: skip
+# what types of tensors depend on
+FACTS = {
+    "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "expert_count": "num_experts",
+}  # fmt: skip
 ENDS = ("eos", "eot", "eom")  # the tokens that end a text in llama.cpp: each is one more eos_token_id of transformers
 
 
@@ -95,6 +106,18 @@ def config_of(
     if scaling:
         config["rope_scaling"] = scaling
     return {key: found for key, found in config.items() if found is not None}
+
+
+def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what llama.cpp's mixes ask of a GGUF, of whatever architecture it is, under config.json's keys."""
+    name = metadata.get("general.architecture")
+    facts: dict[str, Any] = {GGUF_ARCHITECTURE: name}
+    for key, own in FACTS.items():
+        found = metadata.get(f"{name}.{key}")
+        found = found[0] if isinstance(found, list | tuple) and found else found
+        if type(found) is int:
+            facts[own] = found
+    return facts
 
 
 def _model_type(architecture: Architecture, value: _Settings) -> str:

@@ -94,7 +94,8 @@ def _dimensions(subject: Subject) -> Iterator[Finding]:
     """Check that config.json's sizes are those of the tensors, for keys that mean the same in every family."""
     if subject.checkpoint.family.is_generic or subject.checkpoint.container == "gguf":
         return
-    for name, tensor in ((r.name, r) for r in subject.sources.tensors):
+    # A tower has sizes of its own.
+    for name, tensor in ((r.name, r) for r in subject.sources.tensors if r.role != "vision"):
         wanted: tuple[tuple[int, str], ...] = ()
         if EMBEDDING.search(name):
             wanted = ((0, "vocab_size"), (1, "hidden_size"))

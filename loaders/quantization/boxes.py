@@ -96,9 +96,14 @@ def decode_window(
     """Decode part of a window into a tensor: out.size flat items of the window from item `start` on.
 
     The window has `shape`, begins at flat item `offset` of the whole tensor (spec `whole`), and steps by `stride` items
-    in each dimension. Its last two dimensions are rows and columns of the whole, or columns and rows (a transpose).
+    in each dimension. Mostly its last two dimensions are rows and columns of the whole, or columns and rows (a
+    transpose), and only what it has of them is decoded.
     """
-    width, (high, wide) = whole.shape[-1], shape[-2:]
+    width = whole.shape[-1]
+    if not _is_of_rows(shape, stride, width):
+        _decode_spans(decoder, whole, stored, shape, offset, stride, start, out, work)
+        return
+    high, wide = shape[-2:]
     outer = tuple(math.prod(shape[i + 1 : -2]) for i in range(len(shape) - 2))
     for rows, columns in flat_boxes(start, start + out.size, wide):
         at = rows.start * wide + columns.start - start
@@ -120,3 +125,36 @@ def decode_window(
                 taken = range(top + columns.start * step, top + (columns.stop - 1) * step + 1, step)
                 across = range(left + mine.start, left + mine.stop)
                 decode_rows(decoder, whole, stored, taken, across, part.T, work)
+
+
+def _is_of_rows(shape: Shape, stride: Shape, width: int) -> bool:
+    """Whether a window's last two dimensions are rows and columns of the whole tensor, in either order."""
+    if len(shape) < 2:
+        return False
+    (rows, columns), (by_row, by_column) = shape[-2:], stride[-2:]
+    is_plain = by_column == 1 and (by_row % width == 0 or rows == 1)
+    is_turned = by_row == 1 and (by_column % width == 0 or columns == 1)
+    return is_plain or is_turned
+
+
+def _decode_spans(
+    decoder: Decoder, whole: TensorSpec, stored: Stored, shape: Shape, offset: int, stride: Shape, start: int,
+    out: np.ndarray, work: Work,
+) -> None:  # fmt: skip
+    """Decode part of any window: the whole rows that some entries of its first dimension are from, then its items."""
+    width, inner = whole.shape[-1], math.prod(shape[1:])
+    reach = sum((size - 1) * step for size, step in zip(shape[1:], stride[1:], strict=True)) + 1
+    many = max(1, BOX // max(reach, stride[0]))
+    stop = start + out.size
+    for entry in range(start // inner, -(-stop // inner), many):
+        count = min(many, -(-stop // inner) - entry)
+        top, left = divmod(offset + entry * stride[0], width)
+        bottom = (offset + (entry + count - 1) * stride[0] + reach - 1) // width
+        rows = work.array("spans", (bottom + 1 - top) * width, np.float32).reshape(-1, width)
+        decode_rows(decoder, whole, stored, range(top, bottom + 1), range(width), rows, work)
+        items = np.lib.stride_tricks.as_strided(
+            rows.reshape(-1)[left:], (count, *shape[1:]), tuple(step * rows.itemsize for step in stride),
+            writeable=False,
+        )  # fmt: skip
+        first, last = max(start, entry * inner), min(stop, (entry + count) * inner)
+        out[first - start : last - start] = items.reshape(-1)[first - entry * inner : last - entry * inner]

@@ -15,7 +15,15 @@ from functools import cached_property
 from typing import Any
 
 from loaders.architectures.families import natural_key
-from loaders.architectures.gguf import Architecture, architecture_of, completed, experts_of, number
+from loaders.architectures.gguf import (
+    GGUF_ARCHITECTURE,
+    Architecture,
+    GgufName,
+    architecture_of,
+    completed,
+    experts_of,
+    number,
+)
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, Shape
 from loaders.quantization.schemes.ggml import FLOATS, Ggml
 from loaders.rules.rule import Rule
@@ -146,8 +154,9 @@ class _Model:
     def of(cls, architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[LogicalTensor]) -> _Model:
         dropped = [re.compile(pattern) for pattern, _ in architecture.dropped(config)]
         experts, found = experts_of(config), {}
+        is_gguf = GGUF_ARCHITECTURE in config
         for tensor in tensors:
-            place = architecture.gguf_name(tensor.name)
+            place = GgufName(tensor.name) if is_gguf else architecture.gguf_name(tensor.name)
             if any(pattern.search(tensor.name) for pattern in dropped):
                 continue
             if place is not None:

@@ -238,7 +238,8 @@ class Forms:
         if tensor.merge is not None:
             raise BadSpec(
                 f"{setting('transform')}: {tensor.name} is held in another form by this engine, into which the adapter"
-                " cannot be merged on the way; write the merged model first (quant=none), then quantize that"
+                " cannot be merged on the way; write the merged model first"
+                f" ({setting('quantize')}=none), then quantize that"
             )
         found = [tensor]
         for row in self._rows:

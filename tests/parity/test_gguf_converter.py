@@ -38,8 +38,8 @@ KINDS = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe",
     "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_moe",
     "gemma4_per_layer", "phi3", "phi3_long", "phimoe",
-    "glm4", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25",
-    "nemotron_h", "nemotron_h_dense", "minimax_m2", "minimax_m3_vl", "gpt_oss", "gpt_oss_mxfp4", "mistral3",
+    "glm4", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2",
+    "kimi_k25", "nemotron_h", "nemotron_h_dense", "minimax_m2", "minimax_m3_vl", "gpt_oss", "gpt_oss_mxfp4", "mistral3",
     "ministral3", "step3p7", "mimo_v2_flash", "lfm2", "lfm2_moe", "granite", "granitemoe", "granitemoehybrid",
     "olmo2", "olmo3", "olmo3_yarn", "olmoe", "smollm3", "cohere2", "ernie4_5", "ernie4_5_moe", "hunyuan_v1_dense",
     "hunyuan_v1_alpha", "hunyuan_v1_moe", "exaone4", "exaone4_windows", "starcoder2", "seed_oss", "internlm2",
@@ -80,6 +80,34 @@ def test_a_tiny_model_is_converted_as_by_llama_cpp(kind: str, converted: Callabl
     assert differences(golden, found) == []
     if kind not in NOT_RUN:
         assert_runs(made)
+
+
+def test_what_a_quantized_source_decodes_to_is_in_the_same_form(tmp_path: Path, weightmill: Callable[..., Any]) -> None:
+    """Heads in another order, parts of a tensor and stacks, decoded on the way and before it."""
+    tiny_models.make("qwen3_5_moe", tmp_path / "tiny")
+
+    def run(source: str, name: str, *settings: str) -> Path:
+        arguments = [f"model.path={tmp_path / source}", f"output.path={tmp_path / name}", *settings]
+        ran = weightmill("run", *arguments)
+        assert ran.status == 0, ran.err
+        return tmp_path / name
+
+    run("tiny", "nf4", "quant=nf4")
+    # What is not quantized stays as it is: the logarithms of decay are float32.
+    run("nf4", "plain", "quant=none", "quant.dtype=bfloat16", "rules=[{name: 'A_log|attn.norm', action: keep}]")
+    [made], [wanted] = (run(each, f"of_{each}", "quant=gguf_bf16").glob("*.gguf") for each in ("nf4", "plain"))
+    assert summary(made)["tensors"] == summary(wanted)["tensors"]
+
+
+def test_a_mix_is_chosen_where_tensors_are_in_parts(tmp_path: Path, weightmill: Callable[..., Any]) -> None:
+    model = tiny_models.make("qwen3_5", tmp_path / "tiny")
+    ran = weightmill(
+        "run", f"model.path={model}", f"output.path={tmp_path / 'out'}", "quant=auto", "quant.engine=gguf",
+        "quant.target_bits=8.5",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    [made] = (tmp_path / "out").glob("*.gguf")
+    assert_runs(made)
 
 
 def assert_runs(file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,27 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("llama_cpp")
 
-from loaders.architectures.gguf import architecture_of
+from jobs.planning.engine_rules import engine_rules
+from jobs.planning.targets import Target
 from loaders.checkpoints.checkpoint import open_checkpoint
+from loaders.containers import gguf
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
 from loaders.rules.llama_cpp import MIXES, GgmlMix
-from loaders.rules.rule import dropping
 from loaders.tensors.sources import tensors_of
 from tests import tiny_models
 from tests.llama_dry_run import types_in
+from tests.reading import files_of
 
 pytestmark = pytest.mark.engine
 
 # One model of each kind of layers: stacks, a head that is tied, recurrent layers, latent attention, fused q, k and v.
-KINDS = ("qwen3_moe", "qwen2_moe", "qwen3_5", "qwen3_next", "gemma3", "gemma4_moe", "gemma4_per_layer", "phi3")
+# Layers for multi-token prediction that a GGUF has, and some that it has not; MXFP4 that stays.
+KINDS = (
+    "qwen3_moe", "qwen2_moe", "qwen3_5", "qwen3_next", "gemma3", "gemma4_moe", "gemma4_per_layer", "phi3",
+    "deepseek_v3", "glm_moe_dsa", "nemotron_h", "granitemoehybrid", "lfm2_moe",
+)  # fmt: skip
 FILE_TYPES = tuple(name for name in MIXES if name not in ("F32", "F16", "BF16"))
 
 
@@ -34,10 +41,11 @@ FILE_TYPES = tuple(name for name in MIXES if name not in ("F32", "F16", "BF16"))
 def planned(model: Path, mix: str) -> dict[str, str]:
     """Return the types that are planned for the tensors of a checkpoint, by their names in a GGUF."""
     checkpoint, layout = open_checkpoint(str(model)), GgufLayout()
-    tensors = layout.formed(checkpoint, tensors_of(checkpoint, decode=True, split=True).tensors)
-    engine = (*dropping(architecture_of(checkpoint.config).dropped(checkpoint.config)),
-              *GgmlMix(mix).rules(tensors, checkpoint.config))  # fmt: skip
-    placed = layout.place(checkpoint, decide(tensors, Plain(), (), engine))
+    found = tensors_of(checkpoint, decode=True, split=True)
+    sources = replace(found, tensors=tuple(layout.formed(checkpoint, found.tensors)))
+    target = Target(id="gguf", scheme=Plain(), mix=GgmlMix(mix), layout_name="gguf")
+    decisions = decide(sources.tensors, Plain(), (), engine_rules(target, checkpoint, sources))
+    placed = layout.place(checkpoint, decisions)
     return {stored.name: stored.spec.dtype.name for each in placed for stored in each.stored.values()}
 
 
@@ -54,3 +62,17 @@ def test_types_are_those_that_llama_cpp_chooses(kind: str, tmp_path: Path, weigh
         found = {name: (theirs.get(name), ours.get(name)) for name in theirs.keys() | ours.keys()}
         wrong[file_type] = {name: pair for name, pair in found.items() if pair[0] != pair[1]}
     assert {file_type: found for file_type, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma4_per_layer"])
+def test_a_gguf_that_is_not_read_is_quantized_as_llama_cpp_does(
+    kind: str, tmp_path: Path, weightmill: Callable[..., Any]
+) -> None:
+    """Its architecture is none that transformers' names are known for here: only its own names and metadata count."""
+    model = tiny_models.make(kind, tmp_path / "tiny")
+    for source, quant in ((model, "gguf_bf16"), (tmp_path / "gguf_bf16", "gguf_q4_k_m")):
+        ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / quant}", f"quant={quant}")
+        assert ran.status == 0, ran.err
+    [floats], [made] = ((tmp_path / quant).glob("*.gguf") for quant in ("gguf_bf16", "gguf_q4_k_m"))
+    specs = gguf.read_specs(files_of(made.parent), made.name)
+    assert {spec.name: spec.dtype.name for spec in specs} == types_in(floats, "LLAMA_FTYPE_MOSTLY_Q4_K_M")
