@@ -43,6 +43,10 @@ FLOATS = ("float16", "bfloat16", "float32")
 APART = {
     "gpt_oss": "mlx-lm reads this type's experts in MXFP4 only",
     "gpt_oss_mxfp4": "mlx-lm keeps MXFP4 experts as they are, where the preset asks for affine groups",
+    "phi3_long": "for llama.cpp's factors of longrope",
+    "olmo3_yarn": "for llama.cpp's scalings by kind of layer",
+    "exaone4_windows": "for llama.cpp, which has windows in models of 64 layers only",
+    "hunyuan_v1_alpha": "for llama.cpp's base of frequencies",
 }
 # Types of tests/tiny_configs.py for which no section is written.
 LACKS = {
@@ -160,7 +164,6 @@ def with_shared_keys(config: dict[str, Any], tensors: dict[str, Any]) -> Made:
 
 
 ALTERED = {
-    "qwen3_vl_moe": turned,
     "step3p5": step_text,
     "gemma4_per_layer": with_shared_keys,
 }

@@ -32,7 +32,8 @@ pytestmark = pytest.mark.engine
 # Layers for multi-token prediction that a GGUF has, and some that it has not; MXFP4 that stays.
 KINDS = (
     "qwen3_moe", "qwen2_moe", "qwen3_5", "qwen3_next", "gemma3", "gemma4_moe", "gemma4_per_layer", "phi3",
-    "deepseek_v3", "glm_moe_dsa", "nemotron_h", "granitemoehybrid", "lfm2_moe",
+    "deepseek_v3", "glm_moe_dsa", "nemotron_h", "granitemoehybrid", "lfm2_moe", "ernie4_5_moe", "hunyuan_v1_moe",
+    "internlm2", "starcoder2", "cohere2", "olmo2",
     "falcon_h1", "mamba2", "jamba", "llama4", "bert", "modernbert",
 )  # fmt: skip
 FILE_TYPES = tuple(name for name in MIXES if name not in ("F32", "F16", "BF16"))
