@@ -26,8 +26,22 @@ from tests.llama_dry_run import types_in
 pytestmark = pytest.mark.engine
 
 # One model of each kind of layers: stacks, a head that is tied, recurrent layers, latent attention, fused q, k and v.
-KINDS = ("qwen3_moe", "qwen2_moe", "qwen3_5", "qwen3_next", "gemma3", "gemma4_moe", "gemma4_per_layer", "phi3",
-         "falcon_h1", "mamba2", "jamba", "llama4", "bert", "modernbert")
+KINDS = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "qwen3_5",
+    "qwen3_next",
+    "gemma3",
+    "gemma4_moe",
+    "gemma4_per_layer",
+    "phi3",
+    "falcon_h1",
+    "mamba2",
+    "jamba",
+    "llama4",
+    "bert",
+    "modernbert",
+)
 FILE_TYPES = tuple(name for name in MIXES if name not in ("F32", "F16", "BF16"))
 
 
