@@ -1,7 +1,8 @@
 """Forms: how an engine holds a tensor, where that differs from the published checkpoint, as rows of a family's table.
 
 A row is found by a tensor's published name. It may show the tensor's elements in another arrangement (`view`), as one
-tensor or cut into several, or change its values (`values`); what these words do is in `loaders.tensors.form_views` and `form_values` there.
+tensor or cut into several, or change its values (`values`); what these words do is in
+`loaders.tensors.form_views` and `form_values` there.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ Config = Mapping[str, Any]
 Keys = dict[str, MetadataValue | None]
 
 POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}  # gguf-py's PoolingType
+CLASSES = "SequenceClassification"
+HEADS = (CLASSES, "MaskedLM", "PreTraining")  # the last two are left out
 SCALED = 128  # experts of the Llama 4 whose queries and keys have no norms: Maverick
 TURN = 4  # layers of Llama 4, of which the last attends to everything and rotates nothing
 
@@ -128,14 +130,23 @@ def positions_after_padding(config: Config) -> Keys:
     return {"context_length": uint32(max(0, longest - number(config, "pad_token_id") - 1))}
 
 
-def _is_classifier(config: Config) -> bool:
+def _heads(config: Config) -> list[str]:
+    """Return what the model's classes are for: SequenceClassification of BertForSequenceClassification."""
     names = config.get("architectures")
-    return isinstance(names, list) and any("ForSequenceClassification" in str(name) for name in names)
+    return [str(name).partition("For")[2] for name in names if "For" in str(name)] if isinstance(names, list) else []
+
+
+def heads_of_texts(config: Config) -> Keys:
+    """No key: llama.cpp computes embeddings, and classes of whole texts."""
+    for head in _heads(config):
+        if head not in HEADS:
+            raise BadSpec(f"config.json: llama.cpp computes embeddings and classes of texts, and no {head}")
+    return {}
 
 
 def no_classes(config: Config) -> Keys:
     """No key: llama.cpp computes BERT's classes without the pooler before them."""
-    if _is_classifier(config):
+    if CLASSES in _heads(config):
         raise BadSpec("config.json: llama.cpp computes BERT's classifier without the pooler that is before it")
     return {}
 
@@ -148,7 +159,7 @@ def class_labels(config: Config) -> Keys:
     if not all(str(key).isdecimal() and isinstance(label, str) for key, label in found.items()):
         raise BadSpec(f"config.json: expected names of classes by number as id2label, found {str(found)[:80]}")
     names = [found[key] for key in sorted(found, key=int)]
-    if len(names) == 2 and names[0] == "LABEL_0" and not _is_classifier(config):
+    if len(names) == 2 and names[0] == "LABEL_0" and CLASSES not in _heads(config):
         return {}
     return {"classifier.output_labels": texts(names)}
 
@@ -192,6 +203,6 @@ MADE_ENCODERS: dict[str, Callable[[Config], Keys]] = {
     each.__name__: each
     for each in (
         state_heads, step_rank, unclamped_steps, norm_after_gate, one_embedding, attention_in_turn, usual_chunks,
-        positions_after_padding, no_classes, class_labels, class_pooling, every_third_full,
+        positions_after_padding, heads_of_texts, no_classes, class_labels, class_pooling, every_third_full,
     )
 }  # fmt: skip

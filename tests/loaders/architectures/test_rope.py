@@ -117,3 +117,10 @@ def test_windows_are_those_of_transformers() -> None:
     assert window_of({**qwen, "use_sliding_window": True, "max_window_layers": 3}) is None
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     assert window_of({**qwen, "use_sliding_window": True, "layer_types": kinds}) == Window(8, (True, False, False))
+
+
+def test_a_scaling_with_nothing_between_its_two_lengths_divides_all_long_waves_by_the_factor() -> None:
+    found = frequency_factors(llama3(16.0, 1.0, 1.0, 8192), 128)  # Llama 4 Scout's
+    assert found is not None
+    assert {*found.tolist()} == {1.0, 16.0}
+    assert found.tolist() == sorted(found.tolist())
