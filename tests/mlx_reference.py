@@ -64,6 +64,7 @@ LOOSE = ("deepseek_v3",)
 CHANGED: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"indexer_types": ["full"] * 3},
     "cohere2": {"head_dim": 16},
+    "exaone4": {"head_dim": 16},
     "falcon_h1": {  # those of the small ones; of the published layouts' sizes, none has any but 1
         "embedding_multiplier": 5.656854249492381,
         "lm_head_multiplier": 0.0390625,

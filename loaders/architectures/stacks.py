@@ -16,8 +16,9 @@ class Stack:
     `name` is the pattern for an expert's tensor: it is expanded with the match's groups, then with {expert} and {part}.
     `parts` share the dimension of outputs, one after another, or in turn if interleaved. Matrices are (experts,
     outputs, inputs), or (experts, inputs, outputs) if transposed; biases are (experts, outputs). Where `is_transposed`
-    is None, the shape tells, in which one side is the model's `hidden` size. With `only_vllm`, transformers has no
-    place for the experts one by one, and reads the stack alone.
+    is None, the shape tells, in which one side is the model's `hidden` size; where both are, the layer's other stack,
+    or else `square_is_transposed`. With `only_vllm`, transformers has no place for the experts one by one, and reads
+    the stack alone.
     """
 
     pattern: re.Pattern[str]
@@ -37,7 +38,7 @@ class Stack:
             return self.is_transposed
         is_hidden = shape[1] == self.hidden, shape[2] == self.hidden
         if is_hidden[0] == is_hidden[1]:
-            return self.square_is_transposed if is_hidden[0] else None
+            return None
         return is_hidden[1] if self.hidden_is_output else is_hidden[0]
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from loaders.architectures.family import text_config
 from loaders.architectures.family_files import known_types
-from loaders.architectures.layers import LAYERS, MOST, layer_of
+from loaders.architectures.layers import LAYERS, MOST
 from loaders.architectures.mlx import MlxModel, convert_dtype, mlx_name, model_of, stack_of
 from loaders.architectures.mlx_config import fault, head_fault, num_experts, translate_config
 from loaders.checkpoints.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ class MlxLayout:
 
     def left_out(self, checkpoint: Checkpoint) -> tuple[Rule, ...]:
         model = _known_model(checkpoint)
-        return dropping((*model.drop, *_beyond(checkpoint), *_shared(checkpoint, model)))
+        return dropping((*model.drop, *_shared(checkpoint, model)))
 
     def no_next_tokens(self, checkpoint: Checkpoint) -> str | None:
         return "mlx-lm has no layers for multi-token prediction"
@@ -113,17 +113,6 @@ def _known_model(checkpoint: Checkpoint) -> MlxModel:
     if problem:
         raise BadSpec(f"{setting('checkpoint')}: {problem}")
     return model
-
-
-def _beyond(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """Return a row for the layers after the last that config.json counts: mlx-lm loads no other."""
-    count = text_config(checkpoint.config, "num_hidden_layers")
-    if type(count) is not int:
-        return []
-    found = {layer for spec in checkpoint.weights if (layer := layer_of(spec.name)) is not None and layer >= count}
-    if not found:
-        return []
-    return [(rf"{LAYERS}(?:{'|'.join(map(str, sorted(found)))})\.", "mlx-lm has no block for multi-token prediction")]
 
 
 def _shared(checkpoint: Checkpoint, model: MlxModel) -> list[tuple[str, str]]:

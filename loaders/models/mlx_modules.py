@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loaders.architectures.layers import layers_of
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
@@ -26,8 +27,9 @@ from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
-from loaders.rules.defaults import default_rules
+from loaders.rules.defaults import default_rules, left_out
 from loaders.rules.mlx import MlxRules
+from loaders.rules.next_tokens import next_token_rules
 from loaders.rules.rule import Rule
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.quantized_sources import check_decodable
@@ -101,7 +103,11 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
     if config.scheme is not None:
         group_size = getattr(scheme, "group_size", 64)
         rules = MlxRules(group_size).rules(tensors, checkpoint.config)
-    decisions = decide(tensors, scheme, (), (*layout.left_out(checkpoint), *rules))
+    layers = layers_of(checkpoint.config, (tensor.name for tensor in tensors))
+    predicting = next_token_rules(
+        "auto", scheme, layers.predicting, rules, has_none=layout.no_next_tokens(checkpoint), is_gguf=False
+    )
+    decisions = decide(tensors, scheme, (), (*left_out(layers), *layout.left_out(checkpoint), *predicting, *rules))
     placed = layout.place(checkpoint, decisions)
     made = layout.config(checkpoint, decisions, None)
     (folder / "config.json").write_text(json.dumps(made))

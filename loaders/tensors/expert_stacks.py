@@ -45,7 +45,8 @@ def cut(tensor: LogicalTensor, family: Family, told: Mapping[str, bool]) -> Iter
         if not match:
             continue
         is_transposed = stack.transposed(tensor.shape)
-        is_transposed = told.get(match["experts"]) if is_transposed is None else is_transposed
+        if is_transposed is None:
+            is_transposed = told.get(match["experts"], stack.square_is_transposed)
         # A stack of which nothing tells inputs from outputs stays whole, of which `Sources.notes` speak.
         if is_transposed is not None:
             yield from _experts(tensor, replace(stack, is_transposed=is_transposed), match)

@@ -12,7 +12,7 @@ from loaders.backends.threads import ThreadedWork
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint
 from loaders.tensors.sources import tensors_of
-from tests.loaders.architectures.test_families import text_model
+from tests.loaders.architectures.test_family import text_model
 from tests.making import LLAMA, Raw, llama_tensors, read_safetensors, values_of, weights, write_checkpoint
 from tests.reading import values
 

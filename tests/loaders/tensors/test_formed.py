@@ -35,7 +35,7 @@ def tensor(*shape: int, name: str = "q.weight") -> LogicalTensor:
 def test_weights_are_multiplied_by_one_number_after_the_other() -> None:
     [made] = Forms(TIMES, {"scale": 0.7, "scales": [9.0, 1.5]}).of(tensor(2, 3))
     assert isinstance(made, FormedTensor)
-    assert made.factors == (0.7, 1.5)
+    assert made.times == (0.7, 1.5)
     numbers = np.arange(6, dtype=np.float32) / 7
     found = FormedView(Numbers(made, numbers), made).read(0, 6)
     np.testing.assert_array_equal(found, numbers * np.float32(0.7) * np.float32(1.5))
