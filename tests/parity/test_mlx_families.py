@@ -37,6 +37,7 @@ DIFFERENT = {
     "rope_scaling": "an absent one is null",
     "partial_rotary_factor": "given to the reference, and not read",
     "intermediate_size": "mamba2 needs the key and does not use it",
+    "sliding_window_pattern": "null where no layer has a window",
     "time_step_limit": "transformers writes infinity as an object, which Python's own JSON does not need",
     "head_dim": "ours says it, where mlx-lm works it out",
     "num_global_key_value_heads": "an absent one is null",
