@@ -24,11 +24,12 @@ def write_table(name: str, table: str) -> None:
 
 def main() -> None:
     """Write all tables."""
-    from tests import sources
+    from tests import sources, written_types
     from tests.parity import matrix
 
     write_table("matrix", matrix.table())
     write_table("sources", sources.table())
+    write_table("families", written_types.table())
 
 
 if __name__ == "__main__":

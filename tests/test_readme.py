@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs.cli.main import VERBS
+from loaders.architectures.family_files import FOLDER
 from loaders.places import CONF
-from tests.readme import README
+from tests import written_types
+from tests.readme import README, table_of
 
 DEMO = README.parent / "jobs" / "demo"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -47,6 +51,19 @@ def test_every_verb_is_in_the_lists_of_verbs() -> None:
     for verb in VERBS:
         config = importlib.import_module(f"jobs.{verb}").VERB.config or verb
         assert (CONF / f"{config}.yaml").is_file(), f"the settings of {verb}"
+
+
+@pytest.mark.quick
+def test_the_model_types_that_are_written_are_listed() -> None:
+    assert table_of("families") == written_types.table(), "python -m tests.readme writes it"
+
+
+@pytest.mark.quick
+def test_the_family_that_is_shown_is_the_family_that_there_is() -> None:
+    shown = re.search(r"  ```yaml\n(  # GLM-4.5.*?)  ```\n", README.read_text(), re.DOTALL)
+    assert shown is not None
+    there = (FOLDER / "glm4_moe.yaml").read_text()
+    assert yaml.safe_load(textwrap.dedent(shown[1])) == yaml.safe_load(there)
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
