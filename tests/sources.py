@@ -216,9 +216,7 @@ SOURCES: dict[str, dict[str, Build]] = {  # README's row: the forms that it stan
 }
 
 # Pairs of a source and an engine that are refused, with the message of the plan.
-REFUSED: dict[tuple[str, str], str] = {
-    ("gpt-oss MXFP4", "llama.cpp"): "gguf knows no architecture for model_type 'gpt_oss'",
-}
+REFUSED: dict[tuple[str, str], str] = {}
 
 
 def table() -> str:

@@ -390,7 +390,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "a head_dim that cannot be told": ("mixtral", ["head_dim=64"], "head_dim is 64, but mlx-lm's mixtral takes"),
     "rows that do not divide": (
         "llama", ["quant.group_size=128", "rules=[{name: down_proj, action: quantize}]"],
-        "its rows of 192 do not divide into groups of 128",
+        "their rows of 192 do not divide into groups of 128",
     ),
     "bits that a mode lacks": ("llama", ["quant=mlx_mxfp4", "quant.bits=8"], "bits is 8; mxfp4 has 4"),
     "an unknown setting of a rule": (

@@ -25,7 +25,7 @@ EXCLUDED = (
 DECIDED_BY_TENSORS = ("mlx", "hqq", "gguf")  # whose engines look at each module's tensors, not at a list
 GENERIC_LISTS = ("bitsandbytes",)  # whose tools write the same list for every model, whatever modules it has
 HEADS = re.compile(
-    r"(?:^|[.*])(?:\w*lm_head|(?:lm_head\.)?decoder|head|score|embed_out|output(?:_layer|_projection)?|proj_out|vocab_projector"
+    r"(?:^|[.*?)])(?:\w*lm_head|(?:lm_head\.)?decoder|head|score|embed_out|output(?:_layer|_projection)?|proj_out|vocab_projector"
     r"|pred_layer\.proj)[.*$]*$"
 )
 # Endings of scales and other companions of packed weights.

@@ -269,7 +269,10 @@ def test_a_scale_a_row_and_rows_that_end_within_a_word_are_read(tmp_path: Path, 
             ),
             'a group has the target "Linear", beside others',
         ),
-        (lambda block: block.update(ignore=["lm_head", "re:("]), "ignore has what is no regular expression: re:("),
+        (
+            lambda block: block.update(ignore=["lm_head", "re:("]),
+            "quantization_config.ignore: '(' is no regular expression",
+        ),
         (lambda block: block.update(ignore=[3]), "quantization_config.ignore is no list of names"),
     ],
 )

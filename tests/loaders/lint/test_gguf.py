@@ -107,7 +107,7 @@ def moe(metadata: Metadata, specs: dict[str, WeightSpec]) -> None:
 
 ERNIE = "ernie4_5-moe"
 OTHERS: dict[str, tuple[Change, str]] = {
-    "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ssm_a"), f"1 tensors that {ERNIE} does not have: blk.1.ssm_a"),
+    "a stranger": (renamed("blk.1.ffn_up.weight", "blk.1.ssm_a"), f"1 tensor that {ERNIE} does not have: blk.1.ssm_a"),
     "other experts": (set_(f"{ERNIE}.expert_count", gguf.uint32(8)), "1 stacks of experts are not of expert_count 8"),
     "more blocks": (set_(f"{ERNIE}.block_count", gguf.uint32(3)), "1 blocks are not there: blk.2"),
     "fewer blocks": (set_(f"{ERNIE}.block_count", gguf.uint32(1)), "block_count is 1, but there are"),
