@@ -68,7 +68,10 @@ def judge(name: str, quants: Sequence[str], root: Path, *, is_whole: bool = Fals
     folder = root / name
     make(layout(name, is_whole=is_whole), folder)
     # Headers have no tokenizer, without which nothing is planned for llama.cpp.
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(96)))
+    found = tokenizer(96)
+    if str(json.loads((folder / "config.json").read_text()).get("model_type")).startswith("gemma4"):
+        found["model"]["byte_fallback"] = True  # by which llama.cpp's converter knows Gemma 4's
+    (folder / "tokenizer.json").write_text(json.dumps(found))
     opened = cache(open_checkpoint)
     try:
         return {quant: _judged(folder, quant, opened) for quant in quants}

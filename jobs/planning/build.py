@@ -21,6 +21,7 @@ from loaders.layouts import Assembling, Layout, Placed
 from loaders.layouts.diffusers import DiffusersLayout, component_of
 from loaders.layouts.gguf.layout import GgufLayout
 from loaders.layouts.gguf.made_files import made_files
+from loaders.layouts.hf import HfLayout
 from loaders.layouts.mlx import MlxLayout
 from loaders.rules.decide import decide
 from loaders.rules.rule import Decision
@@ -29,7 +30,7 @@ from loaders.storage.base import Entry
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merge_lora import merge_adapter
-from loaders.tensors.quantized_sources.mlx import check_whole
+from loaders.tensors.quantized_sources.mlx import check_towers, check_whole
 from loaders.tensors.sources import Sources, tensors_of
 
 
@@ -44,6 +45,8 @@ def make_plan(checkpoint: Checkpoint, targets: Sequence[Target], unit_mb: float)
     sources = tensors_of(checkpoint, decode=decode, split=is_split(checkpoint, targets))
     if decode and not all(isinstance(target.layout, MlxLayout) for target in targets):
         check_whole(checkpoint, sources.tensors)
+    if decode and any(isinstance(target.layout, HfLayout) for target in targets):
+        check_towers(checkpoint, sources.tensors)
     new_blocks = new_blocks_of(targets)
     if new_blocks:
         sources = expand_sources(checkpoint, sources, new_blocks)

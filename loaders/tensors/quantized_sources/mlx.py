@@ -7,6 +7,7 @@ norms and convolutions. Where mlx-lm cut a tensor, its pieces stay under their o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -85,6 +86,26 @@ def check_whole(checkpoint: Checkpoint, tensors: Iterable[LogicalTensor]) -> Non
             f"{setting('checkpoint')}: mlx-lm has cut tensors of this {checkpoint.config.get('model_type')} into pieces"
             f" ({len(pieces)}, {pieces[0]} first), which are not joined here, so that only MLX's presets read it; take"
             " the model as its makers published it"
+        )
+
+
+def check_towers(checkpoint: Checkpoint, tensors: Iterable[LogicalTensor]) -> None:
+    """Check that the tower that config.json describes is there as published, which transformers' class has.
+
+    mlx-lm leaves towers out; other tools keep them, under names and with axes of their own.
+
+    Raises:
+        BadSpec: it is not.
+    """
+    model = model_of(checkpoint.config)
+    if checkpoint.quantized_by != "mlx" or model is None or "vision_config" not in checkpoint.config:
+        return
+    published = [re.compile(pattern) for pattern, _ in model.drop]
+    if not any(pattern.search(tensor.name) for tensor in tensors for pattern in published):
+        raise BadSpec(
+            f"{setting('checkpoint')}: this MLX checkpoint of a {checkpoint.config.get('model_type')} has no tower for"
+            " images, or not under the published names, and transformers' class would fill it with random numbers;"
+            " take the model as its makers published it, or write it for MLX or llama.cpp"
         )
 
 
