@@ -101,7 +101,8 @@ def check_towers(checkpoint: Checkpoint, tensors: Iterable[LogicalTensor]) -> No
     if checkpoint.quantized_by != "mlx" or model is None or "vision_config" not in checkpoint.config:
         return
     published = [re.compile(pattern) for pattern, _ in model.drop]
-    if not any(pattern.search(tensor.name) for tensor in tensors for pattern in published):
+    towers = [tensor.name for tensor in tensors if "vis" in tensor.name]
+    if not any(pattern.search(name) for name in towers for pattern in published):
         raise BadSpec(
             f"{setting('checkpoint')}: this MLX checkpoint of a {checkpoint.config.get('model_type')} has no tower for"
             " images, or not under the published names, and transformers' class would fill it with random numbers;"
