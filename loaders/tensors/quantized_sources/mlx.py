@@ -7,7 +7,6 @@ norms and convolutions. Where mlx-lm cut a tensor, its pieces stay under their o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -100,9 +99,8 @@ def check_towers(checkpoint: Checkpoint, tensors: Iterable[LogicalTensor]) -> No
     model = model_of(checkpoint.config)
     if checkpoint.quantized_by != "mlx" or model is None or "vision_config" not in checkpoint.config:
         return
-    published = [re.compile(pattern) for pattern, _ in model.drop]
-    towers = [tensor.name for tensor in tensors if "vis" in tensor.name]
-    if not any(pattern.search(name) for name in towers for pattern in published):
+    # Where names of the language model are mlx-lm's own, those of a tower are, too.
+    if model.names or not any("vision" in tensor.name for tensor in tensors):
         raise BadSpec(
             f"{setting('checkpoint')}: this MLX checkpoint of a {checkpoint.config.get('model_type')} has no tower for"
             " images, or not under the published names, and transformers' class would fill it with random numbers;"
