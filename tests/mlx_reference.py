@@ -87,7 +87,6 @@ MORE: dict[str, Tiny] = {
     "helium": Tiny(model_type="helium", config={**SIZES, "head_dim": 16}),
     "apertus": Tiny(model_type="apertus", config=SIZES),
     "gpt_neox": Tiny(model_type="gpt_neox", config=SIZES),
-    "dots1": Tiny(model_type="dots1", config=text(**ROUTED, n_shared_experts=1, layer_types=["full_attention"] * 3)),
     "qwen2_vl": Tiny(
         model_type="qwen2_vl",
         base="qwen2-vl-7b",
@@ -101,7 +100,6 @@ MORE: dict[str, Tiny] = {
         model_type="gemma4_text", tokenizer="bpe_spaces", config=text(**GEMMA4, hidden_size_per_layer_input=0)
     ),
     "glm4_moe_lite": Tiny(model_type="glm4_moe_lite", config={**SIZES, **ROUTED, **LATENT}),
-    "nemotron": Tiny(model_type="nemotron", config=SIZES),
     "gpt2": Tiny(
         model_type="gpt2",
         base="gpt2",

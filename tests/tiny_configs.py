@@ -179,6 +179,13 @@ TINY: dict[str, Tiny] = {
         next_tokens="deepseek_whole",
         config={**SIZES, **ROUTED, **LATENT, **INDEXER, "n_group": 2, "topk_group": 1},
     ),
+    "dots1": Tiny(
+        model_type="dots1",
+        config=text(
+            **ROUTED, num_key_value_heads=4, n_shared_experts=2, layer_types=["full_attention"] * 3,
+            routed_scaling_factor=2.5, norm_topk_prob=True, scoring_func="sigmoid",
+        ),
+    ),
     "kimi_k2": Tiny(model_type="kimi_k2", base="kimi-k2", config={**SIZES, **ROUTED, **LATENT}),
     "kimi_k25": Tiny(
         model_type="kimi_k25", base="kimi-k2.5",
@@ -203,6 +210,10 @@ TINY: dict[str, Tiny] = {
             intermediate_size=64, hc_mult=4, compress_ratios=[0, 4, 128, 4, 0], num_key_value_heads=1,
             sliding_window=16,
         ),
+    ),
+    "nemotron": Tiny(
+        model_type="nemotron", tokenizer="sentencepiece", centred=True,
+        config={**SIZES, "attention_bias": True, "mlp_bias": True},
     ),
     "nemotron_h": Tiny(
         model_type="nemotron_h", base="nemotron-3-nano-30b",

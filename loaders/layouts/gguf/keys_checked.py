@@ -78,6 +78,19 @@ def windows_by_depth(config: Config) -> Keys:
     return {}
 
 
+def no_windows(config: Config) -> Keys:
+    """No key: llama.cpp computes this model type without windows."""
+    layers = layer_count(config) or 0
+    if text_config(config, "layer_types") is not None:
+        sliding = "sliding" in layer_kinds(config)[:layers]
+    else:
+        first = number(config, "max_window_layers", layers)
+        sliding = text_config(config, "sliding_window") is not None and first < layers
+    if sliding:
+        raise BadSpec("config.json: llama.cpp computes this model type without windows; some layers have one here")
+    return {}
+
+
 # --- rotary embeddings
 
 
@@ -186,7 +199,7 @@ def _one(config: Config, key: str) -> int:
 MADE_CHECKED: dict[str, Callable[[Config], Keys]] = {
     each.__name__: each
     for each in (
-        windows, plain_rope_in_windows, windows_by_depth, every_fourth_unrotated, unscaled_rope, base_by_alpha,
-        ungrouped_heads, experts_to_the_last, shared_experts_width, the_same_experts,
+        windows, plain_rope_in_windows, windows_by_depth, no_windows, every_fourth_unrotated, unscaled_rope,
+        base_by_alpha, ungrouped_heads, experts_to_the_last, shared_experts_width, the_same_experts,
     )
 }  # fmt: skip

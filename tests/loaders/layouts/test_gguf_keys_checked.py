@@ -85,6 +85,10 @@ def test_widths_of_experts_are_said_once() -> None:
     ("starcoder2", {"hidden_act": "gelu"}, "computes starcoder2 with gelu_pytorch_tanh, not with gelu"),
     ("seed_oss", {"attention_out_bias": True}, "no bias of attention's output"),
     ("internlm2", {"bias": True}, "no biases for InternLM 2"),
+    ("dots1", {"num_key_value_heads": 2}, "as many heads of keys as of queries, 4; there are 2"),
+    ("dots1", {"layer_types": ["full_attention", *["sliding_attention"] * 3]}, "without windows"),
+    ("dots1", {"sliding_window": 16, "max_window_layers": 1}, "without windows"),
+    ("nemotron", {"hidden_act": "silu"}, "computes nemotron with relu2, not with silu"),
 ])  # fmt: skip
 def test_what_llama_cpp_would_compute_otherwise_is_refused(
     model_type: str, config: dict[str, Any], message: str
