@@ -83,14 +83,17 @@ class Architecture:
     permutes: rows of q and k are in another order: llama.cpp's rotary embedding pairs neighbours, transformers' pairs
     the halves of a head (`permute` in conversion/llama.py).
     has_factors: llama.cpp loads the tensor rope_freqs.weight.
-    biases: the modules, of a layer or beside the layers, whose biases it loads, with {} for an expert's number.
+    biases: the modules, of a layer or beside the layers, whose biases it loads, with {} for an expert's number; those
+    of q, k and v where nothing is said.
     float32: a pattern for GGUF's names of further tensors that are float32 whatever is asked for the others.
     as_stored: one for those that are not, though other architectures' are.
     defaults: what transformers' class takes for keys that a config.json leaves out.
     extras: words for tensors that follow from config.json; see `loaders.layouts.gguf.extra_tensors`.
     layers: the number of the layers of the model at hand, without those for multi-token prediction.
-    keys: its keys of metadata: [type, key of config.json, default] or [type, number]; null for one that it has not.
-    made: words for keys that follow from several of config.json's; both are in `loaders.layouts.gguf.keys`.
+    keys: its keys of metadata: [type, key of config.json or several parted by |, default] or [type, number]; types are
+    uint32, float32, bool, flag and text; null for a key that it has not.
+    made: words for keys that follow from several of config.json's, some of which refuse what llama.cpp would compute
+    otherwise: functions of `loaders.layouts.gguf.keys` and of the files keys_*.py beside it.
     activations: the values that it computes of hidden_act, or of the key that `activation` names.
     needs: [key, value, reason] rows of what config.json must say where it says anything.
     own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
