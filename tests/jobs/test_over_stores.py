@@ -17,6 +17,7 @@ from jobs.execution.cluster import LocalCluster
 from jobs.output.leftovers import find_leftovers
 from loaders.places import ROOT
 from loaders.storage.address import Address
+from tests.failing import fail_at
 from tests.making import make_source, snapshot
 from tests.shelf.places import REMOTE, Place, contents, fill
 
@@ -66,17 +67,10 @@ def test_an_interrupted_job_goes_on_where_it_was(
     preset: str, model: Path, place: Place, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert weightmill("run", *given(model, place.address / "undisturbed", preset)).status == 0
-    out, ran = place.address / "out", []
-    honest = jobs.execution.unit.run_unit
-
-    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
-        ran.append(task.unit.id)
-        if len(ran) == 3:
-            raise ValueError("a bug")
-        return honest(task, on_bytes, stop)
+    out = place.address / "out"
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.execution.unit, "run_unit", failing)
+        fail_at(patch, 3)
         with pytest.raises(ValueError, match="a bug"):
             weightmill("run", *given(model, out, preset), "cluster.units_at_once=1")
     [left] = find_leftovers(out.parent)

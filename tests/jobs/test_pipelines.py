@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import jobs.execution.unit
 from loaders.storage.address import Address
+from tests.failing import fail_at
 from tests.making import snapshot
 from tests.pipelines import STEM, write_pipeline
 from tests.shelf.places import REMOTE, Place, contents, fill
@@ -75,16 +75,9 @@ def test_an_interrupted_job_goes_on(
     pipeline: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert weightmill("run", *arguments(pipeline, tmp_path / "whole")).status == 0
-    out, ran = tmp_path / "out", []
-    honest = jobs.execution.unit.run_unit
+    out = tmp_path / "out"
 
-    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
-        ran.append(task.unit.id)
-        if len(ran) == 4:
-            raise ValueError("a bug")
-        return honest(task, on_bytes, stop)
-
-    monkeypatch.setattr(jobs.execution.unit, "run_unit", failing)
+    ran = fail_at(monkeypatch, 4)
     with pytest.raises(ValueError, match="a bug"):
         weightmill("run", *arguments(pipeline, out), "cluster.units_at_once=1")
     assert not out.exists()

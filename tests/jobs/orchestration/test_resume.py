@@ -14,6 +14,7 @@ import pytest
 import jobs.execution.unit
 from jobs.output.journal import Journal
 from jobs.planning.plan import FORMAT
+from tests.failing import fail_at
 from tests.journals import find_journals
 from tests.making import snapshot, write_checkpoint
 from tests.processes import start
@@ -43,16 +44,9 @@ def undisturbed(source: Path, tmp_path: Path, weightmill: Any) -> tuple[dict[str
 def test_a_job_goes_on_where_it_was(
     source: Path, tmp_path: Path, weightmill: Any, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, ran = tmp_path / "out", []
-    honest = jobs.execution.unit.run_unit
+    out = tmp_path / "out"
 
-    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
-        ran.append(task.unit.id)
-        if len(ran) == 4:
-            raise ValueError("a bug")
-        return honest(task, on_bytes, stop)
-
-    monkeypatch.setattr(jobs.execution.unit, "run_unit", failing)
+    ran = fail_at(monkeypatch, 4)
     with pytest.raises(ValueError, match="a bug"):
         weightmill("run", *arguments(source, out), "cluster.units_at_once=1")
     assert not out.exists()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import jobs.execution.unit
 import jobs.output.join
 import jobs.output.publish
 from jobs.execution.cluster import LocalCluster
 from loaders.storage import folder_destination
+from tests.failing import fail_at
 from tests.journals import find_journals
 from tests.making import make_source, snapshot
 
@@ -86,17 +86,11 @@ def test_pieces_made_apart_and_in_place_go_together(
 ) -> None:
     """As when Ray's workers do some units, and this process the others."""
     assert weightmill("run", *arguments(model, tmp_path / "undisturbed")).status == 0
-    honest, ran, out = jobs.execution.unit.run_unit, [], tmp_path / "out"
-
-    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
-        ran.append(task.unit.id)
-        if len(ran) == 3:
-            raise ValueError("a bug")
-        return honest(task, on_bytes, stop)
+    out = tmp_path / "out"
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalCluster, "is_local", first != "apart")
-        patch.setattr(jobs.execution.unit, "run_unit", failing)
+        fail_at(patch, 3)
         with pytest.raises(ValueError, match="a bug"):
             weightmill("run", *arguments(model, out), "cluster.units_at_once=1")
     [journal] = find_journals(tmp_path)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import jobs.execution.unit
 from loaders.checkpoints.checkpoint import open_checkpoint
+from tests.failing import fail_at
 from tests.journals import find_journals
 from tests.making import LLAMA, Raw, llama_tensors, read_safetensors, snapshot, weights, write_checkpoint
 from tests.processes import start
@@ -258,17 +258,10 @@ def test_a_job_goes_on_where_it_was(
 ) -> None:
     settings = ["quant=mlx_int4", "output=packed"]
     run(weightmill, model, tmp_path / "undisturbed", *settings)
-    honest, ran = jobs.execution.unit.run_unit, []
-
-    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
-        ran.append(task.unit.id)
-        if len(ran) == 4:
-            raise ValueError("a bug")
-        return honest(task, on_bytes, stop)
 
     arguments = [f"model.path={model}", f"output.path={tmp_path / 'out'}", "unit_mb=0.02", *settings]
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.execution.unit, "run_unit", failing)
+        fail_at(patch, 4)
         with pytest.raises(ValueError, match="a bug"):
             weightmill("run", *arguments, "cluster.units_at_once=1")
     assert run(weightmill, model, tmp_path / "out", *settings)["run"]["units_resumed"] == 3

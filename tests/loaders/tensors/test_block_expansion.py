@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import jobs.execution.unit
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.places import DEMO
 from loaders.tensors.block_expansion import Expansion, expansion_of
 from tests.conftest import Ran
+from tests.failing import fail_at
 from tests.making import LLAMA, llama_tensors, read_safetensors, snapshot, write_checkpoint, write_moe
 
 EXPAND = ("transform=block_expansion", "cluster=local")
@@ -152,16 +152,9 @@ def test_an_interrupted_expansion_goes_on_to_the_same_bytes(
     given = (f"model.path={source}", *EXPAND, "transform.num_blocks=2", "quant=nf4", "unit_mb=0.02")
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert weightmill("run", *given, f"output.path={whole}").status == 0
-    honest, begun = jobs.execution.unit.run_unit, []
-
-    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
-        begun.append(task.unit.id)
-        if len(begun) == 4:
-            raise KeyboardInterrupt
-        return honest(task, on_bytes, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.execution.unit, "run_unit", failing)
+        fail_at(patch, 4, KeyboardInterrupt())
         assert weightmill("run", *given, f"output.path={out}", "cluster.units_at_once=1").status == 130
     assert not out.exists()
     ran = weightmill("run", *given, f"output.path={out}", "format=json")

@@ -19,6 +19,7 @@ from loaders.quantization.kernels.low_rank import CHAIN, add_product, tiled
 from loaders.tensors.merge_lora import merge_adapter
 from loaders.tensors.sources import tensors_of
 from tests.conftest import Ran
+from tests.failing import fail_at
 from tests.making import (
     LLAMA,
     Raw,
@@ -251,16 +252,9 @@ def test_another_adapter_never_resumes_the_work_of_the_first(
         f"model.path={base}", "transform=merge_lora", f"transform.path={folder}", "quant=nf4", "unit_mb=0.05",
         f"output.path={out}", "cluster.units_at_once=1", "cluster=local", "format=json",
     )  # fmt: skip
-    honest, begun = jobs.execution.unit.run_unit, []
-
-    def failing(task: Any, on_bytes: Any, stop: Any) -> Any:
-        begun.append(task.unit.id)
-        if len(begun) == 3:
-            raise KeyboardInterrupt
-        return honest(task, on_bytes, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.execution.unit, "run_unit", failing)
+        fail_at(patch, 3, KeyboardInterrupt())
         assert weightmill("run", *given).status == 130
     adapter(folder, {name: normal(*raw.data.shape, seed=9) for name, raw in factors().items()})
     ran = weightmill("run", *given)
