@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from loaders.containers import gguf
-from loaders.layouts.gguf import check_text, pre_tokenizers, tokenizer_files
-from loaders.layouts.gguf.byte_letters import byte_letters
-from loaders.layouts.gguf.vocabularies import bert_words, wordpiece_name
+from loaders.layouts.gguf.tokenizers import check_text, pre_tokenizers, tokenizer_files
+from loaders.layouts.gguf.tokenizers.byte_letters import byte_letters
+from loaders.layouts.gguf.tokenizers.vocabularies import bert_words, wordpiece_name
 from loaders.places import ROOT
 from tests.gguf_goldens import GOLDENS
 from tests.reading import files_of
@@ -33,8 +33,8 @@ TABLE = "docs/gguf_pre_tokenizers.md"
 HEAD = """# Names of pre-tokenizers in a GGUF
 
 llama.cpp knows by name how a byte-level BPE cuts text into words (`tokenizer.ggml.pre`). The way is read from
-tokenizer.json and looked up in `loaders/layouts/gguf/pre_tokenizers.yaml`; of several names for one way, llama.cpp's
-converter's hash of the tokenizer decides, and else its special tokens. A tokenizer whose way is none of these is
+tokenizer.json and looked up in `loaders/layouts/gguf/tokenizers/pre_tokenizers.yaml`; of several names for one way,
+llama.cpp's converter's hash of the tokenizer decides, and else its special tokens. A tokenizer whose way is none of these is
 refused.
 
 *Run* means that a real vocabulary gets the name here (`python -m tests.pre_tokenizers`); *table* that the name is taken
@@ -148,7 +148,7 @@ def table_of(goldens: Mapping[str, Any]) -> str:
         form = pre_tokenizers.form_named(same.get(name, name))
         way = form.names[-1]["name"] if form is not None else "WordPiece, of which the name does not matter"
         rows.append(f"| {name} | {way} | {'run: ' + '; '.join(run[name]) if name in run else 'table'} |\n")
-    refused = sorted({*check_text.table("pre_hashes.json").values()} - told)
+    refused = sorted({*check_text.hashes().values()} - told)
     return (
         HEAD + "".join(rows) + "\nOther names of the converter, which are given only if the hash is known and the "
         f"way is one of these: {', '.join(refused)}.\n"

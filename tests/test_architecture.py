@@ -41,7 +41,7 @@ checkpoints backends
 architectures containers quantization
 specs stats clock
 storage dtypes
-errors places words
+errors places words tables
 """
 LAYERS = [
     *([f"jobs.{word}" for word in line.split()] for line in JOBS.strip().splitlines()),
@@ -145,8 +145,7 @@ OPENS_PATHS = {
     "jobs/tracking/": "MLflow's database and files, and .git",
     "jobs/verification/logits.py": "a text of a person's",
     "jobs/verification/output.py": "numbers of an output that an engine has read from its folder",
-    "loaders/layouts/gguf/tables.py": "tables of the package's own",
-    "loaders/architectures/": "tables of the package's own",
+    "loaders/architectures/family_files.py": "the package's own files of families",
     "loaders/backends/machine.py": "/proc and /sys",
     "loaders/backends/memory.py": "/proc",
     "loaders/containers/read_back.py": "parts, which are made here before their destination has them",
@@ -156,6 +155,7 @@ OPENS_PATHS = {
     "loaders/models/hub_cache.py": "huggingface_hub's cache",
     "loaders/models/mlx_modules.py": "files for a library that reads folders",
     "loaders/models/sensitivity.py": "what was measured here",
+    "loaders/tables.py": "tables of the package's own",
     "loaders/places.py": "where weightmill itself lies",
     "loaders/presets/catalog.py": "conf/",
     "loaders/stats.py": "statistics, saved for a person",

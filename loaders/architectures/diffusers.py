@@ -8,13 +8,13 @@ that could be looked at, with what names do not tell: `python -m tests.diffusers
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from loaders.tables import table
 
 PATH = Path(__file__).with_name("diffusers.json")
 TABLE = re.compile(
@@ -35,9 +35,8 @@ def is_table_by_name(name: str) -> bool:
     return TABLE.search(name) is not None
 
 
-@cache
 def _rows() -> Mapping[str, Mapping[str, list[str]]]:
-    found: Mapping[str, Mapping[str, list[str]]] = json.loads(PATH.read_text())
+    found: Mapping[str, Mapping[str, list[str]]] = table(PATH)
     return found
 
 

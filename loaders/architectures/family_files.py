@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
+from loaders.tables import parsed
 
 FOLDER = Path(__file__).with_name("families")
 MODEL_TYPES = re.compile(r"^model_types: \[([\w, .-]+)\]$", re.MULTILINE)
@@ -43,7 +43,7 @@ def section(model_type: object, engine: str) -> Mapping[str, Any] | None:
     text = _texts().get(model_type) if isinstance(model_type, str) else None
     if text is None:
         return None
-    found = yaml.load(text, Loader=_LOADER).get(engine)  # noqa: S506  # both are safe loaders
+    found = parsed(text).get(engine)
     if found is None or "like" not in found:
         return cast("Mapping[str, Any] | None", found)
     own = {key: value for key, value in found.items() if key not in ("like", "add")}
@@ -66,7 +66,3 @@ def added(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def known_types(engine: str) -> tuple[str, ...]:
     """Return the model types of which some file says something for an engine."""
     return tuple(model_type for model_type in sorted(_texts()) if section(model_type, engine) is not None)
-
-
-# libyaml reads the same some ten times faster, where it is there
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -93,7 +93,7 @@ class Architecture:
     keys: its keys of metadata: [type, key of config.json or several parted by |, default] or [type, number]; types are
     uint32, float32, bool, flag and text; null for a key that it has not.
     made: words for keys that follow from several of config.json's, some of which refuse what llama.cpp would compute
-    otherwise: functions of `loaders.layouts.gguf.keys` and of the files keys_*.py beside it.
+    otherwise: functions of the files of `loaders.layouts.gguf.keys`.
     activations: the values that it computes of hidden_act, or of the key that `activation` names.
     needs: [key, value, reason] rows of what config.json must say where it says anything.
     own_rope: words make the keys of rotary embeddings, which differ from layer to layer.

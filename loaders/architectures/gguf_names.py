@@ -6,20 +6,20 @@ and a test holds it against the installed version.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from loaders.tables import table
+
 NAMES_FILE = Path(__file__).with_name("gguf_names.json")
 LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-@cache
 def _tables() -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(NAMES_FILE.read_text(encoding="utf-8"))
+    found: Mapping[str, Any] = table(NAMES_FILE)
     return found
 
 

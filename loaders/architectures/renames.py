@@ -8,19 +8,19 @@ the installed version, and a test holds them against it.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loaders.tables import table
+
 RENAMES_FILE = Path(__file__).with_name("renames.json")
 Renames = tuple[tuple[re.Pattern[str], str], ...]
 
 
-@functools.cache
 def _tables() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(RENAMES_FILE.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = table(RENAMES_FILE)
     return found
 
 

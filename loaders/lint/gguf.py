@@ -15,7 +15,7 @@ from loaders.architectures import gguf_names
 from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
-from loaders.layouts.gguf.pre_tokenizers import known_names
+from loaders.layouts.gguf.tokenizers.pre_tokenizers import known_names
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 from loaders.lint.engines.gguf import unknown
 from loaders.specs import WeightSpec

@@ -23,7 +23,7 @@ import numpy as np
 
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors, setting
-from loaders.layouts.gguf.tokenizer_files import tokenizer_files
+from loaders.layouts.gguf.tokenizers.tokenizer_files import tokenizer_files
 from loaders.models.quality import Quality, scores, summed_up
 from loaders.models.runners import (
     ORIGINAL,

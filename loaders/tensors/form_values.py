@@ -14,7 +14,7 @@ import numpy as np
 from loaders.architectures.family import text_config
 from loaders.architectures.gguf import number
 from loaders.dtypes import WEIGHT_DTYPES, DType
-from loaders.errors import BadCheckpoint
+from loaders.errors import BadCheckpoint, BadSpec
 from loaders.quantization.kernels import casts
 
 Config = Mapping[str, Any]
@@ -48,7 +48,7 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def scaled(config: Config, by: Sequence[str], rows: int, dtype: DType) -> list[tuple[int, float]]:
     """Return the product of settings as the one factor of all rows, rounded to the dtype."""
-    return [(rows, _rounded(math.prod(_setting(config, key) for key in by), dtype))]
+    return [(rows, _rounded(math.prod(_divisor(config, key) for key in by), dtype))]
 
 
 def scaled_mamba(config: Config, by: Sequence[str], rows: int, dtype: DType) -> list[tuple[int, float]]:
@@ -56,21 +56,39 @@ def scaled_mamba(config: Config, by: Sequence[str], rows: int, dtype: DType) -> 
     inner, groups, state, heads = (
         number(config, f"mamba_{key}") for key in ("d_ssm", "n_groups", "d_state", "n_heads")
     )
-    whole, sizes = _rounded(_setting(config, by[0]), dtype), (inner, inner, groups * state, groups * state, heads)
+    whole, sizes = _rounded(_divisor(config, by[0]), dtype), (inner, inner, groups * state, groups * state, heads)
     if sum(sizes) != rows:
         raise BadCheckpoint(f"expected {sum(sizes)} rows, found {rows}")
-    parts = [_rounded(_setting(config, f"{by[1]}.{index}"), dtype) for index in range(len(sizes))]
+    parts = [_rounded(_divisor(config, f"{by[1]}.{index}"), dtype) for index in range(len(sizes))]
     return [(size, _rounded(whole * part, dtype)) for size, part in zip(sizes, parts, strict=True)]
 
 
-def _setting(config: Config, path: str) -> float:
+def number_at(config: Config, path: str, default: float | None = None) -> float:
+    """Return a number of config.json; KEY.2 is the third of a list.
+
+    Raises:
+        BadSpec: it is no finite number that float32 can hold, or missing without a default.
+    """
     key, _, index = path.partition(".")
     found = text_config(config, key)
     if index and isinstance(found, list) and int(index) < len(found):
         found = found[int(index)]
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < abs(found) < math.inf:
-        raise BadCheckpoint(f"config.json: expected a number for {path}, and not 0, found {found!r}")
+    found = default if found is None else found
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < LARGEST:
+        raise BadSpec(f"config.json: expected a number as {path}, found {str(found)[:80]}")
     return float(found)
+
+
+def _divisor(config: Config, path: str) -> float:
+    """Return a number by which rows are multiplied, and divided again on the way back.
+
+    Raises:
+        BadSpec: it is no such number.
+    """
+    found = number_at(config, path)
+    if not found:
+        raise BadSpec(f"config.json: expected a number other than 0 as {path}")
+    return found
 
 
 def _rounded(value: float, dtype: DType) -> float:

@@ -1,8 +1,7 @@
 """Tensors in an engine's form: a checkpoint's tensors whose elements the engine holds in another arrangement or value.
 
 An arrangement is a view of the tensor's elements, as numpy has them, so that nothing is moved before it is read. The
-words of a family's table (`loaders.architectures.forms`) are the names of the functions here. What each engine does
-was read in mlx-lm's models (sanitize) and in llama.cpp's conversion package (modify_tensors).
+words of a family's table (`loaders.architectures.forms`) are the names of functions in `form_views` and `form_values`.
 """
 
 from __future__ import annotations
@@ -14,17 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from loaders.architectures.family import text_config
 from loaders.architectures.forms import Form
 from loaders.dtypes import DTYPES, DType, Shape, row_major
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.tensors.form_values import FACTORS, UNDONE_BY
+from loaders.tensors.form_values import FACTORS, UNDONE_BY, number_at
 from loaders.tensors.form_views import BASE_ADDRESS, VIEWS, VIEWS_BACK, Piece, address, standing
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 Config = Mapping[str, Any]
-LARGEST = 1e30  # what any factor is below, so that float32 can hold it
-GROUPS = ("n_groups", "mamba_n_groups", "ssm_n_groups")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +101,7 @@ class Forms:
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{tensor.name}: {error}") from None
         names = [tensor.name[: match.start()] + match.expand(to) + tensor.name[match.end() :] for to in row.to]
-        times = tuple(factor for key in row.times if (factor := _factor(self._config, key)) != 1)
+        times = tuple(factor for key in row.times if (factor := number_at(self._config, key, 1.0)) != 1)
         if row.times and not times and not row.view and not row.values:
             yield tensor
             return
@@ -146,23 +142,6 @@ class Forms:
             factors=factors,
             times=(*(before.times if before else ()), *times),
         )  # fmt: skip
-
-
-def _factor(config: Config, key: str) -> float:
-    """Return a number of config.json, 1 if it says nothing; KEY.2 is the third of a list.
-
-    Raises:
-        BadSpec: it is no finite number.
-    """
-    name, _, index = key.partition(".")
-    found = text_config(config, name)
-    if index and isinstance(found, list) and len(found) > int(index):
-        found = found[int(index)]
-    if found is None:
-        return 1.0
-    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < LARGEST:
-        raise BadSpec(f"config.json: expected a number as {key}, found {str(found)[:80]}")
-    return float(found)
 
 
 def _view(tensor: LogicalTensor) -> np.ndarray:

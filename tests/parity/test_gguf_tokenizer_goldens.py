@@ -14,7 +14,7 @@ import pytest
 from loaders.containers import gguf
 from loaders.containers.gguf import MetadataValue
 from loaders.layouts.gguf.model_names import size_label, title
-from loaders.layouts.gguf.tokenizer import tokenizer_metadata
+from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
 from tests import tiny_models, tiny_tokenizers
 from tests.gguf_goldens import golden_path, summary
 from tests.reading import files_of

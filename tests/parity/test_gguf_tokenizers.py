@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from loaders.containers import gguf
-from loaders.layouts.gguf.tokenizer import tokenizer_metadata
+from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
 from loaders.places import ROOT
 from tests.making import LLAMA, llama_tensors, tokenizer, weights, write_checkpoint
 from tests.reading import files_of

@@ -14,7 +14,7 @@ import numpy as np
 from loaders.architectures.gguf import Architecture
 from loaders.architectures.rope import frequency_factors, rope_number, rope_of
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys import head_size, of_full_attention
+from loaders.layouts.gguf.keys.architecture import head_size, of_full_attention
 
 Config = Mapping[str, Any]
 Extras = dict[str, np.ndarray]

@@ -24,6 +24,7 @@ from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.gguf.extra_tensors import extra_tensors
 from loaders.layouts.gguf.generation import read_generation, sampling_metadata
+from loaders.layouts.gguf.keys.pooling import pooling_metadata
 from loaders.layouts.gguf.metadata import (
     FILE_TYPES,
     general_metadata,
@@ -32,8 +33,7 @@ from loaders.layouts.gguf.metadata import (
     quantization_metadata,
 )
 from loaders.layouts.gguf.model_card import card_of, model_card_metadata
-from loaders.layouts.gguf.pooling import pooling_metadata
-from loaders.layouts.gguf.tokenizer import tokenizer_metadata
+from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
 from loaders.layouts.gguf.wholes import Whole, is_part, wholes
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.scheme import Scheme

@@ -6,8 +6,8 @@ from loaders.architectures.gguf_config import left_out
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.layouts.gguf.generation import FILE, generation_file
-from loaders.layouts.gguf.special_tokens import KEYS
-from loaders.layouts.gguf.tokenizer_files import TOKENIZERS, tokenizer_files
+from loaders.layouts.gguf.tokenizers.special_tokens import KEYS
+from loaders.layouts.gguf.tokenizers.tokenizer_files import TOKENIZERS, tokenizer_files
 from loaders.storage.json_files import json_bytes
 
 # keys of the tokenizer and of the whole file that are read, or that say nothing of how the model computes

@@ -29,7 +29,7 @@ from loaders.architectures.rope import (
 from loaders.architectures.windows import ignored_window, window_of
 from loaders.containers.gguf import MetadataValue, booleans, float32, int32s, text, uint32
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys import COMMON, head_size, keys_of, sliding_base
+from loaders.layouts.gguf.keys.architecture import COMMON, head_size, keys_of, sliding_base
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # llama-quantize's name of a file type -> general.file_type (llama_ftype in llama.h)

@@ -10,7 +10,7 @@ from loaders.architectures import family_files
 from loaders.architectures.gguf import architecture_of
 from loaders.architectures.layer_kinds import all_attention, layer_count, layer_kinds, without_experts
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys_by_layer import attention_layers, mimo_layers, step_layers
+from loaders.layouts.gguf.keys.by_layer import attention_layers, mimo_layers, step_layers
 
 pytestmark = pytest.mark.quick
 

@@ -11,7 +11,6 @@ import pytest
 
 from loaders.containers import gguf
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.layouts.gguf.chat_templates import template_metadata, template_setting, templates_of
 from loaders.layouts.gguf.generation import (
     end_metadata,
     end_tokens,
@@ -19,8 +18,9 @@ from loaders.layouts.gguf.generation import (
     left_out,
     sampling_metadata,
 )
-from loaders.layouts.gguf.pre_tokenizers import form_named
-from loaders.layouts.gguf.tokenizer import tokenizer_metadata
+from loaders.layouts.gguf.tokenizers.chat_templates import template_metadata, template_setting, templates_of
+from loaders.layouts.gguf.tokenizers.pre_tokenizers import form_named
+from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
 from tests.making import make_source
 from tests.reading import files_of
 

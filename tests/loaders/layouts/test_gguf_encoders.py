@@ -11,8 +11,8 @@ import pytest
 from loaders.architectures.gguf import architecture_of, completed
 from loaders.containers.gguf import plain
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.layouts.gguf.keys.pooling import pooling_metadata
 from loaders.layouts.gguf.metadata import model_metadata
-from loaders.layouts.gguf.pooling import pooling_metadata
 from loaders.storage.base import PinnedFiles
 from loaders.storage.folder import Folder
 

@@ -7,7 +7,7 @@ import pytest
 
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.pre_tokenizers import pre_name
+from loaders.layouts.gguf.tokenizers.pre_tokenizers import pre_name
 from loaders.specs import RowOrder, TensorSpec
 from loaders.tensors.views import ReorderedView
 from tests.encoding import MemoryView

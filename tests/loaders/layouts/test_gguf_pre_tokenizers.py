@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loaders.layouts.gguf import check_text, pre_tokenizers
-from loaders.layouts.gguf.vocabularies import wordpiece_name
+from loaders.layouts.gguf.tokenizers import check_text, pre_tokenizers
+from loaders.layouts.gguf.tokenizers.vocabularies import wordpiece_name
 from loaders.places import ROOT
 from tests.pre_tokenizers import GOLDEN, TABLE, table_of
 

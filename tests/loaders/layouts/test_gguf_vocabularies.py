@@ -12,8 +12,8 @@ import pytest
 
 from loaders.containers import gguf
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.layouts.gguf.special_tokens import read_special
-from loaders.layouts.gguf.tokenizer import tokenizer_metadata
+from loaders.layouts.gguf.tokenizers.special_tokens import read_special
+from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
 from tests import tiny_tokenizers
 from tests.reading import files_of
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from loaders.errors import BadCheckpoint
-from loaders.layouts.gguf.sentencepiece import from_json, is_sentencepiece
-from loaders.layouts.gguf.sentencepiece_model import BPE, BYTE, NORMAL, Token, read_model
+from loaders.layouts.gguf.tokenizers.sentencepiece import from_json, is_sentencepiece
+from loaders.layouts.gguf.tokenizers.sentencepiece_model import BPE, BYTE, NORMAL, Token, read_model
 from tests.reading import files_of
 
 

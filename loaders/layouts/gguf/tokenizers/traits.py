@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from loaders.layouts.gguf.tables import table
+from loaders.tables import table
 
+TRAITS_FILE = Path(__file__).with_name("tokenizers.yaml")
 # Added tokens that the converter takes as control tokens whatever their files say (does_token_look_special).
 ALSO_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
@@ -50,7 +52,7 @@ class Traits:
 @cache
 def _table() -> Mapping[str, Traits]:
     found: dict[str, Traits] = {}
-    for row in table("tokenizers.yaml"):
+    for row in table(TRAITS_FILE):
         traits = Traits(**{key: value for key, value in row.items() if key != "model_types"})
         found |= dict.fromkeys(row["model_types"], traits)
     return found

@@ -12,12 +12,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.check_text import Steps, name_by_hash
-from loaders.layouts.gguf.tables import table
+from loaders.layouts.gguf.tokenizers.check_text import Steps, name_by_hash
+from loaders.tables import table
 
+FORMS_FILE = Path(__file__).with_name("pre_tokenizers.yaml")
 # words of the file that stand for pre_tokenizers of the library, and these
 WORDS: Mapping[str, Mapping[str, Any]] = {
     "words": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
@@ -50,7 +52,7 @@ class Form:
 
 @cache
 def forms() -> tuple[Form, ...]:
-    return tuple(Form(tuple(row["steps"]), tuple(row["names"])) for row in table("pre_tokenizers.yaml")["forms"])
+    return tuple(Form(tuple(row["steps"]), tuple(row["names"])) for row in table(FORMS_FILE)["forms"])
 
 
 def form_named(name: str) -> Form | None:
@@ -65,7 +67,7 @@ def known_names() -> tuple[str, ...]:
 def one_spelling(regex: str) -> str:
     """Return a regular expression in the spelling of the file: no greed that changes nothing, escapes as escapes."""
     regex = regex.replace("\r", r"\r").replace("\n", r"\n")
-    for text, replacement in table("pre_tokenizers.yaml")["spellings"]:
+    for text, replacement in table(FORMS_FILE)["spellings"]:
         regex = regex.replace(text, replacement)
     return regex
 

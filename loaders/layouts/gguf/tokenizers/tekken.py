@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.errors import BadCheckpoint
-from loaders.layouts.gguf.byte_letters import byte_letters
+from loaders.layouts.gguf.tokenizers.byte_letters import byte_letters
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 

@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 from loaders.errors import BadCheckpoint
-from loaders.layouts.gguf.byte_letters import byte_letters
-from loaders.layouts.gguf.pre_tokenizers import form_named, pre_tokenizers
-from loaders.layouts.gguf.tekken import LONGEST, MOST
+from loaders.layouts.gguf.tokenizers.byte_letters import byte_letters
+from loaders.layouts.gguf.tokenizers.pre_tokenizers import form_named, pre_tokenizers
+from loaders.layouts.gguf.tokenizers.tekken import LONGEST, MOST
 from loaders.storage.base import PinnedFiles
 
 LARGEST = 1 << 27  # bytes

@@ -14,11 +14,11 @@ from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
-from loaders.layouts.gguf.chat_templates import template_setting
-from loaders.layouts.gguf.pre_tokenizers import IGNORES_MERGES, form_named, pre_tokenizers
-from loaders.layouts.gguf.sentencepiece import SPACE
-from loaders.layouts.gguf.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from loaders.layouts.gguf.special_tokens import KEYS, ROLES
+from loaders.layouts.gguf.tokenizers.chat_templates import template_setting
+from loaders.layouts.gguf.tokenizers.pre_tokenizers import IGNORES_MERGES, form_named, pre_tokenizers
+from loaders.layouts.gguf.tokenizers.sentencepiece import SPACE
+from loaders.layouts.gguf.tokenizers.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from loaders.layouts.gguf.tokenizers.special_tokens import KEYS, ROLES
 
 # other names under which llama.cpp splits text in the same way (src/llama-vocab.cpp)
 SAME = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from loaders.containers.gguf import MetadataValue, uint32
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.layouts.gguf.keys_encoders import POOLINGS
+from loaders.layouts.gguf.keys.encoders import POOLINGS
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 

@@ -13,12 +13,14 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from loaders.layouts.gguf.byte_letters import byte_letters
-from loaders.layouts.gguf.special_tokens import content_of, processors
-from loaders.layouts.gguf.tables import table
+from loaders.layouts.gguf.tokenizers.byte_letters import byte_letters
+from loaders.layouts.gguf.tokenizers.special_tokens import content_of, processors
+from loaders.tables import table
 
+HASHES_FILE = Path(__file__).with_name("pre_hashes.json")
 Steps = tuple[str, ...]
 
 TEXT = (
@@ -58,10 +60,16 @@ def name_of(ids: Sequence[int], tokenizer: Mapping[str, Any], settings: Mapping[
     outer = [([bos], last)] if bos is not None and settings.get("add_bos_token") is True else []
     for before, after in (*outer, (first, last)):
         digest = hashlib.sha256(str([*before, *ids, *after]).encode()).hexdigest()
-        found: str | None = table("pre_hashes.json").get(digest)
+        found: str | None = hashes().get(digest)
         if found is not None:
             return found
     return None
+
+
+def hashes() -> Mapping[str, str]:
+    """Return the converter's names by the hashes of the ids that the text has."""
+    found: Mapping[str, str] = table(HASHES_FILE)
+    return found
 
 
 def check_ids(tokenizer: Mapping[str, Any], steps: Steps) -> list[int] | None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.errors import BadSpec
-from loaders.layouts.gguf import sentencepiece_model
-from loaders.layouts.gguf.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
-from loaders.layouts.gguf.traits import Traits, looks_special
+from loaders.layouts.gguf.tokenizers import sentencepiece_model
+from loaders.layouts.gguf.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from loaders.layouts.gguf.tokenizers.traits import Traits, looks_special
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 

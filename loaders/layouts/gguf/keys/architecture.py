@@ -15,10 +15,10 @@ from loaders.architectures.gguf import Architecture, number
 from loaders.architectures.rope import rope_number, rope_of
 from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, int32s, text, uint32
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.keys_by_layer import MADE_BY_LAYER
-from loaders.layouts.gguf.keys_checked import MADE_CHECKED
-from loaders.layouts.gguf.keys_encoders import MADE_ENCODERS
-from loaders.layouts.gguf.keys_latent import MADE_LATENT
+from loaders.layouts.gguf.keys.by_layer import MADE_BY_LAYER
+from loaders.layouts.gguf.keys.checked import MADE_CHECKED
+from loaders.layouts.gguf.keys.encoders import MADE_ENCODERS
+from loaders.layouts.gguf.keys.latent import MADE_LATENT
 
 Config = Mapping[str, Any]
 Keys = dict[str, MetadataValue | None]  # None takes a key away

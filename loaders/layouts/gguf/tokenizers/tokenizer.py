@@ -12,14 +12,14 @@ from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint32
 from loaders.errors import BadCheckpoint, BadSpec, setting
-from loaders.layouts.gguf import tekken, tiktoken, vocabularies
-from loaders.layouts.gguf.added_tokens import added_elsewhere
-from loaders.layouts.gguf.chat_templates import template_metadata, templates_of
 from loaders.layouts.gguf.generation import end_metadata, end_tokens, left_out, read_generation
-from loaders.layouts.gguf.pre_tokenizers import ADDS_BOS, pre_name
-from loaders.layouts.gguf.sentencepiece import SPACE, Vocabulary, from_json, from_model, is_sentencepiece
-from loaders.layouts.gguf.special_tokens import content_of, read_special, special_ids, special_metadata
-from loaders.layouts.gguf.traits import Traits, looks_special, traits_of
+from loaders.layouts.gguf.tokenizers import tekken, tiktoken, vocabularies
+from loaders.layouts.gguf.tokenizers.added_tokens import added_elsewhere
+from loaders.layouts.gguf.tokenizers.chat_templates import template_metadata, templates_of
+from loaders.layouts.gguf.tokenizers.pre_tokenizers import ADDS_BOS, pre_name
+from loaders.layouts.gguf.tokenizers.sentencepiece import SPACE, Vocabulary, from_json, from_model, is_sentencepiece
+from loaders.layouts.gguf.tokenizers.special_tokens import content_of, read_special, special_ids, special_metadata
+from loaders.layouts.gguf.tokenizers.traits import Traits, looks_special, traits_of
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 from loaders.words import counted

@@ -13,11 +13,11 @@ from typing import Any
 
 from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint8s
 from loaders.errors import BadCheckpoint, BadSpec
-from loaders.layouts.gguf import sentencepiece_model
-from loaders.layouts.gguf.check_text import TEXT, apart, name_of
-from loaders.layouts.gguf.sentencepiece import ADDED_SCORE, BYTE_TOKEN, SPACE, Vocabulary
-from loaders.layouts.gguf.sentencepiece_model import BYTE, CONTROL, NORMAL, UNIGRAM, UNKNOWN, USER_DEFINED
-from loaders.layouts.gguf.special_tokens import content_of
+from loaders.layouts.gguf.tokenizers import sentencepiece_model
+from loaders.layouts.gguf.tokenizers.check_text import TEXT, apart, name_of
+from loaders.layouts.gguf.tokenizers.sentencepiece import ADDED_SCORE, BYTE_TOKEN, SPACE, Vocabulary
+from loaders.layouts.gguf.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNIGRAM, UNKNOWN, USER_DEFINED
+from loaders.layouts.gguf.tokenizers.special_tokens import content_of
 from loaders.storage.base import PinnedFiles
 
 CONTINUING = "##"
