@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ import yaml
 from loaders.architectures.family import text_config
 from loaders.architectures.family_files import section
 from loaders.architectures.layers import layer_of
-from loaders.tensors.form_views import VIEWS
+from loaders.errors import BadCheckpoint, BadSpec
+from loaders.tensors.form_views import VIEWS, Piece
 from tests import mlx_reference, mlx_trace
 from tests.mlx_trace import Numbered, Trace
 from tests.tiny_configs import TINY
@@ -100,26 +101,29 @@ def _form(source: Numbered, name: str, numbers: np.ndarray, added: float) -> dic
     if np.array_equal(numbers, whole):
         return values
     for word, view in VIEWS.items():
-        try:
-            pieces = view(whole, source.config.get("text_config") or source.config)
-        except Exception:  # a word that is for tensors of another shape
-            continue
-        if len(pieces) == 1 and np.array_equal(pieces[0].view, numbers):
+        pieces = _pieces(view, whole, source)
+        if len(pieces) == 1 and np.array_equal(pieces[0], numbers):
             return {"view": word, **values}
     return {"view": "?", **values} if numbers.size == whole.size else None
+
+
+def _pieces(
+    view: Callable[[np.ndarray, Mapping[str, Any]], list[Piece]], whole: np.ndarray, source: Numbered
+) -> list[np.ndarray]:
+    """Return what a word makes of a tensor; nothing if it is for tensors of another shape, or other settings."""
+    try:
+        return [piece.view for piece in view(whole, source.config.get("text_config") or source.config)]
+    except (BadCheckpoint, BadSpec, ValueError, IndexError):
+        return []
 
 
 def _cutting(source: Numbered, trace: Trace, name: str, owns: Sequence[str]) -> dict[str, Any]:
     """Return the words that cut a tensor into several of mlx-lm's."""
     found = {own: mlx_trace.split(trace.tensors[own])[0] for own in owns}
-    config = source.config.get("text_config") or source.config
     for word, view in VIEWS.items():
-        try:
-            pieces = [piece.view for piece in view(source.of(name), config)]
-        except Exception:  # a word that is for tensors of another shape
-            continue
+        pieces = _pieces(view, source.of(name), source)
         order = [next((own for own, each in found.items() if np.array_equal(each, p)), None) for p in pieces]
-        if None not in order and len(order) == len(owns):
+        if pieces and None not in order and len(order) == len(owns):
             return {"view": word, "to": [_open(str(own)) for own in order]}
     return {"view": "?", "to": [_open(own) for own in owns]}
 

@@ -5,14 +5,18 @@ FOLDER is the gguf-py of a llama.cpp source, whose names a release of the `gguf`
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from loaders.architectures.gguf_names import NAMES_FILE
+from tests.gguf_goldens import dump
 
 TOWERS = ("mmproj", "clip")  # files of their own
+
+
+def _open(text: str) -> str:
+    return text.replace("{bid}", "{}")
 
 
 def names(gguf: Any) -> dict[str, Any]:
@@ -32,25 +36,15 @@ def names(gguf: Any) -> dict[str, Any]:
     needed = {name for names in architectures.values() for name in names}
     # In gguf-py's order: of two kinds that have the name of a module in common, the later one has it.
     used = [kind for kind in dict.fromkeys((*modules, *gguf.MODEL_TENSOR)) if kind.name in needed]
-    open_ = lambda text: text.replace("{bid}", "{}")  # noqa: E731
     return {
-        "tensors": {kind.name: open_(gguf.TENSOR_NAMES[kind]) for kind in used},
-        "modules": {kind.name: [open_(name) for name in modules[kind]] for kind in used if kind in modules},
+        "tensors": {kind.name: _open(gguf.TENSOR_NAMES[kind]) for kind in used},
+        "modules": {kind.name: [_open(name) for name in modules[kind]] for kind in used if kind in modules},
         "own": {
-            gguf.MODEL_ARCH_NAMES[arch]: {kind.name: [open_(name) for name in found] for kind, found in own.items()}
+            gguf.MODEL_ARCH_NAMES[arch]: {kind.name: [_open(name) for name in found] for kind, found in own.items()}
             for arch, own in mapping.arch_block_mappings_cfg.items()
         },
         "architectures": architectures,
     }
-
-
-def text_of(found: dict[str, Any]) -> str:
-    """Return the table as JSON with one line an entry, for a readable diff."""
-    parts = []
-    for key, table in found.items():
-        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in table.items())
-        parts.append(f"{json.dumps(key)}: {{\n{rows}\n}}")
-    return "{" + ",\n".join(parts) + "}\n"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,9 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     import gguf
 
     if "--print" in arguments:
-        print(text_of(names(gguf)), end="")
+        print(dump(names(gguf)), end="")
     else:
-        NAMES_FILE.write_text(text_of(names(gguf)))
+        NAMES_FILE.write_text(dump(names(gguf)))
     return 0
 
 

@@ -34,8 +34,8 @@ HEAD = """# Names of pre-tokenizers in a GGUF
 
 llama.cpp knows by name how a byte-level BPE cuts text into words (`tokenizer.ggml.pre`). The way is read from
 tokenizer.json and looked up in `loaders/layouts/gguf/tokenizers/pre_tokenizers.yaml`; of several names for one way,
-llama.cpp's converter's hash of the tokenizer decides, and else its special tokens. A tokenizer whose way is none of these is
-refused.
+llama.cpp's converter's hash of the tokenizer decides, and else its special tokens. A tokenizer whose way is none of
+these is refused.
 
 *Run* means that a real vocabulary gets the name here (`python -m tests.pre_tokenizers`); *table* that the name is taken
 from llama.cpp's table of hashes and its regular expressions, and no vocabulary was at hand to run it.

@@ -293,11 +293,14 @@ def _wait(run: Run) -> str:
 
 def _said(planned: Planned, report: Report, address: str | None, untracked: str) -> Said:
     output = planned.journal.output
-    found = lambda: {"status": "done", "output": str(output), "tracked": address, **report.to_json()}  # noqa: E731
+
+    def document() -> dict[str, Any]:
+        return {"status": "done", "output": str(output), "tracked": address, **report.to_json()}
+
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []
     lines += [Text(f"the output is complete, but {untracked}", style="bold red")] if untracked else []
     shown = [result.findings_text(report.lint)] if report.lint else []
     let_pass = [Text(f"warning: {w}", style="yellow") for w in report.warnings if w.endswith(": let pass")]
     text = Group(result.result_text(report), *let_pass, *shown, *lines)
-    return Said(found, text, FAILED if untracked else 0, then=planned.journal.remove)
+    return Said(document, text, FAILED if untracked else 0, then=planned.journal.remove)

@@ -141,6 +141,18 @@ def test_pieces_of_a_published_tensor_go_to_mlx_only(tmp_path: Path) -> None:
         passes.plan(plain.folder, "nf4")
 
 
+def test_a_model_without_the_tower_that_it_describes_does_not_go_to_transformers(tmp_path: Path) -> None:
+    source = mlx_reference.make("qwen3_5", tmp_path / "source")
+    coarse = passes.run(source, tmp_path / "a", "mlx_int8", settings=GROUPS)["mlx_int8"].folder
+    passes.plan(coarse, "nf4")
+    config = json.loads((coarse / "config.json").read_text())
+    (coarse / "config.json").write_text(json.dumps({**config, "vision_config": {"depth": 1}}))
+    with pytest.raises(BadSpec, match="this MLX checkpoint of a qwen3_5 has no tower for images"):
+        passes.plan(coarse, "nf4")
+    passes.plan(coarse, "gguf_q8_0")
+    passes.plan(coarse, "mlx_int4", settings=GROUPS)
+
+
 def test_experts_of_stacks_do_not_go_back_to_transformers(tmp_path: Path) -> None:
     source = mlx_reference.make("granitemoe", tmp_path / "source")
     plain = passes.run(source, tmp_path / "a", "none", settings=("output=mlx",))["none"]

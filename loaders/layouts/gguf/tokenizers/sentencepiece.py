@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loaders.containers.gguf import MetadataValue, float32s, int32s, texts
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.tokenizers import sentencepiece_model
 from loaders.layouts.gguf.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
@@ -39,6 +40,14 @@ class Vocabulary:
     @staticmethod
     def empty(rows: int) -> Vocabulary:
         return Vocabulary([f"[PAD{n}]" for n in range(rows)], [ABSENT_SCORE] * rows, [UNUSED] * rows)
+
+    def metadata(self) -> dict[str, MetadataValue]:
+        """Return the keys of a GGUF for the tokens."""
+        return {
+            "tokenizer.ggml.tokens": texts(self.tokens),
+            "tokenizer.ggml.scores": float32s(self.scores),
+            "tokenizer.ggml.token_type": int32s(self.types),
+        }
 
     def put(self, number: int, text: str, score: float, kind: int) -> None:
         """Set a token. One that has no row in the embedding is left out, as in the converter."""

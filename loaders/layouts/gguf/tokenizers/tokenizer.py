@@ -136,9 +136,7 @@ def _sentencepiece(
     found = {
         "tokenizer.ggml.model": text("llama"),
         "tokenizer.ggml.pre": text("default"),
-        "tokenizer.ggml.tokens": texts(made.tokens),
-        "tokenizer.ggml.scores": float32s(made.scores),
-        "tokenizer.ggml.token_type": int32s(made.types),
+        **made.metadata(),
     }
     if isinstance(made.adds_prefix, bool):
         found["tokenizer.ggml.add_space_prefix"] = boolean(made.adds_prefix)

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loaders.containers.gguf import MetadataValue, boolean, float32s, int32s, text, texts, uint8s
+from loaders.containers.gguf import MetadataValue, boolean, int32s, text, texts, uint8s
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.layouts.gguf.tokenizers import sentencepiece_model
 from loaders.layouts.gguf.tokenizers.check_text import TEXT, apart, name_of
@@ -138,9 +138,7 @@ def unigram_metadata(
     found = {
         "tokenizer.ggml.model": text("t5"),
         "tokenizer.ggml.pre": text("default"),
-        "tokenizer.ggml.tokens": texts(made.tokens),
-        "tokenizer.ggml.scores": float32s(made.scores),
-        "tokenizer.ggml.token_type": int32s(made.types),
+        **made.metadata(),
         "tokenizer.ggml.add_space_prefix": boolean(adds_prefix),
         "tokenizer.ggml.remove_extra_whitespaces": boolean(removes_spaces),
     }
@@ -256,9 +254,7 @@ def gemma4_metadata(
         made.put(number, token, ADDED_SCORE, USER_DEFINED if token in VISIBLE else kind)
     return {
         "tokenizer.ggml.model": text("gemma4"),
-        "tokenizer.ggml.tokens": texts(made.tokens),
-        "tokenizer.ggml.scores": float32s(made.scores),
-        "tokenizer.ggml.token_type": int32s(made.types),
+        **made.metadata(),
         "tokenizer.ggml.merges": texts(merges),
         "tokenizer.ggml.add_space_prefix": boolean(False),
     }
