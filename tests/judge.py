@@ -114,10 +114,10 @@ def _plan(folder: Path, quant: str, opened: Any) -> Any:
 
 def asked(planned: Any) -> Verdict:
     """Ask the engine's code, in this process."""
-    from jobs.orchestration.engine_check import engine_to_ask, question_about
+    from jobs.orchestration.engine_check import question_about, whom_to_ask
     from loaders.lint.engines.__main__ import answer_of
 
-    engine = engine_to_ask(planned, always=True)
+    engine, _ = whom_to_ask(planned, always=True)
     if engine is None:
         return Verdict("not judged", ("no engine is asked about this",))
     answer = answer_of(question_about(planned, engine))

@@ -28,13 +28,16 @@ from loaders.words import counted, model_type_said
 SILENT_S = 2.0  # how long a job waits for the answer before it says so
 
 
-def engine_to_ask(planned: Planned, *, always: bool = False) -> str | None:
-    """Return the engine to ask about a plan; None if there is none, or a table knows the model (but `always`)."""
+def whom_to_ask(planned: Planned, *, always: bool = False) -> tuple[str | None, str | None]:
+    """Return the engine to ask about a plan, and what no table here knows of its model.
+
+    The engine is None if there is none, or a table knows all of the model (but `always`).
+    """
     checkpoint, made = planned.plan.checkpoint, planned.target
-    if planned.done is not None or not (made.config or checkpoint.config):
-        return None
-    engine = engine_of(made.target.layout.name, made.target.scheme)
-    return engine if engine is None or always or why_ask(planned) is not None else None
+    why = why_ask(planned)
+    if planned.done is not None or not (made.config or checkpoint.config) or not (always or why is not None):
+        return None, why
+    return engine_of(made.target.layout.name, made.target.scheme), why
 
 
 def why_ask(planned: Planned) -> str | None:
@@ -98,7 +101,7 @@ class Asked:
 
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
-        engine = engine_to_ask(planned)
+        engine, _ = whom_to_ask(planned)
         self._asking = None if engine is None else Asking(question_about(planned, engine))
 
     def answer(self) -> Answer | None:
@@ -154,13 +157,13 @@ def _check_source(planned: Planned) -> None:
 
 def asked_for(planned: Planned, *, is_wanted: bool) -> tuple[Answer, list[str]]:
     """Ask about a plan if that is wanted; returns the answer, and what a plan notes about it."""
-    engine, about = engine_to_ask(planned), _about(planned.plan.checkpoint.config)
+    (engine, why), about = whom_to_ask(planned), _about(planned.plan.checkpoint.config)
     if engine is None:
-        why = f"{about} is known here" if why_ask(planned) is None else "there is none to ask"
-        return Answer(), [f"no engine was asked: {why}"] if is_wanted else []
+        reason = f"{about} is known here" if why is None else "there is none to ask"
+        return Answer(), [f"no engine was asked: {reason}"] if is_wanted else []
     if not is_wanted:
         return Answer(), [
-            f"{about}: {why_ask(planned)}; {engine} was not asked whether it loads this output: add check=engine; run"
+            f"{about}: {why}; {engine} was not asked whether it loads this output: add check=engine; run"
             f" always asks; {share(planned)}"
         ]
     with asking([planned]) as [each]:

@@ -120,6 +120,8 @@ def _stay(some: Sequence[Decision]) -> str:
 
 def _grown(decisions: Sequence[Decision]) -> list[str]:
     """Return a warning about an output that is larger than its source, which is quantized and is decoded here."""
+    if all(d.tensor.decode is None for d in decisions):
+        return []
     written = [d for d in decisions if d.encoding is not None]
     sizes = [sum(part.size for part in d.encoding.stored.values()) for d in written if d.encoding is not None]
     before, after = sum(d.tensor.source_bytes for d in decisions), sum(sizes)

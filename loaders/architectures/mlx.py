@@ -170,7 +170,8 @@ def is_stack(model: MlxModel | None, name: str) -> bool:
 
 def expert_names(model: MlxModel, stacked: str, count: int) -> tuple[str, ...] | None:
     """Return the published names of the experts in a stacked weight or bias, in order; None if it is no stack."""
-    if model.experts is None:
+    # Most tensors are no experts' at all, which a look for a word tells sooner than a pattern.
+    if model.experts is None or f".{model.experts.stack}." not in stacked:
         return None
     matrices = model.experts.matrices
     match = re.fullmatch(

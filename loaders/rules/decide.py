@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 
+from loaders.dtypes import Shape
 from loaders.errors import BadSpec, setting
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
@@ -28,9 +29,9 @@ def decide(
     decisions: list[Decision] = []
     refused: dict[str, str] = {}
     used: set[int] = set()
+    first_of = _FirstRule(rules)
     for tensor in tensors:
-        # There is always a match: an engine's rules take every tensor that is left.
-        index = next(i for i, rule in enumerate(rules) if rule.matches(tensor))
+        index = first_of(tensor)
         used.add(index)
         decision, refusal = _decision(tensor, rules[index], scheme)
         decisions.append(decision)
@@ -42,6 +43,28 @@ def decide(
     if problems:
         raise BadSpec(problems)
     return tuple(kept.get(decision.tensor.name, decision) for decision in decisions)
+
+
+class _FirstRule:
+    """The first rule that matches a tensor. What rules without names say is the same for tensors of a kind."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        by_name = [rule.name is not None or rule.names is not None for rule in rules]
+        self._named = [(index, rule) for index, rule in enumerate(rules) if by_name[index]]
+        self._others = [(index, rule) for index, rule in enumerate(rules) if not by_name[index]]
+        self._end = len(rules)
+        self._known: dict[tuple[str, str, Shape], int] = {}
+
+    def __call__(self, tensor: LogicalTensor) -> int:
+        """Return its index. There is always one: an engine's rules take every tensor that is left."""
+        kind = tensor.role, tensor.dtype.name, tensor.shape
+        other = self._known.get(kind)
+        if other is None:
+            matching = (index for index, rule in self._others if rule.matches(tensor))
+            other = self._known[kind] = next(matching, self._end)
+        found = next((index for index, rule in self._named if index < other and rule.matches(tensor)), other)
+        assert found < self._end, tensor.name
+        return found
 
 
 def _decision(tensor: LogicalTensor, rule: Rule, scheme: Scheme) -> tuple[Decision, str | None]:
