@@ -138,11 +138,19 @@ def whole_rotary(config: Config) -> Keys:
 
 
 def partial_rotary(config: Config) -> Keys:
-    """The part of a head that is rotated."""
-    factor = rope_of(config, "full_attention").get(
-        "partial_rotary_factor", text_config(config, "partial_rotary_factor")
-    )
-    factor = rope_number({"partial_rotary_factor": factor}, "partial_rotary_factor", 1.0)
+    """The part of a head that is rotated: all of it if config.json says nothing."""
+    return _rotary(config, 1.0)
+
+
+def half_rotary(config: Config) -> Keys:
+    """The part of a head that is rotated: half of it if config.json says nothing."""
+    return _rotary(config, 0.5)
+
+
+def _rotary(config: Config, usual: float) -> Keys:
+    said = text_config(config, "partial_rotary_factor")
+    factor = rope_of(config, "full_attention").get("partial_rotary_factor", said)
+    factor = rope_number({"partial_rotary_factor": factor}, "partial_rotary_factor", usual)
     return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
@@ -165,13 +173,6 @@ def deepstack(config: Config) -> Keys:
     vision = config.get("vision_config")
     indexes = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
     return {"n_deepstack_layers": uint32(len(indexes) if isinstance(indexes, list) else 0)}
-
-
-def half_rotary(config: Config) -> Keys:
-    """The part of a head that is rotated, where config.json means a half if it says nothing."""
-    factor = rope_of(config).get("partial_rotary_factor", text_config(config, "partial_rotary_factor"))
-    factor = rope_number({"partial_rotary_factor": factor}, "partial_rotary_factor", 0.5)
-    return {"rope.dimension_count": uint32(int(head_size(config) * factor))}
 
 
 def every_second_full(config: Config) -> Keys:
