@@ -4,42 +4,57 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-PHASES = ("read", "reread", "encode", "measure", "write", "finish")
+PHASES = ("read", "encode", "measure", "write")
 
 
 class Clock:
     """A sum of the seconds that threads spend in each phase.
 
-    Reading and writing happen inside encoding and measuring, so they are counted apart and subtracted. Reads count as
-    "read" while a tensor is encoded and as "reread" while it is measured; writes count as "write" while tensors are
-    written and as "finish" while files are completed.
+    A phase inside another counts as itself alone: a range is read, and what came out is written, while it is encoded.
     """
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._threads: list[_Spent] = []
 
-    @contextmanager
-    def phase(self, name: str, threads: int = 1) -> Iterator[None]:
-        """Add the time of the block to a phase, `threads` times if so many threads work in it."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = (time.perf_counter() - began) * threads
-            with self._lock:
-                self._seconds[name] += spent
+    def phase(self, name: str) -> Phase:
+        """Return a context that adds the time inside it to a phase."""
+        spent: _Spent | None = getattr(self._own, "spent", None)
+        if spent is None:
+            # Sums of a thread's own, so that threads do not wait for each other; appending is atomic.
+            spent = self._own.spent = _Spent()
+            self._threads.append(spent)
+        return Phase(spent, name)
 
     def seconds(self) -> Mapping[str, float]:
-        """Return thread seconds as read_s, encode_s, measure_s, write_s; the last three exclude what is inside them."""
-        spent = self._seconds
-        # Threads of the encoder may wait for one reader together, so the time inside can exceed the time around it.
-        return {
-            "read_s": spent["read"] + spent["reread"],
-            "encode_s": max(0.0, spent["encode"] - spent["read"] - spent["write"]),
-            "measure_s": max(0.0, spent["measure"] - spent["reread"]),
-            "write_s": spent["write"] + spent["finish"],
-        }
+        """Return thread seconds as read_s, encode_s, measure_s, write_s."""
+        return {f"{name}_s": sum(each.by_phase[name] for each in self._threads) for name in PHASES}
+
+
+class _Spent:
+    """The seconds of one thread."""
+
+    def __init__(self) -> None:
+        self.by_phase = dict.fromkeys(PHASES, 0.0)
+        self.inside = 0.0  # seconds of the phases inside the one that is open
+
+
+class Phase:
+    """The context of one piece of a phase. It is entered thousands of times a second, so it is no generator."""
+
+    __slots__ = ("_began", "_name", "_outside", "_spent")
+
+    def __init__(self, spent: _Spent, name: str) -> None:
+        self._spent = spent
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._outside, self._spent.inside = self._spent.inside, 0.0
+        self._began = time.perf_counter()
+
+    def __exit__(self, *of_an_error: object) -> None:
+        took, spent = time.perf_counter() - self._began, self._spent
+        spent.by_phase[self._name] += took - spent.inside
+        spent.inside = self._outside + took

@@ -6,7 +6,6 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.storage.address import Address
 from tests.making import write_checkpoint
 from tests.shelf import serving
@@ -108,5 +107,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def work() -> Iterator[ThreadedWork]:
-    with ThreadPoolExecutor(2) as pool:
-        yield ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(2) as crew:
+        yield ThreadedWork(kernels_of("cpu"), crew, threading.Event())

@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmarks.gpu_trials import Bench, Found, Trial
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES
 from loaders.presets.catalog import preset, preset_names
 from loaders.quantization.kernels import Kernels, casts
@@ -89,8 +88,8 @@ def stored_by(kernels: Kernels, scheme: Scheme, view: InMemory) -> dict[str, np.
     from loaders.loading.quantized_tensor import MemoryParts
 
     sink = MemoryParts(scheme.stored(view.spec))
-    with ThreadPoolExecutor(1) as pool:
-        scheme.encode(view, sink, ThreadedWork(kernels, pool, threading.Event()))
+    with Crew(1) as crew:
+        scheme.encode(view, sink, ThreadedWork(kernels, crew, threading.Event()))
     return sink.parts()
 
 

@@ -10,13 +10,12 @@ import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES
 from loaders.quantization.scheme import Block
 from loaders.quantization.schemes.hqq import Hqq
@@ -84,8 +83,8 @@ def _ours(weight: np.ndarray, scheme: Hqq, threads: int) -> Callable[[], object]
     sink = _Sink(scheme, view.spec)
 
     def call() -> None:
-        with ThreadPoolExecutor(threads) as pool:
-            scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+        with Crew(threads) as crew:
+            scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
 
     return call
 

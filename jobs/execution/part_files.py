@@ -27,7 +27,7 @@ class PartFiles:
     ) -> None:
         self._clock = clock
         self._scratch = scratch  # shared by all targets of a unit: a thread encodes for one after another
-        self._pieces: dict[str, dict[Piece, str]] = {}
+        self._pieces: dict[str, dict[Piece, int]] = {}
         self._slots = [slot for placement in output.placements for slot in placement.slots.values()]
         self._files: list[PartFile] = []
         self._writers: dict[str, ShardWriter] = {}
@@ -51,13 +51,12 @@ class PartFiles:
         """Complete the files, sync them and move them to the finished ones; returns the records of files and of stored
         tensors, the latter by name.
 
-
         Raises:
-            VerifyFailed: a tensor's bytes are not the ones that were measured.
+            VerifyFailed: a tensor's bytes are not the ones that were written.
         """
         places: dict[str, tuple[int, int]] = {}
         hashes: dict[str, str] = {}
-        with self._clock.phase("finish"):
+        with self._clock.phase("write"):
             written = tuple(file.finish(self._pieces, places, hashes) for file in self._files)
         return written, {slot.name: _written(slot, places, hashes[slot.name]) for slot in self._slots}
 
@@ -85,7 +84,7 @@ class PartFile:
             self.writer = writer_of(self._shared, file, start, clock)
 
     def finish(
-        self, pieces: Mapping[str, Mapping[Piece, str]], places: dict[str, tuple[int, int]], hashes: dict[str, str]
+        self, pieces: Mapping[str, Mapping[Piece, int]], places: dict[str, tuple[int, int]], hashes: dict[str, str]
     ) -> Written:
         """Complete and sync the file; adds its tensors' places and hashes to `places` and `hashes`."""
         writer = self.writer

@@ -4,8 +4,8 @@ Jobs of a sweep that read the same tensors share a task, and each tensor is enco
 CPU's cache. An error of one job ends only that job's share; an error of all of them, such as a damaged source, ends
 the unit.
 
-The same code runs on a thread of this process and in a Ray task. Tensors of a few MiB run side by side, one thread
-each; large ones run one after another, each on all of the unit's threads.
+The same code runs on a thread of this process and in a Ray task. Units of one process share its crew of threads: while
+one is finished, which mostly waits for the disk, the threads work on the next.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from jobs.execution.part_files import PartFiles
 from jobs.output.journal import Done, Journal, Record, TensorRecord, Written, WrittenTensor
@@ -27,7 +27,7 @@ from jobs.planning.targets import TargetId
 from loaders.backends import leased_kernels
 from loaders.backends.memory import PeakMemory
 from loaders.backends.scratch import Scratch
-from loaders.backends.threads import RANGE, Stopped, ThreadedWork
+from loaders.backends.threads import Crew, Stopped, ThreadedWork
 from loaders.clock import Clock
 from loaders.containers.writer import TensorSink
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
@@ -42,9 +42,6 @@ from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merged import check_adapters
 
-# Bytes of source up to which a tensor is encoded by one thread. A larger one is cut into ranges, of which it has enough
-# to keep all threads busy.
-SMALL = 4 * RANGE
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
@@ -120,16 +117,15 @@ def run_unit(
     unit, began = task.unit, time.perf_counter()
     files = PinnedFiles(open_store(task.source), unit.sources)
     warmth = by_warmth(cached_share(files, unit.sources), unit.source_bytes)
-    attempt, scratch = uuid.uuid4().hex[:12], Scratch()
+    attempt, (crew, scratch) = uuid.uuid4().hex[:12], _crew(task.threads)
     specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]
     runs: dict[str, TargetRun] = {}
     with (
         PeakMemory() as memory,
         task.strategy.open(files, specs) as reader,
         leased_kernels(task.backend) as kernels,
-        ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
     ):
-        work = ThreadedWork(kernels, pool, stop)
+        work = ThreadedWork(kernels, crew, stop, scratch)
         try:
             for name, share in task.shares.items():
                 if not share.journal.is_left_out:
@@ -137,9 +133,7 @@ def run_unit(
                         share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
                     )
             passes = UnitPass(reader, work, runs, on_bytes)
-            for tensor in (r for r in unit.tensors if runs and r.source_bytes > SMALL):
-                passes.tensor(tensor, task.threads)
-            work.each([r for r in unit.tensors if runs and r.source_bytes <= SMALL], passes.tensor)
+            work.each(unit.tensors if runs else (), passes.tensor)
             # A memory map does not notice that its file changed; then what was read may be of two versions.
             files.check_unchanged()
             check_adapters(unit.tensors)
@@ -159,6 +153,12 @@ def run_unit(
     )  # fmt: skip
     done = {name: run.record(load) for name, run in runs.items() if not run.failure}
     return UnitReport(unit.id, done, {name: run.failure for name, run in runs.items() if run.failure}, load)
+
+
+@cache
+def _crew(threads: int) -> tuple[Crew, Scratch]:
+    """Return the process's crew of so many threads, and their memory, which serves unit after unit."""
+    return Crew(threads, "unit"), Scratch()
 
 
 class TargetRun:
@@ -300,19 +300,18 @@ class UnitPass:
         self._runs = [(run, run.encoder(reader, work)) for run in runs.values()]
         self._on_bytes = on_bytes
 
-    def tensor(self, tensor: LogicalTensor, threads: int = 1) -> None:
-        """Encode and measure one tensor for all shares that take it; `threads` work on it."""
+    def tensor(self, tensor: LogicalTensor) -> None:
+        """Encode and measure one tensor for all shares that take it."""
         for run, encoder in self._runs:
             if run.takes(tensor):
                 with run.guarded():
-                    self._encode(run, encoder, tensor, threads)
+                    self._encode(run, encoder, tensor)
 
-    def _encode(self, run: TargetRun, encoder: TensorEncoder, tensor: LogicalTensor, threads: int) -> None:
+    def _encode(self, run: TargetRun, encoder: TensorEncoder, tensor: LogicalTensor) -> None:
         placements = run.placed(tensor)
         if not placements:  # dropped
             self._on_bytes(tensor.source_bytes)
         for placement in placements:
             sink = run.begin(placement)
-            encoder.encode(placement.encoding, sink, threads=threads)
-            run.measured(placement, encoder.measure(placement.encoding, sink, self._on_bytes, threads=threads))
+            run.measured(placement, encoder.encode(placement.encoding, sink, self._on_bytes))
             sink.done()

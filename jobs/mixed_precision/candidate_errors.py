@@ -11,17 +11,15 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from jobs.execution.unit import SMALL
 from jobs.planning.plan import FORMAT, Unit
 from loaders.backends import leased_kernels
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.errors import VerifyFailed, io_errors
 from loaders.loading.quantized_tensor import MemoryParts
 from loaders.quantization.gate import Gate
@@ -97,9 +95,9 @@ class MeasuringTask:
         with (
             self.strategy.open(PinnedFiles(open_store(self.source), self.unit.sources), specs) as reader,
             leased_kernels(self.backend) as kernels,
-            ThreadPoolExecutor(self.threads, thread_name_prefix=self.unit.id) as pool,
+            Crew(self.threads, self.unit.id) as crew,
         ):
-            work = ThreadedWork(kernels, pool, stop)
+            work = ThreadedWork(kernels, crew, stop)
             losses: dict[str, dict[str, Loss]] = {name: {} for name in encodings}
 
             encoder = TensorEncoder(reader, work)
@@ -113,9 +111,7 @@ class MeasuringTask:
                             known[encoding] = self._loss(encoding, encoder, work, on_bytes)
                         losses[name][tensor.name] = known[encoding]
 
-            for tensor in (r for r in taken if r.source_bytes > SMALL):
-                look(tensor)
-            work.each([r for r in taken if r.source_bytes <= SMALL], look)
+            work.each(taken, look)
         return MeasuringReport(self.unit.id, losses)
 
     def _loss(
@@ -123,8 +119,7 @@ class MeasuringTask:
     ) -> Loss:
         """Encode, decode and compare one tensor under one candidate."""
         parts = MemoryParts(encoding.stored)
-        encoder.encode(encoding, parts)
-        error = encoder.measure(encoding, parts, on_bytes)
+        error = encoder.encode(encoding, parts, on_bytes)
         if error.wrong and (fault := Gate().fault(encoding.tensor.name, error, encoding.scheme)):
             raise VerifyFailed(fault)
         importances = self.importances.get(encoding.tensor.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -13,11 +12,10 @@ from rich.console import Group, RenderableType
 
 from jobs.cli.progress import Meter
 from jobs.cli.verb import Said
-from jobs.execution.unit import SMALL
 from jobs.report.tables import table
 from loaders.backends import kernels_of
 from loaders.backends.machine import usable_cpus
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.kernels import casts, compare, cpu
@@ -48,18 +46,16 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
             stack.enter_context(_loader(checkpoint).open(checkpoint.source, found))
             for checkpoint, found in zip((one, other), specs, strict=True)
         ]
-        pool = stack.enter_context(ThreadPoolExecutor(usable_cpus()))
+        crew = stack.enter_context(Crew(usable_cpus()))
         meter = stack.enter_context(Meter("comparing", sum(ours[name].spec.size for name in common)))
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
 
         def look(name: str) -> None:
             x, y = (view_of(side[name], reader, work) for side, reader in zip((ours, theirs), readers, strict=True))
             rows[name] = _row(ours[name], theirs[name], x, y, work)
             meter.add(ours[name].spec.size)
 
-        for name in (n for n in common if ours[n].spec.size > SMALL):
-            look(name)
-        work.each([n for n in common if ours[n].spec.size <= SMALL], look)
+        work.each(common, look)
     found = [rows[name] for name in common]
     only = [sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))]
     equal = sum(row["status"] == EQUAL for row in found)

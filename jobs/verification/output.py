@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from rich.console import Group
 from jobs.cli.verb import FAILED, Said
 from jobs.execution.choose import choose
 from jobs.execution.run_tasks import run_all
-from jobs.execution.unit import SMALL
 from jobs.output.publish import files_of_others, indexes_of
 from jobs.output.report import FileRange, Report, ReportedTensor, WeightFile, read_report, tensor_errors
 from jobs.planning.build import make_plan
@@ -31,7 +29,7 @@ from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading
 from jobs.verification.logits import Judging, faults_of, judged, judging_of
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
 from loaders.quantization.gate import Gate
@@ -77,9 +75,9 @@ class VerifyTask:
         with (
             self.strategy.open(PinnedFiles(open_store(self.source), self.unit.sources), sources) as source,
             self.output_strategy.open(PinnedFiles(open_store(self.output)), list(self.weights.values())) as written,
-            ThreadPoolExecutor(self.threads) as pool,
+            Crew(self.threads) as crew,
         ):
-            work = ThreadedWork(kernels_of("cpu"), pool, stop)
+            work = ThreadedWork(kernels_of("cpu"), crew, stop)
 
             encoder = TensorEncoder(source, work)
 
@@ -98,10 +96,7 @@ class VerifyTask:
                 return found
 
             placements = self.unit.outputs[TARGET].placements
-            large = [p for p in placements if p.encoding.tensor.source_bytes > SMALL]
-            small = [p for p in placements if p.encoding.tensor.source_bytes <= SMALL]
-            faults += [fault for p in large for fault in look(p)]
-            faults += [fault for found in work.each(small, look) for fault in found]
+            faults += [fault for found in work.each(placements, look) for fault in found]
         return VerifyReport(self.unit.id, tuple(faults), len(placements))
 
 

@@ -1,11 +1,18 @@
-"""A scheme's tools (`Work`) on threads: kernels, reusable memory, and the cut of a tensor into ranges."""
+"""A scheme's tools (`Work`) on threads: kernels, reusable memory, and the cut of a tensor into ranges.
+
+Threads share work without barriers between tensors: a thread first takes a range of a tensor that is already open, and
+opens the next tensor where no range is left. So every thread has work in every tensor, tensors are read in about their
+order, and few of them are open at a time.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from loaders.backends.scratch import Scratch
 from loaders.errors import WeightmillError
@@ -22,44 +29,141 @@ class Stopped(WeightmillError):
     """Raised in threads of a piece of work that was asked to stop."""
 
 
+class Crew(ThreadPoolExecutor):
+    """Worker threads, which several pieces of work may share."""
+
+    def __init__(self, threads: int, thread_name_prefix: str = "worker") -> None:
+        super().__init__(threads, thread_name_prefix)
+        self.threads = threads
+
+
 class ThreadedWork:
-    """`Work` that runs ranges on the threads of a pool, or inline when it is called from one of them.
+    """`Work` on the threads of a crew."""
 
-    Inside a pool's thread, waiting for other ranges of the same pool could block it for ever.
-    """
-
-    def __init__(self, kernels: Kernels, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+    def __init__(self, kernels: Kernels, crew: Crew, stop: threading.Event, scratch: Scratch | None = None) -> None:
+        """`scratch` is memory that outlives this work; by default its own is freed with it."""
         self.kernels = kernels
-        self.array = Scratch().array
-        self._pool = pool
+        self.array = (scratch or Scratch()).array
+        self._crew = crew
         self._stop = stop
         self._inside = threading.local()
+        self._changed = threading.Condition()
+        self._sweeps: list[_Steps[Any]] = []  # those with ranges that no thread has taken yet, the oldest first
+        self._items: deque[_Steps[Any]] = deque()
 
     def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
+        ranges = self.ranges(count, align)
+        # A range's body never waits for other ranges: it runs a sweep of its own on its own thread.
+        if len(ranges) <= 1 or self._crew.threads == 1 or getattr(self._inside, "of", "") == "range":
+            return [self._run(partial(body, *each), "range") for each in ranges]
+        steps = _Steps([partial(body, *each) for each in ranges], self._changed)
+        with self._changed:
+            self._sweeps.append(steps)
+        return self._share(steps, "range", takes_part=getattr(self._inside, "of", "") == "item")
+
+    def ranges(self, count: int, align: int) -> list[tuple[int, int]]:
         step = -(-RANGE // align) * align
-        ranges = [(start, min(start + step, count)) for start in range(0, count, step)]
-        if len(ranges) == 1 or getattr(self._inside, "is_worker", False):
-            return [self._run(body, *each) for each in ranges]
-        return list(self._pool.map(lambda each: self._run(body, *each), ranges))
+        return [(start, min(start + step, count)) for start in range(0, count, step)]
 
-    def each(self, items: list[Any], body: Callable[[Any], T]) -> list[T]:
-        """Call the body for each item, a thread for each; sweeps inside stay on that thread."""
+    def each(self, items: Sequence[Any], body: Callable[[Any], T]) -> list[T]:
+        """Call the body for each item, in about their order; the sweeps inside are shared by all threads."""
+        if not items:
+            return []
+        steps = _Steps([partial(body, item) for item in items], self._changed)
+        with self._changed:
+            self._items.append(steps)
+        return self._share(steps, "item", takes_part=False)
 
-        def call(item: Any) -> T:
-            self._inside.is_worker = True
-            try:
-                self.check()
-                return body(item)
-            finally:
-                self._inside.is_worker = False
+    def _share(self, steps: _Steps[T], kind: str, *, takes_part: bool) -> list[T]:
+        """Let the crew work on steps until all are done; return their results, or raise the first step's error."""
+        try:
+            for _ in range(min(len(steps), self._crew.threads) - takes_part):
+                self._crew.submit(self._help)
+            while takes_part and (step := steps.take()) is not None:
+                steps.done(step, *self._outcome(steps, step, kind))
+            return steps.results()
+        finally:
+            steps.end()
 
-        return list(self._pool.map(call, items))
+    def _help(self) -> None:
+        """Take part in what is open until nothing is left to take."""
+        while (found := self._next()) is not None:
+            steps, step, kind = found
+            steps.done(step, *self._outcome(steps, step, kind))
+
+    def _next(self) -> tuple[_Steps[Any], int, str] | None:
+        with self._changed:
+            while self._sweeps:
+                if (step := self._sweeps[0].take()) is not None:
+                    return self._sweeps[0], step, "range"
+                del self._sweeps[0]
+            while self._items:
+                if (step := self._items[0].take()) is not None:
+                    return self._items[0], step, "item"
+                self._items.popleft()
+        return None
+
+    def _outcome(self, steps: _Steps[T], step: int, kind: str) -> tuple[T | None, BaseException | None]:
+        try:
+            return self._run(steps.calls[step], kind), None
+        except BaseException as error:  # raised again on the thread that waits for the steps
+            return None, error
+
+    def _run(self, call: Callable[[], T], kind: str) -> T:
+        self.check()
+        outer, self._inside.of = getattr(self._inside, "of", ""), kind
+        try:
+            return call()
+        finally:
+            self._inside.of = outer
 
     def check(self) -> None:
         """Raise Stopped once a stop was asked for."""
         if self._stop.is_set():
             raise Stopped("stopped")
 
-    def _run(self, body: Callable[[int, int], T], start: int, stop: int) -> T:
-        self.check()
-        return body(start, stop)
+
+class _Steps(Generic[T]):
+    """Calls that any thread may take, each once. After an error no further one is taken."""
+
+    def __init__(self, calls: Sequence[Callable[[], T]], changed: threading.Condition) -> None:
+        self.calls = calls
+        self._changed = changed
+        self._taken = 0
+        self._running = 0
+        self._results: list[T | None] = [None] * len(calls)
+        self._errors: dict[int, BaseException] = {}
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def take(self) -> int | None:
+        with self._changed:
+            if self._taken >= len(self.calls):
+                return None
+            self._taken, self._running = self._taken + 1, self._running + 1
+            return self._taken - 1
+
+    def done(self, step: int, result: T | None, error: BaseException | None) -> None:
+        with self._changed:
+            self._running -= 1
+            self._results[step] = result
+            if error is not None:
+                self._errors[step] = error
+                self._taken = len(self.calls)
+            if not self._running and self._taken >= len(self.calls):
+                self._changed.notify_all()
+
+    def results(self) -> list[T]:
+        """Wait for all steps; return their results in order, or raise the error of the first that failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running and self._taken >= len(self.calls))
+        if self._errors:
+            raise self._errors[min(self._errors)]
+        return self._results  # type: ignore[return-value]
+
+    def end(self) -> None:
+        """Let no further step be taken, and wait for those that run: they may use files that the caller closes."""
+        with self._changed:
+            self._taken = len(self.calls)
+            self._changed.wait_for(lambda: not self._running)

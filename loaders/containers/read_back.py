@@ -1,8 +1,8 @@
-"""Reading a finished file back: its hash in order, and whether every tensor in it is what was measured."""
+"""Reading a finished file back, once and in order: its hash, and whether every tensor in it is what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
 import xxhash
@@ -12,73 +12,78 @@ from loaders.containers.writer import Piece, ShardWriter
 from loaders.errors import VerifyFailed, io_errors
 from loaders.specs import Slot
 
-# Bytes read at once where a tensor is hashed block by block: few calls, and little memory however large the tensor is.
+# Bytes read at once: few calls, and little memory however large a tensor is. Pieces are at most a few times as long.
 BLOCK = 4 << 20
 
 
 def hash_in_order(
-    writer: ShardWriter, slots: Sequence[Slot], places: Places, measured: Mapping[str, Mapping[Piece, str]]
+    writer: ShardWriter, slots: Sequence[Slot], places: Places, written: Mapping[str, Mapping[Piece, int]]
 ) -> tuple[str, dict[str, str]]:
     """Return the xxh3-128 of a sealed file or piece, and the xxh3-64 of each slot's bytes, by the slot's name.
 
-    `slots` are sorted by offset; `measured` has, for each slot, the xxh3-64 of the ranges that measuring read back.
+    `slots` are sorted by offset; `written` has, for each slot, the xxh3-64 of what was written, by its bytes.
 
     Raises:
-        VerifyFailed: a tensor's bytes are not the ones that were measured.
+        VerifyFailed: a tensor's bytes are not the ones that were written.
         StorageError: the file cannot be read.
     """
     path, first = writer.path, writer.start
-    whole, hashes = xxhash.xxh3_128(), {}
+    whole, hashes, buffer = xxhash.xxh3_128(), dict[str, str](), memoryview(bytearray(BLOCK))
     with io_errors("reading back", path), path.open("rb", buffering=0) as file:
         file.seek(first)
         for slot in slots:
             start, length = place_of(slot, places)
-            whole.update(file.read(first + start - file.tell()))  # header and padding between the tensors
-            hasher = xxhash.xxh3_64()
-
-            def take(data: memoryview, hasher: xxhash.xxh3_64 = hasher) -> None:
-                whole.update(data)
-                hasher.update(data)
-
-            if not _check_in_order(file, length, measured[slot.name], take):
+            for block in _blocks(file, first + start - file.tell(), buffer):  # header and padding between the tensors
+                whole.update(block)
+            pieces = sorted(written[slot.name].items())
+            digest = _hash_pieces(file, length, pieces, whole.update, buffer)
+            if digest is None:
                 raise VerifyFailed(
                     f"{slot.name}: its bytes in {writer.file.name} are not those that were measured;"
                     " something changed them on the way to the disk: suspect memory or storage"
                 )
-            file.seek(first + start + length)
-            hashes[slot.name] = hasher.hexdigest()
-        while rest := file.read(min(BLOCK, first + writer.size - file.tell())):
-            whole.update(rest)
+            hashes[slot.name] = f"{digest:016x}"
+        for block in _blocks(file, first + writer.size - file.tell(), buffer):
+            whole.update(block)
     return whole.hexdigest(), hashes
 
 
-def _check_in_order(
-    file: IO[bytes], size: int, pieces: Mapping[Piece, str], take: Callable[[memoryview], None]
-) -> bool:
-    """Pass a tensor's bytes to `take` in order; returns whether measured pieces with the same hashes cover them all."""
-    # Pieces mostly tile the tensor, and then one read serves both hashes. Pieces that overlap, such as scales that two
-    # ranges of weights share, take a second read.
-    start, ordered, end = file.tell(), sorted(pieces.items()), 0
-    tiles = all(
-        piece[0] == before for (piece, _), before in zip(ordered, [0, *(p[1] for p, _ in ordered)], strict=False)
-    )
-    if tiles and (ordered[-1][0][1] if ordered else 0) == size:
-        for (first, last), digest in ordered:
-            data = file.read(last - first)
-            take(memoryview(data))
-            if xxhash.xxh3_64_hexdigest(data) != digest:
-                return False
-        return True
-    for at in range(0, size, BLOCK):
-        take(memoryview(file.read(min(BLOCK, size - at))))
-    for (first, last), digest in ordered:
-        if first > end:
-            return False
-        end = max(end, last)
-        file.seek(start + first)
-        if xxhash.xxh3_64_hexdigest(file.read(last - first)) != digest:
-            return False
-    return end == size
+def _hash_pieces(
+    file: IO[bytes],
+    size: int,
+    pieces: Sequence[tuple[Piece, int]],
+    take: Callable[[memoryview], None],
+    buffer: memoryview,
+) -> int | None:
+    """Pass a tensor's bytes to `take` and return their xxh3-64; None if pieces with these hashes are not all of it."""
+    if len(pieces) == 1 and pieces[0][0] == (0, size):
+        found = xxhash.xxh3_64()
+        for block in _blocks(file, size, buffer):
+            take(block)
+            found.update(block)
+        return found.intdigest() if found.intdigest() == pieces[0][1] else None
+    all_of_it, end = xxhash.xxh3_64(), 0
+    for (first, last), digest in pieces:
+        if first != end:
+            return None
+        piece, end = xxhash.xxh3_64(), last
+        for block in _blocks(file, last - first, buffer):
+            take(block)
+            all_of_it.update(block)
+            piece.update(block)
+        if piece.intdigest() != digest:
+            return None
+    return all_of_it.intdigest() if end == size else None
+
+
+def _blocks(file: IO[bytes], size: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Yield the next bytes of a file in one buffer, block by block; fewer than asked for if the file ends."""
+    while size > 0:
+        count = file.readinto(buffer[: min(size, len(buffer))])  # type: ignore[attr-defined]
+        if not count:
+            return
+        yield buffer[:count]
+        size -= count
 
 
 def place_of(slot: Slot, places: Places) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,8 @@ Piece = tuple[int, int]  # bytes [start, stop) of a stored tensor
 class TensorSink:
     """The slots of one tensor in files being written: a `Sink` for what a scheme stores, a `Stored` to read it back.
 
-    Every range that is read back for measuring is hashed, and `pieces` keeps the hashes, so that the finished file can
-    be checked to hold exactly what was measured. `array` gives this thread's reusable memory.
+    Everything is hashed as it is written, and `pieces` keeps the hashes, so that the finished file can be checked to
+    hold exactly that. `array` gives this thread's reusable memory.
     """
 
     def __init__(
@@ -176,25 +177,24 @@ class TensorSink:
         self._writers = writers
         self._slots = slots
         self._array = array
-        self.pieces: dict[str, dict[Piece, str]] = {slot.name: {} for slot in slots.values()}
+        self.pieces: dict[str, dict[Piece, int]] = {slot.name: {} for slot in slots.values()}
         for role, data in constants.items():
-            slot = slots[role]
-            writers[slot.name].write(slot, 0, memoryview(data))
-            self.pieces[slot.name][0, len(data)] = xxhash.xxh3_64_hexdigest(data)
+            self._put(slots[role], 0, memoryview(data))
 
     def write(self, role: str, start: int, data: np.ndarray) -> None:
-        slot = self._slots[role]
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-        self._writers[slot.name].write(slot, start * data.itemsize, raw)
+        self._put(self._slots[role], start * data.itemsize, raw)
+
+    def _put(self, slot: Slot, first: int, raw: memoryview) -> None:
+        self.pieces[slot.name][first, first + len(raw)] = xxhash.xxh3_64_intdigest(raw)
+        self._writers[slot.name].write(slot, first, raw)
 
     def read(self, role: str, start: int, stop: int) -> np.ndarray:
         slot = self._slots[role]
         storage = storage_of(slot.dtype)
         first, last = start * storage.itemsize, min(stop * storage.itemsize, slot.size)
         buffer = self._array(f"back {role}", last - first, np.uint8)
-        buffer = buffer[: self._writers[slot.name].read(slot, first, buffer.data)]
-        self.pieces[slot.name][first, first + buffer.size] = xxhash.xxh3_64_hexdigest(buffer.data)
-        return buffer.view(storage)
+        return buffer[: self._writers[slot.name].read(slot, first, buffer.data)].view(storage)
 
     def done(self) -> None:
         """Note that the tensor is complete and measured, so that the kernel begins to write it out."""
@@ -207,7 +207,11 @@ def begin_writeback(descriptor: int, offset: int, size: int) -> None:
 
     Otherwise dirty pages pile up until `seal`, and the job waits for the disk at the end instead of all along.
     """
-    libc = ctypes.CDLL(None)
     # The result is ignored: this is a hint, and `fsync` reports every error of writing.
-    if hasattr(libc, "sync_file_range"):
-        libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
+    if (call := _sync_file_range()) is not None:
+        call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _sync_file_range() -> Any:
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)

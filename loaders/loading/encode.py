@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import RANGE, THREAD_BYTES, ThreadedWork
+from loaders.backends.threads import THREAD_BYTES, ThreadedWork
 from loaders.clock import Clock
 from loaders.dtypes import WEIGHT_DTYPES, DType, storage_of
 from loaders.loading.quantized_tensor import MemoryParts
@@ -23,10 +23,6 @@ from loaders.strategies import Reader, WeightLoader
 from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.views import view_of
-
-# Bytes of source up to which a tensor is made by one thread. Small tensors run side by side, one thread each; a larger
-# one is cut into ranges that all threads work on, and has enough of them to keep all threads busy.
-SMALL = 4 * RANGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +87,10 @@ def make(
         together.budget.hold(together.workers * THREAD_BYTES + state),
         strategy.open(source, specs) as reader,
     ):
-        work = ThreadedWork(kernels_of(backend), together.pool, stop)
+        work = ThreadedWork(kernels_of(backend), together.crew, stop)
         making = Making(reader, work, wanted, measured=measured)
         try:
-            for each in (w for w in wanted if w.tensor.source_bytes > SMALL):
-                making.tensor(each, together.workers)
-            work.each([w for w in wanted if w.tensor.source_bytes <= SMALL], making.tensor)
+            work.each(wanted, making.tensor)
         # Interrupts too: threads that still work must stop before the files are closed.
         except BaseException:
             stop.set()
@@ -116,15 +110,16 @@ class Making:
         self._encoder = TensorEncoder(reader, work, encodings, self._clock)
         self._made = MadeTensors()
 
-    def tensor(self, wanted: WantedTensor, threads: int = 1) -> None:
+    def tensor(self, wanted: WantedTensor) -> None:
         name, encoding = wanted.tensor.name, wanted.encoding
         if encoding is None:
             self._made.parts[name] = {"weight": self._plain(wanted)}
             return
         parts = MemoryParts(encoding.stored)
-        self._encoder.encode(encoding, parts, threads=threads)
         if self._measured:
-            self._made.errors[name] = self._encoder.measure(encoding, parts, threads=threads)
+            self._made.errors[name] = self._encoder.encode(encoding, parts)
+        else:
+            self._encoder.encode_only(encoding, parts)
         self._made.parts[name] = parts.parts()
 
     def _plain(self, wanted: WantedTensor) -> np.ndarray:

@@ -138,7 +138,7 @@ class QuantizedTensor:
         return self._decoded(start, stop, wanted, (stop - start,))
 
     def _decoded(self, start: int, stop: int, dtype: DType, shape: Shape) -> torch.Tensor:
-        work = ThreadedWork(kernels_of("cpu"), shared().pool, threading.Event())
+        work = ThreadedWork(kernels_of("cpu"), shared().crew, threading.Event())
         align = self.scheme.align(self.spec)
         first = start // align * align
         out = np.empty(stop - start, storage_of(dtype))

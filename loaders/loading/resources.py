@@ -6,20 +6,18 @@ They are created at the first use, sized for what this process may use of the ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 from loaders.backends import machine
+from loaders.backends.threads import Crew
 from loaders.errors import BadSpec
 from loaders.loading.cache import WeightCache, default_folder
 
 MB = 1_000_000
 # The share of the free memory that work in progress may hold. Results come on top of it, and need most of the rest.
 SHARE = 0.25
-T = TypeVar("T")
 
 
 class Budget:
@@ -47,28 +45,12 @@ class Budget:
                 self._changed.notify_all()
 
 
-class Crew(ThreadPoolExecutor):
-    """A thread pool whose `map` leaves nothing running: it raises an error only after all started calls have ended.
-
-    ThreadPoolExecutor's own `map` raises at once, while other threads still use files that the caller then closes.
-    """
-
-    def map(self, fn: Callable[..., T], *items: Iterable[Any], **settings: Any) -> Iterator[T]:
-        futures = [self.submit(fn, *each) for each in zip(*items, strict=True)]
-        try:
-            return iter([future.result() for future in futures])
-        finally:
-            for future in futures:
-                future.cancel()
-            wait(futures)
-
-
 class Shared:
     """The worker threads, the memory budget and the cache."""
 
     def __init__(self, workers: int, budget_bytes: int, folder: Path) -> None:
         self.workers = workers
-        self.pool = Crew(workers, thread_name_prefix="weightmill")
+        self.crew = Crew(workers, "weightmill")
         self.budget = Budget(budget_bytes)
         self.cache = WeightCache(folder)
 

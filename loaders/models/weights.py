@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import RANGE, THREAD_BYTES, ThreadedWork
+from loaders.backends.threads import RANGE, THREAD_BYTES, Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES, DType, dtype_named, storage_of
 from loaders.errors import BadCheckpoint, StorageError
@@ -72,8 +71,8 @@ class ModelWeights:
         self._budget = together.budget
         self._cache = together.cache if use_cache else None
         self._workers = workers or together.workers
-        pool = together.pool if workers is None else self._exit.enter_context(ThreadPoolExecutor(workers))
-        self._work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+        crew = together.crew if workers is None else self._exit.enter_context(Crew(workers))
+        self._work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         specs = {spec.name: spec for parts in parameters.values() for r in parts for _, spec in r.stored}
         self._maps = MappedFiles(checkpoint.folder("a model's weights lie in maps of files"), private=True)
         self._reader = self._exit.enter_context(loader(read).open(checkpoint.source, list(specs.values())))
@@ -177,7 +176,7 @@ class ModelWeights:
     def _made(self, encoding: Encoding, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
         parts = MemoryParts(stored)
         with self._budget.hold(self._workers * THREAD_BYTES + encoding.state_bytes):
-            TensorEncoder(self._reader, self._work, [encoding]).encode(encoding, parts)
+            TensorEncoder(self._reader, self._work, [encoding]).encode_only(encoding, parts)
         return parts.parts()
 
     def stored(self, tensor: LogicalTensor) -> dict[str, torch.Tensor]:

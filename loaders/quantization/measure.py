@@ -6,7 +6,7 @@ hide a mistake in the other. A plain copy is compared bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.scheme import Bounded, Gridded, Scheme, Stored, View, Work
+from loaders.quantization.scheme import Bounded, Gridded, RangeEncoder, Scheme, Stored, View, Work
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
 from loaders.stats import ErrorSums
@@ -30,51 +30,75 @@ def measure(
     `spec` is what the scheme encoded: the view's spec, or that of its cast. `on_bytes` is called with the source bytes
     of each range once it was compared.
     """
-    is_number = view.spec.dtype.name in WEIGHT_DTYPES
-    align = scheme.align(spec)
-    gridded = scheme if isinstance(scheme, Gridded) else None
-    bounded = scheme if isinstance(scheme, Bounded) else None
-    inner = -(-INNER // align) * align
+    comparison = Comparison(scheme, view.spec, spec, work)
 
     def compare_range(start: int, stop: int) -> np.ndarray:
-        sums = compare.new_sums()
         block = view.read(start, stop)
-        if isinstance(scheme, Plain) and scheme.dtype in (None, view.spec.dtype.name):
-            _compare_copy(block, stored.read("weight", start, stop), view.spec.dtype.name, sums, is_number)
-        else:
-            for at in range(start, stop, inner):
-                end = min(at + inner, stop)
-                decoded = work.array("decoded", end - at, np.float32)
-                scheme.decode(spec, stored, at, end, decoded, work)
-                part = block[at - start : end - start]
-                cpu.compare_into(part, view.spec.dtype.name, decoded, sums)
-                # A NaN in the source may spoil the scale of its whole group, so bounds by scales say nothing there.
-                if gridded is not None and not sums[compare.NONFINITE]:
-                    _check_grid(part, decoded, gridded.grid(spec, stored, at, end), view.spec, spec, sums)
-            if bounded is not None and not sums[compare.NONFINITE]:
-                _check_each(sums, bounded.greatest_error(spec, stored, start, stop))
+        sums = comparison.sums(block, stored, start, stop)
         on_bytes(block.nbytes)
         return sums
 
+    return added(view.spec, work.sweep(view.spec.num_items, comparison.align, compare_range))
+
+
+def added(source: TensorSpec, ranges: Iterable[np.ndarray]) -> ErrorSums:
+    """Return the error of a tensor from the sums over its ranges, which are added in this order."""
     total = compare.new_sums()
-    for sums in work.sweep(view.spec.num_items, align, compare_range):
+    for sums in ranges:
         compare.merge(total, sums)
-    return compare.error_sums(view.spec.numel, total)
+    return compare.error_sums(source.numel, total)
+
+
+class Comparison:
+    """The comparison of any range of a tensor with what was stored for it.
+
+    `source` is the spec of the weights that are compared; `spec` is what the scheme encoded, which differs by a cast.
+    `align` is the number of items at whose multiples ranges are cut.
+    """
+
+    def __init__(self, scheme: Scheme, source: TensorSpec, spec: TensorSpec, work: Work) -> None:
+        self._scheme = scheme
+        self._source = source
+        self._spec = spec
+        self._work = work
+        self._gridded = scheme if isinstance(scheme, Gridded) else None
+        self._bounded = scheme if isinstance(scheme, Bounded) else None
+        self._is_copy = isinstance(scheme, Plain) and scheme.dtype in (None, source.dtype.name)
+        align = scheme.align(spec)
+        self._inner = -(-INNER // align) * align
+        by_range = scheme.range_align(spec) if isinstance(scheme, RangeEncoder) else None
+        self.align = by_range or align
+
+    def sums(self, block: np.ndarray, stored: Stored, start: int, stop: int) -> np.ndarray:
+        """Return the sums of kernels/compare.py over items [start, stop). block: their raw weights (stop - start,)."""
+        dtype, sums = self._source.dtype.name, compare.new_sums()
+        if self._is_copy:
+            _compare_copy(block, stored.read("weight", start, stop), dtype, sums, dtype in WEIGHT_DTYPES)
+            return sums
+        for at in range(start, stop, self._inner):
+            end = min(at + self._inner, stop)
+            decoded = self._work.array("compared", end - at, np.float32)
+            self._scheme.decode(self._spec, stored, at, end, decoded, self._work)
+            part = block[at - start : end - start]
+            cpu.compare_into(part, dtype, decoded, sums)
+            # A NaN in the source may spoil the scale of its whole group, so bounds by scales say nothing there.
+            if self._gridded is not None and not sums[compare.NONFINITE]:
+                self._check_grid(part, decoded, self._gridded.grid(self._spec, stored, at, end), sums)
+        if self._bounded is not None and not sums[compare.NONFINITE]:
+            _check_each(sums, self._bounded.greatest_error(self._spec, stored, start, stop))
+        return sums
+
+    def _check_grid(self, block: np.ndarray, decoded: np.ndarray, grid: Grid | None, sums: np.ndarray) -> None:
+        """Make the error infinite if a weight is not the nearest that its stored scale allows: it was encoded wrong."""
+        if grid is not None and self._source.dtype != self._spec.dtype:
+            grid = grid.after_cast()
+        if grid is not None and not grid.holds(kernel_input(block, self._source.dtype.name), decoded):
+            sums[compare.WRONG] = 1
 
 
 def _check_each(sums: np.ndarray, greatest: float) -> None:
     """Count the range as wrong if a weight is further off than the stored scales allow."""
     if sums[compare.MAX_ERROR] > greatest:
-        sums[compare.WRONG] = 1
-
-
-def _check_grid(
-    block: np.ndarray, decoded: np.ndarray, grid: Grid | None, source: TensorSpec, spec: TensorSpec, sums: np.ndarray
-) -> None:
-    """Make the error infinite if a weight is not the nearest that its stored scale allows: it was encoded wrong."""
-    if grid is not None and source.dtype != spec.dtype:
-        grid = grid.after_cast()
-    if grid is not None and not grid.holds(kernel_input(block, source.dtype.name), decoded):
         sums[compare.WRONG] = 1
 
 

@@ -69,6 +69,10 @@ class Work(Protocol):
         """
         ...
 
+    def ranges(self, count: int, align: int) -> Sequence[tuple[int, int]]:
+        """Return the ranges into which `sweep` cuts [0, count), in order."""
+        ...
+
 
 class Decoder(Protocol):
     """The reading half of a quantization method, with its parameters: a frozen value."""
@@ -126,6 +130,19 @@ class Scheme(Decoder, Protocol):
     @property
     def error_limit(self) -> float:
         """The greatest relative error of a tensor, sqrt(sum e^2 / sum x^2), that a right encoding can have."""
+        ...
+
+
+@runtime_checkable
+class RangeEncoder(Protocol):
+    """A scheme that encodes range by range, so that a range can be measured as soon as it is encoded."""
+
+    def range_align(self, spec: TensorSpec) -> int | None:
+        """Return the alignment of the sweep in which `encode` writes, in one call of its body, all that a range needs.
+
+        The ranges are of the flattened weights, and multiples of `align`. Roles that all ranges share are written
+        before. None means that with these settings it takes several sweeps.
+        """
         ...
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Protocol
 
 from loaders.clock import Clock
 from loaders.dtypes import DType, Shape
 from loaders.quantization.fused_group import FusedGroups
 from loaders.quantization.measure import measure
+from loaders.quantization.one_trip import Parts, encode_and_measure
 from loaders.quantization.scheme import Scheme, Sink, Stored, View, Work
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, StoredSpec, TensorSpec
@@ -65,10 +65,6 @@ def _stored(scheme: Scheme, dtype: DType, shape: Shape) -> Mapping[str, StoredSp
     return MappingProxyType(dict(scheme.stored(TensorSpec("", dtype, shape))))
 
 
-class Parts(Sink, Stored, Protocol):
-    """The parts of a tensor, to be written and read back: in a file being written, or in memory."""
-
-
 class TensorEncoder:
     """An encoder for the tensors of an open source.
 
@@ -88,32 +84,50 @@ class TensorEncoder:
             if each.tensor.group is not None:
                 self._partners.setdefault(each.tensor.group, []).append(each)
 
-    def encode(self, encoding: Encoding, sink: Sink, *, threads: int = 1) -> None:
-        """Encode a tensor and write its parts to `sink`; `threads` is the number that work on it, for the clock."""
-        with self._clock.phase("encode", threads):
-            if encoding.scheme == Ggml("MXFP4") and holds_mxfp4(encoding.tensor) and encoding.order is None:
-                tensor = encoding.tensor
-                repack(tensor, StoredRoles(self._reader, dict(tensor.stored), self._clock), sink, self._work)
-                return
-            scheme = self._scheme(encoding)
-            scheme.encode(self._seen(encoding), sink, self._work)
+    def encode(
+        self, encoding: Encoding, parts: Parts, on_bytes: Callable[[int], None] = lambda count: None
+    ) -> ErrorSums:
+        """Encode a tensor, write its parts, and return the error of what was stored: see `one_trip`."""
+        if self._is_repacked(encoding):
+            self._repack(encoding, parts)
+            return self.measure(encoding, parts, on_bytes)
+        return encode_and_measure(
+            self.numbers(encoding),
+            lambda view: encoded_view(view, encoding.cast),
+            self._scheme(encoding),
+            encoding.stored,
+            parts,
+            self._work,
+            on_bytes,
+            self._clock,
+        )
+
+    def encode_only(self, encoding: Encoding, sink: Sink) -> None:
+        """Encode a tensor and write its parts, without a look at what was stored."""
+        with self._clock.phase("encode"):
+            if self._is_repacked(encoding):
+                self._repack(encoding, sink)
+            else:
+                self._scheme(encoding).encode(self._seen(encoding), sink, self._work)
 
     def measure(
-        self,
-        encoding: Encoding,
-        stored: Stored,
-        on_bytes: Callable[[int], None] = lambda count: None,
-        *,
-        threads: int = 1,
+        self, encoding: Encoding, stored: Stored, on_bytes: Callable[[int], None] = lambda count: None
     ) -> ErrorSums:
         """Decode what was stored and compare it with the source: see `measure`."""
-        with self._clock.phase("measure", threads):
-            numbers = self.numbers(encoding, "reread")
-            return measure(numbers, encoding.scheme, encoding.spec, stored, self._work, on_bytes)
+        numbers = self.numbers(encoding)
+        return measure(numbers, encoding.scheme, encoding.spec, stored, self._work, on_bytes)
 
-    def numbers(self, encoding: Encoding, phase: str = "read") -> View:
+    @staticmethod
+    def _is_repacked(encoding: Encoding) -> bool:
+        return encoding.scheme == Ggml("MXFP4") and holds_mxfp4(encoding.tensor) and encoding.order is None
+
+    def _repack(self, encoding: Encoding, sink: Sink) -> None:
+        tensor = encoding.tensor
+        repack(tensor, StoredRoles(self._reader, dict(tensor.stored), self._clock), sink, self._work)
+
+    def numbers(self, encoding: Encoding) -> View:
         """Return the source's weights in the engine's order of rows, before any cast: the reference for errors."""
-        view = view_of(encoding.tensor, self._reader, self._work, clock=self._clock, phase=phase)
+        view = view_of(encoding.tensor, self._reader, self._work, clock=self._clock)
         return numbers_view(ordered_view(view, encoding.order), encoding.cast, self._work)
 
     def _seen(self, encoding: Encoding) -> View:

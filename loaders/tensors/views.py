@@ -31,11 +31,9 @@ class StoredView:
         stored: WeightSpec,
         window: Window,
         clock: Clock | None = None,
-        phase: str = "read",
     ) -> None:
         self.spec = spec
         self._clock = clock or Clock()
-        self._phase = phase
         self._reader = reader
         self._stored = stored
         self._window = window
@@ -44,7 +42,7 @@ class StoredView:
         self._in_place = spec.dtype.bits < 8 or is_contiguous(spec.shape, window.stride)
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
-        with self._clock.phase(self._phase):
+        with self._clock.phase("read"):
             if not self._in_place:
                 return self._gather(start, stop)
             item = self._storage.itemsize
@@ -77,12 +75,9 @@ class CastView:
 class StoredRoles:
     """The tensors that a scheme stored for a weight in a checkpoint; see `Stored`."""
 
-    def __init__(
-        self, reader: Reader, roles: Mapping[str, WeightSpec], clock: Clock | None = None, phase: str = "read"
-    ) -> None:
+    def __init__(self, reader: Reader, roles: Mapping[str, WeightSpec], clock: Clock | None = None) -> None:
         self._reader = reader
         self._clock = clock or Clock()
-        self._phase = phase
         self._roles = roles
         # Reader slots from 100 on, so that a view's own reads, which count from 0, do not overwrite a role's.
         self._slots = {role: 100 + index for index, role in enumerate(roles)}
@@ -91,7 +86,7 @@ class StoredRoles:
         spec = self._roles[role]
         storage = storage_of(spec.dtype)
         first, last = start * storage.itemsize, min(stop * storage.itemsize, spec.size)
-        with self._clock.phase(self._phase):
+        with self._clock.phase("read"):
             return self._reader.read(spec, first, last, self._slots[role]).view(storage)
 
 
@@ -218,28 +213,22 @@ def view_of(
     decoded_dtype: DType | None = None,
     *,
     clock: Clock | None = None,
-    phase: str = "read",
 ) -> View:
-    """Return a tensor's weights through an open reader; weights that are decoded are in `decoded_dtype`, if given.
-
-    Reading counts on the clock under `phase`.
-    """
-    view = ordered_view(_base_view(tensor, reader, work, decoded_dtype, clock or Clock(), phase), tensor.order)
+    """Return a tensor's weights through an open reader; weights that are decoded are in `decoded_dtype`, if given."""
+    view = ordered_view(_base_view(tensor, reader, work, decoded_dtype, clock or Clock()), tensor.order)
     if isinstance(tensor, FormedTensor):
         return FormedView(view, tensor)
     return view if tensor.merge is None else MergedView(view, tensor.merge, work)
 
 
-def _base_view(
-    tensor: LogicalTensor, reader: Reader, work: Work, decoded_dtype: DType | None, clock: Clock, phase: str
-) -> View:
+def _base_view(tensor: LogicalTensor, reader: Reader, work: Work, decoded_dtype: DType | None, clock: Clock) -> View:
     """Return a tensor's weights as they are stored or decoded, before any order or merge."""
     if tensor.decode is not None:
-        roles = StoredRoles(reader, dict(tensor.stored), clock, phase)
+        roles = StoredRoles(reader, dict(tensor.stored), clock)
         return DecodedView(tensor, roles, tensor.decode, work, decoded_dtype)
     [(_, stored)] = tensor.stored
     assert tensor.window is not None
-    return StoredView(reader, gathered_spec(tensor), stored, tensor.window, clock, phase)
+    return StoredView(reader, gathered_spec(tensor), stored, tensor.window, clock)
 
 
 def numbers_view(view: View, cast: DType | None, work: Work) -> View:

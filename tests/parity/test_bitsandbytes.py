@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.backends.machine import has_avx512_bf16
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.quantization.scheme import Scheme, View
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -41,8 +40,8 @@ def raw_of(tensor: Any, dtype: str) -> Raw:
 
 def encode(view: View, scheme: Scheme) -> dict[str, np.ndarray]:
     sink = MemorySink(scheme, view.spec)
-    with ThreadPoolExecutor(1) as pool:
-        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    with Crew(1) as crew:
+        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     return sink.stored
 
 

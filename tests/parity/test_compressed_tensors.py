@@ -11,7 +11,6 @@ import os
 import subprocess
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.derived_config import read_config
 from loaders.presets.settings import COMPRESSED_TENSORS
 from loaders.quantization.scheme import Scheme
@@ -135,8 +134,8 @@ def test_bytes_and_decoded_weights_are_those_of_compressed_tensors(preset: str, 
         weight = matrix.clamp(-1e4, 1e4).to(TORCH_DTYPES[dtype]) if dtype == "F16" else matrix.to(TORCH_DTYPES[dtype])
         theirs = compressed(weight, preset)
         check_bytes(scheme, weight, theirs, name)
-        with ThreadPoolExecutor(1) as pool:
-            work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+        with Crew(1) as crew:
+            work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
             view = MemoryView(raw_of(weight))
             sink = MemorySink(scheme, view.spec)
             scheme.encode(view, sink, work)
@@ -148,8 +147,8 @@ def test_bytes_and_decoded_weights_are_those_of_compressed_tensors(preset: str, 
 def check_bytes(scheme: Scheme, weight: Any, theirs: dict[str, Any], name: str) -> None:
     view = MemoryView(raw_of(weight))
     sink = MemorySink(scheme, view.spec)
-    with ThreadPoolExecutor(1) as pool:
-        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    with Crew(1) as crew:
+        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     assert set(sink.stored) == set(theirs)
     for role, data in theirs.items():
         assert scheme.stored(view.spec)[role].shape == tuple(data.shape), (name, role)

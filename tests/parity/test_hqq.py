@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES
 from loaders.places import DEMO
 from loaders.quantization.kernels.hqq import encode as hqq_kernels
@@ -52,15 +51,15 @@ def peer_of(weight: Any, scheme: Hqq) -> Any:
 def encode(scheme: Hqq, weight: Any) -> MemorySink:
     view = MemoryView(raw_of(weight))
     sink = MemorySink(scheme, view.spec)
-    with ThreadPoolExecutor(1) as pool:
-        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    with Crew(1) as crew:
+        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     return sink
 
 
 def decode(scheme: Hqq, weight: Any, sink: MemorySink) -> Any:
     out, spec = np.empty(weight.numel(), np.float32), MemoryView(raw_of(weight)).spec
-    with ThreadPoolExecutor(1) as pool:
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(1) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         scheme.decode(spec, sink, 0, weight.numel(), out, work)
     return torch.from_numpy(out).reshape(weight.shape)
 

@@ -9,7 +9,6 @@ import ctypes
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.places import DEMO
@@ -89,8 +88,8 @@ def test_blocks_are_those_of_ggml(name: str, dtype: str) -> None:
         raw = Raw("F16", np.where(np.isfinite(raw.data), raw.data, np.float16(1)))
     view = MemoryView(raw)
     sink = MemorySink(Ggml(name), view.spec)
-    with ThreadPoolExecutor(1) as pool:
-        Ggml(name).encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    with Crew(1) as crew:
+        Ggml(name).encode(view, sink, ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     assert np.array_equal(sink.stored["weight"], ggml_bytes(name, np.ascontiguousarray(values_of(raw))))
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 
 from loaders.architectures import mlx
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.places import DEMO
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.mlx_affine import BITS, GROUP_SIZES, MlxAffine
@@ -51,8 +50,8 @@ def bytes_of(array: Any) -> bytes:
 def encoded(scheme: Scheme, raw: Raw) -> dict[str, np.ndarray]:
     view = MemoryView(raw)
     sink = MemorySink(scheme, view.spec)
-    with ThreadPoolExecutor(1) as pool:
-        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    with Crew(1) as crew:
+        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     return sink.stored
 
 

@@ -205,6 +205,9 @@ class Bnb4:
         state = self._state_json(spec, float(offset)).encode()
         sink.write(self._state, 0, np.frombuffer(state, np.uint8))
 
+    def range_align(self, spec: TensorSpec) -> int | None:
+        return None if self.double_quant else self.group_size
+
     def align(self, spec: TensorSpec) -> int:
         return self.group_size * (dynamic_map.GROUP if self.double_quant else 1)
 

@@ -73,6 +73,9 @@ class LlmInt8(ByBoxes):
 
         work.sweep(spec.numel, columns, encode_rows)
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
+
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
         """Half a step, 1/127 of the largest scale, and the roundings to float16 (2^-11, or 2^-25) and of a cast."""
         columns = spec.shape[1]

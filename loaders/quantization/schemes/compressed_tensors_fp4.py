@@ -102,8 +102,11 @@ class CompressedNvfp4:
             sink.write("weight_packed", start // 2, packed)
             sink.write("weight_scale", start // fp4.NV_GROUP, scales)
 
-        work.sweep(spec.numel, fp4.NV_GROUP, encode_range)
         sink.write("weight_global_scale", 0, np.array([whole], np.float32))
+        work.sweep(spec.numel, fp4.NV_GROUP, encode_range)
+
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
 
     def align(self, spec: TensorSpec) -> int:
         return fp4.NV_GROUP
@@ -193,6 +196,9 @@ class CompressedMxfp4:
             sink.write("weight_scale", start // fp4.MX_GROUP, scales)
 
         work.sweep(spec.numel, fp4.MX_GROUP, encode_range)
+
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
 
     def align(self, spec: TensorSpec) -> int:
         return fp4.MX_GROUP

@@ -87,6 +87,9 @@ class Fp8Block:
 
         work.sweep(spec.numel, band, encode_range)
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return BLOCK * spec.shape[1]
+
     def align(self, spec: TensorSpec) -> int:
         """Return the items of a row, although scales belong to bands: a band may be large, and its scales are few."""
         return spec.shape[1]

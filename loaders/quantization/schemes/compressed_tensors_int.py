@@ -142,6 +142,9 @@ class PackedInt:
         scale = float(np.abs(casts.to_float32(raw, scale_dtype(spec.dtype).name)).max(initial=0))
         return scale * (steps if self.symmetric else steps + top * 2**-8) + 2 * top * UNDERFLOW
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
+
     def align(self, spec: TensorSpec) -> int:
         """Return the items of a group; of a row where rows are no whole words; of eight rows with zero points.
 

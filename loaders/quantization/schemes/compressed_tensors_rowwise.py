@@ -90,6 +90,9 @@ class RowScaled:
         steps, top = (E4M3_STEPS, 448.0) if self.type == "float" else packed_steps(8)
         return scale * steps + top * UNDERFLOW
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
+
     def align(self, spec: TensorSpec) -> int:
         return spec.shape[1]
 

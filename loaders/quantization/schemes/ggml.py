@@ -134,6 +134,9 @@ class Ggml:
 
         work.sweep(view.spec.numel, dtype.block, encode_range)
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
+
     def align(self, spec: TensorSpec) -> int:
         return DTYPES[self.type].block
 

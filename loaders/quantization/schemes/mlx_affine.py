@@ -107,6 +107,9 @@ class MlxAffine:
 
         work.sweep(spec.numel, group, encode_range)
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
+
     def align(self, spec: TensorSpec) -> int:
         return self.group_size
 

@@ -129,6 +129,9 @@ class MlxFloat:
     def _values(self, scales: np.ndarray) -> np.ndarray:
         return microfloat.e4m3_table()[scales] if self.mode == "nvfp4" else microfloat.power_values(scales)
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
+
     def align(self, spec: TensorSpec) -> int:
         return self.group_size
 

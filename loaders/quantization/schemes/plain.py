@@ -49,6 +49,9 @@ class Plain:
 
         work.sweep(view.spec.num_items, 1, copy)
 
+    def range_align(self, spec: TensorSpec) -> int:
+        return self.align(spec)
+
     def align(self, spec: TensorSpec) -> int:
         return 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from loaders import backends
 from loaders.backends import Leases, arrays, backend, devices, machine
 from loaders.backends.devices import Backend
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.errors import BadSpec
 from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.scheme import Scheme
@@ -107,9 +106,9 @@ def test_devices_that_are_not_there_are_refused() -> None:
 
 
 def encoded(scheme: Scheme, kernels: Any, view: Any, threads: int = 2) -> dict[str, bytes]:
-    with ThreadPoolExecutor(threads) as pool:
+    with Crew(threads) as crew:
         sink = MemorySink(scheme, view.spec)
-        scheme.encode(view, sink, ThreadedWork(kernels, pool, threading.Event()))
+        scheme.encode(view, sink, ThreadedWork(kernels, crew, threading.Event()))
     return sink.as_bytes()
 
 

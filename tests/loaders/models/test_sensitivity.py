@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.mixed_precision.candidate_errors import reordered
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint
 from loaders.loading.quantized_tensor import MemoryParts
@@ -91,8 +90,8 @@ def test_a_weighted_error_is_the_sum_over_weights() -> None:
     importances = [
         Importance(rng.random(70).astype(np.float32), rng.random(64 * 601).astype(np.float32)) for _ in range(2)
     ]
-    with ThreadPoolExecutor(2) as pool:
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(2) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         parts = MemoryParts(scheme.stored(view.spec))
         scheme.encode(view, parts, work)
         decoded = np.empty(values.size, np.float32)

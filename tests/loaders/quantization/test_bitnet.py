@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.ggml import Ggml
 from tests.encoding import DTYPE_NAMES, decode, encode, random
@@ -45,8 +44,8 @@ HIDDEN, MLP, LAYERS, VOCABULARY = 2048, 5632, 24, 32000  # a BitNet of 1.3 billi
 def test_blocks_hold_what_bitnet_rounds_to(kind: str, dtype: str) -> None:
     raw = weights(np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32), dtype)
     scheme = Ggml(kind, absmean=True)
-    with ThreadPoolExecutor(1) as pool:
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(1) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         sink, error = encode(scheme, raw, work)
         found = decode(scheme, raw, sink, work)
     values = values_of(raw)

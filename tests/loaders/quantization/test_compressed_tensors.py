@@ -7,14 +7,13 @@ import pickle
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.places import ROOT
 from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.scheme import Scheme
@@ -41,8 +40,8 @@ SCHEMES: dict[str, Scheme] = {
 def encode(scheme: Scheme, raw: Raw) -> MemorySink:
     view = MemoryView(raw)
     sink = MemorySink(scheme, view.spec)
-    with ThreadPoolExecutor(1) as pool:
-        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    with Crew(1) as crew:
+        scheme.encode(view, sink, ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     return sink
 
 
@@ -63,8 +62,8 @@ def results() -> dict[str, bytes]:
         for dtype in ("BF16", "F16", "F32"):
             raw = weights(rows, dtype)
             sink = encode(scheme, raw)
-            with ThreadPoolExecutor(1) as pool:
-                work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+            with Crew(1) as crew:
+                work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
                 decoded = decode(scheme, raw, sink, work).tobytes()
             found[f"{name} {dtype}"] = b"".join(data for _, data in sorted(sink.as_bytes().items())) + decoded
     return found

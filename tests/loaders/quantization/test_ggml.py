@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 import loaders.backends.threads
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES, GGML_BLOCKS
 from loaders.quantization.schemes.ggml import TYPES, Ggml
 from loaders.specs import TensorSpec
@@ -76,8 +75,8 @@ moderate = hnp.arrays(
 @settings(max_examples=60, deadline=None)
 @given(values=moderate, name=st.sampled_from(BLOCKS))
 def test_no_moderate_weights_come_back_worse_than_the_scheme_admits(values: np.ndarray, name: str) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(1) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         _, error = encode(Ggml(name), weights(values, "F32"), work)
     assert error.relative_error <= Ggml(name).error_limit
     assert error.nonfinite == error.nonfinite_decoded == 0

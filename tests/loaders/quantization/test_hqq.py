@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.hqq import decode, encode
 from loaders.quantization.schemes.hqq import Hqq
@@ -49,7 +48,7 @@ def test_the_search_ends_one_update_past_the_one_whose_error_stopped_falling(bit
         means.append(np.abs(groups - (codes - zero) / scale).mean())
         zero = (codes - groups * scale).mean(1, keepdims=True)
     wanted = next((i + 1 for i in range(1, encode.UPDATES) if not means[i] < means[i - 1] * (1 - 1e-7)), encode.UPDATES)
-    with ThreadPoolExecutor(1) as pool:
-        found = scheme._updates(MemoryView(raw), ThreadedWork(kernels_of("cpu"), pool, threading.Event()))
+    with Crew(1) as crew:
+        found = scheme._updates(MemoryView(raw), ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     assert abs(found - wanted) <= 1  # float32 sums against float64's
     assert all(a > b for a, b in pairwise(means[: found - 1]))

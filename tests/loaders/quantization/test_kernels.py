@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -173,8 +172,8 @@ def test_a_sum_of_magnitudes_does_not_hang_on_ranges_and_threads(size: int, monk
     totals = []
     for bits in (16, 17, 21):
         monkeypatch.setattr(threads, "RANGE", 1 << bits)
-        with ThreadPoolExecutor(2) as pool:
-            work = threads.ThreadedWork(cpu.CpuKernels(), pool, threading.Event())
+        with threads.Crew(2) as crew:
+            work = threads.ThreadedWork(cpu.CpuKernels(), crew, threading.Event())
             totals.append(total_magnitude(view, work))
     assert len(set(totals)) == 1
 

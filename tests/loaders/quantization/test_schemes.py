@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 import loaders.backends.threads
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES, GGML_BLOCKS
 from loaders.errors import VerifyFailed
 from loaders.quantization.gate import Gate
@@ -180,8 +179,8 @@ HALF = {"int8": np.float32(2.0**-51)}  # for schemes that take float16's range a
 @settings(max_examples=40, deadline=None)
 @given(values=finite, name=st.sampled_from(sorted(n for n in SCHEMES if "double" not in n and "storage" not in n)))
 def test_no_finite_weights_come_back_worse_than_the_scheme_admits(values: np.ndarray, name: str) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(1) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         values = np.clip(values, -2600, 2600) if name == "mlx nvfp4" else values  # its scales end at 448
         raw = weights(fitting(SCHEMES[name], values) * HALF.get(name, np.float32(1)), "F32")
         _, error = encode(SCHEMES[name], raw, work)
@@ -321,8 +320,8 @@ few = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0**-25, 2.0**-14, 1e-7, 448.0, 6.0
 )
 def test_no_few_values_are_taken_for_wrong_ones(values: np.ndarray, name: str, dtype: str) -> None:
     """Groups that hold little else than ties, constants, and the ends of formats."""
-    with ThreadPoolExecutor(1) as pool:
-        work = ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(1) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         _, error = encode(HELD[name], weights(fitting(HELD[name], values), dtype), work)
     assert np.isfinite(error.error2)
 

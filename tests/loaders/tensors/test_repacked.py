@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from loaders.backends import kernels_of
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.read_only.mxfp4_nvfp4 import GptOssMxfp4
@@ -57,8 +56,8 @@ class Parts:
 
 @pytest.fixture
 def work() -> Iterator[ThreadedWork]:
-    with ThreadPoolExecutor(1) as pool:
-        yield ThreadedWork(kernels_of("cpu"), pool, threading.Event())
+    with Crew(1) as crew:
+        yield ThreadedWork(kernels_of("cpu"), crew, threading.Event())
 
 
 def matrix(rows: int, window: Window) -> LogicalTensor:
