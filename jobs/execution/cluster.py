@@ -12,12 +12,15 @@ from jobs.planning.plan import Unit
 from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.errors import TransientIOError, WeightmillError
+from loaders.words import counted
 
 # A unit is tried four times, with pauses of 1, 2 and 4 seconds: long enough for most failures of a network to pass, and
 # little time lost if the error is permanent after all.
 ATTEMPTS = 4
 FIRST_PAUSE_S = 1.0
-MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
+# Units in flight beside each other share this process's threads. The threads work on the next unit while one is
+# synced to the disk, read back and recorded, which takes a share of a unit's time that grows with the threads.
+FEWEST_UNITS, MOST_UNITS, CPUS_A_UNIT = 2, 4, 8
 OnBytes = Callable[[int], None]
 
 
@@ -67,7 +70,7 @@ class Cluster(Protocol):
 
     @property
     def threads(self) -> int:
-        """The threads of one unit."""
+        """The threads that work on a unit: those of this process, which its units share, or of a worker's process."""
         ...
 
     def check(self, tasks: Sequence[Task[Report]]) -> None:
@@ -115,14 +118,12 @@ class LocalCluster:
     is_local = True
 
     def __init__(self, spec: ClusterSpec) -> None:
-        cpus = usable_cpus()
-        self.threads = spec.threads or min(cpus, MOST_THREADS)
-        # One unit more than the CPUs have threads for, since a unit that syncs its files to the disk uses no CPU.
-        self.units_at_once = spec.units_at_once or -(-cpus // self.threads) + 1
+        self.threads = spec.threads or usable_cpus()
+        self.units_at_once = spec.units_at_once or min(MOST_UNITS, FEWEST_UNITS + self.threads // CPUS_A_UNIT)
 
     @property
     def description(self) -> str:
-        return f"this process, {self.units_at_once} units at once of {self.threads} threads each"
+        return f"this process, {counted(self.threads, 'thread')}, up to {self.units_at_once} units at once"
 
     def check(self, tasks: Sequence[Task[Report]]) -> None:
         pass

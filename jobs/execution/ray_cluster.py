@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from jobs.cli.verb import note
-from jobs.execution.cluster import MOST_THREADS, OnBytes, R_co, Report, Task, UnitFailed, attempt
+from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed, attempt
 from jobs.spec.addresses import check_reachable
 from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
@@ -27,6 +27,7 @@ from loaders.errors import BadSpec, StorageError
 from loaders.places import ROOT
 from loaders.words import counted
 
+MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
 STORE_BYTES = 100 << 20  # bytes of Ray's object store, which holds only messages: tensors never enter it
 # The path of a Unix socket may have 107 bytes on Linux, and Ray appends this to the path of its temporary folder.
 LONGEST_FOLDER = 107 - len("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")

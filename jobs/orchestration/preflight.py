@@ -34,6 +34,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT
 from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader
+from loaders.words import counted
 
 LEVELS = 6  # of the key of a job: its work, an assembly of it, the assembly's fields, and in them each file
 SPARE_BYTES = 16 << 20  # free bytes that an output needs besides its planned files: config, index, records
@@ -163,7 +164,7 @@ def notes_of(planned: Planned) -> list[str]:
         *judging,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
-        f"memory: up to {tables.size(memory)} a unit of {cluster.threads} threads;"
+        f"memory: up to {tables.size(memory)} with {counted(cluster.threads, 'thread')};"
         f" disk: needs {tables.size(need)}, {tables.size(free)} free{room}",
     ]
 

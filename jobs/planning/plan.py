@@ -80,9 +80,9 @@ class Unit:
         return work_key(FORMAT, self.sources, tensors, output)
 
     def memory_bytes(self, threads: int) -> int:
-        """Return the most bytes that running the unit holds, besides the libraries."""
+        """Return the most bytes that running the unit holds, besides the libraries; each thread may open a tensor."""
         encodings = (p.encoding for output in self.outputs.values() for p in output.placements)
-        state = max((encoding.state_bytes for encoding in encodings), default=0)
+        state = sum(sorted(encoding.state_bytes for encoding in encodings)[-threads:])
         each = THREAD_BYTES + (RANGE * MERGE_BYTES if any(r.merge is not None for r in self.tensors) else 0)
         return threads * each + state
 

@@ -207,7 +207,9 @@ class ClusterSpec(Spec):
 
     kind: Literal["auto", "local", "ray"]
     address: str | None = Field(default=None, description="the Ray cluster to join; null starts one here")
-    threads: int | None = Field(default=None, ge=1, description="threads per unit; by default from the number of CPUs")
+    threads: int | None = Field(
+        default=None, ge=1, description="threads of this process, or of a unit on Ray; by default all CPUs"
+    )
     units_at_once: int | None = Field(
         default=None, ge=1, description="units in flight; by default from the number of CPUs"
     )
