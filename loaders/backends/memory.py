@@ -6,23 +6,25 @@ And work without Python's search for garbage.
 from __future__ import annotations
 
 import gc
+import mmap
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
-STATUS = Path("/proc/self/status")
+STATM = Path("/proc/self/statm")
 INTERVAL_S = 0.02  # between two samples: shorter peaks may be missed, more samples cost time
 
 
 def anonymous_bytes() -> int:
     """Return this process's anonymous resident memory now, or the peak of all resident memory outside of Linux."""
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+    if STATM.exists():
+        _, resident, shared, *_ = STATM.read_bytes().split()  # pages
+        return (int(resident) - int(shared)) * mmap.PAGESIZE
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
@@ -45,29 +47,45 @@ def no_collection() -> Iterator[None]:
 
 
 class PeakMemory:
-    """A sampler of anonymous memory; `peak_bytes` is the most that was held beyond what there was at the start."""
+    """The peak of anonymous memory inside a context; `peak_bytes` is the most that was held beyond that at its start.
+
+    One thread samples for all that are open.
+    """
+
+    _open: ClassVar[set[PeakMemory]] = set()
+    _changed: ClassVar[threading.Condition] = threading.Condition()
+    _sampler: ClassVar[threading.Thread | None] = None
 
     def __init__(self) -> None:
         self.peak_bytes = 0
         self._start = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
 
     def __enter__(self) -> PeakMemory:
         self._start = anonymous_bytes()
-        self._thread.start()
+        with self._changed:
+            self._open.add(self)
+            if PeakMemory._sampler is None or not PeakMemory._sampler.is_alive():  # after a fork it is not
+                PeakMemory._sampler = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
+                PeakMemory._sampler.start()
+            self._changed.notify()
         return self
 
-    def _sample(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
-            self._look()
+    @classmethod
+    def _sample(cls) -> None:
+        while True:
+            with cls._changed:
+                cls._changed.wait_for(lambda: cls._open)
+                now = anonymous_bytes()
+                for each in cls._open:
+                    each._look(now)
+            time.sleep(INTERVAL_S)
 
-    def _look(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, anonymous_bytes() - self._start)
+    def _look(self, now: int) -> None:
+        self.peak_bytes = max(self.peak_bytes, now - self._start)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._look()
+        with self._changed:
+            self._open.discard(self)
+        self._look(anonymous_bytes())
