@@ -38,9 +38,25 @@ def inputs(dtype: str) -> Raw:
         return weights(rows, dtype)
 
 
+def bfloat16_groups() -> np.ndarray:
+    """Groups of 64 bfloat16s with a largest magnitude of every mantissa, and weights of every exponent below it."""
+    tops = np.arange(128)[:, None] + np.array([0x0D80, 0x3F80, 0x4700, 0x7D80])[:, None, None]
+    rng = np.random.default_rng(2)
+    signs = rng.integers(0, 2, (4, 128, 64)) << 15
+    near = np.maximum(tops - rng.integers(0, 1024, (4, 128, 64)), 0)
+    near[..., :16] = rng.integers(0, tops + 1, (4, 128, 16))
+    near[..., 5] = tops[..., 0]
+    return np.asarray(near | signs, np.uint16).reshape(-1)
+
+
 def results() -> dict[str, bytes]:
     """What every CPU kernel makes of the inputs."""
     kernels, found = cpu.CpuKernels(), {}
+    for table in ("nf4", "fp4"):
+        x = bfloat16_groups()
+        packed, absmax = np.empty(x.size // 2, np.uint8), np.empty(x.size // 64, np.float32)
+        kernels.encode_fourbit(x, "BF16", table, 64, packed, absmax)
+        found[f"{table} of every mantissa"] = packed.tobytes() + absmax.tobytes()
     for dtype in DTYPES:
         x = inputs(dtype).data.reshape(-1)
         for table in ("nf4", "fp4"):
