@@ -19,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from loaders.quantization.kernels.compare import add_pairs, tile_size
 from loaders.quantization.kernels.lanes import (
     F32,
     I8,
@@ -399,6 +400,18 @@ def decode(packed, absmax, group, is_fp4, out):  # type: ignore[no-untyped-def]
                 _decode_fp4(packed, at, absmax[g], out)
             else:
                 _decode_nf4(packed, at, absmax[g], out)
+
+
+@kernel
+def compare(x, packed, absmax, group, is_fp4, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what `decode` makes of the rest to `sums`: see compare.py."""
+    step = tile_size(group)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        decoded = tile[: stop - start]
+        decode(packed[start // 2 : stop // 2], absmax[start // group : stop // group], group, is_fp4, decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
 
 
 def decode_tail(packed: np.ndarray, absmax: np.float32, code: Table, out: np.ndarray) -> None:

@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import rounding
+from loaders.quantization.kernels.compare import CHUNK, add_pairs
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.rounding import BATCH, GROUPS, STEP, float_of_bits, top_bits, top_bits_1, top_bits_16
 
@@ -153,3 +154,25 @@ def decode_mx(packed, scales, out):  # type: ignore[no-untyped-def]
     """Decode MXFP4: the code's value times 2^(scale - 127). packed, scales: uint8; out: float32 (n,)."""
     for g in range(scales.size):
         _values_32(packed, g * MX_GROUP, _power(scales[g]), out)
+
+
+@kernel
+def compare_nv(x, packed, scales, whole_scale, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what `decode_nv` makes of the rest to `sums`: see compare.py."""
+    tile, totals = np.empty(CHUNK, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        own, decoded = slice(start // NV_GROUP, stop // NV_GROUP), tile[: stop - start]
+        decode_nv(packed[start // 2 : stop // 2], scales[own], whole_scale, decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
+
+
+@kernel
+def compare_mx(x, packed, scales, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what `decode_mx` makes of the rest to `sums`: see compare.py."""
+    tile, totals = np.empty(CHUNK, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        decoded = tile[: stop - start]
+        decode_mx(packed[start // 2 : stop // 2], scales[start // MX_GROUP : stop // MX_GROUP], decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
