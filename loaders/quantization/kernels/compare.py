@@ -56,7 +56,7 @@ def _add(lanes: Lanes, x: Array, y: Array, start: Value, stop: Value, totals: Ar
             size = lanes.larger(lanes.part(size, 0, kept), lanes.part(size, 1, kept))
         return [*sums, lanes.larger(size, found[3])]
 
-    # Where registers are few and narrow, the largest error is kept in half as many lanes, which leaves them to the sums.
+    # Where registers are few, the largest error is kept in half as many lanes, which leaves them to the sums.
     kept = LANES if host_has("avx512f") else LANES // 2
     nothing = lanes.const(ir.VectorType(F32, LANES), 0)
     none = lanes.part(nothing, 0, kept)

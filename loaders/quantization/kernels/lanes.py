@@ -287,10 +287,10 @@ class Lanes:
         return self.b.select(self.b.icmp_signed(">", codes, self.const(codes.type, 7)), high, low)
 
     def lookup_16(self, table: Value, codes: Value) -> Value:
-        """Return table[code] for sixteen int16 lanes and int16 codes from 0 to 15."""
+        """Return table[code] for int16 lanes and codes: of 16 entries, or of 32 with AVX-512BW."""
         count = codes.type.count
         if host_has("avx512bw") and count % 32 == 0:
-            twice = self.shuffle(table, [*range(16)] * 2)
+            twice = self.shuffle(table, [*range(16)] * 2) if table.type.count == 16 else table
             name, parts = "llvm.x86.avx512.permvar.hi.512", (self.part(codes, i, 32) for i in range(count // 32))
             return self.join([self.call(name, twice.type, twice, part) for part in parts])
         return self.choose([self.shuffle(table, [entry] * count) for entry in range(16)], codes)

@@ -18,8 +18,9 @@ from loaders.places import ROOT
 from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit
 from loaders.quantization.kernels.lanes import host_has
-from loaders.quantization.kernels.mlx import affine, microfloat
+from loaders.quantization.kernels.mlx import affine
 from loaders.quantization.schemes.bitnet import total_magnitude
+from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from tests.encoding import MemoryView
 from tests.making import Raw, weights
 
@@ -78,14 +79,13 @@ def results() -> dict[str, bytes]:
             affine.encode(x, bits, 64, packed, scales, biases)
             affine.decode(packed, scales, biases, bits, 64, out)
             found[f"{dtype} affine {bits}"] = b"".join(a.tobytes() for a in (packed, scales, biases, out))
-        for bits, group in ((4, 16), (4, 32), (8, 32)):
-            x = inputs(dtype).data.reshape(-1)
-            x = x.view(np.int16) if dtype == "F16" else x
-            packed, scales = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.float32)
-            microfloat.group_absmax(x, group, scales)
-            scales = microfloat.power_values(microfloat.power_scales(scales, bits, dtype))
-            microfloat.encode(x, group, bits, scales, packed)
-            found[f"{dtype} microfloat {bits} {group}"] = packed.tobytes() + scales.tobytes()
+        for mode, (bits, group) in SETTINGS.items():
+            x = np.append(inputs(dtype).data.reshape(-1)[:-16], bfloat16_groups() if dtype == "BF16" else [])
+            x = cpu.kernel_input(x.astype(inputs(dtype).data.dtype), dtype)
+            x = x[: x.size // group * group]
+            codes, small = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.uint8)
+            MlxFloat(mode).code(x, codes, small)
+            found[f"{dtype} {mode}"] = codes.tobytes() + small.tobytes()
         finite = np.nan_to_num(inputs("F32").data, nan=0, posinf=1, neginf=-1)
         x = weights(np.clip(finite, -6e4, 6e4), dtype).data.reshape(-1)
         found[f"{dtype} magnitudes"] = kernels.magnitude_sums(x, dtype).tobytes()

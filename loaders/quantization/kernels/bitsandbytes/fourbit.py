@@ -19,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from loaders.quantization.kernels import thresholds
 from loaders.quantization.kernels.compare import add_pairs, tile_size
 from loaders.quantization.kernels.lanes import (
     F32,
@@ -182,41 +183,12 @@ def _search(lanes: Lanes, values: Value, bounds: list[Value]) -> Value:
     return lanes.b.trunc(rank, ir.VectorType(I16, 16))
 
 
-def _ranks_of_bits(lanes: Lanes, x: Array, at: Value, bounds: list[Value]) -> Value:
-    """Return the ranks of WIDE bfloat16s among the group's thresholds, as int16: every threshold is compared and
-    counted.
-
-    A comparison gives -1 in every lane that is above, which is subtracted.
-    """
-    sortable = _sortable(lanes, x, at)
-    total = lanes.const(sortable.type, 0)
+def _count(lanes: Lanes, values: Value, bounds: list[Value]) -> Value:
+    """Return how many of the bounds each int16 lane is above: a comparison gives -1 there, which is subtracted."""
+    total = lanes.const(values.type, 0)
     for bound in bounds:
-        total = lanes.b.sub(total, lanes.b.sext(lanes.b.icmp_signed(">", sortable, bound), sortable.type))
+        total = lanes.b.sub(total, lanes.b.sext(lanes.b.icmp_signed(">", values, bound), values.type))
     return total
-
-
-def _ranks_by_search(lanes: Lanes, x: Array, at: Value, thresholds: Value) -> Value:
-    """Return the same ranks by a binary search, of four comparisons, where a table look-up is one instruction.
-
-    A position is one less than that of the threshold to compare with, so that what the last comparison adds is 1 or 2
-    and never 0: LLVM would make several instructions of a 0 or 1.
-    """
-    sortable = _sortable(lanes, x, at)
-    kind, one = sortable.type, lanes.shuffle(thresholds, [*range(1, 16), 0])
-    position, bound = lanes.const(kind, 6), lanes.shuffle(thresholds, [7] * WIDE)
-    for below, above in ((-4, 4), (-2, 2), (-1, 1)):
-        is_above = lanes.b.icmp_signed(">", sortable, bound)
-        steps = lanes.b.select(is_above, lanes.const(kind, above), lanes.const(kind, below))
-        position = lanes.b.add(position, steps)
-        bound = lanes.lookup_16(one, position)
-    is_above = lanes.b.icmp_signed(">", sortable, bound)
-    return lanes.b.add(position, lanes.b.select(is_above, lanes.const(kind, 2), lanes.const(kind, 1)))
-
-
-def _sortable(lanes: Lanes, x: Array, at: Value) -> Value:
-    """Return the bits of WIDE bfloat16s as int16s that sort as the numbers do, -0 just below 0."""
-    bits = lanes.load(x, at, WIDE)
-    return lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, 15), 0x7FFF))
 
 
 @vector(types.void)
@@ -245,15 +217,16 @@ def _code_bits(
     """Code the bfloat16s [start, stop) of a group, whose thresholds are rows[row] + directions * exponents."""
     zero = ir.Constant(row.type, 0)
     moved = lanes.b.mul(lanes.load(directions, zero, 16), lanes.splat(lanes.b.trunc(exponents, I16), 16))
-    thresholds = lanes.b.add(lanes.load(rows, lanes.op("shl", row, 4), 16), moved)
+    table = lanes.b.add(lanes.load(rows, lanes.op("shl", row, 4), 16), moved)
     if searches := host_has("avx512bw"):
         bounds = []
     else:  # broadcast from memory, which is cheaper than from a register
-        lanes.store(thresholds, spare, zero)
+        lanes.store(table, spare, zero)
         bounds = lanes.entries(spare, 15, WIDE)
 
     def code(at: Value) -> list[Value]:
-        ranks = _ranks_by_search(lanes, x, at, thresholds) if searches else _ranks_of_bits(lanes, x, at, bounds)
+        bits = thresholds.sortable(lanes, x, at, WIDE)
+        ranks = thresholds.ranks(lanes, bits, table) if searches else _count(lanes, bits, bounds)
         _pack(lanes, ranks, order, packed, at)
         return []
 
