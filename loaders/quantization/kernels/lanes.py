@@ -33,7 +33,7 @@ CACHE_LINE = 64  # bytes, on x86 and most ARM CPUs; where lines are longer, `pre
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
 F16 = ir.HalfType()
-NAMES = {I8: "i8", I16: "i16", I32: "i32", F32: "f32"}  # the types' names in LLVM's intrinsics
+NAMES = {ir.IntType(1): "i1", I8: "i8", I16: "i16", I32: "i32", F32: "f32"}  # the types' names in LLVM's intrinsics
 Value = Any  # an llvmlite value or type; llvmlite has no annotations
 
 
@@ -115,6 +115,41 @@ class Lanes:
         """Combine all lanes into a scalar by an LLVM reduction such as "umax" or "or"."""
         kind = value.type
         return self.call(f"llvm.vector.reduce.{name}.v{kind.count}{NAMES[kind.element]}", kind.element, value)
+
+    def each_largest(self, rows: Sequence[Value]) -> Value:
+        """Return the largest unsigned lane of each of 2^k vectors of at least as many int16 lanes, in their order.
+
+        With AVX-512BW, two vectors become one by a permutation of both to their lower and their upper halves, at every
+        level of ever shorter pieces: three instructions a vector.
+        """
+        if not host_has("avx512bw"):
+            kind = ir.VectorType(I16, len(rows))
+            found = ir.Constant(kind, ir.Undefined)
+            for lane, row in enumerate(rows):
+                found = self.b.insert_element(found, self.reduce("umax", row), ir.Constant(I32, lane))
+            return found
+
+        def larger(first: Value, second: Value, length: int) -> Value:
+            starts = [*range(0, first.type.count + second.type.count, length)]
+            halves = [
+                self.shuffle(first, [start + half + i for start in starts for i in range(length // 2)], second)
+                for half in (0, length // 2)
+            ]
+            return self.b.select(self.b.icmp_unsigned(">", *halves), *halves)
+
+        found, length = list(rows), rows[0].type.count
+        while len(found) > 1:
+            found = [larger(a, b, length) for a, b in zip(found[::2], found[1::2], strict=True)]
+            length //= 2
+        [one] = found
+        while length > 1:
+            count = one.type.count
+            halves = [
+                self.shuffle(one, [start + half + i for start in range(0, count, length) for i in range(length // 2)])
+                for half in (0, length // 2)
+            ]
+            one, length = self.b.select(self.b.icmp_unsigned(">", *halves), *halves), length // 2
+        return one
 
     def absolute(self, value: Value) -> Value:
         return self.call(f"llvm.fabs.v{value.type.count}f32", value.type, value)

@@ -24,7 +24,7 @@ from loaders.quantization.kernels.compressed_tensors import fp8
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.mlx.affine import packed_bits
 from loaders.quantization.kernels.nearest import is_off
-from loaders.quantization.kernels.rounding import GROUPS, float_of_bits, top_bits_16
+from loaders.quantization.kernels.rounding import GROUPS
 from loaders.quantization.kernels.thresholds import searches
 
 LANES = 16  # groups of all three formats are multiples of this
@@ -49,44 +49,82 @@ def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
 
 
 @kernel
-def _absmax(x, start, group):  # type: ignore[no-untyped-def]
-    """Return the largest magnitude of a group, a NaN counting as 0, and whether it holds a NaN."""
-    top = np.uint32(0)
-    for at in range(start, start + group, LANES):
-        top = max(top, top_bits_16(x, at))
-    found = float_of_bits(x, top)
-    if not np.isnan(found):
-        return found, False
+def _largest_number(x, start, group):  # type: ignore[no-untyped-def]
+    """Return the largest magnitude of a group; a NaN counts as 0."""
     found = np.float32(0)
     for at in range(start, start + group, LANES):
         found = max(found, _largest(x, at))
-    return found, True
+    return found
+
+
+def _absmax(lanes: Lanes, x: Array, start: Value, group: int) -> Value:
+    """Return the largest magnitudes of GROUPS groups as float32; where a group holds a NaN, it is one."""
+    places = [lanes.op("add", start, group * slot) for slot in range(GROUPS)]
+    if x.element is F32:
+        kind = ir.VectorType(I32, GROUPS)
+        found = ir.Constant(kind, ir.Undefined)
+        for slot, place in enumerate(places):
+            bits = rounding.magnitude_bits(lanes, x, place, group)
+            found = lanes.b.insert_element(found, bits, ir.Constant(I32, slot))
+        return lanes.b.bitcast(found, ir.VectorType(F32, GROUPS))
+    tops = lanes.each_largest([lanes.op("and_", lanes.load(x, place, group), 0x7FFF) for place in places])
+    return lanes.from_bf16(tops) if x.holds == types.uint16 else lanes.from_f16(tops)
+
+
+@vector(types.boolean)
+def _absmax_16(lanes: Lanes, x: Array, start: Value, absmax: Array) -> Value:
+    """Find the largest magnitudes of GROUPS groups of 16, float32; return whether one is NaN."""
+    return _store_absmax(lanes, x, start, 16, absmax)
+
+
+@vector(types.boolean)
+def _absmax_32(lanes: Lanes, x: Array, start: Value, absmax: Array) -> Value:
+    """Find the largest magnitudes of GROUPS groups of 32, float32; return whether one is NaN."""
+    return _store_absmax(lanes, x, start, 32, absmax)
+
+
+def _store_absmax(lanes: Lanes, x: Array, start: Value, group: int, absmax: Array) -> Value:
+    found = _absmax(lanes, x, start, group)
+    lanes.store(found, absmax, ir.Constant(ir.IntType(64), 0))
+    return lanes.reduce("or", lanes.b.fcmp_unordered("uno", found, found))
 
 
 @vector(types.void)
-def _steps(lanes: Lanes, x: Array, absmax: Array, greatest: Value, steps: Array, codes: Array) -> None:
-    """Divide the magnitudes of GROUPS groups in the dtype of x: float32, and E4M3's nearest of at most 448."""
-    zero = ir.Constant(ir.IntType(64), 0)
-    values = lanes.b.fdiv(lanes.load(absmax, zero, GROUPS), lanes.splat(greatest, GROUPS))
-    found = rounding.like(lanes, x, values)
-    lanes.store(found, steps, zero)
-    rounding.store_bytes(lanes, rounding.to_e4m3(lanes, found), codes, zero)
+def _e4m3_codes(lanes: Lanes, x: Array, absmax: Array, scales: Array, at: Value) -> None:
+    """Store the scales of GROUPS groups of nvfp4: magnitude / 6 in the dtype of x, as E4M3."""
+    values = lanes.op("fdiv", lanes.load(absmax, ir.Constant(at.type, 0), GROUPS), GREATEST[4])
+    rounding.store_bytes(lanes, rounding.to_e4m3(lanes, rounding.like(lanes, x, values)), scales, at)
 
 
-@vector(types.uint32)
-def _bits(lanes: Lanes, value: Value) -> Value:
-    """Return the bits of a float32."""
-    return lanes.b.bitcast(value, I32)
+@vector(types.void)
+def _power_codes(
+    lanes: Lanes, x: Array, absmax: Array, greatest: Value, limits: Array, scales: Array, at: Value
+) -> None:
+    """Store the scales of GROUPS groups of mxfp: ceil(log2(s)) + 127, at most 254, or 127 where s is 0.
 
-
-@kernel
-def _power(step, limits):  # type: ignore[no-untyped-def]
-    """Return ceil(log2(step)) + 127 as MLX finds it, from 0 to 254; 127 for a step of zero. See `power_limits`."""
-    raw = _bits(step)
-    exponent = raw >> np.uint32(23)
-    if raw == 0:
-        return np.uint8(127)
-    return np.uint8(min(exponent + (raw > limits[exponent]), 254))
+    Numbers of 16 bits are powers of two or far enough above them for log2 to tell; for float32 see `power_limits`. The
+    exponent -127, whose powers are subnormal, ends at 2^-127.
+    """
+    values = lanes.load(absmax, ir.Constant(at.type, 0), GROUPS)
+    values = rounding.like(lanes, x, lanes.b.fdiv(values, lanes.splat(greatest, GROUPS)))
+    bits = lanes.b.bitcast(values, rounding.ints(values))
+    if x.element is F32:
+        exponents, above = lanes.op("lshr", bits, 23), lanes.const(bits.type, 0)
+        for slot in range(GROUPS):
+            place = ir.Constant(I32, slot)
+            exponent = lanes.b.zext(lanes.b.extract_element(exponents, place), at.type)
+            limit = lanes.b.load(lanes.b.gep(limits.data, [exponent]))
+            is_above = lanes.b.icmp_unsigned(">", lanes.b.extract_element(bits, place), limit)
+            above = lanes.b.insert_element(above, lanes.b.zext(is_above, I32), place)
+        found = lanes.b.add(exponents, above)
+    else:
+        found = lanes.op("lshr", lanes.op("add", bits, 0x7FFFFF), 23)
+        is_least = lanes.b.icmp_unsigned("<=", bits, lanes.const(bits.type, 0x400000))
+        found = lanes.b.select(is_least, lanes.const(bits.type, 0), found)
+    most = lanes.const(bits.type, 254)
+    found = lanes.b.select(lanes.b.icmp_unsigned("<", found, most), found, most)
+    is_zero = lanes.b.icmp_unsigned("==", bits, lanes.const(bits.type, 0))
+    rounding.store_bytes(lanes, lanes.b.select(is_zero, lanes.const(bits.type, 127), found), scales, at)
 
 
 @cache
@@ -214,32 +252,29 @@ def encode(x, group, bits, greatest, limits, values, rows, packed, scales):  # t
     greatest: of the codes, float32; limits: `power_limits`; values: `scale_values` of the mode; rows: `thresholds_of`
     it, for four bits; scales: uint8 (n / group,), as stored.
     """
-    absmax, steps = np.zeros(GROUPS, np.float32), np.empty(GROUPS, np.float32)
-    codes, has_nan = np.empty(GROUPS, np.uint8), np.zeros(GROUPS, np.bool_)
+    absmax, codes = np.zeros(GROUPS, np.float32), np.empty(GROUPS, np.uint8)
     for first in range(0, scales.size, GROUPS):
-        count = min(GROUPS, scales.size - first)
-        for slot in range(count):
-            absmax[slot], has_nan[slot] = _absmax(x, (first + slot) * group, group)
-        _steps(x, absmax, greatest, steps, codes)
-        for slot in range(count):
-            scales[first + slot] = codes[slot] if group == 16 else _power(steps[slot], limits)
-        slot = 0
-        while slot < count:
-            g = first + slot
-            if bits == 4 and searches(x) and group == 32 and not has_nan[slot]:
-                _search_32(x, g * group, rows, np.int64(scales[g]), packed)
-            elif (
-                bits == 4
-                and searches(x)
-                and group == 16
-                and slot + 1 < count
-                and not (has_nan[slot] or has_nan[slot + 1])
-            ):
-                _search_16(x, g * group, rows, np.int64(scales[g]), np.int64(scales[g + 1]), packed)
-                slot += 1
-            else:
+        count, has_nan = min(GROUPS, scales.size - first), True
+        if count == GROUPS:
+            start = first * group
+            has_nan = _absmax_16(x, start, absmax) if group == 16 else _absmax_32(x, start, absmax)
+        if has_nan:
+            for slot in range(count):
+                absmax[slot] = _largest_number(x, (first + slot) * group, group)
+        if group == 16:
+            _e4m3_codes(x, absmax, codes, 0)
+        else:
+            _power_codes(x, absmax, greatest, limits, codes, 0)
+        scales[first : first + count] = codes[:count]
+        if bits == 8 or has_nan or not searches(x):
+            for g in range(first, first + count):
                 _code_group(x, g * group, group, bits, values[scales[g]], packed)
-            slot += 1
+        elif group == 32:
+            for g in range(first, first + GROUPS):
+                _search_32(x, g * group, rows, np.int64(scales[g]), packed)
+        else:
+            for g in range(first, first + GROUPS, 2):
+                _search_16(x, g * group, rows, np.int64(scales[g]), np.int64(scales[g + 1]), packed)
 
 
 # --- decoding
