@@ -21,7 +21,6 @@ import numpy as np
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels.compressed_tensors import fp8
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx import microfloat
 from loaders.quantization.kernels.mlx_device import MlxCoder
@@ -156,4 +155,4 @@ class MlxFloat:
         if self.bits == 4:
             microfloat.decode_e2m1(codes, scales, group, out)
         else:
-            fp8.decode_rows(codes, group, scales, out)
+            microfloat.decode_e4m3(codes, scales, out)

@@ -20,10 +20,9 @@ from numba.core import types
 
 from loaders.quantization.kernels import rounding, thresholds
 from loaders.quantization.kernels.compare import NONFINITE, WRONG, add_pairs, tile_size
-from loaders.quantization.kernels.compressed_tensors import fp8
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.mlx.affine import packed_bits
-from loaders.quantization.kernels.nearest import is_off
+from loaders.quantization.kernels.nearest import is_off_symmetric
 from loaders.quantization.kernels.rounding import GROUPS
 from loaders.quantization.kernels.thresholds import searches
 
@@ -298,6 +297,20 @@ def decode_e2m1(packed, scales, group, out):  # type: ignore[no-untyped-def]
             _decode_e2m1(packed, at, scales[g], out)
 
 
+@vector(types.void)
+def _decode_e4m3(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    """Decode 32 weights from `at` on."""
+    values = rounding.from_e4m3(lanes, lanes.load(codes, at, 32))
+    lanes.store(lanes.b.fmul(values, lanes.splat(scale, 32)), out, at)
+
+
+@kernel
+def decode_e4m3(codes, scales, out):  # type: ignore[no-untyped-def]
+    """Decode groups of 32, value * scale. codes: uint8 (n,); scales: float32 (n / 32,); out: float32 (n,)."""
+    for g in range(scales.size):
+        _decode_e4m3(codes, g * 32, scales[g], out)
+
+
 @kernel
 def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sums):  # type: ignore[no-untyped-def]
     """Add the differences of x, (n,) raw weights, and what is decoded to `sums`; see compare.py.
@@ -307,8 +320,7 @@ def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sum
     """
     step = tile_size(group)
     tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
-    own, low = np.empty(step // group, np.float32), np.empty(step // group, np.float32)
-    high, halves = np.empty(step // group, np.float32), np.empty(step // group, np.float32)
+    own = np.empty(step // group, np.float32)
     for start in range(0, x.size, step):
         stop = min(start + step, x.size)
         count, decoded = (stop - start) // group, tile[: stop - start]
@@ -317,13 +329,9 @@ def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sum
         if bits == 4:
             decode_e2m1(packed[start // 2 : stop // 2], own[:count], group, decoded)
         else:
-            fp8.decode_rows(packed[start:stop], group, own[:count], decoded)
+            decode_e4m3(packed[start:stop], own[:count], decoded)
         add_pairs(x[start:stop], decoded, totals, sums)
         if sums[NONFINITE]:  # a NaN may spoil the scale of its whole group, so that bounds by scales say nothing
             continue
-        for g in range(count):
-            size = abs(own[g])
-            high[g], halves[g] = size * top, size * half + floor
-            low[g] = -high[g]
-        if is_off(x[start:stop], decoded, group, low[:count], high[:count], halves[:count], slope):
+        if is_off_symmetric(x[start:stop], decoded, group, own[:count], top, half, floor, slope):
             sums[WRONG] = 1
