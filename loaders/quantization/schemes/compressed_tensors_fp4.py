@@ -195,7 +195,7 @@ class CompressedMxfp4:
             x = kernel_input(view.read(start, stop), spec.dtype.name)
             packed = work.array("packed", x.size // 2, np.uint8)
             scales = work.array("scales", x.size // fp4.MX_GROUP, np.uint8)
-            fp4.encode_mx(x, mantissa, (1 << exponent) - 1, bias, packed, scales)
+            fp4.encode_mx(x, mantissa, (1 << exponent) - 1, bias, fp4.mx_thresholds(), packed, scales)
             sink.write("weight_packed", start // 2, packed)
             sink.write("weight_scale", start // fp4.MX_GROUP, scales)
 

@@ -139,14 +139,9 @@ class MlxFloat:
         group, values = self.group_size, microfloat.scale_values(self.mode)
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         scales = stored.read(SCALES, start // group, stop // group)
-        # the grid of a single scale of 1, whose half gap is split into what grows with a scale and what does not
-        one, none = (grids.symmetric(1, np.array([each], np.float32), *self._gaps) for each in (1, 0))
-        if source != spec.dtype.name:
-            one, none = one.after_cast(), none.after_cast()
-        top, floor, slope = one.high[0], none.half[0], np.float32(one.slope)
-        half = one.half[0] - floor
+        terms = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
         x = kernel_input(block, source)
-        microfloat.compare(x, codes, scales, values, group, self.bits, top, half, floor, slope, sums)
+        microfloat.compare(x, codes, scales, values, group, self.bits, *terms, sums)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         group = self.group_size
