@@ -79,7 +79,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
         fp4.encode_nv(x, np.float32(22400), codes[a // 2 : b // 2], small[a // 16 : b // 16])
 
     def mxfp4(x: np.ndarray, a: int, b: int) -> None:
-        fp4.encode_mx(x, 7, 255, 127, codes[a // 2 : b // 2], small[a // 32 : b // 32])
+        fp4.encode_mx(x, 7, 255, 127, fp4.mx_thresholds(), codes[a // 2 : b // 2], small[a // 32 : b // 32])
 
     def measured(decode: Callable[[int, int, np.ndarray], object]) -> Callable[[np.ndarray, int, int], object]:
         step = max(1, INNER // columns) * columns

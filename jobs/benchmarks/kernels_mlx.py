@@ -17,6 +17,7 @@ from loaders.quantization.schemes.mlx_float import SETTINGS, FloatMode, MlxFloat
 def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int], None]) -> Iterator[Case]:
     """Yield our cases; `spread` calls a body for ranges of the weights on the threads that are timed."""
     packed, scales = np.empty(flat.size, np.uint8), np.empty((2, flat.size // 16), np.float32)
+    small = np.empty(flat.size // 16, np.uint8)
 
     def affine_of(bits: int) -> Callable[[], None]:
         def part(a: int, b: int) -> None:
@@ -44,7 +45,9 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
         def part(a: int, b: int) -> None:
             for at in range(a, b, RANGE):
-                scheme.coded(flat[at : min(at + RANGE, b)], "BF16", packed)
+                end = min(at + RANGE, b)
+                own = small[at // scheme.group_size : end // scheme.group_size]
+                scheme.code(flat[at:end], packed[at * scheme.bits // 8 : end * scheme.bits // 8], own)
 
         return lambda: spread(part, flat.size)
 

@@ -12,6 +12,7 @@ out by one gap. Only roundings are added to half a gap, and each is derived wher
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -65,3 +66,15 @@ def symmetric(group: int, scales: np.ndarray, top: float, half: float, slope: fl
         high = np.abs(scales) * np.float32(top)
         halves = np.abs(scales) * np.float32(half * (1 + SMALL)) + np.float32(TINY + floor)
     return Grid(group, -high, high, halves, slope)
+
+
+@cache
+def symmetric_terms(top: float, half: float, slope: float, is_cast: bool) -> tuple[np.float32, ...]:
+    """Return what makes a `symmetric` grid of a scale s: s * top, s * half + floor, and slope: top, half, floor, slope.
+
+    `is_cast` says that weights were cast before they were encoded: see `Grid.after_cast`.
+    """
+    one, none = (symmetric(1, np.array([scale], np.float32), top, half, slope) for scale in (1, 0))
+    one, none = (one.after_cast(), none.after_cast()) if is_cast else (one, none)
+    floor = none.half[0]
+    return np.float32(top), one.half[0] - floor, floor, np.float32(one.slope)

@@ -14,7 +14,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.scheme import Bounded, Gridded, RangeEncoder, Scheme, Stored, View, Work
+from loaders.quantization.scheme import Bounded, Compared, Gridded, RangeEncoder, Scheme, Stored, View, Work
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
 from loaders.stats import ErrorSums
@@ -61,6 +61,7 @@ class Comparison:
         self._source = source
         self._spec = spec
         self._work = work
+        self._compared = scheme if isinstance(scheme, Compared) else None
         self._gridded = scheme if isinstance(scheme, Gridded) else None
         self._bounded = scheme if isinstance(scheme, Bounded) else None
         self._is_copy = isinstance(scheme, Plain) and scheme.dtype in (None, source.dtype.name)
@@ -75,6 +76,16 @@ class Comparison:
         if self._is_copy:
             _compare_copy(block, stored.read("weight", start, stop), dtype, sums, dtype in WEIGHT_DTYPES)
             return sums
+        if self._compared is not None:
+            self._compared.compare(self._spec, stored, start, stop, block, dtype, sums)
+        else:
+            self._decode_and_compare(block, stored, start, stop, sums)
+        if self._bounded is not None and not sums[compare.NONFINITE]:
+            _check_each(sums, self._bounded.greatest_error(self._spec, stored, start, stop))
+        return sums
+
+    def _decode_and_compare(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> None:
+        dtype = self._source.dtype.name
         for at in range(start, stop, self._inner):
             end = min(at + self._inner, stop)
             decoded = self._work.array("compared", end - at, np.float32)
@@ -84,9 +95,6 @@ class Comparison:
             # A NaN in the source may spoil the scale of its whole group, so bounds by scales say nothing there.
             if self._gridded is not None and not sums[compare.NONFINITE]:
                 self._check_grid(part, decoded, self._gridded.grid(self._spec, stored, at, end), sums)
-        if self._bounded is not None and not sums[compare.NONFINITE]:
-            _check_each(sums, self._bounded.greatest_error(self._spec, stored, start, stop))
-        return sums
 
     def _check_grid(self, block: np.ndarray, decoded: np.ndarray, grid: Grid | None, sums: np.ndarray) -> None:
         """Make the error infinite if a weight is not the nearest that its stored scale allows: it was encoded wrong."""

@@ -185,6 +185,21 @@ class Gridded(Protocol):
 
 
 @runtime_checkable
+class Compared(Protocol):
+    """A scheme that decodes and compares in one compiled call, by tiles that a core's first cache holds."""
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        """Add the differences of `block` and of what `decode` gives for items [start, stop) to `sums`.
+
+        `sums` are those of kernels/compare.py. `block` holds raw weights of dtype `source`, another one than that of
+        `spec` where they were cast before they were encoded. A scheme with a `grid` checks it too.
+        """
+        ...
+
+
+@runtime_checkable
 class LeavesRagged(Protocol):
     """A scheme whose engine takes layers that stay plain, and so those with rows that no groups divide."""
 

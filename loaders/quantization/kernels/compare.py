@@ -12,11 +12,12 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, host_has, kernel, vector
 from loaders.stats import ErrorSums
 
 # Weights summed in float32 before the sums move to float64: 256 additions a lane, each of which rounds by up to 2^-24.
-# A longer chunk loses digits; a shorter one spends more of its time on moving sums.
+# A longer chunk loses digits; a shorter one spends more of its time on moving sums. As float32 they are 16 KiB, which
+# stay in a core's first cache from decoding to comparing.
 CHUNK = 4096
 LANES = 16  # float32 sums side by side
 F64 = ir.DoubleType()
@@ -50,13 +51,15 @@ def _add(lanes: Lanes, x: Array, y: Array, start: Value, stop: Value, totals: Ar
         error = lanes.b.fsub(source, decoded)
         pairs = ((error, error), (source, source), (source, error))
         sums = [lanes.b.fadd(total, lanes.b.fmul(a, b)) for total, (a, b) in zip(found[:3], pairs, strict=True)]
-        # The largest error is kept in half as many lanes, which leaves registers to the three sums.
         size = lanes.absolute(error)
-        halves = lanes.larger(lanes.part(size, 0, LANES // 2), lanes.part(size, 1, LANES // 2))
-        return [*sums, lanes.larger(halves, found[3])]
+        if kept < LANES:
+            size = lanes.larger(lanes.part(size, 0, kept), lanes.part(size, 1, kept))
+        return [*sums, lanes.larger(size, found[3])]
 
+    # Where registers are few, the largest error is kept in half as many lanes, which leaves them to the sums.
+    kept = LANES if host_has("avx512f") else LANES // 2
     nothing = lanes.const(ir.VectorType(F32, LANES), 0)
-    none = lanes.part(nothing, 0, LANES // 2)
+    none = lanes.part(nothing, 0, kept)
     *sums, largest = lanes.fold(start, stop, LANES, [*[nothing] * 3, none], add)
     for slot, found in enumerate(sums):
         lanes.b.store(_whole(lanes, found), lanes.b.gep(totals.data, [ir.Constant(start.type, slot)]))
@@ -87,7 +90,7 @@ def _add_squares(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
 def _add_slowly(x, y, start, stop, sums):  # type: ignore[no-untyped-def]
     """Add finite pairs [start, stop) to `sums` in float64, and count the others."""
     for i in range(start, stop):
-        a, b = np.float64(float_at(x, i)), np.float64(y[i])
+        a, b = np.float64(float_at(x, i)), np.float64(float_at(y, i))
         if not np.isfinite(a):
             sums[NONFINITE] += 1
         elif not np.isfinite(b):
@@ -102,9 +105,23 @@ def _add_slowly(x, y, start, stop, sums):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def tile_size(group):  # type: ignore[no-untyped-def]
+    """Return the number of weights that are decoded before they are compared: whole groups, CHUNK or a little less.
+
+    A longer group is a tile of its own.
+    """
+    return max(1, CHUNK // group) * group
+
+
+@kernel
 def compare(x, y, sums):  # type: ignore[no-untyped-def]
-    """Add the differences of x and y to `sums`. x: (n,) raw weights; y: float32 (n,); sums: float64 (SLOTS,)."""
-    totals = np.zeros(3, np.float64)
+    """Add the differences of x and y to `sums`. x, y: raw weights (n,), each of its dtype; sums: float64 (SLOTS,)."""
+    add_pairs(x, y, np.zeros(3, np.float64), sums)
+
+
+@kernel
+def add_pairs(x, y, totals, sums):  # type: ignore[no-untyped-def]
+    """Do as `compare` does, with room for three float64 in `totals`."""
     for start in range(0, x.size, CHUNK):
         stop = min(start + CHUNK, x.size)
         whole = start + (stop - start) // LANES * LANES

@@ -2,7 +2,7 @@
 
 numba compiles the loop over blocks. The body of a block is written with `Lanes`, as values of several lanes, so that
 its speed does not depend on what the autovectorizer makes of a loop. Vectors here are as wide as the algorithm wants:
-LLVM cuts them to the registers that the machine has (AVX2, AVX-512, NEON). Two operations have a second form with the
+LLVM cuts them to the registers that the machine has (AVX2, AVX-512, NEON). Some operations have a second form with the
 same result: `lookup`, a table of sixteen floats, is a register permutation on x86 with AVX2 and a tree of selections
 elsewhere; float16 is converted by x86's instructions (F16C) where they exist, and by integers elsewhere.
 
@@ -33,7 +33,7 @@ CACHE_LINE = 64  # bytes, on x86 and most ARM CPUs; where lines are longer, `pre
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
 F16 = ir.HalfType()
-NAMES = {I8: "i8", I16: "i16", I32: "i32", F32: "f32"}  # the types' names in LLVM's intrinsics
+NAMES = {ir.IntType(1): "i1", I8: "i8", I16: "i16", I32: "i32", F32: "f32"}  # the types' names in LLVM's intrinsics
 Value = Any  # an llvmlite value or type; llvmlite has no annotations
 
 
@@ -116,12 +116,62 @@ class Lanes:
         kind = value.type
         return self.call(f"llvm.vector.reduce.{name}.v{kind.count}{NAMES[kind.element]}", kind.element, value)
 
+    def each_largest(self, rows: Sequence[Value]) -> Value:
+        """Return the largest unsigned lane of each of 2^k vectors of at least as many int16 lanes, in their order.
+
+        With AVX-512BW, two vectors become one by a permutation of both to their lower and their upper halves, at every
+        level of ever shorter pieces: three instructions a vector.
+        """
+        if not host_has("avx512bw"):
+            kind = ir.VectorType(I16, len(rows))
+            found = ir.Constant(kind, ir.Undefined)
+            for lane, row in enumerate(rows):
+                found = self.b.insert_element(found, self.reduce("umax", row), ir.Constant(I32, lane))
+            return found
+
+        def larger(first: Value, second: Value, length: int) -> Value:
+            starts = [*range(0, first.type.count + second.type.count, length)]
+            halves = [
+                self.shuffle(first, [start + half + i for start in starts for i in range(length // 2)], second)
+                for half in (0, length // 2)
+            ]
+            return self.b.select(self.b.icmp_unsigned(">", *halves), *halves)
+
+        found, length = list(rows), rows[0].type.count
+        while len(found) > 1:
+            found = [larger(a, b, length) for a, b in zip(found[::2], found[1::2], strict=True)]
+            length //= 2
+        [one] = found
+        while length > 1:
+            count = one.type.count
+            halves = [
+                self.shuffle(one, [start + half + i for start in range(0, count, length) for i in range(length // 2)])
+                for half in (0, length // 2)
+            ]
+            one, length = self.b.select(self.b.icmp_unsigned(">", *halves), *halves), length // 2
+        return one
+
     def absolute(self, value: Value) -> Value:
         return self.call(f"llvm.fabs.v{value.type.count}f32", value.type, value)
 
     def larger(self, a: Value, b: Value) -> Value:
         """Return C's `a > b ? a : b`, lane by lane: `b` where either is NaN."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def nibbles(self, codes: Value, *, first_high: bool) -> Value:
+        """Pack int16 codes below 16 into int8 lanes of two neighbours each; AVX-512BW weighs and adds both at once."""
+        count = codes.type.count
+        if host_has("avx512bw") and count % 32 == 0:
+            weights = self.const(ir.VectorType(I16, 32), [16, 1] * 16 if first_high else [1, 16] * 16)
+            kind, parts = ir.VectorType(I32, 16), (self.part(codes, i, 32) for i in range(count // 32))
+            both = self.join([self.call("llvm.x86.avx512.pmaddw.d.512", kind, part, weights) for part in parts])
+        else:
+            pairs = self.b.bitcast(codes, ir.VectorType(I32, count // 2))
+            if first_high:
+                both = self.b.or_(self.op("shl", pairs, 4), self.op("lshr", pairs, 16))
+            else:
+                both = self.b.or_(pairs, self.op("lshr", pairs, 12))
+        return self.b.trunc(both, ir.VectorType(I8, count // 2))
 
     # loops
 
@@ -253,6 +303,11 @@ class Lanes:
 
     def lookup(self, table: Sequence[float], codes: Value) -> Value:
         """Return table[code] for a table of sixteen float32 entries and int32 codes from 0 to 15."""
+        count = codes.type.count
+        if host_has("avx512f") and count % 16 == 0:
+            entries = self.const(ir.VectorType(F32, 16), table)
+            name, parts = "llvm.x86.avx512.permvar.sf.512", (self.part(codes, i, 16) for i in range(count // 16))
+            return self.join([self.call(name, entries.type, entries, part) for part in parts])
         if host_has("avx2"):
             eights = [self._permuted(table, self.part(codes, i, 8)) for i in range(codes.type.count // 8)]
             return self.join(eights)
@@ -265,6 +320,15 @@ class Lanes:
             self.call("llvm.x86.avx2.permps", kind, self.const(kind, half), codes) for half in (table[:8], table[8:])
         )
         return self.b.select(self.b.icmp_signed(">", codes, self.const(codes.type, 7)), high, low)
+
+    def lookup_16(self, table: Value, codes: Value) -> Value:
+        """Return table[code] for int16 lanes and codes: of 16 entries, or of 32 with AVX-512BW."""
+        count = codes.type.count
+        if host_has("avx512bw") and count % 32 == 0:
+            twice = self.shuffle(table, [*range(16)] * 2) if table.type.count == 16 else table
+            name, parts = "llvm.x86.avx512.permvar.hi.512", (self.part(codes, i, 32) for i in range(count // 32))
+            return self.join([self.call(name, twice.type, twice, part) for part in parts])
+        return self.choose([self.shuffle(table, [entry] * count) for entry in range(16)], codes)
 
     def choose(self, entries: Sequence[Value], codes: Value) -> Value:
         """Return entries[code], lane by lane, for sixteen vectors, by a tree of selections: a level for each bit."""

@@ -56,3 +56,64 @@ def is_off(x, y, group, low, high, half, slope):  # type: ignore[no-untyped-def]
             error = abs(min(max(float_at(x, at), low[g]), high[g]) - y[at])
             found |= error > half[g] + slope * abs(y[at])
     return found
+
+
+def _is_off_symmetric(
+    lanes: Lanes,
+    x: Array,
+    y: Array,
+    group: int,
+    scales: Array,
+    top: Value,
+    half: Value,
+    floor: Value,
+    slope: Value,
+    count: Value,
+) -> Value:
+    """Return 1 if any pair in `count` groups is further apart than its group's scale allows, else 0."""
+    growth = lanes.splat(slope, LANES)
+
+    def add_group(g: Value, found: Value) -> list[Value]:
+        size = lanes.absolute(lanes.splat(lanes.b.load(lanes.b.gep(scales.data, [g])), LANES))
+        high = lanes.b.fmul(size, lanes.splat(top, LANES))
+        low = lanes.b.fneg(high)
+        at_zero = lanes.b.fadd(lanes.b.fmul(size, lanes.splat(half, LANES)), lanes.splat(floor, LANES))
+        start = lanes.op("mul", g, group)
+        for part in range(group // LANES):
+            at = lanes.op("add", start, LANES * part)
+            source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
+            source = lanes.larger(low, source)
+            source = lanes.b.select(lanes.b.fcmp_ordered("<", high, source), high, source)
+            allowed = lanes.b.fadd(at_zero, lanes.b.fmul(growth, lanes.absolute(decoded)))
+            is_off = lanes.b.fcmp_ordered(">", lanes.absolute(lanes.b.fsub(source, decoded)), allowed)
+            found = lanes.b.or_(found, is_off)
+        return [found]
+
+    nothing = lanes.const(ir.VectorType(ir.IntType(1), LANES), 0)
+    [found] = lanes.fold(ir.Constant(count.type, 0), count, 1, [nothing], add_group)
+    return lanes.b.zext(lanes.reduce("or", found), I32)
+
+
+@vector(types.int32)
+def _is_off_16(
+    lanes: Lanes, x: Array, y: Array, scales: Array, top: Value, half: Value, floor: Value, slope: Value, count: Value
+) -> Value:
+    return _is_off_symmetric(lanes, x, y, 16, scales, top, half, floor, slope, count)
+
+
+@vector(types.int32)
+def _is_off_32(
+    lanes: Lanes, x: Array, y: Array, scales: Array, top: Value, half: Value, floor: Value, slope: Value, count: Value
+) -> Value:
+    return _is_off_symmetric(lanes, x, y, 32, scales, top, half, floor, slope, count)
+
+
+@kernel
+def is_off_symmetric(x, y, group, scales, top, half, floor, slope):  # type: ignore[no-untyped-def]
+    """Whether any pair has |clip(x, -s * top, s * top) - y| > s * half + floor + slope * |y|, s its group's |scale|.
+
+    x: (n,) raw weights, n = scales.size * group, group 16 or 32; y: float32 (n,); the rest float32.
+    """
+    if group == 16:
+        return _is_off_16(x, y, scales, top, half, floor, slope, scales.size) != 0
+    return _is_off_32(x, y, scales, top, half, floor, slope, scales.size) != 0

@@ -24,9 +24,10 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint, VerifyFailed, setting
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import casts, compare
 from loaders.quantization.kernels.bitsandbytes import dynamic_map, fourbit
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -212,17 +213,36 @@ class Bnb4:
         return self.group_size * (dynamic_map.GROUP if self.double_quant else 1)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        codes, absmax = self._read(spec, stored, start, stop)
+        group, whole = self.group_size, (stop - start) // self.group_size * self.group_size
+        fourbit.decode(codes[: whole // 2], absmax[: whole // group], group, self.table == "fp4", out[:whole])
+        if whole < stop - start:
+            fourbit.decode_tail(codes[whole // 2 :], absmax[-1], fourbit.table(self.table), out[whole:])
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        codes, absmax = self._read(spec, stored, start, stop)
+        x, group, whole = (
+            kernel_input(block, source),
+            self.group_size,
+            (stop - start) // self.group_size * self.group_size,
+        )
+        fourbit.compare(x[:whole], codes[: whole // 2], absmax[: whole // group], group, self.table == "fp4", sums)
+        if whole < stop - start:
+            tail = np.empty(stop - start - whole, np.float32)
+            fourbit.decode_tail(codes[whole // 2 :], absmax[-1], fourbit.table(self.table), tail)
+            compare.compare(x[whole:], tail, sums)
+
+    def _read(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bytes of items [start, stop) and the scales of their groups."""
         group, per_item = self.group_size, 2 * self._storage.item_bytes
         first, last = start // group, -(-stop // group)
         absmax = stored.read("weight.absmax", first, last)
         if self.double_quant:
             absmax = self._decode_scales(spec, stored, absmax, first, last)
-        whole = (stop - start) // group * group
         codes = stored.read("weight", start // per_item, -(-stop // per_item)).view(np.uint8)
-        fourbit.decode(codes[: whole // 2], absmax[: whole // group], group, self.table == "fp4", out[:whole])
-        if whole < stop - start:
-            packed = codes[whole // 2 : -(-(stop - start) // 2)]
-            fourbit.decode_tail(packed, absmax[-1], fourbit.table(self.table), out[whole:])
+        return codes[: -(-(stop - start) // 2)], absmax
 
     def _decode_scales(self, spec: TensorSpec, stored: Stored, codes: np.ndarray, first: int, last: int) -> np.ndarray:
         """Decode the scales of groups [first, last) from their codes; `first` begins a group of 256 scales."""

@@ -82,6 +82,14 @@ class LlmInt8(ByBoxes):
         scales = stored.read(SCALES, start // columns, -(-stop // columns))
         return float(np.abs(scales).max(initial=0)) * (0.5 / 127 + 2**-8 + 2**-10) + 2**-24
 
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        columns = spec.shape[1]
+        scales = stored.read(SCALES, start // columns, -(-stop // columns))
+        codes = stored.read("weight", start, stop)
+        int8.compare(kernel_input(block, source), codes, start % columns, columns, scales, sums)
+
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:

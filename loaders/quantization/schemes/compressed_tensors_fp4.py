@@ -24,7 +24,7 @@ from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.compressed_tensors import fp4
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx import microfloat
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import UNDERFLOW, is_ragged, refuses_matrix, scale_dtype
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -127,6 +127,13 @@ class CompressedNvfp4:
         scales = stored.read("weight_scale", start // fp4.NV_GROUP, stop // fp4.NV_GROUP)
         fp4.decode_nv(stored.read("weight_packed", start // 2, stop // 2), scales, whole, out)
 
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        x, whole = kernel_input(block, source), stored.read("weight_global_scale", 0, 1)[0]
+        scales = stored.read("weight_scale", start // fp4.NV_GROUP, stop // fp4.NV_GROUP)
+        fp4.compare_nv(x, stored.read("weight_packed", start // 2, stop // 2), scales, whole, sums)
+
 
 def _global_scale(top: float, dtype: str) -> float:
     """Return 2688 / top as torch divides a number by a tensor: by its reciprocal, in the tensor's dtype, rounding
@@ -191,7 +198,7 @@ class CompressedMxfp4:
             x = kernel_input(view.read(start, stop), spec.dtype.name)
             packed = work.array("packed", x.size // 2, np.uint8)
             scales = work.array("scales", x.size // fp4.MX_GROUP, np.uint8)
-            fp4.encode_mx(x, mantissa, (1 << exponent) - 1, bias, packed, scales)
+            fp4.encode_mx(x, mantissa, (1 << exponent) - 1, bias, fp4.mx_thresholds(), packed, scales)
             sink.write("weight_packed", start // 2, packed)
             sink.write("weight_scale", start // fp4.MX_GROUP, scales)
 
@@ -213,3 +220,10 @@ class CompressedMxfp4:
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         scales = stored.read("weight_scale", start // fp4.MX_GROUP, stop // fp4.MX_GROUP)
         fp4.decode_mx(stored.read("weight_packed", start // 2, stop // 2), scales, out)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        scales = stored.read("weight_scale", start // fp4.MX_GROUP, stop // fp4.MX_GROUP)
+        packed = stored.read("weight_packed", start // 2, stop // 2)
+        fp4.compare_mx(kernel_input(block, source), packed, scales, sums)

@@ -22,7 +22,7 @@ from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.compressed_tensors import fp8
 from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
     EPS,
@@ -96,15 +96,21 @@ class Fp8Block:
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
         """The largest scale times E4M3_STEPS, as in `RowScaled.greatest_error`: the codes are the same."""
+        return float(np.abs(self._scales(spec, stored, start, stop)).max(initial=0)) * E4M3_STEPS + 448 * UNDERFLOW
+
+    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        columns, scales = spec.shape[1], self._scales(spec, stored, start, stop)
+        fp8.decode_blocks(stored.read("weight", start, stop), columns, start // columns % BLOCK, scales, out)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        x, columns, scales = kernel_input(block, source), spec.shape[1], self._scales(spec, stored, start, stop)
+        fp8.compare_blocks(x, stored.read("weight", start, stop), columns, start // columns % BLOCK, scales, sums)
+
+    def _scales(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
+        """Return the scales of the bands that items [start, stop) reach: float32 (bands, blocks)."""
         columns = spec.shape[1]
         first, last, blocks = start // columns, -(-stop // columns), -(-columns // BLOCK)
         raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)
-        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name)
-        return float(np.abs(scales).max(initial=0)) * E4M3_STEPS + 448 * UNDERFLOW
-
-    def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        columns = spec.shape[1]
-        first, last, blocks = start // columns, stop // columns, -(-columns // BLOCK)
-        raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)
-        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name).reshape(-1, blocks)
-        fp8.decode_blocks(stored.read("weight", start, stop), columns, first % BLOCK, scales, out)
+        return casts.to_float32(raw, scale_dtype(spec.dtype).name).reshape(-1, blocks)

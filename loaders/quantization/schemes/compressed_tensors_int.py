@@ -23,7 +23,7 @@ from loaders.errors import setting
 from loaders.quantization.kernels import casts, rounding
 from loaders.quantization.kernels.compressed_tensors import packed_int
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 GROUP_SIZES = (32, 64, 128)
@@ -158,20 +158,32 @@ class PackedInt:
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         columns, group = spec.shape[1], self.group_size
         groups, row_words = columns // group, -(-columns * self.bits // 32)
-        raw = stored.read("weight_scale", start // group, stop // group)
-        scales = casts.to_float32(raw, scale_dtype(spec.dtype).name)
-        if self.symmetric:
-            shifts = np.full(scales.size, 1 << (self.bits - 1), np.float32)
-        else:
-            rows, first = (stop - start) // columns, start // columns
-            words = stored.read("weight_zero_point", first // 8 * groups, -(-(first + rows) // 8) * groups)
-            shifts = packed_int.unpack_zeros(words.view(np.uint32).reshape(-1, groups), rows).reshape(-1)
+        scales, shifts = self._scales_and_shifts(spec, stored, start, stop)
         if group % rounding.STEP == 0:
             packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
             packed_int.decode(packed, group, self.bits, scales, shifts, out)
         else:
             packed = stored.read("weight_packed", start // columns * row_words, stop // columns * row_words)
-            shape = (-1, groups)
+            scales, shape = casts.to_float32(scales, scale_dtype(spec.dtype).name), (-1, groups)
             packed_int.decode_any(
                 packed.view(np.uint8), self.bits, columns, group, scales.reshape(shape), shifts.reshape(shape), out
             )
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        scales, shifts = self._scales_and_shifts(spec, stored, start, stop)
+        packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
+        packed_int.compare(kernel_input(block, source), packed, self.group_size, self.bits, scales, shifts, sums)
+
+    def _scales_and_shifts(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the raw scales of the groups in items [start, stop), and what their stored codes are shifted by."""
+        columns, group = spec.shape[1], self.group_size
+        scales = kernel_input(stored.read("weight_scale", start // group, stop // group), scale_dtype(spec.dtype).name)
+        if self.symmetric:
+            return scales, np.full(scales.size, 1 << (self.bits - 1), np.float32)
+        rows, first, groups = (stop - start) // columns, start // columns, columns // group
+        words = stored.read("weight_zero_point", first // 8 * groups, -(-(first + rows) // 8) * groups)
+        return scales, packed_int.unpack_zeros(words.view(np.uint32).reshape(-1, groups), rows).reshape(-1)

@@ -19,7 +19,7 @@ from loaders.dtypes import DTYPES
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
     EPS,
@@ -97,12 +97,20 @@ class RowScaled:
         return spec.shape[1]
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        columns = spec.shape[1]
+        columns, scales = spec.shape[1], self._scales(spec, stored, start, stop)
+        decode_rows = fp8.decode_rows if self.type == "float" else packed_int.decode_rows
+        decode_rows(stored.read("weight", start, stop), columns, scales, out)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        x, columns, scales = kernel_input(block, source), spec.shape[1], self._scales(spec, stored, start, stop)
+        compare_rows = fp8.compare_rows if self.type == "float" else packed_int.compare_rows
+        compare_rows(x, stored.read("weight", start, stop), columns, scales, sums)
+
+    def _scales(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
+        """Return the raw scales of the rows in items [start, stop)."""
+        columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
         first, last = (0, 1) if self.whole else (start // columns, stop // columns)
-        scales = casts.to_float32(stored.read("weight_scale", first, last), scale_dtype(spec.dtype).name)
-        scales = np.full((stop - start) // columns, scales[0]) if self.whole else scales
-        codes = stored.read("weight", start, stop)
-        if self.type == "float":
-            fp8.decode_rows(codes, columns, scales, out)
-        else:
-            packed_int.decode_rows(codes, columns, scales, out)
+        scales = kernel_input(stored.read("weight_scale", first, last), dtype)
+        return np.full((stop - start) // columns, scales[0]) if self.whole else scales

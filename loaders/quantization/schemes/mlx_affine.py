@@ -26,7 +26,7 @@ from loaders.quantization.kernels.compressed_tensors import fp4
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx import affine
 from loaders.quantization.kernels.mlx_device import MlxCoder
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -129,8 +129,22 @@ class MlxAffine:
         return scale * (1 + 2 * top * u) + 2 * bias * u + (top + 1) * LEAST[dtype] + cast
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        packed, scales, biases = self._read(spec, stored, start, stop)
+        affine.decode(packed, scales, biases, self.bits, self.group_size, out)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        packed, scales, biases = self._read(spec, stored, start, stop)
+        affine.compare(kernel_input(block, source), packed, scales, biases, self.bits, self.group_size, sums)
+
+    def _read(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the bytes of items [start, stop), and the raw scales and biases of their groups."""
         group, dtype = self.group_size, self.scale_dtype(spec).name
-        scales = casts.to_float32(stored.read(SCALES, start // group, stop // group), dtype)
-        biases = casts.to_float32(stored.read(BIASES, start // group, stop // group), dtype)
         words = stored.read("weight", start * self.bits // 32, stop * self.bits // 32)
-        affine.decode(words.view(np.uint8), scales, biases, self.bits, group, out)
+        scales, biases = (
+            kernel_input(stored.read(role, start // group, stop // group), dtype) for role in (SCALES, BIASES)
+        )
+        return words.view(np.uint8), scales, biases

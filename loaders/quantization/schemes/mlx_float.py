@@ -21,11 +21,10 @@ import numpy as np
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels.compressed_tensors import fp8
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx import microfloat
 from loaders.quantization.kernels.mlx_device import MlxCoder
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.mlx_affine import SCALES
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -96,7 +95,6 @@ class MlxFloat:
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
         spec, group, bits = view.spec, self.group_size, self.bits
-        dtype = "F32" if spec.dtype.name == "F64" else spec.dtype.name
 
         def encode_range(start: int, stop: int) -> None:
             if isinstance(work.kernels, MlxCoder):
@@ -105,29 +103,20 @@ class MlxFloat:
                 sink.write("weight", start * bits // 32, codes.view(np.uint32))
                 sink.write(SCALES, start // group, scales)
                 return
-            block = kernel_input(view.read(start, stop), spec.dtype.name)
             packed = work.array("packed", (stop - start) * bits // 8, np.uint8)
-            scales = self.coded(block, dtype, packed)
+            scales = work.array("scales", (stop - start) // group, np.uint8)
+            self.code(kernel_input(view.read(start, stop), spec.dtype.name), packed, scales)
             sink.write("weight", start * bits // 32, packed.view(np.uint32))
             sink.write(SCALES, start // group, scales)
 
         work.sweep(spec.numel, group, encode_range)
 
-    def coded(self, block: np.ndarray, dtype: str, packed: np.ndarray) -> np.ndarray:
-        """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,); return the scales as stored."""
-        absmax = np.empty(block.size // self.group_size, np.float32)
-        microfloat.group_absmax(block, self.group_size, absmax)
-        scales = self._scales(absmax, dtype)
-        microfloat.encode(block, self.group_size, self.bits, self._values(scales), packed)
-        return scales
-
-    def _scales(self, absmax: np.ndarray, dtype: str) -> np.ndarray:
-        if self.mode == "nvfp4":
-            return microfloat.e4m3_scales(absmax, dtype)
-        return microfloat.power_scales(absmax, self.bits, dtype)
-
-    def _values(self, scales: np.ndarray) -> np.ndarray:
-        return microfloat.e4m3_table()[scales] if self.mode == "nvfp4" else microfloat.power_values(scales)
+    def code(self, x: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> None:
+        """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,), and scales, uint8 (n / group,)."""
+        rows = microfloat.thresholds_of(self.mode) if self.bits == 4 else np.empty(0, np.int16)
+        limits, values = microfloat.power_limits(), microfloat.scale_values(self.mode)
+        greatest = np.float32(microfloat.GREATEST[self.bits])
+        microfloat.encode(x, self.group_size, self.bits, greatest, limits, values, rows, packed, scales)
 
     def range_align(self, spec: TensorSpec) -> int:
         return self.align(spec)
@@ -135,18 +124,33 @@ class MlxFloat:
     def align(self, spec: TensorSpec) -> int:
         return self.group_size
 
+    @property
+    def _gaps(self) -> tuple[float, float, float]:
+        """The greatest code, half the gap between codes at zero, and how it grows with a value: see grid.py."""
+        if self.bits == 4:
+            return 6, grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL
+        return 448, grids.E4M3_HALF, grids.E4M3_SLOPE + grids.SMALL
+
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
         """Return the grid of the stored scales, by which the codes were found."""
-        scales = self._values(stored.read(SCALES, start // self.group_size, stop // self.group_size))
-        if self.bits == 4:
-            return grids.symmetric(self.group_size, scales, 6, grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL)
-        return grids.symmetric(self.group_size, scales, 448, grids.E4M3_HALF, grids.E4M3_SLOPE + grids.SMALL)
+        scales = stored.read(SCALES, start // self.group_size, stop // self.group_size)
+        return grids.symmetric(self.group_size, microfloat.scale_values(self.mode)[scales], *self._gaps)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> None:
+        group, values = self.group_size, microfloat.scale_values(self.mode)
+        codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
+        scales = stored.read(SCALES, start // group, stop // group)
+        terms = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
+        x = kernel_input(block, source)
+        microfloat.compare(x, codes, scales, values, group, self.bits, *terms, sums)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         group = self.group_size
-        scales = self._values(stored.read(SCALES, start // group, stop // group))
+        scales = microfloat.scale_values(self.mode)[stored.read(SCALES, start // group, stop // group)]
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         if self.bits == 4:
             microfloat.decode_e2m1(codes, scales, group, out)
         else:
-            fp8.decode_rows(codes, group, scales, out)
+            microfloat.decode_e4m3(codes, scales, out)

@@ -17,8 +17,9 @@ from loaders.places import ROOT
 from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit
 from loaders.quantization.kernels.lanes import host_has
-from loaders.quantization.kernels.mlx import affine, microfloat
+from loaders.quantization.kernels.mlx import affine
 from loaders.quantization.schemes.bitnet import total_magnitude
+from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from tests.encoding import MemoryView
 from tests.making import Raw, weights
 
@@ -37,9 +38,25 @@ def inputs(dtype: str) -> Raw:
         return weights(rows, dtype)
 
 
+def bfloat16_groups() -> np.ndarray:
+    """Groups of 64 bfloat16s with a largest magnitude of every mantissa, and weights of every exponent below it."""
+    tops = np.arange(128)[:, None] + np.array([0x0D80, 0x3F80, 0x4700, 0x7D80])[:, None, None]
+    rng = np.random.default_rng(2)
+    signs = rng.integers(0, 2, (4, 128, 64)) << 15
+    near = np.maximum(tops - rng.integers(0, 1024, (4, 128, 64)), 0)
+    near[..., :16] = rng.integers(0, tops + 1, (4, 128, 16))
+    near[..., 5] = tops[..., 0]
+    return np.asarray(near | signs, np.uint16).reshape(-1)
+
+
 def results() -> dict[str, bytes]:
     """What every CPU kernel makes of the inputs."""
     kernels, found = cpu.CpuKernels(), {}
+    for table in ("nf4", "fp4"):
+        x = bfloat16_groups()
+        packed, absmax = np.empty(x.size // 2, np.uint8), np.empty(x.size // 64, np.float32)
+        kernels.encode_fourbit(x, "BF16", table, 64, packed, absmax)
+        found[f"{table} of every mantissa"] = packed.tobytes() + absmax.tobytes()
     for dtype in DTYPES:
         x = inputs(dtype).data.reshape(-1)
         for table in ("nf4", "fp4"):
@@ -61,14 +78,13 @@ def results() -> dict[str, bytes]:
             affine.encode(x, bits, 64, packed, scales, biases)
             affine.decode(packed, scales, biases, bits, 64, out)
             found[f"{dtype} affine {bits}"] = b"".join(a.tobytes() for a in (packed, scales, biases, out))
-        for bits, group in ((4, 16), (4, 32), (8, 32)):
-            x = inputs(dtype).data.reshape(-1)
-            x = x.view(np.int16) if dtype == "F16" else x
-            packed, scales = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.float32)
-            microfloat.group_absmax(x, group, scales)
-            scales = microfloat.power_values(microfloat.power_scales(scales, bits, dtype))
-            microfloat.encode(x, group, bits, scales, packed)
-            found[f"{dtype} microfloat {bits} {group}"] = packed.tobytes() + scales.tobytes()
+        for mode, (bits, group) in SETTINGS.items():
+            x = np.append(inputs(dtype).data.reshape(-1)[:-16], bfloat16_groups() if dtype == "BF16" else [])
+            x = cpu.kernel_input(x.astype(inputs(dtype).data.dtype), dtype)
+            x = x[: x.size // group * group]
+            codes, small = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.uint8)
+            MlxFloat(mode).code(x, codes, small)
+            found[f"{dtype} {mode}"] = codes.tobytes() + small.tobytes()
         finite = np.nan_to_num(inputs("F32").data, nan=0, posinf=1, neginf=-1)
         x = weights(np.clip(finite, -6e4, 6e4), dtype).data.reshape(-1)
         found[f"{dtype} magnitudes"] = kernels.magnitude_sums(x, dtype).tobytes()

@@ -19,7 +19,21 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, bf16_value, kernel, vector
+from loaders.quantization.kernels import thresholds
+from loaders.quantization.kernels.compare import add_pairs, tile_size
+from loaders.quantization.kernels.lanes import (
+    F32,
+    I8,
+    I16,
+    I32,
+    Array,
+    Lanes,
+    Value,
+    bf16_value,
+    host_has,
+    kernel,
+    vector,
+)
 
 STEP = 32  # weights coded at once, as float32
 WIDE = 64  # bfloat16s coded at once, as 16-bit integers: see `encode_bf16`
@@ -127,14 +141,14 @@ def _largest_bits(lanes: Lanes, x: Array, at: Value) -> Value:
 
 def _pack(lanes: Lanes, ranks: Value, order: tuple[int, ...], packed: Array, at: Value) -> None:
     """Store the codes of int16 ranks, two to a byte, the first high, for the weights that begin at `at`."""
-    codes, half = ranks, ranks.type.count // 2
-    if order != NF4_ORDER:
+    codes = ranks
+    if order != NF4_ORDER and host_has("avx512bw"):
+        codes = lanes.lookup_16(lanes.const(ir.VectorType(I16, 16), order), ranks)
+    elif order != NF4_ORDER:
         narrow = ir.VectorType(I8, ranks.type.count)
         chosen = lanes.choose([lanes.const(narrow, code) for code in order], lanes.b.trunc(ranks, narrow))
         codes = lanes.b.zext(chosen, ranks.type)
-    pairs = lanes.b.bitcast(codes, ir.VectorType(I32, half))
-    both = lanes.b.or_(lanes.op("shl", pairs, 4), lanes.op("lshr", pairs, 16))
-    lanes.store(lanes.b.trunc(both, ir.VectorType(I8, half)), packed, lanes.op("lshr", at, 1))
+    lanes.store(lanes.nibbles(codes, first_high=True), packed, lanes.op("lshr", at, 1))
 
 
 def _ranks_of_values(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: Array) -> Value:
@@ -169,18 +183,11 @@ def _search(lanes: Lanes, values: Value, bounds: list[Value]) -> Value:
     return lanes.b.trunc(rank, ir.VectorType(I16, 16))
 
 
-def _ranks_of_bits(lanes: Lanes, x: Array, at: Value, thresholds: Array) -> Value:
-    """Return the ranks of WIDE bfloat16s among the group's thresholds, as int16: every threshold is compared and
-    counted.
-
-    A comparison gives -1 in every lane that is above, which is subtracted.
-    """
-    kind = ir.VectorType(I16, WIDE)
-    bits = lanes.load(x, at, WIDE)
-    sortable = lanes.b.xor(bits, lanes.op("and_", lanes.op("ashr", bits, 15), 0x7FFF))
-    total = lanes.const(kind, 0)
-    for bound in lanes.entries(thresholds, 15, WIDE):
-        total = lanes.b.sub(total, lanes.b.sext(lanes.b.icmp_signed(">", sortable, bound), kind))
+def _count(lanes: Lanes, values: Value, bounds: list[Value]) -> Value:
+    """Return how many of the bounds each int16 lane is above: a comparison gives -1 there, which is subtracted."""
+    total = lanes.const(values.type, 0)
+    for bound in bounds:
+        total = lanes.b.sub(total, lanes.b.sext(lanes.b.icmp_signed(">", values, bound), values.type))
     return total
 
 
@@ -194,24 +201,68 @@ def _code_fp4(lanes: Lanes, x: Array, at: Value, inverse: Value, bounds: Array, 
     _pack(lanes, _ranks_of_values(lanes, x, at, inverse, bounds), FP4_ORDER, packed, at)
 
 
-@vector(types.void)
-def _code_bits_nf4(lanes: Lanes, x: Array, at: Value, thresholds: Array, packed: Array) -> None:
-    _pack(lanes, _ranks_of_bits(lanes, x, at, thresholds), NF4_ORDER, packed, at)
-
-
-@vector(types.void)
-def _code_bits_fp4(lanes: Lanes, x: Array, at: Value, thresholds: Array, packed: Array) -> None:
-    _pack(lanes, _ranks_of_bits(lanes, x, at, thresholds), FP4_ORDER, packed, at)
-
-
-@vector(types.void)
-def _move_thresholds(
-    lanes: Lanes, rows: Array, row: Value, directions: Array, exponents: Value, thresholds: Array
+def _code_bits(
+    lanes: Lanes,
+    order: tuple[int, ...],
+    x: Array,
+    start: Value,
+    stop: Value,
+    rows: Array,
+    row: Value,
+    directions: Array,
+    exponents: Value,
+    spare: Array,
+    packed: Array,
 ) -> None:
-    """Store a group's thresholds, rows[row] + directions * exponents: sixteen int16."""
+    """Code the bfloat16s [start, stop) of a group, whose thresholds are rows[row] + directions * exponents."""
     zero = ir.Constant(row.type, 0)
     moved = lanes.b.mul(lanes.load(directions, zero, 16), lanes.splat(lanes.b.trunc(exponents, I16), 16))
-    lanes.store(lanes.b.add(lanes.load(rows, lanes.op("shl", row, 4), 16), moved), thresholds, zero)
+    table = lanes.b.add(lanes.load(rows, lanes.op("shl", row, 4), 16), moved)
+    if searches := host_has("avx512bw"):
+        bounds = []
+    else:  # broadcast from memory, which is cheaper than from a register
+        lanes.store(table, spare, zero)
+        bounds = lanes.entries(spare, 15, WIDE)
+
+    def code(at: Value) -> list[Value]:
+        bits = thresholds.sortable(lanes, x, at, WIDE)
+        ranks = thresholds.ranks(lanes, bits, table) if searches else _count(lanes, bits, bounds)
+        _pack(lanes, ranks, order, packed, at)
+        return []
+
+    lanes.fold(start, stop, WIDE, [], code)
+
+
+@vector(types.void)
+def _code_bits_nf4(
+    lanes: Lanes,
+    x: Array,
+    start: Value,
+    stop: Value,
+    rows: Array,
+    row: Value,
+    directions: Array,
+    exponents: Value,
+    spare: Array,
+    packed: Array,
+) -> None:
+    _code_bits(lanes, NF4_ORDER, x, start, stop, rows, row, directions, exponents, spare, packed)
+
+
+@vector(types.void)
+def _code_bits_fp4(
+    lanes: Lanes,
+    x: Array,
+    start: Value,
+    stop: Value,
+    rows: Array,
+    row: Value,
+    directions: Array,
+    exponents: Value,
+    spare: Array,
+    packed: Array,
+) -> None:
+    _code_bits(lanes, FP4_ORDER, x, start, stop, rows, row, directions, exponents, spare, packed)
 
 
 @kernel
@@ -243,7 +294,7 @@ def encode_bf16(x, group, bounds, is_fp4, rows, directions, lowest, highest, pac
 
     It compares the weights' own 16 bits with thresholds, so that twice as many fit a register as float32 products.
     """
-    thresholds = np.empty(16, np.int16)
+    spare = np.empty(16, np.int16)
     for g in range(absmax.size):
         start = g * group
         top = np.uint16(0)
@@ -254,12 +305,11 @@ def encode_bf16(x, group, bounds, is_fp4, rows, directions, lowest, highest, pac
             continue
         absmax[g] = bf16_value(top)
         # 0x3F80 are the bits of 1.0: what is left are the exponent's bits less 127.
-        _move_thresholds(rows, top & 127, directions, (top & ~127) - 0x3F80, thresholds)
-        for at in range(start, start + group, WIDE):
-            if is_fp4:
-                _code_bits_fp4(x, at, thresholds, packed)
-            else:
-                _code_bits_nf4(x, at, thresholds, packed)
+        row, exponents = top & 127, (top & ~127) - 0x3F80
+        if is_fp4:
+            _code_bits_fp4(x, start, start + group, rows, row, directions, exponents, spare, packed)
+        else:
+            _code_bits_nf4(x, start, start + group, rows, row, directions, exponents, spare, packed)
 
 
 @kernel
@@ -323,6 +373,18 @@ def decode(packed, absmax, group, is_fp4, out):  # type: ignore[no-untyped-def]
                 _decode_fp4(packed, at, absmax[g], out)
             else:
                 _decode_nf4(packed, at, absmax[g], out)
+
+
+@kernel
+def compare(x, packed, absmax, group, is_fp4, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what `decode` makes of the rest to `sums`: see compare.py."""
+    step = tile_size(group)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        decoded = tile[: stop - start]
+        decode(packed[start // 2 : stop // 2], absmax[start // group : stop // group], group, is_fp4, decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
 
 
 def decode_tail(packed: np.ndarray, absmax: np.float32, code: Table, out: np.ndarray) -> None:

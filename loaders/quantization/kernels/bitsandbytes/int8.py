@@ -15,6 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from loaders.quantization.kernels.compare import CHUNK, add_pairs
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 64  # weights coded at once
@@ -93,3 +94,37 @@ def encode_int8(x, columns, codes, absmax):  # type: ignore[no-untyped-def]
             at += STEP
         for i in range(at, stop):
             codes[i] = np.int8(np.rint(_half_at(x, i) * inverse))
+
+
+# --- decoding
+
+
+@vector(types.void)
+def _values(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+    """Decode LANES codes from `at` on, multiplying twice as bitsandbytes' int8_vectorwise_dequant does."""
+    wide = lanes.b.sext(lanes.load(codes, at, LANES), ir.VectorType(I32, LANES))
+    values = lanes.b.sitofp(wide, ir.VectorType(F32, LANES))
+    scaled = lanes.b.fmul(values, lanes.splat(scale, LANES))
+    lanes.store(lanes.op("fmul", scaled, float(np.float32(1 / 127))), out, to)
+
+
+@kernel
+def compare(x, codes, column, columns, absmax, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and (code * absmax) * fl(1/127) to `sums`: see compare.py.
+
+    codes: int8 (n,), from `column` of a row of `columns` on; absmax: float32, that of each row that x reaches.
+    """
+    tile, totals = np.empty(CHUNK, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        at = start
+        while at < stop:
+            row = (column + at) // columns
+            end, scale = min((row + 1) * columns - column, stop), absmax[row]
+            while at + LANES <= end:
+                _values(codes, at, scale, tile, at - start)
+                at += LANES
+            while at < end:
+                tile[at - start] = (np.float32(codes[at]) * scale) * np.float32(1 / 127)
+                at += 1
+        add_pairs(x[start:stop], tile[: stop - start], totals, sums)

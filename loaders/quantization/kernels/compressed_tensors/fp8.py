@@ -12,6 +12,7 @@ import numpy as np
 from numba.core import types
 
 from loaders.quantization.kernels import rounding
+from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
 from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, prefetch, vector
 from loaders.quantization.kernels.rounding import (
     GROUPS,
@@ -143,9 +144,21 @@ def _decode_run(codes, start, stop, scale, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
-    """Multiply the values of uint8 codes by their row's scale. scales: float32 (rows,); out: float32."""
+    """Multiply the values of uint8 codes by their row's scale. scales: raw (rows,); out: float32."""
     for r in range(scales.size):
-        _decode_run(codes, r * columns, (r + 1) * columns, scales[r], out)
+        _decode_run(codes, r * columns, (r + 1) * columns, float_at(scales, r), out)
+
+
+@kernel
+def compare_rows(x, codes, columns, scales, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of whole rows of raw weights and what `decode_rows` makes of the rest to `sums`."""
+    step = tile_size(columns)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        decoded = tile[: stop - start]
+        decode_rows(codes[start:stop], columns, scales[start // columns : stop // columns], decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
 
 
 @kernel
@@ -159,3 +172,15 @@ def decode_blocks(codes, columns, first, scales, out):  # type: ignore[no-untype
         for b in range(scales.shape[1]):
             start, stop = row * columns + b * BLOCK, row * columns + min((b + 1) * BLOCK, columns)
             _decode_run(codes, start, stop, scales[band, b], out)
+
+
+@kernel
+def compare_blocks(x, codes, columns, first, scales, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of whole rows of raw weights and what `decode_blocks` makes of the rest to `sums`."""
+    step = tile_size(columns)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        decoded = tile[: stop - start]
+        decode_blocks(codes[start:stop], columns, first + start // columns, scales, decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)

@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels import rounding
+from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
 from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 from loaders.quantization.kernels.rounding import (
     BATCH,
@@ -287,16 +288,29 @@ def _unpack_8(lanes: Lanes, packed: Array, at: Value, shift: Value, scale: Value
 
 @kernel
 def decode(packed, group, bits, scales, shifts, out):  # type: ignore[no-untyped-def]
-    """Decode (stored code - shift) * scale. packed: uint8; scales, shifts: float32, one a group; out: float32 (n,).
+    """Decode (stored code - shift) * scale. packed: uint8; out: float32 (n,).
 
-    Groups are of a multiple of STEP weights.
+    scales, raw, and shifts, float32: one a group. Groups are of a multiple of STEP weights.
     """
     for g in range(scales.size):
+        scale = float_at(scales, g)
         for at in range(g * group, (g + 1) * group, STEP):
             if bits == 4:
-                _unpack_4(packed, at, shifts[g], scales[g], out)
+                _unpack_4(packed, at, shifts[g], scale, out)
             else:
-                _unpack_8(packed, at, shifts[g], scales[g], out)
+                _unpack_8(packed, at, shifts[g], scale, out)
+
+
+@kernel
+def compare(x, packed, group, bits, scales, shifts, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what `decode` makes of the rest to `sums`: see compare.py."""
+    step = tile_size(group)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        own, decoded = slice(start // group, stop // group), tile[: stop - start]
+        decode(packed[start * bits // 8 : stop * bits // 8], group, bits, scales[own], shifts[own], decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
 
 
 @kernel
@@ -324,14 +338,26 @@ def _plain_values(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Arra
 
 @kernel
 def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
-    """Multiply int8 codes by their row's scale. codes: int8 (rows * columns,); scales: float32 (rows,)."""
+    """Multiply int8 codes by their row's scale. codes: int8 (rows * columns,); scales: raw (rows,)."""
     for r in range(scales.size):
-        start, stop = r * columns, (r + 1) * columns
+        start, stop, scale = r * columns, (r + 1) * columns, float_at(scales, r)
         whole = start + columns // STEP * STEP
         for at in range(start, whole, STEP):
-            _plain_values(codes, at, scales[r], out)
+            _plain_values(codes, at, scale, out)
         for at in range(whole, stop):
-            out[at] = np.float32(codes[at]) * scales[r]
+            out[at] = np.float32(codes[at]) * scale
+
+
+@kernel
+def compare_rows(x, codes, columns, scales, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of whole rows of raw weights and what `decode_rows` makes of the rest to `sums`."""
+    step = tile_size(columns)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        decoded = tile[: stop - start]
+        decode_rows(codes[start:stop], columns, scales[start // columns : stop // columns], decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
 
 
 def unpack_zeros(words: np.ndarray, rows: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from loaders.quantization.kernels.compare import float_at
+from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 
 STEP = 32  # weights coded at once
@@ -225,6 +225,22 @@ def _unpacked(lanes: Lanes, raw: Value, part: int, bits: int) -> Value:
 
 @kernel
 def decode(packed, scales, biases, bits, group, out):  # type: ignore[no-untyped-def]
-    """Decode whole groups, code * scale + bias. packed: uint8 (n * bits / 8,); all others float32, out: (n,)."""
+    """Decode whole groups, code * scale + bias.
+
+    packed: uint8 (n * bits / 8,); scales, biases: raw or float32 (n / group,); out: float32 (n,).
+    """
     for g in range(scales.size):
-        _decode_group(packed, g * group, (g + 1) * group, bits, scales[g], biases[g], out)
+        scale, bias = float_at(scales, g), float_at(biases, g)
+        _decode_group(packed, g * group, (g + 1) * group, bits, scale, bias, out)
+
+
+@kernel
+def compare(x, packed, scales, biases, bits, group, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what `decode` makes of the rest to `sums`: see compare.py."""
+    step = tile_size(group)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        own, decoded = slice(start // group, stop // group), tile[: stop - start]
+        decode(packed[start * bits // 8 : stop * bits // 8], scales[own], biases[own], bits, group, decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)

@@ -18,15 +18,20 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.lanes import I8, I16, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels import rounding, thresholds
+from loaders.quantization.kernels.compare import NONFINITE, WRONG, add_pairs, tile_size
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.mlx.affine import packed_bits
+from loaders.quantization.kernels.nearest import is_off_symmetric
+from loaders.quantization.kernels.rounding import GROUPS
+from loaders.quantization.kernels.thresholds import searches
 
 LANES = 16  # groups of all three formats are multiples of this
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # by code
 MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway between neighbours of E2M1
+# rank among the bounds of `thresholds_of` -> code; the last is spare
+SEARCHED = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7, 7)
 GREATEST = {4: 6.0, 8: 448.0}  # by bits: the greatest value of a code
-LARGEST_E4M3 = 0x7E  # the code of 448
 
 
 # --- scales
@@ -43,22 +48,86 @@ def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
 
 
 @kernel
-def group_absmax(x, group, absmax):  # type: ignore[no-untyped-def]
-    """Find the largest magnitude of each group. x: (n,) raw weights, n = len(absmax) * group; absmax: float32."""
-    for g in range(absmax.size):
-        top = np.float32(0)
-        for at in range(g * group, (g + 1) * group, LANES):
-            top = max(top, _largest(x, at))
-        absmax[g] = top
+def _largest_number(x, start, group):  # type: ignore[no-untyped-def]
+    """Return the largest magnitude of a group; a NaN counts as 0."""
+    found = np.float32(0)
+    for at in range(start, start + group, LANES):
+        found = max(found, _largest(x, at))
+    return found
 
 
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round float32 values to a dtype, and keep them as float32."""
-    return casts.to_float32(casts.cast(values, "F32", dtype), dtype)
+def _absmax(lanes: Lanes, x: Array, start: Value, group: int) -> Value:
+    """Return the largest magnitudes of GROUPS groups as float32; where a group holds a NaN, it is one."""
+    places = [lanes.op("add", start, group * slot) for slot in range(GROUPS)]
+    if x.element is F32:
+        kind = ir.VectorType(I32, GROUPS)
+        found = ir.Constant(kind, ir.Undefined)
+        for slot, place in enumerate(places):
+            bits = rounding.magnitude_bits(lanes, x, place, group)
+            found = lanes.b.insert_element(found, bits, ir.Constant(I32, slot))
+        return lanes.b.bitcast(found, ir.VectorType(F32, GROUPS))
+    tops = lanes.each_largest([lanes.op("and_", lanes.load(x, place, group), 0x7FFF) for place in places])
+    return lanes.from_bf16(tops) if x.holds == types.uint16 else lanes.from_f16(tops)
+
+
+@vector(types.boolean)
+def _absmax_16(lanes: Lanes, x: Array, start: Value, absmax: Array) -> Value:
+    """Find the largest magnitudes of GROUPS groups of 16, float32; return whether one is NaN."""
+    return _store_absmax(lanes, x, start, 16, absmax)
+
+
+@vector(types.boolean)
+def _absmax_32(lanes: Lanes, x: Array, start: Value, absmax: Array) -> Value:
+    """Find the largest magnitudes of GROUPS groups of 32, float32; return whether one is NaN."""
+    return _store_absmax(lanes, x, start, 32, absmax)
+
+
+def _store_absmax(lanes: Lanes, x: Array, start: Value, group: int, absmax: Array) -> Value:
+    found = _absmax(lanes, x, start, group)
+    lanes.store(found, absmax, ir.Constant(ir.IntType(64), 0))
+    return lanes.reduce("or", lanes.b.fcmp_unordered("uno", found, found))
+
+
+@vector(types.void)
+def _e4m3_codes(lanes: Lanes, x: Array, absmax: Array, scales: Array, at: Value) -> None:
+    """Store the scales of GROUPS groups of nvfp4: magnitude / 6 in the dtype of x, as E4M3."""
+    values = lanes.op("fdiv", lanes.load(absmax, ir.Constant(at.type, 0), GROUPS), GREATEST[4])
+    rounding.store_bytes(lanes, rounding.to_e4m3(lanes, rounding.like(lanes, x, values)), scales, at)
+
+
+@vector(types.void)
+def _power_codes(
+    lanes: Lanes, x: Array, absmax: Array, greatest: Value, limits: Array, scales: Array, at: Value
+) -> None:
+    """Store the scales of GROUPS groups of mxfp: ceil(log2(s)) + 127, at most 254, or 127 where s is 0.
+
+    Numbers of 16 bits are powers of two or far enough above them for log2 to tell; for float32 see `power_limits`. The
+    exponent -127, whose powers are subnormal, ends at 2^-127.
+    """
+    values = lanes.load(absmax, ir.Constant(at.type, 0), GROUPS)
+    values = rounding.like(lanes, x, lanes.b.fdiv(values, lanes.splat(greatest, GROUPS)))
+    bits = lanes.b.bitcast(values, rounding.ints(values))
+    if x.element is F32:
+        exponents, above = lanes.op("lshr", bits, 23), lanes.const(bits.type, 0)
+        for slot in range(GROUPS):
+            place = ir.Constant(I32, slot)
+            exponent = lanes.b.zext(lanes.b.extract_element(exponents, place), at.type)
+            limit = lanes.b.load(lanes.b.gep(limits.data, [exponent]))
+            is_above = lanes.b.icmp_unsigned(">", lanes.b.extract_element(bits, place), limit)
+            above = lanes.b.insert_element(above, lanes.b.zext(is_above, I32), place)
+        found = lanes.b.add(exponents, above)
+    else:
+        found = lanes.op("lshr", lanes.op("add", bits, 0x7FFFFF), 23)
+        is_least = lanes.b.icmp_unsigned("<=", bits, lanes.const(bits.type, 0x400000))
+        found = lanes.b.select(is_least, lanes.const(bits.type, 0), found)
+    most = lanes.const(bits.type, 254)
+    found = lanes.b.select(lanes.b.icmp_unsigned("<", found, most), found, most)
+    is_zero = lanes.b.icmp_unsigned("==", bits, lanes.const(bits.type, 0))
+    rounding.store_bytes(lanes, lanes.b.select(is_zero, lanes.const(bits.type, 127), found), scales, at)
 
 
 @cache
-def _power_limits() -> np.ndarray:
+def power_limits() -> np.ndarray:
     """Give, by exponent bits, the greatest float32 bits whose log2, in float32, is still that exponent: uint32 (256,).
 
     MLX takes ceil(log2(s)) in float32. Just above a power of two log2 rounds down to the integer, so that the ceiling
@@ -72,14 +141,6 @@ def _power_limits() -> np.ndarray:
         logs = np.log2(middle.view(np.float32).astype(np.float64)).astype(np.float32)
         low, high = np.where(logs <= wanted, middle, low), np.where(logs <= wanted, high, middle - np.uint32(1))
     return np.concatenate([[0x400000], low, [0x7F800000]]).astype(np.uint32)
-
-
-def power_scales(absmax: np.ndarray, bits: int, dtype: str) -> np.ndarray:
-    """Return the scales of mxfp4 (bits 4) or mxfp8 (8) as exponents + 127: uint8. absmax: float32, one a group."""
-    s = _rounded(absmax / np.float32(GREATEST[bits]), dtype)
-    raw = s.view(np.uint32)
-    found = (raw >> 23) + (raw > _power_limits()[raw >> 23])
-    return np.where(s == 0, 127, np.minimum(found, 254)).astype(np.uint8)
 
 
 def power_values(stored: np.ndarray) -> np.ndarray:
@@ -98,15 +159,10 @@ def e4m3_table() -> np.ndarray:
     return np.where(codes >> 7, -values, values).astype(np.float32)
 
 
-def e4m3_scales(absmax: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the scales of nvfp4 as E4M3 codes, at most 448: uint8. absmax: float32, one a group."""
-    s = _rounded(absmax / np.float32(GREATEST[4]), dtype)
-    values = e4m3_table()[: LARGEST_E4M3 + 1]
-    above = np.minimum(np.searchsorted(values, s), LARGEST_E4M3)
-    below = np.maximum(above - 1, 0)
-    to_above, to_below = values[above].astype(np.float64) - s, s.astype(np.float64) - values[below]
-    is_below = (to_below < to_above) | ((to_below == to_above) & (below % 2 == 0))
-    return np.where(is_below, below, above).astype(np.uint8)
+@cache
+def scale_values(mode: str) -> np.ndarray:
+    """Return the values of the stored scales of a mode: float32 (256,)."""
+    return e4m3_table() if mode == "nvfp4" else power_values(np.arange(256))
 
 
 # --- codes
@@ -128,50 +184,96 @@ def _code_e2m1(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -
     lanes.store(pairs, packed, lanes.op("lshr", at, 1))
 
 
+@cache
+def thresholds_of(mode: str) -> np.ndarray:
+    """Return the bounds of E2M1's codes among bfloat16 bits: int16 (256 * 16,), a row for each stored scale.
+
+    Of two codes as near, that of the lesser magnitude is taken: beyond a middle means farther from zero. So below zero,
+    "above a bound" is "not beyond its middle". By a scale of zero, every weight but a NaN has the code 0.
+    """
+    values = scale_values(mode)
+    bounds = np.array([-middle for middle in reversed(MIDDLES)] + [*MIDDLES], np.float32)
+    scales, limits = (each.reshape(-1) for each in np.broadcast_arrays(values[:, None], bounds))
+
+    def is_above(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # rows of scales that do not occur
+            quotients = weights / scales
+        return np.asarray(np.where(limits < 0, ~(quotients < limits), quotients > limits))
+
+    rows = np.full((256, 16), thresholds.NEVER, np.int16)
+    rows[:, :14] = thresholds.last_below(is_above, scales.size).reshape(256, 14)
+    rows[values == 0] = [-thresholds.NEVER] * 7 + [thresholds.NEVER] * 9
+    return rows.reshape(-1)
+
+
+@vector(types.void)
+def _search_32(lanes: Lanes, x: Array, at: Value, rows: Array, row: Value, packed: Array) -> None:
+    """Code a group of 32 bfloat16s by a row of thresholds."""
+    if thresholds.is_searched(x):
+        thresholds.store_e2m1(lanes, SEARCHED, x, at, rows, [row], packed)
+
+
+@vector(types.void)
+def _search_16(lanes: Lanes, x: Array, at: Value, rows: Array, row: Value, next_row: Value, packed: Array) -> None:
+    """Code two groups of 16 bfloat16s by their rows of thresholds."""
+    if thresholds.is_searched(x):
+        thresholds.store_e2m1(lanes, SEARCHED, x, at, rows, [row, next_row], packed)
+
+
 @vector(types.void)
 def _code_e4m3(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
-    """Code LANES weights from `at` on into a byte each: halves to even, at most 448; a NaN becomes 448.
+    """Code 32 weights into a byte each: halves to even, at most 448; a NaN becomes 448.
 
-    Normal numbers are rounded by integers, with the exponents' biases of 127 and 7 subtracted: 120. Below 2^-6 E4M3's
-    steps are 2^-9, which is the last bit of 2^14 + x: the sum rounds x and leaves the code in the low bits.
+    The scale is a power of two, so that the product with its inverse is the quotient.
     """
-    kind = ir.VectorType(I32, LANES)
-    values = lanes.b.fdiv(lanes.floats(x, at, LANES), lanes.splat(scale, LANES))
-    raw = lanes.b.bitcast(values, kind)
-    size = lanes.op("and_", raw, 0x7FFFFFFF)
-    odd = lanes.op("and_", lanes.op("lshr", size, 20), 1)
-    normal = lanes.op("lshr", lanes.b.add(lanes.op("add", size, 0x7FFFF - (120 << 23)), odd), 20)
-    added = lanes.op("fadd", lanes.b.bitcast(size, values.type), 2.0**14)
-    subnormal = lanes.op("and_", lanes.b.bitcast(added, kind), 0xFF)
-    is_normal = lanes.b.icmp_unsigned(">=", size, lanes.const(kind, 121 << 23))
-    codes = lanes.b.select(is_normal, normal, subnormal)
-    greatest = lanes.const(kind, LARGEST_E4M3)
-    # 0x43E80000 is 464, halfway to 480, where E4M3 has its NaN; infinities and NaN have greater bits still.
-    is_over = lanes.b.or_(
-        lanes.b.icmp_unsigned(">", codes, greatest), lanes.b.icmp_unsigned(">=", size, lanes.const(kind, 0x43E80000))
-    )
-    codes = lanes.b.or_(
-        lanes.b.select(is_over, greatest, codes), lanes.op("lshr", lanes.op("and_", raw, -(1 << 31)), 24)
-    )
-    lanes.store(lanes.b.trunc(codes, ir.VectorType(I8, LANES)), packed, at)
+    inverse = lanes.splat(lanes.b.fdiv(ir.Constant(F32, 1), scale), 16)
+    even, odd = (rounding.quick_e4m3(lanes, lanes.b.fmul(values, inverse)) for values in lanes.pairs(x, at, 32))
+    rounding.store_byte_pairs(lanes, even, odd, packed, at)
 
 
 @kernel
-def encode(x, group, bits, scales, packed):  # type: ignore[no-untyped-def]
-    """Code whole groups. x: (n,) raw weights; scales: float32 (n / group,); packed: uint8 (n * bits / 8,).
-
-    A group of scale 0 gets codes 0.
-    """
-    for g in range(scales.size):
-        start, scale = g * group, scales[g]
-        if scale == 0:
-            packed[start * bits // 8 : (start + group) * bits // 8] = 0
-            continue
+def _code_group(x, start, group, bits, scale, packed):  # type: ignore[no-untyped-def]
+    """Code a group by divisions. By a scale of 0 all codes are 0."""
+    if scale == 0:
+        packed[start * bits // 8 : (start + group) * bits // 8] = 0
+    elif bits == 4:
         for at in range(start, start + group, LANES):
-            if bits == 4:
-                _code_e2m1(x, at, scale, packed)
-            else:
-                _code_e4m3(x, at, scale, packed)
+            _code_e2m1(x, at, scale, packed)
+    else:
+        for at in range(start, start + group, 32):
+            _code_e4m3(x, at, scale, packed)
+
+
+@kernel
+def encode(x, group, bits, greatest, limits, values, rows, packed, scales):  # type: ignore[no-untyped-def]
+    """Code whole groups of 32, or of 16 for nvfp4. x: (n,) raw weights; packed: uint8 (n * bits / 8,).
+
+    greatest: of the codes, float32; limits: `power_limits`; values: `scale_values` of the mode; rows: `thresholds_of`
+    it, for four bits; scales: uint8 (n / group,), as stored.
+    """
+    absmax, codes = np.zeros(GROUPS, np.float32), np.empty(GROUPS, np.uint8)
+    for first in range(0, scales.size, GROUPS):
+        count, has_nan = min(GROUPS, scales.size - first), True
+        if count == GROUPS:
+            start = first * group
+            has_nan = _absmax_16(x, start, absmax) if group == 16 else _absmax_32(x, start, absmax)
+        if has_nan:
+            for slot in range(count):
+                absmax[slot] = _largest_number(x, (first + slot) * group, group)
+        if group == 16:
+            _e4m3_codes(x, absmax, codes, 0)
+        else:
+            _power_codes(x, absmax, greatest, limits, codes, 0)
+        scales[first : first + count] = codes[:count]
+        if bits == 8 or has_nan or not searches(x):
+            for g in range(first, first + count):
+                _code_group(x, g * group, group, bits, values[scales[g]], packed)
+        elif group == 32:
+            for g in range(first, first + GROUPS):
+                _search_32(x, g * group, rows, np.int64(scales[g]), packed)
+        else:
+            for g in range(first, first + GROUPS, 2):
+                _search_16(x, g * group, rows, np.int64(scales[g]), np.int64(scales[g + 1]), packed)
 
 
 # --- decoding
@@ -193,3 +295,43 @@ def decode_e2m1(packed, scales, group, out):  # type: ignore[no-untyped-def]
     for g in range(scales.size):
         for at in range(g * group, (g + 1) * group, LANES):
             _decode_e2m1(packed, at, scales[g], out)
+
+
+@vector(types.void)
+def _decode_e4m3(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
+    """Decode 32 weights from `at` on."""
+    values = rounding.from_e4m3(lanes, lanes.load(codes, at, 32))
+    lanes.store(lanes.b.fmul(values, lanes.splat(scale, 32)), out, at)
+
+
+@kernel
+def decode_e4m3(codes, scales, out):  # type: ignore[no-untyped-def]
+    """Decode groups of 32, value * scale. codes: uint8 (n,); scales: float32 (n / 32,); out: float32 (n,)."""
+    for g in range(scales.size):
+        _decode_e4m3(codes, g * 32, scales[g], out)
+
+
+@kernel
+def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what is decoded to `sums`; see compare.py.
+
+    scales: uint8 (n / group,), as stored; values: `scale_values`. Weights are also held to be the nearest of their
+    codes: half the gap between codes is half * scale + floor + slope * |value|, and codes end at top * scale.
+    """
+    step = tile_size(group)
+    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    own = np.empty(step // group, np.float32)
+    for start in range(0, x.size, step):
+        stop = min(start + step, x.size)
+        count, decoded = (stop - start) // group, tile[: stop - start]
+        for g in range(count):
+            own[g] = values[scales[start // group + g]]
+        if bits == 4:
+            decode_e2m1(packed[start // 2 : stop // 2], own[:count], group, decoded)
+        else:
+            decode_e4m3(packed[start:stop], own[:count], decoded)
+        add_pairs(x[start:stop], decoded, totals, sums)
+        if sums[NONFINITE]:  # a NaN may spoil the scale of its whole group, so that bounds by scales say nothing
+            continue
+        if is_off_symmetric(x[start:stop], decoded, group, own[:count], top, half, floor, slope):
+            sums[WRONG] = 1
