@@ -155,7 +155,8 @@ def test_zeros_after_each_update_are_hqqs_to_the_last_bit(axis: int, group_size:
     strides = (group_size, 1) if axis == 1 else (1, groups)
     for update in range(1, 6):
         _, _, zero, _ = step(values, scale, zero, [0, 15], 10.0, 0.7, axis)
-        hqq_kernels.solve(x, *strides, group_size, np.float32(15), True, update, *mine, np.zeros(update))
+        mine[2][:] = hqq_kernels.UNKNOWN
+        hqq_kernels.solve(x, *strides, group_size, np.float32(15), True, 1024, *mine, np.zeros((1, update)))
         assert np.array_equal(mine[0], scale.numpy().reshape(-1))
         assert np.array_equal(mine[1], zero.numpy().reshape(-1))
 

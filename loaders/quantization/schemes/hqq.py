@@ -174,7 +174,8 @@ class Hqq:
         groups = self.layout(view.spec).groups
         kept = None
         if groups <= KEPT:
-            kept = Kept(np.empty(groups, np.float32), np.empty(groups, np.float32), np.empty(groups, np.uint8))
+            unknown = np.full(groups, encode.UNKNOWN, np.uint8)
+            kept = Kept(np.empty(groups, np.float32), np.empty(groups, np.float32), unknown)
         updates = self._updates(view, work, kept)
         if self.axis == 1:
             self._encode_rows(view, sink, work, updates, kept)
@@ -192,9 +193,7 @@ class Hqq:
             x, stride = self._groups(view, first, last, work)
             sums = np.zeros((-(-(last - first) // TILE), encode.UPDATES))
             found = kept.part(first, last) if kept is not None else self._scratch(work, last - first)
-            encode.solve_tiles(
-                x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, TILE, *found.arrays, sums
-            )
+            self._solve(x, stride, found, sums)
             return sums
 
         found = self._sweep(work, layout.groups, TILE, errors)
@@ -242,15 +241,16 @@ class Hqq:
         assert gathered is not None
         return gathered, (1, count)
 
+    def _solve(self, x: np.ndarray, stride: tuple[int, int], found: Kept, errors: np.ndarray) -> None:
+        encode.solve(x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, TILE, *found.arrays, errors)
+
     def _solved(
         self, x: np.ndarray, stride: tuple[int, int], first: int, found: Kept, updates: int, spec: TensorSpec,
         sink: Sink, work: Work,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Store scales and zeros of groups in the compute dtype, and return them unrounded for coding."""
-        scales, zeros, moved = found.arrays
-        encode.solve_again(
-            x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, updates, scales, zeros, moved
-        )
+        scales, zeros, _ = found.arrays
+        self._solve(x, stride, found, np.zeros((-(-scales.size // TILE), updates)))
         dtype = self.dtype_of(spec).name
         sink.write("scale", first, casts.cast(np.float32(1) / scales, "F32", dtype))
         sink.write("zero", first, casts.cast(zeros, "F32", dtype))

@@ -24,10 +24,9 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels.compare import float_at
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, host_has, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
 
 LANES = 16  # groups side by side in a vector
-WIDTH = 32 if host_has("avx512f") else LANES  # groups updated together: two vectors, since sums alone would wait
 BATCH = 256  # groups solved together
 STRIDE = BATCH + LANES  # from row to row of a block; with a power of two, rows would share few places of the cache
 UPDATES = 20  # hqq's `iters`
@@ -38,8 +37,9 @@ F64 = ir.DoubleType()
 I64 = ir.IntType(64)
 ROW, CASCADE = 8, 16  # of torch's sums: floats in an AVX2 vector, and rows that are summed before their sum is added
 # The rows of a batch's state, an entry for each column of its block: the zero and scale of its group, the group's ends
-# times the scale, the sum of |error|, the last update that moved the zero, and which of the batch's groups it is.
-ZERO, SCALE, LOW, HIGH, ERROR, MOVED, GROUP, STATES = range(8)
+# times the scale, the sum of |error|, the last update that moved the zero, and which of the batch's groups it is. The
+# last row has an entry for each group, its latest sum of |error|.
+ZERO, SCALE, LOW, HIGH, ERROR, MOVED, GROUP, SETTLED, STATES = range(9)
 
 
 def _codes(lanes: Lanes, scaled: Value, zero: Value, top: Value) -> Value:
@@ -94,8 +94,8 @@ def _fill(x, first, by_group, by_weight, groups, size, block):  # type: ignore[n
             block[k * STRIDE + g] = float_at(x, start + g * by_group + k * by_weight) if g < groups else np.float32(0)
 
 
-def _row(lanes: Lanes, state: Array, row: int, column: Value, width: int) -> Value:
-    return lanes.load(state, lanes.op("add", column, row * BATCH), width)
+def _row(lanes: Lanes, state: Array, row: int, column: Value) -> Value:
+    return lanes.load(state, lanes.op("add", column, row * BATCH), LANES)
 
 
 def _put_row(lanes: Lanes, value: Value, state: Array, row: int, column: Value) -> None:
@@ -109,20 +109,20 @@ def _place(lanes: Lanes, weight: Value, column: Value) -> Value:
 
 @vector(types.void)
 def _begin(lanes: Lanes, block: Array, column: Value, size: Value, top: Value, rounds: Value, state: Array) -> None:
-    """Compute the scales and first zeros of WIDTH columns, and multiply the columns by their scales.
+    """Compute the scales and first zeros of LANES columns, and multiply the columns by their scales.
 
     All later steps need weight * scale, and never the weight.
     """
     b, nothing = lanes.b, ir.Constant(size.type, 0)
 
     def extend(k: Value, least: Value, most: Value) -> list[Value]:
-        value = lanes.load(block, _place(lanes, k, column), WIDTH)
+        value = lanes.load(block, _place(lanes, k, column), LANES)
         return [b.select(b.fcmp_ordered("<", least, value), least, value), lanes.larger(most, value)]
 
-    low, high = lanes.fold(nothing, size, 1, [lanes.load(block, column, WIDTH)] * 2, extend)
+    low, high = lanes.fold(nothing, size, 1, [lanes.load(block, column, LANES)] * 2, extend)
     span, one = b.fsub(high, low), lanes.const(low.type, 1)
     is_flat = b.fcmp_ordered("<=", span, lanes.const(low.type, SMALLEST_RANGE))
-    ratio = b.fmul(b.fdiv(one, span), lanes.splat(top, WIDTH))  # torch divides a number by a tensor in two roundings
+    ratio = b.fmul(b.fdiv(one, span), lanes.splat(top, LANES))  # torch divides a number by a tensor in two roundings
     found = b.select(is_flat, one, ratio)
     limit = lanes.const(low.type, LARGEST_SCALE)
     found = b.select(b.fcmp_ordered(">", found, limit), limit, found)
@@ -135,7 +135,7 @@ def _begin(lanes: Lanes, block: Array, column: Value, size: Value, top: Value, r
 
     def multiply(k: Value) -> list[Value]:
         at = _place(lanes, k, column)
-        lanes.store(b.fmul(lanes.load(block, at, WIDTH), found), block, at)
+        lanes.store(b.fmul(lanes.load(block, at, LANES), found), block, at)
         return []
 
     lanes.fold(nothing, size, 1, [], multiply)
@@ -144,7 +144,7 @@ def _begin(lanes: Lanes, block: Array, column: Value, size: Value, top: Value, r
 @kernel
 def _prepare(x, first, by_group, by_weight, groups, size, top, rounds, block, state):  # type: ignore[no-untyped-def]
     _fill(x, first, by_group, by_weight, groups, size, block)
-    for column in range(0, BATCH, WIDTH):
+    for column in range(0, BATCH, LANES):
         _begin(block, column, size, top, np.int32(rounds), state)
     for column in range(BATCH):
         state[GROUP * BATCH + column] = column
@@ -152,30 +152,27 @@ def _prepare(x, first, by_group, by_weight, groups, size, top, rounds, block, st
 
 
 class _Update:
-    """One update of some columns' zeros where no error shrinks, and the sums of |error| before it.
+    """One update of LANES columns' zeros where no error shrinks, and the sums of |error| before it.
 
     With offset = code - weight * scale, the error is (zero - offset) / scale and the new zero the mean of the offsets.
     """
 
-    def __init__(
-        self, lanes: Lanes, block: Array, column: Value, size: Value, top: Value, state: Array, width: int
-    ) -> None:
+    def __init__(self, lanes: Lanes, block: Array, column: Value, size: Value, top: Value, state: Array) -> None:
         self.lanes = lanes
-        self.width = width
-        self.none = lanes.const(ir.VectorType(F32, width), 0)
+        self.none = lanes.const(ir.VectorType(F32, LANES), 0)
         self._block, self._column, self._size, self._state = block, column, size, state
-        self._top = lanes.splat(top, width)
+        self._top = lanes.splat(top, LANES)
         self._before = self._row(ZERO)
         self._inverse = lanes.b.fdiv(lanes.const(self.none.type, 1), self._row(SCALE))
 
     def _row(self, row: int) -> Value:
-        return _row(self.lanes, self._state, row, self._column, self.width)
+        return _row(self.lanes, self._state, row, self._column)
 
     def _offset(self, scaled: Value) -> Value:
         return self.lanes.b.fsub(_codes(self.lanes, scaled, self._before, self._top), scaled)
 
     def _offset_of(self, weight: Value) -> Value:
-        return self._offset(self.lanes.load(self._block, _place(self.lanes, weight, self._column), self.width))
+        return self._offset(self.lanes.load(self._block, _place(self.lanes, weight, self._column), LANES))
 
     def _distance(self, offset: Value) -> Value:
         return self.lanes.absolute(self.lanes.b.fsub(self._before, offset))
@@ -215,7 +212,7 @@ class _Update:
         return b.icmp_unsigned("!=", self._bits(above), ir.Constant(I64, 0))
 
     def _bits(self, mask: Value) -> Value:
-        return self.lanes.b.zext(self.lanes.b.bitcast(mask, ir.IntType(self.width)), I64)
+        return self.lanes.b.zext(self.lanes.b.bitcast(mask, ir.IntType(LANES)), I64)
 
     def end(self, total: Value, away: Value, number: Value) -> Value:
         """Store the new zeros from the sum of all offsets, and the sums of |error|; return which moved, a bit each.
@@ -223,9 +220,9 @@ class _Update:
         Those get the update's number as the last that moved them.
         """
         lanes, b = self.lanes, self.lanes.b
-        after = b.fdiv(total, lanes.splat(b.sitofp(self._size, F32), self.width))
+        after = b.fdiv(total, lanes.splat(b.sitofp(self._size, F32), LANES))
         moves = b.fcmp_unordered("!=", after, self._before)
-        moved = b.select(moves, lanes.splat(number, self.width), self._row(MOVED))
+        moved = b.select(moves, lanes.splat(number, LANES), self._row(MOVED))
         for row, value in ((ZERO, after), (ERROR, b.fmul(away, self._inverse)), (MOVED, moved)):
             _put_row(lanes, value, self._state, row, self._column)
         return self._bits(moves)
@@ -233,12 +230,12 @@ class _Update:
 
 @vector(types.boolean)
 def _may_shrink(lanes: Lanes, block: Array, column: Value, size: Value, top: Value, state: Array) -> Value:
-    return _Update(lanes, block, column, size, top, state, WIDTH).may_shrink()
+    return _Update(lanes, block, column, size, top, state).may_shrink()
 
 
 @vector(types.boolean)
 def _shrinks(lanes: Lanes, block: Array, column: Value, size: Value, top: Value, state: Array) -> Value:
-    return _Update(lanes, block, column, size, top, state, LANES).shrinks()
+    return _Update(lanes, block, column, size, top, state).shrinks()
 
 
 def _by_columns(update: _Update, size: Value, number: Value) -> Value:
@@ -292,28 +289,22 @@ def _by_rows(update: _Update, size: Value, number: Value) -> Value:
 def _update_columns(
     lanes: Lanes, block: Array, column: Value, size: Value, top: Value, number: Value, state: Array
 ) -> Value:
-    return _by_columns(_Update(lanes, block, column, size, top, state, WIDTH), size, number)
-
-
-@vector(types.int64)
-def _update_few_columns(
-    lanes: Lanes, block: Array, column: Value, size: Value, top: Value, number: Value, state: Array
-) -> Value:
-    return _by_columns(_Update(lanes, block, column, size, top, state, LANES), size, number)
+    return _by_columns(_Update(lanes, block, column, size, top, state), size, number)
 
 
 @vector(types.int64)
 def _update_rows(
     lanes: Lanes, block: Array, column: Value, size: Value, top: Value, number: Value, state: Array
 ) -> Value:
-    return _by_rows(_Update(lanes, block, column, size, top, state, WIDTH), size, number)
+    return _by_rows(_Update(lanes, block, column, size, top, state), size, number)
 
 
-@vector(types.int64)
-def _update_few_rows(
-    lanes: Lanes, block: Array, column: Value, size: Value, top: Value, number: Value, state: Array
-) -> Value:
-    return _by_rows(_Update(lanes, block, column, size, top, state, LANES), size, number)
+@kernel
+def _update(block, column, size, top, across, number, state):  # type: ignore[no-untyped-def]
+    """Make an update of LANES columns, in the order of torch's sums; return which zeros moved, a bit each."""
+    if across:
+        return _update_columns(block, column, size, top, number, state)
+    return _update_rows(block, column, size, top, number, state)
 
 
 @vector(types.void)
@@ -334,7 +325,7 @@ def _close_up(lanes: Lanes, block: Array, column: Value, size: Value, state: Arr
         return []
 
     lanes.fold(ir.Constant(size.type, 0), size, 1, [], close_row)
-    for row in range(STATES):
+    for row in range(SETTLED):
         close(state, lanes.op("add", column, row * BATCH), lanes.op("add", to, row * BATCH))
 
 
@@ -346,18 +337,17 @@ def _count(lanes: Lanes, bits: Value) -> Value:
 @kernel
 def _whole(columns):  # type: ignore[no-untyped-def]
     """Return how many columns there are in the vectors of some columns."""
-    return (columns + WIDTH - 1) // WIDTH * WIDTH
+    return (columns + LANES - 1) // LANES * LANES
 
 
 @kernel
 def _close_up_all(block, active, size, state, moves):  # type: ignore[no-untyped-def]
-    """Move the columns whose zeros still move to the front; return how many columns there are, a multiple of WIDTH."""
+    """Move the columns whose zeros still move to the front; return how many columns there are, a multiple of LANES."""
     to = 0
     for column in range(0, active, LANES):
-        some = (moves[column // WIDTH] >> (column % WIDTH)) & 0xFFFF
-        if some:
-            _close_up(block, column, size, state, some, to)
-            to += _count(some)
+        if moves[column // LANES]:
+            _close_up(block, column, size, state, moves[column // LANES], to)
+            to += _count(moves[column // LANES])
     return _whole(to)
 
 
@@ -401,38 +391,39 @@ def _add(lanes: Lanes, errors: Array, first: Value, stop: Value, sums: Array, at
 
 
 @kernel
-def _solve_quickly(block, groups, size, top, across, updates, state, zeros, moved, sums):  # type: ignore[no-untyped-def]
+def _copy_all(values, copy):  # type: ignore[no-untyped-def]
+    """Copy an array. numba takes seconds to compile its own assignment of slices."""
+    for i in range(values.size):
+        copy[i] = values[i]
+
+
+@kernel
+def _solve_quickly(block, groups, size, top, across, updates, state, moves, zeros, moved, sums, saved):  # type: ignore[no-untyped-def]
     """Make all updates of a block; return False, with nothing done, if errors may shrink.
 
     Once a zero stays as it is, all further updates of its group would repeat themselves. Whenever half of the columns
-    have come to that, the others move together. zeros: float32 (BATCH,), and moved: uint8 (BATCH,): see `solve`.
+    have come to that, the others move together. zeros: float32, moved: uint8, an entry for each group: see `solve`;
+    moves, saved: memory for a bit of each column, and for what the sums were.
     """
-    errors, moves, kept = np.zeros(BATCH, np.float32), np.empty(BATCH // WIDTH, np.int64), sums.copy()
-    active, is_in_order = _whole(groups), True
+    active = _whole(groups)
+    _copy_all(sums, saved)
     for i in range(updates):
         count = 0
-        for column in range(0, active, WIDTH):
+        for column in range(0, active, LANES):
             if _may_shrink(block, column, size, top, state):
-                sums[:] = kept
+                _copy_all(saved, sums)
                 return False
-            if across:
-                found = _update_columns(block, column, size, top, np.float32(i + 1), state)
-            else:
-                found = _update_rows(block, column, size, top, np.float32(i + 1), state)
-            moves[column // WIDTH] = found
-            count += _count(found)
-        if is_in_order:
-            for column in range(active):
-                errors[column] = state[ERROR * BATCH + column]
-        else:
-            for column in range(active):
-                errors[np.int64(state[GROUP * BATCH + column])] = state[ERROR * BATCH + column]
-        _add(errors, 0, (groups + LANES - 1) // LANES * LANES, sums, i * LANES)
+            moves[column // LANES] = _update(block, column, size, top, across, np.float32(i + 1), state)
+            count += _count(moves[column // LANES])
+        for column in range(active):
+            state[SETTLED * BATCH + np.int64(state[GROUP * BATCH + column])] = state[ERROR * BATCH + column]
+        _add(state, SETTLED * BATCH, SETTLED * BATCH + _whole(groups), sums, i * LANES)
         if 2 * _whole(count) <= active or i == updates - 1:
             for column in range(active):
                 g = np.int64(state[GROUP * BATCH + column])
-                zeros[g], moved[g] = state[ZERO * BATCH + column], np.uint8(state[MOVED * BATCH + column])
-            active, is_in_order = _close_up_all(block, active, size, state, moves), False
+                if g < groups:
+                    zeros[g], moved[g] = state[ZERO * BATCH + column], np.uint8(state[MOVED * BATCH + column])
+            active = _close_up_all(block, active, size, state, moves)
     return True
 
 
@@ -444,68 +435,58 @@ def _solve_slowly(block, groups, size, top, across, updates, state, zeros, moved
         for i in range(updates):
             if moves and _shrinks(block, column, size, top, state):
                 moves = _update_slowly(block, column, size, top, state)
-            elif moves and across:
-                moves = _update_few_columns(block, column, size, top, np.float32(0), state) != 0
             elif moves:
-                moves = _update_few_rows(block, column, size, top, np.float32(0), state) != 0
+                moves = _update(block, column, size, top, across, np.float32(0), state) != 0
             _add(state, ERROR * BATCH + column, ERROR * BATCH + column + LANES, sums, i * LANES)
-        for at in range(column, column + LANES):
+        for at in range(column, min(column + LANES, groups)):
             zeros[at], moved[at] = state[ZERO * BATCH + at], np.uint8(UNKNOWN)
 
 
 @kernel
-def solve(x, by_group, by_weight, size, top, rounds, updates, scales, zeros, moved, errors):  # type: ignore[no-untyped-def]
-    """Find scales and zeros of groups by a fixed number of updates.
+def _are_known(moved, first, last, updates):  # type: ignore[no-untyped-def]
+    """Whether no zero of groups [first, last) moved after some updates."""
+    latest = 0
+    for g in range(first, last):
+        latest = max(latest, np.int64(moved[g]))
+    return latest <= updates
+
+
+@kernel
+def solve(x, by_group, by_weight, size, top, rounds, tile, scales, zeros, moved, errors):  # type: ignore[no-untyped-def]
+    """Find scales and zeros of groups by a fixed number of updates, where they are not known yet.
 
     Weight k of group g is x[g * by_group + k * by_weight]; one of the two strides is 1. `rounds` says whether the first
     zero is rounded. scales, zeros: float32 (groups,); moved: uint8 (groups,), the number of updates after which a zero
-    moved no more, or UNKNOWN where errors may shrink: only there does a zero depend on the LANES groups beside it.
-    errors: float64 (updates,), to which the sum of |error| before each update is added, in an order that depends on the
-    number of groups alone.
+    moved no more, or UNKNOWN before the first search, and where errors may shrink: only there does a zero depend on the
+    LANES groups beside it. errors: float64 (tiles, updates), to which the sum of |error| before each update is added,
+    for every `tile` groups, a multiple of BATCH, in an order that depends on their number alone.
+
+    A batch of groups whose zeros move no more after `updates` is left as it is, and adds no errors.
     """
+    updates, across = errors.shape[1], by_group == 1
     block, state = np.empty(size * STRIDE, np.float32), np.empty(STATES * BATCH, np.float32)
-    some_zeros, some_moved = np.empty(BATCH, np.float32), np.empty(BATCH, np.uint8)
-    sums = np.zeros(updates * LANES, np.float64)
-    for first in range(0, scales.size, BATCH):
-        groups = min(BATCH, scales.size - first)
-        across = by_group == 1
-        _prepare(x, first, by_group, by_weight, groups, size, top, rounds, block, state)
-        scales[first : first + groups] = state[SCALE * BATCH : SCALE * BATCH + groups]
-        if not _solve_quickly(block, groups, size, top, across, updates, state, some_zeros, some_moved, sums):
+    sums, saved = np.empty(updates * LANES, np.float64), np.empty(updates * LANES, np.float64)
+    moves = np.empty(BATCH // LANES, np.int64)
+    for start in range(0, scales.size, tile):
+        for i in range(sums.size):
+            sums[i] = 0
+        for first in range(start, min(start + tile, scales.size), BATCH):
+            last = min(first + BATCH, scales.size)
+            if _are_known(moved, first, last, updates):
+                continue
+            groups, some_zeros, some_moved = last - first, zeros[first:last], moved[first:last]
             _prepare(x, first, by_group, by_weight, groups, size, top, rounds, block, state)
-            _solve_slowly(block, groups, size, top, across, updates, state, some_zeros, some_moved, sums)
-        zeros[first : first + groups] = some_zeros[:groups]
-        moved[first : first + groups] = some_moved[:groups]
-    for i in range(updates):
-        for lane in range(LANES):
-            errors[i] += sums[i * LANES + lane]
-
-
-@kernel
-def solve_tiles(x, by_group, by_weight, size, top, rounds, tile, scales, zeros, moved, errors):  # type: ignore[no-untyped-def]
-    """Solve groups with a row of errors for each `tile` of them: errors (tiles, updates). Otherwise as `solve`."""
-    for row in range(errors.shape[0]):
-        first, last = row * tile, min((row + 1) * tile, scales.size)
-        solve(
-            x[first * by_group :], by_group, by_weight, size, top, rounds, errors.shape[1], scales[first:last],
-            zeros[first:last], moved[first:last], errors[row],
-        )  # fmt: skip
-
-
-@kernel
-def solve_again(x, by_group, by_weight, size, top, rounds, updates, scales, zeros, moved):  # type: ignore[no-untyped-def]
-    """Solve those LANES groups anew in which the zeros of more updates are not those of `updates`."""
-    first, errors = 0, np.zeros(updates)
-    while first < scales.size:
-        last = first
-        while last < scales.size and np.max(moved[last : last + LANES]) > updates:
-            last = min(last + LANES, scales.size)
-        if last > first:
-            solve(
-                x[first * by_group :], by_group, by_weight, size, top, rounds, updates, scales[first:last],
-                zeros[first:last], moved[first:last], errors,
-            )  # fmt: skip
-        first = last if last > first else first + LANES
+            for g in range(groups):
+                scales[first + g] = state[SCALE * BATCH + g]
+            is_done = _solve_quickly(
+                block, groups, size, top, across, updates, state, moves, some_zeros, some_moved, sums, saved
+            )
+            if not is_done:
+                _prepare(x, first, by_group, by_weight, groups, size, top, rounds, block, state)
+                _solve_slowly(block, groups, size, top, across, updates, state, some_zeros, some_moved, sums)
+        for i in range(updates):
+            for lane in range(LANES):
+                errors[start // tile, i] += sums[i * LANES + lane]
 
 
 # --- codes
