@@ -314,31 +314,36 @@ class Hqq:
         Codes are the nearest by scale and zero before those are rounded to the compute dtype. The roundings, u each,
         add up to 4 u of (greatest code + |zero|) steps in what is decoded, and 2 u in the ends.
         """
-        groups, dtype, top = self.layout(spec).groups, self.dtype_of(spec).name, self.top
-        first, last = (start // self.group_size, -(-stop // self.group_size)) if self.axis == 1 else (0, groups)
-        scales, zeros = (casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero"))
-        reach, least = top + np.abs(zeros), grids.LEAST[dtype]
-        with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales: a NaN bounds nothing
-            half = scales * (0.5 + (6 * grids.ROUNDING[dtype] + grids.SMALL) * reach) + (reach + 1) * least + grids.TINY
-            ends = [(end - zeros) * scales for end in (np.float32(0), np.float32(top))]
-        arrays = [np.asarray(each, np.float32) for each in (*ends, half)]
-        if self.axis == 0:  # neighbours are of different groups
-            arrays = [np.take(each, np.arange(start, stop) % groups) for each in arrays]
-        low, high, halves = arrays
-        return Grid(self.group_size if self.axis == 1 else 1, low, high, halves)
+        groups, dtype = self.layout(spec).groups, self.dtype_of(spec).name
+        if self.axis == 1:
+            pieces = [(start // self.group_size, -(-stop // self.group_size))]
+        elif stop - start <= groups:
+            pieces = [(at % groups, (end - 1) % groups + 1) for at, end in self._pieces(groups, start, stop)]
+        else:
+            pieces = [(0, groups)]
+        scales, zeros = (
+            np.concatenate([kernel_input(stored.read(role, *piece), dtype).copy() for piece in pieces])
+            for role in ("scale", "zero")
+        )
+        low, high, half = (np.empty(scales.size, np.float32) for _ in range(3))
+        rounding, least = np.float32(6 * grids.ROUNDING[dtype] + grids.SMALL), np.float32(grids.LEAST[dtype])
+        decode.ends(scales, zeros, np.float32(self.top), rounding, least, np.float32(grids.TINY), low, high, half)
+        if self.axis == 0 and stop - start > groups:  # neighbours are of different groups
+            low, high, half = (np.take(each, np.arange(start, stop) % groups) for each in (low, high, half))
+        return Grid(self.group_size if self.axis == 1 else 1, low, high, half)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         layout, groups, dtype = self.layout(spec), self.layout(spec).groups, self.dtype_of(spec).name
 
         def read(first: int, last: int) -> list[np.ndarray]:
-            return [casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero")]
+            return [kernel_input(stored.read(role, first, last), dtype) for role in ("scale", "zero")]
 
         if self.axis == 1:
             base = start // self.group_size
             held = read(base, -(-stop // self.group_size))
         else:
             base = 0
-            held = read(0, groups) if groups <= HELD else []
+            held = read(0, groups) if groups <= min(HELD, stop - start) else []
         for part in range(start // layout.run, -(-stop // layout.run)):
             begin, shift = part * layout.run, self._shifts()[part]
             for at, end in self._pieces(groups, max(start, begin), min(stop, begin + layout.run)):
@@ -346,12 +351,12 @@ class Hqq:
                 if self.axis == 1:
                     first, last = at // self.group_size - base, end // self.group_size - base
                     scales, zeros = (each[first:last] for each in held)
-                    decode.decode_rows(codes, shift, self.top, scales, zeros, dtype, values)
+                    decode.decode_rows(codes, shift, self.top, scales, zeros, values)
                 else:
                     first = at % groups
                     last = first + end - at
                     scales, zeros = (each[first:last] for each in held) if held else read(first, last)
-                    decode.decode_column(codes, shift, self.top, scales, zeros, dtype, values)
+                    decode.decode_column(codes, shift, self.top, scales, zeros, values)
 
     def _pieces(self, groups: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut a range of one part where its scales begin again from the first: with axis=0, at every row of groups."""

@@ -447,7 +447,7 @@ def _are_known(moved, first, last, updates):  # type: ignore[no-untyped-def]
     """Whether no zero of groups [first, last) moved after some updates."""
     latest = 0
     for g in range(first, last):
-        latest = max(latest, np.int64(moved[g]))
+        latest = max(latest, int(moved[g]))
     return latest <= updates
 
 
