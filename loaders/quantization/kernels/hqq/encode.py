@@ -24,7 +24,18 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels.compare import float_at
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import (
+    F32,
+    I8,
+    I32,
+    Array,
+    Lanes,
+    Value,
+    aligned_floats,
+    kernel,
+    transpose,
+    vector,
+)
 
 LANES = 16  # groups side by side in a vector
 BATCH = 256  # groups solved together
@@ -61,15 +72,6 @@ def _copy(lanes: Lanes, x: Array, at: Value, block: Array, to: Value) -> None:
     lanes.store(lanes.floats(x, at, LANES), block, to)
 
 
-@vector(types.void)
-def _turn(lanes: Lanes, x: Array, at: Value, by_group: Value, block: Array, to: Value) -> None:
-    """Write LANES weights of each of LANES groups that begin `by_group` apart into as many rows, a group a column."""
-    places = [lanes.b.add(at, lanes.b.mul(by_group, ir.Constant(by_group.type, lane))) for lane in range(LANES)]
-    rows = lanes.transposed([lanes.floats(x, place, LANES) for place in places])
-    for k, row in enumerate(rows):
-        lanes.store(row, block, lanes.op("add", to, STRIDE * k))
-
-
 @kernel
 def _fill(x, first, by_group, by_weight, groups, size, block):  # type: ignore[no-untyped-def]
     """Fill a block with up to BATCH groups; columns without a group are zeros, which add nothing to any sum.
@@ -85,7 +87,7 @@ def _fill(x, first, by_group, by_weight, groups, size, block):  # type: ignore[n
                 _copy(x, at + k * by_weight, block, k * STRIDE + g)
             continue
         for k in range(0, turned, LANES):
-            _turn(x, at + k, by_group, block, k * STRIDE + g)
+            transpose(x, at + k, by_group, block, k * STRIDE + g, STRIDE)
         for k in range(turned, size):
             for lane in range(LANES):
                 block[k * STRIDE + g + lane] = float_at(x, at + lane * by_group + k)
@@ -464,7 +466,7 @@ def solve(x, by_group, by_weight, size, top, rounds, tile, scales, zeros, moved,
     A batch of groups whose zeros move no more after `updates` is left as it is, and adds no errors.
     """
     updates, across = errors.shape[1], by_group == 1
-    block, state = np.empty(size * STRIDE, np.float32), np.empty(STATES * BATCH, np.float32)
+    block, state = aligned_floats(size * STRIDE), aligned_floats(STATES * BATCH)
     sums, saved = np.empty(updates * LANES, np.float64), np.empty(updates * LANES, np.float64)
     moves = np.empty(BATCH // LANES, np.int64)
     for start in range(0, scales.size, tile):
