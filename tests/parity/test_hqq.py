@@ -150,11 +150,12 @@ def test_zeros_after_each_update_are_hqqs_to_the_last_bit(axis: int, group_size:
     low, high = values.min(axis, keepdim=True)[0], values.max(axis, keepdim=True)[0]
     scale = 15 / (high - low)
     zero = torch.round(-low * scale)
-    mine = [np.empty(groups, np.float32) for _ in range(2)]
+    mine = [np.empty(groups, dtype) for dtype in (np.float32, np.float32, np.uint8)]
     strides = (group_size, 1) if axis == 1 else (1, groups)
     for update in range(1, 6):
         _, _, zero, _ = step(values, scale, zero, [0, 15], 10.0, 0.7, axis)
-        hqq_kernels.solve(x, *strides, group_size, np.float32(15), True, update, *mine, np.zeros(update))
+        mine[2][:] = hqq_kernels.UNKNOWN
+        hqq_kernels.solve(x, *strides, group_size, np.float32(15), True, 1024, *mine, np.zeros((1, update)))
         assert np.array_equal(mine[0], scale.numpy().reshape(-1))
         assert np.array_equal(mine[1], zero.numpy().reshape(-1))
 

@@ -381,6 +381,17 @@ def vector(result: Any) -> Callable[[Callable[..., Value]], Any]:
     return wrap
 
 
+@kernel
+def aligned_floats(count):  # type: ignore[no-untyped-def]
+    """Return an uninitialized float32 array (count,) that begins at a cache line.
+
+    numba's own begin at any 32 bytes, so that every vector of AVX-512 may lie in two lines, which takes two accesses.
+    """
+    whole = np.empty(count + CACHE_LINE // 4, np.float32)
+    first = np.int64(CACHE_LINE - whole.ctypes.data % CACHE_LINE) // 4
+    return whole[first : first + count]
+
+
 @vector(types.float32)
 def bf16_value(lanes: Lanes, bits: Value) -> Value:
     """Return the float32 value of a bfloat16's bits."""
@@ -400,15 +411,14 @@ def half_value(lanes: Lanes, bits: Value) -> Value:
 
 
 @vector(types.void)
-def transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to: Value) -> None:
+def transpose(lanes: Lanes, x: Array, at: Value, stride: Value, block: Array, to: Value, row: Value) -> None:
     """Write sixteen weights of each of sixteen groups into sixteen rows of a block of float32s, a group in each column.
 
-    Groups begin `stride` weights apart, from weight `at` on; rows begin at entry `to` of the block.
+    Groups begin `stride` weights apart, from weight `at` on; rows begin `row` entries apart, from entry `to` on.
     """
     places = [lanes.b.add(at, lanes.b.mul(stride, ir.Constant(stride.type, lane))) for lane in range(16)]
-    rows = lanes.transposed([lanes.floats(x, place, 16) for place in places])
-    for lane, row in enumerate(rows):
-        lanes.store(row, block, lanes.op("add", to, 16 * lane))
+    for k, values in enumerate(lanes.transposed([lanes.floats(x, place, 16) for place in places])):
+        lanes.store(values, block, lanes.b.add(to, lanes.b.mul(row, ir.Constant(row.type, k))))
 
 
 @vector(types.void)

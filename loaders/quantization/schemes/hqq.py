@@ -9,12 +9,13 @@ By role:
     zero   likewise
 and hqq's metadata, a tensor for each item (hqq/core/utils.py, encode_safetensor_type).
 
-There are two passes, since hqq stops when the mean error of the whole tensor stops falling: the first adds up the
-errors of all updates; the second repeats as many updates as hqq would make, and codes. Sums are taken over TILE groups
-each and added exactly, so that they do not depend on how a tensor is cut; the mean is a float32, as hqq's. Given the
-same number of updates, bytes are hqq's wherever torch sums a group in the kernel's order. hqq sums the tensor's errors
-in another order, so that it may stop an update earlier or later where they hardly fall any more; the error is then the
-same to about 1e-4.
+There are two passes, since hqq stops when the mean error of the whole tensor stops falling: the first makes all
+updates and adds up their errors; the second codes by the zeros at which hqq would stop. Most zeros have long settled by
+then, and are kept from the first pass; the others are found again by as many updates as hqq would make. Sums are taken
+over TILE groups each and added exactly, so that they do not depend on how a tensor is cut; the mean is a float32, as
+hqq's. Given the same number of updates, bytes are hqq's wherever torch sums a group in the kernel's order. hqq sums the
+tensor's errors in another order, so that it may stop an update earlier or later where they hardly fall any more; the
+error is then the same to about 1e-4.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ BITS = (8, 4, 3, 2, 1)
 PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in an item of W_q
 PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}  # hqq's names for them
 TILE = 1024  # groups whose errors are one sum; fewer would hold more sums (see `state_bytes`)
+KEPT = 1 << 23  # groups whose zeros are kept from the first pass: 72 MiB; those of larger tensors are found again
+FINER = 4  # times as many ranges as for other schemes, whose weights take less time: every thread shall have some
 HELD = 1 << 20  # scales that `decode` reads once for a whole range where groups are columns: 4 MiB, and zeros as much
 
 
@@ -55,6 +58,18 @@ class PackedRuns:
     def run(self) -> int:
         """The number of values in a run, which is that of items in W_q."""
         return self.packed_rows * self.columns
+
+
+class Kept:
+    """What the first pass found for some groups: scales, zeros, and whether more updates moved a zero further."""
+
+    def __init__(self, scales: np.ndarray, zeros: np.ndarray, moved: np.ndarray) -> None:
+        """Hold arrays of encode.solve: float32, float32 and uint8 (groups,)."""
+        self.arrays = scales, zeros, moved
+
+    def part(self, first: int, last: int) -> Kept:
+        """Return groups [first, last), in the same memory."""
+        return Kept(*(each[first:last] for each in self.arrays))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,34 +165,35 @@ class Hqq:
         }
 
     def state_bytes(self, spec: TensorSpec) -> int:
-        return -(-self.layout(spec).groups // TILE) * encode.UPDATES * 8
+        groups = self.layout(spec).groups
+        return -(-groups // TILE) * encode.UPDATES * 8 + (9 * groups if groups <= KEPT else 0)
 
     # --- encoding
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
-        updates = self._updates(view, work)
+        groups = self.layout(view.spec).groups
+        kept = None
+        if groups <= KEPT:
+            unknown = np.full(groups, encode.UNKNOWN, np.uint8)
+            kept = Kept(np.empty(groups, np.float32), np.empty(groups, np.float32), unknown)
+        updates = self._updates(view, work, kept)
         if self.axis == 1:
-            self._encode_rows(view, sink, work, updates)
+            self._encode_rows(view, sink, work, updates, kept)
         else:
-            self._encode_columns(view, sink, work, updates)
+            self._encode_columns(view, sink, work, updates, kept)
 
-    def _updates(self, view: View, work: Work) -> int:
+    def _updates(self, view: View, work: Work, kept: Kept | None = None) -> int:
         """Return the number of updates that hqq would make: it stops after the first whose mean error did not fall.
 
-        An update's error is measured before it, so that hqq makes that update still.
+        An update's error is measured before it, so that hqq makes that update still. `kept` is filled in.
         """
-        layout, size = self.layout(view.spec), self.group_size
+        layout = self.layout(view.spec)
 
         def errors(first: int, last: int) -> np.ndarray:
             x, stride = self._groups(view, first, last, work)
             sums = np.zeros((-(-(last - first) // TILE), encode.UPDATES))
-            scales, zeros = (work.array(name, TILE, np.float32) for name in ("scales", "zeros"))
-            for tile, at in enumerate(range(0, last - first, TILE)):
-                count = min(TILE, last - first - at)
-                encode.solve(
-                    x[at * stride[0] :], *stride, size, np.float32(self.top), self.rounds_zero, encode.UPDATES,
-                    scales[:count], zeros[:count], sums[tile],
-                )  # fmt: skip
+            found = kept.part(first, last) if kept is not None else self._scratch(work, last - first)
+            self._solve(x, stride, found, sums)
             return sums
 
         found = self._sweep(work, layout.groups, TILE, errors)
@@ -190,9 +206,19 @@ class Hqq:
             )
         return next((i + 1 for i in range(1, encode.UPDATES) if not means[i] < means[i - 1]), encode.UPDATES)
 
+    def _scratch(self, work: Work, count: int) -> Kept:
+        """Return memory of this thread for what is found for `count` groups; no zero in it is known yet."""
+        scales, zeros = (work.array(name, count, np.float32) for name in ("scales", "zeros"))
+        moved = work.array("moved", count, np.uint8)
+        moved[:] = encode.UNKNOWN
+        return Kept(scales, zeros, moved)
+
     def _sweep(self, work: Work, groups: int, align: int, body: Callable[[int, int], Any]) -> list[Any]:
-        """Call body(first, last) for ranges of groups, each of about as many weights as a range of weights has."""
-        size = self.group_size
+        """Call body(first, last) for ranges of groups.
+
+        A range has fewer weights than other schemes', but where groups are columns: there it is read row by row.
+        """
+        size = self.group_size * (FINER if self.axis == 1 else 1)
         return work.sweep(groups * size, align * size, lambda start, stop: body(start // size, stop // size))
 
     def _groups(self, view: View, first: int, last: int, work: Work) -> tuple[np.ndarray, tuple[int, int]]:
@@ -215,16 +241,16 @@ class Hqq:
         assert gathered is not None
         return gathered, (1, count)
 
+    def _solve(self, x: np.ndarray, stride: tuple[int, int], found: Kept, errors: np.ndarray) -> None:
+        encode.solve(x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, TILE, *found.arrays, errors)
+
     def _solved(
-        self, x: np.ndarray, stride: tuple[int, int], first: int, count: int, updates: int, spec: TensorSpec,
+        self, x: np.ndarray, stride: tuple[int, int], first: int, found: Kept, updates: int, spec: TensorSpec,
         sink: Sink, work: Work,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Find scales and zeros of groups, store them in the compute dtype, and return them unrounded for coding."""
-        scales, zeros = (work.array(name, count, np.float32) for name in ("scales", "zeros"))
-        encode.solve(
-            x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, updates, scales, zeros,
-            np.zeros(updates),
-        )  # fmt: skip
+        """Store scales and zeros of groups in the compute dtype, and return them unrounded for coding."""
+        scales, zeros, _ = found.arrays
+        self._solve(x, stride, found, np.zeros((-(-scales.size // TILE), updates)))
         dtype = self.dtype_of(spec).name
         sink.write("scale", first, casts.cast(np.float32(1) / scales, "F32", dtype))
         sink.write("zero", first, casts.cast(zeros, "F32", dtype))
@@ -234,7 +260,7 @@ class Hqq:
         """Return the bit from which on each part's codes lie in an item of W_q."""
         return [self.bits * (PARTS[self.bits] - 1 - part) for part in range(PARTS[self.bits])]
 
-    def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int) -> None:
+    def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int, kept: Kept | None) -> None:
         """Encode where groups are rows (axis=1): an item of W_q holds codes of distant groups."""
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
@@ -248,13 +274,14 @@ class Hqq:
                 if end <= begin:
                     break
                 x, stride = self._groups(view, begin, end, work)
-                scales, zeros = self._solved(x, stride, begin, end - begin, updates, spec, sink, work)
+                found = kept.part(begin, end) if kept is not None else self._scratch(work, end - begin)
+                scales, zeros = self._solved(x, stride, begin, found, updates, spec, sink, work)
                 encode.code_rows(x, size, scales, zeros, np.float32(self.top), shift, packed)
             sink.write("W_q", first * size, packed)
 
-        self._sweep(work, layout.packed_rows, 1, pack)
+        self._sweep(work, layout.packed_rows, encode.LANES, pack)
 
-    def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int) -> None:
+    def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int, kept: Kept | None) -> None:
         """Encode where groups are columns (axis=0): an item of W_q holds codes of one group."""
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
@@ -262,18 +289,19 @@ class Hqq:
         def pack(first: int, last: int) -> None:
             count = last - first
             x, stride = self._groups(view, first, last, work)
-            scales, zeros = self._solved(x, stride, first, count, updates, spec, sink, work)
-            packed = work.array("packed", count, item)
+            found = kept.part(first, last) if kept is not None else self._scratch(work, count)
+            scales, zeros = self._solved(x, stride, first, found, updates, spec, sink, work)
+            packed = work.array("packed", layout.packed_rows * count, item)
+            encode.code_columns(
+                x, size, scales, zeros, np.float32(self.top), self._shifts()[0], self.bits, layout.packed_rows, packed
+            )
+            if count == layout.groups:
+                sink.write("W_q", 0, packed)
+                return
             for row in range(layout.packed_rows):
-                packed[:] = 0
-                for part, shift in enumerate(self._shifts()):
-                    k = part * layout.packed_rows + row
-                    if k < size:
-                        weights = x[k * count : (k + 1) * count]
-                        encode.code_column(weights, scales, zeros, np.float32(self.top), shift, packed)
-                sink.write("W_q", row * layout.groups + first, packed)
+                sink.write("W_q", row * layout.groups + first, packed[row * count : (row + 1) * count])
 
-        self._sweep(work, layout.groups, 1, pack)
+        self._sweep(work, layout.groups, encode.LANES, pack)
 
     # --- decoding
 
@@ -286,31 +314,36 @@ class Hqq:
         Codes are the nearest by scale and zero before those are rounded to the compute dtype. The roundings, u each,
         add up to 4 u of (greatest code + |zero|) steps in what is decoded, and 2 u in the ends.
         """
-        groups, dtype, top = self.layout(spec).groups, self.dtype_of(spec).name, self.top
-        first, last = (start // self.group_size, -(-stop // self.group_size)) if self.axis == 1 else (0, groups)
-        scales, zeros = (casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero"))
-        reach, least = top + np.abs(zeros), grids.LEAST[dtype]
-        with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales: a NaN bounds nothing
-            half = scales * (0.5 + (6 * grids.ROUNDING[dtype] + grids.SMALL) * reach) + (reach + 1) * least + grids.TINY
-            ends = [(end - zeros) * scales for end in (np.float32(0), np.float32(top))]
-        arrays = [np.asarray(each, np.float32) for each in (*ends, half)]
-        if self.axis == 0:  # neighbours are of different groups
-            arrays = [np.take(each, np.arange(start, stop) % groups) for each in arrays]
-        low, high, halves = arrays
-        return Grid(self.group_size if self.axis == 1 else 1, low, high, halves)
+        groups, dtype = self.layout(spec).groups, self.dtype_of(spec).name
+        if self.axis == 1:
+            pieces = [(start // self.group_size, -(-stop // self.group_size))]
+        elif stop - start <= groups:
+            pieces = [(at % groups, (end - 1) % groups + 1) for at, end in self._pieces(groups, start, stop)]
+        else:
+            pieces = [(0, groups)]
+        scales, zeros = (
+            np.concatenate([kernel_input(stored.read(role, *piece), dtype).copy() for piece in pieces])
+            for role in ("scale", "zero")
+        )
+        low, high, half = (np.empty(scales.size, np.float32) for _ in range(3))
+        rounding, least = np.float32(6 * grids.ROUNDING[dtype] + grids.SMALL), np.float32(grids.LEAST[dtype])
+        decode.ends(scales, zeros, np.float32(self.top), rounding, least, np.float32(grids.TINY), low, high, half)
+        if self.axis == 0 and stop - start > groups:  # neighbours are of different groups
+            low, high, half = (np.take(each, np.arange(start, stop) % groups) for each in (low, high, half))
+        return Grid(self.group_size if self.axis == 1 else 1, low, high, half)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         layout, groups, dtype = self.layout(spec), self.layout(spec).groups, self.dtype_of(spec).name
 
         def read(first: int, last: int) -> list[np.ndarray]:
-            return [casts.to_float32(stored.read(role, first, last), dtype) for role in ("scale", "zero")]
+            return [kernel_input(stored.read(role, first, last), dtype) for role in ("scale", "zero")]
 
         if self.axis == 1:
             base = start // self.group_size
             held = read(base, -(-stop // self.group_size))
         else:
             base = 0
-            held = read(0, groups) if groups <= HELD else []
+            held = read(0, groups) if groups <= min(HELD, stop - start) else []
         for part in range(start // layout.run, -(-stop // layout.run)):
             begin, shift = part * layout.run, self._shifts()[part]
             for at, end in self._pieces(groups, max(start, begin), min(stop, begin + layout.run)):
@@ -318,12 +351,12 @@ class Hqq:
                 if self.axis == 1:
                     first, last = at // self.group_size - base, end // self.group_size - base
                     scales, zeros = (each[first:last] for each in held)
-                    decode.decode_rows(codes, shift, self.top, scales, zeros, dtype, values)
+                    decode.decode_rows(codes, shift, self.top, scales, zeros, values)
                 else:
                     first = at % groups
                     last = first + end - at
                     scales, zeros = (each[first:last] for each in held) if held else read(first, last)
-                    decode.decode_column(codes, shift, self.top, scales, zeros, dtype, values)
+                    decode.decode_column(codes, shift, self.top, scales, zeros, values)
 
     def _pieces(self, groups: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut a range of one part where its scales begin again from the first: with axis=0, at every row of groups."""

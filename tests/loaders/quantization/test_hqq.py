@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import threading
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+from numba import njit
+from numba.core import types
 
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.hqq import decode, encode
+from loaders.quantization.kernels.lanes import Array, Lanes, vector
 from loaders.quantization.schemes.hqq import Hqq
 from tests.encoding import MemoryView, random
 
 EDGES = [0.0, -0.0, 65503.9, 65519.99, 65520.0, 7e4, 3e38, np.inf, -np.inf, np.nan, 2.0**-14, 2.0**-24, 2.0**-25, 1e-40]
+
+
+@vector(types.void)
+def round_sixteen(lanes: Lanes, values: Array, at: Any, like: Array) -> None:
+    lanes.store(decode._rounded(lanes, lanes.load(values, at, 16), like), values, at)
+
+
+@njit
+def round_all(values, like):  # type: ignore[no-untyped-def]
+    for at in range(0, values.size // 16 * 16, 16):
+        round_sixteen(values, at, like)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -25,10 +40,11 @@ def test_values_round_to_the_compute_dtype_as_casts_do(dtype: str) -> None:
     narrow = rng.integers(0, 1 << 16, 50_000).astype(np.uint16).view(np.float16).astype(np.float32)
     narrow = narrow[np.isfinite(narrow)]
     beside = np.nextafter(narrow, np.float32(0))
-    values = np.concatenate([bits, narrow, beside, narrow * np.float32(1.5), np.array(EDGES, np.float32)])
+    values = np.concatenate([np.array(EDGES, np.float32), bits, narrow, beside, narrow * np.float32(1.5)])
+    values = values[: values.size // 16 * 16]
     wanted = casts.to_float32(casts.cast(values, "F32", dtype), dtype)
     found = values.copy()
-    decode._round(found, dtype)
+    round_all(found, np.zeros(1, {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}[dtype]))
     assert np.array_equal(found, wanted, equal_nan=True)
     numbers = ~np.isnan(wanted)
     assert np.array_equal(np.signbit(found[numbers]), np.signbit(wanted[numbers]))

@@ -10,7 +10,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import F32, I32, Array, Lanes, Value, half_value, kernel, vector
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, half_value, kernel, vector
 
 
 @kernel
@@ -29,19 +29,28 @@ def _integers(lanes: Lanes, raw: Value) -> Value:
     return lanes.b.zext(raw, ir.VectorType(I32, raw.type.count))
 
 
+def _half(lanes: Lanes, data: Array, at: Value, offset: int) -> Value:
+    """Return sixteen lanes of the float16 at byte `at` + `offset`, as float32.
+
+    A float16 converted alone would wait for the one before: it is put into a register that holds that one's result.
+    """
+    bits = lanes.b.bitcast(_load_bytes(lanes, data, at, offset, 2), I16)
+    return lanes.from_f16(lanes.splat(bits, 16))
+
+
 def _put_scaled(
     lanes: Lanes, codes: Value, scale: Value, low: Value | None, out: Array, to: Value, offset: int
 ) -> None:
-    """Store code * scale (+ low) for int32 codes, from weight `to` + `offset` on."""
-    count = codes.type.count
-    values = lanes.b.fmul(lanes.b.sitofp(codes, ir.VectorType(F32, count)), lanes.splat(scale, count))
-    values = values if low is None else lanes.b.fadd(values, lanes.splat(low, count))
+    """Store code * scale (+ low) for sixteen int32 codes, from weight `to` + `offset` on."""
+    values = lanes.b.fmul(lanes.b.sitofp(codes, scale.type), scale)
+    values = values if low is None else lanes.b.fadd(values, low)
     lanes.store(values, out, lanes.op("add", to, offset))
 
 
 @vector(types.void)
-def _eight(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
-    """Decode the 32 int8 codes of a block of Q8_0."""
+def _eight(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
+    """Decode a block of Q8_0."""
+    scale = _half(lanes, data, at, 0)
     for part in range(2):
         raw = _load_bytes(lanes, data, at, 2 + 16 * part, 16)
         codes = lanes.b.sext(raw, ir.VectorType(I32, 16))
@@ -66,29 +75,33 @@ def _with_fifth(lanes: Lanes, data: Array, at: Value, offset: int, halves: tuple
 
 
 @vector(types.void)
-def _four_centred(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+def _four_centred(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
     """Decode a block of Q4_0."""
+    scale = _half(lanes, data, at, 0)
     for part, codes in enumerate(_nibbles(lanes, data, at, 2)):
         _put_scaled(lanes, lanes.op("sub", codes, 8), scale, None, out, to, 16 * part)
 
 
 @vector(types.void)
-def _four_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value, out: Array, to: Value) -> None:
+def _four_offset(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
     """Decode a block of Q4_1."""
+    scale, low = _half(lanes, data, at, 0), _half(lanes, data, at, 2)
     for part, codes in enumerate(_nibbles(lanes, data, at, 4)):
         _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
 
 
 @vector(types.void)
-def _five_centred(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+def _five_centred(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
     """Decode a block of Q5_0."""
+    scale = _half(lanes, data, at, 0)
     for part, codes in enumerate(_with_fifth(lanes, data, at, 2, _nibbles(lanes, data, at, 6))):
         _put_scaled(lanes, lanes.op("sub", codes, 16), scale, None, out, to, 16 * part)
 
 
 @vector(types.void)
-def _five_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value, out: Array, to: Value) -> None:
+def _five_offset(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
     """Decode a block of Q5_1."""
+    scale, low = _half(lanes, data, at, 0), _half(lanes, data, at, 2)
     for part, codes in enumerate(_with_fifth(lanes, data, at, 4, _nibbles(lanes, data, at, 8))):
         _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
 
@@ -96,43 +109,94 @@ def _five_offset(lanes: Lanes, data: Array, at: Value, scale: Value, low: Value,
 @kernel
 def q8_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _eight(data, b * 34, half_at(data, b * 34), out, b * 32)
+        _eight(data, b * 34, out, b * 32)
 
 
 @kernel
 def q4_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _four_centred(data, b * 18, half_at(data, b * 18), out, b * 32)
+        _four_centred(data, b * 18, out, b * 32)
 
 
 @kernel
 def q4_1(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _four_offset(data, b * 20, half_at(data, b * 20), half_at(data, b * 20 + 2), out, b * 32)
+        _four_offset(data, b * 20, out, b * 32)
 
 
 @kernel
 def q5_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _five_centred(data, b * 22, half_at(data, b * 22), out, b * 32)
+        _five_centred(data, b * 22, out, b * 32)
 
 
 @kernel
 def q5_1(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 32):
-        _five_offset(data, b * 24, half_at(data, b * 24), half_at(data, b * 24 + 2), out, b * 32)
+        _five_offset(data, b * 24, out, b * 32)
+
+
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as in ggml
+
+
+@vector(types.void)
+def _four_floating(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
+    """Decode a block of MXFP4, whose scale is halved as codes are doubled: 2^(byte - 128).
+
+    Below 2^-126 that is a subnormal float32.
+    """
+    byte = lanes.b.zext(lanes.b.load(data.pointer(at, data.element), align=1), I32)
+    normal = lanes.op("shl", lanes.op("sub", byte, 1), 23)
+    small = lanes.b.shl(ir.Constant(I32, 0x200000), lanes.op("and_", byte, 1))
+    is_normal = lanes.b.icmp_signed(">", byte, ir.Constant(I32, 1))
+    scale = lanes.splat(lanes.b.bitcast(lanes.b.select(is_normal, normal, small), F32), 16)
+    for part, codes in enumerate(_nibbles(lanes, data, at, 1)):
+        lanes.store(lanes.b.fmul(lanes.lookup(E2M1, codes), scale), out, lanes.op("add", to, 16 * part))
 
 
 @kernel
 def mxfp4(data, out):  # type: ignore[no-untyped-def]
     """Decode MXFP4 by doubled codes and halved scales, as ggml. An exponent byte of 255 is 2^128 there, and not NaN."""
-    table = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
     for b in range(out.size // 32):
-        scale = np.float32(2.0 ** (np.float64(data[b * 17]) - 128.0))
-        for j in range(16):
-            byte = data[b * 17 + 1 + j]
-            out[b * 32 + j] = table[byte & 15] * scale
-            out[b * 32 + 16 + j] = table[byte >> 4] * scale
+        _four_floating(data, b * 17, out, b * 32)
+
+
+def _field(lanes: Lanes, data: Array, at: Value, shift: Value, mask: int) -> Value:
+    """Return some bits, from bit `shift` on, of each of sixteen bytes, as int32 lanes."""
+    raw = _integers(lanes, lanes.load(data, at, 16))
+    return lanes.op("and_", lanes.b.lshr(raw, lanes.splat(lanes.b.trunc(shift, I32), 16)), mask)
+
+
+def _put_group(lanes: Lanes, codes: Value, scale: Value, low: Value | None, out: Array, to: Value) -> None:
+    """Store code * scale (- low) for sixteen int32 codes, from weight `to` on."""
+    values = lanes.b.fmul(lanes.b.sitofp(codes, ir.VectorType(F32, 16)), lanes.splat(scale, 16))
+    lanes.store(values if low is None else lanes.b.fsub(values, lanes.splat(low, 16)), out, to)
+
+
+@vector(types.void)
+def _two(lanes: Lanes, data: Array, at: Value, shift: Value, scale: Value, low: Value, out: Array, to: Value) -> None:
+    """Decode a sub-block of Q2_K, whose two bits of each code begin at bit `shift` of bytes from `at` on."""
+    _put_group(lanes, _field(lanes, data, at, shift, 3), scale, low, out, to)
+
+
+@vector(types.void)
+def _three(
+    lanes: Lanes, data: Array, at: Value, shift: Value, high: Value, bit: Value, scale: Value, out: Array, to: Value
+) -> None:
+    """Decode a sub-block of Q3_K: as `_two`, and a third bit of each code at `bit` of bytes from `high` on."""
+    top = lanes.op("shl", _field(lanes, data, high, bit, 1), 2)
+    codes = lanes.op("sub", lanes.b.or_(_field(lanes, data, at, shift, 3), top), 4)
+    _put_group(lanes, codes, scale, None, out, to)
+
+
+@vector(types.void)
+def _six(
+    lanes: Lanes, data: Array, at: Value, shift: Value, high: Value, place: Value, scale: Value, out: Array, to: Value
+) -> None:
+    """Decode a sub-block of Q6_K: four low bits of each code from `at` on, two high ones from `high` on."""
+    top = lanes.op("shl", _field(lanes, data, high, place, 3), 4)
+    codes = lanes.op("sub", lanes.b.or_(_field(lanes, data, at, shift, 15), top), 32)
+    _put_group(lanes, codes, scale, None, out, to)
 
 
 @kernel
@@ -143,10 +207,8 @@ def q2_k(data, out):  # type: ignore[no-untyped-def]
         for j in range(16):
             both = data[at + j]
             scale, low = d * np.float32(both & 15), dmin * np.float32(both >> 4)
-            start, shift = at + 16 + (j // 8) * 32 + (j % 2) * 16, np.uint8(2 * (j // 2 % 4))
-            for i in range(16):
-                code = (data[start + i] >> shift) & np.uint8(3)
-                out[to + 16 * j + i] = scale * np.float32(code) - low
+            start = at + 16 + (j // 8) * 32 + (j % 2) * 16
+            _two(data, start, 2 * (j // 2 % 4), scale, low, out, to + 16 * j)
 
 
 @kernel
@@ -158,11 +220,8 @@ def q3_k(data, out):  # type: ignore[no-untyped-def]
             nibble = (data[at + 96 + j % 8] >> np.uint8(4 * (j // 8))) & np.uint8(15)
             top = (data[at + 104 + j % 4] >> np.uint8(2 * (j // 4))) & np.uint8(3)
             scale = d * np.float32(np.int32(nibble) + 16 * np.int32(top) - 32)
-            start, shift = at + 32 + (j // 8) * 32 + (j % 2) * 16, np.uint8(2 * (j // 2 % 4))
-            for i in range(16):
-                code = np.int32((data[start + i] >> shift) & np.uint8(3))
-                high = np.int32((data[at + (j % 2) * 16 + i] >> np.uint8(j // 2)) & np.uint8(1))
-                out[to + 16 * j + i] = scale * np.float32(code + 4 * high - 4)
+            start = at + 32 + (j // 8) * 32 + (j % 2) * 16
+            _three(data, start, 2 * (j // 2 % 4), at + (j % 2) * 16, j // 2, scale, out, to + 16 * j)
 
 
 @kernel
@@ -234,13 +293,9 @@ def q6_k(data, out):  # type: ignore[no-untyped-def]
         for j in range(16):
             scale = d * np.float32(np.int8(data[at + 192 + j]))
             half, place = j // 8, j % 8  # of 128 weights: places 0 to 3 are low nibbles, 4 to 7 high ones
-            low_at = at + 64 * half + 16 * (place % 4)
-            high_at = at + 128 + 32 * half + 16 * (place % 2)
-            low_shift, high_shift = np.uint8(4 * (place // 4)), np.uint8(2 * (place // 2))
-            for i in range(16):
-                low = np.int32((data[low_at + i] >> low_shift) & np.uint8(15))
-                high = np.int32((data[high_at + i] >> high_shift) & np.uint8(3))
-                out[to + 16 * j + i] = scale * np.float32(low + 16 * high - 32)
+            low = at + 64 * half + 16 * (place % 4)
+            high = at + 128 + 32 * half + 16 * (place % 2)
+            _six(data, low, 4 * (place // 4), high, 2 * (place // 2), scale, out, to + 16 * j)
 
 
 @kernel
@@ -259,8 +314,9 @@ def tq1_0(data, out):  # type: ignore[no-untyped-def]
 
 
 @vector(types.void)
-def _four_trits(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, to: Value) -> None:
+def _four_trits(lanes: Lanes, data: Array, at: Value, scale_at: Value, out: Array, to: Value) -> None:
     """Decode 128 weights of TQ2_0 from 32 bytes: the four codes of a byte belong to weights 32 apart."""
+    scale = _half(lanes, data, scale_at, 0)
     for part in range(2):
         raw = _integers(lanes, _load_bytes(lanes, data, at, 16 * part, 16))
         for n in range(4):
@@ -272,9 +328,8 @@ def _four_trits(lanes: Lanes, data: Array, at: Value, scale: Value, out: Array, 
 def tq2_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
         at, to = b * 66, b * 256
-        d = half_at(data, at + 64)
         for half in range(2):
-            _four_trits(data, at + 32 * half, d, out, to + 128 * half)
+            _four_trits(data, at + 32 * half, at + 64, out, to + 128 * half)
 
 
 DECODERS = {

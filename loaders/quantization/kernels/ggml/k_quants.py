@@ -22,11 +22,23 @@ from numba.core import types
 
 from loaders.quantization.kernels.ggml import search
 from loaders.quantization.kernels.ggml import search_line as line
-from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, half_bits, half_value, kernel, transpose, vector
+from loaders.quantization.kernels.lanes import (
+    I8,
+    Array,
+    Lanes,
+    Value,
+    aligned_floats,
+    half_bits,
+    half_value,
+    kernel,
+    transpose,
+    vector,
+)
 
 SUPER = 256  # weights in a super-block
 PART = 64  # super-blocks widened to float32 at once: 64 KiB, which stay in the cache until they are searched
 LANES = search.LANES
+EIGHTHS, SIXTEENTHS = LANES // 8, LANES // 16  # super-blocks that fill the lanes, by the number of their sub-blocks
 F = np.float32
 NOTHING = np.float32(search.NOTHING)
 
@@ -54,14 +66,16 @@ def _nearest(value):  # type: ignore[no-untyped-def]
 @kernel
 def _spread(x, start, n, xt):  # type: ignore[no-untyped-def]
     """Write LANES sub-blocks of n weights from `start` on into xt (n, LANES), a lane each; zeros beyond x's end."""
-    whole = min(LANES, (x.size - start) // n)
-    for i in range(0, n, 16):
-        if whole == LANES:
-            transpose(x, start + i, n, xt, i * LANES)
-            continue
-        for lane in range(LANES):
-            for j in range(i, i + 16):
-                xt[j * LANES + lane] = x[start + lane * n + j] if lane < whole else np.float32(0)
+    for first in range(0, LANES, 16):
+        at = start + first * n
+        whole = (x.size - at) // n
+        for i in range(0, n, 16):
+            if whole >= 16:
+                transpose(x, at + i, n, xt, i * LANES + first, LANES)
+                continue
+            for lane in range(16):
+                for j in range(i, i + 16):
+                    xt[j * LANES + first + lane] = x[at + lane * n + j] if lane < whole else np.float32(0)
 
 
 @vector(types.void)
@@ -70,12 +84,13 @@ def _order(lanes: Lanes, small: Array, n: Value, codes: Array) -> None:
     row = ir.Constant(n.type, LANES)
 
     def turn(at: Value) -> list[Value]:
-        rows = [lanes.load(small, lanes.b.mul(lanes.op("add", at, i), row), LANES) for i in range(LANES)]
-        for lane, found in enumerate(lanes.transposed(rows)):
-            lanes.store(found, codes, lanes.b.add(lanes.op("mul", n, lane), at))
+        for first in range(0, LANES, 16):
+            places = [lanes.op("add", lanes.b.mul(lanes.op("add", at, i), row), first) for i in range(16)]
+            for lane, found in enumerate(lanes.transposed([lanes.load(small, place, 16) for place in places])):
+                lanes.store(found, codes, lanes.b.add(lanes.op("mul", n, first + lane), at))
         return []
 
-    lanes.fold(ir.Constant(n.type, 0), n, LANES, [], turn)
+    lanes.fold(ir.Constant(n.type, 0), n, 16, [], turn)
 
 
 @vector(types.void)
@@ -147,15 +162,15 @@ def _scales_of_6_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-
 
 @kernel
 def _q4_k(x, out):  # type: ignore[no-untyped-def]
-    """Encode Q4_K, 144 bytes a super-block; two super-blocks fill the lanes. x: float32."""
-    xt, weights, codes = np.empty(32 * LANES, F), np.empty(32 * LANES, F), np.empty(32 * LANES, F)
-    scales, lows = np.empty(LANES, F), np.empty(LANES, F)
+    """Encode Q4_K, 144 bytes a super-block. x: float32."""
+    xt, weights, codes = aligned_floats(32 * LANES), aligned_floats(32 * LANES), aligned_floats(32 * LANES)
+    scales, lows = aligned_floats(LANES), aligned_floats(LANES)
     small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
     count = x.size // SUPER
-    for first in range(0, count, 2):
+    for first in range(0, count, EIGHTHS):
         _spread(x, first * SUPER, 32, xt)
         line.search_q4(xt, weights, codes, scales, lows)
-        here = min(2, count - first)
+        here = min(EIGHTHS, count - first)
         for s in range(here):
             _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 144)
         search.finish_q4(xt, codes, scales, lows, small)
@@ -167,15 +182,15 @@ def _q4_k(x, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _q5_k(x, out):  # type: ignore[no-untyped-def]
-    """Encode Q5_K, 176 bytes a super-block; two super-blocks fill the lanes. x: float32."""
-    xt, weights, codes = np.empty(32 * LANES, F), np.empty(32 * LANES, F), np.empty(32 * LANES, F)
-    scales, lows = np.empty(LANES, F), np.empty(LANES, F)
+    """Encode Q5_K, 176 bytes a super-block. x: float32."""
+    xt, weights, codes = aligned_floats(32 * LANES), aligned_floats(32 * LANES), aligned_floats(32 * LANES)
+    scales, lows = aligned_floats(LANES), aligned_floats(LANES)
     small, ordered = np.empty(32 * LANES, np.uint8), np.empty(32 * LANES, np.uint8)
     count = x.size // SUPER
-    for first in range(0, count, 2):
+    for first in range(0, count, EIGHTHS):
         _spread(x, first * SUPER, 32, xt)
         line.search_q5(xt, weights, codes, scales, lows)
-        here = min(2, count - first)
+        here = min(EIGHTHS, count - first)
         for s in range(here):
             _scales_of_6_bits(scales, lows, s * 8, out, (first + s) * 176)
         search.finish_q5(xt, codes, scales, lows, small)
@@ -188,52 +203,62 @@ def _q5_k(x, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _scales_of_4_bits(scales, lows, out, at):  # type: ignore[no-untyped-def]
-    """Store d, dmin and the scales of one super-block of Q2_K at `at`; scales and lows become what was stored."""
+def _scales_of_4_bits(scales, lows, first, out, at):  # type: ignore[no-untyped-def]
+    """Store d, dmin and the scales of one super-block of Q2_K at `at`.
+
+    Its sub-blocks are sixteen from `first` on. scales and lows become what was stored.
+    """
     top, under = np.float32(0), np.float32(0)
-    for j in range(16):
-        top = max(top, scales[j])
-        under = max(under, np.float32(-lows[j]))
+    for k in range(first, first + 16):
+        top = max(top, scales[k])
+        under = max(under, np.float32(-lows[k]))
     d = put_half(out, at + 80, top / np.float32(15) if top > 0 else np.float32(0))
     dmin = put_half(out, at + 82, under / np.float32(15) if under > 0 else np.float32(0))
     for j in range(16):
-        both = np.int32(0)
+        k, both = first + j, np.int32(0)
         if top > 0:
-            both = _nearest(np.float32(15) / top * scales[j]) & np.int32(255)
+            both = _nearest(np.float32(15) / top * scales[k]) & np.int32(255)
         if under > 0:
-            low = np.float32(15) / under * np.float32(-lows[j])
+            low = np.float32(15) / under * np.float32(-lows[k])
             both |= (_nearest(low) << np.int32(4)) & np.int32(255)
         out[at + j] = np.uint8(both)
-        scales[j], lows[j] = d * np.float32(both & 15), dmin * np.float32(both >> 4)
+        scales[k], lows[k] = d * np.float32(both & 15), dmin * np.float32(both >> 4)
 
 
 @kernel
-def quarters(codes, out, at, shift):  # type: ignore[no-untyped-def]
-    """Store two bits, from `shift` on, of 256 codes: byte l of a half holds its weights l, l + 32, l + 64, l + 96."""
+def quarters(codes, first, out, at, shift):  # type: ignore[no-untyped-def]
+    """Store two bits, from `shift` on, of 256 codes from `first` on.
+
+    Byte l of a half holds its weights l, l + 32, l + 64, l + 96.
+    """
     for half in range(2):
-        _merge(codes, 128 * half, 32, shift, 2, 4, out, at + 32 * half)
+        _merge(codes, first + 128 * half, 32, shift, 2, 4, out, at + 32 * half)
 
 
 @kernel
 def _q2_k(x, out):  # type: ignore[no-untyped-def]
     """Encode Q2_K, 84 bytes a super-block. x: float32."""
-    xt, weights, codes = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.empty(16 * LANES, F)
-    scales, lows = np.empty(LANES, F), np.empty(LANES, F)
-    small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
-    for block in range(x.size // SUPER):
-        _spread(x, block * SUPER, 16, xt)
+    xt, weights, codes = aligned_floats(16 * LANES), aligned_floats(16 * LANES), aligned_floats(16 * LANES)
+    scales, lows = aligned_floats(LANES), aligned_floats(LANES)
+    small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
+    count = x.size // SUPER
+    for first in range(0, count, SIXTEENTHS):
+        _spread(x, first * SUPER, 16, xt)
         line.search_q2(xt, weights, codes, scales, lows)
-        _scales_of_4_bits(scales, lows, out, block * 84)
+        here = min(SIXTEENTHS, count - first)
+        for s in range(here):
+            _scales_of_4_bits(scales, lows, s * 16, out, (first + s) * 84)
         search.finish_q2(xt, codes, scales, lows, small)
         _order(small, 16, ordered)
-        quarters(ordered, out, block * 84 + 16, 0)
+        for s in range(here):
+            quarters(ordered, s * SUPER, out, (first + s) * 84 + 16, 0)
 
 
 @kernel
-def _largest_scale(scales):  # type: ignore[no-untyped-def]
-    """Return the scale of greatest magnitude among sixteen, the first of equals, with its sign."""
+def _largest_scale(scales, first):  # type: ignore[no-untyped-def]
+    """Return the scale of greatest magnitude among sixteen from `first` on, the first of equals, with its sign."""
     found, size = np.float32(0), np.float32(0)
-    for k in range(16):
+    for k in range(first, first + 16):
         scale = scales[k]
         if abs(scale) > size:
             found, size = scale, abs(scale)
@@ -241,63 +266,91 @@ def _largest_scale(scales):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _scales_of_q3(scales, first, out, at):  # type: ignore[no-untyped-def]
+    """Store d and the scales of 6 bits of one super-block of Q3_K at `at`; the scales become what was stored.
+
+    Its sub-blocks are sixteen from `first` on.
+    """
+    top = _largest_scale(scales, first)
+    inverse = np.float32(-32) / top if top != 0 else np.float32(0)
+    d = put_half(out, at + 108, np.float32(1) / inverse if top != 0 else np.float32(0))
+    out[at + 96 : at + 108] = 0
+    for j in range(16):
+        scale = np.int32(0)
+        if top != 0:
+            scale = np.int32(np.int8(_nearest(inverse * scales[first + j])))
+            scale = max(np.int32(-32), min(np.int32(31), scale)) + np.int32(32)
+        out[at + 96 + j % 8] |= np.uint8((scale & 15) << (4 * (j // 8)))
+        out[at + 104 + j % 4] |= np.uint8((scale >> 4) << (2 * (j // 4)))
+        scales[first + j] = d * np.float32(scale - 32)
+
+
+@kernel
 def _q3_k(x, out):  # type: ignore[no-untyped-def]
     """Encode Q3_K, 110 bytes a super-block. x: float32."""
-    xt, codes, lows = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.zeros(LANES, F)
-    state, scales = np.empty(3 * LANES, F), np.empty(LANES, F)
-    small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
-    for block in range(x.size // SUPER):
-        _spread(x, block * SUPER, 16, xt)
+    xt, codes, lows = aligned_floats(16 * LANES), aligned_floats(16 * LANES), np.zeros(LANES, F)
+    state, scales = aligned_floats(3 * LANES), aligned_floats(LANES)
+    small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
+    count = x.size // SUPER
+    for first in range(0, count, SIXTEENTHS):
+        _spread(x, first * SUPER, 16, xt)
         search.begin_q3(xt, codes, state)
         for _ in range(5):  # make_q3_quants goes over the weights at most five times
             if search.improve_q3(xt, codes, state) == 0:
                 break
         search.end_q3(codes, state, scales)
-        at = block * 110
-        top = _largest_scale(scales)
-        inverse = np.float32(-32) / top if top != 0 else np.float32(0)
-        d = put_half(out, at + 108, np.float32(1) / inverse if top != 0 else np.float32(0))
-        out[at + 96 : at + 108] = 0
-        for j in range(16):
-            scale = np.int32(0)
-            if top != 0:
-                scale = np.int32(np.int8(_nearest(inverse * scales[j])))
-                scale = max(np.int32(-32), min(np.int32(31), scale)) + np.int32(32)
-            out[at + 96 + j % 8] |= np.uint8((scale & 15) << (4 * (j // 8)))
-            out[at + 104 + j % 4] |= np.uint8((scale >> 4) << (2 * (j // 4)))
-            scales[j] = d * np.float32(scale - 32)
+        here = min(SIXTEENTHS, count - first)
+        for s in range(here):
+            _scales_of_q3(scales, s * 16, out, (first + s) * 110)
         search.finish_q3(xt, codes, scales, lows, small)
         _order(small, 16, ordered)
-        _merge(ordered, 0, 32, 2, 1, 8, out, at)
-        quarters(ordered, out, at + 32, 0)
+        for s in range(here):
+            at = (first + s) * 110
+            _merge(ordered, s * SUPER, 32, 2, 1, 8, out, at)
+            quarters(ordered, s * SUPER, out, at + 32, 0)
+
+
+@kernel
+def _scales_of_q6(scales, first, out, at):  # type: ignore[no-untyped-def]
+    """Store d and the int8 scales of one super-block of Q6_K at `at`; return whether it is nothing but zeros.
+
+    Its sub-blocks are sixteen from `first` on. The scales become what was stored.
+    """
+    top = _largest_scale(scales, first)
+    is_nothing = abs(top) < NOTHING
+    inverse = np.float32(0) if is_nothing else np.float32(-128) / top
+    d = put_half(out, at + 208, np.float32(0) if is_nothing else np.float32(1) / inverse)
+    for j in range(16):
+        scale = min(np.int32(127), _nearest(inverse * scales[first + j]))
+        out[at + 192 + j] = np.uint8(scale & 255)
+        scales[first + j] = d * np.float32(np.int8(scale))
+    return is_nothing
 
 
 @kernel
 def _q6_k(x, out):  # type: ignore[no-untyped-def]
     """Encode Q6_K, 210 bytes a super-block. x: float32."""
-    xt, codes, lows = np.empty(16 * LANES, F), np.empty(16 * LANES, F), np.zeros(LANES, F)
-    scales = np.empty(LANES, F)
-    small, ordered = np.empty(SUPER, np.uint8), np.empty(SUPER, np.uint8)
-    for block in range(x.size // SUPER):
-        _spread(x, block * SUPER, 16, xt)
-        search.search_q6(xt, codes, scales)
-        at = block * 210
-        top = _largest_scale(scales)
-        is_nothing = abs(top) < NOTHING
-        inverse = np.float32(0) if is_nothing else np.float32(-128) / top
-        d = put_half(out, at + 208, np.float32(0) if is_nothing else np.float32(1) / inverse)
-        for j in range(16):
-            scale = min(np.int32(127), _nearest(inverse * scales[j]))
-            out[at + 192 + j] = np.uint8(scale & 255)
-            scales[j] = d * np.float32(np.int8(scale))
+    xt, codes, lows = aligned_floats(16 * LANES), aligned_floats(16 * LANES), np.zeros(LANES, F)
+    terms = aligned_floats(32 * LANES)
+    scales, are_nothing = aligned_floats(LANES), np.empty(SIXTEENTHS, np.bool_)
+    small, ordered = np.empty(16 * LANES, np.uint8), np.empty(16 * LANES, np.uint8)
+    count = x.size // SUPER
+    for first in range(0, count, SIXTEENTHS):
+        _spread(x, first * SUPER, 16, xt)
+        search.search_q6(xt, terms, codes, scales)
+        here = min(SIXTEENTHS, count - first)
+        for s in range(here):
+            are_nothing[s] = _scales_of_q6(scales, s * 16, out, (first + s) * 210)
         search.finish_q6(xt, codes, scales, lows, small)
-        if is_nothing:
-            out[at : at + 192] = 0
-            continue
         _order(small, 16, ordered)
-        for part in range(4):  # each half of the weights fills bytes 0 to 31 and 32 to 63 of its low nibbles
-            _merge(ordered, part // 2 * 128 + part % 2 * 32, 64, 0, 4, 2, out, at + 32 * part)
-        quarters(ordered, out, at + 128, 4)
+        for s in range(here):
+            at = (first + s) * 210
+            if are_nothing[s]:
+                out[at : at + 192] = 0
+                continue
+            for part in range(4):  # each half of the weights fills bytes 0 to 31 and 32 to 63 of its low nibbles
+                _merge(ordered, s * SUPER + part // 2 * 128 + part % 2 * 32, 64, 0, 4, 2, out, at + 32 * part)
+            quarters(ordered, s * SUPER, out, at + 128, 4)
 
 
 def _of_floats(encode: Callable[[np.ndarray, np.ndarray], None], size: int) -> Callable[[np.ndarray, np.ndarray], None]:

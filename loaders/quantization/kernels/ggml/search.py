@@ -1,10 +1,11 @@
 """The searches for scales of ggml's K-quants: what all share, and those of Q3_K and Q6_K.
 
 ggml finds the scale (and least value) of each sub-block by trying some, and adds its sums weight by weight, so that one
-sub-block cannot be spread over vector lanes without changing bytes. Instead, sixteen sub-blocks stand side by side, a
+sub-block cannot be spread over vector lanes without changing bytes. Instead, LANES sub-blocks stand side by side, a
 lane each: every lane does exactly what the C code does, in float32 and in its order. Arrays hold a row of lanes for
 each weight of a sub-block: (n, LANES) flat, n = 16 or 32. AVX2 has registers for sixteen lanes: with more, or with the
-loop over weights unrolled, sums go through memory and compiling takes seconds.
+loop over weights unrolled, sums go through memory and compiling takes seconds. AVX-512 has registers for sixty-four,
+which are four vectors there: while the sum of one waits for its last addition, the others' go on.
 
 Source: llama.cpp, ggml/src/ggml-quants.c: make_q3_quants, make_qx_quants (Q6_K).
 """
@@ -17,9 +18,9 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, vector
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, host_has, vector
 
-LANES = 16  # sub-blocks side by side
+LANES = 64 if host_has("avx512f") else 16  # sub-blocks side by side
 TOP, SUM_LX, SUM_L2 = range(3)  # rows of the state of Q3_K's search
 NOTHING = 1e-15  # ggml's GROUP_MAX_EPS: a sub-block whose magnitudes are all below it is zero (Q3_K, Q6_K)
 MAGIC = 12582912.0  # 1.5 * 2^23, as in ggml's nearest_int: adding it leaves the nearest integer in the low bits
@@ -91,18 +92,47 @@ def _add_fit(lanes: Lanes, v: Value, code: Value, sums: tuple[Value, Value]) -> 
     return [lanes.b.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
 
 
-def _fit_q6(lanes: Lanes, x: Array, step: Value) -> list[Value]:
-    """Return the sums of `_add_fit` over a sub-block, with codes from -32 to 31 by 1 / scale = `step`."""
+def nearest_of(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
+    """Return `nearest_int` of values below 2^22, clamped, in fewer operations. NaN becomes the lowest."""
+    nearest, least, most = lanes.call(f"llvm.rint.v{LANES}f32", KIND, v), in_all(lanes, lowest), in_all(lanes, highest)
+    above = lanes.larger(nearest, least)
+    return lanes.b.select(is_less(lanes, above, most), above, most)
 
-    def add(at: Value, *sums: Value) -> list[Value]:
-        v = lanes.load(x, at, LANES)
-        return _add_fit(lanes, v, nearest_int(lanes, lanes.b.fmul(step, v), -32, 31), sums)
 
-    return over_rows(lanes, range(16), [in_all(lanes, 0)] * 2, add)
+class _Fit:
+    """Fits of a scale to sub-blocks of Q6_K, by codes from -32 to 31. `terms`: memory for x^2 and x^2 * x, a row each.
+
+    With a NaN or an infinity among the weights, the scale becomes NaN whatever the codes are.
+    """
+
+    def __init__(self, lanes: Lanes, x: Array, terms: Array) -> None:
+        self.lanes = lanes
+        self._arrays = x, terms
+
+        def put(at: Value) -> list[Value]:
+            v = lanes.load(x, at, LANES)
+            w = lanes.b.fmul(v, v)
+            lanes.store(w, terms, lanes.op("mul", at, 2))
+            lanes.store(lanes.b.fmul(w, v), terms, lanes.op("add", lanes.op("mul", at, 2), LANES))
+            return []
+
+        over_rows(lanes, range(16), [], put)
+
+    def sums(self, step: Value) -> list[Value]:
+        """Return the sums of x^2 * x * code and of x^2 * code * code, multiplied in ggml's order; step: 1 / scale."""
+        lanes, b, (x, terms) = self.lanes, self.lanes.b, self._arrays
+
+        def add(at: Value, sum_lx: Value, sum_l2: Value) -> list[Value]:
+            twice = lanes.op("mul", at, 2)
+            w, wv = lanes.load(terms, twice, LANES), lanes.load(terms, lanes.op("add", twice, LANES), LANES)
+            code = nearest_of(lanes, b.fmul(step, lanes.load(x, at, LANES)), -32, 31)
+            return [b.fadd(sum_lx, b.fmul(wv, code)), b.fadd(sum_l2, b.fmul(b.fmul(w, code), code))]
+
+        return over_rows(lanes, range(16), [in_all(lanes, 0)] * 2, add)
 
 
 @vector(types.void)
-def search_q6(lanes: Lanes, x: Array, codes: Array, scales: Array) -> None:
+def search_q6(lanes: Lanes, x: Array, terms: Array, codes: Array, scales: Array) -> None:
     """Search as make_qx_quants(16, 32, rmse_type 1): the first scale takes the greatest weight to -32.
 
     Eighteen others take it to -32 - 0.1 * k, k from -9 to 9 without 0; the best fit by weighted least squares is kept.
@@ -110,24 +140,24 @@ def search_q6(lanes: Lanes, x: Array, codes: Array, scales: Array) -> None:
     """
     b, zero, number = lanes.b, in_all(lanes, 0), ir.IntType(64)
     top, size = _extreme(lanes, x, 16)
-    step = b.fdiv(in_all(lanes, -32), top)
-    sum_lx, sum_l2 = _fit_q6(lanes, x, step)
+    step, fit = b.fdiv(in_all(lanes, -32), top), _Fit(lanes, x, terms)
+    sum_lx, sum_l2 = fit.sums(step)
     scale = b.select(b.fcmp_unordered("!=", sum_l2, zero), b.fdiv(sum_lx, sum_l2), zero)
 
     def improve(index: Value, *best: Value) -> list[Value]:
         """Try one more step. `best` is a scale, the measure of its fit (scale * sum_lx), and 1 / scale for codes."""
-        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(index, F32), TENTH), 32)
+        k = b.sub(lanes.op("sub", index, 9), b.sext(b.icmp_signed(">=", index, ir.Constant(number, 9)), number))
+        reach = lanes.op("fadd", lanes.op("fmul", b.sitofp(k, F32), TENTH), 32)
         step = b.fdiv(lanes.splat(b.fneg(reach), LANES), top)
-        sum_lx, sum_l2 = _fit_q6(lanes, x, step)
+        sum_lx, sum_l2 = fit.sums(step)
         exceeds = is_less(lanes, b.fmul(best[1], sum_l2), b.fmul(sum_lx, sum_lx))
-        is_other = lanes.splat(b.icmp_signed("!=", index, ir.Constant(number, 0)), LANES)
-        is_better = b.and_(b.and_(is_less(lanes, zero, sum_l2), exceeds), is_other)
+        is_better = b.and_(is_less(lanes, zero, sum_l2), exceeds)
         scale = b.fdiv(sum_lx, sum_l2)
         tried = (scale, b.fmul(scale, sum_lx), step)
         return [b.select(is_better, new, old) for new, old in zip(tried, best, strict=True)]
 
     begun = [scale, b.fmul(scale, sum_lx), step]
-    scale, _, step = lanes.fold(ir.Constant(number, -9), ir.Constant(number, 10), 1, begun, improve)
+    scale, _, step = lanes.fold(ir.Constant(number, 0), ir.Constant(number, 18), 1, begun, improve)
     is_nothing = is_less(lanes, size, in_all(lanes, NOTHING))
 
     def put(at: Value) -> list[Value]:

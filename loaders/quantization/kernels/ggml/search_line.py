@@ -1,4 +1,4 @@
-"""The search for a scale and a least value of Q2_K, Q4_K and Q5_K: make_qkx2_quants, for sixteen sub-blocks at once.
+"""The search for a scale and a least value of Q2_K, Q4_K and Q5_K: make_qkx2_quants, for LANES sub-blocks at once.
 
 For why and how sub-blocks stand side by side, see kernels/ggml/search.py.
 
@@ -15,10 +15,10 @@ from numba.core import types
 from loaders.quantization.kernels.ggml.search import (
     KIND,
     LANES,
-    MAGIC,
     TENTH,
     in_all,
     is_less,
+    nearest_of,
     over_rows,
     place_of,
     put_row,
@@ -26,20 +26,10 @@ from loaders.quantization.kernels.ggml.search import (
 from loaders.quantization.kernels.lanes import F32, Array, Lanes, Value, vector
 
 
-def _steps(lanes: Lanes, v: Value, top: int) -> Value:
-    """Return `nearest_int` clamped to [0, top], in fewer operations. NaN becomes 0.
-
-    It clamps while MAGIC is still added, as floats: that gives ggml's result for values that are finite and small.
-    """
-    raised, least, most = lanes.op("fadd", v, MAGIC), lanes.const(v.type, MAGIC), lanes.const(v.type, MAGIC + top)
-    raised = lanes.b.select(is_less(lanes, least, raised), raised, least)
-    return lanes.op("fsub", lanes.b.select(is_less(lanes, raised, most), raised, most), MAGIC)
-
-
 def _finite(lanes: Lanes, step: Value) -> Value:
     """Replace an infinite step by 0. A sub-block is then so narrow that all of ggml's codes come out as 0.
 
-    In ggml the bits of an infinity come out of nearest_int as -2^22, which is clamped to 0; `_steps` would give `top`.
+    In ggml the bits of an infinity come out of nearest_int as -2^22, which is clamped to 0; here they would give `top`.
     """
     endless = lanes.b.fcmp_ordered("==", lanes.absolute(step), in_all(lanes, math.inf))
     return lanes.b.select(endless, in_all(lanes, 0), step)
@@ -138,7 +128,7 @@ class _Line:
 
         def put(at: Value) -> list[Value]:
             steps = b.fmul(step, b.fsub(lanes.load(x, at, LANES), low))
-            lanes.store(_steps(lanes, steps, self._top), codes, at)
+            lanes.store(nearest_of(lanes, steps, 0, self._top), codes, at)
             return []
 
         over_rows(lanes, range(self._n), [], put)

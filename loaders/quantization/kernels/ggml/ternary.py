@@ -62,7 +62,7 @@ def encode_tq2_0(x, out):  # type: ignore[no-untyped-def]
     for block in range(x.size // SUPER):
         at = block * 66
         _begin_ternary(x, block, out, at + 64, codes)
-        quarters(codes, out, at, 0)
+        quarters(codes, 0, out, at, 0)
 
 
 @kernel

@@ -7,90 +7,114 @@ encoder, which this checks.
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
+from numba.core import types
 
-from loaders.quantization.kernels.lanes import kernel
+from loaders.quantization.kernels.compare import float_at
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+
+STEP = 16  # values decoded at once, and half as many where groups are no multiple of it
+
+
+def _rounded(lanes: Lanes, values: Value, like: Array) -> Value:
+    """Round float32 lanes to the dtype of an array, nearest even, and keep them as float32; a NaN stays a NaN."""
+    if like.holds == types.float32:
+        return values
+    if like.holds == types.int16:
+        return lanes.rounded_to_f16(values)
+    bits = lanes.b.bitcast(values, ir.VectorType(I32, values.type.count))
+    odd = lanes.op("and_", lanes.op("lshr", bits, 16), 1)
+    rounded = lanes.op("and_", lanes.b.add(lanes.op("add", bits, 0x7FFF), odd), -65536)
+    is_nan = lanes.b.fcmp_unordered("uno", values, values)
+    return lanes.b.select(is_nan, values, lanes.b.bitcast(rounded, values.type))
+
+
+def _decode(
+    lanes: Lanes, codes: Array, at: Value, shift: Value, mask: Value, scale: Value, zero: Value, like: Array, out: Array
+) -> None:
+    """Decode as many codes as `scale` and `zero` have lanes, in the arithmetic of the dtype of `like`."""
+    count = scale.type.count
+    raw = lanes.load(codes, at, count)
+    wide = lanes.b.zext(raw, ir.VectorType(I32, count)) if codes.element == I8 else raw
+    taken = lanes.b.and_(lanes.b.lshr(wide, lanes.splat(shift, count)), lanes.splat(mask, count))
+    offsets = _rounded(lanes, lanes.b.fsub(lanes.b.sitofp(taken, ir.VectorType(F32, count)), zero), like)
+    lanes.store(_rounded(lanes, lanes.b.fmul(offsets, scale), like), out, at)
+
+
+@vector(types.void)
+def _group(
+    lanes: Lanes, codes: Array, start: Value, stop: Value, shift: Value, mask: Value, scales: Array, zeros: Array,
+    g: Value, out: Array,
+) -> None:  # fmt: skip
+    """Decode group g, of a multiple of STEP / 2 values."""
+    half = STEP // 2
+    whole = lanes.b.add(start, lanes.op("and_", lanes.b.sub(stop, start), -STEP))
+    scale, zero = lanes.floats(scales, g, 1), lanes.floats(zeros, g, 1)
+
+    def decode(count: int, at: Value) -> list[Value]:
+        first = [0] * count
+        _decode(lanes, codes, at, shift, mask, lanes.shuffle(scale, first), lanes.shuffle(zero, first), scales, out)
+        return []
+
+    lanes.fold(start, whole, STEP, [], lambda at: decode(STEP, at))
+    lanes.fold(whole, stop, half, [], lambda at: decode(half, at))
+
+
+@vector(types.void)
+def _across(
+    lanes: Lanes, codes: Array, stop: Value, shift: Value, mask: Value, scales: Array, zeros: Array, out: Array
+) -> None:
+    """Decode one value of each group, a lane each."""
+
+    def decode(count: int, at: Value) -> list[Value]:
+        scale, zero = lanes.floats(scales, at, count), lanes.floats(zeros, at, count)
+        _decode(lanes, codes, at, shift, mask, scale, zero, scales, out)
+        return []
+
+    whole = lanes.op("and_", stop, -STEP)
+    lanes.fold(ir.Constant(stop.type, 0), whole, STEP, [], lambda at: decode(STEP, at))
+    lanes.fold(whole, stop, 1, [], lambda at: decode(1, at))
 
 
 @kernel
-def _bf16(values):  # type: ignore[no-untyped-def]
-    """Round float32 values, given as their bits, to bfloat16 in place; a NaN stays a NaN."""
-    for i in range(values.size):
-        bits = values[i]
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32((bits >> np.uint32(16)) & np.uint32(1)))
-        is_number = (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000)
-        values[i] = np.uint32(rounded & np.uint32(0xFFFF0000)) if is_number else np.uint32(bits | np.uint32(0x400000))
+def _decode_rows(codes, shift, mask, scales, zeros, size, out):  # type: ignore[no-untyped-def]
+    for g in range(scales.size):
+        _group(codes, g * size, (g + 1) * size, shift, mask, scales, zeros, g, out)
 
 
 @kernel
-def _f16(values, floats):  # type: ignore[no-untyped-def]
-    """Round float32 values to float16 in place; `values` are their bits, `floats` the same memory.
-
-    Below 2^-14 float16 has steps of 2^-24, as float32 has from 0.5 to 1: adding 0.75 rounds to them.
-    """
-    for i in range(values.size):
-        bits = values[i]
-        magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-        small = np.float32(np.float32(abs(floats[i]) + np.float32(0.75)) - np.float32(0.75))
-        odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
-        rounded = np.uint32(np.uint32(magnitude + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
-        normal = rounded if rounded <= np.uint32(0x477FE000) else np.uint32(0x7F800000)
-        normal = normal if magnitude <= np.uint32(0x7F800000) else magnitude
-        floats[i] = small
-        chosen = values[i] if magnitude < np.uint32(0x38800000) else normal
-        values[i] = np.uint32(chosen | np.uint32(bits & np.uint32(0x80000000)))
-
-
-@kernel
-def _offsets(codes, shift, mask, zeros, size, out):  # type: ignore[no-untyped-def]
-    """Subtract zeros from codes, for groups of `size` values one after another."""
-    for g in range(out.size // size):
-        zero = zeros[g]
-        for i in range(g * size, (g + 1) * size):
-            out[i] = np.float32(np.int32((codes[i] >> shift) & mask)) - zero
-
-
-@kernel
-def _offsets_across(codes, shift, mask, zeros, out):  # type: ignore[no-untyped-def]
-    """Subtract zeros from codes, for one value of each group."""
-    for i in range(out.size):
-        out[i] = np.float32(np.int32((codes[i] >> shift) & mask)) - zeros[i]
-
-
-def _round(values: np.ndarray, dtype: str) -> None:
-    """Round float32 values to a float dtype, nearest even, in place; they stay float32."""
-    if dtype == "BF16":
-        _bf16(values.view(np.uint32))
-    elif dtype == "F16":
-        _f16(values.view(np.uint32), values)
+def _decode_column(codes, shift, mask, scales, zeros, out):  # type: ignore[no-untyped-def]
+    _across(codes, out.size, shift, mask, scales, zeros, out)
 
 
 def decode_rows(
-    codes: np.ndarray, shift: int, mask: int, scales: np.ndarray, zeros: np.ndarray, dtype: str, out: np.ndarray
+    codes: np.ndarray, shift: int, mask: int, scales: np.ndarray, zeros: np.ndarray, out: np.ndarray
 ) -> None:
-    """Decode groups that lie one after another. scales, zeros: float32 (groups,); out: float32 (n,).
+    """Decode groups that lie one after another, in the arithmetic of the dtype of scales and zeros.
 
-    codes: uint8 or int32 (n,), whose bits under `mask` from `shift` on are these groups' codes.
+    scales, zeros: raw (groups,), as `kernel_input` gives them; out: float32 (n,). codes: uint8 or int32 (n,), whose
+    bits under `mask` from `shift` on are these groups' codes.
     """
-    size = out.size // scales.size
-    _offsets(codes, _like(codes, shift), _like(codes, mask), zeros, size, out)
-    _round(out, dtype)
-    rows = out.reshape(-1, size)
-    with np.errstate(over="ignore", invalid="ignore"):  # stored scales may hold anything; the caller counts NaN
-        np.multiply(rows, scales[:, None], out=rows)
-    _round(out, dtype)
+    _decode_rows(codes, np.int32(shift), np.int32(mask), scales, zeros, out.size // scales.size, out)
 
 
 def decode_column(
-    codes: np.ndarray, shift: int, mask: int, scales: np.ndarray, zeros: np.ndarray, dtype: str, out: np.ndarray
+    codes: np.ndarray, shift: int, mask: int, scales: np.ndarray, zeros: np.ndarray, out: np.ndarray
 ) -> None:
     """Decode one value of each group. All arrays: (n,); otherwise as `decode_rows`."""
-    _offsets_across(codes, _like(codes, shift), _like(codes, mask), zeros, out)
-    _round(out, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):  # likewise
-        np.multiply(out, scales, out=out)
-    _round(out, dtype)
+    _decode_column(codes, np.int32(shift), np.int32(mask), scales, zeros, out)
 
 
-def _like(codes: np.ndarray, number: int) -> np.generic:
-    """Return a number in the codes' own dtype, so that the kernel's arithmetic stays in it."""
-    return codes.dtype.type(number)  # type: ignore[no-any-return]
+@kernel
+def ends(scales, zeros, top, rounding, least, room, low, high, half):  # type: ignore[no-untyped-def]
+    """Fill in what a grid needs of each group: the values of codes 0 and `top`, and half a step and its roundings.
+
+    `rounding` is the share of a value that roundings may take, `least` their least step, and `room` is added. scales,
+    zeros: raw (groups,); low, high, half: float32 (groups,).
+    """
+    for g in range(scales.size):
+        scale, zero = float_at(scales, g), float_at(zeros, g)
+        reach = top + abs(zero)
+        low[g] = (np.float32(0) - zero) * scale
+        high[g] = (top - zero) * scale
+        half[g] = scale * (np.float32(0.5) + rounding * reach) + (reach + np.float32(1)) * least + room
