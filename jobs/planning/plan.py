@@ -30,8 +30,9 @@ from loaders.tensors.merged import MERGE_BYTES
 from loaders.tensors.sources import Sources
 
 # The version of plans, records and reports (`format` in weightmill.json); those of another version are refused. It is
-# raised when a digest changes or the report gets a required field, since older files would then be taken for damaged.
-FORMAT = 2
+# raised when a digest changes, sums of errors are added in another order, or the report gets a required field, since
+# older files would then be taken for damaged.
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
