@@ -45,26 +45,33 @@ def add_groups(
     totals: Array,
     of_group: Callable[[Value], Group],
     decoded: Callable[[Value, Group], tuple[Value, Value]],
+    is_off: Callable[[Value, Value, Group], Value] | None = None,
 ) -> Value:
     """Do as `_add` does for weights that are decoded into registers: whole groups, of a multiple of 2 * LANES.
 
     `of_group` takes a group's number; `decoded` returns the 2 * LANES weights from a place on, those at even places and
-    those at odd ones, as `lanes.pairs` does.
+    those at odd ones, as `lanes.pairs` does. `is_off` tells of LANES sources and decoded values which are further apart
+    than their group allows; `totals` gets a 1 in its fourth entry if one is, else a 0.
     """
-    kept = _kept_lanes()
+    state, off = _nothing(lanes, _kept_lanes()), lanes.const(ir.VectorType(ir.IntType(1), LANES), 0)
 
     def add_group(at: Value, *found: Value) -> list[Value]:
         own = of_group(lanes.b.udiv(at, group))
 
         def add(at: Value, *found: Value) -> list[Value]:
-            state = list(found)
+            *state, off = found
             for source, value in zip(lanes.pairs(x, at, 2 * LANES), decoded(at, own), strict=True):
                 state = _with(lanes, source, lanes.b.fsub(source, value), state)
-            return state
+                off = lanes.b.or_(off, is_off(source, value, own)) if is_off else off
+            return [*state, off]
 
         return lanes.fold(at, lanes.b.add(at, group), 2 * LANES, found, add)
 
-    return _stored(lanes, _by(lanes, start, stop, group, _nothing(lanes, kept), add_group), totals)
+    *state, off = _by(lanes, start, stop, group, [*state, off], add_group)
+    if is_off:
+        found = lanes.b.uitofp(lanes.reduce("or", off), F64)
+        lanes.b.store(found, lanes.b.gep(totals.data, [ir.Constant(I32, 3)]))
+    return _stored(lanes, state, totals)
 
 
 def _by(
@@ -153,7 +160,7 @@ def _add_squares(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
 @kernel
 def settle(largest, totals, sums):  # type: ignore[no-untyped-def]
     """Add the float32 sums of a chunk, in `totals`, and its largest |e| to `sums`; False if they are not trusted."""
-    errors, source, crossed = totals
+    errors, source, crossed = totals[0], totals[1], totals[2]
     decoded = source - 2 * crossed + errors
     # A NaN or an infinity makes a sum NaN or infinite, so that these comparisons refuse the chunk.
     is_trusted = TRUSTED[0] < source < TRUSTED[1] and LEAST_DECODED * source < decoded < TRUSTED[1]
