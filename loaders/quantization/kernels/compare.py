@@ -8,6 +8,8 @@ finite pairs, where e is not small, where squares leave float32's range, or wher
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -31,6 +33,90 @@ LEAST_DECODED = 0.1
 TRUSTED = (np.float32(1e-25), np.float32(1e30))
 
 
+Group = tuple[Value, ...]  # what a group's weights are decoded by, such as its scale in every lane
+
+
+def add_groups(
+    lanes: Lanes,
+    x: Array,
+    start: Value,
+    stop: Value,
+    group: Value,
+    totals: Array,
+    of_group: Callable[[Value], Group],
+    decoded: Callable[[Value, Group], tuple[Value, Value]],
+    is_off: Callable[[Value, Value, Group], Value] | None = None,
+) -> Value:
+    """Do as `_add` does for weights that are decoded into registers: whole groups, of a multiple of 2 * LANES.
+
+    `of_group` takes a group's number; `decoded` returns the 2 * LANES weights from a place on, those at even places and
+    those at odd ones, as `lanes.pairs` does. `is_off` tells of LANES sources and decoded values which are further apart
+    than their group allows; `totals` gets a 1 in its fourth entry if one is, else a 0.
+    """
+    state, off = _nothing(lanes, _kept_lanes()), lanes.const(ir.VectorType(ir.IntType(1), LANES), 0)
+
+    def add_group(at: Value, *found: Value) -> list[Value]:
+        own = of_group(lanes.b.udiv(at, group))
+
+        def add(at: Value, *found: Value) -> list[Value]:
+            *state, off = found
+            for source, value in zip(lanes.pairs(x, at, 2 * LANES), decoded(at, own), strict=True):
+                state = _with(lanes, source, lanes.b.fsub(source, value), state)
+                off = lanes.b.or_(off, is_off(source, value, own)) if is_off else off
+            return [*state, off]
+
+        return lanes.fold(at, lanes.b.add(at, group), 2 * LANES, found, add)
+
+    *state, off = _by(lanes, start, stop, group, [*state, off], add_group)
+    if is_off:
+        found = lanes.b.uitofp(lanes.reduce("or", off), F64)
+        lanes.b.store(found, lanes.b.gep(totals.data, [ir.Constant(I32, 3)]))
+    return _stored(lanes, state, totals)
+
+
+def _by(
+    lanes: Lanes, start: Value, stop: Value, step: Value, values: Sequence[Value], body: Callable[..., Sequence[Value]]
+) -> list[Value]:
+    """Do as `lanes.fold` does, by a step that is known only when the kernel runs."""
+    count = lanes.b.udiv(lanes.b.sub(stop, start), step)
+
+    def turn(index: Value, *found: Value) -> Sequence[Value]:
+        return body(lanes.b.add(start, lanes.b.mul(index, step)), *found)
+
+    return lanes.fold(ir.Constant(start.type, 0), count, 1, values, turn)
+
+
+def _kept_lanes() -> int:
+    """Return in how many lanes the largest error is kept: where registers are few, half, which leaves them to sums."""
+    return LANES if host_has("avx512f") else LANES // 2
+
+
+def _nothing(lanes: Lanes, kept: int) -> list[Value]:
+    """Return the sums of no pairs: of e^2, x^2 and x e, and the largest |e| in `kept` lanes."""
+    nothing = lanes.const(ir.VectorType(F32, LANES), 0)
+    return [nothing, nothing, nothing, lanes.part(nothing, 0, kept)]
+
+
+def _with(lanes: Lanes, source: Value, error: Value, found: Sequence[Value]) -> list[Value]:
+    """Return the sums `found` with those of LANES more weights."""
+    pairs = ((error, error), (source, source), (source, error))
+    sums = [lanes.b.fadd(total, lanes.b.fmul(a, b)) for total, (a, b) in zip(found[:3], pairs, strict=True)]
+    size, kept = lanes.absolute(error), found[3].type.count
+    if kept < LANES:
+        size = lanes.larger(lanes.part(size, 0, kept), lanes.part(size, 1, kept))
+    return [*sums, lanes.larger(size, found[3])]
+
+
+def _stored(lanes: Lanes, found: Sequence[Value], totals: Array) -> Value:
+    """Put the sums `found` into `totals`, and return the largest |e|."""
+    *sums, largest = found
+    for slot, each in enumerate(sums):
+        lanes.b.store(_whole(lanes, each), lanes.b.gep(totals.data, [ir.Constant(I32, slot)]))
+    while (width := largest.type.count // 2) > 0:
+        largest = lanes.larger(lanes.part(largest, 0, width), lanes.part(largest, 1, width))
+    return lanes.b.fpext(lanes.b.extract_element(largest, ir.Constant(I32, 0)), F64)
+
+
 def _whole(lanes: Lanes, sums: Value) -> Value:
     """Add float32 lanes in float64, half to half: an order that does not depend on the machine's vector width."""
     wide = lanes.b.fpext(sums, ir.VectorType(F64, LANES))
@@ -47,25 +133,10 @@ def _add(lanes: Lanes, x: Array, y: Array, start: Value, stop: Value, totals: Ar
     """
 
     def add(at: Value, *found: Value) -> list[Value]:
-        source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
-        error = lanes.b.fsub(source, decoded)
-        pairs = ((error, error), (source, source), (source, error))
-        sums = [lanes.b.fadd(total, lanes.b.fmul(a, b)) for total, (a, b) in zip(found[:3], pairs, strict=True)]
-        size = lanes.absolute(error)
-        if kept < LANES:
-            size = lanes.larger(lanes.part(size, 0, kept), lanes.part(size, 1, kept))
-        return [*sums, lanes.larger(size, found[3])]
+        source = lanes.floats(x, at, LANES)
+        return _with(lanes, source, lanes.b.fsub(source, lanes.floats(y, at, LANES)), found)
 
-    # Where registers are few, the largest error is kept in half as many lanes, which leaves them to the sums.
-    kept = LANES if host_has("avx512f") else LANES // 2
-    nothing = lanes.const(ir.VectorType(F32, LANES), 0)
-    none = lanes.part(nothing, 0, kept)
-    *sums, largest = lanes.fold(start, stop, LANES, [*[nothing] * 3, none], add)
-    for slot, found in enumerate(sums):
-        lanes.b.store(_whole(lanes, found), lanes.b.gep(totals.data, [ir.Constant(start.type, slot)]))
-    while (width := largest.type.count // 2) > 0:
-        largest = lanes.larger(lanes.part(largest, 0, width), lanes.part(largest, 1, width))
-    return lanes.b.fpext(lanes.b.extract_element(largest, ir.Constant(I32, 0)), F64)
+    return _stored(lanes, lanes.fold(start, stop, LANES, _nothing(lanes, _kept_lanes()), add), totals)
 
 
 @vector(types.float32)
@@ -87,7 +158,24 @@ def _add_squares(lanes: Lanes, x: Array, start: Value, stop: Value) -> Value:
 
 
 @kernel
-def _add_slowly(x, y, start, stop, sums):  # type: ignore[no-untyped-def]
+def settle(largest, totals, sums):  # type: ignore[no-untyped-def]
+    """Add the float32 sums of a chunk, in `totals`, and its largest |e| to `sums`; False if they are not trusted."""
+    errors, source, crossed = totals[0], totals[1], totals[2]
+    decoded = source - 2 * crossed + errors
+    # A NaN or an infinity makes a sum NaN or infinite, so that these comparisons refuse the chunk.
+    is_trusted = TRUSTED[0] < source < TRUSTED[1] and LEAST_DECODED * source < decoded < TRUSTED[1]
+    if not (is_trusted or (source == 0 and largest == 0)):
+        return False
+    sums[ERROR2] += errors
+    sums[SOURCE2] += source
+    sums[DECODED2] += decoded
+    sums[PRODUCT] += source - crossed
+    sums[MAX_ERROR] = max(sums[MAX_ERROR], largest)
+    return True
+
+
+@kernel
+def add_slowly(x, y, start, stop, sums):  # type: ignore[no-untyped-def]
     """Add finite pairs [start, stop) to `sums` in float64, and count the others."""
     for i in range(start, stop):
         a, b = np.float64(float_at(x, i)), np.float64(float_at(y, i))
@@ -125,20 +213,9 @@ def add_pairs(x, y, totals, sums):  # type: ignore[no-untyped-def]
     for start in range(0, x.size, CHUNK):
         stop = min(start + CHUNK, x.size)
         whole = start + (stop - start) // LANES * LANES
-        largest = _add(x, y, start, whole, totals)
-        errors, source, crossed = totals
-        decoded = source - 2 * crossed + errors
-        # A NaN or an infinity makes a sum NaN or infinite, so that these comparisons refuse the chunk.
-        is_trusted = TRUSTED[0] < source < TRUSTED[1] and LEAST_DECODED * source < decoded < TRUSTED[1]
-        if is_trusted or (source == 0 and largest == 0):
-            sums[ERROR2] += errors
-            sums[SOURCE2] += source
-            sums[DECODED2] += decoded
-            sums[PRODUCT] += source - crossed
-            sums[MAX_ERROR] = max(sums[MAX_ERROR], largest)
-        else:
+        if not settle(_add(x, y, start, whole, totals), totals, sums):
             whole = start
-        _add_slowly(x, y, whole, stop, sums)
+        add_slowly(x, y, whole, stop, sums)
 
 
 @kernel

@@ -225,6 +225,11 @@ class Lanes:
         kind = ir.VectorType(F32, count // 2)
         return self.b.bitcast(self.op("shl", words, 16), kind), self.b.bitcast(self.op("and_", words, -65536), kind)
 
+    def interleaved(self, even: Value, odd: Value) -> Value:
+        """Interleave two vectors, the lanes at even places and those at odd ones."""
+        count = even.type.count
+        return self.shuffle(even, [lane // 2 + count * (lane % 2) for lane in range(2 * count)], odd)
+
     def woven(self, even: Value, odd: Value) -> Value:
         """Interleave the low halves of two int32 vectors, of even and of odd places, into one int16 vector."""
         both = self.b.or_(self.op("and_", even, 0xFFFF), self.op("shl", odd, 16))

@@ -11,14 +11,22 @@ from loaders.quantization.kernels.lanes import I32, Array, Lanes, Value, kernel,
 LANES = 16  # weights checked at once
 
 
+def is_far(lanes: Lanes, source: Value, decoded: Value, low: Value, high: Value, half: Value, slope: Value) -> Value:
+    """Return where |clip(source, low, high) - decoded| > half + slope * |decoded|.
+
+    A pair with a NaN never counts: comparisons are ordered, and `larger` replaces a NaN weight by the low end.
+    """
+    source = lanes.larger(low, source)
+    source = lanes.b.select(lanes.b.fcmp_ordered("<", high, source), high, source)
+    allowed = lanes.b.fadd(half, lanes.b.fmul(slope, lanes.absolute(decoded)))
+    return lanes.b.fcmp_ordered(">", lanes.absolute(lanes.b.fsub(source, decoded)), allowed)
+
+
 @vector(types.int32)
 def _is_off(
     lanes: Lanes, x: Array, y: Array, group: Value, low: Array, high: Array, half: Array, slope: Value, count: Value
 ) -> Value:
-    """Return 1 if any pair in `count` groups is further apart than allowed, else 0. Groups are multiples of LANES long.
-
-    A pair with a NaN never counts: comparisons are ordered, and `larger` replaces a NaN weight by the low end.
-    """
+    """Return 1 if any pair in `count` groups, of a multiple of LANES, is further apart than allowed, else 0."""
     growth = lanes.splat(slope, LANES)
 
     def add_group(g: Value, found: Value) -> list[Value]:
@@ -28,10 +36,7 @@ def _is_off(
 
         def add(at: Value, found: Value) -> list[Value]:
             source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
-            source = lanes.larger(ends[0], source)
-            source = lanes.b.select(lanes.b.fcmp_ordered("<", ends[1], source), ends[1], source)
-            allowed = lanes.b.fadd(ends[2], lanes.b.fmul(growth, lanes.absolute(decoded)))
-            is_off = lanes.b.fcmp_ordered(">", lanes.absolute(lanes.b.fsub(source, decoded)), allowed)
+            is_off = is_far(lanes, source, decoded, ends[0], ends[1], ends[2], growth)
             return [lanes.b.or_(found, lanes.b.sext(is_off, found.type))]
 
         start = lanes.b.mul(g, group)
@@ -82,11 +87,7 @@ def _is_off_symmetric(
         for part in range(group // LANES):
             at = lanes.op("add", start, LANES * part)
             source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
-            source = lanes.larger(low, source)
-            source = lanes.b.select(lanes.b.fcmp_ordered("<", high, source), high, source)
-            allowed = lanes.b.fadd(at_zero, lanes.b.fmul(growth, lanes.absolute(decoded)))
-            is_off = lanes.b.fcmp_ordered(">", lanes.absolute(lanes.b.fsub(source, decoded)), allowed)
-            found = lanes.b.or_(found, is_off)
+            found = lanes.b.or_(found, is_far(lanes, source, decoded, low, high, at_zero, growth))
         return [found]
 
     nothing = lanes.const(ir.VectorType(ir.IntType(1), LANES), 0)

@@ -113,8 +113,19 @@ def from_e4m3(lanes: Lanes, codes: Value) -> Value:
 
     Moved to float16's places, a code is 2^-8 of its value, since float16's exponents have a bias of 15 and E4M3's of 7.
     """
-    kind = ir.VectorType(I16, codes.type.count)
-    wide = lanes.op("shl", lanes.b.sext(codes, kind), 7)
+    return _from_moved_e4m3(lanes, lanes.op("shl", lanes.b.sext(codes, ir.VectorType(I16, codes.type.count)), 7))
+
+
+def pairs_of_e4m3(lanes: Lanes, codes: Array, at: Value, count: int) -> tuple[Value, Value]:
+    """Return the float32 values of `count` E4M3 codes, those at even places and those at odd ones."""
+    words = lanes.b.bitcast(lanes.load(codes, at, count), ir.VectorType(I16, count // 2))
+    even, odd = lanes.op("ashr", lanes.op("shl", words, 8), 1), lanes.op("ashr", lanes.op("and_", words, -256), 1)
+    return _from_moved_e4m3(lanes, even), _from_moved_e4m3(lanes, odd)
+
+
+def _from_moved_e4m3(lanes: Lanes, wide: Value) -> Value:
+    """Return the float32 lanes of E4M3 codes that were moved to float16's places."""
+    kind = wide.type
     magnitude = lanes.op("and_", wide, 0x3F80)
     is_nan = lanes.b.icmp_unsigned("==", magnitude, lanes.const(kind, 0x3F80))
     signless = lanes.b.select(is_nan, lanes.const(kind, 0x7E00), magnitude)

@@ -142,9 +142,9 @@ class MlxFloat:
         group, values = self.group_size, microfloat.scale_values(self.mode)
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         scales = stored.read(SCALES, start // group, stop // group)
-        terms = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
+        top, half, floor, slope = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
         x = kernel_input(block, source)
-        microfloat.compare(x, codes, scales, values, group, self.bits, *terms, sums)
+        microfloat.compare(x, codes, scales, values, group, self.bits, top, half, floor, slope, sums)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         group = self.group_size

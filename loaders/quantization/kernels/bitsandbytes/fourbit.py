@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import thresholds
-from loaders.quantization.kernels.compare import add_pairs, tile_size
+from loaders.quantization.kernels.compare import Group, add_groups, add_slowly, settle, tile_size
 from loaders.quantization.kernels.lanes import (
     F32,
     I8,
@@ -341,17 +341,54 @@ def encode_tail(values: np.ndarray, code: Table) -> tuple[np.ndarray, np.float32
 # --- decoding
 
 
+def _pairs(lanes: Lanes, values: tuple[float, ...], packed: Array, at: Value, scale: Value) -> tuple[Value, Value]:
+    """Return table[code] * scale of STEP weights, those at even places and those at odd ones."""
+    count = STEP // 2
+    codes = lanes.b.zext(lanes.load(packed, lanes.op("lshr", at, 1), count), ir.VectorType(I32, count))
+    even, odd = (lanes.lookup(values, each) for each in (lanes.op("lshr", codes, 4), lanes.op("and_", codes, 15)))
+    return lanes.b.fmul(even, scale), lanes.b.fmul(odd, scale)
+
+
 def _decode_step(lanes: Lanes, values: tuple[float, ...], packed: Array, at: Value, scale: Value, out: Array) -> None:
     """Decode STEP weights by a table of sixteen values."""
-    count = STEP // 2
-    wide = lanes.b.zext(lanes.load(packed, lanes.op("lshr", at, 1), count), ir.VectorType(I16, count))
-    pairs = lanes.b.or_(lanes.op("lshr", wide, 4), lanes.op("shl", lanes.op("and_", wide, 15), 8))
-    codes = lanes.b.bitcast(pairs, ir.VectorType(I8, STEP))
-    for half in range(STEP // 16):
-        index = lanes.b.zext(lanes.part(codes, half, 16), ir.VectorType(I32, 16))
-        lanes.store(
-            lanes.b.fmul(lanes.lookup(values, index), lanes.splat(scale, 16)), out, lanes.op("add", at, 16 * half)
-        )
+    even, odd = _pairs(lanes, values, packed, at, lanes.splat(scale, STEP // 2))
+    lanes.store(lanes.interleaved(even, odd), out, at)
+
+
+def _add(
+    lanes: Lanes,
+    values: tuple[float, ...],
+    x: Array,
+    packed: Array,
+    absmax: Array,
+    group: Value,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    """Sum the differences of weights [start, stop) and their decoded codes: see `compare.add_groups`."""
+
+    def of_group(g: Value) -> Group:
+        return (lanes.splat(lanes.b.load(lanes.b.gep(absmax.data, [g])), STEP // 2),)
+
+    def decoded(at: Value, own: Group) -> tuple[Value, Value]:
+        return _pairs(lanes, values, packed, at, *own)
+
+    return add_groups(lanes, x, start, stop, group, totals, of_group, decoded)
+
+
+@vector(types.float64)
+def _add_nf4(
+    lanes: Lanes, x: Array, packed: Array, absmax: Array, group: Value, start: Value, stop: Value, totals: Array
+) -> Value:
+    return _add(lanes, NF4, x, packed, absmax, group, start, stop, totals)
+
+
+@vector(types.float64)
+def _add_fp4(
+    lanes: Lanes, x: Array, packed: Array, absmax: Array, group: Value, start: Value, stop: Value, totals: Array
+) -> Value:
+    return _add(lanes, FP4, x, packed, absmax, group, start, stop, totals)
 
 
 @vector(types.void)
@@ -378,13 +415,18 @@ def decode(packed, absmax, group, is_fp4, out):  # type: ignore[no-untyped-def]
 @kernel
 def compare(x, packed, absmax, group, is_fp4, sums):  # type: ignore[no-untyped-def]
     """Add the differences of x, (n,) raw weights, and what `decode` makes of the rest to `sums`: see compare.py."""
-    step = tile_size(group)
-    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    step, totals = tile_size(group), np.zeros(3, np.float64)
     for start in range(0, x.size, step):
         stop = min(start + step, x.size)
-        decoded = tile[: stop - start]
-        decode(packed[start // 2 : stop // 2], absmax[start // group : stop // group], group, is_fp4, decoded)
-        add_pairs(x[start:stop], decoded, totals, sums)
+        if is_fp4:
+            largest = _add_fp4(x, packed, absmax, group, start, stop, totals)
+        else:
+            largest = _add_nf4(x, packed, absmax, group, start, stop, totals)
+        if not settle(largest, totals, sums):
+            decoded = np.empty(stop - start, np.float32)
+            own = absmax[start // group : stop // group]
+            decode(packed[start // 2 : stop // 2], own, group, is_fp4, decoded)
+            add_slowly(x[start:stop], decoded, 0, stop - start, sums)
 
 
 def decode_tail(packed: np.ndarray, absmax: np.float32, code: Table, out: np.ndarray) -> None:

@@ -22,7 +22,15 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels import rounding
-from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
+from loaders.quantization.kernels.compare import (
+    Group,
+    add_groups,
+    add_pairs,
+    add_slowly,
+    float_at,
+    settle,
+    tile_size,
+)
 from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
 from loaders.quantization.kernels.rounding import (
     BATCH,
@@ -269,21 +277,89 @@ def pack_zeros(zeros: np.ndarray) -> np.ndarray:
 # --- decoding
 
 
-def _times(lanes: Lanes, codes: Value, shift: Value, scale: Value, out: Array, at: Value) -> None:
-    """Store (codes - shift) * scale from weight `at` on; `shift` is a float32 scalar."""
-    values = lanes.b.sitofp(codes, rounding.floats(codes))
-    count = codes.type.count
-    lanes.store(lanes.b.fmul(lanes.b.fsub(values, lanes.splat(shift, count)), lanes.splat(scale, count)), out, at)
+def _pairs(lanes: Lanes, packed: Array, at: Value, bits: int, shift: Value, scale: Value) -> tuple[Value, Value]:
+    """Return (code - shift) * scale of STEP weights, those at even places and those at odd ones."""
+    kind, half = ir.VectorType(I32, STEP // 2), STEP // 2
+    if bits == 4:
+        codes = lanes.b.zext(lanes.load(packed, lanes.op("lshr", at, 1), half), kind)
+    else:
+        words = lanes.b.bitcast(lanes.load(packed, at, STEP), ir.VectorType(I16, half))
+        codes = lanes.b.zext(words, kind)
+    even, odd = lanes.op("and_", codes, (1 << bits) - 1), lanes.op("lshr", codes, bits)
+
+    def value(codes: Value) -> Value:
+        return lanes.b.fmul(lanes.b.fsub(lanes.b.sitofp(codes, rounding.floats(codes)), shift), scale)
+
+    return value(even), value(odd)
+
+
+def _unpack(lanes: Lanes, packed: Array, at: Value, bits: int, shift: Value, scale: Value, out: Array) -> None:
+    pairs = _pairs(lanes, packed, at, bits, lanes.splat(shift, STEP // 2), lanes.splat(scale, STEP // 2))
+    lanes.store(lanes.interleaved(*pairs), out, at)
 
 
 @vector(types.void)
 def _unpack_4(lanes: Lanes, packed: Array, at: Value, shift: Value, scale: Value, out: Array) -> None:
-    _times(lanes, rounding.load_nibbles(lanes, packed, lanes.op("lshr", at, 1), STEP), shift, scale, out, at)
+    _unpack(lanes, packed, at, 4, shift, scale, out)
 
 
 @vector(types.void)
 def _unpack_8(lanes: Lanes, packed: Array, at: Value, shift: Value, scale: Value, out: Array) -> None:
-    _times(lanes, rounding.load_bytes(lanes, packed, at, STEP), shift, scale, out, at)
+    _unpack(lanes, packed, at, 8, shift, scale, out)
+
+
+def _add(
+    lanes: Lanes,
+    bits: int,
+    x: Array,
+    packed: Array,
+    group: Value,
+    scales: Array,
+    shifts: Array,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    """Sum the differences of weights [start, stop) and their decoded codes: see `compare.add_groups`."""
+
+    def of_group(g: Value) -> Group:
+        scale = lanes.b.extract_element(lanes.floats(scales, g, 1), ir.Constant(I32, 0))
+        return lanes.splat(lanes.b.load(lanes.b.gep(shifts.data, [g])), STEP // 2), lanes.splat(scale, STEP // 2)
+
+    def decoded(at: Value, own: Group) -> tuple[Value, Value]:
+        return _pairs(lanes, packed, at, bits, *own)
+
+    return add_groups(lanes, x, start, stop, group, totals, of_group, decoded)
+
+
+@vector(types.float64)
+def _add_4(
+    lanes: Lanes,
+    x: Array,
+    packed: Array,
+    group: Value,
+    scales: Array,
+    shifts: Array,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    return _add(lanes, 4, x, packed, group, scales, shifts, start, stop, totals)
+
+
+@vector(types.float64)
+def _add_8(
+    lanes: Lanes,
+    x: Array,
+    packed: Array,
+    group: Value,
+    scales: Array,
+    shifts: Array,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    return _add(lanes, 8, x, packed, group, scales, shifts, start, stop, totals)
 
 
 @kernel
@@ -304,13 +380,17 @@ def decode(packed, group, bits, scales, shifts, out):  # type: ignore[no-untyped
 @kernel
 def compare(x, packed, group, bits, scales, shifts, sums):  # type: ignore[no-untyped-def]
     """Add the differences of x, (n,) raw weights, and what `decode` makes of the rest to `sums`: see compare.py."""
-    step = tile_size(group)
-    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
+    step, totals = tile_size(group), np.zeros(3, np.float64)
     for start in range(0, x.size, step):
         stop = min(start + step, x.size)
-        own, decoded = slice(start // group, stop // group), tile[: stop - start]
-        decode(packed[start * bits // 8 : stop * bits // 8], group, bits, scales[own], shifts[own], decoded)
-        add_pairs(x[start:stop], decoded, totals, sums)
+        if bits == 4:
+            largest = _add_4(x, packed, group, scales, shifts, start, stop, totals)
+        else:
+            largest = _add_8(x, packed, group, scales, shifts, start, stop, totals)
+        if not settle(largest, totals, sums):
+            own, decoded = slice(start // group, stop // group), np.empty(stop - start, np.float32)
+            decode(packed[start * bits // 8 : stop * bits // 8], group, bits, scales[own], shifts[own], decoded)
+            add_slowly(x[start:stop], decoded, 0, stop - start, sums)
 
 
 @kernel

@@ -18,8 +18,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels import rounding, thresholds
-from loaders.quantization.kernels.compare import NONFINITE, WRONG, add_pairs, tile_size
+from loaders.quantization.kernels import nearest, rounding, thresholds
+from loaders.quantization.kernels.compare import CHUNK, NONFINITE, WRONG, Group, add_groups, add_slowly, settle
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.mlx.affine import packed_bits
 from loaders.quantization.kernels.nearest import is_off_symmetric
@@ -311,6 +311,108 @@ def decode_e4m3(codes, scales, out):  # type: ignore[no-untyped-def]
         _decode_e4m3(codes, g * 32, scales[g], out)
 
 
+def _add(
+    lanes: Lanes,
+    bits: int,
+    group: int,
+    x: Array,
+    packed: Array,
+    scales: Array,
+    values: Array,
+    top: Value,
+    half: Value,
+    floor: Value,
+    slope: Value,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    """Sum the differences of weights [start, stop), a multiple of 32, and their decoded codes: `compare.add_groups`."""
+    tops, halves, floors, slopes = (lanes.splat(each, LANES) for each in (top, half, floor, slope))
+
+    def scale(g: Value) -> Value:
+        code = lanes.b.zext(lanes.b.load(lanes.b.gep(scales.data, [g])), g.type)
+        return lanes.splat(lanes.b.load(lanes.b.gep(values.data, [code])), LANES)
+
+    def of_group(index: Value) -> Group:
+        if group == 32:
+            own = scale(index)
+        else:  # of 32 weights' even and odd places each, the first eight belong to the first group
+            first = lanes.op("shl", index, 1)
+            parts = (lanes.part(scale(each), 0, LANES // 2) for each in (first, lanes.op("add", first, 1)))
+            own = lanes.join([*parts])
+        size = lanes.absolute(own)
+        return own, lanes.b.fmul(size, tops), lanes.b.fadd(lanes.b.fmul(size, halves), floors)
+
+    def decoded(at: Value, own: Group) -> tuple[Value, Value]:
+        if bits == 8:
+            even, odd = rounding.pairs_of_e4m3(lanes, packed, at, 32)
+        else:
+            codes = lanes.b.zext(lanes.load(packed, lanes.op("lshr", at, 1), LANES), ir.VectorType(I32, LANES))
+            parts = (lanes.op("and_", codes, 15), lanes.op("lshr", codes, 4))
+            even, odd = (lanes.lookup(E2M1, each) for each in parts)
+        return lanes.b.fmul(even, own[0]), lanes.b.fmul(odd, own[0])
+
+    def is_off(source: Value, value: Value, own: Group) -> Value:
+        return nearest.is_far(lanes, source, value, lanes.b.fneg(own[1]), own[1], own[2], slopes)
+
+    return add_groups(lanes, x, start, stop, ir.Constant(start.type, 32), totals, of_group, decoded, is_off)
+
+
+@vector(types.float64)
+def _add_mxfp4(
+    lanes: Lanes,
+    x: Array,
+    packed: Array,
+    scales: Array,
+    values: Array,
+    top: Value,
+    half: Value,
+    floor: Value,
+    slope: Value,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    return _add(lanes, 4, 32, x, packed, scales, values, top, half, floor, slope, start, stop, totals)
+
+
+@vector(types.float64)
+def _add_mxfp8(
+    lanes: Lanes,
+    x: Array,
+    packed: Array,
+    scales: Array,
+    values: Array,
+    top: Value,
+    half: Value,
+    floor: Value,
+    slope: Value,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    return _add(lanes, 8, 32, x, packed, scales, values, top, half, floor, slope, start, stop, totals)
+
+
+@vector(types.float64)
+def _add_nvfp4(
+    lanes: Lanes,
+    x: Array,
+    packed: Array,
+    scales: Array,
+    values: Array,
+    top: Value,
+    half: Value,
+    floor: Value,
+    slope: Value,
+    start: Value,
+    stop: Value,
+    totals: Array,
+) -> Value:
+    return _add(lanes, 4, 16, x, packed, scales, values, top, half, floor, slope, start, stop, totals)
+
+
 @kernel
 def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sums):  # type: ignore[no-untyped-def]
     """Add the differences of x, (n,) raw weights, and what is decoded to `sums`; see compare.py.
@@ -318,20 +420,28 @@ def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sum
     scales: uint8 (n / group,), as stored; values: `scale_values`. Weights are also held to be the nearest of their
     codes: half the gap between codes is half * scale + floor + slope * |value|, and codes end at top * scale.
     """
-    step = tile_size(group)
-    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
-    own = np.empty(step // group, np.float32)
-    for start in range(0, x.size, step):
-        stop = min(start + step, x.size)
-        count, decoded = (stop - start) // group, tile[: stop - start]
-        for g in range(count):
-            own[g] = values[scales[start // group + g]]
-        if bits == 4:
-            decode_e2m1(packed[start // 2 : stop // 2], own[:count], group, decoded)
+    totals = np.zeros(4, np.float64)
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        whole = start + (stop - start) // 32 * 32
+        if bits == 8:
+            largest = _add_mxfp8(x, packed, scales, values, top, half, floor, slope, start, whole, totals)
+        elif group == 32:
+            largest = _add_mxfp4(x, packed, scales, values, top, half, floor, slope, start, whole, totals)
         else:
-            decode_e4m3(packed[start:stop], own[:count], decoded)
-        add_pairs(x[start:stop], decoded, totals, sums)
-        if sums[NONFINITE]:  # a NaN may spoil the scale of its whole group, so that bounds by scales say nothing
-            continue
-        if is_off_symmetric(x[start:stop], decoded, group, own[:count], top, half, floor, slope):
+            largest = _add_nvfp4(x, packed, scales, values, top, half, floor, slope, start, whole, totals)
+        is_off = totals[3] != 0
+        if not settle(largest, totals, sums):
+            whole = start
+        if whole < stop:
+            decoded, own = np.empty(stop - whole, np.float32), np.empty((stop - whole) // group, np.float32)
+            for g in range(own.size):
+                own[g] = values[scales[whole // group + g]]
+            if bits == 4:
+                decode_e2m1(packed[whole // 2 : stop // 2], own, group, decoded)
+            else:
+                decode_e4m3(packed[whole:stop], own, decoded)
+            add_slowly(x[whole:stop], decoded, 0, stop - whole, sums)
+            is_off |= is_off_symmetric(x[whole:stop], decoded, group, own, top, half, floor, slope)
+        if is_off and not sums[NONFINITE]:  # a NaN may spoil the scale of its whole group: bounds by it say nothing
             sums[WRONG] = 1
