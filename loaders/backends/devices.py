@@ -21,7 +21,7 @@ APPLE_WORKERS = 4  # a rule of thumb: with unified memory, its controllers limit
 # than two on a rotating disk make it seek.
 FED_BY = {"memory": (1, 8), "local": (2, 8), "rotational": (1, 2), "network": (8, 16), "object": (16, 32)}
 OWN_THREADS = ("fastsafetensors", "runai")  # strategies whose libraries have workers of their own
-ONE_THREAD = ("lazy", "eager", "read", "unified_memory")
+ONE_THREAD = ("lazy", "read", "unified_memory")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,15 +103,15 @@ def load_and_quantize(
     checked = config if isinstance(config, LoadConfig) else load_config(config)
     quant, began = checked.quant, time.perf_counter()
     checkpoint = open_weights(path)
-    with PeakMemory() as memory:
-        if quant is None and checked.dtype is None:
-            weights, stats = _as_stored(checkpoint, checked)
-        else:
+    if quant is None and checked.dtype is None:
+        weights, stats = _as_stored(checkpoint, checked)
+    else:
+        with PeakMemory() as memory:
             weights, stats = Loading(checkpoint, checked, quant).run()
+        stats = replace(stats, load=replace(stats.load, peak_anonymous_bytes=memory.peak_bytes))
     if checked.check_finite:
         _check_finite(weights)
-    took = time.perf_counter() - began
-    return weights, replace(stats, load=replace(stats.load, wall_s=took, peak_anonymous_bytes=memory.peak_bytes))
+    return weights, replace(stats, load=replace(stats.load, wall_s=time.perf_counter() - began))
 
 
 def open_weights(path: str | os.PathLike[str]) -> Checkpoint:

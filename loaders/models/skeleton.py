@@ -36,6 +36,10 @@ EXPERT_PARTS = {
 FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")
 MIXTRAL = ("mlp.", "block_sparse_moe.")
 SHOWN = 6  # names that a message lists before it counts the rest
+# Functions of torch.nn.init and methods of tensors that set all values of their first argument, and nothing else of it.
+FILLS = frozenset(
+    {"constant_", "fill_", "kaiming_uniform_", "normal_", "ones_", "trunc_normal_", "uniform_", "zero_", "zeros_"}
+)
 # transformers 5.23 sets torch's default dtype, which is global to the process, while it builds a model. Two threads
 # that build at once would give each other's models the wrong dtype.
 BUILDING = threading.RLock()
@@ -112,10 +116,20 @@ class EmptyOnMeta(TorchFunctionMode):
 
     nn.Linear and nn.Embedding create their weights by it, which then take no memory and no time to initialize. All
     other tensors are real, so that buffers have their values.
+
+    Filling a meta tensor is left out: it changes nothing, but torch 2.13 imports its compiler for it, which takes
+    seconds, and then a millisecond for each weight.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+        given = kwargs or {}
+        if func is torch.empty:
+            return func(*args, **{**given, "device": "meta"})
+        if getattr(func, "__name__", "") in FILLS:
+            filled = args[0] if args else given.get("tensor")
+            if isinstance(filled, torch.Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **given)
 
 
 def forget(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""`eager`: every tensor is read into memory of its own before the first is handed out, by one thread."""
+"""`eager`: every tensor is read into memory of its own before the first is handed out, by all threads that help."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from loaders.backends.devices import backend
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.specs import WeightSpec
+from loaders.storage import local
 from loaders.storage.base import PinnedFiles
 from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, local_root
 from loaders.strategies.lazy import LazyLoader, MappedFiles
 from loaders.strategies.reading.buffers import fresh
 from loaders.strategies.reading.open_files import OpenFiles
+from loaders.strategies.reading.read_ahead import read_all
 
 
 class HeldTensors:
@@ -49,12 +52,11 @@ class EagerLoader(WeightLoader):
     @contextmanager
     def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         root = local_root(files, self.name)
-        opened, held = OpenFiles(root), {}
+        held = {spec.name: fresh(spec.size) for spec in specs}
+        opened = OpenFiles(root)
         try:
-            for spec in specs:
-                held[spec.name] = fresh(spec.size)
-                opened.advise(spec, 0, spec.size)
-                opened.fill(spec, 0, held[spec.name])
+            threads = backend("cpu").workers(self.name, local.medium(root))
+            read_all(opened, [(spec, held[spec.name]) for spec in specs], threads)
         finally:
             opened.close()
         yield HeldTensors(held, MappedFiles(root))

@@ -1,4 +1,7 @@
-"""`full`: everything is read at once, by all threads that help, and then handed out from memory. The model must fit."""
+"""`full`: everything is read at once, by all threads that help, and then handed out from memory. The model must fit.
+
+What the page cache holds already is mapped from there; `eager` copies that, too.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`streaming`: weights come in batches within a budget of memory, and the next ones are fetched while one is used.
 
 The budget holds the batches that are being fetched and the one in use; what the caller keeps is beyond it. Headers tell
-which batch comes next, so that fetching ahead never guesses wrong. A tensor larger than half the budget comes in slices
+which batch comes next, so that fetching ahead never guesses wrong. What the page cache holds is mapped. A tensor larger than half the budget comes in slices
 that fit (iterate_slices), or, if it is asked for as a whole, as a map of its file, whose pages the kernel can take
 back. Half, because a loop still holds one tensor while it asks for the next.
 """
@@ -36,11 +36,8 @@ LEAST_MB = 16  # a smaller budget would not hold two of the ranges that threads 
 class StreamedFiles(OpenFiles):
     """A `PieceReader` that fetches ahead within a budget of bytes."""
 
-    def __init__(
-        self, root: Path, specs: Sequence[WeightSpec], budget: int, prefetch: int, workers: Workers, writable: bool
-    ) -> None:
+    def __init__(self, root: Path, specs: Sequence[WeightSpec], budget: int, prefetch: int, workers: Workers) -> None:
         super().__init__(root)
-        self._writable = writable
         self._budget = budget
         self._prefetch = prefetch
         self._workers = workers
@@ -75,9 +72,7 @@ class StreamedFiles(OpenFiles):
 
     def _map(self, piece: TensorBytes) -> np.ndarray:
         spec = piece.spec
-        found = self.mapped(spec)  # also for a private map, since this checks that the file is long enough
-        if not self._writable:
-            return found[piece.start : piece.stop]
+        self.mapped(spec)  # which checks that the file is long enough
         return map_privately(self._root / spec.file, spec.offset + piece.start, spec.offset + piece.stop)
 
     def close(self) -> None:
@@ -151,7 +146,7 @@ class StreamingWeightLoader(WeightLoader):
     def open_on(self, device: str | None, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         root = local_root(files, self.name)
         workers = Workers(1, fed(device).workers(self.name, local.medium(root)))
-        streamed = StreamedFiles(root, specs, self.budget, self.prefetch_count, workers, device is not None)
+        streamed = StreamedFiles(root, specs, self.budget, self.prefetch_count, workers)
         try:
             yield streamed
         finally:

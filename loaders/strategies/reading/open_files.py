@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from loaders.backends.scratch import Scratch
-from loaders.errors import io_errors
+from loaders.errors import StorageError, io_errors
 from loaders.specs import WeightSpec
+from loaders.storage import local
 from loaders.strategies.base import cut_short
-from loaders.strategies.lazy import MappedFiles
+from loaders.strategies.lazy import MappedFiles, map_privately
 
 AHEAD = 16 << 20  # bytes beyond a range that the kernel is asked to fetch: its own read-ahead is far shorter
 LONG = 1 << 20  # bytes from which on a read is worth asking for what follows it
@@ -23,7 +24,7 @@ class OpenFiles:
 
     def __init__(self, root: Path, readahead: int = AHEAD) -> None:
         self._root = root
-        self._readahead = readahead
+        self.readahead = readahead
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._scratch = Scratch()
@@ -66,11 +67,32 @@ class OpenFiles:
                     raise cut_short(spec, at)
                 at, left = at + count, left[count:]
 
+    def is_cached(self, spec: WeightSpec, start: int, stop: int) -> bool:
+        """Whether the page cache holds a range, as far as samples tell; False where the system does not tell."""
+        with io_errors("reading", self._root / spec.file):
+            return local.cached_part(self.descriptor(spec.file), spec.offset + start, spec.offset + stop) == 1
+
+    def in_place(self, spec: WeightSpec, start: int, stop: int) -> np.ndarray | None:
+        """Return a range as a private map if the page cache holds it, and None otherwise.
+
+        A copy would move each byte three times, and need memory of its own.
+        """
+        if stop - start < LONG or not self.is_cached(spec, start, stop):
+            return None
+        # A map beyond the end of a file that was cut short would kill the process at its first use.
+        if os.fstat(self.descriptor(spec.file)).st_size < spec.offset + stop:
+            return None
+        try:
+            return map_privately(self._root / spec.file, spec.offset + start, spec.offset + stop)
+        # Private maps count towards RLIMIT_DATA, so the system may refuse one; then the range is read.
+        except StorageError:
+            return None
+
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
         out = self._scratch.array(f"read {slot}", stop - start, np.uint8)
         # The kernel's own read-ahead is enough for short reads, for each of which a call would take longer than it.
-        if self._readahead and stop - start >= LONG:
-            self.advise(spec, stop, stop + self._readahead)
+        if self.readahead and stop - start >= LONG:
+            self.advise(spec, stop, stop + self.readahead)
         self.fill(spec, start, out)
         return out
 

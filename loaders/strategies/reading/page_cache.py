@@ -62,6 +62,8 @@ class CacheAhead:
         while (found := self._take()) is not None:
             _, spec, start, stop = found
             try:
+                if self._files.is_cached(spec, start, stop):
+                    continue
                 with self._workers.reading(stop - start):
                     self._files.fill(spec, start, memory[: stop - start])
             except (WeightmillError, OSError):

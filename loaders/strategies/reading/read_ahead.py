@@ -1,4 +1,7 @@
-"""Read-ahead: threads fill buffers with the pieces that come next, within a budget of bytes."""
+"""Read-ahead: threads fill buffers with the pieces that come next, within a budget of bytes.
+
+Pieces that the page cache holds are mapped instead.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loaders.specs import WeightSpec
 from loaders.strategies.base import TensorBytes
 from loaders.strategies.reading.buffers import Buffers
 from loaders.strategies.reading.open_files import OpenFiles
@@ -33,7 +37,7 @@ def read_ahead(
     budget: int,
     may_begin: Callable[[int, int], bool] = lambda index, current: True,
 ) -> Iterator[np.ndarray]:
-    """Yield the bytes of each piece, in order, while threads read the next ones.
+    """Yield the bytes of each piece, in order and writable, while threads read the next ones.
 
     The pieces that are being read and the one handed out last stay within `budget` bytes, or are two pieces.
     may_begin(index, current) tells whether piece `index` may be begun while `current` is the one asked for.
@@ -46,6 +50,10 @@ def read_ahead(
             files.fill(piece.spec, piece.start + at, part)
 
     def begin(piece: TensorBytes, room: int) -> None:
+        cached = files.in_place(piece.spec, piece.start, piece.stop)
+        if cached is not None:
+            coming.append(_Coming(cached, piece.size, []))
+            return
         memory = buffers.take(piece.size, room=room)
         files.advise(piece.spec, piece.start, piece.stop)
         reads = [pool.submit(fill, piece, at, memory[at : at + RANGE]) for at in range(0, piece.size, RANGE)]
@@ -77,3 +85,19 @@ def read_ahead(
                 read.cancel()
         wait([read for each in coming for read in each.reads])  # they write to memory that is about to be freed
         pool.shutdown(wait=True)
+
+
+def read_all(files: OpenFiles, wanted: Sequence[tuple[WeightSpec, np.ndarray]], threads: int) -> None:
+    """Fill an array (uint8) for each tensor with all of its bytes.
+
+    Raises:
+        BadCheckpoint, StorageError: as `OpenFiles.fill`.
+    """
+
+    def fill(spec: WeightSpec, at: int, part: np.ndarray) -> None:
+        files.advise(spec, at, at + part.size + files.readahead)
+        files.fill(spec, at, part)
+
+    ranges = [(spec, at, memory[at : at + RANGE]) for spec, memory in wanted for at in range(0, spec.size, RANGE)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="read-all") as pool:
+        list(pool.map(fill, *zip(*ranges, strict=True)))

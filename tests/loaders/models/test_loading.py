@@ -13,6 +13,7 @@ import pytest
 
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.models import LoadingStrategy, ModelLoadingConfig, load_model_and_tokenizer, loading
+from loaders.models.skeleton import EmptyOnMeta
 from loaders.places import DEMO
 from tests.conftest import Ran
 from tests.making import LLAMA, Raw, llama_tensors, weights, write_checkpoint
@@ -99,6 +100,17 @@ def test_dtype_and_attention_are_those_of_from_pretrained(dtype: str, attention:
     ours = load(DEMO, dtype=dtype, attention=attention)
     assert ours.dtype == getattr(torch, dtype)
     assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_a_skeletons_weights_have_no_values_and_its_buffers_do() -> None:
+    with EmptyOnMeta():
+        linear, buffer = torch.nn.Linear(3, 2), torch.zeros(4)
+        torch.nn.init.ones_(buffer)
+        assert torch.nn.init.normal_(linear.weight) is linear.weight
+        assert linear.bias.zero_() is linear.bias
+    assert linear.weight.is_meta
+    assert linear.bias.is_meta
+    assert buffer.tolist() == [1, 1, 1, 1]
 
 
 def test_weights_that_the_config_ties_but_differ_stay_apart(tmp_path: Path) -> None:

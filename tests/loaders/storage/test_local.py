@@ -43,7 +43,7 @@ def test_what_is_cached_is_counted_over_the_whole_file(file: Path, tells: str, m
 
 
 def test_large_files_are_looked_at_in_windows_over_all_of_them(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "CACHE_WINDOW", 64 << 10)
+    monkeypatch.setattr(local, "CACHE_STEP", 128 << 10)
     if local.drop_cached(file) != 0:
         pytest.skip("this filesystem keeps its files in memory")
     file.read_bytes()

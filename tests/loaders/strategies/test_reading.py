@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.strategies import MultiThreadWeightLoader, loader
 from loaders.strategies.reading.buffers import Buffers
+from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.thread_tuning import LAP_BYTES, Workers
-from tests.loaders.strategies.writing import MB, write
+from tests.loaders.strategies.writing import MB, drop, write
 
 # --- buffers
 
@@ -108,15 +110,45 @@ def test_small_files_get_few_workers(tmp_path: Path) -> None:
         MultiThreadWeightLoader(max_workers=0)
 
 
+def bytes_asked_for() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def test_ranges_read_from_several_threads_are_fetched_ahead_into_the_page_cache(tmp_path: Path) -> None:
     wanted = write(tmp_path / "m", count=6, items=2 * MB)
     checkpoint = open_checkpoint(tmp_path / "m")
     for name in ("multithread", "streaming"):
-        before = int(Path("/proc/self/io").read_text().split()[1])
+        drop(tmp_path / "m")
+        before = bytes_asked_for()
         with loader(name).open(checkpoint.source, checkpoint.weights) as reader:
             first = checkpoint.weights[0]
             assert reader.read(first, 0, 1000).tobytes() == wanted[first.name][:1000]
             time.sleep(0.3)
-            assert int(Path("/proc/self/io").read_text().split()[1]) - before > 8 * MB
+            assert bytes_asked_for() - before > 8 * MB
             for spec in checkpoint.weights:
                 assert reader.read(spec, 5, spec.size).tobytes() == wanted[spec.name][5:]
+
+
+@pytest.mark.parametrize("name", ["multithread", "streaming", "full"])
+def test_what_the_page_cache_holds_is_given_in_place_and_may_be_written_to(name: str, tmp_path: Path) -> None:
+    wanted = write(tmp_path / "m", count=6, items=2 * MB)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    drop(tmp_path / "m")
+    assert {n: v.tobytes() for n, v in loader(name).load_weights(checkpoint).items()} == wanted
+    before = bytes_asked_for()
+    held = loader(name).load_weights(checkpoint)
+    assert bytes_asked_for() - before < MB
+    for value in held.values():
+        value[:] = 7
+    assert {n: v.tobytes() for n, v in loader(name).load_weights(checkpoint).items()} == wanted
+
+
+def test_ranges_of_a_file_that_was_cut_short_are_not_mapped(tmp_path: Path) -> None:
+    write(tmp_path / "m", count=2, items=2 * MB)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    spec = checkpoint.weights[-1]
+    opened = OpenFiles(tmp_path / "m")
+    assert opened.in_place(spec, 0, spec.size) is not None
+    os.truncate(tmp_path / "m" / spec.file, spec.offset + spec.size - 10)
+    assert opened.in_place(spec, 0, spec.size) is None
+    opened.close()

@@ -16,7 +16,7 @@ from loaders.errors import BadSpec
 from loaders.places import ROOT
 from loaders.strategies import StreamingWeightLoader
 from loaders.strategies.streaming import batched
-from tests.loaders.strategies.writing import MB, write
+from tests.loaders.strategies.writing import MB, drop, write
 
 # --- streaming
 
@@ -48,6 +48,7 @@ def test_batches_stay_within_their_share_of_the_budget(tmp_path: Path) -> None:
 def test_no_more_than_the_prefetched_batches_are_fetched_before_they_are_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "m", count=12, items=2 * MB)
     checkpoint = open_checkpoint(tmp_path / "m")
+    drop(tmp_path / "m")  # what is cached is not fetched
     by = StreamingWeightLoader(memory_budget_mb=16, prefetch_count=1)
     before = int(Path("/proc/self/io").read_text().split()[1])
     weights = by.iterate_weights(checkpoint)
