@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ class Ran:
     minor_faults: int
     waits: int  # times that a thread gave its CPU up by itself
     preemptions: int  # times that it was taken away
-    peak_bytes: int
+    peak_bytes: int  # resident memory; 0 if it is not known, since this process had more before: a child inherits that
     said: str  # its standard output
 
     @property
@@ -59,6 +60,8 @@ def run_command(
             raise
         seconds = perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
+        inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = usage.ru_maxrss if usage.ru_maxrss > inherited else 0
         said.seek(0)
         complained.seek(0)
         if process.returncode:
@@ -67,7 +70,7 @@ def run_command(
         return Ran(
             seconds=seconds, user_s=usage.ru_utime, system_s=usage.ru_stime, minor_faults=usage.ru_minflt,
             waits=usage.ru_nvcsw, preemptions=usage.ru_nivcsw,
-            peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), said=said.read(),
+            peak_bytes=peak * (1 if sys.platform == "darwin" else 1024), said=said.read(),
         )  # fmt: skip
 
 

@@ -128,10 +128,12 @@ class _Timed:
             return Whole(peer.name, None, missing, beside=_name([quant]))
 
         def call(case: Whole) -> float:
+            source = peer_source(peer, self._source, self._work)
+            if source != self._source:
+                self._prepare(sorted(source.rglob("*.*")), cold=False)
             ran = run_command(peer_command(peer, source, self._output, llmcompressor))
             return case.add(ran, json.loads(ran.said.strip().splitlines()[-1])["import_s"])
 
-        source = peer_source(peer, self._source, self._work)
         return self._case(peer.name, call, beside=_name([quant]))
 
     def given(self, command: str, beside: str) -> Whole:
@@ -160,7 +162,7 @@ class _Timed:
         case = Whole(name, None, beside=beside, is_cold=cold)
 
         def run() -> float:
-            self._prepare(cold=cold)
+            self._prepare(self._files, cold=cold)
             try:
                 return call(case)
             finally:
@@ -169,11 +171,11 @@ class _Timed:
         case.call = run
         return case
 
-    def _prepare(self, *, cold: bool) -> None:
-        """Bring the source into the page cache, or drop it; nothing of an earlier case is left to be written out."""
+    def _prepare(self, files: Sequence[Path], *, cold: bool) -> None:
+        """Bring files into the page cache, or drop them; nothing of an earlier case is left to be written out."""
         # Dirty pages cannot be dropped, and writing them out must not count for this case.
         os.sync()
-        for file in self._files:
+        for file in files:
             if cold:
                 local.drop_cached(file)
             else:
@@ -201,7 +203,7 @@ def _said(cases: Sequence[Whole], size: int, busy: Busy, about: Mapping[str, Any
     shown = table("case", *numbers, right=numbers)
     for row in rows:
         if row["missing"]:
-            shown.add_row(row["case"], row["missing"])
+            shown.add_row(f"{row['case']}: {row['missing']}")
             continue
         shown.add_row(
             row["case"], f"{row['best_s']:.2f}", f"{row['median_s']:.2f}", _number(row["start_s"], "{:.2f}"),

@@ -132,6 +132,7 @@ def copied(files: Sequence[Path], output: Path, threads: int) -> float:
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw GB/s over cores, of work and of whole commands, beside the ideal and the copy, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -152,6 +153,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
     axes.set_xticks([row["cores"] for row in first], [str(row["cores"]) for row in first])
     axes.set(xlabel="cores", ylabel="GB/s of the source")
     axes.legend(fontsize=8)

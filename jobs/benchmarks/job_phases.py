@@ -115,7 +115,7 @@ def _phase(file: str, function: str) -> str:
 @lru_cache(maxsize=4096)
 def _known(file: str) -> str:
     """Return a file's path within this package, the standard library or site-packages."""
-    for root in (f"{ROOT}/", "/site-packages/", "/dist-packages/"):
+    for root in ("/site-packages/", "/dist-packages/", f"{ROOT}/"):
         if root in file:
             return file.rpartition(root)[2]
     return re.sub(r"^.*/python3\.\d+t?/", "", file)
