@@ -20,7 +20,7 @@ from rich.text import Text
 
 from jobs.benchmarks.busy_machine import Busy, machine, warning
 from jobs.benchmarks.commands import Ran, job_command, ours, run_command
-from jobs.benchmarks.peers import PEERS, absence, peer_command, peer_source
+from jobs.benchmarks.peers import PEERS, Peer, absence, peer_command, peer_source
 from jobs.benchmarks.plain_reads import plain_ways
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.benchmarks.timing import Case, rotate
@@ -75,8 +75,7 @@ def time_job(
         cases: list[Whole] = [timed.copy()]
         for quant in quants:
             cases.append(timed.job([quant]))
-            if quant in PEERS:
-                cases.append(timed.peer(quant, llmcompressor))
+            cases += [timed.peer(each, quant, llmcompressor) for each in PEERS.get(quant, ())]
         if len(sweep) > 1:
             cases.append(timed.job(list(sweep)))
         if peer is not None:
@@ -120,9 +119,8 @@ class _Timed:
 
         return self._case(f"{name}, cold" if cold else name, call, cold=cold)
 
-    def peer(self, quant: str, llmcompressor: str | None) -> Whole:
+    def peer(self, peer: Peer, quant: str, llmcompressor: str | None) -> Whole:
         """Return the case of the engine's own tool for a preset."""
-        peer = PEERS[quant]
         missing = absence(peer, llmcompressor)
         if missing:
             return Whole(peer.name, None, missing, beside=_name([quant]))

@@ -19,13 +19,14 @@ KEPT = ("embed_tokens", "lm_head", "norm")  # parts of the names of weights that
 
 
 def llmcompressor(source: str, output: str, setting: str) -> float:
-    """llm-compressor's `model_free_ptq`, which knows no model and works on files, as our jobs do."""
+    """llm-compressor's `model_free_ptq`, which works on files, as our jobs do; the setting: scheme, workers."""
     from llmcompressor import model_free_ptq
 
     imported = time.perf_counter()
+    scheme, workers = setting.split()
     model_free_ptq(
-        source, output, scheme=setting, ignore=["lm_head", "model.embed_tokens"], device="cpu",
-        max_workers=int(os.environ.get("WORKERS", "1")),
+        source, output, scheme=scheme, ignore=["lm_head", "model.embed_tokens"], device="cpu",
+        max_workers=int(workers) or cores(),
     )  # fmt: skip
     return imported
 
@@ -47,7 +48,7 @@ def llama_quantize(source: str, output: str, setting: str) -> float:
 
     imported = time.perf_counter()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    params.nthread = cores()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{setting}")
     [gguf] = sorted(Path(source).rglob("*.gguf"))
     Path(output).mkdir()
@@ -81,6 +82,11 @@ def hqq(source: str, output: str, setting: str) -> float:
     Path(output).mkdir()
     torch.save(found, Path(output) / "qmodel.pt")
     return imported
+
+
+def cores() -> int:
+    """Return the number of cores on which this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sync(output: str) -> None:

@@ -24,16 +24,23 @@ class Peer:
     needs: tuple[str, ...]
 
 
+def _llmcompressor(scheme: str) -> tuple[Peer, ...]:
+    """Return llm-compressor's tool as it comes, with one worker, and with one for each core."""
+    name = f"llm-compressor model_free_ptq, {scheme}"
+    return (
+        Peer(name, "llmcompressor", f"{scheme} 1", ("llmcompressor",)),
+        Peer(f"{name}, a worker a core", "llmcompressor", f"{scheme} 0", ("llmcompressor",)),
+    )
+
+
 PEERS = {
-    "w4a16": Peer("llm-compressor model_free_ptq, W4A16", "llmcompressor", "W4A16", ("llmcompressor",)),
-    "fp8_dynamic": Peer(
-        "llm-compressor model_free_ptq, FP8_DYNAMIC", "llmcompressor", "FP8_DYNAMIC", ("llmcompressor",)
-    ),
-    "mlx_int4": Peer("mlx_lm.convert, 4 bits", "mlx", "4", ("mlx_lm",)),
-    "mlx_int8": Peer("mlx_lm.convert, 8 bits", "mlx", "8", ("mlx_lm",)),
-    "gguf_q4_k_m": Peer("llama-quantize, Q4_K_M", "llama_quantize", "Q4_K_M", ("llama_cpp",)),
-    "gguf_q8_0": Peer("llama-quantize, Q8_0", "llama_quantize", "Q8_0", ("llama_cpp",)),
-    "hqq4": Peer("hqq, 4 bits", "hqq", "4", ("hqq", "torch", "safetensors")),
+    "w4a16": _llmcompressor("W4A16"),
+    "fp8_dynamic": _llmcompressor("FP8_DYNAMIC"),
+    "mlx_int4": (Peer("mlx_lm.convert, 4 bits", "mlx", "4", ("mlx_lm",)),),
+    "mlx_int8": (Peer("mlx_lm.convert, 8 bits", "mlx", "8", ("mlx_lm",)),),
+    "gguf_q4_k_m": (Peer("llama-quantize, Q4_K_M", "llama_quantize", "Q4_K_M", ("llama_cpp",)),),
+    "gguf_q8_0": (Peer("llama-quantize, Q8_0", "llama_quantize", "Q8_0", ("llama_cpp",)),),
+    "hqq4": (Peer("hqq, 4 bits", "hqq", "4", ("hqq", "torch", "safetensors")),),
 }
 
 

@@ -98,8 +98,9 @@ def test_jobs_are_timed_beside_copying_and_what_is_not_there_is_said(
     assert ran.status == 0, ran.err
     rows = {row["case"]: row for row in ran.document["rows"]}
     missing = {name: row["missing"] for name, row in rows.items() if row["missing"]}
-    assert list(missing) == ["llm-compressor model_free_ptq, FP8_DYNAMIC"]
-    assert "there is no" in missing["llm-compressor model_free_ptq, FP8_DYNAMIC"]
+    name = "llm-compressor model_free_ptq, FP8_DYNAMIC"
+    assert list(missing) == [name, f"{name}, a worker a core"]
+    assert all("there is no" in why for why in missing.values())
     names = ("weightmill nf4", "weightmill fp8_dynamic", "weightmill, a sweep: nf4, fp8_dynamic")
     for name in (*names, "weightmill nf4, cold"):
         assert 0 < rows[name]["start_s"] < rows[name]["median_s"], name
