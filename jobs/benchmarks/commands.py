@@ -15,6 +15,8 @@ from time import perf_counter
 from loaders.errors import StorageError
 from loaders.places import ROOT
 
+BLOCK = 512  # bytes of the blocks in which getrusage(2) counts reads
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
@@ -26,6 +28,7 @@ class Ran:
     minor_faults: int
     waits: int  # times that a thread gave its CPU up by itself
     preemptions: int  # times that it was taken away
+    fetched_bytes: int  # that the kernel read from disks for it
     peak_bytes: int  # resident memory; 0 if it is not known, since this process had more before: a child inherits that
     said: str  # its standard output
 
@@ -69,17 +72,17 @@ def run_command(
             raise StorageError(f"exit status {process.returncode}: {lines[-1]}")
         return Ran(
             seconds=seconds, user_s=usage.ru_utime, system_s=usage.ru_stime, minor_faults=usage.ru_minflt,
-            waits=usage.ru_nvcsw, preemptions=usage.ru_nivcsw,
+            waits=usage.ru_nvcsw, fetched_bytes=usage.ru_inblock * BLOCK, preemptions=usage.ru_nivcsw,
             peak_bytes=peak * (1 if sys.platform == "darwin" else 1024), said=said.read(),
         )  # fmt: skip
 
 
-def job_command(source: Path, quants: Sequence[str], output: Path, *settings: str) -> list[str]:
-    """Return the command that makes `output` of a source, without tracking: a folder of outputs if it is a sweep."""
-    sweep = len(quants) > 1
-    into = f"output.{'root' if sweep else 'path'}={output}"
-    given = (f"model.path={source}", f"quant={','.join(quants)}", into, "tracking=none", "cluster=local", "format=json")
-    return [sys.executable, "-m", "jobs.run", *(["-m"] if sweep else []), *given, *settings]
+def job_command(
+    source: Path, quants: Sequence[str], into: str, *settings: str, tracking: str = "tracking=none"
+) -> list[str]:
+    """Return the command of a job, or of a sweep, over a source; `into` is its output.path= or output.root=."""
+    given = (f"model.path={source}", f"quant={','.join(quants)}", into, tracking, "cluster=local", "format=json")
+    return [sys.executable, "-m", "jobs.run", *(["-m"] if len(quants) > 1 else []), *given, *settings]
 
 
 def ours() -> dict[str, str]:

@@ -85,7 +85,7 @@ def time_job(
             cases += timed.reads(stack)
         note("first jobs on the demo, which compile kernels; they are kept")
         for quant in dict.fromkeys([*quants, *sweep]):
-            run_command(job_command(DEMO, [quant], work / f"first-{quant}"), ours())
+            run_command(job_command(DEMO, [quant], f"output.path={work / 'first'}-{quant}"), ours())
         note(f"timing {len(cases)} cases, {repeats} laps each")
         busy = Busy()
         rotate([*cases], repeats, warm_up=0)
@@ -107,10 +107,10 @@ class _Timed:
 
     def job(self, quants: list[str], *, cold: bool = False) -> Whole:
         """Return the case of a job, or of a sweep."""
-        name = _name(quants)
+        name, into = _name(quants), f"output.{'path' if len(quants) == 1 else 'root'}={self._output}"
 
         def call(case: Whole) -> float:
-            ran = run_command(job_command(self._source, quants, self._output), ours())
+            ran = run_command(job_command(self._source, quants, into), ours())
             document = json.loads(ran.said)
             work_s = (
                 document["run"]["wall_s"] if len(quants) == 1 else sum(read["wall_s"] for read in document["passes"])

@@ -61,7 +61,7 @@ def time_cores(
         ]
         note("first jobs on the demo, which compile kernels; they are kept")
         for quant in quants:
-            run_command(job_command(DEMO, [quant], work / f"first-{quant}"), ours())
+            run_command(job_command(DEMO, [quant], f"output.path={work / 'first'}-{quant}"), ours())
         busy = Busy()
         for lap in range(repeats):
             for row in rows:
@@ -83,7 +83,7 @@ def _run(row: dict[str, Any], source: Path, files: Sequence[Path], output: Path)
     """Run a lap of a row: the job, and a copy by as many threads as it has cores."""
     try:
         _prepare(files)
-        ran = run_command(job_command(source, [row["quant"]], output), ours())
+        ran = run_command(job_command(source, [row["quant"]], f"output.path={output}"), ours())
         row["command_s"].append(ran.seconds)
         row["work_s"].append(float(json.loads(ran.said)["run"]["wall_s"]))
         shutil.rmtree(output)

@@ -79,10 +79,12 @@ def profile_job(path: str | None, gb: float, quant: str, tracking: str, folder: 
     spy = py_spy()
     with given_or_random(path, gb, folder) as (work, source):
         checkpoint = open_checkpoint(source)
-        settings = ["tracking=none"] if tracking == "none" else [f"tracking.uri=sqlite:///{work / 'mlflow.db'}"]
-        profiled = _Profiled(spy, source, [source / tag.name for tag in checkpoint.files], quant, work, settings)
+        setting = "tracking=none" if tracking == "none" else f"tracking.uri=sqlite:///{work / 'mlflow.db'}"
+        files = [source / tag.name for tag in checkpoint.files]
+        command = job_command(source, [quant], f"output.path={work / 'output'}", tracking=setting)
+        profiled = _Profiled(spy, command, files, work)
         note("a first job on the demo, which compiles kernels; they are kept")
-        run_command(job_command(DEMO, [quant], work / "first"), ours())
+        run_command(job_command(DEMO, [quant], f"output.path={work / 'first'}"), ours())
         busy = Busy()
         for lap in range(repeats):
             note(f"lap {lap + 1} of {repeats}: the command as it is; under py-spy, {len(KINDS)} times; under perf")
@@ -100,7 +102,7 @@ def py_spy() -> str:
     found = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
         raise BadSpec("profile: py-spy is not installed: pip install 'weightmill[bench]'")
-    # A second of sleep is enough for one look; its exit status tells whether the system allows it.
+    # py-spy's exit status tells whether the system allows it.
     tried = subprocess.run(
         [found, "record", "-d", "1", "-r", "20", "-f", "raw", "-o", os.devnull, "--",
          sys.executable, "-c", "import time; time.sleep(0.5)"],
@@ -115,18 +117,13 @@ def py_spy() -> str:
 class _Profiled:
     """A job's command, run in each way, and what was found."""
 
-    def __init__(
-        self, spy: str, source: Path, files: Sequence[Path], quant: str, work: Path, settings: Sequence[str]
-    ) -> None:
+    def __init__(self, spy: str, command: Sequence[str], files: Sequence[Path], work: Path) -> None:
         self.plain: list[Ran] = []
         self.threads: list[Threads] = []
         self.samples = {kind: Samples() for kind in KINDS}
         self.entries: Counter[str] = Counter()
         self.no_perf = ""
-        self._spy, self._files, self._work = spy, files, work
-        self._output = work / "output"
-        command = [part for part in job_command(source, [quant], self._output) if part != "tracking=none"]
-        self._command = [*command, *settings]
+        self._spy, self._command, self._files, self._work = spy, command, files, work
 
     def lap(self) -> None:
         """Run the command once in each way."""
@@ -186,7 +183,7 @@ class _Profiled:
         try:
             return run_command(command, ours(), started)
         finally:
-            shutil.rmtree(self._output, ignore_errors=True)
+            shutil.rmtree(self._work / "output", ignore_errors=True)
 
 
 class Threads:

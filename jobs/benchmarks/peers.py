@@ -68,5 +68,5 @@ def peer_source(peer: Peer, source: Path, work: Path) -> Path:
     made = work / "source-gguf"
     if not made.exists():
         note("making a GGUF of bfloat16 for llama-quantize, which does not count")
-        run_command(job_command(source, ["gguf_bf16"], made, "lint=warn"), ours())
+        run_command(job_command(source, ["gguf_bf16"], f"output.path={made}", "lint=warn"), ours())
     return made
