@@ -1,4 +1,8 @@
-"""`python -m jobs.bench job cores=[1,2,4]`: one job on more and more cores, beside the ideal and a parallel copy."""
+"""`python -m jobs.bench job cores=[1,2,4]`: one job on more and more cores, beside what it could do.
+
+The ideal is so many times the rate of the fewest cores. Beside it stand a copy of the files by as many threads, and
+encoding and measuring alone on as many: the lesser of these two is what the machine has for a job.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,7 +60,7 @@ def time_cores(
         checkpoint = open_checkpoint(source)
         files = [source / tag.name for tag in checkpoint.files]
         rows: list[dict[str, Any]] = [
-            {"quant": quant, "cores": count, **{f"{kind}_s": [] for kind in KINDS}}
+            {"quant": quant, "cores": count, "kernels_gbps": [], **{f"{kind}_s": [] for kind in KINDS}}
             for quant in quants
             for count in steps
         ]
@@ -72,6 +77,7 @@ def time_cores(
     for row in rows:
         for kind in KINDS:
             row[f"{kind}_gbps"] = size / statistics.median(row[f"{kind}_s"]) / 1e9
+        row["kernels_gbps"] = statistics.median(row["kernels_gbps"])
         first = next(each for each in rows if each["quant"] == row["quant"])
         row["ideal_gbps"] = first["work_gbps"] * row["cores"] / first["cores"]
     plot = draw(rows, root / f"cores-{source.name}.png")
@@ -80,7 +86,7 @@ def time_cores(
 
 
 def _run(row: dict[str, Any], source: Path, files: Sequence[Path], output: Path) -> None:
-    """Run a lap of a row: the job, and a copy by as many threads as it has cores."""
+    """Run a lap of a row: the job; on as many threads, a copy, and encoding and measuring alone."""
     try:
         _prepare(files)
         ran = run_command(job_command(source, [row["quant"]], f"output.path={output}"), ours())
@@ -89,8 +95,19 @@ def _run(row: dict[str, Any], source: Path, files: Sequence[Path], output: Path)
         shutil.rmtree(output)
         _prepare(files)
         row["copy_s"].append(copied(files, output, row["cores"]))
+        shutil.rmtree(output)
+        _prepare(files)
+        row["kernels_gbps"].append(_kernels_alone(source, row["quant"], row["cores"], output))
     finally:
         shutil.rmtree(output, ignore_errors=True)
+
+
+def _kernels_alone(source: Path, quant: str, cores: int, output: Path) -> float:
+    """Return the GB/s of encoding and measuring alone, in a process of its own."""
+    command = [sys.executable, "-m", "jobs.benchmarks.kernels_alone", str(cores), f"model.path={source}"]
+    settings = (f"quant={quant}", f"output.path={output}", "tracking=none")
+    found = json.loads(run_command([*command, *settings], ours()).said)
+    return float(found["bytes"] / found["seconds"] / 1e9)
 
 
 def _prepare(files: Sequence[Path]) -> None:
@@ -143,6 +160,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.plot(cores, [row["work_gbps"] for row in mine], "o-", color=color, label=f"{quant}, work alone")
         axes.plot(cores, [row["command_gbps"] for row in mine], "s--", color=color, label=f"{quant}, whole command")
         axes.plot(cores, [row["ideal_gbps"] for row in mine], ":", color=color, label=f"{quant}, ideal")
+        alone = [row["kernels_gbps"] for row in mine]
+        axes.plot(cores, alone, "^-.", color=color, label=f"{quant}, encoding and measuring alone")
     first = [row for row in rows if row["quant"] == quants[0]]
     axes.plot(
         [row["cores"] for row in first],
@@ -166,22 +185,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
 def _said(
     rows: Sequence[Mapping[str, Any]], taken: dict[str, Any], about: Mapping[str, Any], plot: Path, left: Sequence[int]
 ) -> Said:
-    titles = (
-        "cores",
-        "command s",
-        "work s",
-        "command GB/s",
-        "work GB/s",
-        "ideal",
-        "of the ideal",
-        "parallel copy GB/s",
-    )
+    rates = ("command GB/s", "work GB/s", "ideal", "of the ideal", "kernels alone", "parallel copy")
+    titles = ("cores", "command s", "work s", *rates)
     shown = table("", *titles, right=titles)
     for row in rows:
         shown.add_row(
             row["quant"], str(row["cores"]), *(f"{statistics.median(row[f'{kind}_s']):.2f}" for kind in KINDS[:2]),
             *(f"{row[f'{kind}_gbps']:.3g}" for kind in ("command", "work", "ideal")),
-            f"{row['work_gbps'] / row['ideal_gbps']:.0%}", f"{row['copy_gbps']:.3g}",
+            f"{row['work_gbps'] / row['ideal_gbps']:.0%}", f"{row['kernels_gbps']:.3g}", f"{row['copy_gbps']:.3g}",
         )  # fmt: skip
     here, said = machine(), warning(taken)
     lines = ", ".join(f"{key} {value}" for key, value in about.items())

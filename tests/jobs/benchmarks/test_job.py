@@ -134,6 +134,7 @@ def test_a_job_is_timed_on_more_and_more_cores(weightmill: Callable[..., Ran], s
     assert ran.document["not_run"][-1] == 4096
     first = ran.document["rows"][0]
     assert (first["quant"], first["cores"]) == ("nf4", 1)
+    assert first["kernels_gbps"] > 0
     assert first["ideal_gbps"] == first["work_gbps"] > first["command_gbps"]
     assert Path(ran.document["plot"]).stat().st_size > 0
     none = weightmill("bench", "job", f"path={source}", "cores=[4096]")
