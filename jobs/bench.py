@@ -26,7 +26,7 @@ class BenchModel(Spec):
 class BenchOutput(Spec):
     """The folder of the results."""
 
-    root: LocalPath = Field(description="loaders: the folder of the plot, and of the tracking store")
+    root: LocalPath = Field(description="loaders, cores: the folder of the plot; loaders: of the tracking store, too")
 
 
 class BenchSpec(Spec):
@@ -58,7 +58,10 @@ class BenchSpec(Spec):
         " job takes quant"
     )
     sweep: tuple[str, ...] = Field(description="job: schemes of a sweep that is timed, too; none given: none")
-    profile: bool = Field(description="job: where its seconds go, by phase, instead; needs py-spy, and ptrace for it")
+    profile: bool = Field(
+        description="job: where its seconds go, by phase, instead; needs py-spy, and ptrace for it; with tracking=none of"
+        " a job without MLflow"
+    )
     cores: tuple[int, ...] = Field(
         description="job: run it on so many of this machine's cores instead, more and more; Linux"
     )
