@@ -59,7 +59,7 @@ class BenchSpec(Spec):
     )
     sweep: tuple[str, ...] = Field(description="job: schemes of a sweep that is timed, too; none given: none")
     profile: bool = Field(
-        description="job: where its seconds go, by phase, instead; needs py-spy, and ptrace for it; with tracking=none of"
+        description="job: where its seconds go, by phase, instead; needs py-spy, and ptrace for it; tracking=none: of"
         " a job without MLflow"
     )
     cores: tuple[int, ...] = Field(
