@@ -12,6 +12,8 @@ from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Calibration, Format, LocalPath, Spec
 from jobs.spec.job import TrackingSpec
 
+QUANTS = ("nf4", "mlx_int4", "w4a16", "fp8_dynamic")
+
 
 class BenchModel(Spec):
     """The checkpoint that is read."""
@@ -24,7 +26,7 @@ class BenchModel(Spec):
 class BenchOutput(Spec):
     """The folder of the results."""
 
-    root: LocalPath = Field(description="loaders: the folder of the plot, and of the tracking store")
+    root: LocalPath = Field(description="loaders, cores: the folder of the plot; loaders: of the tracking store, too")
 
 
 class BenchSpec(Spec):
@@ -42,14 +44,30 @@ class BenchSpec(Spec):
     columns: int = Field(gt=0, multiple_of=64, description="kernels: its columns")
     threads: int = Field(ge=1, description="kernels: threads of each case")
     repeats: int | None = Field(
-        ge=1, description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu 3"
+        ge=1,
+        description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu and job 3,"
+        " profile and cores 1",
     )
     path: LocalPath | None = Field(description="job: the source's folder; null makes a random Llama")
     gb: float | None = Field(
         gt=0, description="job, loaders, load, sweep, gpu: gigabytes of the random Llama; null: 1, gpu 4"
     )
     quant: str = Field(description="job, load: the scheme")
-    quants: tuple[str, ...] = Field(description="sweep, plan: the schemes")
+    quants: tuple[str, ...] | None = Field(
+        description="sweep, plan, job: the schemes; null: sweep and plan take nf4, mlx_int4, w4a16 and fp8_dynamic,"
+        " job takes quant"
+    )
+    sweep: tuple[str, ...] = Field(description="job: schemes of a sweep that is timed, too; none given: none")
+    profile: bool = Field(
+        description="job: where its seconds go, by phase, instead; needs py-spy, and ptrace for it; tracking=none: of"
+        " a job without MLflow"
+    )
+    cores: tuple[int, ...] = Field(
+        description="job: run it on so many of this machine's cores instead, more and more; Linux"
+    )
+    llmcompressor: LocalPath | None = Field(
+        description="job: the Python of an environment that has llm-compressor, to time it beside w4a16 and the like"
+    )
     tensors: int = Field(
         ge=1, description="plan: how many tensors the made checkpoint has, of which only headers exist"
     )
@@ -61,7 +79,9 @@ class BenchSpec(Spec):
     peer: str | None = Field(description="job: another tool's command with {source} and {output}")
     folder: LocalPath | None = Field(description="where outputs and the random Llama are written and removed again")
     strategies: tuple[str, ...] = Field(description="loaders: which to time; none given: all")
-    cold: bool = Field(description="loaders: time reading without the page cache, too")
+    cold: bool | None = Field(
+        description="loaders, job: time reading without the page cache, too; null: loaders yes, job no"
+    )
     engine: Literal["mlx", "gguf"] = Field(description="budget: the engine whose schemes are mixed")
     text: LocalPath | None = Field(description="budget: a file of text that the model has not seen")
     calibration: Calibration | None = Field(description="budget: a text file that mixes are weighted by, or self")
@@ -83,7 +103,9 @@ def act(spec: BenchSpec) -> Said:
     """Run the benchmark that the request names."""
     is_gpu = spec.what == "gpu"
     gb = spec.gb if spec.gb is not None else 4.0 if is_gpu else 1.0
-    repeats = spec.repeats if spec.repeats is not None else 3 if is_gpu else 7
+    laps = {"gpu": 3, "job": 1 if spec.profile or spec.cores else 3}
+    repeats = spec.repeats if spec.repeats is not None else laps.get(spec.what, 7)
+    quants = spec.quants if spec.quants is not None else (spec.quant,) if spec.what == "job" else QUANTS
     if is_gpu:
         from jobs.benchmarks.gpu import time_gpu
 
@@ -105,17 +127,17 @@ def act(spec: BenchSpec) -> Said:
         from jobs.benchmarks.loaders import time_loaders
 
         return time_loaders(
-            spec.model.path, gb, spec.folder, spec.strategies, repeats, spec.cold, Path(spec.output.root),
+            spec.model.path, gb, spec.folder, spec.strategies, repeats, spec.cold is not False, Path(spec.output.root),
             spec.tracking,
         )  # fmt: skip
     if spec.what == "sweep":
         from jobs.benchmarks.sweep import time_sweep
 
-        return time_sweep(spec.model.path, gb, spec.quants, spec.rate, spec.folder, repeats)
+        return time_sweep(spec.model.path, gb, quants, spec.rate, spec.folder, repeats)
     if spec.what == "plan":
         from jobs.benchmarks.planning import time_plans
 
-        return time_plans(spec.model.path, spec.tensors, spec.quants, spec.stored, spec.folder)
+        return time_plans(spec.model.path, spec.tensors, quants, spec.stored, spec.folder)
     if spec.what == "load":
         from jobs.benchmarks.load import time_load
 
@@ -124,9 +146,19 @@ def act(spec: BenchSpec) -> Said:
         from jobs.benchmarks.kernels import time_kernels
 
         return time_kernels(spec.rows, spec.columns, spec.threads, repeats)
+    if spec.profile:
+        from jobs.benchmarks.job_profile import profile_job
+
+        return profile_job(spec.path, gb, quants[0], spec.tracking.kind, spec.folder, repeats)
+    if spec.cores:
+        from jobs.benchmarks.job_cores import time_cores
+
+        return time_cores(spec.path, gb, quants, spec.cores, spec.folder, repeats, Path(spec.output.root))
     from jobs.benchmarks.job import time_job
 
-    return time_job(spec.path, gb, spec.quant, spec.peer, spec.folder, repeats)
+    return time_job(
+        spec.path, gb, quants, spec.sweep, spec.peer, spec.llmcompressor, spec.folder, repeats, cold=bool(spec.cold)
+    )
 
 
 VERB = Verb(
@@ -140,6 +172,12 @@ VERB = Verb(
         ("plan tensors=500000 quants=[nf4]", "half a million tensors, headers only, in the shape of DeepSeek V3"),
         ("load gb=1 repeats=3", "tensors and models from the page cache, beside safetensors and transformers"),
         ("job gb=4 repeats=3", "a random Llama of 4 GB to NF4, from the page cache, beside copying it"),
+        ("job gb=1 profile=true", "where its seconds go, by phase; how long it holds the interpreter's lock"),
+        ("job gb=8 cores=[1,2,4,8,16] folder=/dev/shm", "the same job on more and more cores, in a table and a plot"),
+        (
+            "job quants=[w4a16,mlx_int4] llmcompressor=PYTHON cold=true",
+            "beside the engines' own tools, and from the disk",
+        ),
         ("job path=DIR peer='TOOL {source} {output}'", "your checkpoint, in turn with another tool's command"),
         (
             "sweep model.path=DIR rate=100 repeats=1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 from jobs.cli.verb import note
 from loaders.containers import safetensors, writer_of
 from loaders.dtypes import DTYPES
+from loaders.places import DEMO
 from loaders.specs import StoredSpec, StoredTensor
 
 
@@ -62,9 +64,13 @@ def make_llama(folder: Path, gb: float, shards: int = 8) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    # Some engines' tools convert no model without a tokenizer. They do not compare it with the model.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, folder / name)
 
 
 @contextmanager

@@ -10,10 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,19 +18,18 @@ from typing import Any
 
 from rich.console import Group
 
+from jobs.benchmarks.commands import job_command, ours, run_command
 from jobs.benchmarks.disk_limit import limited_reads
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said, note
 from jobs.report import tables
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, StorageError
-from loaders.places import ROOT
 from loaders.storage import local
 from loaders.storage.base import OUR_REPORT
 from loaders.storage.hashes import hash_file
 
 STAYED = 0.05  # the share of a file in the page cache up to which it counts as cold
-BLOCK = 512  # bytes of the blocks in which getrusage(2) counts reads
 
 
 @dataclass
@@ -82,31 +77,13 @@ def _run(case: Timed, source: Path, files: Sequence[Path], root: Path, within: S
     stayed = max((local.drop_cached(file) or 0.0 for file in files), default=0.0)
     if stayed > STAYED:
         note(f"{stayed:.0%} of a file of the source stayed in the page cache: another process has it mapped, perhaps")
-    given = [f"model.path={source}", f"output.root={root}", "tracking=none", "cluster=local", "format=json"]
-    command = [sys.executable, "-m", "jobs.run", *(["-m"] if len(case.quants) > 1 else []), *given]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile("w+") as said:
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            [*within, *command, f"quant={','.join(case.quants)}"], stdout=subprocess.DEVNULL, stderr=said,
-            env={**os.environ, "PYTHONPATH": paths},
-        )  # fmt: skip
-        try:
-            # wait4 gives this process's own resource usage; getrusage would mix it with that of earlier commands.
-            _, status, usage = os.wait4(process.pid, 0)
-        # Interrupts too: the job must not go on without this benchmark.
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        case.seconds.append(time.perf_counter() - began)
-        case.cpu_s.append(usage.ru_utime + usage.ru_stime)
-        case.fetched.append(usage.ru_inblock * BLOCK)
-        if process.returncode:
-            said.seek(0)
-            lines = said.read().strip().splitlines() or ["no message"]
-            raise StorageError(f"{case.name}: exit status {process.returncode}: {lines[-1]}")
+    try:
+        ran = run_command([*within, *job_command(source, case.quants, f"output.root={root}")], ours())
+    except StorageError as error:
+        raise StorageError(f"{case.name}: {error}") from error
+    case.seconds.append(ran.seconds)
+    case.cpu_s.append(ran.cpu_s)
+    case.fetched.append(ran.fetched_bytes)
     case.hashes = {output.name: _hashes(output) for output in sorted(root.iterdir()) if (output / OUR_REPORT).exists()}
     shutil.rmtree(root)
 
