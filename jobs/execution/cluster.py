@@ -132,8 +132,8 @@ class LocalCluster:
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
         stop, interval = threading.Event(), sys.getswitchinterval()
-        # Threads need the interpreter's lock for some microseconds a range. Where one holds it longer, as for the records
-        # of a unit, the others should not wait for the 5 ms that Python grants it.
+        # Threads need the interpreter's lock for some microseconds a range. Where one holds it longer, as for the
+        # records of a unit, the others should not wait for the 5 ms that Python grants it.
         sys.setswitchinterval(SWITCH_S)
         todo, flight = list(reversed(tasks)), set[Future[R_co | UnitFailed]]()
         pool = ThreadPoolExecutor(self.units_at_once, thread_name_prefix="unit")

@@ -63,7 +63,7 @@ def test_pieces_of_work_share_a_crew(crew: Crew) -> None:
         each.start()
     for each in units:
         each.join(WAIT_S)
-    assert found == dict.fromkeys(range(4), [4 * item for item in range(20)])
+    assert found == {number: [4 * item for item in range(20)] for number in range(4)}
 
 
 def test_an_error_is_raised_after_what_runs_has_ended_and_nothing_else_is_begun(work: ThreadedWork) -> None:
