@@ -95,7 +95,7 @@ class Architecture:
     made: words for keys that follow from several of config.json's, some of which refuse what llama.cpp would compute
     otherwise: functions of the files of `loaders.layouts.gguf.keys`.
     activations: the values that it computes of hidden_act, or of the key that `activation` names.
-    needs: [key, value, reason] rows of what config.json must say where it says anything.
+    requires: [key, value, reason] rows of what config.json must say where it says anything.
     own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
     rounds_ramp: yarn's ramp is computed with a rounded range, whatever config.json says; a warning tells so.
     next_tokens: it has layers for multi-token prediction, after the others.
@@ -119,7 +119,7 @@ class Architecture:
     made: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
     activation: str = "hidden_act"
-    needs: tuple[tuple[str, Any, str], ...] = ()
+    requires: tuple[tuple[str, Any, str], ...] = ()
     ropes: tuple[str, ...] = ()
     float32: str = ""
     as_stored: str = ""

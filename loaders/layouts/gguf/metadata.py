@@ -101,7 +101,7 @@ def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> No
     if activation not in architecture.activations:
         known = architecture.activations[0]
         raise BadSpec(f"config.json: llama.cpp computes {architecture.name} with {known}, not with {activation}")
-    for key, wanted, why in architecture.needs:
+    for key, wanted, why in architecture.requires:
         found = text_config(config, key)
         if found is not None and found != wanted:
             raise BadSpec(f"config.json: {why}; {key} is {json.dumps(found)[:60]} here")
