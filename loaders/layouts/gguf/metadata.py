@@ -30,6 +30,7 @@ from loaders.architectures.windows import ignored_window, window_of
 from loaders.containers.gguf import MetadataValue, booleans, float32, int32s, text, uint32
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.keys.architecture import COMMON, head_size, keys_of, sliding_base
+from loaders.layouts.gguf.keys.checks import CHECKS
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # llama-quantize's name of a file type -> general.file_type (llama_ftype in llama.h)
@@ -105,6 +106,8 @@ def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> No
         found = text_config(config, key)
         if found is not None and found != wanted:
             raise BadSpec(f"config.json: {why}; {key} is {json.dumps(found)[:60]} here")
+    for word in architecture.checks:
+        CHECKS[word](config)
 
 
 def _rope_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders.architectures.family_files import known_types, section
 from loaders.architectures.gguf import architecture_of, completed
 from loaders.errors import BadSpec
+from loaders.layouts.gguf.keys.architecture import MADE
+from loaders.layouts.gguf.keys.checks import CHECKS
 from loaders.layouts.gguf.metadata import model_metadata
 from loaders.tensors.form_views import grouped_heads
 
@@ -27,6 +30,14 @@ def keys(model_type: str, **config: Any) -> dict[str, Any]:
     found = model_metadata(architecture_of(whole), whole)
     plain = {key.partition(".")[2]: entry.value for key, entry in found.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("key", "known"), [("made", MADE), ("checks", CHECKS)])
+def test_every_word_of_a_family_is_a_function_and_every_function_a_word(key: str, known: dict[str, Any]) -> None:
+    sections = [section(model_type, "gguf") or {} for model_type in known_types("gguf")]
+    sections += [changes for each in sections for changes in each.get("variants", {}).values()]
+    assert {word for each in sections for word in each.get(key, ())} == {*known}
 
 
 def test_windows_are_in_all_but_the_last_of_every_four_layers_or_as_config_json_says() -> None:
