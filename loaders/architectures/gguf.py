@@ -98,6 +98,7 @@ class Architecture:
     computed otherwise.
     activations: the values that it computes of hidden_act, or of the key that `activation` names.
     requires: [key, value, reason] rows of what config.json must say where it says anything.
+    ignored: keys of config.json that neither transformers nor llama.cpp reads for it, though they change other models.
     own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
     rounds_ramp: yarn's ramp is computed with a rounded range, whatever config.json says; a warning tells so.
     next_tokens: it has layers for multi-token prediction, after the others.
@@ -123,6 +124,7 @@ class Architecture:
     activations: tuple[str, ...] = ("silu", "swish")
     activation: str = "hidden_act"
     requires: tuple[tuple[str, Any, str], ...] = ()
+    ignored: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ()
     float32: str = ""
     as_stored: str = ""
