@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import re
-from functools import cache
 from importlib import util
 from pathlib import Path
 from typing import Any
+
+from tests.llama_log import errors, listening
 
 # Such as "[ 2/ 255] blk.0.attn_k.weight - [3072, 1024, 1, 1], type = bf16, size = 6.00 MiB -> 1.69 MiB (q4_K)"
 LINE = re.compile(
     r"\]\s+(?P<name>\S+)\s+- \[[^]]*\], type =\s*(?P<type>\w+),.*?(?:\((?P<made>\w+)\))?\s*$", re.MULTILINE
 )
 FILE_TYPES = {"gguf_q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
-
-
-LISTENING: list[list[str]] = []
-
-
-@cache
-def _listener() -> Any:
-    """Return what llama.cpp calls with its words. It calls it for good, so that it must never be freed."""
-    import llama_cpp
-
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, data: Any) -> None:
-        for said in LISTENING:
-            said.append(text.decode(errors="replace"))
-
-    return log
 
 
 def is_there() -> bool:
@@ -53,13 +38,11 @@ def types_in(source: Path, file_type: str) -> dict[str, str]:
     """Return the type that llama.cpp gives each tensor of a GGUF; `file_type` is the name of llama.h's constant."""
     import llama_cpp
 
-    said: list[str] = []
-    llama_cpp.llama_log_set(_listener(), ctypes.c_void_p(0))
-    LISTENING.append(said)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.dry_run = getattr(llama_cpp, file_type), True
     out = source.with_name("none")
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
-    LISTENING.remove(said)
-    assert status == 0, "".join(said)[-500:]
-    return {found["name"]: (found["made"] or found["type"]).upper() for found in LINE.finditer("".join(said))}
+    with listening() as said:
+        status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
+    assert status == 0, errors(said)
+    lines = LINE.finditer("".join(text for _, text in said))
+    return {found["name"]: (found["made"] or found["type"]).upper() for found in lines}

@@ -15,7 +15,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """A row: `name` is searched in a tensor's published name.
+    """A row: `name` is searched in a tensor's published name, or in the one that a row before has given it.
+
+    Every row that fits counts, each for what the rows before have made; in a row come the view, the values, the times.
 
     view, values: the words for what is done; empty for nothing.
     by: the settings that a word of `values` takes; "key.0" is an entry of a list.

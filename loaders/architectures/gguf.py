@@ -92,10 +92,13 @@ class Architecture:
     layers: the number of the layers of the model at hand, without those for multi-token prediction.
     keys: its keys of metadata: [type, key of config.json or several parted by |, default] or [type, number]; types are
     uint32, float32, bool, flag and text; null for a key that it has not.
-    made: words for keys that follow from several of config.json's, some of which refuse what llama.cpp would compute
-    otherwise: functions of the files of `loaders.layouts.gguf.keys`.
+    made: words for keys that follow from several of config.json's: functions of the files of
+    `loaders.layouts.gguf.keys`.
+    checks: words for what llama.cpp takes for granted: functions of `checks` there, which refuse a model that is
+    computed otherwise.
     activations: the values that it computes of hidden_act, or of the key that `activation` names.
-    needs: [key, value, reason] rows of what config.json must say where it says anything.
+    requires: [key, value, reason] rows of what config.json must say where it says anything.
+    ignored: keys of config.json that neither transformers nor llama.cpp reads for it, though they change other models.
     own_rope: words make the keys of rotary embeddings, which differ from layer to layer.
     rounds_ramp: yarn's ramp is computed with a rounded range, whatever config.json says; a warning tells so.
     next_tokens: it has layers for multi-token prediction, after the others.
@@ -117,9 +120,11 @@ class Architecture:
     biases: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     keys: Mapping[str, Any] = field(default_factory=dict)
     made: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
     activation: str = "hidden_act"
-    needs: tuple[tuple[str, Any, str], ...] = ()
+    requires: tuple[tuple[str, Any, str], ...] = ()
+    ignored: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ()
     float32: str = ""
     as_stored: str = ""

@@ -56,7 +56,7 @@ class MlxModel:
     fine: patterns for published names of weights that mlx-lm always gives FINE_BITS in groups of FINE_GROUP, each with
     the reason.
     uncast: patterns for published names of what mlx_lm.convert does not cast to torch_dtype.
-    needs: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
+    defaults: settings for which mlx-lm has no default, with the values that transformers takes if they are missing.
     takes: settings that mlx-lm does not read, with the values of which it computes one and the same thing. The
     activation is SILU's where nothing is said.
     places: lists in config.json of what each layer is, where mlx-lm works it out; see `mlx_layers`.
@@ -79,7 +79,7 @@ class MlxModel:
     head_dim: bool = False
     fine: tuple[tuple[str, str], ...] = ()
     uncast: tuple[str, ...] = ()
-    needs: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     places: tuple[Place, ...] = ()
     scalings: tuple[str, ...] | None = None

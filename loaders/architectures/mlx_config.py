@@ -146,7 +146,7 @@ def _translated(model: MlxModel, text: Mapping[str, Any], model_type: str | None
     for key, words in model.words.items():
         if isinstance(text.get(key), list):
             made[key] = [words.get(entry, entry) if isinstance(entry, str) else entry for entry in text[key]]
-    return {key: value for key, value in model.needs.items() if text.get(key) is None} | made
+    return {key: value for key, value in model.defaults.items() if text.get(key) is None} | made
 
 
 def _global_heads(text: Mapping[str, Any]) -> dict[str, Any]:

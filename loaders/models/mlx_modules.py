@@ -16,21 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.architectures.layers import layers_of
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.layouts.base import Placed
 from loaders.layouts.mlx import MlxLayout
+from loaders.layouts.rules import layout_rules
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
 from loaders.rules.decide import decide
-from loaders.rules.defaults import default_rules, left_out
 from loaders.rules.mlx import MlxRules
-from loaders.rules.next_tokens import next_token_rules
-from loaders.rules.rule import Rule
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
 from loaders.tensors.quantized_sources import check_decodable
 from loaders.tensors.sources import tensors_of
@@ -99,15 +96,8 @@ def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) ->
     scheme: Scheme = config.scheme or Plain(next((d.name for d in DTYPES.values() if d.torch == config.dtype), None))
     layout = MlxLayout()
     tensors = layout.formed(checkpoint, sources.tensors)
-    rules: tuple[Rule, ...] = default_rules(scheme) if config.scheme is None else ()
-    if config.scheme is not None:
-        group_size = getattr(scheme, "group_size", 64)
-        rules = MlxRules(group_size).rules(tensors, checkpoint.config)
-    layers = layers_of(checkpoint.config, (tensor.name for tensor in tensors))
-    predicting = next_token_rules(
-        "auto", scheme, layers.predicting, rules, has_none=layout.no_next_tokens(checkpoint), is_gguf=False
-    )
-    decisions = decide(tensors, scheme, (), (*left_out(layers), *layout.left_out(checkpoint), *predicting, *rules))
+    mix = None if config.scheme is None else MlxRules(getattr(scheme, "group_size", 64))
+    decisions = decide(tensors, scheme, (), layout_rules(layout, checkpoint, tensors, scheme, mix))
     placed = layout.place(checkpoint, decisions)
     made = layout.config(checkpoint, decisions, None)
     (folder / "config.json").write_text(json.dumps(made))

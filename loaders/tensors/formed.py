@@ -23,6 +23,17 @@ from loaders.tensors.logical_tensor import LogicalTensor, Window
 Config = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A step of what is done to a tensor's elements, in float32: a word of VALUES, or a word of FACTORS or `times`.
+
+    factors: where it is no word of VALUES: how many rows, and what these are multiplied by, in turn.
+    """
+
+    word: str
+    factors: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormedTensor(LogicalTensor):
     """A tensor in an engine's form.
@@ -30,17 +41,13 @@ class FormedTensor(LogicalTensor):
     origin: the tensor of the checkpoint that it is made of.
     gather: the dimensions over which the window's strides run; their product is that of the shape.
     read_as: the dtype of the elements that are gathered; `dtype` is that of the result.
-    values: what is done to the elements: a word of VALUES or FACTORS, or empty.
-    factors: for a word of FACTORS: how many rows, and what these are multiplied by, in turn.
-    times: what they are multiplied by then, one after the other, each product rounded to float32.
+    changes: what is done to the elements, one after the other.
     """
 
     origin: str
     gather: Shape
     read_as: DType
-    values: str = ""
-    factors: tuple[tuple[int, float], ...] = ()
-    times: tuple[float, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def source_name(self) -> str:
@@ -116,16 +123,18 @@ class Forms:
     def _formed(
         self, tensor: LogicalTensor, name: str, piece: Piece, row: Form, times: tuple[float, ...]
     ) -> FormedTensor:
-        view, values = piece.view, row.values
+        view, values, rows = piece.view, row.values, piece.view.shape[0] if piece.view.shape else 1
         own = {each.name: getattr(tensor, each.name) for each in fields(LogicalTensor)}
         stored = DTYPES[piece.dtype] if piece.dtype else tensor.dtype
         before = tensor if isinstance(tensor, FormedTensor) else None
-        if before is not None and values and UNDONE_BY.get(values) == before.values:
-            values, before = "", replace(before, values="", factors=())
+        changes = before.changes if before else ()
+        if values and changes and UNDONE_BY.get(values) == changes[-1].word:
+            values, changes = "", changes[:-1]
         dtype = DTYPES[self._floats] if values and self._floats else stored
-        factors = before.factors if before else ()
-        if (word := values.removeprefix("un")) in FACTORS:
-            factors = tuple(FACTORS[word](self._config, row.by, view.shape[0], tensor.dtype))
+        if values:
+            make = FACTORS.get(values.removeprefix("un"))
+            factors = make(self._config, row.by, rows, tensor.dtype) if make else ()
+            changes = (*changes, Change(values, tuple(factors)))
         return FormedTensor(
             **own | {
                 "name": name,
@@ -138,9 +147,7 @@ class Forms:
             origin=tensor.source_name,
             gather=view.shape,
             read_as=before.read_as if before and not piece.dtype else stored,
-            values=values or (before.values if before else ""),
-            factors=factors,
-            times=(*(before.times if before else ()), *times),
+            changes=(*changes, *(Change("times", ((rows, factor),)) for factor in times)),
         )  # fmt: skip
 
 

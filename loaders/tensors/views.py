@@ -16,7 +16,7 @@ from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
 from loaders.strategies import Reader
 from loaders.tensors.form_values import VALUES
-from loaders.tensors.formed import FormedTensor
+from loaders.tensors.formed import Change, FormedTensor
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.merged import MergedView
 
@@ -168,30 +168,31 @@ class FormedView:
     def __init__(self, view: View, tensor: FormedTensor) -> None:
         self.spec = tensor.spec
         self._view = view
-        self._change = VALUES.get(tensor.values)
-        rows = np.array([rows for rows, _ in tensor.factors], np.int64)
-        self._factors = np.repeat(np.array([factor for _, factor in tensor.factors], np.float32), rows)
-        self._divides = tensor.values.startswith("un")
-        self._times = [np.float32(factor) for factor in tensor.times]
+        self._changes = [(change.word, _by_row(change)) for change in tensor.changes]
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
         block = self._view.read(start, stop, slot)
-        if self._change is None and not self._factors.size and not self._times:
+        if not self._changes:
             return block
         numbers = casts.to_float32(block, self._view.spec.dtype.name)
-        if self._change is not None:
-            numbers = self._change(numbers)
-        elif self._factors.size:
-            numbers = self._scaled(numbers, start)
-        for factor in self._times:
-            numbers = numbers * factor
+        for word, factors in self._changes:
+            numbers = self._scaled(numbers, start, word, factors) if factors.size else VALUES[word](numbers)
         return casts.cast(numbers, "F32", self.spec.dtype.name)
 
-    def _scaled(self, numbers: np.ndarray, start: int) -> np.ndarray:
-        columns = max(1, self.spec.numel // self._factors.size)
-        factors = self._factors[np.arange(start, start + numbers.size) // columns]
-        made: np.ndarray = numbers / factors if self._divides else numbers * factors
+    def _scaled(self, numbers: np.ndarray, start: int, word: str, by_row: np.ndarray) -> np.ndarray:
+        factors = by_row
+        if by_row.size > 1:
+            columns = max(1, self.spec.numel // by_row.size)
+            factors = by_row[np.arange(start, start + numbers.size) // columns]
+        made: np.ndarray = numbers / factors if word.startswith("un") else numbers * factors
         return made
+
+
+def _by_row(change: Change) -> np.ndarray:
+    """Return the factor of each row; one alone where all rows have the same."""
+    rows, factors = zip(*change.factors, strict=True) if change.factors else ((), ())
+    found = np.array(factors, np.float32)
+    return found if len(found) == 1 else np.repeat(found, np.array(rows, np.int64))
 
 
 def gathered_spec(tensor: LogicalTensor) -> TensorSpec:

@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 from loaders.architectures.gguf import architecture_of
 from tests import tiny_models
 from tests.gguf_goldens import differences, golden_path, summary
+from tests.llama_log import load_model
 from tests.tiny_configs import ROWS
 
 pytestmark = pytest.mark.engine
@@ -123,8 +124,7 @@ def test_a_mix_is_chosen_where_tensors_are_in_parts(tmp_path: Path, weightmill: 
 
 def assert_runs(file: Path) -> None:
     """Load a file in llama.cpp, where it is installed, and compute finite logits that differ from token to token."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(str(file), n_ctx=64, n_batch=64, logits_all=True, verbose=False, n_threads=1)
+    model = load_model(file, n_ctx=64, n_batch=64, logits_all=True)
     model.eval([5, 77, 200, 3, 150, 31, 8, 260])
     logits = np.array(model.scores[:8])
     model.close()
@@ -135,8 +135,7 @@ def assert_runs(file: Path) -> None:
 
 def assert_embeds(file: Path) -> None:
     """Load an encoder in llama.cpp, where it is installed, and compute finite vectors that differ from text to text."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(str(file), n_ctx=64, embedding=True, verbose=False, n_threads=1, pooling_type=1)
+    model = load_model(file, n_ctx=64, embedding=True, pooling_type=1)
     found = np.array([model.embed(text) for text in ("a", "the other")])
     model.close()
     assert found.shape == (2, 64)

@@ -15,6 +15,7 @@ import pytest
 from loaders.containers import gguf
 from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
 from loaders.places import ROOT
+from tests.llama_log import load_model
 from tests.making import LLAMA, llama_tensors, tokenizer, weights, write_checkpoint
 from tests.reading import files_of
 
@@ -154,8 +155,7 @@ def test_a_tokenizer_json_alone_gives_the_same_vocabulary(sources: dict[str, Pat
 
 @pytest.mark.parametrize("kind", ["model", "both", "json", "prepend"])
 def test_llama_cpp_cuts_text_as_transformers_does(kind: str, sources: dict[str, Path], made: Any) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(model_path=str(made(kind)), vocab_only=True, verbose=False)
+    model = load_model(made(kind), vocab_only=True)
     own = sentencepiece.SentencePieceProcessor(model_file=str(sources["model"] / "tokenizer.model"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(sources["prepend"] / "tokenizer.json"))
     if kind != "prepend":

@@ -23,6 +23,7 @@ from loaders.places import DEMO
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.schemes.ggml import Ggml
 from tests.encoding import MemorySink, MemoryView
+from tests.llama_log import errors, listening, load_model
 from tests.loaders.quantization.test_ggml_read_only import random_blocks
 from tests.making import Raw, values_of, weights
 from tests.reading import files_of
@@ -202,11 +203,13 @@ def llama_quantize(base: Path, out: Path, file_type: str, *, pure: bool = False,
     params = llama_cpp.llama_model_quantize_default_params()
     params.allow_requantize = again
     params.ftype, params.pure, params.nthread = FILE_TYPES[file_type], pure, 1
-    assert llama_cpp.llama_model_quantize(str(base).encode(), str(out).encode(), ctypes.byref(params)) == 0
+    with listening() as said:
+        status = llama_cpp.llama_model_quantize(str(base).encode(), str(out).encode(), ctypes.byref(params))
+    assert status == 0, errors(said)
 
 
 def logits(path: Path) -> np.ndarray:
-    model = llama_cpp.Llama(model_path=str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    model = load_model(path, n_ctx=64, logits_all=True)
     try:
         model.eval(IDS)
         return np.array(model.scores[: len(IDS)])
@@ -218,6 +221,13 @@ def true_logits(source: Path) -> np.ndarray:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         return model(input_ids=torch.tensor([IDS])).logits[0].numpy()
+
+
+def test_a_file_that_is_not_loaded_fails_with_llama_cpps_own_words(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(AssertionError, match="m.gguf\n.*invalid magic characters: 'GGUX'"):
+        load_model(file)
 
 
 @pytest.mark.parametrize("model", [*MODELS, "demo"])
@@ -342,7 +352,7 @@ def test_a_gguf_comes_back_as_a_checkpoint_of_transformers(
 
 def test_words_are_cut_as_transformers_cuts_them(weightmill: Any, tmp_path: Path) -> None:
     file = made(weightmill, DEMO, tmp_path / "out", "quant=gguf_q8_0")
-    model = llama_cpp.Llama(model_path=str(file), vocab_only=True, verbose=False)
+    model = load_model(file, vocab_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
     for text in ("The file's 12345 bytes  are\n\nread, aren't they?", " Grüße, 世界! <|eos|>", "a"):
         assert model.tokenize(text.encode(), special=True) == tokenizer(text).input_ids

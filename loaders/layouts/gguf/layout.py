@@ -295,4 +295,4 @@ def _metadata(
         **tokenizer,
     }
     notes = [f"a GGUF has no place for {each}" for each in (*left_out, *modules)]
-    return made, (*not_computed(architecture, config), *notes)
+    return made, (*not_computed(architecture, config, made), *notes)

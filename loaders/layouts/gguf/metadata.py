@@ -26,10 +26,11 @@ from loaders.architectures.rope import (
     rope_of,
     usual_attention_factor,
 )
-from loaders.architectures.windows import ignored_window, window_of
+from loaders.architectures.windows import ignored_window, said_window, window_of
 from loaders.containers.gguf import MetadataValue, booleans, float32, int32s, text, uint32
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.keys.architecture import COMMON, head_size, keys_of, sliding_base
+from loaders.layouts.gguf.keys.checks import CHECKS
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # llama-quantize's name of a file type -> general.file_type (llama_ftype in llama.h)
@@ -101,10 +102,12 @@ def _check_computed(architecture: Architecture, config: Mapping[str, Any]) -> No
     if activation not in architecture.activations:
         known = architecture.activations[0]
         raise BadSpec(f"config.json: llama.cpp computes {architecture.name} with {known}, not with {activation}")
-    for key, wanted, why in architecture.needs:
+    for key, wanted, why in architecture.requires:
         found = text_config(config, key)
         if found is not None and found != wanted:
             raise BadSpec(f"config.json: {why}; {key} is {json.dumps(found)[:60]} here")
+    for word in architecture.checks:
+        CHECKS[word](config)
 
 
 def _rope_metadata(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, MetadataValue]:
@@ -166,9 +169,17 @@ def _window_metadata(config: Mapping[str, Any]) -> dict[str, MetadataValue]:
     return {"attention.sliding_window": uint32(found.tokens), **layers}
 
 
-def not_computed(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
-    """Say what the metadata holds and llama.cpp does not compute, or only if it is told so on its command line."""
+def not_computed(
+    architecture: Architecture, config: Mapping[str, Any], metadata: Mapping[str, MetadataValue]
+) -> list[str]:
+    """Say what config.json says and llama.cpp does not compute, or only if it is told so on its command line."""
     said = ignored_window(config, "llama.cpp")
+    tokens = None if "sliding_window" in architecture.ignored else said_window(config)
+    if tokens is not None and f"{architecture.name}.attention.sliding_window" not in metadata:
+        said.append(
+            f"llama.cpp computes {config.get('model_type')} without the sliding window of {tokens} tokens that"
+            " config.json says: longer texts come out otherwise where transformers has it"
+        )
     rope = {} if architecture.own_rope else rope_of(config, "full_attention")
     if rope.get("truncate", True) is False and rope.get("rope_type") == "yarn":
         said.append("llama.cpp rounds the range of yarn's ramp, which transformers does not for this model")

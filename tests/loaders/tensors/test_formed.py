@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders.architectures.family_files import known_types, section
 from loaders.architectures.forms import forms_of
 from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.tensors.form_values import FACTORS, VALUES, minus_exp
+from loaders.tensors.form_views import VIEWS
 from loaders.tensors.formed import FormedTensor, Forms
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.views import FormedView
@@ -34,11 +37,37 @@ def tensor(*shape: int, name: str = "q.weight") -> LogicalTensor:
 
 def test_weights_are_multiplied_by_one_number_after_the_other() -> None:
     [made] = Forms(TIMES, {"scale": 0.7, "scales": [9.0, 1.5]}).of(tensor(2, 3))
-    assert isinstance(made, FormedTensor)
-    assert made.times == (0.7, 1.5)
     numbers = np.arange(6, dtype=np.float32) / 7
     found = FormedView(Numbers(made, numbers), made).read(0, 6)
     np.testing.assert_array_equal(found, numbers * np.float32(0.7) * np.float32(1.5))
+
+
+def test_the_words_of_several_rows_count_in_their_order() -> None:
+    rows = [
+        {"values": "plus_one"},
+        {"values": "scaled", "by": ["scale"]},
+        {"times": ["scale"]},
+        {"values": "minus_exp"},
+    ]
+    [made] = Forms(forms_of([{"name": "q", **row} for row in rows]), {"scale": 0.7}).of(tensor(2, 3))
+    numbers = np.arange(6, dtype=np.float32) / 7
+    found = FormedView(Numbers(made, numbers), made).read(0, 6)
+    np.testing.assert_array_equal(found, minus_exp((numbers + np.float32(1)) * np.float32(0.7) * np.float32(0.7)))
+
+
+def test_the_last_word_of_a_row_before_is_undone() -> None:
+    rows = [{"name": "q", "values": word} for word in ("minus_exp", "plus_one", "minus_one")]
+    [made] = Forms(forms_of(rows), {}).of(tensor(2, 3))
+    assert isinstance(made, FormedTensor)
+    assert [change.word for change in made.changes] == ["minus_exp"]
+
+
+@pytest.mark.parametrize("engine", ["mlx", "gguf"])
+def test_every_word_of_a_family_is_a_function(engine: str) -> None:
+    sections = [section(model_type, engine) or {} for model_type in known_types(engine)]
+    rows = [row for each in sections for row in each.get("forms", ())]
+    assert {row["view"] for row in rows if "view" in row} <= VIEWS.keys()
+    assert {row["values"] for row in rows if "values" in row} <= VALUES.keys() | FACTORS.keys()
 
 
 def test_a_tensor_that_is_multiplied_by_one_stays_as_it_is() -> None:

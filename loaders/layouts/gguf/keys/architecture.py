@@ -16,7 +16,6 @@ from loaders.architectures.rope import rope_number, rope_of
 from loaders.containers.gguf import MetadataValue, boolean, booleans, float32, int32s, text, uint32
 from loaders.errors import BadSpec
 from loaders.layouts.gguf.keys.by_layer import MADE_BY_LAYER
-from loaders.layouts.gguf.keys.checked import MADE_CHECKED
 from loaders.layouts.gguf.keys.encoders import MADE_ENCODERS
 from loaders.layouts.gguf.keys.latent import MADE_LATENT
 
@@ -49,7 +48,6 @@ MAKE: dict[str, Callable[[Any], MetadataValue]] = {
     "uint32": uint32, "float32": lambda value: float32(float(value)), "bool": boolean, "text": text, "flag": boolean,
 }  # fmt: skip
 GATES = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # gguf-py's ExpertGatingFuncType
-GEMMA_27B = (46, 62)  # the layers of Gemma 2's and Gemma 3's
 LONGROPE_FACTORS = ("attention_factor", "short_mscale", "long_mscale")
 GATE_NAMES = (
     "score_function|scoring_func|score_func|moe_router_activation|moe_router_activation_func|expert_selection_fn"
@@ -197,27 +195,6 @@ def _window_pattern(config: Config, turn: int) -> Keys:
     return {} if found == usual else {"attention.sliding_window_pattern": booleans(found)}
 
 
-def usual_attention_scale(config: Config) -> Keys:
-    """No key: llama.cpp scales by the size of a head, in Gemma's 27B models by that of an equal share."""
-    size = head_size(config)
-    if number(config, "num_hidden_layers") in GEMMA_27B:
-        size = number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
-    found = text_config(config, "query_pre_attn_scalar")
-    if found != size:
-        raise BadSpec(
-            f"config.json: llama.cpp scales attention as for query_pre_attn_scalar {size}; it is {found} here"
-        )
-    return {}
-
-
-def usual_heads(config: Config) -> Keys:
-    """No key: llama.cpp takes heads that share hidden_size."""
-    shared = number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
-    if head_size(config) != shared:
-        raise BadSpec(f"config.json: llama.cpp takes hidden_size / heads, {shared}, for head_dim {head_size(config)}")
-    return {}
-
-
 def of_full_attention(config: Config, key: str, own: str) -> int | None:
     """Return a size in layers of full attention: under a key of its own, or that of the first such layer."""
     if text_config(config, own) is not None:
@@ -276,6 +253,6 @@ MADE: dict[str, Callable[[Config], Keys]] = {
     each.__name__: each
     for each in (
         whole_rotary, partial_rotary, linear_attention, deepstack, every_second_full, every_sixth_full,
-        usual_attention_scale, usual_heads, two_sizes_of_heads, wide_shared_layers, longrope, half_rotary,
+        two_sizes_of_heads, wide_shared_layers, longrope, half_rotary,
     )
-} | MADE_BY_LAYER | MADE_CHECKED | MADE_LATENT | MADE_ENCODERS  # fmt: skip
+} | MADE_BY_LAYER | MADE_LATENT | MADE_ENCODERS  # fmt: skip

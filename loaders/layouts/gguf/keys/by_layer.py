@@ -1,4 +1,4 @@
-"""Keys of metadata that differ from layer to layer, and those of hybrid models, as words of a family's table."""
+"""Keys of metadata that differ from layer to layer, those of hybrids and of experts, as words of a family's table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,38 @@ from loaders.errors import BadSpec
 Config = Mapping[str, Any]
 Keys = dict[str, MetadataValue | None]
 
+TURN = 4  # layers of OLMo 3, Command R7B and EXAONE 4, of which the last has no window
 CONTEXT = 2**20  # what the converter writes for models whose attention knows no positions
+
+
+# --- windows
+
+
+def windows(config: Config) -> Keys:
+    """The window, and which layers have it: all but the last of every four, where config.json says nothing else."""
+    tokens, sliding = text_config(config, "sliding_window"), _sliding(config)
+    if tokens is None:
+        if text_config(config, "layer_types") is not None and any(sliding):
+            raise BadSpec("config.json: some layers have a window by layer_types; expected its size as sliding_window")
+        return {}
+    return {
+        "attention.sliding_window": uint32(number(config, "sliding_window")),
+        "attention.sliding_window_pattern": booleans(sliding),
+    }
+
+
+def _sliding(config: Config) -> list[bool]:
+    """Return for each layer whether it has a window."""
+    count = layer_count(config) or 0
+    if text_config(config, "layer_types") is not None:
+        return [kind == "sliding" for kind in layer_kinds(config)[:count]]
+    turn = text_config(config, "sliding_window_pattern")
+    turn = TURN if turn is None else turn
+    if isinstance(turn, str) and turn and {*turn} <= {"L", "G"}:
+        return [turn[layer % len(turn)] == "L" for layer in range(count)]
+    if type(turn) is not int or turn < 1:
+        raise BadSpec(f"config.json: expected a number or letters L and G as sliding_window_pattern, found {turn!r}")
+    return [layer % turn < turn - 1 for layer in range(count)]
 
 
 # --- hybrids of attention with something else
@@ -105,6 +136,38 @@ def first_moe_layer(config: Config) -> Keys:
     return {"leading_dense_block_count": uint32(min(found, default=0))}
 
 
+def shared_experts_width(config: Config) -> Keys:
+    """The width of shared experts together."""
+    count = number(config, "moe_num_shared_experts", 0)
+    width = count * number(config, "moe_intermediate_size")
+    return {"expert_shared_feed_forward_length": uint32(width)} if width else {}
+
+
+def the_same_experts(config: Config) -> Keys:
+    """Hunyuan's experts, of which config.json may say in a list what each layer has."""
+    width, chosen, shared = (_one(config, key) for key in ("moe_intermediate_size", "moe_topk", "num_shared_expert"))
+    _one(config, "num_experts")
+    if width != number(config, "intermediate_size"):
+        raise BadSpec(
+            f"config.json: llama.cpp loads Hunyuan's experts with the width intermediate_size,"
+            f" {number(config, 'intermediate_size')}; moe_intermediate_size is {width}"
+        )
+    return {
+        "expert_feed_forward_length": uint32(width),
+        "expert_used_count": uint32(chosen),
+        "expert_shared_count": uint32(shared),
+    }
+
+
+def _one(config: Config, key: str) -> int:
+    """Return a number that config.json has for all layers, or in a list for each of them."""
+    found = text_config(config, key)
+    first = found[0] if isinstance(found, list) and found else found
+    if isinstance(found, list) and any(each != first for each in found):
+        raise BadSpec(f"config.json: llama.cpp takes one {key} for all layers, found {str(found)[:80]}")
+    return number({key: first}, key)
+
+
 # --- values for each of the file's layers, those for multi-token prediction included
 
 
@@ -185,7 +248,7 @@ def _by(chosen: Sequence[bool], one: int, other: int) -> list[int]:
 MADE_BY_LAYER: dict[str, Callable[[Config], Keys]] = {
     each.__name__: each
     for each in (
-        attention_layers, mlp_layers, inner_size, hybrid_positions, adjusted_feed_forward, sparse_indexer,
-        first_moe_layer, step_layers, mimo_layers,
+        windows, attention_layers, mlp_layers, inner_size, hybrid_positions, adjusted_feed_forward, sparse_indexer,
+        first_moe_layer, shared_experts_width, the_same_experts, step_layers, mimo_layers,
     )
 }  # fmt: skip

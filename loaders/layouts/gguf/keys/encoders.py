@@ -1,8 +1,7 @@
-"""Keys of metadata of encoders, of state spaces alone and of Llama 4, as words of a family's table."""
+"""Keys of metadata of encoders and of state spaces, as words of a family's table."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,9 +17,6 @@ Keys = dict[str, MetadataValue | None]
 
 POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}  # gguf-py's PoolingType
 CLASSES = "SequenceClassification"
-HEADS = (CLASSES, "MaskedLM", "PreTraining")  # the last two are left out
-SCALED = 128  # experts of the Llama 4 whose queries and keys have no norms: Maverick
-TURN = 4  # layers of Llama 4, of which the last attends to everything and rotates nothing
 
 
 # --- state spaces
@@ -47,76 +43,12 @@ def step_rank(config: Config) -> Keys:
     return {"ssm.time_step_rank": uint32(rank)}
 
 
-def unclamped_steps(config: Config) -> Keys:
-    """No key: llama.cpp keeps time steps within no limits."""
-    found = text_config(config, "time_step_limit")
-    if found is None:
-        return {}
-    # transformers writes infinity as {"__float__": "Infinity"}.
-    limits = [each.get("__float__") if isinstance(each, Mapping) else each for each in found]
-    if len(limits) != 2 or limits[0] != 0 or limits[1] not in (math.inf, "Infinity"):
-        raise BadSpec(f"config.json: llama.cpp keeps time steps within no limits; time_step_limit is {limits} here")
-    return {}
-
-
-def norm_after_gate(config: Config) -> Keys:
-    """No key: llama.cpp norms a state space's output after the gate."""
-    if text_config(config, "mamba_rms_norm", False) and text_config(config, "mamba_norm_before_gate", True):
-        raise BadSpec("config.json: llama.cpp norms after the gate of Mamba 2; mamba_norm_before_gate is true here")
-    return {}
-
-
-def one_embedding(config: Config) -> Keys:
-    """No key: a tied embedding cannot have two multipliers."""
-    inner, outer = (text_config(config, f"{key}_multiplier", 1) for key in ("embedding", "lm_head"))
-    if text_config(config, "tie_word_embeddings", False) and inner != outer:
-        raise BadSpec(
-            "config.json: llama.cpp has multipliers in the weights, and one embedding cannot have two:"
-            f" embedding_multiplier is {inner}, lm_head_multiplier {outer}"
-        )
-    return {}
-
-
 def attention_in_turn(config: Config) -> Keys:
     """Heads of keys and values for each layer: Jamba has attention in one layer of each turn."""
     heads = number(config, "num_key_value_heads", number(config, "num_attention_heads"))
     first, turn = number(config, "attn_layer_offset"), max(1, number(config, "attn_layer_period"))
     layers = range(layer_count(config) or 0)
     return {"attention.head_count_kv": int32s([heads if n >= first and (n - first) % turn == 0 else 0 for n in layers])}
-
-
-# --- Llama 4
-
-
-def usual_chunks(config: Config) -> Keys:
-    """No key: llama.cpp knows which layers attend within chunks, which rotate, and which norm queries and keys.
-
-    Raises:
-        BadSpec: the model's are others.
-    """
-    layers = layer_count(config) or 0
-    whole = [layer % TURN == TURN - 1 for layer in range(layers)]
-    step = max(1, number(config, "interleave_moe_layer_step", 1))
-    experts = number(config, "num_local_experts", 16)
-    if experts < 1:
-        raise BadSpec("config.json: llama.cpp loads no Llama 4 without experts; num_local_experts is 0")
-    rows = (
-        ("layer_types", ["full_attention" if each else "chunked_attention" for each in whole], "attends within chunks"),
-        ("no_rope_layers", [int(not each) for each in whole], "rotates queries and keys"),
-        ("moe_layers", list(range(step - 1, layers, step)), "has experts"),
-    )
-    for key, wanted, what in rows:
-        found = text_config(config, key)
-        if found and found != wanted:
-            raise BadSpec(f"config.json: llama.cpp {what} in other layers than {key} says: expected {wanted!s:.120}")
-    if bool(text_config(config, "use_qk_norm", True)) == (experts == SCALED):
-        raise BadSpec(
-            f"config.json: llama.cpp norms queries and keys unless a Llama 4 has {SCALED} experts; use_qk_norm is"
-            f" {text_config(config, 'use_qk_norm', True)} with {experts} here"
-        )
-    if not text_config(config, "attn_temperature_tuning", True):
-        raise BadSpec("config.json: llama.cpp scales attention in long texts; attn_temperature_tuning is off here")
-    return {}
 
 
 # --- encoders
@@ -130,25 +62,10 @@ def positions_after_padding(config: Config) -> Keys:
     return {"context_length": uint32(max(0, longest - number(config, "pad_token_id") - 1))}
 
 
-def _heads(config: Config) -> list[str]:
+def class_heads(config: Config) -> list[str]:
     """Return what the model's classes are for: SequenceClassification of BertForSequenceClassification."""
     names = config.get("architectures")
     return [str(name).partition("For")[2] for name in names if "For" in str(name)] if isinstance(names, list) else []
-
-
-def heads_of_texts(config: Config) -> Keys:
-    """No key: llama.cpp computes embeddings, and classes of whole texts."""
-    for head in _heads(config):
-        if head not in HEADS:
-            raise BadSpec(f"config.json: llama.cpp computes embeddings and classes of texts, and no {head}")
-    return {}
-
-
-def no_classes(config: Config) -> Keys:
-    """No key: llama.cpp computes BERT's classes without the pooler before them."""
-    if CLASSES in _heads(config):
-        raise BadSpec("config.json: llama.cpp computes BERT's classifier without the pooler that is before it")
-    return {}
 
 
 def class_labels(config: Config) -> Keys:
@@ -159,7 +76,7 @@ def class_labels(config: Config) -> Keys:
     if not all(str(key).isdecimal() and isinstance(label, str) for key, label in found.items()):
         raise BadSpec(f"config.json: expected names of classes by number as id2label, found {str(found)[:80]}")
     names = [found[key] for key in sorted(found, key=int)]
-    if len(names) == 2 and names[0] == "LABEL_0" and CLASSES not in _heads(config):
+    if len(names) == 2 and names[0] == "LABEL_0" and CLASSES not in class_heads(config):
         return {}
     return {"classifier.output_labels": texts(names)}
 
@@ -202,7 +119,7 @@ def every_third_full(config: Config) -> Keys:
 MADE_ENCODERS: dict[str, Callable[[Config], Keys]] = {
     each.__name__: each
     for each in (
-        state_heads, step_rank, unclamped_steps, norm_after_gate, one_embedding, attention_in_turn, usual_chunks,
-        positions_after_padding, heads_of_texts, no_classes, class_labels, class_pooling, every_third_full,
+        state_heads, step_rank, attention_in_turn, positions_after_padding, class_labels, class_pooling,
+        every_third_full,
     )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Keys of metadata of latent attention and of yarn's scales, as words of a family's table."""
+"""Keys of metadata of latent attention and of scalings of rotary embeddings, as words of a family's table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from loaders.architectures.family import text_config
 from loaders.architectures.gguf import number
 from loaders.architectures.rope import rope_number, rope_of
-from loaders.containers.gguf import MetadataValue, booleans, float32, float32s, int32s, uint32
+from loaders.containers.gguf import MetadataValue, booleans, float32, float32s, int32s, text, uint32
 from loaders.errors import BadSpec
 
 Config = Mapping[str, Any]
@@ -16,6 +16,7 @@ Keys = dict[str, MetadataValue | None]
 
 # Yarn's factor of the embeddings, which architectures with a multiplier of their own work out by themselves.
 NO_ATTENTION_FACTOR: Keys = {"rope.scaling.yarn_attn_factor": None, "rope.scaling.attn_factor": None}
+HUNYUAN_SAYS, HUNYUAN_HAS = 2**15, 2**18  # its context as config.json says it, and as it was trained
 
 
 def latent_sizes(config: Config) -> Keys:
@@ -57,6 +58,38 @@ def mistral_yarn(config: Config) -> Keys:
     }
 
 
+def unscaled_rope(config: Config) -> Keys:
+    """That nothing is scaled, which llama.cpp is told for Command R7B whatever config.json says."""
+    kind = rope_of(config).get("rope_type", "default")
+    if kind != "default":
+        raise BadSpec(f"config.json: llama.cpp's converter writes no rope scaling for this model type; it is {kind!r}")
+    return {"rope.scaling.type": text("none")}
+
+
+def base_by_alpha(config: Config) -> Keys:
+    """Hunyuan's scaling, which is called dynamic and is another base: theta * alpha^(size / (size - 2)).
+
+    With it the models were trained on longer texts than config.json says.
+    """
+    rope = rope_of(config)
+    if rope.get("rope_type", "default") != "dynamic":
+        return {}
+    if not rope.get("alpha"):
+        raise BadSpec("config.json: expected alpha in Hunyuan's dynamic rope scaling; llama.cpp knows no other")
+    shared = number(config, "hidden_size") // max(1, number(config, "num_attention_heads"))
+    size = number(config, "head_dim", shared)
+    if size <= 2:
+        raise BadSpec(f"config.json: expected a head_dim above 2 for Hunyuan's dynamic rope scaling, found {size}")
+    longest, theta = number(config, "max_position_embeddings"), rope_number(rope, "rope_theta", 10000.0)
+    return {
+        "context_length": uint32(HUNYUAN_HAS if longest == HUNYUAN_SAYS else longest),
+        "rope.freq_base": float32(theta * rope_number(rope, "alpha") ** (size / (size - 2))),
+        "rope.scaling.type": text("none"),
+        "rope.scaling.factor": float32(1.0),
+        "rope.scaling.original_context_length": uint32(HUNYUAN_HAS),
+    }
+
+
 def indexer_types(config: Config) -> Keys:
     """Whether each layer has an indexer of its own, or takes the choice of the one before."""
     kinds = text_config(config, "indexer_types")
@@ -65,20 +98,6 @@ def indexer_types(config: Config) -> Keys:
     if not isinstance(kinds, list) or not {"full", "shared"}.issuperset(kinds):
         raise BadSpec(f"config.json: expected a list of full and shared as indexer_types, found {kinds!r}")
     return {"attention.indexer.types": booleans([kind == "full" for kind in kinds])}
-
-
-def usual_groups(config: Config) -> Keys:
-    """No key: llama.cpp chooses groups of experts by the sum of each group's two best, as DeepSeek V3 does.
-
-    Raises:
-        BadSpec: they are chosen by the best alone, as the large DeepSeek V2 does.
-    """
-    if number(config, "n_group", 1) > 1 and text_config(config, "topk_method") == "group_limited_greedy":
-        raise BadSpec(
-            "config.json: llama.cpp chooses groups of experts by the sum of their two best; by topk_method"
-            " group_limited_greedy the best one alone counts"
-        )
-    return {}
 
 
 def compressed_attention(config: Config) -> Keys:
@@ -97,5 +116,7 @@ def compressed_attention(config: Config) -> Keys:
 
 MADE_LATENT: dict[str, Callable[[Config], Keys]] = {
     each.__name__: each
-    for each in (latent_sizes, latent_yarn, mistral_yarn, indexer_types, usual_groups, compressed_attention)
-}
+    for each in (
+        latent_sizes, latent_yarn, mistral_yarn, unscaled_rope, base_by_alpha, indexer_types, compressed_attention,
+    )
+}  # fmt: skip

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loaders.architectures.family_files import known_types, section
 from loaders.architectures.gguf import architecture_of, completed
 from loaders.errors import BadSpec
-from loaders.layouts.gguf.metadata import model_metadata
+from loaders.layouts.gguf.keys.architecture import MADE
+from loaders.layouts.gguf.keys.checks import CHECKS
+from loaders.layouts.gguf.metadata import model_metadata, not_computed
 from loaders.tensors.form_views import grouped_heads
 
 SIZES: dict[str, Any] = {
@@ -29,6 +32,14 @@ def keys(model_type: str, **config: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(("key", "known"), [("made", MADE), ("checks", CHECKS)])
+def test_every_word_of_a_family_is_a_function_and_every_function_a_word(key: str, known: dict[str, Any]) -> None:
+    sections = [section(model_type, "gguf") or {} for model_type in known_types("gguf")]
+    sections += [changes for each in sections for changes in each.get("variants", {}).values()]
+    assert {word for each in sections for word in each.get(key, ())} == {*known}
+
+
 def test_windows_are_in_all_but_the_last_of_every_four_layers_or_as_config_json_says() -> None:
     pattern = "attention.sliding_window_pattern"
     assert keys("olmo3", sliding_window=16)[pattern] == [True, True, True, False]
@@ -39,6 +50,28 @@ def test_windows_are_in_all_but_the_last_of_every_four_layers_or_as_config_json_
     assert deep[pattern] == [True, True, True, False] * 16
     assert pattern not in keys("olmo2")
     assert pattern not in keys("exaone4", sliding_window=None)
+
+
+@pytest.mark.parametrize(("model_type", "config", "is_told"), [
+    ("seed_oss", {"sliding_window": 16}, True),
+    ("mistral3", {"sliding_window": 16}, True),
+    ("qwen3_vl_moe", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, True),
+    ("phimoe", {"sliding_window": 16}, True),  # which is written, and not read
+    ("seed_oss", {"sliding_window": None}, False),
+    ("seed_oss", {"sliding_window": 32768}, False),
+    ("seed_oss", {"sliding_window": 16, "use_sliding_window": False}, False),
+    ("seed_oss", {"sliding_window": 16, "max_window_layers": 4}, False),
+    ("seed_oss", {"sliding_window": 16, "layer_types": ["full_attention"] * 4}, False),
+    ("olmo3", {"sliding_window": 16}, False),
+    ("llama", {"sliding_window": 16}, False),
+])  # fmt: skip
+def test_a_window_that_llama_cpp_does_not_compute_is_told(
+    model_type: str, config: dict[str, Any], is_told: bool
+) -> None:
+    whole = completed({**SIZES, "model_type": model_type, **config})
+    architecture = architecture_of(whole)
+    said = not_computed(architecture, whole, model_metadata(architecture, whole))
+    assert any("sliding window" in each for each in said) == is_told
 
 
 def test_hunyuans_dynamic_scaling_is_another_base() -> None:
