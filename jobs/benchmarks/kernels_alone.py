@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 from jobs.cli.compose import compose, take_apart
@@ -19,7 +18,7 @@ from jobs.orchestration.preflight import plan_job
 from jobs.planning.targets import TARGET
 from jobs.spec.job import JobSpec
 from loaders.backends import leased_kernels
-from loaders.backends.threads import ThreadedWork
+from loaders.backends.threads import Crew, ThreadedWork
 from loaders.loading.quantized_tensor import MemoryParts
 from loaders.storage import open_store
 from loaders.storage.base import PinnedFiles
@@ -39,15 +38,14 @@ def main(threads: int, *overrides: str) -> int:
     with (
         planned.strategy[0].open(files, specs) as reader,
         leased_kernels(planned.backend[0]) as kernels,
-        ThreadPoolExecutor(threads) as pool,
+        Crew(threads) as crew,
     ):
-        work = ThreadedWork(kernels, pool, threading.Event())
+        work = ThreadedWork(kernels, crew, threading.Event())
         encoder = TensorEncoder(reader, work, [each.encoding for each in placed])
 
         def trip(encoding: Encoding) -> None:
             parts = MemoryParts(encoding.stored)
             encoder.encode(encoding, parts)
-            encoder.measure(encoding, parts)
 
         work.each(encodings[-1:], trip)
         began = perf_counter()

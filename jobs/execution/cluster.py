@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from jobs.planning.plan import Unit
 from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
+from loaders.backends.threads import shared_crew
 from loaders.errors import TransientIOError, WeightmillError
 from loaders.words import counted
 
@@ -138,12 +139,13 @@ class LocalCluster:
         todo, flight = list(reversed(tasks)), set[Future[R_co | UnitFailed]]()
         pool = ThreadPoolExecutor(self.units_at_once, thread_name_prefix="unit")
         try:
-            while todo or flight:
-                while todo and len(flight) < self.units_at_once:
-                    flight.add(pool.submit(attempt, todo.pop(), on_bytes, stop))
-                finished, flight = wait(flight, timeout=1, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
+            with shared_crew(self.threads):  # kept from unit to unit
+                while todo or flight:
+                    while todo and len(flight) < self.units_at_once:
+                        flight.add(pool.submit(attempt, todo.pop(), on_bytes, stop))
+                    finished, flight = wait(flight, timeout=1, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        yield future.result()
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 from jobs.execution.part_files import PartFiles
 from jobs.output.journal import Done, Journal, Record, TensorRecord, Written, WrittenTensor
@@ -27,7 +26,7 @@ from jobs.planning.targets import TargetId
 from loaders.backends import leased_kernels
 from loaders.backends.memory import PeakMemory
 from loaders.backends.scratch import Scratch
-from loaders.backends.threads import Crew, Stopped, ThreadedWork
+from loaders.backends.threads import Stopped, ThreadedWork, shared_crew
 from loaders.clock import Clock
 from loaders.containers.writer import TensorSink
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
@@ -117,20 +116,21 @@ def run_unit(
     unit, began = task.unit, time.perf_counter()
     files = PinnedFiles(open_store(task.source), unit.sources)
     warmth = by_warmth(cached_share(files, unit.sources), unit.source_bytes)
-    attempt, (crew, scratch) = uuid.uuid4().hex[:12], _crew(task.threads)
+    attempt = uuid.uuid4().hex[:12]
     specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]
     runs: dict[str, TargetRun] = {}
     with (
         PeakMemory() as memory,
         task.strategy.open(files, specs) as reader,
         leased_kernels(task.backend) as kernels,
+        shared_crew(task.threads) as crew,
     ):
-        work = ThreadedWork(kernels, crew, stop, scratch)
+        work = ThreadedWork(kernels, crew, stop, crew.scratch)
         try:
             for name, share in task.shares.items():
                 if not share.journal.is_left_out:
                     runs[name] = TargetRun(
-                        share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
+                        share, attempt, crew.scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
                     )
             passes = UnitPass(reader, work, runs, on_bytes)
             work.each(unit.tensors if runs else (), passes.tensor)
@@ -153,12 +153,6 @@ def run_unit(
     )  # fmt: skip
     done = {name: run.record(load) for name, run in runs.items() if not run.failure}
     return UnitReport(unit.id, done, {name: run.failure for name, run in runs.items() if run.failure}, load)
-
-
-@cache
-def _crew(threads: int) -> tuple[Crew, Scratch]:
-    """Return the process's crew of so many threads, and their memory, which serves unit after unit."""
-    return Crew(threads, "unit"), Scratch()
 
 
 class TargetRun:

@@ -9,7 +9,6 @@ import gc
 import mmap
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,12 +48,12 @@ def no_collection() -> Iterator[None]:
 class PeakMemory:
     """The peak of anonymous memory inside a context; `peak_bytes` is the most that was held beyond that at its start.
 
-    One thread samples for all that are open.
+    One thread samples for all that are open, while there are any.
     """
 
     _open: ClassVar[set[PeakMemory]] = set()
-    _changed: ClassVar[threading.Condition] = threading.Condition()
-    _sampler: ClassVar[threading.Thread | None] = None
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _sampler: ClassVar[tuple[threading.Thread, threading.Event] | None] = None  # the event ends the thread
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -62,23 +61,22 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         self._start = anonymous_bytes()
-        with self._changed:
+        with self._lock:
             self._open.add(self)
-            if PeakMemory._sampler is None or not PeakMemory._sampler.is_alive():  # after a fork it is not
-                PeakMemory._sampler = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
-                PeakMemory._sampler.start()
-            self._changed.notify()
+            if PeakMemory._sampler is None or not PeakMemory._sampler[0].is_alive():  # after a fork it is not
+                end = threading.Event()
+                thread = threading.Thread(target=self._sample, args=(end,), name="peak-memory", daemon=True)
+                PeakMemory._sampler = thread, end
+                thread.start()
         return self
 
     @classmethod
-    def _sample(cls) -> None:
-        while True:
-            with cls._changed:
-                cls._changed.wait_for(lambda: cls._open)
+    def _sample(cls, end: threading.Event) -> None:
+        while not end.wait(INTERVAL_S):
+            with cls._lock:
                 now = anonymous_bytes()
                 for each in cls._open:
                     each._look(now)
-            time.sleep(INTERVAL_S)
 
     def _look(self, now: int) -> None:
         self.peak_bytes = max(self.peak_bytes, now - self._start)
@@ -86,6 +84,11 @@ class PeakMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changed:
+        with self._lock:
             self._open.discard(self)
+            ended, PeakMemory._sampler = (PeakMemory._sampler, None) if not self._open else (None, PeakMemory._sampler)
+        if ended is not None:
+            thread, end = ended
+            end.set()
+            thread.join()
         self._look(anonymous_bytes())

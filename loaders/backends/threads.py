@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -30,11 +31,34 @@ class Stopped(WeightmillError):
 
 
 class Crew(ThreadPoolExecutor):
-    """Worker threads, which several pieces of work may share."""
+    """Worker threads, which several pieces of work may share, and memory that they may use again from work to work."""
 
     def __init__(self, threads: int, thread_name_prefix: str = "worker") -> None:
         super().__init__(threads, thread_name_prefix)
         self.threads = threads
+        self.scratch = Scratch()
+
+
+_SHARED: dict[int, tuple[Crew, list[object]]] = {}
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def shared_crew(threads: int) -> Iterator[Crew]:
+    """Give the process's crew of so many threads. It is there as long as any context of it is open."""
+    user = object()
+    with _LOCK:
+        crew, users = _SHARED.setdefault(threads, (Crew(threads), []))
+        users.append(user)
+    try:
+        yield crew
+    finally:
+        with _LOCK:
+            users.remove(user)
+            if is_last := not users:
+                del _SHARED[threads]
+        if is_last:
+            crew.shutdown()
 
 
 class ThreadedWork:
