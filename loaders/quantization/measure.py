@@ -14,7 +14,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.scheme import Bounded, Compared, Gridded, RangeEncoder, Scheme, Stored, View, Work
+from loaders.quantization.scheme import Bounded, Compared, Gridded, RangeEncoder, Scheme, Stored, View, Work, fits
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
 from loaders.stats import ErrorSums
@@ -61,13 +61,13 @@ class Comparison:
         self._source = source
         self._spec = spec
         self._work = work
-        self._compared = scheme if isinstance(scheme, Compared) else None
-        self._gridded = scheme if isinstance(scheme, Gridded) else None
-        self._bounded = scheme if isinstance(scheme, Bounded) else None
+        self._compared = scheme if fits(scheme, Compared) else None
+        self._gridded = scheme if fits(scheme, Gridded) else None
+        self._bounded = scheme if fits(scheme, Bounded) else None
         self._is_copy = isinstance(scheme, Plain) and scheme.dtype in (None, source.dtype.name)
         align = scheme.align(spec)
         self._inner = -(-INNER // align) * align
-        by_range = scheme.range_align(spec) if isinstance(scheme, RangeEncoder) else None
+        by_range = scheme.range_align(spec) if fits(scheme, RangeEncoder) else None
         self.align = by_range or align
 
     def sums(self, block: np.ndarray, stored: Stored, start: int, stop: int) -> np.ndarray:

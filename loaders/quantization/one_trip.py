@@ -17,7 +17,7 @@ from loaders.clock import Clock
 from loaders.dtypes import storage_of
 from loaders.quantization.kernels import Kernels
 from loaders.quantization.measure import Comparison, added
-from loaders.quantization.scheme import Block, RangeEncoder, Scheme, Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, RangeEncoder, Scheme, Sink, Stored, View, Work, fits
 from loaders.specs import StoredSpec
 from loaders.stats import ErrorSums
 
@@ -59,7 +59,7 @@ def encode_and_measure(
 
     ranges = work.ranges(view.spec.num_items, comparison.align)
     memory = _KeptParts(parts, stored, kept)
-    by_range = isinstance(scheme, RangeEncoder) and scheme.range_align(seen.spec) is not None
+    by_range = fits(scheme, RangeEncoder) and scheme.range_align(seen.spec) is not None
     scheme.encode(seen, memory, _Sweeps(work, kept, clock, compare, frozenset(ranges if by_range else ())))
     if len(sums) < len(ranges):
         work.sweep(view.spec.num_items, comparison.align, compare)

@@ -8,7 +8,7 @@ weight's spec alone, so that a plan can place them before any weight is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,15 @@ from loaders.specs import StoredSpec, TensorSpec
 
 Block = np.ndarray  # raw weights: bfloat16 as uint16
 T = TypeVar("T")
+_FITS: dict[tuple[type, type], bool] = {}
+
+
+def fits(value: object, protocol: type[T]) -> TypeGuard[T]:
+    """Say what `isinstance` says of a protocol, which compares all its members, but only once for each class."""
+    key = type(value), protocol
+    if key not in _FITS:
+        _FITS[key] = isinstance(value, protocol)
+    return _FITS[key]
 
 
 class View(Protocol):

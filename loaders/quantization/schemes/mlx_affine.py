@@ -26,7 +26,7 @@ from loaders.quantization.kernels.compressed_tensors import fp4
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx import affine
 from loaders.quantization.kernels.mlx_device import MlxCoder
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work, fits
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -91,7 +91,7 @@ class MlxAffine:
 
         def encode_range(start: int, stop: int) -> None:
             groups = (stop - start) // group
-            if isinstance(work.kernels, MlxCoder):
+            if fits(work.kernels, MlxCoder):
                 codes, *ends = work.kernels.mlx_codes(view.read(start, stop), spec.dtype.name, self.mode, bits, group)
                 sink.write("weight", start * bits // 32, codes.view(np.uint32))
                 for role, values in zip((SCALES, BIASES), ends, strict=True):

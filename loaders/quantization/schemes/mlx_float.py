@@ -24,7 +24,7 @@ from loaders.quantization.grid import Grid
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.mlx import microfloat
 from loaders.quantization.kernels.mlx_device import MlxCoder
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work, fits
 from loaders.quantization.schemes.mlx_affine import SCALES
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -97,7 +97,7 @@ class MlxFloat:
         spec, group, bits = view.spec, self.group_size, self.bits
 
         def encode_range(start: int, stop: int) -> None:
-            if isinstance(work.kernels, MlxCoder):
+            if fits(work.kernels, MlxCoder):
                 raw = view.read(start, stop)
                 codes, scales, _ = work.kernels.mlx_codes(raw, spec.dtype.name, self.mode, bits, group)
                 sink.write("weight", start * bits // 32, codes.view(np.uint32))
