@@ -22,12 +22,10 @@ from jobs.benchmarks import (
 from jobs.benchmarks.busy_machine import Busy
 from jobs.benchmarks.random_llama import random_bf16
 from jobs.benchmarks.table import cases_said
-from jobs.benchmarks.timing import SCRATCH, Case, on_threads, rotate
+from jobs.benchmarks.timing import Case, on_threads, rotate
 from jobs.cli.verb import Said, note
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit, int8
-
-INNER = 1 << 18  # weights decoded at once, as in a job: they stay in the CPU's cache until they are compared
 
 
 def time_kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
@@ -75,12 +73,8 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
-            decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
-            for at in range(a, b, INNER):
-                end = min(at + INNER, b)
-                out = decoded[: end - at]
-                fourbit.decode(packed[at // 2 : end // 2], absmax[at // 64 : end // 64], 64, False, out)
-                cpu.compare_into(flat[at:end], "BF16", out, sums)
+            own, sums = slice(a // 64, b // 64), compare.new_sums()
+            fourbit.compare(flat[a:b], packed[a // 2 : b // 2], absmax[own], 64, False, sums)
 
         spread(part, flat.size)
 

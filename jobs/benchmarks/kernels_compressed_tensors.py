@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.timing import SCRATCH, Case, on_threads
-from loaders.quantization.kernels import casts, compare, cpu
+from jobs.benchmarks.timing import Case, on_threads
+from loaders.quantization.kernels import casts, compare
 from loaders.quantization.kernels.compressed_tensors import fp4, fp8, packed_int
 from loaders.quantization.schemes.compressed_tensors_int import EPS
 
-INNER = 1 << 18  # weights decoded at once, as in a job: they stay in the CPU's cache until they are compared
 PEERS = ("w4a16", "w8a16", "w4a16_asym", "fp8_dynamic", "w8a8", "fp8_block", "nvfp4a16", "mxfp4a16")
 
 
@@ -81,31 +80,20 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     def mxfp4(x: np.ndarray, a: int, b: int) -> None:
         fp4.encode_mx(x, 7, 255, 127, fp4.mx_thresholds(), codes[a // 2 : b // 2], small[a // 32 : b // 32])
 
-    def measured(decode: Callable[[int, int, np.ndarray], object]) -> Callable[[np.ndarray, int, int], object]:
-        step = max(1, INNER // columns) * columns
-
-        def body(x: np.ndarray, a: int, b: int) -> None:
-            out, sums = SCRATCH.array("decoded", step, np.float32), compare.new_sums()
-            for at in range(a, b, step):
-                end = min(at + step, b)
-                decode(at, end, out[: end - at])
-                cpu.compare_into(x[at - a : end - a], "BF16", out[: end - at], sums)
-
-        return body
-
-    def decode_4(a: int, b: int, out: np.ndarray) -> None:
+    def compare_4(x: np.ndarray, a: int, b: int) -> None:
         own = scales[a // 128 : b // 128]
-        packed_int.decode(codes[a // 2 : b // 2], 128, 4, own, np.full(own.size, 8, np.float32), out)
+        shifts = np.full(own.size, 8, np.float32)
+        packed_int.compare(x, codes[a // 2 : b // 2], 128, 4, own, shifts, compare.new_sums())
 
-    def decode_float8(a: int, b: int, out: np.ndarray) -> None:
-        fp8.decode_rows(codes[a:b], columns, scales[a // columns : b // columns], out)
+    def compare_float8(x: np.ndarray, a: int, b: int) -> None:
+        fp8.compare_rows(x, codes[a:b], columns, scales[a // columns : b // columns], compare.new_sums())
 
     yield Case("w4a16, bf16", whole(packed(4)))
-    yield Case("w4a16 decode + compare (measuring)", whole(measured(decode_4)), after="w4a16, bf16")
+    yield Case("w4a16 decode + compare (measuring)", whole(compare_4), after="w4a16, bf16")
     yield Case("w8a16, bf16", whole(packed(8)))
     yield Case("w4a16_asym, bf16", whole(asymmetric))
     yield Case("fp8_dynamic, bf16", whole(by_row(fp8.encode_rows)))
-    yield Case("fp8_dynamic decode + compare (measuring)", whole(measured(decode_float8)), after="fp8_dynamic, bf16")
+    yield Case("fp8_dynamic decode + compare (measuring)", whole(compare_float8), after="fp8_dynamic, bf16")
     yield Case("w8a8, bf16", whole(by_row(packed_int.encode_rows)))
     yield Case("fp8_block, bf16", whole(blocks))
     yield Case("nvfp4a16, bf16", whole(nvfp4))

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.timing import SCRATCH, Case
+from jobs.benchmarks.timing import Case
 from loaders.backends.threads import RANGE
-from loaders.quantization.kernels import casts, compare, cpu
+from loaders.quantization.kernels import casts, compare
 from loaders.quantization.kernels.mlx import affine
 from loaders.quantization.schemes.mlx_float import SETTINGS, FloatMode, MlxFloat
 
@@ -31,12 +31,8 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
     def measure() -> None:
         def part(a: int, b: int) -> None:
-            decoded, sums = SCRATCH.array("decoded", 1 << 18, np.float32), compare.new_sums()
-            for at in range(a, b, decoded.size):
-                end = min(at + decoded.size, b)
-                own, out = slice(at // 64, end // 64), decoded[: end - at]
-                affine.decode(packed[at // 2 : end // 2], scales[0, own], scales[1, own], 4, 64, out)
-                cpu.compare_into(flat[at:end], "BF16", out, sums)
+            own, sums = slice(a // 64, b // 64), compare.new_sums()
+            affine.compare(flat[a:b], packed[a // 2 : b // 2], scales[0, own], scales[1, own], 4, 64, sums)
 
         spread(part, flat.size)
 

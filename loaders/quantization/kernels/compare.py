@@ -164,7 +164,8 @@ def settle(largest, totals, sums):  # type: ignore[no-untyped-def]
     decoded = source - 2 * crossed + errors
     # A NaN or an infinity makes a sum NaN or infinite, so that these comparisons refuse the chunk.
     is_trusted = TRUSTED[0] < source < TRUSTED[1] and LEAST_DECODED * source < decoded < TRUSTED[1]
-    if not (is_trusted or (source == 0 and largest == 0)):
+    # The largest |e| passes over a NaN, which zeros may be decoded to; the sum of e^2 does not.
+    if not (is_trusted or (source == 0 and errors == 0 and largest == 0)):
         return False
     sums[ERROR2] += errors
     sums[SOURCE2] += source

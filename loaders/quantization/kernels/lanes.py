@@ -116,8 +116,8 @@ class Lanes:
         kind = value.type
         return self.call(f"llvm.vector.reduce.{name}.v{kind.count}{NAMES[kind.element]}", kind.element, value)
 
-    def each_largest(self, rows: Sequence[Value]) -> Value:
-        """Return the largest unsigned lane of each of 2^k vectors of at least as many int16 lanes, in their order.
+    def each_reduced(self, name: str, rows: Sequence[Value]) -> Value:
+        """Reduce each of 2^k vectors of at least as many int16 lanes by "umax" or "smax"; results are in their order.
 
         With AVX-512BW, two vectors become one by a permutation of both to their lower and their upper halves, at every
         level of ever shorter pieces: three instructions a vector.
@@ -126,29 +126,27 @@ class Lanes:
             kind = ir.VectorType(I16, len(rows))
             found = ir.Constant(kind, ir.Undefined)
             for lane, row in enumerate(rows):
-                found = self.b.insert_element(found, self.reduce("umax", row), ir.Constant(I32, lane))
+                found = self.b.insert_element(found, self.reduce(name, row), ir.Constant(I32, lane))
             return found
 
-        def larger(first: Value, second: Value, length: int) -> Value:
-            starts = [*range(0, first.type.count + second.type.count, length)]
-            halves = [
+        is_greater = self.b.icmp_unsigned if name == "umax" else self.b.icmp_signed
+
+        def halved(first: Value, second: Value | None, length: int) -> Value:
+            """Put the greater halves of all pieces of `length` lanes, of one vector or of two, end to end."""
+            starts = range(0, first.type.count * (1 if second is None else 2), length)
+            low, high = (
                 self.shuffle(first, [start + half + i for start in starts for i in range(length // 2)], second)
                 for half in (0, length // 2)
-            ]
-            return self.b.select(self.b.icmp_unsigned(">", *halves), *halves)
+            )
+            return self.b.select(is_greater(">", low, high), low, high)
 
         found, length = list(rows), rows[0].type.count
         while len(found) > 1:
-            found = [larger(a, b, length) for a, b in zip(found[::2], found[1::2], strict=True)]
+            found = [halved(a, b, length) for a, b in zip(found[::2], found[1::2], strict=True)]
             length //= 2
         [one] = found
         while length > 1:
-            count = one.type.count
-            halves = [
-                self.shuffle(one, [start + half + i for start in range(0, count, length) for i in range(length // 2)])
-                for half in (0, length // 2)
-            ]
-            one, length = self.b.select(self.b.icmp_unsigned(">", *halves), *halves), length // 2
+            one, length = halved(one, None, length), length // 2
         return one
 
     def absolute(self, value: Value) -> Value:

@@ -15,8 +15,9 @@ import pytest
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.places import ROOT
+from loaders.quantization.kernels import compare
 from loaders.quantization.kernels.lanes import host_has
-from loaders.quantization.scheme import Scheme
+from loaders.quantization.scheme import Compared, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
@@ -65,6 +66,10 @@ def results() -> dict[str, bytes]:
             with Crew(1) as crew:
                 work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
                 decoded = decode(scheme, raw, sink, work).tobytes()
+            assert isinstance(scheme, Compared)
+            sums, spec = compare.new_sums(), MemoryView(raw).spec
+            scheme.compare(spec, sink, 0, spec.numel, raw.data.reshape(-1), dtype, sums)
+            found[f"{name} {dtype} sums"] = sums.tobytes()
             found[f"{name} {dtype}"] = b"".join(data for _, data in sorted(sink.as_bytes().items())) + decoded
     return found
 

@@ -14,10 +14,11 @@ import pytest
 from loaders.backends import threads
 from loaders.errors import BadSpec
 from loaders.places import ROOT
+from loaders.quantization.grid import symmetric_terms
 from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit
 from loaders.quantization.kernels.lanes import host_has
-from loaders.quantization.kernels.mlx import affine
+from loaders.quantization.kernels.mlx import affine, microfloat
 from loaders.quantization.schemes.bitnet import total_magnitude
 from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from tests.encoding import MemoryView
@@ -70,6 +71,10 @@ def results() -> dict[str, bytes]:
                 found[name] = packed.tobytes() + np.nan_to_num(absmax).tobytes()
                 found[name + " decoded"] = np.nan_to_num(decoded, nan=7).tobytes()
                 found[name + " sums"] = sums.tobytes()
+                sums = compare.new_sums()
+                x_bits = cpu.kernel_input(x, dtype)
+                fourbit.compare(x_bits, packed, absmax, group, table == "fp4", sums)
+                found[name + " sums in registers"] = sums.tobytes()
         for bits in affine.BITS:
             x = np.delete(inputs(dtype).data, [3, 4, 5], axis=0).reshape(-1)  # without NaN and infinities
             x = x.view(np.int16) if dtype == "F16" else x
@@ -77,6 +82,9 @@ def results() -> dict[str, bytes]:
             scales, biases = np.empty(x.size // 64, np.float32), np.empty(x.size // 64, np.float32)
             affine.encode(x, bits, 64, packed, scales, biases)
             affine.decode(packed, scales, biases, bits, 64, out)
+            sums = compare.new_sums()
+            affine.compare(x, packed, scales, biases, bits, 64, sums)
+            found[f"{dtype} affine {bits} sums"] = sums.tobytes()
             found[f"{dtype} affine {bits}"] = b"".join(a.tobytes() for a in (packed, scales, biases, out))
         for mode, (bits, group) in SETTINGS.items():
             x = np.append(inputs(dtype).data.reshape(-1)[:-16], bfloat16_groups() if dtype == "BF16" else [])
@@ -85,6 +93,10 @@ def results() -> dict[str, bytes]:
             codes, small = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.uint8)
             MlxFloat(mode).code(x, codes, small)
             found[f"{dtype} {mode}"] = codes.tobytes() + small.tobytes()
+            sums, values = compare.new_sums(), microfloat.scale_values(mode)
+            terms = symmetric_terms(6, 0.25, 0.1875, False)
+            microfloat.compare(x, codes, small, values, group, bits, *terms, sums)
+            found[f"{dtype} {mode} sums"] = sums.tobytes()
         finite = np.nan_to_num(inputs("F32").data, nan=0, posinf=1, neginf=-1)
         x = weights(np.clip(finite, -6e4, 6e4), dtype).data.reshape(-1)
         found[f"{dtype} magnitudes"] = kernels.magnitude_sums(x, dtype).tobytes()

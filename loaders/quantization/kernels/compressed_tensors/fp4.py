@@ -132,7 +132,7 @@ def _mx_scales(lanes: Lanes, x: Array, start: Value, scales: Array, first: Value
     if not thresholds.is_searched(x):
         return ir.Constant(ir.IntType(1), 1)
     places = [lanes.op("add", start, MX_GROUP * slot) for slot in range(GROUPS)]
-    tops = lanes.each_largest([lanes.op("and_", lanes.load(x, place, MX_GROUP), 0x7FFF) for place in places])
+    tops = lanes.each_reduced("umax", [lanes.op("and_", lanes.load(x, place, MX_GROUP), 0x7FFF) for place in places])
     exponents = lanes.op("lshr", lanes.op("add", tops, 1 << 5), 7)
     two = lanes.const(tops.type, 2)
     least = lanes.b.select(lanes.b.icmp_unsigned(">", exponents, two), exponents, two)

@@ -67,6 +67,36 @@ def _range(lanes: Lanes, x: Array, start: Value, stop: Value, lows: Array, highs
         lanes.b.store(value, lanes.b.gep(array.data, [slot]))
 
 
+@vector(types.boolean)
+def _ranges(lanes: Lanes, x: Array, start: Value, group: Value, lows: Array, highs: Array) -> Value:
+    """Find the least and the greatest weights of LANES groups of 16-bit floats; False where `_range` must find them.
+
+    Of raw bits as integers, those of the greatest weight are the greatest signed ones, if it is positive, and those of
+    the least the greatest unsigned ones, if it is negative. Groups of one sign are left to `_range`.
+    """
+    if x.element is F32:
+        return ir.Constant(ir.IntType(1), 0)
+    kind = ir.VectorType(I16, STEP)
+    pairs = []
+    for slot in range(LANES):
+        first = lanes.b.add(start, lanes.op("mul", group, slot))
+
+        def extend(at: Value, low: Value, high: Value) -> list[Value]:
+            found = lanes.load(x, at, STEP)
+            low = lanes.b.select(lanes.b.icmp_unsigned(">", found, low), found, low)
+            return [low, lanes.b.select(lanes.b.icmp_signed(">", found, high), found, high)]
+
+        ends = [lanes.const(kind, 0), lanes.const(kind, -(1 << 15))]
+        pairs.append(lanes.fold(first, lanes.b.add(first, group), STEP, ends, extend))
+    low = lanes.each_reduced("umax", [pair[0] for pair in pairs])
+    high = lanes.each_reduced("smax", [pair[1] for pair in pairs])
+    for array, bits in ((lows, low), (highs, high)):
+        values = lanes.from_bf16(bits) if x.holds == types.uint16 else lanes.from_f16(bits)
+        lanes.store(values, array, ir.Constant(I64, 0))
+    is_mixed = lanes.b.icmp_signed("<", lanes.b.and_(low, lanes.op("xor", high, -1)), lanes.const(low.type, 0))
+    return lanes.reduce("and", is_mixed)
+
+
 @kernel
 def _range_of_numbers(x, start, stop, lows, highs, slot):  # type: ignore[no-untyped-def]
     """Put the least and the greatest weight that is no NaN, as `_range` does."""
@@ -173,9 +203,11 @@ def encode(x, bits, group, packed, scales, biases):  # type: ignore[no-untyped-d
     top = np.float32((1 << bits) - 1)
     for first in range(0, scales.size, LANES):
         count = min(LANES, scales.size - first)
+        is_found = count == LANES and _ranges(x, first * group, group, lows, highs)
         for slot in range(count):
             start = (first + slot) * group
-            _range(x, start, start + group, lows, highs, slot)
+            if not is_found:
+                _range(x, start, start + group, lows, highs, slot)
             if not lows[slot] <= highs[slot]:
                 _range_of_numbers(x, start, start + group, lows, highs, slot)
         _scales(lows, highs, top, some_scales, some_biases)

@@ -66,7 +66,7 @@ def _absmax(lanes: Lanes, x: Array, start: Value, group: int) -> Value:
             bits = rounding.magnitude_bits(lanes, x, place, group)
             found = lanes.b.insert_element(found, bits, ir.Constant(I32, slot))
         return lanes.b.bitcast(found, ir.VectorType(F32, GROUPS))
-    tops = lanes.each_largest([lanes.op("and_", lanes.load(x, place, group), 0x7FFF) for place in places])
+    tops = lanes.each_reduced("umax", [lanes.op("and_", lanes.load(x, place, group), 0x7FFF) for place in places])
     return lanes.from_bf16(tops) if x.holds == types.uint16 else lanes.from_f16(tops)
 
 
