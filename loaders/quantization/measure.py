@@ -14,7 +14,7 @@ from loaders.dtypes import WEIGHT_DTYPES
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.scheme import Bounded, Gridded, Scheme, Stored, View, Work
+from loaders.quantization.scheme import Bounded, Comparing, Gridded, Scheme, Stored, View, Work
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
 from loaders.stats import ErrorSums
@@ -34,6 +34,7 @@ def measure(
     align = scheme.align(spec)
     gridded = scheme if isinstance(scheme, Gridded) else None
     bounded = scheme if isinstance(scheme, Bounded) else None
+    comparing = scheme if isinstance(scheme, Comparing) else None
     inner = -(-INNER // align) * align
 
     def compare_range(start: int, stop: int) -> np.ndarray:
@@ -41,7 +42,7 @@ def measure(
         block = view.read(start, stop)
         if isinstance(scheme, Plain) and scheme.dtype in (None, view.spec.dtype.name):
             _compare_copy(block, stored.read("weight", start, stop), view.spec.dtype.name, sums, is_number)
-        else:
+        elif comparing is None or not comparing.compare(spec, stored, start, stop, block, view.spec.dtype.name, sums):
             for at in range(start, stop, inner):
                 end = min(at + inner, stop)
                 decoded = work.array("decoded", end - at, np.float32)
@@ -51,8 +52,8 @@ def measure(
                 # A NaN in the source may spoil the scale of its whole group, so bounds by scales say nothing there.
                 if gridded is not None and not sums[compare.NONFINITE]:
                     _check_grid(part, decoded, gridded.grid(spec, stored, at, end), view.spec, spec, sums)
-            if bounded is not None and not sums[compare.NONFINITE]:
-                _check_each(sums, bounded.greatest_error(spec, stored, start, stop))
+        if bounded is not None and not sums[compare.NONFINITE]:
+            _check_each(sums, bounded.greatest_error(spec, stored, start, stop))
         on_bytes(block.nbytes)
         return sums
 

@@ -156,6 +156,20 @@ class Bounded(Protocol):
 
 
 @runtime_checkable
+class Comparing(Protocol):
+    """A scheme that decodes and compares in one compiled call, where nothing else looks at the decoded weights."""
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, x: np.ndarray, dtype: str, sums: np.ndarray
+    ) -> bool:
+        """Add the differences of raw weights x, of a dtype, and items [start, stop) to `sums` of kernels/compare.py.
+
+        Returns False, with nothing done, where this scheme's settings have no such call.
+        """
+        ...
+
+
+@runtime_checkable
 class Gridded(Protocol):
     """A scheme that takes the nearest of the values that a group's stored scales allow: see `quantization/grid.py`."""
 
