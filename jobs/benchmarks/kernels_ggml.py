@@ -83,15 +83,17 @@ def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) ->
     scheme, spec, held = Ggml(name), TensorSpec("w.weight", DTYPES["BF16"], weight.shape), _Held(stored)
 
     def part(first: int, last: int) -> None:
-        decoded, sums = SCRATCH.array("decoded", INNER, np.float32), compare.new_sums()
-        for at in range(first * columns, last * columns, INNER):
-            end = min(at + INNER, last * columns)
-            out = decoded[: end - at]
-            DECODERS[name](stored[dtype.size((at,)) : dtype.size((end,))], out)
-            cpu.compare_into(flat[at:end], "BF16", out, sums)
-            grid = scheme.grid(spec, held, at, end)
-            assert grid is None or grid.holds(flat[at:end], out)
-        scheme.greatest_error(spec, held, first * columns, last * columns)
+        start, stop, sums = first * columns, last * columns, compare.new_sums()
+        if not scheme.compare(spec, held, start, stop, flat[start:stop], "BF16", sums):
+            decoded = SCRATCH.array("decoded", INNER, np.float32)
+            for at in range(start, stop, INNER):
+                end = min(at + INNER, stop)
+                out = decoded[: end - at]
+                DECODERS[name](stored[dtype.size((at,)) : dtype.size((end,))], out)
+                cpu.compare_into(flat[at:end], "BF16", out, sums)
+                grid = scheme.grid(spec, held, at, end)
+                assert grid is None or grid.holds(flat[at:end], out)
+        scheme.greatest_error(spec, held, start, stop)
 
     _spread(part, weight.shape[0], threads)
 

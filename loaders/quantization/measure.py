@@ -76,9 +76,8 @@ class Comparison:
         if self._is_copy:
             _compare_copy(block, stored.read("weight", start, stop), dtype, sums, dtype in WEIGHT_DTYPES)
             return sums
-        if self._compared is not None:
-            self._compared.compare(self._spec, stored, start, stop, block, dtype, sums)
-        else:
+        at_once = self._compared
+        if at_once is None or not at_once.compare(self._spec, stored, start, stop, block, dtype, sums):
             self._decode_and_compare(block, stored, start, stop, sums)
         if self._bounded is not None and not sums[compare.NONFINITE]:
             _check_each(sums, self._bounded.greatest_error(self._spec, stored, start, stop))

@@ -199,11 +199,12 @@ class Compared(Protocol):
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         """Add the differences of `block` and of what `decode` gives for items [start, stop) to `sums`.
 
         `sums` are those of kernels/compare.py. `block` holds raw weights of dtype `source`, another one than that of
-        `spec` where they were cast before they were encoded. A scheme with a `grid` checks it too.
+        `spec` where they were cast before they were encoded. A scheme with a `grid` checks it too. False says that
+        nothing was done, since with these settings the scheme has no such call.
         """
         ...
 

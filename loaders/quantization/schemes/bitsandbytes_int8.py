@@ -84,11 +84,12 @@ class LlmInt8(ByBoxes):
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         columns = spec.shape[1]
         scales = stored.read(SCALES, start // columns, -(-stop // columns))
         codes = stored.read("weight", start, stop)
         int8.compare(kernel_input(block, source), codes, start % columns, columns, scales, sums)
+        return True
 
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work

@@ -129,10 +129,11 @@ class CompressedNvfp4:
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         x, whole = kernel_input(block, source), stored.read("weight_global_scale", 0, 1)[0]
         scales = stored.read("weight_scale", start // fp4.NV_GROUP, stop // fp4.NV_GROUP)
         fp4.compare_nv(x, stored.read("weight_packed", start // 2, stop // 2), scales, whole, sums)
+        return True
 
 
 def _global_scale(top: float, dtype: str) -> float:
@@ -223,7 +224,8 @@ class CompressedMxfp4:
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         scales = stored.read("weight_scale", start // fp4.MX_GROUP, stop // fp4.MX_GROUP)
         packed = stored.read("weight_packed", start // 2, stop // 2)
         fp4.compare_mx(kernel_input(block, source), packed, scales, sums)
+        return True

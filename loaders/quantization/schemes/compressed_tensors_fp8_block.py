@@ -104,9 +104,10 @@ class Fp8Block:
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         x, columns, scales = kernel_input(block, source), spec.shape[1], self._scales(spec, stored, start, stop)
         fp8.compare_blocks(x, stored.read("weight", start, stop), columns, start // columns % BLOCK, scales, sums)
+        return True
 
     def _scales(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
         """Return the scales of the bands that items [start, stop) reach: float32 (bands, blocks)."""

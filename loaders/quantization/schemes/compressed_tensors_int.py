@@ -171,10 +171,11 @@ class PackedInt:
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         scales, shifts = self._scales_and_shifts(spec, stored, start, stop)
         packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         packed_int.compare(kernel_input(block, source), packed, self.group_size, self.bits, scales, shifts, sums)
+        return True
 
     def _scales_and_shifts(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int

@@ -103,10 +103,11 @@ class RowScaled:
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         x, columns, scales = kernel_input(block, source), spec.shape[1], self._scales(spec, stored, start, stop)
         compare_rows = fp8.compare_rows if self.type == "float" else packed_int.compare_rows
         compare_rows(x, stored.read("weight", start, stop), columns, scales, sums)
+        return True
 
     def _scales(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
         """Return the raw scales of the rows in items [start, stop)."""

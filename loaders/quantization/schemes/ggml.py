@@ -21,6 +21,7 @@ from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml import blocks, bounds, k_quants, ternary
+from loaders.quantization.kernels.ggml.compare import COMPARERS
 from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
@@ -169,6 +170,15 @@ class Ggml:
         bounds.grid(self.type, stored.read("weight", dtype.size((start,)), dtype.size((stop,))), low, high, half)
         slope = grids.SMALL + (grids.E2M1_SLOPE if self.type == "MXFP4" else 0)
         return Grid(group, low, high, half, slope)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> bool:
+        if self.type not in COMPARERS:
+            return False
+        size = DTYPES[self.type].size
+        COMPARERS[self.type](stored.read("weight", size((start,)), size((stop,))), kernel_input(block, source), sums)
+        return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:

@@ -134,9 +134,10 @@ class MlxAffine:
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         packed, scales, biases = self._read(spec, stored, start, stop)
         affine.compare(kernel_input(block, source), packed, scales, biases, self.bits, self.group_size, sums)
+        return True
 
     def _read(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int

@@ -138,13 +138,14 @@ class MlxFloat:
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
-    ) -> None:
+    ) -> bool:
         group, values = self.group_size, microfloat.scale_values(self.mode)
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         scales = stored.read(SCALES, start // group, stop // group)
         top, half, floor, slope = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
         x = kernel_input(block, source)
         microfloat.compare(x, codes, scales, values, group, self.bits, top, half, floor, slope, sums)
+        return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         group = self.group_size
