@@ -82,7 +82,11 @@ def cases(folder: Path, quant: str, pool: ThreadPoolExecutor) -> Iterator[Case]:
         return Case(name, None if lacking else Loaded(load, pool), lacking, beside)
 
     yield case(PLAIN, lambda: _parts(load_weights(folder)[0]))
-    yield case("safetensors.torch.load_file", lambda: _by_safetensors(folder), _none_of(folder), PLAIN)
+    no_files = _none_of(folder)
+    yield case("safetensors.torch.load_file", lambda: _by_safetensors(folder), no_files, PLAIN)
+    yield case("fastsafetensors", lambda: _by_fastsafetensors(folder), no_files or _missing("fastsafetensors"), PLAIN)
+    yield case("Run:ai streamer", lambda: _by_runai(folder), no_files or _missing("runai_model_streamer"), PLAIN)
+    yield case("InstantTensor", list, _missing("instanttensor") or "it loads onto GPUs only, this is the CPU", PLAIN)
     yield case(f"{PLAIN}, {quant}", lambda: _parts(load_weights(folder, quantize=quant, measure=False)[0]))
     yield case(f"{PLAIN}, {quant}, measured", lambda: _parts(load_weights(folder, quantize=quant)[0]))
     yield case(MODEL, lambda: _ours(folder), missing)
@@ -107,6 +111,29 @@ def _by_safetensors(folder: Path) -> list[Any]:
     from safetensors.torch import load_file
 
     return [tensor for path in sorted(folder.glob("*.safetensors")) for tensor in load_file(path).values()]
+
+
+def _by_fastsafetensors(folder: Path) -> list[Any]:
+    from fastsafetensors import SafeTensorsFileLoader
+
+    found: list[Any] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        files = SafeTensorsFileLoader(None, "cpu", nogds=True, set_numa=False)
+        files.add_filenames({0: [str(path)]})
+        buffer = files.copy_files_to_device()
+        # Tensors lie in the library's buffer of the file, and go with it.
+        found += [buffer.get_tensor(name).clone() for name in files.get_keys()]
+        buffer.close()
+        files.close()
+    return found
+
+
+def _by_runai(folder: Path) -> list[Any]:
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files([str(path) for path in sorted(folder.glob("*.safetensors"))])
+        return [tensor for _, tensor in streamer.get_tensors()]
 
 
 def _parts(weights: dict[str, Any]) -> Iterator[Any]:

@@ -29,7 +29,7 @@ class Strategy(Spec):
 
 
 class PlainStrategy(Strategy):
-    kind: Literal["auto", "lazy", "eager", "read", "full", "unified_memory", "remote"]
+    kind: Literal["auto", "lazy", "eager", "read", "full", "unified_memory", "pinned", "remote"]
 
 
 class MultiThreadStrategy(Strategy):

@@ -110,14 +110,22 @@ def as_torch(raw: np.ndarray, spec: WeightSpec) -> Any:
     """
     import torch
 
-    kind = getattr(torch, spec.dtype.torch, None)
-    item = spec.dtype.item_bytes
-    # torch 2.13 refuses to view an empty tensor as a wider dtype.
-    if raw.size == 0:
-        return torch.empty(spec.shape, dtype=kind or torch.uint8)
-    if not raw.flags.writeable or raw.ctypes.data % item:
+    if not raw.flags.writeable or raw.ctypes.data % spec.dtype.item_bytes:
         raw = raw.copy()
-    flat = torch.from_numpy(raw)
+    return shaped(torch.from_numpy(raw), spec)
+
+
+def shaped(flat: Any, spec: WeightSpec) -> Any:
+    """View a flat torch tensor of bytes, on any device, in a tensor's dtype and shape.
+
+    Formats of ggml, and others of less than a byte, stay bytes.
+    """
+    import torch
+
+    kind = getattr(torch, spec.dtype.torch, None)
+    # torch 2.13 refuses to view an empty tensor as a wider dtype.
+    if flat.numel() == 0:
+        return torch.empty(spec.shape, dtype=kind or torch.uint8, device=flat.device)
     if spec.dtype.block > 1 or spec.dtype.bits < 8 or kind is None:
         return flat.reshape(storage_shape(spec.dtype, spec.shape))
     return flat.view(kind).reshape(spec.shape)

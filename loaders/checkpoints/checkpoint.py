@@ -204,8 +204,11 @@ def _tensors(
             said.append(f"{name}: the model is what it holds under {'.'.join(state.keys)}{beside}")
         return state.specs
 
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        found = [spec for specs in pool.map(read, names) for spec in specs]
+    if source.store.is_local and len(names) <= HEADER_THREADS:
+        found = [spec for name in names for spec in read(name)]
+    else:
+        with ThreadPoolExecutor(HEADER_THREADS) as pool:
+            found = [spec for specs in pool.map(read, names) for spec in specs]
     weights, notes = single(source, found, index)
     # A GGUF's names are llama.cpp's own, whatever the training's were.
     if container != "gguf":

@@ -18,6 +18,7 @@ from loaders.strategies.full import FullLoader
 from loaders.strategies.lazy import LazyLoader
 from loaders.strategies.low_memory import LowMemoryLoader
 from loaders.strategies.multithread import MultiThreadWeightLoader
+from loaders.strategies.pinned import PinnedLoader
 from loaders.strategies.read import ReadLoader
 from loaders.strategies.remote import RemoteLoader
 from loaders.strategies.runai import RunaiLoader
@@ -28,7 +29,7 @@ LOADERS: dict[str, type[WeightLoader]] = {
     made.name: made
     for made in (
         LazyLoader, EagerLoader, ReadLoader, MultiThreadWeightLoader, StreamingWeightLoader, FastSafetensorsLoader,
-        RunaiLoader, FullLoader, UnifiedMemoryLoader, LowMemoryLoader, RemoteLoader, AutoLoader,
+        RunaiLoader, FullLoader, UnifiedMemoryLoader, PinnedLoader, LowMemoryLoader, RemoteLoader, AutoLoader,
     )
 }  # fmt: skip
 
@@ -42,6 +43,7 @@ __all__ = [
     "LowMemoryLoader",
     "MultiThreadWeightLoader",
     "PieceReader",
+    "PinnedLoader",
     "ReadLoader",
     "Reader",
     "RemoteLoader",

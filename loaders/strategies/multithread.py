@@ -1,8 +1,8 @@
 """`multithread`: files and ranges of them are read side by side, by as many threads as measuring shows to be best.
 
-Whole tensors and slices are read ahead within a fixed window; those that the page cache holds are mapped. A job asks for ranges from any of its threads: then the
-strategy's threads fetch what comes next into the page cache, within a window ahead of the furthest range that was asked
-for.
+Whole tensors and slices are read ahead within a fixed window; those that the page cache holds are mapped. A job asks
+for ranges from any of its threads: then the strategy's threads fetch what comes next into the page cache, within a
+window ahead of the furthest range that was asked for.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`streaming`: weights come in batches within a budget of memory, and the next ones are fetched while one is used.
 
 The budget holds the batches that are being fetched and the one in use; what the caller keeps is beyond it. Headers tell
-which batch comes next, so that fetching ahead never guesses wrong. What the page cache holds is mapped. A tensor larger than half the budget comes in slices
-that fit (iterate_slices), or, if it is asked for as a whole, as a map of its file, whose pages the kernel can take
-back. Half, because a loop still holds one tensor while it asks for the next.
+which batch comes next, so that fetching ahead never guesses wrong. What the page cache holds is mapped. A tensor larger
+than half the budget comes in slices that fit (iterate_slices), or, if it is asked for as a whole, as a map of its file,
+whose pages the kernel can take back. Half, because a loop still holds one tensor while it asks for the next.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from tests.conftest import Ran
 from tests.making import snapshot
 
 QUICK = ("quant=nf4", "cluster=local")
-NOT_FOR_JOBS = ("eager", "full", "unified_memory", "low_memory", "fastsafetensors", "runai")
+NOT_FOR_JOBS = ("eager", "full", "unified_memory", "pinned", "low_memory", "fastsafetensors", "runai")
 
 
 @pytest.mark.quick

@@ -103,9 +103,29 @@ def test_full_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
         loader("full").load_weights(tmp_path / "m")
 
 
+@pytest.mark.engine
+def test_weights_go_through_staging_buffers_piece_by_piece(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from loaders.backends.staging import BUFFERS, Staging
+
+    values = np.random.default_rng(1).integers(0, 256, 10_001, np.uint8)
+    with Staging("cpu", 2, part=1000) as staging:
+        found = [staging.copied(values[:size]) for size in (0, 1, 1000, 1000 * BUFFERS, 10_001)]
+    assert [tensor.numpy().tobytes() for tensor in found] == [
+        values[:size].tobytes() for size in (0, 1, 1000, 1000 * BUFFERS, 10_001)
+    ]
+    wanted = write(tmp_path / "m")
+    loaded = loader("pinned").load_weights(tmp_path / "m", device="cpu")
+    assert {n: fastsafetensors._bytes_of(t).tobytes() for n, t in loaded.items()} == wanted
+    with pytest.raises(BadSpec, match="device=mlx has no pinned memory"):
+        loader("pinned").load_weights(tmp_path / "m", device="mlx")
+
+
 @pytest.mark.gpu
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["lazy", "read", "multithread", "streaming", "fastsafetensors", "full", "auto"])
+@pytest.mark.parametrize(
+    "name", ["lazy", "pinned", "read", "multithread", "streaming", "fastsafetensors", "full", "auto"]
+)
 def test_weights_on_a_gpu_are_the_stored_ones(name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

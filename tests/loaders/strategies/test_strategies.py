@@ -285,8 +285,8 @@ def test_each_byte_is_fetched_once(name: str, iterate: str, tmp_path: Path) -> N
 
 
 BOUNDS = {
-    "lazy": 0, "unified_memory": 0, "auto": 0, "low_memory": 0, "eager": 48 * MB, "full": 48 * MB, "read": 12 * MB,
-    "multithread": 48 * MB, "streaming": 16 * MB, "fastsafetensors": 48 * MB, "runai": 12 * MB,
+    "lazy": 0, "unified_memory": 0, "pinned": 0, "auto": 0, "low_memory": 0, "eager": 48 * MB, "full": 48 * MB,
+    "read": 12 * MB, "multithread": 48 * MB, "streaming": 16 * MB, "fastsafetensors": 48 * MB, "runai": 12 * MB,
     "remote": 12 * MB,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"streaming": {"memory_budget_mb": 16.0}, "runai": {"batch_mb": 6.0}}
