@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from jobs.execution.part_files import PartFiles
@@ -48,15 +48,16 @@ SMALL = 4 * RANGE
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One job's share of a task: its own unit, and the output that its file and record go to."""
+    """One job's share of a task: its own unit, where it is encoded, and the output that its file and record go to."""
 
     unit: Unit
     target: TargetId
     output: Address
     key: str
     gate: Gate
+    backend: str
 
     @property
     def journal(self) -> Journal:
@@ -71,7 +72,6 @@ class UnitTask:
     source: Address
     shares: Mapping[str, Share]
     strategy: WeightLoader
-    backend: str
     threads: int
     in_place: bool = False  # whether pieces are written into the shared file; only if all units run in one process
 
@@ -82,9 +82,14 @@ class UnitTask:
         return most + self.strategy.held_bytes
 
     @property
+    def backends(self) -> frozenset[str]:
+        """The backends on which its shares are encoded."""
+        return frozenset(share.backend for share in self.shares.values())
+
+    @property
     def gpus(self) -> int:
         """The GPUs that a cluster must reserve for the task."""
-        return int(self.backend == "cuda")
+        return int("cuda" in self.backends)
 
     @property
     def work_bytes(self) -> int:
@@ -126,17 +131,18 @@ def run_unit(
     with (
         PeakMemory() as memory,
         task.strategy.open(files, specs) as reader,
-        leased_kernels(task.backend) as kernels,
+        ExitStack() as leases,
         ThreadPoolExecutor(task.threads, thread_name_prefix=unit.id) as pool,
     ):
-        work = ThreadedWork(kernels, pool, stop)
+        kernels = {name: leases.enter_context(leased_kernels(name)) for name in sorted(task.backends)}
+        work = ThreadedWork(next(iter(kernels.values())), pool, stop)
         try:
             for name, share in task.shares.items():
                 if not share.journal.is_left_out:
                     runs[name] = TargetRun(
                         share, attempt, scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
                     )
-            passes = UnitPass(reader, work, runs, on_bytes)
+            passes = UnitPass(reader, {name: work.on(each) for name, each in kernels.items()}, runs, on_bytes)
             for tensor in (r for r in unit.tensors if runs and r.source_bytes > SMALL):
                 passes.tensor(tensor, task.threads)
             work.each([r for r in unit.tensors if runs and r.source_bytes <= SMALL], passes.tensor)
@@ -169,6 +175,7 @@ class TargetRun:
     ) -> None:
         self._warmth = warmth
         self._share = share
+        self.backend = share.backend
         self._journal = share.journal
         self._is_alone = is_alone
         self._attempt = attempt
@@ -272,6 +279,7 @@ class TargetRun:
             tensors=tensors,
             load=own,
             node=socket.gethostname(),
+            backend=self.backend,
             attempt=self._attempt,
         )
         self._journal.add(record)
@@ -295,9 +303,14 @@ class UnitPass:
     """One pass over a unit's tensors, each encoded for all targets while it is in the CPU's cache."""
 
     def __init__(
-        self, reader: Reader, work: ThreadedWork, runs: Mapping[str, TargetRun], on_bytes: Callable[[int], None]
+        self,
+        reader: Reader,
+        work: Mapping[str, ThreadedWork],
+        runs: Mapping[str, TargetRun],
+        on_bytes: Callable[[int], None],
     ) -> None:
-        self._runs = [(run, run.encoder(reader, work)) for run in runs.values()]
+        """`work` holds the tools of each backend."""
+        self._runs = [(run, run.encoder(reader, work[run.backend])) for run in runs.values()]
         self._on_bytes = on_bytes
 
     def tensor(self, tensor: LogicalTensor, threads: int = 1) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any, TypeVar
 
 from loaders.backends.scratch import Scratch
@@ -34,6 +35,12 @@ class ThreadedWork:
         self._pool = pool
         self._stop = stop
         self._inside = threading.local()
+
+    def on(self, kernels: Kernels) -> ThreadedWork:
+        """Return the same threads and memory with other kernels."""
+        other = copy(self)
+        other.kernels = kernels
+        return other
 
     def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
         step = -(-RANGE // align) * align
