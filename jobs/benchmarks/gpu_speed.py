@@ -91,7 +91,7 @@ def _alone(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
     """Yield trials without transfers: ours over ranges like a job's and over the whole weight, and bitsandbytes'."""
     import torch
 
-    from loaders.quantization.kernels import torch_device
+    from loaders.quantization.kernels.device.fourbit import fourbit_codes
 
     wait = finish(bench.device)
     there = torch.from_numpy(weights).view(torch.bfloat16).to(bench.device)
@@ -99,7 +99,7 @@ def _alone(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
     def ours(table: str, step: int) -> Found:
         def call() -> None:
             for at in range(0, weights.size, step):
-                torch_device.fourbit_codes(there[at : at + step].float().reshape(-1, GROUP), table)
+                fourbit_codes(there[at : at + step].float().reshape(-1, GROUP), table)
             wait()
 
         return rate(median_s(call, bench.laps), weights.nbytes)
