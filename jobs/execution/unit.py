@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from jobs.planning.targets import TargetId
 from loaders.backends import leased_kernels
 from loaders.backends.memory import PeakMemory
 from loaders.backends.scratch import Scratch
-from loaders.backends.threads import RANGE, Stopped, ThreadedWork
+from loaders.backends.threads import RANGE, STAGING_BYTES, Stopped, ThreadedWork
 from loaders.clock import Clock
 from loaders.containers.writer import TensorSink
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
@@ -79,7 +79,7 @@ class UnitTask:
     def memory_bytes(self) -> int:
         """The most bytes that running the task holds, besides the libraries."""
         most = max(share.unit.memory_bytes(self.threads) for share in self.shares.values())
-        return most + self.strategy.held_bytes
+        return most + self.strategy.held_bytes + staging_bytes(self.backends, self.threads)
 
     @property
     def backends(self) -> frozenset[str]:
@@ -98,6 +98,11 @@ class UnitTask:
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)
+
+
+def staging_bytes(backends: Collection[str], threads: int) -> int:
+    """Return the bytes of a unit's threads for copies to and from devices, beside what `Unit.memory_bytes` counts."""
+    return 0 if set(backends) == {"cpu"} else threads * STAGING_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.execution.choose import is_local
 from jobs.execution.cluster import LocalCluster
+from jobs.execution.unit import staging_bytes
 from jobs.output.destination import check_free, check_place
 from jobs.output.journal import Journal
 from jobs.output.publish import is_published
@@ -167,6 +168,7 @@ def notes_of(planned: Planned) -> list[str]:
     strategy, why = planned.strategy
     cluster = LocalCluster(planned.spec.cluster)
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
+    memory += staging_bytes({planned.backend[0]}, cluster.threads)
     output, records = planned.spec.output_address, planned.journal.count
     free = free_bytes(output.parent.path) if output.is_local else free_bytes(Path(tempfile.gettempdir()))
     done = (

@@ -27,7 +27,7 @@ from loaders.storage.hashes import digest
 
 DEVICE = "cuda"  # the others are not tried: MPS may store other bytes, and MLX on a GPU does
 # Bytes that a few cores encode in about the time in which torch is imported. For fewer, nothing is measured.
-LEAST_BYTES = 4 << 30
+LEAST_BYTES = 3 << 30
 START_S = 4.0  # how much longer an H100's driver and torch's import made a command with backend=cuda
 COLUMNS = 4096  # of the weights that are encoded
 FEWEST_RANGES = 8  # to encode: of fewer, the first and the last copy would count too much

@@ -16,6 +16,7 @@ from loaders.quantization.kernels import Kernels
 # end of a tensor; shorter ones cost more calls. Sums of errors depend on it in their last bits.
 RANGE = 1 << 21
 THREAD_BYTES = 12 * RANGE  # what a thread's buffers take at most: float32 source, decoded weights, codes
+STAGING_BYTES = 12 * RANGE  # what its copies to and from a device take at most: float64 source, codes
 T = TypeVar("T")
 
 

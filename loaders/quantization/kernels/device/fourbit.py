@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from loaders.quantization.kernels.bitsandbytes import fourbit
@@ -10,9 +12,14 @@ from loaders.quantization.kernels.device.arithmetic import nibbles, tops
 
 def fourbit_codes(groups: torch.Tensor, table: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Code float32 groups (G, group): packed codes, two a byte, the first high, and largest magnitudes (G,)."""
-    code, largest = fourbit.table(table), tops(groups)
+    largest, (bounds, order) = tops(groups), _table(table, groups.device)
     scaled = groups * (1.0 / largest.clamp(min=1e-38))[:, None]
-    bounds = torch.from_numpy(code.bounds[:15]).to(groups.device)
-    ranks = torch.bucketize(scaled.reshape(-1).clamp(-1, 1), bounds)
-    codes = torch.from_numpy(code.order).to(groups.device)[ranks]
+    codes = order[torch.bucketize(scaled.reshape(-1).clamp(-1, 1), bounds)]
     return nibbles(codes[1::2], codes[::2]), largest
+
+
+@cache  # a copy from memory that is not page-locked makes a thread wait for all that it has begun
+def _table(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a table's bounds and codes by rank, on the device."""
+    code = fourbit.table(name)
+    return torch.from_numpy(code.bounds[:15]).to(device), torch.from_numpy(code.order).to(device)
