@@ -65,13 +65,22 @@ def run(source: Path, out: Path, *presets: str, settings: Sequence[str] = ()) ->
             held.enter_context(journal.hold({}, overwrite=False))
         reports = []
         for unit in planned.units:
-            shares = {p: Share(unit, p, j.output, j.key, Gate(allow_nonfinite=False)) for p, j in journals.items()}
+            shares = {
+                p: Share(
+                    unit=unit,
+                    target=p,
+                    output=j.output,
+                    key=j.key,
+                    gate=Gate(allow_nonfinite=False),
+                    backend="cpu",
+                )
+                for p, j in journals.items()
+            }
             task = UnitTask(
                 unit=unit,
                 source=planned.checkpoint.address,
                 shares=shares,
                 strategy=LazyLoader(),
-                backend="cpu",
                 threads=1,
             )
             reports.append(task.run(lambda _: None, threading.Event()))

@@ -15,6 +15,7 @@ import numpy as np
 from jobs.benchmarks.gpu_trials import Bench, Found, Trial
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES
+from loaders.errors import VerifyFailed
 from loaders.presets.catalog import preset, preset_names
 from loaders.quantization.kernels import Kernels, casts
 from loaders.quantization.kernels.cpu import CpuKernels
@@ -24,11 +25,16 @@ from loaders.specs import TensorSpec
 
 ROWS = 64
 WEIGHTS = 1 << 18
+WHOLE = ROWS * 128  # weights that make rows of whole groups, for all presets
 SEVERAL_RANGES = 1 << 22
 REPEATS = 64  # how often every finite value occurs, as one group of that size
 STORAGE = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
-# Settings of presets that change the device's work.
-VARIED: dict[str, tuple[Any, ...]] = {"group_size": (64, 128, 4096), "double_quant": (False, True)}
+# Settings of presets that change the device's work, by the scheme's kind.
+VARIED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "bnb4": {"group_size": (64, 128, 4096), "double_quant": (False, True)},
+    "packed_int": {"group_size": (32, 128)},
+    "mlx": {"group_size": (32, 128)},
+}
 FIRST = "nf4"
 SHOWN = 3
 
@@ -53,7 +59,7 @@ def device_presets() -> list[str]:
 
 def variants(name: str) -> dict[str, Scheme]:
     """Return a preset's scheme with every combination of the settings in VARIED, by a description."""
-    settings = {key: VARIED[key] for key in VARIED if key in type(preset(name)).model_fields}
+    settings = VARIED.get(preset(name).scheme.kind, {})
     each = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
     return {
         " ".join([name, *(f"{key}={value}" for key, value in chosen.items())]): preset(name, **chosen).scheme
@@ -78,7 +84,10 @@ def inputs(dtype: str) -> dict[str, np.ndarray]:
     if dtype != "F32":
         every = np.arange(1 << 16, dtype=np.uint16).view(STORAGE[dtype])
         finite = every[np.isfinite(casts.to_float32(every, dtype))]
-        found["every finite value, in order"] = np.repeat(finite, REPEATS)
+        # Repeated from the beginning, they fill rows of whole groups.
+        found["every finite value, in order"] = np.resize(
+            np.repeat(finite, REPEATS), -(-finite.size * REPEATS // WHOLE) * WHOLE
+        )
         found["every finite value, mixed"] = rng.permutation(found["every finite value, in order"])
     return found
 
@@ -91,6 +100,14 @@ def stored_by(kernels: Kernels, scheme: Scheme, view: InMemory) -> dict[str, np.
     with Crew(1) as crew:
         scheme.encode(view, sink, ThreadedWork(kernels, crew, threading.Event()))
     return sink.parts()
+
+
+def _stored_or_refused(kernels: Kernels, scheme: Scheme, view: InMemory) -> dict[str, np.ndarray]:
+    """Return the stored parts; for weights that the scheme refuses, the refusal, which is to be the same as well."""
+    try:
+        return stored_by(kernels, scheme, view)
+    except VerifyFailed as error:
+        return {"the refusal": np.frombuffer(str(error).encode(), np.uint8)}
 
 
 def trials(bench: Bench) -> Iterator[Trial]:
@@ -111,10 +128,14 @@ def _compared(device: Kernels, name: str, dtype: str, given: dict[str, np.ndarra
     for said, scheme in variants(name).items():
         for kind, data in given.items():
             view = InMemory(TensorSpec("w.weight", DTYPES[dtype], (ROWS, data.size // ROWS)), data)
-            ours, theirs = (stored_by(kernels, scheme, view) for kernels in (host, device))
+            ours, theirs = (_stored_or_refused(kernels, scheme, view) for kernels in (host, device))
             cases += 1
             for role, wanted in ours.items():
-                wrong = np.count_nonzero(wanted.view(np.uint8) != theirs[role].view(np.uint8))
+                found = theirs.get(role)
+                if found is None or found.nbytes != wanted.nbytes:
+                    wrong = wanted.nbytes
+                else:
+                    wrong = int(np.count_nonzero(wanted.view(np.uint8) != found.view(np.uint8)))
                 if wrong:
                     differing.append(f"{said}, {kind}: {wrong} of {wanted.nbytes} bytes of {role}")
     weights = len(variants(name)) * sum(data.size for data in given.values())

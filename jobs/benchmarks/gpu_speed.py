@@ -3,62 +3,53 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from jobs.benchmarks.gpu_bytes import InMemory, device_presets
 from jobs.benchmarks.gpu_trials import Bench, Found, Trial, finish, median_s, rate
 from jobs.benchmarks.random_llama import random_bf16
-from loaders.backends.threads import RANGE
+from loaders.backends.machine import usable_cpus
+from loaders.backends.threads import RANGE, Crew, ThreadedWork
+from loaders.dtypes import DTYPES
+from loaders.presets.catalog import preset
 from loaders.quantization.kernels import Kernels
 from loaders.quantization.kernels.cpu import CpuKernels
+from loaders.quantization.schemes.compressed_tensors_int import EPS
+from loaders.specs import TensorSpec
 
 GROUP = 64
 IN_A_ROW = 8  # calls that are timed together: a single fast one would take as long as the call from Python
 
 
 def trials(bench: Bench) -> Iterator[Trial]:
-    """Yield trials: transfers; each encoder from host to host, as a job calls it; then encoders without transfers."""
+    """Yield trials: transfers; each preset from host to host, as a job encodes; then encoders without transfers."""
     from loaders.quantization.kernels.torch_device import DeviceKernels
 
     weights = random_bf16(np.random.default_rng(2), bench.shape[0] * bench.shape[1])
     yield from _transfers(bench, weights)
-    for where, kernels in ((bench.device, DeviceKernels(bench.device)), ("the CPU, one thread", CpuKernels())):
-        for name, encode in encoders(kernels).items():
-            yield Trial(f"{name} on {where}, host to host", partial(_by_ranges, bench, weights, encode))
+    for where, kernels in ((bench.device, DeviceKernels(bench.device)), ("the CPU", CpuKernels())):
+        for name in device_presets():
+            # Copies run beside encoders only where several threads encode.
+            for threads in dict.fromkeys((1, usable_cpus())):
+                case = f"{name} on {where}, host to host, {threads} thread{'s' if threads > 1 else ''}"
+                yield Trial(case, partial(_encoded, bench, weights, kernels, name, threads))
     yield from _alone(bench, weights)
 
 
-def encoders(kernels: Kernels) -> dict[str, Callable[[np.ndarray], object]]:
-    """Return the encoders of a backend, each as a function of one range of weights."""
-    packed, absmax = np.empty(RANGE // 2, np.uint8), np.empty(RANGE // GROUP, np.float32)
+def _encoded(bench: Bench, weights: np.ndarray, kernels: Kernels, name: str, threads: int) -> Found:
+    from loaders.loading.quantized_tensor import MemoryParts
 
-    def four(table: str) -> Callable[[np.ndarray], object]:
-        return lambda x: kernels.encode_fourbit(
-            x, "BF16", table, GROUP, packed[: x.size // 2], absmax[: x.size // GROUP]
-        )
-
-    def ternary(x: np.ndarray) -> None:
-        total, quarter = float(kernels.magnitude_sums(x, "BF16").sum()), x.size // 4
-        a, b, c, d = (x[k * quarter : (k + 1) * quarter] for k in range(4))
-        kernels.pack_ternary((a, b, c, d), "BF16", x.size / total, packed[:quarter])
-
-    return {
-        "nf4": four("nf4"),
-        "fp4": four("fp4"),
-        "scales of nf4 alone": lambda x: kernels.group_absmax(x, "BF16", GROUP, absmax[: x.size // GROUP]),
-        "ternary": ternary,
-    }
-
-
-def _by_ranges(bench: Bench, weights: np.ndarray, encode: Callable[[np.ndarray], object]) -> Found:
-    def call() -> None:
-        for at in range(0, weights.size, RANGE):
-            encode(weights[at : at + RANGE])
-
-    return rate(median_s(call, bench.laps), weights.nbytes)
+    scheme = preset(name).scheme
+    view = InMemory(TensorSpec("w.weight", DTYPES["BF16"], bench.shape), weights)
+    parts = MemoryParts(scheme.stored(view.spec))
+    with Crew(threads) as crew:
+        work = ThreadedWork(kernels, crew, threading.Event())
+        return rate(median_s(lambda: scheme.encode(view, parts, work), bench.laps), weights.nbytes)
 
 
 def _transfers(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
@@ -91,15 +82,14 @@ def _alone(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
     """Yield trials without transfers: ours over ranges like a job's and over the whole weight, and bitsandbytes'."""
     import torch
 
-    from loaders.quantization.kernels import torch_device
-
     wait = finish(bench.device)
     there = torch.from_numpy(weights).view(torch.bfloat16).to(bench.device)
 
-    def ours(table: str, step: int) -> Found:
+    def ours(encode: Callable[[Any], object], step: int) -> Found:
         def call() -> None:
-            for at in range(0, weights.size, step):
-                torch_device.fourbit_codes(there[at : at + step].float().reshape(-1, GROUP), table)
+            with torch.inference_mode():
+                for at in range(0, weights.size, step):
+                    encode(there[at : at + step].float())
             wait()
 
         return rate(median_s(call, bench.laps), weights.nbytes)
@@ -116,7 +106,25 @@ def _alone(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
 
         return rate(median_s(call, bench.laps) / IN_A_ROW, weights.nbytes)
 
+    for name, encode in _encoders(bench.shape[1]).items():
+        yield Trial(f"{name} on {bench.device} alone, ranges as a job's", partial(ours, encode, RANGE))
+        yield Trial(f"{name} on {bench.device} alone, all at once", partial(ours, encode, weights.size))
     for table in ("nf4", "fp4"):
-        yield Trial(f"{table} on {bench.device} alone, ranges as a job's", partial(ours, table, RANGE))
-        yield Trial(f"{table} on {bench.device} alone, all at once", partial(ours, table, weights.size))
         yield Trial(f"bitsandbytes {table} on {bench.device} alone", partial(theirs, table))
+
+
+def _encoders(columns: int) -> dict[str, Callable[[Any], object]]:
+    """Return one encoder of each kind, as a function of float32 weights (n,) on the device, whole rows of them."""
+    from loaders.quantization.kernels.device import affine, ggml, rows_and_groups
+    from loaders.quantization.kernels.device.fourbit import fourbit_codes
+
+    eps = float(EPS["BF16"])
+    return {
+        "nf4": lambda x: fourbit_codes(x.reshape(-1, GROUP), "nf4"),
+        "int8": lambda x: rows_and_groups.int8_rows(x.reshape(-1, columns)),
+        "w4a16": lambda x: rows_and_groups.packed_groups(x.reshape(-1, 128), "BF16", 4, eps),
+        "fp8_dynamic": lambda x: rows_and_groups.e4m3_rows(x.reshape(-1, columns), "BF16", eps),
+        "mlx_int4": lambda x: affine.affine_groups(x.reshape(-1, GROUP), 4),
+        "gguf_q8_0": lambda x: ggml.q8_0(x.reshape(-1, 32)),
+        "gguf_q4_0": lambda x: ggml.q4_0(x.reshape(-1, 32)),
+    }

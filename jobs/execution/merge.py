@@ -24,7 +24,6 @@ def merge(
     shares: Sequence[tuple[int, Share]],
     source: Address,
     strategy: WeightLoader,
-    backend: str,
     threads: int,
     *,
     in_place: bool,
@@ -49,7 +48,6 @@ def merge(
                 source=source,
                 shares=named,
                 strategy=strategy,
-                backend=backend,
                 threads=threads,
                 in_place=in_place,
             )

@@ -15,8 +15,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from jobs.execution.part_files import PartFiles
@@ -26,7 +26,7 @@ from jobs.planning.targets import TargetId
 from loaders.backends import leased_kernels
 from loaders.backends.memory import PeakMemory
 from loaders.backends.scratch import Scratch
-from loaders.backends.threads import Stopped, ThreadedWork, shared_crew
+from loaders.backends.threads import STAGING_BYTES, Stopped, ThreadedWork, shared_crew
 from loaders.clock import Clock
 from loaders.containers.writer import TensorSink
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
@@ -44,15 +44,16 @@ from loaders.tensors.merged import check_adapters
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One job's share of a task: its own unit, and the output that its file and record go to."""
+    """One job's share of a task: its own unit, where it is encoded, and the output that its file and record go to."""
 
     unit: Unit
     target: TargetId
     output: Address
     key: str
     gate: Gate
+    backend: str
 
     @property
     def journal(self) -> Journal:
@@ -67,7 +68,6 @@ class UnitTask:
     source: Address
     shares: Mapping[str, Share]
     strategy: WeightLoader
-    backend: str
     threads: int
     in_place: bool = False  # whether pieces are written into the shared file; only if all units run in one process
 
@@ -75,12 +75,17 @@ class UnitTask:
     def memory_bytes(self) -> int:
         """The most bytes that running the task holds, besides the libraries."""
         most = max(share.unit.memory_bytes(self.threads) for share in self.shares.values())
-        return most + self.strategy.held_bytes
+        return most + self.strategy.held_bytes + staging_bytes(self.backends, self.threads)
+
+    @property
+    def backends(self) -> frozenset[str]:
+        """The backends on which its shares are encoded."""
+        return frozenset(share.backend for share in self.shares.values())
 
     @property
     def gpus(self) -> int:
         """The GPUs that a cluster must reserve for the task."""
-        return int(self.backend == "cuda")
+        return int("cuda" in self.backends)
 
     @property
     def work_bytes(self) -> int:
@@ -89,6 +94,11 @@ class UnitTask:
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)
+
+
+def staging_bytes(backends: Collection[str], threads: int) -> int:
+    """Return the bytes of a unit's threads for copies to and from devices, beside what `Unit.memory_bytes` counts."""
+    return 0 if set(backends) == {"cpu"} else threads * STAGING_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +132,18 @@ def run_unit(
     with (
         PeakMemory() as memory,
         task.strategy.open(files, specs) as reader,
-        leased_kernels(task.backend) as kernels,
+        ExitStack() as leases,
         shared_crew(task.threads) as crew,
     ):
-        work = ThreadedWork(kernels, crew, stop, crew.scratch)
+        kernels = {name: leases.enter_context(leased_kernels(name)) for name in sorted(task.backends)}
+        work = ThreadedWork(next(iter(kernels.values())), crew, stop, crew.scratch)
         try:
             for name, share in task.shares.items():
                 if not share.journal.is_left_out:
                     runs[name] = TargetRun(
                         share, attempt, crew.scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
                     )
-            passes = UnitPass(reader, work, runs, on_bytes)
+            passes = UnitPass(reader, {name: work.on(each) for name, each in kernels.items()}, runs, on_bytes)
             work.each(unit.tensors if runs else (), passes.tensor)
             # A memory map does not notice that its file changed; then what was read may be of two versions.
             files.check_unchanged()
@@ -163,6 +174,7 @@ class TargetRun:
     ) -> None:
         self._warmth = warmth
         self._share = share
+        self.backend = share.backend
         self._journal = share.journal
         self._is_alone = is_alone
         self._attempt = attempt
@@ -266,6 +278,7 @@ class TargetRun:
             tensors=tensors,
             load=own,
             node=socket.gethostname(),
+            backend=self.backend,
             attempt=self._attempt,
         )
         self._journal.add(record)
@@ -289,9 +302,14 @@ class UnitPass:
     """One pass over a unit's tensors, each encoded for all targets while it is in the CPU's cache."""
 
     def __init__(
-        self, reader: Reader, work: ThreadedWork, runs: Mapping[str, TargetRun], on_bytes: Callable[[int], None]
+        self,
+        reader: Reader,
+        work: Mapping[str, ThreadedWork],
+        runs: Mapping[str, TargetRun],
+        on_bytes: Callable[[int], None],
     ) -> None:
-        self._runs = [(run, run.encoder(reader, work)) for run in runs.values()]
+        """`work` holds the tools of each backend."""
+        self._runs = [(run, run.encoder(reader, work[run.backend])) for run in runs.values()]
         self._on_bytes = on_bytes
 
     def tensor(self, tensor: LogicalTensor) -> None:

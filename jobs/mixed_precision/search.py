@@ -33,7 +33,6 @@ from jobs.mixed_precision.allocation import (
 )
 from jobs.mixed_precision.candidate_errors import Loss, Measurements, MeasuringTask, of_all, tensors_in
 from jobs.output.destination import check_output
-from jobs.planning.targets import backend_of
 from jobs.report import tables
 from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
@@ -86,7 +85,7 @@ def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
 
 
 def _choices(spec: JobSpec, quant: AutoQuant) -> Choices:
-    kernels_of(backend_of(spec)[0])
+    kernels_of(spec.backend.asked)
     return choices_of(spec, quant, open_checkpoint(spec.model.address, spec.source.container))
 
 
@@ -145,7 +144,7 @@ def _measure(choices: Choices, measurements: Measurements, importances: Importan
     """Measure what is missing on the cluster; the measurements of a unit are kept as soon as it is finished."""
     strategy, _ = reading(choices.spec.strategy, choices.plan.checkpoint)
     cluster, _ = choose_cluster(choices.spec.cluster)
-    backend = backend_of(choices.spec)[0]
+    backend = choices.spec.backend.asked
     tasks, units = [], {unit.id: unit for unit in choices.plan.units}
     missing = _missing(choices, measurements)
     for index, lacking in missing:

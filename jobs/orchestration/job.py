@@ -97,9 +97,19 @@ class Job:
         """Return the units that are left to do, each with the job's number."""
         if self.is_whole or self.outcome is not None:
             return []
-        journal = self.planned.journal
+        journal, backend = self.planned.journal, self.planned.backend[0]
         return [
-            (self.number, Share(unit, TARGET, journal.output, journal.key, self._gate))
+            (
+                self.number,
+                Share(
+                    unit=unit,
+                    target=TARGET,
+                    output=journal.output,
+                    key=journal.key,
+                    gate=self._gate,
+                    backend=backend,
+                ),
+            )
             for unit in self.planned.plan.units
             if unit.id not in self.done
         ]
@@ -198,7 +208,7 @@ class Job:
             "jobs_in_pass": whole.jobs,
             "cost": None if price is None else price * machines * whole.wall_s / 3600 / whole.jobs,
             "strategy": whole.strategy,
-            "backend": self.planned.backend[0],
+            "backend": ", ".join(sorted({unit.backend for unit in done})) or self.planned.backend[0],
             "cluster": whole.cluster,
             "nodes": nodes,
             "python": platform.python_version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,13 +12,14 @@ from typing import Any
 
 from jobs.execution.choose import is_local
 from jobs.execution.cluster import LocalCluster
+from jobs.execution.unit import staging_bytes
 from jobs.output.destination import check_free, check_place
 from jobs.output.journal import Journal
 from jobs.output.publish import is_published
 from jobs.output.report import Report, read_report
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Plan, TargetPlan
-from jobs.planning.targets import TARGET, backend_of, target_of
+from jobs.planning.targets import TARGET, target_of
 from jobs.planning.work_key import work_key
 from jobs.report import tables
 from jobs.report.document import job_document
@@ -25,6 +27,9 @@ from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
 from loaders.backends import kernels_of
+from loaders.backends.devices import OTHER_BYTES
+from loaders.backends.fastest import fastest
+from loaders.backends.machine import usable_cpus
 from loaders.backends.memory import no_collection
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
@@ -69,7 +74,7 @@ class Planned:
     @cached_property
     def backend(self) -> tuple[str, str]:
         """The backend on which encoders run, and the reason."""
-        return backend_of(self.spec)
+        return backend_of(self.spec, self.target)
 
 
 def plan_job(
@@ -89,14 +94,16 @@ def plan_job(
         check_free(spec, output)
     target = target_of(spec)
     # Raises BadSpec now if the backend does not exist, and not in the first unit.
-    kernels_of(backend_of(spec)[0])
+    kernels_of(spec.backend.asked)
     with no_collection():
         checkpoint = opened(spec.source_address, spec.source.container)
         plan = make_plan(checkpoint, [target], spec.unit_mb)
     made = plan.targets[TARGET]
     # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
     # metadata. Another key means another journal, so a changed request never resumes old work.
-    key = work_key([unit.key(TARGET) for unit in plan.units], made.config, made.assembly, made.made, levels=LEVELS)
+    backend = [spec.backend.kind] if spec.backend.kind in OTHER_BYTES else []
+    units = [unit.key(TARGET) for unit in plan.units]
+    key = work_key(units, made.config, made.assembly, made.made, *backend, levels=LEVELS)
     planned = Planned(spec=spec, plan=plan, journal=Journal(output, key))
     _ = planned.strategy  # the property raises BadSpec for a strategy that cannot read this source
     if again and (done := _done_before(planned)) is not None:
@@ -106,6 +113,20 @@ def plan_job(
     if isinstance(spec.verify, LogitsSpec):
         return replace(planned, judging=judging_of(spec.verify, plan, made, output))
     return planned
+
+
+def backend_of(spec: JobSpec, target: TargetPlan) -> tuple[str, str]:
+    """Return the backend on which a job's encoders run, and the reason; `auto` is measured for the job's own scheme."""
+    if spec.backend.kind != "auto":
+        return spec.backend.kind, "as asked"
+    if not is_local(spec.cluster):
+        return "cpu", "nothing is measured on the cluster's machines; backend=cuda asks for their GPUs"
+    sizes = Counter[str]()
+    for decision in target.decisions:
+        if decision.scheme == spec.quant.scheme:
+            sizes[decision.tensor.dtype.name] += decision.tensor.source_bytes
+    [(dtype, _)] = sizes.most_common(1) or [("BF16", 0)]
+    return fastest(spec.quant.scheme, dtype, sizes.total(), usable_cpus())
 
 
 def _done_before(planned: Planned) -> Report | None:
@@ -148,6 +169,7 @@ def notes_of(planned: Planned) -> list[str]:
     strategy, why = planned.strategy
     cluster = LocalCluster(planned.spec.cluster)
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
+    memory += staging_bytes({planned.backend[0]}, cluster.threads)
     output, records = planned.spec.output_address, planned.journal.count
     free = free_bytes(output.parent.path) if output.is_local else free_bytes(Path(tempfile.gettempdir()))
     done = (

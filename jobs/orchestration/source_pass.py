@@ -6,7 +6,7 @@ Passes run one after another on one cluster. A job that fails is left out of the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -105,8 +105,8 @@ def passes(jobs: Sequence[Job]) -> list[list[Job]]:
     groups: dict[Any, list[Job]] = {}
     for job in jobs:
         spec = job.planned.spec
-        source, backend = job.planned.plan.checkpoint.address.real, job.planned.backend[0]
-        how = (source, spec.source.container, spec.unit_mb, spec.strategy, backend, spec.cluster)
+        source = job.planned.plan.checkpoint.address.real
+        how = (source, spec.source.container, spec.unit_mb, spec.strategy, spec.cluster)
         groups.setdefault(how, []).append(job)
     most = max(1, max_open_files() // FILES_AT_ONCE)
     return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
@@ -119,10 +119,10 @@ class Clusters:
         self._spec: ClusterSpec | None = None
         self._cluster: Cluster | None = None
 
-    def get(self, planned: Planned) -> Cluster:
-        spec, (backend, _) = planned.spec.cluster, planned.backend
-        if backend == "cuda" and spec.units_at_once is None:
-            spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of(backend)))})
+    def get(self, spec: ClusterSpec, backends: Collection[str]) -> Cluster:
+        """Return the cluster of the settings, for jobs on some backends."""
+        if "cuda" in backends and spec.units_at_once is None:
+            spec = spec.model_copy(update={"units_at_once": units_for_gpus(spec, len(devices_of("cuda")))})
         if self._cluster is None or spec != self._spec:
             self.close()
             self._cluster, why = choose(spec)
@@ -156,7 +156,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         for job in jobs:
             with _own_failure(job):
                 job.begin(stack, recorder)
-        cluster = clusters.get(jobs[0].planned)
+        cluster = clusters.get(jobs[0].planned.spec.cluster, {job.planned.backend[0] for job in jobs})
         # Only a sweep has a recorder; otherwise the cluster is this job's alone.
         if recorder is None:
             stack.callback(clusters.close)
@@ -226,9 +226,9 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
         if (shared := job.planned.target.shared) is not None:
             with _own_failure(job):
                 job.planned.journal.destination.shared(f"files/{shared.name}", shared.size)
-    source, backend = jobs[0].planned.plan.checkpoint.address, jobs[0].planned.backend[0]
+    source = jobs[0].planned.plan.checkpoint.address
     shares = [share for job in alive for share in job.shares()]
-    tasks = merge(shares, source, strategy, backend, cluster.threads, in_place=cluster.is_local)
+    tasks = merge(shares, source, strategy, cluster.threads, in_place=cluster.is_local)
     # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
     by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0

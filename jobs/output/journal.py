@@ -66,6 +66,7 @@ class Done:
     output_bytes: int
     load: LoadStats
     node: str
+    backend: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,7 @@ class Record:
     load: LoadStats
     node: str
     attempt: str
+    backend: str = "cpu"  # what records say that name none, which are older
 
     def to_json(self) -> dict[str, Any]:
         """Return its fields; those of what is in them are for `_fields`, since `asdict` copies all of it."""
@@ -87,7 +89,14 @@ class Record:
     @property
     def done(self) -> Done:
         size = sum(tensor.output_bytes for tensor in self.tensors)
-        return Done(unit=self.unit, files=self.files, output_bytes=size, load=self.load, node=self.node)
+        return Done(
+            unit=self.unit,
+            files=self.files,
+            output_bytes=size,
+            load=self.load,
+            node=self.node,
+            backend=self.backend,
+        )
 
 
 def _fields(value: Any) -> dict[str, Any]:

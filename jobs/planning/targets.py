@@ -199,30 +199,14 @@ def for_source(target: Target, checkpoint: Checkpoint) -> Target:
 TARGET = "target"  # the id of a job's only target
 
 
-# How whole jobs ran on other backends than the CPU. An entry is added, and the default in `backend_of` changed, only
-# after measuring (python -m jobs.bench gpu).
-MEASURED = {"cuda": "made whole jobs 35 to 70 % slower (an H100 beside 16 cores)"}
-
-
-def backend_of(spec: JobSpec) -> tuple[str, str]:
-    """Return a job's backend and the reason. `auto` is the CPU, which was measured to be the fastest for whole jobs."""
-    if spec.backend.kind != "auto":
-        return spec.backend.kind, "as asked"
-    others = [name for name in spec.quant.scheme.backends if name != "cpu"]
-    if not others:
-        return "cpu", f"quant={spec.quant.name} runs on nothing else"
-    found = ", ".join(f"{name} {MEASURED.get(name, 'was never measured')}" for name in others)
-    return "cpu", f"{found}; backend={' or '.join(others)} asks for it"
-
-
 def target_of(spec: JobSpec) -> Target:
     """Return the target of a job.
 
     Raises:
         BadSpec: its scheme does not run on the backend.
     """
-    scheme, backend = spec.quant.scheme, backend_of(spec)[0]
-    if backend not in scheme.backends:
+    scheme, backend = spec.quant.scheme, spec.backend.kind
+    if backend not in ("auto", *scheme.backends):
         raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)

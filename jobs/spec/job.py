@@ -201,6 +201,11 @@ class BackendSpec(Spec):
 
     kind: Literal["auto", "cpu", "cuda", "mps", "mlx"]
 
+    @property
+    def asked(self) -> str:
+        """The backend that is asked for: the CPU, if the choice is left open."""
+        return "cpu" if self.kind == "auto" else self.kind
+
 
 class ClusterSpec(Spec):
     """conf/cluster: the processes or machines on which units run."""

@@ -13,6 +13,8 @@ from loaders.backends import machine
 from loaders.errors import BadSpec
 
 NAMES = ("cpu", "cuda", "mps", "mlx")
+# Devices on which a scheme may get other bytes than on the CPU: torch's MPS flushes subnormal numbers.
+OTHER_BYTES = ("mps",)
 # A rule of thumb: a GPU with more memory sits in a machine that can read faster. 1 worker for 10 GiB, 8 for 80 GiB.
 GPU_BYTES_A_WORKER = 10 << 30
 MOST_GPU_WORKERS = 8  # what the largest GPUs get by that rule
@@ -92,6 +94,8 @@ def fed(device: str | None) -> Backend:
 
 def best() -> str:
     """Return the name of this machine's fastest device: a GPU of torch's, else Apple's by mlx, else the CPU."""
+    if not machine.may_have_gpu():
+        return "cpu"
     torch = _library("torch")
     if torch is not None:
         if torch.cuda.is_available():

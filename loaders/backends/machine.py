@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+DEVICES = Path("/dev")
+# Files of the drivers of NVIDIA's GPUs (also of its small boards, Jetson), of AMD's, and of either under WSL.
+GPU_FILES = ("nvidiactl", "nvidia0", "nvhost-gpu", "kfd", "dxg")
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
@@ -42,6 +46,17 @@ def has_avx512_bf16() -> bool:
     with suppress(RuntimeError):  # LLVM cannot tell the features of every platform
         return bool(llvm.get_host_cpu_features().get("avx512bf16"))
     return False
+
+
+def may_have_gpu(devices: Path = DEVICES) -> bool:
+    """Whether torch or mlx could find a GPU here. False is certain, and known without importing them.
+
+    torch takes a second to import, and most jobs need it for nothing else. Other systems than Linux have no such files,
+    and may always have a GPU.
+    """
+    if sys.platform != "linux":
+        return True
+    return any((devices / name).exists() for name in GPU_FILES)
 
 
 def total_memory() -> int:

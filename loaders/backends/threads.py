@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from loaders.quantization.kernels import Kernels
 # end of a tensor; shorter ones cost more calls. Sums of errors depend on it in their last bits.
 RANGE = 1 << 21
 THREAD_BYTES = 12 * RANGE  # what a thread's buffers take at most: float32 source, decoded weights, codes
+STAGING_BYTES = 12 * RANGE  # what its copies to and from a device take at most: float64 source, codes
 T = TypeVar("T")
 
 
@@ -74,6 +76,12 @@ class ThreadedWork:
         self._changed = threading.Condition()
         self._sweeps: list[_Steps[Any]] = []  # those with ranges that no thread has taken yet, the oldest first
         self._items: deque[_Steps[Any]] = deque()
+
+    def on(self, kernels: Kernels) -> ThreadedWork:
+        """Return the same threads and memory with other kernels."""
+        other = copy(self)
+        other.kernels = kernels
+        return other
 
     def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
         ranges = self.ranges(count, align)

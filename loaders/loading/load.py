@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loaders.backends.arrays import as_torch
-from loaders.backends.devices import torch_device
+from loaders.backends.devices import OTHER_BYTES, torch_device
 from loaders.backends.memory import PeakMemory
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_file
 from loaders.checkpoints.detect import WeightFormat, detect_weight_format, packed_folder
@@ -314,7 +314,8 @@ class Loading:
         used = {spec.file for item in items for _, spec in item.tensor.stored}
         content = [(t.name, cache.content_of(checkpoint.source, t.name)) for t in checkpoint.files if t.name in used]
         config = json.dumps(checkpoint.config, sort_keys=True, default=str)
-        return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}")
+        backend = self._config.backend if self._config.backend in OTHER_BYTES else ""
+        return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}{backend}")
 
     def _statistics(self, made: MadeTensors, from_cache: bool, share: float | None) -> Statistics:
         items, before = self._items, self._strategy.stats

@@ -115,7 +115,11 @@ class Scheme(Decoder, Protocol):
     """A quantization method with its parameters: a frozen value."""
 
     engine: ClassVar[str]  # the engine whose format is written; it decides layout, default rules and the config block
-    backends: ClassVar[tuple[str, ...]]  # where the encoder runs
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Where the encoder runs. It stores the same bytes everywhere, but on `devices.OTHER_BYTES`."""
+        ...
 
     def refuses(self, spec: TensorSpec) -> str | None:
         """Say why this tensor cannot be stored, or return None."""

@@ -33,6 +33,49 @@ class Kernels(Protocol):
         """
         ...
 
+    def encode_int8(self, x: np.ndarray, dtype: str, columns: int, codes: np.ndarray, absmax: np.ndarray) -> None:
+        """Code rows as LLM.int8(). codes: int8 (n,); absmax: float32 (n/columns,), infinite where float16 ends."""
+        ...
+
+    def encode_packed(
+        self, x: np.ndarray, dtype: str, group: int, bits: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray
+    ) -> None:
+        """Code groups as compressed-tensors does, by four or eight bits, without zero points.
+
+        packed: uint8 (n*bits/8,); scales: float32 (n/group,), rounded to the weights' dtype, `eps` instead of zero.
+        """
+        ...
+
+    def encode_packed_zero(
+        self, x: np.ndarray, dtype: str, group: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray,
+        zeros: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Code groups by four bits with zero points, int8 (n/group,); the rest is as in `encode_packed`."""
+        ...
+
+    def encode_scaled_rows(
+        self, x: np.ndarray, dtype: str, kind: str, columns: int, eps: np.float32, codes: np.ndarray, scales: np.ndarray
+    ) -> None:
+        """Code rows as compressed-tensors does, as E4M3 ("float") or int8 ("int").
+
+        codes: the bits, uint8 (n,); scales: float32 (n/columns,), as in `encode_packed`.
+        """
+        ...
+
+    def encode_affine(
+        self, x: np.ndarray, dtype: str, bits: int, group: int, packed: np.ndarray, scales: np.ndarray,
+        biases: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Code groups as MLX does, affinely. packed: uint8 (n*bits/8,).
+
+        scales, biases: float32 (n/group,), not yet rounded to the weights' dtype.
+        """
+        ...
+
+    def encode_blocks(self, x: np.ndarray, dtype: str, kind: str, out: np.ndarray) -> None:
+        """Encode blocks of a ggml type into uint8 (bytes,)."""
+        ...
+
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray
     ) -> None:

@@ -21,7 +21,7 @@ def kernel_input(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 class CpuKernels:
-    """The encoders of `Kernels` on the CPU."""
+    """The encoders of `Kernels` on the CPU. Those of each scheme are imported at their first use."""
 
     def encode_fourbit(
         self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray
@@ -42,6 +42,47 @@ class CpuKernels:
         sums = np.empty(-(-x.size // bitnet.SUMMED), np.float64)
         bitnet.magnitude_sums(kernel_input(x, dtype), sums)
         return sums
+
+    def encode_int8(self, x: np.ndarray, dtype: str, columns: int, codes: np.ndarray, absmax: np.ndarray) -> None:
+        from loaders.quantization.kernels.bitsandbytes import int8
+
+        int8.encode_int8(kernel_input(x, dtype), columns, codes, absmax)
+
+    def encode_packed(
+        self, x: np.ndarray, dtype: str, group: int, bits: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray
+    ) -> None:
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+
+        packed_int.encode(kernel_input(x, dtype), group, bits, eps, packed, scales)
+
+    def encode_packed_zero(
+        self, x: np.ndarray, dtype: str, group: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray,
+        zeros: np.ndarray,
+    ) -> None:  # fmt: skip
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+
+        packed_int.encode_zero(kernel_input(x, dtype), group, eps, packed, scales, zeros)
+
+    def encode_scaled_rows(
+        self, x: np.ndarray, dtype: str, kind: str, columns: int, eps: np.float32, codes: np.ndarray, scales: np.ndarray
+    ) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+
+        encode = fp8.encode_rows if kind == "float" else packed_int.encode_rows
+        encode(kernel_input(x, dtype), columns, eps, codes, scales)
+
+    def encode_affine(
+        self, x: np.ndarray, dtype: str, bits: int, group: int, packed: np.ndarray, scales: np.ndarray,
+        biases: np.ndarray,
+    ) -> None:  # fmt: skip
+        from loaders.quantization.kernels.mlx import affine
+
+        affine.encode(kernel_input(x, dtype), bits, group, packed, scales, biases)
+
+    def encode_blocks(self, x: np.ndarray, dtype: str, kind: str, out: np.ndarray) -> None:
+        from loaders.quantization.kernels.ggml.encode import ENCODERS
+
+        ENCODERS[kind](kernel_input(x, dtype), out)
 
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray

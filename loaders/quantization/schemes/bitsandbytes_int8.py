@@ -36,7 +36,7 @@ class LlmInt8(ByBoxes):
 
     kind: ClassVar[str] = "int8"
     engine: ClassVar[str] = "bitsandbytes"
-    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     error_limit: ClassVar[float] = 1.001
 
     def refuses(self, spec: TensorSpec) -> str | None:
@@ -65,7 +65,7 @@ class LlmInt8(ByBoxes):
             block = view.read(start, stop)
             codes = work.array("codes", stop - start, np.int8)
             absmax = work.array("absmax", (stop - start) // columns, np.float32)
-            int8.encode_int8(kernel_input(block, spec.dtype.name), columns, codes, absmax)
+            work.kernels.encode_int8(block, spec.dtype.name, columns, codes, absmax)
             if np.isinf(absmax).any():
                 _check_range(spec, block, absmax, start // columns)
             sink.write("weight", start, codes)

@@ -71,7 +71,7 @@ class PackedInt:
 
     kind: ClassVar[str] = "packed_int"
     engine: ClassVar[str] = "compressed-tensors"
-    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     group_sizes: ClassVar[tuple[int, ...]] = GROUP_SIZES
     bits: int = 4
     group_size: int = 128
@@ -120,14 +120,14 @@ class PackedInt:
         groups = spec.shape[1] // group
 
         def encode_range(start: int, stop: int) -> None:
-            x = kernel_input(view.read(start, stop), spec.dtype.name)
+            x, kernels = view.read(start, stop), work.kernels
             packed = work.array("packed", (stop - start) * self.bits // 8, np.uint8)
             scales = work.array("scales", (stop - start) // group, np.float32)
             if self.symmetric:
-                packed_int.encode(x, group, self.bits, EPS[dtype], packed, scales)
+                kernels.encode_packed(x, spec.dtype.name, group, self.bits, EPS[dtype], packed, scales)
             else:
                 zeros = work.array("zeros", scales.size, np.int8)
-                packed_int.encode_zero(x, group, EPS[dtype], packed, scales, zeros)
+                kernels.encode_packed_zero(x, spec.dtype.name, group, EPS[dtype], packed, scales, zeros)
                 words = packed_int.pack_zeros(zeros.reshape(-1, groups))
                 sink.write("weight_zero_point", -(-(start // spec.shape[1]) // 8) * groups, words.view(np.int32))
             sink.write("weight_packed", start * self.bits // 32, packed.view(np.int32))

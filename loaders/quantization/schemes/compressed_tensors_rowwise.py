@@ -40,7 +40,7 @@ class RowScaled:
 
     kind: ClassVar[str] = "row_scaled"
     engine: ClassVar[str] = "compressed-tensors"
-    backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     type: Literal["float", "int"]
     whole: bool = False
 
@@ -70,13 +70,12 @@ class RowScaled:
     def encode(self, view: View, sink: Sink, work: Work) -> None:
         assert not self.whole
         spec, columns, dtype = view.spec, view.spec.shape[1], scale_dtype(view.spec.dtype).name
-        encode_rows = fp8.encode_rows if self.type == "float" else packed_int.encode_rows
 
         def encode_range(start: int, stop: int) -> None:
-            x = kernel_input(view.read(start, stop), spec.dtype.name)
+            x = view.read(start, stop)
             codes = work.array("codes", stop - start, np.uint8)
             scales = work.array("scales", (stop - start) // columns, np.float32)
-            encode_rows(x, columns, EPS[dtype], codes, scales)
+            work.kernels.encode_scaled_rows(x, spec.dtype.name, self.type, columns, EPS[dtype], codes, scales)
             sink.write("weight", start, codes)
             sink.write("weight_scale", start // columns, casts.cast(scales, "F32", dtype))
 

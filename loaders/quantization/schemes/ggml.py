@@ -8,7 +8,7 @@ bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, k_q
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,9 +20,10 @@ from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.ggml import blocks, bounds, k_quants, ternary
+from loaders.quantization.kernels.ggml import bounds
 from loaders.quantization.kernels.ggml.compare import COMPARERS
 from loaders.quantization.kernels.ggml.decode import DECODERS
+from loaders.quantization.kernels.ggml.encode import ENCODERS
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
@@ -31,13 +32,7 @@ from loaders.specs import StoredSpec, TensorSpec
 
 FLOATS = ("F32", "F16", "BF16")
 TYPES = (*GGML_BLOCKS, *FLOATS)
-ENCODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
-    "Q4_0": blocks.encode_q4_0, "Q4_1": blocks.encode_q4_1, "Q5_0": blocks.encode_q5_0,
-    "Q5_1": blocks.encode_q5_1, "Q8_0": blocks.encode_q8_0, "MXFP4": blocks.encode_mxfp4,
-    "Q2_K": k_quants.encode_q2_k, "Q3_K": k_quants.encode_q3_k, "Q4_K": k_quants.encode_q4_k,
-    "Q5_K": k_quants.encode_q5_k, "Q6_K": k_quants.encode_q6_k, "TQ1_0": ternary.encode_tq1_0,
-    "TQ2_0": ternary.encode_tq2_0,
-}  # fmt: skip
+ON_DEVICE = ("Q8_0", "Q4_0")  # those of kernels/device/ggml.py, which imports torch
 assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
 
 # The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
@@ -76,9 +71,13 @@ class Ggml:
 
     kind: ClassVar[str] = "ggml"
     engine: ClassVar[str] = "ggml"
-    backends: ClassVar[tuple[str, ...]] = ("cpu",)
     type: str
     absmean: bool = False
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The CPU, and for types of one rounding a GPU, too; the others search for their scales."""
+        return ("cpu", "cuda") if self.type in ON_DEVICE else ("cpu",)
 
     @property
     def error_limit(self) -> float:
@@ -125,12 +124,12 @@ class Ggml:
         if self.type in FLOATS:
             Plain(self.type).encode(view, sink, work)
             return
-        dtype, encoder = DTYPES[self.type], ENCODERS[self.type]
+        dtype = DTYPES[self.type]
         view = TernaryView(view, absmean(view, work)) if self.absmean else view
 
         def encode_range(start: int, stop: int) -> None:
             out = work.array("blocks", dtype.size((stop - start,)), np.uint8)
-            encoder(kernel_input(view.read(start, stop), view.spec.dtype.name), out)
+            work.kernels.encode_blocks(view.read(start, stop), view.spec.dtype.name, self.type, out)
             sink.write("weight", dtype.size((start,)), out)
 
         work.sweep(view.spec.numel, dtype.block, encode_range)

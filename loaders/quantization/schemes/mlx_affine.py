@@ -40,7 +40,7 @@ class MlxAffine:
 
     kind: ClassVar[str] = "mlx"
     engine: ClassVar[str] = "mlx"
-    backends: ClassVar[tuple[str, ...]] = ("cpu", "mlx")
+    backends: ClassVar[tuple[str, ...]] = ("cpu", "mlx", "cuda")
     mode: ClassVar[str] = "affine"
     bits: int = 4
     group_size: int = 64
@@ -100,7 +100,8 @@ class MlxAffine:
                 return
             packed = work.array("packed", (stop - start) * bits // 8, np.uint8)
             scales, biases = work.array("scales", groups, np.float32), work.array("biases", groups, np.float32)
-            affine.encode(kernel_input(view.read(start, stop), spec.dtype.name), bits, group, packed, scales, biases)
+            raw = view.read(start, stop)
+            work.kernels.encode_affine(raw, spec.dtype.name, bits, group, packed, scales, biases)
             sink.write("weight", start * bits // 32, packed.view(np.uint32))
             sink.write(SCALES, start // group, casts.cast(scales, "F32", dtype))
             sink.write(BIASES, start // group, casts.cast(biases, "F32", dtype))

@@ -47,9 +47,13 @@ def rows(ran: Ran, part: str) -> dict[str, Any]:
 @pytest.mark.engine
 @on_devices
 def test_bytes_and_speed(device: str, weightmill: Callable[..., Ran]) -> None:
-    ran = weightmill("bench", "gpu", f"device={device}", "parts=[bytes,speed]", *SMALL)
+    ran = weightmill("bench", "gpu", f"device={device}", "parts=[bytes,speed]", "minutes=60", *SMALL)
     found = rows(ran, "bytes")
-    for name in ("nf4", "fp4", "ternary"):
+    presets = gpu_bytes.device_presets()
+    assert {"nf4", "ternary", "int8", "w4a16", "w8a16", "fp8_dynamic", "mlx_int4", "gguf_q8_0", "gguf_q4_0"} <= set(
+        presets
+    )
+    for name in presets:
         for dtype in ("BF16", "F16", "F32"):
             row = found.pop(f"{name}, {dtype}")
             assert row["differing_cases"] == 0
@@ -58,9 +62,10 @@ def test_bytes_and_speed(device: str, weightmill: Callable[..., Ran]) -> None:
     assert [name for name in found if "bitsandbytes" not in name] == []
     found = rows(ran, "speed")
     assert all(row["gbps"] > 0 for name, row in found.items() if "bitsandbytes" not in name)
-    for name in ("nf4", "fp4", "ternary", "scales of nf4 alone"):
-        assert {f"{name} on {device}, host to host", f"{name} on the CPU, one thread, host to host"} <= set(found)
-    assert f"nf4 on {device} alone, all at once" in found
+    for name in presets:
+        assert {f"{name} on {where}, host to host, 1 thread" for where in (device, "the CPU")} <= set(found)
+    for name in ("nf4", "fp8_dynamic", "gguf_q8_0"):
+        assert f"{name} on {device} alone, all at once" in found
     assert "all bytes equal" in ran.err  # the table, and each row as soon as it was there
 
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import jobs.orchestration.preflight
+import jobs.orchestration.source_pass
+import loaders.backends
+from jobs.cli.compose import compose, take_apart
 from jobs.execution.cluster import LocalCluster
+from jobs.orchestration.preflight import plan_job
 from jobs.orchestration.source_pass import units_for_gpus
-from jobs.spec.job import ClusterSpec
+from jobs.output.journal import Journal, Record
+from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.spec.strategy import StrategySpec
-from loaders.backends import devices
+from loaders.backends import fastest
+from loaders.backends.fastest import Encoded
 from loaders.places import CONF
+from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.strategies import LOADERS, settings_of
 from tests.conftest import Ran
 from tests.making import snapshot
@@ -98,22 +105,77 @@ def test_units_with_weights_of_priority_run_first(
 
 
 @pytest.mark.parametrize(
-    ("quant", "said"),
+    ("quant", "has_gpu", "said"),
     [
-        ("nf4", "cuda made whole jobs 35 to 70 % slower (an H100 beside 16 cores), mps was never measured;"
-                " backend=cuda or mps asks for it"),
-        ("mlx_int4", "mlx was never measured; backend=mlx asks for it"),
-        ("hqq4", "quant=hqq4 runs on nothing else"),
+        ("nf4", False, "there is no GPU here"),
+        ("nf4", True, "so little is encoded before a GPU has started"),
+        ("mlx_nvfp4", True, "no GPU stores the same bytes; backend=mlx asks for another"),
+        ("hqq4", True, "no GPU stores the same bytes"),
     ],
-)  # fmt: skip
-def test_auto_encodes_on_the_cpu_even_beside_a_gpu_and_the_plan_says_why(
-    quant: str, said: str, weightmill: Callable[..., Ran], source: Path, monkeypatch: pytest.MonkeyPatch
+)
+def test_the_plan_says_why_auto_encodes_where_it_does(
+    quant: str,
+    has_gpu: bool,
+    said: str,
+    weightmill: Callable[..., Ran],
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
-    monkeypatch.setattr(devices, "_library", {"torch": gpu}.get)
+    monkeypatch.setattr(fastest, "may_have_gpu", lambda: has_gpu)
     ran = weightmill("plan", f"quant={quant}", f"model.path={source}", "backend=auto", "format=json")
     assert ran.status == 0, ran.err
     assert [note for note in ran.document["notes"] if note.startswith("encoded on ")] == [f"encoded on cpu: {said}"]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast GPU, whose kernels are the CPU's, beside a slow CPU."""
+    monkeypatch.setattr(fastest, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(fastest, "LEAST_BYTES", 0)
+    monkeypatch.setattr(fastest, "START_S", 0)
+    rates = {"cpu": Encoded(1.0, "same"), "cuda": Encoded(2.0, "same")}
+    monkeypatch.setattr(fastest, "encoded", lambda backend, scheme, dtype, threads: rates[backend])
+    for module in (loaders.backends, jobs.orchestration.source_pass):
+        monkeypatch.setattr(module, "devices_of", lambda name: (name,))
+    monkeypatch.setattr(loaders.backends, "kernels_of", lambda name: CpuKernels())
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_backend_that_auto_chose_is_reported_and_kept_in_records(
+    weightmill: Callable[..., Ran], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records: list[Record] = []
+    add = Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, record: (records.append(record), add(self, record)))
+    given = (f"model.path={source}", "backend=auto", f"output.path={tmp_path / 'out'}", "format=json")
+    ran = weightmill("run", *QUICK, *given)
+    assert ran.status == 0, ran.err
+    assert ran.document["run"]["backend"] == "cuda"
+    assert {record.backend for record in records} == {"cuda"}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_jobs_of_a_sweep_share_one_reading_on_backends_of_their_own(
+    weightmill: Callable[..., Ran], source: Path, tmp_path: Path
+) -> None:
+    given = (f"model.path={source}", "backend=auto", f"output.root={tmp_path / 'out'}", "format=json")
+    ran = weightmill("run", "-m", "quant=nf4,hqq4", "cluster=local", *given)
+    assert ran.status == 0, ran.err
+    assert [job["run"]["backend"] for job in ran.document["jobs"]] == ["cuda", "cpu"]
+    [read] = ran.document["passes"]
+    assert read["bytes_read"] == read["source_bytes"]
+
+
+def test_only_a_backend_that_may_store_other_bytes_is_another_job(
+    weightmill: Callable[..., Ran], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs.orchestration.preflight, "kernels_of", lambda name: CpuKernels())
+    keys = {}
+    for backend in ("cpu", "cuda", "mps", "auto"):
+        given = [*QUICK, f"model.path={source}", f"backend={backend}"]
+        spec = compose("run", JobSpec, take_apart("run", JobSpec, given))
+        keys[backend] = plan_job(spec).journal.key
+    assert keys["cpu"] == keys["cuda"] == keys["auto"] != keys["mps"]
 
 
 def test_more_units_run_at_once_where_there_are_several_gpus() -> None:

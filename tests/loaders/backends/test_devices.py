@@ -85,6 +85,7 @@ def mlx_with(metal: bool) -> Any:
 def test_auto_takes_a_gpu_where_there_is_one(
     torch: Any, mlx: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(machine, "may_have_gpu", lambda: True)
     monkeypatch.setattr(devices, "_library", {"torch": torch, "mlx.core": mlx}.get)
     assert devices.best() == wanted
 

@@ -1,0 +1,118 @@
+"""The choice of backend=auto: a GPU only where it is measured to encode a scheme faster than the CPU's threads.
+
+Both encode the same weights, from and to the CPU's memory, and what they store is compared, so that a device of other
+bytes is never taken.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from loaders.backends import kernels_of
+from loaders.backends.machine import may_have_gpu
+from loaders.backends.threads import RANGE, Crew, ThreadedWork
+from loaders.dtypes import DTYPES
+from loaders.errors import BadSpec
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Block, Scheme
+from loaders.quantization.schemes.plain import Plain
+from loaders.specs import TensorSpec
+from loaders.storage.hashes import digest
+
+DEVICE = "cuda"  # the others are not tried: MPS may store other bytes, and MLX on a GPU does
+# Bytes that a few cores encode in about the time in which torch is imported. For fewer, nothing is measured.
+LEAST_BYTES = 3 << 30
+START_S = 4.0  # how much longer an H100's driver and torch's import made a command with backend=cuda
+COLUMNS = 4096  # of the weights that are encoded
+FEWEST_RANGES = 8  # to encode: of fewer, the first and the last copy would count too much
+LAPS = 3  # the fastest of so many counts, after one that is not timed
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The bytes of source that a backend encodes a second, and a digest of what it has stored."""
+
+    rate: float
+    digest: str
+
+
+def fastest(scheme: Scheme, dtype: str, size: int, threads: int) -> tuple[str, str]:
+    """Return the backend on which weights of a dtype are encoded fastest, and the reason.
+
+    `size` is the bytes of source to encode; on the CPU, `threads` threads do so. Where scheme or machine leave no
+    choice, nothing is imported or measured.
+    """
+    if isinstance(scheme, Plain):
+        return "cpu", "nothing is encoded"
+    if DEVICE not in scheme.backends:
+        others = " or ".join(name for name in scheme.backends if name != "cpu")
+        return "cpu", "no GPU stores the same bytes" + (f"; backend={others} asks for another" if others else "")
+    if not may_have_gpu():
+        return "cpu", "there is no GPU here"
+    if size < LEAST_BYTES:
+        return "cpu", "so little is encoded before a GPU has started"
+    # Schemes are frozen dataclasses, which mypy does not see in the protocol.
+    host = encoded("cpu", scheme, dtype, threads)  # type: ignore[arg-type]
+    said = f"{threads} threads encode {host.rate / 1e9:.1f} GB/s"
+    if size / host.rate < START_S:
+        return "cpu", f"{said}, and so all of it before a GPU has started"
+    try:
+        device = encoded(DEVICE, scheme, dtype, threads)  # type: ignore[arg-type]
+    # BadSpec: torch is missing or sees no GPU. RuntimeError: the GPU does not work, or has no memory left.
+    except (BadSpec, RuntimeError) as error:
+        return "cpu", f"{said}; {error}"
+    both = f"{said}, {DEVICE} {device.rate / 1e9:.1f}"
+    if device.digest != host.digest:
+        return "cpu", f"{both}, but {DEVICE} stores other bytes"
+    return DEVICE if device.rate > host.rate else "cpu", both
+
+
+@cache  # jobs of a sweep are to agree, and to measure once
+def encoded(backend: str, scheme: Scheme, dtype: str, threads: int) -> Encoded:
+    """Encode random weights by a backend, from the CPU's memory into it, and return its speed.
+
+    Raises:
+        BadSpec: the machine has no such device.
+    """
+    weights = _Weights(dtype, max(threads, FEWEST_RANGES) * RANGE // COLUMNS)
+    kept = _Kept(scheme, weights.spec)
+    with Crew(threads) as crew:
+        work = ThreadedWork(kernels_of(backend), crew, threading.Event())
+        taken = []
+        for _ in range(1 + LAPS):
+            began = time.perf_counter()
+            scheme.encode(weights, kept, work)
+            taken.append(time.perf_counter() - began)
+    return Encoded(weights.raw.nbytes / min(taken[1:]), kept.digest)
+
+
+class _Weights:
+    """A `View` of random weights (rows, COLUMNS) in memory; a range of them is repeated."""
+
+    def __init__(self, dtype: str, rows: int) -> None:
+        self.spec = TensorSpec("w.weight", DTYPES[dtype], (rows, COLUMNS))
+        values = np.random.default_rng(0).standard_normal(min(RANGE, rows * COLUMNS)).astype(np.float32) * 0.02
+        self.raw = np.resize(casts.cast(values, "F32", dtype), rows * COLUMNS)
+
+    def read(self, start: int, stop: int, slot: int = 0) -> Block:
+        return self.raw[start:stop]
+
+
+class _Kept:
+    """A `Sink` in memory."""
+
+    def __init__(self, scheme: Scheme, spec: TensorSpec) -> None:
+        self._parts = {role: np.zeros(part.size, np.uint8) for role, part in scheme.stored(spec).items()}
+
+    def write(self, role: str, start: int, data: Block) -> None:
+        at = start * data.itemsize
+        self._parts[role][at : at + data.nbytes] = data.reshape(-1).view(np.uint8)
+
+    @property
+    def digest(self) -> str:
+        return " ".join(digest(part) for _, part in sorted(self._parts.items()))

@@ -1,0 +1,25 @@
+"""NF4 and FP4 on a torch device; see kernels/bitsandbytes/fourbit.py for the arithmetic."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from loaders.quantization.kernels.bitsandbytes import fourbit
+from loaders.quantization.kernels.device.arithmetic import nibbles, tops
+
+
+def fourbit_codes(groups: torch.Tensor, table: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code float32 groups (G, group): packed codes, two a byte, the first high, and largest magnitudes (G,)."""
+    largest, (bounds, order) = tops(groups), _table(table, groups.device)
+    scaled = groups * (1.0 / largest.clamp(min=1e-38))[:, None]
+    codes = order[torch.bucketize(scaled.reshape(-1).clamp(-1, 1), bounds)]
+    return nibbles(codes[1::2], codes[::2]), largest
+
+
+@cache  # a copy from memory that is not page-locked makes a thread wait for all that it has begun
+def _table(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a table's bounds and codes by rank, on the device."""
+    code = fourbit.table(name)
+    return torch.from_numpy(code.bounds[:15]).to(device), torch.from_numpy(code.order).to(device)
