@@ -94,7 +94,11 @@ def _add_fit(lanes: Lanes, v: Value, code: Value, sums: tuple[Value, Value]) -> 
 
 def nearest_of(lanes: Lanes, v: Value, lowest: int, highest: int) -> Value:
     """Return `nearest_int` of values below 2^22, clamped, in fewer operations. NaN becomes the lowest."""
-    nearest, least, most = lanes.call(f"llvm.rint.v{LANES}f32", KIND, v), in_all(lanes, lowest), in_all(lanes, highest)
+    if host_has("avx2"):
+        nearest = lanes.call(f"llvm.rint.v{LANES}f32", KIND, v)
+    else:  # without an instruction for it, LLVM would call a function for each lane
+        nearest = lanes.op("fsub", lanes.op("fadd", v, MAGIC), MAGIC)
+    least, most = in_all(lanes, lowest), in_all(lanes, highest)
     above = lanes.larger(nearest, least)
     return lanes.b.select(is_less(lanes, above, most), above, most)
 
