@@ -20,7 +20,8 @@ from loaders.containers.gguf import TYPE_IDS
 from loaders.dtypes import DTYPES
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.ggml.decode import DECODERS
-from loaders.quantization.schemes.ggml import ENCODERS, Ggml
+from loaders.quantization.kernels.ggml.encoders import ENCODERS
+from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import TensorSpec
 
 PART = 16  # the slow types are timed on one sixteenth of the rows

@@ -19,8 +19,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from loaders.quantization.kernels.compiling import compiling
-
 # Seconds before the first line and between lines, where there is no terminal: the first soon, to show that the job
 # runs; later ones rarely, so that a log of hours stays short.
 FIRST_LINE_S = 2.0
@@ -49,6 +47,8 @@ class Meter:
             self._task = self._bar.add_task(what, total=self._total)
 
     def __enter__(self) -> Meter:
+        from loaders.quantization.kernels.compiling import compiling  # numba, which planning does without
+
         self._exit.enter_context(compiling(self._compiling))
         if self._bar:
             self._bar.start()

@@ -37,7 +37,7 @@ from jobs.planning.targets import backend_of
 from jobs.report import tables
 from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
-from loaders.backends import kernels_of
+from loaders.backends import check_backend
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, io_errors
 from loaders.presets.auto import AutoQuant
@@ -86,7 +86,7 @@ def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
 
 
 def _choices(spec: JobSpec, quant: AutoQuant) -> Choices:
-    kernels_of(backend_of(spec)[0])
+    check_backend(backend_of(spec)[0])
     return choices_of(spec, quant, open_checkpoint(spec.model.address, spec.source.container))
 
 

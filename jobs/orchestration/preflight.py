@@ -24,7 +24,7 @@ from jobs.report.document import job_document
 from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
-from loaders.backends import kernels_of
+from loaders.backends import check_backend
 from loaders.backends.memory import no_collection
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
@@ -88,7 +88,7 @@ def plan_job(
         check_free(spec, output)
     target = target_of(spec)
     # Raises BadSpec now if the backend does not exist, and not in the first unit.
-    kernels_of(backend_of(spec)[0])
+    check_backend(backend_of(spec)[0])
     with no_collection():
         checkpoint = opened(spec.source_address, spec.source.container)
         plan = make_plan(checkpoint, [target], spec.unit_mb)

@@ -15,7 +15,6 @@ from typing import Protocol
 from loaders.clock import Clock
 from loaders.dtypes import DType, Shape
 from loaders.quantization.fused_group import FusedGroups
-from loaders.quantization.measure import measure
 from loaders.quantization.scheme import Scheme, Sink, Stored, View, Work
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, StoredSpec, TensorSpec
@@ -107,6 +106,8 @@ class TensorEncoder:
         threads: int = 1,
     ) -> ErrorSums:
         """Decode what was stored and compare it with the source: see `measure`."""
+        from loaders.quantization.measure import measure  # kernels, which planning does without
+
         with self._clock.phase("measure", threads):
             numbers = self.numbers(encoding, "reread")
             return measure(numbers, encoding.scheme, encoding.spec, stored, self._work, on_bytes)

@@ -17,7 +17,6 @@ import numpy as np
 from loaders.checkpoints.adapter import AdapterFile
 from loaders.dtypes import Shape, storage_of
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.low_rank import add_product, tiled
 from loaders.quantization.scheme import Block, View, Work
 from loaders.specs import WeightSpec
 
@@ -111,6 +110,8 @@ class MergedView:
 
     def _sum(self, start: int, stop: int, slot: int) -> np.ndarray:
         """Return the float32 sum of the base's weights, or what replaces them, and the product."""
+        from loaders.quantization.kernels.low_rank import add_product, tiled
+
         merge = self._merge
         values = self._work.array(f"merged {slot}", stop - start, np.float32)
         if merge.replaced is not None:

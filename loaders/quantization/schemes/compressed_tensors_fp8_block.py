@@ -19,9 +19,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.compressed_tensors import fp8
-from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
-from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
@@ -73,6 +71,9 @@ class Fp8Block:
         return 0 if band <= LONG else band * (1 + spec.dtype.item_bytes)
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8
+        from loaders.quantization.kernels.cpu import kernel_input
+
         spec, columns, dtype = view.spec, view.spec.shape[1], scale_dtype(view.spec.dtype).name
         band, blocks = BLOCK * columns, -(-columns // BLOCK)
 
@@ -100,6 +101,8 @@ class Fp8Block:
         return float(np.abs(scales).max(initial=0)) * E4M3_STEPS + 448 * UNDERFLOW
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8
+
         columns = spec.shape[1]
         first, last, blocks = start // columns, stop // columns, -(-columns // BLOCK)
         raw = stored.read("weight_scale", first // BLOCK * blocks, -(-last // BLOCK) * blocks)

@@ -20,9 +20,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from loaders.errors import setting
-from loaders.quantization.kernels import casts, rounding
-from loaders.quantization.kernels.compressed_tensors import packed_int
-from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -116,6 +114,9 @@ class PackedInt:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+        from loaders.quantization.kernels.cpu import kernel_input
+
         spec, group, dtype = view.spec, self.group_size, scale_dtype(view.spec.dtype).name
         groups = spec.shape[1] // group
 
@@ -153,6 +154,9 @@ class PackedInt:
         return self.group_size if columns * self.bits % 32 == 0 else columns
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels import rounding
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+
         columns, group = spec.shape[1], self.group_size
         groups, row_words = columns // group, -(-columns * self.bits // 32)
         raw = stored.read("weight_scale", start // group, stop // group)

@@ -17,8 +17,6 @@ import numpy as np
 
 from loaders.dtypes import DTYPES
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
-from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
@@ -68,6 +66,9 @@ class RowScaled:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+        from loaders.quantization.kernels.cpu import kernel_input
+
         assert not self.whole
         spec, columns, dtype = view.spec, view.spec.shape[1], scale_dtype(view.spec.dtype).name
         encode_rows = fp8.encode_rows if self.type == "float" else packed_int.encode_rows
@@ -94,6 +95,8 @@ class RowScaled:
         return spec.shape[1]
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+
         columns = spec.shape[1]
         first, last = (0, 1) if self.whole else (start // columns, stop // columns)
         scales = casts.to_float32(stored.read("weight_scale", first, last), scale_dtype(spec.dtype).name)

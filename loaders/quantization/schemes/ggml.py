@@ -8,7 +8,7 @@ bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, k_q
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,9 +19,6 @@ from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.ggml import blocks, bounds, k_quants, ternary
-from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
@@ -30,15 +27,6 @@ from loaders.specs import StoredSpec, TensorSpec
 
 FLOATS = ("F32", "F16", "BF16")
 TYPES = (*GGML_BLOCKS, *FLOATS)
-ENCODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
-    "Q4_0": blocks.encode_q4_0, "Q4_1": blocks.encode_q4_1, "Q5_0": blocks.encode_q5_0,
-    "Q5_1": blocks.encode_q5_1, "Q8_0": blocks.encode_q8_0, "MXFP4": blocks.encode_mxfp4,
-    "Q2_K": k_quants.encode_q2_k, "Q3_K": k_quants.encode_q3_k, "Q4_K": k_quants.encode_q4_k,
-    "Q5_K": k_quants.encode_q5_k, "Q6_K": k_quants.encode_q6_k, "TQ1_0": ternary.encode_tq1_0,
-    "TQ2_0": ternary.encode_tq2_0,
-}  # fmt: skip
-assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
-
 # The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
 
@@ -121,6 +109,9 @@ class Ggml:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.ggml.encoders import ENCODERS
+
         if self.type in FLOATS:
             Plain(self.type).encode(view, sink, work)
             return
@@ -147,6 +138,8 @@ class Ggml:
         To that comes what float16's roundings of scale and minimum, 2^-11 or 2^-25 each, move the greatest code, and
         2^-8 of the greatest value for a cast. Types that search for their codes have no bound here but a `grid`.
         """
+        from loaders.quantization.kernels.ggml import bounds
+
         if not self._is_plain_block:
             return math.inf
         at, has_offset, steps, top = ROUNDED[self.type]
@@ -159,6 +152,8 @@ class Ggml:
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
         """Return the grid of kernels/ggml/bounds.py; None for types that have a `greatest_error` instead."""
+        from loaders.quantization.kernels.ggml import bounds
+
         if self.type not in bounds.GROUPS or self._is_plain_block:
             return None
         dtype, group = DTYPES[self.type], bounds.GROUPS[self.type]

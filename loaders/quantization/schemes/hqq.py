@@ -31,14 +31,13 @@ from loaders.errors import VerifyFailed
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.hqq import decode, encode
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (8, 4, 3, 2, 1)
 PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in an item of W_q
 PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}  # hqq's names for them
+UPDATES = 20  # hqq's `iters`
 TILE = 1024  # groups whose errors are one sum; fewer would hold more sums (see `state_bytes`)
 HELD = 1 << 20  # scales that `decode` reads once for a whole range where groups are columns: 4 MiB, and zeros as much
 
@@ -150,7 +149,7 @@ class Hqq:
         }
 
     def state_bytes(self, spec: TensorSpec) -> int:
-        return -(-self.layout(spec).groups // TILE) * encode.UPDATES * 8
+        return -(-self.layout(spec).groups // TILE) * UPDATES * 8
 
     # --- encoding
 
@@ -166,16 +165,18 @@ class Hqq:
 
         An update's error is measured before it, so that hqq makes that update still.
         """
+        from loaders.quantization.kernels.hqq import encode
+
         layout, size = self.layout(view.spec), self.group_size
 
         def errors(first: int, last: int) -> np.ndarray:
             x, stride = self._groups(view, first, last, work)
-            sums = np.zeros((-(-(last - first) // TILE), encode.UPDATES))
+            sums = np.zeros((-(-(last - first) // TILE), UPDATES))
             scales, zeros = (work.array(name, TILE, np.float32) for name in ("scales", "zeros"))
             for tile, at in enumerate(range(0, last - first, TILE)):
                 count = min(TILE, last - first - at)
                 encode.solve(
-                    x[at * stride[0] :], *stride, size, np.float32(self.top), self.rounds_zero, encode.UPDATES,
+                    x[at * stride[0] :], *stride, size, np.float32(self.top), self.rounds_zero, UPDATES,
                     scales[:count], zeros[:count], sums[tile],
                 )  # fmt: skip
             return sums
@@ -188,7 +189,7 @@ class Hqq:
                 f"{view.spec.name}: it holds NaN or infinities (or weights near float32's end), and HQQ's search, which"
                 " ends by the error of all weights, would end by them; keep the tensor by a rule"
             )
-        return next((i + 1 for i in range(1, encode.UPDATES) if not means[i] < means[i - 1]), encode.UPDATES)
+        return next((i + 1 for i in range(1, UPDATES) if not means[i] < means[i - 1]), UPDATES)
 
     def _sweep(self, work: Work, groups: int, align: int, body: Callable[[int, int], Any]) -> list[Any]:
         """Call body(first, last) for ranges of groups, each of about as many weights as a range of weights has."""
@@ -200,6 +201,8 @@ class Hqq:
 
         With axis=0 a group's weights lie far apart, a read for each; rows of `last - first` are then put together.
         """
+        from loaders.quantization.kernels.cpu import kernel_input
+
         size, dtype = self.group_size, view.spec.dtype.name
         if self.axis == 1:
             return kernel_input(view.read(first * size, last * size), dtype), (size, 1)
@@ -220,6 +223,8 @@ class Hqq:
         sink: Sink, work: Work,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Find scales and zeros of groups, store them in the compute dtype, and return them unrounded for coding."""
+        from loaders.quantization.kernels.hqq import encode
+
         scales, zeros = (work.array(name, count, np.float32) for name in ("scales", "zeros"))
         encode.solve(
             x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, updates, scales, zeros,
@@ -236,6 +241,8 @@ class Hqq:
 
     def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int) -> None:
         """Encode where groups are rows (axis=1): an item of W_q holds codes of distant groups."""
+        from loaders.quantization.kernels.hqq import encode
+
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
@@ -256,6 +263,8 @@ class Hqq:
 
     def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int) -> None:
         """Encode where groups are columns (axis=0): an item of W_q holds codes of one group."""
+        from loaders.quantization.kernels.hqq import encode
+
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
@@ -300,6 +309,8 @@ class Hqq:
         return Grid(self.group_size if self.axis == 1 else 1, low, high, halves)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.hqq import decode
+
         layout, groups, dtype = self.layout(spec), self.layout(spec).groups, self.dtype_of(spec).name
 
         def read(first: int, last: int) -> list[np.ndarray]:

@@ -21,10 +21,6 @@ import numpy as np
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels.compressed_tensors import fp8
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.mlx import microfloat
-from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.quantization.schemes.mlx_affine import SCALES
 from loaders.specs import StoredSpec, TensorSpec
@@ -58,6 +54,8 @@ class MlxFloat:
         scale of four steps or more by an eighth of itself; smaller scales are `error_floor`'s. mxfp8's E4M3 rounds a
         weight by at most 1/16 of it, or 2^-10 scales, where the largest weight is at least 224 scales.
         """
+        from loaders.quantization.kernels.mlx import microfloat
+
         if self.mode == "mxfp8":
             return 1 / 16 + 1e-4
         top, others = {"mxfp4": 3.0, "nvfp4": 5.25}[self.mode], self.group_size - 1
@@ -71,6 +69,8 @@ class MlxFloat:
 
         mxfp's are computed in the weights' dtype first: float16 rounds them to multiples of 2^-24.
         """
+        from loaders.quantization.kernels.mlx import microfloat
+
         if self.mode == "nvfp4":
             return 6 * 2.0**-10
         return microfloat.GREATEST[self.bits] * 2.0**-23
@@ -95,6 +95,9 @@ class MlxFloat:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.mlx_device import MlxCoder
+
         spec, group, bits = view.spec, self.group_size, self.bits
         dtype = "F32" if spec.dtype.name == "F64" else spec.dtype.name
 
@@ -115,6 +118,8 @@ class MlxFloat:
 
     def coded(self, block: np.ndarray, dtype: str, packed: np.ndarray) -> np.ndarray:
         """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,); return the scales as stored."""
+        from loaders.quantization.kernels.mlx import microfloat
+
         absmax = np.empty(block.size // self.group_size, np.float32)
         microfloat.group_absmax(block, self.group_size, absmax)
         scales = self._scales(absmax, dtype)
@@ -122,11 +127,15 @@ class MlxFloat:
         return scales
 
     def _scales(self, absmax: np.ndarray, dtype: str) -> np.ndarray:
+        from loaders.quantization.kernels.mlx import microfloat
+
         if self.mode == "nvfp4":
             return microfloat.e4m3_scales(absmax, dtype)
         return microfloat.power_scales(absmax, self.bits, dtype)
 
     def _values(self, scales: np.ndarray) -> np.ndarray:
+        from loaders.quantization.kernels.mlx import microfloat
+
         return microfloat.e4m3_table()[scales] if self.mode == "nvfp4" else microfloat.power_values(scales)
 
     def align(self, spec: TensorSpec) -> int:
@@ -140,6 +149,9 @@ class MlxFloat:
         return grids.symmetric(self.group_size, scales, 448, grids.E4M3_HALF, grids.E4M3_SLOPE + grids.SMALL)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8
+        from loaders.quantization.kernels.mlx import microfloat
+
         group = self.group_size
         scales = self._values(stored.read(SCALES, start // group, stop // group))
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)

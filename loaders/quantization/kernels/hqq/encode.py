@@ -29,7 +29,6 @@ from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, transpose, vector
 
 LANES = 16  # groups side by side
-UPDATES = 20  # hqq's `iters`
 SHRINKS = np.float32(0.17)  # errors up to this shrink to nothing: |e| > |e|^-0.3 / 10 from 0.1^(1 / 1.3) = 0.1701 on
 SMALLEST_RANGE, LARGEST_SCALE = np.float32(1e-4), np.float32(2e4)  # hqq's guards: small ranges, and float16's range
 F64 = ir.DoubleType()
