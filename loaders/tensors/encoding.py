@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from loaders.clock import Clock
 from loaders.dtypes import DType, Shape
@@ -19,10 +19,12 @@ from loaders.quantization.scheme import Scheme, Sink, Stored, View, Work
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, StoredSpec, TensorSpec
 from loaders.stats import ErrorSums
-from loaders.strategies import Reader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.repacked import holds_mxfp4, repack
 from loaders.tensors.views import StoredRoles, encoded_view, numbers_view, ordered_view, view_of
+
+if TYPE_CHECKING:
+    from loaders.strategies import Reader  # all strategies, which settings and rules do without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
