@@ -109,19 +109,6 @@ def test_the_library_knows_nothing_of_jobs() -> None:
             assert not {n for n in imports_of(path) if n.split(".")[0] in ("jobs", "ray", "mlflow", "hydra")}, path
 
 
-def test_a_job_on_the_cpu_imports_neither_torch_nor_ray_nor_mlflow(tmp_path: Path) -> None:
-    code = (
-        "import sys; from jobs.cli.main import main; status = main(sys.argv[1:]);"
-        "print(sorted(m for m in ('torch', 'ray', 'mlflow', 'transformers') if m in sys.modules)); sys.exit(status)"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, "run", "tracking=none", "cluster=local", f"output.path={tmp_path / 'out'}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-1] == "[]"
-
-
 # What neither a plan nor a help page needs: a compiler, engines, clusters, tracking and plots.
 SLOW = ("numba", "llvmlite", "torch", "transformers", "mlflow", "ray", "matplotlib", "scipy", "pandas", "sqlalchemy")
 
@@ -143,6 +130,16 @@ def imported_by(folder: Path, *arguments: str) -> set[str]:
 @pytest.mark.parametrize("quant", ["nf4", "w4a16_asym", "mxfp4", "hqq4", "mlx_nvfp4", "gguf_q4_k_m", "ternary", "none"])
 def test_a_plan_imports_no_kernels(quant: str, tmp_path: Path) -> None:
     assert not imported_by(tmp_path, "plan", f"quant={quant}") & {*SLOW}
+
+
+def test_a_job_on_the_cpu_imports_no_engine_and_no_kernels_but_its_own(tmp_path: Path) -> None:
+    """Each kernel is compiled by the first job that needs it."""
+    found = imported_by(tmp_path, "run", "quant=nf4", "tracking=none", "cluster=local")
+    assert not found & {"torch", "ray", "mlflow", "transformers"}
+    kernels = "loaders.quantization.kernels"
+    others = (f"{kernels}.{name}" for name in ("compressed_tensors.fp8", "ggml", "hqq", "mlx", "rounding", "read_only"))
+    assert not found & {*others}
+    assert f"{kernels}.bitsandbytes.fourbit" in found
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "--help"])

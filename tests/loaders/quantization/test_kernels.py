@@ -26,6 +26,19 @@ from tests.making import Raw, weights
 DTYPES = ("BF16", "F16", "F32")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_any_origin_are_one_type_to_the_compiler(dtype: str) -> None:
+    """So that a kernel is compiled once for a dtype, and not again where a file is read instead of mapped."""
+    from numba import typeof
+
+    bits = np.dtype({"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype])
+    data = bytes(8 * bits.itemsize + 1)
+    mapped, shifted = np.frombuffer(data, bits, 8), np.frombuffer(data, bits, 8, offset=1)
+    own = mapped.copy()
+    assert len({typeof(cpu.kernel_input(x, dtype)) for x in (mapped, shifted, own)}) == 1
+    assert own.flags.writeable
+
+
 def inputs(dtype: str) -> Raw:
     """Ordinary rows, zeros, subnormals, huge ones, NaN and infinities."""
     rows = np.random.default_rng(0).standard_normal((96, 256)).astype(np.float32)
