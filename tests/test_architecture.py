@@ -189,6 +189,7 @@ OPENS_PATHS = {
     "loaders/places.py": "where weightmill itself lies",
     "loaders/presets/catalog.py": "conf/",
     "loaders/stats.py": "statistics, saved for a person",
+    "loaders/quantization/kernels/lanes.py": "the kernels' own files",
     "loaders/strategies/": "maps and reads of local files, and scratch for those of other stores",
 }
 
