@@ -26,7 +26,6 @@ def act(spec: PlanSpec) -> Said:
     """Plan the job."""
     from rich.console import Group, RenderableType
 
-    from jobs.mixed_precision import search
     from jobs.orchestration import engine_check, preflight
     from jobs.report import plan
     from jobs.report.result import findings_text
@@ -36,6 +35,8 @@ def act(spec: PlanSpec) -> Said:
     said: list[RenderableType] = []
     # Planning never measures: without measurements, the plan only says what the job would measure first.
     if isinstance(spec.quant, AutoQuant) and spec.quant.chosen is None:
+        from jobs.mixed_precision import search
+
         found, mix = search.known_mix(spec)
         if found is None:
             return Said({"status": "planned", "to_be_measured": str(mix)}, mix)

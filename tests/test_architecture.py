@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli.main import VERBS
 from loaders.places import ROOT
 
 pytestmark = pytest.mark.quick
@@ -107,17 +109,45 @@ def test_the_library_knows_nothing_of_jobs() -> None:
             assert not {n for n in imports_of(path) if n.split(".")[0] in ("jobs", "ray", "mlflow", "hydra")}, path
 
 
-def test_a_job_on_the_cpu_imports_neither_torch_nor_ray_nor_mlflow(tmp_path: Path) -> None:
+# What neither a plan nor a help page needs: a compiler, engines, clusters, tracking and plots.
+SLOW = ("numba", "llvmlite", "torch", "transformers", "mlflow", "ray", "matplotlib", "scipy", "pandas", "sqlalchemy")
+
+
+def imported_by(folder: Path, *arguments: str) -> set[str]:
+    """Run a verb in a process of its own and return the modules that it had imported at its end."""
     code = (
         "import sys; from jobs.cli.main import main; status = main(sys.argv[1:]);"
-        "print(sorted(m for m in ('torch', 'ray', 'mlflow', 'transformers') if m in sys.modules)); sys.exit(status)"
+        "print('modules', *sorted(sys.modules)); sys.exit(status)"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code, "run", "tracking=none", "cluster=local", f"output.path={tmp_path / 'out'}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-1] == "[]"
+    return set(ran.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("quant", ["nf4", "w4a16_asym", "mxfp4", "hqq4", "mlx_nvfp4", "gguf_q4_k_m", "ternary", "none"])
+def test_a_plan_imports_no_kernels(quant: str, tmp_path: Path) -> None:
+    assert not imported_by(tmp_path, "plan", f"quant={quant}") & {*SLOW}
+
+
+def test_a_job_on_the_cpu_imports_no_engine_and_no_kernels_but_its_own(tmp_path: Path) -> None:
+    """Each kernel is compiled by the first job that needs it."""
+    found = imported_by(tmp_path, "run", "quant=nf4", "tracking=none", "cluster=local")
+    assert not found & {"torch", "ray", "mlflow", "transformers"}
+    kernels = "loaders.quantization.kernels"
+    others = (f"{kernels}.{name}" for name in ("compressed_tensors.fp8", "ggml", "hqq", "mlx", "rounding", "read_only"))
+    assert not found & {*others}
+    assert f"{kernels}.bitsandbytes.fourbit" in found
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "--help"])
+def test_help_imports_little(verb: str, tmp_path: Path) -> None:
+    """Neither what composes and shows a request, nor what acts on it: it tells settings apart, and that is all."""
+    found = imported_by(tmp_path, *dict.fromkeys((verb, "--help")))
+    acting = {"hydra", "omegaconf", "rich", "loaders.checkpoints", "loaders.strategies", "loaders.layouts"}
+    assert not found & {*SLOW, *acting}
 
 
 def test_no_file_is_about_more_than_one_thing() -> None:
@@ -159,6 +189,7 @@ OPENS_PATHS = {
     "loaders/places.py": "where weightmill itself lies",
     "loaders/presets/catalog.py": "conf/",
     "loaders/stats.py": "statistics, saved for a person",
+    "loaders/quantization/kernels/lanes.py": "the kernels' own files",
     "loaders/strategies/": "maps and reads of local files, and scratch for those of other stores",
 }
 

@@ -7,19 +7,10 @@ import threading
 import time
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
-from loaders.quantization.kernels.compiling import compiling
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Seconds before the first line and between lines, where there is no terminal: the first soon, to show that the job
 # runs; later ones rarely, so that a log of hours stays short.
@@ -41,6 +32,17 @@ class Meter:
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
             counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(),
@@ -49,6 +51,8 @@ class Meter:
             self._task = self._bar.add_task(what, total=self._total)
 
     def __enter__(self) -> Meter:
+        from loaders.quantization.kernels.compiling import compiling  # numba, which planning does without
+
         self._exit.enter_context(compiling(self._compiling))
         if self._bar:
             self._bar.start()
@@ -58,9 +62,7 @@ class Meter:
         """Announce compilation once. Its time is no measure of the rest, so that estimates wait until it is over."""
         is_first, self._compiled = self._compiled is None, time.monotonic()
         if is_first:
-            print(
-                "compiling kernels for this machine, which are kept: half a minute or so", file=sys.stderr, flush=True
-            )
+            print("compiling kernels for this machine, which are kept: some seconds", file=sys.stderr, flush=True)
 
     def add(self, count: int) -> None:
         """Add to the count; `count` is negative if an attempt failed and starts again."""

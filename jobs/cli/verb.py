@@ -10,15 +10,16 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TextIO, TypeVar
 
 from pydantic import BaseModel
-from rich.console import Console, RenderableType
-from rich.text import Text
 
 from jobs.cli.compose import Request, compose, take_apart
 from jobs.spec.keys import KEYS
 from loaders.errors import BadSpec, WeightmillError, settings_called
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 SHOWN = 20  # problems that are printed; what is wrong with thousands of tensors is seen from the first
@@ -119,11 +120,16 @@ class Verb(Generic[S]):
 
 def note(text: str) -> None:
     """Print a note for the user on standard error."""
+    from rich.console import Console  # slow to import, for a program that asks for JSON, or a user for help
+    from rich.text import Text
+
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text))
 
 
 def show(text: RenderableType) -> None:
     """Print something for people on standard error; standard output is only for the result."""
+    from rich.console import Console
+
     Console(stderr=True, highlight=False, width=_width(sys.stderr)).print(text)
 
 
@@ -133,6 +139,8 @@ def say(said: Said, as_json: bool) -> int:
         json.dump(said.document, sys.stdout, indent=2, ensure_ascii=False)
         print()
     else:
+        from rich.console import Console
+
         Console(highlight=False, width=_width(sys.stdout)).print(said.text, crop=False)
     sys.stdout.flush()
     said.then()

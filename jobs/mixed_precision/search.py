@@ -36,7 +36,7 @@ from jobs.output.destination import check_output
 from jobs.report import tables
 from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
-from loaders.backends import kernels_of
+from loaders.backends import check_backend
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadSpec, io_errors
 from loaders.presets.auto import AutoQuant
@@ -85,7 +85,7 @@ def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
 
 
 def _choices(spec: JobSpec, quant: AutoQuant) -> Choices:
-    kernels_of(spec.backend.asked)
+    check_backend(spec.backend.asked)
     return choices_of(spec, quant, open_checkpoint(spec.model.address, spec.source.container))
 
 

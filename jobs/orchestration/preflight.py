@@ -26,7 +26,7 @@ from jobs.report.document import job_document
 from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
-from loaders.backends import kernels_of
+from loaders.backends import check_backend
 from loaders.backends.devices import OTHER_BYTES
 from loaders.backends.fastest import fastest
 from loaders.backends.machine import usable_cpus
@@ -94,7 +94,7 @@ def plan_job(
         check_free(spec, output)
     target = target_of(spec)
     # Raises BadSpec now if the backend does not exist, and not in the first unit.
-    kernels_of(spec.backend.asked)
+    check_backend(spec.backend.asked)
     with no_collection():
         checkpoint = opened(spec.source_address, spec.source.container)
         plan = make_plan(checkpoint, [target], spec.unit_mb)

@@ -20,7 +20,6 @@ from loaders.errors import BadSpec
 from loaders.layouts import Assembling, Layout, Placed
 from loaders.layouts.diffusers import DiffusersLayout, component_of
 from loaders.layouts.gguf.layout import GgufLayout
-from loaders.layouts.gguf.made_files import made_files
 from loaders.layouts.hf import HfLayout
 from loaders.layouts.mlx import MlxLayout
 from loaders.rules.decide import decide
@@ -129,7 +128,12 @@ def _target_plan(
     shares.reverse()  # what is stored of a unit goes when its places are known
     outputs = [_unit_output(shares.pop(), tuple(islice(left, count))) for count in counts]
     config = layout.config(checkpoint, decisions, target.compute_dtype)
-    made, lost = ({}, []) if isinstance(layout, GgufLayout) else made_files(checkpoint)
+    made: dict[str, bytes] = {}
+    lost: list[str] = []
+    if checkpoint.container == "gguf" and not isinstance(layout, GgufLayout):
+        from loaders.layouts.gguf.made_files import made_files  # tokenizers of all kinds, for GGUFs alone
+
+        made, lost = made_files(checkpoint)
     if isinstance(layout, DiffusersLayout):
         made = layout.configs(checkpoint, decisions, target.compute_dtype)
     notes = [*lost, *(assembly.notes if assembly is not None else ()), *_not_computed(layout, checkpoint)]

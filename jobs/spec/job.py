@@ -289,7 +289,7 @@ class JobSpec(Spec):
 
     model: ModelSpec
     source: SourceSpec
-    transform: TransformSpec = Field(default=TransformSpec())
+    transform: TransformSpec = Field(default_factory=TransformSpec)
     quant: QuantSpec
     unit_mb: float = Field(
         gt=0,

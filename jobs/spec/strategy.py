@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from jobs.spec.base import Spec
-from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
-from loaders.strategies import WeightLoader, auto, loader
-from loaders.strategies.base import local_root
-from loaders.strategies.streaming import LEAST_MB
+
+# Strategies and checkpoints are imported where a request is acted on, since `--help` and faulty requests need neither.
+if TYPE_CHECKING:
+    from loaders.checkpoints.checkpoint import Checkpoint
+    from loaders.strategies import WeightLoader
 
 
 class Strategy(Spec):
@@ -24,6 +25,8 @@ class Strategy(Spec):
         Raises:
             BadSpec: a setting is wrong.
         """
+        from loaders.strategies import loader
+
         settings = self.model_dump()
         return loader(settings.pop("kind"), **settings)
 
@@ -41,9 +44,18 @@ class MultiThreadStrategy(Strategy):
 
 class StreamingStrategy(Strategy):
     kind: Literal["streaming"]
-    memory_budget_mb: float = Field(ge=LEAST_MB, description="megabytes (1e6 bytes) in use and being fetched")
+    memory_budget_mb: float = Field(description="megabytes (1e6 bytes) in use and being fetched")
     prefetch_count: int = Field(ge=0, description="batches fetched ahead of the one in use")
     priority_weights: tuple[str, ...] = Field(description="names, parts of names or patterns that come first")
+
+    @field_validator("memory_budget_mb")
+    @classmethod
+    def _holds_two_ranges(cls, budget: float) -> float:
+        from loaders.strategies.streaming import LEAST_MB
+
+        if budget < LEAST_MB:
+            raise ValueError(f"input should be greater than or equal to {LEAST_MB}")
+        return budget
 
 
 class FastSafetensorsStrategy(Strategy):
@@ -80,6 +92,9 @@ def reading(spec: StrategySpec, checkpoint: Checkpoint) -> tuple[WeightLoader, s
     Raises:
         BadSpec: the strategy does not serve jobs, or cannot read from the checkpoint's store.
     """
+    from loaders.strategies import auto, loader
+    from loaders.strategies.base import local_root
+
     if spec.kind == "auto":
         name, why = auto.choose(checkpoint.source, [tag.name for tag in checkpoint.files])
         return loader(name), why

@@ -10,7 +10,7 @@ from loaders.backends.devices import NAMES, Backend, backend, best
 from loaders.errors import BadSpec
 from loaders.quantization.kernels import Kernels
 
-__all__ = ["DEVICES", "Backend", "backend", "best", "devices_of", "kernels_of", "leased_kernels"]
+__all__ = ["DEVICES", "Backend", "backend", "best", "check_backend", "devices_of", "kernels_of", "leased_kernels"]
 
 DEVICES = NAMES
 
@@ -36,6 +36,16 @@ def kernels_of(backend: str) -> Kernels:
     except ImportError as error:
         raise BadSpec(f"backend={backend}: it needs torch ({error}): pip install torch") from error
     return DeviceKernels(backend)
+
+
+def check_backend(backend: str) -> None:
+    """Check that this machine has a backend. It always has the CPU, whose kernels are not imported for that.
+
+    Raises:
+        BadSpec: it has no such device, or its library is not installed.
+    """
+    if backend != "cpu":
+        kernels_of(backend)
 
 
 class Leases:

@@ -21,7 +21,7 @@ from loaders.architectures.renames import WRAPPERS
 from loaders.errors import setting
 from loaders.layouts.base import module_of
 from loaders.layouts.inside_names import inside_patterns, may_be_linear, modules_within, tied_patterns
-from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
+from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.scheme import Decoder, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block

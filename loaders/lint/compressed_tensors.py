@@ -9,7 +9,7 @@ from loaders.checkpoints.name_patterns import compiled, fault_of
 from loaders.errors import setting
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
-from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
+from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
 from loaders.strategies import small_reader

@@ -15,7 +15,6 @@ from loaders.architectures import gguf_names
 from loaders.architectures.gguf import Architecture, architecture_named
 from loaders.containers import gguf
 from loaders.dtypes import GGML_BLOCKS, GGML_READ_BLOCKS
-from loaders.layouts.gguf.tokenizers.pre_tokenizers import known_names
 from loaders.lint.base import Finding, Subject, doubt, fault, some
 from loaders.lint.engines.gguf import unknown
 from loaders.specs import WeightSpec
@@ -115,6 +114,8 @@ def _byte_level(metadata: Mapping[str, Any]) -> Iterator[Finding]:
         yield fault(ENGINE, "the metadata has no tokenizer.ggml.merges", "fails: cannot find tokenizer merges", AGAIN)
     pre = metadata.get("tokenizer.ggml.pre")
     if pre in (None, "default"):
+        from loaders.layouts.gguf.tokenizers.pre_tokenizers import known_names  # tables that only this finding needs
+
         known = ", ".join(known_names())
         yield doubt(
             ENGINE, f"tokenizer.ggml.pre is {pre or 'missing'}", "cuts text as the model was not trained to see it",

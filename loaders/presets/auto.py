@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
@@ -24,7 +25,10 @@ from loaders.rules.candidates import (
 )
 from loaders.rules.rule import Mix
 
-CANDIDATE: TypeAdapter[Quant] = TypeAdapter(Annotated[OneQuant, Field(discriminator="kind")])
+
+@cache
+def _any_candidate() -> TypeAdapter[Quant]:
+    return TypeAdapter(Annotated[OneQuant, Field(discriminator="kind")])
 
 
 class Chosen(Spec):
@@ -60,7 +64,7 @@ class AutoQuant(Quant):
     def _candidate(self, name: str) -> Quant:
         settings = settings_of(self.engine or "", name)
         assert settings is not None
-        return CANDIDATE.validate_python(settings)
+        return _any_candidate().validate_python(settings)
 
     @property
     def base(self) -> Quant:

@@ -29,4 +29,5 @@ Calibration = Annotated[str, PathValue(words=("self",))]
 class Spec(BaseModel):
     """The base of all settings: it converts no types, refuses unknown keys, and is immutable."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    # A model's validator is built when it first validates: a verb's own, of all that are defined.
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)

@@ -16,8 +16,6 @@ from functools import cache
 
 import numpy as np
 
-from loaders.quantization.kernels import nearest
-
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}  # u: the relative error of rounding to a dtype
 LEAST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # a dtype's least number above zero
 SMALL = 2.0**-20  # room for sixteen float32 roundings, relative
@@ -53,6 +51,8 @@ class Grid:
 
     def holds(self, x: np.ndarray, decoded: np.ndarray) -> bool:
         """Whether every decoded weight is one of the nearest. x: raw, as `kernel_input` gives it; both (n,)."""
+        from loaders.quantization.kernels import nearest
+
         slope = np.float32(self.slope)
         return not nearest.is_off(x, decoded, self.group, self.low, self.high, self.half, slope)
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import filelock
-
 from loaders.errors import StorageError, io_errors
 
 
@@ -200,6 +198,8 @@ def file_lock(path: str | os.PathLike[str], timeout_s: float | None = None) -> I
     Raises:
         StorageError: the lock was not free within `timeout_s` seconds (None waits for ever), or cannot be created.
     """
+    import filelock  # only writers lock, and neither a plan nor a help page writes
+
     place = get_file_lock_path(path)
     lock = filelock.FileLock(place, timeout=-1 if timeout_s is None else timeout_s)
     with io_errors("locking", place):

@@ -83,4 +83,4 @@ def small_reader(files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractCon
 
 def settings_of(made: type[WeightLoader]) -> tuple[str, ...]:
     """Return the names of a strategy's settings."""
-    return tuple(name for name in signature(made).parameters if made.__init__ is not object.__init__)
+    return () if made.__init__ is object.__init__ else tuple(signature(made).parameters)

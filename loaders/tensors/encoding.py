@@ -10,20 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from loaders.clock import Clock
 from loaders.dtypes import DType, Shape
 from loaders.quantization.fused_group import FusedGroups
-from loaders.quantization.measure import measure
-from loaders.quantization.one_trip import Parts, encode_and_measure
 from loaders.quantization.scheme import Scheme, Sink, Stored, View, Work
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, StoredSpec, TensorSpec
 from loaders.stats import ErrorSums
-from loaders.strategies import Reader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.repacked import holds_mxfp4, repack
 from loaders.tensors.views import StoredRoles, encoded_view, numbers_view, ordered_view, view_of
+
+if TYPE_CHECKING:
+    from loaders.quantization.one_trip import Parts
+    from loaders.strategies import Reader  # all strategies, which settings and rules do without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,8 @@ class TensorEncoder:
         self, encoding: Encoding, parts: Parts, on_bytes: Callable[[int], None] = lambda count: None
     ) -> ErrorSums:
         """Encode a tensor, write its parts, and return the error of what was stored: see `one_trip`."""
+        from loaders.quantization.one_trip import encode_and_measure  # kernels, which planning does without
+
         if self._is_repacked(encoding):
             self._repack(encoding, parts)
             return self.measure(encoding, parts, on_bytes)
@@ -114,6 +118,8 @@ class TensorEncoder:
         self, encoding: Encoding, stored: Stored, on_bytes: Callable[[int], None] = lambda count: None
     ) -> ErrorSums:
         """Decode what was stored and compare it with the source: see `measure`."""
+        from loaders.quantization.measure import measure  # kernels, which planning does without
+
         numbers = self.numbers(encoding)
         return measure(numbers, encoding.scheme, encoding.spec, stored, self._work, on_bytes)
 

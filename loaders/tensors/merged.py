@@ -10,16 +10,17 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from loaders.checkpoints.adapter import AdapterFile
 from loaders.dtypes import Shape, storage_of
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.low_rank import add_product, tiled
 from loaders.quantization.scheme import Block, View, Work
 from loaders.specs import WeightSpec
+
+if TYPE_CHECKING:
+    from loaders.checkpoints.adapter import AdapterFile  # checkpoints, which settings and rules do without
 
 MERGE_BYTES = 10  # bytes a weight of a range that a thread holds: the sum, and what the adapter has for this range
 SPAN = 1 << 20  # weights in a range, while the norms of columns are taken
@@ -111,6 +112,8 @@ class MergedView:
 
     def _sum(self, start: int, stop: int, slot: int) -> np.ndarray:
         """Return the float32 sum of the base's weights, or what replaces them, and the product."""
+        from loaders.quantization.kernels.low_rank import add_product, tiled
+
         merge = self._merge
         values = self._work.array(f"merged {slot}", stop - start, np.float32)
         if merge.replaced is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,11 +15,13 @@ from loaders.quantization.kernels import casts
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Decoder, View, Work
 from loaders.specs import RowOrder, TensorSpec, WeightSpec
-from loaders.strategies import Reader
 from loaders.tensors.form_values import VALUES
 from loaders.tensors.formed import Change, FormedTensor
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 from loaders.tensors.merged import MergedView
+
+if TYPE_CHECKING:
+    from loaders.strategies import Reader  # all strategies, which settings and rules do without
 
 
 class StoredView:

@@ -23,8 +23,6 @@ from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec, setting
 from loaders.layouts.base import Assembly, Joined, Naming, Placed
 from loaders.layouts.gguf.extra_tensors import extra_tensors
-from loaders.layouts.gguf.generation import read_generation, sampling_metadata
-from loaders.layouts.gguf.keys.pooling import pooling_metadata
 from loaders.layouts.gguf.metadata import (
     FILE_TYPES,
     general_metadata,
@@ -32,8 +30,6 @@ from loaders.layouts.gguf.metadata import (
     not_computed,
     quantization_metadata,
 )
-from loaders.layouts.gguf.model_card import card_of, model_card_metadata
-from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
 from loaders.layouts.gguf.wholes import Whole, is_part, wholes
 from loaders.quantization.read_only.ggml import check_readable
 from loaders.quantization.scheme import Scheme
@@ -277,6 +273,12 @@ def _metadata(
         dropped = SPLIT_KEYS if is_usual else (*SPLIT_KEYS, gguf.ALIGNMENT_KEY)
         kept = {key: entry for key, entry in found.items() if key not in dropped}
         return (kept if label is None else kept | quantization_metadata(label)), ()
+    # Tokenizers and model cards are of no interest to the plan of another layout, and many modules.
+    from loaders.layouts.gguf.generation import read_generation, sampling_metadata
+    from loaders.layouts.gguf.keys.pooling import pooling_metadata
+    from loaders.layouts.gguf.model_card import card_of, model_card_metadata
+    from loaders.layouts.gguf.tokenizers.tokenizer import tokenizer_metadata
+
     assert label is not None
     architecture = architecture_of(checkpoint.config)
     rows = next((slot.shape[0] for file in files for slot in file.slots if slot.name == EMBEDDING), None)

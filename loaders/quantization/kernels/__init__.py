@@ -1,6 +1,9 @@
 """The arithmetic of the schemes. `Kernels` is what a backend provides: the encoders whose cost decides a job's speed.
 
 Decoding and comparing always run on the CPU, by code that no encoder shares, so that a device never checks itself.
+
+Importing numba takes as long as planning a small job, which runs no kernel. So schemes and views import kernels inside
+the functions that run them, and `casts` and the tables of numbers that plans need import no numba.
 """
 
 from __future__ import annotations

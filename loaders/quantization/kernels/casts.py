@@ -4,22 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from loaders.quantization.kernels.lanes import kernel
-
-
-@kernel
-def _round_to_bf16(x, out):  # type: ignore[no-untyped-def]
-    """Round float32 bits (uint32) to bfloat16 bits (uint16).
-
-    Adding 0x7FFF, and 1 more where the last kept bit is odd, carries into the kept half exactly where nearest-even
-    rounds up. The sum could turn a NaN into an infinity or carry into its sign, so every NaN becomes the quiet 0x7FC0.
-    """
-    for i in range(x.size):
-        bits = np.uint32(x[i])
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32((bits >> np.uint32(16)) & np.uint32(1)))
-        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded >> np.uint32(16))
-
 
 def to_float32(block: np.ndarray, dtype: str) -> np.ndarray:
     """Return the float32 values of raw weights of a float dtype ("BF16", "F16", "F32", "F64")."""
@@ -40,7 +24,9 @@ def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
             return block.astype(np.float16)
         values = to_float32(block, source)
         if target == "BF16":
+            from loaders.quantization.kernels.bfloat16 import round_to_bf16  # the only cast that needs numba
+
             out = np.empty(values.size, np.uint16)
-            _round_to_bf16(values.view(np.uint32), out)
+            round_to_bf16(values.view(np.uint32), out)
             return out
         return values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[target], copy=False)

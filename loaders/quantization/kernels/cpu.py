@@ -9,15 +9,16 @@ from loaders.quantization.kernels.bitsandbytes import fourbit
 
 
 def kernel_input(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Return raw weights as the kernels take them: aligned, float16 as int16 bits, float64 as float32.
+    """Return raw weights as the kernels take them: aligned, read-only, float16 as int16 bits, float64 as float32.
 
-    Views into a mapped file may begin at any byte. Such views are copied, since numba would compile every kernel a
-    second time for unaligned arrays.
+    Views into a mapped file may begin at any byte, and are read-only; other weights lie in arrays of ours. numba would
+    compile every kernel anew for unaligned arrays, which are copied, and for each mixture of arrays that may and that
+    may not be written.
     """
     x = x if x.flags.aligned else x.copy()
-    if dtype == "F16":
-        return x.view(np.int16)
-    return casts.to_float32(x, dtype) if dtype == "F64" else x
+    x = casts.to_float32(x, dtype) if dtype == "F64" else x.view(np.int16 if dtype == "F16" else x.dtype)
+    x.flags.writeable = False
+    return x
 
 
 class CpuKernels:

@@ -8,14 +8,15 @@ elsewhere; float16 is converted by x86's instructions (F16C) where they exist, a
 
 Arrays carry raw bits, and their numpy dtype says what the bits are: uint16 is bfloat16, int16 is float16 (numba has no
 float16 arrays on a CPU), float32 is itself.
-
-numba's disk cache watches only the file of the cached function: after a change to this file, clear `__pycache__`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -25,16 +26,36 @@ from numba import njit
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-# error_model "numpy": a division by zero gives an infinity, as in C, where Python would raise. nogil: threads run side
-# by side. cache: a kernel is compiled once on a machine, and not in every process.
-kernel = njit(nogil=True, cache=True, error_model="numpy")
-
 CACHE_LINE = 64  # bytes, on x86 and most ARM CPUs; where lines are longer, `prefetch` asks for some twice
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
 F16 = ir.HalfType()
 NAMES = {ir.IntType(1): "i1", I8: "i8", I16: "i16", I32: "i32", F32: "f32"}  # the types' names in LLVM's intrinsics
 Value = Any  # an llvmlite value or type; llvmlite has no annotations
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function by numba, once for the types of its arguments on a machine.
+
+    It releases the interpreter's lock, so that threads run side by side. A division by zero gives an infinity, as in C,
+    where Python would raise.
+    """
+    made: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
+    # numba's disk cache watches the function's own file, and code of other files is compiled into it. numba 0.68 has no
+    # way to say so but this.
+    index = made._cache._cache_file
+    index._source_stamp = (index._source_stamp, kernels_digest())
+    return made
+
+
+@cache
+def kernels_digest() -> str:
+    """Return the SHA-256 of all files of this folder, in the order of their names."""
+    folder = Path(__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    return hashlib.sha256(
+        b"".join(f"{file.relative_to(folder)}\n".encode() + file.read_bytes() for file in files)
+    ).hexdigest()
 
 
 def host_has(feature: str) -> bool:

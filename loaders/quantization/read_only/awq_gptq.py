@@ -24,7 +24,6 @@ import numpy as np
 from loaders.errors import BadCheckpoint
 from loaders.quantization.boxes import ByBoxes
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.read_only import awq_gptq
 from loaders.quantization.scheme import Stored, Work
 from loaders.specs import TensorSpec
 
@@ -42,6 +41,8 @@ class Awq(ByBoxes):
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
+        from loaders.quantization.kernels.read_only import awq_gptq
+
         width = spec.shape[0] // 8
         first, last = rows[0] // 8, rows[-1] // 8 + 1
         outputs = np.arange(rows.start, rows.stop, rows.step) - first * 8
@@ -75,6 +76,8 @@ class Gptq(ByBoxes):
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
+        from loaders.quantization.kernels.read_only import awq_gptq
+
         height = spec.shape[0]
         many = max(1, WORDS // height) * (32 // self.bits)
         for at in range(columns.start, columns.stop, many):

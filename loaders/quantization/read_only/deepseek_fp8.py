@@ -17,7 +17,6 @@ import numpy as np
 from loaders.dtypes import Shape
 from loaders.quantization.boxes import ByBoxes, matrices, read_rows
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.read_only import fp8_int8
 from loaders.quantization.scheme import Stored, Work
 from loaders.specs import TensorSpec
 
@@ -41,6 +40,8 @@ class Fp8Blocks(ByBoxes):
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
+        from loaders.quantization.kernels.read_only import fp8_int8
+
         _, high, wide = matrices(spec.shape)
         down, across = self.scale_shape(spec.shape)[-2:]
         block = self.block or (high, wide)

@@ -12,14 +12,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from loaders.dtypes import DTYPES, GGML_READ_BLOCKS
+from loaders.dtypes import DTYPES, GGML_BLOCKS, GGML_READ_BLOCKS
 from loaders.errors import BadSpec
-from loaders.quantization.kernels.ggml.decode import DECODERS
-from loaders.quantization.kernels.ggml.decode_read_only import READ_DECODERS
 from loaders.quantization.scheme import Stored, Work
 from loaders.specs import TensorSpec
 
-KERNELS = DECODERS | READ_DECODERS
+DECODED_HERE = (*GGML_BLOCKS, "NVFP4", "Q1_0", "Q2_0")  # by kernels; the others by the gguf package
 NUMBERS = 1 << 16  # weights that gguf decodes at a time: it makes several arrays of that size
 
 
@@ -41,7 +39,7 @@ class GgmlScaled:
 
 def check_readable(name: str) -> None:
     """Raise BadSpec if blocks of this type cannot be decoded here."""
-    if name not in KERNELS:
+    if name not in DECODED_HERE:
         _reader(name)
 
 
@@ -51,8 +49,11 @@ def decode_blocks(name: str, data: np.ndarray, out: np.ndarray) -> None:
     Raises:
         BadSpec: the type needs the gguf package, which is not there.
     """
-    if name in KERNELS:
-        KERNELS[name](data, out)
+    if name in DECODED_HERE:
+        from loaders.quantization.kernels.ggml.decode import DECODERS
+        from loaders.quantization.kernels.ggml.decode_read_only import READ_DECODERS
+
+        (DECODERS | READ_DECODERS)[name](data, out)
         return
     reader, dtype = _reader(name), DTYPES[name]
     block = dtype.size((dtype.block,))

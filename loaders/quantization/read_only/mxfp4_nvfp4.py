@@ -20,8 +20,6 @@ from typing import ClassVar
 import numpy as np
 
 from loaders.quantization.boxes import ByBoxes, read_rows
-from loaders.quantization.kernels.read_only.fp4 import decode_fp4
-from loaders.quantization.kernels.read_only.fp8_int8 import E4M3
 from loaders.quantization.read_only.deepseek_fp8 import e8m0
 from loaders.quantization.scheme import Stored, Work
 from loaders.specs import TensorSpec
@@ -37,6 +35,8 @@ class GptOssMxfp4(ByBoxes):
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
+        from loaders.quantization.kernels.read_only.fp4 import decode_fp4
+
         scales = e8m0(read_rows(stored, "scales", rows, spec.shape[-1] // self.group))
         packed = read_rows(stored, "blocks", rows, spec.shape[-1] // 2)
         decode_fp4(packed, scales, columns.start, self.group, out)
@@ -52,6 +52,8 @@ class DeepSeekFp4(ByBoxes):
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
+        from loaders.quantization.kernels.read_only.fp4 import decode_fp4
+
         scales = e8m0(read_rows(stored, "scale", rows, spec.shape[-1] // self.group))
         packed = read_rows(stored, "weight", rows, spec.shape[-1] // 2).view(np.uint8)
         decode_fp4(packed, scales, columns.start, self.group, out)
@@ -67,6 +69,9 @@ class ModelOptNvfp4(ByBoxes):
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
+        from loaders.quantization.kernels.read_only.fp4 import decode_fp4
+        from loaders.quantization.kernels.read_only.fp8_int8 import E4M3
+
         top = stored.read("weight_scale_2", 0, 1)[0]
         scales = E4M3[read_rows(stored, "weight_scale", rows, spec.shape[-1] // self.group)] * top
         packed = read_rows(stored, "weight", rows, spec.shape[-1] // 2)

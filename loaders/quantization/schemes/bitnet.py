@@ -18,7 +18,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import VerifyFailed
-from loaders.quantization.kernels import bitnet, casts
+from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -31,6 +31,7 @@ def total_magnitude(view: View, work: Work) -> float:
     It does not depend on the device, on threads, or on how ranges are cut: kernels sum fixed runs of weights in a fixed
     order, and the exact sum of these sums is rounded once.
     """
+    from loaders.quantization.kernels import bitnet
 
     def sums(start: int, stop: int) -> list[float]:
         found: list[float] = work.kernels.magnitude_sums(view.read(start, stop), view.spec.dtype.name).tolist()
@@ -101,6 +102,8 @@ class Ternary:
         return 1
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels import bitnet
+
         dtype = self.stored(spec)["weight_scale"].dtype.name
         scale = casts.to_float32(stored.read("weight_scale", 0, 1), dtype)[0]
         if self.linear_class == "bitlinear":

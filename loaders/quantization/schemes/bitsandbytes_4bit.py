@@ -24,9 +24,8 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint, VerifyFailed, setting
-from loaders.quantization.kernels import casts, compare
-from loaders.quantization.kernels.bitsandbytes import dynamic_map, fourbit
-from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels import casts
+from loaders.quantization.kernels.bitsandbytes import dynamic_map, tables
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -54,8 +53,7 @@ class Bnb4:
     @property
     def error_limit(self) -> float:
         """The error of the worst groups: one weight of magnitude 1, and all others midway between the same codes."""
-        code = fourbit.table(self.table)
-        ranked, others = code.values[code.order].astype(np.float64), self.group_size - 1
+        ranked, others = np.sort(self._values.astype(np.float64)), self.group_size - 1
         middle, half = (ranked[1:] + ranked[:-1]) / 2, (ranked[1:] - ranked[:-1]) / 2
         worst = np.sqrt(others * half**2 / (1 + others * middle**2)).max()
         return float(worst) * 1.001 + (DOUBLE_QUANT_ERROR if self.double_quant else 0)
@@ -67,7 +65,7 @@ class Bnb4:
         scales. It is off by half the widest gap of those codes, or by what lies between -1 and the least of them, and
         by one of the 65536 steps in which bitsandbytes looks it up.
         """
-        ranked = np.sort(fourbit.table(self.table).values.astype(np.float64))
+        ranked = np.sort(self._values.astype(np.float64))
         floor = 2.0**-24 if spec.dtype.name == "F16" else 2.0**-120  # what a cast loses of tiny weights
         first, last = start // self.group_size, -(-stop // self.group_size)
         scales, off = stored.read("weight.absmax", first, last), 0.0
@@ -78,6 +76,11 @@ class Bnb4:
             off = (max(float(np.diff(codes).max()) / 2, 1 + codes[0]) + 2**-15) * float(tops.max(initial=0))
         largest = float(np.abs(scales).max(initial=0)) * (1 + 2**-20) + off
         return largest * (float(np.diff(ranked).max()) / 2 + 2**-8) + off + floor
+
+    @property
+    def _values(self) -> np.ndarray:
+        """The values of the sixteen codes, float32."""
+        return np.array(tables.VALUES[self.table], np.float32)
 
     @property
     def _state(self) -> str:
@@ -111,7 +114,7 @@ class Bnb4:
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
         groups = -(-spec.numel // self.group_size)
         packed = -(-spec.numel // 2) // self._storage.item_bytes
-        quant_map = fourbit.table(self.table).values.tobytes()
+        quant_map = self._values.tobytes()
         roles = {
             "weight": StoredSpec(self._storage, (packed, 1)),
             "weight.absmax": StoredSpec(DTYPES["U8" if self.double_quant else "F32"], (groups,)),
@@ -144,6 +147,8 @@ class Bnb4:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.bitsandbytes import fourbit
+
         spec, group = view.spec, self.group_size
         whole = spec.numel // group * group
 
@@ -213,6 +218,8 @@ class Bnb4:
         return self.group_size * (dynamic_map.GROUP if self.double_quant else 1)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.bitsandbytes import fourbit
+
         codes, absmax = self._read(spec, stored, start, stop)
         group, whole = self.group_size, (stop - start) // self.group_size * self.group_size
         fourbit.decode(codes[: whole // 2], absmax[: whole // group], group, self.table == "fp4", out[:whole])
@@ -222,12 +229,13 @@ class Bnb4:
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels import compare
+        from loaders.quantization.kernels.bitsandbytes import fourbit
+        from loaders.quantization.kernels.cpu import kernel_input
+
         codes, absmax = self._read(spec, stored, start, stop)
-        x, group, whole = (
-            kernel_input(block, source),
-            self.group_size,
-            (stop - start) // self.group_size * self.group_size,
-        )
+        x, group = kernel_input(block, source), self.group_size
+        whole = (stop - start) // group * group
         fourbit.compare(x[:whole], codes[: whole // 2], absmax[: whole // group], group, self.table == "fp4", sums)
         if whole < stop - start:
             tail = np.empty(stop - start - whole, np.float32)

@@ -17,9 +17,6 @@ from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import VerifyFailed
 from loaders.quantization.boxes import ByBoxes, read_rows
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.bitsandbytes import int8
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.read_only import fp8_int8
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -85,6 +82,9 @@ class LlmInt8(ByBoxes):
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.bitsandbytes import int8
+        from loaders.quantization.kernels.cpu import kernel_input
+
         columns = spec.shape[1]
         scales = stored.read(SCALES, start // columns, -(-stop // columns))
         codes = stored.read("weight", start, stop)
@@ -94,6 +94,8 @@ class LlmInt8(ByBoxes):
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work
     ) -> None:
+        from loaders.quantization.kernels.read_only import fp8_int8
+
         scales = stored.read(SCALES, rows[0], rows[-1] + 1)[:: rows.step]
         codes = read_rows(stored, "weight", rows, spec.shape[1])[:, columns.start : columns.stop]
         fp8_int8.decode_int8(codes, scales, out)

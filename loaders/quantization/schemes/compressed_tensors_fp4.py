@@ -21,9 +21,7 @@ import numpy as np
 from loaders.dtypes import DTYPES
 from loaders.errors import VerifyFailed
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.compressed_tensors import fp4
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.mlx import microfloat
+from loaders.quantization.kernels.compressed_tensors.groups import MX_GROUP, NV_GROUP
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import UNDERFLOW, is_ragged, refuses_matrix, scale_dtype
 from loaders.specs import StoredSpec, TensorSpec
@@ -60,14 +58,14 @@ class CompressedNvfp4:
     global_scale: float | None = None
 
     def refuses(self, spec: TensorSpec) -> str | None:
-        return _refuses(spec, "NVFP4", fp4.NV_GROUP)
+        return _refuses(spec, "NVFP4", NV_GROUP)
 
     def is_ragged(self, spec: TensorSpec) -> bool:
-        return is_ragged(spec, fp4.NV_GROUP)
+        return is_ragged(spec, NV_GROUP)
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
         whole = StoredSpec(DTYPES["F32"], (1,))
-        return {**_stored(spec, fp4.NV_GROUP, "F8_E4M3"), "weight_global_scale": whole}
+        return {**_stored(spec, NV_GROUP, "F8_E4M3"), "weight_global_scale": whole}
 
     def state_bytes(self, spec: TensorSpec) -> int:
         return 0
@@ -89,6 +87,9 @@ class CompressedNvfp4:
         return replace(self, global_scale=found)
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp4
+        from loaders.quantization.kernels.cpu import kernel_input
+
         if self.global_scale is None:
             self.share([view], work).encode(view, sink, work)
             return
@@ -97,19 +98,19 @@ class CompressedNvfp4:
         def encode_range(start: int, stop: int) -> None:
             x = kernel_input(view.read(start, stop), spec.dtype.name)
             packed = work.array("packed", x.size // 2, np.uint8)
-            scales = work.array("scales", x.size // fp4.NV_GROUP, np.uint8)
+            scales = work.array("scales", x.size // NV_GROUP, np.uint8)
             fp4.encode_nv(x, whole, packed, scales)
             sink.write("weight_packed", start // 2, packed)
-            sink.write("weight_scale", start // fp4.NV_GROUP, scales)
+            sink.write("weight_scale", start // NV_GROUP, scales)
 
         sink.write("weight_global_scale", 0, np.array([whole], np.float32))
-        work.sweep(spec.numel, fp4.NV_GROUP, encode_range)
+        work.sweep(spec.numel, NV_GROUP, encode_range)
 
     def range_align(self, spec: TensorSpec) -> int:
         return self.align(spec)
 
     def align(self, spec: TensorSpec) -> int:
-        return fp4.NV_GROUP
+        return NV_GROUP
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
         """About one scale: half of E2M1's widest gap, which also bounds by how much the largest weight is cut off.
@@ -117,21 +118,28 @@ class CompressedNvfp4:
         It is cut off where its scale was rounded down: by a sixteenth of 6 scales and roundings, which is less than
         one; and by 6 * 2^-10 where E4M3's gaps are 2^-9.
         """
-        group, whole = fp4.NV_GROUP, abs(float(stored.read("weight_global_scale", 0, 1)[0]))
+        from loaders.quantization.kernels.mlx import microfloat
+
+        group, whole = NV_GROUP, abs(float(stored.read("weight_global_scale", 0, 1)[0]))
         scales = stored.read("weight_scale", start // group, -(-stop // group)) & np.uint8(0x7F)
         largest = float(microfloat.e4m3_table()[scales.max(initial=0)])
         return (largest * 1.1 + 6 * 2.0**-10) / whole * (1 + 2**-6) + UNDERFLOW * (spec.dtype.name == "F16")
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp4
+
         whole = stored.read("weight_global_scale", 0, 1)[0]
-        scales = stored.read("weight_scale", start // fp4.NV_GROUP, stop // fp4.NV_GROUP)
+        scales = stored.read("weight_scale", start // NV_GROUP, stop // NV_GROUP)
         fp4.decode_nv(stored.read("weight_packed", start // 2, stop // 2), scales, whole, out)
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.compressed_tensors import fp4
+        from loaders.quantization.kernels.cpu import kernel_input
+
         x, whole = kernel_input(block, source), stored.read("weight_global_scale", 0, 1)[0]
-        scales = stored.read("weight_scale", start // fp4.NV_GROUP, stop // fp4.NV_GROUP)
+        scales = stored.read("weight_scale", start // NV_GROUP, stop // NV_GROUP)
         fp4.compare_nv(x, stored.read("weight_packed", start // 2, stop // 2), scales, whole, sums)
         return True
 
@@ -153,6 +161,9 @@ def _global_scale(top: float, dtype: str) -> float:
 
 def _largest(view: View, work: Work) -> float:
     """Return the largest magnitude of a whole tensor; it is NaN if a weight is NaN or infinite."""
+    from loaders.quantization.kernels.compressed_tensors import fp4
+    from loaders.quantization.kernels.cpu import kernel_input
+
     dtype = view.spec.dtype.name
     tops = work.sweep(
         view.spec.numel, 1, lambda start, stop: float(fp4.largest(kernel_input(view.read(start, stop), dtype)))
@@ -176,56 +187,66 @@ class CompressedMxfp4:
         3.5 scales are the least that a group's largest weight can be. The factor of 1.05 is for scales that float16
         cannot hold.
         """
-        others = (fp4.MX_GROUP - 1) * 0.25**2
+        others = (MX_GROUP - 1) * 0.25**2
         return math.sqrt(others / (3.5**2 + others)) * 1.05
 
     def refuses(self, spec: TensorSpec) -> str | None:
-        return _refuses(spec, "MXFP4", fp4.MX_GROUP)
+        return _refuses(spec, "MXFP4", MX_GROUP)
 
     def is_ragged(self, spec: TensorSpec) -> bool:
-        return is_ragged(spec, fp4.MX_GROUP)
+        return is_ragged(spec, MX_GROUP)
 
     def stored(self, spec: TensorSpec) -> Mapping[str, StoredSpec]:
-        return _stored(spec, fp4.MX_GROUP, "U8")
+        return _stored(spec, MX_GROUP, "U8")
 
     def state_bytes(self, spec: TensorSpec) -> int:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp4
+        from loaders.quantization.kernels.cpu import kernel_input
+
         spec = view.spec
         mantissa, exponent, bias = fp4.LAYOUT[scale_dtype(spec.dtype).name]
 
         def encode_range(start: int, stop: int) -> None:
             x = kernel_input(view.read(start, stop), spec.dtype.name)
             packed = work.array("packed", x.size // 2, np.uint8)
-            scales = work.array("scales", x.size // fp4.MX_GROUP, np.uint8)
+            scales = work.array("scales", x.size // MX_GROUP, np.uint8)
             fp4.encode_mx(x, mantissa, (1 << exponent) - 1, bias, fp4.mx_thresholds(), packed, scales)
             sink.write("weight_packed", start // 2, packed)
-            sink.write("weight_scale", start // fp4.MX_GROUP, scales)
+            sink.write("weight_scale", start // MX_GROUP, scales)
 
-        work.sweep(spec.numel, fp4.MX_GROUP, encode_range)
+        work.sweep(spec.numel, MX_GROUP, encode_range)
 
     def range_align(self, spec: TensorSpec) -> int:
         return self.align(spec)
 
     def align(self, spec: TensorSpec) -> int:
-        return fp4.MX_GROUP
+        return MX_GROUP
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
         """One scale: half of E2M1's widest gap, and what a largest weight, which is below 7 scales, is cut off."""
-        group = fp4.MX_GROUP
+        from loaders.quantization.kernels.mlx import microfloat
+
+        group = MX_GROUP
         scales = stored.read("weight_scale", start // group, -(-stop // group))
         largest = float(microfloat.power_values(scales.max(initial=0, keepdims=True))[0])
         return largest * (1 + 2**-4) + 6 * UNDERFLOW * (spec.dtype.name == "F16")
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        scales = stored.read("weight_scale", start // fp4.MX_GROUP, stop // fp4.MX_GROUP)
+        from loaders.quantization.kernels.compressed_tensors import fp4
+
+        scales = stored.read("weight_scale", start // MX_GROUP, stop // MX_GROUP)
         fp4.decode_mx(stored.read("weight_packed", start // 2, stop // 2), scales, out)
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
-        scales = stored.read("weight_scale", start // fp4.MX_GROUP, stop // fp4.MX_GROUP)
+        from loaders.quantization.kernels.compressed_tensors import fp4
+        from loaders.quantization.kernels.cpu import kernel_input
+
+        scales = stored.read("weight_scale", start // MX_GROUP, stop // MX_GROUP)
         packed = stored.read("weight_packed", start // 2, stop // 2)
         fp4.compare_mx(kernel_input(block, source), packed, scales, sums)
         return True

@@ -19,9 +19,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.compressed_tensors import fp8
-from loaders.quantization.kernels.compressed_tensors.fp8 import BLOCK
-from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
@@ -73,6 +71,9 @@ class Fp8Block:
         return 0 if band <= LONG else band * (1 + spec.dtype.item_bytes)
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8
+        from loaders.quantization.kernels.cpu import kernel_input
+
         spec, columns, dtype = view.spec, view.spec.shape[1], scale_dtype(view.spec.dtype).name
         band, blocks = BLOCK * columns, -(-columns // BLOCK)
 
@@ -99,12 +100,17 @@ class Fp8Block:
         return float(np.abs(self._scales(spec, stored, start, stop)).max(initial=0)) * E4M3_STEPS + 448 * UNDERFLOW
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8
+
         columns, scales = spec.shape[1], self._scales(spec, stored, start, stop)
         fp8.decode_blocks(stored.read("weight", start, stop), columns, start // columns % BLOCK, scales, out)
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.compressed_tensors import fp8
+        from loaders.quantization.kernels.cpu import kernel_input
+
         x, columns, scales = kernel_input(block, source), spec.shape[1], self._scales(spec, stored, start, stop)
         fp8.compare_blocks(x, stored.read("weight", start, stop), columns, start // columns % BLOCK, scales, sums)
         return True

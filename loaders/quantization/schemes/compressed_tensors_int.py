@@ -20,9 +20,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from loaders.errors import setting
-from loaders.quantization.kernels import casts, rounding
-from loaders.quantization.kernels.compressed_tensors import packed_int
-from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -116,6 +114,8 @@ class PackedInt:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+
         spec, group, dtype = view.spec, self.group_size, scale_dtype(view.spec.dtype).name
         groups = spec.shape[1] // group
 
@@ -156,6 +156,9 @@ class PackedInt:
         return self.group_size if columns * self.bits % 32 == 0 else columns
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels import rounding
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+
         columns, group = spec.shape[1], self.group_size
         groups, row_words = columns // group, -(-columns * self.bits // 32)
         scales, shifts = self._scales_and_shifts(spec, stored, start, stop)
@@ -172,6 +175,9 @@ class PackedInt:
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+        from loaders.quantization.kernels.cpu import kernel_input
+
         scales, shifts = self._scales_and_shifts(spec, stored, start, stop)
         packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         packed_int.compare(kernel_input(block, source), packed, self.group_size, self.bits, scales, shifts, sums)
@@ -181,6 +187,9 @@ class PackedInt:
         self, spec: TensorSpec, stored: Stored, start: int, stop: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the raw scales of the groups in items [start, stop), and what their stored codes are shifted by."""
+        from loaders.quantization.kernels.compressed_tensors import packed_int
+        from loaders.quantization.kernels.cpu import kernel_input
+
         columns, group = spec.shape[1], self.group_size
         scales = kernel_input(stored.read("weight_scale", start // group, stop // group), scale_dtype(spec.dtype).name)
         if self.symmetric:

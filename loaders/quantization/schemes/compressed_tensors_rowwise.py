@@ -17,8 +17,6 @@ import numpy as np
 
 from loaders.dtypes import DTYPES
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
-from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
@@ -96,6 +94,8 @@ class RowScaled:
         return spec.shape[1]
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+
         columns, scales = spec.shape[1], self._scales(spec, stored, start, stop)
         decode_rows = fp8.decode_rows if self.type == "float" else packed_int.decode_rows
         decode_rows(stored.read("weight", start, stop), columns, scales, out)
@@ -103,6 +103,9 @@ class RowScaled:
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+        from loaders.quantization.kernels.cpu import kernel_input
+
         x, columns, scales = kernel_input(block, source), spec.shape[1], self._scales(spec, stored, start, stop)
         compare_rows = fp8.compare_rows if self.type == "float" else packed_int.compare_rows
         compare_rows(x, stored.read("weight", start, stop), columns, scales, sums)
@@ -110,6 +113,8 @@ class RowScaled:
 
     def _scales(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
         """Return the raw scales of the rows in items [start, stop)."""
+        from loaders.quantization.kernels.cpu import kernel_input
+
         columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
         first, last = (0, 1) if self.whole else (start // columns, stop // columns)
         scales = kernel_input(stored.read("weight_scale", first, last), dtype)

@@ -19,11 +19,6 @@ from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.ggml import bounds
-from loaders.quantization.kernels.ggml.compare import COMPARERS
-from loaders.quantization.kernels.ggml.decode import DECODERS
-from loaders.quantization.kernels.ggml.encode import ENCODERS
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
@@ -33,8 +28,6 @@ from loaders.specs import StoredSpec, TensorSpec
 FLOATS = ("F32", "F16", "BF16")
 TYPES = (*GGML_BLOCKS, *FLOATS)
 ON_DEVICE = ("Q8_0", "Q4_0")  # those of kernels/device/ggml.py, which imports torch
-assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
-
 # The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
 
@@ -150,6 +143,8 @@ class Ggml:
         To that comes what float16's roundings of scale and minimum, 2^-11 or 2^-25 each, move the greatest code, and
         2^-8 of the greatest value for a cast. Types that search for their codes have no bound here but a `grid`.
         """
+        from loaders.quantization.kernels.ggml import bounds
+
         if not self._is_plain_block:
             return math.inf
         at, has_offset, steps, top = ROUNDED[self.type]
@@ -162,6 +157,8 @@ class Ggml:
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid | None:
         """Return the grid of kernels/ggml/bounds.py; None for types that have a `greatest_error` instead."""
+        from loaders.quantization.kernels.ggml import bounds
+
         if self.type not in bounds.GROUPS or self._is_plain_block:
             return None
         dtype, group = DTYPES[self.type], bounds.GROUPS[self.type]
@@ -173,6 +170,9 @@ class Ggml:
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.ggml.compare import COMPARERS
+
         if self.type not in COMPARERS:
             return False
         size = DTYPES[self.type].size

@@ -32,14 +32,13 @@ from loaders.errors import VerifyFailed
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.hqq import decode, encode
 from loaders.quantization.scheme import Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (8, 4, 3, 2, 1)
 PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes in an item of W_q
 PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}  # hqq's names for them
+UPDATES = 20  # hqq's `iters`
 TILE = 1024  # groups whose errors are one sum; fewer would hold more sums (see `state_bytes`)
 KEPT = 1 << 23  # groups whose zeros are kept from the first pass: 72 MiB; those of larger tensors are found again
 FINER = 4  # times as many ranges as for other schemes, whose weights take less time: every thread shall have some
@@ -166,11 +165,13 @@ class Hqq:
 
     def state_bytes(self, spec: TensorSpec) -> int:
         groups = self.layout(spec).groups
-        return -(-groups // TILE) * encode.UPDATES * 8 + (9 * groups if groups <= KEPT else 0)
+        return -(-groups // TILE) * UPDATES * 8 + (9 * groups if groups <= KEPT else 0)
 
     # --- encoding
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.hqq import encode
+
         groups = self.layout(view.spec).groups
         kept = None
         if groups <= KEPT:
@@ -191,7 +192,7 @@ class Hqq:
 
         def errors(first: int, last: int) -> np.ndarray:
             x, stride = self._groups(view, first, last, work)
-            sums = np.zeros((-(-(last - first) // TILE), encode.UPDATES))
+            sums = np.zeros((-(-(last - first) // TILE), UPDATES))
             found = kept.part(first, last) if kept is not None else self._scratch(work, last - first)
             self._solve(x, stride, found, sums)
             return sums
@@ -204,10 +205,12 @@ class Hqq:
                 f"{view.spec.name}: it holds NaN or infinities (or weights near float32's end), and HQQ's search, which"
                 " ends by the error of all weights, would end by them; keep the tensor by a rule"
             )
-        return next((i + 1 for i in range(1, encode.UPDATES) if not means[i] < means[i - 1]), encode.UPDATES)
+        return next((i + 1 for i in range(1, UPDATES) if not means[i] < means[i - 1]), UPDATES)
 
     def _scratch(self, work: Work, count: int) -> Kept:
         """Return memory of this thread for what is found for `count` groups; no zero in it is known yet."""
+        from loaders.quantization.kernels.hqq import encode
+
         scales, zeros = (work.array(name, count, np.float32) for name in ("scales", "zeros"))
         moved = work.array("moved", count, np.uint8)
         moved[:] = encode.UNKNOWN
@@ -226,6 +229,8 @@ class Hqq:
 
         With axis=0 a group's weights lie far apart, a read for each; rows of `last - first` are then put together.
         """
+        from loaders.quantization.kernels.cpu import kernel_input
+
         size, dtype = self.group_size, view.spec.dtype.name
         if self.axis == 1:
             return kernel_input(view.read(first * size, last * size), dtype), (size, 1)
@@ -242,6 +247,8 @@ class Hqq:
         return gathered, (1, count)
 
     def _solve(self, x: np.ndarray, stride: tuple[int, int], found: Kept, errors: np.ndarray) -> None:
+        from loaders.quantization.kernels.hqq import encode
+
         encode.solve(x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, TILE, *found.arrays, errors)
 
     def _solved(
@@ -262,6 +269,8 @@ class Hqq:
 
     def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int, kept: Kept | None) -> None:
         """Encode where groups are rows (axis=1): an item of W_q holds codes of distant groups."""
+        from loaders.quantization.kernels.hqq import encode
+
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
@@ -283,6 +292,8 @@ class Hqq:
 
     def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int, kept: Kept | None) -> None:
         """Encode where groups are columns (axis=0): an item of W_q holds codes of one group."""
+        from loaders.quantization.kernels.hqq import encode
+
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
 
@@ -314,6 +325,9 @@ class Hqq:
         Codes are the nearest by scale and zero before those are rounded to the compute dtype. The roundings, u each,
         add up to 4 u of (greatest code + |zero|) steps in what is decoded, and 2 u in the ends.
         """
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.hqq import decode
+
         groups, dtype = self.layout(spec).groups, self.dtype_of(spec).name
         if self.axis == 1:
             pieces = [(start // self.group_size, -(-stop // self.group_size))]
@@ -333,6 +347,9 @@ class Hqq:
         return Grid(self.group_size if self.axis == 1 else 1, low, high, half)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.hqq import decode
+
         layout, groups, dtype = self.layout(spec), self.layout(spec).groups, self.dtype_of(spec).name
 
         def read(first: int, last: int) -> list[np.ndarray]:

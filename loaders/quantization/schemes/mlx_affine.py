@@ -22,10 +22,6 @@ import numpy as np
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
 from loaders.quantization.grid import LEAST, ROUNDING, SMALL
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.compressed_tensors import fp4
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.mlx import affine
-from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work, fits
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -61,6 +57,8 @@ class MlxAffine:
     @property
     def error_floor(self) -> float:
         """The least step, and half of 2^-24 times the number of codes: float16 scales are multiples of 2^-24."""
+        from loaders.quantization.kernels.mlx import affine
+
         return affine.SMALLEST_SCALE + 2.0 ** (self.bits - 25)
 
     def refuses(self, spec: TensorSpec) -> str | None:
@@ -86,6 +84,8 @@ class MlxAffine:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.mlx_device import MlxCoder
+
         spec, group, bits = view.spec, self.group_size, self.bits
         dtype = self.scale_dtype(spec).name
 
@@ -120,6 +120,9 @@ class MlxAffine:
         With the greatest code n, |edge| is at least n / 2 of the first scale. So q >= (n + 1) / 2, and the range is at
         most n q / (q - 1/2) <= n + 1 of the scale that is stored: the far end is cut off by at most one step.
         """
+        from loaders.quantization.kernels.compressed_tensors import fp4
+        from loaders.quantization.kernels.cpu import kernel_input
+
         group, dtype, top = self.group_size, self.scale_dtype(spec).name, (1 << self.bits) - 1
         scale, bias = (
             float(fp4.largest(kernel_input(stored.read(role, start // group, -(-stop // group)), dtype)))
@@ -130,12 +133,17 @@ class MlxAffine:
         return scale * (1 + 2 * top * u) + 2 * bias * u + (top + 1) * LEAST[dtype] + cast
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.mlx import affine
+
         packed, scales, biases = self._read(spec, stored, start, stop)
         affine.decode(packed, scales, biases, self.bits, self.group_size, out)
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.mlx import affine
+
         packed, scales, biases = self._read(spec, stored, start, stop)
         affine.compare(kernel_input(block, source), packed, scales, biases, self.bits, self.group_size, sums)
         return True
@@ -144,6 +152,8 @@ class MlxAffine:
         self, spec: TensorSpec, stored: Stored, start: int, stop: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the bytes of items [start, stop), and the raw scales and biases of their groups."""
+        from loaders.quantization.kernels.cpu import kernel_input
+
         group, dtype = self.group_size, self.scale_dtype(spec).name
         words = stored.read("weight", start * self.bits // 32, stop * self.bits // 32)
         scales, biases = (

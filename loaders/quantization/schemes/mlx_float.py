@@ -21,9 +21,6 @@ import numpy as np
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels.cpu import kernel_input
-from loaders.quantization.kernels.mlx import microfloat
-from loaders.quantization.kernels.mlx_device import MlxCoder
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work, fits
 from loaders.quantization.schemes.mlx_affine import SCALES
 from loaders.specs import StoredSpec, TensorSpec
@@ -57,6 +54,8 @@ class MlxFloat:
         scale of four steps or more by an eighth of itself; smaller scales are `error_floor`'s. mxfp8's E4M3 rounds a
         weight by at most 1/16 of it, or 2^-10 scales, where the largest weight is at least 224 scales.
         """
+        from loaders.quantization.kernels.mlx import microfloat
+
         if self.mode == "mxfp8":
             return 1 / 16 + 1e-4
         top, others = {"mxfp4": 3.0, "nvfp4": 5.25}[self.mode], self.group_size - 1
@@ -70,6 +69,8 @@ class MlxFloat:
 
         mxfp's are computed in the weights' dtype first: float16 rounds them to multiples of 2^-24.
         """
+        from loaders.quantization.kernels.mlx import microfloat
+
         if self.mode == "nvfp4":
             return 6 * 2.0**-10
         return microfloat.GREATEST[self.bits] * 2.0**-23
@@ -94,6 +95,9 @@ class MlxFloat:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.mlx_device import MlxCoder
+
         spec, group, bits = view.spec, self.group_size, self.bits
 
         def encode_range(start: int, stop: int) -> None:
@@ -113,6 +117,8 @@ class MlxFloat:
 
     def code(self, x: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> None:
         """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,), and scales, uint8 (n / group,)."""
+        from loaders.quantization.kernels.mlx import microfloat
+
         rows = microfloat.thresholds_of(self.mode) if self.bits == 4 else np.empty(0, np.int16)
         limits, values = microfloat.power_limits(), microfloat.scale_values(self.mode)
         greatest = np.float32(microfloat.GREATEST[self.bits])
@@ -133,12 +139,17 @@ class MlxFloat:
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
         """Return the grid of the stored scales, by which the codes were found."""
+        from loaders.quantization.kernels.mlx import microfloat
+
         scales = stored.read(SCALES, start // self.group_size, stop // self.group_size)
         return grids.symmetric(self.group_size, microfloat.scale_values(self.mode)[scales], *self._gaps)
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.mlx import microfloat
+
         group, values = self.group_size, microfloat.scale_values(self.mode)
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         scales = stored.read(SCALES, start // group, stop // group)
@@ -148,6 +159,8 @@ class MlxFloat:
         return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
+        from loaders.quantization.kernels.mlx import microfloat
+
         group = self.group_size
         scales = microfloat.scale_values(self.mode)[stored.read(SCALES, start // group, stop // group)]
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)

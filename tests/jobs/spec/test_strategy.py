@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import jobs.orchestration.preflight
 import jobs.orchestration.source_pass
 import loaders.backends
 from jobs.cli.compose import compose, take_apart
@@ -169,7 +168,7 @@ def test_jobs_of_a_sweep_share_one_reading_on_backends_of_their_own(
 def test_only_a_backend_that_may_store_other_bytes_is_another_job(
     weightmill: Callable[..., Ran], source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.orchestration.preflight, "kernels_of", lambda name: CpuKernels())
+    monkeypatch.setattr(loaders.backends, "kernels_of", lambda name: CpuKernels())
     keys = {}
     for backend in ("cpu", "cuda", "mps", "auto"):
         given = [*QUICK, f"model.path={source}", f"backend={backend}"]

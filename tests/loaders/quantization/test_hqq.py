@@ -14,9 +14,9 @@ from numba.core import types
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.hqq import decode, encode
+from loaders.quantization.kernels.hqq import decode
 from loaders.quantization.kernels.lanes import Array, Lanes, vector
-from loaders.quantization.schemes.hqq import Hqq
+from loaders.quantization.schemes.hqq import UPDATES, Hqq
 from tests.encoding import MemoryView, random
 
 EDGES = [0.0, -0.0, 65503.9, 65519.99, 65520.0, 7e4, 3e38, np.inf, -np.inf, np.nan, 2.0**-14, 2.0**-24, 2.0**-25, 1e-40]
@@ -59,11 +59,11 @@ def test_the_search_ends_one_update_past_the_one_whose_error_stopped_falling(bit
     scale = top / (high - low)
     zero = np.round(-low * scale) if bits == 4 else -low * scale
     means = []
-    for _ in range(encode.UPDATES):
+    for _ in range(UPDATES):
         codes = np.clip(np.round(groups * scale + zero), 0, top)
         means.append(np.abs(groups - (codes - zero) / scale).mean())
         zero = (codes - groups * scale).mean(1, keepdims=True)
-    wanted = next((i + 1 for i in range(1, encode.UPDATES) if not means[i] < means[i - 1] * (1 - 1e-7)), encode.UPDATES)
+    wanted = next((i + 1 for i in range(1, UPDATES) if not means[i] < means[i - 1] * (1 - 1e-7)), UPDATES)
     with Crew(1) as crew:
         found = scheme._updates(MemoryView(raw), ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     assert abs(found - wanted) <= 1  # float32 sums against float64's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,6 +26,19 @@ from tests.encoding import MemoryView
 from tests.making import Raw, weights
 
 DTYPES = ("BF16", "F16", "F32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_any_origin_are_one_type_to_the_compiler(dtype: str) -> None:
+    """So that a kernel is compiled once for a dtype, and not again where a file is read instead of mapped."""
+    from numba import typeof
+
+    bits = np.dtype({"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype])
+    data = bytes(8 * bits.itemsize + 1)
+    mapped, shifted = np.frombuffer(data, bits, 8), np.frombuffer(data, bits, 8, offset=1)
+    own = mapped.copy()
+    assert len({typeof(cpu.kernel_input(x, dtype)) for x in (mapped, shifted, own)}) == 1
+    assert own.flags.writeable
 
 
 def inputs(dtype: str) -> Raw:
@@ -260,3 +274,29 @@ def test_casts_round_as_torch_does(source: str, target: str) -> None:
     wanted = tensor.to(names[target])
     made = casts.cast(raw, source, target)
     assert np.array_equal(made, wanted.view(torch.uint16).numpy() if target == "BF16" else wanted.numpy())
+
+
+def test_a_kernel_is_compiled_anew_after_a_change_to_what_it_uses(tmp_path: Path) -> None:
+    """An upgrade changes files that kernels share, and leaves what numba had compiled before beside them."""
+    shutil.copytree(ROOT / "loaders", tmp_path / "loaders", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import numpy as np\n"
+        "from loaders.quantization.kernels.casts import cast\n"
+        "from loaders.quantization.kernels.compiling import compiling\n"
+        "told = []\n"
+        "with compiling(lambda: told.append(1)):\n"
+        "    cast(np.ones(8, np.float32), 'F32', 'BF16')\n"
+        "print(bool(told))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def compiles() -> bool:
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return ran.stdout == "True\n"
+
+    assert [compiles(), compiles()] == [True, False]
+    with (tmp_path / "loaders/quantization/kernels/lanes.py").open("a") as lanes:
+        lanes.write("# changed\n")
+    assert [compiles(), compiles()] == [True, False]

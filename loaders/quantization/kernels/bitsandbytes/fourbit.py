@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import thresholds
+from loaders.quantization.kernels.bitsandbytes.tables import FP4, FP4_ORDER, NF4, NF4_ORDER, ORDERS, VALUES
 from loaders.quantization.kernels.compare import Group, add_groups, add_slowly, settle, tile_size
 from loaders.quantization.kernels.lanes import (
     F32,
@@ -37,17 +38,6 @@ from loaders.quantization.kernels.lanes import (
 
 STEP = 32  # weights coded at once, as float32
 WIDE = 64  # bfloat16s coded at once, as 16-bit integers: see `encode_bf16`
-
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-_FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
-FP4 = (*_FP4, 0.0, *(-value for value in _FP4[1:]))
-# rank -> code. FP4's is torch.argsort(FP4), with its two zeros (codes 0 and 8) in the order that torch gives them.
-NF4_ORDER = tuple(range(16))
-FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,8 +62,7 @@ class Table:
 @cache
 def table(name: str) -> Table:
     """Return the table called "nf4" or "fp4"."""
-    values = np.array({"nf4": NF4, "fp4": FP4}[name], np.float32)
-    order = np.array(NF4_ORDER if name == "nf4" else FP4_ORDER, np.uint8)
+    values, order = np.array(VALUES[name], np.float32), np.array(ORDERS[name], np.uint8)
     ranked = values[order]
     bounds = ((ranked[:-1] + ranked[1:]) / np.float32(2)).astype(np.float32)
     # FP4 has a bound at zero, which tells the least positive bfloat16, 2^-133, from zero: its product with the inverse

@@ -22,12 +22,12 @@ from numba.core import types
 
 from loaders.quantization.kernels import casts, rounding, thresholds
 from loaders.quantization.kernels.compare import CHUNK, add_pairs
+from loaders.quantization.kernels.compressed_tensors.groups import MX_GROUP, NV_GROUP
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.mlx import microfloat
 from loaders.quantization.kernels.rounding import BATCH, GROUPS, STEP, float_of_bits, top_bits, top_bits_1, top_bits_16
 from loaders.quantization.kernels.thresholds import searches
 
-NV_GROUP, MX_GROUP = 16, 32  # weights that share a scale
 LEAST_SCALE = 0x20  # the code of 0.125, E4M3's eps in helpers.py's _get_dtype_eps, which replaces a scale of zero
 VALUES = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 # rank among the bounds of `mx_thresholds` -> code

@@ -13,6 +13,7 @@ from numba.core import types
 
 from loaders.quantization.kernels import rounding
 from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
+from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, prefetch, vector
 from loaders.quantization.kernels.rounding import (
     GROUPS,
@@ -25,7 +26,6 @@ from loaders.quantization.kernels.rounding import (
     top_bits_1,
 )
 
-BLOCK = 128  # rows and columns of a block
 TOP = np.float32(448)  # the greatest value of E4M3
 
 

@@ -40,7 +40,6 @@ from loaders.quantization.kernels.lanes import (
 LANES = 16  # groups side by side in a vector
 BATCH = 256  # groups solved together
 STRIDE = BATCH + LANES  # from row to row of a block; with a power of two, rows would share few places of the cache
-UPDATES = 20  # hqq's `iters`
 UNKNOWN = 255  # more than any number of updates
 SHRINKS = np.float32(0.17)  # errors up to this shrink to nothing: |e| > |e|^-0.3 / 10 from 0.1^(1 / 1.3) = 0.1701 on
 SMALLEST_RANGE, LARGEST_SCALE = np.float32(1e-4), np.float32(2e4)  # hqq's guards: small ranges, and float16's range
