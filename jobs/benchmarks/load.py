@@ -136,9 +136,13 @@ def _by_runai(folder: Path) -> list[Any]:
         return [tensor for _, tensor in streamer.get_tensors()]
 
 
-def _parts(weights: dict[str, Any]) -> Iterator[Any]:
-    for weight in weights.values():
-        yield from weight.tensors().values() if hasattr(weight, "tensors") else (weight,)
+def _parts(weights: dict[str, Any]) -> list[Any]:
+    """Return all tensors. A generator would free the weights at its end, and so within the time of the case."""
+    return [
+        part
+        for weight in weights.values()
+        for part in (weight.tensors().values() if hasattr(weight, "tensors") else (weight,))
+    ]
 
 
 def _ours(folder: Path, **settings: Any) -> list[Any]:
