@@ -18,7 +18,7 @@ What is followed:
   that are read for a header would hold its first bytes.
 - group_size: a typed word, or an attribute, key, argument or variable of a group size's name with the value.
 - errors: the tensor's `ErrorSums`, added to others or not, or one of the numbers that follow from it. The walk begins
-  where the unit gets it from `TensorEncoder.measure`; the files inside that are listed, and do not count.
+  where the unit gets it from `TensorEncoder.encode`; the files inside that are listed, and do not count.
 
 A function is on the walk of group_size or errors if the end is reached inside it; if it stores what is followed in one
 of its arguments; or if it gives it back, inside whatever else, to a function that is on the walk. So somebody who only
@@ -175,7 +175,7 @@ def walk_of_errors(folder: Path) -> Walk:
 
     with Watch(is_it, logs, first_end=False, slices=True) as watch:
         run(*arguments, "output.overwrite=true")
-    return watch.walk(after="TensorEncoder.measure")
+    return watch.walk(after="TensorEncoder.encode")
 
 
 def logs(frame: FrameType) -> bool:

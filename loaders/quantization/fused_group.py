@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from loaders.quantization.scheme import Scheme, Sharing, View, Work, fits
+from loaders.quantization.scheme import Scheme, Sharing, View, Work
 
 
 class FusedGroups:
@@ -15,10 +15,8 @@ class FusedGroups:
         self._schemes: dict[str, Scheme] = {}
         self._lock = threading.Lock()
 
-    def scheme_of(self, group: str, scheme: Scheme, views: Callable[[], Sequence[View]], work: Work) -> Scheme:
+    def scheme_of(self, group: str, scheme: Sharing, views: Callable[[], Sequence[View]], work: Work) -> Scheme:
         """The scheme, knowing what the group shares; `views` are those of all partners that it encodes."""
-        if not fits(scheme, Sharing):
-            return scheme
         with self._lock:  # a partner on another thread waits, rather than read the whole group a second time
             if group not in self._schemes:
                 self._schemes[group] = scheme.share(views(), work)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from loaders.clock import Clock
 from loaders.dtypes import DType, Shape
 from loaders.quantization.fused_group import FusedGroups
-from loaders.quantization.scheme import Scheme, Sink, Stored, View, Work
+from loaders.quantization.scheme import Scheme, Sharing, Sink, Stored, View, Work, fits
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, StoredSpec, TensorSpec
 from loaders.stats import ErrorSums
@@ -24,7 +24,7 @@ from loaders.tensors.repacked import holds_mxfp4, repack
 from loaders.tensors.views import StoredRoles, encoded_view, numbers_view, ordered_view, view_of
 
 if TYPE_CHECKING:
-    from loaders.quantization.one_trip import Parts
+    from loaders.quantization.measure import Parts
     from loaders.strategies import Reader  # all strategies, which settings and rules do without
 
 
@@ -89,8 +89,8 @@ class TensorEncoder:
     def encode(
         self, encoding: Encoding, parts: Parts, on_bytes: Callable[[int], None] = lambda count: None
     ) -> ErrorSums:
-        """Encode a tensor, write its parts, and return the error of what was stored: see `one_trip`."""
-        from loaders.quantization.one_trip import encode_and_measure  # kernels, which planning does without
+        """Encode a tensor, write its parts, and return the error of what was stored: see `measure`."""
+        from loaders.quantization.measure import encode_and_measure  # kernels, which planning does without
 
         if self._is_repacked(encoding):
             self._repack(encoding, parts)
@@ -142,7 +142,11 @@ class TensorEncoder:
     def _scheme(self, encoding: Encoding) -> Scheme:
         """Return the scheme, completed by what it shares over the tensor's fused group."""
         tensor, scheme = encoding.tensor, encoding.scheme
-        # The views are made by a function, since most schemes share nothing and never call it.
+        if not fits(scheme, Sharing):
+            return scheme
         partners = self._partners.get(tensor.group or "", [encoding])
-        views = lambda: [self._seen(each) for each in partners if each.scheme == scheme]  # noqa: E731
+
+        def views() -> list[View]:
+            return [self._seen(each) for each in partners if each.scheme == encoding.scheme]
+
         return self._shared.scheme_of(tensor.group or tensor.name, scheme, views, self._work)

@@ -45,9 +45,9 @@ def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> Non
             used.append(together.budget.used)
             yield
 
-    def run(self: Any, body: Any, start: int, stop: int) -> Any:
+    def run(self: Any, *work: Any) -> Any:
         threads.add(threading.current_thread().name)
-        return honest_run(self, body, start, stop)
+        return honest_run(self, *work)
 
     monkeypatch.setattr(together.budget, "hold", hold)
     monkeypatch.setattr(loaders.backends.threads.ThreadedWork, "_run", run)
