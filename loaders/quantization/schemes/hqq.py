@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
 from loaders.errors import VerifyFailed
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
@@ -237,14 +237,10 @@ class Hqq:
         groups, count = self.layout(view.spec).groups, last - first
         if count == groups:
             return kernel_input(view.read(0, size * groups), dtype), (1, count)
-        gathered: np.ndarray | None = None
+        gathered = work.array("gathered", size * count, storage_of(view.spec.dtype))
         for k in range(size):
-            row = kernel_input(view.read(k * groups + first, k * groups + last), dtype)
-            if gathered is None:
-                gathered = work.array("gathered", size * count, row.dtype)
-            gathered[k * count : (k + 1) * count] = row
-        assert gathered is not None
-        return gathered, (1, count)
+            gathered[k * count : (k + 1) * count] = view.read(k * groups + first, k * groups + last)
+        return kernel_input(gathered, dtype), (1, count)
 
     def _solve(self, x: np.ndarray, stride: tuple[int, int], found: Kept, errors: np.ndarray) -> None:
         from loaders.quantization.kernels.hqq import solver
