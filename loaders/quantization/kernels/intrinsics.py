@@ -1,4 +1,4 @@
-"""Small functions that kernels of any scheme call: 16-bit floats one at a time, aligned memory, transposes, prefetches."""
+"""Small functions that kernels of any scheme call: 16-bit floats one by one, aligned memory, transposes, prefetches."""
 
 from __future__ import annotations
 
