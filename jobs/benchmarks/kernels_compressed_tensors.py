@@ -11,7 +11,7 @@ import numpy as np
 
 from jobs.benchmarks.timing import Case, on_threads
 from loaders.quantization.kernels import casts, compare
-from loaders.quantization.kernels.compressed_tensors import fp4, fp8, packed_int
+from loaders.quantization.kernels.compressed_tensors import fp4, fp8, int8, packed_int
 from loaders.quantization.schemes.compressed_tensors_int import EPS
 
 PEERS = ("w4a16", "w8a16", "w4a16_asym", "fp8_dynamic", "w8a8", "fp8_block", "nvfp4a16", "mxfp4a16")
@@ -94,7 +94,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("w4a16_asym, bf16", whole(asymmetric))
     yield Case("fp8_dynamic, bf16", whole(by_row(fp8.encode_rows)))
     yield Case("fp8_dynamic decode + compare (measuring)", whole(compare_float8), after="fp8_dynamic, bf16")
-    yield Case("w8a8, bf16", whole(by_row(packed_int.encode_rows)))
+    yield Case("w8a8, bf16", whole(by_row(int8.encode_rows)))
     yield Case("fp8_block, bf16", whole(blocks))
     yield Case("nvfp4a16, bf16", whole(nvfp4))
     yield Case("mxfp4a16, bf16", whole(mxfp4))

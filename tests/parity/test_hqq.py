@@ -15,7 +15,7 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES
 from loaders.places import DEMO
-from loaders.quantization.kernels.hqq import encode as hqq_kernels
+from loaders.quantization.kernels.hqq import solver
 from loaders.quantization.schemes.hqq import Hqq
 from tests.encoding import MemorySink, MemoryView
 from tests.making import Raw, read_safetensors
@@ -154,8 +154,8 @@ def test_zeros_after_each_update_are_hqqs_to_the_last_bit(axis: int, group_size:
     strides = (group_size, 1) if axis == 1 else (1, groups)
     for update in range(1, 6):
         _, _, zero, _ = step(values, scale, zero, [0, 15], 10.0, 0.7, axis)
-        mine[2][:] = hqq_kernels.UNKNOWN
-        hqq_kernels.solve(x, *strides, group_size, np.float32(15), True, 1024, *mine, np.zeros((1, update)))
+        mine[2][:] = solver.UNKNOWN
+        solver.solve(x, *strides, group_size, np.float32(15), True, 1024, *mine, np.zeros((1, update)))
         assert np.array_equal(mine[0], scale.numpy().reshape(-1))
         assert np.array_equal(mine[1], zero.numpy().reshape(-1))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from loaders.quantization.kernels import bitnet, casts, compare
-from loaders.quantization.kernels.bitsandbytes import fourbit
+from loaders.quantization.kernels.bitsandbytes import fourbit, tables
 
 
 def kernel_input(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -27,7 +27,7 @@ class CpuKernels:
     def encode_fourbit(
         self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray
     ) -> None:
-        code, is_fp4 = fourbit.table(table), table == "fp4"
+        code, is_fp4 = tables.table(table), table == "fp4"
         x = kernel_input(x, dtype)
         if dtype == "BF16" and group % fourbit.WIDE == 0:
             fourbit.encode_bf16(
@@ -67,9 +67,9 @@ class CpuKernels:
     def encode_scaled_rows(
         self, x: np.ndarray, dtype: str, kind: str, columns: int, eps: np.float32, codes: np.ndarray, scales: np.ndarray
     ) -> None:
-        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+        from loaders.quantization.kernels.compressed_tensors import fp8, int8
 
-        encode = fp8.encode_rows if kind == "float" else packed_int.encode_rows
+        encode = fp8.encode_rows if kind == "float" else int8.encode_rows
         encode(kernel_input(x, dtype), columns, eps, codes, scales)
 
     def encode_affine(

@@ -147,7 +147,7 @@ class Bnb4:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
-        from loaders.quantization.kernels.bitsandbytes import fourbit
+        from loaders.quantization.kernels.bitsandbytes import fourbit, tables
 
         spec, group = view.spec, self.group_size
         whole = spec.numel // group * group
@@ -165,7 +165,7 @@ class Bnb4:
         last = np.empty(0, np.float32)
         if whole < spec.numel:
             tail = casts.to_float32(view.read(whole, spec.numel), spec.dtype.name)
-            packed, top = fourbit.encode_tail(tail, fourbit.table(self.table))
+            packed, top = fourbit.encode_tail(tail, tables.table(self.table))
             sink.write("weight", whole // 2, packed)
             last = np.array([top], np.float32)
             total += float(top)
@@ -218,19 +218,19 @@ class Bnb4:
         return self.group_size * (dynamic_map.GROUP if self.double_quant else 1)
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        from loaders.quantization.kernels.bitsandbytes import fourbit
+        from loaders.quantization.kernels.bitsandbytes import fourbit, tables
 
         codes, absmax = self._read(spec, stored, start, stop)
         group, whole = self.group_size, (stop - start) // self.group_size * self.group_size
         fourbit.decode(codes[: whole // 2], absmax[: whole // group], group, self.table == "fp4", out[:whole])
         if whole < stop - start:
-            fourbit.decode_tail(codes[whole // 2 :], absmax[-1], fourbit.table(self.table), out[whole:])
+            fourbit.decode_tail(codes[whole // 2 :], absmax[-1], tables.table(self.table), out[whole:])
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
         from loaders.quantization.kernels import compare
-        from loaders.quantization.kernels.bitsandbytes import fourbit
+        from loaders.quantization.kernels.bitsandbytes import fourbit, tables
         from loaders.quantization.kernels.cpu import kernel_input
 
         codes, absmax = self._read(spec, stored, start, stop)
@@ -239,7 +239,7 @@ class Bnb4:
         fourbit.compare(x[:whole], codes[: whole // 2], absmax[: whole // group], group, self.table == "fp4", sums)
         if whole < stop - start:
             tail = np.empty(stop - start - whole, np.float32)
-            fourbit.decode_tail(codes[whole // 2 :], absmax[-1], fourbit.table(self.table), tail)
+            fourbit.decode_tail(codes[whole // 2 :], absmax[-1], tables.table(self.table), tail)
             compare.compare(x[whole:], tail, sums)
         return True
 

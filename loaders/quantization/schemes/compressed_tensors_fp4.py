@@ -118,11 +118,11 @@ class CompressedNvfp4:
         It is cut off where its scale was rounded down: by a sixteenth of 6 scales and roundings, which is less than
         one; and by 6 * 2^-10 where E4M3's gaps are 2^-9.
         """
-        from loaders.quantization.kernels.mlx import microfloat
+        from loaders.quantization.kernels.mlx import microfloat_scales
 
         group, whole = NV_GROUP, abs(float(stored.read("weight_global_scale", 0, 1)[0]))
         scales = stored.read("weight_scale", start // group, -(-stop // group)) & np.uint8(0x7F)
-        largest = float(microfloat.e4m3_table()[scales.max(initial=0)])
+        largest = float(microfloat_scales.e4m3_table()[scales.max(initial=0)])
         return (largest * 1.1 + 6 * 2.0**-10) / whole * (1 + 2**-6) + UNDERFLOW * (spec.dtype.name == "F16")
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
@@ -227,11 +227,11 @@ class CompressedMxfp4:
 
     def greatest_error(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> float:
         """One scale: half of E2M1's widest gap, and what a largest weight, which is below 7 scales, is cut off."""
-        from loaders.quantization.kernels.mlx import microfloat
+        from loaders.quantization.kernels.mlx import microfloat_scales
 
         group = MX_GROUP
         scales = stored.read("weight_scale", start // group, -(-stop // group))
-        largest = float(microfloat.power_values(scales.max(initial=0, keepdims=True))[0])
+        largest = float(microfloat_scales.power_values(scales.max(initial=0, keepdims=True))[0])
         return largest * (1 + 2**-4) + 6 * UNDERFLOW * (spec.dtype.name == "F16")
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:

@@ -4,7 +4,7 @@ Shapes: R rows, C columns. By role:
     weight         F8_E4M3 or int8 (R, C)
     weight_scale   (R, 1), in the weights' dtype
 The engine quantizes activations as it runs, a token at a time. Bytes are those of compressed-tensors 0.20 and of
-llm-compressor's model_free_ptq; see kernels/compressed_tensors/fp8.py and packed_int.py.
+llm-compressor's model_free_ptq; see kernels/compressed_tensors/fp8.py and int8.py.
 """
 
 from __future__ import annotations
@@ -94,20 +94,20 @@ class RowScaled:
         return spec.shape[1]
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+        from loaders.quantization.kernels.compressed_tensors import fp8, int8
 
         columns, scales = spec.shape[1], self._scales(spec, stored, start, stop)
-        decode_rows = fp8.decode_rows if self.type == "float" else packed_int.decode_rows
+        decode_rows = fp8.decode_rows if self.type == "float" else int8.decode_rows
         decode_rows(stored.read("weight", start, stop), columns, scales, out)
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
-        from loaders.quantization.kernels.compressed_tensors import fp8, packed_int
+        from loaders.quantization.kernels.compressed_tensors import fp8, int8
         from loaders.quantization.kernels.cpu import kernel_input
 
         x, columns, scales = kernel_input(block, source), spec.shape[1], self._scales(spec, stored, start, stop)
-        compare_rows = fp8.compare_rows if self.type == "float" else packed_int.compare_rows
+        compare_rows = fp8.compare_rows if self.type == "float" else int8.compare_rows
         compare_rows(x, stored.read("weight", start, stop), columns, scales, sums)
         return True
 

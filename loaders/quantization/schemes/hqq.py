@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
 from loaders.errors import VerifyFailed
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
@@ -63,7 +63,7 @@ class Kept:
     """What the first pass found for some groups: scales, zeros, and whether more updates moved a zero further."""
 
     def __init__(self, scales: np.ndarray, zeros: np.ndarray, moved: np.ndarray) -> None:
-        """Hold arrays of encode.solve: float32, float32 and uint8 (groups,)."""
+        """Hold arrays of solver.solve: float32, float32 and uint8 (groups,)."""
         self.arrays = scales, zeros, moved
 
     def part(self, first: int, last: int) -> Kept:
@@ -170,12 +170,12 @@ class Hqq:
     # --- encoding
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
-        from loaders.quantization.kernels.hqq import encode
+        from loaders.quantization.kernels.hqq import solver
 
         groups = self.layout(view.spec).groups
         kept = None
         if groups <= KEPT:
-            unknown = np.full(groups, encode.UNKNOWN, np.uint8)
+            unknown = np.full(groups, solver.UNKNOWN, np.uint8)
             kept = Kept(np.empty(groups, np.float32), np.empty(groups, np.float32), unknown)
         updates = self._updates(view, work, kept)
         if self.axis == 1:
@@ -209,11 +209,11 @@ class Hqq:
 
     def _scratch(self, work: Work, count: int) -> Kept:
         """Return memory of this thread for what is found for `count` groups; no zero in it is known yet."""
-        from loaders.quantization.kernels.hqq import encode
+        from loaders.quantization.kernels.hqq import solver
 
         scales, zeros = (work.array(name, count, np.float32) for name in ("scales", "zeros"))
         moved = work.array("moved", count, np.uint8)
-        moved[:] = encode.UNKNOWN
+        moved[:] = solver.UNKNOWN
         return Kept(scales, zeros, moved)
 
     def _sweep(self, work: Work, groups: int, align: int, body: Callable[[int, int], Any]) -> list[Any]:
@@ -237,19 +237,15 @@ class Hqq:
         groups, count = self.layout(view.spec).groups, last - first
         if count == groups:
             return kernel_input(view.read(0, size * groups), dtype), (1, count)
-        gathered: np.ndarray | None = None
+        gathered = work.array("gathered", size * count, storage_of(view.spec.dtype))
         for k in range(size):
-            row = kernel_input(view.read(k * groups + first, k * groups + last), dtype)
-            if gathered is None:
-                gathered = work.array("gathered", size * count, row.dtype)
-            gathered[k * count : (k + 1) * count] = row
-        assert gathered is not None
-        return gathered, (1, count)
+            gathered[k * count : (k + 1) * count] = view.read(k * groups + first, k * groups + last)
+        return kernel_input(gathered, dtype), (1, count)
 
     def _solve(self, x: np.ndarray, stride: tuple[int, int], found: Kept, errors: np.ndarray) -> None:
-        from loaders.quantization.kernels.hqq import encode
+        from loaders.quantization.kernels.hqq import solver
 
-        encode.solve(x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, TILE, *found.arrays, errors)
+        solver.solve(x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, TILE, *found.arrays, errors)
 
     def _solved(
         self, x: np.ndarray, stride: tuple[int, int], first: int, found: Kept, updates: int, spec: TensorSpec,
@@ -269,7 +265,7 @@ class Hqq:
 
     def _encode_rows(self, view: View, sink: Sink, work: Work, updates: int, kept: Kept | None) -> None:
         """Encode where groups are rows (axis=1): an item of W_q holds codes of distant groups."""
-        from loaders.quantization.kernels.hqq import encode
+        from loaders.quantization.kernels.hqq import batch, encode
 
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
@@ -288,11 +284,11 @@ class Hqq:
                 encode.code_rows(x, size, scales, zeros, np.float32(self.top), shift, packed)
             sink.write("W_q", first * size, packed)
 
-        self._sweep(work, layout.packed_rows, encode.LANES, pack)
+        self._sweep(work, layout.packed_rows, batch.LANES, pack)
 
     def _encode_columns(self, view: View, sink: Sink, work: Work, updates: int, kept: Kept | None) -> None:
         """Encode where groups are columns (axis=0): an item of W_q holds codes of one group."""
-        from loaders.quantization.kernels.hqq import encode
+        from loaders.quantization.kernels.hqq import batch, encode
 
         spec, size, layout = view.spec, self.group_size, self.layout(view.spec)
         item = np.int32 if self.bits == 3 else np.uint8
@@ -312,7 +308,7 @@ class Hqq:
             for row in range(layout.packed_rows):
                 sink.write("W_q", row * layout.groups + first, packed[row * count : (row + 1) * count])
 
-        self._sweep(work, layout.groups, encode.LANES, pack)
+        self._sweep(work, layout.groups, batch.LANES, pack)
 
     # --- decoding
 

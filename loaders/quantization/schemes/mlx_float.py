@@ -69,11 +69,11 @@ class MlxFloat:
 
         mxfp's are computed in the weights' dtype first: float16 rounds them to multiples of 2^-24.
         """
-        from loaders.quantization.kernels.mlx import microfloat
+        from loaders.quantization.kernels.mlx import microfloat_scales
 
         if self.mode == "nvfp4":
             return 6 * 2.0**-10
-        return microfloat.GREATEST[self.bits] * 2.0**-23
+        return microfloat_scales.GREATEST[self.bits] * 2.0**-23
 
     def refuses(self, spec: TensorSpec) -> str | None:
         if spec.dtype.name not in WEIGHT_DTYPES:
@@ -117,11 +117,11 @@ class MlxFloat:
 
     def code(self, x: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> None:
         """Code whole groups of raw weights (n,) into packed, uint8 (n * bits / 8,), and scales, uint8 (n / group,)."""
-        from loaders.quantization.kernels.mlx import microfloat
+        from loaders.quantization.kernels.mlx import microfloat, microfloat_scales
 
         rows = microfloat.thresholds_of(self.mode) if self.bits == 4 else np.empty(0, np.int16)
-        limits, values = microfloat.power_limits(), microfloat.scale_values(self.mode)
-        greatest = np.float32(microfloat.GREATEST[self.bits])
+        limits, values = microfloat_scales.power_limits(), microfloat_scales.scale_values(self.mode)
+        greatest = np.float32(microfloat_scales.GREATEST[self.bits])
         microfloat.encode(x, self.group_size, self.bits, greatest, limits, values, rows, packed, scales)
 
     def range_align(self, spec: TensorSpec) -> int:
@@ -139,18 +139,18 @@ class MlxFloat:
 
     def grid(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> Grid:
         """Return the grid of the stored scales, by which the codes were found."""
-        from loaders.quantization.kernels.mlx import microfloat
+        from loaders.quantization.kernels.mlx import microfloat_scales
 
         scales = stored.read(SCALES, start // self.group_size, stop // self.group_size)
-        return grids.symmetric(self.group_size, microfloat.scale_values(self.mode)[scales], *self._gaps)
+        return grids.symmetric(self.group_size, microfloat_scales.scale_values(self.mode)[scales], *self._gaps)
 
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
         from loaders.quantization.kernels.cpu import kernel_input
-        from loaders.quantization.kernels.mlx import microfloat
+        from loaders.quantization.kernels.mlx import microfloat, microfloat_scales
 
-        group, values = self.group_size, microfloat.scale_values(self.mode)
+        group, values = self.group_size, microfloat_scales.scale_values(self.mode)
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         scales = stored.read(SCALES, start // group, stop // group)
         top, half, floor, slope = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
@@ -159,10 +159,10 @@ class MlxFloat:
         return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
-        from loaders.quantization.kernels.mlx import microfloat
+        from loaders.quantization.kernels.mlx import microfloat, microfloat_scales
 
         group = self.group_size
-        scales = microfloat.scale_values(self.mode)[stored.read(SCALES, start // group, stop // group)]
+        scales = microfloat_scales.scale_values(self.mode)[stored.read(SCALES, start // group, stop // group)]
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         if self.bits == 4:
             microfloat.decode_e2m1(codes, scales, group, out)

@@ -14,6 +14,8 @@ import loaders.backends.threads
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES, GGML_BLOCKS
+from loaders.quantization.kernels.ggml.decode import DECODERS
+from loaders.quantization.kernels.ggml.encode import ENCODERS
 from loaders.quantization.schemes.ggml import TYPES, Ggml
 from loaders.specs import TensorSpec
 from tests import reference
@@ -22,6 +24,10 @@ from tests.making import Raw, values_of, weights
 from tests.quick import some_quick
 
 BLOCKS = sorted(GGML_BLOCKS)
+
+
+def test_every_block_type_has_an_encoder_and_a_decoder() -> None:
+    assert set(ENCODERS) == set(DECODERS) == set(GGML_BLOCKS)
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit
+from numba import njit, typeof
 from numba.core import types
 
 from loaders.backends import kernels_of
@@ -17,7 +17,7 @@ from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.hqq import decode
 from loaders.quantization.kernels.lanes import Array, Lanes, vector
 from loaders.quantization.schemes.hqq import UPDATES, Hqq
-from tests.encoding import MemoryView, random
+from tests.encoding import DTYPE_NAMES, MemoryView, random
 
 EDGES = [0.0, -0.0, 65503.9, 65519.99, 65520.0, 7e4, 3e38, np.inf, -np.inf, np.nan, 2.0**-14, 2.0**-24, 2.0**-25, 1e-40]
 
@@ -48,6 +48,19 @@ def test_values_round_to_the_compute_dtype_as_casts_do(dtype: str) -> None:
     assert np.array_equal(found, wanted, equal_nan=True)
     numbers = ~np.isnan(wanted)
     assert np.array_equal(np.signbit(found[numbers]), np.signbit(wanted[numbers]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPE_NAMES, "F64"])
+def test_weights_of_one_dtype_reach_the_kernels_as_arrays_of_one_type(dtype: str) -> None:
+    """Whichever way they are read: for each type of its arguments, numba compiles a kernel anew."""
+    raw = random((64, 96), dtype)
+    with Crew(1) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
+        found = {
+            typeof(Hqq(axis=axis)._groups(MemoryView(raw), first, last, work)[0])  # type: ignore[arg-type]
+            for axis, first, last in ((1, 0, 8), (0, 0, 96), (0, 8, 24))
+        }
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("bits", [4, 2])

@@ -19,7 +19,7 @@ from loaders.quantization.grid import symmetric_terms
 from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit
 from loaders.quantization.kernels.lanes import host_has
-from loaders.quantization.kernels.mlx import affine, microfloat
+from loaders.quantization.kernels.mlx import affine, microfloat, microfloat_scales
 from loaders.quantization.schemes.bitnet import total_magnitude
 from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from tests.encoding import MemoryView
@@ -107,7 +107,7 @@ def results() -> dict[str, bytes]:
             codes, small = np.empty(x.size * bits // 8, np.uint8), np.empty(x.size // group, np.uint8)
             MlxFloat(mode).code(x, codes, small)
             found[f"{dtype} {mode}"] = codes.tobytes() + small.tobytes()
-            sums, values = compare.new_sums(), microfloat.scale_values(mode)
+            sums, values = compare.new_sums(), microfloat_scales.scale_values(mode)
             terms = symmetric_terms(6, 0.25, 0.1875, False)
             microfloat.compare(x, codes, small, values, group, bits, *terms, sums)
             found[f"{dtype} {mode} sums"] = sums.tobytes()

@@ -12,92 +12,18 @@ NF4: Dettmers et al. 2023, QLoRA, arXiv:2305.14314. FP4's code is a sign, two ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import thresholds
-from loaders.quantization.kernels.bitsandbytes.tables import FP4, FP4_ORDER, NF4, NF4_ORDER, ORDERS, VALUES
+from loaders.quantization.kernels.bitsandbytes.tables import FP4, FP4_ORDER, NF4, NF4_ORDER, Table
 from loaders.quantization.kernels.compare import Group, add_groups, add_slowly, settle, tile_size
-from loaders.quantization.kernels.lanes import (
-    F32,
-    I8,
-    I16,
-    I32,
-    Array,
-    Lanes,
-    Value,
-    bf16_value,
-    host_has,
-    kernel,
-    vector,
-)
+from loaders.quantization.kernels.intrinsics import bf16_value
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, host_has, kernel, vector
 
 STEP = 32  # weights coded at once, as float32
 WIDE = 64  # bfloat16s coded at once, as 16-bit integers: see `encode_bf16`
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Table:
-    """A sixteen-value code, and what finds codes by it.
-
-    values: float32 (16,), by code. bounds: float32 (16,), the fifteen midpoints in rising order and a spare that is
-    never exceeded. order: uint8 (16,), rank -> code. rows, directions, lowest, highest: the bounds among bfloat16 bits,
-    see `_thresholds`; they hold for groups whose largest magnitude has bits in [lowest, highest].
-    """
-
-    name: str
-    values: np.ndarray
-    bounds: np.ndarray
-    order: np.ndarray
-    rows: np.ndarray
-    directions: np.ndarray
-    lowest: int
-    highest: int
-
-
-@cache
-def table(name: str) -> Table:
-    """Return the table called "nf4" or "fp4"."""
-    values, order = np.array(VALUES[name], np.float32), np.array(ORDERS[name], np.uint8)
-    ranked = values[order]
-    bounds = ((ranked[:-1] + ranked[1:]) / np.float32(2)).astype(np.float32)
-    # FP4 has a bound at zero, which tells the least positive bfloat16, 2^-133, from zero: its product with the inverse
-    # of the largest magnitude must not round to zero, so that is at most 2^16. Without such a bound 2^125 will do.
-    highest = 0x4780 if 0.0 in bounds else 0x7E00
-    return Table(
-        name=name,
-        values=values,
-        bounds=np.append(bounds, np.float32(3e38)).astype(np.float32),
-        order=order,
-        rows=_thresholds(bounds),
-        directions=np.append(np.sign(bounds), 0).astype(np.int16),
-        lowest=0x0D80,  # 2^-100, which keeps all thresholds far above the subnormal numbers, whose steps do not scale
-        highest=highest,
-    )
-
-
-def _thresholds(bounds: np.ndarray) -> np.ndarray:
-    """Find the bounds among bfloat16 bits: int16 (128, 16), a row for each mantissa of the group's largest magnitude.
-
-    fl(x * inverse) rises with x, so that "above bound i" means exactly "above the last x whose product is not above
-    it". bfloat16s sort as the integers of `sortable` do, which are their bits with all but the sign flipped where the
-    sign is set. Row m is computed for a largest magnitude of 1 + m/128. For another exponent all thresholds move by
-    whole exponents, (exponent - 127) << 7, away from zero: `directions` holds their signs.
-    """
-    sortable = np.arange(-32768, 32768).astype(np.int16)
-    bits = np.where(sortable < 0, sortable ^ 0x7FFF, sortable).astype(np.uint16)
-    values = (bits.astype(np.uint32) << 16).view(np.float32)
-    near = np.abs(values) <= 2
-    rows = np.full((128, 16), 0x7FFF, np.int16)
-    for mantissa in range(128):
-        inverse = np.float32(1) / np.float32(1 + mantissa / 128)
-        last = np.searchsorted(values[near] * inverse, bounds, side="right") - 1
-        rows[mantissa, :15] = sortable[near][last]
-    return rows
 
 
 # --- encoding

@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels.compare import CHUNK, add_pairs
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, prefetch, vector
+from loaders.quantization.kernels.intrinsics import prefetch
+from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
 
 STEP = 64  # weights coded at once
 LANES = 16  # weights rounded at once

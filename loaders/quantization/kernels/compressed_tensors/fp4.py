@@ -24,7 +24,7 @@ from loaders.quantization.kernels import casts, rounding, thresholds
 from loaders.quantization.kernels.compare import CHUNK, add_pairs
 from loaders.quantization.kernels.compressed_tensors.groups import MX_GROUP, NV_GROUP
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
-from loaders.quantization.kernels.mlx import microfloat
+from loaders.quantization.kernels.mlx import microfloat, microfloat_scales
 from loaders.quantization.kernels.rounding import BATCH, GROUPS, STEP, float_of_bits, top_bits, top_bits_1, top_bits_16
 from loaders.quantization.kernels.thresholds import searches
 
@@ -108,7 +108,7 @@ def mx_thresholds() -> np.ndarray:
     Of two codes as near, the even one is taken. Between them is a bound at zero, since the sign of a weight is stored
     even where it rounds to zero.
     """
-    scales = np.repeat(microfloat.power_values(np.arange(256)), 15)
+    scales = np.repeat(microfloat_scales.power_values(np.arange(256)), 15)
     middles = np.tile([*reversed(microfloat.MIDDLES), 0, *microfloat.MIDDLES], 256).astype(np.float32)
     is_even = np.tile([*([True, False] * 4)[:7], True, *([True, False] * 4)[:7]], 256)  # of the lesser code beside it
     is_negative = np.tile([True] * 7 + [False] * 8, 256)

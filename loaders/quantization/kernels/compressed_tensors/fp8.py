@@ -14,7 +14,8 @@ from numba.core import types
 from loaders.quantization.kernels import rounding
 from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
 from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
-from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, prefetch, vector
+from loaders.quantization.kernels.intrinsics import prefetch
+from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.rounding import (
     GROUPS,
     STEP,

@@ -1,4 +1,4 @@
-"""Integer codes by group or by row, as compressed-tensors computes them: every operation in the weights' dtype.
+"""Integer codes by group, packed, as compressed-tensors computes them: every operation in the weights' dtype.
 
 Symmetric:  scale = amax / ((2^bits - 1) / 2);  code = clamp(round(w / scale), -2^(bits-1), 2^(bits-1) - 1)
 Asymmetric, four bits:  low = min(w, 0), high = max(w, 0);  scale = (high - low) / 15;
@@ -25,23 +25,19 @@ from loaders.quantization.kernels import rounding
 from loaders.quantization.kernels.compare import (
     Group,
     add_groups,
-    add_pairs,
     add_slowly,
     float_at,
     settle,
     tile_size,
 )
-from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
+from loaders.quantization.kernels.intrinsics import prefetch
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.rounding import (
     BATCH,
     GROUPS,
     STEP,
-    float_of_bits,
-    quick_inverse,
-    quotient_like,
     symmetric_scales,
     top_bits,
-    top_bits_1,
 )
 
 
@@ -50,7 +46,7 @@ def _quotients(lanes: Lanes, x: Array, at: Value, scale: Value, count: int) -> V
     return rounding.like(lanes, x, lanes.b.fdiv(lanes.floats(x, at, count), lanes.splat(scale, count)))
 
 
-def _code(lanes: Lanes, x: Array, at: Value, scale: Value, bits: int, count: int) -> Value:
+def codes_of(lanes: Lanes, x: Array, at: Value, scale: Value, bits: int, count: int) -> Value:
     """Return the symmetric codes of `count` weights, as signed int32 lanes."""
     half = 1 << (bits - 1)
     return rounding.to_integers(lanes, _quotients(lanes, x, at, scale, count), -half, half - 1)
@@ -58,13 +54,13 @@ def _code(lanes: Lanes, x: Array, at: Value, scale: Value, bits: int, count: int
 
 @vector(types.void)
 def _pack_4(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
-    codes = lanes.op("add", _code(lanes, x, at, scale, 4, STEP), 8)
+    codes = lanes.op("add", codes_of(lanes, x, at, scale, 4, STEP), 8)
     rounding.store_nibbles(lanes, codes, packed, lanes.op("lshr", at, 1))
 
 
 @vector(types.void)
 def _pack_8(lanes: Lanes, x: Array, at: Value, scale: Value, packed: Array) -> None:
-    rounding.store_bytes(lanes, lanes.op("add", _code(lanes, x, at, scale, 8, STEP), 128), packed, at)
+    rounding.store_bytes(lanes, lanes.op("add", codes_of(lanes, x, at, scale, 8, STEP), 128), packed, at)
 
 
 @vector(types.void)
@@ -77,7 +73,7 @@ def _pack_4_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Arr
         rounding.store_nibble_pairs(lanes, codes[0], codes[1], packed, lanes.op("lshr", at, 1))
 
 
-def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out: Array) -> None:
+def store_quick_bytes(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out: Array) -> None:
     """Code STEP bfloat16s into a byte each, plus `shift`."""
     if x.holds == types.uint16:
         codes = [
@@ -89,12 +85,7 @@ def _quick_8(lanes: Lanes, x: Array, at: Value, inverse: Value, shift: int, out:
 
 @vector(types.void)
 def _pack_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, packed: Array) -> None:
-    _quick_8(lanes, x, at, inverse, 128, packed)
-
-
-@vector(types.void)
-def _plain_8_quick(lanes: Lanes, x: Array, at: Value, inverse: Value, out: Array) -> None:
-    _quick_8(lanes, x, at, inverse, 0, out)
+    store_quick_bytes(lanes, x, at, inverse, 128, packed)
 
 
 @vector(types.void)
@@ -113,16 +104,6 @@ def _pack_zero(lanes: Lanes, x: Array, at: Value, scale: Value, zero: Value, pac
     shifted = lanes.b.fadd(_quotients(lanes, x, at, scale, STEP), lanes.splat(zero, STEP))
     codes = rounding.to_integers(lanes, rounding.like(lanes, x, shifted), -8, 7)
     rounding.store_nibbles(lanes, lanes.op("add", codes, 8), packed, lanes.op("lshr", at, 1))
-
-
-@vector(types.void)
-def _plain_8(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
-    rounding.store_bytes(lanes, _code(lanes, x, at, scale, 8, STEP), out, at)
-
-
-@vector(types.void)
-def _plain_8_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> None:
-    rounding.store_bytes(lanes, _code(lanes, x, at, scale, 8, 1), out, at)
 
 
 @vector(types.void)
@@ -231,32 +212,6 @@ def encode_zero(x, group, eps, packed, scales, zeros):  # type: ignore[no-untype
             else:
                 for at in range(start, start + group, STEP):
                     _pack_zero(x, at, scale, zero, packed)
-
-
-@kernel
-def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
-    """Find symmetric codes of eight bits, a scale a row. x: (rows * columns,); scales: float32 (rows,), as above.
-
-    out: the bits of int8 codes, as uint8 (rows * columns,).
-    """
-    for r in range(scales.size):
-        start, stop = r * columns, (r + 1) * columns
-        whole = start + columns // STEP * STEP
-        top = top_bits(x, start, whole)
-        for at in range(whole, stop):
-            top = max(top, top_bits_1(x, at))
-        scale = quotient_like(x, float_of_bits(x, top), np.float32(127.5))
-        scale = eps if scale == 0 else scale
-        scales[r] = scale
-        inverse = quick_inverse(x, scale)
-        for at in range(start, whole, STEP):
-            prefetch(x, at + columns, at + columns + STEP)
-            if inverse:
-                _plain_8_quick(x, at, inverse, out)
-            else:
-                _plain_8(x, at, scale, out)
-        for at in range(whole, stop):
-            _plain_8_one(x, at, scale, out)
 
 
 def pack_zeros(zeros: np.ndarray) -> np.ndarray:
@@ -407,37 +362,6 @@ def decode_any(packed, bits, columns, group, scales, shifts, out):  # type: igno
             code = (packed[r * row_bytes + at // 8] >> (at % 8)) & mask
             g = c // group
             out[r * columns + c] = (np.float32(code) - shifts[r, g]) * scales[r, g]
-
-
-@vector(types.void)
-def _plain_values(lanes: Lanes, codes: Array, at: Value, scale: Value, out: Array) -> None:
-    wide = lanes.b.sext(lanes.load(codes, at, STEP), ir.VectorType(I32, STEP))
-    values = lanes.b.sitofp(wide, rounding.floats(wide))
-    lanes.store(lanes.b.fmul(values, lanes.splat(scale, STEP)), out, at)
-
-
-@kernel
-def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
-    """Multiply int8 codes by their row's scale. codes: int8 (rows * columns,); scales: raw (rows,)."""
-    for r in range(scales.size):
-        start, stop, scale = r * columns, (r + 1) * columns, float_at(scales, r)
-        whole = start + columns // STEP * STEP
-        for at in range(start, whole, STEP):
-            _plain_values(codes, at, scale, out)
-        for at in range(whole, stop):
-            out[at] = np.float32(codes[at]) * scale
-
-
-@kernel
-def compare_rows(x, codes, columns, scales, sums):  # type: ignore[no-untyped-def]
-    """Add the differences of whole rows of raw weights and what `decode_rows` makes of the rest to `sums`."""
-    step = tile_size(columns)
-    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
-    for start in range(0, x.size, step):
-        stop = min(start + step, x.size)
-        decoded = tile[: stop - start]
-        decode_rows(codes[start:stop], columns, scales[start // columns : stop // columns], decoded)
-        add_pairs(x[start:stop], decoded, totals, sums)
 
 
 def unpack_zeros(words: np.ndarray, rows: int) -> np.ndarray:

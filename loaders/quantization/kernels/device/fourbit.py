@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from loaders.quantization.kernels.bitsandbytes import fourbit
+from loaders.quantization.kernels.bitsandbytes import tables
 from loaders.quantization.kernels.device.arithmetic import nibbles, tops
 
 
@@ -21,5 +21,5 @@ def fourbit_codes(groups: torch.Tensor, table: str) -> tuple[torch.Tensor, torch
 @cache  # a copy from memory that is not page-locked makes a thread wait for all that it has begun
 def _table(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a table's bounds and codes by rank, on the device."""
-    code = fourbit.table(name)
+    code = tables.table(name)
     return torch.from_numpy(code.bounds[:15]).to(device), torch.from_numpy(code.order).to(device)

@@ -11,7 +11,8 @@ import numpy as np
 
 from loaders.quantization.kernels.compare import CHUNK, compare
 from loaders.quantization.kernels.ggml import decode
-from loaders.quantization.kernels.lanes import aligned_floats, kernel
+from loaders.quantization.kernels.intrinsics import aligned_floats
+from loaders.quantization.kernels.lanes import kernel
 
 N = 32  # weights in a block; a chunk holds whole blocks
 

@@ -10,7 +10,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, half_value, kernel, vector
+from loaders.quantization.kernels.intrinsics import half_value
+from loaders.quantization.kernels.lanes import F32, I16, I32, Array, Lanes, Value, kernel, vector
 
 
 @kernel

@@ -22,18 +22,8 @@ from numba.core import types
 
 from loaders.quantization.kernels.ggml import search
 from loaders.quantization.kernels.ggml import search_line as line
-from loaders.quantization.kernels.lanes import (
-    I8,
-    Array,
-    Lanes,
-    Value,
-    aligned_floats,
-    half_bits,
-    half_value,
-    kernel,
-    transpose,
-    vector,
-)
+from loaders.quantization.kernels.intrinsics import aligned_floats, half_bits, half_value, transpose
+from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, kernel, vector
 
 SUPER = 256  # weights in a super-block
 PART = 64  # super-blocks widened to float32 at once: 64 KiB, which stay in the cache until they are searched

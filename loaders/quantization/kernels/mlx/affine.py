@@ -18,7 +18,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
-from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, prefetch, vector
+from loaders.quantization.kernels.intrinsics import prefetch
+from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 
 STEP = 32  # weights coded at once
 LANES = 16  # groups whose scales are computed at once
