@@ -2,7 +2,8 @@
 
 Threads share work without barriers between tensors: a thread first takes a range of a tensor that is already open, and
 opens the next tensor where no range is left. So every thread has work in every tensor, tensors are read in about their
-order, and few of them are open at a time.
+order, and few of them are open at a time. Where several pieces of work, such as a job's units, share a crew of threads,
+each thread goes to the one that fewest work on: threads that write the same file wait for each other in the kernel.
 """
 
 from __future__ import annotations
@@ -39,6 +40,40 @@ class Crew(ThreadPoolExecutor):
         super().__init__(threads, thread_name_prefix)
         self.threads = threads
         self.scratch = Scratch()
+        self._lock = threading.Lock()
+        self._works: list[_Open] = []  # a piece of work is there once for each call that waits for it
+
+    @contextmanager
+    def serving(self, work: _Open) -> Iterator[None]:
+        """Take a piece of work among those that threads look at."""
+        with self._lock:
+            self._works.append(work)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._works.remove(work)
+
+    def call(self, steps: int) -> None:
+        """Let as many threads as there are steps look for what they can take, in any piece of work."""
+        for _ in range(min(steps, self.threads)):
+            self.submit(self._serve)
+
+    def _serve(self) -> None:
+        while (work := self._least_helped()) is not None:
+            try:
+                work.help()
+            finally:
+                with self._lock:
+                    work.helpers -= 1
+
+    def _least_helped(self) -> _Open | None:
+        with self._lock:
+            waiting = (work for work in self._works if work.has_steps)
+            found = min(waiting, key=lambda work: work.helpers, default=None)
+            if found is not None:
+                found.helpers += 1
+            return found
 
 
 _SHARED: dict[int, tuple[Crew, list[object]]] = {}
@@ -71,11 +106,7 @@ class ThreadedWork:
         self.kernels = kernels
         self.array = (scratch or Scratch()).array
         self._crew = crew
-        self._stop = stop
-        self._inside = threading.local()
-        self._changed = threading.Condition()
-        self._sweeps: list[_Steps[Any]] = []  # those with ranges that no thread has taken yet, the oldest first
-        self._items: deque[_Steps[Any]] = deque()
+        self._open = _Open(stop)
 
     def on(self, kernels: Kernels) -> ThreadedWork:
         """Return the same threads and memory with other kernels."""
@@ -84,14 +115,12 @@ class ThreadedWork:
         return other
 
     def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
-        ranges = self.ranges(count, align)
+        ranges, inside = self.ranges(count, align), self._open.inside
         # A range's body never waits for other ranges: it runs a sweep of its own on its own thread.
-        if len(ranges) <= 1 or self._crew.threads == 1 or getattr(self._inside, "of", "") == "range":
-            return [self._run(partial(body, *each), "range") for each in ranges]
-        steps = _Steps([partial(body, *each) for each in ranges], self._changed)
-        with self._changed:
-            self._sweeps.append(steps)
-        return self._share(steps, "range", takes_part=getattr(self._inside, "of", "") == "item")
+        if len(ranges) <= 1 or self._crew.threads == 1 or inside == "range":
+            return [self._open.run(partial(body, *each), "range") for each in ranges]
+        steps = self._open.add([partial(body, *each) for each in ranges], "range")
+        return self._share(steps, takes_part=inside == "item")
 
     def ranges(self, count: int, align: int) -> list[tuple[int, int]]:
         step = -(-RANGE // align) * align
@@ -101,56 +130,79 @@ class ThreadedWork:
         """Call the body for each item, in about their order; the sweeps inside are shared by all threads."""
         if not items:
             return []
-        steps = _Steps([partial(body, item) for item in items], self._changed)
-        with self._changed:
-            self._items.append(steps)
-        return self._share(steps, "item", takes_part=False)
+        return self._share(self._open.add([partial(body, item) for item in items], "item"), takes_part=False)
 
-    def _share(self, steps: _Steps[T], kind: str, *, takes_part: bool) -> list[T]:
+    def _share(self, steps: _Steps[T], *, takes_part: bool) -> list[T]:
         """Let the crew work on steps until all are done; return their results, or raise the first step's error."""
-        try:
-            for _ in range(min(len(steps), self._crew.threads) - takes_part):
-                self._crew.submit(self._help)
-            while takes_part and (step := steps.take()) is not None:
-                steps.done(step, *self._outcome(steps, step, kind))
-            return steps.results()
-        finally:
-            steps.end()
+        with self._crew.serving(self._open):
+            try:
+                self._crew.call(len(steps) - takes_part)
+                while takes_part and (step := steps.take()) is not None:
+                    self._open.do(steps, step)
+                return steps.results()
+            finally:
+                steps.end()
 
-    def _help(self) -> None:
+    def check(self) -> None:
+        """Raise Stopped once a stop was asked for."""
+        self._open.check()
+
+
+class _Open:
+    """What a piece of work has open: sweeps with ranges that no thread has taken yet, then items."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.helpers = 0  # threads that take part, by the crew's count
+        self._stop = stop
+        self._inside = threading.local()
+        self._changed = threading.Condition()
+        self._steps: dict[str, deque[_Steps[Any]]] = {"range": deque(), "item": deque()}
+
+    @property
+    def inside(self) -> str:
+        """What this thread runs now: a "range", an "item", or neither."""
+        return getattr(self._inside, "of", "")
+
+    def add(self, calls: Sequence[Callable[[], T]], kind: str) -> _Steps[T]:
+        steps = _Steps(calls, kind, self._changed)
+        with self._changed:
+            self._steps[kind].append(steps)
+        return steps
+
+    @property
+    def has_steps(self) -> bool:
+        return any(steps.is_left for found in self._steps.values() for steps in list(found))
+
+    def help(self) -> None:
         """Take part in what is open until nothing is left to take."""
         while (found := self._next()) is not None:
-            steps, step, kind = found
-            steps.done(step, *self._outcome(steps, step, kind))
+            self.do(*found)
 
-    def _next(self) -> tuple[_Steps[Any], int, str] | None:
+    def _next(self) -> tuple[_Steps[Any], int] | None:
         with self._changed:
-            while self._sweeps:
-                if (step := self._sweeps[0].take()) is not None:
-                    return self._sweeps[0], step, "range"
-                del self._sweeps[0]
-            while self._items:
-                if (step := self._items[0].take()) is not None:
-                    return self._items[0], step, "item"
-                self._items.popleft()
+            for found in self._steps.values():  # ranges before items
+                while found:
+                    if (step := found[0].take()) is not None:
+                        return found[0], step
+                    found.popleft()
         return None
 
-    def _outcome(self, steps: _Steps[T], step: int, kind: str) -> tuple[T | None, BaseException | None]:
+    def do(self, steps: _Steps[Any], step: int) -> None:
+        """Run a step that was taken."""
         try:
-            return self._run(steps.calls[step], kind), None
+            steps.done(step, self.run(steps.calls[step], steps.kind), None)
         except BaseException as error:  # raised again on the thread that waits for the steps
-            return None, error
+            steps.done(step, None, error)
 
-    def _run(self, call: Callable[[], T], kind: str) -> T:
+    def run(self, call: Callable[[], T], kind: str) -> T:
         self.check()
-        outer, self._inside.of = getattr(self._inside, "of", ""), kind
+        outer, self._inside.of = self.inside, kind
         try:
             return call()
         finally:
             self._inside.of = outer
 
     def check(self) -> None:
-        """Raise Stopped once a stop was asked for."""
         if self._stop.is_set():
             raise Stopped("stopped")
 
@@ -158,8 +210,9 @@ class ThreadedWork:
 class _Steps(Generic[T]):
     """Calls that any thread may take, each once. After an error no further one is taken."""
 
-    def __init__(self, calls: Sequence[Callable[[], T]], changed: threading.Condition) -> None:
+    def __init__(self, calls: Sequence[Callable[[], T]], kind: str, changed: threading.Condition) -> None:
         self.calls = calls
+        self.kind = kind
         self._changed = changed
         self._taken = 0
         self._running = 0
@@ -168,6 +221,11 @@ class _Steps(Generic[T]):
 
     def __len__(self) -> int:
         return len(self.calls)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is a call to take, as far as can be seen without waiting for another thread."""
+        return self._taken < len(self.calls)
 
     def take(self) -> int | None:
         with self._changed:

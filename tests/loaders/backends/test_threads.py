@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -23,6 +25,19 @@ def crew(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
 @pytest.fixture
 def work(crew: Crew) -> ThreadedWork:
     return ThreadedWork(kernels_of("cpu"), crew, threading.Event())
+
+
+@contextmanager
+def crew_is_busy(crew: Crew) -> Iterator[None]:
+    """Hold all threads of a crew inside the context."""
+    free = threading.Event()
+    held = [crew.submit(free.wait, WAIT_S) for _ in range(crew.threads)]
+    try:
+        yield
+    finally:
+        free.set()
+        for each in held:
+            each.result()
 
 
 def test_results_are_in_the_order_of_ranges_and_items(work: ThreadedWork) -> None:
@@ -64,6 +79,53 @@ def test_pieces_of_work_share_a_crew(crew: Crew) -> None:
     for each in units:
         each.join(WAIT_S)
     assert found == {number: [4 * item for item in range(20)] for number in range(4)}
+
+
+def test_threads_spread_over_the_pieces_of_work(crew: Crew) -> None:
+    """Two units with a thread each: neither has to wait until the other has no tensor left."""
+    together = threading.Barrier(2, timeout=WAIT_S)
+    units = [ThreadedWork(kernels_of("cpu"), crew, threading.Event()) for _ in range(2)]
+    begun = threading.Barrier(2, timeout=WAIT_S)
+    failed: list[BaseException] = []
+
+    def run(unit: ThreadedWork) -> None:
+        def tensor(number: int) -> None:
+            if number == 1:
+                together.wait()
+
+        begun.wait()
+        try:
+            unit.each(range(3), tensor)
+        except threading.BrokenBarrierError as error:
+            failed.append(error)
+
+    # Threads that are busy while both units begin find both when they are free.
+    with crew_is_busy(crew):
+        callers = [threading.Thread(target=run, args=(unit,)) for unit in units]
+        for each in callers:
+            each.start()
+        while len(crew._works) < 2:
+            time.sleep(0.001)
+    for each in callers:
+        each.join(WAIT_S)
+    assert not failed
+
+
+def test_calls_of_one_piece_of_work_from_several_threads(work: ThreadedWork) -> None:
+    """A model's weights are asked for by whoever needs them: a call that ends must not end what serves another."""
+    slow, done = threading.Event(), threading.Event()
+
+    def wait(start: int, stop: int) -> bool:
+        return slow.wait(WAIT_S)
+
+    other = threading.Thread(target=lambda: (work.sweep(100, 1, wait), done.set()))
+    other.start()
+    while not work._open.helpers:
+        time.sleep(0.001)
+    slow.set()
+    work.sweep(20, 1, lambda start, stop: stop)
+    other.join(WAIT_S)
+    assert done.is_set()
 
 
 def test_an_error_is_raised_after_what_runs_has_ended_and_nothing_else_is_begun(work: ThreadedWork) -> None:
