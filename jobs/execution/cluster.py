@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,7 +22,6 @@ FIRST_PAUSE_S = 1.0
 # Units in flight beside each other share this process's threads. The threads work on the next unit while one is
 # synced to the disk, read back and recorded, which takes a share of a unit's time that grows with the threads.
 FEWEST_UNITS, MOST_UNITS, CPUS_A_UNIT = 2, 4, 8
-SWITCH_S = 0.0005  # seconds after which a thread gives up the interpreter's lock if another wants it
 OnBytes = Callable[[int], None]
 
 
@@ -132,10 +130,7 @@ class LocalCluster:
         pass
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
-        stop, interval = threading.Event(), sys.getswitchinterval()
-        # Threads need the interpreter's lock for some microseconds a range. Where one holds it longer, as for the
-        # records of a unit, the others should not wait for the 5 ms that Python grants it.
-        sys.setswitchinterval(SWITCH_S)
+        stop = threading.Event()
         todo, flight = list(reversed(tasks)), set[Future[R_co | UnitFailed]]()
         pool = ThreadPoolExecutor(self.units_at_once, thread_name_prefix="unit")
         try:
@@ -149,7 +144,6 @@ class LocalCluster:
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            sys.setswitchinterval(interval)
 
     def close(self) -> None:
         pass
