@@ -42,6 +42,12 @@ class Crew(ThreadPoolExecutor):
         self.scratch = Scratch()
         self._lock = threading.Lock()
         self._works: list[_Open] = []  # a piece of work is there once for each call that waits for it
+        self._own = threading.local()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this thread is one of the crew's, which must not wait for a free one."""
+        return getattr(self._own, "is_on", False)
 
     @contextmanager
     def serving(self, work: _Open) -> Iterator[None]:
@@ -60,6 +66,7 @@ class Crew(ThreadPoolExecutor):
             self.submit(self._serve)
 
     def _serve(self) -> None:
+        self._own.is_on = True
         while (work := self._least_helped()) is not None:
             try:
                 work.help()
@@ -115,12 +122,11 @@ class ThreadedWork:
         return other
 
     def sweep(self, count: int, align: int, body: Callable[[int, int], T]) -> list[T]:
-        ranges, inside = self.ranges(count, align), self._open.inside
+        ranges = self.ranges(count, align)
         # A range's body never waits for other ranges: it runs a sweep of its own on its own thread.
-        if len(ranges) <= 1 or self._crew.threads == 1 or inside == "range":
+        if len(ranges) <= 1 or self._crew.threads == 1 or self._open.is_in_range:
             return [self._open.run(partial(body, *each), "range") for each in ranges]
-        steps = self._open.add([partial(body, *each) for each in ranges], "range")
-        return self._share(steps, takes_part=inside == "item")
+        return self._share(self._open.add([partial(body, *each) for each in ranges], "range"))
 
     def ranges(self, count: int, align: int) -> list[tuple[int, int]]:
         step = -(-RANGE // align) * align
@@ -130,10 +136,11 @@ class ThreadedWork:
         """Call the body for each item, in about their order; the sweeps inside are shared by all threads."""
         if not items:
             return []
-        return self._share(self._open.add([partial(body, item) for item in items], "item"), takes_part=False)
+        return self._share(self._open.add([partial(body, item) for item in items], "item"))
 
-    def _share(self, steps: _Steps[T], *, takes_part: bool) -> list[T]:
+    def _share(self, steps: _Steps[T]) -> list[T]:
         """Let the crew work on steps until all are done; return their results, or raise the first step's error."""
+        takes_part = self._crew.is_on
         with self._crew.serving(self._open):
             try:
                 self._crew.call(len(steps) - takes_part)
@@ -159,9 +166,9 @@ class _Open:
         self._steps: dict[str, deque[_Steps[Any]]] = {"range": deque(), "item": deque()}
 
     @property
-    def inside(self) -> str:
-        """What this thread runs now: a "range", an "item", or neither."""
-        return getattr(self._inside, "of", "")
+    def is_in_range(self) -> bool:
+        """Whether this thread runs a range now."""
+        return getattr(self._inside, "of", "") == "range"
 
     def add(self, calls: Sequence[Callable[[], T]], kind: str) -> _Steps[T]:
         steps = _Steps(calls, kind, self._changed)
@@ -196,7 +203,7 @@ class _Open:
 
     def run(self, call: Callable[[], T], kind: str) -> T:
         self.check()
-        outer, self._inside.of = self.inside, kind
+        outer, self._inside.of = getattr(self._inside, "of", ""), kind
         try:
             return call()
         finally:

@@ -128,6 +128,18 @@ def test_calls_of_one_piece_of_work_from_several_threads(work: ThreadedWork) -> 
     assert done.is_set()
 
 
+def test_a_thread_of_the_crew_may_ask_for_other_work_of_it(crew: Crew) -> None:
+    """All threads at once: none of them is free to do what they ask for."""
+    outer, inner = (ThreadedWork(kernels_of("cpu"), crew, threading.Event()) for _ in range(2))
+    together = threading.Barrier(2, timeout=WAIT_S)
+
+    def tensor(number: int) -> list[int]:
+        together.wait()
+        return inner.sweep(30, 1, lambda start, stop: stop)
+
+    assert outer.each(range(2), tensor) == [[10, 20, 30]] * 2
+
+
 def test_an_error_is_raised_after_what_runs_has_ended_and_nothing_else_is_begun(work: ThreadedWork) -> None:
     begun, ended = [], []
 
