@@ -92,7 +92,7 @@ class Cluster(Protocol):
 
 
 def attempt(task: Task[R_co], on_bytes: OnBytes, stop: threading.Event) -> R_co | UnitFailed:
-    """Run a unit, with retries after transient I/O errors. Any other error becomes its outcome, not an exception."""
+    """Run a unit, with retries after transient I/O errors. Another error of ours, or of the system, is its outcome."""
     for number in range(1, ATTEMPTS + 1):
         counted = 0
 
@@ -132,18 +132,18 @@ class LocalCluster:
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
         stop = threading.Event()
         todo, flight = list(reversed(tasks)), set[Future[R_co | UnitFailed]]()
-        pool = ThreadPoolExecutor(self.units_at_once, thread_name_prefix="unit")
-        try:
-            with shared_crew(self.threads):  # kept from unit to unit
+        with shared_crew(self.threads):  # kept from unit to unit
+            pool = ThreadPoolExecutor(self.units_at_once, thread_name_prefix="unit")
+            try:
                 while todo or flight:
                     while todo and len(flight) < self.units_at_once:
                         flight.add(pool.submit(attempt, todo.pop(), on_bytes, stop))
                     finished, flight = wait(flight, timeout=1, return_when=FIRST_COMPLETED)
                     for future in finished:
                         yield future.result()
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            finally:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
         pass

@@ -162,7 +162,11 @@ def run_unit(
         files=len(unit.sources), tensors=len(unit.tensors), bytes=unit.source_bytes if runs else 0,
         wall_s=time.perf_counter() - began, peak_anonymous_bytes=memory.peak_bytes, **(warmth if runs else {}),
     )  # fmt: skip
-    done = {name: run.record(load) for name, run in runs.items() if not run.failure}
+    done: dict[str, Done] = {}
+    for name, run in runs.items():
+        if not run.failure:
+            with run.guarded():
+                done[name] = run.record(load)
     return UnitReport(unit.id, done, {name: run.failure for name, run in runs.items() if run.failure}, load)
 
 

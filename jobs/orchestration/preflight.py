@@ -29,7 +29,6 @@ from jobs.verification.logits import Judging, judging_of
 from loaders.backends import check_backend
 from loaders.backends.devices import OTHER_BYTES
 from loaders.backends.fastest import fastest
-from loaders.backends.machine import usable_cpus
 from loaders.backends.memory import no_collection
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
@@ -126,7 +125,7 @@ def backend_of(spec: JobSpec, target: TargetPlan) -> tuple[str, str]:
         if decision.scheme == spec.quant.scheme:
             sizes[decision.tensor.dtype.name] += decision.tensor.source_bytes
     [(dtype, _)] = sizes.most_common(1) or [("BF16", 0)]
-    return fastest(spec.quant.scheme, dtype, sizes.total(), usable_cpus())
+    return fastest(spec.quant.scheme, dtype, sizes.total(), LocalCluster(spec.cluster).threads)
 
 
 def _done_before(planned: Planned) -> Report | None:

@@ -41,7 +41,8 @@ class Crew(ThreadPoolExecutor):
         self.threads = threads
         self.scratch = Scratch()
         self._lock = threading.Lock()
-        self._works: list[_Open] = []  # a piece of work is there once for each call that waits for it
+        self._works: list[_Queue] = []  # a piece of work is there once for each call that waits for it
+        self._awake = 0  # threads that look for steps, or will
         self._own = threading.local()
 
     @property
@@ -50,8 +51,8 @@ class Crew(ThreadPoolExecutor):
         return getattr(self._own, "is_on", False)
 
     @contextmanager
-    def serving(self, work: _Open) -> Iterator[None]:
-        """Take a piece of work among those that threads look at."""
+    def listed(self, work: _Queue) -> Iterator[None]:
+        """Have a piece of work among those that threads look at."""
         with self._lock:
             self._works.append(work)
         try:
@@ -60,9 +61,12 @@ class Crew(ThreadPoolExecutor):
             with self._lock:
                 self._works.remove(work)
 
-    def call(self, steps: int) -> None:
+    def wake(self, steps: int) -> None:
         """Let as many threads as there are steps look for what they can take, in any piece of work."""
-        for _ in range(min(steps, self.threads)):
+        with self._lock:
+            woken = max(0, min(steps, self.threads - self._awake))
+            self._awake += woken
+        for _ in range(woken):
             self.submit(self._serve)
 
     def _serve(self) -> None:
@@ -74,11 +78,13 @@ class Crew(ThreadPoolExecutor):
                 with self._lock:
                     work.helpers -= 1
 
-    def _least_helped(self) -> _Open | None:
+    def _least_helped(self) -> _Queue | None:
         with self._lock:
             waiting = (work for work in self._works if work.has_steps)
             found = min(waiting, key=lambda work: work.helpers, default=None)
-            if found is not None:
+            if found is None:
+                self._awake -= 1  # under the lock, or `wake` could count on a thread that has seen nothing to do
+            else:
                 found.helpers += 1
             return found
 
@@ -92,7 +98,9 @@ def shared_crew(threads: int) -> Iterator[Crew]:
     """Give the process's crew of so many threads. It is there as long as any context of it is open."""
     user = object()
     with _LOCK:
-        crew, users = _SHARED.setdefault(threads, (Crew(threads), []))
+        if threads not in _SHARED:
+            _SHARED[threads] = Crew(threads), []
+        crew, users = _SHARED[threads]
         users.append(user)
     try:
         yield crew
@@ -113,7 +121,7 @@ class ThreadedWork:
         self.kernels = kernels
         self.array = (scratch or Scratch()).array
         self._crew = crew
-        self._open = _Open(stop)
+        self._open = _Queue(stop)
 
     def on(self, kernels: Kernels) -> ThreadedWork:
         """Return the same threads and memory with other kernels."""
@@ -141,9 +149,9 @@ class ThreadedWork:
     def _share(self, steps: _Steps[T]) -> list[T]:
         """Let the crew work on steps until all are done; return their results, or raise the first step's error."""
         takes_part = self._crew.is_on
-        with self._crew.serving(self._open):
+        with self._crew.listed(self._open):
             try:
-                self._crew.call(len(steps) - takes_part)
+                self._crew.wake(len(steps) - takes_part)
                 while takes_part and (step := steps.take()) is not None:
                     self._open.do(steps, step)
                 return steps.results()
@@ -155,7 +163,7 @@ class ThreadedWork:
         self._open.check()
 
 
-class _Open:
+class _Queue:
     """What a piece of work has open: sweeps with ranges that no thread has taken yet, then items."""
 
     def __init__(self, stop: threading.Event) -> None:

@@ -13,11 +13,12 @@ class FusedGroups:
 
     def __init__(self) -> None:
         self._schemes: dict[str, Scheme] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
 
     def scheme_of(self, group: str, scheme: Sharing, views: Callable[[], Sequence[View]], work: Work) -> Scheme:
         """The scheme, knowing what the group shares; `views` are those of all partners that it encodes."""
-        with self._lock:  # a partner on another thread waits, rather than read the whole group a second time
+        # A partner on another thread waits, rather than read the whole group a second time.
+        with self._locks.setdefault(group, threading.Lock()):
             if group not in self._schemes:
                 self._schemes[group] = scheme.share(views(), work)
             return self._schemes[group]

@@ -73,14 +73,14 @@ def encode_and_measure(
         if (start, stop) not in sums:
             with clock.phase("measure"):
                 block = source.read(start, stop)
-                sums[start, stop] = comparison.sums(block, memory, start, stop)
+                sums[start, stop] = comparison.sums(block, kept_parts, start, stop)
             on_bytes(block.nbytes)
         return sums[start, stop]
 
     ranges = work.ranges(view.spec.num_items, comparison.align)
-    memory = _KeptParts(parts, stored, kept)
+    kept_parts = _KeptParts(parts, stored, kept)
     by_range = fits(scheme, RangeEncoder) and scheme.range_align(seen.spec) is not None
-    scheme.encode(seen, memory, _Sweeps(work, kept, clock, compare_range, frozenset(ranges if by_range else ())))
+    scheme.encode(seen, kept_parts, _Sweeps(work, kept, clock, compare_range, frozenset(ranges if by_range else ())))
     if len(sums) < len(ranges):
         work.sweep(view.spec.num_items, comparison.align, compare_range)
     return added(view.spec, (sums[each] for each in ranges))

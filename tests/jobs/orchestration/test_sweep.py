@@ -16,6 +16,8 @@ import pytest
 import jobs.execution.unit
 from jobs.cli.compose import Composed, Request
 from jobs.orchestration.refusals import command, grids
+from jobs.output.journal import Journal
+from loaders.errors import StorageError
 from tests.journals import find_journals
 from tests.making import snapshot, write_checkpoint
 from tests.processes import start
@@ -142,6 +144,23 @@ def test_a_job_that_fails_is_left_out_and_the_others_finish(
     ran = weightmill("run", *arguments, "format=json")
     assert ran.status == 0
     assert [p["jobs"] for p in ran.document["passes"]] == [1]
+
+
+def test_a_record_that_cannot_be_written_fails_its_own_job(
+    source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Journal.add
+
+    def full(self: Any, record: Any) -> None:
+        if "fp4" in str(self.output):
+            raise StorageError("the disk is full")
+        honest(self, record)
+
+    monkeypatch.setattr(Journal, "add", full)
+    ran = weightmill("run", "-m", *given(source, tmp_path / "o", "quant=nf4,fp4", "format=json"))
+    assert ran.status == 1
+    assert [job["status"] for job in ran.document["jobs"]] == ["done", "failed"]
+    assert "the disk is full" in ran.document["jobs"][1]["problems"][0]
 
 
 def test_a_gate_that_one_job_does_not_pass_stops_only_that(source: Path, tmp_path: Path, weightmill: Any) -> None:

@@ -140,6 +140,22 @@ def test_a_thread_of_the_crew_may_ask_for_other_work_of_it(crew: Crew) -> None:
     assert outer.each(range(2), tensor) == [[10, 20, 30]] * 2
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_items_inside_of_items_and_of_ranges(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "RANGE", 10)
+    with Crew(count) as crew:
+        work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
+        assert work.each(range(4), lambda i: sum(work.each(range(4), lambda k: i * k))) == [0, 6, 12, 18]
+        assert work.sweep(30, 1, lambda start, stop: work.each([stop], lambda each: each)) == [[10], [20], [30]]
+
+
+def test_a_crew_keeps_no_calls_that_nobody_waits_for(crew: Crew, work: ThreadedWork) -> None:
+    """A model has tens of thousands of tensors, and each sweep of theirs wakes threads."""
+    work.each(range(500), lambda _: work.sweep(100, 1, lambda start, stop: None))
+    assert crew._awake <= crew.threads
+    assert crew._work_queue.qsize() <= crew.threads
+
+
 def test_an_error_is_raised_after_what_runs_has_ended_and_nothing_else_is_begun(work: ThreadedWork) -> None:
     begun, ended = [], []
 

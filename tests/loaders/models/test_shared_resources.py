@@ -35,7 +35,7 @@ def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     together = loaders.loading.resources.configure(
         workers=2, memory_budget_mb=3 * loaders.backends.threads.THREAD_BYTES / 1e6
     )
-    honest_hold, honest_run = together.budget.hold, loaders.backends.threads._Open.run
+    honest_hold, honest_run = together.budget.hold, loaders.backends.threads._Queue.run
     used: list[int] = []
     threads: set[str] = set()
 
@@ -50,7 +50,7 @@ def test_models_share_workers_and_budget(monkeypatch: pytest.MonkeyPatch) -> Non
         return honest_run(self, *work)
 
     monkeypatch.setattr(together.budget, "hold", hold)
-    monkeypatch.setattr(loaders.backends.threads._Open, "run", run)
+    monkeypatch.setattr(loaders.backends.threads._Queue, "run", run)
     ids = torch.arange(3, 40)[None]
 
     def logits(strategy: LoadingStrategy) -> Any:
