@@ -107,7 +107,7 @@ def act(spec: BenchSpec) -> Said:
     repeats = spec.repeats if spec.repeats is not None else laps.get(spec.what, 7)
     quants = spec.quants if spec.quants is not None else (spec.quant,) if spec.what == "job" else QUANTS
     if is_gpu:
-        from jobs.benchmarks.gpu import time_gpu
+        from jobs.benchmarks.gpu.run import time_gpu
 
         return time_gpu(
             spec.device, spec.parts, spec.model.path, gb, (spec.rows, spec.columns), repeats, spec.minutes, spec.folder,
@@ -143,18 +143,18 @@ def act(spec: BenchSpec) -> Said:
 
         return time_load(spec.model.path, gb, spec.quant, spec.folder, repeats)
     if spec.what == "kernels":
-        from jobs.benchmarks.kernels import time_kernels
+        from jobs.benchmarks.kernels.run import time_kernels
 
         return time_kernels(spec.rows, spec.columns, spec.threads, repeats)
     if spec.profile:
-        from jobs.benchmarks.job_profile import profile_job
+        from jobs.benchmarks.job.profile import profile_job
 
         return profile_job(spec.path, gb, quants[0], spec.tracking.kind, spec.folder, repeats)
     if spec.cores:
-        from jobs.benchmarks.job_cores import time_cores
+        from jobs.benchmarks.job.cores import time_cores
 
         return time_cores(spec.path, gb, quants, spec.cores, spec.folder, repeats, Path(spec.output.root))
-    from jobs.benchmarks.job import time_job
+    from jobs.benchmarks.job.beside import time_job
 
     return time_job(
         spec.path, gb, quants, spec.sweep, spec.peer, spec.llmcompressor, spec.folder, repeats, cold=bool(spec.cold)

@@ -7,7 +7,8 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -88,3 +89,14 @@ def job_command(
 def ours() -> dict[str, str]:
     """Return the environment in which a command finds this package's modules, wherever it is started."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+@contextmanager
+def on_cores(cores: list[int]) -> Iterator[None]:
+    """Set the cores on which processes run that this thread starts inside the block; they inherit its affinity."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

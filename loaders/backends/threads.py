@@ -231,7 +231,7 @@ class _Steps(Generic[T]):
         self._changed = changed
         self._taken = 0
         self._running = 0
-        self._results: list[T | None] = [None] * len(calls)
+        self._results: list[Any] = [None] * len(calls)
         self._errors: dict[int, BaseException] = {}
 
     def __len__(self) -> int:
@@ -265,7 +265,7 @@ class _Steps(Generic[T]):
             self._changed.wait_for(lambda: not self._running and self._taken >= len(self.calls))
         if self._errors:
             raise self._errors[min(self._errors)]
-        return self._results  # type: ignore[return-value]
+        return self._results
 
     def end(self) -> None:
         """Let no further step be taken, and wait for those that run: they may use files that the caller closes."""

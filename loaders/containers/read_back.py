@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO
+from io import FileIO
 
 import xxhash
 
@@ -49,19 +49,13 @@ def hash_in_order(
 
 
 def _hash_pieces(
-    file: IO[bytes],
+    file: FileIO,
     size: int,
     pieces: Sequence[tuple[Piece, int]],
     take: Callable[[memoryview], None],
     buffer: memoryview,
 ) -> int | None:
     """Pass a tensor's bytes to `take` and return their xxh3-64; None if pieces with these hashes are not all of it."""
-    if len(pieces) == 1 and pieces[0][0] == (0, size):
-        found = xxhash.xxh3_64()
-        for block in _blocks(file, size, buffer):
-            take(block)
-            found.update(block)
-        return found.intdigest() if found.intdigest() == pieces[0][1] else None
     all_of_it, end = xxhash.xxh3_64(), 0
     for (first, last), digest in pieces:
         if first != end:
@@ -76,10 +70,10 @@ def _hash_pieces(
     return all_of_it.intdigest() if end == size else None
 
 
-def _blocks(file: IO[bytes], size: int, buffer: memoryview) -> Iterator[memoryview]:
+def _blocks(file: FileIO, size: int, buffer: memoryview) -> Iterator[memoryview]:
     """Yield the next bytes of a file in one buffer, block by block; fewer than asked for if the file ends."""
     while size > 0:
-        count = file.readinto(buffer[: min(size, len(buffer))])  # type: ignore[attr-defined]
+        count = file.readinto(buffer[: min(size, len(buffer))])
         if not count:
             return
         yield buffer[:count]

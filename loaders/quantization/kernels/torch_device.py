@@ -6,8 +6,8 @@ so groups whose weights are all below 1e-38 may differ there, and has no float64
 the CPU. Every output is measured by the CPU's decoder whatever encoded it. Encoders that are not here are the CPU's.
 
 The tests run these kernels on torch's own CPU device, and on a GPU where there is one (pytest -m gpu). On an H100 the
-bytes of NF4, FP4 and ternary were those of the CPU; the other schemes, page-locked buffers and streams (device/staging)
-have not been run on a GPU yet, and nothing has on MPS.
+bytes of NF4, FP4 and ternary were those of the CPU; the other schemes, page-locked buffers and streams
+(device/transfers) have not been run on a GPU yet, and nothing has on MPS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.kernels.device import affine, ggml, rows_and_groups
 from loaders.quantization.kernels.device.arithmetic import tops
 from loaders.quantization.kernels.device.fourbit import fourbit_codes
-from loaders.quantization.kernels.device.staging import Staging
+from loaders.quantization.kernels.device.transfers import Transfers
 from loaders.quantization.kernels.ggml.blocks import N as BLOCK
 
 
@@ -35,87 +35,87 @@ class DeviceKernels(CpuKernels):
         if not is_there[device.partition(":")[0]]:
             raise BadSpec(f"backend={device}: torch {torch.__version__} finds no such device here; use backend=cpu")
         self._device = torch.device(device)
-        self._staging = Staging(self._device)
+        self._transfers = Transfers(self._device)
 
     def encode_fourbit(
         self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray
     ) -> None:
-        with self._staging.running():
-            made = fourbit_codes(self._staging.send(x, dtype).reshape(-1, group), table)
-            self._staging.fetch(*zip(made, (packed, absmax), strict=True))
+        with self._transfers.running():
+            made = fourbit_codes(self._transfers.send(x, dtype).reshape(-1, group), table)
+            self._transfers.fetch(*zip(made, (packed, absmax), strict=True))
 
     def group_absmax(self, x: np.ndarray, dtype: str, group: int, absmax: np.ndarray) -> None:
-        with self._staging.running():
-            self._staging.fetch((tops(self._staging.send(x, dtype).reshape(-1, group)), absmax))
+        with self._transfers.running():
+            self._transfers.fetch((tops(self._transfers.send(x, dtype).reshape(-1, group)), absmax))
 
     def encode_int8(self, x: np.ndarray, dtype: str, columns: int, codes: np.ndarray, absmax: np.ndarray) -> None:
-        with self._staging.running():
-            made = rows_and_groups.int8_rows(self._staging.send(x, dtype).reshape(-1, columns))
-            self._staging.fetch(*zip(made, (codes, absmax), strict=True))
+        with self._transfers.running():
+            made = rows_and_groups.int8_rows(self._transfers.send(x, dtype).reshape(-1, columns))
+            self._transfers.fetch(*zip(made, (codes, absmax), strict=True))
 
     def encode_packed(
         self, x: np.ndarray, dtype: str, group: int, bits: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray
     ) -> None:
-        with self._staging.running():
-            groups = self._staging.send(x, dtype).reshape(-1, group)
+        with self._transfers.running():
+            groups = self._transfers.send(x, dtype).reshape(-1, group)
             made = rows_and_groups.packed_groups(groups, dtype, bits, float(eps))
-            self._staging.fetch(*zip(made, (packed, scales), strict=True))
+            self._transfers.fetch(*zip(made, (packed, scales), strict=True))
 
     def encode_packed_zero(
         self, x: np.ndarray, dtype: str, group: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray,
         zeros: np.ndarray,
     ) -> None:  # fmt: skip
-        with self._staging.running():
-            groups = self._staging.send(x, dtype).reshape(-1, group)
+        with self._transfers.running():
+            groups = self._transfers.send(x, dtype).reshape(-1, group)
             made = rows_and_groups.packed_zero_groups(groups, dtype, float(eps))
-            self._staging.fetch(*zip(made, (packed, scales, zeros), strict=True))
+            self._transfers.fetch(*zip(made, (packed, scales, zeros), strict=True))
 
     def encode_scaled_rows(
         self, x: np.ndarray, dtype: str, kind: str, columns: int, eps: np.float32, codes: np.ndarray, scales: np.ndarray
     ) -> None:
         encode = rows_and_groups.e4m3_rows if kind == "float" else rows_and_groups.integer_rows
-        with self._staging.running():
-            made = encode(self._staging.send(x, dtype).reshape(-1, columns), dtype, float(eps))
-            self._staging.fetch(*zip(made, (codes, scales), strict=True))
+        with self._transfers.running():
+            made = encode(self._transfers.send(x, dtype).reshape(-1, columns), dtype, float(eps))
+            self._transfers.fetch(*zip(made, (codes, scales), strict=True))
 
     def encode_affine(
         self, x: np.ndarray, dtype: str, bits: int, group: int, packed: np.ndarray, scales: np.ndarray,
         biases: np.ndarray,
     ) -> None:  # fmt: skip
-        with self._staging.running():
-            made = affine.affine_groups(self._staging.send(x, dtype).reshape(-1, group), bits)
-            self._staging.fetch(*zip(made, (packed, scales, biases), strict=True))
+        with self._transfers.running():
+            made = affine.affine_groups(self._transfers.send(x, dtype).reshape(-1, group), bits)
+            self._transfers.fetch(*zip(made, (packed, scales, biases), strict=True))
 
     def encode_blocks(self, x: np.ndarray, dtype: str, kind: str, out: np.ndarray) -> None:
         encode = ggml.ENCODERS.get(kind)
         if encode is None:
             super().encode_blocks(x, dtype, kind, out)
             return
-        with self._staging.running():
-            self._staging.fetch((encode(self._staging.send(x, dtype).reshape(-1, BLOCK)), out))
+        with self._transfers.running():
+            self._transfers.fetch((encode(self._transfers.send(x, dtype).reshape(-1, BLOCK)), out))
 
     def magnitude_sums(self, x: np.ndarray, dtype: str) -> np.ndarray:
         if self._device.type == "mps":
             return super().magnitude_sums(x, dtype)
         sums = np.empty(-(-x.size // bitnet.SUMMED), np.float64)
-        with self._staging.running():
-            magnitudes = self._staging.send(x, dtype).abs().double()
+        with self._transfers.running():
+            magnitudes = self._transfers.send(x, dtype).abs().double()
             filled = torch.nn.functional.pad(magnitudes, (0, -x.size % bitnet.SUMMED))
             runs = _halved(filled.reshape(-1, bitnet.RUN))
-            self._staging.fetch((_halved(runs.reshape(-1, bitnet.RUNS)), sums))
+            self._transfers.fetch((_halved(runs.reshape(-1, bitnet.RUNS)), sums))
         return sums
 
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray
     ) -> None:
-        with self._staging.running():
+        with self._transfers.running():
             scale = torch.full((), inverse, dtype=torch.float32, device=self._device)
             total: Any = 0
             for quarter, run in enumerate(runs):
-                values = self._staging.send(run, dtype, slot=quarter)
+                values = self._transfers.send(run, dtype, slot=quarter)
                 codes = (values * scale).round().clamp(-1, 1).to(torch.int8) + 1
                 total = total | codes.to(torch.uint8) << (2 * quarter)
-            self._staging.fetch((total, out))
+            self._transfers.fetch((total, out))
 
 
 def _halved(rows: torch.Tensor) -> torch.Tensor:

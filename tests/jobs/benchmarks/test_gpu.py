@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from jobs.benchmarks import gpu, gpu_bytes, gpu_jobs
-from jobs.benchmarks.gpu_jobs import Ran as Job
-from jobs.benchmarks.gpu_trials import Bench, Found, Trial
+from jobs.benchmarks.gpu import bytes as gpu_bytes
+from jobs.benchmarks.gpu import jobs as gpu_jobs
+from jobs.benchmarks.gpu import run as gpu
+from jobs.benchmarks.gpu.jobs import Ran as Job
+from jobs.benchmarks.gpu.trials import Bench, Found, Trial
 from loaders.places import ROOT
 from tests.conftest import Ran
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benchmarks.job_cores import copied
-from jobs.benchmarks.job_phases import IMPORTS, NAMES, OTHER, PHASES, UNITS, WORK, stacks_of
-from jobs.benchmarks.job_profile import KINDS, RATE, Samples, entries_of, most_by_cores, py_spy, rows_of
+from jobs.benchmarks.job.cores import copied
+from jobs.benchmarks.job.phases import IMPORTS, NAMES, OTHER, PHASES, UNITS, WORK, stacks_of
+from jobs.benchmarks.job.profile import KINDS, RATE, Samples, entries_of, most_by_cores, py_spy, rows_of
 from loaders.errors import BadSpec
 from loaders.places import ROOT
 from tests.conftest import Ran

@@ -3,6 +3,9 @@
 A tile is decoded into the CPU's first cache and compared there: decoded weights that go to memory and back take longer
 than both together. data: uint8, whole blocks; x: their raw weights; sums: those of kernels/compare.py, the same as by
 way of a whole decoded range, since a tile is one of its chunks.
+
+There is a kernel for each type, all but alike, since one that branched would compile the decoders of all types for a
+job of one; and numba keeps no kernel on the disk that a function makes.
 """
 
 from __future__ import annotations

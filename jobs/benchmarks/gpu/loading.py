@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from jobs.benchmarks.gpu_trials import Bench, Found, Trial, finish, median_s, rate
+from jobs.benchmarks.gpu.trials import Bench, Found, Trial, finish, median_s, rate
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.strategies import LOADERS

@@ -13,13 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks import (
-    kernels_compressed_tensors,
-    kernels_ggml,
-    kernels_hqq,
-    kernels_mlx,
-)
 from jobs.benchmarks.busy_machine import Busy
+from jobs.benchmarks.kernels import compressed_tensors, ggml, hqq, mlx
 from jobs.benchmarks.random_llama import random_bf16
 from jobs.benchmarks.table import cases_said
 from jobs.benchmarks.timing import Case, on_threads, rotate
@@ -34,10 +29,10 @@ def time_kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
     cases = [
         *_ours(weight, threads),
         *_peers(weight, threads),
-        *(Case(*row) for row in kernels_hqq.rows(weight, threads)),
+        *(Case(*row) for row in hqq.rows(weight, threads)),
     ]
-    cases += kernels_ggml.rows(weight, threads)
-    cases += kernels_compressed_tensors.rows(weight, threads)
+    cases += ggml.rows(weight, threads)
+    cases += compressed_tensors.rows(weight, threads)
     note(f"timing {len(cases)} cases, {repeats} laps each; the libraries take a few seconds a lap")
     busy = Busy()
     rotate(cases, repeats)
@@ -98,7 +93,7 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("int8, fp16", eight(half))
     yield Case("nf4 decode + compare (measuring)", measure, after="nf4, bf16")
     yield Case("ternary, bf16", three)
-    yield from kernels_mlx.ours(flat, spread)
+    yield from mlx.ours(flat, spread)
 
 
 def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
@@ -142,7 +137,7 @@ def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
     missing = "" if torch else "not installed: torch"
     yield Case("torch, ternary by its definition", three if torch else None, missing, "ternary, bf16")
-    yield from kernels_mlx.peers(weight, _library("mlx.core"))
+    yield from mlx.peers(weight, _library("mlx.core"))
 
 
 def _library(name: str) -> Any:

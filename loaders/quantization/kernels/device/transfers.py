@@ -17,7 +17,7 @@ import torch
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
-class Staging:
+class Transfers:
     """Buffers and streams of all threads between the CPU's memory and a device."""
 
     def __init__(self, device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""A job's encoding and measuring alone, on whole tensors from the page cache to memory, a tensor a thread.
+"""A job's encoding and measuring alone, of whole tensors from the page cache to memory.
 
-    python -m jobs.benchmarks.kernels_alone THREADS OVERRIDES
+    python -m jobs.benchmarks.job.kernels_alone THREADS OVERRIDES
 
-Nothing is written, hashed or synced, and no thread waits for another: what a job on as many threads could do. It prints
+Nothing is written, hashed or synced: what a job on as many threads could do. It prints
 a JSON object: `seconds`, and `bytes` of the weights that the scheme encodes; what is kept as it is does not count.
 """
 

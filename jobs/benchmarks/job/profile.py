@@ -27,7 +27,7 @@ from rich.text import Text
 
 from jobs.benchmarks.busy_machine import Busy, machine, warning
 from jobs.benchmarks.commands import Ran, job_command, ours, run_command
-from jobs.benchmarks.job_phases import NAMES, OTHER, UNITS, WORK, Stack, stacks_of
+from jobs.benchmarks.job.phases import NAMES, OTHER, UNITS, WORK, Stack, stacks_of
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said, note
 from jobs.report.tables import table
@@ -250,11 +250,10 @@ def rows_of(samples: Mapping[str, Samples], wall_s: float, cpu_s: float) -> list
         # Before Python's threading is imported, the main thread has no name.
         return stack.process == process and stack.thread in (MAIN, "")
 
-    lead = everything.by_phase(lambda stack: leads(stack) and not (stack.is_waiting and stack.phase == UNITS))
-    left = everything.by_phase(leads)[UNITS] - lead[UNITS]
+    own = everything.by_phase(lambda stack: leads(stack) and not (stack.is_waiting and stack.phase == UNITS))
+    left = everything.by_phase(leads)[UNITS] - own[UNITS]
     others = everything.by_phase(lambda stack: not leads(stack) and not stack.is_waiting)
-    for phase, count in others.items():
-        lead[phase] += left * count / others.total()  # type: ignore[assignment]
+    lead = {phase: own[phase] + left * others[phase] / (others.total() or 1) for phase in (*NAMES, OTHER)}
     active = running.by_phase(lambda stack: not stack.is_waiting)
     seen = everything.by_phase(lambda stack: not stack.is_waiting)
     waiting, holding = everything.by_phase(lambda stack: stack.is_waiting), samples["holding"].by_phase()
@@ -263,7 +262,7 @@ def rows_of(samples: Mapping[str, Samples], wall_s: float, cpu_s: float) -> list
         threads_s = _seconds(seen[phase], everything, wall_s) - _seconds(active[phase], running, wall_s)
         held_s = _seconds(holding[phase], samples["holding"], wall_s)
         rows.append({
-            "phase": phase, "wall_s": wall_s * lead[phase] / (lead.total() or 1),
+            "phase": phase, "wall_s": wall_s * lead[phase] / (sum(lead.values()) or 1),
             "cpu_s": cpu_s * active[phase] / (active.total() or 1), "lock_s": held_s, "lock_share": held_s / wall_s,
             "blocked_s": max(0.0, threads_s), "waiting_s": _seconds(waiting[phase], everything, wall_s),
         })  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from jobs.benchmarks.gpu_trials import Bench, Found, Trial, finish, median_s
+from jobs.benchmarks.gpu.trials import Bench, Found, Trial, finish, median_s
 from loaders.backends.devices import torch_device
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.models import LoadingStrategy

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from jobs.benchmarks.busy_machine import Busy, machine, warning
 from jobs.benchmarks.commands import Ran, job_command, ours, run_command
-from jobs.benchmarks.peers import PEERS, Peer, absence, peer_command, peer_source
+from jobs.benchmarks.job.peers import PEERS, Peer, absence, peer_command, peer_source
 from jobs.benchmarks.plain_reads import plain_ways
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.benchmarks.timing import Case, rotate

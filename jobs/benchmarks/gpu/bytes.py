@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.gpu_trials import Bench, Found, Trial
+from jobs.benchmarks.gpu.trials import Bench, Found, Trial
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES
 from loaders.errors import VerifyFailed

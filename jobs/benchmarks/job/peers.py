@@ -11,7 +11,7 @@ from jobs.benchmarks.commands import job_command, ours, run_command
 from jobs.cli.verb import note
 from loaders.places import ROOT
 
-SCRIPT = ROOT / "jobs" / "benchmarks" / "peer_tools.py"
+SCRIPT = ROOT / "jobs" / "benchmarks" / "job" / "peer_tools.py"
 
 
 @dataclass(frozen=True)

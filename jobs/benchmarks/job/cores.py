@@ -21,8 +21,7 @@ from rich.console import Group
 from rich.text import Text
 
 from jobs.benchmarks.busy_machine import Busy, machine, warning
-from jobs.benchmarks.commands import job_command, ours, run_command
-from jobs.benchmarks.gpu_jobs import on_cores
+from jobs.benchmarks.commands import job_command, on_cores, ours, run_command
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said, note
 from jobs.report.tables import table
@@ -104,7 +103,7 @@ def _run(row: dict[str, Any], source: Path, files: Sequence[Path], output: Path)
 
 def _kernels_alone(source: Path, quant: str, cores: int, output: Path) -> float:
     """Return the GB/s of encoding and measuring alone, in a process of its own."""
-    command = [sys.executable, "-m", "jobs.benchmarks.kernels_alone", str(cores), f"model.path={source}"]
+    command = [sys.executable, "-m", "jobs.benchmarks.job.kernels_alone", str(cores), f"model.path={source}"]
     settings = (f"quant={quant}", f"output.path={output}", "tracking=none")
     found = json.loads(run_command([*command, *settings], ours()).said)
     return float(found["bytes"] / found["seconds"] / 1e9)

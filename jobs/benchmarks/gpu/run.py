@@ -19,9 +19,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jobs.benchmarks import gpu_bytes, gpu_jobs, gpu_loading, gpu_models, gpu_speed
 from jobs.benchmarks.busy_machine import Busy, machine, warning
-from jobs.benchmarks.gpu_trials import Bench, Found, Row, Trial, tried
+from jobs.benchmarks.gpu import bytes as same_bytes
+from jobs.benchmarks.gpu import jobs, loading, models, speed
+from jobs.benchmarks.gpu.trials import Bench, Found, Row, Trial, tried
 from jobs.cli.verb import FAILED, Said, note, show
 from loaders.backends.devices import torch_device
 from loaders.errors import BadSpec, WeightmillError
@@ -31,12 +32,12 @@ LIBRARIES = ("torch", "triton", "transformers", "bitsandbytes", "fastsafetensors
 
 # The parts, in the order in which they run.
 PARTS: dict[str, Callable[[Bench], Iterator[Trial]]] = {
-    "bytes": gpu_bytes.trials,
-    "speed": gpu_speed.trials,
-    "jobs": gpu_jobs.whole_jobs,
-    "cores": gpu_jobs.ladder,
-    "loading": gpu_loading.trials,
-    "models": gpu_models.trials,
+    "bytes": same_bytes.trials,
+    "speed": speed.trials,
+    "jobs": jobs.whole_jobs,
+    "cores": jobs.ladder,
+    "loading": loading.trials,
+    "models": models.trials,
 }
 WITHOUT_GPU = ("cores",)
 

@@ -1,6 +1,6 @@
 """An engine's own tool as a command, which makes of a checkpoint what a preset of ours does: see peers.py.
 
-    python -P jobs/benchmarks/peer_tools.py TOOL SOURCE OUTPUT SETTING
+    python -P jobs/benchmarks/job/peer_tools.py TOOL SOURCE OUTPUT SETTING
 
 It is started by its path, in any environment that has the tool, so it imports nothing of this package; with -P, the
 files beside it are no modules. It prints a JSON object: `import_s`, the seconds until the tool was imported.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.gpu_bytes import InMemory, device_presets
-from jobs.benchmarks.gpu_trials import Bench, Found, Trial, finish, median_s, rate
+from jobs.benchmarks.gpu.bytes import InMemory, device_presets
+from jobs.benchmarks.gpu.trials import Bench, Found, Trial, finish, median_s, rate
 from jobs.benchmarks.random_llama import random_bf16
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import RANGE, Crew, ThreadedWork

@@ -12,15 +12,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from jobs.benchmarks.gpu_bytes import FIRST, device_presets
-from jobs.benchmarks.gpu_trials import Bench, Found, Trial
+from jobs.benchmarks.commands import on_cores
+from jobs.benchmarks.gpu.bytes import FIRST, device_presets
+from jobs.benchmarks.gpu.trials import Bench, Found, Trial
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import WeightmillError
 from loaders.places import ROOT
@@ -89,17 +89,6 @@ def ladder(bench: Bench) -> Iterator[Trial]:
     for quant in (FIRST, SLOW):
         for count in steps if quant == FIRST else (step for step in SLOW_STEPS if step in steps):
             yield Trial(f"{quant} on {count} core{'s' if count > 1 else ''}", partial(call, quant, count))
-
-
-@contextmanager
-def on_cores(cores: list[int]) -> Iterator[None]:
-    """Set the cores on which processes run that this thread starts inside the block; they inherit its affinity."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def run_job(source: Path, bench: Bench, quant: str, backend: str) -> Ran:
