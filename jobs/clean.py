@@ -8,6 +8,7 @@ from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Location, Spec
+from jobs.spec.store import StoreSpec
 from loaders.storage.address import Address
 
 
@@ -23,6 +24,7 @@ class CleanSpec(Spec):
 
     output: CleanedFolder
     dry_run: bool = Field(description="only list")
+    store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, LocalPath, Spec
 from jobs.spec.job import TrackingSpec
+from jobs.spec.store import StoreSpec
 
 
 class ComparePlace(Spec):
@@ -27,6 +28,7 @@ class CompareSpec(Spec):
     error: str = Field(description="the metric to compare with bits per weight")
     tracking: TrackingSpec
     output: ComparePlace
+    store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Location, Spec
+from jobs.spec.store import StoreSpec
 
 
 class DiffSpec(Spec):
@@ -17,6 +18,7 @@ class DiffSpec(Spec):
     a: Location = Field(description="the first checkpoint: errors are relative to it")
     b: Location = Field(description="the second checkpoint")
     tensors: Literal["different", "all"] = Field(description="which tensors to list")
+    store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
 
 

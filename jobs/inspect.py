@@ -10,6 +10,7 @@ from pydantic import Field
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Spec
 from jobs.spec.job import ModelSpec, SourceSpec
+from jobs.spec.store import StoreSpec
 
 
 class InspectSpec(Spec):
@@ -18,6 +19,7 @@ class InspectSpec(Spec):
     model: ModelSpec
     source: SourceSpec
     tensors: Literal["summary", "all"] = Field(description="all lists each one")
+    store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
 
 

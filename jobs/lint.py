@@ -9,6 +9,7 @@ from pydantic import Field
 
 from jobs.cli.verb import FAILED, Said, Verb
 from jobs.spec.base import Format, Location, Spec
+from jobs.spec.store import StoreSpec
 
 
 class LintedFolder(Spec):
@@ -21,6 +22,7 @@ class LintSpec(Spec):
     """The settings of `lint`."""
 
     output: LintedFolder
+    store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
 
 

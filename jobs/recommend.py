@@ -11,6 +11,7 @@ from pydantic import Field
 from jobs.cli.verb import FAILED, Said, Verb
 from jobs.spec.base import Format, LocalPath, Spec
 from jobs.spec.job import BackendSpec, ModelSpec, SourceSpec
+from jobs.spec.store import StoreSpec
 
 if TYPE_CHECKING:
     from loaders.loading.recommend import Recommendation
@@ -42,6 +43,7 @@ class RecommendSpec(Spec):
     context_tokens: int = Field(
         gt=0, description="the length of a sequence whose keys and values must fit besides the weights"
     )
+    store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
 
 

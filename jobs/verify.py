@@ -9,6 +9,7 @@ from pydantic import Field
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Location, Spec
 from jobs.spec.job import ClusterSpec, VerifySpec
+from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from loaders.storage.address import Address
 
@@ -33,6 +34,7 @@ class VerifyRequest(Spec):
     verify: VerifySpec
     strategy: StrategySpec
     cluster: ClusterSpec
+    store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
 
 

@@ -16,7 +16,9 @@ from pydantic import BaseModel
 
 from jobs.cli.compose import Request, compose, take_apart
 from jobs.spec.keys import KEYS
+from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
+from loaders.storage.settings import use
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -100,7 +102,9 @@ class Verb(Generic[S]):
             raise BadSpec(f"{request.flags[0]}: unknown option; options are key=value, and --help{self._sweep_hint}")
         # Libraries print to standard output, which must hold nothing but the document.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            said = self.act(compose(self.config or self.name, self.spec, request))
+            spec = compose(self.config or self.name, self.spec, request)
+            reach_stores(spec)
+            said = self.act(spec)
         return say(said, as_json)
 
     @property
@@ -116,6 +120,12 @@ class Verb(Generic[S]):
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             said = self.sweep(self.config or self.name, request)
         return say(said, as_json)
+
+
+def reach_stores(spec: BaseModel) -> None:
+    """Make a request's settings of stores, if it has some, those of this process."""
+    if isinstance(store := getattr(spec, "store", None), StoreSpec):
+        use(store.settings)
 
 
 def note(text: str) -> None:

@@ -25,6 +25,7 @@ from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.errors import BadSpec, StorageError
 from loaders.places import ROOT
+from loaders.storage.settings import StoreSettings, current, use
 from loaders.words import counted
 
 MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
@@ -176,14 +177,17 @@ def _memory(task: Task[Any]) -> int:
     return BASE_BYTES + task.memory_bytes
 
 
-def run_remotely(task: Task[Any]) -> Iterator[tuple[str, Any]]:
-    """Run a task in a Ray worker; yields first its node's id, then bytes done, last the outcome.
+def run_remotely(task: Task[Any], settings: StoreSettings) -> Iterator[tuple[str, Any]]:
+    """Run a task in a Ray worker, with the driver's settings of stores.
+
+    Yields first its node's id, then bytes done, last the outcome.
 
     The unit runs on a thread, so that this generator can send progress meanwhile, and so that cancelling the task,
     which interrupts the generator, can stop the unit and wait until its part files are removed.
     """
     import ray
 
+    use(settings)
     yield "node", ray.get_runtime_context().get_node_id()
     stop, done = threading.Event(), threading.Event()
     counted: list[int] = [0]
@@ -250,7 +254,7 @@ class _Flights:
             max_retries=WORKER_DEATHS,
             scheduling_strategy="SPREAD",
         )
-        self._flights.append(_Flight(task, remote.remote(task)))
+        self._flights.append(_Flight(task, remote.remote(task, current())))
 
     def advance(self, on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
         """Wait up to a second for messages, count bytes, and yield the outcomes among the messages."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from jobs.spec.base import FloatName, Format, LocalPath, Location, Spec
+from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from loaders.architectures.family import ROLES
 from loaders.dtypes import DTYPES
@@ -302,6 +303,7 @@ class JobSpec(Spec):
     )
     output: OutputSpec
     strategy: StrategySpec
+    store: StoreSpec = Field(default_factory=StoreSpec)
     backend: BackendSpec
     cluster: ClusterSpec
     tracking: TrackingSpec

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PlainSerializer
+
+from loaders.storage.address import Address
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 
@@ -21,8 +23,13 @@ class PathValue:
     words: tuple[str, ...] = ()
 
 
+def _shown(path: str | None) -> str | None:
+    return path and Address.of(path).shown
+
+
 LocalPath = Annotated[str, PathValue()]
-Location = Annotated[str, PathValue(stores=True)]
+# Where a request is written down (reports, tracking, journals), URLs stand there without their secrets.
+Location = Annotated[str, PathValue(stores=True), PlainSerializer(_shown)]
 Calibration = Annotated[str, PathValue(words=("self",))]
 
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
 from loaders.errors import BadSpec
 
 LOCAL = "file"
+# MLflow writes its two schemes with one slash.
+SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(models|runs):/")
+HIDDEN = "***"  # what stands for a secret where an address is shown
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Address:
-    """A path on this machine or the URL of a store, without a trailing slash."""
+    """A path on this machine or the URL of a store, without a trailing slash.
 
-    text: str
+    A URL may have secrets in it: a password, a signature. Only `text` has them, which is for opening the store; every
+    other way to show an address (str, repr, f-strings, messages) leaves them out.
+    """
+
+    text: str = field(repr=False)
 
     @staticmethod
     def of(where: str | os.PathLike[str] | Address) -> Address:
@@ -33,8 +41,8 @@ class Address:
     @property
     def scheme(self) -> str:
         """The URL's scheme; "file" for a path."""
-        head, found, _ = self.text.partition("://")
-        return head if found else LOCAL
+        found = SCHEME.match(self.text)
+        return (found[1] or found[2]) if found else LOCAL
 
     @property
     def is_local(self) -> bool:
@@ -86,8 +94,21 @@ class Address:
         parts = urlsplit(self.text)
         return Address(urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}")))
 
+    @property
+    def shown(self) -> str:
+        """The address without user, password, query and fragment, which may be secrets."""
+        if self.is_local:
+            return self.text
+        parts = urlsplit(self.text)
+        user, _, host = parts.netloc.rpartition("@")
+        netloc = f"{HIDDEN}@{host}" if user else host
+        return urlunsplit(parts._replace(netloc=netloc, query=HIDDEN if parts.query else "", fragment=""))
+
     def __str__(self) -> str:
-        return self.text
+        return self.shown
+
+    def __repr__(self) -> str:
+        return f"Address({self.shown!r})"
 
     def __fspath__(self) -> str:
         return str(self.path)
