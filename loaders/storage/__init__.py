@@ -11,6 +11,7 @@ from loaders.storage.address import LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
+from loaders.storage.lone_file import SUFFIXES, LoneFile
 from loaders.storage.objects import ObjectStore
 
 
@@ -49,6 +50,20 @@ def open_store(where: str | os.PathLike[str] | Address) -> Store:
     """
     address = Address.of(where)
     return kind_of(address).open(address)
+
+
+def open_source(where: str | os.PathLike[str] | Address) -> Store:
+    """Open the store of a model at an address: of a folder, or of one weight file, with what lies beside it.
+
+    Raises:
+        BadSpec: the scheme is not in KINDS.
+        StorageError: it cannot be told whether a file is there.
+    """
+    address = Address.of(where)
+    if not address.name.endswith(SUFFIXES):
+        return open_store(address)
+    folder = open_store(address.parent)
+    return open_store(address) if folder.find(address.name) is None else LoneFile(folder, address.name)
 
 
 def destination_at(address: Address, key: str) -> Destination:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from loaders.errors import BadCheckpoint, StorageError
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Entry, Range
-from loaders.storage.folder import SKIPPED
+from loaders.storage.folder import A_FILE, SKIPPED
 from loaders.storage.object_answers import Denied, Missing, NoRanges, Unmet
 from loaders.storage.object_client import UNKNOWN, Found, ObjectClient, client_of
 from loaders.storage.object_names import found_by_name
@@ -55,7 +55,7 @@ class ObjectStore:
             is_under_way = any(name.startswith(HIDDEN) for name in names) and OUR_REPORT not in names
             return "an output under way" if is_under_way else None
         is_file = bool(self._key()) and self._found(self._key()) is not None
-        return "a file; give the folder it lies in" if is_file else self._nothing()
+        return A_FILE if is_file else self._nothing()
 
     def _nothing(self) -> str:
         if self._client.service.has_lists:
