@@ -12,6 +12,7 @@ from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
 from loaders.storage.lone_file import SUFFIXES, LoneFile
+from loaders.storage.object_destination import ObjectDestination, abandoned_at, discard
 from loaders.storage.objects import ObjectStore
 
 
@@ -38,7 +39,8 @@ KINDS: dict[str, StoreKind] = {
         lambda address, name: abandoned_in(address.path, name),
         lambda address: discard_folder(address.path),
     ),
-    **dict.fromkeys(("s3", "gs", "az", "http", "https"), StoreKind(ObjectStore)),
+    **dict.fromkeys(("s3", "gs", "az"), StoreKind(ObjectStore, ObjectDestination, abandoned_at, discard)),
+    **dict.fromkeys(("http", "https"), StoreKind(ObjectStore)),
 }
 
 
