@@ -12,7 +12,7 @@ from tests.making import snapshot
 from tests.shelf.client import Client
 from tests.shelf.store import key_of
 
-OBJECTS = ("s3", "az")
+OBJECTS = ("s3", "az", "gs")
 KINDS = ("folder", "shelf", *OBJECTS)  # the kinds of places, which the fixture `place_of` makes
 REMOTE = KINDS[1:]
 
