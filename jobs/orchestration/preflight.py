@@ -179,10 +179,15 @@ def notes_of(planned: Planned) -> list[str]:
     if not output.is_local:
         need = cluster.units_at_once * max(file.size for file in planned.target.files)
     room = ", too little" if need > free else ""
+    assembly, joining = planned.target.assembly, list[str]()
+    if assembly is not None and assembly.joined is not None and not output.is_local:
+        how = "the store copies them into it" if planned.journal.destination.assembles else "they are streamed into it"
+        joining = [f"{assembly.joined.name} is made of {counted(len(planned.target.pieces), 'piece')}: {how}"]
     judging = [] if planned.judging is None else [planned.judging.note]
     return [
         *done,
         *judging,
+        *joining,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
         f"memory: up to {tables.size(memory)} with {counted(cluster.threads, 'thread')};"
