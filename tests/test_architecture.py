@@ -53,6 +53,11 @@ ENTER_BY = {
     "hydra": ["jobs/cli/compose.py"],
     "ray": ["jobs/execution/ray_cluster.py"],
     "mlflow": ["jobs/tracking/run.py"],
+    "huggingface_hub": [
+        "loaders/models/hub_cache.py",
+        "loaders/storage/hub_cache.py",
+        "loaders/storage/hub_client.py",
+    ],
 }
 
 

@@ -29,13 +29,20 @@ class StoreKind:
     discard: Callable[[Address], None] = lambda address: None
 
 
+def _hub(address: Address) -> Store:
+    from loaders.storage.hub import HubStore
+
+    return HubStore(address)
+
+
 KINDS: dict[str, StoreKind] = {
+    "hf": StoreKind(_hub),
     LOCAL: StoreKind(
         lambda address: Folder(address.path),
         FolderDestination,
         lambda address, name: abandoned_in(address.path, name),
         lambda address: discard_folder(address.path),
-    )
+    ),
 }
 
 

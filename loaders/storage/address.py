@@ -70,6 +70,8 @@ class Address:
         if self.is_local:
             return Address(str(self.path.parent))
         parts = urlsplit(self.text)
+        if self.scheme == "hf" and parts.path.count("/") <= 1:  # a repository, above which is no folder but its owner
+            return self
         above = str(PurePosixPath(parts.path or "/").parent).rstrip("/")
         return Address(urlunsplit(parts._replace(path=above)))
 
