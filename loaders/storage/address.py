@@ -65,6 +65,13 @@ class Address:
         return self.path.name if self.is_local else PurePosixPath(urlsplit(self.text).path).name
 
     @property
+    def title(self) -> str:
+        """What is there is called so: `name` without a revision of the Hub, and a file of a store without its suffix."""
+        if self.is_local:
+            return self.name
+        return re.sub(r"\.(?:gguf|safetensors|bin|pth?)$", "", self.name.partition("@")[0])
+
+    @property
     def parent(self) -> Address:
         """The folder or prefix above this address; the address itself at the root."""
         if self.is_local:
