@@ -73,3 +73,37 @@ def test_outputs_are_named_by_the_model_not_by_its_commit(model: Path, hub: Hub,
     commit = hub.put(REPO, snapshot(model))
     ran = weightmill("run", f"model.path=hf://{REPO}@{commit}", "quant=nf4", "format=json")
     assert ran.document["output"].endswith("/weightmill/model-nf4")
+
+
+# --- to the Hub
+
+
+@pytest.fixture
+def mine(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """The Hub, where the account `me` is logged in; journals are in a folder of the test."""
+    hub.tokens["hf_mine"] = "me"
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    monkeypatch.setenv("WEIGHTMILL_CACHE", str(tmp_path / "cache"))
+    return hub
+
+
+def published(hub: Hub, name: str, branch: str = "main") -> dict[str, bytes]:
+    repository = hub.get(name)
+    files = {path: repository.objects[file.sha256] for path, file in repository.files(branch).items()}
+    del files[".gitattributes"]
+    return files
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_output_on_the_hub_is_one_commit(
+    preset: str, model: Path, tmp_path: Path, mine: Hub, weightmill: Any
+) -> None:
+    assert weightmill("run", *given(model, tmp_path / "here", preset)).status == 0
+    mine.put(REPO, snapshot(model))
+    ran = weightmill("run", *given(f"hf://{REPO}", "hf://me/model-4bit", preset))
+    assert ran.status == 0, ran.err
+    assert comparable(published(mine, "me/model-4bit")) == comparable(snapshot(tmp_path / "here"))
+    assert len(mine.get("me/model-4bit").commits) == 2
+    assert set(mine.uploaded.values()) == {1}
+    assert weightmill("verify", "output.path=hf://me/model-4bit").status == 0
+    assert list((tmp_path / "cache" / "journals").iterdir()) == []
