@@ -54,8 +54,8 @@ ENTER_BY = {
     "ray": ["jobs/execution/ray_cluster.py"],
     "mlflow": ["jobs/tracking/run.py"],
     "huggingface_hub": [
-        "loaders/storage/hub_branch.py",
         "loaders/models/hub_cache.py",
+        "loaders/storage/hub_branch.py",
         "loaders/storage/hub_cache.py",
         "loaders/storage/hub_client.py",
     ],

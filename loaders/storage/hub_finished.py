@@ -136,8 +136,8 @@ class FinishedFiles:
         is_header = any(first <= start < end for first, end in kept) and stop - start <= BUFFER
         if not is_kept and not is_header and start < stop:
             raise StorageError(
-                f"{entry.name}: bytes {start} to {stop} were uploaded and are not here; they can be read when the output"
-                " is published"
+                f"{entry.name}: bytes {start} to {stop} were uploaded and are not here; they can be read when the"
+                " output is published"
             )
         return self._between(self.data(entry.name), kept, start, stop)
 
