@@ -37,7 +37,7 @@ class Traffic:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Wait until a request may be sent, and count it while the block runs; one that succeeds lets the limit grow."""
+        """Wait until a request may be sent, and count it while the block runs; success lets the limit grow."""
         with self._free:
             self._free.wait_for(lambda: self._in_flight < self.limit)
             self._in_flight += 1
