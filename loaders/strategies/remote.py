@@ -16,8 +16,10 @@ from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies.base import PieceReader, TensorBytes, Use, WeightLoader
+from loaders.strategies.reading.announced import Ahead
 from loaders.strategies.reading.buffers import Buffers
-from loaders.strategies.reading.fetching import SEGMENT, Ahead, Fetcher, fetcher
+from loaders.strategies.reading.fetching import Fetcher, fetcher
+from loaders.strategies.reading.segments import SEGMENT
 
 MB = 1_000_000
 BUDGET_MB = 1024.0
