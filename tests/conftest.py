@@ -15,9 +15,10 @@ import pytest
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.storage.address import Address
+from tests import object_servers
 from tests.making import write_checkpoint
 from tests.shelf import serving
-from tests.shelf.places import KINDS, FolderPlace, Place, ShelfPlace
+from tests.shelf.places import KINDS, FolderPlace, ObjectPlace, Place, ShelfPlace
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,24 @@ def shelves() -> Iterator[Address]:
         yield address
 
 
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[Address]:
+    """A bucket of an S3 server, which all tests of a process share."""
+    pytest.importorskip("moto", reason="moto[server], which imitates S3, is not installed")
+    with object_servers.s3() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def az_bucket() -> Iterator[Address]:
+    """A container of an Azure server, which all tests of a process share."""
+    command = object_servers.azurite()
+    if command is None:
+        pytest.skip("azurite, which imitates Azure's blobs, is not installed: npm install -g azurite")
+    with object_servers.az(command) as address:
+        yield address
+
+
 @pytest.fixture
 def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Place]:
     """A function that makes an empty place of a kind."""
@@ -88,8 +107,11 @@ def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], 
         name = f"place{next(numbers)}"
         if kind == "folder":
             return FolderPlace(tmp_path / name)
-        shelves: Address = request.getfixturevalue("shelves")
-        return ShelfPlace(shelves / tmp_path.name / name)
+        if kind == "shelf":
+            shelves: Address = request.getfixturevalue("shelves")
+            return ShelfPlace(shelves / tmp_path.name / name)
+        bucket: Address = request.getfixturevalue(f"{kind}_bucket")
+        return ObjectPlace(bucket / tmp_path.name / name)
 
     return make
 

@@ -11,6 +11,7 @@ from loaders.storage.address import LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
+from loaders.storage.objects import ObjectStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ KINDS: dict[str, StoreKind] = {
         FolderDestination,
         lambda address, name: abandoned_in(address.path, name),
         lambda address: discard_folder(address.path),
-    )
+    ),
+    **dict.fromkeys(("s3", "gs", "az", "http", "https"), StoreKind(ObjectStore)),
 }
 
 
