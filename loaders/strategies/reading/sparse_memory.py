@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 import tempfile
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,14 +57,17 @@ class ScratchMemory:
     def __init__(self, size: int, folder: str | None) -> None:
         self._folder = Path(folder or tempfile.gettempdir())
         with io_errors("writing scratch in", self._folder):
-            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="weightmill-")  # noqa: SIM115  # till dropped
-            allocate(self._file.fileno(), size)
-            self.array = np.frombuffer(mmap.mmap(self._file.fileno(), size), np.uint8)
+            self._file, path = tempfile.mkstemp(dir=self._folder, prefix="weightmill-")
+            # By a finalizer, so that no thread still writes to what may be another file's number by then.
+            weakref.finalize(self, os.close, self._file)
+            Path(path).unlink()
+            allocate(self._file, size)
+            self.array = np.frombuffer(mmap.mmap(self._file, size), np.uint8)
 
     def put(self, at: int, data: memoryview) -> None:
         with io_errors("writing scratch in", self._folder):
             while data:
-                count = os.pwrite(self._file.fileno(), data, at)
+                count = os.pwrite(self._file, data, at)
                 at, data = at + count, data[count:]
 
     def drop(self, start: int, stop: int) -> None:
