@@ -12,6 +12,8 @@ from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
 from loaders.storage.objects import ObjectStore
+from loaders.storage.range_cache import cached
+from loaders.storage.settings import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def open_store(where: str | os.PathLike[str] | Address) -> Store:
         BadSpec: the scheme is not in KINDS.
     """
     address = Address.of(where)
-    return kind_of(address).open(address)
+    return cached(kind_of(address).open(address), current())
 
 
 def destination_at(address: Address, key: str) -> Destination:
