@@ -65,7 +65,7 @@ class ObjectPlace:
 
     def drop(self, name: str) -> None:
         client, key = client_of(self.address / name)
-        client.delete(key)
+        client.delete([key])
 
 
 def fill(place: Place, folder: Path, name: str) -> Address:
