@@ -14,6 +14,8 @@ from loaders.storage.folder_destination import FolderDestination, abandoned_in, 
 from loaders.storage.lone_file import SUFFIXES, LoneFile
 from loaders.storage.object_destination import ObjectDestination, abandoned_at, discard
 from loaders.storage.objects import ObjectStore
+from loaders.storage.range_cache import cached
+from loaders.storage.settings import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def open_store(where: str | os.PathLike[str] | Address) -> Store:
         BadSpec: the scheme is not in KINDS.
     """
     address = Address.of(where)
-    return kind_of(address).open(address)
+    return cached(kind_of(address).open(address), current())
 
 
 def open_source(where: str | os.PathLike[str] | Address) -> Store:
