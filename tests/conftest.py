@@ -15,9 +15,12 @@ import pytest
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.storage.address import Address
+from tests import object_servers
+from tests.hub.server import Hub
+from tests.hub.server import serving as serving_hub
 from tests.making import write_checkpoint
 from tests.shelf import serving
-from tests.shelf.places import KINDS, FolderPlace, Place, ShelfPlace
+from tests.shelf.places import KINDS, FolderPlace, ObjectPlace, Place, ShelfPlace
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,47 @@ def shelves() -> Iterator[Address]:
         yield address
 
 
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[Address]:
+    """A bucket of an S3 server, which all tests of a process share."""
+    pytest.importorskip("moto", reason="moto[server], which imitates S3, is not installed")
+    with object_servers.s3() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def az_bucket() -> Iterator[Address]:
+    """A container of an Azure server, which all tests of a process share."""
+    command = object_servers.azurite()
+    if command is None:
+        pytest.skip("azurite, which imitates Azure's blobs, is not installed: npm install -g azurite")
+    with object_servers.az(command) as address:
+        yield address
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty Hub, which huggingface_hub in this process and its children asks; nobody is logged in."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf"
+    with serving_hub() as made:
+        # It reads the environment when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", made.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{made.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name, value in (("HF_ENDPOINT", made.url), ("HF_HOME", str(home)), ("HF_HUB_DISABLE_XET", "1")):
+            monkeypatch.setenv(name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        yield made
+
+
 @pytest.fixture
 def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Place]:
     """A function that makes an empty place of a kind."""
@@ -88,8 +132,11 @@ def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], 
         name = f"place{next(numbers)}"
         if kind == "folder":
             return FolderPlace(tmp_path / name)
-        shelves: Address = request.getfixturevalue("shelves")
-        return ShelfPlace(shelves / tmp_path.name / name)
+        if kind == "shelf":
+            shelves: Address = request.getfixturevalue("shelves")
+            return ShelfPlace(shelves / tmp_path.name / name)
+        bucket: Address = request.getfixturevalue(f"{kind}_bucket")
+        return ObjectPlace(bucket / tmp_path.name / name)
 
     return make
 

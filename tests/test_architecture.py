@@ -1,4 +1,4 @@
-"""Tests of the code's structure: imports go from upper to lower layers, and some libraries are imported by one file."""
+"""Tests of the code's structure: imports go from upper to lower layers, and some libraries are imported by few files."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ ENTER_BY = {
     "hydra": ["jobs/cli/compose.py"],
     "ray": ["jobs/execution/ray_cluster.py"],
     "mlflow": ["jobs/tracking/run.py"],
+    "huggingface_hub": [
+        "loaders/models/hub_cache.py",
+        "loaders/storage/hub_cache.py",
+        "loaders/storage/hub_client.py",
+    ],
+    "obstore": [f"loaders/storage/object_{name}.py" for name in ("answers", "client", "services")],
+    "botocore": ["loaders/storage/object_services.py"],
 }
 
 
@@ -94,7 +101,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", sorted(ENTER_BY))
-def test_a_library_enters_by_one_file(library: str) -> None:
+def test_a_library_enters_by_few_files(library: str) -> None:
     using = [
         str(path.relative_to(ROOT))
         for path in FILES

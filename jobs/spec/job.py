@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from jobs.spec.base import FloatName, Format, LocalPath, Location, Spec
+from jobs.spec.base import FloatName, Format, LocalPath, Location, Source, Spec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from loaders.architectures.family import ROLES
@@ -37,9 +38,9 @@ class ModelSpec(Spec):
     """conf/model: the checkpoint to read."""
 
     name: str | None = Field(description="names the output; the folder's name by default")
-    path: Location | None = Field(description="the folder of the checkpoint")
-    hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
-    revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
+    path: Source | None = Field(description="the checkpoint: a folder, a URL, or OWNER/NAME of the Hub")
+    hub_id: str | None = Field(default=None, description="the repository of the Hub that is read if there is no path")
+    revision: str | None = Field(default=None, description="the revision of hub_id; null: main; quote it")
     components_to_quantize: tuple[str, ...] | None = Field(
         default=None, description="a pipeline of diffusers: which components; null: transformer, unet, text encoders"
     )
@@ -54,11 +55,9 @@ class ModelSpec(Spec):
         if self.path is not None:
             return Address.of(self.path)
         if self.hub_id is None:
-            raise BadSpec("model.path: missing; give model.path=DIR, the folder of the checkpoint")
-        raise BadSpec(
-            f"model.path: missing; fetch {self.hub_id} into a folder (hf download {self.hub_id} --local-dir DIR) and"
-            " give model.path=DIR: reading from the Hub is not built yet"
-        )
+            raise BadSpec("model.path: missing; give model.path=DIR, the folder of the checkpoint, or hf://OWNER/NAME")
+        revision = "" if self.revision is None else f"@{quote(self.revision, safe='')}"
+        return Address.of(f"hf://{self.hub_id}{revision}")
 
     @field_validator("name")
     @classmethod
@@ -84,7 +83,7 @@ class TransformSpec(Spec):
         default=None, ge=1, description="block_expansion: new decoder blocks; must divide the model's number of blocks"
     )
 
-    path: Location | None = Field(
+    path: Source | None = Field(
         default=None, description="merge_lora: the folder of an adapter of peft, which is added to the weights"
     )
 
@@ -363,7 +362,7 @@ class JobSpec(Spec):
 
     @property
     def model_name(self) -> str:
-        return self.model.name or self.source_address.name
+        return self.model.name or self.source_address.title
 
     @property
     def output_address(self) -> Address:

@@ -199,8 +199,9 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
     if source is None:
-        source = spec.model.path
-        if source is None or open_store(source).absence() is not None:
+        # Where it was read, which of the Hub is the commit.
+        source = report.source.path
+        if open_store(source).absence() is not None:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
     # Some outputs name files after the model, whose default name is that of the source's former folder.
     named = {"path": source, "name": spec.model_name}

@@ -11,6 +11,7 @@ from loaders.storage.address import LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
+from loaders.storage.objects import ObjectStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,21 @@ class StoreKind:
     discard: Callable[[Address], None] = lambda address: None
 
 
+def _hub(address: Address) -> Store:
+    from loaders.storage.hub import HubStore
+
+    return HubStore(address)
+
+
 KINDS: dict[str, StoreKind] = {
+    "hf": StoreKind(_hub),
     LOCAL: StoreKind(
         lambda address: Folder(address.path),
         FolderDestination,
         lambda address, name: abandoned_in(address.path, name),
         lambda address: discard_folder(address.path),
-    )
+    ),
+    **dict.fromkeys(("s3", "gs", "az", "http", "https"), StoreKind(ObjectStore)),
 }
 
 

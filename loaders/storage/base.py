@@ -270,8 +270,9 @@ class Abandoned:
 
 
 def may_be_newer(store: Store, one: Entry, other: Entry) -> bool:
-    """Whether a file may have changed after another: local files have times as tags, others may not."""
-    return not store.is_local or int(one.tag) >= int(other.tag)
+    """Whether a file may have changed after another: files of folders have times as tags, others have not."""
+    is_known = store.is_local and one.tag.isdigit() and other.tag.isdigit()
+    return not is_known or int(one.tag) >= int(other.tag)
 
 
 class PinnedFiles:

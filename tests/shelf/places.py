@@ -1,4 +1,4 @@
-"""The places where tests put files and write outputs: a folder, or a prefix on the server."""
+"""The places where tests put files and write outputs: a folder, or a prefix on a server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Protocol
 
 from loaders.storage import open_store
 from loaders.storage.address import Address
+from loaders.storage.object_client import client_of
 from tests.making import snapshot
 from tests.shelf.client import Client
 from tests.shelf.store import key_of
 
-KINDS = ("folder", "shelf")  # the kinds of places, which the fixture `place_of` makes
+OBJECTS = ("s3", "az")
+KINDS = ("folder", "shelf", *OBJECTS)  # the kinds of places, which the fixture `place_of` makes
 REMOTE = KINDS[1:]
 
 
@@ -49,6 +51,21 @@ class ShelfPlace:
 
     def drop(self, name: str) -> None:
         self._client.delete(f"{key_of(self.address)}/{name}")
+
+
+class ObjectPlace:
+    """A prefix of a bucket."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+
+    def put(self, name: str, data: bytes) -> None:
+        client, key = client_of(self.address / name)
+        client.put(key, data)
+
+    def drop(self, name: str) -> None:
+        client, key = client_of(self.address / name)
+        client.delete(key)
 
 
 def fill(place: Place, folder: Path, name: str) -> Address:
