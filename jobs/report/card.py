@@ -67,7 +67,7 @@ def _block(report: Report, target: TargetPlan, loading: Loading, *, has_card: bo
 
 def _made_from(report: Report, target: TargetPlan) -> Iterator[str]:
     source, origin = report.source, origin_of(report)
-    yield f"# {line(report.job['model']['name'] or origin.name.rpartition('/')[2])} in {report.job['quant']['name']}"
+    yield f"# {line(report.job['model']['name'] or origin.title)} in {report.job['quant']['name']}"
     yield ""
     version = report.versions["weightmill"]
     yield f"Made by weightmill {version}. Every tensor was decoded again and compared with its source."
@@ -110,7 +110,14 @@ def _how(report: Report, target: TargetPlan) -> Iterator[str]:
     yield from (
         ["", f"and {len(rows) - MOST_ROWS} rules more, which weightmill.json's job has"] if rows[MOST_ROWS:] else []
     )
-    yield from ("", "This makes it again:", "", "```sh", one_line(command_of(report.run.request)), "```")
+    yield from (
+        "",
+        "This makes it again:",
+        "",
+        "```sh",
+        one_line(command_of(report.run.request, report.source.path)),
+        "```",
+    )
 
 
 def _cost(report: Report) -> Iterator[str]:

@@ -38,6 +38,10 @@ class Origin:
     revision: str | None = None
 
     @property
+    def title(self) -> str:
+        return Address.of(self.name).title
+
+    @property
     def shown(self) -> str:
         if self.hub_id is None:
             return code(self.name)

@@ -28,10 +28,10 @@ OUTPUT = ("layout", "container", "split", "card")  # what is made counts, and no
 PLAIN = re.compile(r"[\w./:@+-]+")
 
 
-def command_of(request: Mapping[str, Any]) -> str:
-    """Return the command for a resolved request."""
+def command_of(request: Mapping[str, Any], source: str) -> str:
+    """Return the command for a resolved request; `source` is where it was read, which of the Hub names the commit."""
     defaults = _defaults()
-    words = [*_model(request["model"])]
+    words = [*_model(request["model"], source)]
     # Another backend gives the same bytes, but for these.
     groups = [group for group in GROUPS if group != "backend" or request["backend"]["kind"] in OTHER_BYTES]
     for group in groups:
@@ -44,11 +44,8 @@ def command_of(request: Mapping[str, Any]) -> str:
     return shlex.join(["python", "-m", "jobs.run", *words])
 
 
-def _model(model: Mapping[str, Any]) -> Iterator[str]:
-    path = model["path"]
-    if path is None and model.get("hub_id"):
-        path = f"hf://{model['hub_id']}" + (f"@{model['revision']}" if model.get("revision") else "")
-    yield "model=demo" if path == str(DEMO) else f"model.path={said('model.path', path)}"
+def _model(model: Mapping[str, Any], source: str) -> Iterator[str]:
+    yield "model=demo" if source == str(DEMO) else f"model.path={said('model.path', source)}"
     if model["name"] is not None:
         yield f"model.name={model['name']}"
     if model["components_to_quantize"] is not None:

@@ -219,7 +219,7 @@ def test_the_damage_stands_in_the_report(weightmill: Any, tmp_path: Path) -> Non
 )
 def test_the_command_makes_the_same_request(given: list[str]) -> None:
     spec = compose("run", JobSpec, take_apart("run", JobSpec, given))
-    command = shlex.split(command_of(spec.resolved()))
+    command = shlex.split(command_of(spec.resolved(), str(DEMO)))
     assert command[:3] == ["python", "-m", "jobs.run"]
     assert set(command[3:]) == set(given)
     assert compose("run", JobSpec, take_apart("run", JobSpec, command[3:])) == spec
@@ -229,9 +229,9 @@ def test_the_command_makes_the_same_request(given: list[str]) -> None:
 def test_the_command_shows_no_path_and_no_secret(tmp_path: Path) -> None:
     given = [f"model.path={tmp_path}", "transform=merge_lora", f"transform.path={tmp_path / 'a'}", "model.name=x"]
     spec = compose("run", JobSpec, take_apart("run", JobSpec, given))
-    said = command_of(spec.resolved())
+    said = command_of(spec.resolved(), str(tmp_path))
     assert (
         said == "python -m jobs.run model.path=DIR model.name=x transform=merge_lora transform.path=ADAPTER quant=nf4"
     )
-    request = {**spec.resolved(), "model": {**spec.resolved()["model"], "path": "s3://me:secret@host/m?sig=secret"}}
-    assert "secret" not in command_of(request)
+    assert "model.path=hf://org/name@abc " in command_of(spec.resolved(), "hf://org/name@abc")
+    assert "secret" not in command_of(spec.resolved(), "https://me:secret@host/m?sig=secret")
