@@ -55,6 +55,7 @@ ENTER_BY = {
     "mlflow": ["jobs/tracking/run.py"],
     "huggingface_hub": [
         "loaders/models/hub_cache.py",
+        "loaders/storage/hub_branch.py",
         "loaders/storage/hub_cache.py",
         "loaders/storage/hub_client.py",
     ],

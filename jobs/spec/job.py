@@ -6,6 +6,7 @@ Names are those of conf/, and `--help` shows every field's description. Paths ar
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -23,6 +24,7 @@ from loaders.presets.settings import Quant
 from loaders.rules.next_tokens import NextTokens
 from loaders.rules.rule import Rule
 from loaders.storage.address import Address
+from loaders.storage.settings import StoreSettings
 
 MB = 1_000_000
 # Metrics that a sweeper may search by: those that every job has, and those of verify=logits.
@@ -191,6 +193,13 @@ class OutputSpec(Spec):
         description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
     )
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
+    private: bool = Field(default=False, description="hf://: a repository is made private; a public one refused")
+    branch: str | None = Field(default=None, min_length=1, description="hf://: the branch to commit to; null: main")
+    commit_message: str | None = Field(default=None, min_length=1, description="hf://: the title of the commit")
+    journal: Location | None = Field(
+        default=None,
+        description="hf://: where the journal is, a folder or s3://, gs://, az:// with a prefix; null: in your cache",
+    )
 
     @property
     def local_root(self) -> Path:
@@ -336,6 +345,20 @@ class JobSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _what_is_of_the_hub_is_for_the_hub(self) -> JobSpec:
+        output = self.output
+        given = {"private": output.private, "branch": output.branch, "commit_message": output.commit_message}
+        if not (output.path or output.root).startswith("hf://"):
+            for name, value in {**given, "journal": output.journal}.items():
+                if value:
+                    raise ValueError(
+                        f"output.{name}: it is for outputs on the Hub, such as output.path=hf://OWNER/NAME"
+                    )
+        if output.branch is not None and "@" in (output.path or ""):
+            raise ValueError("output.branch: output.path names a branch already, after its @")
+        return self
+
+    @model_validator(mode="after")
     def _original_is_the_merged_model(self) -> JobSpec:
         calibration = getattr(self.quant, "calibration", None)
         if self.transform.kind == "merge_lora" and (self.verify.kind == "logits" or calibration is not None):
@@ -366,10 +389,21 @@ class JobSpec(Spec):
 
     @property
     def output_address(self) -> Address:
+        branch = "" if self.output.branch is None else f"@{quote(self.output.branch, safe='')}"
         if self.output.path is not None:
-            return Address.of(self.output.path)
+            return Address.of(f"{self.output.path.rstrip('/')}{branch}" if branch else self.output.path)
         name = f"{self.model_name}{self.transform.label}-{self.quant.name}{self.output.suffix}"
-        return Address.of(self.output.root) / name
+        return Address.of(self.output.root) / f"{name}{branch}"
+
+    @property
+    def store_settings(self) -> StoreSettings:
+        """How stores are reached, and what outputs on the Hub are to be like."""
+        return replace(
+            self.store.settings,
+            journal=self.output.journal,
+            private=self.output.private,
+            commit_message=self.output.commit_message or f"{self.quant.name} of {self.model_name}, by weightmill",
+        )
 
     @property
     def own_rules(self) -> tuple[Rule, ...]:

@@ -36,8 +36,20 @@ def _hub(address: Address) -> Store:
     return HubStore(address)
 
 
+def _hub_destination(address: Address, key: str) -> Destination:
+    from loaders.storage.hub_destination import HubDestination
+
+    return HubDestination(address, key)
+
+
+def _abandoned_on_hub(address: Address, name: str | None) -> tuple[Abandoned, ...]:
+    from loaders.storage.hub_destination import abandoned_at
+
+    return abandoned_at(address, name)
+
+
 KINDS: dict[str, StoreKind] = {
-    "hf": StoreKind(_hub),
+    "hf": StoreKind(_hub, _hub_destination, _abandoned_on_hub),
     LOCAL: StoreKind(
         lambda address: Folder(address.path),
         FolderDestination,

@@ -67,7 +67,7 @@ class Address:
 
     @property
     def title(self) -> str:
-        """What is there is called so: `name` without a revision of the Hub, and a file of a store without its suffix."""
+        """What is there is called so: `name` without a revision of the Hub, and without the suffix of a remote file."""
         if self.is_local:
             return self.name
         return re.sub(r"\.(?:gguf|safetensors|bin|pth?)$", "", self.name.partition("@")[0])

@@ -31,6 +31,10 @@ class NotThere(BadSpec):
         self.found = found
 
 
+class NoRevision(NotThere):
+    """A repository is there, and has no such branch, tag or commit."""
+
+
 class Closed(NotThere):
     """A repository is there, and this account may not read its files."""
 
@@ -113,7 +117,7 @@ class HubClient:
             then = "this account was not given it yet" if self.is_logged_in else f"then {LOG_IN}"
             raise Closed(where, f"a gated repository: ask for access at {self.endpoint}/{repo}; {then}")
         if code == "RevisionNotFound":
-            raise NotThere(where, "no such branch, tag or commit in that repository: check the name after the @")
+            raise NoRevision(where, "no such branch, tag or commit in that repository: check the name after the @")
         if code == "EntryNotFound":
             raise NotThere(where, "no such file in that repository")
         if status == 401 and self.is_logged_in and code is None:

@@ -38,7 +38,7 @@ class Fault:
     headers: Mapping[str, str] | None = None
     cut_at: int | None = None
     change: Callable[[dict[str, str], bytes], bytes] | None = None  # of the answer's headers and body
-    then: Callable[[], None] = lambda: None  # called when it happens
+    before: Callable[[], object] = lambda: None  # called before the request is served
 
 
 class Hub(Repositories):
@@ -89,7 +89,7 @@ class Hub(Repositories):
             for fault in self.faults:
                 if fault.times and fault.pattern in path:
                     fault.times -= 1
-                    fault.then()
+                    fault.before()
                     return fault
         return None
 
