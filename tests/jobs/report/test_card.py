@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from jobs.cli.compose import compose, take_apart
 from jobs.output.card_block import BEGIN, END, around_block, card_digest, without_blocks
@@ -19,7 +20,9 @@ from jobs.spec.job import JobSpec
 from loaders.places import DEMO
 from loaders.storage.address import Address
 from tests.failing import fail_at
+from tests.hub.server import Hub
 from tests.making import llama_tensors, make_source, snapshot, write_checkpoint
+from tests.pipelines import write_pipeline
 
 GOLDEN = Path(__file__).parent / "golden" / "demo_nf4.md"
 CARD, REPORT = "README.md", "weightmill.json"
@@ -189,6 +192,57 @@ def test_the_damage_stands_in_the_report(weightmill: Any, tmp_path: Path) -> Non
     del document["damage"], document["run"]["request"]["output"]["card"]
     (tmp_path / "out" / REPORT).write_text(json.dumps(document))
     assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
+
+
+def test_on_the_hub_it_names_ids_and_the_commit(
+    weightmill: Any, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.tokens["hf_mine"] = "me"
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    source = make_source(tmp_path / "m")
+    (source / CARD).write_text("---\nlicense: mit\n---\n# Its card\n")
+    commit = hub.put("org/name", snapshot(source))
+    given = ("quant=nf4", "model.name=m", f"output.journal={tmp_path / 'journals'}")
+    assert weightmill("run", "model.path=hf://org/name", "output.path=hf://me/name-nf4", *given).status == 0
+    made = hub.get("me/name-nf4")
+    card = made.objects[made.files("main")[CARD].sha256]
+    assert front(card.decode()) == {
+        "license": "mit", "library_name": "transformers", "tags": ["weightmill"],
+        "base_model": "org/name", "base_model_relation": "quantized",
+    }  # fmt: skip
+    assert f"- source: [org/name](https://huggingface.co/org/name) at `{commit}`" in card.decode()
+    assert f"python -m jobs.run model.path=hf://org/name@{commit} model.name=m quant=nf4\n" in card.decode()
+    assert 'AutoModelForCausalLM.from_pretrained("me/name-nf4")' in card.decode()
+    data = ModelCard(card.decode()).data
+    assert (data.base_model, data.license, data.library_name) == ("org/name", "mit", "transformers")
+    here = run(weightmill, source, tmp_path / "here", "quant=nf4", "model.name=m")
+    assert without_blocks(here.encode()) == without_blocks(card)
+
+
+def test_a_pipeline_has_one_at_its_top(weightmill: Any, tmp_path: Path) -> None:
+    source = write_pipeline(tmp_path / "pipeline")
+    card = run(weightmill, source, tmp_path / "out", "quant=nf4")
+    assert front(card)["library_name"] == "diffusers"
+    assert 'DiffusionPipeline.from_pretrained("DIR")' in card
+    assert [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob(CARD)] == [CARD]
+
+
+def test_every_preset_says_who_loads_it(weightmill: Any, tmp_path: Path) -> None:
+    """One preset of each engine and layout."""
+    source = make_source(tmp_path / "m")
+    said = {
+        "int8": "transformers with bitsandbytes", "ternary": "transformers (its quantization `bitnet`)",
+        "w8a8": "vLLM, and transformers with compressed-tensors", "hqq4": "hqq",
+        "hqq4 output=hf": "transformers 4 with hqq",
+        "mlx_int8": "mlx-lm", "gguf_f16": "llama.cpp", "none output=packed": "moeflux, by its format (it was not run)",
+        "none": "transformers",
+    }  # fmt: skip
+    for number, (quant, engine) in enumerate(said.items()):
+        out = tmp_path / f"out{number}"
+        assert f"Loaded by {engine}" in run(weightmill, source, out, *f"quant={quant}".split())
+        damage = read_report(Address.of(out)).damage
+        assert damage is not None
+        assert damage.engine == engine
 
 
 # --- the command
