@@ -10,6 +10,7 @@ from pydantic import Field
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Source, Spec
 from jobs.spec.store import StoreSpec
+from jobs.tracking.sources import located
 
 
 class DiffSpec(Spec):
@@ -34,6 +35,7 @@ VERB = Verb(
     summary="Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded.",
     spec=DiffSpec,
     act=act,
+    located=located,
     examples=(
         ("A B", "the tensors that differ"),
         ("A B tensors=all", "all of them"),

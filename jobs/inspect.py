@@ -11,6 +11,7 @@ from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Spec
 from jobs.spec.job import ModelSpec, SourceSpec
 from jobs.spec.store import StoreSpec
+from jobs.tracking.sources import located
 
 
 class InspectSpec(Spec):
@@ -39,6 +40,7 @@ VERB = Verb(
     summary="Say what a checkpoint holds: tensors, roles, dtypes, sizes, ties. Reads headers only.",
     spec=InspectSpec,
     act=act,
+    located=located,
     examples=(
         ("DIR", "a summary by role; the same as model.path=DIR"),
         ("DIR tensors=all", "every tensor"),

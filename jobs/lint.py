@@ -10,6 +10,7 @@ from pydantic import Field
 from jobs.cli.verb import FAILED, Said, Verb
 from jobs.spec.base import Format, Source, Spec
 from jobs.spec.store import StoreSpec
+from jobs.tracking.sources import located
 
 
 class LintedFolder(Spec):
@@ -48,6 +49,7 @@ VERB = Verb(
     summary="Will the engine load it? Checks any checkpoint's files, config and skip lists against what engines read.",
     spec=LintSpec,
     act=act,
+    located=located,
     examples=(("OUT", "an output, or any other checkpoint; the same as output.path=OUT"),),
     positional=("output.path",),
 )

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from jobs.cli.verb import DONE, FAILED, Said, Verb
 from jobs.spec.job import JobSpec
+from jobs.tracking.sources import located
 
 
 class PlanSpec(JobSpec):
@@ -60,6 +61,7 @@ VERB = Verb(
     summary="Say exactly what jobs.run would do with the same overrides; writes nothing.",
     spec=PlanSpec,
     act=act,
+    located=located,
     examples=(
         ("model.path=DIR quant=nf4", "files, bytes, which tensors by which rule"),
         ("model.path=DIR quant=nf4 tensors=all", "and every tensor and file"),

@@ -12,6 +12,7 @@ from jobs.cli.verb import FAILED, Said, Verb
 from jobs.spec.base import Format, LocalPath, Spec
 from jobs.spec.job import BackendSpec, ModelSpec, SourceSpec
 from jobs.spec.store import StoreSpec
+from jobs.tracking.sources import located
 
 if TYPE_CHECKING:
     from loaders.loading.recommend import Recommendation
@@ -138,6 +139,7 @@ VERB = Verb(
     summary="Which quantization of a model fits a memory, by size and by measured errors. Reads headers only.",
     spec=RecommendSpec,
     act=act,
+    located=located,
     examples=(
         ("DIR", "for this machine; the same as model.path=DIR"),
         ("DIR backend=cuda backend.memory_gb=24", "for another one's GPU"),

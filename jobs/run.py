@@ -5,6 +5,7 @@ from __future__ import annotations
 from jobs.cli.compose import Request
 from jobs.cli.verb import Said, Verb, leave
 from jobs.spec.job import JobSpec
+from jobs.tracking.sources import located
 
 
 def act(spec: JobSpec) -> Said:
@@ -26,6 +27,7 @@ VERB = Verb(
     summary="Quantize a checkpoint: read, encode, measure, verify, publish, track.",
     spec=JobSpec,
     act=act,
+    located=located,
     examples=(
         ("", "the demo model to NF4"),
         ("model.path=DIR quant=nf4 output.path=OUT", "any folder of weights"),

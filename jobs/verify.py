@@ -11,6 +11,7 @@ from jobs.spec.base import Format, Source, Spec
 from jobs.spec.job import ClusterSpec, VerifySpec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
+from jobs.tracking.sources import located
 from loaders.storage.address import Address
 
 
@@ -50,6 +51,7 @@ VERB = Verb(
     summary="Verify an output again: every file's hash, and every tensor decoded and compared with its source.",
     spec=VerifyRequest,
     act=act,
+    located=located,
     examples=(
         ("OUT", "against the source it was made from; the same as output.path=OUT"),
         ("OUT model.path=DIR", "the source has moved to DIR"),

@@ -2,9 +2,9 @@
 
     python -m tests.output_hashes FOLDER [--keep]
 
-prints one line per output: the hash of all its files except weightmill.json (which has times and paths), and the hash
-of weightmill.json's data without what may differ from run to run. FOLDER keeps the reports as `NAME.json`, so that two
-runs can be compared key by key.
+prints one line per output: the hash of all its files except weightmill.json (which has times and paths) and README.md
+(the card, which is prose about them), and the hash of weightmill.json's data without what may differ from run to run.
+FOLDER keeps the reports as `NAME.json`, so that two runs can be compared key by key.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from loaders.places import ROOT
 
-REPORT = "weightmill.json"
-VOLATILE = ("format", "run", "versions")
+REPORT, CARD = "weightmill.json", "README.md"
+VOLATILE = ("format", "run", "versions", "damage")  # the damage is a sum of what else stands there
 FURTHER = {  # settings that change which code writes: name -> arguments
     "nf4-double": ["quant=nf4", "quant.double_quant=true"],
     "nf4-g128": ["quant=nf4", "quant.group_size=128"],
@@ -53,9 +53,9 @@ def jobs(work: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def hash_folder(folder: Path) -> str:
-    """Return the hash of the names and bytes of all files except the report."""
+    """Return the hash of the names and bytes of all files except the report and the card."""
     found = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != REPORT):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (REPORT, CARD)):
         found.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         found.update(path.read_bytes())
     return found.hexdigest()
@@ -64,6 +64,7 @@ def hash_folder(folder: Path) -> str:
 def report_data(folder: Path, work: Path) -> Any:
     """Return the report's data without what may differ from run to run."""
     document = json.loads((folder / REPORT).read_text().replace(str(work), "WORK").replace(str(ROOT), "ROOT"))
+    document["aux"].pop(CARD, None)
     return {key: value for key, value in document.items() if key not in VOLATILE}
 
 

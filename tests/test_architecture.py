@@ -180,6 +180,7 @@ OPENS_PATHS = {
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
     "jobs/orchestration/compare.py": "a comparison, written for a person",
+    "jobs/report/command.py": "conf/",
     "jobs/tracking/": "MLflow's database and files, and .git",
     "jobs/verification/logits.py": "a text of a person's",
     "jobs/verification/output.py": "numbers of an output that an engine has read from its folder",

@@ -138,15 +138,15 @@ def _rules_of(path: str) -> tuple[str, str | None]:
         return "", f"rules: cannot read {path}: {' '.join(str(error).split())}"
     if not isinstance(rules, list):
         return "", f"rules: expected a list of rules in {path}, found {type(rules).__name__}"
-    return f"++rules={_literal(rules)}", None
+    return f"++rules={literal(rules)}", None
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """Write a value in the grammar of Hydra's overrides."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_literal(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_literal, value)) + "]"
+        return "[" + ",".join(map(literal, value)) + "]"
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     return _quoted(str(value))

@@ -17,7 +17,7 @@ from loaders.errors import BadSpec
 from loaders.places import DEMO
 from loaders.presets.base import PathValue
 from loaders.storage import KINDS, kind_of
-from loaders.storage.address import Address
+from loaders.storage.address import IN_MLFLOW, Address
 from loaders.storage.hub_names import hub_name
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
@@ -83,6 +83,8 @@ def _make_absolute(spec: type[BaseModel], values: Any, tell: Callable[[str], Non
         elif value == "demo://":
             values[name] = str(DEMO)
         elif not (address := Address.of(value)).is_local:
+            if kind.is_read and address.scheme in IN_MLFLOW:
+                continue
             try:
                 kind_of(address)
             except BadSpec as error:
@@ -99,6 +101,11 @@ def path_keys(spec: type[BaseModel]) -> set[str]:
     return {
         place for place, field in fields_of(spec) if any(isinstance(marker, PathValue) for marker in _markers(field))
     }
+
+
+def is_read(field: FieldInfo) -> bool:
+    """Whether a setting's value is the address of something to read."""
+    return any(isinstance(marker, PathValue) and marker.is_read for marker in _markers(field))
 
 
 def fields_of(spec: type[BaseModel], place: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -47,7 +47,10 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Verb(Generic[S]):
-    """A command. `positional` lists the keys that arguments without "=" set, in order."""
+    """A command. `positional` lists the keys that arguments without "=" set, in order.
+
+    `located` replaces addresses of sources that no store knows by those that one does, and tells the user about it.
+    """
 
     name: str
     summary: str
@@ -57,6 +60,7 @@ class Verb(Generic[S]):
     positional: tuple[str, ...] = ()
     sweep: Callable[[str, Request], Said] | None = None
     config: str = ""
+    located: Callable[[S, Callable[[str], None]], S] = lambda spec, tell: spec
 
     @property
     def can_sweep(self) -> bool:
@@ -104,6 +108,7 @@ class Verb(Generic[S]):
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             spec = compose(self.config or self.name, self.spec, request)
             reach_stores(spec)
+            spec = self.located(spec, note)
             said = self.act(spec)
         return say(said, as_json)
 

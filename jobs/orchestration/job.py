@@ -18,14 +18,17 @@ from rich.text import Text
 from jobs.cli.verb import FAILED, Said, note
 from jobs.execution.unit import Share
 from jobs.orchestration.preflight import Planned, notes_of
+from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
-from jobs.output.publish import complete, is_published, publish
+from jobs.output.publish import complete, is_published, publish, put_card
 from jobs.output.report import Report, read_report
 from jobs.planning.targets import TARGET
 from jobs.report import result
+from jobs.report.card import make_card
 from jobs.report.document import make_report
 from jobs.report.metrics import quality_metrics
 from jobs.report.plan import plan_document
+from jobs.report.source_card import source_card
 from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
 from jobs.verification.logits import judged, pass_gate
@@ -140,7 +143,8 @@ class Job:
         units, journal = planned.plan.units, planned.journal
         _pass_gate(planned, journal.tensors(unit for unit in units if unit.id in self.resumed))
         done = [self.done[unit.id] for unit in units]
-        completed = complete(planned.plan, planned.target, journal, done)
+        has_card = planned.spec.output.card
+        completed = complete(planned.plan, planned.target, journal, done, card=has_card)
         quality = self._judge([file.xxh3 for file in completed.weights])
         linted = lint_at(planned.journal.destination.files)
         _pass_lint(planned, linted)
@@ -155,8 +159,18 @@ class Job:
             self._about(whole, done),
             quality,
         )
+        if has_card:
+            report = self._put_card(report)
         publish(planned.journal, report, overwrite=planned.spec.output.overwrite)
         return report
+
+    def _put_card(self, report: Report) -> Report:
+        planned = self.planned
+        theirs = source_card(planned.plan.checkpoint)
+        if theirs.note is not None:
+            note(f"{CARD} of {planned.plan.checkpoint.address}: {theirs.note}")
+        card = make_card(report, planned.plan, planned.target, theirs, planned.journal.output)
+        return put_card(planned.journal, report, card)
 
     def _judge(self, digests: Sequence[str]) -> dict[str, Any] | None:
         """Evaluate the finished files if verify=logits is set. If they fail, the numbers are still tracked.

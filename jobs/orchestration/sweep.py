@@ -33,6 +33,7 @@ from jobs.report.metrics import metrics
 from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import run_key, sweep_tags
 from jobs.tracking.run import Recorder, compare_page
+from jobs.tracking.sources import located
 from loaders.errors import BadSpec, WeightmillError
 from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
@@ -122,7 +123,8 @@ class Sweep:
             if job.suffix and isinstance(output, dict) and output.get("path") is None:
                 values["output"] = {**output, "suffix": job.suffix}
             try:
-                self._specs[job.number] = check(JobSpec, deepcopy(values), tell=notes.setdefault)
+                spec = check(JobSpec, deepcopy(values), tell=notes.setdefault)
+                self._specs[job.number] = located(spec, notes.setdefault)
             except BadSpec as error:
                 refused += [Refused(job, problem, _cure(values, problem, error)) for problem in error.problems]
         for each in notes:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.output.card_block import CARD, aux_digest, card_digest
 from jobs.output.join import join
 from jobs.output.journal import PENDING, Done, Journal
 from jobs.output.report import Report, WeightFile, files_named
@@ -21,7 +22,6 @@ from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Destination
 from loaders.storage.copying import copy_into
-from loaders.storage.hashes import hash_stored
 from loaders.storage.json_files import INDEX_LIMIT, json_bytes
 from loaders.words import counted
 
@@ -34,8 +34,12 @@ class Completed:
     weights: tuple[WeightFile, ...]
 
 
-def complete(plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Done]) -> Completed:
+def complete(
+    plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Done], *, card: bool = False
+) -> Completed:
     """Join files that several units wrote, and add everything but the report to the finished weight files.
+
+    With `card`, the source's model card is not copied: `put_card` writes the output's own.
 
     Raises:
         VerifyFailed: a weight file is not what its record says.
@@ -59,9 +63,10 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Do
         made |= target.assembly.made
         if target.assembly.joined is not None:
             weights = [join(target.assembly.joined, target.pieces, journal, done), *weights]
-    copied = [name for name in plan.aux_of(target) if name not in made and name not in signs]
+    others = {*made, *signs, *([CARD] if card else [])}
+    copied = [name for name in plan.aux_of(target) if name not in others]
     finals = {file.name for file in target.finals}
-    _remove_others(destination, {*made, *signs, *copied, *finals, OUR_REPORT})
+    _remove_others(destination, {*others, *copied, *finals, OUR_REPORT})
     for name in copied:
         copy_into(destination, plan.checkpoint.source, name)
     for name, data in made.items():
@@ -72,7 +77,13 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Do
     found = {name: files.find(name) for name in names}
     if missing := [name for name, entry in found.items() if entry is None]:
         raise VerifyFailed(f"{missing[0]}: it is gone from {destination.journal}; run the same command again")
-    return Completed({n: hash_stored(files, entry) for n, entry in found.items() if entry is not None}, tuple(weights))
+    return Completed({n: aux_digest(files, entry) for n, entry in found.items() if entry is not None}, tuple(weights))
+
+
+def put_card(journal: Journal, report: Report, card: bytes) -> Report:
+    """Add a model card to an unpublished output; returns the report that names it."""
+    journal.destination.put(f"files/{CARD}", card)
+    return report.model_copy(update={"aux": dict(sorted({**report.aux, CARD: card_digest(card)}.items()))})
 
 
 def indexes_of(plan: Plan, target: TargetPlan, total: int, sizes: Mapping[str, int]) -> dict[str, bytes]:

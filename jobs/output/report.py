@@ -210,11 +210,63 @@ class RunReport(Part):
     request: dict[str, Any]
 
 
+class WorstTensor(Part):
+    """One of the tensors that lost most. Infinities are None."""
+
+    name: str
+    role: str
+    relative_error: float | None
+    sqnr_db: float | None
+    max_error: float
+
+
+class RoleDamage(Part):
+    """What the changed tensors of one role (attention, mlp, expert, ...) lost. `worst` is None if they lost nothing."""
+
+    tensors: int
+    parameters: int
+    bits_per_weight: float
+    relative_error: float | None
+    sqnr_db: float | None
+    worst: WorstTensor | None
+
+
+class Judged(Part):
+    """What verify=logits found, without what depends on the machine: the fields of the same names in `quality`."""
+
+    engine: str
+    text: str
+    tokens: int
+    kl: float
+    kl_low: float
+    kl_high: float
+    perplexity: float
+    perplexity_original: float
+    perplexity_ratio: float
+    top1: float
+
+
+class Damage(Part):
+    """What quantization cost, on one page: the numbers of the model card.
+
+    Sizes and errors are over all tensors, those by role over the tensors that were quantized or cast. `engine` is who
+    loads the output; `quality` is None if the output was not judged in its engine.
+    """
+
+    engine: str
+    bits_per_weight: float
+    relative_error: float | None
+    sqnr_db: float | None
+    roles: dict[str, RoleDamage]
+    worst: tuple[WorstTensor, ...]
+    quality: Judged | None
+
+
 class Report(Part):
-    """weightmill.json. All but `run` and `quality`, which depend on the machine, is the same wherever a job runs.
+    """weightmill.json. All but `run` and the measured `quality` (in `damage`, too) is the same wherever a job runs.
 
     `job` is the resolved request without settings that cannot change the result; `aux` maps the auxiliary files to
-    their xxh3-128.
+    their xxh3-128, a model card's without its marked blocks; `damage` is None in reports that are older than it.
     """
 
     format: int
@@ -230,6 +282,7 @@ class Report(Part):
     tensors: tuple[ReportedTensor, ...]
     versions: dict[str, str]
     quality: dict[str, Any] | None = None
+    damage: Damage | None = None
     run: RunReport
 
     def to_json(self) -> dict[str, Any]:
@@ -242,7 +295,7 @@ class Report(Part):
 
     def _left_out(self) -> dict[str, Any]:
         """Return the keys that do not apply, as pydantic wants them."""
-        found: dict[str, Any] = {key: True for key in ("quality", "adapter") if getattr(self, key) is None}
+        found: dict[str, Any] = {key: True for key in ("quality", "adapter", "damage") if getattr(self, key) is None}
         files = {index: {"pieces"} for index, file in enumerate(self.files) if file.pieces is None}
         return {**found, "files": files} if files else found
 

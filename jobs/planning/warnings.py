@@ -20,6 +20,8 @@ from loaders.rules.rule import Decision
 from loaders.tensors.sources import is_stack
 from loaders.words import counted, model_type_said, size
 
+HERE = ", such as this machine's,"  # the words of a warning that depend on where it is made
+
 
 def warnings(
     checkpoint: Checkpoint,
@@ -151,7 +153,7 @@ def _stopping_cpu_kernel(quantized: Sequence[Decision]) -> list[str]:
     if not found:
         return []
     (first, why), is_one = found[0], len(found) == 1
-    is_here = ", such as this machine's," if has_avx512_bf16() else ""
+    is_here = HERE if has_avx512_bf16() else ""
     return [
         f"{counted(len(found), 'matrix', 'matrices')} ({first.name} {list(first.shape)}"
         f"{'' if is_one else ' first'}: {why}) {'stops' if is_one else 'stop'} bitsandbytes on a CPU with"

@@ -21,6 +21,8 @@ from jobs.output.report import (
     totals_of,
 )
 from jobs.planning.plan import FORMAT, Plan, TargetPlan
+from jobs.report.damage import damage_of
+from jobs.report.loading import loading_of
 from jobs.spec.job import JobSpec
 from loaders.lint import Finding
 
@@ -35,12 +37,13 @@ def make_report(
 ) -> Report:  # fmt: skip
     """Make the report of a finished target. `about` has the fields of its `run`, except the request."""
     tensors = tuple(ReportedTensor.of(record) for record in records)
+    totals = totals_of(tensors)
     return Report(
         format=FORMAT,
         job=job_document(spec),
         source=source_of(plan),
         adapter=adapter_of(plan),
-        totals=totals_of(tensors),
+        totals=totals,
         files=completed.weights,
         aux=dict(sorted(completed.aux.items())),
         tied=tuple(TiedPair(kept=kept, tied=tied) for kept, tied in plan.sources.tied),
@@ -49,6 +52,7 @@ def make_report(
         tensors=tensors,
         versions=versions(),
         quality=None if quality is None else dict(quality),
+        damage=damage_of(tensors, totals, loading_of(plan, target).engine, quality),
         run=RunReport(**about, request=spec.resolved()),
     )
 

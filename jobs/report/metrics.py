@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -107,6 +107,11 @@ def error_by_layer(report: Report) -> dict[int, ErrorSums]:
 
 def worst_tensors(report: Report) -> list[ReportedTensor]:
     """Return the WORST tensors by relative error, among those that are not copies."""
-    changed = [t for t in report.tensors if t.action != "keep" and t.relative_error != 0]
+    return worst_of(report.tensors)
+
+
+def worst_of(tensors: Sequence[ReportedTensor]) -> list[ReportedTensor]:
+    """Return the WORST of some tensors by relative error, among those that are not copies."""
+    changed = [t for t in tensors if t.action != "keep" and t.relative_error != 0]
     changed.sort(key=lambda t: -(t.relative_error if t.relative_error is not None else math.inf))
     return changed[:WORST]

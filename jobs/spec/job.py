@@ -186,6 +186,9 @@ class OutputSpec(Spec):
         description="the kind of weight files; auto: the layout's usual one"
     )
     split: bool = Field(default=False, description="gguf: a file for each unit of work, rather than one")
+    card: bool = Field(
+        default=True, description="write a model card, README.md; false: the source's is copied as it is, if it has one"
+    )
     overwrite: bool = Field(
         description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
     )

@@ -19,11 +19,15 @@ from rich.console import Group
 from jobs.cli.verb import FAILED, Said
 from jobs.execution.choose import choose
 from jobs.execution.run_tasks import run_all
+from jobs.output.card_block import CARD, LIMIT, aux_digest
 from jobs.output.publish import files_of_others, indexes_of
 from jobs.output.report import FileRange, Report, ReportedTensor, WeightFile, read_report, tensor_errors
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Placement, Plan, Unit
 from jobs.planning.targets import TARGET, target_of
+from jobs.report.card import updated
+from jobs.report.damage import damage_of
+from jobs.report.loading import loading_of
 from jobs.report.result import quality_text
 from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading
@@ -179,19 +183,25 @@ def verify_output(
             for report_of_unit in reports:
                 faults += report_of_unit.faults
                 checked += report_of_unit.tensors
-    quality = None if judging is None or faults else _judge(judging, output, report, faults)
+    quality = None if judging is None or faults else _judge(judging, output, report, plan, faults)
     return _said(output, plan, checked, faults, quality)
 
 
-def _judge(judging: Judging, output: Address, report: Report, faults: list[str]) -> dict[str, Any] | None:
-    """Evaluate an output by its logits, add faults to `faults`, and write the numbers into its report."""
+def _judge(judging: Judging, output: Address, report: Report, plan: Plan, faults: list[str]) -> dict[str, Any] | None:
+    """Evaluate an output by its logits, add faults to `faults`, and write the numbers into its report and its card."""
     try:
         quality = judged(judging, open_store(output), output.name).to_json()
     except (BadCheckpoint, VerifyFailed) as error:
         faults.append(str(error))
         return None
     faults += faults_of(judging.spec, quality)
-    write_file(output.path / OUR_REPORT, report.model_copy(update={"quality": quality}).to_bytes())
+    target = plan.targets[TARGET]
+    damage = damage_of(report.tensors, report.totals, loading_of(plan, target).engine, quality)
+    report = report.model_copy(update={"quality": quality, "damage": damage})
+    files = PinnedFiles(open_store(output))
+    if report.run.request["output"].get("card", False):
+        write_file(output.path / CARD, updated(files.read_all(CARD, LIMIT), report, plan, target, output))
+    write_file(output.path / OUR_REPORT, report.to_bytes())
     return quality
 
 
@@ -259,7 +269,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
         entry = files.find(name)
         if entry is None:
             faults.append(f"{name}: missing from the output")
-        elif hash_stored(files.store, entry) != digest:
+        elif aux_digest(files.store, entry) != digest:
             faults.append(f"{name}: it is not as it was written")
     faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.address)]
     for row in report.tensors:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loaders.errors import BadSpec
-from loaders.storage.address import LOCAL, Address
+from loaders.storage.address import IN_MLFLOW, LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
@@ -108,6 +108,8 @@ def kind_of(address: Address) -> StoreKind:
         BadSpec: the scheme is not in KINDS.
     """
     kind = KINDS.get(address.scheme)
+    if kind is None and address.scheme in IN_MLFLOW:
+        raise BadSpec(f"{address} is read by jobs alone, which ask MLflow for its address: give the store's own")
     if kind is None:
         others = ", ".join(f"{name}://" for name in KINDS if name != LOCAL) or "folders alone"
         raise BadSpec(f"{address.scheme}:// is not read or written yet ({others} are); fetch it into a folder first")

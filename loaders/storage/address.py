@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from loaders.errors import BadSpec
 
 LOCAL = "file"
+IN_MLFLOW = ("models", "runs")  # schemes of what MLflow knows the address of
 # MLflow writes its two schemes with one slash.
 SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(models|runs):/")
 HIDDEN = "***"  # what stands for a secret where an address is shown

@@ -95,7 +95,11 @@ def test_what_was_made_without_is_judged_later(weightmill: Any, tmp_path: Path) 
     ran = weightmill("verify", f"output.path={out}", *LOGITS, "format=json")
     assert ran.status == 0, ran.err
     assert ran.document["quality"]["tokens"] == 3 * 31
-    assert json.loads((out / "weightmill.json").read_text())["quality"] == ran.document["quality"]
+    report = json.loads((out / "weightmill.json").read_text())
+    assert report["quality"] == ran.document["quality"]
+    assert report["damage"]["quality"]["kl"] == report["quality"]["kl"]
+    assert f"KL(original || output): {report['quality']['kl']:.5f} nats a token" in (out / "README.md").read_text()
+    assert (out / "README.md").read_text().endswith((DEMO / "README.md").read_text())
     beyond = weightmill("verify", f"output.path={out}", *LOGITS, "verify.max_kl=1e-6")
     assert beyond.status == 1
     assert "above verify.max_kl=1e-06" in beyond.out

@@ -1,0 +1,106 @@
+"""The command that makes an output again, from the request in its report.
+
+Choices are those of conf/ that are the nearest to the request; what differs from them follows. A path of the machine
+that ran the job stands there as a word: DIR, ADAPTER, FILE.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.cli.compose import files_of, literal
+from jobs.cli.validation import path_keys
+from jobs.spec.job import JobSpec
+from loaders.backends.devices import OTHER_BYTES
+from loaders.places import CONF, DEMO
+from loaders.storage.address import Address
+
+GROUPS = ("source", "transform", "quant", "output", "backend", "verify")
+KEYS = ("unit_mb", "rules", "mtp")
+OUTPUT = ("layout", "container", "split", "card")  # what is made counts, and not where it goes
+PLAIN = re.compile(r"[\w./:@+-]+")
+
+
+def command_of(request: Mapping[str, Any], source: str) -> str:
+    """Return the command for a resolved request; `source` is where it was read, which of the Hub names the commit."""
+    defaults = _defaults()
+    words = [*_model(request["model"], source)]
+    # Another backend gives the same bytes, but for these.
+    groups = [group for group in GROUPS if group != "backend" or request["backend"]["kind"] in OTHER_BYTES]
+    for group in groups:
+        # The mix that quant=auto chose follows from its budget.
+        given = {
+            key: v for key, v in request[group].items() if (key in OUTPUT if group == "output" else key != "chosen")
+        }
+        words += _group(group, given, defaults.get(group))
+    words += [f"{key}={said(key, request[key])}" for key in KEYS if request[key] != defaults[key]]
+    return shlex.join(["python", "-m", "jobs.run", *words])
+
+
+def _model(model: Mapping[str, Any], source: str) -> Iterator[str]:
+    yield "model=demo" if source == str(DEMO) else f"model.path={said('model.path', source)}"
+    if model["name"] is not None:
+        yield f"model.name={model['name']}"
+    if model["components_to_quantize"] is not None:
+        yield f"model.components_to_quantize={literal(list(model['components_to_quantize']))}"
+
+
+def _group(group: str, given: Mapping[str, Any], default: Any) -> Iterator[str]:
+    """Yield the choice of a group and the settings that differ from it. Defaults are left out, but for the method."""
+    known = {name: _values(path) for name, path in files_of("run")[group].items()}
+
+    def further(name: str) -> dict[str, Any]:
+        return {key: value for key, value in given.items() if value != known[name].get(key)}
+
+    fitting = [name for name, values in known.items() if values.get("kind") == given.get("kind")]
+    # Of the choices that are equally near, the default, and the one that the request names, say it best.
+    chosen = min(fitting, key=lambda name: (len(further(name)), name != default, name != given.get("name")))
+    if chosen != default or group == "quant":
+        yield f"{group}={chosen}"
+    yield from (f"{group}.{key}={said(f'{group}.{key}', value)}" for key, value in sorted(further(chosen).items()))
+
+
+def said(key: str, value: Any) -> str:
+    """Write a setting's value as a command has it; a path of the machine is a word there."""
+    if key in path_keys(JobSpec) and isinstance(value, str):
+        address = Address.of(value)
+        if not address.is_local:
+            return str(address)
+        words = {"model.path": "DIR", "transform.path": "ADAPTER"}
+        return words.get(key, "FILE") if address.path.is_absolute() else value
+    if isinstance(value, str) and PLAIN.fullmatch(value):
+        return value
+    return literal(_without_nulls(value))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out the conditions of rules that were not given."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return the default choice of each group, and the values of plain keys."""
+    values = yaml.safe_load((CONF / "run.yaml").read_text())
+    chosen = [entry for entry in values.pop("defaults") if isinstance(entry, dict)]
+    return {**values, **{group: name for entry in chosen for group, name in entry.items()}}
+
+
+@cache
+def _values(path: Path) -> dict[str, Any]:
+    """Read a choice's file over those that its `defaults` name."""
+    values = yaml.safe_load(path.read_text()) or {}
+    base: dict[str, Any] = {}
+    for other in values.pop("defaults", []):
+        if isinstance(other, str) and other != "_self_":
+            base |= _values(path.with_name(f"{other}.yaml"))
+    return {**base, **values}
