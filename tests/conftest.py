@@ -91,6 +91,14 @@ def s3_bucket() -> Iterator[Address]:
 
 
 @pytest.fixture(scope="session")
+def gs_bucket() -> Iterator[Address]:
+    """A bucket of a server that imitates Google's, which all tests of a process share."""
+    pytest.importorskip("moto", reason="moto[server], which imitates S3, is not installed")
+    with object_servers.gs() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
 def az_bucket() -> Iterator[Address]:
     """A container of an Azure server, which all tests of a process share."""
     command = object_servers.azurite()

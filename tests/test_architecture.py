@@ -1,4 +1,4 @@
-"""Tests of the code's structure: imports go from upper to lower layers, and some libraries are imported by few files."""
+"""Tests of the structure: imports go from upper to lower layers, and some libraries enter by few files."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from loaders.containers.writer import TensorSink
 from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
 from loaders.quantization.gate import Gate
 from loaders.stats import ErrorSums, LoadStats
-from loaders.storage import open_store
+from loaders.storage import open_source
 from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import Reader, WeightLoader
@@ -124,7 +124,7 @@ def run_unit(
         WeightmillError: the source cannot be read, or no share's output can be written.
     """
     unit, began = task.unit, time.perf_counter()
-    files = PinnedFiles(open_store(task.source), unit.sources)
+    files = PinnedFiles(open_source(task.source), unit.sources)
     warmth = by_warmth(cached_share(files, unit.sources), unit.source_bytes)
     attempt = uuid.uuid4().hex[:12]
     specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]

@@ -26,7 +26,7 @@ from loaders.quantization.gate import Gate
 from loaders.quantization.importance import Importance, weighted_error
 from loaders.specs import RowOrder
 from loaders.stats import ErrorSums
-from loaders.storage import open_store
+from loaders.storage import open_source
 from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.base import PinnedFiles
@@ -93,7 +93,7 @@ class MeasuringTask:
         taken = [r for name, r in tensors_in(self.unit).items() if any(name in found for found in encodings.values())]
         specs = [spec for tensor in taken for _, spec in tensor.stored]
         with (
-            self.strategy.open(PinnedFiles(open_store(self.source), self.unit.sources), specs) as reader,
+            self.strategy.open(PinnedFiles(open_source(self.source), self.unit.sources), specs) as reader,
             leased_kernels(self.backend) as kernels,
             Crew(self.threads, self.unit.id) as crew,
         ):

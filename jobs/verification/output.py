@@ -34,7 +34,7 @@ from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
 from loaders.quantization.gate import Gate
 from loaders.specs import OutputFile, Slot, WeightSpec
-from loaders.storage import open_store
+from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.base import OUR_REPORT, PinnedFiles
@@ -73,7 +73,7 @@ class VerifyTask:
         is_as_written = not faults
         sources = [spec for tensor in self.unit.tensors for _, spec in tensor.stored]
         with (
-            self.strategy.open(PinnedFiles(open_store(self.source), self.unit.sources), sources) as source,
+            self.strategy.open(PinnedFiles(open_source(self.source), self.unit.sources), sources) as source,
             self.output_strategy.open(PinnedFiles(open_store(self.output)), list(self.weights.values())) as written,
             Crew(self.threads) as crew,
         ):
@@ -191,7 +191,7 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
     if source is None:
         # Where it was read, which of the Hub is the commit.
         source = report.source.path
-        if open_store(source).absence() is not None:
+        if open_source(source).absence() is not None:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
     # Some outputs name files after the model, whose default name is that of the source's former folder.
     named = {"path": source, "name": spec.model_name}

@@ -26,12 +26,12 @@ from loaders.checkpoints.weight_files import adapter_alone, choose, some
 from loaders.containers import CONTAINERS, pytorch, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.specs import WeightSpec
-from loaders.storage import open_store
+from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.hashes import text_digest
-from loaders.storage.hub_names import source_address
 from loaders.storage.json_files import read_json
+from loaders.storage.lone_file import LoneFile
 from loaders.storage.within import Within
 
 DESCRIPTION_LIMIT = 64 << 20  # the most bytes of a file that describes a quantization
@@ -73,8 +73,11 @@ class Checkpoint:
         """Return the local folder, for engines that read folders themselves.
 
         Raises:
-            BadSpec: the checkpoint is not on this machine; `why` begins the message and says who needs a folder.
+            BadSpec: the checkpoint is not on this machine, or is one file of a folder; `why` begins the message and
+                says who needs a folder.
         """
+        if isinstance(self.source.store, LoneFile):
+            raise BadSpec(f"{why}, and {self.address} is one file; put it into a folder of its own and give that")
         return self.source.path("", why)
 
     @cached_property
@@ -117,7 +120,7 @@ class Checkpoint:
 def open_checkpoint(
     where: str | os.PathLike[str] | Address | Store, container: str = "auto", key: str | None = None
 ) -> Checkpoint:
-    """Open a checkpoint in a folder or another store, reading headers only.
+    """Open a checkpoint in a folder or another store, or one weight file there, reading headers only.
 
     `container` is a name in CONTAINERS, or "auto" for the first that is found; `key` is what messages call `where`.
 
@@ -125,7 +128,7 @@ def open_checkpoint(
         BadSpec: the folder does not exist, or holds no weights of the container.
         BadCheckpoint: the checkpoint is damaged, incomplete or hostile.
     """
-    store = open_store(source_address(where)) if isinstance(where, str | os.PathLike | Address) else where
+    store = open_source(where) if isinstance(where, str | os.PathLike | Address) else where
     key = key or setting("checkpoint")
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")

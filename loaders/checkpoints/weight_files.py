@@ -161,7 +161,7 @@ def _without_variants(source: PinnedFiles, mine: list[str], key: str) -> tuple[l
     if len(set(found.values())) > 1:
         raise BadSpec(
             f"{key}: {source.address} holds the variants {', '.join(sorted(set(found.values())))} and not the usual"
-            " files; put the one that is wanted in a folder of its own"
+            " files; give the address of the one that is wanted"
         )
     return mine, {}
 
@@ -199,8 +199,8 @@ def _of_container(
         )
     if container == "gguf" and len(files) > 1 and not SHARD.match(files[0]):
         raise BadSpec(
-            f"{key}: {len(files)} GGUF files in {source.address}, each a model of its own: {some(files)}; put the one"
-            " that is wanted in a folder of its own"
+            f"{key}: {len(files)} GGUF files in {source.address}, each a model of its own: {', '.join(files)}; give"
+            f" the one that is wanted: {source.address / files[0]}"
         )
     return files, None, why | {n: "not one of this set of shards" for n in mine if n not in files}
 
@@ -253,8 +253,8 @@ def _without_index(source: PinnedFiles, names: list[str]) -> list[str]:
     if len(usual) > 1:
         sets = " and ".join(f"{stem} in {count} shards" for stem, count in usual[:SHOWN])
         raise BadCheckpoint(
-            f"{source.address}: {len(usual)} whole sets of shards and no index: {sets}; put the one that is wanted in a"
-            " folder of its own"
+            f"{source.address}: {len(usual)} whole sets of shards and no index: {sets}; give the address of one file of"
+            " the set that is wanted"
         )
     if usual:
         return shards[usual[0]]

@@ -11,6 +11,9 @@ from loaders.storage.address import LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
+from loaders.storage.hub_names import source_address
+from loaders.storage.lone_file import SUFFIXES, LoneFile
+from loaders.storage.object_destination import ObjectDestination, abandoned_at, discard
 from loaders.storage.objects import ObjectStore
 
 
@@ -56,7 +59,8 @@ KINDS: dict[str, StoreKind] = {
         lambda address, name: abandoned_in(address.path, name),
         lambda address: discard_folder(address.path),
     ),
-    **dict.fromkeys(("s3", "gs", "az", "http", "https"), StoreKind(ObjectStore)),
+    **dict.fromkeys(("s3", "gs", "az"), StoreKind(ObjectStore, ObjectDestination, abandoned_at, discard)),
+    **dict.fromkeys(("http", "https"), StoreKind(ObjectStore)),
 }
 
 
@@ -68,6 +72,22 @@ def open_store(where: str | os.PathLike[str] | Address) -> Store:
     """
     address = Address.of(where)
     return kind_of(address).open(address)
+
+
+def open_source(where: str | os.PathLike[str] | Address) -> Store:
+    """Open the store of a model at an address: of a folder, or of one weight file, with what lies beside it.
+
+    A text OWNER/NAME that is no path here is a repository of the Hub.
+
+    Raises:
+        BadSpec: the scheme is not in KINDS.
+        StorageError: it cannot be told whether a file is there.
+    """
+    address = source_address(where)
+    if not address.name.endswith(SUFFIXES):
+        return open_store(address)
+    folder = open_store(address.parent)
+    return open_store(address) if folder.find(address.name) is None else LoneFile(folder, address.name)
 
 
 def destination_at(address: Address, key: str) -> Destination:

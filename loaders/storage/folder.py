@@ -14,6 +14,10 @@ from loaders.storage.base import Entry, Range
 SKIPPED = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
 
 
+# What `absence` says of a file, in every kind of store.
+A_FILE = "a file; give the folder it lies in, or a file of weights: .safetensors, .gguf, .bin, .pt or .pth"
+
+
 class Folder:
     """A `Store` of the files in a local folder. A file's tag is its mtime in nanoseconds."""
 
@@ -29,7 +33,7 @@ class Folder:
     def absence(self) -> str | None:
         if self.path.is_dir():
             return None
-        return "a file; give the folder it lies in" if self.path.exists() else "nothing there"
+        return A_FILE if self.path.exists() else "nothing there"
 
     def is_taken(self) -> bool:
         return self.path.exists() or self.path.is_symlink()

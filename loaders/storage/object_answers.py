@@ -18,6 +18,7 @@ CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 BUSY = ("SlowDown", "ServerBusy", "TooManyRequests", "RequestLimitExceeded")
 # Codes with which a store refuses a request that would be right a moment later, or by another connection.
 BRIEF = ("RequestTimeout", "InternalError", "OperationTimedOut", "ServiceUnavailable", "IncompleteBody", *BUSY)
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 # Of credentials that end: they can be fetched again, while those that are wrong stay so.
 ENDED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired")
 
@@ -70,7 +71,8 @@ def answers(what: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise Missing(what) from error
+        code = CODE.search(str(error))
+        raise_for(what, 404, code[1] if code else "", "", timeout_s)
     except (AlreadyExistsError, PreconditionError) as error:
         raise Unmet(what) from error
     except NotSupportedError as error:
@@ -90,6 +92,8 @@ def raise_for(what: str, status: int | None, code: str, text: str, timeout_s: fl
         raise Elsewhere(what)
     if status in (401, 403) or code in ENDED:
         raise Denied(status or 403, code)
+    if code in NO_BUCKET:
+        raise StorageError(f"{what}: there is no such bucket; check its name, and the endpoint")
     if status == 404:
         raise Missing(what)
     if status == 412:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.address import Address
-from loaders.storage.object_answers import Denied, Elsewhere, Missing, answers
-from loaders.storage.object_services import VARIABLES, Service, place_of, service_of
+from loaders.storage.object_answers import Denied, Elsewhere, Missing, Unmet, answers
+from loaders.storage.object_parts import Parts, has_parts, parts_of
+from loaders.storage.object_services import VARIABLES, place_of, service_of
 from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import StoreSettings, current
 from loaders.storage.traffic import Traffic, traffic
@@ -26,28 +27,34 @@ RENEW_S = 5.0  # between two attempts to renew credentials: many requests may fa
 # Bytes of a body that are handed on at once: when a connection is cut, at most so many that came are lost.
 CHUNK = 256 << 10
 T = TypeVar("T")
+Version = Mapping[str, str]  # e_tag, version, or both
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One version of an object: its key, size in bytes, tag, and time of change."""
+    """One version of an object: key, size in bytes, tag, time of change, and its name in conditional writes."""
 
     key: str
     size: int
     tag: str
     changed: datetime
+    version: Version
 
 
 class ObjectClient:
     """A client of one bucket. All methods raise as `answers`, unless they say otherwise."""
 
-    def __init__(self, shown: str, service: Service, settings: StoreSettings) -> None:
-        self.service = service
+    def __init__(self, scheme: str, bucket: str, settings: StoreSettings) -> None:
+        self.service = service_of(scheme, bucket, settings)
         self.settings = settings
-        self._shown = shown
+        self._place = (scheme, bucket)
+        shown = str(Address(bucket if "://" in bucket else f"{scheme}://{bucket}"))
+        self._shown = shown.partition("?")[0].rstrip("/")
         self._lock = threading.Lock()
         self._opened_at = 0.0
+        self._parts_at = 0.0
         self._store: Any = None
+        self._parts: Parts | None = None
 
     @property
     def traffic(self) -> Traffic:
@@ -94,23 +101,74 @@ class ObjectClient:
             for piece in got.stream(min_chunk_size=CHUNK):
                 yield memoryview(piece)
 
-    def put(self, key: str, data: bytes, mode: Any = "overwrite") -> str:
-        """Write a small object; returns its tag. `mode` is "create" for one that must not exist, or {"e_tag": TAG}."""
+    def put(self, key: str, data: bytes, condition: Version | Literal["create"] | None = None) -> Version:
+        """Write a small object in one request; returns its version, whose tag `tag_of` gives.
+
+        `condition` is "create" for an object that must not exist, or the version that it must have.
+        """
         import obstore
 
+        mode: Any = "overwrite" if condition is None else condition
         what = self.what("writing", key)
-        made = self._ask(what, lambda store: obstore.put(store, key, data, mode=mode, use_multipart=False))
+        try:
+            made = self._ask(what, lambda store: obstore.put(store, key, data, mode=mode, use_multipart=False))
+        except Missing:
+            # Azure and Google say so of what is written on a condition, when it is gone.
+            if condition not in (None, "create"):
+                raise Unmet(what) from None
+            raise StorageError(f"{what}: there is no such bucket; check its name, and the endpoint") from None
         self.traffic.moved(uploaded=len(data))
-        return tag_of(made)
+        return _version(made)
 
-    def delete(self, key: str) -> None:
-        """Remove an object if it exists."""
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects that exist, in this order."""
         import obstore
 
-        try:
-            self._ask(self.what("removing", key), lambda store: obstore.delete(store, key))
-        except Missing:
-            return
+        for key in keys:
+            try:
+                self._ask(self.what("removing", key), lambda store, key=key: obstore.delete(store, key))  # type: ignore[misc]
+            except Missing:
+                continue
+
+    def put_stream(self, key: str, blocks: Iterator[bytes], part_size: int, at_once: int) -> None:
+        """Write a large object in parts by obstore, which alone can try a part again: its own retries are on."""
+        import obstore
+
+        what = self.what("uploading", key)
+        with self.traffic.request(), answers(what, self.settings.timeout_s):
+            store = self.service.open(patience_s=self.settings.patience_s)
+            obstore.put(store, key, blocks, use_multipart=True, chunk_size=part_size, max_concurrency=at_once)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether `in_parts` can be used here."""
+        return has_parts(self._place[0], self._place[1], self.settings)
+
+    def in_parts(self, what: str, call: Callable[[Parts], T], patience_s: float | None = None) -> T:
+        """Make a request for an upload in parts, as `patient` does, with credentials that are renewed when they end.
+
+        Raises:
+            Missing: there is no such upload (any more).
+            StorageError: as `patient`.
+        """
+
+        def once() -> T:
+            used = self._parts_opened()
+            try:
+                return call(used)
+            except Denied as denial:
+                if not denial.may_be_renewed or time.monotonic() - self._parts_at < RENEW_S:
+                    raise
+                self._parts = None
+                return call(self._parts_opened())
+
+        return self.patient(what, once, patience_s)
+
+    def _parts_opened(self) -> Parts:
+        with self._lock:
+            if self._parts is None:
+                self._parts, self._parts_at = parts_of(*self._place, self.settings), time.monotonic()
+            return self._parts
 
     def what(self, action: str, key: str) -> str:
         return f"{action} {self._shown}/{key}"
@@ -121,7 +179,7 @@ class ObjectClient:
         word = f" {denial.code}" if denial.code else ""
         return StorageError(f"{what}: {by} ({denial.status}{word}); {self.service.advice}")
 
-    def patient(self, what: str, call: Callable[[], T]) -> T:
+    def patient(self, what: str, call: Callable[[], T], patience_s: float | None = None) -> T:
         """Call until it succeeds or the patience is used up; concurrency steps back when the store is asked too much.
 
         Raises:
@@ -133,7 +191,7 @@ class ObjectClient:
                 return call()
 
         try:
-            return patiently(what, once, on_failure=self.failed)
+            return patiently(what, once, on_failure=self.failed, patience_s=patience_s)
         except Denied as denial:
             raise self.denied(what, denial) from None
 
@@ -200,8 +258,7 @@ def client_of(address: Address) -> tuple[ObjectClient, str]:
 def _client(
     scheme: str, bucket: str, settings: StoreSettings, environment: tuple[tuple[str, str], ...]
 ) -> ObjectClient:
-    shown = str(Address(bucket if "://" in bucket else f"{scheme}://{bucket}")).partition("?")[0].rstrip("/")
-    return ObjectClient(shown, service_of(scheme, bucket, settings), settings)
+    return ObjectClient(scheme, bucket, settings)
 
 
 def tag_of(meta: Any) -> str:
@@ -218,4 +275,9 @@ UNKNOWN = "unknown"  # the tag where a server gives none
 
 
 def _found(meta: Any, key: str | None = None) -> Found:
-    return Found(meta["path"] if key is None else key, meta["size"], tag_of(meta), meta["last_modified"])
+    name = meta["path"] if key is None else key
+    return Found(name, meta["size"], tag_of(meta), meta["last_modified"], _version(meta))
+
+
+def _version(meta: Any) -> Version:
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}

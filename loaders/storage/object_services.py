@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from loaders.errors import BadSpec
@@ -24,14 +24,20 @@ CREDENTIALS_FOR = timedelta(minutes=15)
 AWS_HOST = ".amazonaws.com"
 
 
+class Open(Protocol):
+    def __call__(self, patience_s: float | None = None) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """One bucket, container or host: `open` makes obstore's client of it, with the credentials of the moment.
 
+    The client tries nothing again, unless `open` is given the seconds over which it should (patience_s).
+
     `host` is for counting requests, `advice` for the message when credentials are refused.
     """
 
-    open: Callable[[], Any]
+    open: Open
     host: str
     advice: str
     has_lists: bool = True
@@ -67,13 +73,16 @@ def service_of(scheme: str, bucket: str, settings: StoreSettings) -> Service:
         raise BadSpec(f"{scheme}:// needs {error.name}: pip install 'weightmill[stores]'") from None
 
 
-def _options(settings: StoreSettings, url: str | None) -> dict[str, Any]:
-    """Return obstore's options: its own retries are off, since `patiently` counts and paces them for all requests."""
+def _options(settings: StoreSettings, url: str | None, patience_s: float | None) -> dict[str, Any]:
+    """Return obstore's options. Its own retries are off unless they get seconds: `patiently` paces all requests."""
     timeout = f"{max(1, int(settings.timeout_s * 1000))}ms"
     client: dict[str, Any] = {"connect_timeout": timeout, "read_timeout": timeout, "timeout": "1h"}
     if url is not None and url.startswith("http://"):
         client |= {"allow_http": True}
-    return {"client_options": client, "retry_config": {"max_retries": 0, "retry_timeout": timedelta(hours=1)}}
+    retries: dict[str, Any] = {"max_retries": 0, "retry_timeout": timedelta(hours=1)}
+    if patience_s is not None:
+        retries = {"max_retries": 1000, "retry_timeout": timedelta(seconds=patience_s)}
+    return {"client_options": client, "retry_config": retries}
 
 
 # --- S3
@@ -127,12 +136,12 @@ def _s3(bucket: str, settings: StoreSettings) -> Service:
         first = aws_client(bucket, settings, region=region)
         endpoint = str(first.meta.endpoint_url)
 
-    def open_it() -> Any:
+    def open_it(patience_s: float | None = None) -> Any:
         signed: dict[str, Any] = {"skip_signature": True}
         if not settings.anonymous:
             signed = {"credential_provider": _Keys(bucket, settings)}
         where: dict[str, Any] = {"region": region or first.meta.region_name, "endpoint": endpoint}
-        return S3Store(bucket, **where, **signed, **_options(settings, endpoint))
+        return S3Store(bucket, **where, **signed, **_options(settings, endpoint, patience_s))
 
     advice = (
         "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or store.profile, of somebody who may use it;"
@@ -191,12 +200,12 @@ def _gs(bucket: str, settings: StoreSettings) -> Service:
         emulator = f"http://{emulator}"
     endpoint = settings.endpoint or os.environ.get("GOOGLE_BASE_URL") or emulator
 
-    def open_it() -> Any:
+    def open_it(patience_s: float | None = None) -> Any:
         where: dict[str, Any] = {} if endpoint is None else {"base_url": endpoint}
         # An emulator takes any token, and has nobody to give one.
         signed: dict[str, Any] = {"bearer_token": "emulator"} if endpoint is not None and endpoint == emulator else {}
         signed = {"skip_signature": True} if settings.anonymous else signed
-        return GCSStore(bucket, **where, **signed, **_options(settings, endpoint))
+        return GCSStore(bucket, **where, **signed, **_options(settings, endpoint, patience_s))
 
     advice = (
         "give GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`, as somebody who may use"
@@ -268,7 +277,7 @@ def _az(container: str, settings: StoreSettings) -> Service:
 
     account = azure_account(container, settings)
 
-    def open_it() -> Any:
+    def open_it(patience_s: float | None = None) -> Any:
         signed: dict[str, Any] = {}
         if settings.anonymous:
             signed = {"skip_signature": True}
@@ -277,7 +286,7 @@ def _az(container: str, settings: StoreSettings) -> Service:
         elif account.sas is not None:
             signed = {"sas_key": account.sas}
         where: dict[str, Any] = {"account_name": account.name, "endpoint": account.endpoint}
-        return AzureStore(container, **where, **signed, **_options(settings, account.endpoint))
+        return AzureStore(container, **where, **signed, **_options(settings, account.endpoint, patience_s))
 
     advice = (
         "give AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN of an account that may use it, or AZURE_CLIENT_ID,"
@@ -296,8 +305,8 @@ def _http(url: str, settings: StoreSettings) -> Service:
     user, _, host = parts.netloc.rpartition("@")
     bare = urlunsplit(parts._replace(netloc=host))
 
-    def open_it() -> Any:
-        options = _options(settings, bare)
+    def open_it(patience_s: float | None = None) -> Any:
+        options = _options(settings, bare, patience_s)
         if user:
             word = base64.b64encode(unquote(user).encode()).decode()
             options["client_options"]["default_headers"] = {"authorization": f"Basic {word}"}

@@ -17,7 +17,7 @@ from typing import TypeVar
 from loaders.errors import BadCheckpoint, StorageError
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Entry, Range
-from loaders.storage.folder import SKIPPED
+from loaders.storage.folder import A_FILE, SKIPPED
 from loaders.storage.object_answers import Denied, Missing, NoRanges, Unmet
 from loaders.storage.object_client import UNKNOWN, Found, ObjectClient, client_of
 from loaders.storage.object_names import found_by_name
@@ -55,7 +55,7 @@ class ObjectStore:
             is_under_way = any(name.startswith(HIDDEN) for name in names) and OUR_REPORT not in names
             return "an output under way" if is_under_way else None
         is_file = bool(self._key()) and self._found(self._key()) is not None
-        return "a file; give the folder it lies in" if is_file else self._nothing()
+        return A_FILE if is_file else self._nothing()
 
     def _nothing(self) -> str:
         if self._client.service.has_lists:
@@ -169,21 +169,7 @@ class ObjectStore:
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         if stop > entry.size:
             raise BadCheckpoint(f"{entry.name}: it ends at byte {entry.size}, expected {stop}; fetch it again")
-        body = _Body(self._client, self._key(entry.name), entry, start, stop)
-        while not body.is_complete:
-            try:
-                self._client.patient(self._client.what("reading", body.key), body.go_on)
-            except (Missing, Unmet) as answer:
-                raise self._gone(entry, answer) from None
-            except NoRanges:
-                return WholeFiles(self._client).read(body.key, entry, start, stop)
-        return body.data
-
-    def _gone(self, entry: Entry, answer: Missing | Unmet) -> BadCheckpoint | StorageError:
-        # Not every store tells a version that is gone from another one.
-        if isinstance(answer, Missing) or self._found(self._key(entry.name)) is None:
-            return StorageError(f"reading {self.address / entry.name}: it is not there (any more)")
-        return BadCheckpoint(f"{entry.name}: it changed while it was read; load it again when nobody writes to it")
+        return read_object(self._client, self._key(entry.name), entry, start, stop)
 
     def read_ranges(self, entry: Entry, ranges: Sequence[Range]) -> Iterator[memoryview]:
         limit = self._client.traffic.limit
@@ -207,6 +193,38 @@ class ObjectStore:
         """Do nothing: every read is for a version, and fails for another."""
 
     def local_path(self, name: str) -> Path | None:
+        return None
+
+
+def read_object(client: ObjectClient, key: str, entry: Entry, start: int, stop: int) -> memoryview:
+    """Read bytes [start, stop) of the version of an object that an entry names; errors as `Store.read`."""
+    body = _Body(client, key, entry, start, stop)
+    while not body.is_complete:
+        try:
+            client.patient(client.what("reading", key), body.go_on)
+        except (Missing, Unmet) as answer:
+            raise _gone(client, key, entry, answer) from None
+        except NoRanges:
+            return WholeFiles(client).read(key, entry, start, stop)
+    return body.data
+
+
+def _gone(client: ObjectClient, key: str, entry: Entry, answer: Missing | Unmet) -> BadCheckpoint | StorageError:
+    # Not every store tells a version that is gone from another one.
+    if isinstance(answer, Missing) or found_at(client, key) is None:
+        return StorageError(f"{client.what('reading', key)}: it is not there (any more)")
+    return BadCheckpoint(f"{entry.name}: it changed while it was read; load it again when nobody writes to it")
+
+
+def found_at(client: ObjectClient, key: str) -> Found | None:
+    """Look an object up; None if it does not exist.
+
+    Raises:
+        StorageError: it cannot be looked up.
+    """
+    try:
+        return client.patient(client.what("looking at", key), lambda: client.head(key))
+    except Missing:
         return None
 
 

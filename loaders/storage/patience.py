@@ -33,9 +33,10 @@ def patiently(
     call: Callable[[], T],
     *,
     on_failure: Callable[[Passing], None] = lambda _: None,
+    patience_s: float | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Call until it succeeds, while it raises `Passing` and the settings' `patience_s` is not used up.
+    """Call until it succeeds, while it raises `Passing` and `patience_s` (None: the settings') is not used up.
 
     Pauses double from FIRST_PAUSE_S on, each drawn from 0 to its length ("full jitter", AWS Architecture Blog,
     "Exponential Backoff And Jitter"), so that many workers do not come back at once; a server's own wish counts more.
@@ -51,7 +52,8 @@ def patiently(
             return call()
         except Passing as failure:
             on_failure(failure)
-            left = current().patience_s - (time.monotonic() - began)
+            patience = current().patience_s if patience_s is None else patience_s
+            left = patience - (time.monotonic() - began)
             pause = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(tries, 16)))  # noqa: S311
             if failure.pause_s is not None:
                 pause = failure.pause_s + random.uniform(0, FIRST_PAUSE_S)  # noqa: S311

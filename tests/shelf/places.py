@@ -12,7 +12,7 @@ from tests.making import snapshot
 from tests.shelf.client import Client
 from tests.shelf.store import key_of
 
-OBJECTS = ("s3", "az")
+OBJECTS = ("s3", "az", "gs")
 KINDS = ("folder", "shelf", *OBJECTS)  # the kinds of places, which the fixture `place_of` makes
 REMOTE = KINDS[1:]
 
@@ -65,7 +65,7 @@ class ObjectPlace:
 
     def drop(self, name: str) -> None:
         client, key = client_of(self.address / name)
-        client.delete(key)
+        client.delete([key])
 
 
 def fill(place: Place, folder: Path, name: str) -> Address:

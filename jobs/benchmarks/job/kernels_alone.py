@@ -20,7 +20,7 @@ from jobs.spec.job import JobSpec
 from loaders.backends import leased_kernels
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.loading.quantized_tensor import MemoryParts
-from loaders.storage import open_store
+from loaders.storage import open_source
 from loaders.storage.base import PinnedFiles
 from loaders.tensors.encoding import Encoding, TensorEncoder
 
@@ -33,7 +33,7 @@ def main(threads: int, *overrides: str) -> int:
     encodings = [each.encoding for each in placed if each.encoding.action == "quantize"]
     # The largest first, so that threads end together.
     encodings.sort(key=lambda each: each.tensor.source_bytes, reverse=True)
-    files = PinnedFiles(open_store(planned.plan.checkpoint.address), [name for unit in units for name in unit.sources])
+    files = PinnedFiles(open_source(planned.plan.checkpoint.address), [name for unit in units for name in unit.sources])
     specs = [spec for each in encodings for _, spec in each.tensor.stored]
     with (
         planned.strategy[0].open(files, specs) as reader,

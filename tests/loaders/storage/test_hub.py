@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
-from loaders.storage import open_store
+from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
 from loaders.storage.settings import StoreSettings, current, use
@@ -49,7 +49,7 @@ def test_files_are_listed_and_read(filled: Hub) -> None:
 
 def test_a_folder_and_a_file_of_a_repository_are_stores(filled: Hub) -> None:
     assert [entry.name for entry in open_store(f"hf://{REPO}/b").list()] == ["c.json"]
-    alone = open_store(f"hf://{REPO}/a.bin")
+    alone = open_source(f"hf://{REPO}/a.bin")
     assert [entry.name for entry in alone.list()] == ["README.md", "a.bin"]
     assert bytes(PinnedFiles(alone).read("a.bin", 3, 9)) == DATA[3:9]
     assert open_store(f"hf://{REPO}/no").absence() == "no file or folder 'no' in it"
@@ -67,7 +67,7 @@ def test_a_branch_that_moves_does_no_harm(filled: Hub) -> None:
 
 def test_revisions(filled: Hub) -> None:
     filled.put(REPO, {"a.bin": b"\0other"}, branch="feature/x")
-    assert open_store(f"hf://{REPO}@feature%2Fx/a.bin").list()[1].size == 6
+    assert open_source(f"hf://{REPO}@feature%2Fx/a.bin").list()[1].size == 6
     assert open_store(f"hf://{REPO}@main").list()[1].size == len(DATA)
     assert "no such branch, tag or commit" in str(open_store(f"hf://{REPO}@nope").absence())
     assert open_store(f"hf://{REPO}@nope").list() == ()

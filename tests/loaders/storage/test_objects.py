@@ -12,6 +12,7 @@ import pytest
 from loaders.errors import BadSpec, StorageError
 from loaders.storage import object_client, open_store
 from loaders.storage.address import Address
+from loaders.storage.folder import A_FILE
 from loaders.storage.settings import StoreSettings, current, use
 from tests import object_servers
 from tests.object_servers import Files
@@ -134,7 +135,7 @@ def test_folders_of_consoles_are_no_files(s3_bucket: Address, tmp_path: Path) ->
     assert [entry.name for entry in store.list()] == ["empty", "sub/a b%20#.bin"]
     assert len(store.list(every=True)) == 3
     file = open_store(place.address / "m/empty")
-    assert file.absence() == "a file; give the folder it lies in"
+    assert file.absence() == A_FILE
 
 
 @pytest.mark.parametrize(

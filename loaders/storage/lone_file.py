@@ -1,0 +1,68 @@
+"""One weight file of a store, its shards if it is one of several, and what lies beside it that holds no weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from loaders.storage.address import Address
+from loaders.storage.base import OUR_REPORT, Entry, Range, Store
+
+# The weights that are read here, and the indexes and manifests that would say which of them to read.
+SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5}\.\w+)")
+
+
+class LoneFile:
+    """A `Store` of one weight file: other weights of its folder, and the folders in it, are not seen."""
+
+    def __init__(self, folder: Store, name: str) -> None:
+        self._folder = folder
+        self._name = name
+
+    @property
+    def address(self) -> Address:
+        return self._folder.address / self._name
+
+    @property
+    def is_local(self) -> bool:
+        return self._folder.is_local
+
+    def absence(self) -> str | None:
+        return None
+
+    def is_taken(self) -> bool:
+        return True
+
+    def is_link(self) -> bool:
+        return False
+
+    def _is_shown(self, name: str) -> bool:
+        if name == self._name:
+            return True
+        if name.endswith(SUFFIXES):
+            mine, other = SHARD.fullmatch(self._name), SHARD.fullmatch(name)
+            return mine is not None and other is not None and mine.groups() == other.groups()
+        return "/" not in name and not name.endswith(".index.json") and name != OUR_REPORT
+
+    def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self._folder.list(deep=False, every=every) if self._is_shown(entry.name))
+
+    def find(self, name: str) -> Entry | None:
+        return self._folder.find(name) if self._is_shown(name) else None
+
+    def check_inside(self, name: str) -> None:
+        self._folder.check_inside(name)
+
+    def read(self, entry: Entry, start: int, stop: int) -> memoryview:
+        return self._folder.read(entry, start, stop)
+
+    def read_ranges(self, entry: Entry, ranges: Sequence[Range]) -> Iterator[memoryview]:
+        return self._folder.read_ranges(entry, ranges)
+
+    def check_unchanged(self, entry: Entry) -> None:
+        self._folder.check_unchanged(entry)
+
+    def local_path(self, name: str) -> Path | None:
+        return self._folder.local_path(name)

@@ -1,0 +1,335 @@
+"""An unpublished output in a bucket. Nothing can be renamed, so finished files have their final names at once.
+
+OUT/.weightmill/KEY/    the journal; KEY names the plan
+    begun               it exists
+    claim               see `object_claim`
+    kept/NAME           an empty object for each file that was written to OUT/NAME, made before that is
+    replaced            the files of the output that is being replaced
+    staged/ order       the files that are written last, and their order: without them nobody takes OUT for a checkpoint
+    pieces/ records/    see `Destination`
+
+Files are written to local scratch and uploaded from there. Uploads in parts that are under way below OUT are taken for
+the job's own: they are aborted when the journal is removed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+from loaders.errors import BadSpec, StorageError, io_errors
+from loaders.storage.address import Address
+from loaders.storage.base import OUR_REPORT, Abandoned, Entry, Range, Store
+from loaders.storage.object_answers import Missing, Unmet
+from loaders.storage.object_claim import STALE_S, ObjectClaim, has_ended, owner_of
+from loaders.storage.object_client import Found, ObjectClient, client_of
+from loaders.storage.object_parts import Upload
+from loaders.storage.object_upload import file_blocks, size_of, upload
+from loaders.storage.objects import HIDDEN, ObjectStore, found_at, read_object, say_once
+from loaders.storage.settings import current
+
+STAGED = "staged "  # the prefix of the tag of a staged file, which is not published yet
+SIGNS = ("config.json", "model_index.json", OUR_REPORT)  # without which nobody takes files for a checkpoint
+UPLOADS = "uploads"  # stands in an address for uploads under way that no journal knows
+SCRATCH = "weightmill-upload"
+SMALL = 64 << 20  # bytes: files of the journal are no longer
+
+
+class ObjectDestination:
+    """A `Destination` in a bucket."""
+
+    is_local = False
+
+    def __init__(self, address: Address, key: str) -> None:
+        self.address = address
+        self.journal = address / f"{HIDDEN}{key[:12]}"
+        self._claim = ObjectClaim(*_at(self.journal / "claim"))
+        self._name = key[:12]
+
+    @property
+    def _client(self) -> ObjectClient:
+        return client_of(self.address)[0]
+
+    def _key(self, name: str) -> str:
+        area, _, rest = name.partition("/")
+        return client_of(self.address / rest if area == "files" else self.journal / name)[1]
+
+    @property
+    def files(self) -> Store:
+        return _WithStaged(self.address, ObjectStore(self.journal / "staged"))
+
+    @property
+    def pieces(self) -> Store:
+        return ObjectStore(self.journal / "pieces")
+
+    def prepare(self, *, overwrite: bool) -> None:
+        _remove_stale_scratch()
+        self.put("begun", b"")
+        if not overwrite:
+            return
+        # New files will replace the old output's one by one. Without these, no reader takes the mixture for a
+        # checkpoint; the others are noted, so that those that are not replaced can be removed.
+        there = ObjectStore(self.address).list()
+        if any(entry.name == OUR_REPORT for entry in there):
+            self.put("replaced", json.dumps([entry.name for entry in there]).encode())
+        for name in SIGNS:
+            self.drop(f"files/{name}")
+
+    def is_there(self) -> bool:
+        return found_at(self._client, self._key("begun")) is not None
+
+    def claim(self) -> AbstractContextManager[str | None]:
+        return self._claim.held()
+
+    def put(self, name: str, data: bytes) -> None:
+        self._claim.check()
+        self._note(name)
+        what, key = self._client.what("writing", self._key(name)), self._key(name)
+        self._client.patient(what, lambda: self._client.put(key, data))
+
+    def _note(self, name: str) -> None:
+        """Note that a file of the output is this job's."""
+        if name.startswith("files/"):
+            self.put(f"kept/{name.removeprefix('files/')}", b"")
+
+    def get(self, name: str) -> bytes | None:
+        key = self._key(name)
+        found = found_at(self._client, key)
+        if found is None or found.size > SMALL:
+            return None
+        return bytes(read_object(self._client, key, Entry(name, found.size, found.tag), 0, found.size))
+
+    def list(self, area: str) -> tuple[Entry, ...]:
+        if area != "files":
+            return ObjectStore(self.journal / area).list(every=True)
+        mine = {entry.name for area in ("kept", "staged") for entry in self.list(area)}
+        mine |= set(json.loads(self.get("replaced") or b"[]"))
+        # A file that somebody else put there is not the output's.
+        return tuple(entry for entry in self.files.list(every=True) if entry.name in mine)
+
+    def drop(self, name: str) -> None:
+        key = self._key(name)
+        self._client.patient(self._client.what("removing", key), lambda: self._client.delete([key]))
+
+    def scratch(self, name: str) -> Path:
+        folder = scratch_folder(current().scratch, self._name)
+        with io_errors("making", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def keep(self, part: Path, name: str, large: Sequence[Range] = ()) -> Entry:
+        self._claim.check()
+        self._note(name)
+        size = size_of(part)
+        made = upload(self._client, self._key(name), file_blocks(part), size)
+        with io_errors("removing", part):
+            part.unlink()
+        return Entry(name, size, made.tag)
+
+    def shared(self, name: str, size: int | None = None) -> Path | None:
+        return None
+
+    def assemble(
+        self, name: str, pieces: Sequence[tuple[int, str]], around: Sequence[tuple[int, bytes]], size: int
+    ) -> NoReturn:
+        raise NotImplementedError("nothing is written in place here")
+
+    def join(self, name: str, chunks: Iterator[bytes], size: int, large: Sequence[Range] = ()) -> Entry:
+        self._claim.check()
+        self._note(name)
+        return Entry(name, size, upload(self._client, self._key(name), chunks, size).tag)
+
+    def stage(self, name: str, data: bytes) -> None:
+        self.put(f"staged/{name}", data)
+        order = json.loads(self.get("order") or b"[]")
+        self.put("order", json.dumps([*(each for each in order if each != name), name]).encode())
+
+    def holds(self, written: Entry, digest: str, start: int | None = None) -> bool:
+        found = found_at(self._client, self._key(written.name))
+        return found is not None and (found.size, found.tag) == (written.size, written.tag)
+
+    def publish(self, *, overwrite: bool) -> None:
+        for name in json.loads(self.get("order") or b"[]"):
+            data = self.get(f"staged/{name}")
+            if data is None:
+                raise BadSpec(f"{self.journal}: {name} is gone from it; run the same command again")
+            self._claim.check()
+            key = self._key(f"files/{name}")
+            try:
+                self._client.patient(
+                    self._client.what("publishing", key),
+                    lambda key=key, data=data: self._client.put(key, data, None if overwrite else "create"),  # type: ignore[misc]
+                )
+            # It exists: from an interrupted attempt of this job, or from another job.
+            except Unmet:
+                there = ObjectStore(self.address).find(name)
+                if there is None or bytes(ObjectStore(self.address).read(there, 0, there.size)) != data:
+                    raise BadSpec(f"{self.address} came into being while the job ran") from None
+
+    def forget(self) -> None:
+        # The claim goes last, by who holds it.
+        _remove(self.journal, lambda name: name != "claim")
+        for each in _uploads(self.address):
+            _abort(self._client, each)
+        shutil.rmtree(scratch_folder(current().scratch, self._name), ignore_errors=True)
+
+
+class _WithStaged(ObjectStore):
+    """The finished files together with the staged ones, as the output will be after `publish`."""
+
+    def __init__(self, address: Address, staged: ObjectStore) -> None:
+        super().__init__(address)
+        self._staged = staged
+
+    def absence(self) -> str | None:
+        return None
+
+    def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
+        found = {entry.name: entry for entry in super().list(deep=deep, every=every)}
+        found |= {entry.name: _staged(entry) for entry in self._staged.list(deep=deep, every=every)}
+        return tuple(sorted(found.values()))
+
+    def find(self, name: str) -> Entry | None:
+        found = self._staged.find(name)
+        return super().find(name) if found is None else _staged(found)
+
+    def read(self, entry: Entry, start: int, stop: int) -> memoryview:
+        if entry.tag.startswith(STAGED):
+            return self._staged.read(Entry(entry.name, entry.size, entry.tag.removeprefix(STAGED)), start, stop)
+        return super().read(entry, start, stop)
+
+
+def _staged(entry: Entry) -> Entry:
+    return Entry(entry.name, entry.size, f"{STAGED}{entry.tag}")
+
+
+def _at(address: Address) -> tuple[ObjectClient, str]:
+    return client_of(address)
+
+
+# --- scratch
+
+
+@cache
+def scratch_folder(above: str | None, key: str) -> Path:
+    """Return this process's folder for files on their way, which is removed when it ends."""
+    folder = Path(above or tempfile.gettempdir()) / f"{SCRATCH}-{key}-{os.getpid()}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _remove_stale_scratch() -> None:
+    """Remove the folders of processes that were killed."""
+    above = Path(current().scratch or tempfile.gettempdir())
+    for folder in above.glob(f"{SCRATCH}-*-*"):
+        number = folder.name.rpartition("-")[2]
+        if number.isdigit() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- what interrupted jobs left
+
+
+def abandoned_at(place: Address, name: str | None = None) -> tuple[Abandoned, ...]:
+    """List journals at an address of outputs, and uploads under way there: of all outputs, or of one by its name."""
+    client, top = client_of(place)
+    prefix = "/".join(part for part in (top, name or "") if part)
+    rows = client.patient(client.what("listing", prefix), lambda: _listed(client, prefix))
+    pattern = re.compile(rf"([^/]+)/{re.escape(HIDDEN)}([0-9a-f]{{12}})/(.+)")
+    journals: dict[tuple[str, str], list[tuple[str, Found]]] = {}
+    for row in rows:
+        match = pattern.fullmatch(row.key.removeprefix(f"{top}/") if top else row.key)
+        if match is not None:
+            journals.setdefault((match[1], match[2]), []).append((match[3], row))
+    uploads: dict[str, int] = {}
+    for each in _uploads(place if name is None else place / name):
+        output = each.key.removeprefix(f"{top}/" if top else "").partition("/")[0]
+        uploads[output] = uploads.get(output, 0) + each.size
+    found = [
+        _abandoned(client, place / output / f"{HIDDEN}{key}", files, uploads.pop(output, 0))
+        for (output, key), files in sorted(journals.items())
+    ]
+    found += [
+        Abandoned(address=place / output / f"{HIDDEN}{UPLOADS}", size=size, units_done=0, age_s=0.0, is_held=False)
+        for output, size in sorted(uploads.items())
+    ]
+    return tuple(found)
+
+
+def _listed(client: ObjectClient, prefix: str) -> list[Found]:
+    try:
+        return client.list(prefix)
+    except Missing:
+        return []
+
+
+def _abandoned(client: ObjectClient, journal: Address, files: Sequence[tuple[str, Found]], more: int) -> Abandoned:
+    age_s = max(0.0, time.time() - max(row.changed.timestamp() for _, row in files))
+    claim = next((row for name, row in files if name == "claim"), None)
+    # Clocks may differ; "held" is the answer that deletes nothing.
+    is_held = claim is not None and time.time() - claim.changed.timestamp() < STALE_S
+    return Abandoned(
+        address=journal,
+        size=sum(row.size for _, row in files) + more,
+        units_done=sum(name.startswith("records/") for name, _ in files),
+        age_s=age_s,
+        is_held=is_held and not has_ended(owner_of(client, claim)),
+    )
+
+
+def discard(journal: Address) -> None:
+    """Remove what an interrupted job left: its journal, its uploads, and its files unless the output is complete.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    output = journal.parent.parent
+    client = client_of(output)[0]
+    for each in _uploads(output):
+        _abort(client, each)
+    if journal.name == UPLOADS:
+        return
+    if ObjectStore(output).find(OUR_REPORT) is None:
+        store = ObjectStore(journal / "kept")
+        keys = [client_of(output / entry.name)[1] for entry in store.list(every=True)]
+        client.patient(client.what("removing", output.name), lambda: client.delete(keys))
+    _remove(journal, lambda name: True)
+
+
+def _remove(journal: Address, is_meant: Callable[[str], bool]) -> None:
+    """Remove the objects of a journal. The newest goes last, which says how far the job had come."""
+    client, prefix = client_of(journal)
+    rows = client.patient(client.what("listing", prefix), lambda: _listed(client, prefix))
+    names = {row.key.removeprefix(f"{prefix}/"): row for row in rows}
+    order = sorted(names, key=lambda name: ("/" not in name, names[name].changed, name))
+    keys = [names[name].key for name in order if is_meant(name)]
+    client.patient(client.what("removing", prefix), lambda: client.delete(keys))
+
+
+def _uploads(below: Address) -> list[Upload]:
+    """List the uploads in parts under way below an address; none where they cannot be listed, which is said."""
+    client, prefix = client_of(below)
+    if not client.has_parts:
+        return []
+    what = client.what("listing uploads of", prefix)
+    try:
+        return client.in_parts(what, lambda parts: parts.left(prefix))
+    except (StorageError, Missing) as error:
+        say_once(f"{error}; let a rule of the bucket remove uploads that are not completed")
+        return []
+
+
+def _abort(client: ObjectClient, each: Upload) -> None:
+    # It was completed or aborted meanwhile.
+    with suppress(Missing):
+        client.in_parts(client.what("aborting", each.key), lambda parts: parts.abort(each.key, each.id))
