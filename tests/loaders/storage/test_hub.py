@@ -81,6 +81,21 @@ def test_long_listings_come_in_pages(hub: Hub) -> None:
     assert hub.requests("cursor=") == 6
 
 
+def test_a_listings_next_page_is_asked_of_the_hub_alone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.put(REPO, {"a.json": b"{}"})
+    hub.tokens["hf_secret"] = "org"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def elsewhere(headers: dict[str, str], data: bytes) -> bytes:
+        headers["Link"] = f'<@{hub.cdn.removeprefix("http://")}/objects/x>; rel="next"'
+        return data
+
+    hub.faults.append(Fault("/tree/", change=elsewhere))
+    with pytest.raises(StorageError, match="the Hub answers 404"):
+        open_store(f"hf://{REPO}").list()
+    assert hub.leaked == []
+
+
 def test_a_redirect_is_followed_once_and_again_when_it_expires(filled: Hub) -> None:
     store = open_store(f"hf://{REPO}")
     entry = store.list()[1]
@@ -98,6 +113,16 @@ def test_the_token_goes_to_the_hub_alone(filled: Hub, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert bytes(PinnedFiles(open_store(f"hf://{REPO}")).read("a.bin", 0, 9)) == DATA[:9]
     assert filled.leaked == []
+
+
+def test_the_token_may_be_in_its_file(filled: Hub) -> None:
+    from huggingface_hub import constants
+
+    filled.tokens["hf_kept"] = "org"
+    filled.get(REPO).is_private = True
+    Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True, exist_ok=True)
+    Path(constants.HF_TOKEN_PATH).write_text("hf_kept")
+    assert open_store(f"hf://{REPO}").absence() is None
 
 
 @pytest.mark.parametrize(
