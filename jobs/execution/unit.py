@@ -201,7 +201,8 @@ class TargetRun:
             if not self._journal.destination.is_there():
                 raise StorageError(
                     f"{self._journal.destination.journal}: not found on {socket.gethostname()};"
-                    " on several machines the output must lie on a filesystem that all of them share"
+                    " on several machines the output must lie where all of them reach it, and of one on the Hub its"
+                    " output.journal"
                 )
             name = f"{share.unit.id}.{attempt}"
             self._files = PartFiles(self._journal, name, output, self._clock, scratch, in_place=in_place)

@@ -190,8 +190,21 @@ def notes_of(planned: Planned) -> list[str]:
         *joining,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
+        *_joined_for_the_hub(planned),
         f"memory: up to {tables.size(memory)} with {counted(cluster.threads, 'thread')};"
         f" disk: needs {tables.size(need)}, {tables.size(free)} free{room}",
+    ]
+
+
+def _joined_for_the_hub(planned: Planned) -> list[str]:
+    """Say what disk a file of several units takes on its way to the Hub, which does not join parts."""
+    pieces = sum(piece.size for piece in planned.target.pieces)
+    if planned.journal.output.scheme != "hf" or not pieces:
+        return []
+    where = planned.journal.destination.journal
+    return [
+        f"the Hub joins no parts: the pieces of the file, {tables.size(pieces)}, are kept in {where}, and as much is in"
+        " the scratch folder while the joined file is uploaded"
     ]
 
 

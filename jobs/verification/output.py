@@ -166,13 +166,14 @@ def verify_output(
             from.
         BadCheckpoint: a file of the output or the source is so damaged that it cannot be opened.
     """
-    report = read_report(output)
+    pinned = open_store(output).address  # of the Hub: the commit that the branch is now
+    report = read_report(pinned)
     spec = _recorded_spec(report, source, verify)
     plan = _plan_again(spec, report)
     judging = None
     if isinstance(verify, LogitsSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output)
-    written = open_checkpoint(output)
+    written = open_checkpoint(pinned)
     faults = _list_faults(plan, written, report)
     checked = 0
     if not faults:

@@ -30,7 +30,6 @@ from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.hashes import text_digest
-from loaders.storage.hub_names import source_address
 from loaders.storage.json_files import read_json
 from loaders.storage.lone_file import LoneFile
 from loaders.storage.within import Within
@@ -129,7 +128,7 @@ def open_checkpoint(
         BadSpec: the folder does not exist, or holds no weights of the container.
         BadCheckpoint: the checkpoint is damaged, incomplete or hostile.
     """
-    store = open_source(source_address(where)) if isinstance(where, str | os.PathLike | Address) else where
+    store = open_source(where) if isinstance(where, str | os.PathLike | Address) else where
     key = key or setting("checkpoint")
     if (found := store.absence()) is not None:
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")

@@ -122,10 +122,9 @@ def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
         BadCheckpoint: the checkpoint is damaged.
     """
     address = source_address(path)
-    store = open_store(address)
     # Of a repository, opening it says best why it cannot be read.
-    if address.scheme == "hf" or store.absence() is None:
-        return open_checkpoint(store, key="path")
+    if address.scheme == "hf" or open_store(address).absence() is None:
+        return open_checkpoint(address, key="path")
     found = detect_weight_format(path)
     if found is WeightFormat.PACKED and (folder := packed_folder(address)) is not None:
         return open_checkpoint(folder, found.value, key="path")

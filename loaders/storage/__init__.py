@@ -11,6 +11,7 @@ from loaders.storage.address import IN_MLFLOW, LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
+from loaders.storage.hub_names import source_address
 from loaders.storage.lone_file import SUFFIXES, LoneFile
 from loaders.storage.object_destination import ObjectDestination, abandoned_at, discard
 from loaders.storage.objects import ObjectStore
@@ -78,11 +79,13 @@ def open_store(where: str | os.PathLike[str] | Address) -> Store:
 def open_source(where: str | os.PathLike[str] | Address) -> Store:
     """Open the store of a model at an address: of a folder, or of one weight file, with what lies beside it.
 
+    A text OWNER/NAME that is no path here is a repository of the Hub.
+
     Raises:
         BadSpec: the scheme is not in KINDS.
         StorageError: it cannot be told whether a file is there.
     """
-    address = Address.of(where)
+    address = source_address(where)
     if not address.name.endswith(SUFFIXES):
         return open_store(address)
     folder = open_store(address.parent)

@@ -67,10 +67,9 @@ class Address:
 
     @property
     def title(self) -> str:
-        """What is there is called so: `name` without a revision of the Hub, and without the suffix of a remote file."""
-        if self.is_local:
-            return self.name
-        return re.sub(r"\.(?:gguf|safetensors|bin|pth?)$", "", self.name.partition("@")[0])
+        """What is there is called so: `name` without a revision of the Hub, and without the suffix of a weight file."""
+        name = self.name.partition("@")[0] if self.scheme == "hf" else self.name
+        return re.sub(r"\.(?:gguf|safetensors|bin|pth?)$", "", name)
 
     @property
     def parent(self) -> Address:

@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face Hub as a store: hf://OWNER/NAME[@REVISION][/FOLDER or /FILE].
+"""A repository of the Hugging Face Hub as a store: hf://OWNER/NAME[@REVISION][/FOLDER].
 
 A branch or tag is resolved to its commit when the store is opened, and the store's address names that commit, so that
 what reads on by the address reads the same files, whatever happens to the branch. Files that huggingface_hub's cache
@@ -26,9 +26,6 @@ SCHEME = "hf"
 REPO = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 # Git's own files, which say how the repository is stored and are no part of what is in it.
 HIDDEN = (".gitattributes", ".gitignore")
-# What may lie beside a single file and belongs to it: all that is no weights.
-BESIDE = (".json", ".jinja", ".md", ".model", ".py", ".tiktoken", ".txt")
-SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5}\.\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +96,19 @@ class HubStore:
         read = cached_tree if is_offline() else files_of(self._hub).tree
         return read(self._given.repo, self._commit)
 
-    @cached_property
-    def _is_file(self) -> bool:
-        return self._given.path in self._tree if self._given.path else False
-
-    @cached_property
+    @property
     def _prefix(self) -> str:
         """The folder that names begin at, with a slash behind it; empty at the top."""
-        path = self._given.path.rpartition("/")[0] if self._is_file else self._given.path
-        return f"{path}/" if path else ""
+        return f"{self._given.path}/" if self._given.path else ""
 
     @cached_property
     def _files(self) -> Mapping[str, HubFile]:
         """The files of this store by their names."""
-        mine = {
+        return {
             path.removeprefix(self._prefix): file
             for path, file in sorted(self._tree.items())
             if path.startswith(self._prefix) and path.rpartition("/")[2] not in HIDDEN
         }
-        if not self._is_file:
-            return mine
-        given = self._given.path.removeprefix(self._prefix)
-        return {name: file for name, file in mine.items() if _goes_with(name, given)}
 
     @property
     def address(self) -> Address:
@@ -143,6 +131,8 @@ class HubStore:
                 return None
         except NotThere as error:
             return error.found
+        if self._given.path in self._tree:
+            return "a file; give the folder it lies in"
         return f"no file or folder {self._given.path!r} in it" if self._given.path else "nothing there"
 
     def is_taken(self) -> bool:
@@ -199,11 +189,3 @@ class HubStore:
 
 def _entry(name: str, file: HubFile) -> Entry:
     return Entry(name, file.size, file.tag)
-
-
-def _goes_with(name: str, given: str) -> bool:
-    """Whether a file is the given one, another shard of it, or describes it."""
-    one, other = SHARD.fullmatch(given), SHARD.fullmatch(name)
-    if name == given or (one and other and one.groups() == other.groups()):
-        return True
-    return "/" not in name and name.endswith(BESIDE) and not name.endswith(".index.json")

@@ -112,7 +112,8 @@ class HubClient:
         said = self._said(answer)
         if status in PASSING:
             raise Passing(f"the Hub answers {status}{said}", pause_s=_pause_s(answer.headers), is_busy=status in BUSY)
-        repo = where.removeprefix("hf://").partition("@")[0]
+        found = re.match(r"(?:reading )?hf://([^/@:\s]+/[^/@:\s]+)", where)
+        repo = found[1] if found else ""
         if code == "GatedRepo":
             then = "this account was not given it yet" if self.is_logged_in else f"then {LOG_IN}"
             raise Closed(where, f"a gated repository: ask for access at {self.endpoint}/{repo}; {then}")
@@ -122,7 +123,7 @@ class HubClient:
             raise NotThere(where, "no such file in that repository")
         if status == 401 and self.is_logged_in and code is None:
             raise BadSpec(f"{where}: the Hub refuses the token: it is wrong or has expired; {LOG_IN}")
-        if code == "RepoNotFound" or status in (401, 404):
+        if code == "RepoNotFound" or status == 401:
             who = "that this account may not read" if self.is_logged_in else f"(then {LOG_IN})"
             raise NotThere(where, f"no such repository, or a private one {who}: check the name")
         if status == 403:

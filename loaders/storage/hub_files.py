@@ -73,7 +73,7 @@ class HubFiles:
                 more = answer.links.get("next", {}).get("url")
                 # A mirror passes on the address that the Hub itself has, and the token is for this endpoint alone.
                 parts = urlsplit(more) if isinstance(more, str) else None
-                path = None if parts is None else f"{parts.path}?{parts.query}"
+                path = None if parts is None else f"/{parts.path.lstrip('/')}?{parts.query}"
             else:
                 raise StorageError(f"{where}: its listing does not end")
             self._trees[repo, commit] = files

@@ -1,7 +1,7 @@
 """The finished files of an output on its way to the Hub, as its journal knows them.
 
 finished/NAME.json  the file's sha256 and size, and whether the Hub has its bytes
-kept/NAME           its bytes; of one that was uploaded, only those that may be read before the output is published
+bytes/NAME          its bytes; of one that was uploaded, only those that may be read before the output is published
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class FinishedFiles:
         return self._put(name, Finished(sha256, size, ranges), kept)
 
     def _put(self, name: str, file: Finished, data: bytes) -> Entry:
-        self._journal.put(f"kept/{name}", data)
+        self._journal.put(f"bytes/{name}", data)
         self._journal.put(f"finished/{name}{INDEX}", json.dumps(asdict(file)).encode())
         return Entry(name, file.size, file.sha256)
 
     def drop(self, name: str) -> None:
         self._journal.drop(f"finished/{name}{INDEX}")
-        self._journal.drop(f"kept/{name}")
+        self._journal.drop(f"bytes/{name}")
 
     # --- reading
 
@@ -99,7 +99,7 @@ class FinishedFiles:
         Raises:
             StorageError: it is gone.
         """
-        found = self._journal.get(f"kept/{name}")
+        found = self._journal.get(f"bytes/{name}")
         if found is None:
             raise StorageError(f"{name}: it is gone from {self._journal.journal}; run the same command again")
         return found

@@ -249,6 +249,8 @@ def test_who_may_not_write_hears_it_before_any_work(
 
 def test_large_files_are_uploaded_in_parts(model: Path, mine: Hub, weightmill: Any) -> None:
     mine.part = 6000
+    planned = weightmill("plan", *given(model, "hf://me/out", "gguf_q8_0"))
+    assert "the Hub joins no parts: the pieces of the file" in planned.out
     ran = weightmill("run", *given(model, "hf://me/out", "gguf_q8_0"))
     assert ran.status == 0, ran.err
     assert weightmill("verify", "output.path=hf://me/out").status == 0
@@ -354,3 +356,16 @@ def test_without_a_network_the_cache_is_enough(
     assert ran.status == 0, ran.err
     assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
     assert len(hub.asked) == asked
+
+
+def test_the_library_reads_the_hub(model: Path, hub: Hub) -> None:
+    import loaders
+
+    hub.put(REPO, snapshot(model))
+    wanted, _ = loaders.load_weights(model)
+    for where in (REPO, f"hf://{REPO}", f"hf://{REPO}@main"):
+        found, _ = loaders.load_weights(where)
+        assert found.keys() == wanted.keys()
+        assert all(bool((found[name] == wanted[name]).all()) for name in wanted)
+    with pytest.raises(loaders.BadSpec, match="no such repository, or a private one"):
+        loaders.load_weights("org/missing")

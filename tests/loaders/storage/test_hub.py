@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
-from loaders.storage import open_store
+from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
 from loaders.storage.settings import StoreSettings, current, use
@@ -49,7 +49,7 @@ def test_files_are_listed_and_read(filled: Hub) -> None:
 
 def test_a_folder_and_a_file_of_a_repository_are_stores(filled: Hub) -> None:
     assert [entry.name for entry in open_store(f"hf://{REPO}/b").list()] == ["c.json"]
-    alone = open_store(f"hf://{REPO}/a.bin")
+    alone = open_source(f"hf://{REPO}/a.bin")
     assert [entry.name for entry in alone.list()] == ["README.md", "a.bin"]
     assert bytes(PinnedFiles(alone).read("a.bin", 3, 9)) == DATA[3:9]
     assert open_store(f"hf://{REPO}/no").absence() == "no file or folder 'no' in it"
@@ -67,7 +67,7 @@ def test_a_branch_that_moves_does_no_harm(filled: Hub) -> None:
 
 def test_revisions(filled: Hub) -> None:
     filled.put(REPO, {"a.bin": b"\0other"}, branch="feature/x")
-    assert open_store(f"hf://{REPO}@feature%2Fx/a.bin").list()[1].size == 6
+    assert open_source(f"hf://{REPO}@feature%2Fx/a.bin").list()[1].size == 6
     assert open_store(f"hf://{REPO}@main").list()[1].size == len(DATA)
     assert "no such branch, tag or commit" in str(open_store(f"hf://{REPO}@nope").absence())
     assert open_store(f"hf://{REPO}@nope").list() == ()
@@ -79,6 +79,21 @@ def test_long_listings_come_in_pages(hub: Hub) -> None:
     hub.page = 4
     assert [entry.name for entry in open_store(f"hf://{REPO}").list()] == names
     assert hub.requests("cursor=") == 6
+
+
+def test_a_listings_next_page_is_asked_of_the_hub_alone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.put(REPO, {"a.json": b"{}"})
+    hub.tokens["hf_secret"] = "org"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def elsewhere(headers: dict[str, str], data: bytes) -> bytes:
+        headers["Link"] = f'<@{hub.cdn.removeprefix("http://")}/objects/x>; rel="next"'
+        return data
+
+    hub.faults.append(Fault("/tree/", change=elsewhere))
+    with pytest.raises(StorageError, match="the Hub answers 404"):
+        open_store(f"hf://{REPO}").list()
+    assert hub.leaked == []
 
 
 def test_a_redirect_is_followed_once_and_again_when_it_expires(filled: Hub) -> None:
@@ -98,6 +113,16 @@ def test_the_token_goes_to_the_hub_alone(filled: Hub, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert bytes(PinnedFiles(open_store(f"hf://{REPO}")).read("a.bin", 0, 9)) == DATA[:9]
     assert filled.leaked == []
+
+
+def test_the_token_may_be_in_its_file(filled: Hub) -> None:
+    from huggingface_hub import constants
+
+    filled.tokens["hf_kept"] = "org"
+    filled.get(REPO).is_private = True
+    Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True, exist_ok=True)
+    Path(constants.HF_TOKEN_PATH).write_text("hf_kept")
+    assert open_store(f"hf://{REPO}").absence() is None
 
 
 @pytest.mark.parametrize(
