@@ -73,6 +73,7 @@ class PartFile:
         self, journal: Journal, name: str, file: OutputFile, slots: list[Slot], clock: Clock, *, in_place: bool
     ) -> None:
         self._journal = journal
+        self._clock = clock
         self._file = file
         self._slots = sorted(slots, key=lambda slot: slot.offset)
         self._part = journal.destination.scratch(name)
@@ -93,7 +94,8 @@ class PartFile:
         writer.close()
         destination, name, tag = self._journal.destination, self._journal.place(self._file), ""
         if self._shared is None:
-            tag = destination.keep(self._part, name).tag
+            with self._clock.phase("write" if destination.is_local else "upload"):
+                tag = destination.keep(self._part, name).tag
         else:
             # An interrupted run on several processes may have left this piece as a file, which `find` would prefer.
             destination.drop(name)
