@@ -275,7 +275,7 @@ class TargetRun:
             files=len(unit.sources), tensors=len(unit.tensors), bytes=unit.source_bytes,
             wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
             read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
-            write_s=spent["write_s"], **self._warmth,
+            write_s=spent["write_s"], upload_s=spent["upload_s"], **self._warmth,
         )  # fmt: skip
         key = unit.key(self._share.target)
         record = Record(
