@@ -9,13 +9,23 @@ Source: compressed_tensors 0.20, quantization/utils/helpers.py (calculate_qparam
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import rounding
-from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
+from loaders.quantization.kernels.compare import (
+    CHUNK,
+    LANES,
+    Group,
+    add_groups,
+    add_pairs,
+    float_at,
+    settle,
+    tile_size,
+)
 from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.kernels.intrinsics import prefetch
-from loaders.quantization.kernels.lanes import Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, kernel, vector
 from loaders.quantization.kernels.rounding import (
     GROUPS,
     STEP,
@@ -150,16 +160,57 @@ def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
         _decode_run(codes, r * columns, (r + 1) * columns, float_at(scales, r), out)
 
 
+@vector(types.boolean)
+def _has_nan(lanes: Lanes, codes: Array, start: Value, stop: Value) -> Value:
+    """Whether one of codes [start, stop), a multiple of STEP, is a NaN: then its magnitude is 0x7F."""
+    whole = lanes.b.add(start, lanes.op("and_", lanes.b.sub(stop, start), -4 * STEP))
+
+    def larger(at: Value, *largest: Value) -> list[Value]:
+        [before] = largest
+        magnitudes = lanes.op("and_", lanes.load(codes, at, before.type.count), 0x7F)
+        return [lanes.b.select(lanes.b.icmp_unsigned(">", magnitudes, before), magnitudes, before)]
+
+    [found] = lanes.fold(start, whole, 4 * STEP, [lanes.const(ir.VectorType(I8, 4 * STEP), 0)], larger)
+    [rest] = lanes.fold(whole, stop, STEP, [lanes.const(ir.VectorType(I8, STEP), 0)], larger)
+    top = ir.Constant(I8, 0x7F)
+    return lanes.b.or_(*(lanes.b.icmp_unsigned("==", lanes.reduce("umax", each), top) for each in (found, rest)))
+
+
+@vector(types.float64)
+def _add(
+    lanes: Lanes, x: Array, codes: Array, group: Value, scales: Array, start: Value, stop: Value, totals: Array
+) -> Value:
+    """Sum the differences of weights [start, stop) and their decoded codes: see `compare.add_groups`.
+
+    None of the codes may be a NaN. Their values are a 2^-8 of what they are, and scales 2^8 times, which leaves products
+    as they are: scales are a 448th of a weight, and far from float32's end.
+    """
+
+    def of_group(g: Value) -> Group:
+        return (lanes.op("fmul", lanes.shuffle(lanes.floats(scales, g, 1), [0] * LANES), 256.0),)
+
+    def decoded(at: Value, own: Group) -> list[Value]:
+        values = rounding.share_of_e4m3(lanes, lanes.load(codes, at, STEP))
+        return [lanes.b.fmul(lanes.part(values, part, LANES), *own) for part in range(STEP // LANES)]
+
+    return add_groups(lanes, x, start, stop, group, totals, of_group, decoded, in_order=STEP)
+
+
 @kernel
 def compare_rows(x, codes, columns, scales, sums):  # type: ignore[no-untyped-def]
     """Add the differences of whole rows of raw weights and what `decode_rows` makes of the rest to `sums`."""
     step = tile_size(columns)
-    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
-    for start in range(0, x.size, step):
-        stop = min(start + step, x.size)
-        decoded = tile[: stop - start]
-        decode_rows(codes[start:stop], columns, scales[start // columns : stop // columns], decoded)
-        add_pairs(x[start:stop], decoded, totals, sums)
+    tile, totals = np.empty(CHUNK, np.float32), np.zeros(3, np.float64)
+    for row in range(0, x.size, step):
+        last = min(row + step, x.size)
+        own = scales[row // columns : last // columns]
+        for start in range(row, last, CHUNK):
+            stop = min(start + CHUNK, last)
+            some, some_codes, group = x[start:stop], codes[start:stop], min(columns, stop - start)
+            is_plain = group % STEP == 0 and not _has_nan(codes, start, stop)
+            if not is_plain or not settle(_add(some, some_codes, group, own, 0, some.size, totals), totals, sums):
+                decode_rows(some_codes, group, own, tile)
+                add_pairs(some, tile[: some.size], totals, sums)
 
 
 @kernel
@@ -178,10 +229,21 @@ def decode_blocks(codes, columns, first, scales, out):  # type: ignore[no-untype
 @kernel
 def compare_blocks(x, codes, columns, first, scales, sums):  # type: ignore[no-untyped-def]
     """Add the differences of whole rows of raw weights and what `decode_blocks` makes of the rest to `sums`."""
-    step = tile_size(columns)
-    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
-    for start in range(0, x.size, step):
-        stop = min(start + step, x.size)
-        decoded = tile[: stop - start]
-        decode_blocks(codes[start:stop], columns, first + start // columns, scales, decoded)
-        add_pairs(x[start:stop], decoded, totals, sums)
+    step, blocks = tile_size(columns), scales.shape[1]
+    tile, totals, own = np.empty(step, np.float32), np.zeros(3, np.float64), np.empty(CHUNK // BLOCK, np.float32)
+    for row in range(0, x.size, step):
+        last = min(row + step, x.size)
+        if columns % BLOCK:
+            decode_blocks(codes[row:last], columns, first + row // columns, scales, tile)
+            add_pairs(x[row:last], tile[: last - row], totals, sums)
+            continue
+        for start in range(row, last, CHUNK):
+            stop = min(start + CHUNK, last)
+            for b in range((stop - start) // BLOCK):
+                block = start // BLOCK + b
+                own[b] = scales[(first + block // blocks) // BLOCK, block % blocks]
+            some, some_codes = x[start:stop], codes[start:stop]
+            is_plain = not _has_nan(codes, start, stop)
+            if not is_plain or not settle(_add(some, some_codes, BLOCK, own, 0, some.size, totals), totals, sums):
+                decode_rows(some_codes, BLOCK, own[: some.size // BLOCK], tile)
+                add_pairs(some, tile[: some.size], totals, sums)
