@@ -39,6 +39,10 @@ ROUNDED = {
     "Q5_1": (0, True, 0.5, 31), "TQ1_0": (52, False, 0.5, 1), "TQ2_0": (64, False, 0.5, 1),
 }  # fmt: skip
 
+# The greatest code of MXFP4, half the gap between codes at zero, and how it grows with a value: see grid.py. ggml
+# doubles E2M1's codes and halves scales.
+DOUBLED_E2M1 = 12, 2 * grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL
+
 
 class TernaryView:
     """Another view's weights rounded to -1, 0 or 1 times one scale, as float32."""
@@ -171,12 +175,16 @@ class Ggml:
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
         from loaders.quantization.kernels.cpu import kernel_input
-        from loaders.quantization.kernels.ggml.compare import COMPARERS
+        from loaders.quantization.kernels.ggml.compare import COMPARERS, mxfp4
 
-        if self.type not in COMPARERS:
+        if self.absmean or self.type not in (*COMPARERS, "MXFP4"):
             return False
-        size = DTYPES[self.type].size
-        COMPARERS[self.type](stored.read("weight", size((start,)), size((stop,))), kernel_input(block, source), sums)
+        size, x = DTYPES[self.type].size, kernel_input(block, source)
+        blocks = stored.read("weight", size((start,)), size((stop,)))
+        if self.type == "MXFP4":
+            mxfp4(blocks, x, *grids.symmetric_terms(*DOUBLED_E2M1, source != spec.dtype.name), sums)
+        else:
+            COMPARERS[self.type](blocks, x, sums)
         return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:

@@ -182,8 +182,8 @@ def _add(
 ) -> Value:
     """Sum the differences of weights [start, stop) and their decoded codes: see `compare.add_groups`.
 
-    None of the codes may be a NaN. Their values are a 2^-8 of what they are, and scales 2^8 times, which leaves products
-    as they are: scales are a 448th of a weight, and far from float32's end.
+    None of the codes may be a NaN. Their values are taken times 2^-8 and the scales times 2^8, which leaves products as
+    they are: scales are a 448th of a weight, and far from float32's end.
     """
 
     def of_group(g: Value) -> Group:
