@@ -1,5 +1,7 @@
 """The rows of `jobs.bench kernels` for ggml's tensor types: our encoding and measuring, and ggml's C code.
 
+Measuring goes by a job's ranges, as encoding does not need to: bounds are found from blocks that were just decoded.
+
 K-quants take seconds for a large weight, so they are timed on a part of the rows, and the seconds are multiplied.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,18 +19,18 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmarks.timing import SCRATCH, Case, on_threads
+from loaders.backends import kernels_of
+from loaders.backends.threads import RANGE, Crew, ThreadedWork
 from loaders.containers.gguf import TYPE_IDS
 from loaders.dtypes import DTYPES
-from loaders.quantization.kernels import compare, cpu
-from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.kernels.ggml.encode import ENCODERS
+from loaders.quantization.measure import Comparison
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import TensorSpec
 
 PART = 16  # the slow types are timed on one sixteenth of the rows
 WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0")
 IN_PART = ("Q4_K", "Q6_K", "Q3_K", "MXFP4")
-INNER = 1 << 18  # weights decoded at once, as in a job: they stay in the CPU's cache until they are compared
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
@@ -80,23 +83,19 @@ class _Held:
 
 
 def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) -> None:
-    flat, dtype, columns = weight.reshape(-1), DTYPES[name], weight.shape[1]
-    scheme, spec, held = Ggml(name), TensorSpec("w.weight", DTYPES["BF16"], weight.shape), _Held(stored)
+    spec = TensorSpec("w.weight", DTYPES["BF16"], weight.shape)
+    held, flat, columns = _Held(stored), weight.reshape(-1), weight.shape[1]
+    with Crew(1) as crew:
+        comparison = Comparison(
+            Ggml(name), spec, spec, ThreadedWork(kernels_of("cpu"), crew, threading.Event(), SCRATCH)
+        )
 
-    def part(first: int, last: int) -> None:
-        start, stop, sums = first * columns, last * columns, compare.new_sums()
-        if not scheme.compare(spec, held, start, stop, flat[start:stop], "BF16", sums):
-            decoded = SCRATCH.array("decoded", INNER, np.float32)
-            for at in range(start, stop, INNER):
-                end = min(at + INNER, stop)
-                out = decoded[: end - at]
-                DECODERS[name](stored[dtype.size((at,)) : dtype.size((end,))], out)
-                cpu.compare_into(flat[at:end], "BF16", out, sums)
-                grid = scheme.grid(spec, held, at, end)
-                assert grid is None or grid.holds(flat[at:end], out)
-        scheme.greatest_error(spec, held, start, stop)
+        def part(first: int, last: int) -> None:
+            for start in range(first * columns, last * columns, RANGE):
+                stop = min(start + RANGE, last * columns)
+                comparison.sums(flat[start:stop], held, start, stop)
 
-    _spread(part, weight.shape[0], threads)
+        _spread(part, weight.shape[0], threads)
 
 
 def _library() -> Any:
