@@ -29,8 +29,8 @@ from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import TensorSpec
 
 PART = 16  # the slow types are timed on one sixteenth of the rows
-WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0")
-IN_PART = ("Q4_K", "Q6_K", "Q3_K", "MXFP4")
+WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0", "MXFP4")
+IN_PART = ("Q4_K", "Q6_K", "Q3_K")
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 Stored, by role: weight, in the dtype of the type's name (loaders/dtypes.py), of the tensor's shape. Bytes are those of
 ggml's reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and
-bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, k_quants.py and ternary.py.
+bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, mxfp4.py, k_quants.py and ternary.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decoders of ggml's block formats to float32, as llama.cpp's dequantize_row_* (ggml/src/ggml-quants.c) compute them.
 
 They share no code with the encoders, which they check. data: uint8, whole blocks; out: float32, their weights. What the
-bytes of a block mean is described in kernels/ggml/blocks.py, k_quants.py and ternary.py.
+bytes of a block mean is described in kernels/ggml/blocks.py, mxfp4.py, k_quants.py and ternary.py.
 """
 
 from __future__ import annotations
