@@ -1,7 +1,5 @@
 """The rows of `jobs.bench kernels` for ggml's tensor types: our encoding and measuring, and ggml's C code.
 
-Measuring goes by a job's ranges, as encoding does not need to: bounds are found from blocks that were just decoded.
-
 K-quants take seconds for a large weight, so they are timed on a part of the rows, and the seconds are multiplied.
 """
 
@@ -9,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,15 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.timing import SCRATCH, Case, on_threads
-from loaders.backends import kernels_of
-from loaders.backends.threads import RANGE, Crew, ThreadedWork
+from jobs.benchmarks.kernels.measuring import measuring
+from jobs.benchmarks.timing import Case, on_threads
 from loaders.containers.gguf import TYPE_IDS
 from loaders.dtypes import DTYPES
 from loaders.quantization.kernels.ggml.encode import ENCODERS
-from loaders.quantization.measure import Comparison
 from loaders.quantization.schemes.ggml import Ggml
-from loaders.specs import TensorSpec
 
 PART = 16  # the slow types are timed on one sixteenth of the rows
 WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0", "MXFP4")
@@ -46,8 +40,8 @@ def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
         ours = f"ggml {name}, bf16{said}"
         out = np.empty(DTYPES[name].size(some.shape), np.uint8)
         yield Case(ours, _timed(partial(_encode, some, name, out, threads), times))
-        measuring = _timed(partial(_measure, some, name, out, threads), times)
-        yield Case(f"ggml {name} decode + compare (measuring){said}", measuring, after=ours)
+        measure = _times(measuring(some, Ggml(name), threads), times)
+        yield Case(f"ggml {name} decode + compare (measuring){said}", measure, after=ours)
         call = None if library is None else _timed(_peer(library, some, name, threads), times)
         yield Case(f"ggml's C, {name}, fp32", call, "" if call else "not installed: llama_cpp", ours)
 
@@ -61,6 +55,10 @@ def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
     return seconds
 
 
+def _times(call: Callable[[], float], times: float) -> Callable[[], float]:
+    return lambda: call() * times
+
+
 def _spread(body: Callable[[int, int], object], count: int, threads: int) -> None:
     """Call the body for ranges of rows, each on a thread of its own."""
     edges = [count * i // threads for i in range(threads)] + [count]
@@ -70,32 +68,6 @@ def _spread(body: Callable[[int, int], object], count: int, threads: int) -> Non
 def _encode(weight: np.ndarray, name: str, out: np.ndarray, threads: int) -> None:
     size = DTYPES[name].size((1, weight.shape[1]))
     _spread(lambda a, b: ENCODERS[name](weight[a:b].reshape(-1), out[a * size : b * size]), weight.shape[0], threads)
-
-
-class _Held:
-    """A `Stored` in memory."""
-
-    def __init__(self, stored: np.ndarray) -> None:
-        self._stored = stored
-
-    def read(self, role: str, start: int, stop: int) -> np.ndarray:
-        return self._stored[start:stop]
-
-
-def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) -> None:
-    spec = TensorSpec("w.weight", DTYPES["BF16"], weight.shape)
-    held, flat, columns = _Held(stored), weight.reshape(-1), weight.shape[1]
-    with Crew(1) as crew:
-        comparison = Comparison(
-            Ggml(name), spec, spec, ThreadedWork(kernels_of("cpu"), crew, threading.Event(), SCRATCH)
-        )
-
-        def part(first: int, last: int) -> None:
-            for start in range(first * columns, last * columns, RANGE):
-                stop = min(start + RANGE, last * columns)
-                comparison.sums(flat[start:stop], held, start, stop)
-
-        _spread(part, weight.shape[0], threads)
 
 
 def _library() -> Any:
