@@ -23,6 +23,14 @@ from loaders.quantization.kernels.compare import (
     settle,
     tile_size,
 )
+from loaders.quantization.kernels.compressed_tensors.e4m3_bytes import (
+    MANTISSAS,
+    WIDE,
+    begin_scale,
+    code_wide,
+    looks_up,
+    mantissa_codes,
+)
 from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.kernels.intrinsics import prefetch
 from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, kernel, vector
@@ -67,8 +75,32 @@ def _code_one(lanes: Lanes, x: Array, at: Value, scale: Value, out: Array) -> No
 
 
 @kernel
-def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
-    """Code with a scale a row. x: (rows * columns,); out: uint8; scales: float32 (rows,), rounded to x's dtype."""
+def _code_run(x, start, stop, scale, inverse, ahead, table, own, out):  # type: ignore[no-untyped-def]
+    """Code weights [start, stop) of one scale, and ask the memory for those that lie `ahead`.
+
+    inverse: `quick_inverse` of the scale; table: `mantissa_codes`; own: room for 128 bytes.
+    """
+    whole, wide = start + (stop - start) // STEP * STEP, start
+    if inverse and looks_up(x):
+        least, wide = begin_scale(scale, table, own, 0), start + (stop - start) // WIDE * WIDE
+        for at in range(start, wide, WIDE):
+            prefetch(x, at + ahead, at + ahead + WIDE)
+            if not code_wide(x, at, own, 0, least, out):
+                for part in range(at, at + WIDE, STEP):
+                    _code_quick(x, part, inverse, out)
+    for at in range(wide, whole, STEP):
+        if inverse:
+            prefetch(x, at + ahead, at + ahead + STEP)
+            _code_quick(x, at, inverse, out)
+        else:
+            _code_step(x, at, scale, out)
+    for at in range(whole, stop):
+        _code_one(x, at, scale, out)
+
+
+@kernel
+def _encode_rows(x, columns, eps, table, out, scales):  # type: ignore[no-untyped-def]
+    own = np.empty(MANTISSAS, np.uint8)
     for r in range(scales.size):
         start, stop = r * columns, (r + 1) * columns
         whole = start + columns // STEP * STEP
@@ -78,24 +110,16 @@ def encode_rows(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
         scale = quotient_like(x, float_of_bits(x, top), TOP)
         scale = eps if scale == 0 else scale
         scales[r] = scale
-        inverse = quick_inverse(x, scale)
-        if inverse:
-            for at in range(start, whole, STEP):
-                prefetch(x, at + columns, at + columns + STEP)
-                _code_quick(x, at, inverse, out)
-        else:
-            for at in range(start, whole, STEP):
-                _code_step(x, at, scale, out)
-        for at in range(whole, stop):
-            _code_one(x, at, scale, out)
+        _code_run(x, start, stop, scale, quick_inverse(x, scale), columns, table, own, out)
+
+
+def encode_rows(x: np.ndarray, columns: int, eps: np.float32, out: np.ndarray, scales: np.ndarray) -> None:
+    """Code with a scale a row. x: (rows * columns,); out: uint8; scales: float32 (rows,), rounded to x's dtype."""
+    _encode_rows(x, columns, eps, mantissa_codes(), out, scales)
 
 
 @kernel
-def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
-    """Code a band of up to BLOCK rows, with a scale for every BLOCK columns.
-
-    x: (rows * columns,); out: uint8, as many; scales: float32 (blocks,), rounded to the dtype of x.
-    """
+def _encode_band(x, columns, eps, table, out, scales):  # type: ignore[no-untyped-def]
     blocks, padded = scales.size, -(-scales.size // GROUPS) * GROUPS
     tops = np.zeros(padded, np.uint32)
     some, inverses = np.empty(padded, np.float32), np.empty(padded, np.float32)
@@ -108,13 +132,21 @@ def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
                 tops[b] = max(tops[b], top_bits_1(x, at))
     for b in range(0, blocks, GROUPS):
         symmetric_scales(x, tops, b, TOP, eps, some, inverses)
+    own, leasts = np.empty(blocks * MANTISSAS, np.uint8), np.zeros(blocks, np.uint16)
     for b in range(blocks):
         scales[b] = some[b]
+        if inverses[b] and looks_up(x):
+            leasts[b] = begin_scale(some[b], table, own, b * MANTISSAS)
     for row in range(0, x.size, columns):
         for b in range(blocks):
             start, stop = row + b * BLOCK, row + min((b + 1) * BLOCK, columns)
             whole = start + (stop - start) // STEP * STEP
-            if inverses[b]:
+            if leasts[b] and stop - start == BLOCK:
+                for at in range(start, stop, WIDE):
+                    if not code_wide(x, at, own, b * MANTISSAS, leasts[b], out):
+                        for part in range(at, at + WIDE, STEP):
+                            _code_quick(x, part, inverses[b], out)
+            elif inverses[b]:
                 for at in range(start, whole, STEP):
                     _code_quick(x, at, inverses[b], out)
             else:
@@ -122,6 +154,14 @@ def encode_band(x, columns, eps, out, scales):  # type: ignore[no-untyped-def]
                     _code_step(x, at, some[b], out)
             for at in range(whole, stop):
                 _code_one(x, at, some[b], out)
+
+
+def encode_band(x: np.ndarray, columns: int, eps: np.float32, out: np.ndarray, scales: np.ndarray) -> None:
+    """Code a band of up to BLOCK rows, with a scale for every BLOCK columns.
+
+    x: (rows * columns,); out: uint8, as many; scales: float32 (blocks,), rounded to the dtype of x.
+    """
+    _encode_band(x, columns, eps, mantissa_codes(), out, scales)
 
 
 # --- decoding
