@@ -35,7 +35,8 @@ def mantissa_codes() -> np.ndarray:
     found = casts.to_float32(quotients, "BF16").reshape(MANTISSAS, MANTISSAS)
     # Of numbers from 1/2 to 1, codes are 1/16 apart, and from there on 1/8: 6 * 8 and 7 * 8 are those of 1/2 and of 1.
     codes = np.where(found < 1, 6 * 8 + np.rint(found * 16) - 8, 7 * 8 + np.rint(found * 8) - 8)
-    return ((codes.astype(np.int64) - (mantissas >> 4)) & 0xFF).astype(np.uint8).reshape(-1)
+    added: np.ndarray = codes.astype(np.int64) - (mantissas >> 4)
+    return added.astype(np.uint8).reshape(-1)
 
 
 def is_looked_up(x: Array) -> bool:
