@@ -27,7 +27,7 @@ from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.tracking.run import Recorder
 from loaders.backends import devices_of
 from loaders.backends.machine import disk_bytes_fetched, max_open_files
-from loaders.backends.memory import PeakMemory
+from loaders.backends.memory import PeakMemory, no_collection, spared
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import StorageError, VerifyFailed, WeightmillError
 from loaders.strategies import WeightLoader
@@ -152,7 +152,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         KeyboardInterrupt: the finished units stay.
     """
     began, started, disk = time.perf_counter(), time.time(), disk_bytes_fetched()
-    with ExitStack() as stack, _stopping(jobs):
+    with spared(), ExitStack() as stack, _stopping(jobs):
         for job in jobs:
             with _own_failure(job):
                 job.begin(stack, recorder)
@@ -176,7 +176,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         )
         for job in jobs:
             if job.outcome is None:
-                with _own_failure(job):
+                with _own_failure(job), no_collection():
                     job.finish(done)
         for job in jobs:
             job.settle()

@@ -6,17 +6,19 @@ replaced by that step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.output.join import join
 from jobs.output.journal import PENDING, Done, Journal
-from jobs.output.report import Report, WeightFile, files_named
+from jobs.output.report import Report, ReportedTensor, WeightFile, files_named
 from jobs.planning.plan import Plan, TargetPlan
 from loaders.checkpoints.pipeline import MODEL_INDEX
+from loaders.containers import safetensors
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts.diffusers import DiffusersLayout
+from loaders.specs import OutputFile, WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Destination
@@ -73,6 +75,15 @@ def complete(plan: Plan, target: TargetPlan, journal: Journal, done: Sequence[Do
     if missing := [name for name, entry in found.items() if entry is None]:
         raise VerifyFailed(f"{missing[0]}: it is gone from {destination.journal}; run the same command again")
     return Completed({n: hash_stored(files, entry) for n, entry in found.items() if entry is not None}, tuple(weights))
+
+
+def written_headers(
+    files: Sequence[OutputFile], tensors: Iterable[ReportedTensor]
+) -> dict[str, tuple[WeightSpec, ...]]:
+    """Return what the headers of safetensors files say, by file: they were written by the plan and by these sizes."""
+    sizes = {name: part.bytes for tensor in tensors for name, part in tensor.stored.items()}
+    found = (file for file in files if file.container == "safetensors")
+    return {file.name: safetensors.written_specs(file, safetensors.place(file, sizes)) for file in found}
 
 
 def indexes_of(plan: Plan, target: TargetPlan, total: int, sizes: Mapping[str, int]) -> dict[str, bytes]:

@@ -142,16 +142,6 @@ class ReportedTensor:
     sums: ErrorSums
     stored: dict[str, StoredPart]
 
-    @property
-    def stats(self) -> CompressionStats:
-        return CompressionStats(
-            tensors=1,
-            parameters=self.sums.numel,
-            source_bytes=self.source_bytes,
-            output_bytes=self.output_bytes,
-            error=self.sums,
-        )
-
     @staticmethod
     def of(tensor: TensorRecord) -> ReportedTensor:
         """Make the entry of a tensor from its unit's record."""
@@ -301,10 +291,21 @@ def files_named(output: Address) -> set[str]:
 
 def totals_of(tensors: Sequence[ReportedTensor]) -> Totals:
     """Sum up the sizes and errors of all tensors, and of those that were quantized or cast."""
-    whole = sum((tensor.stats for tensor in tensors), CompressionStats())
-    mine = [tensor.stats for tensor in tensors if tensor.action in ("quantize", "cast")]
-    changed = Changed(**sum(mine, CompressionStats()).to_json()) if mine else None
-    return Totals(**whole.to_json(), changed=changed)
+    mine = [tensor for tensor in tensors if tensor.action in ("quantize", "cast")]
+    changed = Changed(**stats_of(mine).to_json()) if mine else None
+    return Totals(**stats_of(tensors).to_json(), changed=changed)
+
+
+def stats_of(tensors: Sequence[ReportedTensor]) -> CompressionStats:
+    """Sum up the sizes and errors of tensors."""
+    error = ErrorSums.total(tensor.sums for tensor in tensors)
+    return CompressionStats(
+        tensors=len(tensors),
+        parameters=error.numel,
+        source_bytes=sum(tensor.source_bytes for tensor in tensors),
+        output_bytes=sum(tensor.output_bytes for tensor in tensors),
+        error=error,
+    )
 
 
 def tensor_errors(error: ErrorSums) -> Mapping[str, Any]:

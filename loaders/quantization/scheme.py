@@ -8,10 +8,13 @@ weight's spec alone, so that a plan can place them before any weight is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 
+from loaders.dtypes import DType, Shape
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import Kernels
 from loaders.specs import StoredSpec, TensorSpec
@@ -242,3 +245,24 @@ class Sharing(Protocol):
         `views` are all members of one fused group that the scheme encodes.
         """
         ...
+
+
+def stored_specs(scheme: Scheme, dtype: DType, shape: Shape) -> Mapping[str, StoredSpec]:
+    """Return what a scheme stores, which names do not change: a model has many tensors and few shapes."""
+    # Schemes are frozen dataclasses, which mypy does not see in the protocol.
+    return _stored_specs(scheme, dtype, shape)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4096)
+def _stored_specs(scheme: Scheme, dtype: DType, shape: Shape) -> Mapping[str, StoredSpec]:
+    return MappingProxyType(dict(scheme.stored(TensorSpec("", dtype, shape))))
+
+
+def error_limit(scheme: Scheme) -> float:
+    """Return a scheme's `error_limit`, which every tensor is held against."""
+    return _error_limit(scheme)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=64)
+def _error_limit(scheme: Scheme) -> float:
+    return scheme.error_limit
