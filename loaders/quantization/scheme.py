@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkabl
 import numpy as np
 
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import Kernels
+from loaders.quantization.kernels import DeviceParts, Kernels
 from loaders.specs import StoredSpec, TensorSpec
 
 Block = np.ndarray  # raw weights: bfloat16 as uint16
@@ -209,6 +209,18 @@ class Compared(Protocol):
         `sums` are those of kernels/compare.py. `block` holds raw weights of dtype `source`, another one than that of
         `spec` where they were cast before they were encoded. A scheme with a `grid` checks it too. False says that
         nothing was done, since with these settings the scheme has no such call.
+        """
+        ...
+
+
+@runtime_checkable
+class DecodedOnDevice(Protocol):
+    """A scheme that a torch device decodes, too, where its codes lie already."""
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        """Return the float32 values of items [start, stop), a torch tensor: those of `decode`.
+
+        None says that with these settings, or for this range, the scheme has no such decoder; then nothing was read.
         """
         ...
 

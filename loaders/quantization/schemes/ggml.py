@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from loaders.dtypes import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES
 from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
@@ -178,6 +178,15 @@ class Ggml:
         size = DTYPES[self.type].size
         COMPARERS[self.type](stored.read("weight", size((start,)), size((stop,))), kernel_input(block, source), sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device.decode import BLOCKS
+
+        if self.type not in BLOCKS:
+            return None
+        size = DTYPES[self.type].size
+        blocks = stored.read("weight", size((start,)), size((stop,)))
+        return BLOCKS[self.type](blocks.reshape(-1, size((DTYPES[self.type].block,))))
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:
