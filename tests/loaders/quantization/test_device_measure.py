@@ -1,4 +1,4 @@
-"""What a torch device encodes is measured there as the CPU measures it: on torch's CPU device, and a GPU if there is."""
+"""What a torch device encodes is measured there as the CPU does it: on torch's CPU device, and a GPU if there is."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def _short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "RANGE", 1 << 14)
 
 
-def measured(kernels: Kernels, scheme: Scheme, raw: Raw) -> tuple[ErrorSums, MemorySink]:
+def measured(
+    kernels: Kernels, scheme: Scheme, raw: Raw, kind: type[MemorySink] = MemorySink
+) -> tuple[ErrorSums, MemorySink]:
     """The error of weights that are encoded and measured in one trip, and what was stored."""
     view = MemoryView(raw)
-    sink = MemorySink(scheme, view.spec)
+    sink = kind(scheme, view.spec)
     with Crew(2) as crew:
         work = ThreadedWork(kernels, crew, threading.Event())
         stored = scheme.stored(view.spec)
@@ -122,11 +124,8 @@ class Damaging(MemorySink):
 
 
 def test_codes_that_came_back_changed_are_noticed(device: Kernels) -> None:
-    scheme, view = Bnb4("nf4"), MemoryView(weights(ordinary(), "BF16"))
-    sink, stored = Damaging(scheme, view.spec), scheme.stored(view.spec)
-    with Crew(2) as crew, pytest.raises(VerifyFailed, match="a copy between them went wrong"):
-        work = ThreadedWork(device, crew, threading.Event())
-        encode_and_measure(view, lambda v: v, scheme, stored, sink, work, lambda count: None, Clock())
+    with pytest.raises(VerifyFailed, match="a copy between them went wrong"):
+        measured(device, Bnb4("nf4"), weights(ordinary(), "BF16"), Damaging)
 
 
 def test_nothing_stays_on_the_device(device: Any) -> None:
