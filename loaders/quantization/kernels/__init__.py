@@ -93,6 +93,18 @@ class Kernels(Protocol):
         """
         ...
 
+    def solve_hqq(
+        self, x: np.ndarray, dtype: str, strides: tuple[int, int], size: int, top: int, rounds: bool, tile: int,
+        found: tuple[np.ndarray, np.ndarray, np.ndarray], errors: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Find HQQ's scales and zeros of groups of `size` weights, where they are not known yet: see hqq/solver.py.
+
+        strides: from group to group and from weight to weight, one of which is 1. found: scales and zeros, float32
+        (groups,), and for each the number of updates after which it moved no more, uint8, solver.UNKNOWN before the
+        first search. errors: float64 (tiles, updates), to which a first search adds each tile's sums of |error|.
+        """
+        ...
+
 
 class DeviceParts(Protocol):
     """What a scheme has stored, by role, on a device."""

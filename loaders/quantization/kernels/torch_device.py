@@ -25,7 +25,7 @@ from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import DeviceParts, bitnet
 from loaders.quantization.kernels import compare as sums_of
 from loaders.quantization.kernels.cpu import CpuKernels
-from loaders.quantization.kernels.device import affine, compare, ggml, rows_and_groups
+from loaders.quantization.kernels.device import affine, compare, ggml, hqq, k_quants, rows_and_groups
 from loaders.quantization.kernels.device.arithmetic import tops
 from loaders.quantization.kernels.device.decode import floats
 from loaders.quantization.kernels.device.fourbit import fourbit_codes
@@ -93,12 +93,14 @@ class DeviceKernels(CpuKernels):
             self._transfers.fetch(*zip(made, (packed, scales, biases), strict=True))
 
     def encode_blocks(self, x: np.ndarray, dtype: str, kind: str, out: np.ndarray) -> None:
-        encode = ggml.ENCODERS.get(kind)
+        encode, block = ggml.ENCODERS.get(kind), BLOCK
+        if encode is None:
+            encode, block = k_quants.ENCODERS.get(kind), k_quants.SUPER
         if encode is None:
             super().encode_blocks(x, dtype, kind, out)
             return
         with self._transfers.running():
-            self._transfers.fetch((encode(self._transfers.send(x, dtype).reshape(-1, BLOCK)), out))
+            self._transfers.fetch((encode(self._transfers.send(x, dtype).reshape(-1, block)), out))
 
     def magnitude_sums(self, x: np.ndarray, dtype: str) -> np.ndarray:
         if self._device.type == "mps":
@@ -122,6 +124,32 @@ class DeviceKernels(CpuKernels):
                 codes = (values * scale).round().clamp(-1, 1).to(torch.int8) + 1
                 total = total | codes.to(torch.uint8) << (2 * quarter)
             self._transfers.fetch((total, out))
+
+    def solve_hqq(
+        self, x: np.ndarray, dtype: str, strides: tuple[int, int], size: int, top: int, rounds: bool, tile: int,
+        found: tuple[np.ndarray, np.ndarray, np.ndarray], errors: np.ndarray,
+    ) -> None:  # fmt: skip
+        updates = errors.shape[1]
+        unknown = np.flatnonzero(found[2] > updates)
+        if not unknown.size:
+            return
+        groups, is_whole = found[2].size, unknown.size == found[2].size
+        shape, by_weight = ((groups, size), 0) if strides[1] == 1 else ((size, groups), 1)
+        weights = x.reshape(shape)
+        if not is_whole:
+            weights = np.take(weights, unknown, axis=by_weight)
+        made = [np.empty(unknown.size, each.dtype) for each in found]
+        sums = np.empty((-(-unknown.size // tile), updates))
+        with self._transfers.running():
+            sent = self._transfers.send(weights.reshape(-1), dtype).reshape(weights.shape)
+            scales, zeros, moved, away = hqq.solve(sent.T.contiguous() if by_weight else sent, top, rounds, updates)
+            filled = torch.nn.functional.pad(away.double(), (0, 0, 0, -unknown.size % tile))
+            added = filled.reshape(-1, tile, updates).sum(1)
+            self._transfers.fetch(*zip((scales, zeros, moved, added), (*made, sums), strict=True))
+        for one, other in zip(found, made, strict=True):
+            one[unknown] = other
+        if is_whole:
+            errors += sums
 
     # --- comparing
 

@@ -84,7 +84,7 @@ class Transfers:
             event.record()
             event.synchronize()
         for buffer, out in held:
-            np.copyto(out.view(np.uint8), buffer.numpy())
+            np.copyto(out.reshape(-1).view(np.uint8), buffer.numpy())
 
     # --- what stays on the device
 
