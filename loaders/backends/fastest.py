@@ -19,7 +19,7 @@ from loaders.backends.threads import RANGE, Crew, ThreadedWork
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Block, Scheme
+from loaders.quantization.scheme import Block, Scheme, searched_on
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
 from loaders.storage.hashes import digest
@@ -49,6 +49,8 @@ def fastest(scheme: Scheme, dtype: str, size: int, threads: int) -> tuple[str, s
     """
     if isinstance(scheme, Plain):
         return "cpu", "nothing is encoded"
+    if DEVICE in searched_on(scheme):
+        return "cpu", f"on a GPU its search may find other codes; backend={DEVICE} asks for them"
     if DEVICE not in scheme.backends:
         others = " or ".join(name for name in scheme.backends if name != "cpu")
         return "cpu", "no GPU stores the same bytes" + (f"; backend={others} asks for another" if others else "")

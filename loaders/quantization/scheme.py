@@ -118,7 +118,10 @@ class Scheme(Decoder, Protocol):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Where the encoder runs. It stores the same bytes everywhere, but on `devices.OTHER_BYTES`."""
+        """Where the encoder runs. It stores the same bytes everywhere, but on `devices.OTHER_BYTES`.
+
+        See `Searching` for others.
+        """
         ...
 
     def refuses(self, spec: TensorSpec) -> str | None:
@@ -157,6 +160,25 @@ class RangeEncoder(Protocol):
         before. None means that with these settings it takes several sweeps.
         """
         ...
+
+
+@runtime_checkable
+class Searching(Protocol):
+    """A scheme that searches for its codes, and on some devices may find others, whose error is the same to 0.1 %.
+
+    Such a device is taken only if it is asked for, and its output is another one than the CPU's: a job that resumes
+    goes on where it began.
+    """
+
+    @property
+    def searched_on(self) -> tuple[str, ...]:
+        """The backends on which it does, which are not among `backends`."""
+        ...
+
+
+def searched_on(scheme: Scheme) -> tuple[str, ...]:
+    """Return the backends on which a scheme's encoder may find other codes than on the CPU."""
+    return scheme.searched_on if fits(scheme, Searching) else ()
 
 
 @runtime_checkable

@@ -28,6 +28,7 @@ from loaders.specs import StoredSpec, TensorSpec
 FLOATS = ("F32", "F16", "BF16")
 TYPES = (*GGML_BLOCKS, *FLOATS)
 ON_DEVICE = ("Q8_0", "Q4_0")  # those of kernels/device/ggml.py, which imports torch
+SEARCHED_ON_DEVICE = ("Q2_K", "Q4_K", "Q5_K", "Q6_K")  # those of kernels/device/k_quants.py
 # The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
 
@@ -71,6 +72,10 @@ class Ggml:
     def backends(self) -> tuple[str, ...]:
         """The CPU, and for types of one rounding a GPU, too; the others search for their scales."""
         return ("cpu", "cuda") if self.type in ON_DEVICE else ("cpu",)
+
+    @property
+    def searched_on(self) -> tuple[str, ...]:
+        return ("cuda",) if self.type in SEARCHED_ON_DEVICE else ()
 
     @property
     def error_limit(self) -> float:

@@ -78,6 +78,7 @@ class Hqq:
     kind: ClassVar[str] = "hqq"
     engine: ClassVar[str] = "hqq"
     backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    searched_on: ClassVar[tuple[str, ...]] = ("cuda",)
     bits: Literal[8, 4, 3, 2, 1] = 4
     group_size: int = 64
     axis: Literal[0, 1] = 1

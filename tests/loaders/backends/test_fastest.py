@@ -16,6 +16,7 @@ from loaders.errors import BadSpec
 from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.ggml import Ggml
 from loaders.quantization.schemes.hqq import Hqq
 from loaders.quantization.schemes.plain import Plain
 
@@ -100,7 +101,9 @@ def test_a_gpu_that_does_not_work_is_left(device: Any, choose: Any) -> None:
     ("scheme", "size", "said"),
     [
         (NF4, 1 << 30, "so little is encoded before a GPU has started"),
-        (Hqq(4, 64), LARGE, "no GPU stores the same bytes"),
+        (Hqq(4, 64), LARGE, "on a GPU its search may find other codes; backend=cuda asks for them"),
+        (Ggml("Q4_K"), LARGE, "on a GPU its search may find other codes; backend=cuda asks for them"),
+        (Ggml("Q3_K"), LARGE, "no GPU stores the same bytes"),
         (Plain("BF16"), LARGE, "nothing is encoded"),
     ],
 )
