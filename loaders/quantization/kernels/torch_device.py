@@ -6,9 +6,13 @@ so groups whose weights are all below 1e-38 may differ there, and has no float64
 the CPU. What a range of weights became is decoded and compared on the device, too, but on MPS; what is measured later,
 after several sweeps, is on the CPU. Encoders that are not here are the CPU's.
 
+HQQ's solver and the K-quants' searches may find other codes there, of the same error; which of them runs here is for the
+caller to choose (`loaders.backends.encoded_on`). On CUDA with Triton they are one kernel each (device/triton_search).
+
 The tests run these kernels on torch's own CPU device, and on a GPU where there is one (pytest -m gpu). On an H100 the
-bytes of NF4, FP4 and ternary were those of the CPU; the other schemes, page-locked buffers and streams
-(device/transfers) have not been run on a GPU yet, and nothing has on MPS.
+bytes of NF4, FP4 and ternary were those of the CPU; the other schemes, comparing, the searches, page-locked buffers and
+streams (device/transfers) have not been run on a GPU yet, and nothing has on MPS. Triton's kernels were run by its
+interpreter, where the K-quants' bytes are the CPU's, and compiled for an H100.
 """
 
 from __future__ import annotations

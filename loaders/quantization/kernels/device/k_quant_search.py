@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loaders.quantization.kernels.device import triton_search
+
 NOTHING = 1e-15  # ggml's GROUP_MAX_EPS: a sub-block of Q6_K whose magnitudes are all below it is zero
 Found = tuple[torch.Tensor, ...]
 
@@ -39,6 +41,9 @@ LINES = {
 
 def search_line(x: torch.Tensor, line: LineSearch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return scales and least values (S,), and codes (n, S), as float32."""
+    reaches = tenths(range(line.tries), x.device) + line.first + line.top
+    if triton_search.takes(x):
+        return triton_search.search_line(x, line, reaches)
     weights = x.abs()
     if line.by_square:
         # torch's root of float32 is not always the nearest on a CPU.
@@ -54,7 +59,7 @@ def search_line(x: torch.Tensor, line: LineSearch) -> tuple[torch.Tensor, torch.
     step = torch.full_like(high, line.top) / (high - low)
     scale, step = 1.0 / step, _finite(step)
     best: Found = (scale, low, misfit(_codes(x, step, low, line.top), scale, low), step, low)
-    for reach in (tenths(range(line.tries), x.device) + line.first + line.top).unbind():
+    for reach in reaches.unbind():
         start = best[1]
         step = _finite(reach / (high - start))
         codes = _codes(x, step, start, line.top)
@@ -76,6 +81,16 @@ def search_line(x: torch.Tensor, line: LineSearch) -> tuple[torch.Tensor, torch.
 def search_scale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales (S,) and codes from -32 to 31 (n, S), as float32: make_qx_quants for Q6_K."""
     top = extreme(x, 0)[0]
+    reaches = tenths([k for k in range(-9, 10) if k], x.device) + 32.0
+    find = triton_search.search_scale if triton_search.takes(x) else _search_scale
+    scale, step = find(x, top, reaches)
+    is_nothing = top.abs() < NOTHING
+    codes = torch.where(is_nothing, -32.0, (step * x).round().clamp(-32, 31))
+    return torch.where(is_nothing, 0.0, scale), codes
+
+
+def _search_scale(x: torch.Tensor, top: torch.Tensor, reaches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best scales and the steps of their codes, (S,): see `triton_search.search_scale`."""
     square = x * x
     cube = square * x
 
@@ -88,16 +103,13 @@ def search_scale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sum_lx, sum_l2 = fit(step)
     scale = torch.where(sum_l2 != 0, sum_lx / sum_l2, 0.0)
     best: Found = (scale, scale * sum_lx, step)
-    for reach in (tenths([k for k in range(-9, 10) if k], x.device) + 32.0).unbind():
+    for reach in reaches.unbind():
         step = -reach / top
         sum_lx, sum_l2 = fit(step)
         is_better = (sum_l2 > 0) & (sum_lx * sum_lx > best[1] * sum_l2)
         scale = sum_lx / sum_l2
         best = _better(is_better, (scale, scale * sum_lx, step), best)
-    scale, _, step = best
-    is_nothing = top.abs() < NOTHING
-    codes = torch.where(is_nothing, -32.0, (step * x).round().clamp(-32, 31))
-    return torch.where(is_nothing, 0.0, scale), codes
+    return best[0], best[2]
 
 
 def extreme(values: torch.Tensor, dim: int) -> torch.Tensor:
