@@ -6,8 +6,8 @@ so groups whose weights are all below 1e-38 may differ there, and has no float64
 the CPU. What a range of weights became is decoded and compared on the device, too, but on MPS; what is measured later,
 after several sweeps, is on the CPU. Encoders that are not here are the CPU's.
 
-HQQ's solver and the K-quants' searches may find other codes there, of the same error; which of them runs here is for the
-caller to choose (`loaders.backends.encoded_on`). On CUDA with Triton they are one kernel each (device/triton_search).
+HQQ's solver and the K-quants' searches may find other codes there, of the same error, so that the caller chooses where
+they run (`loaders.backends.encoded_on`). On CUDA with Triton they are one kernel each (device/triton_search).
 
 The tests run these kernels on torch's own CPU device, and on a GPU where there is one (pytest -m gpu). On an H100 the
 bytes of NF4, FP4 and ternary were those of the CPU; the other schemes, comparing, the searches, page-locked buffers and
