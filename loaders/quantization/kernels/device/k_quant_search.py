@@ -41,7 +41,7 @@ LINES = {
 
 def search_line(x: torch.Tensor, line: LineSearch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return scales and least values (S,), and codes (n, S), as float32."""
-    reaches = tenths(range(line.tries), x.device) + line.first + line.top
+    reaches = _tenths(torch.arange(line.tries, device=x.device)) + line.first + line.top
     if triton_search.takes(x):
         return triton_search.search_line(x, line, reaches)
     weights = x.abs()
@@ -81,7 +81,8 @@ def search_line(x: torch.Tensor, line: LineSearch) -> tuple[torch.Tensor, torch.
 def search_scale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales (S,) and codes from -32 to 31 (n, S), as float32: make_qx_quants for Q6_K."""
     top = extreme(x, 0)[0]
-    reaches = tenths([k for k in range(-9, 10) if k], x.device) + 32.0
+    steps = torch.arange(-9, 9, device=x.device)
+    reaches = _tenths(steps + (steps >= 0)) + 32.0  # from -9 to 9 without 0
     find = triton_search.search_scale if triton_search.takes(x) else _search_scale
     scale, step = find(x, top, reaches)
     is_nothing = top.abs() < NOTHING
@@ -117,9 +118,9 @@ def extreme(values: torch.Tensor, dim: int) -> torch.Tensor:
     return values.gather(dim, values.abs().argmax(dim, keepdim=True))
 
 
-def tenths(counts: range | list[int], device: torch.device) -> torch.Tensor:
+def _tenths(counts: torch.Tensor) -> torch.Tensor:
     """Return count * 0.1f: the searches go by steps of C's 0.1f."""
-    whole = torch.tensor(list(counts), dtype=torch.float32, device=device)
+    whole = counts.float()
     return whole * torch.full_like(whole, 0.1)
 
 
