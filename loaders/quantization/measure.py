@@ -144,11 +144,9 @@ class Comparison:
         if self._is_copy:
             _compare_copy(block, stored.read("weight", start, stop), dtype, sums, dtype in WEIGHT_DTYPES)
             return sums
-        at_once = self._compared
-        if self._compare_on_device(block, stored, start, stop, sums):
-            pass
-        elif at_once is None or not at_once.compare(self._spec, stored, start, stop, block, dtype, sums):
-            self._decode_and_compare(block, stored, start, stop, sums)
+        given = block, stored, start, stop, sums
+        if not (self._compare_on_device(*given) or self._compare_at_once(*given)):
+            self._decode_and_compare(*given)
         if self._bounded is not None and not sums[compare.NONFINITE]:
             _check_each(sums, self._bounded.greatest_error(self._spec, stored, start, stop))
         return sums
@@ -166,6 +164,11 @@ class Comparison:
             return None if gridded is None else gridded.grid(self._spec, stored, start, stop)
 
         return kernels.compare(block, self._source.dtype.name, stored.read, decode, grid, sums)
+
+    def _compare_at_once(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> bool:
+        """Compare in the scheme's own call, if it has one; else do nothing and return False."""
+        scheme, source = self._compared, self._source.dtype.name
+        return scheme is not None and scheme.compare(self._spec, stored, start, stop, block, source, sums)
 
     def _decode_and_compare(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> None:
         dtype = self._source.dtype.name
