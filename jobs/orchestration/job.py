@@ -108,6 +108,7 @@ class Job:
                     key=journal.key,
                     gate=self._gate,
                     backend=backend,
+                    searches=self.planned.spec.backend.kind != "auto",
                 ),
             )
             for unit in self.planned.plan.units

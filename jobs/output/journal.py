@@ -43,6 +43,7 @@ class TensorRecord:
     source_bytes: int
     stored: Mapping[str, WrittenTensor]
     error: ErrorSums
+    backend: str = "cpu"  # on which it was encoded
 
     @property
     def output_bytes(self) -> int:

@@ -141,6 +141,7 @@ class ReportedTensor:
     max_error: float
     sums: ErrorSums
     stored: dict[str, StoredPart]
+    backend: str = "cpu"  # on which it was encoded
 
     @staticmethod
     def of(tensor: TensorRecord) -> ReportedTensor:
@@ -153,6 +154,7 @@ class ReportedTensor:
                 name: StoredPart(dtype=dtype, shape=shape, bytes=size, xxh3=digest)
                 for name, (dtype, shape, size, digest) in tensor.stored.items()
             },
+            backend=tensor.backend,
         )  # fmt: skip
 
 
@@ -201,8 +203,10 @@ class RunReport(Part):
 
 
 class Report(Part):
-    """weightmill.json. All but `run` and `quality`, which depend on the machine, is the same wherever a job runs.
+    """weightmill.json. What does not depend on the machine is the same wherever a job runs.
 
+    `run` and `quality` depend on it, and where backend=auto chose a GPU, to the same bytes, the tensors' `backend` and
+    the last digits of their errors.
     `job` is the resolved request without settings that cannot change the result; `aux` maps the auxiliary files to
     their xxh3-128.
     """

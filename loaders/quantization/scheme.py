@@ -16,7 +16,7 @@ import numpy as np
 
 from loaders.dtypes import DType, Shape
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import Kernels
+from loaders.quantization.kernels import DeviceParts, Kernels
 from loaders.specs import StoredSpec, TensorSpec
 
 Block = np.ndarray  # raw weights: bfloat16 as uint16
@@ -121,7 +121,10 @@ class Scheme(Decoder, Protocol):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Where the encoder runs. It stores the same bytes everywhere, but on `devices.OTHER_BYTES`."""
+        """Where the encoder runs. It stores the same bytes everywhere, but on `devices.OTHER_BYTES`.
+
+        See `Searching` for others.
+        """
         ...
 
     def refuses(self, spec: TensorSpec) -> str | None:
@@ -160,6 +163,25 @@ class RangeEncoder(Protocol):
         before. None means that with these settings it takes several sweeps.
         """
         ...
+
+
+@runtime_checkable
+class Searching(Protocol):
+    """A scheme that searches for its codes, and on some devices may find others, whose error is the same to 0.1 %.
+
+    Such a device is taken only if it is asked for, and its output is another one than the CPU's: a job that resumes
+    goes on where it began.
+    """
+
+    @property
+    def searched_on(self) -> tuple[str, ...]:
+        """The backends on which it does, which are not among `backends`."""
+        ...
+
+
+def searched_on(scheme: Scheme) -> tuple[str, ...]:
+    """Return the backends on which a scheme's encoder may find other codes than on the CPU."""
+    return scheme.searched_on if fits(scheme, Searching) else ()
 
 
 @runtime_checkable
@@ -212,6 +234,18 @@ class Compared(Protocol):
         `sums` are those of kernels/compare.py. `block` holds raw weights of dtype `source`, another one than that of
         `spec` where they were cast before they were encoded. A scheme with a `grid` checks it too. False says that
         nothing was done, since with these settings the scheme has no such call.
+        """
+        ...
+
+
+@runtime_checkable
+class DecodedOnDevice(Protocol):
+    """A scheme that a torch device decodes, too, where its codes lie already."""
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        """Return the float32 values of items [start, stop), a torch tensor: those of `decode`.
+
+        None says that with these settings, or for this range, the scheme has no such decoder; then nothing was read.
         """
         ...
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint, VerifyFailed, setting
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.kernels.bitsandbytes import dynamic_map, tables
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
@@ -242,6 +242,16 @@ class Bnb4:
             fourbit.decode_tail(codes[whole // 2 :], absmax[-1], tables.table(self.table), tail)
             compare.compare(x[whole:], tail, sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        group, per_item = self.group_size, 2 * self._storage.item_bytes
+        if self.double_quant or start % group or stop % group:
+            return None
+        codes = stored.read("weight", start // per_item, -(-stop // per_item))[: (stop - start) // 2]
+        absmax = decode.floats(stored.read("weight.absmax", start // group, stop // group), "F32")
+        return decode.fourbit(codes, absmax, self.table, group)
 
     def _read(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of items [start, stop) and the scales of their groups."""

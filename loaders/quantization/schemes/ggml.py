@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from loaders.dtypes import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES
 from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
@@ -28,6 +28,7 @@ from loaders.specs import StoredSpec, TensorSpec
 FLOATS = ("F32", "F16", "BF16")
 TYPES = (*GGML_BLOCKS, *FLOATS)
 ON_DEVICE = ("Q8_0", "Q4_0")  # those of kernels/device/ggml.py, which imports torch
+SEARCHED_ON_DEVICE = ("Q2_K", "Q4_K", "Q5_K", "Q6_K")  # those of kernels/device/k_quants.py
 # The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
 
@@ -75,6 +76,10 @@ class Ggml:
     def backends(self) -> tuple[str, ...]:
         """The CPU, and for types of one rounding a GPU, too; the others search for their scales."""
         return ("cpu", "cuda") if self.type in ON_DEVICE else ("cpu",)
+
+    @property
+    def searched_on(self) -> tuple[str, ...]:
+        return ("cuda",) if self.type in SEARCHED_ON_DEVICE else ()
 
     @property
     def error_limit(self) -> float:
@@ -186,6 +191,15 @@ class Ggml:
         else:
             COMPARERS[self.type](blocks, x, sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device.decode import BLOCKS
+
+        if self.type not in BLOCKS:
+            return None
+        size = DTYPES[self.type].size
+        blocks = stored.read("weight", size((start,)), size((stop,)))
+        return BLOCKS[self.type](blocks.reshape(-1, size((DTYPES[self.type].block,))))
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:
