@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,33 @@ class ErrorSums:
             nonfinite=self.nonfinite + other.nonfinite,
             nonfinite_decoded=self.nonfinite_decoded + other.nonfinite_decoded,
             wrong=self.wrong + other.wrong,
+        )
+
+    @staticmethod
+    def total(parts: Iterable[ErrorSums]) -> ErrorSums:
+        """Return the sum of many, added in this order: the same as by `+`, without an object for each."""
+        numel, error2, source2, decoded2, product = 0, 0.0, 0.0, 0.0, 0.0
+        max_error, nonfinite, nonfinite_decoded, wrong = 0.0, 0, 0, 0
+        for each in parts:
+            numel += each.numel
+            error2 += each.error2
+            source2 += each.source2
+            decoded2 += each.decoded2
+            product += each.product
+            max_error = max(max_error, each.max_error)
+            nonfinite += each.nonfinite
+            nonfinite_decoded += each.nonfinite_decoded
+            wrong += each.wrong
+        return ErrorSums(
+            numel=numel,
+            error2=error2,
+            source2=source2,
+            decoded2=decoded2,
+            product=product,
+            max_error=max_error,
+            nonfinite=nonfinite,
+            nonfinite_decoded=nonfinite_decoded,
+            wrong=wrong,
         )
 
     @property

@@ -23,7 +23,7 @@ from jobs.execution.part_files import PartFiles
 from jobs.output.journal import Done, Journal, Record, TensorRecord, Written, WrittenTensor
 from jobs.planning.plan import Placement, Unit
 from jobs.planning.targets import TargetId
-from loaders.backends import leased_kernels
+from loaders.backends import encoded_on, leased_kernels
 from loaders.backends.memory import PeakMemory
 from loaders.backends.scratch import Scratch
 from loaders.backends.threads import STAGING_BYTES, Stopped, ThreadedWork, shared_crew
@@ -37,7 +37,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
-from loaders.tensors.encoding import TensorEncoder
+from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merged import check_adapters
 from loaders.tensors.uses import Uses
@@ -55,6 +55,13 @@ class Share:
     key: str
     gate: Gate
     backend: str
+    searches: bool = False  # whether the backend may find other codes than the CPU, as one that was asked for may
+
+    def encoded_on(self, encoding: Encoding) -> str:
+        """Return the backend on which a tensor is encoded: the CPU copies, and does what the share's own cannot do."""
+        if encoding.action != "quantize":
+            return "cpu"
+        return encoded_on(encoding.scheme, self.backend, searches=self.searches)
 
     @property
     def journal(self) -> Journal:
@@ -80,8 +87,8 @@ class UnitTask:
 
     @property
     def backends(self) -> frozenset[str]:
-        """The backends on which its shares are encoded."""
-        return frozenset(share.backend for share in self.shares.values())
+        """The backends on which its shares are encoded, and the CPU, which encodes what others cannot."""
+        return frozenset({"cpu", *(share.backend for share in self.shares.values())})
 
     @property
     def gpus(self) -> int:
@@ -180,7 +187,6 @@ class TargetRun:
     ) -> None:
         self._warmth = warmth
         self._share = share
-        self.backend = share.backend
         self._journal = share.journal
         self._is_alone = is_alone
         self._attempt = attempt
@@ -237,6 +243,9 @@ class TargetRun:
         """Return an encoder for this share's tensors."""
         return TensorEncoder(reader, work, [p.encoding for p in self.placements.values()], self._clock)
 
+    def encoded_on(self, placement: Placement) -> str:
+        return self._share.encoded_on(placement.encoding)
+
     def begin(self, placement: Placement) -> TensorSink:
         assert self._files is not None
         return self._files.tensor(placement)
@@ -252,7 +261,9 @@ class TargetRun:
         if self._files is not None and not self.failure:
             with self.guarded():
                 written, stored = self._files.finish()
-                records = (_record(p, stored, self._errors[name]) for name, p in self.placements.items())
+                records = (
+                    _record(p, stored, self._errors[name], self.encoded_on(p)) for name, p in self.placements.items()
+                )
                 self._finished = written, tuple(records)
 
     @property
@@ -285,7 +296,7 @@ class TargetRun:
             tensors=tensors,
             load=own,
             node=socket.gethostname(),
-            backend=self.backend,
+            backend=self._share.backend,
             attempt=self._attempt,
         )
         self._journal.add(record)
@@ -296,12 +307,12 @@ class TargetRun:
             self._files.abort()
 
 
-def _record(placement: Placement, stored: Mapping[str, WrittenTensor], error: ErrorSums) -> TensorRecord:
+def _record(placement: Placement, stored: Mapping[str, WrittenTensor], error: ErrorSums, backend: str) -> TensorRecord:
     encoding, tensor = placement.encoding, placement.encoding.tensor
     mine = {slot.name: stored[slot.name] for slot in placement.slots.values()}
     return TensorRecord(
         name=tensor.name, role=tensor.role, action=encoding.action, dtype=tensor.dtype.name, shape=tensor.shape,
-        source_bytes=tensor.source_bytes, stored=mine, error=error,
+        source_bytes=tensor.source_bytes, stored=mine, error=error, backend=backend,
     )  # fmt: skip
 
 
@@ -318,7 +329,7 @@ class UnitPass:
         stop: threading.Event,
     ) -> None:
         """`work` holds the tools of each backend."""
-        self._runs = [(run, run.encoder(reader, work[run.backend])) for run in runs.values()]
+        self._runs = [(run, {name: run.encoder(reader, each) for name, each in work.items()}) for run in runs.values()]
         self._on_bytes = on_bytes
         placed = {
             tensor.name: [p.encoding for run in runs.values() if run.takes(tensor) for p in run.placed(tensor)]
@@ -329,16 +340,17 @@ class UnitPass:
     def tensor(self, tensor: LogicalTensor) -> None:
         """Encode and measure one tensor for all shares that take it."""
         with self._uses.of(tensor.name):
-            for run, encoder in self._runs:
+            for run, encoders in self._runs:
                 if run.takes(tensor):
                     with run.guarded():
-                        self._encode(run, encoder, tensor)
+                        self._encode(run, encoders, tensor)
 
-    def _encode(self, run: TargetRun, encoder: TensorEncoder, tensor: LogicalTensor) -> None:
+    def _encode(self, run: TargetRun, encoders: Mapping[str, TensorEncoder], tensor: LogicalTensor) -> None:
         placements = run.placed(tensor)
         if not placements:  # dropped
             self._on_bytes(tensor.source_bytes)
         for placement in placements:
             sink = run.begin(placement)
+            encoder = encoders[run.encoded_on(placement)]
             run.measured(placement, encoder.encode(placement.encoding, sink, self._on_bytes))
             sink.done()

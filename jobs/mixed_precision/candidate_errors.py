@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.planning.plan import FORMAT, Unit
-from loaders.backends import leased_kernels
+from loaders.backends import encoded_on, kernels_of, leased_kernels
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.errors import VerifyFailed, io_errors
 from loaders.loading.quantized_tensor import MemoryParts
@@ -98,10 +98,12 @@ class MeasuringTask:
             leased_kernels(self.backend) as kernels,
             Crew(self.threads, self.unit.id) as crew,
         ):
-            work = ThreadedWork(kernels, crew, stop)
+            # What is measured is kept for later choices, on whatever backend: so nothing is searched to other codes.
+            work = {"cpu": ThreadedWork(kernels_of("cpu"), crew, stop)}
+            work |= {self.backend: work["cpu"].on(kernels)}
             losses: dict[str, dict[str, Loss]] = {name: {} for name in encodings}
 
-            encoder = TensorEncoder(reader, work)
+            encoders = {name: TensorEncoder(reader, each) for name, each in work.items()}
             uses = Uses(reader, taken, stop=stop)
 
             def look(tensor: LogicalTensor) -> None:
@@ -114,10 +116,11 @@ class MeasuringTask:
                 for name, found in encodings.items():
                     if (encoding := found.get(tensor.name)) is not None:
                         if encoding not in known:
-                            known[encoding] = self._loss(encoding, encoder, work, on_bytes)
+                            where = encoded_on(encoding.scheme, self.backend, searches=False)
+                            known[encoding] = self._loss(encoding, encoders[where], work[where], on_bytes)
                         losses[name][tensor.name] = known[encoding]
 
-            work.each(taken, look)
+            work["cpu"].each(taken, look)
         return MeasuringReport(self.unit.id, losses)
 
     def _loss(

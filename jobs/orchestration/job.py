@@ -20,8 +20,8 @@ from jobs.execution.unit import Share
 from jobs.orchestration.preflight import Planned, notes_of
 from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
-from jobs.output.publish import complete, is_published, publish, put_card
-from jobs.output.report import Report, read_report
+from jobs.output.publish import complete, is_published, publish, put_card, written_headers
+from jobs.output.report import Report, ReportedTensor, read_report
 from jobs.planning.targets import TARGET
 from jobs.report import result
 from jobs.report.card import make_card
@@ -113,6 +113,7 @@ class Job:
                     key=journal.key,
                     gate=self._gate,
                     backend=backend,
+                    searches=self.planned.spec.backend.kind != "auto",
                 ),
             )
             for unit in self.planned.plan.units
@@ -143,19 +144,21 @@ class Job:
     def _publish(self, whole: Pass) -> Report:
         planned = self.planned
         units, journal = planned.plan.units, planned.journal
-        _pass_gate(planned, journal.tensors(unit for unit in units if unit.id in self.resumed))
+        if self.resumed:
+            _pass_gate(planned, journal.tensors(unit for unit in units if unit.id in self.resumed))
         done = [self.done[unit.id] for unit in units]
         has_card = planned.spec.output.card
         completed = complete(planned.plan, planned.target, journal, done, card=has_card)
         quality = self._judge([file.xxh3 for file in completed.weights])
-        linted = lint_at(planned.journal.destination.files)
+        tensors = tuple(ReportedTensor.of(record) for record in journal.tensors(units))
+        linted = lint_at(journal.destination.files, written_headers(planned.target.finals, tensors))
         _pass_lint(planned, linted)
         found = [*planned.findings, *linted]
         report = make_report(
             planned.spec,
             planned.plan,
             planned.target,
-            journal.tensors(units),
+            tensors,
             completed,
             found,
             self._about(whole, done),

@@ -26,8 +26,7 @@ from jobs.report.document import job_document
 from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
-from loaders.backends import check_backend
-from loaders.backends.devices import OTHER_BYTES
+from loaders.backends import check_backend, may_differ
 from loaders.backends.fastest import fastest
 from loaders.backends.memory import no_collection
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -100,7 +99,8 @@ def plan_job(
     made = plan.targets[TARGET]
     # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
     # metadata. Another key means another journal, so a changed request never resumes old work.
-    backend = [spec.backend.kind] if spec.backend.kind in OTHER_BYTES else []
+    schemes = {decision.scheme for decision in made.decisions if decision.scheme is not None}
+    backend = [spec.backend.kind] if may_differ(schemes, spec.backend.kind) else []
     units = [unit.key(TARGET) for unit in plan.units]
     key = work_key(units, made.config, made.assembly, made.made, *backend, levels=LEVELS)
     planned = Planned(spec=spec, plan=plan, journal=Journal(output, key))

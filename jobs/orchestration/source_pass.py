@@ -27,7 +27,7 @@ from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.tracking.run import Recorder
 from loaders.backends import devices_of
 from loaders.backends.machine import disk_bytes_fetched, max_open_files
-from loaders.backends.memory import PeakMemory
+from loaders.backends.memory import PeakMemory, no_collection, spared
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import StorageError, VerifyFailed, WeightmillError
 from loaders.storage.settings import use
@@ -163,7 +163,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
     """
     use(jobs[0].planned.spec.store_settings)
     began, started, disk = time.perf_counter(), time.time(), disk_bytes_fetched()
-    with ExitStack() as stack, _stopping(jobs):
+    with spared(), ExitStack() as stack, _stopping(jobs):
         for job in jobs:
             with _own_failure(job):
                 job.begin(stack, recorder)
@@ -189,7 +189,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
         )
         for job in jobs:
             if job.outcome is None:
-                with _own_failure(job):
+                with _own_failure(job), no_collection():
                     job.finish(done)
         for job in jobs:
             job.settle()

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pydantic_core import from_json, to_json
+
 from jobs.planning.plan import FORMAT, Unit
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
 from loaders.specs import OutputFile
@@ -41,6 +43,7 @@ class TensorRecord:
     source_bytes: int
     stored: Mapping[str, WrittenTensor]
     error: ErrorSums
+    backend: str = "cpu"  # on which it was encoded
 
     @property
     def output_bytes(self) -> int:
@@ -82,9 +85,9 @@ class Record:
     attempt: str
     backend: str = "cpu"  # what records say that name none, which are older
 
-    def to_json(self) -> dict[str, Any]:
-        """Return its fields; those of what is in them are for `_fields`, since `asdict` copies all of it."""
-        return {"format": FORMAT, **_fields(self)}
+    def to_bytes(self) -> bytes:
+        """Return the record as JSON, of the fields' values as they are: `asdict` would copy all of it."""
+        return to_json({"format": FORMAT, **_fields(self)}, inf_nan_mode="constants")
 
     @property
     def done(self) -> Done:
@@ -202,8 +205,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Write a unit's record. This is the unit's last step, after which it counts as done."""
-        document = json.dumps(record.to_json(), default=_fields, separators=(",", ":")).encode()
-        self.destination.put(f"records/{record.unit}.json", document)
+        self.destination.put(f"records/{record.unit}.json", record.to_bytes())
 
     def tensors(self, units: Iterable[Unit]) -> Iterator[TensorRecord]:
         """Yield the tensors of finished units, of which one unit's are in memory at a time.
@@ -224,7 +226,7 @@ class Journal:
         raw = self.destination.get(f"records/{unit.id}.json")
         # A crash of the machine may leave a file without its bytes; the unit is then done again.
         try:
-            return None if raw is None else json.loads(raw)
+            return None if raw is None else from_json(raw)
         except ValueError:
             return None
 

@@ -6,18 +6,20 @@ replaced by that step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.output.card_block import CARD, aux_digest, card_digest
 from jobs.output.join import join
 from jobs.output.journal import PENDING, Done, Journal
-from jobs.output.report import Report, WeightFile, files_named
+from jobs.output.report import Report, ReportedTensor, WeightFile, files_named
 from jobs.planning.plan import Plan, TargetPlan
 from loaders.checkpoints.pipeline import MODEL_INDEX
+from loaders.containers import safetensors
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts.diffusers import DiffusersLayout
+from loaders.specs import OutputFile, WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Destination
@@ -84,6 +86,15 @@ def put_card(journal: Journal, report: Report, card: bytes) -> Report:
     """Add a model card to an unpublished output; returns the report that names it."""
     journal.destination.put(f"files/{CARD}", card)
     return report.model_copy(update={"aux": dict(sorted({**report.aux, CARD: card_digest(card)}.items()))})
+
+
+def written_headers(
+    files: Sequence[OutputFile], tensors: Iterable[ReportedTensor]
+) -> dict[str, tuple[WeightSpec, ...]]:
+    """Return what the headers of safetensors files say, by file: they were written by the plan and by these sizes."""
+    sizes = {name: part.bytes for tensor in tensors for name, part in tensor.stored.items()}
+    found = (file for file in files if file.container == "safetensors")
+    return {file.name: safetensors.written_specs(file, safetensors.place(file, sizes)) for file in found}
 
 
 def indexes_of(plan: Plan, target: TargetPlan, total: int, sizes: Mapping[str, int]) -> dict[str, bytes]:

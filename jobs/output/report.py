@@ -141,16 +141,7 @@ class ReportedTensor:
     max_error: float
     sums: ErrorSums
     stored: dict[str, StoredPart]
-
-    @property
-    def stats(self) -> CompressionStats:
-        return CompressionStats(
-            tensors=1,
-            parameters=self.sums.numel,
-            source_bytes=self.source_bytes,
-            output_bytes=self.output_bytes,
-            error=self.sums,
-        )
+    backend: str = "cpu"  # on which it was encoded
 
     @staticmethod
     def of(tensor: TensorRecord) -> ReportedTensor:
@@ -163,6 +154,7 @@ class ReportedTensor:
                 name: StoredPart(dtype=dtype, shape=shape, bytes=size, xxh3=digest)
                 for name, (dtype, shape, size, digest) in tensor.stored.items()
             },
+            backend=tensor.backend,
         )  # fmt: skip
 
 
@@ -266,8 +258,10 @@ class Damage(Part):
 
 
 class Report(Part):
-    """weightmill.json. All but `run` and the measured `quality` (in `damage`, too) is the same wherever a job runs.
+    """weightmill.json. What does not depend on the machine is the same wherever a job runs.
 
+    `run` and `quality` (in `damage`, too) depend on it, and where backend=auto chose a GPU, to the same bytes, the
+    tensors' `backend` and the last digits of their errors.
     `job` is the resolved request without settings that cannot change the result; `aux` maps the auxiliary files to
     their xxh3-128, a model card's without its marked blocks; `damage` is None in reports that are older than it.
     """
@@ -357,10 +351,21 @@ def files_named(output: Address) -> set[str]:
 
 def totals_of(tensors: Sequence[ReportedTensor]) -> Totals:
     """Sum up the sizes and errors of all tensors, and of those that were quantized or cast."""
-    whole = sum((tensor.stats for tensor in tensors), CompressionStats())
-    mine = [tensor.stats for tensor in tensors if tensor.action in ("quantize", "cast")]
-    changed = Changed(**sum(mine, CompressionStats()).to_json()) if mine else None
-    return Totals(**whole.to_json(), changed=changed)
+    mine = [tensor for tensor in tensors if tensor.action in ("quantize", "cast")]
+    changed = Changed(**stats_of(mine).to_json()) if mine else None
+    return Totals(**stats_of(tensors).to_json(), changed=changed)
+
+
+def stats_of(tensors: Sequence[ReportedTensor]) -> CompressionStats:
+    """Sum up the sizes and errors of tensors."""
+    error = ErrorSums.total(tensor.sums for tensor in tensors)
+    return CompressionStats(
+        tensors=len(tensors),
+        parameters=error.numel,
+        source_bytes=sum(tensor.source_bytes for tensor in tensors),
+        output_bytes=sum(tensor.output_bytes for tensor in tensors),
+        error=error,
+    )
 
 
 def tensor_errors(error: ErrorSums) -> Mapping[str, Any]:

@@ -75,6 +75,15 @@ class Unit:
 
     def key(self, target: TargetId) -> str:
         """Return a digest of the unit's work for a target. A record with another key is of other work."""
+        if target not in self._keys:
+            self._keys[target] = self._key(target)
+        return self._keys[target]
+
+    @cached_property
+    def _keys(self) -> dict[TargetId, str]:
+        return {}
+
+    def _key(self, target: TargetId) -> str:
         output = self.outputs[target]
         formed = [p.encoding.tensor for p in output.placements if isinstance(p.encoding.tensor, FormedTensor)]
         tensors = [fields_of(tensor) for tensor in (*self.tensors, *formed)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jobs.spec.job import JobSpec
+from loaders.backends import offered
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import CONTAINERS, Container
 from loaders.containers.packed import EXPERTS
@@ -206,8 +207,8 @@ def target_of(spec: JobSpec) -> Target:
         BadSpec: its scheme does not run on the backend.
     """
     scheme, backend = spec.quant.scheme, spec.backend.kind
-    if backend not in ("auto", *scheme.backends):
-        raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(scheme.backends)}, not on {backend}")
+    if backend not in ("auto", *offered(scheme)):
+        raise BadSpec(f"backend: quant={spec.quant.name} runs on {', '.join(offered(scheme))}, not on {backend}")
     compute_dtype = spec.quant.compute_dtype if isinstance(spec.quant, Bnb4Quant) else None
     naming = Naming(spec.model_name, spec.quant.label, spec.output.split)
     return Target(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.output.report import Damage, Judged, ReportedTensor, RoleDamage, Totals, WorstTensor
+from jobs.output.report import Damage, Judged, ReportedTensor, RoleDamage, Totals, WorstTensor, stats_of
 from jobs.report.metrics import worst_of
-from loaders.stats import CompressionStats, finite
+from loaders.stats import finite
 
 
 def damage_of(
@@ -28,7 +28,7 @@ def damage_of(
 
 
 def _role(tensors: Sequence[ReportedTensor]) -> RoleDamage:
-    found = sum((tensor.stats for tensor in tensors), CompressionStats())
+    found = stats_of(tensors)
     worst = worst_of(tensors)
     return RoleDamage(
         tensors=found.tensors,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from jobs.output.journal import TensorRecord
 from jobs.output.publish import Completed
 from jobs.output.report import (
     LintFinding,
@@ -32,11 +31,10 @@ NOT_OF_THE_RESULT = ("output", "strategy", "store", "cluster", "tracking", "lint
 
 
 def make_report(
-    spec: JobSpec, plan: Plan, target: TargetPlan, records: Iterable[TensorRecord], completed: Completed,
+    spec: JobSpec, plan: Plan, target: TargetPlan, tensors: tuple[ReportedTensor, ...], completed: Completed,
     found: Sequence[Finding], about: Mapping[str, Any], quality: Mapping[str, Any] | None = None,
 ) -> Report:  # fmt: skip
     """Make the report of a finished target. `about` has the fields of its `run`, except the request."""
-    tensors = tuple(ReportedTensor.of(record) for record in records)
     totals = totals_of(tensors)
     return Report(
         format=FORMAT,

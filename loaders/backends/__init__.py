@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from loaders.backends.devices import NAMES, Backend, backend, best
+from loaders.backends.devices import NAMES, OTHER_BYTES, Backend, backend, best
 from loaders.errors import BadSpec
 from loaders.quantization.kernels import Kernels
+from loaders.quantization.scheme import Scheme, searched_on
 
-__all__ = ["DEVICES", "Backend", "backend", "best", "check_backend", "devices_of", "kernels_of", "leased_kernels"]
+__all__ = [
+    "DEVICES", "Backend", "backend", "best", "check_backend", "devices_of", "encoded_on", "kernels_of",
+    "leased_kernels", "may_differ", "offered",
+]  # fmt: skip
 
 DEVICES = NAMES
 
@@ -46,6 +50,25 @@ def check_backend(backend: str) -> None:
     """
     if backend != "cpu":
         kernels_of(backend)
+
+
+def offered(scheme: Scheme) -> tuple[str, ...]:
+    """Return the backends that a job may ask for to encode by a scheme."""
+    return (*scheme.backends, *searched_on(scheme))
+
+
+def encoded_on(scheme: Scheme, backend: str, *, searches: bool) -> str:
+    """Return where work on a backend encodes by a scheme: there, or else on the CPU.
+
+    `searches` says whether it may find other codes than the CPU does: only if the backend was asked for by its name.
+    """
+    found = offered(scheme) if searches else scheme.backends
+    return backend if backend in found else "cpu"
+
+
+def may_differ(schemes: Iterable[Scheme], backend: str) -> bool:
+    """Whether a backend that was asked for may store other bytes than the CPU by any of some schemes."""
+    return backend in OTHER_BYTES or any(backend in searched_on(scheme) for scheme in schemes)
 
 
 class Leases:

@@ -1,13 +1,14 @@
 """The choice of backend=auto: a GPU only where it is measured to encode a scheme faster than the CPU's threads.
 
-Both encode the same weights, from and to the CPU's memory, and what they store is compared, so that a device of other
-bytes is never taken.
+Both encode the same weights, from and to the CPU's memory, and measure the error as jobs do. What they store is
+compared, so that a device of other bytes is never taken.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,12 +17,13 @@ import numpy as np
 from loaders.backends import kernels_of
 from loaders.backends.machine import may_have_gpu
 from loaders.backends.threads import RANGE, Crew, ThreadedWork
-from loaders.dtypes import DTYPES
+from loaders.clock import Clock
+from loaders.dtypes import DTYPES, storage_of
 from loaders.errors import BadSpec
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Block, Scheme
+from loaders.quantization.scheme import Block, Scheme, searched_on
 from loaders.quantization.schemes.plain import Plain
-from loaders.specs import TensorSpec
+from loaders.specs import StoredSpec, TensorSpec
 from loaders.storage.hashes import digest
 
 DEVICE = "cuda"  # the others are not tried: MPS may store other bytes, and MLX on a GPU does
@@ -35,7 +37,7 @@ LAPS = 3  # the fastest of so many counts, after one that is not timed
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The bytes of source that a backend encodes a second, and a digest of what it has stored."""
+    """The bytes of source that a backend encodes and measures a second, and a digest of what it has stored."""
 
     rate: float
     digest: str
@@ -49,6 +51,8 @@ def fastest(scheme: Scheme, dtype: str, size: int, threads: int) -> tuple[str, s
     """
     if isinstance(scheme, Plain):
         return "cpu", "nothing is encoded"
+    if DEVICE in searched_on(scheme):
+        return "cpu", f"on a GPU its search may find other codes; backend={DEVICE} asks for them"
     if DEVICE not in scheme.backends:
         others = " or ".join(name for name in scheme.backends if name != "cpu")
         return "cpu", "no GPU stores the same bytes" + (f"; backend={others} asks for another" if others else "")
@@ -74,19 +78,22 @@ def fastest(scheme: Scheme, dtype: str, size: int, threads: int) -> tuple[str, s
 
 @cache  # jobs of a sweep are to agree, and to measure once
 def encoded(backend: str, scheme: Scheme, dtype: str, threads: int) -> Encoded:
-    """Encode random weights by a backend, from the CPU's memory into it, and return its speed.
+    """Encode and measure random weights by a backend, from the CPU's memory into it, and return its speed.
 
     Raises:
         BadSpec: the machine has no such device.
     """
+    from loaders.quantization.measure import encode_and_measure  # kernels, which planning does without
+
     weights = _Weights(dtype, max(threads, FEWEST_RANGES) * RANGE // COLUMNS)
-    kept = _Kept(scheme, weights.spec)
+    stored = scheme.stored(weights.spec)
+    kept = _Kept(stored)
     with Crew(threads) as crew:
         work = ThreadedWork(kernels_of(backend), crew, threading.Event())
         taken = []
         for _ in range(1 + LAPS):
             began = time.perf_counter()
-            scheme.encode(weights, kept, work)
+            encode_and_measure(weights, lambda view: view, scheme, stored, kept, work, lambda count: None, Clock())
             taken.append(time.perf_counter() - began)
     return Encoded(weights.raw.nbytes / min(taken[1:]), kept.digest)
 
@@ -104,14 +111,25 @@ class _Weights:
 
 
 class _Kept:
-    """A `Sink` in memory."""
+    """A `Sink` and `Stored` in memory."""
 
-    def __init__(self, scheme: Scheme, spec: TensorSpec) -> None:
-        self._parts = {role: np.zeros(part.size, np.uint8) for role, part in scheme.stored(spec).items()}
+    def __init__(self, stored: Mapping[str, StoredSpec]) -> None:
+        self._parts = {
+            role: np.zeros(part.size, np.uint8) if part.constant is None else np.frombuffer(part.constant, np.uint8)
+            for role, part in stored.items()
+        }
+        self._storages = {role: storage_of(part.dtype) for role, part in stored.items()}
+        self._bound = {role for role, part in stored.items() if part.is_bound}
 
     def write(self, role: str, start: int, data: Block) -> None:
+        if role in self._bound:
+            self._parts[role] = data.reshape(-1).view(np.uint8).copy()
+            return
         at = start * data.itemsize
         self._parts[role][at : at + data.nbytes] = data.reshape(-1).view(np.uint8)
+
+    def read(self, role: str, start: int, stop: int) -> Block:
+        return self._parts[role].view(self._storages[role])[start:stop]
 
     @property
     def digest(self) -> str:

@@ -45,6 +45,19 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def spared() -> Iterator[None]:
+    """Leave what exists by now, such as a plan, out of searches for cyclic garbage in the block: it stays anyway.
+
+    Each full search would go through all of it: a quarter of the time of a job of 18,000 small tensors.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class PeakMemory:
     """The peak of anonymous memory inside a context; `peak_bytes` is the most that was held beyond that at its start.
 

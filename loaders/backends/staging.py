@@ -74,5 +74,7 @@ class Staging:
         with nullcontext() if self._stream is None else self._torch.cuda.stream(self._stream):
             out.copy_(buffer, non_blocking=True)
             if self._stream is not None:
-                self._taken[self._next] = self._stream.record_event()
+                # A blocking event lets this thread sleep, and leaves its core to those that fill buffers.
+                event = self._taken[self._next] = self._torch.cuda.Event(blocking=True)
+                event.record(self._stream)
         self._next = (self._next + 1) % BUFFERS

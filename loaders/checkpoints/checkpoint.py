@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loaders.architectures.family import Family, family_of
@@ -39,6 +40,8 @@ READS_FOLDERS = "the engine reads files of a folder"
 # Files whose headers are read at once. A header is a few small reads, so on a network or an object store the time is
 # all latency, which threads overlap; on a local disk more threads gain nothing.
 HEADER_THREADS = 8
+Headers = Mapping[str, tuple[WeightSpec, ...]]  # tensors in the order of their bytes, by file
+NO_HEADERS: Headers = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +121,15 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    where: str | os.PathLike[str] | Address | Store, container: str = "auto", key: str | None = None
+    where: str | os.PathLike[str] | Address | Store,
+    container: str = "auto",
+    key: str | None = None,
+    headers: Headers = NO_HEADERS,
 ) -> Checkpoint:
     """Open a checkpoint in a folder or another store, or one weight file there, reading headers only.
 
     `container` is a name in CONTAINERS, or "auto" for the first that is found; `key` is what messages call `where`.
+    `headers` are the tensors of files that were just written, which then are not read.
 
     Raises:
         BadSpec: the folder does not exist, or holds no weights of the container.
@@ -134,7 +141,7 @@ def open_checkpoint(
         raise BadSpec(f"{key}: expected a folder of weights at {store.address}, found {found}")
     everything = store.list()
     if (model_index := pipeline.read_model_index(store, everything)) is not None:
-        return _open_pipeline(store, everything, container, key, model_index)
+        return _open_pipeline(store, everything, container, key, model_index, headers)
     source = PinnedFiles(store, [entry for entry in everything if "/" not in entry.name])
     chosen = choose(source, everything, container, key)
     if chosen.container == "packed":
@@ -142,7 +149,7 @@ def open_checkpoint(
         notes = list[str]()
     else:
         names = list(chosen.files)
-        weights, notes = _tensors(source, chosen.container, names, chosen.index)
+        weights, notes = _tensors(source, chosen.container, names, chosen.index, headers)
         config = gguf_config(source, names, weights) if chosen.container == "gguf" else read_config(source)
     if not weights:
         raise BadCheckpoint(f"{store.address}: its weight files hold no tensors")
@@ -161,11 +168,11 @@ def open_checkpoint(
 
 
 def _open_pipeline(
-    store: Store, everything: Sequence[Entry], container: str, key: str, model_index: dict[str, Any]
+    store: Store, everything: Sequence[Entry], container: str, key: str, model_index: dict[str, Any], headers: Headers
 ) -> Checkpoint:
     """Open a pipeline of diffusers. Errors as `open_checkpoint`."""
     parts = {
-        part: open_checkpoint(Within(store, part), container, f"{key}, component {part}")
+        part: open_checkpoint(Within(store, part), container, f"{key}, component {part}", _headers_of(part, headers))
         for part in pipeline.parts_of(model_index, everything, store.address)
     }
     source = PinnedFiles(store, everything)
@@ -193,13 +200,24 @@ def _open_pipeline(
     )
 
 
+def _headers_of(part: str, headers: Headers) -> Headers:
+    """Return the headers of a component's files, by their names in its folder."""
+    return {name.removeprefix(f"{part}/"): found for name, found in headers.items() if name.startswith(f"{part}/")}
+
+
 def _tensors(
-    source: PinnedFiles, container: str, names: Sequence[str], index: Mapping[str, str] | None
+    source: PinnedFiles,
+    container: str,
+    names: Sequence[str],
+    index: Mapping[str, str] | None,
+    headers: Headers = NO_HEADERS,
 ) -> tuple[tuple[WeightSpec, ...], list[str]]:
-    """Read the headers of weight files; returns their tensors and notes about them."""
+    """Read the headers of weight files that are not known; returns their tensors and notes about them."""
     said = list[str]()
 
     def read(name: str) -> tuple[WeightSpec, ...]:
+        if name in headers:
+            return headers[name]
         if container != "pytorch":
             return CONTAINERS[container].read_specs(source, name)
         state = pytorch.read_state(source, name)

@@ -1,9 +1,10 @@
-"""Reading a finished file back, once and in order: its hash, and whether every tensor in it is what was written."""
+"""Reading a finished file back, once and in order: its hash, and whether all of it is what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import FileIO
+from operator import itemgetter
 
 import xxhash
 
@@ -24,60 +25,82 @@ def hash_in_order(
     `slots` are sorted by offset; `written` has, for each slot, the xxh3-64 of what was written, by its bytes.
 
     Raises:
-        VerifyFailed: a tensor's bytes are not the ones that were written.
+        VerifyFailed: a tensor's bytes, or those of the frame around them, are not the ones that were written.
         StorageError: the file cannot be read.
     """
-    path, first = writer.path, writer.start
-    whole, hashes, buffer = xxhash.xxh3_128(), dict[str, str](), memoryview(bytearray(BLOCK))
-    with io_errors("reading back", path), path.open("rb", buffering=0) as file:
-        file.seek(first)
-        for slot in slots:
-            start, length = place_of(slot, places)
-            for block in _blocks(file, first + start - file.tell(), buffer):  # header and padding between the tensors
-                whole.update(block)
-            pieces = sorted(written[slot.name].items())
-            digest = _hash_pieces(file, length, pieces, whole.update, buffer)
+    hashes = dict[str, str]()
+    # What is to be found: first byte, length, hashes by the bytes in it, and the slot, or None for a part of the frame.
+    wanted: list[tuple[int, int, Mapping[Piece, int], Slot | None]]
+    wanted = [(*place_of(slot, places), written[slot.name], slot) for slot in slots]
+    wanted += [(at, size, {(0, size): digest}, None) for at, (size, digest) in writer.frame.items()]
+    wanted.sort(key=itemgetter(0, 1))
+    with io_errors("reading back", writer.path), writer.path.open("rb", buffering=0) as file:
+        blocks = _Blocks(file, writer.start, writer.size)
+        for start, length, pieces, slot in wanted:
+            blocks.skip(start - blocks.at)  # padding between the tensors
+            digest = _hash_pieces(blocks, length, pieces)
             if digest is None:
-                raise VerifyFailed(
-                    f"{slot.name}: its bytes in {writer.file.name} are not those that were measured;"
-                    " something changed them on the way to the disk: suspect memory or storage"
-                )
-            hashes[slot.name] = f"{digest:016x}"
-        for block in _blocks(file, first + writer.size - file.tell(), buffer):
-            whole.update(block)
-    return whole.hexdigest(), hashes
+                what = f"{writer.file.name}: what stands around its tensors is not as it was written"
+                if slot is not None:
+                    what = f"{slot.name}: its bytes in {writer.file.name} are not those that were measured"
+                raise VerifyFailed(f"{what}; something changed them on the way to the disk: suspect memory or storage")
+            if slot is not None:
+                hashes[slot.name] = f"{digest:016x}"
+        blocks.skip(writer.size - blocks.at)
+    return blocks.whole.hexdigest(), hashes
 
 
-def _hash_pieces(
-    file: FileIO,
-    size: int,
-    pieces: Sequence[tuple[Piece, int]],
-    take: Callable[[memoryview], None],
-    buffer: memoryview,
-) -> int | None:
-    """Pass a tensor's bytes to `take` and return their xxh3-64; None if pieces with these hashes are not all of it."""
+class _Blocks:
+    """The bytes of a file from `start` on, `size` of them, in order; `whole` is the hash of those that were read."""
+
+    def __init__(self, file: FileIO, start: int, size: int) -> None:
+        self.whole = xxhash.xxh3_128()
+        self.at = 0  # the next byte, from `start`
+        self._file = file
+        self._size = size
+        self._memory = memoryview(bytearray(min(BLOCK, size)))
+        self._left = self._memory[:0]  # what was read and not given yet
+        file.seek(start)
+
+    def next(self, size: int) -> memoryview:
+        """Return the next bytes, which stay until the next call: at most `size`, and none where the file ends."""
+        if not self._left:
+            left = self._size - self.at
+            self._left = self._memory[: self._file.readinto(self._memory[: min(left, len(self._memory))]) or 0]
+            self.whole.update(self._left)
+        block, self._left = self._left[:size], self._left[size:]
+        self.at += len(block)
+        return block
+
+    def hash(self, size: int, *beside: xxhash.xxh3_64) -> int:
+        """Return the xxh3-64 of the next `size` bytes, which other hashes take, too."""
+        block = self.next(size)
+        if len(block) == size and not beside:
+            return xxhash.xxh3_64_intdigest(block)
+        own = xxhash.xxh3_64()
+        while block:
+            for each in (own, *beside):
+                each.update(block)
+            size -= len(block)
+            block = self.next(size)
+        return own.intdigest()
+
+    def skip(self, size: int) -> None:
+        while size > 0 and (block := self.next(size)):
+            size -= len(block)
+
+
+def _hash_pieces(blocks: _Blocks, size: int, pieces: Mapping[Piece, int]) -> int | None:
+    """Return the xxh3-64 of the next `size` bytes; None if pieces with these hashes are not all of them."""
+    if pieces.keys() == {(0, size)}:
+        digest = blocks.hash(size)
+        return digest if digest == pieces[0, size] else None
     all_of_it, end = xxhash.xxh3_64(), 0
-    for (first, last), digest in pieces:
-        if first != end:
+    for (first, last), digest in sorted(pieces.items()):
+        if first != end or blocks.hash(last - first, all_of_it) != digest:
             return None
-        piece, end = xxhash.xxh3_64(), last
-        for block in _blocks(file, last - first, buffer):
-            take(block)
-            all_of_it.update(block)
-            piece.update(block)
-        if piece.intdigest() != digest:
-            return None
+        end = last
     return all_of_it.intdigest() if end == size else None
-
-
-def _blocks(file: FileIO, size: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Yield the next bytes of a file in one buffer, block by block; fewer than asked for if the file ends."""
-    while size > 0:
-        count = file.readinto(buffer[: min(size, len(buffer))])
-        if not count:
-            return
-        yield buffer[:count]
-        size -= count
 
 
 def place_of(slot: Slot, places: Places) -> tuple[int, int]:

@@ -10,8 +10,9 @@ Format: https://github.com/huggingface/safetensors, "Format"; the reading limits
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from json.encoder import encode_basestring
 from typing import Any
 
 from loaders.containers.base import Checksum, Places
@@ -165,11 +166,15 @@ def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = 
 
     `tensors` are (dtype, shape, offset among the data) by name.
     """
-    entries: dict[str, Any] = {"__metadata__": METADATA if about is None else about}
+    said = json.dumps(METADATA if about is None else about, separators=(",", ":"), ensure_ascii=False)
+    entries = [f'"__metadata__":{said}']
+    # Texts rather than dicts and lists, of which a model of many tensors would need several times as many.
     for name, (dtype, shape, offset) in tensors.items():
-        stop = offset + dtype.size(shape)
-        entries[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, stop]}
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        sizes, stop = ",".join(map(str, shape)), offset + dtype.size(shape)
+        entries.append(
+            f'{encode_basestring(name)}:{{"dtype":"{dtype.name}","shape":[{sizes}],"data_offsets":[{offset},{stop}]}}'
+        )
+    raw = f"{{{','.join(entries)}}}".encode()
     length = max(-(-(8 + len(raw)) // 8) * 8, room) - 8
     return length.to_bytes(8, "little") + raw.ljust(length)
 
@@ -186,11 +191,24 @@ def place(file: OutputFile, lengths: Mapping[str, int]) -> Places:
 
 def frame(file: OutputFile, places: Places, checksum: Checksum) -> list[tuple[int, bytes]]:
     """Return the header, padded to its planned length: a shorter tensor may have made its JSON shorter."""
-    entries: dict[str, tuple[DType, tuple[int, ...], int]] = {}
+    head = header(
+        {spec.name: (spec.dtype, spec.shape, spec.offset - file.header_bytes) for spec in _specs(file, places)},
+        file.about,
+        file.header_bytes,
+    )
+    assert len(head) == file.header_bytes, (len(head), file.header_bytes)
+    return [(0, head)]
+
+
+def written_specs(file: OutputFile, places: Places) -> tuple[WeightSpec, ...]:
+    """Return what `read_specs` reads from a file with this frame, as a file of its own folder."""
+    return tuple(sorted(_specs(file, places), key=lambda spec: (spec.offset, spec.size)))
+
+
+def _specs(file: OutputFile, places: Places) -> Iterator[WeightSpec]:
+    own_file = file.name.rpartition("/")[2]
     for slot in file.slots:
         at, size = places[slot.name]
         shape = (size // slot.dtype.item_bytes,) if slot.is_bound else slot.shape
-        entries[own_name(file.name, slot.name)] = (slot.dtype, shape, at - file.header_bytes)
-    head = header(entries, file.about, file.header_bytes)
-    assert len(head) == file.header_bytes, (len(head), file.header_bytes)
-    return [(0, head)]
+        name = own_name(file.name, slot.name)
+        yield WeightSpec(name=name, dtype=slot.dtype, shape=shape, file=own_file, offset=at, size=size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,6 +24,11 @@ from loaders.storage.atomic import allocate
 
 WRITEBACK = 4 << 20  # bytes that are worth a call to begin to write them out
 SYNC_FILE_RANGE_WRITE = 2  # Linux's fcntl.h: start writing dirty pages out, and wait for nothing
+# A piece of fewer bytes waits for others, since a call for each takes longer than encoding it: until so many bytes are
+# there, or so many pieces.
+SMALL = 64 << 10
+SMALL_BYTES = 4 << 20
+SMALL_PIECES = 4096
 BLOCK = 4 << 20  # bytes read at a time for a checksum, so that a tensor of any size takes little memory
 
 
@@ -44,7 +50,11 @@ class ShardWriter:
         self.size = 0
         self._is_in_place = start is not None
         self._container = container
+        self.frame: dict[int, tuple[int, int]] = {}  # bytes and xxh3-64 of each part of the frame, by its first byte
         self._bound: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self._waiting: dict[int, bytes] = {}  # small pieces by their first byte in the file
+        self._waiting_bytes = 0
         self._small_bytes = 0  # of small tensors that are finished and not yet being written out
         flags = os.O_RDWR if self._is_in_place else os.O_CREAT | os.O_EXCL | os.O_RDWR
         with io_errors("creating", path):
@@ -70,7 +80,15 @@ class ShardWriter:
             self._bound[slot.name] = bytes(data)
             return
         with self._clock.phase("write"):
-            self._put(data, self.file.header_bytes + slot.offset + offset)
+            at = self.file.header_bytes + slot.offset + offset
+            if len(data) >= SMALL:
+                self._put(data, at)
+                return
+            with self._lock:
+                self._waiting[at] = bytes(data)
+                self._waiting_bytes += len(data)
+                if self._waiting_bytes >= SMALL_BYTES or len(self._waiting) >= SMALL_PIECES:
+                    self._put_waiting()
 
     def read(self, slot: Slot, offset: int, out: memoryview) -> int:
         """Read back bytes from `offset` of a tensor as the file has them; return how many there were.
@@ -81,6 +99,8 @@ class ShardWriter:
             found = self._bound[slot.name][offset : offset + len(out)]
             out[: len(found)] = found
             return len(found)
+        with self._lock:
+            self._put_waiting()
         self._get(self.file.header_bytes + slot.offset + offset, out)
         return len(out)
 
@@ -105,12 +125,14 @@ class ShardWriter:
         Raises:
             StorageError: the disk is full, ...
         """
+        self._put_waiting()
         places = self._container.place(self.file, {name: len(data) for name, data in self._bound.items()})
         for name, data in self._bound.items():
             self._put(memoryview(data), places[name][0])
         end = 0
         for at, data in self._container.frame(self.file, places, self._checksum):
             self._put(memoryview(data), at)
+            self.frame[at] = len(data), xxhash.xxh3_64_intdigest(data)
             end = max(end, at + len(data))
         self.size = max([end, *(at + size for at, size in places.values())])
         with io_errors("writing", self.path):
@@ -127,6 +149,20 @@ class ShardWriter:
             self._get(offset + at, block)
             found = zlib.crc32(block, found)
         return found
+
+    def _put_waiting(self) -> None:
+        """Write the pieces that wait; those that follow one another in the file by one call."""
+        runs: list[tuple[int, list[bytes]]] = []
+        end = -1
+        for at, data in sorted(self._waiting.items()):
+            if at != end:
+                runs.append((at, []))
+            runs[-1][1].append(data)
+            end = at + len(data)
+        for at, run in runs:
+            self._put(memoryview(b"".join(run)), at)
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
     def _put(self, data: memoryview, at: int) -> None:
         with io_errors("writing", self.path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from loaders.architectures.diffusers import class_of
 from loaders.checkpoints.aux_files import INDEX_SUFFIX
-from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from loaders.checkpoints.checkpoint import NO_HEADERS, Checkpoint, Headers, open_checkpoint
 from loaders.containers import CONTAINERS
 from loaders.errors import BadCheckpoint, setting
 from loaders.lint import compressed_tensors, diffusers, files, gguf, hqq, mlx, packed, transformers
@@ -34,14 +34,16 @@ BY_METHOD: Mapping[str, Callable[[Subject], Iterator[Finding]]] = {
 BY_FILES = ("hqq", "mlx")  # recognized by their tensors, so that they are checked even without a block in config.json
 
 
-def lint_at(where: str | os.PathLike[str] | Address | Store) -> list[Finding]:
+def lint_at(where: str | os.PathLike[str] | Address | Store, headers: Headers = NO_HEADERS) -> list[Finding]:
     """Return all findings about a checkpoint in a folder or another store. One that cannot be opened is a finding too.
+
+    `headers` are those that are known without reading them: see `open_checkpoint`.
 
     Raises:
         BadSpec: there are no weights.
     """
     try:
-        return lint(open_checkpoint(where, key=setting("output")))
+        return lint(open_checkpoint(where, key=setting("output"), headers=headers))
     except BadCheckpoint as error:
         return [fault("every engine", str(error), "fails, or loads wrong weights", "make it again")]
 

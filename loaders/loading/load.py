@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from loaders.backends import may_differ, offered
 from loaders.backends.arrays import as_torch
-from loaders.backends.devices import OTHER_BYTES, torch_device
+from loaders.backends.devices import torch_device
 from loaders.backends.memory import PeakMemory
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_file
 from loaders.checkpoints.detect import WeightFormat, detect_weight_format, packed_folder
@@ -189,8 +190,8 @@ class Loading:
             raise BadSpec("device: cast and quantized weights are torch's; load with device=cpu, or plainly onto mlx")
         # Raises BadSpec now if the device does not exist, and not after all the work.
         torch_device(config.device)
-        if quant is not None and config.backend not in quant.scheme.backends:
-            raise BadSpec(f"backend: {quant.name} runs on {', '.join(quant.scheme.backends)}, not on {config.backend}")
+        if quant is not None and config.backend not in offered(quant.scheme):
+            raise BadSpec(f"backend: {quant.name} runs on {', '.join(offered(quant.scheme))}, not on {config.backend}")
         self._strategy: WeightLoader = loader(config.strategy)
         if self._strategy.not_for_jobs:
             raise BadSpec(f"strategy={config.strategy}: {self._strategy.not_for_jobs}")
@@ -315,7 +316,8 @@ class Loading:
         used = {spec.file for item in items for _, spec in item.tensor.stored}
         content = [(t.name, cache.content_of(checkpoint.source, t.name)) for t in checkpoint.files if t.name in used]
         config = json.dumps(checkpoint.config, sort_keys=True, default=str)
-        backend = self._config.backend if self._config.backend in OTHER_BYTES else ""
+        schemes = [item.encoding.scheme for item in items if item.encoding is not None]
+        backend = self._config.backend if may_differ(schemes, self._config.backend) else ""
         return text_digest(f"{CACHE_FORMAT} {content} {config} {self._config.measure} {list(items)!r}{backend}")
 
     def _statistics(self, made: MadeTensors, from_cache: bool, share: float | None) -> Statistics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loaders.quantization.scheme import Floored, Scheme
+from loaders.quantization.scheme import Floored, Scheme, error_limit
 from loaders.stats import ErrorSums
 
 
@@ -36,7 +36,7 @@ class Gate:
                 f"{name}: a weight came back as not the nearest that its stored scale allows (a copy: not as it was);"
                 " it was encoded or stored wrong: run the job again, and report it if that repeats"
             )
-        limit = min(scheme.error_limit, self.max_relative_error or math.inf)
+        limit = min(error_limit(scheme), self.max_relative_error or math.inf)
         # `not <=` rather than `>`, so that a NaN fails.
         if not error.relative_error <= limit and not self._is_floor(error, scheme):
             return f"{name}: relative error {error.relative_error:.4g}, at most {limit:.4g} allowed"

@@ -4,16 +4,17 @@ This works for every scheme by its `decode` alone and shares no code with its en
 hide a mistake in the other. A plain copy is compared bit by bit.
 
 `encode_and_measure` is one trip over a tensor: each range is encoded, and at once decoded and compared, while it lies
-in the core's cache. What is compared is what the sink was given, from memory; that the file holds the same is for the
-sink's hashes to show. Schemes that need several sweeps, and ranges that are cut otherwise, are measured afterwards from
-what the sink reads back. Either way the same ranges are added in the same order, so that the error is the same to the
-last bit.
+in the core's cache, or in the memory of the device that encoded it. What is compared is what the sink was given, from
+memory; that the file holds the same is for the sink's hashes to show. Schemes that need several sweeps, and ranges that
+are cut otherwise, are measured afterwards from what the sink reads back. Either way the same ranges are added in the
+same order: on the CPU the error is the same to the last bit, while a device's sums differ in their last digits.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,12 +22,13 @@ import numpy as np
 from loaders.clock import Clock
 from loaders.dtypes import WEIGHT_DTYPES, storage_of
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import Kernels, compare, cpu
+from loaders.quantization.kernels import ComparingKernels, DeviceParts, Kernels, compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.scheme import (
     Block,
     Bounded,
     Compared,
+    DecodedOnDevice,
     Gridded,
     RangeEncoder,
     Scheme,
@@ -126,6 +128,8 @@ class Comparison:
         self._spec = spec
         self._work = work
         self._compared = scheme if fits(scheme, Compared) else None
+        self._on_device = scheme if fits(scheme, DecodedOnDevice) else None
+        self._kernels = work.kernels if fits(work.kernels, ComparingKernels) else None
         self._gridded = scheme if fits(scheme, Gridded) else None
         self._bounded = scheme if fits(scheme, Bounded) else None
         self._is_copy = isinstance(scheme, Plain) and scheme.dtype in (None, source.dtype.name)
@@ -140,12 +144,31 @@ class Comparison:
         if self._is_copy:
             _compare_copy(block, stored.read("weight", start, stop), dtype, sums, dtype in WEIGHT_DTYPES)
             return sums
-        at_once = self._compared
-        if at_once is None or not at_once.compare(self._spec, stored, start, stop, block, dtype, sums):
-            self._decode_and_compare(block, stored, start, stop, sums)
+        given = block, stored, start, stop, sums
+        if not (self._compare_on_device(*given) or self._compare_at_once(*given)):
+            self._decode_and_compare(*given)
         if self._bounded is not None and not sums[compare.NONFINITE]:
             _check_each(sums, self._bounded.greatest_error(self._spec, stored, start, stop))
         return sums
+
+    def _compare_on_device(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> bool:
+        """Compare on the device that encoded just these weights, if there is one; else do nothing and return False."""
+        kernels, scheme, gridded = self._kernels, self._on_device, self._gridded
+        if kernels is None or scheme is None or not kernels.keeps(block):
+            return False
+
+        def decode(parts: DeviceParts) -> Any:
+            return scheme.decode_on_device(self._spec, parts, start, stop)
+
+        def grid() -> Grid | None:
+            return None if gridded is None else gridded.grid(self._spec, stored, start, stop)
+
+        return kernels.compare(block, self._source.dtype.name, stored.read, decode, grid, sums)
+
+    def _compare_at_once(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> bool:
+        """Compare in the scheme's own call, if it has one; else do nothing and return False."""
+        scheme, source = self._compared, self._source.dtype.name
+        return scheme is not None and scheme.compare(self._spec, stored, start, stop, block, source, sums)
 
     def _decode_and_compare(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> None:
         dtype = self._source.dtype.name
@@ -263,6 +286,7 @@ class _Sweeps:
         self._clock = clock
         self._compare = compare
         self._expected = expected
+        self._keeping = work.kernels.keeping if fits(work.kernels, ComparingKernels) else nullcontext
 
     @property
     def kernels(self) -> Kernels:
@@ -279,12 +303,14 @@ class _Sweeps:
             return self._work.sweep(count, align, body)
 
         def in_one_trip(start: int, stop: int) -> T:
+            is_expected = (start, stop) in self._expected
             self._kept.begin()
             try:
-                with self._clock.phase("encode"):
-                    result = body(start, stop)
-                if self._kept.parts and (start, stop) in self._expected:
-                    self._compare(start, stop)
+                with self._keeping() if is_expected else nullcontext():
+                    with self._clock.phase("encode"):
+                        result = body(start, stop)
+                    if self._kept.parts and is_expected:
+                        self._compare(start, stop)
                 return result
             finally:
                 self._kept.end()

@@ -8,12 +8,15 @@ weight's spec alone, so that a plan can place them before any weight is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 
+from loaders.dtypes import DType, Shape
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import Kernels
+from loaders.quantization.kernels import DeviceParts, Kernels
 from loaders.specs import StoredSpec, TensorSpec
 
 Block = np.ndarray  # raw weights: bfloat16 as uint16
@@ -118,7 +121,10 @@ class Scheme(Decoder, Protocol):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Where the encoder runs. It stores the same bytes everywhere, but on `devices.OTHER_BYTES`."""
+        """Where the encoder runs. It stores the same bytes everywhere, but on `devices.OTHER_BYTES`.
+
+        See `Searching` for others.
+        """
         ...
 
     def refuses(self, spec: TensorSpec) -> str | None:
@@ -157,6 +163,25 @@ class RangeEncoder(Protocol):
         before. None means that with these settings it takes several sweeps.
         """
         ...
+
+
+@runtime_checkable
+class Searching(Protocol):
+    """A scheme that searches for its codes, and on some devices may find others, whose error is the same to 0.1 %.
+
+    Such a device is taken only if it is asked for, and its output is another one than the CPU's: a job that resumes
+    goes on where it began.
+    """
+
+    @property
+    def searched_on(self) -> tuple[str, ...]:
+        """The backends on which it does, which are not among `backends`."""
+        ...
+
+
+def searched_on(scheme: Scheme) -> tuple[str, ...]:
+    """Return the backends on which a scheme's encoder may find other codes than on the CPU."""
+    return scheme.searched_on if fits(scheme, Searching) else ()
 
 
 @runtime_checkable
@@ -214,6 +239,18 @@ class Compared(Protocol):
 
 
 @runtime_checkable
+class DecodedOnDevice(Protocol):
+    """A scheme that a torch device decodes, too, where its codes lie already."""
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        """Return the float32 values of items [start, stop), a torch tensor: those of `decode`.
+
+        None says that with these settings, or for this range, the scheme has no such decoder; then nothing was read.
+        """
+        ...
+
+
+@runtime_checkable
 class LeavesRagged(Protocol):
     """A scheme whose engine takes layers that stay plain, and so those with rows that no groups divide."""
 
@@ -242,3 +279,24 @@ class Sharing(Protocol):
         `views` are all members of one fused group that the scheme encodes.
         """
         ...
+
+
+def stored_specs(scheme: Scheme, dtype: DType, shape: Shape) -> Mapping[str, StoredSpec]:
+    """Return what a scheme stores, which names do not change: a model has many tensors and few shapes."""
+    # Schemes are frozen dataclasses, which mypy does not see in the protocol.
+    return _stored_specs(scheme, dtype, shape)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4096)
+def _stored_specs(scheme: Scheme, dtype: DType, shape: Shape) -> Mapping[str, StoredSpec]:
+    return MappingProxyType(dict(scheme.stored(TensorSpec("", dtype, shape))))
+
+
+def error_limit(scheme: Scheme) -> float:
+    """Return a scheme's `error_limit`, which every tensor is held against."""
+    return _error_limit(scheme)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=64)
+def _error_limit(scheme: Scheme) -> float:
+    return scheme.error_limit

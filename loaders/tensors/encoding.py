@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loaders.clock import Clock
-from loaders.dtypes import DType, Shape
+from loaders.dtypes import DType
 from loaders.quantization.fused_group import FusedGroups
-from loaders.quantization.scheme import Scheme, Sharing, Sink, Stored, View, Work, fits
+from loaders.quantization.scheme import Scheme, Sharing, Sink, Stored, View, Work, fits, stored_specs
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, StoredSpec, TensorSpec
 from loaders.stats import ErrorSums
@@ -51,20 +49,13 @@ class Encoding:
     @property
     def stored(self) -> Mapping[str, StoredSpec]:
         """The tensors that the scheme stores, by role."""
-        # Schemes are frozen dataclasses, which mypy does not see in the protocol.
-        return _stored(self.scheme, self.cast or self.tensor.dtype, self.tensor.shape)  # type: ignore[arg-type]
+        return stored_specs(self.scheme, self.cast or self.tensor.dtype, self.tensor.shape)
 
     @property
     def state_bytes(self) -> int:
         """The bytes that the scheme holds while it encodes the tensor, and what is merged into it."""
         merge = self.tensor.merge
         return self.scheme.state_bytes(self.spec) + (0 if merge is None else merge.state_bytes)
-
-
-@lru_cache(maxsize=4096)
-def _stored(scheme: Scheme, dtype: DType, shape: Shape) -> Mapping[str, StoredSpec]:
-    """Return what a scheme stores, which names do not change: a model has many tensors and few shapes."""
-    return MappingProxyType(dict(scheme.stored(TensorSpec("", dtype, shape))))
 
 
 class TensorEncoder:

@@ -1,4 +1,7 @@
-"""Part `bytes` of `jobs.bench gpu`: the bytes of a device's encoders compared with the CPU's and bitsandbytes'."""
+"""Part `bytes` of `jobs.bench gpu`: the bytes of a device's encoders compared with the CPU's and bitsandbytes'.
+
+Of searches, which may find other codes there, it is the errors that are compared.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from loaders.errors import VerifyFailed
 from loaders.presets.catalog import preset, preset_names
 from loaders.quantization.kernels import Kernels, casts
 from loaders.quantization.kernels.cpu import CpuKernels
-from loaders.quantization.scheme import Block, Scheme
+from loaders.quantization.measure import measure
+from loaders.quantization.scheme import Block, Scheme, searched_on
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
 
@@ -37,6 +41,8 @@ VARIED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 FIRST = "nf4"
 SHOWN = 3
+MOST_WORSE = 1e-3  # how much the error of a search may be off from the CPU's, of itself
+OUTLIERS = 1e-3  # the share of weights that are made fifty times as large
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ def device_presets() -> list[str]:
     schemes = {name: preset(name).scheme for name in preset_names()}
     found = [n for n, scheme in schemes.items() if "cuda" in scheme.backends and not isinstance(scheme, Plain)]
     return sorted(found, key=lambda name: name != FIRST)
+
+
+def searched_presets() -> list[str]:
+    """Return the presets whose scheme searches for its codes on a GPU."""
+    return [name for name in preset_names() if "cuda" in searched_on(preset(name).scheme)]
 
 
 def variants(name: str) -> dict[str, Scheme]:
@@ -119,6 +130,8 @@ def trials(bench: Bench) -> Iterator[Trial]:
         given = inputs(dtype)
         for name in device_presets():
             yield Trial(f"{name}, {dtype}", partial(_compared, device, name, dtype, given))
+    for name in searched_presets():
+        yield Trial(f"{name}, error", partial(_errors, device, name))
     for table in ("nf4", "fp4"):
         yield Trial(f"bitsandbytes' own {table} on {bench.device}, BF16", partial(_bitsandbytes, bench, table))
 
@@ -144,6 +157,32 @@ def _compared(device: Kernels, name: str, dtype: str, given: dict[str, np.ndarra
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         return Found(numbers, fault=f"{len(differing)} of {cases} cases differ: {'; '.join(differing[:SHOWN])}{more}")
     return Found(numbers, f"all bytes equal: {cases} cases, {weights:,} weights")
+
+
+def _errors(device: Kernels, name: str) -> Found:
+    """Compare the errors of a search, on normal weights and on some with outliers."""
+    scheme, rng = preset(name).scheme, np.random.default_rng(3)
+    normal = rng.standard_normal(SEVERAL_RANGES).astype(np.float32) * np.float32(0.02)
+    outlying = np.where(rng.random(SEVERAL_RANGES) < OUTLIERS, normal * np.float32(50), normal)
+    worst = 0.0
+    for values in (normal, outlying):
+        data = casts.cast(values, "F32", "BF16")
+        view = InMemory(TensorSpec("w.weight", DTYPES["BF16"], (ROWS, data.size // ROWS)), data)
+        ours, theirs = (_error(kernels, scheme, view) for kernels in (CpuKernels(), device))
+        worst = max(worst, abs(theirs / ours - 1))
+    said = f"at most {worst:.2g} of the CPU's error apart"
+    return Found({"apart": worst}, said, fault=said if worst > MOST_WORSE else "")
+
+
+def _error(kernels: Kernels, scheme: Scheme, view: InMemory) -> float:
+    """Return the relative error of what some kernels find, by the CPU's decoder."""
+    from loaders.loading.quantized_tensor import MemoryParts
+
+    parts = MemoryParts(scheme.stored(view.spec))
+    with Crew(1) as crew:
+        scheme.encode(view, parts, ThreadedWork(kernels, crew, threading.Event()))
+        work = ThreadedWork(CpuKernels(), crew, threading.Event())
+        return measure(view, scheme, view.spec, parts, work, lambda count: None).relative_error
 
 
 def _bitsandbytes(bench: Bench, table: str) -> Found:

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.gpu.bytes import InMemory, device_presets
+from jobs.benchmarks.gpu.bytes import InMemory, device_presets, searched_presets
 from jobs.benchmarks.gpu.trials import Bench, Found, Trial, finish, median_s, rate
 from jobs.benchmarks.random_llama import random_bf16
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import RANGE, Crew, ThreadedWork
+from loaders.clock import Clock
 from loaders.dtypes import DTYPES
 from loaders.presets.catalog import preset
 from loaders.quantization.kernels import Kernels
 from loaders.quantization.kernels.cpu import CpuKernels
+from loaders.quantization.measure import encode_and_measure
 from loaders.quantization.schemes.compressed_tensors_int import EPS
 from loaders.specs import TensorSpec
 
@@ -27,7 +29,10 @@ IN_A_ROW = 8  # calls that are timed together: a single fast one would take as l
 
 
 def trials(bench: Bench) -> Iterator[Trial]:
-    """Yield trials: transfers; each preset from host to host, as a job encodes; then encoders without transfers."""
+    """Yield trials: transfers; each preset from host to host, as a job encodes; then encoders without transfers.
+
+    With all threads, presets are measured, too, as jobs do.
+    """
     from loaders.quantization.kernels.torch_device import DeviceKernels
 
     weights = random_bf16(np.random.default_rng(2), bench.shape[0] * bench.shape[1])
@@ -38,6 +43,9 @@ def trials(bench: Bench) -> Iterator[Trial]:
             for threads in dict.fromkeys((1, usable_cpus())):
                 case = f"{name} on {where}, host to host, {threads} thread{'s' if threads > 1 else ''}"
                 yield Trial(case, partial(_encoded, bench, weights, kernels, name, threads))
+        for name in (*device_presets(), *searched_presets()):
+            case = f"{name} on {where}, encoded and measured, all threads"
+            yield Trial(case, partial(_measured, bench, weights, kernels, name))
     yield from _alone(bench, weights)
 
 
@@ -50,6 +58,22 @@ def _encoded(bench: Bench, weights: np.ndarray, kernels: Kernels, name: str, thr
     with Crew(threads) as crew:
         work = ThreadedWork(kernels, crew, threading.Event())
         return rate(median_s(lambda: scheme.encode(view, parts, work), bench.laps), weights.nbytes)
+
+
+def _measured(bench: Bench, weights: np.ndarray, kernels: Kernels, name: str) -> Found:
+    from loaders.loading.quantized_tensor import MemoryParts
+
+    scheme = preset(name).scheme
+    view = InMemory(TensorSpec("w.weight", DTYPES["BF16"], bench.shape), weights)
+    stored = scheme.stored(view.spec)
+    parts = MemoryParts(stored)
+    with Crew(usable_cpus()) as crew:
+        work = ThreadedWork(kernels, crew, threading.Event())
+
+        def call() -> None:
+            encode_and_measure(view, lambda seen: seen, scheme, stored, parts, work, lambda count: None, Clock())
+
+        return rate(median_s(call, bench.laps), weights.nbytes)
 
 
 def _transfers(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:

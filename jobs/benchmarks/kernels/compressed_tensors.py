@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from jobs.benchmarks.kernels.measuring import measuring
 from jobs.benchmarks.timing import Case, on_threads
-from loaders.quantization.kernels import casts, compare
+from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.compressed_tensors import fp4, fp8, int8, packed_int
-from loaders.quantization.schemes.compressed_tensors_int import EPS
+from loaders.quantization.schemes.compressed_tensors_int import EPS, PackedInt
+from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
 
 PEERS = ("w4a16", "w8a16", "w4a16_asym", "fp8_dynamic", "w8a8", "fp8_block", "nvfp4a16", "mxfp4a16")
 
@@ -80,20 +82,13 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     def mxfp4(x: np.ndarray, a: int, b: int) -> None:
         fp4.encode_mx(x, 7, 255, 127, fp4.mx_thresholds(), codes[a // 2 : b // 2], small[a // 32 : b // 32])
 
-    def compare_4(x: np.ndarray, a: int, b: int) -> None:
-        own = scales[a // 128 : b // 128]
-        shifts = np.full(own.size, 8, np.float32)
-        packed_int.compare(x, codes[a // 2 : b // 2], 128, 4, own, shifts, compare.new_sums())
-
-    def compare_float8(x: np.ndarray, a: int, b: int) -> None:
-        fp8.compare_rows(x, codes[a:b], columns, scales[a // columns : b // columns], compare.new_sums())
-
+    four, float8 = (measuring(weight, scheme, threads) for scheme in (PackedInt(4, 128), RowScaled("float")))
     yield Case("w4a16, bf16", whole(packed(4)))
-    yield Case("w4a16 decode + compare (measuring)", whole(compare_4), after="w4a16, bf16")
+    yield Case("w4a16 decode + compare (measuring)", four, after="w4a16, bf16")
     yield Case("w8a16, bf16", whole(packed(8)))
     yield Case("w4a16_asym, bf16", whole(asymmetric))
     yield Case("fp8_dynamic, bf16", whole(by_row(fp8.encode_rows)))
-    yield Case("fp8_dynamic decode + compare (measuring)", whole(compare_float8), after="fp8_dynamic, bf16")
+    yield Case("fp8_dynamic decode + compare (measuring)", float8, after="fp8_dynamic, bf16")
     yield Case("w8a8, bf16", whole(by_row(int8.encode_rows)))
     yield Case("fp8_block, bf16", whole(blocks))
     yield Case("nvfp4a16, bf16", whole(nvfp4))

@@ -15,19 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.timing import SCRATCH, Case, on_threads
+from jobs.benchmarks.kernels.measuring import measuring
+from jobs.benchmarks.timing import Case, on_threads
 from loaders.containers.gguf import TYPE_IDS
 from loaders.dtypes import DTYPES
-from loaders.quantization.kernels import compare, cpu
-from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.kernels.ggml.encode import ENCODERS
 from loaders.quantization.schemes.ggml import Ggml
-from loaders.specs import TensorSpec
 
 PART = 16  # the slow types are timed on one sixteenth of the rows
-WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0")
-IN_PART = ("Q4_K", "Q6_K", "Q3_K", "MXFP4")
-INNER = 1 << 18  # weights decoded at once, as in a job: they stay in the CPU's cache until they are compared
+WHOLE = ("Q8_0", "Q4_0", "Q5_1", "TQ2_0", "MXFP4")
+IN_PART = ("Q4_K", "Q6_K", "Q3_K")
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
@@ -43,8 +40,8 @@ def rows(weight: np.ndarray, threads: int) -> Iterator[Case]:
         ours = f"ggml {name}, bf16{said}"
         out = np.empty(DTYPES[name].size(some.shape), np.uint8)
         yield Case(ours, _timed(partial(_encode, some, name, out, threads), times))
-        measuring = _timed(partial(_measure, some, name, out, threads), times)
-        yield Case(f"ggml {name} decode + compare (measuring){said}", measuring, after=ours)
+        measure = _times(measuring(some, Ggml(name), threads), times)
+        yield Case(f"ggml {name} decode + compare (measuring){said}", measure, after=ours)
         call = None if library is None else _timed(_peer(library, some, name, threads), times)
         yield Case(f"ggml's C, {name}, fp32", call, "" if call else "not installed: llama_cpp", ours)
 
@@ -58,6 +55,10 @@ def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
     return seconds
 
 
+def _times(call: Callable[[], float], times: float) -> Callable[[], float]:
+    return lambda: call() * times
+
+
 def _spread(body: Callable[[int, int], object], count: int, threads: int) -> None:
     """Call the body for ranges of rows, each on a thread of its own."""
     edges = [count * i // threads for i in range(threads)] + [count]
@@ -67,36 +68,6 @@ def _spread(body: Callable[[int, int], object], count: int, threads: int) -> Non
 def _encode(weight: np.ndarray, name: str, out: np.ndarray, threads: int) -> None:
     size = DTYPES[name].size((1, weight.shape[1]))
     _spread(lambda a, b: ENCODERS[name](weight[a:b].reshape(-1), out[a * size : b * size]), weight.shape[0], threads)
-
-
-class _Held:
-    """A `Stored` in memory."""
-
-    def __init__(self, stored: np.ndarray) -> None:
-        self._stored = stored
-
-    def read(self, role: str, start: int, stop: int) -> np.ndarray:
-        return self._stored[start:stop]
-
-
-def _measure(weight: np.ndarray, name: str, stored: np.ndarray, threads: int) -> None:
-    flat, dtype, columns = weight.reshape(-1), DTYPES[name], weight.shape[1]
-    scheme, spec, held = Ggml(name), TensorSpec("w.weight", DTYPES["BF16"], weight.shape), _Held(stored)
-
-    def part(first: int, last: int) -> None:
-        start, stop, sums = first * columns, last * columns, compare.new_sums()
-        if not scheme.compare(spec, held, start, stop, flat[start:stop], "BF16", sums):
-            decoded = SCRATCH.array("decoded", INNER, np.float32)
-            for at in range(start, stop, INNER):
-                end = min(at + INNER, stop)
-                out = decoded[: end - at]
-                DECODERS[name](stored[dtype.size((at,)) : dtype.size((end,))], out)
-                cpu.compare_into(flat[at:end], "BF16", out, sums)
-                grid = scheme.grid(spec, held, at, end)
-                assert grid is None or grid.holds(flat[at:end], out)
-        scheme.greatest_error(spec, held, start, stop)
-
-    _spread(part, weight.shape[0], threads)
 
 
 def _library() -> Any:

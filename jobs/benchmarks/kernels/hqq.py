@@ -14,26 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from jobs.benchmarks.kernels.measuring import MemoryView
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
-from loaders.dtypes import DTYPES
 from loaders.quantization.scheme import Block
 from loaders.quantization.schemes.hqq import Hqq
 from loaders.specs import TensorSpec
 
 PART = 16  # the weight's rows are cut to one sixteenth
 ROWS = ((4, 1), (4, 0), (3, 1), (8, 1))  # (bits, axis) of each case
-
-
-class _View:
-    """A `View` of bfloat16 weights in memory."""
-
-    def __init__(self, weight: np.ndarray) -> None:
-        self.spec = TensorSpec("bench.weight", DTYPES["BF16"], weight.shape)
-        self._flat = weight.reshape(-1)
-
-    def read(self, start: int, stop: int, slot: int = 0) -> Block:
-        return self._flat[start:stop]
 
 
 class _Sink:
@@ -55,7 +44,7 @@ def rows(weight: np.ndarray, threads: int) -> Iterator[tuple[str, Callable[[], f
     for bits, axis in ROWS:
         name = f"hqq{bits} g64 axis {axis}, bf16 (a {PART}th, times {PART})"
         scheme: Any = Hqq(bits, 64, axis)  # type: ignore[arg-type]
-        refusal = scheme.refuses(_View(some).spec)
+        refusal = scheme.refuses(MemoryView(some).spec)
         if refusal:
             yield name, None, refusal, ""
             continue
@@ -79,7 +68,7 @@ def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
 
 
 def _ours(weight: np.ndarray, scheme: Hqq, threads: int) -> Callable[[], object]:
-    view = _View(weight)
+    view = MemoryView(weight)
     sink = _Sink(scheme, view.spec)
 
     def call() -> None:

@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from jobs.benchmarks.kernels.measuring import measuring
 from jobs.benchmarks.timing import Case
 from loaders.backends.threads import RANGE
-from loaders.quantization.kernels import casts, compare
+from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.mlx import affine
+from loaders.quantization.schemes.mlx_affine import MlxAffine
 from loaders.quantization.schemes.mlx_float import SETTINGS, FloatMode, MlxFloat
 
 
-def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int], None]) -> Iterator[Case]:
+def ours(
+    weight: np.ndarray, threads: int, spread: Callable[[Callable[[int, int], object], int], None]
+) -> Iterator[Case]:
     """Yield our cases; `spread` calls a body for ranges of the weights on the threads that are timed."""
+    flat = weight.reshape(-1)
     packed, scales = np.empty(flat.size, np.uint8), np.empty((2, flat.size // 16), np.float32)
     small = np.empty(flat.size // 16, np.uint8)
 
@@ -29,13 +34,6 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
         return lambda: spread(part, flat.size)
 
-    def measure() -> None:
-        def part(a: int, b: int) -> None:
-            own, sums = slice(a // 64, b // 64), compare.new_sums()
-            affine.compare(flat[a:b], packed[a // 2 : b // 2], scales[0, own], scales[1, own], 4, 64, sums)
-
-        spread(part, flat.size)
-
     def small_floats(mode: FloatMode) -> Callable[[], None]:
         scheme = MlxFloat(mode)
 
@@ -47,6 +45,7 @@ def ours(flat: np.ndarray, spread: Callable[[Callable[[int, int], object], int],
 
         return lambda: spread(part, flat.size)
 
+    measure = measuring(weight, MlxAffine(4, 64), threads)
     yield Case("mlx affine 8 bits, bf16", affine_of(8))
     yield Case("mlx affine 4 bits, bf16", affine_of(4))
     yield Case("mlx affine 4 bits decode + compare (measuring)", measure, after="mlx affine 4 bits, bf16")

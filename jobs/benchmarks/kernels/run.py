@@ -15,12 +15,14 @@ import numpy as np
 
 from jobs.benchmarks.busy_machine import Busy
 from jobs.benchmarks.kernels import compressed_tensors, ggml, hqq, mlx
+from jobs.benchmarks.kernels.measuring import measuring
 from jobs.benchmarks.random_llama import random_bf16
 from jobs.benchmarks.table import cases_said
 from jobs.benchmarks.timing import Case, on_threads, rotate
 from jobs.cli.verb import Said, note
-from loaders.quantization.kernels import compare, cpu
-from loaders.quantization.kernels.bitsandbytes import fourbit, int8
+from loaders.quantization.kernels import cpu
+from loaders.quantization.kernels.bitsandbytes import int8
+from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
 
 
 def time_kernels(rows: int, columns: int, threads: int, repeats: int) -> Said:
@@ -66,13 +68,6 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
 
         return lambda: spread(part, weight.shape[0])
 
-    def measure() -> None:
-        def part(a: int, b: int) -> None:
-            own, sums = slice(a // 64, b // 64), compare.new_sums()
-            fourbit.compare(flat[a:b], packed[a // 2 : b // 2], absmax[own], 64, False, sums)
-
-        spread(part, flat.size)
-
     def three() -> None:
         total: list[float] = []
         spread(lambda a, b: total.extend(host.magnitude_sums(flat[a:b], "BF16")), flat.size)
@@ -91,9 +86,9 @@ def _ours(weight: np.ndarray, threads: int) -> Iterator[Case]:
     yield Case("fp4, bf16", four(flat, "BF16", "fp4"))
     yield Case("int8, bf16", eight(flat))
     yield Case("int8, fp16", eight(half))
-    yield Case("nf4 decode + compare (measuring)", measure, after="nf4, bf16")
+    yield Case("nf4 decode + compare (measuring)", measuring(weight, Bnb4("nf4"), threads), after="nf4, bf16")
     yield Case("ternary, bf16", three)
-    yield from mlx.ours(flat, spread)
+    yield from mlx.ours(weight, threads, spread)
 
 
 def _peers(weight: np.ndarray, threads: int) -> Iterator[Case]:

@@ -1,6 +1,7 @@
 """The arithmetic of the schemes. `Kernels` is what a backend provides: the encoders whose cost decides a job's speed.
 
-Decoding and comparing always run on the CPU, by code that no encoder shares, so that a device never checks itself.
+Decoding and comparing run by code that no encoder shares: on the CPU, or on the device that encoded, where weights and
+codes lie already (`ComparingKernels`). Sums of their words then show that the device's are those in memory.
 
 Importing numba takes as long as planning a small job, which runs no kernel. So schemes and views import kernels inside
 the functions that run them, and `casts` and the tables of numbers that plans need import no numba.
@@ -8,9 +9,13 @@ the functions that run them, and `casts` and the tables of numbers that plans ne
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from loaders.quantization.grid import Grid
 
 
 class Kernels(Protocol):
@@ -85,5 +90,58 @@ class Kernels(Protocol):
         """Pack clamp(round(x * inverse), -1, 1) + 1 of four runs (n,) into out, uint8 (n,).
 
         Each run takes two bits of a byte, the first the lowest.
+        """
+        ...
+
+    def solve_hqq(
+        self, x: np.ndarray, dtype: str, strides: tuple[int, int], size: int, top: int, rounds: bool, tile: int,
+        found: tuple[np.ndarray, np.ndarray, np.ndarray], errors: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Find HQQ's scales and zeros of groups of `size` weights, where they are not known yet: see hqq/solver.py.
+
+        strides: from group to group and from weight to weight, one of which is 1. found: scales and zeros, float32
+        (groups,), and for each the number of updates after which it moved no more, uint8, solver.UNKNOWN before the
+        first search. errors: float64 (tiles, updates), to which a first search adds each tile's sums of |error|.
+        """
+        ...
+
+
+class DeviceParts(Protocol):
+    """What a scheme has stored, by role, on a device."""
+
+    def read(self, role: str, start: int, stop: int) -> Any:
+        """Return the bytes of flat items [start, stop) of a role: a torch tensor of uint8."""
+        ...
+
+
+@runtime_checkable
+class ComparingKernels(Kernels, Protocol):
+    """Kernels of a device that also compares what it encoded, so that only codes and a few numbers come back."""
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Keep the weights and codes of this thread's calls on the device until the block ends."""
+        ...
+
+    def keeps(self, x: np.ndarray) -> bool:
+        """Whether the device keeps these raw weights for this thread."""
+        ...
+
+    def compare(
+        self,
+        x: np.ndarray,
+        dtype: str,
+        read: Callable[[str, int, int], np.ndarray],
+        decode: Callable[[DeviceParts], Any],
+        grid: Callable[[], Grid | None],
+        sums: np.ndarray,
+    ) -> bool:
+        """Add the differences of kept raw weights and of what `decode` makes of stored parts to `sums`.
+
+        `read` reads parts as `Stored.read` does; `decode` returns a torch tensor, float32 (n,), or None, and then
+        nothing is done and False returned. `sums` are those of kernels/compare.py; a weight that is not the nearest on
+        the grid counts as wrong.
+
+        Raises:
+            VerifyFailed: the device's weights or codes are not those in memory.
         """
         ...

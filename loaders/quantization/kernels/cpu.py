@@ -85,6 +85,14 @@ class CpuKernels:
 
         ENCODERS[kind](kernel_input(x, dtype), out)
 
+    def solve_hqq(
+        self, x: np.ndarray, dtype: str, strides: tuple[int, int], size: int, top: int, rounds: bool, tile: int,
+        found: tuple[np.ndarray, np.ndarray, np.ndarray], errors: np.ndarray,
+    ) -> None:  # fmt: skip
+        from loaders.quantization.kernels.hqq import solver
+
+        solver.solve(kernel_input(x, dtype), *strides, size, np.float32(top), rounds, tile, *found, errors)
+
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray
     ) -> None:

@@ -109,11 +109,8 @@ def to_e2m1(lanes: Lanes, values: Value) -> Value:
 
 
 def from_e4m3(lanes: Lanes, codes: Value) -> Value:
-    """Return the float32 lanes of E4M3 codes (int8 lanes), exactly.
-
-    Moved to float16's places, a code is 2^-8 of its value, since float16's exponents have a bias of 15 and E4M3's of 7.
-    """
-    return _from_moved_e4m3(lanes, lanes.op("shl", lanes.b.sext(codes, ir.VectorType(I16, codes.type.count)), 7))
+    """Return the float32 lanes of E4M3 codes (int8 lanes), exactly."""
+    return _from_moved_e4m3(lanes, _moved_e4m3(lanes, codes))
 
 
 def pairs_of_e4m3(lanes: Lanes, codes: Array, at: Value, count: int) -> tuple[Value, Value]:
@@ -121,6 +118,19 @@ def pairs_of_e4m3(lanes: Lanes, codes: Array, at: Value, count: int) -> tuple[Va
     words = lanes.b.bitcast(lanes.load(codes, at, count), ir.VectorType(I16, count // 2))
     even, odd = lanes.op("ashr", lanes.op("shl", words, 8), 1), lanes.op("ashr", lanes.op("and_", words, -256), 1)
     return _from_moved_e4m3(lanes, even), _from_moved_e4m3(lanes, odd)
+
+
+def share_of_e4m3(lanes: Lanes, codes: Value) -> Value:
+    """Return 2^-8 of the values of E4M3 codes (int8 lanes) as float32 lanes. None of the codes may be a NaN."""
+    return lanes.from_f16(lanes.op("and_", _moved_e4m3(lanes, codes), -0x4080))
+
+
+def _moved_e4m3(lanes: Lanes, codes: Value) -> Value:
+    """Move E4M3 codes to float16's places, int16 lanes; the bit above the exponent's is a second sign.
+
+    There a code is 2^-8 of its value, since float16's exponents have a bias of 15 and E4M3's of 7.
+    """
+    return lanes.op("shl", lanes.b.sext(codes, ir.VectorType(I16, codes.type.count)), 7)
 
 
 def _from_moved_e4m3(lanes: Lanes, wide: Value) -> Value:

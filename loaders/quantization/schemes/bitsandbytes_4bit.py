@@ -18,13 +18,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint, VerifyFailed, setting
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.kernels.bitsandbytes import dynamic_map, tables
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
@@ -65,7 +66,6 @@ class Bnb4:
         scales. It is off by half the widest gap of those codes, or by what lies between -1 and the least of them, and
         by one of the 65536 steps in which bitsandbytes looks it up.
         """
-        ranked = np.sort(self._values.astype(np.float64))
         floor = 2.0**-24 if spec.dtype.name == "F16" else 2.0**-120  # what a cast loses of tiny weights
         first, last = start // self.group_size, -(-stop // self.group_size)
         scales, off = stored.read("weight.absmax", first, last), 0.0
@@ -75,7 +75,7 @@ class Bnb4:
             codes = dynamic_map.dynamic_map().astype(np.float64)
             off = (max(float(np.diff(codes).max()) / 2, 1 + codes[0]) + 2**-15) * float(tops.max(initial=0))
         largest = float(np.abs(scales).max(initial=0)) * (1 + 2**-20) + off
-        return largest * (float(np.diff(ranked).max()) / 2 + 2**-8) + off + floor
+        return largest * (_widest_gap(self.table) / 2 + 2**-8) + off + floor
 
     @property
     def _values(self) -> np.ndarray:
@@ -243,6 +243,16 @@ class Bnb4:
             compare.compare(x[whole:], tail, sums)
         return True
 
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        group, per_item = self.group_size, 2 * self._storage.item_bytes
+        if self.double_quant or start % group or stop % group:
+            return None
+        codes = stored.read("weight", start // per_item, -(-stop // per_item))[: (stop - start) // 2]
+        absmax = decode.floats(stored.read("weight.absmax", start // group, stop // group), "F32")
+        return decode.fourbit(codes, absmax, self.table, group)
+
     def _read(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of items [start, stop) and the scales of their groups."""
         group, per_item = self.group_size, 2 * self._storage.item_bytes
@@ -259,6 +269,12 @@ class Bnb4:
         longest = self.stored(spec)[self._state].shape[0]
         state = read_state(stored.read(self._state, 0, longest).tobytes(), spec.name)
         return dynamic_map.decode(codes, tops) + np.float32(state["nested_offset"])
+
+
+@cache
+def _widest_gap(table: str) -> float:
+    """Return the widest gap between neighbouring values of a table's codes."""
+    return float(np.diff(np.sort(np.array(tables.VALUES[table]))).max())
 
 
 def read_state(raw: bytes, name: str) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import VerifyFailed
 from loaders.quantization.boxes import ByBoxes, read_rows
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -90,6 +90,15 @@ class LlmInt8(ByBoxes):
         codes = stored.read("weight", start, stop)
         int8.compare(kernel_input(block, source), codes, start % columns, columns, scales, sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        columns = spec.shape[1]
+        if start % columns or stop % columns:
+            return None
+        scales = decode.floats(stored.read(SCALES, start // columns, stop // columns), "F32")
+        return decode.llm_int8(stored.read("weight", start, stop), scales)
 
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work

@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from loaders.errors import setting
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -182,6 +182,20 @@ class PackedInt:
         packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         packed_int.compare(kernel_input(block, source), packed, self.group_size, self.bits, scales, shifts, sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        columns, group = spec.shape[1], self.group_size
+        if columns * self.bits % 32:
+            return None
+        packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32)
+        scales = decode.floats(stored.read("weight_scale", start // group, stop // group), scale_dtype(spec.dtype).name)
+        if self.symmetric:
+            return decode.packed_int(packed, self.bits, scales, 1 << (self.bits - 1))
+        first, last, groups = start // columns, stop // columns, columns // group
+        words = stored.read("weight_zero_point", first // 8 * groups, -(-last // 8) * groups)
+        return decode.packed_int(packed, self.bits, scales, decode.zero_points(words, last - first, groups))
 
     def _scales_and_shifts(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from loaders.dtypes import DTYPES
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
@@ -110,6 +110,16 @@ class RowScaled:
         compare_rows = fp8.compare_rows if self.type == "float" else int8.compare_rows
         compare_rows(x, stored.read("weight", start, stop), columns, scales, sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        if self.whole:
+            return None
+        columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
+        scales = decode.floats(stored.read("weight_scale", start // columns, stop // columns), dtype)
+        decode_rows = decode.e4m3_rows if self.type == "float" else decode.int8_rows
+        return decode_rows(stored.read("weight", start, stop), scales)
 
     def _scales(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
         """Return the raw scales of the rows in items [start, stop)."""

@@ -2,7 +2,7 @@
 
 Stored, by role: weight, in the dtype of the type's name (loaders/dtypes.py), of the tensor's shape. Bytes are those of
 ggml's reference quantizers without an importance matrix (llama.cpp, ggml/src/ggml-quants.c), for float32, float16 and
-bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, k_quants.py and ternary.py.
+bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, mxfp4.py, k_quants.py and ternary.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from loaders.dtypes import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES
 from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.read_only.ggml import decode_blocks
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
@@ -28,6 +28,7 @@ from loaders.specs import StoredSpec, TensorSpec
 FLOATS = ("F32", "F16", "BF16")
 TYPES = (*GGML_BLOCKS, *FLOATS)
 ON_DEVICE = ("Q8_0", "Q4_0")  # those of kernels/device/ggml.py, which imports torch
+SEARCHED_ON_DEVICE = ("Q2_K", "Q4_K", "Q5_K", "Q6_K")  # those of kernels/device/k_quants.py
 # The number of steps between the values of the greatest and of the least code of a block: see `Ggml.error_limit`.
 STEPS = {"Q8_0": 254, "Q4_0": 16, "Q4_1": 15, "Q5_0": 32, "Q5_1": 31}
 
@@ -38,6 +39,10 @@ ROUNDED = {
     "Q8_0": (0, False, 0.5, 127), "Q4_0": (0, False, 1.0, 8), "Q4_1": (0, True, 0.5, 15), "Q5_0": (0, False, 1.0, 16),
     "Q5_1": (0, True, 0.5, 31), "TQ1_0": (52, False, 0.5, 1), "TQ2_0": (64, False, 0.5, 1),
 }  # fmt: skip
+
+# The greatest code of MXFP4, half the gap between codes at zero, and how it grows with a value: see grid.py. ggml
+# doubles E2M1's codes and halves scales.
+DOUBLED_E2M1 = 12, 2 * grids.E2M1_HALF, grids.E2M1_SLOPE + grids.SMALL
 
 
 class TernaryView:
@@ -71,6 +76,10 @@ class Ggml:
     def backends(self) -> tuple[str, ...]:
         """The CPU, and for types of one rounding a GPU, too; the others search for their scales."""
         return ("cpu", "cuda") if self.type in ON_DEVICE else ("cpu",)
+
+    @property
+    def searched_on(self) -> tuple[str, ...]:
+        return ("cuda",) if self.type in SEARCHED_ON_DEVICE else ()
 
     @property
     def error_limit(self) -> float:
@@ -171,13 +180,26 @@ class Ggml:
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
         from loaders.quantization.kernels.cpu import kernel_input
-        from loaders.quantization.kernels.ggml.compare import COMPARERS
+        from loaders.quantization.kernels.ggml.compare import COMPARERS, mxfp4
 
-        if self.type not in COMPARERS:
+        if self.absmean or self.type not in (*COMPARERS, "MXFP4"):
             return False
-        size = DTYPES[self.type].size
-        COMPARERS[self.type](stored.read("weight", size((start,)), size((stop,))), kernel_input(block, source), sums)
+        size, x = DTYPES[self.type].size, kernel_input(block, source)
+        blocks = stored.read("weight", size((start,)), size((stop,)))
+        if self.type == "MXFP4":
+            mxfp4(blocks, x, *grids.symmetric_terms(*DOUBLED_E2M1, source != spec.dtype.name), sums)
+        else:
+            COMPARERS[self.type](blocks, x, sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device.decode import BLOCKS
+
+        if self.type not in BLOCKS:
+            return None
+        size = DTYPES[self.type].size
+        blocks = stored.read("weight", size((start,)), size((stop,)))
+        return BLOCKS[self.type](blocks.reshape(-1, size((DTYPES[self.type].block,))))
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:

@@ -78,6 +78,7 @@ class Hqq:
     kind: ClassVar[str] = "hqq"
     engine: ClassVar[str] = "hqq"
     backends: ClassVar[tuple[str, ...]] = ("cpu",)
+    searched_on: ClassVar[tuple[str, ...]] = ("cuda",)
     bits: Literal[8, 4, 3, 2, 1] = 4
     group_size: int = 64
     axis: Literal[0, 1] = 1
@@ -194,7 +195,7 @@ class Hqq:
             x, stride = self._groups(view, first, last, work)
             sums = np.zeros((-(-(last - first) // TILE), UPDATES))
             found = kept.part(first, last) if kept is not None else self._scratch(work, last - first)
-            self._solve(x, stride, found, sums)
+            self._solve(x, stride, view.spec, found, sums, work)
             return sums
 
         found = self._sweep(work, layout.groups, TILE, errors)
@@ -242,10 +243,13 @@ class Hqq:
             gathered[k * count : (k + 1) * count] = view.read(k * groups + first, k * groups + last)
         return kernel_input(gathered, dtype), (1, count)
 
-    def _solve(self, x: np.ndarray, stride: tuple[int, int], found: Kept, errors: np.ndarray) -> None:
-        from loaders.quantization.kernels.hqq import solver
-
-        solver.solve(x, *stride, self.group_size, np.float32(self.top), self.rounds_zero, TILE, *found.arrays, errors)
+    def _solve(
+        self, x: np.ndarray, stride: tuple[int, int], spec: TensorSpec, found: Kept, errors: np.ndarray, work: Work
+    ) -> None:
+        dtype = "F32" if spec.dtype.name == "F64" else spec.dtype.name  # as `_groups` returns them
+        work.kernels.solve_hqq(
+            x, dtype, stride, self.group_size, self.top, self.rounds_zero, TILE, found.arrays, errors
+        )
 
     def _solved(
         self, x: np.ndarray, stride: tuple[int, int], first: int, found: Kept, updates: int, spec: TensorSpec,
@@ -253,7 +257,7 @@ class Hqq:
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Store scales and zeros of groups in the compute dtype, and return them unrounded for coding."""
         scales, zeros, _ = found.arrays
-        self._solve(x, stride, found, np.zeros((-(-scales.size // TILE), updates)))
+        self._solve(x, stride, spec, found, np.zeros((-(-scales.size // TILE), updates)), work)
         dtype = self.dtype_of(spec).name
         sink.write("scale", first, casts.cast(np.float32(1) / scales, "F32", dtype))
         sink.write("zero", first, casts.cast(zeros, "F32", dtype))

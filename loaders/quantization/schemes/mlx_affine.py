@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
 from loaders.quantization.grid import LEAST, ROUNDING, SMALL
-from loaders.quantization.kernels import casts
+from loaders.quantization.kernels import DeviceParts, casts
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work, fits
 from loaders.specs import StoredSpec, TensorSpec
 
@@ -147,6 +147,16 @@ class MlxAffine:
         packed, scales, biases = self._read(spec, stored, start, stop)
         affine.compare(kernel_input(block, source), packed, scales, biases, self.bits, self.group_size, sums)
         return True
+
+    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        group, dtype = self.group_size, self.scale_dtype(spec).name
+        packed = stored.read("weight", start * self.bits // 32, stop * self.bits // 32)
+        scales, biases = (
+            decode.floats(stored.read(role, start // group, stop // group), dtype) for role in (SCALES, BIASES)
+        )
+        return decode.affine(packed, self.bits, scales, biases)
 
     def _read(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int

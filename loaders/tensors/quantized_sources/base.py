@@ -9,7 +9,7 @@ from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
-from loaders.quantization.scheme import Decoder, Scheme
+from loaders.quantization.scheme import Decoder, Scheme, stored_specs
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor, stored_name
 
@@ -33,7 +33,7 @@ def decoded(
         BadCheckpoint: a part is missing, or has another dtype or size.
     """
     stored = []
-    for role, wanted in scheme.stored(spec).items():
+    for role, wanted in stored_specs(scheme, spec.dtype, spec.shape).items():
         if role in optional and stored_name(spec.name, role) not in by_name:
             continue
         found = part(by_name, spec.name, stored_name(spec.name, role))

@@ -61,11 +61,18 @@ def test_bytes_and_speed(device: str, weightmill: Callable[..., Ran]) -> None:
             assert row["differing_cases"] == 0
             assert row["cases"] >= 6
             assert row["weights"] >= 1 << 15
+    searched = gpu_bytes.searched_presets()
+    assert {"hqq4", "gguf_q4_k_m", "gguf_q6_k"} <= set(searched)
+    for name in searched:
+        assert found.pop(f"{name}, error")["apart"] <= 1e-3
     assert [name for name in found if "bitsandbytes" not in name] == []
     found = rows(ran, "speed")
     assert all(row["gbps"] > 0 for name, row in found.items() if "bitsandbytes" not in name)
     for name in presets:
         assert {f"{name} on {where}, host to host, 1 thread" for where in (device, "the CPU")} <= set(found)
+    for name in (*presets, *searched):
+        wheres = (device, "the CPU")
+        assert {f"{name} on {where}, encoded and measured, all threads" for where in wheres} <= set(found)
     for name in ("nf4", "fp8_dynamic", "gguf_q8_0"):
         assert f"{name} on {device} alone, all at once" in found
     assert "all bytes equal" in ran.err  # the table, and each row as soon as it was there

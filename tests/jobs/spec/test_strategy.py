@@ -109,7 +109,7 @@ def test_units_with_weights_of_priority_run_first(
         ("nf4", False, "there is no GPU here"),
         ("nf4", True, "so little is encoded before a GPU has started"),
         ("mlx_nvfp4", True, "no GPU stores the same bytes; backend=mlx asks for another"),
-        ("hqq4", True, "no GPU stores the same bytes"),
+        ("hqq4", True, "on a GPU its search may find other codes; backend=cuda asks for them"),
     ],
 )
 def test_the_plan_says_why_auto_encodes_where_it_does(

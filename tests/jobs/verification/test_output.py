@@ -193,8 +193,9 @@ def test_what_is_no_output_and_another_version_are_refused(out: Path, source: Pa
     assert "is of format 99" in ran.err
 
 
+@pytest.mark.parametrize("where", ["tensor", "header"])
 def test_bytes_that_change_between_measuring_and_finishing_fail_the_run(
-    source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+    where: str, source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
 
@@ -203,16 +204,20 @@ def test_bytes_that_change_between_measuring_and_finishing_fail_the_run(
     honest = ShardWriter.seal
 
     def flipping(self: Any) -> Any:
-        slot = next(s for s in self.file.slots if s.name == WEIGHT)
-        at = self.file.header_bytes + slot.offset + 5
+        places = honest(self)
+        at = places[WEIGHT][0] + 5 if where == "tensor" else self.file.header_bytes - 1
         byte = os.pread(self._descriptor, 1, at)[0]
         os.pwrite(self._descriptor, bytes([byte ^ 1]), at)
-        return honest(self)
+        return places
 
     monkeypatch.setattr(ShardWriter, "seal", flipping)
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
-    assert f"{WEIGHT}: its bytes in model.safetensors are not those that were measured" in ran.err
+    said = {
+        "tensor": f"{WEIGHT}: its bytes in model.safetensors are not those that were measured",
+        "header": "model.safetensors: what stands around its tensors is not as it was written",
+    }
+    assert said[where] in ran.err
     assert not (tmp_path / "out").exists()
 
 

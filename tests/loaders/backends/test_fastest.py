@@ -15,8 +15,14 @@ from loaders.backends import devices, fastest, machine, threads
 from loaders.errors import BadSpec
 from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.scheme import Scheme
+from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
+from loaders.quantization.schemes.bitsandbytes_int8 import LlmInt8
+from loaders.quantization.schemes.compressed_tensors_int import PackedInt
+from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
+from loaders.quantization.schemes.ggml import Ggml
 from loaders.quantization.schemes.hqq import Hqq
+from loaders.quantization.schemes.mlx_affine import MlxAffine
 from loaders.quantization.schemes.plain import Plain
 
 NF4 = Bnb4("nf4")
@@ -100,13 +106,28 @@ def test_a_gpu_that_does_not_work_is_left(device: Any, choose: Any) -> None:
     ("scheme", "size", "said"),
     [
         (NF4, 1 << 30, "so little is encoded before a GPU has started"),
-        (Hqq(4, 64), LARGE, "no GPU stores the same bytes"),
+        (Hqq(4, 64), LARGE, "on a GPU its search may find other codes; backend=cuda asks for them"),
+        (Ggml("Q4_K"), LARGE, "on a GPU its search may find other codes; backend=cuda asks for them"),
+        (Ggml("Q3_K"), LARGE, "no GPU stores the same bytes"),
         (Plain("BF16"), LARGE, "nothing is encoded"),
     ],
 )
 def test_without_a_choice_nothing_is_measured(scheme: Scheme, size: int, said: str, choose: Any) -> None:
     nobody = AssertionError("measured")
     assert choose(nobody, nobody, scheme, size) == ("cpu", said)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Bnb4("nf4", double_quant=True), LlmInt8(), PackedInt(4, 128, symmetric=False), RowScaled("float"),
+     MlxAffine(4, 64), Ggml("Q8_0"), Ternary()],
+    ids=str,
+)  # fmt: skip
+def test_every_scheme_of_a_gpu_can_be_measured(scheme: Scheme, choose: Any) -> None:
+    name, why = choose(CpuKernels(), CpuKernels(), scheme)
+    assert name in ("cpu", "cuda")
+    assert "2 threads encode " in why
+    assert "bytes" not in why
 
 
 def test_a_job_that_ends_before_a_gpu_starts_tries_none(choose: Any, monkeypatch: pytest.MonkeyPatch) -> None:

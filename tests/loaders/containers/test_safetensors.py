@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
-from loaders.containers.safetensors import header, lay_out, read_specs
+from loaders.containers import writer_of
+from loaders.containers.read_back import hash_in_order
+from loaders.containers.safetensors import header, lay_out, place, read_specs, written_specs
+from loaders.containers.writer import SMALL_PIECES
 from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint
 from loaders.specs import StoredSpec, StoredTensor
@@ -139,3 +143,43 @@ def test_a_header_fills_the_room_that_was_planned() -> None:
     made = header({"a": (DTYPES["F32"], (2,), 0)}, room=512)
     assert len(made) == 512
     assert struct.unpack("<Q", made[:8])[0] == 504
+
+
+def test_what_was_written_is_known_without_reading_it(tmp_path: Path) -> None:
+    tensors = [
+        StoredTensor("part/é", StoredSpec(DTYPES["BF16"], (2, 3))),
+        StoredTensor("part/empty", StoredSpec(DTYPES["F32"], (0, 4))),
+        StoredTensor("part/scalar", StoredSpec(DTYPES["F32"], ())),
+        StoredTensor("part/text", StoredSpec(DTYPES["U8"], (40,), is_bound=True)),
+        StoredTensor("part/word", StoredSpec(DTYPES["U8"], (9,), is_bound=True)),
+    ]
+    file = lay_out("part/m.safetensors", tensors)
+    writer = writer_of(tmp_path / "m.safetensors", file)
+    data = {slot.name: bytes(range(5 if slot.is_bound else slot.size)) for slot in file.slots}
+    for slot in reversed(file.slots):
+        writer.write(slot, 0, memoryview(data[slot.name]))
+        found = memoryview(bytearray(len(data[slot.name])))
+        writer.read(slot, 0, found)
+        assert found == data[slot.name]
+    places = writer.seal()
+    pieces = {name: {(0, len(raw)): xxhash.xxh3_64_intdigest(raw)} for name, raw in data.items()}
+    whole, hashes = hash_in_order(writer, file.slots, places, pieces)
+    writer.close()
+    raw = (tmp_path / "m.safetensors").read_bytes()
+    assert whole == xxhash.xxh3_128_hexdigest(raw)
+    assert hashes == {name: xxhash.xxh3_64_hexdigest(each) for name, each in data.items()}
+    specs = read_specs(files_of(tmp_path), "m.safetensors")
+    assert {f"part/{s.name}": raw[s.offset : s.offset + s.size] for s in specs} == data
+    assert written_specs(file, place(file, {name: len(each) for name, each in data.items()})) == specs
+
+
+def test_many_small_pieces_are_all_written(tmp_path: Path) -> None:
+    count, size = 3 * SMALL_PIECES, 7
+    file = lay_out("m.safetensors", [StoredTensor("w", StoredSpec(DTYPES["U8"], (count * size,)))])
+    writer = writer_of(tmp_path / "m.safetensors", file)
+    data = np.random.default_rng(0).integers(0, 256, count * size, np.uint8).tobytes()
+    for at in range(0, count * size, size)[::-1]:
+        writer.write(file.slots[0], at, memoryview(data)[at : at + size])
+    writer.seal()
+    writer.close()
+    assert (tmp_path / "m.safetensors").read_bytes()[file.header_bytes :] == data

@@ -23,6 +23,7 @@ from loaders import (
     load_weights,
 )
 from loaders.backends.threads import THREAD_BYTES
+from loaders.loading import encode
 from loaders.loading import resources as shared_module
 from loaders.storage import local
 from tests.making import llama_tensors, read_safetensors, values_of, weights, write_checkpoint
@@ -201,6 +202,20 @@ def test_a_damaged_entry_is_made_again(source: Path, own_cache: Path) -> None:
     entry.write_bytes(entry.read_bytes()[:-100])
     assert not load_weights(source, "nf4", use_cache=True)[1].from_cache
     assert load_weights(source, "nf4", use_cache=True)[1].from_cache
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_a_gpu_searched_is_kept_apart_from_the_cpus(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loaders.quantization.kernels.torch_device import DeviceKernels
+
+    kernels_of = encode.kernels_of
+    monkeypatch.setattr(encode, "kernels_of", lambda name: DeviceKernels("cpu") if name == "cuda" else kernels_of(name))
+    for quantize, is_same in (("nf4", True), ("hqq4", False)):
+        first, _ = load_weights(source, quantize, use_cache=True)
+        second, found = load_weights(source, quantize, use_cache=True, backend="cuda")
+        assert found.from_cache is is_same
+        assert first.keys() == second.keys()
+        assert load_weights(source, quantize, use_cache=True, backend="cuda")[1].from_cache
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at /proc")

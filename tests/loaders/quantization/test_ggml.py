@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -14,8 +19,12 @@ import loaders.backends.threads
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES, GGML_BLOCKS
+from loaders.places import ROOT
+from loaders.quantization.kernels import compare
+from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.kernels.ggml.encode import ENCODERS
+from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.schemes.ggml import TYPES, Ggml
 from loaders.specs import TensorSpec
 from tests import reference
@@ -24,6 +33,7 @@ from tests.making import Raw, values_of, weights
 from tests.quick import some_quick
 
 BLOCKS = sorted(GGML_BLOCKS)
+AT_ONCE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ2_0")  # decoded and compared in one call
 
 
 def test_every_block_type_has_an_encoder_and_a_decoder() -> None:
@@ -68,6 +78,71 @@ def test_what_is_measured_is_what_an_independent_decoder_finds(name: str, work: 
     # float32 sums of at most 4096 squares, each within 2^-24 of itself: the quotient's root is good to 1e-5
     assert error.relative_error == pytest.approx(reference.relative_error(source, decoded), rel=1e-5)
     assert np.array_equal(decode(Ggml(name), raw, sink, work), decoded)
+
+
+class Held:
+    """A `Stored` of one role, in memory."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._data = data
+
+    def read(self, role: str, start: int, stop: int) -> np.ndarray:
+        return self._data[start:stop]
+
+
+def awkward() -> np.ndarray:
+    """Weights of every power of two, ties among them, each block of 32 with its own largest: float32 (n,)."""
+    rng = np.random.default_rng(5)
+    sizes = np.ldexp(1.0, np.repeat(rng.permutation(np.arange(-133, 127)), 256))
+    steps = rng.choice([0, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 1.9921875], sizes.size)
+    return (sizes * steps * rng.choice([1, -1], sizes.size)).astype(np.float32)
+
+
+def results() -> dict[str, bytes]:
+    """The blocks and the measured sums of types that are compared at once, by type and dtype."""
+    found = {}
+    ordinary = np.random.default_rng(7).standard_normal(5 * 4096 + 256).astype(np.float32)
+    ordinary[300], ordinary[9000] = np.nan, np.inf
+    for name in AT_ONCE:
+        for dtype in ("BF16", "F16", "F32"):
+            with np.errstate(over="ignore"):
+                raw = weights(np.concatenate([awkward(), ordinary]).reshape(1, -1), dtype)
+            x, spec = kernel_input(raw.data.reshape(-1), dtype), MemoryView(raw).spec
+            blocks, sums = np.empty(DTYPES[name].size((x.size,)), np.uint8), compare.new_sums()
+            ENCODERS[name](x, blocks)
+            assert Ggml(name).compare(spec, Held(blocks), 0, x.size, raw.data.reshape(-1), dtype, sums)
+            found[f"{name} {dtype}"] = blocks.tobytes() + sums.tobytes()
+    return found
+
+
+def test_a_plain_cpu_gives_the_same_bytes_and_sums(tmp_path: Path) -> None:
+    """A process told that its CPU has nothing beyond the baseline (SSE2, NEON) takes the portable forms."""
+    code = (
+        "import sys, pickle; from tests.loaders.quantization.test_ggml import results, host_has;"
+        "assert not host_has('avx2'); sys.stdout.buffer.write(pickle.dumps(results()))"
+    )
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr.decode()
+    plain, here = pickle.loads(ran.stdout), results()
+    assert [name for name in here if here[name] != plain[name]] == []
+    assert callable(host_has)
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_bfloat16s_give_the_bytes_of_the_same_numbers_in_float32(name: str) -> None:
+    raw = weights(awkward(), "BF16")
+    found = []
+    for dtype, x in (("BF16", raw.data), ("F32", values_of(raw).astype(np.float32))):
+        blocks = np.empty(DTYPES[name].size((x.size,)), np.uint8)
+        ENCODERS[name](kernel_input(x, dtype), blocks)
+        found.append(blocks.tobytes())
+    assert found[0] == found[1]
 
 
 # 2^-10 / 127 is a normal float16, and so are the minima and scales below it that matter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +120,45 @@ def test_weights_go_through_staging_buffers_piece_by_piece(tmp_path: Path) -> No
     assert {n: fastsafetensors._bytes_of(t).tobytes() for n, t in loaded.items()} == wanted
     with pytest.raises(BadSpec, match="device=mlx has no pinned memory"):
         loader("pinned").load_weights(tmp_path / "m", device="mlx")
+
+
+@pytest.mark.engine
+def test_buffers_are_filled_while_the_device_copies_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer waits for the copy that was made from it before, and for no later one."""
+    pytest.importorskip("torch")
+    from loaders.backends.staging import BUFFERS, Staging
+
+    said: list[str] = []
+    filled, send = Staging._filled, Staging._send
+
+    class Copy:
+        """The event after a copy."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            said.append(f"wait for {self.number}")
+
+    def fill(staging: Staging, piece: np.ndarray) -> Any:
+        buffer = filled(staging, piece)
+        said.append("fill")
+        return buffer
+
+    def copy(staging: Staging, buffer: Any, out: Any) -> None:
+        staging._taken[staging._next] = Copy(sum(each.startswith("copy") for each in said))
+        said.append("copy")
+        send(staging, buffer, out)
+
+    monkeypatch.setattr(Staging, "_filled", fill)
+    monkeypatch.setattr(Staging, "_send", copy)
+    values = np.random.default_rng(1).integers(0, 256, 1000 * (BUFFERS + 2), np.uint8)
+    with Staging("cpu", 2, part=1000) as staging:
+        assert staging.copied(values).numpy().tobytes() == values.tobytes()
+        assert staging.copied(values[:10]).numpy().tobytes() == values[:10].tobytes()
+    assert BUFFERS >= 2
+    later = [each for number in range(3) for each in (f"wait for {number}", "fill", "copy")]
+    assert said == ["fill", "copy"] * BUFFERS + later
 
 
 @pytest.mark.gpu

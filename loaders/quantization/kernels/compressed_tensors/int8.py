@@ -10,7 +10,16 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import rounding
-from loaders.quantization.kernels.compare import add_pairs, float_at, tile_size
+from loaders.quantization.kernels.compare import (
+    CHUNK,
+    LANES,
+    Group,
+    add_groups,
+    add_pairs,
+    float_at,
+    settle,
+    tile_size,
+)
 from loaders.quantization.kernels.compressed_tensors.packed_int import codes_of, store_quick_bytes
 from loaders.quantization.kernels.intrinsics import prefetch
 from loaders.quantization.kernels.lanes import I32, Array, Lanes, Value, kernel, vector
@@ -85,13 +94,35 @@ def decode_rows(codes, columns, scales, out):  # type: ignore[no-untyped-def]
             out[at] = np.float32(codes[at]) * scale
 
 
+@vector(types.float64)
+def _add(
+    lanes: Lanes, x: Array, codes: Array, group: Value, scales: Array, start: Value, stop: Value, totals: Array
+) -> Value:
+    """Sum the differences of weights [start, stop) and their decoded codes: see `compare.add_groups`."""
+
+    def of_group(g: Value) -> Group:
+        return (lanes.shuffle(lanes.floats(scales, g, 1), [0] * LANES),)
+
+    def decoded(at: Value, own: Group) -> list[Value]:
+        codes_here = lanes.load(codes, at, STEP)
+        parts = (lanes.part(codes_here, part, LANES) for part in range(STEP // LANES))
+        wide = (lanes.b.sext(each, ir.VectorType(I32, LANES)) for each in parts)
+        return [lanes.b.fmul(lanes.b.sitofp(each, rounding.floats(each)), *own) for each in wide]
+
+    return add_groups(lanes, x, start, stop, group, totals, of_group, decoded, in_order=STEP)
+
+
 @kernel
 def compare_rows(x, codes, columns, scales, sums):  # type: ignore[no-untyped-def]
     """Add the differences of whole rows of raw weights and what `decode_rows` makes of the rest to `sums`."""
     step = tile_size(columns)
-    tile, totals = np.empty(step, np.float32), np.zeros(3, np.float64)
-    for start in range(0, x.size, step):
-        stop = min(start + step, x.size)
-        decoded = tile[: stop - start]
-        decode_rows(codes[start:stop], columns, scales[start // columns : stop // columns], decoded)
-        add_pairs(x[start:stop], decoded, totals, sums)
+    tile, totals = np.empty(CHUNK, np.float32), np.zeros(3, np.float64)
+    for row in range(0, x.size, step):
+        last = min(row + step, x.size)
+        own = scales[row // columns : last // columns]
+        for start in range(row, last, CHUNK):
+            stop = min(start + CHUNK, last)
+            some, some_codes, group = x[start:stop], codes[start:stop], min(columns, stop - start)
+            if group % STEP or not settle(_add(some, some_codes, group, own, 0, some.size, totals), totals, sums):
+                decode_rows(some_codes, group, own, tile)
+                add_pairs(some, tile[: some.size], totals, sums)

@@ -1,12 +1,11 @@
-"""Encoders of ggml's blocks of 32 weights: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and MXFP4, byte for byte as its reference.
+"""Encoders of ggml's blocks of 32 weights: Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1, byte for byte as its reference.
 
-A block begins with its scale d in float16 (in Q4_1 and Q5_1 also its least weight m; in MXFP4 an exponent byte e):
+A block begins with its scale d in float16 (in Q4_1 and Q5_1 also its least weight m):
     Q8_0   32 int8                                               w = d q
     Q4_0   16 bytes, weight j low and j + 16 high                w = d (q - 8)
     Q4_1   likewise                                              w = d q + m
     Q5_0   32 fifth bits as one uint32, then as Q4_0             w = d (q - 16)
     Q5_1   likewise                                              w = d q + m
-    MXFP4  as Q4_0, codes of E2M1 with a sign                    w = e2m1(q) 2^(e - 127)
 All arithmetic is float32, in the order of quantize_row_*_ref (llama.cpp, ggml/src/ggml-quants.c), and as x86-64 builds
 of ggml do it: products are not fused into sums. Codes are found by the scale before it is rounded to float16, and casts
 to integers truncate. A scale so small that its inverse is infinite makes C's cast undefined; x86 gives code 0, and so
@@ -24,13 +23,10 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import rounding
-from loaders.quantization.kernels.compare import float_at
 from loaders.quantization.kernels.lanes import F32, I8, I16, I32, Array, Lanes, Value, kernel, vector
 
 N = 32  # weights in a block
 BATCH = 16  # blocks whose scales are computed at once, a lane each
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as ggml's kvalues_mxfp4
-MIDDLES = (0.5, 1.5, 2.5, 3.5, 5, 7, 10)  # halfway between neighbours of E2M1
 # The bits of the last float32 below one half. With the sign of a number, it is what to add before the number is cut to
 # an integer, for roundf's half away from zero: one half itself would also lift 0.49999997 to 1.
 ROUND_AWAY = 0x3EFFFFFF
@@ -61,7 +57,7 @@ def _first_sign(lanes: Lanes, bits: Value, among: Value) -> Value:
 
 
 @vector(types.float32)
-def _largest(lanes: Lanes, x: Array, at: Value) -> Value:
+def largest(lanes: Lanes, x: Array, at: Value) -> Value:
     """Return the largest magnitude of a block."""
     bits = _bits(lanes, x, at)
     mask = 0x7FFFFFFF if x.element is F32 else 0x7FFF
@@ -144,7 +140,7 @@ def _halves(lanes: Lanes, values: Array, halves: Array) -> Value:
     lanes.store(lanes.to_f16(lanes.load(values, at, BATCH)), halves, at)
 
 
-def _place(lanes: Lanes, value: Value, out: Array, at: Value, offset: int) -> None:
+def put(lanes: Lanes, value: Value, out: Array, at: Value, offset: int) -> None:
     """Store a scalar or a vector at byte `at` + `offset`."""
     lanes.b.store(value, out.pointer(lanes.op("add", at, offset), value.type), align=1)
 
@@ -157,7 +153,7 @@ def _write_q8_0(lanes: Lanes, x: Array, at: Value, inverse: Value, half: Value, 
         v = lanes.b.fmul(values, lanes.splat(inverse, N // 2))
         nudge = lanes.op("or_", lanes.op("and_", lanes.b.bitcast(v, wide), -0x80000000), ROUND_AWAY)
         codes.append(lanes.b.fptosi(lanes.b.fadd(v, lanes.b.bitcast(nudge, v.type)), wide))
-    _place(lanes, half, out, to, 0)
+    put(lanes, half, out, to, 0)
     rounding.store_byte_pairs(lanes, codes[0], codes[1], out, lanes.op("add", to, 2))
 
 
@@ -178,26 +174,26 @@ def _codes(
     return found
 
 
-def _nibbles(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
+def put_nibbles(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
     """Store the low four bits of a block's codes: the first half in low nibbles, the second in high ones."""
     low, high = (lanes.op("and_", half, 15) for half in codes)
     both = lanes.b.or_(low, lanes.op("shl", high, 4))
-    _place(lanes, lanes.b.trunc(both, ir.VectorType(I8, N // 2)), out, to, offset)
+    put(lanes, lanes.b.trunc(both, ir.VectorType(I8, N // 2)), out, to, offset)
 
 
 def _fifth_bits(lanes: Lanes, codes: list[Value], out: Array, to: Value, offset: int) -> None:
     """Store the fifth bits of a block's 32 codes as one uint32. A mask of 32 lanes is that number already."""
     whole = lanes.join(codes)
     is_set = lanes.b.icmp_unsigned("!=", lanes.op("and_", whole, 16), lanes.const(whole.type, 0))
-    _place(lanes, lanes.b.bitcast(is_set, I32), out, to, offset)
+    put(lanes, lanes.b.bitcast(is_set, I32), out, to, offset)
 
 
 @vector(types.void)
 def _write_q4_0(
     lanes: Lanes, x: Array, at: Value, inverse: Value, offset: Value, half: Value, out: Array, to: Value
 ) -> None:
-    _place(lanes, half, out, to, 0)
-    _nibbles(lanes, _codes(lanes, x, at, None, inverse, offset, 15), out, to, 2)
+    put(lanes, half, out, to, 0)
+    put_nibbles(lanes, _codes(lanes, x, at, None, inverse, offset, 15), out, to, 2)
 
 
 @vector(types.void)
@@ -205,9 +201,9 @@ def _write_q5_0(
     lanes: Lanes, x: Array, at: Value, inverse: Value, offset: Value, half: Value, out: Array, to: Value
 ) -> None:
     codes = _codes(lanes, x, at, None, inverse, offset, 31)
-    _place(lanes, half, out, to, 0)
+    put(lanes, half, out, to, 0)
     _fifth_bits(lanes, codes, out, to, 2)
-    _nibbles(lanes, codes, out, to, 6)
+    put_nibbles(lanes, codes, out, to, 6)
 
 
 @vector(types.void)
@@ -223,9 +219,9 @@ def _write_q4_1(
     out: Array,
     to: Value,
 ) -> None:
-    _place(lanes, half, out, to, 0)
-    _place(lanes, low_half, out, to, 2)
-    _nibbles(lanes, _codes(lanes, x, at, low, inverse, offset, 15), out, to, 4)
+    put(lanes, half, out, to, 0)
+    put(lanes, low_half, out, to, 2)
+    put_nibbles(lanes, _codes(lanes, x, at, low, inverse, offset, 15), out, to, 4)
 
 
 @vector(types.void)
@@ -242,51 +238,10 @@ def _write_q5_1(
     to: Value,
 ) -> None:
     codes = _codes(lanes, x, at, low, inverse, offset, 31)
-    _place(lanes, half, out, to, 0)
-    _place(lanes, low_half, out, to, 2)
+    put(lanes, half, out, to, 0)
+    put(lanes, low_half, out, to, 2)
     _fifth_bits(lanes, codes, out, to, 4)
-    _nibbles(lanes, codes, out, to, 8)
-
-
-@vector(types.void)
-def _write_mxfp4(lanes: Lanes, x: Array, at: Value, inverse: Value, exponent: Value, out: Array, to: Value) -> None:
-    """Write a block of MXFP4: each finite weight takes the nearest code, of two as near the lesser magnitude.
-
-    ggml's best_index_mxfp4 tries all sixteen codes and keeps the first of the best, so that a zero has no sign.
-    Counting the middles below a magnitude gives the same, since `inverse` is a power of two and products are exact.
-    """
-    codes, kind = [], ir.VectorType(I32, N // 4)
-    for half in range(2):
-        pair = []
-        for v in lanes.pairs(x, lanes.op("add", at, half * N // 2), N // 2):
-            steps = lanes.b.fmul(v, lanes.splat(inverse, N // 4))
-            size, code = lanes.absolute(steps), lanes.const(kind, 0)
-            for middle in MIDDLES:
-                code = lanes.b.sub(
-                    code, lanes.b.sext(lanes.b.fcmp_ordered(">", size, lanes.const(v.type, middle)), kind)
-                )
-            sign = lanes.op("and_", lanes.op("lshr", lanes.b.bitcast(steps, kind), 28), 8)
-            is_zero = lanes.b.icmp_unsigned("==", code, lanes.const(kind, 0))
-            pair.append(lanes.b.select(is_zero, code, lanes.b.or_(code, sign)))
-        codes.append(lanes.woven(*pair))
-    _place(lanes, exponent, out, to, 0)
-    _nibbles(lanes, codes, out, to, 1)
-
-
-@kernel
-def _write_mxfp4_slowly(x, at, out, to):  # type: ignore[no-untyped-def]
-    """Write a block of MXFP4 with exponent byte 0 by ggml's definition, best_index_mxfp4.
-
-    Its scale, 2^-128, is a subnormal float32 whose inverse is infinite, so `_write_mxfp4` cannot serve.
-    """
-    out[to : to + 17] = 0
-    for i in range(N):
-        value, best = float_at(x, at + i), np.float32(0)
-        for code in range(len(E2M1)):
-            error = abs(np.float32(E2M1[code]) * np.float32(2.0**-128) - value)
-            if code == 0 or error < best:
-                best, found = error, code
-        out[to + 1 + i % 16] |= np.uint8(found << (4 * (i // 16)))
+    put_nibbles(lanes, codes, out, to, 8)
 
 
 @kernel
@@ -297,7 +252,7 @@ def encode_q8_0(x, out):  # type: ignore[no-untyped-def]
     for first in range(0, x.size // N, BATCH):
         count = min(BATCH, x.size // N - first)
         for k in range(count):
-            spans[k] = _largest(x, (first + k) * N)
+            spans[k] = largest(x, (first + k) * N)
         _scales(spans, np.float32(127), np.float32(0), inverses, offsets, halves)
         for k in range(count):
             _write_q8_0(x, (first + k) * N, inverses[k], halves[k], out, (first + k) * 34)
@@ -360,23 +315,3 @@ def encode_q4_1(x: np.ndarray, out: np.ndarray) -> None:
 def encode_q5_1(x: np.ndarray, out: np.ndarray) -> None:
     """Encode Q5_1. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 24,)."""
     _encode_offset(x, True, out)
-
-
-@kernel
-def encode_mxfp4(x, out):  # type: ignore[no-untyped-def]
-    """Encode MXFP4. x: (n,), n a multiple of 32; out: uint8 (n / 32 * 17,).
-
-    The exponent is floorf(log2f(amax)) - 2: log2 in float64 rounded to float32 is what a correctly rounded log2f gives,
-    which just below a power of two may be the next integer.
-    """
-    for block in range(x.size // N):
-        top = _largest(x, block * N)
-        exponent = np.int32(0)
-        if top > 0 and top < np.inf:
-            exponent = np.int32(math.floor(np.float32(math.log2(np.float64(top))))) + np.int32(125)
-        exponent &= np.int32(0xFF)  # below 2^-125 the byte wraps round, as in ggml: such blocks come out as zeros
-        if exponent == 0:
-            _write_mxfp4_slowly(x, block * N, out, block * 17)
-        else:
-            inverse = np.float32(2.0 ** (128.0 - np.float64(exponent)))
-            _write_mxfp4(x, block * N, inverse, np.uint8(exponent), out, block * 17)

@@ -9,9 +9,11 @@ twice, in the ends and in the decoded values. See quantization/grid.py.
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
+from numba.core import types
 
 from loaders.quantization.kernels.ggml.decode import half_at, six_bits
-from loaders.quantization.kernels.lanes import kernel
+from loaders.quantization.kernels.lanes import I16, Array, Lanes, Value, kernel, vector
 
 ROUNDING = np.float32(2.0**-10)  # twice float16's greatest relative rounding
 LEAST = np.float32(2.0**-24)  # twice its greatest absolute rounding, below its normal numbers
@@ -22,14 +24,28 @@ GROUPS = {
 }  # fmt: skip
 
 
+@vector(types.int64)
+def _magnitude_bits(lanes: Lanes, data: Array, at: Value) -> Value:
+    """Return the bits, without the sign, of the float16 at byte `at`."""
+    bits = lanes.b.bitcast(lanes.load(data, at, 2), I16)
+    return lanes.b.zext(lanes.op("and_", bits, 0x7FFF), ir.IntType(64))
+
+
 @kernel
 def _largest_bits(data, size, at):  # type: ignore[no-untyped-def]
-    """Find the greatest bits, without signs, of the float16s at byte `at` of every block: they sort as magnitudes."""
-    top = 0
-    for place in range(at, data.size, size):
-        bits = np.int64(data[place + 1] & np.uint8(0x7F)) << 8 | np.int64(data[place])
-        top = max(top, int(bits))
-    return top
+    """Find the greatest bits, without signs, of the float16s at byte `at` of every block: they sort as magnitudes.
+
+    Four are found side by side, since each comparison waits for the one before it.
+    """
+    a, b, c, d, whole = 0, 0, 0, 0, data.size // (4 * size) * (4 * size)
+    for place in range(at, whole, 4 * size):
+        a = max(a, _magnitude_bits(data, place))
+        b = max(b, _magnitude_bits(data, place + size))
+        c = max(c, _magnitude_bits(data, place + 2 * size))
+        d = max(d, _magnitude_bits(data, place + 3 * size))
+    for place in range(whole + at, data.size, size):
+        a = max(a, _magnitude_bits(data, place))
+    return max(a, b, c, d)
 
 
 def largest_half(data: np.ndarray, size: int, at: int) -> float:

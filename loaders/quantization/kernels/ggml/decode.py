@@ -1,7 +1,7 @@
 """Decoders of ggml's block formats to float32, as llama.cpp's dequantize_row_* (ggml/src/ggml-quants.c) compute them.
 
 They share no code with the encoders, which they check. data: uint8, whole blocks; out: float32, their weights. What the
-bytes of a block mean is described in kernels/ggml/blocks.py, k_quants.py and ternary.py.
+bytes of a block mean is described in kernels/ggml/blocks.py, mxfp4.py, k_quants.py and ternary.py.
 """
 
 from __future__ import annotations
@@ -39,23 +39,15 @@ def _half(lanes: Lanes, data: Array, at: Value, offset: int) -> Value:
     return lanes.from_f16(lanes.splat(bits, 16))
 
 
-def _put_scaled(
-    lanes: Lanes, codes: Value, scale: Value, low: Value | None, out: Array, to: Value, offset: int
-) -> None:
-    """Store code * scale (+ low) for sixteen int32 codes, from weight `to` + `offset` on."""
-    values = lanes.b.fmul(lanes.b.sitofp(codes, scale.type), scale)
-    values = values if low is None else lanes.b.fadd(values, low)
-    lanes.store(values, out, lanes.op("add", to, offset))
+def _put(lanes: Lanes, values: list[Value], out: Array, to: Value) -> None:
+    """Store vectors of sixteen weights one after another, from weight `to` on."""
+    for index, each in enumerate(values):
+        lanes.store(each, out, lanes.op("add", to, 16 * index))
 
 
-@vector(types.void)
-def _eight(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
-    """Decode a block of Q8_0."""
-    scale = _half(lanes, data, at, 0)
-    for part in range(2):
-        raw = _load_bytes(lanes, data, at, 2 + 16 * part, 16)
-        codes = lanes.b.sext(raw, ir.VectorType(I32, 16))
-        _put_scaled(lanes, codes, scale, None, out, to, 16 * part)
+def _scaled(lanes: Lanes, codes: Value, scale: Value) -> Value:
+    """Return code * scale for sixteen int32 codes."""
+    return lanes.b.fmul(lanes.b.sitofp(codes, scale.type), scale)
 
 
 def _nibbles(lanes: Lanes, data: Array, at: Value, offset: int) -> tuple[Value, Value]:
@@ -75,36 +67,64 @@ def _with_fifth(lanes: Lanes, data: Array, at: Value, offset: int, halves: tuple
     return found
 
 
+# The weights of a block by the byte `at` which it begins, sixteen to a vector.
+
+
+def eight(lanes: Lanes, data: Array, at: Value) -> list[Value]:
+    """Return the 32 weights of a block of Q8_0."""
+    scale, kind = _half(lanes, data, at, 0), ir.VectorType(I32, 16)
+    halves = (_load_bytes(lanes, data, at, 2 + 16 * part, 16) for part in range(2))
+    return [_scaled(lanes, lanes.b.sext(raw, kind), scale) for raw in halves]
+
+
+def four_centred(lanes: Lanes, data: Array, at: Value) -> list[Value]:
+    """Return the 32 weights of a block of Q4_0."""
+    scale = _half(lanes, data, at, 0)
+    return [_scaled(lanes, lanes.op("sub", codes, 8), scale) for codes in _nibbles(lanes, data, at, 2)]
+
+
+def four_offset(lanes: Lanes, data: Array, at: Value) -> list[Value]:
+    """Return the 32 weights of a block of Q4_1."""
+    scale, low = _half(lanes, data, at, 0), _half(lanes, data, at, 2)
+    return [lanes.b.fadd(_scaled(lanes, codes, scale), low) for codes in _nibbles(lanes, data, at, 4)]
+
+
+def five_centred(lanes: Lanes, data: Array, at: Value) -> list[Value]:
+    """Return the 32 weights of a block of Q5_0."""
+    scale, codes = _half(lanes, data, at, 0), _with_fifth(lanes, data, at, 2, _nibbles(lanes, data, at, 6))
+    return [_scaled(lanes, lanes.op("sub", each, 16), scale) for each in codes]
+
+
+def five_offset(lanes: Lanes, data: Array, at: Value) -> list[Value]:
+    """Return the 32 weights of a block of Q5_1."""
+    scale, low = _half(lanes, data, at, 0), _half(lanes, data, at, 2)
+    codes = _with_fifth(lanes, data, at, 4, _nibbles(lanes, data, at, 8))
+    return [lanes.b.fadd(_scaled(lanes, each, scale), low) for each in codes]
+
+
+@vector(types.void)
+def _eight(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
+    _put(lanes, eight(lanes, data, at), out, to)
+
+
 @vector(types.void)
 def _four_centred(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
-    """Decode a block of Q4_0."""
-    scale = _half(lanes, data, at, 0)
-    for part, codes in enumerate(_nibbles(lanes, data, at, 2)):
-        _put_scaled(lanes, lanes.op("sub", codes, 8), scale, None, out, to, 16 * part)
+    _put(lanes, four_centred(lanes, data, at), out, to)
 
 
 @vector(types.void)
 def _four_offset(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
-    """Decode a block of Q4_1."""
-    scale, low = _half(lanes, data, at, 0), _half(lanes, data, at, 2)
-    for part, codes in enumerate(_nibbles(lanes, data, at, 4)):
-        _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
+    _put(lanes, four_offset(lanes, data, at), out, to)
 
 
 @vector(types.void)
 def _five_centred(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
-    """Decode a block of Q5_0."""
-    scale = _half(lanes, data, at, 0)
-    for part, codes in enumerate(_with_fifth(lanes, data, at, 2, _nibbles(lanes, data, at, 6))):
-        _put_scaled(lanes, lanes.op("sub", codes, 16), scale, None, out, to, 16 * part)
+    _put(lanes, five_centred(lanes, data, at), out, to)
 
 
 @vector(types.void)
 def _five_offset(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
-    """Decode a block of Q5_1."""
-    scale, low = _half(lanes, data, at, 0), _half(lanes, data, at, 2)
-    for part, codes in enumerate(_with_fifth(lanes, data, at, 4, _nibbles(lanes, data, at, 8))):
-        _put_scaled(lanes, codes, scale, low, out, to, 16 * part)
+    _put(lanes, five_offset(lanes, data, at), out, to)
 
 
 @kernel
@@ -140,9 +160,8 @@ def q5_1(data, out):  # type: ignore[no-untyped-def]
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as in ggml
 
 
-@vector(types.void)
-def _four_floating(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
-    """Decode a block of MXFP4, whose scale is halved as codes are doubled: 2^(byte - 128).
+def scale_of_mxfp4(lanes: Lanes, data: Array, at: Value) -> Value:
+    """Return sixteen lanes of a block's scale, which is halved as codes are doubled: 2^(byte - 128).
 
     Below 2^-126 that is a subnormal float32.
     """
@@ -150,9 +169,17 @@ def _four_floating(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) 
     normal = lanes.op("shl", lanes.op("sub", byte, 1), 23)
     small = lanes.b.shl(ir.Constant(I32, 0x200000), lanes.op("and_", byte, 1))
     is_normal = lanes.b.icmp_signed(">", byte, ir.Constant(I32, 1))
-    scale = lanes.splat(lanes.b.bitcast(lanes.b.select(is_normal, normal, small), F32), 16)
-    for part, codes in enumerate(_nibbles(lanes, data, at, 1)):
-        lanes.store(lanes.b.fmul(lanes.lookup(E2M1, codes), scale), out, lanes.op("add", to, 16 * part))
+    return lanes.splat(lanes.b.bitcast(lanes.b.select(is_normal, normal, small), F32), 16)
+
+
+def four_floating(lanes: Lanes, data: Array, at: Value, scale: Value) -> list[Value]:
+    """Return the 32 weights of a block of MXFP4 of a known scale."""
+    return [lanes.b.fmul(lanes.lookup(E2M1, codes), scale) for codes in _nibbles(lanes, data, at, 1)]
+
+
+@vector(types.void)
+def _four_floating(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
+    _put(lanes, four_floating(lanes, data, at, scale_of_mxfp4(lanes, data, at)), out, to)
 
 
 @kernel
@@ -314,23 +341,26 @@ def tq1_0(data, out):  # type: ignore[no-untyped-def]
                 fraction = (fraction * np.uint32(3)) & np.uint32(255)
 
 
-@vector(types.void)
-def _four_trits(lanes: Lanes, data: Array, at: Value, scale_at: Value, out: Array, to: Value) -> None:
-    """Decode 128 weights of TQ2_0 from 32 bytes: the four codes of a byte belong to weights 32 apart."""
-    scale = _half(lanes, data, scale_at, 0)
-    for part in range(2):
-        raw = _integers(lanes, _load_bytes(lanes, data, at, 16 * part, 16))
+def four_trits(lanes: Lanes, data: Array, at: Value) -> list[Value]:
+    """Return the 256 weights of a block of TQ2_0: the four codes of a byte belong to weights 32 apart."""
+    scale, found = _half(lanes, data, at, 64), []
+    for half in range(2):
+        parts = [_integers(lanes, _load_bytes(lanes, data, at, 32 * half + 16 * part, 16)) for part in range(2)]
         for n in range(4):
-            codes = lanes.op("sub", lanes.op("and_", lanes.op("lshr", raw, 2 * n), 3), 1)
-            _put_scaled(lanes, codes, scale, None, out, to, 32 * n + 16 * part)
+            codes = (lanes.op("and_", lanes.op("lshr", raw, 2 * n), 3) for raw in parts)
+            found += [_scaled(lanes, lanes.op("sub", each, 1), scale) for each in codes]
+    return found
+
+
+@vector(types.void)
+def _four_trits(lanes: Lanes, data: Array, at: Value, out: Array, to: Value) -> None:
+    _put(lanes, four_trits(lanes, data, at), out, to)
 
 
 @kernel
 def tq2_0(data, out):  # type: ignore[no-untyped-def]
     for b in range(out.size // 256):
-        at, to = b * 66, b * 256
-        for half in range(2):
-            _four_trits(data, at + 32 * half, at + 64, out, to + 128 * half)
+        _four_trits(data, b * 66, out, b * 256)
 
 
 DECODERS = {
