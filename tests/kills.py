@@ -52,6 +52,7 @@ FAULTS: tuple[tuple[Fault, Mapping[str, Any]], ...] = (  # of a hundred requests
 )
 LAYERS = 4
 SMALL_PART = 8 << 10  # bytes of an upload's part, so that files of this small model are uploaded in parts
+PUBLISHING = re.compile(r"PUT .*/(?:[^/.]+\.index|config|weightmill)\.json$")  # a moment that chance alone seldom meets
 LONGEST_S = 0.03  # from the request to the kill
 STUCK_S = 300.0  # for which no run takes
 
@@ -278,18 +279,22 @@ class Folder:
 
 
 class Watched(Proxy):
-    """A proxy that says when so many more requests have arrived."""
+    """A proxy that says when so many more requests have arrived, or one for what has a match of a pattern."""
 
-    _left = 0
+    _left: int | re.Pattern[str] = 0
 
-    def after(self, requests: int) -> threading.Event:
+    def after(self, requests: int | re.Pattern[str]) -> threading.Event:
         self._reached, self._left = threading.Event(), requests
         return self._reached
 
     def note(self, seen: Seen) -> None:
         super().note(seen)
-        self._left -= 1
-        if self._left == 0:
+        if isinstance(self._left, int):
+            self._left -= 1
+            is_reached = self._left == 0
+        else:
+            is_reached = bool(self._left.search(f"{seen.method} {seen.target}"))
+        if is_reached:
             self._reached.set()
 
 
@@ -327,10 +332,7 @@ class Campaign:
         """Make one output, by as many runs as it takes."""
         done: dict[str, bytes] = {}  # the records before the run
         while True:
-            wait = None
-            if kills > 0 and self._random.random() < 0.9:
-                # A rerun has less to do.
-                wait = self._random.randint(1, max(1, self._usual // (2 if done else 1)))
+            wait = self._moment(is_rerun=bool(done)) if kills > 0 else None
             was_published = OUR_REPORT in self._target.visible(name)
             status, log = self._one_run(name, wait)
             self._check_run(name, done)
@@ -356,8 +358,17 @@ class Campaign:
             break
         self._check_end(name)
 
-    def _one_run(self, name: str, wait: int | None) -> tuple[int, str]:
-        """Run the job until it ends or is killed, after so many requests; its status, and where its output is."""
+    def _moment(self, *, is_rerun: bool) -> int | re.Pattern[str] | None:
+        """Choose the request after which a run is killed; None: it is let be."""
+        if self._random.random() < (0.4 if is_rerun else 0.05):
+            return None
+        if self._random.random() < 0.2:
+            return PUBLISHING
+        # A rerun has less to do.
+        return self._random.randint(1, max(1, self._usual // (2 if is_rerun else 1)))
+
+    def _one_run(self, name: str, wait: int | re.Pattern[str] | None) -> tuple[int, str]:
+        """Run the job until it ends or is killed, after requests; its status, and where its output is."""
         self._proxy.forget()
         log = str(self._work / "log")
         reached = self._proxy.after(wait or -1)

@@ -18,6 +18,7 @@ from jobs.cli.compose import Request, compose, take_apart
 from jobs.spec.keys import KEYS
 from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
+from loaders.storage.address import without_secrets
 from loaders.storage.settings import use
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def note(text: str) -> None:
     from rich.console import Console  # slow to import, for a program that asks for JSON, or a user for help
     from rich.text import Text
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(without_secrets(text)))
 
 
 def show(text: RenderableType) -> None:
@@ -184,8 +185,10 @@ def _width(stream: TextIO) -> int | None:
 
 
 def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
+    # What a user typed may be quoted, and what libraries say.
+    problems = [without_secrets(problem) for problem in problems]
     if as_json:
-        print(json.dumps({"status": "failed", "exit_status": status, "problems": list(problems)}, indent=2))
+        print(json.dumps({"status": "failed", "exit_status": status, "problems": problems}, indent=2))
     lead = {WRONG: "this cannot be done", INTERRUPTED: "stopped"}.get(status, "failed")
     if len(problems) == 1:
         print(f"weightmill: {lead}: {problems[0]}", file=sys.stderr)

@@ -62,11 +62,11 @@ def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[s
         return store.name, store.all(where)
     name = store.last_sweep() if sweep == "last" else sweep
     if name is None:
-        raise BadSpec(f"sweep: no sweep in experiment {store.name!r} of {store.uri}; sweep=all compares all its runs")
+        raise BadSpec(f"sweep: no sweep in experiment {store.name!r} of {store.shown}; sweep=all compares all its runs")
     found = store.of_sweep(name, where)
     if not found:
         raise BadSpec(
-            f"sweep: no run of {name!r} in experiment {store.name!r} of {store.uri}; sweep=last is the newest"
+            f"sweep: no run of {name!r} in experiment {store.name!r} of {store.shown}; sweep=last is the newest"
         )
     return name, found
 

@@ -6,6 +6,7 @@ import socket
 from urllib.parse import urlsplit
 
 from loaders.errors import StorageError
+from loaders.storage.address import without_secrets
 
 # Seconds to wait for a connection: far more than any reachable service needs, and far less than the minutes for which
 # Ray and MLflow retry.
@@ -27,4 +28,6 @@ def check_reachable(key: str, address: str, remedy: str) -> None:
         with socket.create_connection((parts.hostname, port), timeout=PATIENCE_S):
             pass
     except (OSError, ValueError) as error:
-        raise StorageError(f"{key}: nobody answers at {address} ({error}); is it running? {remedy}") from None
+        raise StorageError(
+            f"{key}: nobody answers at {without_secrets(address)} ({error}); is it running? {remedy}"
+        ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PlainSerializer, ValidationError, ValidationInfo, field_validator, model_validator
 
 from jobs.spec.base import FloatName, Format, LocalPath, Location, Source, Spec
 from jobs.spec.store import StoreSpec
@@ -23,7 +23,7 @@ from loaders.presets.auto import QuantSpec
 from loaders.presets.settings import Quant
 from loaders.rules.next_tokens import NextTokens
 from loaders.rules.rule import Rule
-from loaders.storage.address import Address
+from loaders.storage.address import Address, without_secrets
 from loaders.storage.settings import StoreSettings
 
 MB = 1_000_000
@@ -237,7 +237,10 @@ class TrackingSpec(Spec):
     """conf/tracking: the store of the metrics."""
 
     kind: Literal["mlflow", "none"]
-    uri: str | None = Field(default=None, description="a tracking server or database; sqlite in output.root by default")
+    # Where a request is written down, it stands there without its password.
+    uri: Annotated[str, PlainSerializer(without_secrets)] | None = Field(
+        default=None, description="a tracking server or database; sqlite in output.root by default"
+    )
     experiment: str = Field(default="weightmill", description="the MLflow experiment")
     price_per_hour: float | None = Field(default=None, ge=0, description="price of a machine, to estimate the cost")
 

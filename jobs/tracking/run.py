@@ -26,6 +26,7 @@ from filelock import FileLock
 from jobs.spec.addresses import check_reachable
 from jobs.spec.job import TrackingSpec
 from loaders.errors import StorageError
+from loaders.storage.address import without_secrets
 
 LOCK_S = 120  # seconds to wait for another process that creates the store: migrating its schema takes a few
 # MLflow's own limits (mlflow/utils/validation.py, 3.17); beyond them it truncates a parameter or refuses a batch.
@@ -275,8 +276,9 @@ class MlflowRun:
         self._client, self._uri, self._experiment = recorder.store(spec, root)
         self._run = self._find(key, tags) or self._new(name, {**tags, "weightmill.key": key})
         self.run_id = self._run
-        page = f"{self._uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
-        self.address = page if self._uri.startswith("http") else f"{self._uri} run {self._run}"
+        shown = without_secrets(self._uri)
+        page = f"{shown.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
+        self.address = page if self._uri.startswith("http") else f"{shown} run {self._run}"
         self._log_params(params)
         recorder.live(self._run, self._client)
 
@@ -360,7 +362,7 @@ def compare_page(spec: TrackingSpec, root: Path, runs: Sequence[str], experiment
         page = f"#/experiments/{experiment}/runs?{TRAINING}" + (
             f"&searchFilter={quote(mine, safe='')}" if sweep else ""
         )
-    uri = spec.uri or default_uri(root)
+    uri = without_secrets(spec.uri or default_uri(root))
     if uri.startswith("http"):
         return f"compare: {uri.rstrip('/')}/{page}"
     return f"compare: mlflow ui --backend-store-uri {uri}   and then http://127.0.0.1:5000/{page}"
@@ -385,7 +387,8 @@ def mlflow_client(uri: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of what an error says, in which there may be the store's address, without its password."""
+    return without_secrets(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
 def default_uri(root: Path) -> str:

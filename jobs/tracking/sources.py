@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from jobs.cli.validation import is_read
 from loaders.errors import BadSpec, StorageError
 from loaders.storage import kind_of, open_store
-from loaders.storage.address import IN_MLFLOW, Address
+from loaders.storage.address import IN_MLFLOW, Address, without_secrets
 from loaders.storage.base import PinnedFiles
 
 S = TypeVar("S", bound=BaseModel)
@@ -93,7 +93,7 @@ class Lookup:
     @property
     def _shown(self) -> str:
         """The store's or server's address, without a password."""
-        return str(Address.of(self.uri)) if "@" in self.uri else self.uri
+        return without_secrets(self.uri)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -221,7 +221,7 @@ def _tracking_uri(key: str, spec: BaseModel) -> str:
     root = getattr(getattr(spec, "output", None), "local_root", None) or Path.cwd() / "weightmill"
     uri = given or default_uri(root)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        what = f"there is no store {uri}" if given else "no MLflow is named to look in"
+        what = f"there is no store {without_secrets(uri)}" if given else "no MLflow is named to look in"
         raise BadSpec(f"{key}: {what}; set tracking.uri, or MLFLOW_TRACKING_URI in the environment")
     return str(uri)
 

@@ -17,6 +17,7 @@ from jobs.spec.addresses import check_reachable
 from jobs.spec.job import TrackingSpec
 from jobs.tracking.run import BEAT_S, HEARTBEAT, HOST, PID, SWEEP, default_uri, first_line, mlflow_client
 from loaders.errors import BadSpec, StorageError
+from loaders.storage.address import without_secrets
 
 SILENT_S = 10 * BEAT_S  # seconds without a heartbeat after which a run on another machine is taken for crashed
 
@@ -70,8 +71,13 @@ class Store:
             found = self._client.get_experiment_by_name(spec.experiment)
             known = [] if found else [each.name for each in self._client.search_experiments()]
         if found is None:
-            raise BadSpec(f"tracking.experiment: no {spec.experiment!r} in {self.uri}; known: {', '.join(known)}")
+            raise BadSpec(f"tracking.experiment: no {spec.experiment!r} in {self.shown}; known: {', '.join(known)}")
         self.experiment = str(found.experiment_id)
+
+    @property
+    def shown(self) -> str:
+        """The store's address, without a password."""
+        return without_secrets(self.uri)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -79,7 +85,7 @@ class Store:
             yield
         # Stores raise errors of many libraries, without a common class.
         except Exception as error:
-            raise StorageError(f"tracking.uri: {self.uri} cannot be read: {first_line(error)}") from error
+            raise StorageError(f"tracking.uri: {self.shown} cannot be read: {first_line(error)}") from error
 
     def all(self, where: str = "") -> list[Tracked]:
         """Return all runs that match MLflow's filter `where`, oldest first."""
@@ -117,7 +123,7 @@ class Store:
             found = [run for run in known if wanted in (run.run_id, run.name)]
             if not found:
                 names = ", ".join(dict.fromkeys(run.name for run in known))
-                raise BadSpec(f"runs: no folder of an output and no run {wanted!r} in {self.uri}; known: {names}")
+                raise BadSpec(f"runs: no folder of an output and no run {wanted!r} in {self.shown}; known: {names}")
             chosen += found
         return chosen
 

@@ -15,6 +15,17 @@ IN_MLFLOW = ("models", "runs")  # schemes of what MLflow knows the address of
 # MLflow writes its two schemes with one slash.
 SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(models|runs):/")
 HIDDEN = "***"  # what stands for a secret where an address is shown
+URL = re.compile(r"\b([a-z][a-z0-9+.\-]*://)([^\s/?#]*@)?([^\s?#]*)(\?[^\s#]*)?")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text, such as a library's message, without users, passwords and queries of the URLs in it."""
+
+    def shown(found: re.Match[str]) -> str:
+        scheme, user, where, query = found.groups()
+        return f"{scheme}{HIDDEN + '@' if user else ''}{where}{'?' + HIDDEN if query else ''}"
+
+    return URL.sub(shown, text)
 
 
 @dataclass(frozen=True, slots=True, order=True)

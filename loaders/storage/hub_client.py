@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from loaders.errors import BadSpec, StorageError
+from loaders.storage.address import without_secrets
 from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import current
 from loaders.storage.traffic import Traffic, traffic
@@ -48,6 +49,11 @@ class HubClient:
     def __init__(self, endpoint: str, headers: Mapping[str, str]) -> None:
         self.endpoint = endpoint
         self.headers = dict(headers)
+
+    @property
+    def shown(self) -> str:
+        """The endpoint without a password."""
+        return without_secrets(self.endpoint)
 
     @property
     def traffic(self) -> Traffic:
@@ -92,7 +98,7 @@ class HubClient:
         try:
             return answer.json()
         except (ValueError, RecursionError):
-            raise StorageError(f"{where}: the Hub at {self.endpoint} answers something else than JSON") from None
+            raise StorageError(f"{where}: the Hub at {self.shown} answers something else than JSON") from None
 
     @contextmanager
     def failures(self) -> Iterator[None]:
@@ -109,8 +115,8 @@ class HubClient:
         except http_error() as error:
             name = type(error).__name__
             if name.startswith("Connect"):
-                raise Passing(f"no connection to the Hub at {self.endpoint} ({name})", is_unreached=True) from None
-            raise Passing(f"{self.endpoint}: {name}", is_busy="Timeout" in name) from None
+                raise Passing(f"no connection to the Hub at {self.shown} ({name})", is_unreached=True) from None
+            raise Passing(f"{self.shown}: {name}", is_busy="Timeout" in name) from None
 
     def check(self, where: str, answer: Any) -> None:
         """Turn an answer that is no success into its error.
@@ -129,7 +135,7 @@ class HubClient:
         repo = found[1] if found else ""
         if code == "GatedRepo":
             then = "this account was not given it yet" if self.is_logged_in else f"then {LOG_IN}"
-            raise Closed(where, f"a gated repository: ask for access at {self.endpoint}/{repo}; {then}")
+            raise Closed(where, f"a gated repository: ask for access at {self.shown}/{repo}; {then}")
         if code == "RevisionNotFound":
             raise NoRevision(where, "no such branch, tag or commit in that repository: check the name after the @")
         if code == "EntryNotFound":
@@ -157,7 +163,7 @@ class HubClient:
         path = f"/api/models/{repo}/revision/{quote(revision or 'main', safe='')}"
         found = self.value(where, self.ask(where, "GET", path))
         if not isinstance(found, dict) or not COMMIT.fullmatch(str(found.get("sha"))):
-            raise StorageError(f"{where}: the Hub at {self.endpoint} does not say which commit that is")
+            raise StorageError(f"{where}: the Hub at {self.shown} does not say which commit that is")
         return found
 
 
