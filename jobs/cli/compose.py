@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from jobs.cli.validation import check, near, path_keys
 from loaders.errors import BadSpec
 from loaders.places import CONF
+from loaders.storage.address import without_secrets
 
 FOLDER = "--config-dir="  # the name of the flag in Hydra
 # Settings whose values, like those of paths, are taken as they are typed: commands and filters hold characters that
@@ -299,13 +300,13 @@ class Composed:
 
         model and quant are left out, since they are in the name already.
         """
-        named = {k: v for k, v in self.varied.items() if k not in ("model", "quant", "model.path")}
+        named = {k: without_secrets(v) for k, v in self.varied.items() if k not in ("model", "quant", "model.path")}
         return "".join(f"-{k.split('.')[-1]}={re.sub(r'[^A-Za-z0-9_.+]+', '_', v)}" for k, v in named.items())
 
     @property
     def name(self) -> str:
         """The job's varied values, or its number if nothing varies."""
-        return " ".join(f"{key}={value}" for key, value in self.varied.items()) or f"job {self.number}"
+        return without_secrets(" ".join(f"{k}={v}" for k, v in self.varied.items())) or f"job {self.number}"
 
 
 Together = Callable[[Sequence[Composed], bool], Sequence[Any]]

@@ -101,7 +101,10 @@ def served(tmp_path: Path) -> Iterator[tuple[Address, type[Files]]]:
 
 
 class Watch:
-    """Looks at the arguments of a run's processes, but for those that the user gave to the first."""
+    """Looks at the arguments of a run's processes, but for those that the user gave to the first.
+
+    A fork has them, too, until it becomes another program.
+    """
 
     def __init__(self, mark: str) -> None:
         self._mark = f"{MARK}={mark}".encode()
@@ -111,9 +114,11 @@ class Watch:
     def look(self) -> None:
         for folder in Path("/proc").iterdir():
             try:
+                given = Path(f"/proc/{self.driver}/cmdline").read_bytes()
                 is_ours = folder.name.isdigit() and self._mark in (folder / "environ").read_bytes()
-                if is_ours and int(folder.name) != self.driver:
-                    self.found.add((folder / "cmdline").read_bytes() + (folder / "comm").read_bytes())
+                arguments = (folder / "cmdline").read_bytes()
+                if is_ours and arguments != given:
+                    self.found.add(arguments + (folder / "comm").read_bytes())
             # It has ended meanwhile, or another user's.
             except OSError:
                 continue
@@ -126,7 +131,7 @@ def test_a_run_keeps_its_secrets(
 ) -> None:
     server, about = served
     # The path of the temporary folder must be short, for Ray's sockets.
-    ray = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # noqa: S108
+    ray = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     monkeypatch.setenv("RAY_TMPDIR", str(ray))
     watch, ended = Watch(mark := os.urandom(8).hex()), threading.Event()
     with tracking_server(tmp_path / "tracking") as tracking:
@@ -148,13 +153,14 @@ def test_a_run_keeps_its_secrets(
         looking.join()
     assert process.returncode == 0, err
     try:
-        assert f"runs/" in out + err  # it was tracked
+        assert "runs/" in out + err  # it was tracked
         assert any(SIGNATURE in path and authorization for _, path, _, authorization in about.asked)
         assert leaks("output", out) + leaks("errors", err) == []
         assert leaks_in(tmp_path) == []
         assert leaks_at(bucket) == []
         assert leaks("processes", b"\n".join(watch.found)) == []
         assert cluster == "local" or any(b"ray::" in each for each in watch.found)
+        assert cluster == "local" or list(ray.glob("ray/session_*/logs/*"))
         assert leaks_in(ray) == []
     finally:
         shutil.rmtree(ray)
@@ -238,6 +244,18 @@ def test_what_a_web_server_refuses(
         check(verb, f"model.path={nothing}", status=None)
     check("verify", f"output.path={nothing}", status=None)
     check("diff", nothing, nothing, status=None)
+
+
+def test_a_sweep_over_addresses(
+    check: Callable[..., None], served: tuple[Address, type[Files]], tmp_path: Path
+) -> None:
+    shutil.copytree(tmp_path / "www" / "model", tmp_path / "www" / "other")
+    both = ",".join(f"'{url(served[0], name)}'" for name in ("model", "other"))
+    stores = ",".join(f"'http://{TRACKER}@127.0.0.1:{port}'" for port in (8, 9))
+    given = "run", "-m", "quant=nf4", f"output.root={tmp_path / 'root'}"
+    check(*given, f"model.path={both}", "tracking=none", status=0)
+    check(*given, f"model.path='{url(served[0], 'model')}'", f"tracking.uri={stores}", status=1)
+    check(*given, f"model.path={both}", "quant.group_size=7", status=2)
 
 
 def test_what_nobody_answers(check: Callable[..., None], tmp_path: Path, bucket: Address) -> None:
