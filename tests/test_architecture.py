@@ -54,7 +54,8 @@ ENTER_BY = {
     "ray": ["jobs/execution/ray_cluster.py"],
     "mlflow": ["jobs/tracking/run.py"],
     "obstore": [f"loaders/storage/object_{name}.py" for name in ("answers", "client", "services")],
-    "botocore": ["loaders/storage/object_services.py"],
+    "botocore": ["loaders/storage/object_parts.py", "loaders/storage/object_services.py"],
+    "azure": ["loaders/storage/object_parts.py"],
 }
 
 

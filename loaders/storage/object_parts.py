@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NoReturn, Protocol
 
 from loaders.storage.object_answers import Denied, raise_for
@@ -35,11 +36,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload under way: its key, the store's name for it, and the bytes of its parts."""
+    """An upload under way: its key, the store's name for it, the bytes of its parts, and when it was begun."""
 
     key: str
     id: str
     size: int
+    began: datetime
 
 
 class Parts(Protocol):
@@ -112,8 +114,11 @@ class S3Parts:
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._bucket, Prefix=f"{prefix}/" if prefix else ""
             )
-            rows = [(row["Key"], row["UploadId"]) for page in pages for row in page.get("Uploads", ())]
-            return [Upload(key, upload, self._size(key, upload)) for key, upload in rows]
+            rows = [row for page in pages for row in page.get("Uploads", ())]
+            return [
+                Upload(row["Key"], row["UploadId"], self._size(row["Key"], row["UploadId"]), row["Initiated"])
+                for row in rows
+            ]
 
     def _size(self, key: str, upload: str) -> int:
         pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload)
@@ -142,7 +147,8 @@ def aws_answers(what: str, settings: StoreSettings) -> Iterator[None]:
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         code = str(error.response.get("Error", {}).get("Code", ""))
-        raise_for(what, status, "" if code.isdigit() else code, code, settings.timeout_s)
+        retry_after = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
+        raise_for(what, status, "" if code.isdigit() else code, code, settings.timeout_s, retry_after)
     except (NoCredentialsError, CredentialRetrievalError) as error:
         raise Denied(401, "no credentials") from error
     except (ConnectTimeoutError, ReadTimeoutError) as error:
@@ -208,7 +214,8 @@ def azure_answers(what: str, settings: StoreSettings) -> Iterator[None]:
         yield
     except HttpResponseError as error:
         code = str(getattr(error, "error_code", "") or "")
-        raise_for(what, error.status_code, code.rpartition(".")[2], "", settings.timeout_s)
+        retry_after = (getattr(error.response, "headers", None) or {}).get("Retry-After")
+        raise_for(what, error.status_code, code.rpartition(".")[2], "", settings.timeout_s, retry_after)
     except (ServiceRequestError, ServiceResponseError) as error:
         raise Passing(f"the connection failed ({type(error).__name__})") from error
 
