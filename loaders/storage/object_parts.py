@@ -51,7 +51,9 @@ class Parts(Protocol):
         """Begin an upload and return its name."""
         ...
 
-    def put(self, key: str, upload: str, number: int, data: bytes) -> Part: ...
+    def put(self, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
+        """Upload a part, of which `digest` is the MD5."""
+        ...
 
     def copy(self, key: str, upload: str, number: int, source: str, start: int, stop: int) -> Part:
         """Make a part of bytes [start, stop) of another object, which the store copies by itself."""
@@ -84,8 +86,7 @@ class S3Parts:
     def begin(self, key: str) -> str:
         return str(self._ask(key, "create_multipart_upload")["UploadId"])
 
-    def put(self, key: str, upload: str, number: int, data: bytes) -> Part:
-        digest = md5(data)
+    def put(self, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
         answer = self._ask(
             key, "upload_part", UploadId=upload, PartNumber=number, Body=data,
             ContentMD5=base64.b64encode(digest).decode(),
@@ -179,8 +180,8 @@ class AzureParts:
     def begin(self, key: str) -> str:
         return uuid.uuid4().hex
 
-    def put(self, key: str, upload: str, number: int, data: bytes) -> Part:
-        digest, name = md5(data), f"{upload}{number:05d}"
+    def put(self, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
+        name = f"{upload}{number:05d}"
         with azure_answers(f"uploading az://{self._container}/{key}", self._settings):
             answer = self._client.get_blob_client(key).stage_block(
                 base64.b64encode(name.encode()).decode(), data, length=len(data), validate_content=True
