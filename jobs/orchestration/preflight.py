@@ -179,27 +179,22 @@ def notes_of(planned: Planned) -> list[str]:
     if not output.is_local:
         need = cluster.units_at_once * max(file.size for file in planned.target.files)
     room = ", too little" if need > free else ""
+    assembly, joining = planned.target.assembly, list[str]()
+    if assembly is not None and assembly.joined is not None and not output.is_local:
+        how = "the store copies them into it" if planned.journal.destination.assembles else "they are streamed into it"
+        if output.scheme == "hf":
+            where = planned.journal.destination.journal
+            how = f"the Hub joins no parts: they are kept in {where}, and the whole is in scratch while it is uploaded"
+        joining = [f"{assembly.joined.name} is made of {counted(len(planned.target.pieces), 'piece')}: {how}"]
     judging = [] if planned.judging is None else [planned.judging.note]
     return [
         *done,
         *judging,
+        *joining,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
-        *_joined_for_the_hub(planned),
         f"memory: up to {tables.size(memory)} with {counted(cluster.threads, 'thread')};"
         f" disk: needs {tables.size(need)}, {tables.size(free)} free{room}",
-    ]
-
-
-def _joined_for_the_hub(planned: Planned) -> list[str]:
-    """Say what disk a file of several units takes on its way to the Hub, which does not join parts."""
-    pieces = sum(piece.size for piece in planned.target.pieces)
-    if planned.journal.output.scheme != "hf" or not pieces:
-        return []
-    where = planned.journal.destination.journal
-    return [
-        f"the Hub joins no parts: the pieces of the file, {tables.size(pieces)}, are kept in {where}, and as much is in"
-        " the scratch folder while the joined file is uploaded"
     ]
 
 

@@ -1,8 +1,9 @@
 """Joining the pieces that several units wrote of one file.
 
 On a local filesystem, pieces that were written in place are there already, and pieces that several processes wrote as
-files of their own are copied into their places. Elsewhere, the pieces are streamed into the file. In both cases every
-byte is read and hashed once more, and must be what the pieces' records say.
+files of their own are copied into their places; S3 copies pieces by itself, so that no byte is sent twice. Elsewhere,
+the pieces are streamed into the file. In all cases every byte is read and hashed once more, and must be what the
+pieces' records say.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: S
     written = {file.name: file for unit in done for file in unit.files}
     joining = _Joining(joined, pieces, journal, written)
     name, destination = f"files/{joined.name}", journal.destination
-    if destination.is_local:
+    if destination.assembles:
         places = [(_start(piece), journal.place(piece)) for piece in pieces]
         around = [(0, joined.head), (joining.end, joining.tail)]
         destination.assemble(name, places, around, joining.size)
@@ -94,7 +95,7 @@ class _Joining:
 
     def _around(self, at: int, data: bytes) -> bytes:
         """Return bytes before or after the pieces: as the local file has them, else as they will be written."""
-        if not self._journal.destination.is_local:
+        if not self._journal.destination.assembles:
             return data
         store = self._journal.destination.files
         entry = store.find(self._joined.name)

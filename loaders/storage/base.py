@@ -146,6 +146,11 @@ class Destination(Protocol):
         ...
 
     @property
+    def assembles(self) -> bool:
+        """Whether `assemble` can be used; else a file of several pieces is streamed by `join`."""
+        ...
+
+    @property
     def files(self) -> Store:
         """The finished files under the names of the output, to be read as a checkpoint."""
         ...
@@ -219,9 +224,13 @@ class Destination(Protocol):
     def assemble(
         self, name: str, pieces: Sequence[tuple[int, str]], around: Sequence[tuple[int, bytes]], size: int
     ) -> None:
-        """Complete a shared file: copy pieces to their offsets, and write the header and other bytes `around` them.
+        """Complete a file of several pieces: copy these to their offsets, and write the other bytes, `around` them.
 
-        A piece is removed as soon as its bytes are durable in the file. Only for destinations that are local.
+        A piece is removed as soon as its bytes are durable in the file. Only for destinations that assemble: local
+        ones, and stores that copy by themselves; for these, pieces and other bytes fill the whole file.
+
+        Raises:
+            StorageError: it cannot be written.
         """
         ...
 

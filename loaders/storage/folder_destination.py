@@ -41,6 +41,7 @@ class FolderDestination:
     """A `Destination` on a local filesystem."""
 
     is_local = True
+    assembles = True
 
     def __init__(self, address: Address, key: str) -> None:
         self.address = address

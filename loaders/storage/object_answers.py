@@ -39,6 +39,10 @@ class Elsewhere(Exception):
     """The bucket is in another region than the one that was asked."""
 
 
+class NotOffered(StorageError):
+    """The store does not know the request (501)."""
+
+
 class Denied(Exception):
     """The store refuses the credentials (401), or what they ask for (403). `code` is its own word for it, if any."""
 
@@ -101,6 +105,8 @@ def raise_for(what: str, status: int | None, code: str, text: str, timeout_s: fl
     if status in (408, 425, 429, 500, 502, 503, 504) or code in BRIEF:
         is_busy = status in (429, 503) or code in BUSY
         raise Passing(f"the store answered {_words(status, code)}", is_busy=is_busy)
+    if status == 501 or code == "NotImplemented":
+        raise NotOffered(f"{what}: the store does not offer this")
     if status == 416:
         raise StorageError(f"{what}: the store says that the file is shorter than it said before; run it again")
     if status is not None:

@@ -15,7 +15,7 @@ from loaders.errors import BadSpec, StorageError
 from loaders.storage.address import Address
 from loaders.storage.object_answers import Denied, Elsewhere, Missing, Unmet, answers
 from loaders.storage.object_parts import Parts, has_parts, parts_of
-from loaders.storage.object_services import VARIABLES, place_of, service_of
+from loaders.storage.object_services import VARIABLES, libraries, place_of, service_of
 from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import StoreSettings, current
 from loaders.storage.traffic import Traffic, traffic
@@ -167,7 +167,8 @@ class ObjectClient:
     def _parts_opened(self) -> Parts:
         with self._lock:
             if self._parts is None:
-                self._parts, self._parts_at = parts_of(*self._place, self.settings), time.monotonic()
+                with libraries(self._place[0]):
+                    self._parts, self._parts_at = parts_of(*self._place, self.settings), time.monotonic()
             return self._parts
 
     def what(self, action: str, key: str) -> str:

@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Abandoned, Entry, Range, Store
+from loaders.storage.hashes import hash_stored
 from loaders.storage.object_answers import Missing, Unmet
+from loaders.storage.object_assembly import assemble
 from loaders.storage.object_claim import STALE_S, ObjectClaim, has_ended, owner_of
 from loaders.storage.object_client import Found, ObjectClient, client_of
 from loaders.storage.object_parts import Upload
@@ -55,6 +56,10 @@ class ObjectDestination:
         self.journal = address / f"{HIDDEN}{key[:12]}"
         self._claim = ObjectClaim(*_at(self.journal / "claim"))
         self._name = key[:12]
+
+    @property
+    def assembles(self) -> bool:
+        return self.address.scheme == "s3"
 
     @property
     def _client(self) -> ObjectClient:
@@ -141,8 +146,22 @@ class ObjectDestination:
 
     def assemble(
         self, name: str, pieces: Sequence[tuple[int, str]], around: Sequence[tuple[int, bytes]], size: int
-    ) -> NoReturn:
-        raise NotImplementedError("nothing is written in place here")
+    ) -> None:
+        self._claim.check()
+        self._note(name)
+        there = {piece: found_at(self._client, self._key(piece)) for _, piece in pieces}
+        if not any(there.values()) and found_at(self._client, self._key(name)) is not None:
+            return  # an interrupted run came this far
+        sources: list[tuple[int, Found | bytes]] = [(start, data) for start, data in around if data]
+        for start, piece in pieces:
+            found = there[piece]
+            if found is None:
+                raise StorageError(f"{self.journal / piece}: it is gone; run the same command again")
+            sources.append((start, found))
+        sources.sort(key=lambda each: each[0])
+        assemble(self._client, self._key(name), [source for _, source in sources], size)
+        for _, piece in pieces:
+            self.drop(piece)
 
     def join(self, name: str, chunks: Iterator[bytes], size: int, large: Sequence[Range] = ()) -> Entry:
         self._claim.check()
@@ -156,7 +175,13 @@ class ObjectDestination:
 
     def holds(self, written: Entry, digest: str, start: int | None = None) -> bool:
         found = found_at(self._client, self._key(written.name))
-        return found is not None and (found.size, found.tag) == (written.size, written.tag)
+        if found is None or start is None:
+            return found is not None and (found.size, found.tag) == (written.size, written.tag)
+        # A piece of a file that was assembled: the file's tag says nothing of it.
+        name = written.name.partition("/")[2]
+        entry = Entry(name, found.size, found.tag)
+        is_whole = found.size >= start + written.size
+        return is_whole and hash_stored(ObjectStore(self.address), entry, start, written.size) == digest
 
     def publish(self, *, overwrite: bool) -> None:
         for name in json.loads(self.get("order") or b"[]"):

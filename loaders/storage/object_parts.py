@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from loaders.storage.object_answers import Denied, raise_for
 from loaders.storage.object_services import aws_client, azure_account
@@ -51,6 +51,10 @@ class Parts(Protocol):
 
     def put(self, key: str, upload: str, number: int, data: bytes) -> Part: ...
 
+    def copy(self, key: str, upload: str, number: int, source: str, start: int, stop: int) -> Part:
+        """Make a part of bytes [start, stop) of another object, which the store copies by itself."""
+        ...
+
     def complete(self, key: str, upload: str, parts: Sequence[Part]) -> None:
         """Make the object of its parts, in the order of their numbers."""
         ...
@@ -88,6 +92,13 @@ class S3Parts:
         is_encrypted = any(name in answer for name in ("SSEKMSKeyId", "SSECustomerAlgorithm"))
         tag = str(answer["ETag"])
         return Part(number, tag, is_encrypted or tag.strip('"').lower() == digest.hex())
+
+    def copy(self, key: str, upload: str, number: int, source: str, start: int, stop: int) -> Part:
+        answer = self._ask(
+            key, "upload_part_copy", UploadId=upload, PartNumber=number,
+            CopySource={"Bucket": self._bucket, "Key": source}, CopySourceRange=f"bytes={start}-{stop - 1}",
+        )  # fmt: skip
+        return Part(number, str(answer["CopyPartResult"]["ETag"]), is_confirmed=False)
 
     def complete(self, key: str, upload: str, parts: Sequence[Part]) -> None:
         rows = [{"PartNumber": part.number, "ETag": part.tag} for part in sorted(parts, key=lambda part: part.number)]
@@ -169,6 +180,9 @@ class AzureParts:
                 base64.b64encode(name.encode()).decode(), data, length=len(data), validate_content=True
             )
         return Part(number, name, bytes(answer.get("content_md5") or b"") == digest)
+
+    def copy(self, key: str, upload: str, number: int, source: str, start: int, stop: int) -> NoReturn:
+        raise NotImplementedError("it takes a signed URL of the source, which who has a token cannot make")
 
     def complete(self, key: str, upload: str, parts: Sequence[Part]) -> None:
         from azure.storage.blob import BlobBlock

@@ -250,7 +250,7 @@ def test_who_may_not_write_hears_it_before_any_work(
 def test_large_files_are_uploaded_in_parts(model: Path, mine: Hub, weightmill: Any) -> None:
     mine.part = 6000
     planned = weightmill("plan", *given(model, "hf://me/out", "gguf_q8_0"))
-    assert "the Hub joins no parts: the pieces of the file" in planned.out
+    assert "pieces: the Hub joins no parts: they are kept in" in planned.out
     ran = weightmill("run", *given(model, "hf://me/out", "gguf_q8_0"))
     assert ran.status == 0, ran.err
     assert weightmill("verify", "output.path=hf://me/out").status == 0

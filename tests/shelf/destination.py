@@ -30,6 +30,7 @@ class ShelfDestination:
     """
 
     is_local = False
+    assembles = False
 
     def __init__(self, address: Address, key: str) -> None:
         self.address = address
