@@ -74,6 +74,7 @@ class PartFile:
         self, journal: Journal, name: str, file: OutputFile, slots: list[Slot], clock: Clock, *, in_place: bool
     ) -> None:
         self._journal = journal
+        self._clock = clock
         self._file = file
         self._slots = sorted(slots, key=lambda slot: slot.offset)
         self._part = journal.destination.scratch(name)
@@ -96,7 +97,8 @@ class PartFile:
         if self._shared is None:
             places_of_slots = (place_of(slot, mine) for slot in self._slots)
             large = [(start, start + size) for start, size in places_of_slots if size > READ_BEFORE_PUBLISHING]
-            tag = destination.keep(self._part, name, large).tag
+            with self._clock.phase("write" if destination.is_local else "upload"):
+                tag = destination.keep(self._part, name, large).tag
         else:
             # An interrupted run on several processes may have left this piece as a file, which `find` would prefer.
             destination.drop(name)

@@ -184,6 +184,8 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
             cluster=description,
             strategy=strategy.name,
             jobs=len(jobs),
+            threads=cluster.threads,
+            lanes=cluster.units_at_once if isinstance(cluster, LocalCluster) else 1,
         )
         for job in jobs:
             if job.outcome is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,9 @@ from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK, hash_stored
 from loaders.storage.json_files import INDEX_LIMIT
 from loaders.strategies import WeightLoader
+from loaders.strategies.base import Expecting, TensorBytes, Use
 from loaders.tensors.encoding import TensorEncoder
+from loaders.tensors.uses import Uses
 from loaders.tensors.views import StoredRoles
 from loaders.words import counted
 
@@ -80,11 +82,21 @@ class VerifyTask:
             work = ThreadedWork(kernels_of("cpu"), crew, stop)
 
             encoder = TensorEncoder(source, work)
+            placements = self.unit.outputs[TARGET].placements
+            by_name = {p.encoding.tensor.name: [p.encoding] for p in placements}
+            uses = Uses(source, [p.encoding.tensor for p in placements], by_name, stop, in_one_trip=True)
+            parts = {p.name: Use(tuple(map(TensorBytes.whole, self._stored(p).values()))) for p in placements}
+            if isinstance(written, Expecting):
+                written.expect(list(parts.values()), stop)
 
             def look(placement: Placement) -> list[str]:
                 name, encoding = placement.name, placement.encoding
-                stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
-                error = encoder.measure(encoding, stored, on_bytes)
+                stored = StoredRoles(written, self._stored(placement))
+                with ExitStack() as stack:
+                    stack.enter_context(uses.of(encoding.tensor.name))
+                    if isinstance(written, Expecting):
+                        stack.enter_context(written.using(parts[name]))
+                    error = encoder.measure(encoding, stored, on_bytes)
                 fault = self.gate.fault(name, error, encoding.scheme)
                 found = [fault] if fault else []
                 # Sums are compared exactly: they add up the same ranges in the same order as when they were recorded.
@@ -95,9 +107,11 @@ class VerifyTask:
                     )
                 return found
 
-            placements = self.unit.outputs[TARGET].placements
             faults += [fault for found in work.each(placements, look) for fault in found]
         return VerifyReport(self.unit.id, tuple(faults), len(placements))
+
+    def _stored(self, placement: Placement) -> dict[str, WeightSpec]:
+        return {role: self.weights[slot.name] for role, slot in placement.slots.items()}
 
 
 @dataclass(frozen=True, slots=True)

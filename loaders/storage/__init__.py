@@ -15,6 +15,8 @@ from loaders.storage.hub_names import source_address
 from loaders.storage.lone_file import SUFFIXES, LoneFile
 from loaders.storage.object_destination import ObjectDestination, abandoned_at, discard
 from loaders.storage.objects import ObjectStore
+from loaders.storage.range_cache import cached
+from loaders.storage.settings import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def open_store(where: str | os.PathLike[str] | Address) -> Store:
         BadSpec: the scheme is not in KINDS.
     """
     address = Address.of(where)
-    return kind_of(address).open(address)
+    return cached(kind_of(address).open(address), current())
 
 
 def open_source(where: str | os.PathLike[str] | Address) -> Store:
