@@ -1,4 +1,4 @@
-"""Thread seconds by phase of the work: reading, encoding, measuring, writing."""
+"""Thread seconds by phase of the work: reading, encoding, measuring, writing, uploading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-PHASES = ("read", "encode", "measure", "write")
+PHASES = ("read", "encode", "measure", "write", "upload")
 
 
 class Clock:
@@ -29,7 +29,7 @@ class Clock:
         return Phase(spent, name)
 
     def seconds(self) -> Mapping[str, float]:
-        """Return thread seconds as read_s, encode_s, measure_s, write_s."""
+        """Return thread seconds as read_s, encode_s, measure_s, write_s, upload_s."""
         return {f"{name}_s": sum(each.by_phase[name] for each in self._threads) for name in PHASES}
 
 

@@ -33,6 +33,7 @@ class LoadStats:
     encode_s: float = 0.0  # thread seconds of casting and quantizing, less the reading and writing inside
     measure_s: float = 0.0  # thread seconds of decoding what was quantized and comparing it with its source
     write_s: float = 0.0  # thread seconds of writing an output
+    upload_s: float = 0.0  # thread seconds of moving finished files to a store that is not local
     wall_s: float = 0.0  # seconds from opening the files to the last tensor
     peak_anonymous_bytes: int = 0  # peak of anonymous memory above what the process held before; no mapped pages
     warm_bytes: int = 0  # part of `bytes`
@@ -68,6 +69,7 @@ class LoadStats:
             encode_s=self.encode_s + other.encode_s,
             measure_s=self.measure_s + other.measure_s,
             write_s=self.write_s + other.write_s,
+            upload_s=self.upload_s + other.upload_s,
             wall_s=self.wall_s + other.wall_s,
             peak_anonymous_bytes=max(self.peak_anonymous_bytes, other.peak_anonymous_bytes),
             warm_bytes=self.warm_bytes + other.warm_bytes,

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from loaders.storage.traffic import moved_bytes
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -19,7 +21,10 @@ LINE_S = 10.0
 
 
 class Meter:
-    """A progress display, which any thread may add to while it is open. It counts bytes, or another `unit`."""
+    """A progress display, which any thread may add to while it is open. It counts bytes, or another `unit`.
+
+    What stores that are not local have given and taken meanwhile is shown beside it.
+    """
 
     def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
         self._what = what
@@ -27,6 +32,7 @@ class Meter:
         self._total = max(1, total)
         self._done = 0
         self._began = self._said = time.monotonic()
+        self._moved = moved_bytes()
         self._compiled: float | None = None  # when kernels were last compiled
         self._exit = ExitStack()
         self._lock = threading.Lock()
@@ -42,10 +48,16 @@ class Meter:
                 TimeRemainingColumn,
                 TransferSpeedColumn,
             )
+            from rich.text import Text
 
+            class Moved(TextColumn):
+                def render(self, _: object) -> Text:
+                    return Text(meter.moved)
+
+            meter = self
             counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(),
+                TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), Moved(""),
                 console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=self._total)
@@ -77,13 +89,22 @@ class Meter:
                 self._said = now
                 self._line(now)
 
+    @property
+    def moved(self) -> str:
+        """What was fetched and uploaded since the display was made, with rates; empty if nothing was."""
+        took, now = max(1e-9, time.monotonic() - self._began), moved_bytes()
+        counts = {word: now[word] - self._moved[word] for word in now}
+        return ", ".join(f"{word} {_size(n)} at {_size(n / took)}/s" for word, n in counts.items() if n)
+
     def _line(self, now: float) -> None:
         rate = self._done / (now - self._began)
         is_steady = self._compiled is None or now - self._compiled > LINE_S
         known = self._done > self._total / 50 and is_steady
         left = f", about {(self._total - self._done) / rate:.0f} s left" if known else ""
+        moved = f"; {self.moved}" if self.moved else ""
+        of = f"{self._done / self._total:.0%} of {self._size(self._total)}, {self._size(rate)}/s"
         print(
-            f"{self._what}: {self._done / self._total:.0%} of {self._size(self._total)}, {self._size(rate)}/s{left}",
+            f"{self._what}: {of}{left}{moved}",
             file=sys.stderr,
             flush=True,
         )

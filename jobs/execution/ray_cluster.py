@@ -26,6 +26,7 @@ from loaders.backends.machine import usable_cpus
 from loaders.errors import BadSpec, StorageError
 from loaders.places import ROOT
 from loaders.storage.settings import StoreSettings, current, use
+from loaders.storage.traffic import moved_bytes, traffic
 from loaders.words import counted
 
 MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
@@ -38,6 +39,7 @@ BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before i
 WORKER_DEATHS = 3
 WATCH_S = 2.0  # seconds between two looks for dead machines
 STOP_S = 10.0  # seconds that units get to remove their part files before they are killed
+WORKERS = "(workers)"  # stands for a host in the count of what all workers have moved
 PROGRESS_S = 0.5  # seconds between two messages of progress: smooth for a person, and few for Ray
 
 
@@ -180,7 +182,7 @@ def _memory(task: Task[Any]) -> int:
 def run_remotely(task: Task[Any], settings: StoreSettings) -> Iterator[tuple[str, Any]]:
     """Run a task in a Ray worker, with the driver's settings of stores.
 
-    Yields first its node's id, then bytes done, last the outcome.
+    Yields first its node's id, then bytes done and bytes moved from and to stores, last the outcome.
 
     The unit runs on a thread, so that this generator can send progress meanwhile, and so that cancelling the task,
     which interrupts the generator, can stop the unit and wait until its part files are removed.
@@ -203,19 +205,27 @@ def run_remotely(task: Task[Any], settings: StoreSettings) -> Iterator[tuple[str
             done.set()
 
     thread = threading.Thread(target=work)
+    told, moved = 0, dict(moved_bytes())  # a worker process runs many tasks
+
+    def news() -> Iterator[tuple[str, Any]]:
+        nonlocal told, moved
+        now, then = dict(moved_bytes()), moved
+        if now != then:
+            moved = now
+            yield "moved", {word: now[word] - then[word] for word in now}
+        if counted[0] != told:
+            before, told = told, counted[0]
+            yield "bytes", told - before
+
     thread.start()
-    told = 0
     try:
         while not done.wait(PROGRESS_S):
-            now = counted[0]
-            if now != told:
-                yield "bytes", now - told
-                told = now
+            yield from news()
     finally:
         # The task was cancelled, or is done. The unit removes its part files before it ends.
         stop.set()
         thread.join()
-    yield "bytes", counted[0] - told
+    yield from news()
     if isinstance(found[0], BaseException):
         raise found[0]
     yield "outcome", found[0]
@@ -282,6 +292,8 @@ class _Flights:
             # Ray has retried the task, which counts all bytes again.
             on_bytes(-flight.counted)
             flight.node, flight.counted = value, 0
+        elif kind == "moved":
+            traffic(WORKERS).moved(**value)
         elif kind == "bytes":
             flight.counted += value
             on_bytes(value)

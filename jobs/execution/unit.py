@@ -40,6 +40,7 @@ from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merged import check_adapters
+from loaders.tensors.uses import Uses
 
 Finished = tuple[tuple[Written, ...], tuple[TensorRecord, ...]]
 
@@ -143,7 +144,8 @@ def run_unit(
                     runs[name] = TargetRun(
                         share, attempt, crew.scratch, warmth, is_alone=len(task.shares) == 1, in_place=task.in_place
                     )
-            passes = UnitPass(reader, {name: work.on(each) for name, each in kernels.items()}, runs, on_bytes)
+            on_backends = {name: work.on(each) for name, each in kernels.items()}
+            passes = UnitPass(reader, unit.tensors, on_backends, runs, on_bytes, stop)
             work.each(unit.tensors if runs else (), passes.tensor)
             # A memory map does not notice that its file changed; then what was read may be of two versions.
             files.check_unchanged()
@@ -199,7 +201,8 @@ class TargetRun:
             if not self._journal.destination.is_there():
                 raise StorageError(
                     f"{self._journal.destination.journal}: not found on {socket.gethostname()};"
-                    " on several machines the output must lie on a filesystem that all of them share"
+                    " on several machines the output must lie where all of them reach it, and of one on the Hub its"
+                    " output.journal"
                 )
             name = f"{share.unit.id}.{attempt}"
             self._files = PartFiles(self._journal, name, output, self._clock, scratch, in_place=in_place)
@@ -272,7 +275,7 @@ class TargetRun:
             files=len(unit.sources), tensors=len(unit.tensors), bytes=unit.source_bytes,
             wall_s=time.perf_counter() - self._began, peak_anonymous_bytes=load.peak_anonymous_bytes,
             read_s=spent["read_s"], encode_s=spent["encode_s"], measure_s=spent["measure_s"],
-            write_s=spent["write_s"], **self._warmth,
+            write_s=spent["write_s"], upload_s=spent["upload_s"], **self._warmth,
         )  # fmt: skip
         key = unit.key(self._share.target)
         record = Record(
@@ -308,20 +311,29 @@ class UnitPass:
     def __init__(
         self,
         reader: Reader,
+        tensors: Sequence[LogicalTensor],
         work: Mapping[str, ThreadedWork],
         runs: Mapping[str, TargetRun],
         on_bytes: Callable[[int], None],
+        stop: threading.Event,
     ) -> None:
         """`work` holds the tools of each backend."""
         self._runs = [(run, run.encoder(reader, work[run.backend])) for run in runs.values()]
         self._on_bytes = on_bytes
+        placed = {
+            tensor.name: [p.encoding for run in runs.values() if run.takes(tensor) for p in run.placed(tensor)]
+            for tensor in tensors
+        }
+        # What is dropped is not read.
+        self._uses = Uses(reader, [tensor for tensor in tensors if placed[tensor.name]], placed, stop)
 
     def tensor(self, tensor: LogicalTensor) -> None:
         """Encode and measure one tensor for all shares that take it."""
-        for run, encoder in self._runs:
-            if run.takes(tensor):
-                with run.guarded():
-                    self._encode(run, encoder, tensor)
+        with self._uses.of(tensor.name):
+            for run, encoder in self._runs:
+                if run.takes(tensor):
+                    with run.guarded():
+                        self._encode(run, encoder, tensor)
 
     def _encode(self, run: TargetRun, encoder: TensorEncoder, tensor: LogicalTensor) -> None:
         placements = run.placed(tensor)

@@ -34,6 +34,7 @@ from loaders.storage.hashes import text_digest
 from loaders.strategies import WeightLoader
 from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
+from loaders.tensors.uses import Uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,13 @@ class MeasuringTask:
             losses: dict[str, dict[str, Loss]] = {name: {} for name in encodings}
 
             encoder = TensorEncoder(reader, work)
+            uses = Uses(reader, taken, stop=stop)
 
             def look(tensor: LogicalTensor) -> None:
+                with uses.of(tensor.name):
+                    measure(tensor)
+
+            def measure(tensor: LogicalTensor) -> None:
                 # Two candidates may give a tensor the same encoding.
                 known = dict[Encoding, Loss]()
                 for name, found in encodings.items():

@@ -46,6 +46,8 @@ class Pass:
     cluster: str
     strategy: str
     jobs: int
+    threads: int  # that work on tensors in one process
+    lanes: int  # units of one process at once, each of which uploads by itself
 
 
 class Job:
@@ -198,6 +200,8 @@ class Job:
             "encode_s": load.encode_s,
             "measure_s": load.measure_s,
             "write_s": load.write_s,
+            "upload_s": load.upload_s,
+            "bound_by": self._bound_by(whole, load),
             "bytes": load.bytes,
             "files": len(self.planned.plan.checkpoint.files),
             "tensors": load.tensors,
@@ -213,6 +217,18 @@ class Job:
             "nodes": nodes,
             "python": platform.python_version(),
         }
+
+    def _bound_by(self, whole: Pass, load: LoadStats) -> str | None:
+        """Return what took longest, by the time that threads spent on it; None where both ends are local."""
+        is_local = self.planned.plan.checkpoint.source.store.is_local
+        if is_local and self.planned.journal.destination.is_local:
+            return None
+        spent = {
+            "fetch": 0.0 if is_local else load.read_s / whole.threads,
+            "encode": (load.encode_s + load.measure_s) / whole.threads,
+            "upload": load.upload_s / whole.lanes,
+        }
+        return max(spent, key=spent.__getitem__)
 
     def fail(self, error: WeightmillError) -> None:
         """End the job with an error; later units leave it out. Its finished units stay for the next attempt."""

@@ -17,6 +17,7 @@ from jobs.output.report import FileRange, WeightFile
 from loaders.errors import VerifyFailed
 from loaders.layouts.base import Joined
 from loaders.specs import OutputFile
+from loaders.storage.base import READ_BEFORE_PUBLISHING, Range
 from loaders.storage.hashes import BLOCK
 
 
@@ -38,7 +39,7 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: S
             # The generator hashes the chunks and checks the pieces; the bytes are in the file already.
             pass
     else:
-        destination.join(name, joining.chunks(), joining.size)
+        destination.join(name, joining.chunks(), joining.size, _large(pieces))
         for piece in pieces:
             destination.drop(journal.place(piece))
     return joining.row()
@@ -115,6 +116,14 @@ class _Joining:
             digest = xxhash.xxh3_128_hexdigest(self.tail)
             rows.append(FileRange(name=f"{self._joined.name}.tail", offset=self.end, bytes=len(self.tail), xxh3=digest))
         return WeightFile(name=self._joined.name, bytes=self.size, xxh3=self._whole.hexdigest(), pieces=tuple(rows))
+
+
+def _large(pieces: Sequence[OutputFile]) -> list[Range]:
+    """Return where the large tensors of a joined file are; nothing where tensors of variable length move others."""
+    if any(slot.is_bound for piece in pieces for slot in piece.slots):
+        return []
+    starts = ((_start(piece) + piece.header_bytes + slot.offset, slot) for piece in pieces for slot in piece.slots)
+    return [(start, start + slot.size) for start, slot in starts if slot.size > READ_BEFORE_PUBLISHING]
 
 
 def _start(piece: OutputFile) -> int:

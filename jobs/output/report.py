@@ -181,7 +181,8 @@ class RunReport(Part):
     """The time, place and speed of a job's run.
 
     Seconds by phase are the job's own, summed over threads. `wall_s`, `throughput_gbps` and `peak_anonymous_bytes` are
-    those of the pass, which `jobs_in_pass` jobs shared.
+    those of the pass, which `jobs_in_pass` jobs shared. `bound_by` is what took longest of a job with a source or an
+    output that is not local: "fetch", "encode" or "upload".
     """
 
     key: str
@@ -193,6 +194,8 @@ class RunReport(Part):
     encode_s: float
     measure_s: float
     write_s: float
+    upload_s: float = 0.0
+    bound_by: str | None = None
     bytes: int
     files: int
     tensors: int

@@ -42,7 +42,7 @@ def metrics(report: Report) -> dict[str, float]:
         **_by_tensor(report),
         **_by_role(report),
         "time/wall_s": run.wall_s,
-        **{f"time/{phase}_s": getattr(run, f"{phase}_s") for phase in ("read", "encode", "measure", "write")},
+        **{f"time/{phase}_s": getattr(run, f"{phase}_s") for phase in ("read", "encode", "measure", "write", "upload")},
         "load/gigabytes_per_second": run.throughput_gbps,
         "load/bytes": run.bytes,
         "load/files": run.files,

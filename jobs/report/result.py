@@ -13,6 +13,12 @@ from jobs.report.metrics import worst_tensors
 from jobs.report.tables import size, table, times
 from loaders.lint import Finding
 
+BOUND = {
+    "fetch": "bound by fetching: threads waited longest for the source's bytes",
+    "encode": "bound by encoding: the source and the output's store were faster",
+    "upload": "bound by uploading: finished files waited longest for the output's store",
+}
+
 
 def result_text(report: Report) -> RenderableType:
     """Render the result of a job: sizes, errors, times, and the quality if it was evaluated."""
@@ -46,6 +52,7 @@ def result_text(report: Report) -> RenderableType:
         "encode",
         "measure",
         "write",
+        *(["upload"] if run.upload_s else []),
         "peak memory, with libraries",
         "units",
         right=("seconds", "GB/s"),
@@ -53,9 +60,13 @@ def result_text(report: Report) -> RenderableType:
     speed.add_row(
         f"{run.wall_s:.2f}", f"{run.throughput_gbps:.2f}",
         *(f"{getattr(run, f'{phase}_s'):.2f}" for phase in ("read", "encode", "measure", "write")),
+        *([f"{run.upload_s:.2f}"] if run.upload_s else []),
         size(run.peak_anonymous_bytes), f"{run.units} ({run.units_resumed} done before)",
     )  # fmt: skip
-    parts += [speed, *([] if report.quality is None else [quality_text(report.quality)])]
+    parts.append(speed)
+    if run.bound_by is not None:
+        parts.append(Text(BOUND[run.bound_by]))
+    parts += [*([] if report.quality is None else [quality_text(report.quality)])]
     return Group(*parts)
 
 

@@ -32,7 +32,7 @@ class Strategy(Spec):
 
 
 class PlainStrategy(Strategy):
-    kind: Literal["auto", "lazy", "eager", "read", "full", "unified_memory", "pinned", "remote"]
+    kind: Literal["auto", "lazy", "eager", "read", "full", "unified_memory", "pinned"]
 
 
 class MultiThreadStrategy(Strategy):
@@ -52,6 +52,20 @@ class StreamingStrategy(Strategy):
     @classmethod
     def _holds_two_ranges(cls, budget: float) -> float:
         from loaders.strategies.streaming import LEAST_MB
+
+        if budget < LEAST_MB:
+            raise ValueError(f"input should be greater than or equal to {LEAST_MB}")
+        return budget
+
+
+class RemoteStrategy(Strategy):
+    kind: Literal["remote"]
+    memory_budget_mb: float = Field(description="megabytes (1e6 bytes) fetched and not used up, and on their way")
+
+    @field_validator("memory_budget_mb")
+    @classmethod
+    def _has_room_for_requests(cls, budget: float) -> float:
+        from loaders.strategies.remote import LEAST_MB
 
         if budget < LEAST_MB:
             raise ValueError(f"input should be greater than or equal to {LEAST_MB}")
@@ -79,6 +93,7 @@ StrategySpec = Annotated[
     PlainStrategy
     | MultiThreadStrategy
     | StreamingStrategy
+    | RemoteStrategy
     | FastSafetensorsStrategy
     | RunaiStrategy
     | LowMemoryStrategy,

@@ -24,6 +24,7 @@ from loaders.stats import ErrorSums, finite
 from loaders.strategies import WeightLoader, auto, loader
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import tensors_of
+from loaders.tensors.uses import Uses
 from loaders.tensors.views import view_of
 
 EQUAL, DIFFERENT = "equal", "different"
@@ -50,9 +51,15 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
         meter = stack.enter_context(Meter("comparing", sum(ours[name].spec.size for name in common)))
         work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
 
+        one_use, other_use = (
+            Uses(reader, [side[name] for name in common], in_one_trip=True)
+            for side, reader in zip((ours, theirs), readers, strict=True)
+        )
+
         def look(name: str) -> None:
             x, y = (view_of(side[name], reader, work) for side, reader in zip((ours, theirs), readers, strict=True))
-            rows[name] = _row(ours[name], theirs[name], x, y, work)
+            with one_use.of(name), other_use.of(name):
+                rows[name] = _row(ours[name], theirs[name], x, y, work)
             meter.add(ours[name].spec.size)
 
         work.each(common, look)

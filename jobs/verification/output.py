@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,9 @@ from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK, hash_stored
 from loaders.storage.json_files import INDEX_LIMIT
 from loaders.strategies import WeightLoader
+from loaders.strategies.base import Expecting, TensorBytes, Use
 from loaders.tensors.encoding import TensorEncoder
+from loaders.tensors.uses import Uses
 from loaders.tensors.views import StoredRoles
 from loaders.words import counted
 
@@ -80,11 +82,21 @@ class VerifyTask:
             work = ThreadedWork(kernels_of("cpu"), crew, stop)
 
             encoder = TensorEncoder(source, work)
+            placements = self.unit.outputs[TARGET].placements
+            by_name = {p.encoding.tensor.name: [p.encoding] for p in placements}
+            uses = Uses(source, [p.encoding.tensor for p in placements], by_name, stop, in_one_trip=True)
+            parts = {p.name: Use(tuple(map(TensorBytes.whole, self._stored(p).values()))) for p in placements}
+            if isinstance(written, Expecting):
+                written.expect(list(parts.values()), stop)
 
             def look(placement: Placement) -> list[str]:
                 name, encoding = placement.name, placement.encoding
-                stored = StoredRoles(written, {role: self.weights[s.name] for role, s in placement.slots.items()})
-                error = encoder.measure(encoding, stored, on_bytes)
+                stored = StoredRoles(written, self._stored(placement))
+                with ExitStack() as stack:
+                    stack.enter_context(uses.of(encoding.tensor.name))
+                    if isinstance(written, Expecting):
+                        stack.enter_context(written.using(parts[name]))
+                    error = encoder.measure(encoding, stored, on_bytes)
                 fault = self.gate.fault(name, error, encoding.scheme)
                 found = [fault] if fault else []
                 # Sums are compared exactly: they add up the same ranges in the same order as when they were recorded.
@@ -95,9 +107,11 @@ class VerifyTask:
                     )
                 return found
 
-            placements = self.unit.outputs[TARGET].placements
             faults += [fault for found in work.each(placements, look) for fault in found]
         return VerifyReport(self.unit.id, tuple(faults), len(placements))
+
+    def _stored(self, placement: Placement) -> dict[str, WeightSpec]:
+        return {role: self.weights[slot.name] for role, slot in placement.slots.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +162,14 @@ def verify_output(
             from.
         BadCheckpoint: a file of the output or the source is so damaged that it cannot be opened.
     """
-    report = read_report(output)
+    pinned = open_store(output).address  # of the Hub: the commit that the branch is now
+    report = read_report(pinned)
     spec = _recorded_spec(report, source, verify)
     plan = _plan_again(spec, report)
     judging = None
     if isinstance(verify, LogitsSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output)
-    written = open_checkpoint(output)
+    written = open_checkpoint(pinned)
     faults = _list_faults(plan, written, report)
     checked = 0
     if not faults:
@@ -189,8 +204,9 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
     if source is None:
-        source = spec.model.path
-        if source is None or open_source(source).absence() is not None:
+        # Where it was read, which of the Hub is the commit.
+        source = report.source.path
+        if open_source(source).absence() is not None:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
     # Some outputs name files after the model, whose default name is that of the source's former folder.
     named = {"path": source, "name": spec.model_name}

@@ -22,6 +22,7 @@ from loaders.storage.base import PinnedFiles
 from loaders.strategies import Reader, WeightLoader
 from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor, Window
+from loaders.tensors.uses import Uses
 from loaders.tensors.views import view_of
 
 
@@ -88,7 +89,7 @@ def make(
         strategy.open(source, specs) as reader,
     ):
         work = ThreadedWork(kernels_of(backend), together.crew, stop)
-        making = Making(reader, work, wanted, measured=measured)
+        making = Making(reader, work, wanted, stop, measured=measured)
         try:
             work.each(wanted, making.tensor)
         # Interrupts too: threads that still work must stop before the files are closed.
@@ -101,16 +102,31 @@ def make(
 class Making:
     """One pass over the wanted tensors."""
 
-    def __init__(self, reader: Reader, work: ThreadedWork, wanted: Sequence[WantedTensor], *, measured: bool) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        work: ThreadedWork,
+        wanted: Sequence[WantedTensor],
+        stop: threading.Event,
+        *,
+        measured: bool,
+    ) -> None:
         self._reader = reader
         self._work = work
         self._measured = measured
         self._clock = Clock()
         encodings = [each.encoding for each in wanted if each.encoding is not None]
         self._encoder = TensorEncoder(reader, work, encodings, self._clock)
+        # Each wanted tensor is made by a step of its own, also where several are pieces of one of the checkpoint's.
+        by_name = {each.tensor.name: [each.encoding] for each in wanted if each.encoding is not None}
+        self._uses = Uses(reader, [each.tensor for each in wanted], by_name, stop)
         self._made = MadeTensors()
 
     def tensor(self, wanted: WantedTensor) -> None:
+        with self._uses.of(wanted.tensor.name):
+            self._make(wanted)
+
+    def _make(self, wanted: WantedTensor) -> None:
         name, encoding = wanted.tensor.name, wanted.encoding
         if encoding is None:
             self._made.parts[name] = {"weight": self._plain(wanted)}

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
-from loaders.storage.base import OUR_REPORT, Entry, Store
+from loaders.storage.base import OUR_REPORT, Entry, Range, Store
 from loaders.storage.hashes import hash_stored
 from loaders.storage.object_answers import Unmet
 from loaders.storage.object_assembly import assemble
@@ -129,7 +129,7 @@ class ObjectDestination:
             folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
-    def keep(self, part: Path, name: str) -> Entry:
+    def keep(self, part: Path, name: str, large: Sequence[Range] = ()) -> Entry:
         self._claim.check()
         self._note(name)
         size = size_of(part)
@@ -160,7 +160,7 @@ class ObjectDestination:
         for _, piece in pieces:
             self.drop(piece)
 
-    def join(self, name: str, chunks: Iterator[bytes], size: int) -> Entry:
+    def join(self, name: str, chunks: Iterator[bytes], size: int, large: Sequence[Range] = ()) -> Entry:
         self._claim.check()
         self._note(name)
         return Entry(name, size, upload(self._client, self._key(name), chunks, size).tag)

@@ -6,13 +6,14 @@ written here, once for all.
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -51,6 +52,23 @@ class TensorBytes:
         return TensorBytes(spec, 0, spec.size)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Use:
+    """What some steps of a pass will read of stored tensors; it is over when all of them are.
+
+    `is_once` says that each byte will be read only once, so that its memory can be used again at once.
+    """
+
+    pieces: tuple[TensorBytes, ...]
+    is_once: bool = False
+    steps: int = 1
+
+    @property
+    def size(self) -> int:
+        """The bytes that it reads."""
+        return sum(piece.size for piece in self.pieces)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSlice:
     """Some weights of a stored tensor: flat storage items from `start` on, in the order in which they are stored."""
@@ -72,8 +90,11 @@ class Reader(Protocol):
         """
         ...
 
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
-        """Return all bytes of a stored tensor as a map of its file, for tensors that are not contiguous."""
+    def mapped(self, spec: WeightSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return bytes [start, stop) of a stored tensor in one piece, for elements that are not contiguous.
+
+        They are valid until the reader is closed, or the use of them is over.
+        """
         ...
 
 
@@ -86,6 +107,19 @@ class PieceReader(Reader, Protocol):
         Raises:
             BadCheckpoint, StorageError: as for `read`.
         """
+        ...
+
+
+@runtime_checkable
+class Expecting(Protocol):
+    """A reader that fetches what is going to be used, ahead of its use, and keeps it until its use is over."""
+
+    def expect(self, uses: Sequence[Use], stop: threading.Event | None = None) -> None:
+        """Announce uses, in about their order. Threads that wait for bytes give up when `stop` is set."""
+        ...
+
+    def using(self, use: Use) -> AbstractContextManager[None]:
+        """Return the context of one step of an announced use. It may wait for room, so it must not be nested."""
         ...
 
 
@@ -194,6 +228,10 @@ class WeightLoader(ABC):
     @property
     def held_bytes(self) -> int:
         """The bytes that its reader holds beside the ranges that it is asked for; a job's memory includes them."""
+        return 0
+
+    def scratch_bytes(self, uses: Iterable[Use]) -> int:
+        """Return the most bytes of scratch files that reading for these uses takes at a time."""
         return 0
 
     def priority(self, name: str) -> int:

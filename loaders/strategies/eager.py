@@ -30,8 +30,8 @@ class HeldTensors:
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
         return self._held[spec.name][start:stop]
 
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
-        return self._held[spec.name]
+    def mapped(self, spec: WeightSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._held[spec.name][start:stop]
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         """Yield the pieces; a tensor is released with its last one."""

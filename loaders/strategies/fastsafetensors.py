@@ -108,8 +108,8 @@ class FastFiles:
             self._file = spec.file
         return self._held[spec.name][start:stop]
 
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
-        return self._maps.mapped(spec)
+    def mapped(self, spec: WeightSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._maps.mapped(spec, start, stop)
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         for piece in pieces:

@@ -61,15 +61,15 @@ class MappedFiles:
         self._maps: dict[str, np.ndarray] = {}
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
-        return self.mapped(spec)[start:stop]
+        return self.mapped(spec, start, stop)
 
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
+    def mapped(self, spec: WeightSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
         found = self._maps.get(spec.file)
         if found is None:  # two threads may map one file twice, which costs nothing
             found = self._maps.setdefault(spec.file, map_file(self._root / spec.file, private=self._private))
         if found.size < spec.offset + spec.size:
             raise cut_short(spec, found.size)
-        return found[spec.offset : spec.offset + spec.size]
+        return found[spec.offset : spec.offset + spec.size][start:stop]
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         for piece in pieces:

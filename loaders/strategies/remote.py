@@ -1,116 +1,105 @@
-"""`remote`: tensors of a store that is not local are fetched whole into scratch files, one tensor ahead of their use.
+"""`remote`: what lies in a store that is not local is fetched ahead of its use, by requests side by side.
 
-Every stored byte is fetched once, however often a scheme reads it: passes, views of stacked experts and measuring read
-a memory map of the scratch file. The scratch files of a reader are at most the tensors that it is opened for, which in
-a job are those of a unit.
+Every stored byte of the uses that were announced is fetched once, however often a scheme reads it: passes, views of
+stacked experts and measuring. Bytes that were not announced are fetched when they are asked for.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
-from loaders.errors import io_errors
+from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
-from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader
-from loaders.strategies.lazy import map_privately
+from loaders.strategies.base import PieceReader, TensorBytes, Use, WeightLoader
+from loaders.strategies.reading.announced import Ahead
+from loaders.strategies.reading.buffers import Buffers
+from loaders.strategies.reading.fetching import Fetcher, fetcher
+from loaders.strategies.reading.segments import SEGMENT
 
-# Bytes of one request. At 100 ms of latency and 100 MB/s per connection, 8 MiB spend as long on data as on waiting;
-# larger ones leave fewer to run side by side, and each is held in memory.
-PART = 8 << 20
-# Requests in flight: object stores limit a connection's rate, and memory is AT_ONCE * PART.
-AT_ONCE = 4
-# Tensors fetched beyond the one asked for: enough to overlap fetching with encoding.
-AHEAD = 1
+MB = 1_000_000
+BUDGET_MB = 1024.0
+LEAST_MB = 64  # a smaller budget has no room for the requests of several threads
+BUFFERS = 64 << 20  # bytes of unused buffers kept for the next tensors that are given to a caller
 
 
 class RemoteFiles:
-    """A `PieceReader` that fetches a tensor at its first use, and the next one in the background."""
+    """A `PieceReader` that fetches what was announced ahead, and anything else when it is asked for."""
 
-    def __init__(self, files: PinnedFiles, specs: Sequence[WeightSpec], scratch: Path) -> None:
+    def __init__(self, files: PinnedFiles, shared: Fetcher) -> None:
         self._files = files
-        self._scratch = scratch
-        self._order = list(dict.fromkeys((spec.file, spec.offset, spec.size) for spec in specs))
-        self._places = {place: index for index, place in enumerate(self._order)}
-        self._fetched: dict[int, Future[np.ndarray]] = {}
-        self._lock = threading.Lock()
-        # Two pools, since a fetcher waits for its requests: in one pool, waiting fetchers could take all the threads
-        # that those requests need.
-        self._fetchers = ThreadPoolExecutor(1 + AHEAD, thread_name_prefix="fetch")
-        self._requests = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="range")
+        self._ahead = Ahead(files, shared)
 
     def close(self) -> None:
-        """Stop fetching. The owner of the scratch folder removes the files."""
-        for pool in (self._fetchers, self._requests):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
+
+    def expect(self, uses: Sequence[Use], stop: threading.Event | None = None) -> None:
+        self._ahead.expect(uses, stop)
+
+    def using(self, use: Use) -> AbstractContextManager[None]:
+        return self._ahead.using(use)
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
-        return self.mapped(spec)[start:stop]
+        return self._read(spec, start, stop, slot)
 
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
-        index = self._index(spec)
-        with self._lock:
-            for each in range(index, min(index + 1 + AHEAD, len(self._order))):
-                if each not in self._fetched:
-                    self._fetched[each] = self._fetchers.submit(self._fetch, each)
-            wanted = self._fetched[index]
-        return wanted.result()
+    def mapped(self, spec: WeightSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._read(spec, start, spec.size if stop is None else stop, None)
 
-    def _index(self, spec: WeightSpec) -> int:
-        place = (spec.file, spec.offset, spec.size)
-        with self._lock:
-            if place not in self._places:
-                self._places[place] = len(self._order)
-                self._order.append(place)
-            return self._places[place]
-
-    def _fetch(self, index: int) -> np.ndarray:
-        file, offset, size = self._order[index]
-        path = self._scratch / f"{index}"
-        ranges = [(offset + at, offset + min(at + PART, size)) for at in range(0, size, PART)]
-        with io_errors("writing", path), path.open("xb") as made:
-            os.ftruncate(made.fileno(), size)
-
-            def fetch(start: int, stop: int) -> None:
-                data = self._files.read(file, start, stop)
-                with io_errors("writing", path):
-                    at = start - offset
-                    while data:
-                        count = os.pwrite(made.fileno(), data, at)
-                        at, data = at + count, data[count:]
-
-            for done in [self._requests.submit(fetch, *each) for each in ranges]:
-                done.result()
-        return map_privately(path, 0, size)
+    def _read(self, spec: WeightSpec, start: int, stop: int, slot: int | None) -> np.ndarray:
+        first, last = spec.offset + start, spec.offset + stop
+        found = self._ahead.read(spec.file, first, last, slot)
+        if found is not None:
+            return found
+        out = np.empty(last - first, np.uint8)
+        for at in range(first, last, SEGMENT):
+            data = self._files.read(spec.file, at, min(at + SEGMENT, last))
+            out[at - first : at - first + len(data)] = np.frombuffer(data, np.uint8)
+        return out
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
-        for piece in pieces:
-            yield self.read(piece.spec, piece.start, piece.stop)
+        buffers = Buffers(BUFFERS)
+        uses = [Use((piece,), is_once=True) for piece in pieces]
+        self.expect(uses)
+        for piece, use in zip(pieces, uses, strict=True):
+            out = buffers.take(piece.size)
+            with self.using(use):
+                for at in range(0, piece.size, SEGMENT):
+                    part = out[at : at + SEGMENT]
+                    part[:] = self.read(piece.spec, piece.start + at, piece.start + at + len(part))
+            yield out
+            del out
 
 
 class RemoteLoader(WeightLoader):
-    """The strategy `remote`, which reads from every kind of store, local folders included."""
+    """The strategy `remote`, which reads from every kind of store, local folders included.
+
+    What it holds is at most `memory_budget_mb` megabytes (1e6 bytes), for all that a process reads with that budget.
+    """
 
     name = "remote"
     is_local = False
 
+    def __init__(self, memory_budget_mb: float = BUDGET_MB) -> None:
+        if memory_budget_mb < LEAST_MB:
+            raise BadSpec(f"strategy.memory_budget_mb: expected at least {LEAST_MB}, found {memory_budget_mb:g}")
+        self.memory_budget_mb = memory_budget_mb
+
     @property
     def held_bytes(self) -> int:
-        return AT_ONCE * PART
+        return int(self.memory_budget_mb * MB)
+
+    def scratch_bytes(self, uses: Iterable[Use]) -> int:
+        most = fetcher(self.held_bytes).most_kept
+        return max((use.size for use in uses if not use.is_once and use.size > most), default=0)
 
     @contextmanager
     def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
-        with tempfile.TemporaryDirectory(prefix="weightmill-") as scratch:
-            fetched = RemoteFiles(files, specs, Path(scratch))
-            try:
-                yield fetched
-            finally:
-                fetched.close()
+        opened = RemoteFiles(files, fetcher(self.held_bytes))
+        try:
+            yield opened
+        finally:
+            opened.close()

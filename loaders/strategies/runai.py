@@ -58,8 +58,8 @@ class StreamedByRunai:
         [found] = self._fetched(session, [TensorBytes(spec, start, stop)])
         return found
 
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
-        return self._maps.mapped(spec)
+    def mapped(self, spec: WeightSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._maps.mapped(spec, start, stop)
 
     def stream(self, pieces: Sequence[TensorBytes]) -> Iterator[np.ndarray]:
         at = 0

@@ -30,6 +30,17 @@ class Window:
     def whole(spec: WeightSpec) -> Window:
         return _whole(spec.shape, spec.stride)
 
+    def rows(self, first: int) -> Window:
+        """Return the window that begins at a row of the first dimension."""
+        return replace(self, offset=self.offset + first * self.stride[0]) if first else self
+
+    def extent(self, shape: Shape) -> tuple[int, int]:
+        """Return the range of elements [start, stop) that the window's elements lie in, for a tensor of a shape."""
+        if 0 in shape:
+            return self.offset, self.offset
+        last = sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
+        return self.offset, self.offset + last + 1
+
 
 @lru_cache(maxsize=4096)
 def _whole(shape: Shape, stride: Shape | None) -> Window:

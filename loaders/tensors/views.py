@@ -54,14 +54,15 @@ class StoredView:
 
     def _gather(self, start: int, stop: int) -> Block:
         """Copy elements that are not contiguous from a mapped file, whole rows of the first dimension at a time."""
-        item, shape, window = self._storage.itemsize, self.spec.shape, self._window
-        data = self._reader.mapped(self._stored)[window.offset * item :]
-        data = data[: data.size // item * item].view(self._storage)
-        strides = tuple(step * item for step in window.stride)
-        whole = np.lib.stride_tricks.as_strided(data, shape, strides, writeable=False)
+        item, shape = self._storage.itemsize, self.spec.shape
         row = max(1, self.spec.numel // shape[0])
         first, last = start // row, -(-stop // row)
-        return np.ascontiguousarray(whole[first:last]).reshape(-1)[start - first * row : stop - first * row]
+        wanted = self._window.rows(first), (last - first, *shape[1:])
+        begin, end = wanted[0].extent(wanted[1])
+        data = self._reader.mapped(self._stored, begin * item, end * item).view(self._storage)
+        strides = tuple(step * item for step in self._window.stride)
+        rows = np.lib.stride_tricks.as_strided(data, wanted[1], strides, writeable=False)
+        return np.ascontiguousarray(rows).reshape(-1)[start - first * row : stop - first * row]
 
 
 class CastView:

@@ -96,5 +96,5 @@ class OpenFiles:
         self.fill(spec, start, out)
         return out
 
-    def mapped(self, spec: WeightSpec) -> np.ndarray:
-        return self._maps.mapped(spec)
+    def mapped(self, spec: WeightSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._maps.mapped(spec, start, stop)

@@ -16,6 +16,7 @@ from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, PinnedFiles
 from loaders.strategies import loader
+from loaders.strategies.base import Expecting, TensorBytes, Use
 from tests import passes
 from tests.making import llama_tensors, make_source, write_checkpoint
 from tests.shelf.places import REMOTE, Place, fill
@@ -73,12 +74,14 @@ class Counting:
         self._store = open_store(address)
         self.is_local = self._store.is_local
         self.bytes = 0
+        self.requests = 0
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
 
     def read(self, entry: Entry, start: int, stop: int) -> memoryview:
         self.bytes += stop - start
+        self.requests += 1
         return self._store.read(entry, start, stop)
 
 
@@ -88,11 +91,16 @@ def test_remote_fetches_every_byte_once_however_often_it_is_read(place: Place, t
     store = Counting(address)
     files = PinnedFiles(store, checkpoint.files)  # type: ignore[arg-type]
     with loader("remote").open(files, checkpoint.weights) as reader:
-        for _ in range(3):
-            for spec in checkpoint.weights:
-                assert len(reader.read(spec, 0, spec.size)) == spec.size
-                assert len(reader.mapped(spec)) == spec.size
+        assert isinstance(reader, Expecting)
+        uses = [Use((TensorBytes.whole(spec),)) for spec in checkpoint.weights]
+        reader.expect(uses)
+        for spec, use in zip(checkpoint.weights, uses, strict=True):
+            with reader.using(use):
+                for _ in range(3):
+                    assert len(reader.read(spec, 0, spec.size)) == spec.size
+                    assert len(reader.mapped(spec)) == spec.size
     assert store.bytes == checkpoint.size
+    assert store.requests == 2  # the tensors of a shard are neighbours
 
 
 @pytest.mark.parametrize("kind", REMOTE)
