@@ -60,7 +60,8 @@ ENTER_BY = {
         "loaders/storage/hub_client.py",
     ],
     "obstore": [f"loaders/storage/object_{name}.py" for name in ("answers", "client", "services")],
-    "botocore": ["loaders/storage/object_services.py"],
+    "botocore": ["loaders/storage/object_parts.py", "loaders/storage/object_services.py"],
+    "azure": ["loaders/storage/object_parts.py"],
 }
 
 

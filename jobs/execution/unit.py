@@ -335,6 +335,7 @@ class UnitPass:
             tensor.name: [p.encoding for run in runs.values() if run.takes(tensor) for p in run.placed(tensor)]
             for tensor in tensors
         }
+        # What is dropped is not read.
         self._uses = Uses(reader, [tensor for tensor in tensors if placed[tensor.name]], placed, stop)
 
     def tensor(self, tensor: LogicalTensor) -> None:

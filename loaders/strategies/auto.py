@@ -50,12 +50,12 @@ def choose(source: PinnedFiles, files: Sequence[str], device: str | None = None)
 
     `device` is the device that whole tensors are loaded to; it is None for a job.
     """
+    if not source.store.is_local:
+        return "remote", f"the files lie in no folder of this machine, but at {source.address}"
     if device is not None and device.startswith("cuda") and _all_safetensors(files) and _has_fastsafetensors():
         index = int(device.partition(":")[2] or 0)
         if gds_available(index):
             return "fastsafetensors", "GPU direct storage is there, and goes past the CPU's memory"
-    if not source.store.is_local:
-        return "remote", f"the files lie in no folder of this machine, but at {source.address}"
     root = local_root(source, "auto")
     kind, medium = local.filesystem(root), local.medium(root)
     if medium == "network":

@@ -63,6 +63,11 @@ class Use:
     is_once: bool = False
     steps: int = 1
 
+    @property
+    def size(self) -> int:
+        """The bytes that it reads."""
+        return sum(piece.size for piece in self.pieces)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlice:
@@ -223,6 +228,10 @@ class WeightLoader(ABC):
     @property
     def held_bytes(self) -> int:
         """The bytes that its reader holds beside the ranges that it is asked for; a job's memory includes them."""
+        return 0
+
+    def scratch_bytes(self, uses: Iterable[Use]) -> int:
+        """Return the most bytes of scratch files that reading for these uses takes at a time."""
         return 0
 
     def priority(self, name: str) -> int:

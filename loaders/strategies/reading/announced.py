@@ -68,7 +68,7 @@ class Ahead:
         """Return runs of what is not announced yet; neighbours are one, unless only one of them goes to scratch."""
         wanted: dict[str, list[tuple[int, int, bool]]] = {}
         for use in uses:
-            is_large = not use.is_once and sum(piece.size for piece in use.pieces) > self._shared.budget // 2
+            is_large = not use.is_once and use.size > self._shared.most_kept
             for piece in use.pieces:
                 start, stop = piece.spec.offset + piece.start, piece.spec.offset + piece.stop
                 if start < stop:
