@@ -10,13 +10,14 @@ published.json           the output's report, written just before publishing, an
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.planning.plan import FORMAT, Unit
-from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed
 from loaders.specs import OutputFile
 from loaders.stats import ErrorSums, LoadStats
 from loaders.storage import destination_at
@@ -172,6 +173,18 @@ class Journal:
                     f"output.path: {self.destination.journal} is of format {found}, this weightmill writes {FORMAT};"
                     " finish it with the version that began it, or remove it (python -m jobs.clean)"
                 )
+
+    def check_there(self) -> None:
+        """Check that this process sees the journal, which the driver has made.
+
+        Raises:
+            StorageError: it does not.
+        """
+        if not self.destination.is_there():
+            raise StorageError(
+                f"{self.destination.journal}: not found on {socket.gethostname()};"
+                " on several machines the output must lie on a filesystem that all of them share"
+            )
 
     @property
     def is_left_out(self) -> bool:
