@@ -139,6 +139,11 @@ class WeightLoader(ABC):
     def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
         """Open the files of `specs`, which will be read in about this order."""
 
+    @contextmanager
+    def ahead(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[None]:
+        """Begin to fetch what `open` will be asked for in the block, in about this order, if the strategy does that."""
+        yield
+
     # --- the same for all strategies, by open()
 
     def get_weight_specs(self, source: Source) -> dict[str, WeightSpec]:
