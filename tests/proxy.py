@@ -255,6 +255,11 @@ class Proxy:
         with self._lock:
             self._seen.clear()
 
+    def settle(self) -> None:
+        """Wait until all clients have hung up, and what they asked for was answered."""
+        while self._server.has_clients and not self.closed.wait(0.005):
+            pass
+
     def _matching(self, method: str, path: str) -> list[Seen]:
         return [each for each in self.seen if method in ("", each.method) and re.search(path, each.target)]
 
@@ -328,6 +333,10 @@ class _Server(ThreadingHTTPServer):
     def shutdown_request(self, request: object) -> None:
         self._open.discard(request)  # type: ignore[arg-type]
         super().shutdown_request(request)  # type: ignore[arg-type]
+
+    @property
+    def has_clients(self) -> bool:
+        return bool(self._open)
 
     def hang_up(self) -> None:
         for each in list(self._open):

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.hub import Place
 from loaders.storage.hub_client import LOG_IN, HubClient, NoRevision, NotThere, http_error, hub, session
-from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import current
-from loaders.storage.traffic import traffic
 
 AT_ONCE = 256  # files in a request that asks about them, as huggingface_hub does
 SAMPLE = 512  # the first bytes of a file, by which the Hub tells text from binary
@@ -118,7 +116,7 @@ class HubBranch:
         from huggingface_hub import CommitOperationAdd
 
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        moved = traffic(urlsplit(self._client.endpoint).netloc)
+        moved = self._client.traffic
 
         def send(api: Any) -> None:
             addition = CommitOperationAdd(name, content)
@@ -126,7 +124,7 @@ class HubBranch:
             with moved.request():
                 api.preupload_lfs_files(self.repo, [addition], revision="main", free_memory=False)
 
-        self._call(send, f"{self._where}: uploading {name}", lambda failure: moved.busy() if failure.is_busy else None)
+        self._call(send, f"{self._where}: uploading {name}")
         moved.moved(uploaded=size)
 
     def commit(
@@ -156,9 +154,7 @@ class HubBranch:
         )  # fmt: skip
         return answer.status_code not in STALE
 
-    def _call(
-        self, call: Callable[[Any], Any], where: str = "", on_failure: Callable[[Passing], None] = lambda _: None
-    ) -> Any:
+    def _call(self, call: Callable[[Any], Any], where: str = "") -> Any:
         """Call huggingface_hub's API; errors as `HubClient.ask`."""
         from huggingface_hub import HfApi, utils
 
@@ -173,7 +169,7 @@ class HubBranch:
             with _explained(client, where):
                 return call(HfApi(endpoint=client.endpoint))
 
-        return patiently(where, once, on_failure=on_failure)
+        return client.patient(where, once)
 
 
 @contextmanager

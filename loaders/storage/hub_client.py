@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
-from urllib.parse import quote
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import current
+from loaders.storage.traffic import Traffic, traffic
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PASSING = (408, 429, 500, 502, 503, 504)
 BUSY = (429, 503)
+UNREACHED = "check the network and HF_ENDPOINT, or fetch the model elsewhere and give its folder"
 LOG_IN = "log in (hf auth login), or set HF_TOKEN"
+T = TypeVar("T")
 
 
 class NotThere(BadSpec):
@@ -47,6 +50,10 @@ class HubClient:
         self.headers = dict(headers)
 
     @property
+    def traffic(self) -> Traffic:
+        return traffic(urlsplit(self.endpoint).netloc)
+
+    @property
     def is_logged_in(self) -> bool:
         return "authorization" in self.headers
 
@@ -70,7 +77,11 @@ class HubClient:
                 self.check(where, answer)
             return answer
 
-        return patiently(where, once)
+        return self.patient(where, once)
+
+    def patient(self, where: str, call: Callable[[], T]) -> T:
+        """Call as `patiently` does, whose errors say what to do if the Hub never answered."""
+        return patiently(where, call, self.traffic, if_unreached=UNREACHED)
 
     def value(self, where: str, answer: Any) -> Any:
         """Return the JSON of an answer.
@@ -96,8 +107,10 @@ class HubClient:
                 " (hf download), or unset HF_HUB_OFFLINE"
             ) from None
         except http_error() as error:
-            is_slow = "Timeout" in type(error).__name__
-            raise Passing(f"{self.endpoint}: {type(error).__name__}", is_busy=is_slow) from None
+            name = type(error).__name__
+            if name.startswith("Connect"):
+                raise Passing(f"no connection to the Hub at {self.endpoint} ({name})", is_unreached=True) from None
+            raise Passing(f"{self.endpoint}: {name}", is_busy="Timeout" in name) from None
 
     def check(self, where: str, answer: Any) -> None:
         """Turn an answer that is no success into its error.

@@ -16,9 +16,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from loaders.errors import BadCheckpoint, StorageError
 from loaders.storage.hub_client import HubClient, session
-from loaders.storage.patience import Passing, patiently
+from loaders.storage.patience import Passing
 from loaders.storage.settings import current
-from loaders.storage.traffic import traffic
 
 HOPS = 5  # redirects of one request: a renamed repository, and the CDN
 # Bytes that count as progress: a request that was cut after so many goes on at once, with its patience renewed.
@@ -55,7 +54,6 @@ class HubFiles:
 
     def __init__(self, client: HubClient) -> None:
         self._client = client
-        self._traffic = traffic(urlsplit(client.endpoint).netloc)
         self._routes: dict[HubFile, _Route] = {}
         self._trees: dict[tuple[str, str], Mapping[str, HubFile]] = {}
 
@@ -89,17 +87,13 @@ class HubFiles:
         data, at = memoryview(bytearray(stop - start)), 0
         while at < len(data):
             fill = partial(self._some, file, start, data, at)
-            at = patiently(f"reading {file.shown}", fill, on_failure=self._failed)
+            at = self._client.patient(f"reading {file.shown}", fill)
         return data
-
-    def _failed(self, failure: Passing) -> None:
-        if failure.is_busy:
-            self._traffic.busy()
 
     def _some(self, file: HubFile, start: int, data: memoryview, at: int) -> int:
         """Fill `data` from `at` on, as far as one request goes; returns how far that is."""
         done = at
-        with self._traffic.request():
+        with self._client.traffic.request():
             try:
                 with self._client.failures(), self._opened(file, start + at, start + len(data)) as answer:
                     for chunk in answer.iter_raw():
@@ -113,7 +107,7 @@ class HubFiles:
                 if done - at < PROGRESS:
                     raise
             finally:
-                self._traffic.moved(fetched=done - at)
+                self._client.traffic.moved(fetched=done - at)
         return done
 
     @contextmanager

@@ -135,17 +135,19 @@ def _raise_unanswered(what: str, text: str, timeout_s: float) -> NoReturn:
         raise StorageError(f"{what}: names with empty parts (a//b) are not read; copy the files under other names")
     if "certificate" in text or "UnknownIssuer" in text:
         raise StorageError(f"{what}: the server's certificate is not trusted; add it to the system's certificates")
-    if "dns error" in text:
-        raise Passing("the host's name is not resolved; is there a network?")
+    if "kind: Connect" in text:
+        raise Passing(_unconnected(text), is_unreached=True)
     if "kind: Timeout" in text or "TimedOut" in text or "timed out" in text:
         raise Passing(f"no byte came within {timeout_s:g} s", is_busy=True)
-    if "ConnectionRefused" in text:
-        raise Passing("the host refuses connections")
-    if "kind: Connect" in text:
-        raise Passing("no connection to the host")
     if "HttpError" in text or "reqwest" in text or "hyper" in text:
         raise Passing("the connection was cut")
     raise StorageError(f"{what}: {_first_line(text)}")
+
+
+def _unconnected(text: str) -> str:
+    if "dns error" in text:
+        return "the host's name is not resolved; is there a network?"
+    return "the host refuses connections" if "ConnectionRefused" in text else "no connection to the host"
 
 
 def _first_line(text: str) -> str:

@@ -16,7 +16,7 @@ from loaders.storage.address import Address
 from loaders.storage.object_answers import Denied, Elsewhere, Missing, Unmet, answers
 from loaders.storage.object_parts import Parts, has_parts, parts_of
 from loaders.storage.object_services import VARIABLES, libraries, place_of, service_of
-from loaders.storage.patience import Passing, patiently
+from loaders.storage.patience import patiently
 from loaders.storage.settings import StoreSettings, current
 from loaders.storage.traffic import Traffic, traffic
 
@@ -192,13 +192,9 @@ class ObjectClient:
                 return call()
 
         try:
-            return patiently(what, once, on_failure=self.failed, patience_s=patience_s)
+            return patiently(what, once, self.traffic, patience_s=patience_s)
         except Denied as denial:
             raise self.denied(what, denial) from None
-
-    def failed(self, failure: Passing) -> None:
-        if failure.is_busy:
-            self.traffic.busy()
 
     def _ask(self, what: str, call: Callable[[Any], T]) -> T:
         store = self._opened()

@@ -288,7 +288,8 @@ class _Body:
         except Passing as failure:
             if self._done - before < PROGRESS:
                 raise
-            self._client.failed(failure)
+            if failure.is_busy:
+                self._client.traffic.busy()
         finally:
             self._client.traffic.moved(fetched=self._done - before)
 

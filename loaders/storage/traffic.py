@@ -36,6 +36,7 @@ class Traffic:
         self._held_until = 0.0
         self.fetched = 0  # bytes
         self.uploaded = 0
+        self.was_reached = False  # whether the host ever answered
 
     @property
     def limit(self) -> int:
@@ -87,6 +88,10 @@ class Traffic:
             self._best = rate, self._limit  # after a while, what the network gives now, which may be less than once
             if not is_held:
                 self._limit = min(self._limit * 1.25 + 1, float(max(1, current().at_once)))
+
+    def reached(self) -> None:
+        """Note that the host answered."""
+        self.was_reached = True
 
     def busy(self) -> None:
         """Note that the store was asked for too much (429, 503, a timeout)."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jobs.planning.plan import FORMAT
+from loaders.storage import patience
 from tests import reference
 from tests.making import (  # fmt: skip
     LLAMA,
@@ -238,10 +239,14 @@ def test_a_rule_that_matches_nothing_stops_the_job_before_it_starts(
     assert "rules[0]: it matches no tensor" in ran.err
 
 
-def test_a_preset_without_its_weights_says_how_to_get_them(weightmill: Any) -> None:
+def test_a_preset_without_a_network_says_what_to_do(weightmill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://no-such-host.invalid")
+    monkeypatch.setattr(patience, "UNREACHED_S", 0.0)
     ran = weightmill("plan", "model=llama70b")
-    assert ran.status == 2
-    assert "hf download meta-llama/Llama-3.1-70B" in ran.err
+    assert ran.status == 1
+    assert "hf://meta-llama/Llama-3.1-70B: no connection to the Hub at http://no-such-host.invalid" in ran.err
+    assert "check the network and HF_ENDPOINT, or fetch the model elsewhere and give its folder" in ran.err
+    assert len(ran.err.splitlines()) == 1
 
 
 def test_the_source_is_never_changed(source: Path, tmp_path: Path, weightmill: Any) -> None:

@@ -1,0 +1,480 @@
+"""Kills a job from store to store at random points, again and again, and checks what readers and reruns find.
+
+    python -m tests.kills kills=100 from=s3 to=s3 quant=nf4 seed=0
+
+An S3 server (moto's, in a process of its own) lies behind a proxy that makes FAULTS. A job runs in a fork of one
+process, so that its libraries are loaded once, and is killed (SIGKILL) a moment after one of its requests. The same
+command runs again, is perhaps killed again, until it succeeds; then comes the next output. After each kill:
+
+- nobody takes what lies at the output's address for a checkpoint, unless all of it is there and right;
+- what was recorded as done still is;
+- nothing that was recorded as done was uploaded again.
+
+And after each success: the bytes are those of a job from folder to folder, as many units were resumed as had records,
+and no journal, no upload under way and no temporary file is left. It ends with status 1 if anything was found.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from loaders.storage.base import OUR_REPORT
+from tests.jobs.test_over_stores import comparable
+from tests.making import llama_tensors, make_source, snapshot
+from tests.object_servers import BUCKET
+from tests.processes import start
+from tests.proxy import Cut, Fault, Lose, Proxy, Refuse, Seen, Status, Truncate
+
+FAULTS: tuple[tuple[Fault, Mapping[str, Any]], ...] = (  # of a hundred requests, about five get one
+    (Refuse(), {"chance": 0.01}),
+    (Lose(), {"chance": 0.01}),
+    (Status(503), {"chance": 0.01}),
+    (Status(500), {"chance": 0.01}),
+    (Cut(after=2000), {"chance": 0.01}),
+    (Truncate(after=2000), {"chance": 0.02, "method": "GET", "path": r"/source/.*safetensors"}),
+)
+LAYERS = 4
+SMALL_PART = 8 << 10  # bytes of an upload's part, so that files of this small model are uploaded in parts
+LONGEST_S = 0.03  # from the request to the kill
+STUCK_S = 300.0  # for which no run takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    kills: int = 100
+    source: str = "s3"
+    to: str = "s3"
+    quant: str = "nf4"
+    seed: int = 0
+
+    @staticmethod
+    def of(arguments: Sequence[str]) -> Options:
+        given = dict(argument.split("=", 1) for argument in arguments)
+        source, to = given.pop("from", "s3"), given.pop("to", "s3")
+        numbers = {name: int(given.pop(name)) for name in ("kills", "seed") if name in given}
+        if {source, to} - {"s3", "folder"} or source == to == "folder":
+            raise SystemExit(f"from={source} to={to}: s3 and folder are known, and one of both is to be s3")
+        return Options(source=source, to=to, **numbers, **given)  # type: ignore[arg-type]
+
+
+@dataclass
+class Tally:
+    """What a campaign counted, and what it found wrong."""
+
+    found: list[str] = field(default_factory=list)
+    kills: Counter[str] = field(default_factory=Counter)  # by how far the job had come
+    runs: int = 0
+    rounds: int = 0
+    requests: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    uploaded: int = 0  # bytes of all runs
+    fetched: int = 0
+    once: tuple[int, int] = (0, 0)  # bytes that one undisturbed run uploads and fetches
+    seconds: float = 0.0
+
+    @property
+    def table(self) -> str:
+        rows = [("kills", sum(self.kills.values())), *((f"  {stage}", n) for stage, n in self.kills.items())]
+        rows += [("runs", self.runs), ("outputs", self.rounds), ("requests", self.requests)]
+        rows += [("faults", sum(self.faults.values())), *((f"  {name}", n) for name, n in self.faults.items())]
+        sent, got = (total / max(1, once * self.rounds) for total, once in zip(self._moved, self.once, strict=True))
+        rows += [("found wrong", len(self.found)), ("seconds", round(self.seconds))]
+        lines = [f"{name:32} {number:8}" for name, number in rows]
+        lines += [f"{'uploaded, undisturbed = 1':32} {sent:8.2f}", f"{'fetched, undisturbed = 1':32} {got:8.2f}"]
+        return "\n".join([*lines, *(f"  {each}" for each in self.found)])
+
+    @property
+    def _moved(self) -> tuple[int, int]:
+        return self.uploaded, self.fetched
+
+
+# --- processes of their own
+
+
+def serve() -> None:
+    """Run moto's S3 until standard input ends; prints its address."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    print(f"http://{host}:{port}", flush=True)
+    sys.stdin.read()
+    server.stop()
+
+
+def fork(warm: Sequence[str]) -> None:
+    """Run a first job, then each job that a line of standard input describes, in a fork: prints its pid and status."""
+    import botocore.session
+    import obstore.store  # noqa: F401
+
+    from jobs.cli.main import main
+    from loaders.storage import object_assembly, object_upload, patience
+
+    patience.FIRST_PAUSE_S = 0.02
+    object_upload.PART = object_assembly.PART = SMALL_PART
+    object_assembly.SMALLEST_PART = SMALL_PART
+    object_upload.part_size = lambda _: SMALL_PART
+    botocore.session.Session().get_service_model("s3")  # read from its files once
+    with _instead("/dev/null"):
+        assert main(warm) == 0
+    assert threading.active_count() == 1, "a fork would have only one of the threads"
+    print("ready", flush=True)
+    for line in sys.stdin:
+        arguments, log = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            with _instead(log):
+                sys.exit(main(arguments))
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+@contextmanager
+def _instead(path: str) -> Iterator[None]:
+    """Let this process's output go to PATH.out and PATH.err, or all of it to /dev/null."""
+    sys.stdout.flush()
+    before = os.dup(1), os.dup(2)
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        to = os.open(path if path == os.devnull else path + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(to, number)
+        os.close(to)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, old in zip((1, 2), before, strict=True):
+            os.dup2(old, number)
+
+
+class Process:
+    """A part of this file in a process of its own, which answers by lines."""
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str]) -> None:
+        given = {"stdin": subprocess.PIPE, "stderr": None}
+        self._process = start("-m", "tests.kills", *arguments, environment=environment, **given)
+
+    def answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        assert line, f"it ended with status {self._process.wait()}"
+        return line
+
+    def has_answered(self, within_s: float) -> bool:
+        return bool(select.select([self._process.stdout], [], [], within_s)[0])
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+# --- where outputs are written
+
+
+class Target(Protocol):
+    """Where outputs are written, as others see it."""
+
+    def address(self, name: str) -> str: ...
+
+    def visible(self, name: str) -> dict[str, bytes]:
+        """The files at an output's address, but for what is hidden."""
+        ...
+
+    def records(self, name: str) -> dict[str, bytes]:
+        """The records of an unpublished output, by unit."""
+        ...
+
+    def left(self, name: str) -> list[str]:
+        """What is there beside the output."""
+        ...
+
+
+class Bucket:
+    """Outputs in a bucket, which is asked directly, and not by the proxy."""
+
+    def __init__(self, endpoint: str) -> None:
+        import botocore.session
+
+        self._client = botocore.session.Session().create_client(
+            "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
+        )
+        self._client.create_bucket(Bucket=BUCKET)
+
+    def address(self, name: str) -> str:
+        return f"s3://{BUCKET}/{name}"
+
+    def put(self, key: str, data: bytes) -> None:
+        self._client.put_object(Bucket=BUCKET, Key=key, Body=data)
+
+    def _names(self, name: str) -> Iterator[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{name}/")
+        return (row["Key"].removeprefix(f"{name}/") for page in pages for row in page.get("Contents", ()))
+
+    def _get(self, name: str, file: str) -> bytes:
+        return bytes(self._client.get_object(Bucket=BUCKET, Key=f"{name}/{file}")["Body"].read())
+
+    def visible(self, name: str) -> dict[str, bytes]:
+        return {file: self._get(name, file) for file in self._names(name) if not file.startswith(".weightmill")}
+
+    def records(self, name: str) -> dict[str, bytes]:
+        found = (re.fullmatch(r"\.weightmill/\w+/records/(.+)\.json", file) for file in self._names(name))
+        return {match[1]: self._get(name, match[0]) for match in found if match is not None}
+
+    def left(self, name: str) -> list[str]:
+        uploads = self._client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())
+        return [file for file in self._names(name) if file.startswith(".")] + [f"upload of {u['Key']}" for u in uploads]
+
+
+class Folder:
+    """Outputs in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir()
+
+    def address(self, name: str) -> str:
+        return str(self._folder / name)
+
+    def visible(self, name: str) -> dict[str, bytes]:
+        return snapshot(self._folder / name) if (self._folder / name).exists() else {}
+
+    def records(self, name: str) -> dict[str, bytes]:
+        return {path.stem: path.read_bytes() for path in self._folder.glob(f".{name}.*/records/*.json")}
+
+    def left(self, name: str) -> list[str]:
+        return [path.name for path in self._folder.iterdir() if path.name.startswith(".")]
+
+
+# --- the campaign
+
+
+class Watched(Proxy):
+    """A proxy that says when so many more requests have arrived."""
+
+    _left = 0
+
+    def after(self, requests: int) -> threading.Event:
+        self._reached, self._left = threading.Event(), requests
+        return self._reached
+
+    def note(self, seen: Seen) -> None:
+        super().note(seen)
+        self._left -= 1
+        if self._left == 0:
+            self._reached.set()
+
+
+class Campaign:
+    def __init__(
+        self, options: Options, work: Path, proxy: Watched, forks: Process, target: Target, source: str, wanted: Any
+    ) -> None:
+        self._options = options
+        self._work = work
+        self._proxy = proxy
+        self._forks = forks
+        self._target = target
+        self._wanted = wanted
+        self._given = [*job_of(options, source), f"store.scratch={work / 'scratch'}", "store.patience_s=100"]
+        self._random = random.Random(options.seed)
+        self._usual = self._units = 0  # requests and units of an undisturbed run
+        self.tally = Tally()
+
+    def run(self) -> None:
+        """Run all of it."""
+        began = time.monotonic()
+        self._round("undisturbed", kills=0)
+        self.tally.once = self.tally.uploaded, self.tally.fetched
+        self._usual = self.tally.requests
+        rules = [self._proxy.add(fault, **given) for fault, given in FAULTS]
+        self.tally = Tally(found=self.tally.found, once=self.tally.once)
+        while (left := self._options.kills - sum(self.tally.kills.values())) > 0:
+            self._round(f"out{self.tally.rounds}", left)
+            self.tally.rounds += 1
+        for rule in rules:
+            self.tally.faults[type(rule.fault).__name__] += rule.hits
+        self.tally.seconds = time.monotonic() - began
+
+    def _round(self, name: str, kills: int) -> None:
+        """Make one output, by as many runs as it takes."""
+        done: dict[str, bytes] = {}  # the records before the run
+        while True:
+            wait = None
+            if kills > 0 and self._random.random() < 0.9:
+                # A rerun has less to do.
+                wait = self._random.randint(1, max(1, self._usual // (2 if done else 1)))
+            was_published = OUR_REPORT in self._target.visible(name)
+            status, log = self._one_run(name, wait)
+            self._check_run(name, done)
+            if status == -signal.SIGKILL:
+                kills -= 1
+                visible, now = self._target.visible(name), self._target.records(name)
+                self._check_visible(name, visible)
+                self.tally.kills[self._stage(visible, now)] += 1
+                if OUR_REPORT in visible and not self._target.left(name):
+                    break  # killed after its very last step
+                # When the journal is removed, records are.
+                if OUR_REPORT not in visible and not done.items() <= now.items():
+                    self._found(name, f"records are gone: {sorted(done.keys() - now.keys())}, or others")
+                done = now
+                continue
+            if status != 0:
+                self._found(name, f"status {status}: {Path(f'{log}.err').read_text().strip()[-500:]}")
+                break
+            ran = json.loads(Path(f"{log}.out").read_text())["run"]
+            self._units, resumed = ran["units"], ran["units_resumed"]
+            if resumed != len(done) and not was_published:
+                self._found(name, f"{resumed} units were resumed, {len(done)} had records")
+            break
+        self._check_end(name)
+
+    def _one_run(self, name: str, wait: int | None) -> tuple[int, str]:
+        """Run the job until it ends or is killed, after so many requests; its status, and where its output is."""
+        self._proxy.forget()
+        log = str(self._work / "log")
+        reached = self._proxy.after(wait or -1)
+        self._forks.tell(json.dumps([[*self._given, f"output.path={self._target.address(name)}"], log]))
+        pid, began = int(self._forks.answer()), time.monotonic()
+        while not self._forks.has_answered(0.005):
+            if wait is not None and reached.is_set():
+                time.sleep(self._random.uniform(0, LONGEST_S))
+                os.kill(pid, signal.SIGKILL)
+                break
+            if time.monotonic() - began > STUCK_S:
+                os.kill(pid, signal.SIGKILL)
+                self._found(name, f"it takes more than {STUCK_S:g} s")
+                break
+        status = int(self._forks.answer())
+        self._proxy.settle()
+        self.tally.runs += 1
+        self.tally.requests += self._proxy.count()
+        self.tally.uploaded += self._proxy.received()
+        self.tally.fetched += self._proxy.sent("GET", "/source/")
+        return status, log
+
+    def _found(self, name: str, what: str) -> None:
+        self.tally.found.append(f"seed {self._options.seed}, {name}, run {self.tally.runs}: {what}")
+
+    def _check_run(self, name: str, done: Mapping[str, bytes]) -> None:
+        """Check that a run did not upload what was done before."""
+        files = [row["name"] for record in done.values() for row in json.loads(record)["files"]]
+        for seen in self._proxy.seen:
+            path = seen.target.partition("?")[0]
+            is_upload = seen.method in ("PUT", "POST") and "/kept/" not in path and seen.received > 0
+            if is_upload and any(path.endswith((f"/{name}/{file}", f"/pieces/{file}")) for file in files):
+                self._found(name, f"done before, and uploaded again: {path}")
+
+    def _check_visible(self, name: str, visible: Mapping[str, bytes]) -> None:
+        """Check that what is visible is not half a result."""
+        files, report = self._wanted
+        signs = [file for file in ("config.json", OUR_REPORT) if file in visible]
+        missing = files.keys() - visible.keys()
+        if signs and missing:
+            self._found(name, f"half a result is visible: {signs[0]}, and no {sorted(missing)[0]}")
+        elif OUR_REPORT in visible and comparable(visible) != (files, report):
+            self._found(name, "a wrong result is visible")
+        elif signs:
+            self._compare(name, comparable({**visible, OUR_REPORT: visible.get(OUR_REPORT, b"") or _EMPTY})[0])
+
+    def _compare(self, name: str, files: Mapping[str, bytes]) -> None:
+        wanted: Mapping[str, bytes] = self._wanted[0]
+        for file in sorted(wanted.keys() | files.keys()):
+            if wanted.get(file) != files.get(file):
+                self._found(name, f"{file} is not as it should be")
+
+    def _stage(self, visible: Mapping[str, bytes], records: Mapping[str, bytes]) -> str:
+        if OUR_REPORT in visible:
+            return "published, not tidied"
+        if "config.json" in visible:
+            return "while it was published"
+        if len(records) == self._units:
+            return "all units done"
+        return f"{'some' if records else 'no'} units done"
+
+    def _check_end(self, name: str) -> None:
+        visible = self._target.visible(name)
+        self._check_visible(name, visible)
+        if OUR_REPORT not in visible:
+            self._found(name, "there is no result")
+        if left := self._target.left(name):
+            self._found(name, f"left: {left[:5]}")
+        if left := [str(path) for place in ("scratch", "tmp") for path in (self._work / place).rglob("*")]:
+            self._found(name, f"left in scratch: {left[:5]}")
+
+
+_EMPTY = b'{"run": 0, "source": {"path": 0}, "job": {"model": {"path": 0}}}'
+
+
+def job_of(options: Options, source: str) -> list[str]:
+    return [
+        "run", f"model.path={source}", "model.name=model", f"quant={options.quant}", "unit_mb=0.05", "tracking=none",
+        "format=json",
+    ]  # fmt: skip
+
+
+def campaign(options: Options, work: Path) -> Tally:
+    """Run a campaign, with files in the folder `work`."""
+    model = make_source(work / "model", llama_tensors(layers=LAYERS), num_hidden_layers=LAYERS)
+    for name in ("scratch", "tmp"):
+        (work / name).mkdir()
+    environment = {
+        "AWS_ACCESS_KEY_ID": "key-of-tests", "AWS_SECRET_ACCESS_KEY": "secret-of-tests", "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "S3_UPLOAD_PART_MIN_SIZE": str(SMALL_PART), "TMPDIR": str(work / "tmp"),
+    }  # fmt: skip
+    with Process("serve", environment=environment) as server:
+        bucket = Bucket(endpoint := server.answer())
+        for path, data in snapshot(model).items():
+            bucket.put(f"source/{path}", data)
+        warm = [*job_of(options, str(model)), f"output.path={work / 'wanted'}"]
+        with Watched(endpoint, seed=options.seed) as proxy:
+            environment["AWS_ENDPOINT_URL"] = proxy.url
+            with Process("fork", *warm, environment=environment) as forks:
+                assert forks.answer() == "ready"
+                made = Campaign(
+                    options, work, proxy, forks,
+                    target=bucket if options.to == "s3" else Folder(work / "outputs"),
+                    source=bucket.address("source") if options.source == "s3" else str(model),
+                    wanted=comparable(snapshot(work / "wanted")),
+                )  # fmt: skip
+                made.run()
+    return made.tally
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve()
+    elif sys.argv[1:2] == ["fork"]:
+        fork(sys.argv[2:])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tally = campaign(Options.of(sys.argv[1:]), Path(folder))
+        print(tally.table)
+        sys.exit(bool(tally.found))
