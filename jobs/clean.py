@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from pydantic import Field
 
@@ -10,6 +11,9 @@ from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, Location, Spec
 from jobs.spec.store import StoreSpec
 from loaders.storage.address import Address
+from loaders.storage.settings import StoreSettings
+
+ON_THE_HUB = Address("hf://")
 
 
 class CleanedFolder(Spec):
@@ -17,6 +21,7 @@ class CleanedFolder(Spec):
 
     root: Location = Field(description="a folder of outputs to look into")
     path: Location | None = Field(description="only what belongs to this output")
+    journal: Location | None = Field(default=None, description="where journals of outputs on the Hub are, if not here")
 
 
 class CleanSpec(Spec):
@@ -26,6 +31,10 @@ class CleanSpec(Spec):
     dry_run: bool = Field(description="only list")
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+
+    @property
+    def store_settings(self) -> StoreSettings:
+        return replace(self.store.settings, journal=self.output.journal)
 
 
 def act(spec: CleanSpec) -> Said:
@@ -37,6 +46,9 @@ def act(spec: CleanSpec) -> Said:
     place = only.parent if only is not None else Address.of(spec.output.root)
     found = find_leftovers(place, None if only is None else only.name)
     rows = [leftover_document(leftover, will_remove=not spec.dry_run) for leftover in found]
+    if only is None and place.is_local:
+        # These are of no folder: who wants them gone says so, by the output or its owner.
+        rows += [leftover_document(leftover, will_remove=False) for leftover in find_leftovers(ON_THE_HUB)]
     if not spec.dry_run:
         remove(found)
     return Said({"status": "done", "dry_run": spec.dry_run, "found": rows}, leftovers_text(rows, place))
@@ -52,6 +64,7 @@ VERB = Verb(
         ("", "in output.root"),
         ("dry_run=true", "only list"),
         ("output.path=OUT", "what was left of one output"),
+        ("output.root=hf://OWNER", "of outputs on the Hub, whose journals are in your cache, or in output.journal"),
     ),
 )
 main = VERB.main

@@ -8,15 +8,15 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Location, Spec
+from jobs.spec.base import Format, Source, Spec
 from jobs.spec.store import StoreSpec
 
 
 class DiffSpec(Spec):
     """The settings of `diff`."""
 
-    a: Location = Field(description="the first checkpoint: errors are relative to it")
-    b: Location = Field(description="the second checkpoint")
+    a: Source = Field(description="the first checkpoint: errors are relative to it")
+    b: Source = Field(description="the second checkpoint")
     tensors: Literal["different", "all"] = Field(description="which tensors to list")
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pydantic import Field
 
 from jobs.cli.verb import FAILED, Said, Verb
-from jobs.spec.base import Format, Location, Spec
+from jobs.spec.base import Format, Source, Spec
 from jobs.spec.store import StoreSpec
 
 
 class LintedFolder(Spec):
     """The checkpoint to lint."""
 
-    path: Location = Field(description="a checkpoint, whoever wrote it")
+    path: Source = Field(description="a checkpoint, whoever wrote it")
 
 
 class LintSpec(Spec):

@@ -7,7 +7,7 @@ import sys
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Location, Spec
+from jobs.spec.base import Format, Source, Spec
 from jobs.spec.job import ClusterSpec, VerifySpec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
@@ -17,13 +17,13 @@ from loaders.storage.address import Address
 class SourcePlace(Spec):
     """The source of the output."""
 
-    path: Location | None = Field(description="the source's folder, if it has moved since the job")
+    path: Source | None = Field(description="the source's folder, if it has moved since the job")
 
 
 class OutputPlace(Spec):
     """The output to verify."""
 
-    path: Location = Field(description="the output to verify")
+    path: Source = Field(description="the output to verify")
 
 
 class VerifyRequest(Spec):

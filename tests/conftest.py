@@ -16,6 +16,8 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.storage.address import Address
 from tests import object_servers
+from tests.hub.server import Hub
+from tests.hub.server import serving as serving_hub
 from tests.making import write_checkpoint
 from tests.shelf import serving
 from tests.shelf.places import KINDS, FolderPlace, ObjectPlace, Place, ShelfPlace
@@ -89,6 +91,14 @@ def s3_bucket() -> Iterator[Address]:
 
 
 @pytest.fixture(scope="session")
+def gs_bucket() -> Iterator[Address]:
+    """A bucket of a server that imitates Google's, which all tests of a process share."""
+    pytest.importorskip("moto", reason="moto[server], which imitates S3, is not installed")
+    with object_servers.gs() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
 def az_bucket() -> Iterator[Address]:
     """A container of an Azure server, which all tests of a process share."""
     command = object_servers.azurite()
@@ -96,6 +106,29 @@ def az_bucket() -> Iterator[Address]:
         pytest.skip("azurite, which imitates Azure's blobs, is not installed: npm install -g azurite")
     with object_servers.az(command) as address:
         yield address
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty Hub, which huggingface_hub in this process and its children asks; nobody is logged in."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf"
+    with serving_hub() as made:
+        # It reads the environment when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", made.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{made.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name, value in (("HF_ENDPOINT", made.url), ("HF_HOME", str(home)), ("HF_HUB_DISABLE_XET", "1")):
+            monkeypatch.setenv(name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        yield made
 
 
 @pytest.fixture

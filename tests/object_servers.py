@@ -10,11 +10,14 @@ import shutil
 import socket
 import subprocess
 import threading
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 from loaders.storage.address import Address
 from loaders.storage.object_services import EMULATOR
@@ -62,6 +65,61 @@ def s3() -> Iterator[Address]:
             yield Address.of(f"s3://{BUCKET}")
     finally:
         server.stop()
+
+
+# moto does not check signatures, but asks for one.
+SIGNED = "AWS4-HMAC-SHA256 Credential=tests/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+
+
+class Google:
+    """moto's S3 as Google's XML interface, which differs in the conditions of writes: they name generations.
+
+    PyPI's emulators of Google's storage (gcp-storage-emulator, fake-gcs-server) lack the XML interface, by which
+    obstore writes.
+    """
+
+    def __init__(self, s3: Any) -> None:
+        self._s3 = s3
+        self._tags: dict[str, str] = {}  # by generation
+
+    def __call__(self, environ: dict[str, Any], start: Any) -> Any:
+        wanted = environ.pop("HTTP_X_GOOG_IF_GENERATION_MATCH", None)
+        environ["HTTP_AUTHORIZATION"] = SIGNED
+        if wanted == "0":
+            environ["HTTP_IF_NONE_MATCH"] = "*"
+        elif wanted is not None:
+            environ["HTTP_IF_MATCH"] = self._tags.get(wanted, '"none"')
+
+        def begin(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            tag = next((value for name, value in headers if name.lower() == "etag"), None)
+            if tag is not None:
+                generation = str(zlib.crc32(tag.encode()) + 1)
+                self._tags[generation] = tag
+                headers = [*headers, ("x-goog-generation", generation)]
+            return start(status, headers, *more)
+
+        return self._s3(environ, begin)
+
+
+@contextmanager
+def gs() -> Iterator[Address]:
+    """Run an imitation of Google's storage with an empty bucket."""
+    from moto.server import create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = make_server("127.0.0.1", 0, Google(create_backend_app("s3")), threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        urlopen(Request(f"{url}/{BUCKET}", method="PUT")).close()
+        with environment({"STORAGE_EMULATOR_HOST": url}):
+            yield Address.of(f"gs://{BUCKET}")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 AZURITE = "azurite-blob"

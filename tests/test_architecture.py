@@ -53,8 +53,15 @@ ENTER_BY = {
     "hydra": ["jobs/cli/compose.py"],
     "ray": ["jobs/execution/ray_cluster.py"],
     "mlflow": ["jobs/tracking/run.py"],
+    "huggingface_hub": [
+        "loaders/models/hub_cache.py",
+        "loaders/storage/hub_branch.py",
+        "loaders/storage/hub_cache.py",
+        "loaders/storage/hub_client.py",
+    ],
     "obstore": [f"loaders/storage/object_{name}.py" for name in ("answers", "client", "services")],
-    "botocore": ["loaders/storage/object_services.py"],
+    "botocore": ["loaders/storage/object_parts.py", "loaders/storage/object_services.py"],
+    "azure": ["loaders/storage/object_parts.py"],
 }
 
 

@@ -222,9 +222,15 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
         for word in values:
             _set(config, word)
         problems += _sweep_left_out(config, request)
-        return check(spec, plain(config), problems)
+        return check(spec, plain(config), problems, _note)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadSpec([*problems, _said_by_hydra(error)]) from error
+
+
+def _note(text: str) -> None:
+    from jobs.cli.verb import note  # which imports this module
+
+    note(text)
 
 
 def _is_value_of_a_group(verb: str, override: str) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -18,6 +18,7 @@ from loaders.places import DEMO
 from loaders.presets.base import PathValue
 from loaders.storage import KINDS, kind_of
 from loaders.storage.address import Address
+from loaders.storage.hub_names import hub_name
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 # Names that settings have in other tools (bitsandbytes, transformers), for hints in messages.
@@ -30,13 +31,15 @@ MOVED = {"source.unit_mb": "unit_mb"}  # keys of earlier versions
 S = TypeVar("S", bound=BaseModel)
 
 
-def check(spec: type[S], values: dict[str, Any], problems: Sequence[str] = ()) -> S:
-    """Validate plain values; paths become absolute.
+def check(
+    spec: type[S], values: dict[str, Any], problems: Sequence[str] = (), tell: Callable[[str], None] = lambda _: None
+) -> S:
+    """Validate plain values; paths become absolute, and names of the Hub's repositories URLs, which `tell` hears of.
 
     Raises:
         BadSpec: all faults, those in `problems` first.
     """
-    found = [*problems, *_missing(values), *_make_absolute(spec, values)]
+    found = [*problems, *_missing(values), *_make_absolute(spec, values, tell)]
     try:
         # Strict models take a list for a tuple from JSON only.
         made = spec.model_validate_json(json.dumps(values))
@@ -54,7 +57,7 @@ def _missing(values: Any, name: str = "") -> list[str]:
     return [f"{name}: missing; give {name}=..."] if values == MISSING else []
 
 
-def _make_absolute(spec: type[BaseModel], values: Any, place: str = "") -> list[str]:
+def _make_absolute(spec: type[BaseModel], values: Any, tell: Callable[[str], None], place: str = "") -> list[str]:
     """Make the paths among the values absolute, by their fields' types; returns problems with URLs."""
     if not isinstance(values, dict):
         return []
@@ -62,14 +65,22 @@ def _make_absolute(spec: type[BaseModel], values: Any, place: str = "") -> list[
     for name, field in _all_fields(spec, values):
         value, path = values.get(name), f"{place}{name}"
         for model in at_field(field.annotation):
-            problems += _make_absolute(model, value, f"{path}.")
+            problems += _make_absolute(model, value, tell, f"{path}.")
         kind = next((each for each in _markers(field) if isinstance(each, PathValue)), None)
         if kind is None or not isinstance(value, str) or value in (MISSING, *kind.words):
             continue
         if not value:
             problems.append(f"{path}: expected a path, found an empty one")
             continue
-        if value == "demo://":
+        try:
+            named = hub_name(value) if kind.is_read else None
+        except BadSpec as error:
+            problems.append(f"{path}: {error}")
+            continue
+        if named is not None:
+            tell(f"{path}: {value} is no folder here: it is read from the Hub, as {named}")
+            values[name] = named.text
+        elif value == "demo://":
             values[name] = str(DEMO)
         elif not (address := Address.of(value)).is_local:
             try:

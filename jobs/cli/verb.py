@@ -124,8 +124,11 @@ class Verb(Generic[S]):
 
 def reach_stores(spec: BaseModel) -> None:
     """Make a request's settings of stores, if it has some, those of this process."""
-    if isinstance(store := getattr(spec, "store", None), StoreSpec):
-        use(store.settings)
+    settings = getattr(spec, "store_settings", None)
+    if settings is None and isinstance(store := getattr(spec, "store", None), StoreSpec):
+        settings = store.settings
+    if settings is not None:
+        use(settings)
 
 
 def note(text: str) -> None:

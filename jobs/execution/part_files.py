@@ -13,6 +13,7 @@ from loaders.containers.base import Places
 from loaders.containers.read_back import hash_in_order, place_of
 from loaders.containers.writer import Piece, TensorSink
 from loaders.specs import OutputFile, Slot
+from loaders.storage.base import READ_BEFORE_PUBLISHING
 
 
 class PartFiles:
@@ -94,8 +95,10 @@ class PartFile:
         writer.close()
         destination, name, tag = self._journal.destination, self._journal.place(self._file), ""
         if self._shared is None:
+            places_of_slots = (place_of(slot, mine) for slot in self._slots)
+            large = [(start, start + size) for start, size in places_of_slots if size > READ_BEFORE_PUBLISHING]
             with self._clock.phase("write" if destination.is_local else "upload"):
-                tag = destination.keep(self._part, name).tag
+                tag = destination.keep(self._part, name, large).tag
         else:
             # An interrupted run on several processes may have left this piece as a file, which `find` would prefer.
             destination.drop(name)

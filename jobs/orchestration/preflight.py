@@ -177,6 +177,13 @@ def notes_of(planned: Planned) -> list[str]:
     done = (
         [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
     )
+    assembly, joining = planned.target.assembly, list[str]()
+    if assembly is not None and assembly.joined is not None and not output.is_local:
+        how = "the store copies them into it" if planned.journal.destination.assembles else "they are streamed into it"
+        if output.scheme == "hf":
+            where = planned.journal.destination.journal
+            how = f"the Hub joins no parts: they are kept in {where}, and the whole is in scratch while it is uploaded"
+        joining = [f"{assembly.joined.name} is made of {counted(len(planned.target.pieces), 'piece')}: {how}"]
     disk = (
         _of_disk("disk", planned.target.weight_bytes + planned.scratch_bytes, output.parent) if output.is_local else ""
     )
@@ -185,6 +192,7 @@ def notes_of(planned: Planned) -> list[str]:
     return [
         *done,
         *judging,
+        *joining,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
         f"memory: up to {tables.size(memory)} with {counted(cluster.threads, 'thread')}{disk}"
@@ -215,7 +223,10 @@ def scratch_bytes(jobs: Sequence[Planned]) -> int:
         outputs = Counter[str]()
         for unit in (unit for job in remote for unit in job.plan.units):
             outputs[unit.id] += sum(file.size for file in unit.outputs[TARGET].files)
-        found += sum(size for _, size in outputs.most_common(at_once)) + int(first.spec.store.scratch_mb * MB)
+        # A file of several units is joined there on its way to the Hub, when the units are done.
+        joined = [sum(p.size for p in job.target.pieces) for job in remote if job.journal.output.scheme == "hf"]
+        found += max(sum(size for _, size in outputs.most_common(at_once)), *joined, 0)
+        found += int(first.spec.store.scratch_mb * MB)
     strategy, source = first.strategy[0], first.plan.checkpoint.source
     return found if source.store.is_local else found + strategy.scratch_bytes(_uses(jobs))
 

@@ -78,7 +78,7 @@ def plan_all(specs: Sequence[tuple[int, JobSpec]]) -> dict[int, Planned | Weight
     opened: Callable[..., Checkpoint] = cache(open_checkpoint)
     found: dict[int, Planned | WeightmillError] = {}
     for number, spec in specs:
-        use(spec.store.settings)
+        use(spec.store_settings)
         try:
             found[number] = plan_job(mixed(spec, again=True), opened, again=True)
         except WeightmillError as error:
@@ -108,7 +108,15 @@ def passes(jobs: Sequence[Job]) -> list[list[Job]]:
     for job in jobs:
         spec = job.planned.spec
         source = job.planned.plan.checkpoint.address.real
-        how = (source, spec.source.container, spec.unit_mb, spec.strategy, spec.store, spec.cluster)
+        how = (
+            source,
+            spec.source.container,
+            spec.unit_mb,
+            spec.strategy,
+            spec.store,
+            spec.output.journal,
+            spec.cluster,
+        )
         groups.setdefault(how, []).append(job)
     most = max(1, max_open_files() // FILES_AT_ONCE)
     return [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
@@ -153,7 +161,7 @@ def run_pass(jobs: Sequence[Job], clusters: Clusters, recorder: Recorder | None 
     Raises:
         KeyboardInterrupt: the finished units stay.
     """
-    use(jobs[0].planned.spec.store.settings)
+    use(jobs[0].planned.spec.store_settings)
     began, started, disk = time.perf_counter(), time.time(), disk_bytes_fetched()
     with ExitStack() as stack, _stopping(jobs):
         for job in jobs:

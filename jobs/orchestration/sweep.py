@@ -115,16 +115,18 @@ class Sweep:
 
     def _check(self, composed: Sequence[Composed]) -> list[Refused]:
         """Validate every job's values; returns the jobs that are refused."""
-        refused = []
+        refused, notes = [], dict[str, None]()
         for job in composed:
             values = deepcopy(job.values)
             output = values.get("output")
             if job.suffix and isinstance(output, dict) and output.get("path") is None:
                 values["output"] = {**output, "suffix": job.suffix}
             try:
-                self._specs[job.number] = check(JobSpec, deepcopy(values))
+                self._specs[job.number] = check(JobSpec, deepcopy(values), tell=notes.setdefault)
             except BadSpec as error:
                 refused += [Refused(job, problem, _cure(values, problem, error)) for problem in error.problems]
+        for each in notes:
+            note(each)
         return refused
 
     def _same_place(self, composed: Sequence[Composed]) -> list[Refused]:

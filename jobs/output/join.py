@@ -1,8 +1,9 @@
 """Joining the pieces that several units wrote of one file.
 
 On a local filesystem, pieces that were written in place are there already, and pieces that several processes wrote as
-files of their own are copied into their places. Elsewhere, the pieces are streamed into the file. In both cases every
-byte is read and hashed once more, and must be what the pieces' records say.
+files of their own are copied into their places; S3 copies pieces by itself, so that no byte is sent twice. Elsewhere,
+the pieces are streamed into the file. In all cases every byte is read and hashed once more, and must be what the
+pieces' records say.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jobs.output.report import FileRange, WeightFile
 from loaders.errors import VerifyFailed
 from loaders.layouts.base import Joined
 from loaders.specs import OutputFile
+from loaders.storage.base import READ_BEFORE_PUBLISHING, Range
 from loaders.storage.hashes import BLOCK
 
 
@@ -29,7 +31,7 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: S
     written = {file.name: file for unit in done for file in unit.files}
     joining = _Joining(joined, pieces, journal, written)
     name, destination = f"files/{joined.name}", journal.destination
-    if destination.is_local:
+    if destination.assembles:
         places = [(_start(piece), journal.place(piece)) for piece in pieces]
         around = [(0, joined.head), (joining.end, joining.tail)]
         destination.assemble(name, places, around, joining.size)
@@ -37,7 +39,7 @@ def join(joined: Joined, pieces: Sequence[OutputFile], journal: Journal, done: S
             # The generator hashes the chunks and checks the pieces; the bytes are in the file already.
             pass
     else:
-        destination.join(name, joining.chunks(), joining.size)
+        destination.join(name, joining.chunks(), joining.size, _large(pieces))
         for piece in pieces:
             destination.drop(journal.place(piece))
     return joining.row()
@@ -93,7 +95,7 @@ class _Joining:
 
     def _around(self, at: int, data: bytes) -> bytes:
         """Return bytes before or after the pieces: as the local file has them, else as they will be written."""
-        if not self._journal.destination.is_local:
+        if not self._journal.destination.assembles:
             return data
         store = self._journal.destination.files
         entry = store.find(self._joined.name)
@@ -114,6 +116,14 @@ class _Joining:
             digest = xxhash.xxh3_128_hexdigest(self.tail)
             rows.append(FileRange(name=f"{self._joined.name}.tail", offset=self.end, bytes=len(self.tail), xxh3=digest))
         return WeightFile(name=self._joined.name, bytes=self.size, xxh3=self._whole.hexdigest(), pieces=tuple(rows))
+
+
+def _large(pieces: Sequence[OutputFile]) -> list[Range]:
+    """Return where the large tensors of a joined file are; nothing where tensors of variable length move others."""
+    if any(slot.is_bound for piece in pieces for slot in piece.slots):
+        return []
+    starts = ((_start(piece) + piece.header_bytes + slot.offset, slot) for piece in pieces for slot in piece.slots)
+    return [(start, start + slot.size) for start, slot in starts if slot.size > READ_BEFORE_PUBLISHING]
 
 
 def _start(piece: OutputFile) -> int:

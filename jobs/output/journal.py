@@ -183,7 +183,8 @@ class Journal:
         if not self.destination.is_there():
             raise StorageError(
                 f"{self.destination.journal}: not found on {socket.gethostname()};"
-                " on several machines the output must lie on a filesystem that all of them share"
+                " on several machines the output must lie where all of them reach it, and of one on the Hub its"
+                " output.journal"
             )
 
     @property

@@ -6,12 +6,14 @@ Names are those of conf/, and `--help` shows every field's description. Paths ar
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from jobs.spec.base import FloatName, Format, LocalPath, Location, Spec
+from jobs.spec.base import FloatName, Format, LocalPath, Location, Source, Spec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from loaders.architectures.family import ROLES
@@ -22,6 +24,7 @@ from loaders.presets.settings import Quant
 from loaders.rules.next_tokens import NextTokens
 from loaders.rules.rule import Rule
 from loaders.storage.address import Address
+from loaders.storage.settings import StoreSettings
 
 MB = 1_000_000
 # Metrics that a sweeper may search by: those that every job has, and those of verify=logits.
@@ -37,9 +40,9 @@ class ModelSpec(Spec):
     """conf/model: the checkpoint to read."""
 
     name: str | None = Field(description="names the output; the folder's name by default")
-    path: Location | None = Field(description="the folder of the checkpoint")
-    hub_id: str | None = Field(default=None, description="where the preset's checkpoint is published")
-    revision: str | None = Field(default=None, description="the revision of hub_id to fetch; quote it")
+    path: Source | None = Field(description="the checkpoint: a folder, a URL, or OWNER/NAME of the Hub")
+    hub_id: str | None = Field(default=None, description="the repository of the Hub that is read if there is no path")
+    revision: str | None = Field(default=None, description="the revision of hub_id; null: main; quote it")
     components_to_quantize: tuple[str, ...] | None = Field(
         default=None, description="a pipeline of diffusers: which components; null: transformer, unet, text encoders"
     )
@@ -54,11 +57,9 @@ class ModelSpec(Spec):
         if self.path is not None:
             return Address.of(self.path)
         if self.hub_id is None:
-            raise BadSpec("model.path: missing; give model.path=DIR, the folder of the checkpoint")
-        raise BadSpec(
-            f"model.path: missing; fetch {self.hub_id} into a folder (hf download {self.hub_id} --local-dir DIR) and"
-            " give model.path=DIR: reading from the Hub is not built yet"
-        )
+            raise BadSpec("model.path: missing; give model.path=DIR, the folder of the checkpoint, or hf://OWNER/NAME")
+        revision = "" if self.revision is None else f"@{quote(self.revision, safe='')}"
+        return Address.of(f"hf://{self.hub_id}{revision}")
 
     @field_validator("name")
     @classmethod
@@ -84,7 +85,7 @@ class TransformSpec(Spec):
         default=None, ge=1, description="block_expansion: new decoder blocks; must divide the model's number of blocks"
     )
 
-    path: Location | None = Field(
+    path: Source | None = Field(
         default=None, description="merge_lora: the folder of an adapter of peft, which is added to the weights"
     )
 
@@ -189,6 +190,13 @@ class OutputSpec(Spec):
         description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
     )
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
+    private: bool = Field(default=False, description="hf://: a repository is made private; a public one refused")
+    branch: str | None = Field(default=None, min_length=1, description="hf://: the branch to commit to; null: main")
+    commit_message: str | None = Field(default=None, min_length=1, description="hf://: the title of the commit")
+    journal: Location | None = Field(
+        default=None,
+        description="hf://: where the journal is, a folder or s3://, gs://, az:// with a prefix; null: in your cache",
+    )
 
     @property
     def local_root(self) -> Path:
@@ -334,6 +342,20 @@ class JobSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _what_is_of_the_hub_is_for_the_hub(self) -> JobSpec:
+        output = self.output
+        given = {"private": output.private, "branch": output.branch, "commit_message": output.commit_message}
+        if not (output.path or output.root).startswith("hf://"):
+            for name, value in {**given, "journal": output.journal}.items():
+                if value:
+                    raise ValueError(
+                        f"output.{name}: it is for outputs on the Hub, such as output.path=hf://OWNER/NAME"
+                    )
+        if output.branch is not None and "@" in (output.path or ""):
+            raise ValueError("output.branch: output.path names a branch already, after its @")
+        return self
+
+    @model_validator(mode="after")
     def _original_is_the_merged_model(self) -> JobSpec:
         calibration = getattr(self.quant, "calibration", None)
         if self.transform.kind == "merge_lora" and (self.verify.kind == "logits" or calibration is not None):
@@ -360,14 +382,25 @@ class JobSpec(Spec):
 
     @property
     def model_name(self) -> str:
-        return self.model.name or self.source_address.name
+        return self.model.name or self.source_address.title
 
     @property
     def output_address(self) -> Address:
+        branch = "" if self.output.branch is None else f"@{quote(self.output.branch, safe='')}"
         if self.output.path is not None:
-            return Address.of(self.output.path)
+            return Address.of(f"{self.output.path.rstrip('/')}{branch}" if branch else self.output.path)
         name = f"{self.model_name}{self.transform.label}-{self.quant.name}{self.output.suffix}"
-        return Address.of(self.output.root) / name
+        return Address.of(self.output.root) / f"{name}{branch}"
+
+    @property
+    def store_settings(self) -> StoreSettings:
+        """How stores are reached, and what outputs on the Hub are to be like."""
+        return replace(
+            self.store.settings,
+            journal=self.output.journal,
+            private=self.output.private,
+            commit_message=self.output.commit_message or f"{self.quant.name} of {self.model_name}, by weightmill",
+        )
 
     @property
     def own_rules(self) -> tuple[Rule, ...]:

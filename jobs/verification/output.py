@@ -167,13 +167,14 @@ def verify_output(
             from.
         BadCheckpoint: a file of the output or the source is so damaged that it cannot be opened.
     """
-    report = read_report(output)
+    pinned = open_store(output).address  # of the Hub: the commit that the branch is now
+    report = read_report(pinned)
     spec = _recorded_spec(report, source, verify)
     plan = _plan_again(spec, report)
     judging = None
     if isinstance(verify, LogitsSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output)
-    written = open_checkpoint(output)
+    written = open_checkpoint(pinned)
     faults = _list_faults(plan, written, report)
     checked = 0
     if not faults:
@@ -208,8 +209,9 @@ def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{OUR_REPORT}: not a report of this version ({type(error).__name__}: {error})") from None
     if source is None:
-        source = spec.model.path
-        if source is None or open_source(source).absence() is not None:
+        # Where it was read, which of the Hub is the commit.
+        source = report.source.path
+        if open_source(source).absence() is not None:
             raise BadSpec(f"model.path: the source is no longer at {source}; give model.path=DIR where it is now")
     # Some outputs name files after the model, whose default name is that of the source's former folder.
     named = {"path": source, "name": spec.model_name}

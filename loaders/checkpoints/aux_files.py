@@ -21,8 +21,9 @@ INDEX_SUFFIX = ".index.json"
 VARIANT_INDEX = re.compile(r"\.index\.\w+\.json$")  # the index of a variant, as diffusers and transformers call it
 
 
-# Files that describe the source's weights, and would be wrong beside the output's.
-NOT_AUX = (OUR_REPORT, packed.MANIFEST, packed.EXPERT_LAYOUT)
+# Files that describe the source's weights, and would be wrong beside the output's; and what says how git stores a
+# repository, which is with a download from the Hub, and of which it has its own.
+NOT_AUX = (OUR_REPORT, packed.MANIFEST, packed.EXPERT_LAYOUT, ".gitattributes", ".gitignore")
 
 
 def is_weights(name: str) -> bool:

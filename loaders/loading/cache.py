@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,19 +22,8 @@ from loaders.storage.base import PinnedFiles
 from loaders.storage.folder import Folder
 from loaders.storage.hashes import hash_file, text_digest
 
-VARIABLE = "WEIGHTMILL_CACHE"
 FORMAT = 1  # of the entries' files; one of another format counts as missing
 ALIGN = 64  # bytes: the data begin at a multiple of it, so that no part is misaligned in a map of the file
-
-
-def default_folder() -> Path:
-    """Return $WEIGHTMILL_CACHE, else the platform's folder for caches."""
-    if named := os.environ.get(VARIABLE):
-        return Path(named).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "weightmill"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "weightmill"
 
 
 @dataclass(frozen=True, slots=True)

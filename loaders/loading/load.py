@@ -33,8 +33,8 @@ from loaders.rules.rule import Decision
 from loaders.specs import WeightSpec
 from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
 from loaders.storage import open_store
-from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
+from loaders.storage.hub_names import source_address
 from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.quantized_sources import check_decodable
@@ -121,8 +121,9 @@ def open_weights(path: str | os.PathLike[str]) -> Checkpoint:
         BadSpec: nothing exists at the path, or it holds no known weights.
         BadCheckpoint: the checkpoint is damaged.
     """
-    address = Address.of(path)
-    if open_store(address).absence() is None:
+    address = source_address(path)
+    # Of a repository, opening it says best why it cannot be read.
+    if address.scheme == "hf" or open_store(address).absence() is None:
         return open_checkpoint(address, key="path")
     found = detect_weight_format(path)
     if found is WeightFormat.PACKED and (folder := packed_folder(address)) is not None:

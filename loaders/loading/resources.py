@@ -13,7 +13,8 @@ from pathlib import Path
 from loaders.backends import machine
 from loaders.backends.threads import Crew
 from loaders.errors import BadSpec
-from loaders.loading.cache import WeightCache, default_folder
+from loaders.loading.cache import WeightCache
+from loaders.storage.user_cache import default_folder
 
 MB = 1_000_000
 # The share of the free memory that work in progress may hold. Results come on top of it, and need most of the rest.

@@ -16,10 +16,12 @@ FloatName = Literal["float32", "float16", "bfloat16"]
 class PathValue:
     """A mark of settings whose value is a path: relative to the user's working folder, made absolute before validation.
 
-    stores: whether URLs of stores are accepted too. words: values that are keywords instead of paths.
+    stores: whether URLs of stores are accepted too. words: values that are keywords instead of paths. is_read: whether
+    it is something to read, so that OWNER/NAME is a repository of the Hub if no folder is meant.
     """
 
     stores: bool = False
+    is_read: bool = False
     words: tuple[str, ...] = ()
 
 
@@ -30,6 +32,7 @@ def _shown(path: str | None) -> str | None:
 LocalPath = Annotated[str, PathValue()]
 # Where a request is written down (reports, tracking, journals), URLs stand there without their secrets.
 Location = Annotated[str, PathValue(stores=True), PlainSerializer(_shown)]
+Source = Annotated[str, PathValue(stores=True, is_read=True), PlainSerializer(_shown)]
 Calibration = Annotated[str, PathValue(words=("self",))]
 
 

@@ -11,8 +11,10 @@ from loaders.storage.address import LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
+from loaders.storage.hub_names import source_address
 from loaders.storage.lone_file import SUFFIXES, LoneFile
-from loaders.storage.object_destination import ObjectDestination, abandoned_at, discard
+from loaders.storage.object_destination import ObjectDestination
+from loaders.storage.object_leftovers import abandoned_at, discard
 from loaders.storage.objects import ObjectStore
 from loaders.storage.range_cache import cached
 from loaders.storage.settings import current
@@ -34,7 +36,26 @@ class StoreKind:
     discard: Callable[[Address], None] = lambda address: None
 
 
+def _hub(address: Address) -> Store:
+    from loaders.storage.hub import HubStore
+
+    return HubStore(address)
+
+
+def _hub_destination(address: Address, key: str) -> Destination:
+    from loaders.storage.hub_destination import HubDestination
+
+    return HubDestination(address, key)
+
+
+def _abandoned_on_hub(address: Address, name: str | None) -> tuple[Abandoned, ...]:
+    from loaders.storage.hub_destination import abandoned_at
+
+    return abandoned_at(address, name)
+
+
 KINDS: dict[str, StoreKind] = {
+    "hf": StoreKind(_hub, _hub_destination, _abandoned_on_hub),
     LOCAL: StoreKind(
         lambda address: Folder(address.path),
         FolderDestination,
@@ -59,11 +80,13 @@ def open_store(where: str | os.PathLike[str] | Address) -> Store:
 def open_source(where: str | os.PathLike[str] | Address) -> Store:
     """Open the store of a model at an address: of a folder, or of one weight file, with what lies beside it.
 
+    A text OWNER/NAME that is no path here is a repository of the Hub.
+
     Raises:
         BadSpec: the scheme is not in KINDS.
         StorageError: it cannot be told whether a file is there.
     """
-    address = Address.of(where)
+    address = source_address(where)
     if not address.name.endswith(SUFFIXES):
         return open_store(address)
     folder = open_store(address.parent)

@@ -65,11 +65,19 @@ class Address:
         return self.path.name if self.is_local else PurePosixPath(urlsplit(self.text).path).name
 
     @property
+    def title(self) -> str:
+        """What is there is called so: `name` without a revision of the Hub, and without the suffix of a weight file."""
+        name = self.name.partition("@")[0] if self.scheme == "hf" else self.name
+        return re.sub(r"\.(?:gguf|safetensors|bin|pth?)$", "", name)
+
+    @property
     def parent(self) -> Address:
         """The folder or prefix above this address; the address itself at the root."""
         if self.is_local:
             return Address(str(self.path.parent))
         parts = urlsplit(self.text)
+        if self.scheme == "hf" and parts.path.count("/") <= 1:  # a repository, above which is no folder but its owner
+            return self
         above = str(PurePosixPath(parts.path or "/").parent).rstrip("/")
         return Address(urlunsplit(parts._replace(path=above)))
 

@@ -21,6 +21,8 @@ from loaders.storage.address import Address
 # requests for one header; more would fetch weights that are not needed.
 BUFFER = 1 << 20
 Range = tuple[int, int]  # bytes [start, stop)
+# Bytes of the largest tensor that lint reads (a scale, a shape) while an output is not published.
+READ_BEFORE_PUBLISHING = 4096
 OUR_REPORT = "weightmill.json"  # the file that every complete output has, and that is put there last
 
 
@@ -144,6 +146,11 @@ class Destination(Protocol):
         ...
 
     @property
+    def assembles(self) -> bool:
+        """Whether `assemble` can be used; else a file of several pieces is streamed by `join`."""
+        ...
+
+    @property
     def files(self) -> Store:
         """The finished files under the names of the output, to be read as a checkpoint."""
         ...
@@ -197,8 +204,10 @@ class Destination(Protocol):
         """Return a local path for a part file to be created at. `keep` moves it away, or the caller removes it."""
         ...
 
-    def keep(self, part: Path, name: str) -> Entry:
+    def keep(self, part: Path, name: str, large: Sequence[Range] = ()) -> Entry:
         """Move or upload a complete, synced part file to a name in files/ or pieces/, replacing what has that name.
+
+        Nobody will read the ranges in `large` before the output is published: a destination may not be able to.
 
         Raises:
             StorageError: it cannot be moved or uploaded, or its checksum after the upload is wrong.
@@ -215,14 +224,18 @@ class Destination(Protocol):
     def assemble(
         self, name: str, pieces: Sequence[tuple[int, str]], around: Sequence[tuple[int, bytes]], size: int
     ) -> None:
-        """Complete a shared file: copy pieces to their offsets, and write the header and other bytes `around` them.
+        """Complete a file of several pieces: copy these to their offsets, and write the other bytes, `around` them.
 
-        A piece is removed as soon as its bytes are durable in the file. Only for destinations that are local.
+        A piece is removed as soon as its bytes are durable in the file. Only for destinations that assemble: local
+        ones, and stores that copy by themselves; for these, pieces and other bytes fill the whole file.
+
+        Raises:
+            StorageError: it cannot be written.
         """
         ...
 
-    def join(self, name: str, chunks: Iterator[bytes], size: int) -> Entry:
-        """Make a finished file of `size` bytes from its chunks, in order; a remote destination needs no local copy.
+    def join(self, name: str, chunks: Iterator[bytes], size: int, large: Sequence[Range] = ()) -> Entry:
+        """Make a finished file of `size` bytes from its chunks, in order; `large` is as for `keep`.
 
         Raises:
             As `keep`.
@@ -270,8 +283,9 @@ class Abandoned:
 
 
 def may_be_newer(store: Store, one: Entry, other: Entry) -> bool:
-    """Whether a file may have changed after another: local files have times as tags, others may not."""
-    return not store.is_local or int(one.tag) >= int(other.tag)
+    """Whether a file may have changed after another: files of folders have times as tags, others have not."""
+    is_known = store.is_local and one.tag.isdigit() and other.tag.isdigit()
+    return not is_known or int(one.tag) >= int(other.tag)
 
 
 class PinnedFiles:

@@ -25,7 +25,7 @@ from pathlib import Path
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
 from loaders.storage.atomic import allocate, exclusive, holder, sync_folder, write_file
-from loaders.storage.base import Abandoned, Entry
+from loaders.storage.base import Abandoned, Entry, Range
 from loaders.storage.folder import Folder
 from loaders.storage.hashes import BLOCK, hash_file
 
@@ -41,6 +41,7 @@ class FolderDestination:
     """A `Destination` on a local filesystem."""
 
     is_local = True
+    assembles = True
 
     def __init__(self, address: Address, key: str) -> None:
         self.address = address
@@ -97,7 +98,7 @@ class FolderDestination:
     def scratch(self, name: str) -> Path:
         return self.root / "parts" / name
 
-    def keep(self, part: Path, name: str) -> Entry:
+    def keep(self, part: Path, name: str, large: Sequence[Range] = ()) -> Entry:
         target = self.root / name
         with io_errors("finishing", target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ class FolderDestination:
                 os.close(descriptor)
             sync_folder(target.parent)
 
-    def join(self, name: str, chunks: Iterator[bytes], size: int) -> Entry:
+    def join(self, name: str, chunks: Iterator[bytes], size: int, large: Sequence[Range] = ()) -> Entry:
         part = self.scratch(Path(name).name)
         with io_errors("writing", part), part.open("xb") as file:
             for chunk in chunks:

@@ -18,6 +18,7 @@ CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 BUSY = ("SlowDown", "ServerBusy", "TooManyRequests", "RequestLimitExceeded")
 # Codes with which a store refuses a request that would be right a moment later, or by another connection.
 BRIEF = ("RequestTimeout", "InternalError", "OperationTimedOut", "ServiceUnavailable", "IncompleteBody", *BUSY)
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 # Of credentials that end: they can be fetched again, while those that are wrong stay so.
 ENDED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired")
 
@@ -36,6 +37,10 @@ class NoRanges(Exception):
 
 class Elsewhere(Exception):
     """The bucket is in another region than the one that was asked."""
+
+
+class NotOffered(StorageError):
+    """The store does not know the request (501)."""
 
 
 class Denied(Exception):
@@ -70,7 +75,8 @@ def answers(what: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise Missing(what) from error
+        code = CODE.search(str(error))
+        raise_for(what, 404, code[1] if code else "", "", timeout_s)
     except (AlreadyExistsError, PreconditionError) as error:
         raise Unmet(what) from error
     except NotSupportedError as error:
@@ -84,19 +90,29 @@ def _raise(what: str, text: str, timeout_s: float) -> NoReturn:
     raise_for(what, int(status[1]) if status else None, code[1] if code else "", text, timeout_s)
 
 
-def raise_for(what: str, status: int | None, code: str, text: str, timeout_s: float) -> NoReturn:
-    """Raise what a status and a store's own code mean; without a status, what the text of the failure says."""
+def raise_for(
+    what: str, status: int | None, code: str, text: str, timeout_s: float, retry_after: str | None = None
+) -> NoReturn:
+    """Raise what a status and a store's own code mean; without a status, what the text of the failure says.
+
+    `retry_after` is the header of that name. obstore shows no headers, so that its pauses are our own.
+    """
     if code == "AuthorizationHeaderMalformed" or "BareRedirect" in text or status == 301:
         raise Elsewhere(what)
     if status in (401, 403) or code in ENDED:
         raise Denied(status or 403, code)
+    if code in NO_BUCKET:
+        raise StorageError(f"{what}: there is no such bucket; check its name, and the endpoint")
     if status == 404:
         raise Missing(what)
     if status == 412:
         raise Unmet(what)
     if status in (408, 425, 429, 500, 502, 503, 504) or code in BRIEF:
         is_busy = status in (429, 503) or code in BUSY
-        raise Passing(f"the store answered {_words(status, code)}", is_busy=is_busy)
+        pause_s = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
+        raise Passing(f"the store answered {_words(status, code)}", is_busy=is_busy, pause_s=pause_s)
+    if status == 501 or code == "NotImplemented":
+        raise NotOffered(f"{what}: the store does not offer this")
     if status == 416:
         raise StorageError(f"{what}: the store says that the file is shorter than it said before; run it again")
     if status is not None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.address import Address
-from loaders.storage.object_answers import Denied, Elsewhere, Missing, answers
+from loaders.storage.object_answers import Denied, Elsewhere, Missing, Unmet, answers
 from loaders.storage.object_parts import Parts, has_parts, parts_of
-from loaders.storage.object_services import VARIABLES, place_of, service_of
+from loaders.storage.object_services import VARIABLES, libraries, place_of, service_of
 from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import StoreSettings, current
 from loaders.storage.traffic import Traffic, traffic
@@ -109,9 +109,14 @@ class ObjectClient:
         import obstore
 
         mode: Any = "overwrite" if condition is None else condition
-        made = self._ask(
-            self.what("writing", key), lambda store: obstore.put(store, key, data, mode=mode, use_multipart=False)
-        )
+        what = self.what("writing", key)
+        try:
+            made = self._ask(what, lambda store: obstore.put(store, key, data, mode=mode, use_multipart=False))
+        except Missing:
+            # Azure and Google say so of what is written on a condition, when it is gone.
+            if condition not in (None, "create"):
+                raise Unmet(what) from None
+            raise StorageError(f"{what}: there is no such bucket; check its name, and the endpoint") from None
         self.traffic.moved(uploaded=len(data))
         return _version(made)
 
@@ -162,7 +167,8 @@ class ObjectClient:
     def _parts_opened(self) -> Parts:
         with self._lock:
             if self._parts is None:
-                self._parts, self._parts_at = parts_of(*self._place, self.settings), time.monotonic()
+                with libraries(self._place[0]):
+                    self._parts, self._parts_at = parts_of(*self._place, self.settings), time.monotonic()
             return self._parts
 
     def what(self, action: str, key: str) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -67,8 +68,15 @@ def service_of(scheme: str, bucket: str, settings: StoreSettings) -> Service:
     Raises:
         BadSpec: a library is missing, or the environment does not say how the service is reached.
     """
-    try:
+    with libraries(scheme):
         return SERVICES[scheme](bucket, settings)
+
+
+@contextmanager
+def libraries(scheme: str) -> Iterator[None]:
+    """Say what to install if a library is missing that the block imports."""
+    try:
+        yield
     except ImportError as error:
         raise BadSpec(f"{scheme}:// needs {error.name}: pip install 'weightmill[stores]'") from None
 

@@ -27,6 +27,10 @@ class StoreSettings:
     scratch_mb: float = 256.0  # megabytes (1e6 bytes) there, beside the files of the units in flight
     cache: str | None = None  # a folder where fetched ranges are kept, for all jobs that name it; null: none
     cache_gb: float = 100.0  # gigabytes (1e9 bytes) in it, at most
+    # Outputs on the Hub:
+    journal: str | None = None  # the address of a folder, or of another store's prefix; null: one of the user's cache
+    private: bool = False  # whether a repository that is made is private, and one that is there must be
+    commit_message: str | None = None  # the first line of the commit
 
 
 _current = [StoreSettings()]  # of this process: the last one

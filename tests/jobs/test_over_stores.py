@@ -19,7 +19,7 @@ from loaders.places import ROOT
 from loaders.storage.address import Address
 from tests.failing import fail_at
 from tests.making import make_source, snapshot
-from tests.shelf.places import REMOTE, Place, contents, fill
+from tests.shelf.places import OF_JOBS, Place, contents, fill
 
 REPORT = "weightmill.json"
 # presets, and what their outputs are: shards with an index; one file of many units; files written by offset; one pickle
@@ -31,6 +31,12 @@ PRESETS = {
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return make_source(tmp_path / "model")
+
+
+@pytest.fixture(params=OF_JOBS)
+def place(place_of: Callable[[str], Place], request: pytest.FixtureRequest) -> Place:
+    """An empty place of some kinds."""
+    return place_of(request.param)
 
 
 def given(source: Address | Path, out: Address | Path, preset: str = "nf4") -> list[str]:
@@ -45,8 +51,13 @@ def comparable(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], Any]:
     return {name: data for name, data in files.items() if name != REPORT}, report
 
 
-@pytest.mark.parametrize("kind", REMOTE)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [
+        *((preset, "shelf") for preset in PRESETS),
+        ("nf4", "s3"), ("gguf_q8_0", "s3"), ("none", "s3"), ("gguf_q8_0", "az"), ("nf4", "gs"),
+    ],
+)  # fmt: skip
 def test_the_output_is_the_same_wherever_both_lie(
     preset: str, kind: str, model: Path, tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
 ) -> None:
@@ -99,7 +110,7 @@ def test_interrupted_at_the_end(
     assert weightmill("verify", f"output.path={out}").status == 0
 
 
-@pytest.mark.parametrize("kind", REMOTE)
+@pytest.mark.parametrize("kind", OF_JOBS[1:])
 def test_units_are_made_by_other_processes(
     kind: str,
     model: Path,
@@ -245,7 +256,7 @@ def test_a_mix_is_measured_and_written(model: Path, place: Place, weightmill: An
     assert weightmill("verify", f"output.path={place.address / 'out'}").status == 0
 
 
-@pytest.mark.parametrize("kind", REMOTE)
+@pytest.mark.parametrize("kind", OF_JOBS[1:])
 def test_what_needs_folders_is_refused_while_planning(
     kind: str, model: Path, place_of: Callable[[str], Place], weightmill: Any
 ) -> None:

@@ -13,7 +13,7 @@ from loaders.storage.address import Address
 from tests.failing import fail_at
 from tests.making import snapshot
 from tests.pipelines import STEM, write_pipeline
-from tests.shelf.places import REMOTE, Place, contents, fill
+from tests.shelf.places import OF_JOBS, Place, contents, fill
 
 pytestmark = pytest.mark.quick
 
@@ -57,7 +57,7 @@ def test_a_changed_byte_of_any_component_is_found(pipeline: Path, tmp_path: Path
     assert any("vae/" in fault or name in fault for fault in ran.document["faults"])
 
 
-@pytest.mark.parametrize("kind", REMOTE)
+@pytest.mark.parametrize("kind", OF_JOBS[1:])
 def test_the_output_is_the_same_in_other_stores(
     pipeline: Path, kind: str, tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
 ) -> None:

@@ -12,9 +12,11 @@ from tests.making import snapshot
 from tests.shelf.client import Client
 from tests.shelf.store import key_of
 
-OBJECTS = ("s3", "az")
+OBJECTS = ("s3", "az", "gs")
 KINDS = ("folder", "shelf", *OBJECTS)  # the kinds of places, which the fixture `place_of` makes
 REMOTE = KINDS[1:]
+# Whole jobs take long, and what differs between the services of objects is tested by itself.
+OF_JOBS = ("folder", "shelf", "s3")
 
 
 class Place(Protocol):

@@ -97,7 +97,7 @@ def test_all_faults_are_told_at_once_with_their_place() -> None:
         ("rules=[{action: cast, name: x}]", "cast_to is missing"),
         ("rules=[{action: keep, role: nrom}]", "rules[0].role: unknown role"),
         ("model.name=../x", "letters, digits"),
-        ("model.path=s3://bucket/x", "s3:// is not read or written yet"),
+        ("model.path=xyz://bucket/x", "xyz:// is not read or written yet"),
         ("cluster.threads=0", "greater than or equal to 1"),
         ("tracking.port=3", "tracking.port: unknown key"),
         ("quant.group_size=[", "quant.group_size"),
