@@ -336,7 +336,7 @@ def test_no_secret_is_in_what_is_left(
     mine.tokens["hf_SECRET"] = "me"
     mine.put("me/private", snapshot(model))
     mine.get("me/private").is_private = True
-    mine.faults += [Fault("/lfs/", status=503), Fault("/objects/", status=503)]  # retries are warned of
+    mine.faults += [Fault("/lfs/me/", status=503), Fault("/objects/", status=503)]  # retries are warned of
     ran = weightmill("run", *given("hf://me/private", "hf://me/out", "none"), "tracking=mlflow")
     assert ran.status == 0, ran.err
     texts = [ran.out.encode(), ran.err.encode(), caplog.text.encode(), *published(mine, "me/out").values()]
