@@ -195,6 +195,7 @@ OPENS_PATHS = {
     "loaders/models/hub_cache.py": "huggingface_hub's cache",
     "loaders/models/mlx_modules.py": "files for a library that reads folders",
     "loaders/models/sensitivity.py": "what was measured here",
+    "loaders/models/small_files.py": "small files, fetched for a library that reads folders",
     "loaders/tables.py": "tables of the package's own",
     "loaders/places.py": "where weightmill itself lies",
     "loaders/presets/catalog.py": "conf/",

@@ -21,6 +21,7 @@ from typing import Any
 
 from jobs.cli.verb import note
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed, attempt
+from jobs.execution.ray_watch import Watch
 from jobs.spec.addresses import check_reachable
 from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
@@ -38,7 +39,6 @@ BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before i
 # Retries of a task whose worker died: enough for preempted machines, and few enough that a task which kills its worker,
 # by too much memory for instance, fails soon.
 WORKER_DEATHS = 3
-WATCH_S = 2.0  # seconds between two looks for dead machines
 STOP_S = 10.0  # seconds that units get to remove their part files before they are killed
 WORKERS = "(workers)"  # stands for a host in the count of what all workers have moved
 ASK_S = 120.0  # seconds that a machine has to answer whether it can work, with the start of a worker
@@ -97,7 +97,7 @@ class RayCluster:
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
         left_out = self._left_out(tasks[0]) if self._address and tasks else []
         flights = _Flights(self._ray, self.threads, left_out)
-        watch = _Watch(self._ray)
+        watch = Watch(self._ray)
         todo = {task.unit.id: task for task in tasks}
         waiting = list(reversed(tasks))
         try:
@@ -400,25 +400,3 @@ def _said_by_ray(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
-
-
-class _Watch:
-    """A watch for machines that die, on a thread of its own, since asking Ray can block."""
-
-    def __init__(self, ray: Any) -> None:
-        self.dead: dict[str, float] = {}
-        self._ray = ray
-        self._known = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-        self._stop = threading.Event()
-        threading.Thread(target=self._look, name="ray-watch", daemon=True).start()
-
-    def _look(self) -> None:
-        while not self._stop.wait(WATCH_S):
-            # Ray may not answer while a machine dies; the next look asks again.
-            with contextlib.suppress(Exception):
-                for node in self._ray.nodes():
-                    if not node["Alive"] and node["NodeID"] not in self._known:
-                        self.dead.setdefault(node["NodeID"], time.monotonic())
-
-    def close(self) -> None:
-        self._stop.set()
