@@ -82,15 +82,6 @@ def test_outputs_are_named_by_the_model_not_by_its_commit(model: Path, hub: Hub,
 # --- to the Hub
 
 
-@pytest.fixture
-def mine(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    """The Hub, where the account `me` is logged in; journals are in a folder of the test."""
-    hub.tokens["hf_mine"] = "me"
-    monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    monkeypatch.setenv("WEIGHTMILL_CACHE", str(tmp_path / "cache"))
-    return hub
-
-
 def published(hub: Hub, name: str, branch: str = "main") -> dict[str, bytes]:
     repository = hub.get(name)
     files = {path: repository.objects[file.sha256] for path, file in repository.files(branch).items()}
