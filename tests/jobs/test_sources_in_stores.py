@@ -1,4 +1,4 @@
-"""Sources of each kind in a store, and outputs of each engine there: the bytes are those of a job from folder to folder."""
+"""Sources of each kind in a store, and outputs of each engine there: the same bytes as from folder to folder."""
 
 from __future__ import annotations
 
