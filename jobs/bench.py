@@ -19,7 +19,7 @@ class BenchModel(Spec):
     """The checkpoint that is read."""
 
     path: LocalPath | None = Field(
-        description="loaders, load, plan, sweep, budget, gpu: the checkpoint's folder; null: one that is made"
+        description="loaders, load, plan, sweep, stores, budget, gpu: the checkpoint's folder; null: one that is made"
     )
 
 
@@ -32,10 +32,11 @@ class BenchOutput(Spec):
 class BenchSpec(Spec):
     """The settings of `bench`."""
 
-    what: Literal["kernels", "job", "loaders", "load", "plan", "sweep", "budget", "gpu"] = Field(
+    what: Literal["kernels", "job", "loaders", "load", "plan", "sweep", "stores", "budget", "gpu"] = Field(
         description="kernels: encoders and decoders alone; job: a whole command; loaders: strategies on your storage;"
         " load: weights into tensors and models; plan: planning a large model, by phases; sweep: several schemes in"
-        " one pass beside the same as single jobs;"
+        " one pass beside the same as single jobs; stores: a job whose source comes by HTTP, beside plain reads, and a"
+        " plan of 640 GB;"
         " budget: what quant=auto loses, beside uniform schemes and presets of its sizes; gpu: what a GPU gives beside"
         " the CPU, and what more cores give"
     )
@@ -45,14 +46,14 @@ class BenchSpec(Spec):
     threads: int = Field(ge=1, description="kernels: threads of each case")
     repeats: int | None = Field(
         ge=1,
-        description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu and job 3,"
-        " profile and cores 1",
+        description="laps; in each, every case runs once, in turn (gpu: each case by itself); null: 7, gpu, stores and"
+        " job 3, profile and cores 1",
     )
     path: LocalPath | None = Field(description="job: the source's folder; null makes a random Llama")
     gb: float | None = Field(
-        gt=0, description="job, loaders, load, sweep, gpu: gigabytes of the random Llama; null: 1, gpu 4"
+        gt=0, description="job, loaders, load, sweep, stores, gpu: gigabytes of the random Llama; null: 1, gpu 4"
     )
-    quant: str = Field(description="job, load: the scheme")
+    quant: str = Field(description="job, load, stores: the scheme")
     quants: tuple[str, ...] | None = Field(
         description="sweep, plan, job: the schemes; null: sweep and plan take nf4, mlx_int4, w4a16 and fp8_dynamic,"
         " job takes quant"
@@ -74,7 +75,8 @@ class BenchSpec(Spec):
     stored: Literal["fp8", "bf16"] = Field(description="plan: their dtype; fp8 has scales beside the weights")
     rate: float | None = Field(
         gt=0,
-        description="sweep: MB/s to which the kernel limits reads from the disk (root on Linux); null: no limit",
+        description="sweep: MB/s to which the kernel limits reads from the disk (root on Linux); null: no limit;"
+        " stores: MB/s of the server; null: 100",
     )
     peer: str | None = Field(description="job: another tool's command with {source} and {output}")
     folder: LocalPath | None = Field(description="where outputs and the random Llama are written and removed again")
@@ -103,7 +105,7 @@ def act(spec: BenchSpec) -> Said:
     """Run the benchmark that the request names."""
     is_gpu = spec.what == "gpu"
     gb = spec.gb if spec.gb is not None else 4.0 if is_gpu else 1.0
-    laps = {"gpu": 3, "job": 1 if spec.profile or spec.cores else 3}
+    laps = {"gpu": 3, "stores": 3, "job": 1 if spec.profile or spec.cores else 3}
     repeats = spec.repeats if spec.repeats is not None else laps.get(spec.what, 7)
     quants = spec.quants if spec.quants is not None else (spec.quant,) if spec.what == "job" else QUANTS
     if is_gpu:
@@ -134,6 +136,10 @@ def act(spec: BenchSpec) -> Said:
         from jobs.benchmarks.sweep import time_sweep
 
         return time_sweep(spec.model.path, gb, quants, spec.rate, spec.folder, repeats)
+    if spec.what == "stores":
+        from jobs.benchmarks.stores import time_stores
+
+        return time_stores(spec.model.path, gb, spec.quant, spec.rate, spec.folder, repeats)
     if spec.what == "plan":
         from jobs.benchmarks.planning import time_plans
 

@@ -132,6 +132,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
+def mine(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """The Hub, where the account `me` is logged in; journals are in a folder of the test."""
+    hub.tokens["hf_mine"] = "me"
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    monkeypatch.setenv("WEIGHTMILL_CACHE", str(tmp_path / "cache"))
+    return hub
+
+
+@pytest.fixture
 def place_of(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Place]:
     """A function that makes an empty place of a kind."""
     numbers = itertools.count()

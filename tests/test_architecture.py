@@ -61,6 +61,7 @@ ENTER_BY = {
     ],
     "obstore": [f"loaders/storage/object_{name}.py" for name in ("answers", "client", "services")],
     "botocore": ["loaders/storage/object_parts.py", "loaders/storage/object_services.py"],
+    "azure": ["loaders/storage/object_parts.py"],
 }
 
 
@@ -194,6 +195,7 @@ OPENS_PATHS = {
     "loaders/models/hub_cache.py": "huggingface_hub's cache",
     "loaders/models/mlx_modules.py": "files for a library that reads folders",
     "loaders/models/sensitivity.py": "what was measured here",
+    "loaders/models/small_files.py": "small files, fetched for a library that reads folders",
     "loaders/tables.py": "tables of the package's own",
     "loaders/places.py": "where weightmill itself lies",
     "loaders/presets/catalog.py": "conf/",

@@ -25,6 +25,9 @@ from loaders.backends.memory import PeakMemory
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.loading.load import load_weights
 
+# Seconds after which a case is timed no further. On CPUs transformers with bitsandbytes takes up to half a minute a
+# gigabyte, and seven laps of that would take longer than all else.
+LIMIT_S = 30.0
 PLAIN, MODEL = "load_weights", "load_model_and_tokenizer"
 ENGINES = {"nf4": "nf4", "fp4": "fp4"}  # presets to which transformers quantizes while loading -> bitsandbytes' name
 
@@ -39,7 +42,7 @@ def time_load(path: str | None, gb: float, quant: str, folder: str | None, repea
         checkpoint, busy = open_checkpoint(source), Busy()
         made = list(cases(source, quant, pool))
         note(f"timing {len(made)} cases, {repeats} laps each, after one that does not count")
-        rotate(made, repeats, shuffled=True)
+        rotate(made, repeats, shuffled=True, limit_s=LIMIT_S)
         about = {"source": str(source), "bytes": checkpoint.size, "repeats": repeats, "quant": quant}
         return cases_said(made, checkpoint.size, busy, about)
 

@@ -22,7 +22,7 @@ def cases_said(cases: Sequence[Case], size: int, busy: Busy, about: Mapping[str,
     """Return the table and document of timed cases, each of which took `size` bytes of input."""
     taken = busy.document()
     rows = [_row(case, size, {c.name: c for c in cases}) for case in cases]
-    numbers = ("best s", "median s", "GB/s best", "GB/s median", "ours is faster", "measured", "peak RSS MB")
+    numbers = ("laps", "best s", "median s", "GB/s best", "GB/s median", "ours is faster", "measured", "peak RSS MB")
     shown = table("case", *numbers, right=numbers)
     for row in rows:
         if row["missing"]:
@@ -32,7 +32,7 @@ def cases_said(cases: Sequence[Case], size: int, busy: Busy, about: Mapping[str,
         measured = f"{row['times_encoding']:.2f}" if row["times_encoding"] else ""
         peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else ""
         shown.add_row(
-            row["case"], f"{row['best_s']:.4g}", f"{row['median_s']:.4g}", f"{row['gbps_best']:.3g}",
+            row["case"], str(row["laps"]), f"{row['best_s']:.4g}", f"{row['median_s']:.4g}", f"{row['gbps_best']:.3g}",
             f"{row['gbps_median']:.3g}", faster, measured, peak,
         )  # fmt: skip
     here, said = machine(), warning(taken)
@@ -55,6 +55,7 @@ def _row(case: Case, size: int, cases: Mapping[str, Case]) -> dict[str, Any]:
     ours, encoder = cases.get(case.beside), cases.get(case.after)
     return {
         **row,
+        "laps": len(case.seconds),
         "best_s": best,
         "median_s": median,
         "gbps_best": size / best / 1e9,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,18 +28,22 @@ class Case:
     beside: str = ""  # the case that this one is a peer of
     after: str = ""  # the encoder whose output this one measures
     seconds: list[float] = field(default_factory=list)
+    taken_s: float = 0.0  # of all its laps, those that do not count too, with what it does around its own timing
 
 
-def rotate(cases: list[Case], repeats: int, warm_up: int = 1, *, shuffled: bool = False) -> None:
+def rotate(
+    cases: list[Case], repeats: int, warm_up: int = 1, *, shuffled: bool = False, limit_s: float = math.inf
+) -> None:
     """Time the cases in turn, after `warm_up` laps that do not count. A case that raises becomes a row that says so.
 
     With `shuffled`, each lap has another order, the same in every run of the benchmark. It is for cases that change the
-    state of memory or disk, and so affect the next case.
+    state of memory or disk, and so affect the next case. A case that was timed and has taken `limit_s` is left out of
+    further laps.
     """
     for lap in range(-warm_up, repeats):
         order = np.random.default_rng(lap + warm_up).permutation(len(cases)) if shuffled else range(len(cases))
         for case in (cases[index] for index in order):
-            if case.call is None:
+            if case.call is None or (case.seconds and case.taken_s >= limit_s):
                 continue
             began = time.perf_counter()
             try:
@@ -47,6 +52,7 @@ def rotate(cases: list[Case], repeats: int, warm_up: int = 1, *, shuffled: bool 
             except Exception as error:
                 case.call, case.missing = None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
                 continue
+            case.taken_s += time.perf_counter() - began
             if lap >= 0:
                 case.seconds.append(own if isinstance(own, float) else time.perf_counter() - began)
 

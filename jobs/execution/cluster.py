@@ -13,6 +13,8 @@ from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
 from loaders.backends.threads import shared_crew
 from loaders.errors import TransientIOError, WeightmillError
+from loaders.storage import open_store
+from loaders.storage.address import Address
 from loaders.words import counted
 
 # A unit is tried four times, with pauses of 1, 2 and 4 seconds: long enough for most failures of a network to pass, and
@@ -50,7 +52,21 @@ class Task(Protocol[R_co]):
     @property
     def gpus(self) -> int: ...
 
+    def reach(self) -> None:
+        """Check that this process reads what the task reads, and writes where it writes.
+
+        Raises:
+            WeightmillError: it does not.
+        """
+        ...
+
     def run(self, on_bytes: OnBytes, stop: threading.Event) -> R_co: ...
+
+
+def reach_source(source: Address, unit: Unit) -> None:
+    """Read a byte of a unit's source, in the version that it was planned for. Errors as `Store.read`."""
+    for entry in unit.sources[:1]:
+        open_store(source).read(entry, 0, min(1, entry.size))
 
 
 @dataclass(frozen=True, slots=True)

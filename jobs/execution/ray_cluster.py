@@ -16,14 +16,16 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jobs.cli.verb import note
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed, attempt
+from jobs.execution.ray_watch import Watch
 from jobs.spec.addresses import check_reachable
 from jobs.spec.job import ClusterSpec
 from loaders.backends.machine import usable_cpus
-from loaders.errors import BadSpec, StorageError
+from loaders.errors import BadSpec, StorageError, WeightmillError
 from loaders.places import ROOT
 from loaders.storage.settings import StoreSettings, current, use
 from loaders.storage.traffic import moved_bytes, traffic
@@ -37,9 +39,9 @@ BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before i
 # Retries of a task whose worker died: enough for preempted machines, and few enough that a task which kills its worker,
 # by too much memory for instance, fails soon.
 WORKER_DEATHS = 3
-WATCH_S = 2.0  # seconds between two looks for dead machines
 STOP_S = 10.0  # seconds that units get to remove their part files before they are killed
 WORKERS = "(workers)"  # stands for a host in the count of what all workers have moved
+ASK_S = 120.0  # seconds that a machine has to answer whether it can work, with the start of a worker
 PROGRESS_S = 0.5  # seconds between two messages of progress: smooth for a person, and few for Ray
 
 
@@ -93,8 +95,9 @@ class RayCluster:
         self._at_once = self._spec.units_at_once or 2 * max(1, slots)
 
     def run(self, tasks: Sequence[Task[R_co]], on_bytes: OnBytes) -> Generator[R_co | UnitFailed]:
-        flights = _Flights(self._ray, self.threads)
-        watch = _Watch(self._ray)
+        left_out = self._left_out(tasks[0]) if self._address and tasks else []
+        flights = _Flights(self._ray, self.threads, left_out)
+        watch = Watch(self._ray)
         todo = {task.unit.id: task for task in tasks}
         waiting = list(reversed(tasks))
         try:
@@ -111,6 +114,44 @@ class RayCluster:
         finally:
             watch.close()
             flights.cancel()
+
+    def _left_out(self, task: Task[Any]) -> list[str]:
+        """Ask every machine whether it reads the source and writes the output; returns the ids of those that do not.
+
+        Raises:
+            StorageError: none does.
+        """
+        nodes = {n["NodeID"]: n["NodeManagerHostname"] for n in self._live_nodes() if n["Resources"].get("CPU", 0)}
+        found = {node: reason for node, reason in self._asked(task, list(nodes)).items() if reason}
+        for node, reason in found.items():
+            note(f"{nodes[node]} ({node[:8]}) is left out: {reason}")
+        if nodes and len(found) == len(nodes):
+            raise StorageError(
+                "cluster: no machine reads the source and writes the output: its workers need the same access as this"
+                " process, in their own environment (credentials, mounted folders)"
+            )
+        return list(found)
+
+    def _asked(self, task: Task[Any], nodes: Sequence[str]) -> dict[str, str]:
+        """Return what is wrong with each machine; an empty text if nothing is."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        ask = self._ray.remote(ask_remotely)
+        settings = replace(current(), patience_s=min(current().patience_s, ASK_S / 4))
+        asked = {
+            ask.options(num_cpus=0, max_retries=0, scheduling_strategy=On(node, soft=False)).remote(
+                task, settings
+            ): node
+            for node in nodes
+        }
+        answered, silent = self._ray.wait(list(asked), num_returns=len(asked), timeout=ASK_S)
+        found = {asked[each]: f"no answer within {ASK_S:.0f} s" for each in silent}
+        for each in answered:
+            try:
+                found[asked[each]] = self._ray.get(each)
+            except self._ray.exceptions.RayError as error:
+                found[asked[each]] = _said_by_ray(error)
+        return found
 
     def close(self) -> None:
         """Disconnect; a cluster that was started here is stopped, a joined one stays."""
@@ -179,6 +220,16 @@ def _memory(task: Task[Any]) -> int:
     return BASE_BYTES + task.memory_bytes
 
 
+def ask_remotely(task: Task[Any], settings: StoreSettings) -> str:
+    """Return why a Ray worker cannot do a task, with the driver's settings of stores; an empty text if it can."""
+    use(settings)
+    try:
+        task.reach()
+    except (WeightmillError, OSError) as error:
+        return str(error)
+    return ""
+
+
 def run_remotely(task: Task[Any], settings: StoreSettings) -> Iterator[tuple[str, Any]]:
     """Run a task in a Ray worker, with the driver's settings of stores.
 
@@ -245,8 +296,11 @@ class _Flight:
 class _Flights:
     """All submitted attempts, by their streams of messages."""
 
-    def __init__(self, ray: Any, threads: int) -> None:
+    def __init__(self, ray: Any, threads: int, left_out: Sequence[str]) -> None:
         self._ray = ray
+        # Ray before 2.47 has no such option; then it is not given unless a machine is left out.
+        others = f"!in({', '.join(left_out)})"
+        self._where = {"label_selector": {"ray.io/node-id": others}} if left_out else {}
         self._flights: list[_Flight] = []
         self._threads = threads
         self._remote = ray.remote(run_remotely)
@@ -263,6 +317,7 @@ class _Flights:
             num_returns="streaming",
             max_retries=WORKER_DEATHS,
             scheduling_strategy="SPREAD",
+            **self._where,
         )
         self._flights.append(_Flight(task, remote.remote(task, current())))
 
@@ -345,25 +400,3 @@ def _said_by_ray(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
-
-
-class _Watch:
-    """A watch for machines that die, on a thread of its own, since asking Ray can block."""
-
-    def __init__(self, ray: Any) -> None:
-        self.dead: dict[str, float] = {}
-        self._ray = ray
-        self._known = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-        self._stop = threading.Event()
-        threading.Thread(target=self._look, name="ray-watch", daemon=True).start()
-
-    def _look(self) -> None:
-        while not self._stop.wait(WATCH_S):
-            # Ray may not answer while a machine dies; the next look asks again.
-            with contextlib.suppress(Exception):
-                for node in self._ray.nodes():
-                    if not node["Alive"] and node["NodeID"] not in self._known:
-                        self.dead.setdefault(node["NodeID"], time.monotonic())
-
-    def close(self) -> None:
-        self._stop.set()

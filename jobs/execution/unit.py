@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from jobs.execution.cluster import reach_source
 from jobs.execution.part_files import PartFiles
 from jobs.output.journal import Done, Journal, Record, TensorRecord, Written, WrittenTensor
 from jobs.planning.plan import Placement, Unit
@@ -29,7 +30,7 @@ from loaders.backends.scratch import Scratch
 from loaders.backends.threads import STAGING_BYTES, Stopped, ThreadedWork, shared_crew
 from loaders.clock import Clock
 from loaders.containers.writer import TensorSink
-from loaders.errors import StorageError, TransientIOError, VerifyFailed, WeightmillError
+from loaders.errors import TransientIOError, VerifyFailed, WeightmillError
 from loaders.quantization.gate import Gate
 from loaders.stats import ErrorSums, LoadStats
 from loaders.storage import open_source
@@ -99,6 +100,14 @@ class UnitTask:
     def work_bytes(self) -> int:
         """The source bytes to encode, counted once for each share."""
         return sum(share.unit.source_bytes for share in self.shares.values())
+
+    def reach(self) -> None:
+        reach_source(self.source, self.unit)
+        for share in self.shares.values():
+            share.journal.check_there()
+            destination, name = share.journal.destination, f"asked-{uuid.uuid4().hex[:12]}"
+            destination.put(name, b"")
+            destination.drop(name)
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> UnitReport:
         return run_unit(self, on_bytes, stop)
@@ -204,12 +213,7 @@ class TargetRun:
         for placement in output.placements:
             self._by_source.setdefault(placement.encoding.tensor.source_name, []).append(placement)
         with self.guarded():
-            if not self._journal.destination.is_there():
-                raise StorageError(
-                    f"{self._journal.destination.journal}: not found on {socket.gethostname()};"
-                    " on several machines the output must lie where all of them reach it, and of one on the Hub its"
-                    " output.journal"
-                )
+            self._journal.check_there()
             name = f"{share.unit.id}.{attempt}"
             self._files = PartFiles(self._journal, name, output, self._clock, scratch, in_place=in_place)
 
@@ -335,6 +339,7 @@ class UnitPass:
             tensor.name: [p.encoding for run in runs.values() if run.takes(tensor) for p in run.placed(tensor)]
             for tensor in tensors
         }
+        # What is dropped is not read.
         self._uses = Uses(reader, [tensor for tensor in tensors if placed[tensor.name]], placed, stop)
 
     def tensor(self, tensor: LogicalTensor) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jobs.execution.cluster import reach_source
 from jobs.planning.plan import FORMAT, Unit
 from loaders.backends import encoded_on, kernels_of, leased_kernels
 from loaders.backends.threads import Crew, ThreadedWork
@@ -85,6 +86,9 @@ class MeasuringTask:
         tensors = tensors_in(self.unit)
         sizes = {name: tensor.spec.num_items * tensor.dtype.item_bytes for name, tensor in tensors.items()}
         return sum(sizes[name] for names in self.wanted.values() for name in names)
+
+    def reach(self) -> None:
+        reach_source(self.source, self.unit)
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> MeasuringReport:
         encodings = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from jobs.output.journal import Journal
 from jobs.output.publish import is_published
 from jobs.output.report import Report, read_report
 from jobs.planning.build import make_plan
-from jobs.planning.plan import Plan, TargetPlan
+from jobs.planning.plan import Plan, TargetPlan, Unit
 from jobs.planning.targets import TARGET, target_of
 from jobs.planning.work_key import work_key
 from jobs.report import tables
@@ -37,9 +37,13 @@ from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT
 from loaders.storage.local import device_of, free_bytes
 from loaders.strategies import WeightLoader
+from loaders.strategies.base import Use
+from loaders.tensors.encoding import Encoding
+from loaders.tensors.uses import uses_of
 from loaders.words import counted
 
 LEVELS = 6  # of the key of a job: its work, an assembly of it, the assembly's fields, and in them each file
+MB = 1_000_000
 SPARE_BYTES = 16 << 20  # free bytes that an output needs besides its planned files: config, index, records
 
 
@@ -170,19 +174,20 @@ def notes_of(planned: Planned) -> list[str]:
     memory = max(unit.memory_bytes(cluster.threads) for unit in planned.plan.units) + strategy.held_bytes
     memory += staging_bytes({planned.backend[0]}, cluster.threads)
     output, records = planned.spec.output_address, planned.journal.count
-    free = free_bytes(output.parent.path) if output.is_local else free_bytes(Path(tempfile.gettempdir()))
     done = (
         [f"{records} of {len(planned.plan.units)} units are done already, by a job that was stopped"] if records else []
     )
-    need = planned.target.weight_bytes + planned.scratch_bytes
-    # Files are made in the local temporary folder, one per running unit, and uploaded.
-    if not output.is_local:
-        need = cluster.units_at_once * max(file.size for file in planned.target.files)
-    room = ", too little" if need > free else ""
     assembly, joining = planned.target.assembly, list[str]()
     if assembly is not None and assembly.joined is not None and not output.is_local:
         how = "the store copies them into it" if planned.journal.destination.assembles else "they are streamed into it"
+        if output.scheme == "hf":
+            where = planned.journal.destination.journal
+            how = f"the Hub joins no parts: they are kept in {where}, and the whole is in scratch while it is uploaded"
         joining = [f"{assembly.joined.name} is made of {counted(len(planned.target.pieces), 'piece')}: {how}"]
+    disk = (
+        _of_disk("disk", planned.target.weight_bytes + planned.scratch_bytes, output.parent) if output.is_local else ""
+    )
+    scratch = scratch_bytes([planned])
     judging = [] if planned.judging is None else [planned.judging.note]
     return [
         *done,
@@ -190,22 +195,52 @@ def notes_of(planned: Planned) -> list[str]:
         *joining,
         f"read by {strategy.name}: {why}",
         *([f"encoded on {planned.backend[0]}: {planned.backend[1]}"] if planned.spec.backend.kind == "auto" else []),
-        *_joined_for_the_hub(planned),
-        f"memory: up to {tables.size(memory)} with {counted(cluster.threads, 'thread')};"
-        f" disk: needs {tables.size(need)}, {tables.size(free)} free{room}",
+        f"memory: up to {tables.size(memory)} with {counted(cluster.threads, 'thread')}{disk}"
+        + (_of_disk("scratch", scratch, Address.of(scratch_folder(planned.spec))) if scratch else ""),
     ]
 
 
-def _joined_for_the_hub(planned: Planned) -> list[str]:
-    """Say what disk a file of several units takes on its way to the Hub, which does not join parts."""
-    pieces = sum(piece.size for piece in planned.target.pieces)
-    if planned.journal.output.scheme != "hf" or not pieces:
-        return []
-    where = planned.journal.destination.journal
-    return [
-        f"the Hub joins no parts: the pieces of the file, {tables.size(pieces)}, are kept in {where}, and as much is in"
-        " the scratch folder while the joined file is uploaded"
-    ]
+def _of_disk(what: str, need: int, where: Address) -> str:
+    free = free_bytes(where.path)
+    at = f" in {where}" if what == "scratch" else ""
+    return f"; {what}: needs {tables.size(need)}{at}, {tables.size(free)} free{', too little' if need > free else ''}"
+
+
+def scratch_folder(spec: JobSpec) -> Path:
+    """Return the folder of files on their way to or from a store that is not local."""
+    return Path(spec.store.scratch or tempfile.gettempdir())
+
+
+def scratch_bytes(jobs: Sequence[Planned]) -> int:
+    """Return the most bytes that jobs over one source have in the scratch folder of a machine: outputs of the units in
+    flight on their way to a store, and what the memory budget cannot hold of a tensor that is read several times.
+    """
+    first = jobs[0]
+    found = 0
+    remote = [job for job in jobs if not job.journal.destination.is_local]
+    if remote:
+        at_once = LocalCluster(first.spec.cluster).units_at_once
+        outputs = Counter[str]()
+        for unit in (unit for job in remote for unit in job.plan.units):
+            outputs[unit.id] += sum(file.size for file in unit.outputs[TARGET].files)
+        # A file of several units is joined there on its way to the Hub, when the units are done.
+        joined = [sum(p.size for p in job.target.pieces) for job in remote if job.journal.output.scheme == "hf"]
+        found += max(sum(size for _, size in outputs.most_common(at_once)), *joined, 0)
+        found += int(first.spec.store.scratch_mb * MB)
+    strategy, source = first.strategy[0], first.plan.checkpoint.source
+    return found if source.store.is_local else found + strategy.scratch_bytes(_uses(jobs))
+
+
+def _uses(jobs: Sequence[Planned]) -> Iterator[Use]:
+    """Yield what units read, when each is done for all jobs at once."""
+    units: dict[str, Unit] = {}
+    encodings: dict[str, list[Encoding]] = {}
+    for unit in (unit for job in jobs for unit in job.plan.units):
+        units.setdefault(unit.id, unit)
+        for placement in unit.outputs[TARGET].placements:
+            encodings.setdefault(placement.encoding.tensor.source_name, []).append(placement.encoding)
+    for unit in units.values():
+        yield from uses_of([tensor for tensor in unit.tensors if tensor.name in encodings], encodings).values()
 
 
 def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
@@ -215,6 +250,8 @@ def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
         StorageError: outputs do not fit on a disk.
     """
     needs: dict[int, list[tuple[Planned, int]]] = {}
+    if jobs:
+        _check_scratch([planned for planned, _ in jobs])
     for planned, done_bytes in jobs:
         target, source = planned.target, planned.plan.checkpoint.source
         if not planned.journal.destination.is_local:
@@ -232,3 +269,13 @@ def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
                 f"output.path: {who} {tables.size(need)}, {tables.size(free)} are free there;"
                 " make room, or choose another path"
             )
+
+
+def _check_scratch(jobs: Sequence[Planned]) -> None:
+    need, folder = scratch_bytes(jobs), scratch_folder(jobs[0].spec)
+    free = free_bytes(folder)
+    if need > free:
+        raise StorageError(
+            f"store.scratch: {folder} needs {tables.size(need)} for files on their way, {tables.size(free)} are free"
+            " there; make room, choose another folder, or lower cluster.units_at_once or unit_mb"
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -245,7 +245,11 @@ def _run_units(jobs: Sequence[Job], cluster: Cluster, strategy: WeightLoader) ->
     # The sort is stable: units keep their order, except those with tensors that strategy=streaming reads first.
     tasks.sort(key=lambda task: min(strategy.priority(s.name) for r in task.unit.tensors for _, s in r.stored))
     by_number, by_task, read = {job.number: job for job in jobs}, {task.unit.id: task for task in tasks}, 0
-    with closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks))) as outcomes:
+    specs = [spec for task in tasks for tensor in task.unit.tensors for _, spec in tensor.stored]
+    with (
+        strategy.ahead(jobs[0].planned.plan.checkpoint.source, specs) if cluster.is_local else nullcontext(),
+        closing(run_tasks(cluster, tasks, "quantizing", sum(task.work_bytes for task in tasks))) as outcomes,
+    ):
         for outcome in outcomes:
             read += _take(outcome, by_task[outcome.unit], by_number)
             if all(job.outcome is not None for job in jobs):

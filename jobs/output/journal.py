@@ -10,6 +10,7 @@ published.json           the output's report, written just before publishing, an
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from jobs.planning.plan import FORMAT, Unit
-from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
+from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed
 from loaders.specs import OutputFile
 from loaders.stats import ErrorSums, LoadStats
 from loaders.storage import destination_at
@@ -175,6 +176,19 @@ class Journal:
                     f"output.path: {self.destination.journal} is of format {found}, this weightmill writes {FORMAT};"
                     " finish it with the version that began it, or remove it (python -m jobs.clean)"
                 )
+
+    def check_there(self) -> None:
+        """Check that this process sees the journal, which the driver has made.
+
+        Raises:
+            StorageError: it does not.
+        """
+        if not self.destination.is_there():
+            raise StorageError(
+                f"{self.destination.journal}: not found on {socket.gethostname()};"
+                " on several machines the output must lie where all of them reach it, and of one on the Hub its"
+                " output.journal"
+            )
 
     @property
     def is_left_out(self) -> bool:

@@ -111,7 +111,7 @@ def reading(spec: StrategySpec, checkpoint: Checkpoint) -> tuple[WeightLoader, s
     from loaders.strategies.base import local_root
 
     if spec.kind == "auto":
-        name, why = auto.choose(checkpoint.source, [tag.name for tag in checkpoint.files])
+        name, why = auto.choose(checkpoint.source, [tag.name for tag in checkpoint.files], by_ranges=True)
         return loader(name), why
     made = spec.loader
     if made.not_for_jobs:

@@ -80,7 +80,7 @@ def compare_checkpoints(a: str, b: str, *, all_tensors: bool) -> Said:
 
 
 def _loader(checkpoint: Checkpoint) -> WeightLoader:
-    name, _ = auto.choose(checkpoint.source, [entry.name for entry in checkpoint.files])
+    name, _ = auto.choose(checkpoint.source, [entry.name for entry in checkpoint.files], by_ranges=True)
     return loader(name)
 
 

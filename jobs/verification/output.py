@@ -18,6 +18,7 @@ from rich.console import Group
 
 from jobs.cli.verb import FAILED, Said
 from jobs.execution.choose import choose
+from jobs.execution.cluster import reach_source
 from jobs.execution.run_tasks import run_all
 from jobs.output.card_block import CARD, LIMIT, aux_digest
 from jobs.output.publish import files_of_others, indexes_of
@@ -73,6 +74,10 @@ class VerifyTask:
     @property
     def memory_bytes(self) -> int:
         return self.unit.memory_bytes(self.threads) + self.strategy.held_bytes + self.output_strategy.held_bytes
+
+    def reach(self) -> None:
+        reach_source(self.source, self.unit)
+        PinnedFiles(open_store(self.output)).entry(OUR_REPORT)
 
     def run(self, on_bytes: Callable[[int], None], stop: threading.Event) -> VerifyReport:
         faults = [fault for name, written in self.files for fault in _file_faults(self, name, written)]

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from loaders.errors import BadSpec
+from loaders.storage.address import Address
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+
+
+def place_of_model(name_or_path: str | Path) -> Address:
+    """Return the address that a URL is, or the folder of a path or a Hub name, as `folder_of` does."""
+    address = Address.of(name_or_path)
+    return Address.of(folder_of(name_or_path)) if address.is_local else address
 
 
 def folder_of(name_or_path: str | Path) -> Path:

@@ -16,12 +16,13 @@ from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_check
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.device_map import device_map_of, hold_to, place_of
-from loaders.models.hub_cache import folder_of
+from loaders.models.hub_cache import place_of_model
 from loaders.models.quantized_modules import module_maker, runs_here, unusable_4bit
 from loaders.models.sharding import is_alone, is_first
 from loaders.models.skeleton import BUILDING, Skeleton, open_weights, set_parameter, skeleton_of
+from loaders.models.small_files import small_files
 from loaders.models.streaming import stream
-from loaders.models.weights import ModelWeights
+from loaders.models.weights import ModelWeights, Parts
 from loaders.quantization.scheme import Scheme
 from loaders.rules.decide import decide
 from loaders.tensors.block_expansion import expand_checkpoint, expand_sources
@@ -38,7 +39,8 @@ def load_model_and_tokenizer(
 ) -> Models:
     """Load a causal language model, ready to run, and its tokenizer (None if the folder has none).
 
-    `name_or_path`: a folder, or a Hugging Face Hub name whose files are in the local cache; nothing is downloaded.
+    `name_or_path`: a folder; the URL of a store (s3://bucket/model, hf://owner/name), from which weights are fetched
+    into memory; or a Hugging Face Hub name whose files are in the local cache, for which nothing is downloaded.
     `settings`: fields of ModelLoadingConfig, which replace those of `config`.
 
     Quantized weights stay quantized if their engine's modules are made here (bitsandbytes, hqq, MLX), or if
@@ -52,10 +54,10 @@ def load_model_and_tokenizer(
     if backend != "auto":
         settings["backend"] = backend
     config = replace(config or ModelLoadingConfig(), **settings)
-    folder = folder_of(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
-    checkpoint = open_checkpoint(folder, key="name_or_path")
+    where = place_of_model(config.llama_pro_path if config.llama_pro_path is not None else name_or_path)
+    checkpoint = open_checkpoint(where, key="name_or_path")
     if config.llama_pro_path is not None:
-        check_expanded(open_checkpoint(folder_of(name_or_path), key="name_or_path"), checkpoint)
+        check_expanded(open_checkpoint(place_of_model(name_or_path), key="name_or_path"), checkpoint)
     if _is_mlx(config, checkpoint):
         from loaders.models import mlx_modules
 
@@ -70,7 +72,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if all(checkpoint.source.find(name) is None for name in files):
         return None
-    return AutoTokenizer.from_pretrained(str(checkpoint.folder(READS_FOLDERS)))
+    with small_files(checkpoint) as folder:
+        return AutoTokenizer.from_pretrained(str(folder))
 
 
 def check_expanded(base: Checkpoint, expanded: Checkpoint) -> None:
@@ -242,6 +245,11 @@ def fill_model(
     """
     model = skeleton.model
     expected = dict(model.state_dict(keep_vars=True))
+    encodings = {
+        name: _encoding(weights, skeleton.parameters[name], s) for name, (s, is_new) in schemes.items() if is_new
+    }
+    plain = [name for name in skeleton.parameters if name not in schemes]
+    weights.expect({**dict.fromkeys([*plain, *schemes]), **encodings})
     for name in skeleton.parameters:
         if name in schemes:
             continue
@@ -256,10 +264,7 @@ def fill_model(
     for name, (scheme, is_new) in schemes.items():
         path = name.rpartition(".")[0]
         linear, [logical] = model.get_submodule(path), skeleton.parameters[name]
-        wanted = load_dtype(weights.checkpoint.config)
-        cast = None if wanted == logical.dtype else wanted
-        encoding = Encoding(tensor=logical, action="quantize", scheme=scheme, cast=cast)
-        stored = weights.encoded(encoding) if is_new else weights.stored(logical)
+        stored = weights.encoded(encodings[name]) if is_new else weights.stored(logical)
         with BUILDING:
             made = module_maker(scheme)(
                 scheme, logical.spec, stored, linear.bias, expected[name].dtype, str(device_of(name))
@@ -273,8 +278,15 @@ def fill_model(
         raise BadCheckpoint(f"{weights.checkpoint.address}: no weights came for {', '.join(left[:4])}")
 
 
+def _encoding(weights: ModelWeights, parts: Parts, scheme: Scheme) -> Encoding:
+    [logical], wanted = parts, load_dtype(weights.checkpoint.config)
+    cast = None if wanted == logical.dtype else wanted
+    return Encoding(tensor=logical, action="quantize", scheme=scheme, cast=cast)
+
+
 def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
     from transformers import GenerationConfig
 
     if checkpoint.source.find("generation_config.json") is not None:
-        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder(READS_FOLDERS)))
+        with small_files(checkpoint) as folder:
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))

@@ -23,6 +23,7 @@ from loaders.layouts.base import Placed
 from loaders.layouts.mlx import MlxLayout
 from loaders.layouts.rules import layout_rules
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+from loaders.models.small_files import small_files
 from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.plain import Plain
@@ -80,7 +81,8 @@ def _model(folder: Path, *, is_lazy: bool) -> Any:
 def _tokenizer(checkpoint: Checkpoint) -> Any:
     if checkpoint.source.find("tokenizer_config.json") is None:
         return None
-    return mlx_lm_utils().load_tokenizer(checkpoint.folder(READS_FOLDERS))
+    with small_files(checkpoint) as folder:
+        return mlx_lm_utils().load_tokenizer(folder)
 
 
 def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) -> None:

@@ -7,8 +7,8 @@ gate, up... So the rows of a rank, or a few rows of an embedding, are ranges wha
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from loaders.backends import kernels_of
 from loaders.backends.threads import RANGE, THREAD_BYTES, Crew, ThreadedWork
-from loaders.checkpoints.checkpoint import Checkpoint
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES, DType, dtype_named, storage_of
 from loaders.errors import BadCheckpoint, StorageError
 from loaders.loading.quantized_tensor import MemoryParts
@@ -30,6 +30,7 @@ from loaders.strategies import loader
 from loaders.strategies.lazy import MappedFiles
 from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor, Window
+from loaders.tensors.uses import Uses
 from loaders.tensors.views import view_of
 
 Parts = tuple[LogicalTensor, ...]
@@ -49,7 +50,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 class ModelWeights:
-    """The open weights of a checkpoint. Files are open from their first use until `close`.
+    """The open weights of a checkpoint, in any store. Files are open from their first use until `close`.
 
     Without `workers`, the threads are those that all loads of the process share; the shared memory budget applies in
     both cases. With `use_cache`, encoded tensors are kept in the cache on disk for the next load.
@@ -74,8 +75,11 @@ class ModelWeights:
         crew = together.crew if workers is None else self._exit.enter_context(Crew(workers))
         self._work = ThreadedWork(kernels_of("cpu"), crew, threading.Event())
         specs = {spec.name: spec for parts in parameters.values() for r in parts for _, spec in r.stored}
-        self._maps = MappedFiles(checkpoint.folder("a model's weights lie in maps of files"), private=True)
-        self._reader = self._exit.enter_context(loader(read).open(checkpoint.source, list(specs.values())))
+        is_local = checkpoint.source.store.is_local
+        self._maps = MappedFiles(checkpoint.folder(READS_FOLDERS), private=True) if is_local else None
+        made_by = loader(read if is_local else "remote")
+        self._reader = self._exit.enter_context(made_by.open(checkpoint.source, list(specs.values())))
+        self._uses: list[Uses] = []
 
     def __enter__(self) -> ModelWeights:
         return self
@@ -88,6 +92,24 @@ class ModelWeights:
     def close(self) -> None:
         """Close the files, and end threads that are not shared."""
         self._exit.close()
+
+    def expect(self, wanted: Mapping[str, Encoding | None]) -> None:
+        """Say which parameters will be read whole, in this order, and what some will be encoded to; of stores that are
+        not local, they are then fetched ahead.
+        """
+        copied = [tensor for name, each in wanted.items() if each is None for tensor in self.parameters[name]]
+        encoded = {each.tensor.name: [each] for each in wanted.values() if each is not None}
+        self._uses = [
+            Uses(self._reader, copied, in_one_trip=True),
+            Uses(self._reader, [each.tensor for [each] in encoded.values()], encoded),
+        ]
+
+    @contextmanager
+    def _using(self, tensor: LogicalTensor) -> Iterator[None]:
+        with ExitStack() as stack:
+            for uses in self._uses:
+                stack.enter_context(uses.of(tensor.name))
+            yield
 
     def view(self, tensor: LogicalTensor) -> View:
         return view_of(tensor, self._reader, self._work)
@@ -126,7 +148,8 @@ class ModelWeights:
             into[begin:end] = block if wanted == tensor.dtype else _cast(block, tensor, wanted)
 
         busy = min(self._workers, -(-(last - first) // RANGE))
-        with self._budget.hold(busy * THREAD_BYTES):
+        is_whole = (first, last) == (0, tensor.spec.numel)
+        with self._budget.hold(busy * THREAD_BYTES), self._using(tensor) if is_whole else nullcontext():
             self._work.sweep(last - first, 1, copy)
 
     def mapped(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
@@ -135,7 +158,13 @@ class ModelWeights:
         A write to the tensor copies the page and never reaches the file.
         """
         [tensor, *others] = self.parameters[name]
-        if others or tensor.decode is not None or tensor.order is not None or dtype_named(str(dtype)) != tensor.dtype:
+        if (
+            self._maps is None
+            or others
+            or tensor.decode is not None
+            or tensor.order is not None
+            or dtype_named(str(dtype)) != tensor.dtype
+        ):
             return None
         [(_, spec)] = tensor.stored
         if spec.shape != tensor.shape or spec.stride is not None or tensor.window != Window.whole(spec):
@@ -175,19 +204,23 @@ class ModelWeights:
 
     def _made(self, encoding: Encoding, stored: Mapping[str, StoredSpec]) -> dict[str, np.ndarray]:
         parts = MemoryParts(stored)
-        with self._budget.hold(self._workers * THREAD_BYTES + encoding.state_bytes):
+        with (
+            self._budget.hold(self._workers * THREAD_BYTES + encoding.state_bytes),
+            self._using(encoding.tensor),
+        ):
             TensorEncoder(self._reader, self._work, [encoding]).encode_only(encoding, parts)
         return parts.parts()
 
     def stored(self, tensor: LogicalTensor) -> dict[str, torch.Tensor]:
         """Return the stored parts of a quantized tensor, by role, unchanged."""
         made = {}
-        for role, spec in tensor.stored:
-            data = np.empty(spec.size, np.uint8)
-            for at in range(0, spec.size, RANGE):
-                end = min(at + RANGE, spec.size)
-                data[at:end] = self._reader.read(spec, at, end)
-            made[role] = _tensor(data.view(storage_of(spec.dtype)).reshape(spec.shape), spec.dtype)
+        with self._using(tensor):
+            for role, spec in tensor.stored:
+                data = np.empty(spec.size, np.uint8)
+                for at in range(0, spec.size, RANGE):
+                    end = min(at + RANGE, spec.size)
+                    data[at:end] = self._reader.read(spec, at, end)
+                made[role] = _tensor(data.view(storage_of(spec.dtype)).reshape(spec.shape), spec.dtype)
         return made
 
 

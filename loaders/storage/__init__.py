@@ -13,7 +13,8 @@ from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
 from loaders.storage.hub_names import source_address
 from loaders.storage.lone_file import SUFFIXES, LoneFile
-from loaders.storage.object_destination import ObjectDestination, abandoned_at, discard
+from loaders.storage.object_destination import ObjectDestination
+from loaders.storage.object_leftovers import abandoned_at, discard
 from loaders.storage.objects import ObjectStore
 from loaders.storage.range_cache import cached
 from loaders.storage.settings import current

@@ -161,6 +161,7 @@ class HubBranch:
         where = where or self._where
         client, http, library = self._client, session(), cast("Any", utils)
         library.disable_progress_bars()  # weightmill has its own
+        library.logging.set_verbosity_error()  # its warnings about retries show signed addresses
         if http.timeout.read is None:  # huggingface_hub's default, with which it would wait for ever
             http.timeout = current().timeout_s
 

@@ -45,7 +45,7 @@ class HubDestination:
     """A `Destination` on a branch of a repository."""
 
     is_local = False
-    assembles = False
+    assembles = False  # the Hub joins nothing by itself
 
     def __init__(self, address: Address, key: str) -> None:
         place = Place.of(address)

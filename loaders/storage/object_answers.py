@@ -90,8 +90,13 @@ def _raise(what: str, text: str, timeout_s: float) -> NoReturn:
     raise_for(what, int(status[1]) if status else None, code[1] if code else "", text, timeout_s)
 
 
-def raise_for(what: str, status: int | None, code: str, text: str, timeout_s: float) -> NoReturn:
-    """Raise what a status and a store's own code mean; without a status, what the text of the failure says."""
+def raise_for(
+    what: str, status: int | None, code: str, text: str, timeout_s: float, retry_after: str | None = None
+) -> NoReturn:
+    """Raise what a status and a store's own code mean; without a status, what the text of the failure says.
+
+    `retry_after` is the header of that name. obstore shows no headers, so that its pauses are our own.
+    """
     if code == "AuthorizationHeaderMalformed" or "BareRedirect" in text or status == 301:
         raise Elsewhere(what)
     if status in (401, 403) or code in ENDED:
@@ -104,7 +109,8 @@ def raise_for(what: str, status: int | None, code: str, text: str, timeout_s: fl
         raise Unmet(what)
     if status in (408, 425, 429, 500, 502, 503, 504) or code in BRIEF:
         is_busy = status in (429, 503) or code in BUSY
-        raise Passing(f"the store answered {_words(status, code)}", is_busy=is_busy)
+        pause_s = float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
+        raise Passing(f"the store answered {_words(status, code)}", is_busy=is_busy, pause_s=pause_s)
     if status == 501 or code == "NotImplemented":
         raise NotOffered(f"{what}: the store does not offer this")
     if status == 416:

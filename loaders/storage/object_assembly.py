@@ -15,7 +15,7 @@ from loaders.errors import StorageError, WeightmillError
 from loaders.storage.base import Entry
 from loaders.storage.object_answers import Missing, NotOffered
 from loaders.storage.object_client import Found, ObjectClient
-from loaders.storage.object_parts import LARGEST_PART, MOST_PARTS, SMALLEST_PART, Part
+from loaders.storage.object_parts import LARGEST_PART, MOST_PARTS, SMALLEST_PART, Part, md5
 from loaders.storage.object_upload import AT_ONCE, BLOCK, PART, upload
 from loaders.storage.objects import found_at, read_object, say_once
 
@@ -83,7 +83,7 @@ def _copied(client: ObjectClient, key: str, parts: Sequence[Copied | list[Copied
             source, start, stop = part.source.key, part.start, part.stop
             return client.in_parts(what, lambda parts: parts.copy(key, name, number, source, start, stop))
         data = b"".join(each if isinstance(each, bytes) else _fetched(client, each) for each in part)
-        return client.in_parts(what, lambda parts: parts.put(key, name, number, data))
+        return client.in_parts(what, lambda parts: parts.put(key, name, number, data, md5(data)))
 
     try:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="join") as pool:

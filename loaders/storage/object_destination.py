@@ -17,31 +17,28 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
-from loaders.storage.base import OUR_REPORT, Abandoned, Entry, Range, Store
+from loaders.storage.base import OUR_REPORT, Entry, Range, Store
 from loaders.storage.hashes import hash_stored
-from loaders.storage.object_answers import Missing, Unmet
+from loaders.storage.object_answers import Unmet
 from loaders.storage.object_assembly import assemble
-from loaders.storage.object_claim import STALE_S, ObjectClaim, has_ended, owner_of
+from loaders.storage.object_claim import ObjectClaim
 from loaders.storage.object_client import Found, ObjectClient, client_of
-from loaders.storage.object_parts import Upload
+from loaders.storage.object_leftovers import abort, remove_journal, uploads_below
 from loaders.storage.object_upload import file_blocks, size_of, upload
-from loaders.storage.objects import HIDDEN, ObjectStore, found_at, read_object, say_once
+from loaders.storage.objects import HIDDEN, ObjectStore, found_at, read_object
 from loaders.storage.settings import current
 
 STAGED = "staged "  # the prefix of the tag of a staged file, which is not published yet
 SIGNS = ("config.json", "model_index.json", OUR_REPORT)  # without which nobody takes files for a checkpoint
-UPLOADS = "uploads"  # stands in an address for uploads under way that no journal knows
 SCRATCH = "weightmill-upload"
 SMALL = 64 << 20  # bytes: files of the journal are no longer
 
@@ -203,9 +200,9 @@ class ObjectDestination:
 
     def forget(self) -> None:
         # The claim goes last, by who holds it.
-        _remove(self.journal, lambda name: name != "claim")
-        for each in _uploads(self.address):
-            _abort(self._client, each)
+        remove_journal(self.journal, lambda name: name != "claim")
+        for each in uploads_below(self.address):
+            abort(self._client, each)
         shutil.rmtree(scratch_folder(current().scratch, self._name), ignore_errors=True)
 
 
@@ -260,101 +257,3 @@ def _remove_stale_scratch() -> None:
         number = folder.name.rpartition("-")[2]
         if number.isdigit() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-# --- what interrupted jobs left
-
-
-def abandoned_at(place: Address, name: str | None = None) -> tuple[Abandoned, ...]:
-    """List journals at an address of outputs, and uploads under way there: of all outputs, or of one by its name."""
-    client, top = client_of(place)
-    prefix = "/".join(part for part in (top, name or "") if part)
-    rows = client.patient(client.what("listing", prefix), lambda: _listed(client, prefix))
-    pattern = re.compile(rf"([^/]+)/{re.escape(HIDDEN)}([0-9a-f]{{12}})/(.+)")
-    journals: dict[tuple[str, str], list[tuple[str, Found]]] = {}
-    for row in rows:
-        match = pattern.fullmatch(row.key.removeprefix(f"{top}/") if top else row.key)
-        if match is not None:
-            journals.setdefault((match[1], match[2]), []).append((match[3], row))
-    uploads: dict[str, int] = {}
-    for each in _uploads(place if name is None else place / name):
-        output = each.key.removeprefix(f"{top}/" if top else "").partition("/")[0]
-        uploads[output] = uploads.get(output, 0) + each.size
-    found = [
-        _abandoned(client, place / output / f"{HIDDEN}{key}", files, uploads.pop(output, 0))
-        for (output, key), files in sorted(journals.items())
-    ]
-    found += [
-        Abandoned(address=place / output / f"{HIDDEN}{UPLOADS}", size=size, units_done=0, age_s=0.0, is_held=False)
-        for output, size in sorted(uploads.items())
-    ]
-    return tuple(found)
-
-
-def _listed(client: ObjectClient, prefix: str) -> list[Found]:
-    try:
-        return client.list(prefix)
-    except Missing:
-        return []
-
-
-def _abandoned(client: ObjectClient, journal: Address, files: Sequence[tuple[str, Found]], more: int) -> Abandoned:
-    age_s = max(0.0, time.time() - max(row.changed.timestamp() for _, row in files))
-    claim = next((row for name, row in files if name == "claim"), None)
-    # Clocks may differ; "held" is the answer that deletes nothing.
-    is_held = claim is not None and time.time() - claim.changed.timestamp() < STALE_S
-    return Abandoned(
-        address=journal,
-        size=sum(row.size for _, row in files) + more,
-        units_done=sum(name.startswith("records/") for name, _ in files),
-        age_s=age_s,
-        is_held=is_held and not has_ended(owner_of(client, claim)),
-    )
-
-
-def discard(journal: Address) -> None:
-    """Remove what an interrupted job left: its journal, its uploads, and its files unless the output is complete.
-
-    Raises:
-        StorageError: it cannot be removed.
-    """
-    output = journal.parent.parent
-    client = client_of(output)[0]
-    for each in _uploads(output):
-        _abort(client, each)
-    if journal.name == UPLOADS:
-        return
-    if ObjectStore(output).find(OUR_REPORT) is None:
-        store = ObjectStore(journal / "kept")
-        keys = [client_of(output / entry.name)[1] for entry in store.list(every=True)]
-        client.patient(client.what("removing", output.name), lambda: client.delete(keys))
-    _remove(journal, lambda name: True)
-
-
-def _remove(journal: Address, is_meant: Callable[[str], bool]) -> None:
-    """Remove the objects of a journal. The newest goes last, which says how far the job had come."""
-    client, prefix = client_of(journal)
-    rows = client.patient(client.what("listing", prefix), lambda: _listed(client, prefix))
-    names = {row.key.removeprefix(f"{prefix}/"): row for row in rows}
-    order = sorted(names, key=lambda name: ("/" not in name, names[name].changed, name))
-    keys = [names[name].key for name in order if is_meant(name)]
-    client.patient(client.what("removing", prefix), lambda: client.delete(keys))
-
-
-def _uploads(below: Address) -> list[Upload]:
-    """List the uploads in parts under way below an address; none where they cannot be listed, which is said."""
-    client, prefix = client_of(below)
-    if not client.has_parts:
-        return []
-    what = client.what("listing uploads of", prefix)
-    try:
-        return client.in_parts(what, lambda parts: parts.left(prefix))
-    except (StorageError, Missing) as error:
-        say_once(f"{error}; let a rule of the bucket remove uploads that are not completed")
-        return []
-
-
-def _abort(client: ObjectClient, each: Upload) -> None:
-    # It was completed or aborted meanwhile.
-    with suppress(Missing):
-        client.in_parts(client.what("aborting", each.key), lambda parts: parts.abort(each.key, each.id))

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NoReturn, Protocol
 
 from loaders.storage.object_answers import Denied, raise_for
@@ -35,11 +36,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload under way: its key, the store's name for it, and the bytes of its parts."""
+    """An upload under way: its key, the store's name for it, the bytes of its parts, and when it was begun."""
 
     key: str
     id: str
     size: int
+    began: datetime
 
 
 class Parts(Protocol):
@@ -49,7 +51,9 @@ class Parts(Protocol):
         """Begin an upload and return its name."""
         ...
 
-    def put(self, key: str, upload: str, number: int, data: bytes) -> Part: ...
+    def put(self, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
+        """Upload a part, of which `digest` is the MD5."""
+        ...
 
     def copy(self, key: str, upload: str, number: int, source: str, start: int, stop: int) -> Part:
         """Make a part of bytes [start, stop) of another object, which the store copies by itself."""
@@ -82,8 +86,7 @@ class S3Parts:
     def begin(self, key: str) -> str:
         return str(self._ask(key, "create_multipart_upload")["UploadId"])
 
-    def put(self, key: str, upload: str, number: int, data: bytes) -> Part:
-        digest = md5(data)
+    def put(self, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
         answer = self._ask(
             key, "upload_part", UploadId=upload, PartNumber=number, Body=data,
             ContentMD5=base64.b64encode(digest).decode(),
@@ -112,8 +115,11 @@ class S3Parts:
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._bucket, Prefix=f"{prefix}/" if prefix else ""
             )
-            rows = [(row["Key"], row["UploadId"]) for page in pages for row in page.get("Uploads", ())]
-            return [Upload(key, upload, self._size(key, upload)) for key, upload in rows]
+            rows = [row for page in pages for row in page.get("Uploads", ())]
+            return [
+                Upload(row["Key"], row["UploadId"], self._size(row["Key"], row["UploadId"]), row["Initiated"])
+                for row in rows
+            ]
 
     def _size(self, key: str, upload: str) -> int:
         pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload)
@@ -142,7 +148,8 @@ def aws_answers(what: str, settings: StoreSettings) -> Iterator[None]:
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         code = str(error.response.get("Error", {}).get("Code", ""))
-        raise_for(what, status, "" if code.isdigit() else code, code, settings.timeout_s)
+        retry_after = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
+        raise_for(what, status, "" if code.isdigit() else code, code, settings.timeout_s, retry_after)
     except (NoCredentialsError, CredentialRetrievalError) as error:
         raise Denied(401, "no credentials") from error
     except (ConnectTimeoutError, ReadTimeoutError) as error:
@@ -173,8 +180,8 @@ class AzureParts:
     def begin(self, key: str) -> str:
         return uuid.uuid4().hex
 
-    def put(self, key: str, upload: str, number: int, data: bytes) -> Part:
-        digest, name = md5(data), f"{upload}{number:05d}"
+    def put(self, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
+        name = f"{upload}{number:05d}"
         with azure_answers(f"uploading az://{self._container}/{key}", self._settings):
             answer = self._client.get_blob_client(key).stage_block(
                 base64.b64encode(name.encode()).decode(), data, length=len(data), validate_content=True
@@ -208,7 +215,8 @@ def azure_answers(what: str, settings: StoreSettings) -> Iterator[None]:
         yield
     except HttpResponseError as error:
         code = str(getattr(error, "error_code", "") or "")
-        raise_for(what, error.status_code, code.rpartition(".")[2], "", settings.timeout_s)
+        retry_after = (getattr(error.response, "headers", None) or {}).get("Retry-After")
+        raise_for(what, error.status_code, code.rpartition(".")[2], "", settings.timeout_s, retry_after)
     except (ServiceRequestError, ServiceResponseError) as error:
         raise Passing(f"the connection failed ({type(error).__name__})") from error
 

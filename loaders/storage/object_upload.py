@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +52,7 @@ def _whole(client: ObjectClient, key: str, data: bytes, size: int) -> Found:
     _check_length(what, len(data), size)
     made = client.patient(what, lambda: client.put(key, data))
     is_confirmed = tag_of(made).strip('"').lower() == md5(data).hex()
-    return _confirmed(client, key, size, None if is_confirmed else md5(data), made.get("e_tag"))
+    return _confirmed(client, key, size, [] if is_confirmed else [(0, size, md5(data))], made.get("e_tag"))
 
 
 def _by_the_library(client: ObjectClient, key: str, blocks: Iterator[bytes], size: int) -> Found:
@@ -75,7 +75,7 @@ def _by_the_library(client: ObjectClient, key: str, blocks: Iterator[bytes], siz
     except Denied as denial:
         raise client.denied(what, denial) from None
     _check_length(what, count, size)
-    return _confirmed(client, key, size, hasher.digest())
+    return _confirmed(client, key, size, [(0, size, hasher.digest())])
 
 
 def _check_length(what: str, found: int, size: int) -> None:
@@ -90,8 +90,7 @@ class _InParts:
         self._client = client
         self._key = key
         self._what = client.what("uploading", key)
-        self._whole = hashlib.md5(usedforsecurity=False)  # of all bytes, to compare if parts are not confirmed
-        self._digests: list[bytes] = []
+        self._digests: dict[int, tuple[int, bytes]] = {}  # by part: its bytes, and their MD5
 
     def run(self, blocks: Iterator[bytes], size: int) -> Found:
         client, key = self._client, self._key
@@ -105,7 +104,15 @@ class _InParts:
                 client.in_parts(self._what, lambda parts: parts.abort(key, name), patience_s=0.0)
             raise
         is_confirmed = all(part.is_confirmed for part in made)
-        return _confirmed(client, key, size, None if is_confirmed else self._whole.digest())
+        return _confirmed(client, key, size, [] if is_confirmed else self._ranges())
+
+    def _ranges(self) -> list[tuple[int, int, bytes]]:
+        """Return the parts' places in the object: from, to, and the MD5 of what is there."""
+        found, at = [], 0
+        for count, digest in (self._digests[number] for number in sorted(self._digests)):
+            found.append((at, at + count, digest))
+            at += count
+        return found
 
     def _put_all(self, name: str, blocks: Iterator[bytes], size: int) -> list[Part]:
         ahead: deque[Future[Part]] = deque()
@@ -115,8 +122,6 @@ class _InParts:
             try:
                 for number, data in enumerate(_regrouped(blocks, part_size(size)), 1):
                     count += len(data)
-                    self._whole.update(data)
-                    self._digests.append(md5(data))
                     if len(ahead) >= AT_ONCE:
                         made.append(ahead.popleft().result())
                     ahead.append(pool.submit(self._put, name, number, data))
@@ -127,7 +132,9 @@ class _InParts:
         return made
 
     def _put(self, name: str, number: int, data: bytes) -> Part:
-        part = self._client.in_parts(self._what, lambda parts: parts.put(self._key, name, number, data))
+        digest = md5(data)
+        self._digests[number] = (len(data), digest)
+        part = self._client.in_parts(self._what, lambda parts: parts.put(self._key, name, number, data, digest))
         self._client.traffic.moved(uploaded=len(data))
         return part
 
@@ -143,7 +150,7 @@ class _InParts:
     @property
     def _tag(self) -> str:
         """The tag that S3 gives to an object of these parts."""
-        return f'"{md5(b"".join(self._digests)).hex()}-{len(self._digests)}"'
+        return f'"{md5(b"".join(digest for _, _, digest in self._ranges())).hex()}-{len(self._digests)}"'
 
 
 def _regrouped(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
@@ -158,8 +165,10 @@ def _regrouped(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
         yield bytes(held)
 
 
-def _confirmed(client: ObjectClient, key: str, size: int, digest: bytes | None, tag: str | None = None) -> Found:
-    """Check that an object is what was sent; with a `digest` (MD5), by reading it back.
+def _confirmed(
+    client: ObjectClient, key: str, size: int, ranges: Sequence[tuple[int, int, bytes]], tag: str | None = None
+) -> Found:
+    """Check that an object is what was sent: its size, and what is in ranges (from, to, MD5), which are read back.
 
     Raises:
         StorageError: it is not; it is removed.
@@ -170,15 +179,20 @@ def _confirmed(client: ObjectClient, key: str, size: int, digest: bytes | None, 
     fault = f"{there.size} bytes arrived, expected {size}" if there.size != size else None
     if tag is not None and there.tag != tag_of({"e_tag": tag}):
         fault = "another version is there than was written: somebody else writes to it"
-    if fault is None and digest is not None:
-        hasher = hashlib.md5(usedforsecurity=False)
-        for at in range(0, size, BLOCK):
-            hasher.update(read_object(client, key, Entry(key, size, there.tag), at, min(at + BLOCK, size)))
-        fault = None if hasher.digest() == digest else "what is stored is not what was sent"
+    if fault is None and not all(_stored(client, there, start, stop) == digest for start, stop, digest in ranges):
+        fault = "what is stored is not what was sent"
     if fault is not None:
         client.patient(what, lambda: client.delete([key]))
         raise StorageError(f"{what}: {fault}; run the same command again")
     return there
+
+
+def _stored(client: ObjectClient, there: Found, start: int, stop: int) -> bytes:
+    """Return the MD5 of a range of an object, which is read."""
+    entry, hasher = Entry(there.key, there.size, there.tag), hashlib.md5(usedforsecurity=False)
+    for at in range(start, stop, BLOCK):
+        hasher.update(read_object(client, there.key, entry, at, min(at + BLOCK, stop)))
+    return hasher.digest()
 
 
 def size_of(path: Path) -> int:

@@ -1,7 +1,8 @@
 """`auto`: the choice of a strategy by where files are stored, what of them is cached, the device, and measured rates.
 
-Rates are measured only where they matter: for large files on a local disk that are mostly not cached. Measuring takes a
-fraction of a second, reads pages that are needed anyway, and is done once for each disk in a process.
+Rates are measured only where they matter: for whole tensors of large files on a local disk that are mostly not cached.
+Measuring takes a fraction of a second, reads pages that are needed anyway, and is done once for each disk in a process.
+A job, which begins to fetch as soon as it knows what it reads, would lose more by it than the best way can win.
 """
 
 from __future__ import annotations
@@ -45,17 +46,20 @@ BY_NAME: dict[str, Callable[[], WeightLoader]] = {
 _RATES: dict[int, dict[str, float]] = {}  # GB/s by way, of each disk, as this process found them
 
 
-def choose(source: PinnedFiles, files: Sequence[str], device: str | None = None) -> tuple[str, str]:
+def choose(
+    source: PinnedFiles, files: Sequence[str], device: str | None = None, *, by_ranges: bool = False
+) -> tuple[str, str]:
     """Return the name of a strategy for some files of a source, and the reason in a few words.
 
-    `device` is the device that whole tensors are loaded to; it is None for a job.
+    `device` is the device that whole tensors are loaded to. `by_ranges` says that ranges are read from several threads,
+    as a job does.
     """
+    if not source.store.is_local:
+        return "remote", f"the files lie in no folder of this machine, but at {source.address}"
     if device is not None and device.startswith("cuda") and _all_safetensors(files) and _has_fastsafetensors():
         index = int(device.partition(":")[2] or 0)
         if gds_available(index):
             return "fastsafetensors", "GPU direct storage is there, and goes past the CPU's memory"
-    if not source.store.is_local:
-        return "remote", f"the files lie in no folder of this machine, but at {source.address}"
     root = local_root(source, "auto")
     kind, medium = local.filesystem(root), local.medium(root)
     if medium == "network":
@@ -72,6 +76,8 @@ def choose(source: PinnedFiles, files: Sequence[str], device: str | None = None)
     if share >= MOSTLY:
         return "lazy", f"{share:.0%} of the files are in the page cache, which a map uses in place"
     cold = f"{share:.0%} of the files are in the page cache"
+    if by_ranges:
+        return "multithread", f"{cold}; threads fetch them ahead"
     if sum(entry.size for entry in entries) < WORTH_MEASURING:
         return "read", f"{cold}; large reads are steadier on a cold disk"
     rates = measured(root, files)

@@ -63,6 +63,11 @@ class Use:
     is_once: bool = False
     steps: int = 1
 
+    @property
+    def size(self) -> int:
+        """The bytes that it reads."""
+        return sum(piece.size for piece in self.pieces)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlice:
@@ -133,6 +138,11 @@ class WeightLoader(ABC):
     @abstractmethod
     def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
         """Open the files of `specs`, which will be read in about this order."""
+
+    @contextmanager
+    def ahead(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[None]:
+        """Begin to fetch what `open` will be asked for in the block, in about this order, if the strategy does that."""
+        yield
 
     # --- the same for all strategies, by open()
 
@@ -223,6 +233,10 @@ class WeightLoader(ABC):
     @property
     def held_bytes(self) -> int:
         """The bytes that its reader holds beside the ranges that it is asked for; a job's memory includes them."""
+        return 0
+
+    def scratch_bytes(self, uses: Iterable[Use]) -> int:
+        """Return the most bytes of scratch files that reading for these uses takes at a time."""
         return 0
 
     def priority(self, name: str) -> int:

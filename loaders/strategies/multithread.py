@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.backends.devices import fed
+from loaders.backends.machine import free_memory
 from loaders.errors import BadSpec
 from loaders.specs import WeightSpec
 from loaders.storage import local
@@ -29,17 +30,28 @@ WINDOW = 256 * MB  # bytes read ahead: enough to keep many threads busy, and the
 # Threads that adaptive reading begins with. From one, it would take a lap longer to find the best number; more could
 # already be too many for a rotating disk.
 FEWEST = 2
+# The threads with which fetching into the page cache begins, and the most, by the medium. They take no CPU. A disk
+# wants several requests at once, a rotating one must not seek, and other machines answer late.
+FETCHED_BY = {
+    "memory": (1, 1), "local": (4, MOST_THREADS), "rotational": (1, 2), "network": (8, MOST_THREADS),
+    "object": (8, MOST_THREADS),
+}  # fmt: skip
+LONG_WINDOW = 2 << 30  # bytes fetched ahead in a job at most: as many as a disk gives until its first unit begins
 
 
 class ThreadedFiles(OpenFiles):
-    """A `PieceReader` whose threads read ahead."""
+    """A `PieceReader` whose threads read ahead. `cache` fetches what ranges will be asked for, if that has begun."""
 
-    def __init__(self, root: Path, specs: Sequence[WeightSpec], workers: Workers) -> None:
-        super().__init__(root)
+    def __init__(
+        self, root: Path, specs: Sequence[WeightSpec], workers: Workers, fetchers: Workers, cache: CacheAhead | None
+    ) -> None:
+        super().__init__(root, readahead=0)
         self._workers = workers
-        self._cache = CacheAhead(self, specs, WINDOW, workers)
+        self._own = CacheAhead(self, specs, WINDOW, fetchers) if cache is None else None
+        self._cache = self._own or cache
 
     def read(self, spec: WeightSpec, start: int, stop: int, slot: int = 0) -> np.ndarray:
+        assert self._cache is not None
         self._cache.reached(spec, stop)
         return super().read(spec, start, stop, slot)
 
@@ -47,7 +59,8 @@ class ThreadedFiles(OpenFiles):
         return read_ahead(self, pieces, self._workers, WINDOW)
 
     def close(self) -> None:
-        self._cache.stop()
+        if self._own is not None:
+            self._own.stop()
         super().close()
 
 
@@ -69,6 +82,7 @@ class MultiThreadWeightLoader(WeightLoader):
         self.max_workers = max_workers
         self.adaptive_workers = adaptive_workers
         self.min_file_size_per_worker = min_file_size_per_worker
+        self._cache: CacheAhead | None = None  # of all that a job reads, while it runs
         self.workers_said = ""  # how many threads read last, and the rates that led to it, for reports
 
     @property
@@ -81,6 +95,26 @@ class MultiThreadWeightLoader(WeightLoader):
         most = max(1, min(most, by_size))
         return Workers(min(FEWEST, most), most, adaptive=self.adaptive_workers)
 
+    def _fetchers(self, root: Path, specs: Sequence[WeightSpec]) -> Workers:
+        """Return the gate of threads that fetch into the page cache: they wait, so CPUs do not limit their number."""
+        least, most = FETCHED_BY[local.medium(root)]
+        by_size = int(sum(spec.size for spec in specs) / (self.min_file_size_per_worker * MB))
+        most = max(1, min(self.max_workers or most, by_size))
+        return Workers(min(least, most), most, adaptive=self.adaptive_workers)
+
+    @contextmanager
+    def ahead(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[None]:
+        root = local_root(files, self.name)
+        opened, window = OpenFiles(root), max(WINDOW, min(LONG_WINDOW, free_memory() // 4))
+        self._cache = CacheAhead(opened, specs, window, self._fetchers(root, specs))
+        self._cache.begin()
+        try:
+            yield
+        finally:
+            self._cache.stop()
+            self._cache = None
+            opened.close()
+
     def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> AbstractContextManager[PieceReader]:
         return self.open_on(None, files, specs)
 
@@ -88,7 +122,8 @@ class MultiThreadWeightLoader(WeightLoader):
     def open_on(self, device: str | None, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:
         root = local_root(files, self.name)
         workers = self._workers(device, root, specs)
-        opened = ThreadedFiles(root, specs, workers)
+        cache = self._cache if self._cache is not None and self._cache.covers(specs) else None
+        opened = ThreadedFiles(root, specs, workers, self._fetchers(root, specs), cache)
         try:
             yield opened
         finally:

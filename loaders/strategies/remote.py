@@ -7,7 +7,7 @@ stacked experts and measuring. Bytes that were not announced are fetched when th
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
@@ -91,6 +91,10 @@ class RemoteLoader(WeightLoader):
     @property
     def held_bytes(self) -> int:
         return int(self.memory_budget_mb * MB)
+
+    def scratch_bytes(self, uses: Iterable[Use]) -> int:
+        most = fetcher(self.held_bytes).most_kept
+        return max((use.size for use in uses if not use.is_once and use.size > most), default=0)
 
     @contextmanager
     def open(self, files: PinnedFiles, specs: Sequence[WeightSpec]) -> Iterator[PieceReader]:

@@ -39,26 +39,33 @@ class Uses:
     ) -> None:
         self._reader = reader if isinstance(reader, Expecting) else None
         self._uses: dict[str, Use] = {}
-        if self._reader is None:
-            return
-        known = encodings or {}
-        together: dict[str, list[LogicalTensor]] = {}
-        for tensor in tensors:
-            shares = any(fits(each.scheme, Sharing) for each in known.get(tensor.name, ()))
-            key = f"group {tensor.group}" if shares and tensor.group is not None else tensor.name
-            together.setdefault(key, []).append(tensor)
-        for partners in together.values():
-            first = partners[0]
-            is_once = len(partners) == 1 and reads_once(first, known.get(first.name, ()), in_one_trip=in_one_trip)
-            pieces = tuple(dict.fromkeys(piece for tensor in partners for piece in pieces_of(tensor)))
-            use = Use(pieces, is_once, len(partners))
-            self._uses |= {tensor.name: use for tensor in partners}
-        self._reader.expect(list(dict.fromkeys(self._uses.values())), stop)
+        if self._reader is not None:
+            self._uses = uses_of(tensors, encodings or {}, in_one_trip=in_one_trip)
+            self._reader.expect(list(dict.fromkeys(self._uses.values())), stop)
 
     def of(self, name: str) -> AbstractContextManager[None]:
         """Return the context of the step that is a tensor's, by its name."""
         use = self._uses.get(name)
         return nullcontext() if use is None or self._reader is None else self._reader.using(use)
+
+
+def uses_of(
+    tensors: Iterable[LogicalTensor], encodings: Mapping[str, Sequence[Encoding]], *, in_one_trip: bool = False
+) -> dict[str, Use]:
+    """Return the use that each tensor's step is a part of, by the tensor's name; see `Uses`."""
+    together: dict[str, list[LogicalTensor]] = {}
+    for tensor in tensors:
+        shares = any(fits(each.scheme, Sharing) for each in encodings.get(tensor.name, ()))
+        key = f"group {tensor.group}" if shares and tensor.group is not None else tensor.name
+        together.setdefault(key, []).append(tensor)
+    uses: dict[str, Use] = {}
+    for partners in together.values():
+        first = partners[0]
+        is_once = len(partners) == 1 and reads_once(first, encodings.get(first.name, ()), in_one_trip=in_one_trip)
+        pieces = tuple(dict.fromkeys(piece for tensor in partners for piece in pieces_of(tensor)))
+        use = Use(pieces, is_once, len(partners))
+        uses |= {tensor.name: use for tensor in partners}
+    return uses
 
 
 def reads_once(tensor: LogicalTensor, encodings: Sequence[Encoding], *, in_one_trip: bool) -> bool:

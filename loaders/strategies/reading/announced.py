@@ -13,7 +13,7 @@ import numpy as np
 
 from loaders.storage.base import PinnedFiles
 from loaders.strategies.base import Use
-from loaders.strategies.reading.segments import Run, Segment, State, joined, without
+from loaders.strategies.reading.segments import Marked, Run, Segment, State, joined, without
 
 if TYPE_CHECKING:
     from loaders.strategies.reading.fetching import Fetcher
@@ -65,19 +65,19 @@ class Ahead:
             self._shared.join(self)
 
     def _new_runs(self, uses: Sequence[Use]) -> list[Run]:
-        """Return runs of what is not announced yet; neighbours are one, unless only one of them goes to scratch."""
-        wanted: dict[str, list[tuple[int, int, bool]]] = {}
-        for use in uses:
-            is_large = not use.is_once and sum(piece.size for piece in use.pieces) > self._shared.budget // 2
+        """Return runs of what is not announced yet; neighbours are one, but for each use that goes to scratch."""
+        wanted: dict[str, list[Marked]] = {}
+        for number, use in enumerate(uses, 1):
+            is_large = not use.is_once and use.size > self._shared.most_kept
             for piece in use.pieces:
                 start, stop = piece.spec.offset + piece.start, piece.spec.offset + piece.stop
                 if start < stop:
-                    wanted.setdefault(piece.spec.file, []).append((start, stop, is_large))
+                    wanted.setdefault(piece.spec.file, []).append((start, stop, number if is_large else 0))
         made = []
         for file, ranges in wanted.items():
             known = [(run.start, run.stop) for run in self._runs.get(file, ())]
-            for start, stop, in_scratch in joined(without(ranges, known)):
-                run = Run(file, start, stop, in_scratch=in_scratch)
+            for start, stop, mark in joined(without(ranges, known)):
+                run = Run(file, start, stop, in_scratch=bool(mark))
                 run.cut(self._shared.segment_bytes)
                 made.append(run)
             own = [*self._runs.get(file, ()), *(run for run in made if run.file == file)]

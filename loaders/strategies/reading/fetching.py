@@ -45,6 +45,11 @@ class Fetcher:
         self._begun: dict[Use, tuple[int, int]] = {}  # bytes in memory and in scratch of uses that keep them
         self.inside: Counter[int] = Counter()  # by thread, how many of these it is in
 
+    @property
+    def most_kept(self) -> int:
+        """The bytes in memory of uses that keep theirs; a larger use has them in a scratch file."""
+        return self.budget // 2
+
     # --- readers, with the lock held
 
     def join(self, reader: Ahead) -> None:
@@ -93,7 +98,7 @@ class Fetcher:
                 return True
             memory = sum(taken for taken, _ in self._begun.values()) + in_memory
             scratch = any(taken for _, taken in self._begun.values())
-            return not self._begun or (memory <= self.budget // 2 and not (scratch and in_scratch))
+            return not self._begun or (memory <= self.most_kept and not (scratch and in_scratch))
 
         self.wait(fits, stop)
         self._begun[use] = in_memory, in_scratch

@@ -67,6 +67,16 @@ class OpenFiles:
                     raise cut_short(spec, at)
                 at, left = at + count, left[count:]
 
+    def fetch(self, spec: WeightSpec, start: int, stop: int) -> None:
+        """Bring a range into the page cache. Errors as `fill`."""
+        with io_errors("reading", self._root / spec.file):
+            end = local.fetch(self.descriptor(spec.file), spec.offset + start, spec.offset + stop)
+        if end is not None and end < spec.offset + stop:
+            raise cut_short(spec, end)
+        if end is None and not self.is_cached(spec, start, stop):
+            for at in range(start, stop, LONG):
+                self.fill(spec, at, self._scratch.array("fetched", min(LONG, stop - at), np.uint8))
+
     def is_cached(self, spec: WeightSpec, start: int, stop: int) -> bool:
         """Whether the page cache holds a range, as far as samples tell; False where the system does not tell."""
         with io_errors("reading", self._root / spec.file):

@@ -5,21 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-import numpy as np
-
 from loaders.errors import WeightmillError
 from loaders.specs import WeightSpec
 from loaders.strategies.reading.open_files import OpenFiles
 from loaders.strategies.reading.thread_tuning import Workers
 
-RANGE = 8 << 20  # bytes of one read, as in read_ahead.py
-MOST_THREADS = 8  # each holds a buffer of RANGE bytes; what they fetch lies in the page cache
+RANGE = 1 << 20  # bytes fetched at once: with more, threads work on parts so far apart that the kernel reads less ahead
+MOST_THREADS = 8  # they wait for the disk and copy nothing, however few CPUs there are
 
 
 class CacheAhead:
-    """Threads that read what comes next and throw it away, because the kernel keeps it in the page cache.
+    """Threads that have the kernel bring what comes next into the page cache, in the order of `specs`.
 
-    They start at the first range that is asked for, and stay within `window` bytes of the furthest.
+    They start with `begin`, or at the first range that is asked for, and stay within `window` bytes of the furthest.
     """
 
     def __init__(self, files: OpenFiles, specs: Sequence[WeightSpec], window: int, workers: Workers) -> None:
@@ -42,6 +40,18 @@ class CacheAhead:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
+    def covers(self, specs: Sequence[WeightSpec]) -> bool:
+        """Whether all of these are among what is fetched."""
+        return all(spec.name in self._begins for spec in specs)
+
+    def begin(self) -> None:
+        """Start the threads, if there is anything to fetch."""
+        with self._changed:
+            if not self._threads and not self._stopped and self._ranges:
+                for _ in range(min(MOST_THREADS, self._workers.most)):
+                    self._threads.append(threading.Thread(target=self._fetch, name="cache-ahead", daemon=True))
+                    self._threads[-1].start()
+
     def reached(self, spec: WeightSpec, stop: int) -> None:
         """Note that a range up to byte `stop` of a tensor is being read, so that what follows may be fetched."""
         at = self._begins.get(spec.name, 0) + stop
@@ -49,23 +59,15 @@ class CacheAhead:
             return
         with self._changed:
             self._reached = max(self._reached, at)
-            while self._next < len(self._ranges) and self._ranges[self._next][0] < at:
-                self._next += 1  # the reader itself fetches these now
-            if not self._threads and not self._stopped and self._next < len(self._ranges):
-                for _ in range(min(MOST_THREADS, self._workers.most)):
-                    self._threads.append(threading.Thread(target=self._fetch, name="cache-ahead", daemon=True))
-                    self._threads[-1].start()
             self._changed.notify_all()
+        self.begin()
 
     def _fetch(self) -> None:
-        memory = np.empty(RANGE, np.uint8)
         while (found := self._take()) is not None:
             _, spec, start, stop = found
             try:
-                if self._files.is_cached(spec, start, stop):
-                    continue
                 with self._workers.reading(stop - start):
-                    self._files.fill(spec, start, memory[: stop - start])
+                    self._files.fetch(spec, start, stop)
             except (WeightmillError, OSError):
                 return  # the reader of this range meets the same error, and reports it
 

@@ -20,6 +20,9 @@ SEGMENT = 16 << 20
 SEGMENTS_IN_BUDGET = 32  # so that small budgets, too, have room for requests side by side
 
 
+Marked = tuple[int, int, int]  # bytes [start, stop), and a number that keeps what differs in it apart
+
+
 class State(Enum):
     WAITING = auto()
     UNDER_WAY = auto()
@@ -96,7 +99,7 @@ class Run:
             self._memory = None
 
 
-def without(ranges: Iterable[tuple[int, int, bool]], known: Sequence[Range]) -> Iterator[tuple[int, int, bool]]:
+def without(ranges: Iterable[Marked], known: Sequence[Range]) -> Iterator[Marked]:
     """Yield what of ranges is in none of the known ones, which are sorted and do not overlap."""
     for start, stop, mark in ranges:
         for first, last in known:
@@ -108,16 +111,16 @@ def without(ranges: Iterable[tuple[int, int, bool]], known: Sequence[Range]) -> 
             yield start, stop, mark
 
 
-def joined(ranges: Iterable[tuple[int, int, bool]]) -> Iterator[tuple[int, int, bool]]:
+def joined(ranges: Iterable[Marked]) -> Iterator[Marked]:
     """Yield ranges without overlaps, in order; overlaps have any's mark, and neighbours with the same mark are one."""
-    found: list[tuple[int, int, bool]] = []
+    found: list[Marked] = []
     for start, stop, mark in sorted(ranges):
         if found and start < found[-1][1]:
             first, last, before = found.pop()
-            found.append((first, max(last, stop), mark or before))
+            found.append((first, max(last, stop), max(mark, before)))
         else:
             found.append((start, stop, mark))
-    whole: tuple[int, int, bool] | None = None
+    whole: Marked | None = None
     for start, stop, mark in found:
         if whole is not None and (start, mark) == whole[1:]:
             whole = whole[0], stop, mark

@@ -134,6 +134,14 @@ def test_laps_are_in_another_order_each_and_the_same_in_every_run() -> None:
     assert all(sorted(first[at : at + 6]) == list("abcdef") for at in (0, 6, 12))
 
 
+@pytest.mark.quick
+def test_a_slow_case_is_left_out_of_further_laps_once_it_was_timed() -> None:
+    slow, quick = timing.Case("slow", lambda: 5.0), timing.Case("quick", lambda: 0.0)
+    slow.taken_s = 100.0
+    timing.rotate([slow, quick], 3, limit_s=50)
+    assert (slow.seconds, quick.seconds) == ([5.0], [0.0, 0.0, 0.0])
+
+
 def test_a_way_that_reads_other_bytes_is_no_winner() -> None:
     cases = {name: loader_timings.Sums(lambda: 0, 1) for name in "abc"}
     for name, found in zip("abc", (7, 7, 8), strict=True):

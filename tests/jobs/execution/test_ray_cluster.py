@@ -16,8 +16,10 @@ import pytest
 
 from jobs.execution import ray_cluster
 from loaders.errors import BadSpec
+from loaders.storage.address import Address
 from tests.making import snapshot, write_checkpoint
 from tests.processes import start
+from tests.shelf.places import ObjectPlace, fill
 
 REPORT = "weightmill.json"
 MARK = "WEIGHTMILL_TEST_MARK"
@@ -171,3 +173,28 @@ def test_a_killed_worker_costs_one_unit(tmp_path: Path, weightmill: Any) -> None
     assert process.returncode == 0, (out, err)
     found = [snapshot(tmp_path / name, ignore=[REPORT]) for name in ("here", "there")]
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_machine_that_does_not_reach_the_source_is_left_out_by_name(
+    s3_bucket: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines, one of which has another endpoint in its environment, where nothing listens."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    source = fill(ObjectPlace(s3_bucket / tmp_path.name), write_checkpoint(tmp_path / "source", shards=2), "model")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            other = cluster.add_node(num_cpus=1)
+        process = start_job(
+            Path(), tmp_path / "out", f"model.path={source}", f"cluster.address={cluster.address}", "cluster=ray",
+            "cluster.threads=1", "cluster.ship_code=true", "store.patience_s=1", mark="left-out",
+        )  # fmt: skip
+        out, err = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, (out, err)
+    assert f"({other.node_id[:8]}) is left out: reading s3://" in err
+    assert err.count("is left out") == 1

@@ -50,7 +50,7 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "absent")
     root = write_checkpoint(tmp_path / "m")
     with pytest.raises(BadSpec, match="give the folder"):
-        open_checkpoint(root / "model.safetensors")
+        open_checkpoint(root / "config.json")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from loaders.storage.object_assembly import Copied, parts_for
 from loaders.storage.object_claim import ObjectClaim
 from loaders.storage.object_client import Found, ObjectClient, client_of
 from loaders.storage.object_destination import ObjectDestination
-from loaders.storage.object_parts import SMALLEST_PART, Part, S3Parts
+from loaders.storage.object_parts import SMALLEST_PART, Part, S3Parts, md5
 from loaders.storage.patience import Passing
 from loaders.storage.settings import current, use
 from tests.shelf.places import OBJECTS, Place, contents
@@ -82,11 +82,11 @@ def test_a_large_file_is_uploaded_in_parts(output: Address) -> None:
 def test_a_part_is_tried_again_by_itself(s3_output: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     made, honest, numbers = prepared(s3_output), S3Parts.put, list[int]()
 
-    def failing(self: S3Parts, key: str, upload: str, number: int, data: bytes) -> Part:
+    def failing(self: S3Parts, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
         numbers.append(number)
         if numbers.count(2) == 1 and number == 2:
             raise Passing("busy", is_busy=True)
-        return honest(self, key, upload, number, data)
+        return honest(self, key, upload, number, data, digest)
 
     monkeypatch.setattr(S3Parts, "put", failing)
     made.keep(part(made, DATA), "files/model.bin")
@@ -97,10 +97,10 @@ def test_a_part_is_tried_again_by_itself(s3_output: Address, monkeypatch: pytest
 def test_an_upload_that_fails_leaves_nothing(s3_output: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     made, honest = prepared(s3_output), S3Parts.put
 
-    def failing(self: S3Parts, key: str, upload: str, number: int, data: bytes) -> Part:
+    def failing(self: S3Parts, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
         if number == 3:
             raise StorageError("uploading: refused")
-        return honest(self, key, upload, number, data)
+        return honest(self, key, upload, number, data, digest)
 
     monkeypatch.setattr(S3Parts, "put", failing)
     with pytest.raises(StorageError, match="uploading: refused"):
@@ -112,9 +112,9 @@ def test_an_upload_that_fails_leaves_nothing(s3_output: Address, monkeypatch: py
 def test_bytes_that_arrive_otherwise_are_noticed(s3_output: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     made, honest = prepared(s3_output), S3Parts.put
 
-    def damaging(self: S3Parts, key: str, upload: str, number: int, data: bytes) -> Part:
+    def damaging(self: S3Parts, key: str, upload: str, number: int, data: bytes, digest: bytes) -> Part:
         sent = data if number != 2 else data[:-1] + bytes([data[-1] ^ 1])
-        return replace(honest(self, key, upload, number, sent), is_confirmed=False)
+        return replace(honest(self, key, upload, number, sent, md5(sent)), is_confirmed=False)
 
     monkeypatch.setattr(S3Parts, "put", damaging)
     with pytest.raises(StorageError, match=r"model\.bin: what is stored is not what was sent"):
@@ -168,8 +168,10 @@ def test_scratch_is_in_its_folder_and_goes_away(output: Address, settings: Path)
 def test_uploads_that_were_left_are_found_and_removed(s3_output: Address) -> None:
     client, key = client_of(s3_output / "model.bin")
     name = client.in_parts("", lambda parts: parts.begin(key))
-    client.in_parts("", lambda parts: parts.put(key, name, 1, DATA[:SMALLEST_PART]))
+    client.in_parts("", lambda parts: parts.put(key, name, 1, DATA[:SMALLEST_PART], md5(DATA[:SMALLEST_PART])))
     kind = kind_of(s3_output)
+    assert kind.abandoned(s3_output.parent, None) == ()  # it may be somebody else's
+    client.put(client_of(s3_output / "weightmill.json")[1], b"{}")
     [left] = kind.abandoned(s3_output.parent, None)
     assert left.size == SMALLEST_PART
     kind.discard(left.address)

@@ -45,6 +45,8 @@ def test_auto_measures_a_cold_disk_and_says_the_rates(tmp_path: Path, monkeypatc
     monkeypatch.setattr(local, "filesystem", lambda path: "ext4")
     monkeypatch.setattr(local, "cached_share", lambda path: 0.0)
     assert auto.choose(files_of(tmp_path / "m"), files)[0] == "read"  # too small to matter
+    chosen, why = auto.choose(files_of(tmp_path / "m"), files, by_ranges=True)
+    assert (chosen, why) == ("multithread", "0% of the files are in the page cache; threads fetch them ahead")
     monkeypatch.setattr(auto, "WORTH_MEASURING", 1000)
     monkeypatch.setattr(auto, "_RATES", {})
     chosen, why = auto.choose(files_of(tmp_path / "m"), files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
+from loaders.storage import local
 from loaders.strategies import MultiThreadWeightLoader, loader
 from loaders.strategies.reading.buffers import Buffers
 from loaders.strategies.reading.open_files import OpenFiles
@@ -127,6 +129,31 @@ def test_ranges_read_from_several_threads_are_fetched_ahead_into_the_page_cache(
             assert bytes_asked_for() - before > 8 * MB
             for spec in checkpoint.weights:
                 assert reader.read(spec, 5, spec.size).tobytes() == wanted[spec.name][5:]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is in the page cache")
+def test_all_that_a_job_will_read_is_fetched_from_when_it_begins(tmp_path: Path) -> None:
+    wanted = write(tmp_path / "m", count=6, items=2 * MB)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    drop(tmp_path / "m")
+    before = bytes_asked_for()
+    by = MultiThreadWeightLoader()
+    with by.ahead(checkpoint.source, checkpoint.weights):
+        time.sleep(0.3)
+        assert bytes_asked_for() - before > 8 * MB
+        for spec in checkpoint.weights:  # units of a job, one after another
+            with by.open(checkpoint.source, [spec]) as reader:
+                assert reader.read(spec, 0, spec.size).tobytes() == wanted[spec.name]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can fetch without reading")
+def test_a_range_is_fetched_as_far_as_the_file_goes(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(3 * MB))
+    local.drop_cached(tmp_path / "f")
+    with (tmp_path / "f").open("rb") as file:
+        assert local.fetch(file.fileno(), 5, 2 * MB) == 2 * MB
+        assert local.cached_part(file.fileno(), 0, 2 * MB) == 1
+        assert local.fetch(file.fileno(), 5, 4 * MB) == 3 * MB
 
 
 @pytest.mark.parametrize("name", ["multithread", "streaming", "full"])

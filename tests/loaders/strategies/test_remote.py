@@ -305,11 +305,11 @@ def test_a_budget_without_room_is_refused() -> None:
 
 @pytest.mark.quick
 def test_ranges() -> None:
-    assert list(joined([(5, 7, False), (0, 3, False), (3, 5, False), (6, 9, True), (20, 21, True)])) == [
-        (0, 5, False), (5, 9, True), (20, 21, True),
+    assert list(joined([(5, 7, 0), (0, 3, 0), (3, 5, 0), (6, 9, 1), (20, 21, 1)])) == [
+        (0, 5, 0), (5, 9, 1), (20, 21, 1),
     ]  # fmt: skip
-    assert list(without([(0, 10, True)], [(2, 3), (5, 6), (9, 12)])) == [(0, 2, True), (3, 5, True), (6, 9, True)]
-    assert list(without([(3, 5, False)], [(0, 10)])) == []
+    assert list(without([(0, 10, 1)], [(2, 3), (5, 6), (9, 12)])) == [(0, 2, 1), (3, 5, 1), (6, 9, 1)]
+    assert list(without([(3, 5, 0)], [(0, 10)])) == []
     run = Run("file", 100, 100 + 5 * MB, in_scratch=False)
     run.cut(2 * MB)
     assert [(s.start, s.stop) for s in run.segments] == [

@@ -1,0 +1,36 @@
+"""The small files of a checkpoint (config, tokenizer) as files of this machine, for libraries that read folders."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
+from loaders.errors import io_errors
+
+LARGEST = 64 << 20  # bytes of a file: vocabularies of a quarter of a million tokens take 35 MB
+
+
+@contextmanager
+def small_files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yield a folder with the checkpoint's small files: its own, or a temporary one into which they were fetched.
+
+    Raises:
+        StorageError: they cannot be fetched.
+    """
+    source = checkpoint.source
+    if source.store.is_local:
+        yield checkpoint.folder(READS_FOLDERS)
+        return
+    weights = {entry.name for entry in checkpoint.files}
+    with tempfile.TemporaryDirectory(prefix="weightmill-small-") as made:
+        for entry in source.store.list(deep=False):
+            # Python files of a repository are code, which is never run.
+            is_small = entry.size <= LARGEST and entry.name not in weights
+            if is_small and PurePosixPath(entry.name).suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken"):
+                path = Path(made) / entry.name
+                with io_errors("writing", path):
+                    path.write_bytes(source.read_all(entry.name, LARGEST))
+        yield Path(made)

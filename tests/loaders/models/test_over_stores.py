@@ -1,0 +1,63 @@
+"""Models and their weights from a store that is not local: the same as from a folder, each byte fetched once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loaders import load_weights
+from loaders.errors import BadSpec
+from loaders.places import ROOT
+from tests import sources
+from tests.shelf.places import Place, fill
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from loaders.models.loading import load_model_and_tokenizer  # noqa: E402  # needs torch
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "hqq4"])
+def test_a_model_from_a_url_computes_the_same(quantize: str | None, place_of: Callable[[str], Place]) -> None:
+    model = ROOT / "jobs" / "demo"
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    address = fill(place_of("shelf"), model, "model")
+    logits = []
+    for where in (model, address.text):
+        made, tokenizer = load_model_and_tokenizer(where, "cpu", quantize=quantize)
+        assert tokenizer("To be")["input_ids"]
+        with torch.no_grad():
+            logits.append(made(ids).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dtype": "float32"}])
+def test_weights_from_a_url_are_the_same(
+    settings: dict[str, Any], tmp_path: Path, place_of: Callable[[str], Place]
+) -> None:
+    model = sources.base(tmp_path)
+    address = fill(place_of("shelf"), model, "model")
+    here, _ = load_weights(model, **settings)
+    there, stats = load_weights(address.text, **settings)
+    assert here.keys() == there.keys()
+    assert stats.load.bytes > 0
+    for name, tensor in here.items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(tensor, there[name])
+        else:
+            assert np.array_equal(tensor.dequantize().float().numpy(), there[name].dequantize().float().numpy())
+
+
+def test_what_libraries_load_themselves_needs_a_folder(
+    tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
+) -> None:
+    out = tmp_path / "out"
+    ran = weightmill("run", f"model.path={sources.base(tmp_path)}", f"output.path={out}", "quant=w4a16")
+    assert ran.status == 0, ran.err
+    address = fill(place_of("shelf"), out, "model")
+    with pytest.raises(BadSpec, match="is no folder of this machine"):
+        load_model_and_tokenizer(address.text, "cpu")
