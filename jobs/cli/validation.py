@@ -74,6 +74,7 @@ def _make_absolute(spec: type[BaseModel], values: Any, tell: Callable[[str], Non
             continue
         try:
             named = hub_name(value) if kind.is_read else None
+            address = Address.of(value)
         except BadSpec as error:
             problems.append(f"{path}: {error}")
             continue
@@ -82,7 +83,7 @@ def _make_absolute(spec: type[BaseModel], values: Any, tell: Callable[[str], Non
             values[name] = named.text
         elif value == "demo://":
             values[name] = str(DEMO)
-        elif not (address := Address.of(value)).is_local:
+        elif not address.is_local:
             if kind.is_read and address.scheme in IN_MLFLOW:
                 continue
             try:

@@ -15,7 +15,7 @@ from loaders.lint import Finding
 
 BOUND = {
     "fetch": "bound by fetching: threads waited longest for the source's bytes",
-    "encode": "bound by encoding: the source and the output's store were faster",
+    "encode": "bound by the work here (encode, measure, write): the source and the output's store were faster",
     "upload": "bound by uploading: finished files waited longest for the output's store",
 }
 

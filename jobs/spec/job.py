@@ -61,6 +61,13 @@ class ModelSpec(Spec):
         revision = "" if self.revision is None else f"@{quote(self.revision, safe='')}"
         return Address.of(f"hf://{self.hub_id}{revision}")
 
+    @model_validator(mode="after")
+    def _revision_has_a_repository(self) -> ModelSpec:
+        # A preset's revision beside a path is another matter: the path says where its repository lies instead.
+        if self.revision is not None and self.path is not None and self.hub_id is None:
+            raise ValueError("revision is of hub_id, and not used with a path; give path=hf://OWNER/NAME@REVISION")
+        return self
+
     @field_validator("name")
     @classmethod
     def _name_is_a_file_name(cls, name: str | None) -> str | None:

@@ -101,7 +101,8 @@ def destination_at(address: Address, key: str) -> Destination:
     """
     destination = kind_of(address).destination
     if destination is None:
-        raise BadSpec(f"{address}: {address.scheme}:// can be read, not written; choose a folder")
+        others = ", ".join(f"{name}://" for name, kind in KINDS.items() if name != LOCAL and kind.destination)
+        raise BadSpec(f"{address}: {address.scheme}:// can be read, not written; choose a folder, or one of {others}")
     return destination(address, key)
 
 

@@ -14,6 +14,8 @@ LOCAL = "file"
 IN_MLFLOW = ("models", "runs")  # schemes of what MLflow knows the address of
 # MLflow writes its two schemes with one slash.
 SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(models|runs):/")
+# A URL but for a slash that was forgotten, or that pathlib took away, or a scheme in capitals: s3:/BUCKET, S3://BUCKET.
+SLIP = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):/+(.*)", re.DOTALL)
 HIDDEN = "***"  # what stands for a secret where an address is shown
 URL = re.compile(r"\b([a-z][a-z0-9+.\-]*://)([^\s/?#]*@)?([^\s?#]*)(\?[^\s#]*)?")
 
@@ -40,7 +42,11 @@ class Address:
 
     @staticmethod
     def of(where: str | os.PathLike[str] | Address) -> Address:
-        """Make an address from what a user gives: a path, file://PATH, or SCHEME://..."""
+        """Make an address from what a user gives: a path, file://PATH, or SCHEME://...
+
+        Raises:
+            BadSpec: it is empty, or a URL with a slip that would make it a path.
+        """
         if isinstance(where, Address):
             return where
         text = os.fspath(where)
@@ -48,6 +54,11 @@ class Address:
             raise BadSpec("expected a path, found an empty one")
         if text.startswith(f"{LOCAL}://"):
             text = text.removeprefix(f"{LOCAL}://")
+        elif SCHEME.match(text) is None and (slip := SLIP.match(text)) is not None:
+            meant = Address(f"{slip[1].lower()}://{'/' if slip[1].lower() == LOCAL else ''}{slip[2]}")
+            raise BadSpec(
+                f"expected a path or a URL, as {meant}; found {slip[1]}:/ (a folder of that name is ./{slip[1]}:)"
+            )
         return Address(text.rstrip("/") or "/")
 
     @property

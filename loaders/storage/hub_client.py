@@ -182,8 +182,9 @@ def hub() -> HubClient:
     """Return the Hub of this process' environment (HF_ENDPOINT), for the account whose token huggingface_hub finds.
 
     Raises:
-        BadSpec: huggingface_hub is not installed.
+        BadSpec: huggingface_hub is not installed, or HF_ENDPOINT is no URL.
     """
+    _check_endpoint(os.environ.get("HF_ENDPOINT", ""))  # first: huggingface_hub fails on some when it is imported
     try:
         from huggingface_hub import constants, utils
     except ImportError:
@@ -192,6 +193,16 @@ def hub() -> HubClient:
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
     headers = library.build_hf_headers(library_name="weightmill")
     return _client(endpoint, tuple(sorted((name.lower(), value) for name, value in headers.items())))
+
+
+def _check_endpoint(endpoint: str) -> None:
+    try:
+        parts = urlsplit(endpoint)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number
+        is_url = False
+    if endpoint and not is_url:
+        raise BadSpec("HF_ENDPOINT: expected a URL such as https://huggingface.co, or http://HOST:PORT")
 
 
 @lru_cache(maxsize=8)

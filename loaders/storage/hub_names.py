@@ -11,6 +11,8 @@ from loaders.errors import BadSpec
 from loaders.storage.address import Address
 
 NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.\-]*)/(?P<name>[A-Za-z0-9][\w.\-]*)(?:@[\w.\-%]+)?")
+# What a browser shows of a repository; the files themselves (resolve/...) are read as any server's are.
+PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.\-]+/[\w.\-]+)(?:/tree/([\w.\-%]+))?/?")
 FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json", ".yaml", ".yml", ".txt")
 
 
@@ -18,8 +20,13 @@ def hub_name(text: str) -> Address | None:
     """Return the address of the repository that a text names; None if it has another form, or is a path that exists.
 
     Raises:
-        BadSpec: it may well be a slip: its first part is a folder here, or there is one of nearly that name.
+        BadSpec: it may well be a slip: its first part is a folder here, or there is one of nearly that name; or it is
+            the address of a repository's page.
     """
+    page = PAGE.fullmatch(text)
+    if page is not None:
+        meant = f"hf://{page[1]}" + (f"@{page[2]}" if page[2] else "")
+        raise BadSpec(f"{text}: that is a page for browsers; the repository is {meant}")
     found = NAME.fullmatch(text)
     if found is None or text.endswith(FILES) or Path(text).exists():
         return None
@@ -30,7 +37,8 @@ def hub_name(text: str) -> Address | None:
         if near or folder == owner:
             meant = f"is it {folder}/{near[0]}? " if near else ""
             raise BadSpec(
-                f"{text}: there is no such folder here; {meant}the Hub's repository of that name is hf://{text}"
+                f"{text}: there is no such folder here, though there is {folder}/; {meant}"
+                f"the Hub's repository of that name is hf://{text}"
             )
     return Address.of(f"hf://{text}")
 

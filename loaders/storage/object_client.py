@@ -192,9 +192,13 @@ class ObjectClient:
                 return call()
 
         try:
-            return patiently(what, once, self.traffic, patience_s=patience_s)
+            return patiently(what, once, self.traffic, patience_s=patience_s, if_unreached=self._if_unreached())
         except Denied as denial:
             raise self.denied(what, denial) from None
+
+    def _if_unreached(self) -> str:
+        host = self.service.host.rpartition("@")[2]  # without a password
+        return f"check the network, and whether {host} is the host that you mean"
 
     def _ask(self, what: str, call: Callable[[Any], T]) -> T:
         store = self._opened()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from loaders.errors import StorageError
@@ -34,8 +34,14 @@ def abandoned_at(place: Address, name: str | None = None) -> tuple[Abandoned, ..
     uploads: dict[str, list[Upload]] = {}
     for each in uploads_below(place if name is None else place / name):
         uploads.setdefault(each.key.removeprefix(below).partition("/")[0], []).append(each)
+    sizes = {row.key.removeprefix(below): row.size for row in rows}
     found = [
-        _abandoned(client, place / output / f"{HIDDEN}{key}", files, uploads.pop(output, []))
+        _abandoned(
+            client,
+            place / output / f"{HIDDEN}{key}",
+            files,
+            _published(output, files, sizes) + sum(each.size for each in uploads.pop(output, [])),
+        )
         for (output, key), files in sorted(journals.items())
     ]
     # Uploads to what is no output of ours are somebody else's.
@@ -54,6 +60,14 @@ def _begun(output: Address, uploads: Sequence[Upload]) -> Abandoned:
     )
 
 
+def _published(output: str, files: Sequence[tuple[str, Found]], sizes: Mapping[str, int]) -> int:
+    """Return the bytes of an incomplete output's files under their final names, which `discard` removes, too."""
+    if f"{output}/{OUR_REPORT}" in sizes:
+        return 0
+    kept = (name.removeprefix("kept/") for name, _ in files if name.startswith("kept/"))
+    return sum(sizes.get(f"{output}/{name}", 0) for name in kept)
+
+
 def _listed(client: ObjectClient, prefix: str) -> list[Found]:
     try:
         return client.list(prefix)
@@ -62,7 +76,7 @@ def _listed(client: ObjectClient, prefix: str) -> list[Found]:
 
 
 def _abandoned(
-    client: ObjectClient, journal: Address, files: Sequence[tuple[str, Found]], uploads: Sequence[Upload]
+    client: ObjectClient, journal: Address, files: Sequence[tuple[str, Found]], elsewhere_bytes: int
 ) -> Abandoned:
     age_s = max(0.0, time.time() - max(row.changed.timestamp() for _, row in files))
     claim = next((row for name, row in files if name == "claim"), None)
@@ -70,7 +84,7 @@ def _abandoned(
     is_held = claim is not None and time.time() - claim.changed.timestamp() < STALE_S
     return Abandoned(
         address=journal,
-        size=sum(row.size for _, row in files) + sum(each.size for each in uploads),
+        size=sum(row.size for _, row in files) + elsewhere_bytes,
         units_done=sum(name.startswith("records/") for name, _ in files),
         age_s=age_s,
         is_held=is_held and not has_ended(owner_of(client, claim)),

@@ -44,7 +44,7 @@ def test_an_output_is_verified_over_http(tmp_path: Path, model: Path, weightmill
         assert ran.status == 0, ran.err
         ran = weightmill("run", f"model.path={model}", f"output.path={address}/other", "quant=nf4")
         assert ran.status == 2
-        assert "http:// can be read, not written" in ran.err
+        assert "http:// can be read, not written; choose a folder, or one of hf://, s3://, gs://, az://" in ran.err
 
 
 def test_a_server_that_stays_busy_fails_the_job(
@@ -70,6 +70,22 @@ def test_what_is_not_there_is_said(s3_bucket: Address, tmp_path: Path, weightmil
     ran = weightmill("run", "model.path=s3://no-such-bucket/none", out, "quant=nf4")
     assert ran.status == 1
     assert "there is no such bucket" in ran.err
+
+
+def test_a_host_that_is_not_reached_is_named(tmp_path: Path, weightmill: Any) -> None:
+    out = f"output.path={tmp_path / 'out'}"
+    place = "model.path=http://me:secret@127.0.0.1:1/model"
+    ran = weightmill("run", place, out, "quant=nf4", "store.patience_s=0")
+    assert ran.status == 1
+    assert "check the network, and whether 127.0.0.1:1 is the host that you mean" in ran.err
+    assert "secret" not in ran.err
+
+
+def test_an_output_with_a_slip_in_its_url_is_refused(model: Path, weightmill: Any) -> None:
+    ran = weightmill("run", f"model.path={model}", "output.path=s3:/bucket/out", "quant=nf4")
+    assert ran.status == 2
+    assert "output.path: expected a path or a URL, as s3://bucket/out; found s3:/" in ran.err
+    assert not Path("s3:").exists()
 
 
 def test_an_output_in_a_bucket_that_is_not_there(s3_bucket: Address, model: Path, weightmill: Any) -> None:

@@ -50,6 +50,25 @@ def test_a_name_of_the_hub_stands_for_its_address(model: Path, hub: Hub, weightm
     assert "model.path: expected safetensors" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("page", "meant"),
+    [
+        ("https://huggingface.co/Org/Model-1.5", "hf://Org/Model-1.5"),
+        ("https://hf.co/Org/Model-1.5/tree/v2/", "hf://Org/Model-1.5@v2"),
+    ],
+)
+def test_a_page_for_browsers_is_no_source(page: str, meant: str, weightmill: Any) -> None:
+    ran = weightmill("inspect", f"model.path={page}")
+    assert ran.status == 2
+    assert f"model.path: {page}: that is a page for browsers; the repository is {meant}\n" in ran.err
+
+
+def test_a_revision_is_not_ignored_beside_a_path(weightmill: Any) -> None:
+    ran = weightmill("plan", "model.path=hf://Org/Model-1.5", "model.revision=v2", "quant=nf4")
+    assert ran.status == 2
+    assert "give path=hf://OWNER/NAME@REVISION" in ran.err
+
+
 def test_a_slip_of_a_folders_name_is_not_taken_for_the_hubs(hub: Hub, weightmill: Any) -> None:
     Path("models/llama-8b").mkdir(parents=True)
     for given_name in ("models/llama-8", "model/llama-8b"):
@@ -57,6 +76,7 @@ def test_a_slip_of_a_folders_name_is_not_taken_for_the_hubs(hub: Hub, weightmill
         assert ran.status == 2
         assert f"is it models/llama-8b? the Hub's repository of that name is hf://{given_name}" in ran.err
     ran = weightmill("inspect", "model.path=models/other")
+    assert "there is no such folder here, though there is models/;" in ran.err
     assert "the Hub's repository of that name is hf://models/other" in ran.err
     assert hub.asked == []
 

@@ -151,6 +151,15 @@ def test_private_and_missing_repositories(
         assert not store.is_taken()
 
 
+@pytest.mark.parametrize("endpoint", ["localhost:8080", "http://localhost:port", "https://", "hub.example.org"])
+def test_an_endpoint_that_is_no_url_is_refused_at_once(
+    endpoint: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(BadSpec, match="HF_ENDPOINT: expected a URL"):
+        open_store(f"hf://{REPO}").absence()
+
+
 def test_a_wrong_token_is_refused_in_one_line(filled: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(BadSpec, match=r"the Hub refuses the token.*log in") as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,24 @@ def test_addresses() -> None:
     assert [str(above) for above in path.parents] == ["/x", "/"]
     with pytest.raises(BadSpec, match="expected a path of this machine"):
         _ = url.path
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("s3:/bucket/a", "s3://bucket/a"),
+        (Path("s3://bucket/a"), "s3://bucket/a"),
+        ("S3://bucket/a", "s3://bucket/a"),
+        ("https:/me:secret@host/a", r"https://\*\*\*@host/a"),
+        ("file:/a", "file:///a"),
+    ],
+)
+def test_a_url_with_a_slip_is_not_taken_for_a_folder(given: str | Path, meant: str) -> None:
+    with pytest.raises(BadSpec, match=f"expected a path or a URL, as {meant}; found") as caught:
+        Address.of(given)
+    assert "secret" not in str(caught.value)
+    for path in ("./s3:/bucket/a", "/x/s3:/a", "a:b/c", "C:/x"):
+        assert Address.of(path).is_local
 
 
 def test_a_scheme_that_is_not_known_is_refused() -> None:
