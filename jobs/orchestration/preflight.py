@@ -226,7 +226,8 @@ def scratch_bytes(jobs: Sequence[Planned]) -> int:
         # A file of several units is joined there on its way to the Hub, when the units are done.
         joined = [sum(p.size for p in job.target.pieces) for job in remote if job.journal.output.scheme == "hf"]
         found += max(sum(size for _, size in outputs.most_common(at_once)), *joined, 0)
-        found += int(first.spec.store.scratch_mb * MB)
+        # A job whose whole output is smaller needs no more than that.
+        found += min(int(first.spec.store.scratch_mb * MB), outputs.total())
     strategy, source = first.strategy[0], first.plan.checkpoint.source
     return found if source.store.is_local else found + strategy.scratch_bytes(_uses(jobs))
 
