@@ -52,7 +52,7 @@ FAULTS: tuple[tuple[Fault, Mapping[str, Any]], ...] = (  # of a hundred requests
 )
 LAYERS = 4
 SMALL_PART = 8 << 10  # bytes of an upload's part, so that files of this small model are uploaded in parts
-PUBLISHING = re.compile(r"PUT .*/(?:[^/.]+\.index|config|weightmill)\.json$")  # a moment that chance alone seldom meets
+PUBLISHING = re.compile(r"PUT /\w+/\w+/[\w.]+\.json$")  # a moment that chance alone seldom meets
 LONGEST_S = 0.03  # from the request to the kill
 STUCK_S = 300.0  # for which no run takes
 

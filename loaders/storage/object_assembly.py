@@ -19,16 +19,17 @@ from loaders.storage.object_parts import LARGEST_PART, MOST_PARTS, SMALLEST_PART
 from loaders.storage.object_upload import AT_ONCE, BLOCK, PART, upload
 from loaders.storage.objects import found_at, read_object, say_once
 
-Source = Found | bytes  # an object of the same bucket, or bytes at hand
-
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A part that the store copies: bytes [start, stop) of an object."""
+    """Bytes [start, stop) of an object, which the store copies."""
 
     source: Found
     start: int
     stop: int
+
+
+Source = Found | Copied | bytes  # an object of the same bucket, a range of one, or bytes at hand
 
 
 def parts_for(sources: Sequence[Source], size: int) -> Iterator[Copied | list[Copied | bytes]]:
@@ -39,24 +40,28 @@ def parts_for(sources: Sequence[Source], size: int) -> Iterator[Copied | list[Co
     largest = min(LARGEST_PART, max(1 << 30, -(-2 * size // MOST_PARTS)))
     held: list[Copied | bytes] = []
     count = 0
-    for source in sources:
-        at, end = 0, len(source) if isinstance(source, bytes) else source.size
+    for source in map(_as_range, sources):
+        at, end = (0, len(source)) if isinstance(source, bytes) else (source.start, source.stop)
         while at < end:
             left = end - at
-            if not held and isinstance(source, Found) and left >= SMALLEST_PART:
+            if not held and isinstance(source, Copied) and left >= SMALLEST_PART:
                 # No rest is left that would be too short to be copied.
                 taken = left if left <= largest else min(largest, left - SMALLEST_PART)
-                yield Copied(source, at, at + taken)
+                yield Copied(source.source, at, at + taken)
                 at += taken
                 continue
             taken = min(left, SMALLEST_PART - count)
-            held.append(source[at : at + taken] if isinstance(source, bytes) else Copied(source, at, at + taken))
+            held.append(source[at : at + taken] if isinstance(source, bytes) else Copied(source.source, at, at + taken))
             count, at = count + taken, at + taken
             if count >= SMALLEST_PART:
                 yield held
                 held, count = [], 0
     if held:
         yield held
+
+
+def _as_range(source: Source) -> Copied | bytes:
+    return Copied(source, 0, source.size) if isinstance(source, Found) else source
 
 
 def assemble(client: ObjectClient, key: str, sources: Sequence[Source], size: int) -> Found:
@@ -102,12 +107,12 @@ def _copied(client: ObjectClient, key: str, parts: Sequence[Copied | list[Copied
 
 
 def _blocks(client: ObjectClient, sources: Sequence[Source]) -> Iterator[bytes]:
-    for source in sources:
+    for source in map(_as_range, sources):
         if isinstance(source, bytes):
             yield source
             continue
-        for at in range(0, source.size, BLOCK):
-            yield _fetched(client, Copied(source, at, min(at + BLOCK, source.size)))
+        for at in range(source.start, source.stop, BLOCK):
+            yield _fetched(client, Copied(source.source, at, min(at + BLOCK, source.stop)))
 
 
 def _fetched(client: ObjectClient, part: Copied) -> bytes:

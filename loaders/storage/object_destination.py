@@ -29,9 +29,9 @@ from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Entry, Range, Store
 from loaders.storage.hashes import hash_stored
 from loaders.storage.object_answers import Unmet
-from loaders.storage.object_assembly import assemble
+from loaders.storage.object_assembly import Copied, Source, assemble
 from loaders.storage.object_claim import ObjectClaim
-from loaders.storage.object_client import Found, ObjectClient, client_of
+from loaders.storage.object_client import ObjectClient, client_of
 from loaders.storage.object_leftovers import abort, remove_journal, uploads_below
 from loaders.storage.object_upload import file_blocks, size_of, upload
 from loaders.storage.objects import HIDDEN, ObjectStore, found_at, read_object
@@ -147,11 +147,17 @@ class ObjectDestination:
         self._claim.check()
         self._note(name)
         there = {piece: found_at(self._client, self._key(piece)) for _, piece in pieces}
-        if not any(there.values()) and found_at(self._client, self._key(name)) is not None:
+        whole = None if all(there.values()) else found_at(self._client, self._key(name))
+        if whole is not None and not any(there.values()):
             return  # an interrupted run came this far
-        sources: list[tuple[int, Found | bytes]] = [(start, data) for start, data in around if data]
+        starts = sorted([start for start, _ in pieces] + [start for start, data in around if data])
+        stops = dict(zip(starts, [*starts[1:], size], strict=True))
+        sources: list[tuple[int, Source]] = [(start, data) for start, data in around if data]
         for start, piece in pieces:
-            found = there[piece]
+            found: Source | None = there[piece]
+            if found is None and whole is not None and whole.size == size:
+                # An interrupted run has made the file, and was about to remove the pieces.
+                found = Copied(whole, start, stops[start])
             if found is None:
                 raise StorageError(f"{self.journal / piece}: it is gone; run the same command again")
             sources.append((start, found))

@@ -213,7 +213,7 @@ def test_a_disk_of_scratch_that_is_full(proxy: Proxy, job: Callable[..., Any], p
 
     def full(descriptor: int, data: Any, at: int) -> int:
         count[0] += 1
-        if count[0] > 6:
+        if count[0] > 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return honest(descriptor, data, at)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -312,6 +313,37 @@ def test_a_file_is_assembled_by_the_store(s3_output: Address, monkeypatch: pytes
     piece = replace(entry, name="files/model.gguf", size=9 * MIB)
     assert made.holds(piece, digest, 1000)
     assert not made.holds(piece, digest, 1001)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_file_is_assembled_again_when_some_pieces_are_gone(
+    copies: bool, s3_output: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: Any) -> None:
+        raise NotOffered("joining again: the store does not offer this")
+
+    if not copies:
+        monkeypatch.setattr(S3Parts, "copy", refusing)
+    made = prepared(s3_output)
+    whole = b"h" * 7 + DATA + b"tail"
+    cuts = [7, 7 + 6 * MIB, 7 + 6 * MIB + 9, 7 + len(DATA)]
+    places = [(start, f"pieces/{start}") for start in cuts[:-1]]
+    for start, stop in itertools.pairwise(cuts):
+        made.keep(part(made, whole[start:stop]), f"pieces/{start}")
+    rest = [(0, b"h" * 7), (cuts[-1], b"tail")]
+
+    def killed(name: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made, "drop", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made.assemble("files/model.gguf", places, rest, len(whole))
+    made.drop(places[0][1])
+    made.drop(places[1][1])
+    made.assemble("files/model.gguf", places, rest, len(whole))
+    assert contents(s3_output) == {"model.gguf": whole}
+    assert made.list("pieces") == ()
 
 
 def test_where_a_store_does_not_copy_the_pieces_are_sent_again(
