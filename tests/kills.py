@@ -52,7 +52,8 @@ FAULTS: tuple[tuple[Fault, Mapping[str, Any]], ...] = (  # of a hundred requests
 )
 LAYERS = 4
 SMALL_PART = 8 << 10  # bytes of an upload's part, so that files of this small model are uploaded in parts
-PUBLISHING = re.compile(r"PUT /\w+/\w+/[\w.]+\.json$")  # a moment that chance alone seldom meets
+# Moments that chance alone seldom meets: when what makes an output visible is written.
+PUBLISHING = tuple(re.compile(rf"PUT /\w+/\w+/{name}\.json$") for name in (r"[\w.]+\.index", "config", "weightmill"))
 LONGEST_S = 0.03  # from the request to the kill
 STUCK_S = 300.0  # for which no run takes
 
@@ -179,8 +180,9 @@ class Process:
         assert line, f"it ended with status {self._process.wait()}"
         return line
 
-    def has_answered(self, within_s: float) -> bool:
-        return bool(select.select([self._process.stdout], [], [], within_s)[0])
+    @property
+    def has_answered(self) -> bool:
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
 
     def tell(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -363,7 +365,7 @@ class Campaign:
         if self._random.random() < (0.4 if is_rerun else 0.05):
             return None
         if self._random.random() < 0.2:
-            return PUBLISHING
+            return self._random.choice(PUBLISHING)
         # A rerun has less to do.
         return self._random.randint(1, max(1, self._usual // (2 if is_rerun else 1)))
 
@@ -374,9 +376,9 @@ class Campaign:
         reached = self._proxy.after(wait or -1)
         self._forks.tell(json.dumps([[*self._given, f"output.path={self._target.address(name)}"], log]))
         pid, began = int(self._forks.answer()), time.monotonic()
-        while not self._forks.has_answered(0.005):
-            if wait is not None and reached.is_set():
-                time.sleep(self._random.uniform(0, LONGEST_S))
+        while not self._forks.has_answered:
+            if reached.wait(0.005):
+                time.sleep(self._random.choice((0, self._random.uniform(0, LONGEST_S))))
                 os.kill(pid, signal.SIGKILL)
                 break
             if time.monotonic() - began > STUCK_S:
