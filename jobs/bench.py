@@ -10,7 +10,7 @@ from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Calibration, Format, LocalPath, Spec
-from jobs.spec.job import TrackingSpec
+from jobs.spec.tracking import TrackingSpec
 
 QUANTS = ("nf4", "mlx_int4", "w4a16", "fp8_dynamic")
 

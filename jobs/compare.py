@@ -8,8 +8,8 @@ from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
 from jobs.spec.base import Format, LocalPath, Spec
-from jobs.spec.job import TrackingSpec
 from jobs.spec.store import StoreSpec
+from jobs.spec.tracking import TrackingSpec
 
 
 class ComparePlace(Spec):

@@ -15,7 +15,7 @@ from jobs.benchmarks.loader_timings import measure, yaml_line
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.cli.verb import Said
 from jobs.report.tables import table
-from jobs.spec.job import TrackingSpec
+from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.run import open_run
 
 COLUMNS = {

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import Field, PlainSerializer, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from jobs.spec.base import FloatName, Format, LocalPath, Location, Source, Spec
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
+from jobs.spec.tracking import TrackingSpec
 from loaders.architectures.family import ROLES
 from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
@@ -23,7 +24,7 @@ from loaders.presets.auto import QuantSpec
 from loaders.presets.settings import Quant
 from loaders.rules.next_tokens import NextTokens
 from loaders.rules.rule import Rule
-from loaders.storage.address import Address, without_secrets
+from loaders.storage.address import Address
 from loaders.storage.settings import StoreSettings
 
 MB = 1_000_000
@@ -33,7 +34,6 @@ OBJECTIVES = (
     "load/gigabytes_per_second", "load/peak_anonymous_bytes",
     "quality/kl", "quality/perplexity", "quality/perplexity_ratio", "quality/top1",
 )  # fmt: skip
-STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
 
 
 class ModelSpec(Spec):
@@ -238,25 +238,6 @@ class ClusterSpec(Spec):
         default=None, ge=1, description="units in flight; by default from the number of CPUs"
     )
     ship_code: bool = Field(default=True, description="send weightmill to a joined cluster's workers")
-
-
-class TrackingSpec(Spec):
-    """conf/tracking: the store of the metrics."""
-
-    kind: Literal["mlflow", "none"]
-    # Where a request is written down, it stands there without its password.
-    uri: Annotated[str, PlainSerializer(without_secrets)] | None = Field(
-        default=None, description="a tracking server or database; sqlite in output.root by default"
-    )
-    experiment: str = Field(default="weightmill", description="the MLflow experiment")
-    price_per_hour: float | None = Field(default=None, ge=0, description="price of a machine, to estimate the cost")
-
-    @field_validator("uri")
-    @classmethod
-    def _uri_is_a_store(cls, uri: str | None) -> str | None:
-        if uri is not None and not STORE.match(uri):
-            raise ValueError("expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db")
-        return uri
 
 
 class WeightsGate(Spec):

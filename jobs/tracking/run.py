@@ -24,7 +24,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from jobs.spec.addresses import check_reachable
-from jobs.spec.job import TrackingSpec
+from jobs.spec.tracking import TrackingSpec
 from loaders.errors import StorageError
 from loaders.storage.address import without_secrets
 

@@ -118,7 +118,7 @@ class Lookup:
                 raise BadSpec(f"{self.key}: {address}: expected {FORMS}")
 
             text = self._model(address, parts) if scheme == "models" else self._run(address, parts)
-            if Address.of(text).scheme not in IN_MLFLOW:
+            if Address(text).scheme not in IN_MLFLOW:
                 found = self._store_of(text)
                 try:
                     kind_of(found)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec.addresses import check_reachable
-from jobs.spec.job import TrackingSpec
+from jobs.spec.tracking import TrackingSpec
 from jobs.tracking.run import BEAT_S, HEARTBEAT, HOST, PID, SWEEP, default_uri, first_line, mlflow_client
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.address import without_secrets

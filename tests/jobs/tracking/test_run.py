@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store; making one takes seconds."""
-    from jobs.spec.job import TrackingSpec
+    from jobs.spec.tracking import TrackingSpec
     from jobs.tracking.run import open_run
 
     root = tmp_path_factory.mktemp("store")
@@ -122,7 +122,7 @@ def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -
 
 
 def test_pages_of_mlflow_are_addressed_as_one_pastes_them() -> None:
-    from jobs.spec.job import TrackingSpec
+    from jobs.spec.tracking import TrackingSpec
     from jobs.tracking.run import compare_page
 
     server = TrackingSpec(kind="mlflow", uri="http://host:5000/")
