@@ -101,9 +101,9 @@ class Handler(BaseHTTPRequestHandler):
                 size = min(BLOCK, stop - at)
                 self.rate.wait(size)
                 file.seek(at)
-                self.wfile.write(file.read(size))
-                with self.lock:
+                with self.lock:  # before they are sent, so that who has read them finds them counted
                     self.counts["bytes"] += size
+                self.wfile.write(file.read(size))
 
     def _say_counts(self) -> None:
         with self.lock:

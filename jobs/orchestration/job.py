@@ -150,17 +150,13 @@ class Job:
         has_card = planned.spec.output.card
         completed = complete(planned.plan, planned.target, journal, done, card=has_card)
         quality = self._judge([file.xxh3 for file in completed.weights])
-        tensors = tuple(ReportedTensor.of(record) for record in journal.tensors(units))
-        linted = lint_at(journal.destination.files, written_headers(planned.target.finals, tensors))
-        _pass_lint(planned, linted)
-        found = [*planned.findings, *linted]
         report = make_report(
             planned.spec,
             planned.plan,
             planned.target,
-            tensors,
+            journal.tensors(units),
             completed,
-            found,
+            self._linted,
             self._about(whole, done),
             quality,
         )
@@ -168,6 +164,17 @@ class Job:
             report = self._put_card(report)
         publish(planned.journal, report, overwrite=planned.spec.output.overwrite)
         return report
+
+    def _linted(self, tensors: Sequence[ReportedTensor]) -> list[Finding]:
+        """Lint the finished files, whose headers are known from their tensors.
+
+        Raises:
+            VerifyFailed: the engine will not load the output, and lint=warn was not asked for.
+        """
+        planned = self.planned
+        found = lint_at(planned.journal.destination.files, written_headers(planned.target.finals, tensors))
+        _pass_lint(planned, found)
+        return [*planned.findings, *found]
 
     def _put_card(self, report: Report) -> Report:
         planned = self.planned

@@ -103,8 +103,7 @@ def plan_job(
     made = plan.targets[TARGET]
     # The key covers everything that determines the output's bytes: the units' work, the config, and files made from
     # metadata. Another key means another journal, so a changed request never resumes old work.
-    schemes = {decision.scheme for decision in made.decisions if decision.scheme is not None}
-    backend = [spec.backend.kind] if may_differ(schemes, spec.backend.kind) else []
+    backend = _of_the_bytes(made, spec.backend.kind)
     units = [unit.key(TARGET) for unit in plan.units]
     key = work_key(units, made.config, made.assembly, made.made, *backend, levels=LEVELS)
     planned = Planned(spec=spec, plan=plan, journal=Journal(output, key))
@@ -116,6 +115,12 @@ def plan_job(
     if isinstance(spec.verify, LogitsSpec):
         return replace(planned, judging=judging_of(spec.verify, plan, made, output))
     return planned
+
+
+def _of_the_bytes(target: TargetPlan, backend: str) -> list[str]:
+    """Return the backend if the output's bytes may depend on it, else nothing."""
+    schemes = {decision.scheme for decision in target.decisions if decision.scheme is not None}
+    return [backend] if may_differ(schemes, backend) else []
 
 
 def backend_of(spec: JobSpec, target: TargetPlan) -> tuple[str, str]:

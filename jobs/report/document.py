@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+from jobs.output.journal import TensorRecord
 from jobs.output.publish import Completed
 from jobs.output.report import (
     LintFinding,
@@ -20,8 +21,8 @@ from jobs.output.report import (
     totals_of,
 )
 from jobs.planning.plan import FORMAT, Plan, TargetPlan
-from jobs.report.damage import damage_of
 from jobs.report.loading import loading_of
+from jobs.report.metrics import damage_of
 from jobs.spec.job import JobSpec
 from loaders.lint import Finding
 
@@ -31,11 +32,17 @@ NOT_OF_THE_RESULT = ("output", "strategy", "store", "cluster", "tracking", "lint
 
 
 def make_report(
-    spec: JobSpec, plan: Plan, target: TargetPlan, tensors: tuple[ReportedTensor, ...], completed: Completed,
-    found: Sequence[Finding], about: Mapping[str, Any], quality: Mapping[str, Any] | None = None,
+    spec: JobSpec, plan: Plan, target: TargetPlan, records: Iterable[TensorRecord], completed: Completed,
+    lint: Callable[[Sequence[ReportedTensor]], Sequence[Finding]], about: Mapping[str, Any],
+    quality: Mapping[str, Any] | None = None,
 ) -> Report:  # fmt: skip
-    """Make the report of a finished target. `about` has the fields of its `run`, except the request."""
-    totals = totals_of(tensors)
+    """Make the report of a finished target. `about` has the fields of its `run`, except the request.
+
+    Raises:
+        VerifyFailed: as `lint`, which is given the tensors' entries.
+    """
+    tensors = tuple(ReportedTensor.of(record) for record in records)
+    found, totals = lint(tensors), totals_of(tensors)
     return Report(
         format=FORMAT,
         job=job_document(spec),

@@ -1,4 +1,4 @@
-"""The metrics of a job, from its report: for MLflow, for comparison tables, for sweepers that search."""
+"""The metrics of a job, from its report: for MLflow, for comparison tables, for sweepers that search, for its card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from jobs.output.report import Report, ReportedTensor
+from jobs.output.report import Damage, Judged, Report, ReportedTensor, RoleDamage, Totals, WorstTensor, stats_of
 from loaders.stats import ErrorSums, finite
 
 # A layer's number in the names of transformers, GPT-2 ("h") and llama.cpp ("blk").
@@ -115,3 +115,46 @@ def worst_of(tensors: Sequence[ReportedTensor]) -> list[ReportedTensor]:
     changed = [t for t in tensors if t.action != "keep" and t.relative_error != 0]
     changed.sort(key=lambda t: -(t.relative_error if t.relative_error is not None else math.inf))
     return changed[:WORST]
+
+
+# --- damage, as the report and the model card say it
+
+
+def damage_of(
+    tensors: Sequence[ReportedTensor], totals: Totals, engine: str, quality: Mapping[str, Any] | None
+) -> Damage:
+    """Sum up the damage of an output that is written for an engine."""
+    changed = [tensor for tensor in tensors if tensor.action != "keep"]
+    roles = {role: [t for t in changed if t.role == role] for role in sorted({t.role for t in changed})}
+    return Damage(
+        engine=engine,
+        bits_per_weight=totals.bits_per_weight,
+        relative_error=finite(totals.relative_error),
+        sqnr_db=totals.sqnr_db,
+        roles={role: _role(mine) for role, mine in roles.items()},
+        worst=tuple(_worst(tensor) for tensor in worst_of(tensors)),
+        quality=None if quality is None else Judged(**{name: quality[name] for name in Judged.model_fields}),
+    )
+
+
+def _role(tensors: Sequence[ReportedTensor]) -> RoleDamage:
+    found = stats_of(tensors)
+    worst = worst_of(tensors)
+    return RoleDamage(
+        tensors=found.tensors,
+        parameters=found.parameters,
+        bits_per_weight=found.bits_per_weight,
+        relative_error=finite(found.error.relative_error),
+        sqnr_db=finite(found.error.sqnr_db),
+        worst=_worst(worst[0]) if worst else None,
+    )
+
+
+def _worst(tensor: ReportedTensor) -> WorstTensor:
+    return WorstTensor(
+        name=tensor.name,
+        role=tensor.role,
+        relative_error=tensor.relative_error,
+        sqnr_db=tensor.sqnr_db,
+        max_error=tensor.max_error,
+    )

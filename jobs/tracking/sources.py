@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from urllib.request import url2pathname
 import yaml
 from pydantic import BaseModel
 
-from jobs.cli.validation import is_read
+from jobs.cli.validation import fields_of, is_read
 from loaders.errors import BadSpec, StorageError
 from loaders.storage import kind_of, open_store
 from loaders.storage.address import IN_MLFLOW, Address, without_secrets
@@ -46,25 +46,26 @@ def located(spec: S, tell: Callable[[str], None]) -> S:
         BadSpec: there is no such model, version, alias or run, or no MLflow is named to look in.
         StorageError: MLflow cannot be read.
     """
-    made = _located(spec, spec, "", tell)
-    assert isinstance(made, type(spec))
+    made = spec
+    for key in [place for place, field in fields_of(type(spec)) if is_read(field)]:
+        made = _located(made, key.split("."), key, spec, tell)
     return made
 
 
-def _located(part: BaseModel, spec: BaseModel, place: str, tell: Callable[[str], None]) -> BaseModel:
+def _located(part: S, names: Sequence[str], key: str, spec: BaseModel, tell: Callable[[str], None]) -> S:
+    """Return a part of a request in which the source at `names` is no address in MLflow; its setting is `key`."""
+    # Of several kinds of a group, only the one that was chosen has its settings.
+    value = getattr(part, names[0], None)
     changed: dict[str, Any] = {}
-    for name, field in type(part).model_fields.items():
-        value, key = getattr(part, name), f"{place}{name}"
-        if isinstance(value, BaseModel):
-            if (inner := _located(value, spec, f"{key}.", tell)) is not value:
-                changed[name] = inner
-        elif isinstance(value, str) and is_read(field) and Address.of(value).scheme in IN_MLFLOW:
-            found = Lookup(key, spec).checkpoint(Address.of(value), tell)
-            tell(f"{key}: {value} is {found}")
-            changed[name] = found.text
-            # The output is named after the model, and not after the folder that it happens to lie in.
-            if "hub_id" in type(part).model_fields and getattr(part, "name", None) is None:
-                changed["name"] = _title(value)
+    if len(names) > 1:
+        changed = {names[0]: _located(value, names[1:], key, spec, tell)} if isinstance(value, BaseModel) else {}
+    elif isinstance(value, str) and Address.of(value).scheme in IN_MLFLOW:
+        found = Lookup(key, spec).checkpoint(Address.of(value), tell)
+        tell(f"{key}: {value} is {found}")
+        changed = {names[0]: found.text}
+        # The output is named after the model, and not after the folder that it happens to lie in.
+        if "hub_id" in type(part).model_fields and getattr(part, "name", None) is None:
+            changed["name"] = _title(value)
     return part.model_copy(update=changed) if changed else part
 
 

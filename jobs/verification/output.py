@@ -27,8 +27,8 @@ from jobs.planning.build import make_plan
 from jobs.planning.plan import Placement, Plan, Unit
 from jobs.planning.targets import TARGET, target_of
 from jobs.report.card import updated
-from jobs.report.damage import damage_of
 from jobs.report.loading import loading_of
+from jobs.report.metrics import damage_of
 from jobs.report.result import quality_text
 from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading

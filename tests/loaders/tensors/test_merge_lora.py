@@ -119,9 +119,12 @@ def test_any_quant_gives_what_it_gives_of_the_merged_model(
 ) -> None:
     base, given = make_source(tmp_path / "m"), ("transform=merge_lora", f"transform.path={adapter(tmp_path / 'a')}")
     assert (
-        weightmill("run", f"model.path={base}", *given, "quant=none", f"output.path={tmp_path / 'plain'}").status == 0
+        weightmill(
+            "run", f"model.path={base}", *given, "quant=none", f"output.path={tmp_path / 'plain'}", "output.card=false"
+        ).status
+        == 0
     )
-    common = (f"quant={quant}", "model.name=m", "unit_mb=0.05")
+    common = (f"quant={quant}", "model.name=m", "unit_mb=0.05", "output.card=false")  # which says what was merged
     ran = weightmill("run", f"model.path={base}", *given, *common, f"output.path={tmp_path / 'one'}")
     assert ran.status == 0, ran.err
     assert weightmill("run", f"model.path={tmp_path / 'plain'}", *common, f"output.path={tmp_path / 'two'}").status == 0
