@@ -129,12 +129,13 @@ def fork(warm: Sequence[str]) -> None:
     import obstore.store  # noqa: F401
 
     from jobs.cli.main import main
-    from loaders.storage import object_assembly, object_upload, patience
+    from loaders.storage import patience
+    from loaders.storage.objects import assembly, upload
 
     patience.FIRST_PAUSE_S = 0.02
-    object_upload.PART = object_assembly.PART = SMALL_PART
-    object_assembly.SMALLEST_PART = SMALL_PART
-    object_upload.part_size = lambda _: SMALL_PART
+    upload.PART = assembly.PART = SMALL_PART
+    assembly.SMALLEST_PART = SMALL_PART
+    upload.part_size = lambda _: SMALL_PART
     botocore.session.Session().get_service_model("s3")  # read from its files once
     with _instead("/dev/null"):
         assert main(warm) == 0

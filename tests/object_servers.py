@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from loaders.storage.address import Address
-from loaders.storage.object_services import EMULATOR
+from loaders.storage.objects.services import EMULATOR
 
 BUCKET = "models"
 

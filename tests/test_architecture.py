@@ -55,13 +55,13 @@ ENTER_BY = {
     "mlflow": ["jobs/tracking/run.py"],
     "huggingface_hub": [
         "loaders/models/hub_cache.py",
-        "loaders/storage/hub_branch.py",
-        "loaders/storage/hub_cache.py",
-        "loaders/storage/hub_client.py",
+        "loaders/storage/hub/branch.py",
+        "loaders/storage/hub/cache.py",
+        "loaders/storage/hub/client.py",
     ],
-    "obstore": [f"loaders/storage/object_{name}.py" for name in ("answers", "client", "services")],
-    "botocore": ["loaders/storage/object_parts.py", "loaders/storage/object_services.py"],
-    "azure": ["loaders/storage/object_parts.py"],
+    "obstore": [f"loaders/storage/objects/{name}.py" for name in ("answers", "client", "services")],
+    "botocore": ["loaders/storage/objects/parts.py", "loaders/storage/objects/services.py"],
+    "azure": ["loaders/storage/objects/parts.py"],
 }
 
 

@@ -18,7 +18,7 @@ from loaders.places import DEMO
 from loaders.presets.base import PathValue
 from loaders.storage import KINDS, kind_of
 from loaders.storage.address import IN_MLFLOW, Address
-from loaders.storage.hub_names import hub_name
+from loaders.storage.hub.names import hub_name
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 # Names that settings have in other tools (bitsandbytes, transformers), for hints in messages.

@@ -218,10 +218,11 @@ def scratch_folder(spec: JobSpec) -> Path:
 
 def scratch_bytes(jobs: Sequence[Planned]) -> int:
     """Return the most bytes that jobs over one source have in the scratch folder of a machine: outputs of the units in
-    flight on their way to a store, and what the memory budget cannot hold of a tensor that is read several times.
+    flight and another file on their way to a store, and what the memory budget cannot hold of a tensor that is read
+    several times.
     """
     first = jobs[0]
-    found = 0
+    source, found = first.plan.checkpoint.source, 0
     remote = [job for job in jobs if not job.journal.destination.is_local]
     if remote:
         at_once = LocalCluster(first.spec.cluster).units_at_once
@@ -231,10 +232,10 @@ def scratch_bytes(jobs: Sequence[Planned]) -> int:
         # A file of several units is joined there on its way to the Hub, when the units are done.
         joined = [sum(p.size for p in job.target.pieces) for job in remote if job.journal.output.scheme == "hf"]
         found += max(sum(size for _, size in outputs.most_common(at_once)), *joined, 0)
-        # A job whose whole output is smaller needs no more than that.
-        found += min(int(first.spec.store.scratch_mb * MB), outputs.total())
-    strategy, source = first.strategy[0], first.plan.checkpoint.source
-    return found if source.store.is_local else found + strategy.scratch_bytes(_uses(jobs))
+        # Other files are copied one by one. Those above the limit are streamed, but to the Hub, which takes files.
+        largest = max((source.entry(name).size for job in remote for name in job.plan.aux_of(job.target)), default=0)
+        found += largest if joined else min(int(first.spec.store.scratch_mb * MB), largest)
+    return found if source.store.is_local else found + first.strategy[0].scratch_bytes(_uses(jobs))
 
 
 def _uses(jobs: Sequence[Planned]) -> Iterator[Use]:

@@ -22,7 +22,9 @@ class StoreSpec(Spec):
         default=None, description="the folder of files on their way to a store; null: the temporary folder"
     )
     scratch_mb: float = Field(
-        default=256, ge=16, description="megabytes (1e6 bytes) there, beside the files of the units in flight"
+        default=256,
+        ge=16,
+        description="megabytes (1e6 bytes) of another file (a tokenizer) there; larger ones are streamed",
     )
     cache: LocalPath | None = Field(
         default=None, description="a folder that keeps what was fetched, for all jobs that name it"

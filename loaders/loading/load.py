@@ -35,7 +35,7 @@ from loaders.specs import WeightSpec
 from loaders.stats import CompressionStats, ErrorSums, LayerStats, LoadStats, sums_json, sums_of
 from loaders.storage import open_store
 from loaders.storage.hashes import text_digest
-from loaders.storage.hub_names import source_address
+from loaders.storage.hub.names import source_address
 from loaders.strategies import WeightLoader, loader
 from loaders.strategies.base import by_warmth, cached_share
 from loaders.tensors.quantized_sources import check_decodable

@@ -11,11 +11,11 @@ from loaders.storage.address import IN_MLFLOW, LOCAL, Address
 from loaders.storage.base import Abandoned, Destination, Store
 from loaders.storage.folder import Folder
 from loaders.storage.folder_destination import FolderDestination, abandoned_in, discard_folder
-from loaders.storage.hub_names import source_address
+from loaders.storage.hub.names import source_address
 from loaders.storage.lone_file import SUFFIXES, LoneFile
-from loaders.storage.object_destination import ObjectDestination
-from loaders.storage.object_leftovers import abandoned_at, discard
-from loaders.storage.objects import ObjectStore
+from loaders.storage.objects.destination import ObjectDestination
+from loaders.storage.objects.leftovers import abandoned_at, discard
+from loaders.storage.objects.store import ObjectStore
 from loaders.storage.range_cache import cached
 from loaders.storage.settings import current
 
@@ -37,19 +37,19 @@ class StoreKind:
 
 
 def _hub(address: Address) -> Store:
-    from loaders.storage.hub import HubStore
+    from loaders.storage.hub.store import HubStore
 
     return HubStore(address)
 
 
 def _hub_destination(address: Address, key: str) -> Destination:
-    from loaders.storage.hub_destination import HubDestination
+    from loaders.storage.hub.destination import HubDestination
 
     return HubDestination(address, key)
 
 
 def _abandoned_on_hub(address: Address, name: str | None) -> tuple[Abandoned, ...]:
-    from loaders.storage.hub_destination import abandoned_at
+    from loaders.storage.hub.destination import abandoned_at
 
     return abandoned_at(address, name)
 

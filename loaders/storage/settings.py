@@ -24,7 +24,7 @@ class StoreSettings:
     patience_s: float = 300.0  # seconds over which a request that fails in passing is tried again
     timeout_s: float = 30.0  # seconds without a byte after which a request counts as failed
     scratch: str | None = None  # the folder of files on their way to a store; null: the temporary folder
-    scratch_mb: float = 256.0  # megabytes (1e6 bytes) there, beside the files of the units in flight
+    scratch_mb: float = 256.0  # megabytes (1e6 bytes) of another file there; larger ones are streamed
     cache: str | None = None  # a folder where fetched ranges are kept, for all jobs that name it; null: none
     cache_gb: float = 100.0  # gigabytes (1e9 bytes) in it, at most
     # Outputs on the Hub:

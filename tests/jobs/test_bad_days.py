@@ -108,8 +108,8 @@ def test_a_body_that_is_cut_goes_on_where_it_ended(
     proxy: Proxy, job: Callable[..., Any], place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What came of a cut body is handed on in pieces of a size.
-    monkeypatch.setattr("loaders.storage.object_client.CHUNK", 1000)
-    monkeypatch.setattr("loaders.storage.objects.PROGRESS", 1000)
+    monkeypatch.setattr("loaders.storage.objects.client.CHUNK", 1000)
+    monkeypatch.setattr("loaders.storage.objects.store.PROGRESS", 1000)
     rule = proxy.add(Cut(after=3000), method="GET", path=f"/model/{WEIGHTS}")
     assert job(PATIENT).status == 0
     asked = [seen for seen in proxy.seen if seen.method == "GET" and seen.range and re.search(WEIGHTS, seen.target)]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from loaders.storage import object_client
 from loaders.storage.address import Address
+from loaders.storage.objects import client as object_client
 from tests import object_servers
 from tests.making import make_source
 from tests.object_servers import Files

@@ -17,7 +17,7 @@ import jobs.execution.unit
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.storage.address import Address
 from loaders.storage.base import Range
-from loaders.storage.object_destination import ObjectDestination
+from loaders.storage.objects.destination import ObjectDestination
 from loaders.strategies import remote
 from loaders.strategies.reading import fetching, segments, sparse_memory
 from tests import sources

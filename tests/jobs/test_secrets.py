@@ -17,8 +17,8 @@ import pytest
 from loaders.storage import patience
 from loaders.storage.address import Address
 from loaders.storage.base import Entry
-from loaders.storage.object_client import client_of
-from loaders.storage.objects import read_object
+from loaders.storage.objects.client import client_of
+from loaders.storage.objects.store import read_object
 from loaders.storage.settings import current, use
 from tests import object_servers
 from tests.hub.server import Hub
@@ -209,7 +209,7 @@ def test_what_s3_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model = make_source(tmp_path / "model")
-    monkeypatch.setattr("loaders.storage.object_client.RENEW_S", 0.0)
+    monkeypatch.setattr("loaders.storage.objects.client.RENEW_S", 0.0)
     with Proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         proxy.add(S3_FAULTS[fault], method=method)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from loaders.storage import open_store
 from loaders.storage.address import Address
-from loaders.storage.object_client import client_of
+from loaders.storage.objects.client import client_of
 from tests.making import snapshot
 from tests.shelf.client import Client
 from tests.shelf.store import key_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from loaders.storage.address import Address
 from loaders.storage.base import Destination, PinnedFiles
 from loaders.storage.copying import copy_into
 from loaders.storage.hashes import hash_stored
-from tests.shelf.places import Place, contents
+from loaders.storage.settings import StoreSettings
+from tests.shelf.places import REMOTE, Place, contents
 
 KEY = "0123456789abcdef"
 
@@ -187,3 +189,20 @@ def test_files_are_copied_from_a_store_of_any_kind(destination: Destination, pla
     assert contents(place.address / "m")["extra/tokenizer.model"] == PinnedFiles(destination.files).read_all(
         "extra/tokenizer.model", 1 << 30
     )
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+def test_large_files_are_copied_without_scratch(
+    kind: str, place_of: Callable[[str], Place], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.model").write_bytes(bytes(range(256)) * 80_000)
+    monkeypatch.setattr("loaders.storage.settings._current", [StoreSettings(scratch_mb=16)])
+    destination = destination_at(place_of(kind).address / "out", "0123456789abcdef")
+    monkeypatch.setattr(type(destination), "scratch", None)
+    with destination.claim():
+        destination.prepare(overwrite=False)
+        copy_into(destination, PinnedFiles(open_store(tmp_path / "model")), "tokenizer.model")
+    found = PinnedFiles(destination.files).read_all("tokenizer.model", 1 << 30)
+    assert found == bytes(range(256)) * 80_000
+    destination.forget()

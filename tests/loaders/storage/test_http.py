@@ -13,7 +13,7 @@ from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, StorageError
 from loaders.storage import destination_at, open_store
 from loaders.storage.address import Address
-from loaders.storage.object_client import client_of
+from loaders.storage.objects.client import client_of
 from loaders.storage.settings import StoreSettings, current, use
 from tests import object_servers
 from tests.making import write_checkpoint

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from loaders.errors import StorageError
-from loaders.storage import kind_of, object_claim, open_store
+from loaders.storage import kind_of, open_store
 from loaders.storage.address import Address
 from loaders.storage.hashes import hash_stored
-from loaders.storage.object_answers import NotOffered
-from loaders.storage.object_assembly import Copied, parts_for
-from loaders.storage.object_claim import ObjectClaim
-from loaders.storage.object_client import Found, ObjectClient, client_of
-from loaders.storage.object_destination import ObjectDestination
-from loaders.storage.object_parts import SMALLEST_PART, Part, S3Parts, md5
+from loaders.storage.objects import claim as object_claim
+from loaders.storage.objects.answers import NotOffered
+from loaders.storage.objects.assembly import Copied, parts_for
+from loaders.storage.objects.claim import ObjectClaim
+from loaders.storage.objects.client import Found, ObjectClient, client_of
+from loaders.storage.objects.destination import ObjectDestination
+from loaders.storage.objects.parts import SMALLEST_PART, Part, S3Parts, md5
 from loaders.storage.patience import Passing
 from loaders.storage.settings import current, use
 from tests.shelf.places import OBJECTS, Place, contents

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from loaders.errors import BadSpec, StorageError
-from loaders.storage import object_client, open_store
+from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.folder import A_FILE
+from loaders.storage.objects import client as object_client
 from loaders.storage.settings import StoreSettings, current, use
 from tests import object_servers
 from tests.object_servers import Files
@@ -128,7 +129,7 @@ def test_a_bucket_that_does_not_exist(s3_bucket: Address) -> None:
 def test_folders_of_consoles_are_no_files(s3_bucket: Address, tmp_path: Path) -> None:
     place = ObjectPlace(s3_bucket / tmp_path.name)
     for name, data in {"m/sub/": b"", "m/sub/a b%20#.bin": b"1", "m/empty": b"", "m/.git/x": b"1"}.items():
-        from loaders.storage.object_services import aws_client
+        from loaders.storage.objects.services import aws_client
 
         aws_client("", current()).put_object(Bucket=object_servers.BUCKET, Key=f"{tmp_path.name}/{name}", Body=data)
     store = open_store(place.address / "m")
@@ -161,7 +162,7 @@ def test_azure_needs_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_azure_s_own_ways_to_name_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loaders.storage.object_services import azure_account
+    from loaders.storage.objects.services import azure_account
 
     monkeypatch.delenv("AZURE_STORAGE_USE_EMULATOR", raising=False)
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=me;AccountKey=a2V5;EndpointSuffix=example.net")

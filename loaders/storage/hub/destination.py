@@ -25,11 +25,11 @@ from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage import destination_at, kind_of
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Abandoned, Entry, Range, Store
-from loaders.storage.hub import HIDDEN, HubStore, Place
-from loaders.storage.hub_branch import SAMPLE, HubBranch
-from loaders.storage.hub_client import hub
-from loaders.storage.hub_files import files_of
-from loaders.storage.hub_finished import FinishedFiles
+from loaders.storage.hub.branch import SAMPLE, HubBranch
+from loaders.storage.hub.client import hub
+from loaders.storage.hub.files import files_of
+from loaders.storage.hub.finished import FinishedFiles
+from loaders.storage.hub.store import HIDDEN, HubStore, Place
 from loaders.storage.settings import current
 from loaders.storage.user_cache import default_folder
 

@@ -10,11 +10,11 @@ from contextlib import suppress
 from loaders.errors import StorageError
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Abandoned
-from loaders.storage.object_answers import Missing
-from loaders.storage.object_claim import STALE_S, has_ended, owner_of
-from loaders.storage.object_client import Found, ObjectClient, client_of
-from loaders.storage.object_parts import Upload
-from loaders.storage.objects import HIDDEN, ObjectStore, say_once
+from loaders.storage.objects.answers import Missing
+from loaders.storage.objects.claim import STALE_S, has_ended, owner_of
+from loaders.storage.objects.client import Found, ObjectClient, client_of
+from loaders.storage.objects.parts import Upload
+from loaders.storage.objects.store import HIDDEN, ObjectStore, say_once
 
 UPLOADS = "uploads"  # stands in an address for uploads under way that no journal knows
 

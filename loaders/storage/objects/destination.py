@@ -2,7 +2,7 @@
 
 OUT/.weightmill/KEY/    the journal; KEY names the plan
     begun               it exists
-    claim               see `object_claim`
+    claim               see objects/claim.py
     kept/NAME           an empty object for each file that was written to OUT/NAME, made before that is
     replaced            the files of the output that is being replaced
     staged/ order       the files that are written last, and their order: without them nobody takes OUT for a checkpoint
@@ -28,13 +28,13 @@ from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Entry, Range, Store
 from loaders.storage.hashes import hash_stored
-from loaders.storage.object_answers import Unmet
-from loaders.storage.object_assembly import Copied, Source, assemble
-from loaders.storage.object_claim import ObjectClaim
-from loaders.storage.object_client import ObjectClient, client_of
-from loaders.storage.object_leftovers import abort, remove_journal, uploads_below
-from loaders.storage.object_upload import file_blocks, size_of, upload
-from loaders.storage.objects import HIDDEN, ObjectStore, found_at, read_object
+from loaders.storage.objects.answers import Unmet
+from loaders.storage.objects.assembly import Copied, Source, assemble
+from loaders.storage.objects.claim import ObjectClaim
+from loaders.storage.objects.client import ObjectClient, client_of
+from loaders.storage.objects.leftovers import abort, remove_journal, uploads_below
+from loaders.storage.objects.store import HIDDEN, ObjectStore, found_at, read_object
+from loaders.storage.objects.upload import file_blocks, size_of, upload
 from loaders.storage.settings import current
 
 STAGED = "staged "  # the prefix of the tag of a staged file, which is not published yet

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from loaders.errors import BadCheckpoint, StorageError
-from loaders.storage.hub_client import HubClient, session
+from loaders.storage.hub.client import HubClient, session
 from loaders.storage.patience import Passing
 from loaders.storage.settings import current
 

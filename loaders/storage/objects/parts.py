@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn, Protocol
 
-from loaders.storage.object_answers import Denied, raise_for
-from loaders.storage.object_services import aws_client, azure_account
+from loaders.storage.objects.answers import Denied, raise_for
+from loaders.storage.objects.services import aws_client, azure_account
 from loaders.storage.patience import Passing
 from loaders.storage.settings import StoreSettings
 
@@ -45,7 +45,7 @@ class Upload:
 
 
 class Parts(Protocol):
-    """Uploads in parts to one bucket. All methods raise as `object_answers.answers` does."""
+    """Uploads in parts to one bucket. All methods raise as `answers.answers` does."""
 
     def begin(self, key: str) -> str:
         """Begin an upload and return its name."""
@@ -132,7 +132,7 @@ class S3Parts:
 
 @contextmanager
 def aws_answers(what: str, settings: StoreSettings) -> Iterator[None]:
-    """Turn botocore's exceptions into those of `object_answers`."""
+    """Turn botocore's exceptions into those of `answers`."""
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
@@ -208,7 +208,7 @@ class AzureParts:
 
 @contextmanager
 def azure_answers(what: str, settings: StoreSettings) -> Iterator[None]:
-    """Turn exceptions of Azure's library into those of `object_answers`."""
+    """Turn exceptions of Azure's library into those of `answers`."""
     from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
 
     try:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loaders.errors import BadSpec, StorageError
 from loaders.storage.address import Address
-from loaders.storage.object_answers import Denied, Elsewhere, Missing, Unmet, answers
-from loaders.storage.object_parts import Parts, has_parts, parts_of
-from loaders.storage.object_services import VARIABLES, libraries, place_of, service_of
+from loaders.storage.objects.answers import Denied, Elsewhere, Missing, Unmet, answers
+from loaders.storage.objects.parts import Parts, has_parts, parts_of
+from loaders.storage.objects.services import VARIABLES, libraries, place_of, service_of
 from loaders.storage.patience import patiently
 from loaders.storage.settings import StoreSettings, current
 from loaders.storage.traffic import Traffic, traffic

@@ -18,9 +18,9 @@ from loaders.errors import BadCheckpoint, BadSpec, StorageError
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range
 from loaders.storage.folder import Folder
-from loaders.storage.hub_cache import cached_commit, cached_file, cached_tree, snapshot
-from loaders.storage.hub_client import COMMIT, Closed, NotThere, hub, is_offline
-from loaders.storage.hub_files import HubFile, files_of
+from loaders.storage.hub.cache import cached_commit, cached_file, cached_tree, snapshot
+from loaders.storage.hub.client import COMMIT, Closed, NotThere, hub, is_offline
+from loaders.storage.hub.files import HubFile, files_of
 
 SCHEME = "hf"
 REPO = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")

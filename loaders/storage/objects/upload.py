@@ -12,10 +12,10 @@ from pathlib import Path
 
 from loaders.errors import StorageError, WeightmillError, io_errors
 from loaders.storage.base import Entry
-from loaders.storage.object_answers import Denied, Missing
-from loaders.storage.object_client import Found, ObjectClient, tag_of
-from loaders.storage.object_parts import MOST_PARTS, Part, md5
-from loaders.storage.objects import found_at, read_object
+from loaders.storage.objects.answers import Denied, Missing
+from loaders.storage.objects.client import Found, ObjectClient, tag_of
+from loaders.storage.objects.parts import MOST_PARTS, Part, md5
+from loaders.storage.objects.store import found_at, read_object
 from loaders.storage.patience import Passing
 
 PART = 8 << 20  # bytes of a part, unless there would be too many of them

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from loaders.errors import StorageError, WeightmillError
 from loaders.storage.base import Entry
-from loaders.storage.object_answers import Missing, NotOffered
-from loaders.storage.object_client import Found, ObjectClient
-from loaders.storage.object_parts import LARGEST_PART, MOST_PARTS, SMALLEST_PART, Part, md5
-from loaders.storage.object_upload import AT_ONCE, BLOCK, PART, upload
-from loaders.storage.objects import found_at, read_object, say_once
+from loaders.storage.objects.answers import Missing, NotOffered
+from loaders.storage.objects.client import Found, ObjectClient
+from loaders.storage.objects.parts import LARGEST_PART, MOST_PARTS, SMALLEST_PART, Part, md5
+from loaders.storage.objects.store import found_at, read_object, say_once
+from loaders.storage.objects.upload import AT_ONCE, BLOCK, PART, upload
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from typing import Any
 
 from loaders.errors import StorageError
 from loaders.storage.base import Entry
-from loaders.storage.object_answers import Unmet
-from loaders.storage.object_client import Found, ObjectClient, Version
-from loaders.storage.objects import found_at, read_object, say_once
+from loaders.storage.objects.answers import Unmet
+from loaders.storage.objects.client import Found, ObjectClient, Version
+from loaders.storage.objects.store import found_at, read_object, say_once
 from loaders.storage.patience import Passing
 
 BEAT_S = 20.0  # between two renewals

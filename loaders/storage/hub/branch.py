@@ -11,8 +11,8 @@ from typing import Any, cast
 from urllib.parse import quote
 
 from loaders.errors import BadSpec, StorageError
-from loaders.storage.hub import Place
-from loaders.storage.hub_client import LOG_IN, HubClient, NoRevision, NotThere, http_error, hub, session
+from loaders.storage.hub.client import LOG_IN, HubClient, NoRevision, NotThere, http_error, hub, session
+from loaders.storage.hub.store import Place
 from loaders.storage.settings import current
 
 AT_ONCE = 256  # files in a request that asks about them, as huggingface_hub does

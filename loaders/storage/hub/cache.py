@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loaders.storage.hub_client import COMMIT
-from loaders.storage.hub_files import HubFile
+from loaders.storage.hub.client import COMMIT
+from loaders.storage.hub.files import HubFile
 
 
 def _folder(repo: str) -> Path:

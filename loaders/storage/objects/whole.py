@@ -15,7 +15,7 @@ from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.atomic import file_lock
 from loaders.storage.base import Entry
 from loaders.storage.folder import Folder
-from loaders.storage.object_client import ObjectClient
+from loaders.storage.objects.client import ObjectClient
 from loaders.storage.patience import Passing
 
 

@@ -18,10 +18,10 @@ from loaders.errors import BadCheckpoint, StorageError
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Entry, Range
 from loaders.storage.folder import A_FILE, SKIPPED
-from loaders.storage.object_answers import Denied, Missing, NoRanges, Unmet
-from loaders.storage.object_client import UNKNOWN, Found, ObjectClient, client_of
-from loaders.storage.object_names import found_by_name
-from loaders.storage.object_whole import WholeFiles
+from loaders.storage.objects.answers import Denied, Missing, NoRanges, Unmet
+from loaders.storage.objects.client import UNKNOWN, Found, ObjectClient, client_of
+from loaders.storage.objects.names import found_by_name
+from loaders.storage.objects.whole import WholeFiles
 from loaders.storage.patience import Passing
 
 log = logging.getLogger("weightmill")
