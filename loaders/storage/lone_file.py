@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loaders.storage.address import Address
@@ -11,7 +12,8 @@ from loaders.storage.base import OUR_REPORT, Entry, Range, Store
 
 # The weights that are read here, and the indexes and manifests that would say which of them to read.
 SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
-SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5}\.\w+)")
+SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+AT_ONCE = 16  # shards that are looked for at once
 
 
 class LoneFile:
@@ -46,8 +48,20 @@ class LoneFile:
             return mine is not None and other is not None and mine.groups() == other.groups()
         return "/" not in name and not name.endswith(".index.json") and name != OUR_REPORT
 
+    def _set(self) -> Sequence[str]:
+        """Return the names of the file and its other shards."""
+        if (mine := SHARD.fullmatch(self._name)) is None:
+            return (self._name,)
+        stem, count, suffix = mine.groups()
+        return [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+
     def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self._folder.list(deep=False, every=every) if self._is_shown(entry.name))
+        found = {entry for entry in self._folder.list(deep=False, every=every) if self._is_shown(entry.name)}
+        # Where nothing can be listed, a folder's files are those with the usual names.
+        if all(entry.name != self._name for entry in found):
+            with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="find") as pool:
+                found |= {entry for entry in pool.map(self._folder.find, self._set()) if entry is not None}
+        return tuple(sorted(found))
 
     def find(self, name: str) -> Entry | None:
         return self._folder.find(name) if self._is_shown(name) else None

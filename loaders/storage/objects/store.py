@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -81,7 +81,7 @@ class ObjectStore:
         """List all files, those of journals included; where nothing can be listed, those that are found by name."""
         client, prefix = self._client, self._key()
         if not client.service.has_lists:
-            return self._by_name()
+            return self._by_name
         what = f"listing {self.address}"
         try:
             found = client.patient(what, lambda: _looked(client.list, prefix))
@@ -98,7 +98,7 @@ class ObjectStore:
 
     def _unlisted(self, denial: Denied) -> tuple[Entry, ...]:
         """Find files by name in a bucket that may be read and not listed."""
-        entries = self._by_name()
+        entries = self._by_name
         if not entries:
             raise self._client.denied(f"listing {self.address}", denial) from None
         say_once(
@@ -106,7 +106,9 @@ class ObjectStore:
         )
         return entries
 
+    @cached_property
     def _by_name(self) -> tuple[Entry, ...]:
+        """The files that are found by name, for which each store looks once: that is a request for every name."""
         entries = found_by_name(self.find, self.read)
         if any(entry.tag == UNKNOWN for entry in entries):
             say_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,26 @@ def test_a_model_s_files_are_found_by_what_names_them(root: Path) -> None:
         assert set(there.aux) - set(found.aux) == {"extra/modeling.py"}  # which nothing names
         assert "own_tokens.py" in found.aux
         assert found.source.read("config.json", 0, 2) == (root / "sharded" / "config.json").read_bytes()[:2]
+
+
+def test_each_name_is_asked_for_once(root: Path) -> None:
+    write_checkpoint(root / "sharded", shards=3)
+    with object_servers.http(root) as (address, server):
+        open_checkpoint(address / "sharded")
+        looked = Counter(path for _, path, asked, _ in server.asked if asked == "bytes=0-0")
+    assert looked["/sharded/model-00001-of-00003.safetensors"] == looked["/sharded/tokenizer.json"] == 1
+
+
+def test_a_file_of_an_unusual_name_is_a_model(root: Path) -> None:
+    write_checkpoint(root / "one").joinpath("model.safetensors").rename(root / "one" / "odd.safetensors")
+    for file in write_checkpoint(root / "set", shards=3).glob("model-*"):
+        file.rename(root / "set" / file.name.replace("model", "odd"))
+    with object_servers.http(root) as (address, _):
+        found = open_checkpoint(address / "one" / "odd.safetensors")
+        assert [entry.name for entry in found.files] == ["odd.safetensors"]
+        assert "config.json" in found.aux
+        found = open_checkpoint(address / "set" / "odd-00002-of-00003.safetensors")
+        assert [entry.name for entry in found.files] == [f"odd-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 
 
 def test_what_an_index_names_outside_the_folder_is_not_looked_for(
