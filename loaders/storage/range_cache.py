@@ -2,7 +2,8 @@
 
 A file of the cache is one range of one version of an object, as it was fetched: its bytes, then their xxh3-128. A file
 that is damaged counts as missing, so that nothing has to be durable. Which ranges are there is seen from the names of
-the files, so that a range is found whatever pieces it was fetched in.
+the files, so that a range is found whatever pieces it was fetched in. Whole files, of servers that send no ranges, have
+a folder of their own there, and count for the same limit.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class RangeCache:
     """A folder of ranges, of at most `limit` bytes. Any error of its disk switches it off, with a note."""
 
     def __init__(self, folder: Path, limit: int) -> None:
+        self.whole = folder / "whole"
         self._folder = folder
         self._limit = limit
         self._lock = threading.Lock()
@@ -93,7 +95,7 @@ class RangeCache:
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(data) + SUM)
+            self.make_room(len(data) + SUM)
             try:
                 with part.open("wb") as file:
                     file.write(data)
@@ -116,8 +118,8 @@ class RangeCache:
     def _path(self, key: str, start: int, stop: int) -> Path:
         return self._folder / key / f"{start}-{stop}"
 
-    def _make_room(self, size: int) -> None:
-        """Remove the files that were not used for longest, if the folder is full."""
+    def make_room(self, size: int) -> None:
+        """Remove the files that were not used for longest, if so many bytes would be too many. The folder exists."""
         with self._lock:
             self._unseen += size
             if self._unseen < self._limit * LOOK_SHARE:
@@ -142,12 +144,16 @@ class RangeCache:
                 path.parent.rmdir()
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Yield the time of the last use, the size and the path of each file, the whole files among them."""
+        """Yield the time of the last use, the size and the path of each file, the whole files among them.
+
+        The use of a whole file shows in its time of access, since its time of change is looked at while it is read.
+        """
         for folder, _, names in os.walk(self._folder):
             for path in (Path(folder) / name for name in names if Path(folder) != self._folder):
                 with suppress(OSError):  # it is gone already
                     status = path.stat()
-                    yield status.st_mtime, status.st_size, path
+                    if path.suffix != ".lock":
+                        yield max(status.st_atime, status.st_mtime), status.st_size, path
 
 
 @cache
@@ -230,9 +236,14 @@ def _between(there: dict[Range, memoryview], start: int, stop: int) -> list[Rang
     return missing
 
 
+def cache_of(settings: StoreSettings) -> RangeCache | None:
+    """Return the settings' cache; None if they name none."""
+    if settings.cache is None:
+        return None
+    return _cache_at(Path(settings.cache).expanduser() / "ranges", int(settings.cache_gb * GB))
+
+
 def cached(store: Store, settings: StoreSettings) -> Store:
     """Return a store with the settings' cache; the store itself if there is none, or it is local."""
-    if store.is_local or settings.cache is None:
-        return store
-    folder = Path(settings.cache).expanduser() / "ranges"
-    return CachedStore(store, _cache_at(folder, int(settings.cache_gb * GB)))
+    kept = cache_of(settings)
+    return store if store.is_local or kept is None else CachedStore(store, kept)

@@ -162,7 +162,7 @@ class ObjectStore:
         if str(headers.get("Content-Type", "")).startswith(PAGES) and not key.endswith((".html", ".htm")):
             raise Missing(key)
         if not has_ranges:
-            WholeFiles(client).folder(key)
+            WholeFiles(client).cache(key)
         return found
 
     def check_inside(self, name: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from loaders.storage.base import Entry
 from loaders.storage.folder import Folder
 from loaders.storage.objects.client import ObjectClient
 from loaders.storage.patience import Passing
+from loaders.storage.range_cache import RangeCache, cache_of
 
 
 class WholeFiles:
@@ -25,19 +27,19 @@ class WholeFiles:
     def __init__(self, client: ObjectClient) -> None:
         self._client = client
 
-    def folder(self, key: str) -> Path:
-        """Return the folder of whole files in the cache.
+    def cache(self, key: str) -> RangeCache:
+        """Return the cache that whole files are kept in.
 
         Raises:
-            BadSpec: there is no cache folder.
+            BadSpec: there is none.
         """
-        cache = self._client.settings.cache
+        cache = cache_of(self._client.settings)
         if cache is None:
             raise BadSpec(
                 f"{self._client.what('reading', key)}: the server sends no ranges, so each tensor would move the whole"
                 " file; give store.cache=FOLDER, where it is kept, or fetch the model into a folder"
             )
-        return Path(cache) / "whole"
+        return cache
 
     def read(self, key: str, entry: Entry, start: int, stop: int) -> memoryview:
         """Read a range of a file, which is fetched first if the cache does not have this version.
@@ -46,7 +48,8 @@ class WholeFiles:
             BadSpec: there is no cache folder.
             StorageError: it cannot be fetched, or is not of the entry's size.
         """
-        folder = self.folder(key)
+        cache = self.cache(key)
+        folder = cache.whole
         name = hashlib.sha256(f"{self._client.what('', key)}\0{entry.tag}\0{entry.size}".encode()).hexdigest()
         path = folder / name
         with io_errors("making", folder):
@@ -54,8 +57,11 @@ class WholeFiles:
         if not path.is_file():
             with file_lock(path):
                 if not path.is_file():
+                    cache.make_room(entry.size)
                     self._fetch(key, entry, path)
         there = Folder(folder).entry_of(name)
+        with suppress(OSError):  # it is read, or the error is raised, below
+            os.utime(path, ns=(time.time_ns(), int(there.tag)))  # it was used now
         return Folder(folder).read(there, start, stop)
 
     def _fetch(self, key: str, entry: Entry, path: Path) -> None:

@@ -233,7 +233,34 @@ def test_a_server_without_ranges_needs_a_cache(tmp_path: Path, served: tuple[Add
     assert store.read(entry, 100, 200) == DATA[100:200]
     assert open_store(address).read(entry, 0, 9) == DATA[:9]
     assert [method for method, _, asked, _ in server.asked if asked is None] == ["GET"]
-    assert len(list((tmp_path / "cache" / "whole").glob("[0-9a-f]*[0-9a-f]"))) == 1
+    assert len(whole_files(tmp_path / "cache")) == 1
+
+
+def whole_files(cache: Path) -> list[Path]:
+    return list((cache / "ranges" / "whole").glob("[0-9a-f]*[0-9a-f]"))
+
+
+def test_whole_files_count_for_the_limit_of_the_cache(
+    root: Path, tmp_path: Path, served: tuple[Address, type[Files]]
+) -> None:
+    address, server = served
+    server.has_ranges = False
+    for number in range(4):
+        (root / "m" / f"{number}.bin").write_bytes(DATA)
+    use(replace(StoreSettings(), cache=str(tmp_path / "cache"), cache_gb=3 * len(DATA) / 1e9))
+    for number in (0, 1, 0, 2, 3):
+        store = open_store(address)
+        entry = store.find(f"{number}.bin")
+        assert entry is not None
+        at = len(server.asked) * 10  # a range that was not kept
+        assert store.read(entry, at, at + 5) == DATA[at : at + 5]
+    assert len(whole_files(tmp_path / "cache")) == 2
+    server.asked.clear()
+    store = open_store(address)
+    entry = store.find("3.bin")
+    assert entry is not None
+    assert store.read(entry, 0, 5) == DATA[:5]
+    assert [method for method, _, asked, _ in server.asked if asked is None] == ["GET"]  # to look it up alone
 
 
 def test_without_tags_the_size_tells_versions_apart(
