@@ -17,10 +17,9 @@ import xxhash
 from loaders.errors import BadSpec
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Abandoned, Entry, Range, Store
+from loaders.storage.with_staged import WithStaged
 from tests.shelf.client import Client, Refused
 from tests.shelf.store import HIDDEN, Shelf, key_of
-
-STAGED = "staged "  # the prefix of the version of a staged file, which is not published yet
 
 
 class ShelfDestination:
@@ -44,7 +43,7 @@ class ShelfDestination:
 
     @property
     def files(self) -> Store:
-        return _WithStaged(self.address, Shelf(self.journal / "staged"))
+        return WithStaged(Shelf(self.address), Shelf(self.journal / "staged"))
 
     @property
     def pieces(self) -> Store:
@@ -151,34 +150,6 @@ class ShelfDestination:
         # It does not exist, or holds parts of another process.
         with suppress(OSError):
             self._scratch.rmdir()
-
-
-class _WithStaged(Shelf):
-    """The finished files together with the staged ones, as the output will be after `publish`."""
-
-    def __init__(self, address: Address, staged: Shelf) -> None:
-        super().__init__(address)
-        self._staged = staged
-
-    def absence(self) -> str | None:
-        return None
-
-    def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
-        staged = {entry.name: _staged(entry) for entry in self._staged.list(deep=deep)}
-        return tuple(sorted({**{entry.name: entry for entry in super().list(deep=deep)}, **staged}.values()))
-
-    def find(self, name: str) -> Entry | None:
-        found = self._staged.find(name)
-        return super().find(name) if found is None else _staged(found)
-
-    def read(self, entry: Entry, start: int, stop: int) -> memoryview:
-        if entry.tag.startswith(STAGED):
-            return self._staged.read(Entry(entry.name, entry.size, entry.tag.removeprefix(STAGED)), start, stop)
-        return super().read(entry, start, stop)
-
-
-def _staged(entry: Entry) -> Entry:
-    return Entry(entry.name, entry.size, f"{STAGED}{entry.tag}")
 
 
 def is_alive(process: int) -> bool:

@@ -36,8 +36,8 @@ from loaders.storage.objects.leftovers import abort, remove_journal, uploads_bel
 from loaders.storage.objects.store import HIDDEN, ObjectStore, found_at, read_object
 from loaders.storage.objects.upload import file_blocks, size_of, upload
 from loaders.storage.settings import current
+from loaders.storage.with_staged import WithStaged
 
-STAGED = "staged "  # the prefix of the tag of a staged file, which is not published yet
 SIGNS = ("config.json", "model_index.json", OUR_REPORT)  # without which nobody takes files for a checkpoint
 SCRATCH = "weightmill-upload"
 SMALL = 64 << 20  # bytes: files of the journal are no longer
@@ -51,7 +51,7 @@ class ObjectDestination:
     def __init__(self, address: Address, key: str) -> None:
         self.address = address
         self.journal = address / f"{HIDDEN}{key[:12]}"
-        self._claim = ObjectClaim(*_at(self.journal / "claim"))
+        self._claim = ObjectClaim(*client_of(self.journal / "claim"))
         self._name = key[:12]
 
     @property
@@ -68,7 +68,7 @@ class ObjectDestination:
 
     @property
     def files(self) -> Store:
-        return _WithStaged(self.address, ObjectStore(self.journal / "staged"))
+        return WithStaged(ObjectStore(self.address), ObjectStore(self.journal / "staged"))
 
     @property
     def pieces(self) -> Store:
@@ -210,39 +210,6 @@ class ObjectDestination:
         for each in uploads_below(self.address):
             abort(self._client, each)
         shutil.rmtree(scratch_folder(current().scratch, self._name), ignore_errors=True)
-
-
-class _WithStaged(ObjectStore):
-    """The finished files together with the staged ones, as the output will be after `publish`."""
-
-    def __init__(self, address: Address, staged: ObjectStore) -> None:
-        super().__init__(address)
-        self._staged = staged
-
-    def absence(self) -> str | None:
-        return None
-
-    def list(self, *, deep: bool = True, every: bool = False) -> tuple[Entry, ...]:
-        found = {entry.name: entry for entry in super().list(deep=deep, every=every)}
-        found |= {entry.name: _staged(entry) for entry in self._staged.list(deep=deep, every=every)}
-        return tuple(sorted(found.values()))
-
-    def find(self, name: str) -> Entry | None:
-        found = self._staged.find(name)
-        return super().find(name) if found is None else _staged(found)
-
-    def read(self, entry: Entry, start: int, stop: int) -> memoryview:
-        if entry.tag.startswith(STAGED):
-            return self._staged.read(Entry(entry.name, entry.size, entry.tag.removeprefix(STAGED)), start, stop)
-        return super().read(entry, start, stop)
-
-
-def _staged(entry: Entry) -> Entry:
-    return Entry(entry.name, entry.size, f"{STAGED}{entry.tag}")
-
-
-def _at(address: Address) -> tuple[ObjectClient, str]:
-    return client_of(address)
 
 
 # --- scratch

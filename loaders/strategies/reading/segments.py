@@ -14,11 +14,9 @@ from loaders.storage.base import Range
 from loaders.storage.settings import current
 from loaders.strategies.reading.sparse_memory import PAGE, ScratchMemory, SparseMemory
 
-# Bytes of one request at most. At 100 ms of latency and 100 MB/s per connection, 8 MiB spend as long on data as on
+# Bytes of one request at most. At 100 ms of latency and 100 MB/s per connection, 10 MB spend as long on data as on
 # waiting; much larger ones leave fewer to run side by side within the budget.
 SEGMENT = 16 << 20
-SEGMENTS_IN_BUDGET = 32  # so that small budgets, too, have room for requests side by side
-
 
 Marked = tuple[int, int, int]  # bytes [start, stop), and a number that keeps what differs in it apart
 
