@@ -123,34 +123,38 @@ class ModelWeights:
         """
         if out.numel() == 0:
             return
-        # Weights are read into the CPU's memory and copied in pieces, so that no tensor is there as a whole.
-        if out.device.type != "cpu":
-            for at in range(0, out.numel(), RANGE):
-                piece = torch.empty(min(RANGE, out.numel() - at), dtype=out.dtype)
-                self.fill(name, piece, start + at)
-                out.view(-1)[at : at + piece.numel()].copy_(piece)
-            return
-        wanted = dtype_named(str(out.dtype))
-        flat = out.detach().view(-1).view(torch.uint8).numpy().view(storage_of(wanted))
-        at = 0
+        flat, at = out.detach().view(-1), 0
         for tensor in self.parameters[name]:
             first, last = max(start - at, 0), min(start + out.numel() - at, tensor.spec.numel)
             if first < last:
-                into = flat[at + first - start : at + last - start]
-                self._copy(tensor, first, last, wanted, into)
+                self._copy(tensor, first, last, flat[at + first - start : at + last - start])
             at += tensor.spec.numel
 
-    def _copy(self, tensor: LogicalTensor, first: int, last: int, wanted: DType, into: np.ndarray) -> None:
-        view = self.view(tensor)
+    def _copy(self, tensor: LogicalTensor, first: int, last: int, into: torch.Tensor) -> None:
+        """Copy a tensor's elements [first, last)."""
+        view, is_here = self.view(tensor), into.device.type == "cpu"
+        # For a device they are read into the CPU's memory in pieces, so that no tensor is there as a whole.
+        step = last - first if is_here else RANGE
+        busy = min(self._workers, -(-min(step, last - first) // RANGE))
+        is_whole = (first, last) == (0, tensor.spec.numel)
+        with self._budget.hold(busy * THREAD_BYTES), self._using(tensor) if is_whole else nullcontext():
+            for at in range(first, last, step):
+                part = into[at - first : at - first + step]
+                piece = part if is_here else torch.empty(part.shape, dtype=part.dtype)
+                self._read(tensor, view, at, piece)
+                if not is_here:
+                    part.copy_(piece)
+
+    def _read(self, tensor: LogicalTensor, view: View, first: int, out: torch.Tensor) -> None:
+        """Fill a tensor of the CPU with a view's elements from `first` on."""
+        wanted = dtype_named(str(out.dtype))
+        array = out.view(torch.uint8).numpy().view(storage_of(wanted))
 
         def copy(begin: int, end: int) -> None:
             block = view.read(first + begin, first + end)
-            into[begin:end] = block if wanted == tensor.dtype else _cast(block, tensor, wanted)
+            array[begin:end] = block if wanted == tensor.dtype else _cast(block, tensor, wanted)
 
-        busy = min(self._workers, -(-(last - first) // RANGE))
-        is_whole = (first, last) == (0, tensor.spec.numel)
-        with self._budget.hold(busy * THREAD_BYTES), self._using(tensor) if is_whole else nullcontext():
-            self._work.sweep(last - first, 1, copy)
+        self._work.sweep(out.numel(), 1, copy)
 
     def mapped(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Return a parameter as a private map of its file, if the file holds it in the wanted form; else None.

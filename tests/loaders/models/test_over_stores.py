@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from loaders import load_weights
+from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.errors import BadSpec
 from loaders.places import ROOT
+from loaders.strategies.reading.segments import Segment, State
+from loaders.tensors.sources import tensors_of
 from tests import sources
 from tests.shelf.places import Place, fill
 
@@ -19,6 +22,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from loaders.models.loading import load_model_and_tokenizer  # noqa: E402  # needs torch
+from loaders.models.weights import ModelWeights  # noqa: E402
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "hqq4"])
@@ -50,6 +54,27 @@ def test_weights_from_a_url_are_the_same(
             assert torch.equal(tensor, there[name])
         else:
             assert np.array_equal(tensor.dequantize().float().numpy(), there[name].dequantize().float().numpy())
+
+
+def test_what_went_to_a_device_is_not_held_any_more(
+    tmp_path: Path, place_of: Callable[[str], Place], weightmill: Any
+) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", f"model.path={sources.base(tmp_path)}", f"output.path={out}", "quant=nf4").status == 0
+    checkpoint = open_checkpoint(fill(place_of("shelf"), out, "model"))
+    parameters = {tensor.name: (tensor,) for tensor in tensors_of(checkpoint, decode=True).tensors}
+    assert any(tensor.decode is not None for [tensor] in parameters.values())
+    with ModelWeights(checkpoint, parameters, read="remote") as weights:
+        weights.expect(dict.fromkeys(parameters))
+        for name, [tensor] in parameters.items():
+            weights.fill(name, torch.empty(tensor.shape, dtype=torch.float32, device="meta"))
+        assert left_of(weights) == []
+
+
+def left_of(weights: ModelWeights) -> list[Segment]:
+    """Return the segments that are in memory."""
+    runs = weights._reader._ahead._runs.values()  # type: ignore[attr-defined]
+    return [segment for each in runs for run in each for segment in run.segments if segment.state is State.THERE]
 
 
 def test_what_libraries_load_themselves_needs_a_folder(
