@@ -17,10 +17,9 @@ import pytest
 
 import jobs.execution.unit
 from jobs.cli.main import main
-from loaders.storage import open_store, patience
+from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT
-from loaders.storage.settings import current, use
 from tests.jobs.test_over_stores import comparable
 from tests.making import make_source, snapshot
 from tests.proxy import Cut, Fault, Header, Lengthen, Lose, Proxy, Refuse, Stall, Status, Truncate
@@ -31,13 +30,7 @@ PATIENT = "store.patience_s=60"
 SHORT = "store.patience_s=0.3"
 
 
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short pauses between attempts."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.005)
-    before = current()
-    yield
-    use(before)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture
