@@ -200,7 +200,7 @@ def test_outputs_on_their_way_take_the_scratch_that_the_plan_says(
 def test_a_full_disk_of_scratch_is_said_before_any_work(
     s3_bucket: Address, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.orchestration.preflight.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("jobs.orchestration.needs.free_bytes", lambda path: 1000)
     place = ObjectPlace(s3_bucket / tmp_path.name)
     ran = weightmill("run", f"model.path={sources.base(tmp_path)}", f"output.path={place.address / 'out'}", "quant=nf4")
     assert ran.status == 1
