@@ -27,7 +27,7 @@ def act(spec: PlanSpec) -> Said:
     """Plan the job."""
     from rich.console import Group, RenderableType
 
-    from jobs.orchestration import engine_check, preflight
+    from jobs.orchestration import engine_check, needs, preflight
     from jobs.report import plan
     from jobs.report.result import findings_text
     from loaders.presets.auto import AutoQuant
@@ -45,7 +45,7 @@ def act(spec: PlanSpec) -> Said:
         said = [mix, ""]
     planned = preflight.plan_job(job)
     answer, about = engine_check.asked_for(planned, is_wanted=spec.check == "engine")
-    notes = [*preflight.notes_of(planned), *about]
+    notes = [*needs.notes_of(planned), *about]
     status = FAILED if answer.faults and spec.lint == "fail" else DONE
     if spec.format == "json":  # only then is the document made, which of a large model is as large as its plan
         document = plan.plan_document(job, planned.plan, planned.target, notes)

@@ -14,7 +14,9 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
+from loaders.storage import patience
 from loaders.storage.address import Address
+from loaders.storage.settings import current, use
 from tests import object_servers
 from tests.hub.server import Hub
 from tests.hub.server import serving as serving_hub
@@ -58,6 +60,20 @@ def weightmill(
         return Ran(status, said.out, said.err)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _store_settings() -> Iterator[None]:
+    """Give each test the settings of stores that the process had before, whatever it makes of them."""
+    before = current()
+    yield
+    use(before)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses between attempts at a request."""
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.005)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""Jobs that stop in the middle: a unit that fails when its turn comes."""
+"""Jobs to which something happens in the middle: a unit fails when its turn comes, or the world changes before it."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,3 +26,17 @@ def fail_at(patch: pytest.MonkeyPatch, number: int, error: BaseException | None 
 
     patch.setattr(jobs.execution.unit, "run_unit", failing)
     return ran
+
+
+def at_first_unit(patch: pytest.MonkeyPatch, then: Callable[[], Any]) -> None:
+    """Do something once the first unit begins, when everything is planned."""
+    honest, lock, begun = jobs.execution.unit.run_unit, threading.Lock(), threading.Event()
+
+    def run(task: Any, on_bytes: Any, stop: Any) -> Any:
+        with lock:
+            if not begun.is_set():
+                begun.set()
+                then()
+        return honest(task, on_bytes, stop)
+
+    patch.setattr(jobs.execution.unit, "run_unit", run)

@@ -18,13 +18,14 @@ import re
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import urlsplit
+
+from jobs.benchmarks.range_server import Rate
 
 BLOCK = 1 << 16  # bytes of one read or write
 NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "proxy-connection"}
@@ -157,7 +158,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._rules: list[Rule] = []
         self._seen: list[Seen] = []
-        self._bucket = None if rate_mb_s is None else Bucket(rate_mb_s * 1e6)
+        self._rate = Rate(None if rate_mb_s is None else rate_mb_s * 1e6)
         self._listen(0)
 
     def _listen(self, port: int) -> None:
@@ -277,25 +278,7 @@ class Proxy:
 
     def limit(self, count: int) -> None:
         """Wait until so many bytes may pass."""
-        if self._bucket is not None:
-            self._bucket.take(count)
-
-
-class Bucket:
-    """A token bucket: bytes at a rate, in bytes a second, with bursts of a hundredth of a second."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._lock = threading.Lock()
-        self._free_at = time.monotonic()
-
-    def take(self, count: int) -> None:
-        with self._lock:
-            now = time.monotonic()
-            self._free_at = max(self._free_at, now - 0.01) + count / self._rate
-            wait = self._free_at - now
-        if wait > 0:
-            time.sleep(wait)
+        self._rate.wait(count)
 
 
 @dataclass

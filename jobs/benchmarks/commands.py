@@ -79,11 +79,16 @@ def run_command(
 
 
 def job_command(
-    source: Path, quants: Sequence[str], into: str, *settings: str, tracking: str = "tracking=none"
+    source: Path | str,
+    quants: Sequence[str],
+    into: str,
+    *settings: str,
+    tracking: str = "tracking=none",
+    verb: str = "run",
 ) -> list[str]:
-    """Return the command of a job, or of a sweep, over a source; `into` is its output.path= or output.root=."""
+    """Return the command of a job, a sweep or a plan over a source; `into` is its output.path= or output.root=."""
     given = (f"model.path={source}", f"quant={','.join(quants)}", into, tracking, "cluster=local", "format=json")
-    return [sys.executable, "-m", "jobs.run", *(["-m"] if len(quants) > 1 else []), *given, *settings]
+    return [sys.executable, "-m", f"jobs.{verb}", *(["-m"] if len(quants) > 1 else []), *given, *settings]
 
 
 def ours() -> dict[str, str]:

@@ -20,22 +20,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
-from loaders.places import ROOT
+from jobs.benchmarks.commands import ours
 
 BLOCK = 1 << 18  # bytes sent at once: at 1 GB/s, a quarter of a millisecond
 COUNTS = "/counts-of-the-server"  # GET returns what was sent since the last time, as JSON
 
 
 class Rate:
-    """A limit of bytes a second over all connections; None has no limit."""
+    """A limit of bytes a second over all connections, with bursts of a hundredth of a second; None has no limit."""
 
     def __init__(self, per_s: float | None) -> None:
         self._per_s = per_s
         self._lock = threading.Lock()
-        self._free_at = 0.0
+        self._free_at = 0.0  # when all bytes have passed that may, at this rate
 
     def wait(self, count: int) -> None:
-        """Wait until so many bytes may be sent."""
+        """Wait until so many more bytes may pass."""
         if self._per_s is None:
             return
         with self._lock:
@@ -130,7 +130,7 @@ class Served:
 def serving(folder: Path, rate_mb_s: float | None) -> Iterator[Served]:
     """Serve a folder during the block, at no more than so many megabytes (1e6 bytes) a second."""
     command = [sys.executable, "-m", "jobs.benchmarks.range_server", str(folder), str(rate_mb_s or 0)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, **ours()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
         try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import http.client
 import json
 import statistics
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Group
 from rich.text import Text
 
 from jobs.benchmarks.busy_machine import Busy, machine, warning
-from jobs.benchmarks.commands import ours, run_command
+from jobs.benchmarks.commands import job_command, ours, run_command
 from jobs.benchmarks.planning import make_headers
 from jobs.benchmarks.random_llama import given_or_random
 from jobs.benchmarks.range_server import Served, serving
@@ -48,9 +47,7 @@ def time_stores(path: str | None, gb: float, quant: str, rate: float | None, fol
         with serving(source, rate) as served:
             for lap in range(laps):
                 plain_s.append(_read(served, source))
-                output = work / f"out{lap}"
-                command = _command("run", served.url, quant, output)
-                ran = run_command(command, ours())
+                ran = run_command(job_command(served.url, (quant,), f"output.path={work / f'out{lap}'}"), ours())
                 run = json.loads(ran.said)["run"]
                 job_s.append(ran.seconds)
                 run_s.append(run["wall_s"])
@@ -77,11 +74,6 @@ def time_stores(path: str | None, gb: float, quant: str, rate: float | None, fol
         "plan": planned,
     }  # fmt: skip
     return Said(document, text)
-
-
-def _command(verb: str, url: str, quant: str, output: Path) -> list[str]:
-    given = (f"model.path={url}", f"quant={quant}", f"output.path={output}", "tracking=none", "format=json")
-    return [sys.executable, "-m", f"jobs.{verb}", *given]
 
 
 def _read(served: Served, source: Path) -> float:
@@ -118,7 +110,8 @@ def _planned(work: Path) -> dict[str, Any]:
     make_headers(source, HEADERS, is_fp8=True)
     files = list(source.glob("*.safetensors"))
     with serving(source, None) as served:
-        ran = run_command(_command("plan", served.url, "nf4", work / "planned"), ours())
+        command = job_command(served.url, ("nf4",), f"output.path={work / 'planned'}", verb="plan")
+        ran = run_command(command, ours())
         counts = served.counts()
     stored = sum(path.stat().st_size for path in files)
     return {"source_bytes": stored, "files": len(files), "seconds": ran.seconds, **counts}

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from jobs.cli.verb import FAILED, Said, note
 from jobs.execution.unit import Share
-from jobs.orchestration.preflight import Planned, notes_of
+from jobs.orchestration.needs import notes_of
+from jobs.orchestration.preflight import Planned
 from jobs.output.card_block import CARD
 from jobs.output.journal import Done, TensorRecord
 from jobs.output.publish import complete, is_published, publish, put_card, written_headers

@@ -21,7 +21,8 @@ from jobs.execution.unit import UnitReport, UnitTask
 from jobs.mixed_precision.search import mixed
 from jobs.orchestration import engine_check
 from jobs.orchestration.job import Job, Pass
-from jobs.orchestration.preflight import Planned, check_space, notes_of, plan_job
+from jobs.orchestration.needs import check_space, notes_of
+from jobs.orchestration.preflight import Planned, plan_job
 from jobs.report import plan
 from jobs.spec.job import ClusterSpec, JobSpec
 from jobs.tracking.run import Recorder

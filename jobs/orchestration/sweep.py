@@ -33,10 +33,11 @@ from jobs.report.metrics import metrics
 from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import run_key, sweep_tags
 from jobs.tracking.run import Recorder, compare_page
-from jobs.tracking.sources import located
+from jobs.tracking.sources import Known, located
 from loaders.errors import BadSpec, WeightmillError
 from loaders.storage.address import Address
 from loaders.storage.hashes import text_digest
+from loaders.storage.settings import use
 from loaders.words import counted
 
 UNKNOWN_KEY = re.compile(r"([\w.]+): unknown key")
@@ -73,6 +74,7 @@ class Sweep:
         self.id = f"sweep-{text_digest(f'{Path.cwd()} {sorted(request.given)}')[:12]}"
         self.outcomes: dict[int, Said | WeightmillError] = {}
         self._specs: dict[int, JobSpec] = {}
+        self._located: Known = {}  # so that `latest` is the same model for all jobs, however long a search takes
         self._reports: dict[int, Report] = {}
         self._names: dict[int, str] = {}
         self._run_ids: dict[int, str | None] = {}
@@ -124,7 +126,8 @@ class Sweep:
                 values["output"] = {**output, "suffix": job.suffix}
             try:
                 spec = check(JobSpec, deepcopy(values), tell=notes.setdefault)
-                self._specs[job.number] = located(spec, notes.setdefault)
+                use(spec.store_settings)
+                self._specs[job.number] = located(spec, notes.setdefault, self._located)
             except BadSpec as error:
                 refused += [Refused(job, problem, _cure(values, problem, error)) for problem in error.problems]
         for each in notes:

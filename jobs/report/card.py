@@ -12,14 +12,15 @@ from jobs.output.card_block import BEGIN, END, around_block, with_block
 from jobs.output.report import Damage, Judged, Report
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.warnings import HERE
-from jobs.report.card_metadata import HUB, front_matter, origin_of
+from jobs.report.card_metadata import front_matter, origin_of
 from jobs.report.command import command_of, said
 from jobs.report.loading import Loading, loading_of
-from jobs.report.markdown import code, line, number, one_line, table
+from jobs.report.markdown import code, line, one_line, table
 from jobs.report.plan import decision_rows
 from jobs.report.source_card import SourceCard
-from jobs.report.tables import size, times
+from jobs.report.tables import number, size, times
 from loaders.storage.address import Address
+from loaders.storage.hub.store import Place
 from loaders.words import counted
 
 THEIRS = "# The card of its source"
@@ -45,8 +46,7 @@ def updated(card: bytes, report: Report, plan: Plan, target: TargetPlan, output:
 
 def _where(output: Address) -> str:
     """Return what an output is loaded by: its id on the Hub, or a word for its folder."""
-    hub = HUB.fullmatch(str(output))
-    return "DIR" if hub is None else hub[1]
+    return Place.of(output).repo if output.scheme == "hf" else "DIR"
 
 
 # --- what weightmill says

@@ -16,8 +16,8 @@ from jobs.report.loading import Loading
 from jobs.report.markdown import code
 from jobs.report.source_card import SourceCard, Value
 from loaders.storage.address import Address
+from loaders.storage.hub.store import Place
 
-HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?")
 # The Hub's cache on a machine: the folder of a snapshot says which model, and at which commit.
 CACHED = re.compile(r"[\\/]models--([\w.-]+?)--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})$")
 # Tags about engines and formats, which hold for the source alone.
@@ -51,12 +51,13 @@ class Origin:
 
 def origin_of(report: Report) -> Origin:
     """Return where an output's source comes from, as far as its address or its preset tells."""
-    path, model = report.source.path, report.job["model"]
-    if (hub := HUB.fullmatch(path)) is not None:
-        return Origin(hub[1], hub[1], hub[2])
-    if (cached := CACHED.search(path)) is not None:
+    address, model = Address.of(report.source.path), report.job["model"]
+    if address.scheme == "hf":
+        place = Place.of(address)
+        return Origin(place.repo, place.repo, place.revision)
+    if (cached := CACHED.search(address.text)) is not None:
         return Origin(f"{cached[1]}/{cached[2]}", f"{cached[1]}/{cached[2]}", cached[3])
-    name = Address.of(path).name if Address.of(path).is_local else path
+    name = address.name if address.is_local else address.text
     return Origin(name, model.get("hub_id"), model.get("revision"))
 
 

@@ -15,10 +15,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
-def number(value: float | None, digits: int = 5) -> str:
-    return "inf" if value is None else f"{value:.{digits}f}"
-
-
 def line(text: str) -> str:
     """Return a text as a part of one line, in which nothing of it is taken for HTML."""
     return one_line(text)[:LONGEST].replace("<", "&lt;")

@@ -25,7 +25,7 @@ def metrics(report: Report) -> dict[str, float]:
     compared; error/relative_changed is over the tensors that were quantized or cast.
     """
     total, run, changed = report.totals, report.run, report.totals.changed
-    worst = worst_tensors(report)
+    worst = worst_of(report.tensors)
     found = {
         "error/relative": total.relative_error,
         "size/bits_per_weight": total.bits_per_weight,
@@ -103,11 +103,6 @@ def error_by_layer(report: Report) -> dict[int, ErrorSums]:
         if match and tensor.action != "keep":
             layers[int(match[1])] = layers.get(int(match[1]), ErrorSums()) + tensor.sums
     return dict(sorted(layers.items()))
-
-
-def worst_tensors(report: Report) -> list[ReportedTensor]:
-    """Return the WORST tensors by relative error, among those that are not copies."""
-    return worst_of(report.tensors)
 
 
 def worst_of(tensors: Sequence[ReportedTensor]) -> list[ReportedTensor]:

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from jobs.output.report import LintFinding, Report
-from jobs.report.metrics import worst_tensors
-from jobs.report.tables import size, table, times
+from jobs.report.metrics import worst_of
+from jobs.report.tables import number, size, table, times
 from loaders.lint import Finding
 
 BOUND = {
@@ -39,11 +39,9 @@ def result_text(report: Report) -> RenderableType:
         worst = table(
             "worst tensors", "relative error", "SQNR dB", "max error", right=("relative error", "SQNR dB", "max error")
         )
-        rows = worst_tensors(report)
+        rows = worst_of(report.tensors)
         for row in rows:
-            sqnr = "inf" if row.sqnr_db is None else f"{row.sqnr_db:.2f}"
-            error = "inf" if row.relative_error is None else f"{row.relative_error:.5f}"
-            worst.add_row(row.name, error, sqnr, f"{row.max_error:.4g}")
+            worst.add_row(row.name, number(row.relative_error), number(row.sqnr_db, 2), f"{row.max_error:.4g}")
         parts += [worst] if rows else []
     speed = table(
         "seconds",
@@ -66,7 +64,8 @@ def result_text(report: Report) -> RenderableType:
     parts.append(speed)
     if run.bound_by is not None:
         parts.append(Text(BOUND[run.bound_by]))
-    parts += [*([] if report.quality is None else [quality_text(report.quality)])]
+    if report.quality is not None:
+        parts.append(quality_text(report.quality))
     return Group(*parts)
 
 

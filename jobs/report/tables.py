@@ -1,4 +1,4 @@
-"""What all tables share: their look, and sizes in words."""
+"""What all tables share: their look, and sizes and numbers in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 from loaders.words import size
 
-__all__ = ["size", "table", "times"]
+__all__ = ["number", "size", "table", "times"]
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -17,6 +17,11 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made
+
+
+def number(value: float | None, digits: int = 5) -> str:
+    """Format a number of a report, in which None stands for infinity."""
+    return "inf" if value is None else f"{value:.{digits}f}"
 
 
 def times(ratio: float) -> str:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -30,43 +30,54 @@ from loaders.storage.address import IN_MLFLOW, Address, without_secrets
 from loaders.storage.base import PinnedFiles
 
 S = TypeVar("S", bound=BaseModel)
+Known = dict[tuple[str, str], Address]  # what was looked up: the MLflow's URI and an address in it -> the checkpoint
 ID = re.compile(r"m-[0-9a-f]{32}")  # a logged model's
 PROXY = "/api/2.0/mlflow-artifacts/artifacts"  # where a tracking server gives out the artifacts that it keeps
 DESCRIPTION, DESCRIPTION_LIMIT = "MLmodel", 1 << 20  # the file beside a model of MLflow's, and its most bytes
 # Where checkpoints lie in models of MLflow that have no description, or another than that of transformers.
 FOLDERS = ("", "model", "data/model", "components/model")
 FORMS = "models:/NAME/VERSION, models:/NAME/latest, models:/NAME@ALIAS or runs:/RUN/PATH"
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # codes of MLflow's errors about what is not there
 STEPS = 4  # an alias leads to a version, that to a logged model or a run, and that to a store
 
 
-def located(spec: S, tell: Callable[[str], None]) -> S:
+def located(spec: S, tell: Callable[[str], None], known: Known | None = None) -> S:
     """Return a request in which no source is an address in MLflow; `tell` hears what each of them is.
+
+    What is in `known` is not looked up again; what was looked up is added to it.
 
     Raises:
         BadSpec: there is no such model, version, alias or run, or no MLflow is named to look in.
         StorageError: MLflow cannot be read.
     """
-    made = spec
+    found, made = {} if known is None else known, spec
     for key in [place for place, field in fields_of(type(spec)) if is_read(field)]:
-        made = _located(made, key.split("."), key, spec, tell)
+        made = _located(made, key.split("."), partial(_found, key, spec, tell, found))
     return made
 
 
-def _located(part: S, names: Sequence[str], key: str, spec: BaseModel, tell: Callable[[str], None]) -> S:
-    """Return a part of a request in which the source at `names` is no address in MLflow; its setting is `key`."""
+def _located(part: S, names: Sequence[str], find: Callable[[str], Address]) -> S:
+    """Return a part of a request in which the source at `names` is what `find` gives for an address in MLflow."""
     # Of several kinds of a group, only the one that was chosen has its settings.
     value = getattr(part, names[0], None)
     changed: dict[str, Any] = {}
     if len(names) > 1:
-        changed = {names[0]: _located(value, names[1:], key, spec, tell)} if isinstance(value, BaseModel) else {}
+        changed = {names[0]: _located(value, names[1:], find)} if isinstance(value, BaseModel) else {}
     elif isinstance(value, str) and Address.of(value).scheme in IN_MLFLOW:
-        found = Lookup(key, spec).checkpoint(Address.of(value), tell)
-        tell(f"{key}: {value} is {found}")
-        changed = {names[0]: found.text}
+        changed = {names[0]: find(value).text}
         # The output is named after the model, and not after the folder that it happens to lie in.
         if "hub_id" in type(part).model_fields and getattr(part, "name", None) is None:
             changed["name"] = _title(value)
     return part.model_copy(update=changed) if changed else part
+
+
+def _found(key: str, spec: BaseModel, tell: Callable[[str], None], known: Known, text: str) -> Address:
+    """Return where the checkpoint lies that an address in MLflow at the setting `key` means. Errors as `located`."""
+    place = _tracking_uri(key, spec), text
+    if place not in known:
+        known[place] = Lookup(key, place[0]).checkpoint(Address.of(text), tell)
+    tell(f"{key}: {text} is {known[place]}")
+    return known[place]
 
 
 def _title(text: str) -> str:
@@ -77,34 +88,14 @@ def _title(text: str) -> str:
 
 
 class Lookup:
-    """The MLflow in which the address at a setting is looked up: `tracking.uri`, or as MLFLOW_TRACKING_URI says."""
+    """The MLflow at a URI, in which the address at the setting `key` is looked up."""
 
-    def __init__(self, key: str, spec: BaseModel) -> None:
-        # These need not be loaded for what lies elsewhere.
-        from jobs.spec.addresses import check_reachable
-        from jobs.tracking.run import mlflow_client
+    def __init__(self, key: str, uri: str) -> None:
+        from jobs.tracking.reading import OpenedStore  # which need not be loaded for what lies elsewhere
 
         self.key = key
-        self.uri = _tracking_uri(key, spec)
-        if self.uri.startswith("http"):
-            check_reachable(key, self.uri, "it is the MLflow that tracking.uri or MLFLOW_TRACKING_URI names")
-        with self._reading():
-            self._client = mlflow_client(self.uri)
-
-    @property
-    def _shown(self) -> str:
-        """The store's or server's address, without a password."""
-        return without_secrets(self.uri)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        from jobs.tracking.run import first_line
-
-        try:
-            yield
-        # Stores raise errors of many libraries without a common class.
-        except Exception as error:
-            raise StorageError(f"{self.key}: {self._shown} cannot be read: {first_line(error)}") from error
+        self._opened = OpenedStore(key, uri, "it is the MLflow that tracking.uri or MLFLOW_TRACKING_URI names")
+        self._client, self._shown = self._opened.client, self._opened.shown
 
     def checkpoint(self, address: Address, tell: Callable[[str], None]) -> Address:
         """Return where the checkpoint lies that an address in MLflow means. Errors as `located`."""
@@ -140,7 +131,7 @@ class Lookup:
             raise BadSpec(f"{self.key}: {address}: expected {FORMS}")
 
         version = self._version(name, alias or parts[1], is_alias=bool(at))
-        with self._reading():
+        with self._opened.reading():
             return str(self._client.get_model_version_download_uri(name, version))
 
     def _version(self, name: str, wanted: str, *, is_alias: bool) -> str:
@@ -178,20 +169,20 @@ class Lookup:
 
     def _asked(self, call: Callable[..., Any], *arguments: str) -> Any:
         """Ask MLflow; None if what is asked for does not exist."""
-        with self._reading():
-            try:
+        try:
+            with self._opened.reading():
                 return call(*arguments)
+        except StorageError as error:
             # MLflow's own error has a code, which other libraries' errors have not.
-            except Exception as error:
-                if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    return None
-                raise
+            if getattr(error.__cause__, "error_code", "") in MISSING:
+                return None
+            raise
 
     def _store_of(self, uri: str) -> Address:
         """Return the address of artifacts, of which MLflow gives a path or a URI."""
         parts = urlsplit(uri)
         if parts.scheme == "mlflow-artifacts":
-            server = urlsplit(self.uri)
+            server = urlsplit(self._opened.uri)
             if not parts.netloc and not server.scheme.startswith("http"):
                 raise BadSpec(
                     f"{self.key}: {uri} is kept by a tracking server, and {self._shown} is none; set tracking.uri"
@@ -216,12 +207,14 @@ def _with_password(netloc: str) -> str:
 
 
 def _tracking_uri(key: str, spec: BaseModel) -> str:
+    """Return the MLflow to look in: `tracking.uri`, MLFLOW_TRACKING_URI, or the store in the folder of outputs."""
+    from jobs.tracking.reading import lacks_file
     from jobs.tracking.run import default_uri
 
     given = getattr(getattr(spec, "tracking", None), "uri", None) or os.environ.get("MLFLOW_TRACKING_URI")
     root = getattr(getattr(spec, "output", None), "local_root", None) or Path.cwd() / "weightmill"
     uri = given or default_uri(root)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if lacks_file(uri):
         what = f"there is no store {without_secrets(uri)}" if given else "no MLflow is named to look in"
         raise BadSpec(f"{key}: {what}; set tracking.uri, or MLFLOW_TRACKING_URI in the environment")
     return str(uri)

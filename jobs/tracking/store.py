@@ -7,17 +7,16 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.spec.addresses import check_reachable
 from jobs.spec.tracking import TrackingSpec
-from jobs.tracking.run import BEAT_S, HEARTBEAT, HOST, PID, SWEEP, default_uri, first_line, mlflow_client
-from loaders.errors import BadSpec, StorageError
-from loaders.storage.address import without_secrets
+from jobs.tracking.reading import OpenedStore, lacks_file
+from jobs.tracking.run import BEAT_S, HEARTBEAT, HOST, PID, SWEEP, default_uri
+from loaders.errors import BadSpec
 
 SILENT_S = 10 * BEAT_S  # seconds without a heartbeat after which a run on another machine is taken for crashed
 
@@ -60,32 +59,18 @@ class Store:
     """
 
     def __init__(self, spec: TrackingSpec, root: Path) -> None:
-        self.uri, self.name = spec.uri or default_uri(root), spec.experiment
-        if self.uri.startswith("http"):
-            check_reachable("tracking.uri", self.uri, "runs='[FOLDER,...]' compares outputs without")
-        path = Path(self.uri.removeprefix("sqlite:///"))
-        if self.uri.startswith("sqlite:///") and not path.is_file():
+        uri, self.name = spec.uri or default_uri(root), spec.experiment
+        if lacks_file(uri):
+            path = uri.removeprefix("sqlite:///")
             raise BadSpec(f"tracking.uri: no {path}; give output.root or tracking.uri as the jobs had it")
+        opened = OpenedStore("tracking.uri", uri, "runs='[FOLDER,...]' compares outputs without")
+        self._client, self._reading, self.shown = opened.client, opened.reading, opened.shown
         with self._reading():
-            self._client = mlflow_client(self.uri)
             found = self._client.get_experiment_by_name(spec.experiment)
             known = [] if found else [each.name for each in self._client.search_experiments()]
         if found is None:
             raise BadSpec(f"tracking.experiment: no {spec.experiment!r} in {self.shown}; known: {', '.join(known)}")
         self.experiment = str(found.experiment_id)
-
-    @property
-    def shown(self) -> str:
-        """The store's address, without a password."""
-        return without_secrets(self.uri)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        # Stores raise errors of many libraries, without a common class.
-        except Exception as error:
-            raise StorageError(f"tracking.uri: {self.shown} cannot be read: {first_line(error)}") from error
 
     def all(self, where: str = "") -> list[Tracked]:
         """Return all runs that match MLflow's filter `where`, oldest first."""

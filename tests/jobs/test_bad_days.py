@@ -7,20 +7,17 @@ from __future__ import annotations
 import errno
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import jobs.execution.unit
 from jobs.cli.main import main
-from loaders.storage import open_store, patience
+from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT
-from loaders.storage.settings import current, use
+from tests.failing import at_first_unit
 from tests.jobs.test_over_stores import comparable
 from tests.making import make_source, snapshot
 from tests.proxy import Cut, Fault, Header, Lengthen, Lose, Proxy, Refuse, Stall, Status, Truncate
@@ -31,13 +28,7 @@ PATIENT = "store.patience_s=60"
 SHORT = "store.patience_s=0.3"
 
 
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short pauses between attempts."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.005)
-    before = current()
-    yield
-    use(before)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture
@@ -138,30 +129,14 @@ def test_what_does_not_pass_is_one_clear_line(
 ) -> None:
     fault, given, message = FAILS[what]
     out = place.address / "out"
-    with at_first_unit(lambda: proxy.add(fault, **given)):
+    with pytest.MonkeyPatch.context() as patch:
+        at_first_unit(patch, lambda: proxy.add(fault, **given))
         ran = job(SHORT)
     check_failed(ran, message, out)
     proxy.clear()
     again = job(PATIENT, "format=json")
     assert again.status == 0, again.err
     assert comparable(contents(out)) == wanted
-
-
-@contextmanager
-def at_first_unit(then: Callable[[], Any]) -> Iterator[None]:
-    """Do something once the first unit begins, when everything is planned."""
-    honest, lock, ran = jobs.execution.unit.run_unit, threading.Lock(), list[str]()
-
-    def run(task: Any, on_bytes: Any, stop: Any) -> Any:
-        with lock:
-            if not ran:
-                then()
-            ran.append(task.unit.id)
-        return honest(task, on_bytes, stop)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.execution.unit, "run_unit", run)
-        yield
 
 
 def check_failed(ran: Any, message: str, out: Address) -> None:
@@ -174,11 +149,11 @@ def check_failed(ran: Any, message: str, out: Address) -> None:
 
 
 def test_an_object_replaced_in_the_middle_is_named(
-    proxy: Proxy, job: Callable[..., Any], place: Place, model: Path
+    job: Callable[..., Any], place: Place, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = sorted(path.name for path in model.glob("*.safetensors"))[-1]
-    with at_first_unit(lambda: place.put(f"model/{name}", (model / name).read_bytes()[::-1])):
-        ran = job(SHORT)
+    at_first_unit(monkeypatch, lambda: place.put(f"model/{name}", (model / name).read_bytes()[::-1]))
+    ran = job(SHORT)
     check_failed(ran, f"{name}: it changed while it was read", place.address / "out")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import Options, campaign
+from tests.kills.campaign import Options, campaign
 
 pytest.importorskip("moto", reason="moto[server], which imitates S3, is not installed")
 

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-import jobs.execution.unit
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.storage.address import Address
 from loaders.storage.base import Range
@@ -21,6 +20,7 @@ from loaders.storage.objects.destination import ObjectDestination
 from loaders.strategies import remote
 from loaders.strategies.reading import fetching, segments, sparse_memory
 from tests import sources
+from tests.failing import at_first_unit
 from tests.making import Raw, write_checkpoint
 from tests.proxy import Proxy
 from tests.shelf.places import ObjectPlace, ShelfPlace, fill
@@ -41,22 +41,6 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fetching.fetcher.cache_clear()
     yield
     fetching.fetcher.cache_clear()
-
-
-@pytest.fixture
-def counted(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """The proxy, which counts from the first unit on: what is fetched of headers before does not count."""
-    honest, ran = jobs.execution.unit.run_unit, list[str]()
-
-    def counting(task: Any, on_bytes: Any, stop: Any) -> Any:
-        if not task.source.is_local:
-            if not ran:
-                proxy.forget()
-            ran.append(task.unit.id)
-        return honest(task, on_bytes, stop)
-
-    monkeypatch.setattr(jobs.execution.unit, "run_unit", counting)
-    return proxy
 
 
 def through(proxy: Proxy, shelves: Address, folder: Path, tmp_path: Path) -> Address:
@@ -106,10 +90,17 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     ],
 )  # fmt: skip
 def test_every_stored_byte_is_fetched_once(
-    source: str, presets: str, counted: Proxy, shelves: Address, tmp_path: Path, weightmill: Any
+    source: str,
+    presets: str,
+    proxy: Proxy,
+    shelves: Address,
+    tmp_path: Path,
+    weightmill: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = SOURCES[source](tmp_path)
-    address = through(counted, shelves, model, tmp_path)
+    address = through(proxy, shelves, model, tmp_path)
+    at_first_unit(monkeypatch, proxy.forget)  # what is fetched of headers before does not count
     many = ("-m", f"output.root={tmp_path / 'outs'}") if "," in presets else (f"output.path={tmp_path / 'out'}",)
     ran = weightmill(
         "run",
@@ -120,7 +111,7 @@ def test_every_stored_byte_is_fetched_once(
         "cluster.threads=3",
     )
     assert ran.status == 0, ran.err
-    check_once(counted, model)
+    check_once(proxy, model)
 
 
 # --- bounds that the plan states
@@ -200,7 +191,7 @@ def test_outputs_on_their_way_take_the_scratch_that_the_plan_says(
 def test_a_full_disk_of_scratch_is_said_before_any_work(
     s3_bucket: Address, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.orchestration.preflight.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("jobs.orchestration.needs.free_bytes", lambda path: 1000)
     place = ObjectPlace(s3_bucket / tmp_path.name)
     ran = weightmill("run", f"model.path={sources.base(tmp_path)}", f"output.path={place.address / 'out'}", "quant=nf4")
     assert ran.status == 1

@@ -14,12 +14,10 @@ from urllib.parse import quote
 
 import pytest
 
-from loaders.storage import patience
 from loaders.storage.address import Address
 from loaders.storage.base import Entry
 from loaders.storage.objects.client import client_of
 from loaders.storage.objects.store import read_object
-from loaders.storage.settings import current, use
 from tests import object_servers
 from tests.hub.server import Hub
 from tests.jobs.execution.test_ray_cluster import MARK
@@ -29,6 +27,7 @@ from tests.processes import start
 from tests.proxy import Cut, Proxy, Status
 from tests.tracking_server import tracking_server
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
 VARIABLES = {
     "AWS_ACCESS_KEY_ID": "AKIDHUSH4AWSKEY",
     "AWS_SECRET_ACCESS_KEY": "hush+aws/secret",
@@ -73,14 +72,6 @@ def leaks_at(address: Address) -> list[str]:
 def url(host: str | Address, path: str, who: str = READER) -> str:
     """A URL with a password and a signature."""
     return f"http://{who}@{str(host).removeprefix('http://')}/{path}?X-Amz-Signature={SIGNATURE}&X-Amz-Expires=9"
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.005)
-    before = current()
-    yield
-    use(before)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ PHASES = (
     ("plan", "jobs/planning", ""),
     ("plan", "jobs/report/plan.py", ""),
     ("plan", "jobs/orchestration/preflight.py", ""),
+    ("plan", "jobs/orchestration/needs.py", ""),
     ("plan", "jobs/orchestration/engine_check.py", ""),
     ("plan", "jobs/execution/merge.py", ""),
     ("read", "loaders/strategies", ""),

@@ -90,7 +90,7 @@ def test_an_unwritable_output_is_one_clear_error(source: Path, tmp_path: Path, w
 def test_a_disk_without_room_is_found_before_the_work(
     source: Path, tmp_path: Path, weightmill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.orchestration.preflight.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("jobs.orchestration.needs.free_bytes", lambda path: 1000)
     ran = weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
     assert "are free there" in ran.err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from jobs.tracking.run import mlflow_client
 from jobs.tracking.sources import Lookup, located
 from loaders.errors import BadSpec
 from loaders.loading.load import load_weights
+from loaders.storage.address import Address
 from tests.making import make_source
-from tests.object_servers import s3
+from tests.object_servers import http, s3
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, and sqlalchemy's
 
@@ -208,7 +211,7 @@ def test_the_library_says_that_it_asks_nobody() -> None:
 
 
 def test_artifacts_in_other_stores(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    lookup = Lookup("model.path", compose("run", JobSpec, take_apart("run", JobSpec, [])))
+    lookup = Lookup("model.path", kept.uri)
     assert lookup._store_of("s3://bucket/x/artifacts").text == "s3://bucket/x/artifacts"
     proxied = lookup._store_of("mlflow-artifacts://host:5000/1/r/artifacts/my model").text
     assert proxied == "http://host:5000/api/2.0/mlflow-artifacts/artifacts/1/r/artifacts/my%20model"
@@ -216,7 +219,7 @@ def test_artifacts_in_other_stores(kept: Kept, monkeypatch: pytest.MonkeyPatch) 
         lookup._store_of("mlflow-artifacts:/1/r")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "sec/ret")
-    lookup.uri = "https://host/mlflow"
+    lookup._opened.uri = "https://host/mlflow"
     found = lookup._store_of("mlflow-artifacts:/1/r")
     assert found.text == "https://me:sec%2Fret@host/mlflow/api/2.0/mlflow-artifacts/artifacts/1/r"
     assert "sec" not in str(found)
@@ -228,7 +231,9 @@ def test_a_store_that_is_not_read_is_named(kept: Kept) -> None:
         source_of("model.path=models:/m/3")
 
 
-def test_artifacts_in_a_bucket(kept: Kept, weightmill: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def in_a_bucket(kept: Kept) -> Iterator[Address]:
+    """The checkpoint in a bucket, as the model's version 3; its address."""
     pytest.importorskip("moto")
     import botocore.session
 
@@ -239,7 +244,32 @@ def test_artifacts_in_a_bucket(kept: Kept, weightmill: Any, tmp_path: Path) -> N
             key = f"runs/1/artifacts/model/{path.relative_to(folder).as_posix()}"
             client.put_object(Bucket=bucket.text.removeprefix("s3://"), Key=key, Body=path.read_bytes())
         kept.client.create_model_version("m", f"{bucket.text}/runs/1/artifacts", kept.run)
-        ran = weightmill("run", "model.path=models:/m/3", "quant=nf4", f"output.path={tmp_path / 'out'}")
-        assert ran.status == 0, ran.err
-        assert f"model.path: models:/m/3 is {bucket}/runs/1/artifacts/model" in ran.err
-        assert "model.path=s3://models/runs/1/artifacts/model" in (tmp_path / "out" / "README.md").read_text()
+        yield bucket / "runs/1/artifacts/model"
+
+
+def test_artifacts_in_a_bucket(in_a_bucket: Address, weightmill: Any, tmp_path: Path) -> None:
+    ran = weightmill("run", "model.path=models:/m/3", "quant=nf4", f"output.path={tmp_path / 'out'}")
+    assert ran.status == 0, ran.err
+    assert f"model.path: models:/m/3 is {in_a_bucket}" in ran.err
+    assert f"model.path={in_a_bucket}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_sweep_looks_once_and_with_its_settings_of_stores(
+    in_a_bucket: Address, weightmill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, looked = os.environ["AWS_ENDPOINT_URL"], list[Address]()
+    checkpoint = Lookup.checkpoint
+
+    def counted(lookup: Lookup, address: Address, tell: Callable[[str], None]) -> Address:
+        looked.append(address)
+        return checkpoint(lookup, address, tell)
+
+    monkeypatch.setattr(Lookup, "checkpoint", counted)
+    (tmp_path / "empty").mkdir()
+    with http(tmp_path / "empty") as (elsewhere, _):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", elsewhere.text)
+        given = ("quant=nf4,hqq4", f"store.endpoint={endpoint}", f"output.root={tmp_path / 'outs'}")
+        ran = weightmill("run", "-m", "model.path=models:/m/latest", *given)
+    assert ran.status == 0, ran.err
+    assert f"model.path: models:/m/latest is {in_a_bucket}" in ran.err
+    assert looked == [Address("models:/m/latest")]

@@ -145,7 +145,7 @@ def test_nothing_listens_while_it_is_down(proxy: Proxy) -> None:
 def test_a_limited_rate_is_kept(shelves: Address) -> None:
     waits: list[float] = []
     with Proxy(f"http://{urlsplit(shelves.text).netloc}", rate_mb_s=10) as proxy, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.proxy.time.sleep", waits.append)
+        patch.setattr("time.sleep", waits.append)
         ask(proxy, "PUT", "/limited", BODY)
     # 256,000 bytes at 10 MB/s are 25.6 ms, of which 10 ms are the burst; without the sleep each wait adds up.
     assert max(waits) > 0.01

@@ -1,7 +1,5 @@
 """Kills a job from store to store at random points, again and again, and checks what readers and reruns find.
 
-    python -m tests.kills kills=100 from=s3 to=s3 quant=nf4 seed=0
-
 An S3 server (moto's, in a process of its own) lies behind a proxy that makes FAULTS. A job runs in a fork of one
 process, so that its libraries are loaded once, and is killed (SIGKILL) a moment after one of its requests. The same
 command runs again, is perhaps killed again, until it succeeds; then comes the next output. After each kill:
@@ -11,35 +9,29 @@ command runs again, is perhaps killed again, until it succeeds; then comes the n
 - nothing that was recorded as done was uploaded again.
 
 And after each success: the bytes are those of a job from folder to folder, as many units were resumed as had records,
-and no journal, no upload under way and no temporary file is left. It ends with status 1 if anything was found.
+and no journal, no upload under way and no temporary file is left.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import re
-import select
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loaders.storage.base import OUR_REPORT
 from tests.jobs.test_over_stores import comparable
+from tests.kills.processes import SMALL_PART, Process
+from tests.kills.targets import Bucket, Folder, Target
 from tests.making import llama_tensors, make_source, snapshot
-from tests.object_servers import BUCKET
-from tests.processes import start
 from tests.proxy import Cut, Fault, Lose, Proxy, Refuse, Seen, Status, Truncate
 
 FAULTS: tuple[tuple[Fault, Mapping[str, Any]], ...] = (  # of a hundred requests, about five get one
@@ -51,7 +43,6 @@ FAULTS: tuple[tuple[Fault, Mapping[str, Any]], ...] = (  # of a hundred requests
     (Truncate(after=2000), {"chance": 0.02, "method": "GET", "path": r"/source/.*safetensors"}),
 )
 LAYERS = 4
-SMALL_PART = 8 << 10  # bytes of an upload's part, so that files of this small model are uploaded in parts
 # Moments that chance alone seldom meets: when what makes an output visible is written.
 PUBLISHING = tuple(re.compile(rf"PUT /\w+/\w+/{name}\.json$") for name in (r"[\w.]+\.index", "config", "weightmill"))
 LONGEST_S = 0.03  # from the request to the kill
@@ -105,180 +96,6 @@ class Tally:
     @property
     def _moved(self) -> tuple[int, int]:
         return self.uploaded, self.fetched
-
-
-# --- processes of their own
-
-
-def serve() -> None:
-    """Run moto's S3 until standard input ends; prints its address."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    print(f"http://{host}:{port}", flush=True)
-    sys.stdin.read()
-    server.stop()
-
-
-def fork(warm: Sequence[str]) -> None:
-    """Run a first job, then each job that a line of standard input describes, in a fork: prints its pid and status."""
-    import botocore.session
-    import obstore.store  # noqa: F401
-
-    from jobs.cli.main import main
-    from loaders.storage import patience
-    from loaders.storage.objects import assembly, upload
-
-    patience.FIRST_PAUSE_S = 0.02
-    upload.PART = assembly.PART = SMALL_PART
-    assembly.SMALLEST_PART = SMALL_PART
-    upload.part_size = lambda _: SMALL_PART
-    botocore.session.Session().get_service_model("s3")  # read from its files once
-    with _instead("/dev/null"):
-        assert main(warm) == 0
-    assert threading.active_count() == 1, "a fork would have only one of the threads"
-    print("ready", flush=True)
-    for line in sys.stdin:
-        arguments, log = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            with _instead(log):
-                sys.exit(main(arguments))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-@contextmanager
-def _instead(path: str) -> Iterator[None]:
-    """Let this process's output go to PATH.out and PATH.err, or all of it to /dev/null."""
-    sys.stdout.flush()
-    before = os.dup(1), os.dup(2)
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        to = os.open(path if path == os.devnull else path + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(to, number)
-        os.close(to)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, old in zip((1, 2), before, strict=True):
-            os.dup2(old, number)
-
-
-class Process:
-    """A part of this file in a process of its own, which answers by lines."""
-
-    def __init__(self, *arguments: str, environment: Mapping[str, str]) -> None:
-        given = {"stdin": subprocess.PIPE, "stderr": None}
-        self._process = start("-m", "tests.kills", *arguments, environment=environment, **given)
-
-    def answer(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline().strip()
-        assert line, f"it ended with status {self._process.wait()}"
-        return line
-
-    @property
-    def has_answered(self) -> bool:
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
-
-    def tell(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
-# --- where outputs are written
-
-
-class Target(Protocol):
-    """Where outputs are written, as others see it."""
-
-    def address(self, name: str) -> str: ...
-
-    def visible(self, name: str) -> dict[str, bytes]:
-        """The files at an output's address, but for what is hidden."""
-        ...
-
-    def records(self, name: str) -> dict[str, bytes]:
-        """The records of an unpublished output, by unit."""
-        ...
-
-    def left(self, name: str) -> list[str]:
-        """What is there beside the output."""
-        ...
-
-
-class Bucket:
-    """Outputs in a bucket, which is asked directly, and not by the proxy."""
-
-    def __init__(self, endpoint: str) -> None:
-        import botocore.session
-
-        self._client = botocore.session.Session().create_client(
-            "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
-        )
-        self._client.create_bucket(Bucket=BUCKET)
-
-    def address(self, name: str) -> str:
-        return f"s3://{BUCKET}/{name}"
-
-    def put(self, key: str, data: bytes) -> None:
-        self._client.put_object(Bucket=BUCKET, Key=key, Body=data)
-
-    def _names(self, name: str) -> Iterator[str]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{name}/")
-        return (row["Key"].removeprefix(f"{name}/") for page in pages for row in page.get("Contents", ()))
-
-    def _get(self, name: str, file: str) -> bytes:
-        return bytes(self._client.get_object(Bucket=BUCKET, Key=f"{name}/{file}")["Body"].read())
-
-    def visible(self, name: str) -> dict[str, bytes]:
-        return {file: self._get(name, file) for file in self._names(name) if not file.startswith(".weightmill")}
-
-    def records(self, name: str) -> dict[str, bytes]:
-        found = (re.fullmatch(r"\.weightmill/\w+/records/(.+)\.json", file) for file in self._names(name))
-        return {match[1]: self._get(name, match[0]) for match in found if match is not None}
-
-    def left(self, name: str) -> list[str]:
-        uploads = self._client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())
-        return [file for file in self._names(name) if file.startswith(".")] + [f"upload of {u['Key']}" for u in uploads]
-
-
-class Folder:
-    """Outputs in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir()
-
-    def address(self, name: str) -> str:
-        return str(self._folder / name)
-
-    def visible(self, name: str) -> dict[str, bytes]:
-        return snapshot(self._folder / name) if (self._folder / name).exists() else {}
-
-    def records(self, name: str) -> dict[str, bytes]:
-        return {path.stem: path.read_bytes() for path in self._folder.glob(f".{name}.*/records/*.json")}
-
-    def left(self, name: str) -> list[str]:
-        return [path.name for path in self._folder.iterdir() if path.name.startswith(".")]
-
-
-# --- the campaign
 
 
 class Watched(Proxy):
@@ -480,15 +297,3 @@ def campaign(options: Options, work: Path) -> Tally:
                 )  # fmt: skip
                 made.run()
     return made.tally
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        serve()
-    elif sys.argv[1:2] == ["fork"]:
-        fork(sys.argv[2:])
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tally = campaign(Options.of(sys.argv[1:]), Path(folder))
-        print(tally.table)
-        sys.exit(bool(tally.found))

@@ -1,0 +1,48 @@
+"""Reading a tracking store: opened, and its errors as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs.spec.addresses import check_reachable
+from jobs.tracking.run import first_line, mlflow_client
+from loaders.errors import StorageError
+from loaders.storage.address import without_secrets
+
+
+def lacks_file(uri: str) -> bool:
+    """Whether an address is that of a sqlite file which does not exist; MLflow would create it."""
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file()
+
+
+class OpenedStore:
+    """A store or server of MLflow that is read; `key` is the setting to which its errors belong.
+
+    Raises:
+        StorageError: nobody answers there (then `remedy` is said), or it cannot be read.
+    """
+
+    def __init__(self, key: str, uri: str, remedy: str) -> None:
+        self._key = key
+        self.uri = uri
+        if uri.startswith("http"):
+            check_reachable(key, uri, remedy)
+        with self.reading():
+            self.client: Any = mlflow_client(uri)
+
+    @property
+    def shown(self) -> str:
+        """The address, without a password."""
+        return without_secrets(self.uri)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Make errors of the block StorageError."""
+        try:
+            yield
+        # Stores raise errors of many libraries, without a common class.
+        except Exception as error:
+            raise StorageError(f"{self._key}: {self.shown} cannot be read: {first_line(error)}") from error
