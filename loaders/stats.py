@@ -102,17 +102,7 @@ class ErrorSums:
     wrong: int = 0  # ranges with a decoded weight that no correct encoder or copy could produce: see `measure`
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
-        return ErrorSums(
-            numel=self.numel + other.numel,
-            error2=self.error2 + other.error2,
-            source2=self.source2 + other.source2,
-            decoded2=self.decoded2 + other.decoded2,
-            product=self.product + other.product,
-            max_error=max(self.max_error, other.max_error),
-            nonfinite=self.nonfinite + other.nonfinite,
-            nonfinite_decoded=self.nonfinite_decoded + other.nonfinite_decoded,
-            wrong=self.wrong + other.wrong,
-        )
+        return ErrorSums.total((self, other))
 
     @staticmethod
     def total(parts: Iterable[ErrorSums]) -> ErrorSums:

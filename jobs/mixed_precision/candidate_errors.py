@@ -22,9 +22,9 @@ from jobs.planning.plan import FORMAT, Unit
 from loaders.backends import encoded_on, kernels_of, leased_kernels
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.errors import VerifyFailed, io_errors
-from loaders.loading.quantized_tensor import MemoryParts
 from loaders.quantization.gate import Gate
 from loaders.quantization.importance import Importance, weighted_error
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.specs import RowOrder
 from loaders.stats import ErrorSums
 from loaders.storage import open_source

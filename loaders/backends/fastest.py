@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,12 +17,13 @@ from loaders.backends import kernels_of
 from loaders.backends.machine import may_have_gpu
 from loaders.backends.threads import RANGE, Crew, ThreadedWork
 from loaders.clock import Clock
-from loaders.dtypes import DTYPES, storage_of
+from loaders.dtypes import DTYPES
 from loaders.errors import BadSpec
 from loaders.quantization.kernels import casts
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.quantization.scheme import Block, Scheme, searched_on
 from loaders.quantization.schemes.plain import Plain
-from loaders.specs import StoredSpec, TensorSpec
+from loaders.specs import TensorSpec
 from loaders.storage.hashes import digest
 
 DEVICE = "cuda"  # the others are not tried: MPS may store other bytes, and MLX on a GPU does
@@ -87,15 +87,16 @@ def encoded(backend: str, scheme: Scheme, dtype: str, threads: int) -> Encoded:
 
     weights = _Weights(dtype, max(threads, FEWEST_RANGES) * RANGE // COLUMNS)
     stored = scheme.stored(weights.spec)
-    kept = _Kept(stored)
+    parts = MemoryParts(stored)
     with Crew(threads) as crew:
         work = ThreadedWork(kernels_of(backend), crew, threading.Event())
         taken = []
         for _ in range(1 + LAPS):
             began = time.perf_counter()
-            encode_and_measure(weights, lambda view: view, scheme, stored, kept, work, lambda count: None, Clock())
+            encode_and_measure(weights, lambda view: view, scheme, stored, parts, work, lambda count: None, Clock())
             taken.append(time.perf_counter() - began)
-    return Encoded(weights.raw.nbytes / min(taken[1:]), kept.digest)
+    stored_digest = " ".join(digest(part.view(np.uint8)) for _, part in sorted(parts.parts().items()))
+    return Encoded(weights.raw.nbytes / min(taken[1:]), stored_digest)
 
 
 class _Weights:
@@ -108,29 +109,3 @@ class _Weights:
 
     def read(self, start: int, stop: int, slot: int = 0) -> Block:
         return self.raw[start:stop]
-
-
-class _Kept:
-    """A `Sink` and `Stored` in memory."""
-
-    def __init__(self, stored: Mapping[str, StoredSpec]) -> None:
-        self._parts = {
-            role: np.zeros(part.size, np.uint8) if part.constant is None else np.frombuffer(part.constant, np.uint8)
-            for role, part in stored.items()
-        }
-        self._storages = {role: storage_of(part.dtype) for role, part in stored.items()}
-        self._bound = {role for role, part in stored.items() if part.is_bound}
-
-    def write(self, role: str, start: int, data: Block) -> None:
-        if role in self._bound:
-            self._parts[role] = data.reshape(-1).view(np.uint8).copy()
-            return
-        at = start * data.itemsize
-        self._parts[role][at : at + data.nbytes] = data.reshape(-1).view(np.uint8)
-
-    def read(self, role: str, start: int, stop: int) -> Block:
-        return self._parts[role].view(self._storages[role])[start:stop]
-
-    @property
-    def digest(self) -> str:
-        return " ".join(digest(part) for _, part in sorted(self._parts.items()))

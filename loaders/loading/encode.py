@@ -12,9 +12,9 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import THREAD_BYTES, ThreadedWork
 from loaders.clock import Clock
 from loaders.dtypes import WEIGHT_DTYPES, DType, storage_of
-from loaders.loading.quantized_tensor import MemoryParts
 from loaders.loading.resources import shared
 from loaders.quantization.kernels import casts
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.quantization.scheme import View
 from loaders.specs import StoredSpec, TensorSpec
 from loaders.stats import ErrorSums

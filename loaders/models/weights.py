@@ -20,9 +20,9 @@ from loaders.backends.threads import RANGE, THREAD_BYTES, Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.dtypes import WEIGHT_DTYPES, DType, dtype_named, storage_of
 from loaders.errors import BadCheckpoint, StorageError
-from loaders.loading.quantized_tensor import MemoryParts
 from loaders.loading.resources import shared
 from loaders.quantization.kernels import casts
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.quantization.scheme import View
 from loaders.specs import StoredSpec
 from loaders.storage.hashes import text_digest

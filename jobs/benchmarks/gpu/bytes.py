@@ -23,6 +23,7 @@ from loaders.presets.catalog import preset, preset_names
 from loaders.quantization.kernels import Kernels, casts
 from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.measure import measure
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.quantization.scheme import Block, Scheme, searched_on
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import TensorSpec
@@ -105,8 +106,6 @@ def inputs(dtype: str) -> dict[str, np.ndarray]:
 
 def stored_by(kernels: Kernels, scheme: Scheme, view: InMemory) -> dict[str, np.ndarray]:
     """Encode a tensor with some kernels; returns the stored parts by role."""
-    from loaders.loading.quantized_tensor import MemoryParts
-
     sink = MemoryParts(scheme.stored(view.spec))
     with Crew(1) as crew:
         scheme.encode(view, sink, ThreadedWork(kernels, crew, threading.Event()))
@@ -176,8 +175,6 @@ def _errors(device: Kernels, name: str) -> Found:
 
 def _error(kernels: Kernels, scheme: Scheme, view: InMemory) -> float:
     """Return the relative error of what some kernels find, by the CPU's decoder."""
-    from loaders.loading.quantized_tensor import MemoryParts
-
     parts = MemoryParts(scheme.stored(view.spec))
     with Crew(1) as crew:
         scheme.encode(view, parts, ThreadedWork(kernels, crew, threading.Event()))

@@ -21,6 +21,7 @@ from loaders.presets.catalog import preset
 from loaders.quantization.kernels import Kernels
 from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.measure import encode_and_measure
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.quantization.schemes.compressed_tensors_int import EPS
 from loaders.specs import TensorSpec
 
@@ -50,8 +51,6 @@ def trials(bench: Bench) -> Iterator[Trial]:
 
 
 def _encoded(bench: Bench, weights: np.ndarray, kernels: Kernels, name: str, threads: int) -> Found:
-    from loaders.loading.quantized_tensor import MemoryParts
-
     scheme = preset(name).scheme
     view = InMemory(TensorSpec("w.weight", DTYPES["BF16"], bench.shape), weights)
     parts = MemoryParts(scheme.stored(view.spec))
@@ -61,8 +60,6 @@ def _encoded(bench: Bench, weights: np.ndarray, kernels: Kernels, name: str, thr
 
 
 def _measured(bench: Bench, weights: np.ndarray, kernels: Kernels, name: str) -> Found:
-    from loaders.loading.quantized_tensor import MemoryParts
-
     scheme = preset(name).scheme
     view = InMemory(TensorSpec("w.weight", DTYPES["BF16"], bench.shape), weights)
     stored = scheme.stored(view.spec)

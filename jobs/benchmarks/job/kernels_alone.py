@@ -19,7 +19,7 @@ from jobs.planning.targets import TARGET
 from jobs.spec.job import JobSpec
 from loaders.backends import leased_kernels
 from loaders.backends.threads import Crew, ThreadedWork
-from loaders.loading.quantized_tensor import MemoryParts
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.storage import open_source
 from loaders.storage.base import PinnedFiles
 from loaders.tensors.encoding import Encoding, TensorEncoder

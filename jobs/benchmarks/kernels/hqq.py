@@ -17,23 +17,11 @@ import numpy as np
 from jobs.benchmarks.kernels.measuring import MemoryView
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
-from loaders.quantization.scheme import Block
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.quantization.schemes.hqq import Hqq
-from loaders.specs import TensorSpec
 
 PART = 16  # the weight's rows are cut to one sixteenth
 ROWS = ((4, 1), (4, 0), (3, 1), (8, 1))  # (bits, axis) of each case
-
-
-class _Sink:
-    """A `Sink` in memory."""
-
-    def __init__(self, scheme: Hqq, spec: TensorSpec) -> None:
-        self._roles = {role: np.empty(part.size, np.uint8) for role, part in scheme.stored(spec).items()}
-
-    def write(self, role: str, start: int, data: Block) -> None:
-        at = start * data.itemsize
-        self._roles[role][at : at + data.nbytes] = data.view(np.uint8)
 
 
 def rows(weight: np.ndarray, threads: int) -> Iterator[tuple[str, Callable[[], float] | None, str, str]]:
@@ -69,7 +57,7 @@ def _timed(call: Callable[[], object], times: float) -> Callable[[], float]:
 
 def _ours(weight: np.ndarray, scheme: Hqq, threads: int) -> Callable[[], object]:
     view = MemoryView(weight)
-    sink = _Sink(scheme, view.spec)
+    sink = MemoryParts(scheme.stored(view.spec))
 
     def call() -> None:
         with Crew(threads) as crew:

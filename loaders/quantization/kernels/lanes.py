@@ -48,6 +48,14 @@ def kernel(function: Callable[..., Any]) -> Any:
     return made
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """Let kernels call a function as if its body stood in theirs, so that it may take other kernels as arguments.
+
+    numba keeps a kernel that takes some, or that a function has made, in no cache on the disk.
+    """
+    return njit(inline="always")(function)
+
+
 @cache
 def kernels_digest() -> str:
     """Return the SHA-256 of all files of this folder, in the order of their names."""

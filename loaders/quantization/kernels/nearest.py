@@ -22,6 +22,25 @@ def is_far(lanes: Lanes, source: Value, decoded: Value, low: Value, high: Value,
     return lanes.b.fcmp_ordered(">", lanes.absolute(lanes.b.fsub(source, decoded)), allowed)
 
 
+class Symmetric:
+    """The same with bounds by a group's |scale| and `grid.symmetric_terms`: an LLVM array of four float32."""
+
+    def __init__(self, lanes: Lanes, terms: Value) -> None:
+        self._lanes = lanes
+        self._top, self._half, self._floor, self._slope = (
+            lanes.splat(lanes.b.extract_value(terms, index), LANES) for index in range(4)
+        )
+
+    def bounds(self, size: Value) -> tuple[Value, Value]:
+        """Return the greatest value and half a gap for a |scale| in every lane."""
+        half = self._lanes.b.fmul(size, self._half)
+        return self._lanes.b.fmul(size, self._top), self._lanes.b.fadd(half, self._floor)
+
+    def is_far(self, source: Value, decoded: Value, bounds: tuple[Value, ...]) -> Value:
+        high, half = bounds
+        return is_far(self._lanes, source, decoded, self._lanes.b.fneg(high), high, half, self._slope)
+
+
 @vector(types.int32)
 def _is_off(
     lanes: Lanes, x: Array, y: Array, group: Value, low: Array, high: Array, half: Array, slope: Value, count: Value
@@ -63,31 +82,17 @@ def is_off(x, y, group, low, high, half, slope):  # type: ignore[no-untyped-def]
     return found
 
 
-def _is_off_symmetric(
-    lanes: Lanes,
-    x: Array,
-    y: Array,
-    group: int,
-    scales: Array,
-    top: Value,
-    half: Value,
-    floor: Value,
-    slope: Value,
-    count: Value,
-) -> Value:
+def _is_off_symmetric(lanes: Lanes, x: Array, y: Array, group: int, scales: Array, terms: Value, count: Value) -> Value:
     """Return 1 if any pair in `count` groups is further apart than its group's scale allows, else 0."""
-    growth = lanes.splat(slope, LANES)
+    symmetric = Symmetric(lanes, terms)
 
     def add_group(g: Value, found: Value) -> list[Value]:
-        size = lanes.absolute(lanes.splat(lanes.b.load(lanes.b.gep(scales.data, [g])), LANES))
-        high = lanes.b.fmul(size, lanes.splat(top, LANES))
-        low = lanes.b.fneg(high)
-        at_zero = lanes.b.fadd(lanes.b.fmul(size, lanes.splat(half, LANES)), lanes.splat(floor, LANES))
+        bounds = symmetric.bounds(lanes.absolute(lanes.splat(lanes.b.load(lanes.b.gep(scales.data, [g])), LANES)))
         start = lanes.op("mul", g, group)
         for part in range(group // LANES):
             at = lanes.op("add", start, LANES * part)
             source, decoded = lanes.floats(x, at, LANES), lanes.floats(y, at, LANES)
-            found = lanes.b.or_(found, is_far(lanes, source, decoded, low, high, at_zero, growth))
+            found = lanes.b.or_(found, symmetric.is_far(source, decoded, bounds))
         return [found]
 
     nothing = lanes.const(ir.VectorType(ir.IntType(1), LANES), 0)
@@ -96,25 +101,22 @@ def _is_off_symmetric(
 
 
 @vector(types.int32)
-def _is_off_16(
-    lanes: Lanes, x: Array, y: Array, scales: Array, top: Value, half: Value, floor: Value, slope: Value, count: Value
-) -> Value:
-    return _is_off_symmetric(lanes, x, y, 16, scales, top, half, floor, slope, count)
+def _is_off_16(lanes: Lanes, x: Array, y: Array, scales: Array, terms: Value, count: Value) -> Value:
+    return _is_off_symmetric(lanes, x, y, 16, scales, terms, count)
 
 
 @vector(types.int32)
-def _is_off_32(
-    lanes: Lanes, x: Array, y: Array, scales: Array, top: Value, half: Value, floor: Value, slope: Value, count: Value
-) -> Value:
-    return _is_off_symmetric(lanes, x, y, 32, scales, top, half, floor, slope, count)
+def _is_off_32(lanes: Lanes, x: Array, y: Array, scales: Array, terms: Value, count: Value) -> Value:
+    return _is_off_symmetric(lanes, x, y, 32, scales, terms, count)
 
 
 @kernel
-def is_off_symmetric(x, y, group, scales, top, half, floor, slope):  # type: ignore[no-untyped-def]
+def is_off_symmetric(x, y, group, scales, terms):  # type: ignore[no-untyped-def]
     """Whether any pair has |clip(x, -s * top, s * top) - y| > s * half + floor + slope * |y|, s its group's |scale|.
 
-    x: (n,) raw weights, n = scales.size * group, group 16 or 32; y: float32 (n,); the rest float32.
+    x: (n,) raw weights, n = scales.size * group, group 16 or 32; y: float32 (n,); scales: float32; terms: top, half,
+    floor and slope, four float32.
     """
     if group == 16:
-        return _is_off_16(x, y, scales, top, half, floor, slope, scales.size) != 0
-    return _is_off_32(x, y, scales, top, half, floor, slope, scales.size) != 0
+        return _is_off_16(x, y, scales, terms, scales.size) != 0
+    return _is_off_32(x, y, scales, terms, scales.size) != 0

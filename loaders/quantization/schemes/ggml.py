@@ -187,7 +187,7 @@ class Ggml:
         size, x = DTYPES[self.type].size, kernel_input(block, source)
         blocks = stored.read("weight", size((start,)), size((stop,)))
         if self.type == "MXFP4":
-            mxfp4(blocks, x, *grids.symmetric_terms(*DOUBLED_E2M1, source != spec.dtype.name), sums)
+            mxfp4(blocks, x, grids.symmetric_terms(*DOUBLED_E2M1, source != spec.dtype.name), sums)
         else:
             COMPARERS[self.type](blocks, x, sums)
         return True

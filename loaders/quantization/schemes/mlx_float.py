@@ -153,9 +153,9 @@ class MlxFloat:
         group, values = self.group_size, microfloat_scales.scale_values(self.mode)
         codes = stored.read("weight", start * self.bits // 32, stop * self.bits // 32).view(np.uint8)
         scales = stored.read(SCALES, start // group, stop // group)
-        top, half, floor, slope = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
+        terms = grids.symmetric_terms(*self._gaps, source != spec.dtype.name)
         x = kernel_input(block, source)
-        microfloat.compare(x, codes, scales, values, group, self.bits, top, half, floor, slope, sums)
+        microfloat.compare(x, codes, scales, values, group, self.bits, terms, sums)
         return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:

@@ -15,9 +15,9 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import dtype_named
 from loaders.errors import BadCheckpoint
-from loaders.loading.quantized_tensor import MemoryParts
 from loaders.models.sensitivity import importances_of, load, save
 from loaders.quantization.importance import Importance, weighted_error
+from loaders.quantization.memory_parts import MemoryParts
 from loaders.quantization.schemes.mlx_affine import MlxAffine
 from loaders.specs import RowOrder, TensorSpec
 from loaders.tensors.views import ReorderedView

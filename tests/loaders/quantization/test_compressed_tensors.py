@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,9 +10,7 @@ import pytest
 
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
-from loaders.places import ROOT
 from loaders.quantization.kernels import compare
-from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.scheme import Compared, Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
@@ -25,6 +19,7 @@ from loaders.quantization.schemes.compressed_tensors_rowwise import RowScaled
 from tests import reference
 from tests.encoding import MemorySink, MemoryView, decode
 from tests.making import Raw, values_of, weights
+from tests.plain_cpu import differing
 
 SCHEMES: dict[str, Scheme] = {
     "w4a16": PackedInt(4, 32),
@@ -75,22 +70,7 @@ def results() -> dict[str, bytes]:
 
 
 def test_a_plain_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
-    """A process told that its CPU has nothing beyond the baseline (SSE2, NEON) takes the portable forms."""
-    code = (
-        "import sys, pickle; from tests.loaders.quantization.test_compressed_tensors import results, host_has;"
-        "assert not host_has('avx2'); sys.stdout.buffer.write(pickle.dumps(results()))"
-    )
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert ran.returncode == 0, ran.stderr.decode()
-    plain, here = pickle.loads(ran.stdout), results()
-    assert [name for name in here if here[name] != plain[name]] == []
-    assert callable(host_has)
+    assert differing(results, tmp_path) == []
 
 
 def bf16(values: np.ndarray) -> np.ndarray:

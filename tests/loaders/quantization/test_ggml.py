@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,17 +15,16 @@ import loaders.backends.threads
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES, GGML_BLOCKS
-from loaders.places import ROOT
 from loaders.quantization.kernels import compare
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.kernels.ggml.encode import ENCODERS
-from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.schemes.ggml import TYPES, Ggml
 from loaders.specs import TensorSpec
 from tests import reference
 from tests.encoding import DTYPE_NAMES, MemoryView, decode, encode, random
 from tests.making import Raw, values_of, weights
+from tests.plain_cpu import differing
 from tests.quick import some_quick
 
 BLOCKS = sorted(GGML_BLOCKS)
@@ -116,22 +111,7 @@ def results() -> dict[str, bytes]:
 
 
 def test_a_plain_cpu_gives_the_same_bytes_and_sums(tmp_path: Path) -> None:
-    """A process told that its CPU has nothing beyond the baseline (SSE2, NEON) takes the portable forms."""
-    code = (
-        "import sys, pickle; from tests.loaders.quantization.test_ggml import results, host_has;"
-        "assert not host_has('avx2'); sys.stdout.buffer.write(pickle.dumps(results()))"
-    )
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert ran.returncode == 0, ran.stderr.decode()
-    plain, here = pickle.loads(ran.stdout), results()
-    assert [name for name in here if here[name] != plain[name]] == []
-    assert callable(host_has)
+    assert differing(results, tmp_path) == []
 
 
 @pytest.mark.parametrize("name", AT_ONCE)

@@ -24,6 +24,7 @@ from loaders.quantization.schemes.bitnet import total_magnitude
 from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from tests.encoding import MemoryView
 from tests.making import Raw, weights
+from tests.plain_cpu import differing
 
 DTYPES = ("BF16", "F16", "F32")
 
@@ -109,7 +110,7 @@ def results() -> dict[str, bytes]:
             found[f"{dtype} {mode}"] = codes.tobytes() + small.tobytes()
             sums, values = compare.new_sums(), microfloat_scales.scale_values(mode)
             terms = symmetric_terms(6, 0.25, 0.1875, False)
-            microfloat.compare(x, codes, small, values, group, bits, *terms, sums)
+            microfloat.compare(x, codes, small, values, group, bits, terms, sums)
             found[f"{dtype} {mode} sums"] = sums.tobytes()
         finite = np.nan_to_num(inputs("F32").data, nan=0, posinf=1, neginf=-1)
         x = weights(np.clip(finite, -6e4, 6e4), dtype).data.reshape(-1)
@@ -128,23 +129,7 @@ def results() -> dict[str, bytes]:
 
 
 def test_a_plain_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
-    """A process told that its CPU has nothing beyond the baseline (SSE2, NEON) takes the portable forms."""
-    code = (
-        "import sys, pickle; from tests.loaders.quantization.test_kernels import results, host_has;"
-        "assert not host_has('avx2'); sys.stdout.buffer.write(pickle.dumps(results()))"
-    )
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert ran.returncode == 0, ran.stderr.decode()
-    import pickle
-
-    plain, here = pickle.loads(ran.stdout), results()
-    assert [name for name in here if here[name] != plain[name]] == []
+    assert differing(results, tmp_path) == []
 
 
 def test_features_are_those_that_code_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:

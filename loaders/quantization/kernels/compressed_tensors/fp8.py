@@ -23,6 +23,7 @@ from loaders.quantization.kernels.compare import (
     settle,
     tile_size,
 )
+from loaders.quantization.kernels.compressed_tensors import rows
 from loaders.quantization.kernels.compressed_tensors.e4m3_bytes import (
     MANTISSAS,
     WIDE,
@@ -239,18 +240,7 @@ def _add(
 @kernel
 def compare_rows(x, codes, columns, scales, sums):  # type: ignore[no-untyped-def]
     """Add the differences of whole rows of raw weights and what `decode_rows` makes of the rest to `sums`."""
-    step = tile_size(columns)
-    tile, totals = np.empty(CHUNK, np.float32), np.zeros(3, np.float64)
-    for row in range(0, x.size, step):
-        last = min(row + step, x.size)
-        own = scales[row // columns : last // columns]
-        for start in range(row, last, CHUNK):
-            stop = min(start + CHUNK, last)
-            some, some_codes, group = x[start:stop], codes[start:stop], min(columns, stop - start)
-            is_plain = group % STEP == 0 and not _has_nan(codes, start, stop)
-            if not is_plain or not settle(_add(some, some_codes, group, own, 0, some.size, totals), totals, sums):
-                decode_rows(some_codes, group, own, tile)
-                add_pairs(some, tile[: some.size], totals, sums)
+    rows.compare_rows(x, codes, columns, scales, sums, _has_nan, _add, decode_rows)
 
 
 @kernel

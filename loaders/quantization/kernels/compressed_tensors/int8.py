@@ -10,16 +10,8 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels import rounding
-from loaders.quantization.kernels.compare import (
-    CHUNK,
-    LANES,
-    Group,
-    add_groups,
-    add_pairs,
-    float_at,
-    settle,
-    tile_size,
-)
+from loaders.quantization.kernels.compare import LANES, Group, add_groups, float_at
+from loaders.quantization.kernels.compressed_tensors import rows
 from loaders.quantization.kernels.compressed_tensors.packed_int import codes_of, store_quick_bytes
 from loaders.quantization.kernels.intrinsics import prefetch
 from loaders.quantization.kernels.lanes import I32, Array, Lanes, Value, kernel, vector
@@ -112,17 +104,12 @@ def _add(
     return add_groups(lanes, x, start, stop, group, totals, of_group, decoded, in_order=STEP)
 
 
+@vector(types.boolean)
+def _has_nan(lanes: Lanes, codes: Array, start: Value, stop: Value) -> Value:
+    return ir.Constant(ir.IntType(1), 0)  # an integer never is
+
+
 @kernel
 def compare_rows(x, codes, columns, scales, sums):  # type: ignore[no-untyped-def]
     """Add the differences of whole rows of raw weights and what `decode_rows` makes of the rest to `sums`."""
-    step = tile_size(columns)
-    tile, totals = np.empty(CHUNK, np.float32), np.zeros(3, np.float64)
-    for row in range(0, x.size, step):
-        last = min(row + step, x.size)
-        own = scales[row // columns : last // columns]
-        for start in range(row, last, CHUNK):
-            stop = min(start + CHUNK, last)
-            some, some_codes, group = x[start:stop], codes[start:stop], min(columns, stop - start)
-            if group % STEP or not settle(_add(some, some_codes, group, own, 0, some.size, totals), totals, sums):
-                decode_rows(some_codes, group, own, tile)
-                add_pairs(some, tile[: some.size], totals, sums)
+    rows.compare_rows(x, codes, columns, scales, sums, _has_nan, _add, decode_rows)

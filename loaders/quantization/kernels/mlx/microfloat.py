@@ -195,16 +195,13 @@ def _add(
     packed: Array,
     scales: Array,
     values: Array,
-    top: Value,
-    half: Value,
-    floor: Value,
-    slope: Value,
+    terms: Value,
     start: Value,
     stop: Value,
     totals: Array,
 ) -> Value:
     """Sum the differences of weights [start, stop), a multiple of 32, and their decoded codes: `compare.add_groups`."""
-    tops, halves, floors, slopes = (lanes.splat(each, LANES) for each in (top, half, floor, slope))
+    symmetric = nearest.Symmetric(lanes, terms)
 
     def scale(g: Value) -> Value:
         code = lanes.b.zext(lanes.b.load(lanes.b.gep(scales.data, [g])), g.type)
@@ -217,8 +214,7 @@ def _add(
             first = lanes.op("shl", index, 1)
             parts = (lanes.part(scale(each), 0, LANES // 2) for each in (first, lanes.op("add", first, 1)))
             own = lanes.join([*parts])
-        size = lanes.absolute(own)
-        return own, lanes.b.fmul(size, tops), lanes.b.fadd(lanes.b.fmul(size, halves), floors)
+        return own, *symmetric.bounds(lanes.absolute(own))
 
     def decoded(at: Value, own: Group) -> tuple[Value, Value]:
         if bits == 8:
@@ -230,7 +226,7 @@ def _add(
         return lanes.b.fmul(even, own[0]), lanes.b.fmul(odd, own[0])
 
     def is_off(source: Value, value: Value, own: Group) -> Value:
-        return nearest.is_far(lanes, source, value, lanes.b.fneg(own[1]), own[1], own[2], slopes)
+        return symmetric.is_far(source, value, own[1:])
 
     return add_groups(lanes, x, start, stop, ir.Constant(start.type, 32), totals, of_group, decoded, is_off)
 
@@ -242,15 +238,12 @@ def _add_mxfp4(
     packed: Array,
     scales: Array,
     values: Array,
-    top: Value,
-    half: Value,
-    floor: Value,
-    slope: Value,
+    terms: Value,
     start: Value,
     stop: Value,
     totals: Array,
 ) -> Value:
-    return _add(lanes, 4, 32, x, packed, scales, values, top, half, floor, slope, start, stop, totals)
+    return _add(lanes, 4, 32, x, packed, scales, values, terms, start, stop, totals)
 
 
 @vector(types.float64)
@@ -260,15 +253,12 @@ def _add_mxfp8(
     packed: Array,
     scales: Array,
     values: Array,
-    top: Value,
-    half: Value,
-    floor: Value,
-    slope: Value,
+    terms: Value,
     start: Value,
     stop: Value,
     totals: Array,
 ) -> Value:
-    return _add(lanes, 8, 32, x, packed, scales, values, top, half, floor, slope, start, stop, totals)
+    return _add(lanes, 8, 32, x, packed, scales, values, terms, start, stop, totals)
 
 
 @vector(types.float64)
@@ -278,34 +268,32 @@ def _add_nvfp4(
     packed: Array,
     scales: Array,
     values: Array,
-    top: Value,
-    half: Value,
-    floor: Value,
-    slope: Value,
+    terms: Value,
     start: Value,
     stop: Value,
     totals: Array,
 ) -> Value:
-    return _add(lanes, 4, 16, x, packed, scales, values, top, half, floor, slope, start, stop, totals)
+    return _add(lanes, 4, 16, x, packed, scales, values, terms, start, stop, totals)
 
 
 @kernel
-def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sums):  # type: ignore[no-untyped-def]
+def compare(x, packed, scales, values, group, bits, terms, sums):  # type: ignore[no-untyped-def]
     """Add the differences of x, (n,) raw weights, and what is decoded to `sums`; see compare.py.
 
     scales: uint8 (n / group,), as stored; values: `scale_values`. Weights are also held to be the nearest of their
-    codes: half the gap between codes is half * scale + floor + slope * |value|, and codes end at top * scale.
+    codes: by `terms`, top, half, floor and slope, half the gap between codes is half * scale + floor + slope * |value|,
+    and codes end at top * scale.
     """
     totals = np.zeros(4, np.float64)
     for start in range(0, x.size, CHUNK):
         stop = min(start + CHUNK, x.size)
         whole = start + (stop - start) // 32 * 32
         if bits == 8:
-            largest = _add_mxfp8(x, packed, scales, values, top, half, floor, slope, start, whole, totals)
+            largest = _add_mxfp8(x, packed, scales, values, terms, start, whole, totals)
         elif group == 32:
-            largest = _add_mxfp4(x, packed, scales, values, top, half, floor, slope, start, whole, totals)
+            largest = _add_mxfp4(x, packed, scales, values, terms, start, whole, totals)
         else:
-            largest = _add_nvfp4(x, packed, scales, values, top, half, floor, slope, start, whole, totals)
+            largest = _add_nvfp4(x, packed, scales, values, terms, start, whole, totals)
         is_off = totals[3] != 0
         if not settle(largest, totals, sums):
             whole = start
@@ -318,6 +306,6 @@ def compare(x, packed, scales, values, group, bits, top, half, floor, slope, sum
             else:
                 decode_e4m3(packed[whole:stop], own, decoded)
             add_slowly(x[whole:stop], decoded, 0, stop - whole, sums)
-            is_off |= is_off_symmetric(x[whole:stop], decoded, group, own, top, half, floor, slope)
+            is_off |= is_off_symmetric(x[whole:stop], decoded, group, own, terms)
         if is_off and not sums[NONFINITE]:  # a NaN may spoil the scale of its whole group: bounds by it say nothing
             sums[WRONG] = 1
