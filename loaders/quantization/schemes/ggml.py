@@ -8,7 +8,7 @@ bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, mxf
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,9 +18,9 @@ from loaders.dtypes import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES
 from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import DeviceParts, casts
+from loaders.quantization.kernels import casts
 from loaders.quantization.read_only.ggml import decode_blocks
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import StoredSpec, TensorSpec
@@ -192,14 +192,17 @@ class Ggml:
             COMPARERS[self.type](blocks, x, sums)
         return True
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
         from loaders.quantization.kernels.device.decode import BLOCKS
 
-        if self.type not in BLOCKS:
-            return None
         size = DTYPES[self.type].size
-        blocks = stored.read("weight", size((start,)), size((stop,)))
-        return BLOCKS[self.type](blocks.reshape(-1, size((DTYPES[self.type].block,))))
+        return (("weight", size((start,)), size((stop,))),) if self.type in BLOCKS else None
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
+        from loaders.quantization.kernels.device.decode import BLOCKS
+
+        dtype = DTYPES[self.type]
+        return BLOCKS[self.type](parts[0].reshape(-1, dtype.size((dtype.block,))))
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:

@@ -5,9 +5,10 @@ No step waits for the device. A NaN or an infinity makes the sums so, and only t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import compare
 
 SLOTS = (compare.ERROR2, compare.SOURCE2, compare.DECODED2, compare.PRODUCT, compare.MAX_ERROR)  # of `sums`
@@ -30,12 +31,14 @@ def sums_of_finite(source: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
     return torch.cat([found, torch.stack([(~is_number).sum(), (is_number & ~is_pair).sum()]).double()])
 
 
-def is_off(source: torch.Tensor, decoded: torch.Tensor, grid: Grid, ends: list[torch.Tensor]) -> torch.Tensor:
-    """Return, as float64 (1,), whether a pair is further apart than the grid allows: see kernels/nearest.py.
+def is_off(
+    source: torch.Tensor, decoded: torch.Tensor, group: int, slope: float, ends: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return, as float64 (1,), whether a pair is further apart than a `Grid` allows: see kernels/nearest.py.
 
     ends: the grid's low, high and half, float32 (groups,).
     """
     low, high, half = (each[:, None] for each in ends)
-    x, y = source.reshape(-1, grid.group), decoded.reshape(-1, grid.group)
+    x, y = source.reshape(-1, group), decoded.reshape(-1, group)
     clipped = torch.minimum(torch.maximum(x, low), high)
-    return ((clipped - y).abs() > half + grid.slope * y.abs()).any().double().reshape(1)
+    return ((clipped - y).abs() > half + slope * y.abs()).any().double().reshape(1)
