@@ -32,7 +32,7 @@ from loaders.quantization.kernels.device import affine, compare, ggml, hqq, k_qu
 from loaders.quantization.kernels.device.arithmetic import tops
 from loaders.quantization.kernels.device.decode import floats
 from loaders.quantization.kernels.device.fourbit import fourbit_codes
-from loaders.quantization.kernels.device.transfers import Transfers, check_sums, count_of_sums, word_sums
+from loaders.quantization.kernels.device.transfers import DTYPES, Transfers, check_sums, count_of_sums, word_sums
 from loaders.quantization.kernels.ggml.blocks import N as BLOCK
 
 Tensors = Sequence[torch.Tensor]
@@ -51,10 +51,12 @@ class DeviceKernels(CpuKernels):
     def encode_fourbit(
         self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray
     ) -> None:
-        def code(values: torch.Tensor) -> Tensors:
-            return fourbit_codes(values.reshape(-1, group), table)
+        array, kind = self._sendable(x, dtype)
 
-        self._run(("fourbit", table, group), x, dtype, code, packed, absmax)
+        def code(raws: Tensors) -> Tensors:
+            return fourbit_codes(raws[0].view(DTYPES[kind]).reshape(-1, group), table)
+
+        self._transfers.run(("fourbit", dtype, table, group), (array,), code, (packed, absmax))
 
     def group_absmax(self, x: np.ndarray, dtype: str, group: int, absmax: np.ndarray) -> None:
         self._run(("absmax", group), x, dtype, lambda values: (tops(values.reshape(-1, group)),), absmax)
@@ -205,14 +207,14 @@ class DeviceKernels(CpuKernels):
         def values(raws: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             others = iter(raws)
             source, *coded = (next(others) if raw is None else raw for raw in there)
-            return floats(source, dtype), decoder(coded)
+            return source.view(DTYPES[dtype]), decoder(coded)
 
         def add(raws: Sequence[torch.Tensor]) -> Tensors:
             source, decoded = values(raws)
             found = [compare.sums(source, decoded)]
             if grid is not None:
                 ends = [raw.view(torch.float32) for raw in raws[count:]]
-                found.append(compare.is_off(source, decoded, grid.group, grid.slope, ends))
+                found.append(compare.is_off(source.float(), decoded, grid.group, grid.slope, ends))
             words = [each for raw in there if raw is not None for each in word_sums(raw)]
             return torch.cat(found), torch.stack(words)
 

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import torch
 
 from loaders.quantization.kernels import compare
+from loaders.quantization.kernels.device import triton_launch
 
 SLOTS = (compare.ERROR2, compare.SOURCE2, compare.DECODED2, compare.PRODUCT, compare.MAX_ERROR)  # of `sums`
 COUNTS = (compare.NONFINITE, compare.NONFINITE_DECODED)  # after SLOTS, of `sums_of_finite`
 
 
 def sums(source: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-    """Return the sums of SLOTS over float32 pairs (n,): float64 (5,)."""
+    """Return the sums of SLOTS over pairs (n,), the decoded ones float32: float64 (5,)."""
+    if triton_launch.takes(source):
+        return triton_launch.add_pairs(source, decoded)
     x, y = source.double(), decoded.double()
     error = x - y
     largest = torch.linalg.vector_norm(error, float("inf"))
