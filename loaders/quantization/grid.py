@@ -24,6 +24,8 @@ TINY = 2.0**-125  # absolute room where float32 numbers are subnormal, and a rel
 # from 2 to 4, and 1 from 4 to 6. E4M3's are 2^-10 up to 2^-6, and from there on a sixteenth of the power of two below.
 E2M1_HALF, E2M1_SLOPE = 0.25, 0.1875
 E4M3_HALF, E4M3_SLOPE = 2.0**-10, 2.0**-4
+# What a cast before encoding makes of half a gap and of its growth: see `Grid.after_cast`.
+CAST_GROWTH, CAST_FLOOR, CAST_SLOPE = 1 + 2.0**-7, 2.0**-24, 2.0**-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class Grid:
         A weight within the ends is at most |decoded| * (1 + slope) + half, so 2^-7 of each term covers its 2^-8, and
         2^-24 covers float16's subnormal numbers.
         """
-        half = self.half * np.float32(1 + 2**-7) + np.float32(2.0**-24)
-        return replace(self, half=half, slope=self.slope * (1 + 2**-7) + 2**-7)
+        half = self.half * np.float32(CAST_GROWTH) + np.float32(CAST_FLOOR)
+        return replace(self, half=half, slope=self.slope * CAST_GROWTH + CAST_SLOPE)
 
     def holds(self, x: np.ndarray, decoded: np.ndarray) -> bool:
         """Whether every decoded weight is one of the nearest. x: raw, as `kernel_input` gives it; both (n,)."""
@@ -66,6 +68,17 @@ def symmetric(group: int, scales: np.ndarray, top: float, half: float, slope: fl
         high = np.abs(scales) * np.float32(top)
         halves = np.abs(scales) * np.float32(half * (1 + SMALL)) + np.float32(TINY + floor)
     return Grid(group, -high, high, halves, slope)
+
+
+@cache
+def room_terms(slope: float, is_cast: bool) -> tuple[np.float32, np.float32, np.float32]:
+    """Return what makes a grid's half gap h the one that is allowed: h * growth + floor + slope * |decoded|.
+
+    `is_cast` says that weights were cast before they were encoded: see `Grid.after_cast`.
+    """
+    if not is_cast:
+        return np.float32(1), np.float32(0), np.float32(slope)
+    return np.float32(CAST_GROWTH), np.float32(CAST_FLOOR), np.float32(slope * CAST_GROWTH + CAST_SLOPE)
 
 
 @cache

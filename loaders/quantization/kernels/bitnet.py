@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels.casts import to_float32
-from loaders.quantization.kernels.compare import float_at
+from loaders.quantization.kernels.compare import CHUNK, Group, add_groups, add_slowly, float_at, settle
 from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
 
 STEP = 32  # columns packed at once
@@ -144,3 +144,35 @@ def unpack(packed, shift, scale, out):  # type: ignore[no-untyped-def]
     table = np.array([-1.0, 0.0, 1.0, 2.0], np.float32) * np.float32(scale)
     for i in range(packed.size):
         out[i] = table[(packed[i] >> shift) & 3]
+
+
+@vector(types.float64)
+def _add(
+    lanes: Lanes, x: Array, packed: Array, shift: Value, scale: Value, start: Value, stop: Value, totals: Array
+) -> Value:
+    """Sum the differences of weights [start, stop), a multiple of LANES, and their codes: see `compare.add_groups`."""
+    wide, factor = ir.VectorType(I32, LANES), lanes.splat(scale, LANES)
+    by = lanes.splat(lanes.b.zext(shift, I32), LANES)
+
+    def decoded(at: Value, _: Group) -> list[Value]:
+        codes = lanes.b.lshr(lanes.b.zext(lanes.load(packed, at, LANES), wide), by)
+        trits = lanes.op("sub", lanes.op("and_", codes, 3), 1)
+        return [lanes.b.fmul(lanes.b.sitofp(trits, factor.type), factor)]
+
+    every = ir.Constant(start.type, LANES)
+    return add_groups(lanes, x, start, stop, every, totals, lambda g: (), decoded, in_order=LANES)
+
+
+@kernel
+def compare(x, packed, shift, scale, sums):  # type: ignore[no-untyped-def]
+    """Add the differences of x, (n,) raw weights, and what `unpack` makes of the rest to `sums`: see compare.py."""
+    totals = np.zeros(3, np.float64)
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        whole = start + (stop - start) // LANES * LANES
+        if not settle(_add(x, packed, shift, scale, start, whole, totals), totals, sums):
+            whole = start
+        if whole < stop:
+            decoded = np.empty(stop - whole, np.float32)
+            unpack(packed[whole:stop], shift, scale, decoded)
+            add_slowly(x[whole:stop], decoded, 0, stop - whole, sums)

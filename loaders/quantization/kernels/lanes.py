@@ -335,22 +335,22 @@ class Lanes:
 
     def lookup(self, table: Sequence[float], codes: Value) -> Value:
         """Return table[code] for a table of sixteen float32 entries and int32 codes from 0 to 15."""
+        return self.looked_up(self.const(ir.VectorType(F32, 16), table), codes)
+
+    def looked_up(self, table: Value, codes: Value) -> Value:
+        """Return table[code] for a vector of sixteen float32 entries and int32 codes from 0 to 15."""
         count = codes.type.count
         if host_has("avx512f") and count % 16 == 0:
-            entries = self.const(ir.VectorType(F32, 16), table)
             name, parts = "llvm.x86.avx512.permvar.sf.512", (self.part(codes, i, 16) for i in range(count // 16))
-            return self.join([self.call(name, entries.type, entries, part) for part in parts])
+            return self.join([self.call(name, table.type, table, part) for part in parts])
         if host_has("avx2"):
-            eights = [self._permuted(table, self.part(codes, i, 8)) for i in range(codes.type.count // 8)]
-            return self.join(eights)
-        return self.choose([self.const(ir.VectorType(F32, codes.type.count), entry) for entry in table], codes)
+            return self.join([self._permuted(table, self.part(codes, i, 8)) for i in range(count // 8)])
+        return self.choose([self.shuffle(table, [entry] * count) for entry in range(16)], codes)
 
-    def _permuted(self, table: Sequence[float], codes: Value) -> Value:
+    def _permuted(self, table: Value, codes: Value) -> Value:
         """Look up eight codes. AVX2's permutation reads the three lowest bits of a code; the fourth picks the half."""
         kind = ir.VectorType(F32, 8)
-        low, high = (
-            self.call("llvm.x86.avx2.permps", kind, self.const(kind, half), codes) for half in (table[:8], table[8:])
-        )
+        low, high = (self.call("llvm.x86.avx2.permps", kind, self.part(table, half, 8), codes) for half in range(2))
         return self.b.select(self.b.icmp_signed(">", codes, self.const(codes.type, 7)), high, low)
 
     def lookup_16(self, table: Value, codes: Value) -> Value:

@@ -19,7 +19,8 @@ import numpy as np
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import VerifyFailed
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.schemes.runs import codes_by_chunks
 from loaders.specs import StoredSpec, TensorSpec
 
 SMALLEST_MEAN = np.float32(1e-5)  # the clamp in transformers' WeightQuant, which keeps a tensor of zeros from 1 / 0
@@ -101,14 +102,27 @@ class Ternary:
     def align(self, spec: TensorSpec) -> int:
         return 1
 
+    def _factor(self, spec: TensorSpec, stored: Stored) -> np.float32:
+        """Return what the stored scale multiplies codes by."""
+        dtype = self.stored(spec)["weight_scale"].dtype.name
+        scale = casts.to_float32(stored.read("weight_scale", 0, 1), dtype)[0]
+        return np.float32(np.float32(1) / scale if self.linear_class == "bitlinear" else scale)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> bool:
+        from loaders.quantization.kernels import bitnet
+        from loaders.quantization.kernels.cpu import kernel_input
+
+        x, scale = kernel_input(block, source), self._factor(spec, stored)
+        for at, end, codes, shift in codes_by_chunks(stored, "weight", spec.numel // 4, (0, 2, 4, 6), start, stop):
+            bitnet.compare(x[at - start : end - start], codes, np.uint8(shift), scale, sums)
+        return True
+
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         from loaders.quantization.kernels import bitnet
 
-        dtype = self.stored(spec)["weight_scale"].dtype.name
-        scale = casts.to_float32(stored.read("weight_scale", 0, 1), dtype)[0]
-        if self.linear_class == "bitlinear":
-            scale = np.float32(1) / scale
-        quarter = spec.numel // 4
+        scale, quarter = self._factor(spec, stored), spec.numel // 4
         for k in range(start // quarter, -(-stop // quarter)):
             first, last = max(start, k * quarter), min(stop, (k + 1) * quarter)
             codes = stored.read("weight", first - k * quarter, last - k * quarter)

@@ -180,14 +180,16 @@ class Ggml:
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
         from loaders.quantization.kernels.cpu import kernel_input
-        from loaders.quantization.kernels.ggml.compare import COMPARERS, mxfp4
+        from loaders.quantization.kernels.ggml.compare import COMPARERS, mxfp4, tq2_0_of_mean
 
-        if self.absmean or self.type not in (*COMPARERS, "MXFP4"):
+        if self.type not in (*COMPARERS, "MXFP4") or (self.absmean and self.type != "TQ2_0"):
             return False
-        size, x = DTYPES[self.type].size, kernel_input(block, source)
+        size, x, is_cast = DTYPES[self.type].size, kernel_input(block, source), source != spec.dtype.name
         blocks = stored.read("weight", size((start,)), size((stop,)))
         if self.type == "MXFP4":
-            mxfp4(blocks, x, grids.symmetric_terms(*DOUBLED_E2M1, source != spec.dtype.name), sums)
+            mxfp4(blocks, x, grids.symmetric_terms(*DOUBLED_E2M1, is_cast), sums)
+        elif self.absmean:
+            tq2_0_of_mean(blocks, x, grids.room_terms(grids.SMALL, is_cast), sums)
         else:
             COMPARERS[self.type](blocks, x, sums)
         return True

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -32,7 +33,8 @@ from loaders.errors import VerifyFailed
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.schemes.runs import codes_by_chunks
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (8, 4, 3, 2, 1)
@@ -340,11 +342,32 @@ class Hqq:
             for role in ("scale", "zero")
         )
         low, high, half = (np.empty(scales.size, np.float32) for _ in range(3))
-        rounding, least = np.float32(6 * grids.ROUNDING[dtype] + grids.SMALL), np.float32(grids.LEAST[dtype])
-        decode.ends(scales, zeros, np.float32(self.top), rounding, least, np.float32(grids.TINY), low, high, half)
+        decode.ends(scales, zeros, np.float32(self.top), *_rounding(dtype), low, high, half)
         if self.axis == 0 and stop - start > groups:  # neighbours are of different groups
             low, high, half = (np.take(each, np.arange(start, stop) % groups) for each in (low, high, half))
         return Grid(self.group_size if self.axis == 1 else 1, low, high, half)
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> bool:
+        from loaders.quantization.kernels.cpu import kernel_input
+        from loaders.quantization.kernels.hqq import compare
+
+        size, run, dtype = self.group_size, self.layout(spec).run, self.dtype_of(spec).name
+        if self.axis == 0 or not compare.is_made_for(size):
+            return False
+        groups = slice(start // size, stop // size)
+        scales, zeros = (
+            kernel_input(stored.read(role, groups.start, groups.stop), dtype) for role in ("scale", "zero")
+        )
+        x, room = kernel_input(block, source), grids.room_terms(grids.SMALL, source != spec.dtype.name)
+        for at, end, codes, shift in codes_by_chunks(stored, "W_q", run, self._shifts(), start, stop):
+            own = slice((at - start) // size, (end - start) // size)
+            compare.compare_rows(
+                x[at - start : end - start], codes, shift, self.top, scales[own], zeros[own], _rounding(dtype), room,
+                sums,
+            )  # fmt: skip
+        return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         from loaders.quantization.kernels.cpu import kernel_input
@@ -381,6 +404,13 @@ class Hqq:
             end = stop if self.axis == 1 else min(stop, (start // groups + 1) * groups)
             yield start, end
             start = end
+
+
+@cache
+def _rounding(dtype: str) -> tuple[np.float32, ...]:
+    """Return what a grid allows for roundings to the compute dtype: a share of a value, a least step, and room."""
+    share = 6 * grids.ROUNDING[dtype] + grids.SMALL
+    return np.float32(share), np.float32(grids.LEAST[dtype]), np.float32(grids.TINY)
 
 
 def _constant(value: Any) -> StoredSpec:

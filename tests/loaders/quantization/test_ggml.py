@@ -106,6 +106,10 @@ def results() -> dict[str, bytes]:
             blocks, sums = np.empty(DTYPES[name].size((x.size,)), np.uint8), compare.new_sums()
             ENCODERS[name](x, blocks)
             assert Ggml(name).compare(spec, Held(blocks), 0, x.size, raw.data.reshape(-1), dtype, sums)
+            if name == "TQ2_0":
+                assert Ggml(name, absmean=True).compare(
+                    spec, Held(blocks), 0, x.size, raw.data.reshape(-1), dtype, sums
+                )
             found[f"{name} {dtype}"] = blocks.tobytes() + sums.tobytes()
     return found
 

@@ -15,9 +15,10 @@ import pytest
 from loaders.backends import threads
 from loaders.errors import BadSpec
 from loaders.places import ROOT
-from loaders.quantization.grid import symmetric_terms
+from loaders.quantization.grid import room_terms, symmetric_terms
 from loaders.quantization.kernels import Kernels, bitnet, casts, compare, cpu
 from loaders.quantization.kernels.bitsandbytes import fourbit
+from loaders.quantization.kernels.hqq import compare as hqq
 from loaders.quantization.kernels.lanes import host_has
 from loaders.quantization.kernels.mlx import affine, microfloat, microfloat_scales
 from loaders.quantization.schemes.bitnet import total_magnitude
@@ -120,7 +121,23 @@ def results() -> dict[str, bytes]:
         kernels.pack_ternary(runs, dtype, 0.7, out)  # type: ignore[arg-type]
         back = np.empty(1001, np.float32)
         bitnet.unpack(out, np.uint8(4), np.float32(0.5), back)
-        found[f"{dtype} ternary"] = out.tobytes() + back.tobytes()
+        sums = compare.new_sums()
+        bitnet.compare(cpu.kernel_input(runs[2], dtype), out, np.uint8(4), np.float32(0.5), sums)
+        found[f"{dtype} ternary"] = out.tobytes() + back.tobytes() + sums.tobytes()
+        for mask in (15, 255):
+            x, rng, sums = (
+                cpu.kernel_input(inputs(dtype).data.reshape(-1), dtype),
+                np.random.default_rng(4),
+                compare.new_sums(),
+            )
+            codes = rng.integers(0, 256, x.size).astype(np.uint8)
+            scales, zeros = (
+                cpu.kernel_input(weights(rng.uniform(0.1, each, x.size // 64).astype(np.float32), dtype).data, dtype)
+                for each in (1, 15)
+            )
+            roundings = tuple(map(np.float32, (2**-6, 2**-133, 2**-125)))
+            hqq.compare_rows(x, codes, 0, mask, scales, zeros, roundings, room_terms(2**-20, True), sums)
+            found[f"{dtype} hqq under {mask}"] = sums.tobytes()
         sums = compare.new_sums()
         cpu.scan_into(inputs(dtype).data.reshape(-1), dtype, sums)
         found[f"{dtype} scan"] = sums.tobytes()

@@ -61,13 +61,25 @@ def _put_exact(g, scale, offset, least, top, low, high, half):  # type: ignore[n
     half[g] = abs(scale) * (np.float32(0.5) + SMALL * top) + abs(offset) * SMALL
 
 
+def of_ternary(lanes: Lanes, data: Array, at: Value) -> tuple[Value, Value]:
+    """Return the greatest value, the block's scale at a byte, and half a gap, half a scale, in sixteen equal lanes."""
+    bits = lanes.b.bitcast(lanes.load(data, at, 2), I16)
+    scale = lanes.absolute(lanes.from_f16(lanes.splat(bits, 16)))
+    return scale, lanes.op("fadd", lanes.op("fmul", scale, 0.5 + float(ROUNDING)), float(LEAST))
+
+
+@vector(types.void)
+def _put_ternary(lanes: Lanes, data: Array, at: Value, g: Value, low: Array, high: Array, half: Array) -> None:
+    scale, gap = of_ternary(lanes, data, at)
+    for each, value in ((low, lanes.b.fneg(scale)), (high, scale), (half, gap)):
+        lanes.store(lanes.part(value, 0, 1), each, g)
+
+
 @kernel
 def _ternary(data, size, at_scale, low, high, half):  # type: ignore[no-untyped-def]
-    """Codes are -1, 0 and 1 times the block's scale: half a gap is half a scale."""
+    """Codes are -1, 0 and 1 times the block's scale."""
     for g in range(low.size):
-        scale = abs(half_at(data, g * size + at_scale))
-        low[g], high[g] = -scale, scale
-        half[g] = scale * (np.float32(0.5) + ROUNDING) + LEAST
+        _put_ternary(data, g * size + at_scale, g, low, high, half)
 
 
 @kernel

@@ -18,7 +18,7 @@ from numba.core import types
 
 from loaders.quantization.kernels import nearest
 from loaders.quantization.kernels.compare import CHUNK, NONFINITE, WRONG, Group, add_groups, add_slowly, settle
-from loaders.quantization.kernels.ggml import decode
+from loaders.quantization.kernels.ggml import bounds, decode
 from loaders.quantization.kernels.lanes import Array, Lanes, Value, inlined, kernel, vector
 
 N, SUPER = 32, 256  # weights in a block; a chunk holds whole blocks
@@ -134,6 +134,42 @@ def mxfp4(data, x, terms, sums):  # type: ignore[no-untyped-def]
         if not settle(largest, totals, sums):
             decoded = np.empty(stop - start, np.float32)
             decode.mxfp4(data[start // N * 17 :], decoded)
+            add_slowly(x[start:stop], decoded, 0, stop - start, sums)
+        if is_off and not sums[NONFINITE]:
+            sums[WRONG] = 1
+
+
+@vector(types.float64)
+def _add_of_mean(lanes: Lanes, data: Array, x: Array, room: Value, start: Value, stop: Value, totals: Array) -> Value:
+    """Sum the differences of weights [start, stop), and tell of those that are not the nearest: see `add_groups`."""
+    growth, floor, slope = (lanes.splat(lanes.b.extract_value(room, index), 16) for index in range(3))
+
+    def of_group(g: Value) -> Group:
+        place = lanes.op("mul", g, 66)
+        high, half = bounds.of_ternary(lanes, data, lanes.op("add", place, 64))
+        return place, high, lanes.b.fadd(lanes.b.fmul(half, growth), floor)
+
+    def decoded(at: Value, own: Group) -> list[Value]:
+        return decode.four_trits(lanes, data, own[0])
+
+    def is_off(source: Value, value: Value, own: Group) -> Value:
+        return nearest.is_far(lanes, source, value, lanes.b.fneg(own[1]), own[1], own[2], slope)
+
+    every = ir.Constant(start.type, SUPER)
+    return add_groups(lanes, x, start, stop, every, totals, of_group, decoded, is_off, in_order=SUPER)
+
+
+@kernel
+def tq2_0_of_mean(data, x, room, sums):  # type: ignore[no-untyped-def]
+    """Do as `mxfp4` does for TQ2_0, whose codes -1, 0 and 1 end at the block's scale: see bounds.py, `room_terms`."""
+    totals = np.zeros(4, np.float64)
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        largest = _add_of_mean(data, x, room, start, stop, totals)
+        is_off = totals[3] != 0
+        if not settle(largest, totals, sums):
+            decoded = np.empty(stop - start, np.float32)
+            decode.tq2_0(data[start // SUPER * 66 :], decoded)
             add_slowly(x[start:stop], decoded, 0, stop - start, sums)
         if is_off and not sums[NONFINITE]:
             sums[WRONG] = 1

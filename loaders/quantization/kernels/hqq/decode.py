@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import types
 
 from loaders.quantization.kernels.compare import float_at
-from loaders.quantization.kernels.lanes import F32, I8, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import I8, I32, Array, Lanes, Value, kernel, vector
 
 STEP = 16  # values decoded at once, and half as many where groups are no multiple of it
 
@@ -29,16 +29,25 @@ def _rounded(lanes: Lanes, values: Value, like: Array) -> Value:
     return lanes.b.select(is_nan, values, lanes.b.bitcast(rounded, values.type))
 
 
+def codes_at(lanes: Lanes, codes: Array, at: Value, shift: Value, mask: Value, count: int) -> Value:
+    """Return `count` codes, the bits under `mask` from `shift` on of items of W_q, as int32 lanes."""
+    raw = lanes.load(codes, at, count)
+    wide = lanes.b.zext(raw, ir.VectorType(I32, count)) if codes.element == I8 else raw
+    return lanes.b.and_(lanes.b.lshr(wide, lanes.splat(shift, count)), lanes.splat(mask, count))
+
+
+def values_of(lanes: Lanes, codes: Value, scale: Value, zero: Value, like: Array) -> Value:
+    """Decode int32 lanes in the arithmetic of the dtype of `like`."""
+    offsets = _rounded(lanes, lanes.b.fsub(lanes.b.sitofp(codes, scale.type), zero), like)
+    return _rounded(lanes, lanes.b.fmul(offsets, scale), like)
+
+
 def _decode(
     lanes: Lanes, codes: Array, at: Value, shift: Value, mask: Value, scale: Value, zero: Value, like: Array, out: Array
 ) -> None:
     """Decode as many codes as `scale` and `zero` have lanes, in the arithmetic of the dtype of `like`."""
-    count = scale.type.count
-    raw = lanes.load(codes, at, count)
-    wide = lanes.b.zext(raw, ir.VectorType(I32, count)) if codes.element == I8 else raw
-    taken = lanes.b.and_(lanes.b.lshr(wide, lanes.splat(shift, count)), lanes.splat(mask, count))
-    offsets = _rounded(lanes, lanes.b.fsub(lanes.b.sitofp(taken, ir.VectorType(F32, count)), zero), like)
-    lanes.store(_rounded(lanes, lanes.b.fmul(offsets, scale), like), out, at)
+    taken = codes_at(lanes, codes, at, shift, mask, scale.type.count)
+    lanes.store(values_of(lanes, taken, scale, zero, like), out, at)
 
 
 @vector(types.void)
@@ -77,7 +86,8 @@ def _across(
 
 
 @kernel
-def _decode_rows(codes, shift, mask, scales, zeros, size, out):  # type: ignore[no-untyped-def]
+def decode_groups(codes, shift, mask, scales, zeros, size, out):  # type: ignore[no-untyped-def]
+    """Decode groups of `size` values that lie one after another: see `decode_rows`. shift, mask: int32."""
     for g in range(scales.size):
         _group(codes, g * size, (g + 1) * size, shift, mask, scales, zeros, g, out)
 
@@ -95,7 +105,7 @@ def decode_rows(
     scales, zeros: raw (groups,), as `kernel_input` gives them; out: float32 (n,). codes: uint8 or int32 (n,), whose
     bits under `mask` from `shift` on are these groups' codes.
     """
-    _decode_rows(codes, np.int32(shift), np.int32(mask), scales, zeros, out.size // scales.size, out)
+    decode_groups(codes, np.int32(shift), np.int32(mask), scales, zeros, out.size // scales.size, out)
 
 
 def decode_column(
