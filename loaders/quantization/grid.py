@@ -19,6 +19,8 @@ import numpy as np
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}  # u: the relative error of rounding to a dtype
 LEAST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # a dtype's least number above zero
 SMALL = 2.0**-20  # room for sixteen float32 roundings, relative
+# What a cast before encoding adds to half a gap, relative and absolute: see `Grid.after_cast`.
+CAST_SHARE, CAST_LEAST = 2.0**-7, 2.0**-24
 TINY = 2.0**-125  # absolute room where float32 numbers are subnormal, and a relative bound does not hold
 # Half of the gap between neighbouring codes is at most HALF + SLOPE * |value|. E2M1's half gaps are 0.25 up to 2, 0.5
 # from 2 to 4, and 1 from 4 to 6. E4M3's are 2^-10 up to 2^-6, and from there on a sixteenth of the power of two below.
@@ -46,8 +48,8 @@ class Grid:
         A weight within the ends is at most |decoded| * (1 + slope) + half, so 2^-7 of each term covers its 2^-8, and
         2^-24 covers float16's subnormal numbers.
         """
-        half = self.half * np.float32(1 + 2**-7) + np.float32(2.0**-24)
-        return replace(self, half=half, slope=self.slope * (1 + 2**-7) + 2**-7)
+        half = self.half * np.float32(1 + CAST_SHARE) + np.float32(CAST_LEAST)
+        return replace(self, half=half, slope=self.slope * (1 + CAST_SHARE) + CAST_SHARE)
 
     def holds(self, x: np.ndarray, decoded: np.ndarray) -> bool:
         """Whether every decoded weight is one of the nearest. x: raw, as `kernel_input` gives it; both (n,)."""
@@ -78,3 +80,13 @@ def symmetric_terms(top: float, half: float, slope: float, is_cast: bool) -> tup
     one, none = (one.after_cast(), none.after_cast()) if is_cast else (one, none)
     floor = none.half[0]
     return np.float32(top), one.half[0] - floor, floor, np.float32(one.slope)
+
+
+@cache
+def exact_terms(slope: float, is_cast: bool) -> tuple[np.float32, ...]:
+    """Return what a cast makes of half a gap h and of the slope: h * growth + floor; growth, floor, slope.
+
+    `is_cast` says that weights were cast before they were encoded; without it growth is 1 and floor is 0.
+    """
+    share, least = (CAST_SHARE, CAST_LEAST) if is_cast else (0.0, 0.0)
+    return np.float32(1 + share), np.float32(least), np.float32(slope * (1 + share) + share)

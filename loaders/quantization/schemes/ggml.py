@@ -179,17 +179,22 @@ class Ggml:
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        if self.type in FLOATS:
+            return Plain(self.type).compare(spec, stored, start, stop, block, source, sums)
         from loaders.quantization.kernels.cpu import kernel_input
-        from loaders.quantization.kernels.ggml.compare import COMPARERS, mxfp4
 
-        if self.absmean or self.type not in (*COMPARERS, "MXFP4"):
-            return False
         size, x = DTYPES[self.type].size, kernel_input(block, source)
         blocks = stored.read("weight", size((start,)), size((stop,)))
-        if self.type == "MXFP4":
-            mxfp4(blocks, x, grids.symmetric_terms(*DOUBLED_E2M1, source != spec.dtype.name), sums)
-        else:
+        if self._is_plain_block:
+            from loaders.quantization.kernels.ggml.compare import COMPARERS
+
             COMPARERS[self.type](blocks, x, sums)
+        else:
+            from loaders.quantization.kernels.ggml.compare_nearest import NEAREST
+
+            is_cast = source != spec.dtype.name
+            symmetric, exact = grids.symmetric_terms(*DOUBLED_E2M1, is_cast), grids.exact_terms(grids.SMALL, is_cast)
+            NEAREST[self.type](blocks, x, symmetric if self.type == "MXFP4" else exact, sums)
         return True
 
     def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 
@@ -54,6 +54,16 @@ class Plain:
 
     def align(self, spec: TensorSpec) -> int:
         return 1
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> bool:
+        from loaders.quantization.kernels import compare, cpu
+
+        dtype = spec.dtype.name if self.dtype is None else self.dtype
+        decoded = cpu.kernel_input(stored.read("weight", start, stop), dtype)
+        compare.compare(cpu.kernel_input(block, source), decoded, sums)
+        return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         dtype = spec.dtype.name if self.dtype is None else self.dtype
