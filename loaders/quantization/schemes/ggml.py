@@ -179,19 +179,22 @@ class Ggml:
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        if self.type in FLOATS:
+            return Plain(self.type).compare(spec, stored, start, stop, block, source, sums)
         from loaders.quantization.kernels.cpu import kernel_input
-        from loaders.quantization.kernels.ggml.compare import COMPARERS, mxfp4, tq2_0_of_mean
 
-        if self.type not in (*COMPARERS, "MXFP4") or (self.absmean and self.type != "TQ2_0"):
-            return False
-        size, x, is_cast = DTYPES[self.type].size, kernel_input(block, source), source != spec.dtype.name
+        size, x = DTYPES[self.type].size, kernel_input(block, source)
         blocks = stored.read("weight", size((start,)), size((stop,)))
-        if self.type == "MXFP4":
-            mxfp4(blocks, x, grids.symmetric_terms(*DOUBLED_E2M1, is_cast), sums)
-        elif self.absmean:
-            tq2_0_of_mean(blocks, x, grids.room_terms(grids.SMALL, is_cast), sums)
-        else:
+        if self._is_plain_block:
+            from loaders.quantization.kernels.ggml.compare import COMPARERS
+
             COMPARERS[self.type](blocks, x, sums)
+        else:
+            from loaders.quantization.kernels.ggml.compare_nearest import NEAREST
+
+            is_cast = source != spec.dtype.name
+            symmetric, exact = grids.symmetric_terms(*DOUBLED_E2M1, is_cast), grids.room_terms(grids.SMALL, is_cast)
+            NEAREST[self.type](blocks, x, symmetric if self.type == "MXFP4" else exact, sums)
         return True
 
     def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
