@@ -17,6 +17,7 @@ from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES, GGML_BLOCKS
 from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
+from loaders.quantization.kernels.ggml import bounds
 from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.kernels.ggml.encode import ENCODERS
 from loaders.quantization.scheme import Stored
@@ -31,8 +32,8 @@ from tests.quick import some_quick
 BLOCKS = sorted(GGML_BLOCKS)
 # types whose codes are found without a search
 ROUNDED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ2_0")
-# where blocks of some others hold float16s
-HALVES = {"Q3_K": (108,), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,)}
+# where super-blocks hold float16s
+HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,)}
 
 
 def test_every_block_type_has_an_encoder_and_a_decoder() -> None:
@@ -115,7 +116,7 @@ def results() -> dict[str, bytes]:
                     spec, Held(blocks), 0, x.size, raw.data.reshape(-1), dtype, sums
                 )
             found[f"{name} {dtype}"] = blocks.tobytes() + sums.tobytes()
-    for name in HALVES:
+    for name in ("Q3_K", "Q5_K", "Q6_K", "TQ1_0"):
         raw, sums = weights(ordinary.reshape(1, -1), "BF16"), compare.new_sums()
         blocks, x = some_blocks(name, ordinary.size), raw.data.reshape(-1)
         assert Ggml(name).compare(MemoryView(raw).spec, Held(blocks), 0, x.size, x, "BF16", sums)
@@ -172,6 +173,33 @@ def test_the_sums_of_one_call_are_those_of_decoded_weights(scheme: Ggml, dtype: 
                 assert found.tobytes() == wanted.tobytes()
                 if values is ordinary and scheme.grid(spec, sink, 0, x.size) is not None:
                     assert found[compare.WRONG] == is_wrong
+
+
+# the bytes of a block that hold its scales, and the number of steps between the least and the greatest code
+GRIDS = {
+    "Q2_K": ([*range(16), *range(80, 84)], 3), "Q3_K": ([*range(96, 110)], 7), "Q4_K": ([*range(16)], 15),
+    "Q5_K": ([*range(16)], 31), "Q6_K": ([*range(192, 210)], 63), "TQ1_0": ([52, 53], 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid_is_that_of_all_weights_that_its_scales_allow(name: str) -> None:
+    size, (scales, steps) = DTYPES[name].size((256,)), GRIDS[name]
+    rng = np.random.default_rng(13)
+    blocks = rng.integers(0, 256, (400, size), dtype=np.uint8)
+    for at in HALVES[name]:
+        blocks[0, at + 1] = 30  # the sign and the exponent of a float16 of about 2^-8
+    blocks[:, scales] = blocks[0, scales]
+    decoded = np.empty(400 * 256, np.float32)
+    DECODERS[name](blocks.reshape(-1), decoded)
+    low, high, half = (np.empty(256 // bounds.GROUPS[name], np.float32) for _ in range(3))
+    bounds.grid(name, blocks[0].copy(), low, high, half)
+    allowed = decoded.reshape(400, low.size, -1)
+    assert np.array_equal(low, allowed.min((0, 2)))
+    assert np.array_equal(high, allowed.max((0, 2)))
+    # room for roundings in float32, and of the ternary types' scales to float16: see kernels/ggml/bounds.py
+    assert np.all(half >= (high - low) / steps / 2)
+    assert np.all(half <= (high - low) / steps / 2 + 2.0**-9 * np.maximum(high, -low) + 2.0**-24)
 
 
 def test_a_plain_cpu_gives_the_same_bytes_and_sums(tmp_path: Path) -> None:

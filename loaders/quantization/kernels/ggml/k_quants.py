@@ -14,8 +14,6 @@ Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_q2_K_ref to quantize_row
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -23,7 +21,7 @@ from numba.core import types
 from loaders.quantization.kernels.ggml import search
 from loaders.quantization.kernels.ggml import search_line as line
 from loaders.quantization.kernels.intrinsics import aligned_floats, half_bits, half_value, transpose
-from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import I8, Array, Lanes, Value, inlined, kernel, vector
 
 SUPER = 256  # weights in a super-block
 PART = 64  # super-blocks widened to float32 at once: 64 KiB, which stay in the cache until they are searched
@@ -343,25 +341,39 @@ def _q6_k(x, out):  # type: ignore[no-untyped-def]
             quarters(ordered, s * SUPER, out, at + 128, 4)
 
 
-def _of_floats(encode: Callable[[np.ndarray, np.ndarray], None], size: int) -> Callable[[np.ndarray, np.ndarray], None]:
-    """Make an encoder of raw weights of any dtype from one of float32s, so that a search is compiled only once.
+@inlined
+def _by_parts(x, out, encode, size):  # type: ignore[no-untyped-def]
+    """Encode raw weights of any dtype by what encodes float32s: a search is compiled once, and linked for each dtype.
 
-    The encoder takes x: (n,), n a multiple of 256, and out: uint8 (n / 256 * size,).
+    x: (n,), n a multiple of 256; out: uint8 (n / 256 * size,).
     """
-
-    def run(x: np.ndarray, out: np.ndarray) -> None:
-        if x.dtype == np.float32:
-            encode(x, out)
-            return
-        values = np.empty(PART * SUPER, np.float32)
-        for start in range(0, x.size, values.size):
-            some = x[start : start + values.size]
-            to_floats(some, values[: some.size])
-            encode(values[: some.size], out[start // SUPER * size :])
-
-    return run
+    values = aligned_floats(PART * SUPER)
+    for start in range(0, x.size, values.size):
+        some = x[start : start + values.size]
+        to_floats(some, values[: some.size])
+        encode(values[: some.size], out[start // SUPER * size :])
 
 
-encode_q2_k, encode_q3_k = _of_floats(_q2_k, 84), _of_floats(_q3_k, 110)
-encode_q4_k, encode_q5_k = _of_floats(_q4_k, 144), _of_floats(_q5_k, 176)
-encode_q6_k = _of_floats(_q6_k, 210)
+@kernel
+def encode_q2_k(x, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, out, _q2_k, 84)
+
+
+@kernel
+def encode_q3_k(x, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, out, _q3_k, 110)
+
+
+@kernel
+def encode_q4_k(x, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, out, _q4_k, 144)
+
+
+@kernel
+def encode_q5_k(x, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, out, _q5_k, 176)
+
+
+@kernel
+def encode_q6_k(x, out):  # type: ignore[no-untyped-def]
+    _by_parts(x, out, _q6_k, 210)
