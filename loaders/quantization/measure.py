@@ -15,14 +15,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from loaders.clock import Clock
-from loaders.dtypes import WEIGHT_DTYPES, storage_of
+from loaders.dtypes import WEIGHT_DTYPES, DType, Shape, storage_of
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import ComparingKernels, DeviceParts, Kernels, compare, cpu
+from loaders.quantization.kernels import ComparingKernels, Kernels, compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.scheme import (
     Block,
@@ -156,14 +157,14 @@ class Comparison:
         kernels, scheme, gridded = self._kernels, self._on_device, self._gridded
         if kernels is None or scheme is None or not kernels.keeps(block):
             return False
-
-        def decode(parts: DeviceParts) -> Any:
-            return scheme.decode_on_device(self._spec, parts, start, stop)
-
-        def grid() -> Grid | None:
-            return None if gridded is None else gridded.grid(self._spec, stored, start, stop)
-
-        return kernels.compare(block, self._source.dtype.name, stored.read, decode, grid, sums)
+        wanted = scheme.parts_on_device(self._spec, start, stop)
+        if wanted is None:
+            return False
+        parts = [stored.read(*each) for each in wanted]
+        decoder = _Decoder(scheme, self._spec.dtype, self._spec.shape[1:], stop - start, self._spec)
+        grid = None if gridded is None else gridded.grid(self._spec, stored, start, stop)
+        kernels.compare(block, self._source.dtype.name, parts, decoder, grid, sums)
+        return True
 
     def _compare_at_once(self, block: np.ndarray, stored: Stored, start: int, stop: int, sums: np.ndarray) -> bool:
         """Compare in the scheme's own call, if it has one; else do nothing and return False."""
@@ -188,6 +189,20 @@ class Comparison:
             grid = grid.after_cast()
         if grid is not None and not grid.holds(kernel_input(block, self._source.dtype.name), decoded):
             sums[compare.WRONG] = 1
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """A scheme's decoder on a device for ranges of one length; equal for all tensors of the same dtype and rows."""
+
+    scheme: DecodedOnDevice
+    dtype: DType
+    row: Shape
+    count: int
+    spec: TensorSpec = field(compare=False)
+
+    def __call__(self, parts: Sequence[Any]) -> Any:
+        return self.scheme.decode_on_device(self.spec, parts, self.count)
 
 
 def _check_each(sums: np.ndarray, greatest: float) -> None:

@@ -16,10 +16,11 @@ import numpy as np
 
 from loaders.dtypes import DType, Shape
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import DeviceParts, Kernels
+from loaders.quantization.kernels import Kernels
 from loaders.specs import StoredSpec, TensorSpec
 
 Block = np.ndarray  # raw weights: bfloat16 as uint16
+PartRange = tuple[str, int, int]  # a role, and flat items [start, stop) of it
 T = TypeVar("T")
 _FITS: dict[tuple[type, type], bool] = {}
 
@@ -242,10 +243,18 @@ class Compared(Protocol):
 class DecodedOnDevice(Protocol):
     """A scheme that a torch device decodes, too, where its codes lie already."""
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
-        """Return the float32 values of items [start, stop), a torch tensor: those of `decode`.
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
+        """Return the roles and items that items [start, stop) of the weights are decoded from.
 
-        None says that with these settings, or for this range, the scheme has no such decoder; then nothing was read.
+        None says that with these settings, or for this range, the scheme has no such decoder.
+        """
+        ...
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
+        """Return `count` float32 values, a torch tensor: those of `decode`.
+
+        `parts` are the bytes of what `parts_on_device` says, torch tensors of uint8. Nothing may depend on values in
+        the CPU's memory but for the settings: on CUDA the operations are recorded once and done again for other ranges.
         """
         ...
 

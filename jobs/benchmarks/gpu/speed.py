@@ -110,7 +110,7 @@ def _alone(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
         def call() -> None:
             with torch.inference_mode():
                 for at in range(0, weights.size, step):
-                    encode(there[at : at + step].float())
+                    encode(there[at : at + step])
             wait()
 
         return rate(median_s(call, bench.laps), weights.nbytes)
@@ -127,25 +127,33 @@ def _alone(bench: Bench, weights: np.ndarray) -> Iterator[Trial]:
 
         return rate(median_s(call, bench.laps) / IN_A_ROW, weights.nbytes)
 
-    for name, encode in _encoders(bench.shape[1]).items():
-        yield Trial(f"{name} on {bench.device} alone, ranges as a job's", partial(ours, encode, RANGE))
+    columns = bench.shape[1]
+    for name, encode in _encoders(columns).items():
+        by_range = partial(ours, encode, -(-RANGE // columns) * columns)
+        yield Trial(f"{name} on {bench.device} alone, ranges as a job's", by_range)
         yield Trial(f"{name} on {bench.device} alone, all at once", partial(ours, encode, weights.size))
     for table in ("nf4", "fp4"):
         yield Trial(f"bitsandbytes {table} on {bench.device} alone", partial(theirs, table))
 
 
 def _encoders(columns: int) -> dict[str, Callable[[Any], object]]:
-    """Return one encoder of each kind, as a function of float32 weights (n,) on the device, whole rows of them."""
-    from loaders.quantization.kernels.device import affine, ggml, rows_and_groups
+    """Return one encoder of each kind, as a function of bfloat16 weights (n,) on the device, whole rows of them."""
+    from loaders.quantization.kernels.device import affine, compare, decode, ggml, rows_and_groups
     from loaders.quantization.kernels.device.fourbit import fourbit_codes
 
     eps = float(EPS["BF16"])
+
+    def measured_nf4(x: Any) -> None:
+        packed, absmax = fourbit_codes(x.reshape(-1, GROUP), "nf4")
+        compare.sums(x, decode.fourbit(packed, absmax, "nf4", GROUP))
+
     return {
         "nf4": lambda x: fourbit_codes(x.reshape(-1, GROUP), "nf4"),
-        "int8": lambda x: rows_and_groups.int8_rows(x.reshape(-1, columns)),
-        "w4a16": lambda x: rows_and_groups.packed_groups(x.reshape(-1, 128), "BF16", 4, eps),
-        "fp8_dynamic": lambda x: rows_and_groups.e4m3_rows(x.reshape(-1, columns), "BF16", eps),
-        "mlx_int4": lambda x: affine.affine_groups(x.reshape(-1, GROUP), 4),
-        "gguf_q8_0": lambda x: ggml.q8_0(x.reshape(-1, 32)),
-        "gguf_q4_0": lambda x: ggml.q4_0(x.reshape(-1, 32)),
+        "nf4 encoded and measured": measured_nf4,
+        "int8": lambda x: rows_and_groups.int8_rows(x.float().reshape(-1, columns)),
+        "w4a16": lambda x: rows_and_groups.packed_groups(x.float().reshape(-1, 128), "BF16", 4, eps),
+        "fp8_dynamic": lambda x: rows_and_groups.e4m3_rows(x.float().reshape(-1, columns), "BF16", eps),
+        "mlx_int4": lambda x: affine.affine_groups(x.float().reshape(-1, GROUP), 4),
+        "gguf_q8_0": lambda x: ggml.q8_0(x.float().reshape(-1, 32)),
+        "gguf_q4_0": lambda x: ggml.q4_0(x.float().reshape(-1, 32)),
     }

@@ -9,7 +9,7 @@ the functions that run them, and `casts` and the tables of numbers that plans ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -106,11 +106,13 @@ class Kernels(Protocol):
         ...
 
 
-class DeviceParts(Protocol):
-    """What a scheme has stored, by role, on a device."""
+class Decoder(Protocol):
+    """A decoder on a device. Equal ones do the same, so that what one did can be done again for another."""
 
-    def read(self, role: str, start: int, stop: int) -> Any:
-        """Return the bytes of flat items [start, stop) of a role: a torch tensor of uint8."""
+    def __hash__(self) -> int: ...
+
+    def __call__(self, parts: Sequence[Any]) -> Any:
+        """Return float32 values, a torch tensor (n,), of parts, torch tensors of uint8."""
         ...
 
 
@@ -130,16 +132,14 @@ class ComparingKernels(Kernels, Protocol):
         self,
         x: np.ndarray,
         dtype: str,
-        read: Callable[[str, int, int], np.ndarray],
-        decode: Callable[[DeviceParts], Any],
-        grid: Callable[[], Grid | None],
+        parts: Sequence[np.ndarray],
+        decoder: Decoder,
+        grid: Grid | None,
         sums: np.ndarray,
-    ) -> bool:
-        """Add the differences of kept raw weights and of what `decode` makes of stored parts to `sums`.
+    ) -> None:
+        """Add the differences of kept raw weights and of what `decoder` makes of stored parts to `sums`.
 
-        `read` reads parts as `Stored.read` does; `decode` returns a torch tensor, float32 (n,), or None, and then
-        nothing is done and False returned. `sums` are those of kernels/compare.py; a weight that is not the nearest on
-        the grid counts as wrong.
+        `sums` are those of kernels/compare.py; a weight that is not the nearest on the grid counts as wrong.
 
         Raises:
             VerifyFailed: the device's weights or codes are not those in memory.

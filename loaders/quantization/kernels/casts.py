@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from loaders.dtypes import DTYPES, storage_of
+
+FEW = 1 << 16  # weights that numpy casts to float16 or float32 sooner than numba is imported
+
 
 def to_float32(block: np.ndarray, dtype: str) -> np.ndarray:
     """Return the float32 values of raw weights of a float dtype ("BF16", "F16", "F32", "F64")."""
@@ -12,21 +16,29 @@ def to_float32(block: np.ndarray, dtype: str) -> np.ndarray:
     return block.astype(np.float32, copy=False)
 
 
-def cast(block: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Cast raw weights from one float dtype to another. Values beyond a narrower range become infinite."""
+def cast(block: np.ndarray, source: str, target: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Cast raw weights from one float dtype to another. Values beyond a narrower range become infinite.
+
+    `out` is contiguous memory that may take the result.
+    """
     if source == target:
         return block
+    if "F64" in (source, target) or (target != "BF16" and block.size < FEW):
+        return _by_numpy(block, source, target)
+    from loaders.quantization.kernels.float_casts import CASTS
+
+    out = np.empty(block.shape, storage_of(DTYPES[target])) if out is None else out
+    given = np.require(block.reshape(-1), requirements=["C", "ALIGNED"])
+    x, made = (each.view(np.int16 if each.dtype == np.float16 else each.dtype) for each in (given, out.reshape(-1)))
+    x.flags.writeable = False  # as most blocks are: numba compiles a kernel for each mixture
+    CASTS[target](x, made)
+    return out
+
+
+def _by_numpy(block: np.ndarray, source: str, target: str) -> np.ndarray:
     # numpy warns of overflow and NaN; the gate counts both later and fails the tensor by name.
     with np.errstate(over="ignore", invalid="ignore"):
-        if target == "F64" and source != "BF16":
-            return block.astype(np.float64)
-        if target == "F16" and source != "BF16":
-            return block.astype(np.float16)
-        values = to_float32(block, source)
         if target == "BF16":
-            from loaders.quantization.kernels.bfloat16 import round_to_bf16  # the only cast that needs numba
-
-            out = np.empty(values.size, np.uint16)
-            round_to_bf16(values.view(np.uint32), out)
-            return out
-        return values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[target], copy=False)
+            return cast(to_float32(block, source), "F32", "BF16")
+        values = to_float32(block, source) if source == "BF16" else block
+        return values.astype(storage_of(DTYPES[target]))

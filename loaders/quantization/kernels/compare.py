@@ -47,14 +47,15 @@ def add_groups(
     decoded: Callable[[Value, Group], Sequence[Value]],
     is_off: Callable[[Value, Value, Group], Value] | None = None,
     in_order: int = 0,
+    of_part: Callable[[Group, int], Group] = lambda own, part: own,
 ) -> Value:
     """Do as `_add` does for weights that are decoded into registers: whole groups, of a multiple of 2 * LANES.
 
     `of_group` takes a group's number; `decoded` returns the 2 * LANES weights from a place on, those at even places and
     those at odd ones, as `lanes.pairs` does. With `in_order`, a multiple of LANES that divides groups, it returns as
     many weights as they lie, and sums are to the last bit those of `compare`. `is_off` tells of LANES sources and
-    decoded values which are further apart than their group allows; `totals` gets a 1 in its fourth entry if one is,
-    else a 0.
+    decoded values which are further apart than their group allows, or than `of_part` says of a group and the number of
+    a vector of `decoded`; `totals` gets a 1 in its fourth entry if one is, else a 0.
     """
     state, off = _nothing(lanes, _kept_lanes()), lanes.const(ir.VectorType(ir.IntType(1), LANES), 0)
 
@@ -68,9 +69,9 @@ def add_groups(
 
         def add(at: Value, *found: Value) -> list[Value]:
             *state, off = found
-            for source, value in zip(sources(at), decoded(at, own), strict=True):
+            for part, (source, value) in enumerate(zip(sources(at), decoded(at, own), strict=True)):
                 state = _with(lanes, source, lanes.b.fsub(source, value), state)
-                off = lanes.b.or_(off, is_off(source, value, own)) if is_off else off
+                off = lanes.b.or_(off, is_off(source, value, of_part(own, part))) if is_off else off
             return [*state, off]
 
         return lanes.fold(at, lanes.b.add(at, group), in_order or 2 * LANES, found, add)

@@ -17,24 +17,25 @@ interpreter, where the K-quants' bytes are the CPU's, and compiled for an H100.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 
 from loaders.errors import BadSpec
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import DeviceParts, bitnet
+from loaders.quantization.kernels import Decoder, bitnet, casts
 from loaders.quantization.kernels import compare as sums_of
 from loaders.quantization.kernels.cpu import CpuKernels
 from loaders.quantization.kernels.device import affine, compare, ggml, hqq, k_quants, rows_and_groups
 from loaders.quantization.kernels.device.arithmetic import tops
 from loaders.quantization.kernels.device.decode import floats
 from loaders.quantization.kernels.device.fourbit import fourbit_codes
-from loaders.quantization.kernels.device.transfers import KeptSums, Transfers
+from loaders.quantization.kernels.device.transfers import DTYPES, Transfers, check_sums, count_of_sums, word_sums
 from loaders.quantization.kernels.ggml.blocks import N as BLOCK
+
+Tensors = Sequence[torch.Tensor]
 
 
 class DeviceKernels(CpuKernels):
@@ -50,51 +51,57 @@ class DeviceKernels(CpuKernels):
     def encode_fourbit(
         self, x: np.ndarray, dtype: str, table: str, group: int, packed: np.ndarray, absmax: np.ndarray
     ) -> None:
-        with self._transfers.running():
-            made = fourbit_codes(self._transfers.send(x, dtype).reshape(-1, group), table)
-            self._transfers.fetch(*zip(made, (packed, absmax), strict=True))
+        array, kind = self._sendable(x, dtype)
+
+        def code(raws: Tensors) -> Tensors:
+            return fourbit_codes(raws[0].view(DTYPES[kind]).reshape(-1, group), table)
+
+        self._transfers.run(("fourbit", dtype, table, group), (array,), code, (packed, absmax))
 
     def group_absmax(self, x: np.ndarray, dtype: str, group: int, absmax: np.ndarray) -> None:
-        with self._transfers.running():
-            self._transfers.fetch((tops(self._transfers.send(x, dtype).reshape(-1, group)), absmax))
+        self._run(("absmax", group), x, dtype, lambda values: (tops(values.reshape(-1, group)),), absmax)
 
     def encode_int8(self, x: np.ndarray, dtype: str, columns: int, codes: np.ndarray, absmax: np.ndarray) -> None:
-        with self._transfers.running():
-            made = rows_and_groups.int8_rows(self._transfers.send(x, dtype).reshape(-1, columns))
-            self._transfers.fetch(*zip(made, (codes, absmax), strict=True))
+        def code(values: torch.Tensor) -> Tensors:
+            return rows_and_groups.int8_rows(values.reshape(-1, columns))
+
+        self._run(("int8", columns), x, dtype, code, codes, absmax)
 
     def encode_packed(
         self, x: np.ndarray, dtype: str, group: int, bits: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray
     ) -> None:
-        with self._transfers.running():
-            groups = self._transfers.send(x, dtype).reshape(-1, group)
-            made = rows_and_groups.packed_groups(groups, dtype, bits, float(eps))
-            self._transfers.fetch(*zip(made, (packed, scales), strict=True))
+        def code(values: torch.Tensor) -> Tensors:
+            return rows_and_groups.packed_groups(values.reshape(-1, group), dtype, bits, float(eps))
+
+        self._run(("packed", group, bits, float(eps)), x, dtype, code, packed, scales)
 
     def encode_packed_zero(
         self, x: np.ndarray, dtype: str, group: int, eps: np.float32, packed: np.ndarray, scales: np.ndarray,
         zeros: np.ndarray,
     ) -> None:  # fmt: skip
-        with self._transfers.running():
-            groups = self._transfers.send(x, dtype).reshape(-1, group)
-            made = rows_and_groups.packed_zero_groups(groups, dtype, float(eps))
-            self._transfers.fetch(*zip(made, (packed, scales, zeros), strict=True))
+        def code(values: torch.Tensor) -> Tensors:
+            return rows_and_groups.packed_zero_groups(values.reshape(-1, group), dtype, float(eps))
+
+        self._run(("packed with zeros", group, float(eps)), x, dtype, code, packed, scales, zeros)
 
     def encode_scaled_rows(
         self, x: np.ndarray, dtype: str, kind: str, columns: int, eps: np.float32, codes: np.ndarray, scales: np.ndarray
     ) -> None:
         encode = rows_and_groups.e4m3_rows if kind == "float" else rows_and_groups.integer_rows
-        with self._transfers.running():
-            made = encode(self._transfers.send(x, dtype).reshape(-1, columns), dtype, float(eps))
-            self._transfers.fetch(*zip(made, (codes, scales), strict=True))
+
+        def code(values: torch.Tensor) -> Tensors:
+            return encode(values.reshape(-1, columns), dtype, float(eps))
+
+        self._run(("rows", kind, columns, float(eps)), x, dtype, code, codes, scales)
 
     def encode_affine(
         self, x: np.ndarray, dtype: str, bits: int, group: int, packed: np.ndarray, scales: np.ndarray,
         biases: np.ndarray,
     ) -> None:  # fmt: skip
-        with self._transfers.running():
-            made = affine.affine_groups(self._transfers.send(x, dtype).reshape(-1, group), bits)
-            self._transfers.fetch(*zip(made, (packed, scales, biases), strict=True))
+        def code(values: torch.Tensor) -> Tensors:
+            return affine.affine_groups(values.reshape(-1, group), bits)
+
+        self._run(("affine", bits, group), x, dtype, code, packed, scales, biases)
 
     def encode_blocks(self, x: np.ndarray, dtype: str, kind: str, out: np.ndarray) -> None:
         encode, block = ggml.ENCODERS.get(kind), BLOCK
@@ -103,31 +110,35 @@ class DeviceKernels(CpuKernels):
         if encode is None:
             super().encode_blocks(x, dtype, kind, out)
             return
-        with self._transfers.running():
-            self._transfers.fetch((encode(self._transfers.send(x, dtype).reshape(-1, block)), out))
+        self._run(("blocks", kind), x, dtype, lambda values: (encode(values.reshape(-1, block)),), out)
 
     def magnitude_sums(self, x: np.ndarray, dtype: str) -> np.ndarray:
         if self._device.type == "mps":
             return super().magnitude_sums(x, dtype)
         sums = np.empty(-(-x.size // bitnet.SUMMED), np.float64)
-        with self._transfers.running():
-            magnitudes = self._transfers.send(x, dtype).abs().double()
-            filled = torch.nn.functional.pad(magnitudes, (0, -x.size % bitnet.SUMMED))
+
+        def add(values: torch.Tensor) -> Tensors:
+            filled = torch.nn.functional.pad(values.abs().double(), (0, -x.size % bitnet.SUMMED))
             runs = _halved(filled.reshape(-1, bitnet.RUN))
-            self._transfers.fetch((_halved(runs.reshape(-1, bitnet.RUNS)), sums))
+            return (_halved(runs.reshape(-1, bitnet.RUNS)),)
+
+        self._run(("magnitudes",), x, dtype, add, sums)
         return sums
 
     def pack_ternary(
         self, runs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], dtype: str, inverse: float, out: np.ndarray
     ) -> None:
-        with self._transfers.running():
-            scale = torch.full((), inverse, dtype=torch.float32, device=self._device)
-            total: Any = 0
-            for quarter, run in enumerate(runs):
-                values = self._transfers.send(run, dtype, slot=quarter)
-                codes = (values * scale).round().clamp(-1, 1).to(torch.int8) + 1
+        sent = [self._sendable(run, dtype) for run in runs]
+
+        def pack(raws: Sequence[torch.Tensor]) -> Tensors:
+            scale, total = raws[-1].view(torch.float32), torch.zeros(out.size, dtype=torch.uint8, device=self._device)
+            for quarter, (raw, (_, kind)) in enumerate(zip(raws, sent, strict=False)):
+                codes = (floats(raw, kind) * scale).round().clamp(-1, 1).to(torch.int8) + 1
                 total = total | codes.to(torch.uint8) << (2 * quarter)
-            self._transfers.fetch((total, out))
+            return (total,)
+
+        arrays = [*(array for array, _ in sent), np.full(1, inverse, np.float32)]
+        self._transfers.run(("ternary", dtype), arrays, pack, (out,))
 
     def solve_hqq(
         self, x: np.ndarray, dtype: str, strides: tuple[int, int], size: int, top: int, rounds: bool, tile: int,
@@ -142,18 +153,37 @@ class DeviceKernels(CpuKernels):
         weights = x.reshape(shape)
         if not is_whole:
             weights = np.take(weights, unknown, axis=by_weight)
+        shape = weights.shape
         made = [np.empty(unknown.size, each.dtype) for each in found]
         sums = np.empty((-(-unknown.size // tile), updates))
-        with self._transfers.running():
-            sent = self._transfers.send(weights.reshape(-1), dtype).reshape(weights.shape)
+
+        def solve(values: torch.Tensor) -> Tensors:
+            sent = values.reshape(shape)
             scales, zeros, moved, away = hqq.solve(sent.T.contiguous() if by_weight else sent, top, rounds, updates)
-            filled = torch.nn.functional.pad(away.double(), (0, 0, 0, -unknown.size % tile))
-            added = filled.reshape(-1, tile, updates).sum(1)
-            self._transfers.fetch(*zip((scales, zeros, moved, added), (*made, sums), strict=True))
+            filled = torch.nn.functional.pad(away.double(), (0, 0, 0, -shape[by_weight] % tile))
+            return scales, zeros, moved, filled.reshape(-1, tile, updates).sum(1)
+
+        # Where some groups are left, their number is hardly ever the same again.
+        key = ("hqq", by_weight, size, top, rounds, tile, updates) if is_whole else None
+        self._run(key, weights.reshape(-1), dtype, solve, *made, sums)
         for one, other in zip(found, made, strict=True):
             one[unknown] = other
         if is_whole:
             errors += sums
+
+    def _run(
+        self, key: Hashable, x: np.ndarray, dtype: str, encode: Callable[[torch.Tensor], Tensors], *outs: np.ndarray
+    ) -> None:
+        """Fill `outs` with what `encode` makes of raw weights, which are float32 on the device: see `Transfers.run`."""
+        array, kind = self._sendable(x, dtype)
+        given = None if key is None else (key, dtype)
+        self._transfers.run(given, (array,), lambda raws: encode(floats(raws[0], kind)), outs)
+
+    def _sendable(self, x: np.ndarray, dtype: str) -> tuple[np.ndarray, str]:
+        """Return weights in a dtype that the device holds, and its name: MPS has no bfloat16 and no float64."""
+        if self._device.type == "mps" and dtype in ("BF16", "F64"):
+            return casts.to_float32(x, dtype), "F32"
+        return x, dtype
 
     # --- comparing
 
@@ -164,57 +194,47 @@ class DeviceKernels(CpuKernels):
         return self._transfers.kept(x) is not None
 
     def compare(
-        self, x: np.ndarray, dtype: str, read: Callable[[str, int, int], np.ndarray],
-        decode: Callable[[DeviceParts], Any], grid: Callable[[], Grid | None], sums: np.ndarray,
-    ) -> bool:  # fmt: skip
-        raw = self._transfers.kept(x)
-        assert raw is not None
-        with self._transfers.running():
-            parts = _Parts(self._transfers, read)
-            parts.sums.add(x, raw)
-            if (decoded := decode(parts)) is None:
-                return False
-            source = floats(raw, dtype)
+        self, x: np.ndarray, dtype: str, parts: Sequence[np.ndarray], decoder: Decoder, grid: Grid | None,
+        sums: np.ndarray,
+    ) -> None:  # fmt: skip
+        there = [self._transfers.kept(array) for array in (x, *parts)]
+        held = [array for array, raw in zip((x, *parts), there, strict=True) if raw is not None]
+        sent = [array for array, raw in zip((x, *parts), there, strict=True) if raw is None]
+        count = len(sent)
+        if grid is not None:
+            sent += [grid.low, grid.high, grid.half]
+
+        def values(raws: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            others = iter(raws)
+            source, *coded = (next(others) if raw is None else raw for raw in there)
+            return source.view(DTYPES[dtype]), decoder(coded)
+
+        def add(raws: Sequence[torch.Tensor]) -> Tensors:
+            source, decoded = values(raws)
             found = [compare.sums(source, decoded)]
-            if (nearest := grid()) is not None:
-                ends = [parts.sent(each).view(torch.float32) for each in (nearest.low, nearest.high, nearest.half)]
-                found.append(compare.is_off(source, decoded, nearest, ends))
-            numbers = np.empty(sum(each.numel() for each in found))
-            self._transfers.fetch((torch.cat(found), numbers), parts.sums.made())
-            parts.sums.check()
-            slots: tuple[int, ...] = compare.SLOTS
-            if not np.isfinite(numbers).all():
-                slots = compare.SLOTS + compare.COUNTS
-                numbers = np.empty(len(slots))
-                self._transfers.fetch((compare.sums_of_finite(source, decoded), numbers))
-            elif numbers[len(slots) :].any():
-                sums[sums_of.WRONG] = 1
+            if grid is not None:
+                ends = [raw.view(torch.float32) for raw in raws[count:]]
+                found.append(compare.is_off(source.float(), decoded, grid.group, grid.slope, ends))
+            words = [each for raw in there if raw is not None for each in word_sums(raw)]
+            return torch.cat(found), torch.stack(words)
+
+        # A graph reads what is kept where it was when it was recorded.
+        places = tuple(None if raw is None else (raw.data_ptr(), raw.numel()) for raw in there)
+        bounds = None if grid is None else (grid.group, grid.slope)
+        numbers = np.empty(len(compare.SLOTS) + (grid is not None))
+        words = np.empty(sum(map(count_of_sums, held)), np.int64)
+        self._transfers.run(("compare", decoder, dtype, places, bounds), sent, add, (numbers, words))
+        check_sums(held, words)
+        slots: tuple[int, ...] = compare.SLOTS
+        if not np.isfinite(numbers).all():
+            slots = compare.SLOTS + compare.COUNTS
+            numbers = np.empty(len(slots))
+            self._transfers.run(None, sent, lambda raws: (compare.sums_of_finite(*values(raws)),), (numbers,))
+        elif numbers[len(slots) :].any():
+            sums[sums_of.WRONG] = 1
         found_sums = sums_of.new_sums()
         found_sums[list(slots)] = numbers[: len(slots)]
         sums_of.merge(sums, found_sums)
-        return True
-
-
-class _Parts:
-    """Stored parts on the device: copies that it keeps, or else new ones. `sums` are those of the kept ones' words."""
-
-    def __init__(self, transfers: Transfers, read: Callable[[str, int, int], np.ndarray]) -> None:
-        self.sums = KeptSums()
-        self._transfers = transfers
-        self._read = read
-        self._sent = 0
-
-    def read(self, role: str, start: int, stop: int) -> torch.Tensor:
-        part = self._read(role, start, stop)
-        if (raw := self._transfers.kept(part)) is None:
-            return self.sent(part)
-        self.sums.add(part, raw)
-        return raw
-
-    def sent(self, array: np.ndarray) -> torch.Tensor:
-        """Return a copy of an array's bytes on the device."""
-        self._sent += 1
-        return self._transfers.bytes_of(array, f"part {self._sent}")
 
 
 def _halved(rows: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -25,9 +25,9 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint, VerifyFailed, setting
-from loaders.quantization.kernels import DeviceParts, casts
+from loaders.quantization.kernels import casts
 from loaders.quantization.kernels.bitsandbytes import dynamic_map, tables
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -243,15 +243,18 @@ class Bnb4:
             compare.compare(x[whole:], tail, sums)
         return True
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
-        from loaders.quantization.kernels.device import decode
-
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
         group, per_item = self.group_size, 2 * self._storage.item_bytes
         if self.double_quant or start % group or stop % group:
             return None
-        codes = stored.read("weight", start // per_item, -(-stop // per_item))[: (stop - start) // 2]
-        absmax = decode.floats(stored.read("weight.absmax", start // group, stop // group), "F32")
-        return decode.fourbit(codes, absmax, self.table, group)
+        codes = "weight", start // per_item, -(-stop // per_item)
+        return codes, ("weight.absmax", start // group, stop // group)
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        codes, absmax = parts
+        return decode.fourbit(codes[: count // 2], decode.floats(absmax, "F32"), self.table, self.group_size)
 
     def _read(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of items [start, stop) and the scales of their groups."""

@@ -7,7 +7,7 @@ on cannot be stored. It finds columns of outliers in the activations at run time
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +16,8 @@ import numpy as np
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES
 from loaders.errors import VerifyFailed
 from loaders.quantization.boxes import ByBoxes, read_rows
-from loaders.quantization.kernels import DeviceParts, casts
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 SCALES, FORMAT = "SCB", "weight_format"
@@ -91,14 +91,17 @@ class LlmInt8(ByBoxes):
         int8.compare(kernel_input(block, source), codes, start % columns, columns, scales, sums)
         return True
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
-        from loaders.quantization.kernels.device import decode
-
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
         columns = spec.shape[1]
         if start % columns or stop % columns:
             return None
-        scales = decode.floats(stored.read(SCALES, start // columns, stop // columns), "F32")
-        return decode.llm_int8(stored.read("weight", start, stop), scales)
+        return ("weight", start, stop), (SCALES, start // columns, stop // columns)
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        codes, scales = parts
+        return decode.llm_int8(codes, decode.floats(scales, "F32"))
 
     def decode_box(
         self, spec: TensorSpec, stored: Stored, rows: range, columns: range, out: np.ndarray, work: Work

@@ -12,7 +12,7 @@ see kernels/compressed_tensors/packed_int.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +20,8 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from loaders.errors import setting
-from loaders.quantization.kernels import DeviceParts, casts
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 GROUP_SIZES = (32, 64, 128)
@@ -183,19 +183,26 @@ class PackedInt:
         packed_int.compare(kernel_input(block, source), packed, self.group_size, self.bits, scales, shifts, sums)
         return True
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
-        from loaders.quantization.kernels.device import decode
-
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
         columns, group = spec.shape[1], self.group_size
         if columns * self.bits % 32:
             return None
-        packed = stored.read("weight_packed", start * self.bits // 32, stop * self.bits // 32)
-        scales = decode.floats(stored.read("weight_scale", start // group, stop // group), scale_dtype(spec.dtype).name)
+        packed = "weight_packed", start * self.bits // 32, stop * self.bits // 32
+        scales = "weight_scale", start // group, stop // group
         if self.symmetric:
-            return decode.packed_int(packed, self.bits, scales, 1 << (self.bits - 1))
+            return packed, scales
         first, last, groups = start // columns, stop // columns, columns // group
-        words = stored.read("weight_zero_point", first // 8 * groups, -(-last // 8) * groups)
-        return decode.packed_int(packed, self.bits, scales, decode.zero_points(words, last - first, groups))
+        return packed, scales, ("weight_zero_point", first // 8 * groups, -(-last // 8) * groups)
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
+        from loaders.quantization.kernels.device import decode
+
+        packed, raw_scales, *words = parts
+        scales, columns = decode.floats(raw_scales, scale_dtype(spec.dtype).name), spec.shape[1]
+        if not words:
+            return decode.packed_int(packed, self.bits, scales, 1 << (self.bits - 1))
+        zeros = decode.zero_points(words[0], count // columns, columns // self.group_size)
+        return decode.packed_int(packed, self.bits, scales, zeros)
 
     def _scales_and_shifts(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int

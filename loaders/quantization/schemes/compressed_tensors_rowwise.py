@@ -9,15 +9,15 @@ llm-compressor's model_free_ptq; see kernels/compressed_tensors/fp8.py and int8.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from loaders.dtypes import DTYPES
-from loaders.quantization.kernels import DeviceParts, casts
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work
 from loaders.quantization.schemes.compressed_tensors_int import (
     E4M3_STEPS,
     EPS,
@@ -111,15 +111,16 @@ class RowScaled:
         compare_rows(x, stored.read("weight", start, stop), columns, scales, sums)
         return True
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
+        columns = spec.shape[1]
+        return None if self.whole else (("weight", start, stop), ("weight_scale", start // columns, stop // columns))
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
         from loaders.quantization.kernels.device import decode
 
-        if self.whole:
-            return None
-        columns, dtype = spec.shape[1], scale_dtype(spec.dtype).name
-        scales = decode.floats(stored.read("weight_scale", start // columns, stop // columns), dtype)
+        codes, scales = parts
         decode_rows = decode.e4m3_rows if self.type == "float" else decode.int8_rows
-        return decode_rows(stored.read("weight", start, stop), scales)
+        return decode_rows(codes, decode.floats(scales, scale_dtype(spec.dtype).name))
 
     def _scales(self, spec: TensorSpec, stored: Stored, start: int, stop: int) -> np.ndarray:
         """Return the raw scales of the rows in items [start, stop)."""

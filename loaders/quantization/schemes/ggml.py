@@ -8,7 +8,7 @@ bfloat16 sources. What a block holds is described in kernels/ggml/blocks.py, mxf
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,9 +18,9 @@ from loaders.dtypes import DTYPES, GGML_BLOCKS, WEIGHT_DTYPES
 from loaders.errors import setting
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import DeviceParts, casts
+from loaders.quantization.kernels import casts
 from loaders.quantization.read_only.ggml import decode_blocks
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work
 from loaders.quantization.schemes.bitnet import absmean
 from loaders.quantization.schemes.plain import Plain
 from loaders.specs import StoredSpec, TensorSpec
@@ -179,29 +179,35 @@ class Ggml:
     def compare(
         self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
     ) -> bool:
+        if self.type in FLOATS:
+            return Plain(self.type).compare(spec, stored, start, stop, block, source, sums)
         from loaders.quantization.kernels.cpu import kernel_input
-        from loaders.quantization.kernels.ggml.compare import COMPARERS, mxfp4, tq2_0_of_mean
 
-        if self.type not in (*COMPARERS, "MXFP4") or (self.absmean and self.type != "TQ2_0"):
-            return False
-        size, x, is_cast = DTYPES[self.type].size, kernel_input(block, source), source != spec.dtype.name
+        size, x = DTYPES[self.type].size, kernel_input(block, source)
         blocks = stored.read("weight", size((start,)), size((stop,)))
-        if self.type == "MXFP4":
-            mxfp4(blocks, x, grids.symmetric_terms(*DOUBLED_E2M1, is_cast), sums)
-        elif self.absmean:
-            tq2_0_of_mean(blocks, x, grids.room_terms(grids.SMALL, is_cast), sums)
-        else:
+        if self._is_plain_block:
+            from loaders.quantization.kernels.ggml.compare import COMPARERS
+
             COMPARERS[self.type](blocks, x, sums)
+        else:
+            from loaders.quantization.kernels.ggml.compare_nearest import NEAREST
+
+            is_cast = source != spec.dtype.name
+            symmetric, exact = grids.symmetric_terms(*DOUBLED_E2M1, is_cast), grids.room_terms(grids.SMALL, is_cast)
+            NEAREST[self.type](blocks, x, symmetric if self.type == "MXFP4" else exact, sums)
         return True
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
         from loaders.quantization.kernels.device.decode import BLOCKS
 
-        if self.type not in BLOCKS:
-            return None
         size = DTYPES[self.type].size
-        blocks = stored.read("weight", size((start,)), size((stop,)))
-        return BLOCKS[self.type](blocks.reshape(-1, size((DTYPES[self.type].block,))))
+        return (("weight", size((start,)), size((stop,))),) if self.type in BLOCKS else None
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
+        from loaders.quantization.kernels.device.decode import BLOCKS
+
+        dtype = DTYPES[self.type]
+        return BLOCKS[self.type](parts[0].reshape(-1, dtype.size((dtype.block,))))
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         if self.type in FLOATS:

@@ -13,7 +13,7 @@ weights differ by one. Both are equally good.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +21,8 @@ import numpy as np
 
 from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
 from loaders.quantization.grid import LEAST, ROUNDING, SMALL
-from loaders.quantization.kernels import DeviceParts, casts
-from loaders.quantization.scheme import Block, Sink, Stored, View, Work, fits
+from loaders.quantization.kernels import casts
+from loaders.quantization.scheme import Block, PartRange, Sink, Stored, View, Work, fits
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -148,14 +148,15 @@ class MlxAffine:
         affine.compare(kernel_input(block, source), packed, scales, biases, self.bits, self.group_size, sums)
         return True
 
-    def decode_on_device(self, spec: TensorSpec, stored: DeviceParts, start: int, stop: int) -> Any:
+    def parts_on_device(self, spec: TensorSpec, start: int, stop: int) -> Sequence[PartRange] | None:
+        packed = "weight", start * self.bits // 32, stop * self.bits // 32
+        return packed, *((role, start // self.group_size, stop // self.group_size) for role in (SCALES, BIASES))
+
+    def decode_on_device(self, spec: TensorSpec, parts: Sequence[Any], count: int) -> Any:
         from loaders.quantization.kernels.device import decode
 
-        group, dtype = self.group_size, self.scale_dtype(spec).name
-        packed = stored.read("weight", start * self.bits // 32, stop * self.bits // 32)
-        scales, biases = (
-            decode.floats(stored.read(role, start // group, stop // group), dtype) for role in (SCALES, BIASES)
-        )
+        packed, *others = parts
+        scales, biases = (decode.floats(each, self.scale_dtype(spec).name) for each in others)
         return decode.affine(packed, self.bits, scales, biases)
 
     def _read(

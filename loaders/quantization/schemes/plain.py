@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from loaders.dtypes import DTYPES, WEIGHT_DTYPES
+from loaders.dtypes import DTYPES, WEIGHT_DTYPES, storage_of
 from loaders.quantization.kernels import casts
-from loaders.quantization.scheme import Sink, Stored, View, Work
+from loaders.quantization.scheme import Block, Sink, Stored, View, Work
 from loaders.specs import StoredSpec, TensorSpec
 
 
@@ -41,10 +41,13 @@ class Plain:
         return 0
 
     def encode(self, view: View, sink: Sink, work: Work) -> None:
+        dtype = view.spec.dtype.name if self.dtype is None else self.dtype
+
         def copy(start: int, stop: int) -> None:
             block = view.read(start, stop)
-            if self.dtype is not None:
-                block = casts.cast(block, view.spec.dtype.name, self.dtype)
+            if dtype != view.spec.dtype.name:
+                out = work.array("cast", stop - start, storage_of(DTYPES[dtype]))
+                block = casts.cast(block, view.spec.dtype.name, dtype, out)
             sink.write("weight", start, block)
 
         work.sweep(view.spec.num_items, 1, copy)
@@ -54,6 +57,16 @@ class Plain:
 
     def align(self, spec: TensorSpec) -> int:
         return 1
+
+    def compare(
+        self, spec: TensorSpec, stored: Stored, start: int, stop: int, block: Block, source: str, sums: np.ndarray
+    ) -> bool:
+        from loaders.quantization.kernels import compare, cpu
+
+        dtype = spec.dtype.name if self.dtype is None else self.dtype
+        decoded = cpu.kernel_input(stored.read("weight", start, stop), dtype)
+        compare.compare(cpu.kernel_input(block, source), decoded, sums)
+        return True
 
     def decode(self, spec: TensorSpec, stored: Stored, start: int, stop: int, out: np.ndarray, work: Work) -> None:
         dtype = spec.dtype.name if self.dtype is None else self.dtype

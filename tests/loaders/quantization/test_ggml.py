@@ -15,20 +15,24 @@ import loaders.backends.threads
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.dtypes import DTYPES, GGML_BLOCKS
-from loaders.quantization.kernels import compare
+from loaders.quantization.kernels import compare, cpu
 from loaders.quantization.kernels.cpu import kernel_input
 from loaders.quantization.kernels.ggml.decode import DECODERS
 from loaders.quantization.kernels.ggml.encode import ENCODERS
+from loaders.quantization.scheme import Stored
 from loaders.quantization.schemes.ggml import TYPES, Ggml
 from loaders.specs import TensorSpec
 from tests import reference
-from tests.encoding import DTYPE_NAMES, MemoryView, decode, encode, random
+from tests.encoding import DTYPE_NAMES, MemorySink, MemoryView, decode, encode, random
 from tests.making import Raw, values_of, weights
 from tests.plain_cpu import differing
 from tests.quick import some_quick
 
 BLOCKS = sorted(GGML_BLOCKS)
-AT_ONCE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ2_0")  # decoded and compared in one call
+# types whose codes are found without a search
+ROUNDED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ2_0")
+# where blocks of some others hold float16s
+HALVES = {"Q3_K": (108,), "Q5_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,)}
 
 
 def test_every_block_type_has_an_encoder_and_a_decoder() -> None:
@@ -94,11 +98,11 @@ def awkward() -> np.ndarray:
 
 
 def results() -> dict[str, bytes]:
-    """The blocks and the measured sums of types that are compared at once, by type and dtype."""
+    """The blocks and the measured sums of types, by type and dtype; of those that take long to compile, the sums."""
     found = {}
     ordinary = np.random.default_rng(7).standard_normal(5 * 4096 + 256).astype(np.float32)
     ordinary[300], ordinary[9000] = np.nan, np.inf
-    for name in AT_ONCE:
+    for name in ROUNDED:
         for dtype in ("BF16", "F16", "F32"):
             with np.errstate(over="ignore"):
                 raw = weights(np.concatenate([awkward(), ordinary]).reshape(1, -1), dtype)
@@ -111,14 +115,70 @@ def results() -> dict[str, bytes]:
                     spec, Held(blocks), 0, x.size, raw.data.reshape(-1), dtype, sums
                 )
             found[f"{name} {dtype}"] = blocks.tobytes() + sums.tobytes()
+    for name in HALVES:
+        raw, sums = weights(ordinary.reshape(1, -1), "BF16"), compare.new_sums()
+        blocks, x = some_blocks(name, ordinary.size), raw.data.reshape(-1)
+        assert Ggml(name).compare(MemoryView(raw).spec, Held(blocks), 0, x.size, x, "BF16", sums)
+        decoded = np.empty(x.size, np.float32)
+        DECODERS[name](blocks, decoded)
+        found[name] = sums.tobytes() + decoded.tobytes()
     return found
+
+
+def some_blocks(name: str, count: int) -> np.ndarray:
+    """Blocks of `count` weights whose bytes are drawn at random, but for ordinary scales: uint8."""
+    size = DTYPES[name].size((DTYPES[name].block,))
+    blocks = np.random.default_rng(11).integers(0, 256, (count // DTYPES[name].block, size), dtype=np.uint8)
+    for at in HALVES[name]:
+        blocks[:, at + 1] = blocks[:, at + 1] % 12 + 28  # the exponents of float16s from 2^-8 to 2^-5
+    return blocks.reshape(-1)
+
+
+def measured_slowly(
+    scheme: Ggml, spec: TensorSpec, stored: Stored, x: np.ndarray, dtype: str, work: ThreadedWork
+) -> np.ndarray:
+    """The sums of a range by way of its decoded weights, and held against its grid if all are finite."""
+    decoded, sums = np.empty(x.size, np.float32), compare.new_sums()
+    scheme.decode(spec, stored, 0, x.size, decoded, work)
+    cpu.compare_into(x, dtype, decoded, sums)
+    grid = scheme.grid(spec, stored, 0, x.size)
+    if grid is not None and not sums[compare.NONFINITE]:
+        grid = grid if dtype == spec.dtype.name else grid.after_cast()
+        sums[compare.WRONG] = not grid.holds(kernel_input(x, dtype), decoded)
+    return sums
+
+
+SCHEMES = [Ggml(name) for name in TYPES] + [Ggml(name, absmean=True) for name in ("TQ1_0", "TQ2_0")]
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.type + " absmean" * scheme.absmean)
+def test_the_sums_of_one_call_are_those_of_decoded_weights(scheme: Ggml, dtype: str, work: ThreadedWork) -> None:
+    """To the last bit: of weights of ordinary and of every size, cast, not finite, wrongly coded, in a short chunk."""
+    ordinary = np.random.default_rng(9).standard_normal(2 * 4096 + 512).astype(np.float32)
+    spoiled = np.where(np.isin(np.arange(ordinary.size), (300, 4096)), np.float32(np.nan), ordinary)
+    for values in (ordinary,) if scheme.absmean else (ordinary, awkward(), spoiled):
+        with np.errstate(over="ignore"):
+            raw = weights(values.reshape(1, -1), dtype)
+        x = raw.data.reshape(-1)
+        for encoded in (raw, weights(values_of(raw), "BF16")):
+            spec, sink = MemoryView(encoded).spec, MemorySink(scheme, MemoryView(encoded).spec)
+            scheme.encode(MemoryView(encoded), sink, work)
+            for is_wrong in (False, True):
+                sink.stored["weight"].view(np.uint8)[40] ^= 0xFF if is_wrong else 0
+                found = compare.new_sums()
+                assert scheme.compare(spec, sink, 0, x.size, x, dtype, found)
+                wanted = measured_slowly(scheme, spec, sink, x, dtype, work)
+                assert found.tobytes() == wanted.tobytes()
+                if values is ordinary and scheme.grid(spec, sink, 0, x.size) is not None:
+                    assert found[compare.WRONG] == is_wrong
 
 
 def test_a_plain_cpu_gives_the_same_bytes_and_sums(tmp_path: Path) -> None:
     assert differing(results, tmp_path) == []
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", ROUNDED)
 def test_bfloat16s_give_the_bytes_of_the_same_numbers_in_float32(name: str) -> None:
     raw = weights(awkward(), "BF16")
     found = []

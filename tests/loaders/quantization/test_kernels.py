@@ -24,7 +24,7 @@ from loaders.quantization.kernels.mlx import affine, microfloat, microfloat_scal
 from loaders.quantization.schemes.bitnet import total_magnitude
 from loaders.quantization.schemes.mlx_float import SETTINGS, MlxFloat
 from tests.encoding import MemoryView
-from tests.making import Raw, weights
+from tests.making import Raw, values_of, weights
 from tests.plain_cpu import differing
 
 DTYPES = ("BF16", "F16", "F32")
@@ -141,8 +141,21 @@ def results() -> dict[str, bytes]:
         sums = compare.new_sums()
         cpu.scan_into(inputs(dtype).data.reshape(-1), dtype, sums)
         found[f"{dtype} scan"] = sums.tobytes()
-        found[f"{dtype} to bf16"] = casts.cast(inputs(dtype).data.reshape(-1), dtype, "BF16").tobytes()
+        for target in DTYPES:
+            found[f"{dtype} to {target}"] = casts.cast(every_size(dtype), dtype, target).tobytes()
     return found
+
+
+def every_size(dtype: str) -> np.ndarray:
+    """More weights than numpy casts, of every 16 bits; in float32 others below them, and all that is halfway."""
+    high = np.arange(casts.FEW + 13).astype(np.uint16)
+    if dtype != "F32":
+        return high.view(np.float16) if dtype == "F16" else high
+    low = np.random.default_rng(3).integers(0, 1 << 16, high.size, dtype=np.uint32)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+    return np.concatenate([high.astype(np.uint32) << 16 | low, halves, halves + 0xFFF, halves + 0x1000]).view(
+        np.float32
+    )
 
 
 def test_a_plain_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -262,6 +275,24 @@ def test_a_real_device_gives_the_same_bytes() -> None:
             kernels.encode_fourbit(x, dtype, "nf4", 64, packed, absmax)
             made.append(packed.tobytes() + absmax.tobytes())
         assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("target", DTYPES)
+def test_casts_by_vectors_round_as_numpy_does_and_keep_what_nan_carry(source: str, target: str) -> None:
+    raw = every_size(source)
+    made, values = casts.cast(raw, source, target), values_of(Raw(source, raw))
+    is_nan, bits = np.isnan(values), raw.view(np.uint32 if source == "F32" else np.uint16).astype(np.uint32)
+    with np.errstate(over="ignore"):
+        assert made[~is_nan].tobytes() == weights(values[~is_nan], target).data.tobytes()
+    if source == target:
+        return
+    wide = {"BF16": bits << 16, "F16": (bits & 0x8000) << 16 | (bits & 0x3FF) << 13 | 0x7F800000, "F32": bits}[source]
+    half = np.maximum(wide >> 13 & 0x3FF, 1) | 0x7C00 | wide >> 16 & 0x8000
+    wanted = {"BF16": np.full(wide.size, 0x7FC0), "F16": half, "F32": wide}[target]
+    found = made.view(np.uint32 if target == "F32" else np.uint16)
+    assert is_nan.any()
+    assert np.array_equal(found[is_nan], wanted[is_nan])
 
 
 @pytest.mark.parametrize("source", [*DTYPES, "F64"])

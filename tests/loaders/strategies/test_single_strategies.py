@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from loaders.checkpoints.checkpoint import open_checkpoint
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, StorageError
 from loaders.strategies import LowMemoryLoader, SafetensorsLoader, UnifiedMemoryLoader, fastsafetensors, loader
 from tests.loaders.strategies.writing import write
 from tests.making import LLAMA, Raw, write_checkpoint
@@ -107,14 +107,19 @@ def test_full_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.engine
 def test_weights_go_through_staging_buffers_piece_by_piece(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from loaders.backends.staging import BUFFERS, Staging
+    from loaders.backends.staging import BUFFERS, Filling, Staging
 
-    values = np.random.default_rng(1).integers(0, 256, 10_001, np.uint8)
+    values, longest = np.random.default_rng(1).integers(0, 256, 10_001, np.uint8), list[int]()
+
+    def fill(at: int, out: np.ndarray) -> None:
+        longest.append(out.size)
+        np.copyto(out, values[at : at + out.size])
+
+    sizes = (0, 1, 1000, 1000 * BUFFERS, 10_001)
     with Staging("cpu", 2, part=1000) as staging:
-        found = [staging.copied(values[:size]) for size in (0, 1, 1000, 1000 * BUFFERS, 10_001)]
-    assert [tensor.numpy().tobytes() for tensor in found] == [
-        values[:size].tobytes() for size in (0, 1, 1000, 1000 * BUFFERS, 10_001)
-    ]
+        found = list(staging.copied(Filling(size, fill) for size in sizes))
+    assert [tensor.numpy().tobytes() for tensor in found] == [values[:size].tobytes() for size in sizes]
+    assert max(longest) == 1000
     wanted = write(tmp_path / "m")
     loaded = loader("pinned").load_weights(tmp_path / "m", device="cpu")
     assert {n: fastsafetensors._bytes_of(t).tobytes() for n, t in loaded.items()} == wanted
@@ -123,42 +128,38 @@ def test_weights_go_through_staging_buffers_piece_by_piece(tmp_path: Path) -> No
 
 
 @pytest.mark.engine
-def test_buffers_are_filled_while_the_device_copies_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A buffer waits for the copy that was made from it before, and for no later one."""
+def test_tensors_are_staged_ahead_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    from loaders.backends.staging import BUFFERS, Staging
+    from loaders.backends import staging
 
-    said: list[str] = []
-    filled, send = Staging._filled, Staging._send
+    monkeypatch.setattr(staging, "AHEAD", 250)
+    asked = list[int]()
 
-    class Copy:
-        """The event after a copy."""
+    def fillings() -> Iterator[staging.Filling]:
+        for number in range(6):
+            asked.append(number)
+            yield staging.Filling(100, lambda at, out: out.fill(1))
 
-        def __init__(self, number: int) -> None:
-            self.number = number
+    with staging.Staging("cpu", 2) as stage:
+        tensors = stage.copied(fillings())
+        for number in range(6):
+            next(tensors)
+            assert len(asked) == min(6, 3 + number)
 
-        def synchronize(self) -> None:
-            said.append(f"wait for {self.number}")
 
-    def fill(staging: Staging, piece: np.ndarray) -> Any:
-        buffer = filled(staging, piece)
-        said.append("fill")
-        return buffer
+@pytest.mark.engine
+def test_what_cannot_be_read_is_said_in_its_turn() -> None:
+    pytest.importorskip("torch")
+    from loaders.backends.staging import Filling, Staging
 
-    def copy(staging: Staging, buffer: Any, out: Any) -> None:
-        staging._taken[staging._next] = Copy(sum(each.startswith("copy") for each in said))
-        said.append("copy")
-        send(staging, buffer, out)
+    def fail(at: int, out: np.ndarray) -> None:
+        raise StorageError("reading m/a: it is gone")
 
-    monkeypatch.setattr(Staging, "_filled", fill)
-    monkeypatch.setattr(Staging, "_send", copy)
-    values = np.random.default_rng(1).integers(0, 256, 1000 * (BUFFERS + 2), np.uint8)
-    with Staging("cpu", 2, part=1000) as staging:
-        assert staging.copied(values).numpy().tobytes() == values.tobytes()
-        assert staging.copied(values[:10]).numpy().tobytes() == values[:10].tobytes()
-    assert BUFFERS >= 2
-    later = [each for number in range(3) for each in (f"wait for {number}", "fill", "copy")]
-    assert said == ["fill", "copy"] * BUFFERS + later
+    with Staging("cpu", 2) as staging:
+        tensors = staging.copied([Filling(10, lambda at, out: out.fill(1)), Filling(10, fail)])
+        assert next(tensors).sum() == 10
+        with pytest.raises(StorageError, match="it is gone"):
+            next(tensors)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from loaders.quantization.kernels.bitsandbytes import tables
+from loaders.quantization.kernels.device import triton_launch
 from loaders.quantization.kernels.device.transfers import DTYPES
 from loaders.quantization.kernels.read_only.fp8_int8 import E4M3
 
@@ -23,8 +24,15 @@ def floats(raw: torch.Tensor, dtype: str) -> torch.Tensor:
 
 def fourbit(packed: torch.Tensor, absmax: torch.Tensor, table: str, group: int) -> torch.Tensor:
     """Return table[code] * absmax. packed: (n / 2,), the first code of a byte high; absmax: float32 (n / group,)."""
+    if triton_launch.takes(packed):
+        return triton_launch.decode_fourbit(packed, absmax, _values(table, packed.device), group)
     values = _pairs(table, packed.device).index_select(0, packed.int())
     return (values.reshape(-1, group) * absmax[:, None]).reshape(-1)
+
+
+@cache
+def _values(table: str, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(tables.table(table).values).to(device)
 
 
 @cache

@@ -7,12 +7,17 @@ from functools import cache
 import torch
 
 from loaders.quantization.kernels.bitsandbytes import tables
+from loaders.quantization.kernels.device import triton_launch
 from loaders.quantization.kernels.device.arithmetic import nibbles, tops
 
 
 def fourbit_codes(groups: torch.Tensor, table: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code float32 groups (G, group): packed codes, two a byte, the first high, and largest magnitudes (G,)."""
-    largest, (bounds, order) = tops(groups), _table(table, groups.device)
+    """Code groups (G, group) of a float dtype: packed codes, the first of a byte high, and largest magnitudes (G,)."""
+    bounds, order = _table(table, groups.device)
+    if triton_launch.takes(groups) and groups.dtype != torch.float64:
+        return triton_launch.encode_fourbit(groups, bounds, order)
+    groups = groups.float()
+    largest = tops(groups)
     scaled = groups * (1.0 / largest.clamp(min=1e-38))[:, None]
     codes = order[torch.bucketize(scaled.reshape(-1).clamp(-1, 1), bounds)]
     return nibbles(codes[1::2], codes[::2]), largest

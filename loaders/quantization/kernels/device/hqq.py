@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from loaders.quantization.kernels.device import triton_search
+from loaders.quantization.kernels.device import triton_launch, triton_search
 
 SMALLEST_RANGE, LARGEST_SCALE = 1e-4, 2e4  # hqq's guards: small ranges, and float16's range
 
@@ -22,7 +22,7 @@ def solve(
     Returns scales and zeros, float32 (G,); the last update that moved a zero, uint8 (G,); and the sums of |error|
     before each update, float32 (G, updates).
     """
-    if triton_search.takes(groups):
+    if triton_launch.takes(groups):
         return triton_search.solve_hqq(groups, top, rounds, updates)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     span = high - low

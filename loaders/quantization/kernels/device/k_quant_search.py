@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loaders.quantization.kernels.device import triton_search
+from loaders.quantization.kernels.device import triton_launch, triton_search
 
 NOTHING = 1e-15  # ggml's GROUP_MAX_EPS: a sub-block of Q6_K whose magnitudes are all below it is zero
 Found = tuple[torch.Tensor, ...]
@@ -42,7 +42,7 @@ LINES = {
 def search_line(x: torch.Tensor, line: LineSearch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return scales and least values (S,), and codes (n, S), as float32."""
     reaches = _tenths(torch.arange(line.tries, device=x.device)) + line.first + line.top
-    if triton_search.takes(x):
+    if triton_launch.takes(x):
         return triton_search.search_line(x, line, reaches)
     weights = x.abs()
     if line.by_square:
@@ -83,7 +83,7 @@ def search_scale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     top = extreme(x, 0)[0]
     steps = torch.arange(-9, 9, device=x.device)
     reaches = _tenths(steps + (steps >= 0)) + 32.0  # from -9 to 9 without 0
-    find = triton_search.search_scale if triton_search.takes(x) else _search_scale
+    find = triton_search.search_scale if triton_launch.takes(x) else _search_scale
     scale, step = find(x, top, reaches)
     is_nothing = top.abs() < NOTHING
     codes = torch.where(is_nothing, -32.0, (step * x).round().clamp(-32, 31))

@@ -2,7 +2,7 @@
 
 A search goes over the same weights dozens of times. By torch, each operation is a kernel that reads and writes the
 GPU's memory and is launched from Python; here a program holds its weights in registers, or reads them from its first
-cache, until it is through. torch's wheels for CUDA on Linux bring Triton along.
+cache, until it is through.
 
 The arithmetic is that of hqq.py and k_quant_search.py. For the K-quants it is so operation by operation, weight by
 weight: products and sums are not contracted (`enable_fp_fusion`), and quotients and roots are the nearest.
@@ -10,8 +10,6 @@ weight: products and sums are not contracted (`enable_fp_fusion`), and quotients
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,16 +19,6 @@ if TYPE_CHECKING:
 
 SUB_BLOCKS = 128  # that a program searches, one in each thread
 WEIGHTS = 4096  # that a program of HQQ's holds: 32 in each thread
-
-
-def takes(x: torch.Tensor) -> bool:
-    """Whether these kernels search a tensor's weights: on CUDA, where there is Triton."""
-    return x.is_cuda and _is_there()
-
-
-@cache
-def _is_there() -> bool:
-    return find_spec("triton") is not None
 
 
 def solve_hqq(

@@ -8,11 +8,14 @@ twice, in the ends and in the decoded values. See quantization/grid.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.ggml.decode import half_at, six_bits
+from loaders.quantization.kernels.ggml import super_blocks
+from loaders.quantization.kernels.ggml.super_blocks import Scales, SuperBlock
 from loaders.quantization.kernels.lanes import I16, Array, Lanes, Value, kernel, vector
 
 ROUNDING = np.float32(2.0**-10)  # twice float16's greatest relative rounding
@@ -22,6 +25,7 @@ SMALL = np.float32(2.0**-20)  # room for sixteen float32 roundings, relative
 GROUPS = {
     "MXFP4": 32, "Q2_K": 16, "Q3_K": 16, "Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "TQ1_0": 256, "TQ2_0": 256,
 }  # fmt: skip
+TERNARY = super_blocks.TQ1_0, super_blocks.TQ2_0
 
 
 @vector(types.int64)
@@ -53,33 +57,39 @@ def largest_half(data: np.ndarray, size: int, at: int) -> float:
     return float(np.array(_largest_bits(data, size, at), np.uint16).view(np.float16))
 
 
-@kernel
-def _put_exact(g, scale, offset, least, top, low, high, half):  # type: ignore[no-untyped-def]
-    """Put the grid of group g, whose codes from `least` to `top` were found by exactly this scale and offset."""
-    one, other = offset + least * scale, offset + top * scale
-    low[g], high[g] = min(one, other), max(one, other)
-    half[g] = abs(scale) * (np.float32(0.5) + SMALL * top) + abs(offset) * SMALL
+Bounds = tuple[Value, Value, Value]  # low, high and half of sub-blocks, float32 lanes
 
 
-def of_ternary(lanes: Lanes, data: Array, at: Value) -> tuple[Value, Value]:
-    """Return the greatest value, the block's scale at a byte, and half a gap, half a scale, in sixteen equal lanes."""
-    bits = lanes.b.bitcast(lanes.load(data, at, 2), I16)
-    scale = lanes.absolute(lanes.from_f16(lanes.splat(bits, 16)))
-    return scale, lanes.op("fadd", lanes.op("fmul", scale, 0.5 + float(ROUNDING)), float(LEAST))
+def bounds_of(lanes: Lanes, block: SuperBlock, scales: Scales) -> Bounds:
+    """Return the grids of a super-block's sub-blocks, in as many lanes as its scales have."""
+    scale, minimum = scales
+    size = lanes.absolute(scale)
+    if block in TERNARY:
+        return lanes.b.fneg(size), size, lanes.op("fadd", lanes.op("fmul", size, float(0.5 + ROUNDING)), float(LEAST))
+    offset = lanes.const(scale.type, 0) if minimum is None else lanes.b.fneg(minimum)
+    one, other = (lanes.b.fadd(offset, lanes.op("fmul", scale, code)) for code in (block.least, block.top))
+    low = lanes.b.select(lanes.b.fcmp_ordered("<", other, one), other, one)
+    half = lanes.op("fmul", size, float(np.float32(0.5) + SMALL * np.float32(block.top)))
+    return low, lanes.larger(other, one), lanes.b.fadd(half, lanes.op("fmul", lanes.absolute(offset), float(SMALL)))
 
 
-@vector(types.void)
-def _put_ternary(lanes: Lanes, data: Array, at: Value, g: Value, low: Array, high: Array, half: Array) -> None:
-    scale, gap = of_ternary(lanes, data, at)
-    for each, value in ((low, lanes.b.fneg(scale)), (high, scale), (half, gap)):
-        lanes.store(lanes.part(value, 0, 1), each, g)
+def _putter(block: SuperBlock, group: int) -> Callable[..., None]:
+    """Return what stores the grids of the super-block at byte `at`, of `group` weights each, from entry `to` on."""
+    count = super_blocks.SUPER // group
+
+    @vector(types.void)
+    def put(lanes: Lanes, data: Array, at: Value, low: Array, high: Array, half: Array, to: Value) -> None:
+        found = bounds_of(lanes, block, block.scales(lanes, data, at))
+        for bounds, out in zip(found, (low, high, half), strict=True):
+            lanes.store(lanes.part(bounds, 0, count), out, to)
+
+    return put  # type: ignore[no-any-return]
 
 
-@kernel
-def _ternary(data, size, at_scale, low, high, half):  # type: ignore[no-untyped-def]
-    """Codes are -1, 0 and 1 times the block's scale."""
-    for g in range(low.size):
-        _put_ternary(data, g * size + at_scale, g, low, high, half)
+_put_q2_k, _put_q3_k = _putter(super_blocks.Q2_K, 16), _putter(super_blocks.Q3_K, 16)
+_put_q4_k, _put_q5_k = _putter(super_blocks.Q4_K, 32), _putter(super_blocks.Q5_K, 32)
+_put_q6_k = _putter(super_blocks.Q6_K, 16)
+_put_tq1_0, _put_tq2_0 = (_putter(block, 256) for block in TERNARY)
 
 
 @kernel
@@ -96,55 +106,52 @@ def _mxfp4(data, low, high, half):  # type: ignore[no-untyped-def]
 
 @kernel
 def _q2_k(data, low, high, half):  # type: ignore[no-untyped-def]
-    for b in range(low.size // 16):
-        d, dmin = half_at(data, b * 84 + 80), half_at(data, b * 84 + 82)
-        for j in range(16):
-            both = data[b * 84 + j]
-            scale, least = d * np.float32(both & 15), dmin * np.float32(both >> 4)
-            _put_exact(b * 16 + j, scale, -least, np.float32(0), np.float32(3), low, high, half)
+    for b in range(data.size // 84):
+        _put_q2_k(data, b * 84, low, high, half, b * 16)
 
 
 @kernel
 def _q3_k(data, low, high, half):  # type: ignore[no-untyped-def]
-    for b in range(low.size // 16):
-        at = b * 110
-        d = half_at(data, at + 108)
-        for j in range(16):
-            nibble = (data[at + 96 + j % 8] >> np.uint8(4 * (j // 8))) & np.uint8(15)
-            top = (data[at + 104 + j % 4] >> np.uint8(2 * (j // 4))) & np.uint8(3)
-            scale = d * np.float32(np.int32(nibble) + 16 * np.int32(top) - 32)
-            _put_exact(b * 16 + j, scale, np.float32(0), np.float32(-4), np.float32(3), low, high, half)
+    for b in range(data.size // 110):
+        _put_q3_k(data, b * 110, low, high, half, b * 16)
 
 
 @kernel
-def _six_bit(data, size, top, low, high, half):  # type: ignore[no-untyped-def]
-    for b in range(low.size // 8):
-        d, dmin = half_at(data, b * size), half_at(data, b * size + 2)
-        for j in range(8):
-            s, m = six_bits(data, b * size + 4, j)
-            scale, least = d * np.float32(s), dmin * np.float32(m)
-            _put_exact(b * 8 + j, scale, -least, np.float32(0), np.float32(top), low, high, half)
+def _q4_k(data, low, high, half):  # type: ignore[no-untyped-def]
+    for b in range(data.size // 144):
+        _put_q4_k(data, b * 144, low, high, half, b * 8)
+
+
+@kernel
+def _q5_k(data, low, high, half):  # type: ignore[no-untyped-def]
+    for b in range(data.size // 176):
+        _put_q5_k(data, b * 176, low, high, half, b * 8)
 
 
 @kernel
 def _q6_k(data, low, high, half):  # type: ignore[no-untyped-def]
-    for b in range(low.size // 16):
-        d = half_at(data, b * 210 + 208)
-        for j in range(16):
-            scale = d * np.float32(np.int8(data[b * 210 + 192 + j]))
-            _put_exact(b * 16 + j, scale, np.float32(0), np.float32(-32), np.float32(31), low, high, half)
+    for b in range(data.size // 210):
+        _put_q6_k(data, b * 210, low, high, half, b * 16)
 
 
-TERNARY = {"TQ1_0": (54, 52), "TQ2_0": (66, 64)}  # bytes of a block, the byte of its scale
-SIX_BIT = {"Q4_K": (144, 15), "Q5_K": (176, 31)}  # bytes of a block, the greatest code
-OTHERS = {"MXFP4": _mxfp4, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q6_K": _q6_k}
+@kernel
+def _tq1_0(data, low, high, half):  # type: ignore[no-untyped-def]
+    for b in range(data.size // 54):
+        _put_tq1_0(data, b * 54, low, high, half, b)
+
+
+@kernel
+def _tq2_0(data, low, high, half):  # type: ignore[no-untyped-def]
+    for b in range(data.size // 66):
+        _put_tq2_0(data, b * 66, low, high, half, b)
+
+
+FILLERS = {
+    "MXFP4": _mxfp4, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+}  # fmt: skip
 
 
 def grid(name: str, data: np.ndarray, low: np.ndarray, high: np.ndarray, half: np.ndarray) -> None:
     """Fill in low, high and half for whole blocks of the type `name`, one of GROUPS."""
-    if name in TERNARY:
-        _ternary(data, *TERNARY[name], low, high, half)
-    elif name in SIX_BIT:
-        _six_bit(data, *SIX_BIT[name], low, high, half)
-    else:
-        OTHERS[name](data, low, high, half)
+    FILLERS[name](data, low, high, half)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loaders.quantization.kernels.ggml.decode import half_at
+from loaders.quantization.kernels.ggml.fields import half_at
 from loaders.quantization.kernels.lanes import kernel
 
 
