@@ -32,9 +32,9 @@ from loaders.dtypes import DTYPES, WEIGHT_DTYPES, DType, storage_of
 from loaders.errors import VerifyFailed
 from loaders.quantization import grid as grids
 from loaders.quantization.grid import Grid
-from loaders.quantization.kernels import casts
 from loaders.quantization.scheme import Block, Sink, Stored, View, Work
-from loaders.quantization.schemes.runs import codes_by_chunks
+from loaders.quantization.schemes.hqq_metadata import constant
+from loaders.quantization.schemes.runs import PackedRuns, codes_by_chunks
 from loaders.specs import StoredSpec, TensorSpec
 
 BITS = (8, 4, 3, 2, 1)
@@ -45,20 +45,6 @@ TILE = 1024  # groups whose errors are one sum; fewer would hold more sums (see 
 KEPT = 1 << 23  # groups whose zeros are kept from the first pass: 72 MiB; those of larger tensors are found again
 FINER = 4  # times as many ranges as for other schemes, whose weights take less time: every thread shall have some
 HELD = 1 << 20  # scales that `decode` reads once for a whole range where groups are columns: 4 MiB, and zeros as much
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRuns:
-    """The shape of a weight's packed matrix: its groups, the rows of W_q, and its columns."""
-
-    groups: int
-    packed_rows: int
-    columns: int
-
-    @property
-    def run(self) -> int:
-        """The number of values in a run, which is that of items in W_q."""
-        return self.packed_rows * self.columns
 
 
 class Kept:
@@ -143,7 +129,7 @@ class Hqq:
             "scale": StoredSpec(dtype, of_groups),
             "zero": StoredSpec(dtype, of_groups),
         }
-        return roles | {role: _constant(value) for role, value in self.said(spec).items()}
+        return roles | {role: constant(value) for role, value in self.said(spec).items()}
 
     def said(self, spec: TensorSpec) -> dict[str, Any]:
         """Return the metadata that hqq's safetensors form stores for a module, a tensor each."""
@@ -191,6 +177,8 @@ class Hqq:
 
         An update's error is measured before it, so that hqq makes that update still. `kept` is filled in.
         """
+        from loaders.quantization.kernels.hqq import solver
+
         layout = self.layout(view.spec)
 
         def errors(first: int, last: int) -> np.ndarray:
@@ -200,10 +188,11 @@ class Hqq:
             self._solve(x, stride, view.spec, found, sums, work)
             return sums
 
-        found = self._sweep(work, layout.groups, TILE, errors)
+        totals = np.empty(UPDATES)
+        solver.add_tiles(np.concatenate(self._sweep(work, layout.groups, TILE, errors)), totals)
         with np.errstate(over="ignore"):  # an infinite mean is refused below
-            means = [np.float32(math.fsum(column) / view.spec.numel) for column in np.concatenate(found).T]
-        if not all(map(math.isfinite, means)):
+            means = (totals / view.spec.numel).astype(np.float32)
+        if not np.isfinite(means).all():
             raise VerifyFailed(
                 f"{view.spec.name}: it holds NaN or infinities (or weights near float32's end), and HQQ's search, which"
                 " ends by the error of all weights, would end by them; keep the tensor by a rule"
@@ -254,16 +243,19 @@ class Hqq:
         )
 
     def _solved(
-        self, x: np.ndarray, stride: tuple[int, int], first: int, found: Kept, updates: int, spec: TensorSpec,
-        sink: Sink, work: Work,
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Store scales and zeros of groups in the compute dtype, and return them unrounded for coding."""
-        scales, zeros, _ = found.arrays
-        self._solve(x, stride, spec, found, np.zeros((-(-scales.size // TILE), updates)), work)
-        dtype = self.dtype_of(spec).name
-        sink.write("scale", first, casts.cast(np.float32(1) / scales, "F32", dtype))
-        sink.write("zero", first, casts.cast(zeros, "F32", dtype))
+        self, x: np.ndarray, stride: tuple[int, int], found: Kept, updates: int, spec: TensorSpec, work: Work
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return scales and zeros of groups after `updates`, unrounded for coding."""
+        scales, zeros, moved = found.arrays
+        if moved.max() > updates:
+            self._solve(x, stride, spec, found, np.zeros((-(-scales.size // TILE), updates)), work)
         return scales, zeros
+
+    def _to_store(self, spec: TensorSpec, count: int, work: Work) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return arrays for what is stored of `count` scales and zeros, and the same as kernels take them."""
+        dtype = storage_of(self.dtype_of(spec))
+        stored = [work.array(f"stored {role}", count, dtype) for role in ("scale", "zero")]
+        return stored, [each.view(np.int16) if dtype == np.float16 else each for each in stored]
 
     def _shifts(self) -> list[int]:
         """Return the bit from which on each part's codes lie in an item of W_q."""
@@ -286,8 +278,11 @@ class Hqq:
                     break
                 x, stride = self._groups(view, begin, end, work)
                 found = kept.part(begin, end) if kept is not None else self._scratch(work, end - begin)
-                scales, zeros = self._solved(x, stride, begin, found, updates, spec, sink, work)
-                encode.code_rows(x, size, scales, zeros, np.float32(self.top), shift, packed)
+                scales, zeros = self._solved(x, stride, found, updates, spec, work)
+                stored, taken = self._to_store(spec, end - begin, work)
+                encode.code_rows(x, size, scales, zeros, np.float32(self.top), shift, packed, *taken)
+                sink.write("scale", begin, stored[0])
+                sink.write("zero", begin, stored[1])
             sink.write("W_q", first * size, packed)
 
         self._sweep(work, layout.packed_rows, batch.LANES, pack)
@@ -303,11 +298,15 @@ class Hqq:
             count = last - first
             x, stride = self._groups(view, first, last, work)
             found = kept.part(first, last) if kept is not None else self._scratch(work, count)
-            scales, zeros = self._solved(x, stride, first, found, updates, spec, sink, work)
+            scales, zeros = self._solved(x, stride, found, updates, spec, work)
+            stored, taken = self._to_store(spec, count, work)
             packed = work.array("packed", layout.packed_rows * count, item)
             encode.code_columns(
-                x, size, scales, zeros, np.float32(self.top), self._shifts()[0], self.bits, layout.packed_rows, packed
-            )
+                x, size, scales, zeros, np.float32(self.top), self._shifts()[0], self.bits, layout.packed_rows, packed,
+                *taken,
+            )  # fmt: skip
+            sink.write("scale", first, stored[0])
+            sink.write("zero", first, stored[1])
             if count == layout.groups:
                 sink.write("W_q", 0, packed)
                 return
@@ -411,14 +410,3 @@ def _rounding(dtype: str) -> tuple[np.float32, ...]:
     """Return what a grid allows for roundings to the compute dtype: a share of a value, a least step, and room."""
     share = 6 * grids.ROUNDING[dtype] + grids.SMALL
     return np.float32(share), np.float32(grids.LEAST[dtype]), np.float32(grids.TINY)
-
-
-def _constant(value: Any) -> StoredSpec:
-    """Return a constant item of metadata as hqq's encode_safetensor_type stores it."""
-    if isinstance(value, bool):
-        return StoredSpec(DTYPES["U8"], (), bytes([value]))
-    if isinstance(value, int):
-        return StoredSpec(DTYPES["I32"], (), value.to_bytes(4, "little"))
-    if isinstance(value, str):
-        return StoredSpec(DTYPES["U8"], (len(value),), value.encode("ascii"))
-    return StoredSpec(DTYPES["I64"], (len(value),), b"".join(n.to_bytes(8, "little") for n in value))

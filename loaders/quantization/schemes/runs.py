@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from loaders.quantization.scheme import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRuns:
+    """The shape of a weight's packed matrix: its groups, the rows of W_q, and its columns."""
+
+    groups: int
+    packed_rows: int
+    columns: int
+
+    @property
+    def run(self) -> int:
+        """The number of values in a run, which is that of items in W_q."""
+        return self.packed_rows * self.columns
 
 
 def codes_by_chunks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from numba.core import types
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.quantization.kernels import casts
-from loaders.quantization.kernels.hqq import decode
+from loaders.quantization.kernels.hqq import decode, encode, solver
 from loaders.quantization.kernels.lanes import Array, Lanes, vector
 from loaders.quantization.schemes.hqq import UPDATES, Hqq
 from tests.encoding import DTYPE_NAMES, MemoryView, random
@@ -81,3 +82,27 @@ def test_the_search_ends_one_update_past_the_one_whose_error_stopped_falling(bit
         found = scheme._updates(MemoryView(raw), ThreadedWork(kernels_of("cpu"), crew, threading.Event()))
     assert abs(found - wanted) <= 1  # float32 sums against float64's
     assert all(a > b for a, b in pairwise(means[: found - 1]))
+
+
+def test_tiles_are_added_as_if_exactly() -> None:
+    rng = np.random.default_rng(6)
+    errors = np.abs(rng.standard_normal((900, 20))) * 10.0 ** rng.integers(-12, 12, (900, 20))
+    totals = np.empty(20)
+    solver.add_tiles(errors, totals)
+    assert totals.tolist() == [math.fsum(column) for column in errors.T]
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_scales_and_zeros_are_stored_as_casts_round_them(dtype: str) -> None:
+    rng = np.random.default_rng(8)
+    scales, zeros = (
+        rng.integers(0, 1 << 32, 4096, np.uint32).view(np.float32),
+        np.append(rng.standard_normal(4088), [*EDGES[2:9], np.nan]).astype(np.float32),
+    )
+    scales = np.abs(np.nan_to_num(scales, posinf=1, neginf=1)) + np.float32(1e-30)
+    stored = [np.empty(scales.size, {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}[dtype]) for _ in range(2)]
+    codes = np.zeros(8 * scales.size, np.uint8)
+    encode.code_rows(np.zeros(codes.size, np.float32), 8, scales, zeros, np.float32(15), 0, codes, *stored)
+    for found, values in zip(stored, (np.float32(1) / scales, zeros), strict=True):
+        wanted = casts.cast(values, "F32", dtype)
+        assert np.array_equal(found.view(wanted.dtype), wanted, equal_nan=dtype != "BF16")

@@ -1,14 +1,18 @@
 """HQQ's codes of groups whose scales and zeros are known: code = clamp(round(w * scale + zero), 0, top), in float32.
 
+What is stored are 1 / scale and zero, rounded to the compute dtype to nearest even, as torch rounds them.
+
 Source: hqq 0.2.8, hqq/core/quantize.py (Quantizer.quantize). solver.py finds the scales and zeros.
 """
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loaders.quantization.kernels.lanes import I8, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.lanes import I8, I16, I32, Array, Lanes, Value, kernel, vector
+from loaders.quantization.kernels.rounding import like
 
 
 def codes_of(lanes: Lanes, scaled: Value, zero: Value, top: Value) -> Value:
@@ -53,9 +57,34 @@ def _code_row_8(
     _code_row(8, lanes, x, at, scale, zero, top, shift, out)
 
 
+@vector(types.void)
+def _put(lanes: Lanes, value: Value, out: Array, at: Value) -> None:
+    """Store a float32 scalar in the dtype of `out`; a NaN becomes the quiet one."""
+    one = lanes.splat(value, 1)
+    if out.holds == types.uint16:
+        bits = lanes.op("lshr", lanes.b.bitcast(like(lanes, out, one), ir.VectorType(I32, 1)), 16)
+        is_nan = lanes.b.fcmp_unordered("uno", one, one)
+        bits = lanes.b.select(is_nan, lanes.const(bits.type, 0x7FC0), bits)
+        one = lanes.b.trunc(bits, ir.VectorType(I16, 1))
+    elif out.holds == types.int16:
+        one = lanes.to_f16(one)
+    lanes.store(one, out, at)
+
+
 @kernel
-def code_rows(x, size, scales, zeros, top, shift, out):  # type: ignore[no-untyped-def]
-    """Code groups that lie one after another, into the bits from `shift` on. x: (n,); out: uint8 or int32 (n,)."""
+def _store(scales, zeros, out_scales, out_zeros):  # type: ignore[no-untyped-def]
+    for g in range(scales.size):
+        _put(np.float32(1) / scales[g], out_scales, g)
+        _put(zeros[g], out_zeros, g)
+
+
+@kernel
+def code_rows(x, size, scales, zeros, top, shift, out, out_scales, out_zeros):  # type: ignore[no-untyped-def]
+    """Code groups that lie one after another, into the bits from `shift` on, and store their scales and zeros.
+
+    x: (n,); out: uint8 or int32 (n,); out_scales, out_zeros: (groups,) of the compute dtype.
+    """
+    _store(scales, zeros, out_scales, out_zeros)
     for g in range(scales.size):
         if size % 16 == 0:
             for at in range(g * size, (g + 1) * size, 16):
@@ -89,11 +118,13 @@ def _code_across_1(
 
 
 @kernel
-def code_columns(x, size, scales, zeros, top, shift, bits, rows, out):  # type: ignore[no-untyped-def]
-    """Code groups that are the columns of x (size, groups). out: uint8 or int32 (rows, groups).
+def code_columns(x, size, scales, zeros, top, shift, bits, rows, out, out_scales, out_zeros):  # type: ignore[no-untyped-def]
+    """Code groups that are the columns of x (size, groups), and store scales and zeros as `code_rows` does.
 
+    out: uint8 or int32 (rows, groups).
     An item holds the codes of weights `rows` apart: the first from bit `shift` on, the next `bits` below it.
     """
+    _store(scales, zeros, out_scales, out_zeros)
     groups = scales.size
     whole = groups // 16 * 16
     out[:] = 0

@@ -109,6 +109,23 @@ def _solve_slowly(block, groups, size, top, across, updates, state, zeros, moved
 
 
 @kernel
+def add_tiles(errors, totals):  # type: ignore[no-untyped-def]
+    """Add up each column of `errors` (tiles, updates), magnitudes, into `totals` (updates,); all float64.
+
+    What additions lose is summed beside, which leaves 2^-100 of a total: as if they were exact.
+    """
+    for i in range(totals.size):
+        total, lost = 0.0, 0.0
+        for tile in range(errors.shape[0]):
+            error = errors[tile, i]
+            found = total + error
+            back = found - total
+            lost += (total - (found - back)) + (error - back)
+            total = found
+        totals[i] = total + lost
+
+
+@kernel
 def _are_known(moved, first, last, updates):  # type: ignore[no-untyped-def]
     """Whether no zero of groups [first, last) moved after some updates."""
     latest = 0
