@@ -92,8 +92,13 @@ def job_command(
 
 
 def ours() -> dict[str, str]:
-    """Return the environment in which a command finds this package's modules, wherever it is started."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    """Return the environment in which a command finds this package's modules, wherever it is started.
+
+    Python may keep what it compiles, as it does unless PYTHONDONTWRITEBYTECODE is set: compiling a library's modules
+    at every start would be timed as ours.
+    """
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 @contextmanager

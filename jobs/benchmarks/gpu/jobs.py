@@ -18,7 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from jobs.benchmarks.commands import on_cores
+from jobs.benchmarks.commands import on_cores, ours
 from jobs.benchmarks.gpu.bytes import FIRST, device_presets
 from jobs.benchmarks.gpu.trials import Bench, Found, Trial
 from loaders.checkpoints.checkpoint import open_checkpoint
@@ -105,12 +105,11 @@ def run_job(source: Path, bench: Bench, quant: str, backend: str) -> Ran:
     output = bench.work / "output"
     given = (f"model.path={source}", f"quant={quant}", f"backend={backend}", f"output.path={output}")
     fixed = ("tracking=none", "cluster=local", "format=json")
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
         began = perf_counter()
         ran = subprocess.run(
             [sys.executable, "-m", "jobs.run", *given, *fixed], capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": paths}, timeout=LONGEST_JOB_S,
+            env={**os.environ, **ours()}, timeout=LONGEST_JOB_S,
         )  # fmt: skip
         took = perf_counter() - began
         if ran.returncode:
