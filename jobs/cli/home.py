@@ -43,3 +43,4 @@ def have_temporary_folder(spec: BaseModel) -> None:
         with suppress(OSError):  # what is wrong with the folder of outputs is said when an output is made
             root.mkdir(parents=True, exist_ok=True)
             tempfile.tempdir = os.environ["TMPDIR"] = os.fspath(root)
+            have_home()
