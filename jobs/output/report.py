@@ -16,11 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.limits import JSON_REPORT
 from loaders.stats import CompressionStats, ErrorSums, finite
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, PinnedFiles
-from loaders.storage.json_files import INDEX_LIMIT, read_json
+from loaders.storage.json_files import read_json
 
 
 class Part(BaseModel):
@@ -332,7 +333,7 @@ def read_report(output: Address) -> Report:
     files = PinnedFiles(open_store(output))
     if files.find(OUR_REPORT) is None:
         raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
-    return Report.from_json(files.read_all(OUR_REPORT, INDEX_LIMIT), str(output / OUR_REPORT))
+    return Report.from_json(files.read_all(OUR_REPORT, JSON_REPORT), str(output / OUR_REPORT))
 
 
 def files_named(output: Address) -> set[str]:

@@ -37,6 +37,7 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
+from loaders.limits import JSON_REPORT
 from loaders.quantization.gate import Gate
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.storage import open_source, open_store
@@ -44,7 +45,6 @@ from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK, hash_stored
-from loaders.storage.json_files import INDEX_LIMIT
 from loaders.strategies import WeightLoader
 from loaders.strategies.base import Expecting, TensorBytes, Use
 from loaders.tensors.encoding import TensorEncoder
@@ -289,7 +289,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
     for spec in found.values():
         sizes[spec.file] = sizes.get(spec.file, 0) + spec.size
     for named, index in indexes_of(plan, target, sum(spec.size for spec in found.values()), sizes).items():
-        if files.find(named) is not None and files.read_all(named, INDEX_LIMIT) != index:
+        if files.find(named) is not None and files.read_all(named, JSON_REPORT) != index:
             faults.append(f"{named}: it does not say what the files hold")
     return faults
 

@@ -26,6 +26,7 @@ from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, 
 from loaders.checkpoints.weight_files import adapter_alone, choose, some
 from loaders.containers import CONTAINERS, pytorch, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import JSON_CONFIG
 from loaders.specs import WeightSpec
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
@@ -35,7 +36,6 @@ from loaders.storage.json_files import read_json
 from loaders.storage.lone_file import LoneFile
 from loaders.storage.within import Within
 
-DESCRIPTION_LIMIT = 64 << 20  # the most bytes of a file that describes a quantization
 READS_FOLDERS = "the engine reads files of a folder"
 # Files whose headers are read at once. A header is a few small reads, so on a network or an object store the time is
 # all latency, which threads overlap; on a local disk more threads gain nothing.
@@ -92,7 +92,7 @@ class Checkpoint:
         """
         if self.components:
             return next((each.declaration for each in self.components.values() if each.declaration is not None), None)
-        read = lambda name: read_json(self.source, name, DESCRIPTION_LIMIT)  # noqa: E731
+        read = lambda name: read_json(self.source, name, JSON_CONFIG)  # noqa: E731
         found = declaration(self.container, self.config, self.weights, self.aux, read)
         model = model_of(self.config)
         if found is None and self.container == "safetensors" and (model is None or not keeps_published_tensors(model)):
