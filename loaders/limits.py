@@ -91,8 +91,8 @@ def check_name(name: object, where: str = "") -> str:
         raise BadCheckpoint(f"{place}the name {shown(name)} is no text; do not trust this file") from None
     if size > LONGEST_NAME or name.count(".") >= NAME_PARTS:
         raise BadCheckpoint(
-            f"{place}the name {shown(name)} has {size} bytes and {name.count('.') + 1} parts, at most {LONGEST_NAME} and"
-            f" {NAME_PARTS} are read"
+            f"{place}the name {shown(name)} has {size} bytes and {name.count('.') + 1} parts; at most {LONGEST_NAME}"
+            f" and {NAME_PARTS} are read"
         )
     return name
 

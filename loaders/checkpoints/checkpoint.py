@@ -19,7 +19,7 @@ from typing import Any
 from loaders.architectures.family import Family, family_of
 from loaders.architectures.mlx import keeps_published_tensors, model_of
 from loaders.checkpoints import pipeline
-from loaders.checkpoints.aux_files import find_aux
+from loaders.checkpoints.aux_files import INDEX_SUFFIX, find_aux, is_weights
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
 from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, unwrapped
@@ -114,6 +114,17 @@ class Checkpoint:
         specs = [(w.name, w.dtype.name, w.shape, w.file, w.offset, w.size, w.stride) for w in self.weights]
         return text_digest(json.dumps([sizes, specs]))
 
+    def check_unchanged(self) -> None:
+        """Look once more at all files that an output is made of: weights, their indexes, and auxiliary files.
+
+        Raises:
+            BadCheckpoint: one is another version than the one that was opened.
+            StorageError: one is gone.
+        """
+        pinned = self.source.entries
+        indexes = (name for name in pinned if name.endswith(INDEX_SUFFIX) and is_weights(name))
+        self.source.look_again(dict.fromkeys([*(entry.name for entry in self.files), *self.aux, *indexes]))
+
     @property
     def size(self) -> int:
         """The bytes of all stored tensors. Tensors that share their bytes count once."""
@@ -156,13 +167,15 @@ def open_checkpoint(
     if is_adapter(weights):
         raise BadSpec(adapter_alone(source, key))
     files = tuple(source.entry(name) for name in names)
+    aux = find_aux(source, everything)
+    source.pin(entry for entry in everything if entry.name in {*aux})
     return Checkpoint(
         source=source,
         container=chosen.container,
         files=files,
         weights=weights,
         config=config,
-        aux=find_aux(source, everything),
+        aux=aux,
         notes=(*chosen.notes, *notes),
     )
 
