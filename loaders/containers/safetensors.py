@@ -25,6 +25,7 @@ from loaders.storage.base import PinnedFiles
 # Bytes of the first read: the header's length, and for most shards the whole header, which saves a second request on a
 # remote store.
 FIRST = 1 << 16
+ABOUT = "__metadata__"  # the key of what a file says beside its tensors
 METADATA = {"format": "pt"}  # what transformers writes; before version 5 it refused files whose metadata lacks it
 
 
@@ -35,7 +36,7 @@ def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
         BadCheckpoint: truncated, overlapping, out of range, unknown dtype, absurd lengths, ...
     """
     header, data_start, data_size = _read_header(files, file)
-    header.pop("__metadata__", None)
+    header.pop(ABOUT, None)
     check_tensors(len(header), file)
     specs = []
     for name, entry in header.items():
@@ -51,7 +52,7 @@ def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
 
 def read_metadata(files: PinnedFiles, file: str) -> Mapping[str, Any]:
     """Return what a file's header says beside its tensors, such as the format; errors as `read_specs`."""
-    found = _read_header(files, file)[0].get("__metadata__")
+    found = _read_header(files, file)[0].get(ABOUT)
     return found if isinstance(found, dict) else {}
 
 
@@ -122,10 +123,15 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     `about` is the file's `__metadata__`, by default what transformers writes.
 
     Raises:
-        BadSpec: safetensors has no such dtype.
+        BadSpec: safetensors has no such dtype, or no tensor of this name.
     """
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
     for name, spec in whole.items():
+        if own_name(file, name) == ABOUT:
+            raise BadSpec(
+                f"{setting('container')}: a tensor is called {name}, which in safetensors is no tensor's name; use"
+                " another container, or drop the tensor"
+            )
         if spec.dtype.block > 1:
             raise BadSpec(
                 f"{setting('container')}: {name} would be {spec.dtype}, which safetensors cannot hold; use gguf"
@@ -159,7 +165,7 @@ def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = 
     `tensors` are (dtype, shape, offset among the data) by name.
     """
     said = json.dumps(METADATA if about is None else about, separators=(",", ":"), ensure_ascii=False)
-    entries = [f'"__metadata__":{said}']
+    entries = [f'"{ABOUT}":{said}']
     # Texts rather than dicts and lists, of which a model of many tensors would need several times as many.
     for name, (dtype, shape, offset) in tensors.items():
         sizes, stop = ",".join(map(str, shape)), offset + dtype.size(shape)
