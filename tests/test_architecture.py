@@ -43,6 +43,8 @@ checkpoints backends
 architectures containers quantization
 specs stats clock
 storage dtypes
+patterns
+limits
 errors places words tables
 """
 LAYERS = [

@@ -74,7 +74,11 @@ class Meter:
         """Announce compilation once. Its time is no measure of the rest, so that estimates wait until it is over."""
         is_first, self._compiled = self._compiled is None, time.monotonic()
         if is_first:
-            print("compiling kernels for this machine, which are kept: some seconds", file=sys.stderr, flush=True)
+            from loaders.quantization.kernels.kept import kept_how
+
+            print(
+                f"compiling kernels for this machine, which are {kept_how()}: some seconds", file=sys.stderr, flush=True
+            )
 
     def add(self, count: int) -> None:
         """Add to the count; `count` is negative if an attempt failed and starts again."""

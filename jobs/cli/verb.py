@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TextIO, TypeVar
 from pydantic import BaseModel
 
 from jobs.cli.compose import Request, compose, take_apart
+from jobs.cli.home import have_home, have_temporary_folder
 from jobs.spec.keys import KEYS
 from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
@@ -74,6 +75,7 @@ class Verb(Generic[S]):
         # Schedulers stop jobs by SIGTERM. It then raises KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            have_home()
             with settings_called(KEYS):
                 return self._main(self._named(given), as_json)
         except BadSpec as error:
@@ -108,6 +110,7 @@ class Verb(Generic[S]):
         # Libraries print to standard output, which must hold nothing but the document.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             spec = compose(self.config or self.name, self.spec, request)
+            have_temporary_folder(spec)
             reach_stores(spec)
             spec = self.located(spec, note)
             said = self.act(spec)

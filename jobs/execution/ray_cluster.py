@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from jobs.cli.verb import note
 from jobs.execution.cluster import OnBytes, R_co, Report, Task, UnitFailed, attempt
+from jobs.execution.own_ray import OwnRay
 from jobs.execution.ray_watch import Watch
 from jobs.spec.addresses import check_reachable
 from jobs.spec.job import ClusterSpec
@@ -32,9 +32,6 @@ from loaders.storage.traffic import moved_bytes, traffic
 from loaders.words import counted
 
 MOST_THREADS = 8  # threads of a unit; with more cores, several units side by side use a machine better
-STORE_BYTES = 100 << 20  # bytes of Ray's object store, which holds only messages: tensors never enter it
-# The path of a Unix socket may have 107 bytes on Linux, and Ray appends this to the path of its temporary folder.
-LONGEST_FOLDER = 107 - len("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
 BASE_BYTES = 300 << 20  # bytes of a worker process with its libraries, before it has any weights
 # Retries of a task whose worker died: enough for preempted machines, and few enough that a task which kills its worker,
 # by too much memory for instance, fails soon.
@@ -55,7 +52,12 @@ class RayCluster:
         self._address = address
         self._at_once = 1
         self.threads = spec.threads or min(usable_cpus(), MOST_THREADS)
-        self._ray = _start(spec, address)
+        self._own = None if address else OwnRay()
+        try:
+            self._ray = _start(spec, address, self._own)
+        except BaseException:
+            self._end()
+            raise
         if address and not spec.threads:
             most = max((node["Resources"].get("CPU", 0) for node in self._live_nodes()), default=1)
             self.threads = max(1, min(int(most), MOST_THREADS))
@@ -156,6 +158,11 @@ class RayCluster:
     def close(self) -> None:
         """Disconnect; a cluster that was started here is stopped, a joined one stays."""
         self._ray.shutdown()
+        self._end()
+
+    def _end(self) -> None:
+        if self._own is not None:
+            self._own.close()
 
 
 def _slots(resources: dict[str, Any], threads: int, gpus: int) -> int:
@@ -164,51 +171,54 @@ def _slots(resources: dict[str, Any], threads: int, gpus: int) -> int:
     return min(by_cpu, int(resources.get("GPU", 0) // gpus)) if gpus else by_cpu
 
 
-def _start(spec: ClusterSpec, address: str | None) -> Any:
+def _start(spec: ClusterSpec, address: str | None, own: OwnRay | None) -> Any:
     # Ray would retry a task that is out of memory for ever.
     os.environ.setdefault("RAY_task_oom_retries", "2")
     # Tasks that reserve no GPU keep CUDA_VISIBLE_DEVICES as it is. This is Ray 2.60's default; older versions clear it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not address:
-        # A cluster that is started here listens on the loopback interface only, and needs no token.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        _keep_sockets_short()
     import ray
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
-    if address:
-        options["address"] = address
-        if spec.ship_code:
-            options["runtime_env"] = {"py_modules": [str(ROOT / name) for name in ("jobs", "loaders")]}
+    if own is None:
+        _join(ray, options, str(address), ship_code=spec.ship_code)
     else:
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": usable_cpus(),
-            "object_store_memory": STORE_BYTES,
-            # Workers start in another folder, from which they would not find a package that is not installed.
-            "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *_inherited_path()])}},
-        }
-    if address and address != "auto":
-        check_reachable("cluster.address", address, "cluster=local runs in this process")
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        raise StorageError(
-            f"cluster.address: cannot join Ray at {address} ({str(error).splitlines()[0]}); is it running, and are"
-            " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) set here as on the cluster?"
-        ) from error
+        _start_own(ray, options, own)
     # Ray replaces the handler by one that ends the process at once, so that part files would stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return ray
 
 
-def _keep_sockets_short() -> None:
-    """Give Ray another temporary folder if the path of TMPDIR is too long for its sockets."""
-    folder = os.fsencode(os.environ.get("TMPDIR", ""))
-    if sys.platform == "linux" and len(folder) > LONGEST_FOLDER and "RAY_TMPDIR" not in os.environ:
-        os.environ["RAY_TMPDIR"] = "/tmp"  # noqa: S108  # Ray creates a folder of its own in it.
-        note("Ray's files go to /tmp: the path of TMPDIR is too long for its sockets; RAY_TMPDIR names another folder")
+def _join(ray: Any, options: dict[str, Any], address: str, *, ship_code: bool) -> None:
+    if ship_code:
+        options["runtime_env"] = {"py_modules": [str(ROOT / name) for name in ("jobs", "loaders")]}
+    if address != "auto":
+        check_reachable("cluster.address", address, "cluster=local runs in this process")
+    try:
+        ray.init(**options, address=address)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        raise StorageError(
+            f"cluster.address: cannot join Ray at {address} ({str(error).splitlines()[0]}); is it running, and are"
+            " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) set here as on the cluster?"
+        ) from error
+
+
+def _start_own(ray: Any, options: dict[str, Any], own: OwnRay) -> None:
+    # Workers start in another folder, from which they would not find a package that is not installed.
+    path = os.pathsep.join([str(ROOT), *_inherited_path()])
+    own.enter(ray)
+    try:
+        made = ray.init(
+            **options, **own.options, num_cpus=usable_cpus(), runtime_env={"env_vars": {"PYTHONPATH": path}}
+        )
+        own.check(made.address_info["gcs_address"])
+    # Ray raises an Exception of no class of its own when one of its processes does not start.
+    except Exception as error:
+        ray.shutdown()
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"cluster: Ray does not start here ({own.reason(error)}); cluster=local runs in this process"
+        ) from error
 
 
 def _inherited_path() -> list[str]:

@@ -142,6 +142,7 @@ def run_unit(
     """
     unit, began = task.unit, time.perf_counter()
     files = PinnedFiles(open_source(task.source), unit.sources)
+    files.check_unchanged()
     warmth = by_warmth(cached_share(files, unit.sources), unit.source_bytes)
     attempt = uuid.uuid4().hex[:12]
     specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]

@@ -38,6 +38,7 @@ from loaders.lint import Finding, lint_at
 from loaders.quantization.gate import Gate
 from loaders.stats import LoadStats
 from loaders.storage import open_store
+from loaders.tensors.merged import check_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,9 @@ class Job:
         )
         if has_card:
             report = self._put_card(report)
+        # A unit looks at its own files; those of units that were done before may have changed since.
+        planned.plan.checkpoint.check_unchanged()
+        check_adapters(planned.plan.sources.tensors)
         publish(planned.journal, report, overwrite=planned.spec.output.overwrite)
         return report
 

@@ -99,7 +99,11 @@ def check_space(jobs: Sequence[tuple[Planned, int]]) -> None:
 
 
 def _check_scratch(jobs: Sequence[Planned]) -> None:
-    need, folder = scratch_bytes(jobs), scratch_folder(jobs[0].spec)
+    need = scratch_bytes(jobs)
+    # Without a temporary folder that can be written, jobs that need none run all the same.
+    if need == 0:
+        return
+    folder = scratch_folder(jobs[0].spec)
     free = free_bytes(folder)
     if need > free:
         raise StorageError(

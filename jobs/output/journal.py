@@ -10,21 +10,25 @@ published.json           the output's report, written just before publishing, an
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pydantic_core import from_json, to_json
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
+from jobs.cli.verb import note
 from jobs.planning.plan import FORMAT, Unit
-from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed
+from loaders.errors import BadSpec, StorageError, VerifyFailed
 from loaders.specs import OutputFile
 from loaders.stats import ErrorSums, LoadStats
 from loaders.storage import destination_at
 from loaders.storage.address import Address
 from loaders.storage.base import Entry
+from loaders.storage.hashes import digest
 
 LEFT_OUT = "failed"
 PENDING = "published.json"
@@ -88,7 +92,8 @@ class Record:
 
     def to_bytes(self) -> bytes:
         """Return the record as JSON, of the fields' values as they are: `asdict` would copy all of it."""
-        return to_json({"format": FORMAT, **_fields(self)}, inf_nan_mode="constants")
+        body = to_json(_fields(self), inf_nan_mode="constants")
+        return b'{"xxh3":"%s","record":%s}' % (digest(body).encode(), body)
 
     @property
     def done(self) -> Done:
@@ -107,34 +112,20 @@ def _fields(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-def record_from(document: Mapping[str, Any]) -> Record:
-    """Parse a record from JSON.
+RECORD = TypeAdapter(Record)
+# A record as it lies in its file: the hash of the rest comes first, so that a flipped bit anywhere is noticed.
+SEALED = re.compile(rb'\{"xxh3":"([0-9a-f]{16})","record":(.*)\}', re.DOTALL)
 
-    Raises:
-        BadCheckpoint: it is of another format version, or not a record.
-    """
-    if document.get("format") != FORMAT:
-        raise BadCheckpoint(
-            f"a record of format {document.get('format')}, this weightmill reads {FORMAT};"
-            " finish the job with the version that began it, or remove its folder (python -m jobs.clean)"
-        )
+
+def record_from(raw: bytes) -> Record | None:
+    """Read a record; None if it is damaged, or of another version of weightmill: the unit is then done again."""
+    found = SEALED.fullmatch(raw)
+    if found is None or digest(found[2]) != found[1].decode():
+        return None
     try:
-        tensors = tuple(
-            TensorRecord(
-                **{
-                    **row,
-                    "shape": tuple(row["shape"]),
-                    "stored": {name: (d, tuple(s), n, x) for name, (d, s, n, x) in row["stored"].items()},
-                    "error": ErrorSums(**row["error"]),
-                }
-            )
-            for row in document["tensors"]
-        )
-        files = tuple(Written(**row) for row in document["files"])
-        rest = {key: value for key, value in document.items() if key not in ("format", "files", "tensors", "load")}
-        return Record(**rest, files=files, tensors=tensors, load=LoadStats(**document["load"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadCheckpoint(f"not a record ({type(error).__name__}: {error})") from None
+        return RECORD.validate_json(found[2], strict=True)
+    except ValidationError:
+        return None
 
 
 class Journal:
@@ -225,36 +216,29 @@ class Journal:
         """Yield the tensors of finished units, of which one unit's are in memory at a time.
 
         Raises:
-            VerifyFailed: a unit's record is gone.
+            VerifyFailed: a unit's record is gone, or damaged.
         """
         for unit in units:
             found = self._found(unit)
             if found is None:
-                raise VerifyFailed(
-                    f"{unit.id}: its record in {self.destination.journal} is gone; run the same command again"
-                )
-            yield from record_from(found).tensors
+                raise VerifyFailed(f"{self._place(unit)}: it is gone, or damaged; run the same command again")
+            yield from found.tensors
 
-    def _found(self, unit: Unit) -> Any:
-        """Return a unit's record as JSON, if there is one."""
+    def _place(self, unit: Unit) -> Address:
+        return self.destination.journal / f"records/{unit.id}.json"
+
+    def _found(self, unit: Unit) -> Record | None:
+        """Return a unit's record, if there is one that is whole; a crash may leave a file without its bytes."""
         raw = self.destination.get(f"records/{unit.id}.json")
-        # A crash of the machine may leave a file without its bytes; the unit is then done again.
-        try:
-            return None if raw is None else from_json(raw)
-        except ValueError:
-            return None
+        found = None if raw is None else record_from(raw)
+        if raw is not None and found is None:
+            note(f"{self._place(unit)}: it is damaged, or of another version; {unit.id} is done again")
+        return found
 
     def done(self, unit: Unit, target: str) -> Done | None:
-        """Return what its record says of a unit, if it is of this very work and its files are intact; else None.
-
-        Raises:
-            BadCheckpoint: the record is of another format version.
-        """
-        found = self._found(unit)
-        if found is None:
-            return None
-        record = record_from(found)
-        if record.key != unit.key(target):
+        """Return what its record says of a unit, if it is of this very work and its files are intact; else None."""
+        record = self._found(unit)
+        if record is None or record.key != unit.key(target):
             return None
         planned, written = unit.outputs[target].files, {row.name: row for row in record.files}
         is_there = all(file.name in written and self._is_there(file, written[file.name]) for file in planned)

@@ -19,12 +19,13 @@ from loaders.checkpoints.pipeline import MODEL_INDEX
 from loaders.containers import safetensors
 from loaders.errors import BadSpec, VerifyFailed
 from loaders.layouts.diffusers import DiffusersLayout
+from loaders.limits import JSON_REPORT
 from loaders.specs import OutputFile, WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, Destination
 from loaders.storage.copying import copy_into
-from loaders.storage.json_files import INDEX_LIMIT, json_bytes
+from loaders.storage.json_files import json_bytes
 from loaders.words import counted
 
 
@@ -55,7 +56,7 @@ def complete(
     total = sum(unit.output_bytes for unit in done)
     signs |= indexes_of(plan, target, total, {file.name: sizes[file.name] - file.header_bytes for file in target.files})
     if plan.checkpoint.components:
-        signs[MODEL_INDEX] = plan.checkpoint.source.read_all(MODEL_INDEX, INDEX_LIMIT)
+        signs[MODEL_INDEX] = plan.checkpoint.source.read_all(MODEL_INDEX, JSON_REPORT)
     if target.config is not None:
         signs["config.json"] = json_bytes(target.config)
     apart = {file.name for file in target.files if file.within is None}

@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobs.output.journal import TensorRecord
 from jobs.planning.plan import FORMAT
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.limits import JSON_REPORT, shown
 from loaders.stats import CompressionStats, ErrorSums, finite
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT, PinnedFiles
-from loaders.storage.json_files import INDEX_LIMIT, read_json
+from loaders.storage.hashes import digest
+from loaders.storage.json_files import read_json
 
 
 class Part(BaseModel):
@@ -203,6 +205,7 @@ class RunReport(Part):
     nodes: tuple[str, ...]
     python: str
     request: dict[str, Any]
+    xxh3: str = ""  # of all of these
 
 
 class WorstTensor(Part):
@@ -280,15 +283,24 @@ class Report(Part):
     versions: dict[str, str]
     quality: dict[str, Any] | None = None
     damage: Damage | None = None
+    xxh3: str = ""  # of the report without `run`; that has one of its own. Older reports have none
     run: RunReport
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; keys that do not apply are left out."""
-        return self.model_dump(mode="json", exclude=self._left_out())
+        sealed = self._sealed()
+        return sealed.model_dump(mode="json", exclude=sealed._left_out())
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the file, made at once: as Python's objects they would take several times the memory."""
-        return self.model_dump_json(indent=2, exclude=self._left_out()).encode() + b"\n"
+        sealed = self._sealed()
+        return sealed.model_dump_json(indent=2, exclude=sealed._left_out()).encode() + b"\n"
+
+    def _sealed(self) -> Report:
+        """Return the report with its hashes."""
+        run = self.run.model_copy(update={"xxh3": digest(self.run.model_dump_json(exclude={"xxh3"}).encode())})
+        found = digest(self.model_dump_json(exclude={"xxh3", "run"}).encode())
+        return self.model_copy(update={"xxh3": found, "run": run})
 
     def _left_out(self) -> dict[str, Any]:
         """Return the keys that do not apply, as pydantic wants them."""
@@ -309,17 +321,21 @@ class Report(Part):
             version = found["format"]
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise BadCheckpoint(f"{where}: not a report of weightmill ({type(error).__name__}: {error})") from None
-        if version != FORMAT:
+        if type(version) is not int or version != FORMAT:
             raise BadSpec(
-                f"output.path: {where} is of format {version}, this weightmill reads {FORMAT};"
+                f"output.path: {where} is of format {shown(version)}, this weightmill reads {FORMAT};"
                 " use the version that wrote it"
             )
         try:
-            return Report.model_validate_json(raw)
+            report = Report.model_validate_json(raw)
         except ValidationError as error:
-            fault = error.errors()[0]
-            place = ".".join(map(str, fault["loc"]))
+            fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            place = shown(".".join(map(str, fault["loc"]))).strip("'")
             raise BadCheckpoint(f"{where}: not a report of this version ({place}: {fault['msg']})") from None
+        sealed = report._sealed()
+        if report.xxh3 not in ("", sealed.xxh3) or report.run.xxh3 not in ("", sealed.run.xxh3):
+            raise BadCheckpoint(f"{where}: it is damaged: it is not what was written; fetch it again")
+        return report
 
 
 def read_report(output: Address) -> Report:
@@ -332,7 +348,7 @@ def read_report(output: Address) -> Report:
     files = PinnedFiles(open_store(output))
     if files.find(OUR_REPORT) is None:
         raise BadSpec(f"output.path: expected an output of weightmill at {output}, found no {OUR_REPORT} there")
-    return Report.from_json(files.read_all(OUR_REPORT, INDEX_LIMIT), str(output / OUR_REPORT))
+    return Report.from_json(files.read_all(OUR_REPORT, JSON_REPORT), str(output / OUR_REPORT))
 
 
 def files_named(output: Address) -> set[str]:

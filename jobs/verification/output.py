@@ -22,7 +22,16 @@ from jobs.execution.cluster import reach_source
 from jobs.execution.run_tasks import run_all
 from jobs.output.card_block import CARD, LIMIT, aux_digest
 from jobs.output.publish import files_of_others, indexes_of
-from jobs.output.report import FileRange, Report, ReportedTensor, WeightFile, read_report, tensor_errors
+from jobs.output.report import (
+    FileRange,
+    Report,
+    ReportedTensor,
+    StoredPart,
+    WeightFile,
+    read_report,
+    tensor_errors,
+    totals_of,
+)  # fmt: skip
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Placement, Plan, Unit
 from jobs.planning.targets import TARGET, target_of
@@ -37,6 +46,7 @@ from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
+from loaders.limits import JSON_REPORT
 from loaders.quantization.gate import Gate
 from loaders.specs import OutputFile, Slot, WeightSpec
 from loaders.storage import open_source, open_store
@@ -44,7 +54,6 @@ from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK, hash_stored
-from loaders.storage.json_files import INDEX_LIMIT
 from loaders.strategies import WeightLoader
 from loaders.strategies.base import Expecting, TensorBytes, Use
 from loaders.tensors.encoding import TensorEncoder
@@ -179,7 +188,7 @@ def verify_output(
     if isinstance(verify, LogitsSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output)
     written = open_checkpoint(pinned)
-    faults = _list_faults(plan, written, report)
+    faults = _report_faults(plan, written, report) or _list_faults(plan, written, report)
     checked = 0
     if not faults:
         cluster, _ = choose(cluster_spec)
@@ -254,6 +263,51 @@ def _plan_again(spec: JobSpec, report: Report) -> Plan:
     return plan
 
 
+def _report_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
+    """List what a report says that is not so, or does not say, of what the plan tells: names, dtypes, shapes, sizes.
+
+    It is looked at first: what follows takes tensors and files from the report by the plan's names.
+    """
+    recorded = {row.name: row for row in report.tensors}
+    placements = {p.name: p for unit in plan.units for p in unit.outputs[TARGET].placements}
+    faults = [f"{name}: not the same tensors are in the plan and in it" for name in sorted({*recorded} ^ {*placements})]
+    for name in recorded.keys() & placements.keys():
+        row, placement = recorded[name], placements[name]
+        tensor, slots = placement.encoding.tensor, {slot.name: slot for slot in placement.slots.values()}
+        wanted = (tensor.role, placement.encoding.action, tensor.dtype.name, tensor.shape, tensor.source_bytes)
+        if (row.role, row.action, row.dtype, row.shape, row.source_bytes) != wanted:
+            faults.append(f"{name}: it does not say of the tensor what its source has")
+        is_said = row.stored.keys() == slots.keys() and all(_is_said(part, slots[n]) for n, part in row.stored.items())
+        if not is_said or row.output_bytes != sum(part.bytes for part in row.stored.values()):
+            faults.append(f"{name}: it does not say what is stored for the tensor")
+    if len(report.tensors) > len(recorded):
+        faults.append("it has a tensor twice")
+    if not faults and report.totals != totals_of(report.tensors):
+        faults.append("its totals are not those of its tensors")
+    ranges = {each.name for file in report.files for each in file.ranges}
+    finals = {file.name for file in plan.targets[TARGET].finals}
+    parts = {file.name for unit in plan.units for file in unit.outputs[TARGET].files}
+    sizes = {file.name: file.bytes for file in report.files}
+    if sizes.keys() != finals or not parts <= ranges or len(sizes) < len(report.files):
+        faults.append("it does not name the weight files that the plan has")
+    files = written.source
+    faults += [
+        f"{name}: it says {size} bytes, the file has {entry.size}"
+        for name, size in sizes.items()
+        if name in finals and (entry := files.find(name)) is not None and entry.size != size
+    ]
+    made_from = [(file.name, file.bytes) for file in report.source.files]
+    if made_from != [(entry.name, entry.size) for entry in plan.checkpoint.files]:
+        faults.append("it does not name the files of the source")
+    return [f"{OUR_REPORT}: {fault}" for fault in faults]
+
+
+def _is_said(part: StoredPart, slot: Slot) -> bool:
+    if slot.is_bound:
+        return part.dtype == slot.dtype.name and part.bytes <= slot.size
+    return (part.dtype, part.shape, part.bytes) == (slot.dtype.name, slot.shape, slot.size)
+
+
 def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
     """List the faults that show without reading weights: in names, shapes, dtypes, index, report, auxiliary files."""
     wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
@@ -289,7 +343,7 @@ def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
     for spec in found.values():
         sizes[spec.file] = sizes.get(spec.file, 0) + spec.size
     for named, index in indexes_of(plan, target, sum(spec.size for spec in found.values()), sizes).items():
-        if files.find(named) is not None and files.read_all(named, INDEX_LIMIT) != index:
+        if files.find(named) is not None and files.read_all(named, JSON_REPORT) != index:
             faults.append(f"{named}: it does not say what the files hold")
     return faults
 

@@ -111,7 +111,8 @@ def _rows(*rows: tuple[str, str, str, str | None]) -> tuple[tuple[re.Pattern[str
     return tuple((re.compile(pattern), role, block, group) for pattern, role, block, group in rows)
 
 
-LAYER = r"(?P<layer>(?:^|.*\.)layers\.\d+)\."
+# Patterns begin with ^: searched for from every place of a name, .* would take time quadratic in its length.
+LAYER = r"^(?P<layer>(?:.*\.)?layers\.\d+)\."
 ATTENTION = _rows(
     (LAYER + r"self_attn\.[qkv]_proj\.weight$", "attention", r"\g<layer>.self_attn", r"\g<layer>.self_attn.qkv"),
     (LAYER + r"self_attn\.o_proj\.weight$", "attention", r"\g<layer>.self_attn", None),
@@ -218,7 +219,7 @@ TOWERS = _rows(
     (TOWER + r".*(?:proj|fc\d|linear(?:_\d)?)\.weight$", "vision", r"\g<tower>", None),
     (TOWER, "other", r"\g<tower>", None),
 )
-BERT_LAYER = r"(?P<layer>(?:^|.*\.)layer\.\d+)\."
+BERT_LAYER = r"^(?P<layer>(?:.*\.)?layer\.\d+)\."
 BERT = _rows(
     (
         BERT_LAYER + r"attention\.self\.(?:query|key|value)\.weight$",

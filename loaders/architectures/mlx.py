@@ -17,6 +17,7 @@ from loaders.architectures.family_files import section
 from loaders.architectures.forms import Form, forms_of
 from loaders.architectures.mlx_layers import Place, places_of
 from loaders.dtypes import DTYPES, DType
+from loaders.limits import check_tensors
 
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -180,6 +181,7 @@ def expert_names(model: MlxModel, stacked: str, count: int) -> tuple[str, ...] |
     if match is None:
         return None
     matrix = f"{matrices[match[2]]}.{match[3]}"
+    check_tensors(count, f"the experts of {stacked}")
     return tuple(published_name(model, f"{match[1]}.experts.{expert}.{matrix}") for expert in range(count))
 
 

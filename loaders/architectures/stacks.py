@@ -42,7 +42,7 @@ class Stack:
         return is_hidden[1] if self.hidden_is_output else is_hidden[0]
 
 
-GPT_OSS_STACK = r"(?P<experts>(?:^|.*\.)mlp\.experts)\."
+GPT_OSS_STACK = r"^(?P<experts>(?:.*\.)?mlp\.experts)\."
 GPT_OSS_STACKS = (
     Stack(
         pattern=re.compile(GPT_OSS_STACK + "gate_up_proj$"), name=r"\g<experts>.{expert}.{part}_proj.weight",
@@ -63,7 +63,7 @@ GPT_OSS_STACKS = (
 )  # fmt: skip
 LLAMA4_STACKS = tuple(
     Stack(
-        pattern=re.compile(rf"(?P<experts>(?:^|.*\.)feed_forward\.experts)\.{stored}$"),
+        pattern=re.compile(rf"^(?P<experts>(?:.*\.)?feed_forward\.experts)\.{stored}$"),
         name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=True,
     )
     for stored, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",)))
@@ -98,13 +98,13 @@ def generic_stacks(model_type: Any, hidden: Any) -> tuple[Stack, ...]:
     others = OTHER_STACKS.get(str(model_type), ())
     return tuple(
         Stack(
-            pattern=re.compile(rf"(?P<experts>(?:^|.*\.){stored}\.weight$"),
+            pattern=re.compile(rf"^(?P<experts>(?:.*\.)?{stored}\.weight$"),
             name=r"\g<experts>.experts.{expert}.{part}_proj.weight", parts=parts, is_transposed=False, only_vllm=True,
         )
         for stored, parts in others
     ) + tuple(
         Stack(
-            pattern=re.compile(rf"(?P<experts>(?:^|.*\.)experts)\.{stored}(?:\.weight)?$"),
+            pattern=re.compile(rf"^(?P<experts>(?:.*\.)?experts)\.{stored}(?:\.weight)?$"),
             name=r"\g<experts>.{expert}.{part}_proj.weight", parts=parts, is_transposed=None,
             hidden=hidden if isinstance(hidden, int) else None, hidden_is_output=is_output,
             square_is_transposed=TRANSPOSED.get(str(model_type)),

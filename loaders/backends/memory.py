@@ -10,7 +10,7 @@ import mmap
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
@@ -21,7 +21,8 @@ INTERVAL_S = 0.02  # between two samples: shorter peaks may be missed, more samp
 
 def anonymous_bytes() -> int:
     """Return this process's anonymous resident memory now, or the peak of all resident memory outside of Linux."""
-    if STATM.exists():
+    # Without descriptors it cannot be opened; what is only measured is no reason to fail.
+    with suppress(OSError):
         _, resident, shared, *_ = STATM.read_bytes().split()  # pages
         return (int(resident) - int(shared)) * mmap.PAGESIZE
     import resource

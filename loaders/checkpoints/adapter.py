@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loaders.checkpoints.adapter_config import CONFIG, CONFIG_LIMIT, LoraSettings, lora_settings
+from loaders.checkpoints.adapter_config import CONFIG, LoraSettings, lora_settings
 from loaders.checkpoints.checkpoint import open_file
 from loaders.dtypes import WEIGHT_DTYPES, is_contiguous
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import CONFIG_VALUES, JSON_CONFIG
 from loaders.specs import WeightSpec
 from loaders.storage import open_store
 from loaders.storage.address import Address
@@ -78,7 +79,7 @@ def open_adapter(where: str | os.PathLike[str] | Address) -> Adapter:
     missing = CONFIG if files.find(CONFIG) is None else " or ".join(FILES)
     if name is None or files.find(CONFIG) is None:
         raise BadSpec(f"{setting('adapter')}: expected an adapter of peft at {address}, found no {missing} there")
-    settings = lora_settings(read_json(files, CONFIG, CONFIG_LIMIT))
+    settings = lora_settings(read_json(files, CONFIG, JSON_CONFIG, CONFIG_VALUES))
     opened = open_file(address / name, FILES[name])
     entry = opened.files[0]
     for spec in opened.weights:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.patterns import Pattern, compiled
 
 CONFIG = "adapter_config.json"
-CONFIG_LIMIT = 64 << 20  # bytes; a pattern for each module of a large model takes a few MB
 # How B and A may begin without changing the base. Other ways subtract them from it, so that the sum needs that base.
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 RESIDUAL_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -28,11 +28,6 @@ UNMERGED = {
     "layer_replication": "it repeats layers of the base",
 }
 PLAIN = re.compile(r"[\w.\-]+")
-# Patterns come from strangers and are run against every module's name: a quantified group, or several unbounded
-# repeats, could take for ever.
-GROUP_REPEATED = re.compile(r"\)[*+{]")
-REPEAT = re.compile(r"(?<!\\)[*+{]")
-MOST_REPEATS, LONGEST = 2, 1000
 LARGEST = 1 << 53
 
 
@@ -72,7 +67,7 @@ class Patterns:
 
     def __init__(self, key: str, given: Mapping[str, Any]) -> None:
         self._plain: dict[str, tuple[int, float]] = {}
-        self._patterns: list[tuple[int, re.Pattern[str], float]] = []
+        self._patterns: list[tuple[int, Pattern, float]] = []
         for index, (pattern, value) in enumerate(given.items()):
             number = _number(f"{key}[{pattern!r}]", value)
             if PLAIN.fullmatch(pattern):
@@ -82,8 +77,6 @@ class Patterns:
 
     def value(self, module: str, default: float) -> float:
         """Return the number for a module, as peft looks it up."""
-        if len(module) > LONGEST:
-            raise BadCheckpoint(f"{module[:80]}...: a name of {len(module)} characters; at most {LONGEST} are matched")
         parts = module.split(".")
         endings = (".".join(parts[at:]) for at in range(len(parts)))
         found = [self._plain[ending] for ending in endings if ending in self._plain]
@@ -91,16 +84,8 @@ class Patterns:
         return min(found, default=(0, default))[1]
 
 
-def _compiled(key: str, pattern: str) -> re.Pattern[str]:
-    is_slow = GROUP_REPEATED.search(pattern) or len(REPEAT.findall(pattern)) > MOST_REPEATS or len(pattern) > LONGEST
-    if is_slow:
-        raise BadCheckpoint(
-            f"{CONFIG}: {key} has {pattern[:80]!r}, which could take for ever to match; write names instead"
-        )
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise BadCheckpoint(f"{CONFIG}: {key} has {pattern[:80]!r}, which is no regular expression: {error}") from None
+def _compiled(key: str, pattern: str) -> Pattern:
+    return compiled(rf"(.*\.)?({pattern})$", f"{CONFIG}: {key}")
 
 
 def lora_settings(config: Mapping[str, Any]) -> LoraSettings:

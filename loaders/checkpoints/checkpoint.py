@@ -19,13 +19,14 @@ from typing import Any
 from loaders.architectures.family import Family, family_of
 from loaders.architectures.mlx import keeps_published_tensors, model_of
 from loaders.checkpoints import pipeline
-from loaders.checkpoints.aux_files import find_aux
+from loaders.checkpoints.aux_files import INDEX_SUFFIX, find_aux, is_weights
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
 from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, unwrapped
 from loaders.checkpoints.weight_files import adapter_alone, choose, some
 from loaders.containers import CONTAINERS, pytorch, safetensors
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import JSON_CONFIG
 from loaders.specs import WeightSpec
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
@@ -35,7 +36,6 @@ from loaders.storage.json_files import read_json
 from loaders.storage.lone_file import LoneFile
 from loaders.storage.within import Within
 
-DESCRIPTION_LIMIT = 64 << 20  # the most bytes of a file that describes a quantization
 READS_FOLDERS = "the engine reads files of a folder"
 # Files whose headers are read at once. A header is a few small reads, so on a network or an object store the time is
 # all latency, which threads overlap; on a local disk more threads gain nothing.
@@ -92,7 +92,7 @@ class Checkpoint:
         """
         if self.components:
             return next((each.declaration for each in self.components.values() if each.declaration is not None), None)
-        read = lambda name: read_json(self.source, name, DESCRIPTION_LIMIT)  # noqa: E731
+        read = lambda name: read_json(self.source, name, JSON_CONFIG)  # noqa: E731
         found = declaration(self.container, self.config, self.weights, self.aux, read)
         model = model_of(self.config)
         if found is None and self.container == "safetensors" and (model is None or not keeps_published_tensors(model)):
@@ -113,6 +113,17 @@ class Checkpoint:
         sizes = [(tag.name, tag.size) for tag in self.files]
         specs = [(w.name, w.dtype.name, w.shape, w.file, w.offset, w.size, w.stride) for w in self.weights]
         return text_digest(json.dumps([sizes, specs]))
+
+    def check_unchanged(self) -> None:
+        """Look once more at all files that an output is made of: weights, their indexes, and auxiliary files.
+
+        Raises:
+            BadCheckpoint: one is another version than the one that was opened.
+            StorageError: one is gone.
+        """
+        pinned = self.source.entries
+        indexes = (name for name in pinned if name.endswith(INDEX_SUFFIX) and is_weights(name))
+        self.source.look_again(dict.fromkeys([*(entry.name for entry in self.files), *self.aux, *indexes]))
 
     @property
     def size(self) -> int:
@@ -156,13 +167,15 @@ def open_checkpoint(
     if is_adapter(weights):
         raise BadSpec(adapter_alone(source, key))
     files = tuple(source.entry(name) for name in names)
+    aux = find_aux(source, everything)
+    source.pin(entry for entry in everything if entry.name in {*aux})
     return Checkpoint(
         source=source,
         container=chosen.container,
         files=files,
         weights=weights,
         config=config,
-        aux=find_aux(source, everything),
+        aux=aux,
         notes=(*chosen.notes, *notes),
     )
 

@@ -12,6 +12,7 @@ from loaders.architectures.gguf_config import FACTORS, config_of
 from loaders.architectures.mlx import packed_expert_name
 from loaders.containers import gguf, packed
 from loaders.errors import BadCheckpoint
+from loaders.limits import CONFIG_VALUES, JSON_CONFIG
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
@@ -106,4 +107,4 @@ def _word_bits(found: packed.Packed, name: str) -> int | None:
 
 def read_config(files: PinnedFiles) -> dict[str, Any]:
     """Read config.json; an empty dict if there is none. Errors as `read_json`."""
-    return read_json(files, "config.json") if files.find("config.json") is not None else {}
+    return read_json(files, "config.json", JSON_CONFIG, CONFIG_VALUES) if files.find("config.json") is not None else {}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import enum
 import os
 import struct
-import zipfile
 
 from loaders.checkpoints.checkpoint import open_checkpoint
 from loaders.containers import CONTAINERS, packed
+from loaders.containers.pytorch import open_zip
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.limits import SAFETENSORS_HEADER
 from loaders.storage import open_store
 from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
 
 # A safetensors file begins with the length of its header. Eight random bytes are nearly always a larger number than
 # this, so the limit also tells safetensors from other files.
-LONGEST_HEADER = 1 << 30
 # The pickled MAGIC_NUMBER of torch/serialization.py, which begins the files of torch before 1.6 (they are no zips).
 LEGACY_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 LFS = b"version https://git-lfs"
@@ -94,7 +94,7 @@ def _by_bytes(files: PinnedFiles, name: str, first: bytes, named: WeightFormat) 
         return _of_zip(files, name)
     if first[:1] == b"\x80" and (LEGACY_TORCH in first or named is WeightFormat.PYTORCH):
         return WeightFormat.PYTORCH
-    if len(first) >= 9 and first[8:9] == b"{" and struct.unpack("<Q", first[:8])[0] <= LONGEST_HEADER:
+    if len(first) >= 9 and first[8:9] == b"{" and struct.unpack("<Q", first[:8])[0] <= SAFETENSORS_HEADER:
         return _checked(files, name, WeightFormat.SAFETENSORS)
     return WeightFormat.UNKNOWN
 
@@ -107,12 +107,10 @@ def _checked(files: PinnedFiles, name: str, found: WeightFormat) -> WeightFormat
 
 def _of_zip(files: PinnedFiles, name: str) -> WeightFormat:
     try:
-        with files.open(name) as file, zipfile.ZipFile(file) as archive:
+        with files.open(name) as file, open_zip(file) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise BadCheckpoint(
-            f"{files.address / name}: it begins as a zip, but {error}: it is cut short or damaged; fetch it"
-        ) from None
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{files.address / name}: {error}") from None
     is_torch = any(member == "data.pkl" or member.endswith("/data.pkl") for member in names)
     return WeightFormat.PYTORCH if is_torch else WeightFormat.UNKNOWN
 

@@ -1,7 +1,6 @@
 """Names and patterns of modules in a checkpoint's own config: exact names, globs, regular expressions.
 
-They come from strangers. A regular expression that repeats a repeated part can take longer than the age of the universe
-on a name of forty letters, so that only those without such parts are matched.
+They come from strangers, so that regular expressions are matched by `loaders.patterns`.
 """
 
 from __future__ import annotations
@@ -10,43 +9,30 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from fnmatch import translate
-from functools import lru_cache
 
 from loaders.errors import BadCheckpoint
+from loaders.limits import shown
+from loaders.patterns import Pattern, compiled
 
-LONGEST = 20_000  # characters of a pattern; some tools list every layer in one
+# What makes a pattern slow for engines, which match with Python's own `re`.
 MOST_REPEATS = 5  # parts of a pattern of any length, such as .*: each multiplies the time by the length of a name
 QUANTIFIER = re.compile(r"[*+?]|\{\d*,?\d*\}")
 OPENING = re.compile(r"\(\?(?:[:=!>]|<[=!]|P?<\w+>|[aiLmsux-]+:?)")
 ESCAPED = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")  # what stands for one character, whatever is in it
 
 
-@lru_cache(maxsize=4096)
-def compiled(pattern: str, place: str) -> re.Pattern[str]:
-    """Compile a regular expression from a checkpoint; `place` begins the message if it is refused.
-
-    Raises:
-        BadCheckpoint: it is none, or one that could take very long.
-    """
-    try:
-        found = re.compile(pattern[: LONGEST + 1])
-    except (re.error, RecursionError, OverflowError) as error:
-        raise BadCheckpoint(f"{place}: {pattern[:80]!r} is no regular expression: {error}") from None
-    if len(pattern) > LONGEST or not is_quick(pattern):
-        raise BadCheckpoint(
-            f"{place}: the pattern {pattern[:80]!r} could take very long (parts of any length within each other, more"
-            f" than {MOST_REPEATS} of them, or {LONGEST} characters); write it more simply"
-        )
-    return found
-
-
 def fault_of(pattern: str, place: str) -> str | None:
-    """Say why a pattern is not matched: it is no regular expression, or could take very long; None if it is."""
+    """Say why an engine should not match a pattern: it is no regular expression, or could take very long; else None."""
     try:
         compiled(pattern, place)
     except BadCheckpoint as error:
         return str(error)
-    return None
+    if is_quick(pattern):
+        return None
+    return (
+        f"{place}: the pattern {shown(pattern)} could take very long (parts of any length within each other, or more"
+        f" than {MOST_REPEATS} of them); write it more simply"
+    )
 
 
 def is_quick(pattern: str) -> bool:
@@ -79,7 +65,7 @@ class Named:
 
     def __init__(self, entries: Iterable[str], place: str) -> None:
         self.entries, self.place = tuple(entries), place
-        self._names, starts, patterns = set[str](), list[str](), list[re.Pattern[str]]()
+        self._names, starts, patterns = set[str](), list[str](), list[Pattern]()
         for entry in self.entries:
             if entry.startswith("re:"):
                 patterns.append(compiled(entry.removeprefix("re:"), place))

@@ -15,6 +15,7 @@ from typing import Any
 
 from loaders.checkpoints.aux_files import WEIGHT_SUFFIXES
 from loaders.errors import BadCheckpoint
+from loaders.limits import CONFIG_VALUES, JSON_CONFIG
 from loaders.specs import WeightSpec
 from loaders.storage.base import Entry, PinnedFiles, Store
 from loaders.storage.json_files import read_json
@@ -34,7 +35,7 @@ def read_model_index(store: Store, everything: Sequence[Entry]) -> dict[str, Any
     files = PinnedFiles(store)
     if files.find(MODEL_INDEX) is None:
         return None
-    found = read_json(files, MODEL_INDEX)
+    found = read_json(files, MODEL_INDEX, JSON_CONFIG, CONFIG_VALUES)
     named = classes_of(found) if isinstance(found.get("_class_name"), str) else {}
     there = {entry.name.partition("/")[0] for entry in everything if "/" in entry.name}
     has_own = any("/" not in entry.name and entry.name.endswith(WEIGHT_SUFFIXES) for entry in everything)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loaders.errors import BadCheckpoint
+from loaders.limits import check_tensors
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.words import counted
@@ -32,18 +33,17 @@ def single(
     """Return each tensor once, and notes about copies and about tensors that the index does not name.
 
     Raises:
-        BadCheckpoint: copies differ and nothing decides between them, the index puts a tensor where it is not, or a
-            name is no text.
+        BadCheckpoint: copies differ and nothing decides between them, the index puts a tensor where it is not, or there
+            are too many.
     """
     found: dict[str, WeightSpec] = {}
     copies: dict[str, list[WeightSpec]] = {}
     for spec in weights:
-        if not spec.name.isascii() and not _is_text(spec.name):
-            raise BadCheckpoint(f"{spec.file}: the name {spec.name!r} is no text; do not trust this file")
         if spec.name in found:
             copies.setdefault(spec.name, [found[spec.name]]).append(spec)
         else:
             found[spec.name] = spec
+    check_tensors(len(found), str(source.address))
     equal, decided = [], []
     for name, specs in copies.items():
         wanted = None if index is None else index.get(name)
@@ -70,15 +70,6 @@ def single(
             " all the same, as engines read them"
         )
     return tuple(found.values()), notes
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8. JSON and pickles can hold halves of characters, which cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_places(found: Mapping[str, WeightSpec], index: Mapping[str, str]) -> None:

@@ -16,8 +16,9 @@ from pathlib import PurePosixPath
 from loaders.checkpoints.aux_files import INDEX_SUFFIX, WEIGHT_SUFFIXES
 from loaders.containers import CONTAINERS, packed
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import JSON_CONFIG
 from loaders.storage.base import Entry, PinnedFiles, may_be_newer
-from loaders.storage.json_files import INDEX_LIMIT, read_json
+from loaders.storage.json_files import read_json
 
 ENDINGS = "|".join(re.escape(suffix) for container in CONTAINERS.values() for suffix in container.suffixes)
 SHARD = re.compile(rf"^(?P<stem>.*)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?:{ENDINGS})$")
@@ -207,7 +208,7 @@ def _of_container(
 
 def _of_index(source: PinnedFiles, name: str, single: str | None) -> tuple[list[str], dict[str, str]]:
     """Read an index. `single` is the whole model that transformers would load instead, if that file is there."""
-    weight_map = read_json(source, name, INDEX_LIMIT).get("weight_map")
+    weight_map = read_json(source, name).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise BadCheckpoint(f"{name}: expected a weight_map of tensor names to file names")
     files = sorted(set(weight_map.values()))
@@ -314,7 +315,7 @@ def adapter_alone(source: PinnedFiles, key: str) -> str:
     """Return the message about a folder that is an adapter and nothing else."""
     base = None
     if source.find(ADAPTER_CONFIG) is not None:
-        base = read_json(source, ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = read_json(source, ADAPTER_CONFIG, JSON_CONFIG).get("base_model_name_or_path")
     of, where = "", "the model that it was trained on"
     if isinstance(base, str) and base:
         of, where = f" of {base[:200]!r}", f"{base[:200]!r}"

@@ -9,7 +9,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the limits ar
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,18 @@ from typing import IO, Any
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DTYPES, DType
 from loaders.errors import BadCheckpoint, BadSpec
+from loaders.limits import (
+    GGUF_DIMENSIONS,
+    GGUF_HEADER,
+    GGUF_ITEMS,
+    GGUF_KEYS,
+    GGUF_NAME,
+    GGUF_TEXT,
+    check_name,
+    check_shape,
+    check_tensors,
+    shown,
+)  # fmt: skip
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 from loaders.storage.base import PinnedFiles
 
@@ -25,8 +36,6 @@ MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 ALIGNMENT_KEY = "general.alignment"
-LONGEST_NAME = 63  # bytes: GGML_MAX_NAME without the terminating zero
-MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 STRING, ARRAY = 8, 9
 # gguf_metadata_value_type -> struct's letter
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -130,6 +139,7 @@ class _Header:
         self._data = data
         self._size = size
         self._at = 0
+        self._left = GGUF_ITEMS
 
     def read(self) -> tuple[dict[str, MetadataValue], tuple[WeightSpec, ...]]:
         if self._take(4) != MAGIC:
@@ -143,16 +153,19 @@ class _Header:
             raise BadCheckpoint(f"a GGUF {what}; versions 2 and 3, little endian, are read")
         # The least that an entry takes: 32 bytes for a tensor of one dimension, 13 for a value of metadata.
         tensors, entries = self._count(32), self._count(13)
+        check_tensors(tensors, "its header")
+        if entries > GGUF_KEYS:
+            raise BadCheckpoint(f"it announces {entries} entries of metadata, at most {GGUF_KEYS} are read")
         metadata: dict[str, MetadataValue] = {}
         for _ in range(entries):
             key = self._string("a key")
             if not key or key in metadata:
-                raise BadCheckpoint(f"metadata key {key!r} is empty or appears twice")
+                raise BadCheckpoint(f"metadata key {shown(key)} is empty or appears twice")
             metadata[key] = self._entry(key)
         alignment = metadata.get(ALIGNMENT_KEY, uint32(ALIGNMENT))
         step = alignment.value
         if alignment.type != 4 or alignment.is_array or step < 1 or step & (step - 1):
-            raise BadCheckpoint(f"{ALIGNMENT_KEY} is {step!r}; a power of two is expected")
+            raise BadCheckpoint(f"{ALIGNMENT_KEY} is {shown(step)}; a power of two is expected")
         found = [self._tensor() for _ in range(tensors)]
         return metadata, self._place(found, -(-self._at // step) * step, step)
 
@@ -162,6 +175,8 @@ class _Header:
                 f"its header wants {count} bytes at byte {self._at} of {self._size}; truncated? fetch it again"
             )
         self._at += count
+        if self._at > GGUF_HEADER:
+            raise BadCheckpoint(f"its header has more than {GGUF_HEADER} bytes, which are not read")
         return self._data.read(count)
 
     def _number(self, code: str) -> Any:
@@ -174,8 +189,19 @@ class _Header:
             raise BadCheckpoint(f"it announces {count} entries in the {self._size - self._at} bytes that are left")
         return count
 
+    def _items(self, least: int) -> int:
+        """Read the count of an array's items."""
+        count = self._count(least)
+        self._left -= count
+        if self._left < 0:
+            raise BadCheckpoint(f"its arrays of metadata have more than {GGUF_ITEMS} items, which are not read")
+        return count
+
     def _string(self, what: str) -> str:
-        raw = self._take(self._number("Q"))
+        size = self._number("Q")
+        if GGUF_TEXT < size <= self._size - self._at:
+            raise BadCheckpoint(f"{shown(what)} is a text of {size} bytes, at most {GGUF_TEXT} are read")
+        raw = self._take(size)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -190,29 +216,32 @@ class _Header:
         if kind == ARRAY:
             kind, is_array = self._number("I"), True
         if kind != STRING and kind not in SCALARS:
-            raise BadCheckpoint(f"metadata key {key!r} has the unknown type {kind}")
+            raise BadCheckpoint(f"metadata key {shown(key)} has the unknown type {kind}")
         if not is_array:
             return MetadataValue(kind, self._string(key) if kind == STRING else self._number(SCALARS[kind]))
         if kind == STRING:
-            return MetadataValue(kind, tuple(self._string(key) for _ in range(self._count(8))), True)
+            return MetadataValue(kind, tuple(self._string(key) for _ in range(self._items(8))), True)
         item = struct.calcsize("<" + SCALARS[kind])
-        count = self._count(item)
+        count = self._items(item)
         return MetadataValue(kind, struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * item)), True)
 
     def _tensor(self) -> tuple[str, DType, tuple[int, ...], int]:
-        name = self._string("a tensor's name")
+        name = check_name(self._string("a tensor's name"))
+        if len(name.encode()) > GGUF_NAME:
+            raise BadCheckpoint(f"the name {shown(name)} is longer than {GGUF_NAME} bytes, which llama.cpp refuses")
         dimensions = self._number("I")
-        if not name or dimensions > MOST_DIMENSIONS:
-            raise BadCheckpoint(f"tensor {name!r} has {dimensions} dimensions; at most {MOST_DIMENSIONS} are known")
+        if dimensions > GGUF_DIMENSIONS:
+            raise BadCheckpoint(f"tensor {name!r} has {dimensions} dimensions; at most {GGUF_DIMENSIONS} are known")
         shape = tuple(int(self._number("Q")) for _ in range(dimensions))[::-1]
         kind, offset = self._number("I"), self._number("Q")
         type_name = TYPE_NAMES.get(kind, f"number {kind}")
         if type_name not in DTYPES:
             readable = ", ".join(n for n in TYPE_IDS if n in DTYPES)
             raise BadCheckpoint(f"{name!r} is of ggml's type {type_name}, which is not read; these are: {readable}")
-        # Python's integers would not overflow here; numpy's, and the system's file offsets, later would.
-        if math.prod(shape) > 1 << 62:
-            raise BadCheckpoint(f"{name!r}: its shape {list(shape)} is larger than any file")
+        try:
+            check_shape(shape)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{name!r}: {error}") from None
         return name, DTYPES[type_name], shape, offset
 
     def _place(
@@ -250,7 +279,7 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
     slots, offset = [], 0
     for name, spec in whole.items():
-        if spec.dtype.name not in TYPE_IDS or len(name.encode()) > LONGEST_NAME or len(spec.shape) > MOST_DIMENSIONS:
+        if spec.dtype.name not in TYPE_IDS or len(name.encode()) > GGUF_NAME or len(spec.shape) > GGUF_DIMENSIONS:
             raise BadSpec(f"{name}: {spec.dtype} {list(spec.shape)} under this name cannot be in a GGUF")
         slots.append(Slot(name=name, dtype=spec.dtype, shape=spec.shape, offset=offset))
         offset += -(-spec.size // ALIGNMENT) * ALIGNMENT

@@ -23,6 +23,17 @@ from typing import Any
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DType, Shape, dtype_named
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import (
+    CONFIG_LAYERS,
+    JSON_INDEX,
+    MOST_NUMBERS,
+    PACKED_EXPERTS,
+    check_name,
+    check_shape,
+    check_tensors,
+    read_json_text,
+    shown,
+)  # fmt: skip
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
@@ -37,7 +48,6 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 LAYER_FILE = re.compile(r"layer_\d{2,}\.bin")
 EXPERT_FILE = re.compile(rf"{EXPERTS}/layer_.*\.bin")
 COMPONENT = re.compile(rf"(?:{'|'.join(PARTS)})\.(?:weight|scales|biases)")
-JSON_LIMIT = 1 << 30  # bytes: a manifest is read whole, and real ones take some hundred bytes a tensor
 NameExpert = Callable[[int, int, str], str]  # layer, expert, component -> the tensor's name
 
 
@@ -133,23 +143,13 @@ def _size(files: PinnedFiles, file: str, what: str) -> int:
 
 def _json(files: PinnedFiles, file: str) -> dict[str, Any]:
     _size(files, file, "a JSON file")
-    raw = files.read_all(file, JSON_LIMIT)
+    raw = files.read_all(file, JSON_INDEX)
     try:
-        found = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        found = read_json_text(raw, twice=False)
+    except ValueError as error:
         raise BadCheckpoint(f"{file}: not JSON ({error}); fetch it again") from None
     if not isinstance(found, dict):
         raise BadCheckpoint(f"{file}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of JSON's pairs. Python would keep the last of equal names, another reader the first."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} appears twice")
-        found[name] = value
     return found
 
 
@@ -160,12 +160,15 @@ def _tensors(manifest: Mapping[str, Any], file_size: int) -> list[tuple[WeightSp
         raise BadCheckpoint(f"{MANIFEST}: expected tensors, an object of entries by name; fetch it again")
     count = manifest.get("num_tensors", len(entries))
     if count != len(entries):
-        raise BadCheckpoint(f"{MANIFEST}: it says num_tensors {count!r} and lists {len(entries)}; fetch it again")
+        raise BadCheckpoint(f"{MANIFEST}: it says num_tensors {shown(count)} and lists {len(entries)}; fetch it again")
+    check_tensors(len(entries), MANIFEST)
     found = []
     for name, entry in entries.items():
+        try:
+            check_name(name)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{MANIFEST}: {error}") from None
         dtype, shape, offset, size = _entry(f"{MANIFEST}: {name!r}", entry)
-        if not name:
-            raise BadCheckpoint(f"{MANIFEST}: a tensor has no name")
         if offset % ALIGNMENT:
             raise BadCheckpoint(f"{MANIFEST}: {name!r} begins at byte {offset}, which is no multiple of {ALIGNMENT}")
         bits = None
@@ -198,25 +201,24 @@ def _entry(where: str, entry: Any) -> tuple[DType, Shape, int, int]:
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{where}: {error}") from None
     except (TypeError, KeyError, AttributeError, IndexError):
-        raise BadCheckpoint(f"{where} lacks offset, size, shape or dtype: {str(entry)[:200]}") from None
+        raise BadCheckpoint(f"{where} lacks offset, size, shape or dtype: {shown(entry)}") from None
     if dtype.block > 1:
         raise BadCheckpoint(f"{where} is {dtype}, which is no dtype of this container")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, offset, size)):
-        raise BadCheckpoint(
-            f"{where}: offset {offset!r}, size {size!r} and shape {shape!r} must be whole numbers from 0"
-        )
+    if not all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in (offset, size)):
+        raise BadCheckpoint(f"{where}: offset {shown(offset)} and size {shown(size)} must be whole numbers from 0")
     try:
-        wanted = dtype.size(tuple(shape))
+        checked = check_shape(shape)
+        wanted = dtype.size(checked)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{where}: {error}") from None
     if size != wanted:
-        raise BadCheckpoint(f"{where}: {dtype} {shape} takes {wanted} bytes, it says {size}")
-    return dtype, tuple(shape), offset, size
+        raise BadCheckpoint(f"{where}: {dtype} {shown(shape)} takes {wanted} bytes, it says {size}")
+    return dtype, checked, offset, size
 
 
 def _bits(where: str, bits: Any) -> int:
     if type(bits) is not int or bits not in BITS:
-        raise BadCheckpoint(f"{where}: bits is {bits!r}, known are {', '.join(map(str, BITS))}")
+        raise BadCheckpoint(f"{where}: bits is {shown(bits)}, known are {', '.join(map(str, BITS))}")
     return bits
 
 
@@ -226,19 +228,22 @@ class _ExpertFiles:
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._size, self._count = (self._number(document, key, 1) for key in ("expert_size", "num_experts"))
         num_layers = self._number(document, "num_layers", 0)
-        layers = document.get("moe_layers", list(range(min(num_layers, 1 << 16))))
+        layers = document.get("moe_layers", list(range(min(num_layers, CONFIG_LAYERS))))
         is_list = isinstance(layers, list) and all(type(n) is int and 0 <= n < num_layers for n in layers)
         if not is_list or len(set(layers)) < len(layers):
             raise BadCheckpoint(
-                f"{EXPERT_LAYOUT}: moe_layers {str(layers)[:80]!r} must be different whole numbers below num_layers"
+                f"{EXPERT_LAYOUT}: moe_layers {shown(layers)} must be different whole numbers below num_layers"
             )
         self.layers: list[int] = sorted(layers)
         self._components = self._read(document.get("components"))
+        if self._count > PACKED_EXPERTS:
+            raise BadCheckpoint(f"{EXPERT_LAYOUT}: num_experts is {self._count}, at most {PACKED_EXPERTS} are read")
+        check_tensors(len(self.layers) * self._count * len(self._components), EXPERT_LAYOUT)
 
     def _number(self, document: Mapping[str, Any], key: str, least: int) -> int:
         number = document.get(key)
         if type(number) is not int or number < least:
-            raise BadCheckpoint(f"{EXPERT_LAYOUT}: {key} is {number!r}; expected a whole number from {least}")
+            raise BadCheckpoint(f"{EXPERT_LAYOUT}: {key} is {shown(number)}; expected a whole number from {least}")
         return number
 
     def _read(self, components: Any) -> list[tuple[WeightSpec, int | None]]:
@@ -249,7 +254,7 @@ class _ExpertFiles:
             name = entry.get("name") if isinstance(entry, dict) else None
             if not isinstance(name, str) or not COMPONENT.fullmatch(name):
                 raise BadCheckpoint(
-                    f"{EXPERT_LAYOUT}: a component is called {name!r}; known are {', '.join(PARTS)} with .weight,"
+                    f"{EXPERT_LAYOUT}: a component is called {shown(name)}; known are {', '.join(PARTS)} with .weight,"
                     " .scales and .biases"
                 )
             dtype, shape, offset, size = _entry(f"{EXPERT_LAYOUT}: {name!r}", entry)

@@ -10,7 +10,6 @@ Formats: torch/serialization.py (_save, _legacy_save) and torch/_utils.py (_rebu
 
 from __future__ import annotations
 
-import collections
 import io
 import math
 import pickle
@@ -18,52 +17,33 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import IO, Any, ClassVar, TypeVar
+from typing import IO, Any, TypeVar
 
-from loaders.dtypes import BY_TORCH_NAME, DTYPES, DType, Shape, is_contiguous
+from loaders.containers.pytorch_unpickle import Refused, Storage, Tensor, unpickle
+from loaders.dtypes import DType, is_contiguous
 from loaders.errors import BadCheckpoint
+from loaders.limits import (
+    PICKLE_BYTES,
+    PICKLE_LEGACY_OPS,
+    PICKLE_LINE,
+    PICKLE_OPS,
+    PICKLE_OPS_PER_MEMBER,
+    TINY,
+    ZIP_DIRECTORY,
+    ZIP_MEMBERS,
+    check_name,
+    check_tensors,
+    first_twice,
+    shown,
+)  # fmt: skip
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 
 T = TypeVar("T")
-# The most bytes of data.pkl that are read. It is read whole, so a hostile zip must not choose how much memory that
-# takes; real ones have a few hundred bytes per tensor.
-PICKLE_LIMIT = 1 << 30
+ENCRYPTED, PATCHED, STRONGLY_ENCRYPTED = 1, 1 << 5, 1 << 6  # flags of a zip's member
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # MAGIC_NUMBER in torch/serialization.py
 NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the weights
 MOST_LEVELS = 4  # of such keys one in another
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "U8",
-}  # fmt: skip
-
-
-# Operations that build objects of arbitrary classes, beside REDUCE, which is narrowed below.
-OBJECT_CODES = [
-    code[0]
-    for code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4)
-]
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """A torch storage: a run of numbers of one dtype in the file, of which tensors are views."""
-
-    key: str
-    dtype: DType
-    num_items: int
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor as the pickle describes it; offset and stride count elements of the storage."""
-
-    storage: _Storage
-    dtype: DType
-    offset: int
-    shape: Shape
-    stride: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +53,6 @@ class State:
     specs: tuple[WeightSpec, ...]
     keys: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
-
-
-class _Refused(Exception):
-    """The pickle asks for something that weights do not need."""
 
 
 def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
@@ -94,7 +70,8 @@ def read_state(files: PinnedFiles, file: str) -> State:
 
     def state_of(found: Any, places: dict[str, tuple[int, int]]) -> State:
         tensors, keys, beside = _state_dict(found)
-        specs = [_spec(name, tensor, file, places, size) for name, tensor in tensors.items()]
+        check_tensors(len(tensors), "it")
+        specs = [_spec(check_name(name), tensor, file, places, size) for name, tensor in tensors.items()]
         return State(_with_aliases(specs), keys, beside)
 
     return _read(files, file, state_of)
@@ -117,7 +94,7 @@ def _read(files: PinnedFiles, file: str, use: Callable[[Any, dict[str, tuple[int
             read = _read_zip if zipfile.is_zipfile(handle) else _read_legacy
             handle.seek(0)
             return use(*read(handle, size))
-        except _Refused as error:
+        except Refused as error:
             raise BadCheckpoint(
                 f"{file}: its pickle asks for {error}, which weights do not need; it may want to run code."
                 " Not loaded: convert it to safetensors where you trust it"
@@ -128,10 +105,10 @@ def _read(files: PinnedFiles, file: str, use: Callable[[Any, dict[str, tuple[int
         # this file, so that none of these hides a fault elsewhere.
         except (
             pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, TypeError,
-            AttributeError, struct.error, MemoryError, RecursionError, OverflowError,
+            AttributeError, struct.error, MemoryError, RecursionError, OverflowError, NotImplementedError, RuntimeError,
         ) as error:  # fmt: skip
             raise BadCheckpoint(
-                f"{file}: not a PyTorch file, or truncated ({type(error).__name__}: {error}); fetch it again"
+                f"{file}: not a PyTorch file, or truncated ({type(error).__name__}: {str(error)[:200]}); fetch it again"
             ) from None
 
 
@@ -140,22 +117,25 @@ def _read(files: PinnedFiles, file: str, use: Callable[[Any, dict[str, tuple[int
 
 def _read_zip(handle: IO[bytes], size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Read a zip: the pickled object, and the place of each storage's bytes, key -> (offset, size)."""
-    with zipfile.ZipFile(handle) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+    with open_zip(handle) as archive:
+        listed = archive.infolist()
+        members = {info.filename: info for info in listed}
+        if len(members) < len(listed):
+            twice = first_twice([info.filename for info in listed])
+            raise BadCheckpoint(f"its member {shown(twice)} appears twice; do not trust this file")
         pickled = next((i for name, i in members.items() if name.count("/") == 1 and name.endswith("/data.pkl")), None)
         if pickled is None:
             raise BadCheckpoint("a zip without data.pkl: not weights saved by torch")
         prefix = pickled.filename.removesuffix("data.pkl")
-        # torch.save never compresses. Requiring that also bounds memory: a small compressed member could expand to
-        # any size.
-        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-            raise BadCheckpoint("its members are compressed, so their bytes cannot be read in place; save it again")
-        if pickled.file_size > PICKLE_LIMIT:
-            raise BadCheckpoint(f"data.pkl claims {pickled.file_size} bytes, at most {PICKLE_LIMIT} are read")
+        for info in listed:
+            _check_member(info)
+        if pickled.file_size > PICKLE_BYTES:
+            raise BadCheckpoint(f"data.pkl claims {pickled.file_size} bytes, at most {PICKLE_BYTES} are read")
         byteorder = members.get(prefix + "byteorder")
-        if byteorder is not None and archive.read(byteorder) != b"little":
+        if byteorder is not None and (byteorder.file_size > PICKLE_LINE or archive.read(byteorder) != b"little"):
             raise BadCheckpoint("its numbers are big-endian; save it again on a little-endian machine")
-        found = _unpickle(io.BytesIO(archive.read(pickled)))
+        raw = archive.read(pickled)
+        found = unpickle(io.BytesIO(raw), len(raw), PICKLE_OPS + PICKLE_OPS_PER_MEMBER * len(listed))
         places = {
             name.removeprefix(prefix + "data/"): (_data_offset(handle, info), info.file_size)
             for name, info in members.items()
@@ -164,148 +144,82 @@ def _read_zip(handle: IO[bytes], size: int) -> tuple[Any, dict[str, tuple[int, i
     return found, places
 
 
+def open_zip(handle: IO[bytes]) -> zipfile.ZipFile:
+    """Open a zip whose directory has a bounded number of members.
+
+    Raises:
+        BadCheckpoint: it has more, or is damaged.
+    """
+    try:
+        # zipfile makes an object for each member before it tells how many they are.
+        end = zipfile._EndRecData(handle)  # type: ignore[attr-defined]
+        if (end is not None and max(end[3], end[4]) > ZIP_MEMBERS) or (end is not None and end[5] > ZIP_DIRECTORY):
+            raise BadCheckpoint(f"a zip of {max(end[3], end[4])} members, at most {ZIP_MEMBERS} are read")
+        return zipfile.ZipFile(handle)
+    # The last two are what zipfile raises for versions and for names that it cannot read.
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise BadCheckpoint(f"it begins as a zip, but {error}: it is cut short or damaged; fetch it again") from None
+
+
+def _check_member(info: zipfile.ZipInfo) -> None:
+    """Raise BadCheckpoint unless a member's bytes lie in the file as they are.
+
+    torch.save never compresses. Requiring that also bounds memory: a small compressed member could expand to any size.
+    """
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise BadCheckpoint("its members are compressed, so their bytes cannot be read in place; save it again")
+    if (
+        info.flag_bits & (ENCRYPTED | PATCHED | STRONGLY_ENCRYPTED)
+        or info.extract_version > zipfile.MAX_EXTRACT_VERSION
+    ):
+        raise BadCheckpoint(
+            f"its member {shown(info.filename)} is encrypted, a patch, or of version {info.extract_version / 10} of the"
+            " format; not weights saved by torch"
+        )
+
+
 def _data_offset(handle: IO[bytes], info: zipfile.ZipInfo) -> int:
     """Return where a member's bytes begin: after its local header, whose extra field differs from the directory's."""
     handle.seek(info.header_offset)
     local = handle.read(30)
-    if local[:4] != b"PK\x03\x04":
-        raise BadCheckpoint(f"{info.filename}: no member where the directory says")
+    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+        raise BadCheckpoint(f"{shown(info.filename)}: no member where the directory says")
     name_bytes, extra_bytes = struct.unpack("<HH", local[26:30])
     return info.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
 def _read_legacy(handle: IO[bytes], size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Read a legacy file: magic, protocol, system, object, storage keys; then for each key a count and its bytes."""
-    if _unpickle(handle) != LEGACY_MAGIC:
+    magic = unpickle(handle, size, PICKLE_LINE)
+    if type(magic) is not int or magic != LEGACY_MAGIC:
         raise BadCheckpoint("neither a zip nor a legacy file of torch")
-    _unpickle(handle)
-    system = _unpickle(handle)
+    unpickle(handle, size, PICKLE_LINE)
+    system = unpickle(handle, size, PICKLE_LINE)
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise BadCheckpoint("its numbers are big-endian; save it again on a little-endian machine")
-    storages: dict[str, _Storage] = {}
-    found = _unpickle(handle, storages)
+    storages: dict[str, Storage] = {}
+    found = unpickle(handle, size, PICKLE_LEGACY_OPS, storages)
+    keys = unpickle(handle, size, PICKLE_LEGACY_OPS)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise BadCheckpoint(f"its list of storages is {shown(keys)}; truncated? fetch it again")
     places = {}
-    for key in _unpickle(handle):
+    for key in keys:
+        if key not in storages:
+            raise BadCheckpoint(f"its storage {shown(key)} is of no tensor; fetch it again")
         storage = storages[key]
         [count] = struct.unpack("<q", handle.read(8))
         num_bytes = storage.dtype.item_bytes * count
         if count < 0 or handle.tell() + num_bytes > size:
-            raise BadCheckpoint(f"storage {key!r} of {count} items leaves the file; truncated? fetch it again")
+            raise BadCheckpoint(f"storage {shown(key)} of {count} items leaves the file; truncated? fetch it again")
         places[key] = (handle.tell(), num_bytes)
         handle.seek(num_bytes, io.SEEK_CUR)
     return found, places
 
 
-# --- the pickle
-
-
-def _unpickle(stream: IO[bytes], storages: dict[str, _Storage] | None = None) -> Any:
-    """Run one pickle of the stream; `storages` collects those that it refers to, by key."""
-    return _Unpickler(stream, {} if storages is None else storages).load()
-
-
-class _Unpickler(pickle._Unpickler):
-    """Python's own pickle machine with a closed list of names.
-
-    The one in C cannot be narrowed operation by operation, and can be made to allocate memory at will.
-    """
-
-    def __init__(self, stream: IO[bytes], storages: dict[str, _Storage]) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self.stack: list[Any]
-        self._storages = storages
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = ALLOWED.get((module, name))
-        if known is not None:
-            return known
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return _StorageType(DTYPES[STORAGES[name]])
-        if module == "torch" and name in BY_TORCH_NAME:
-            return BY_TORCH_NAME[name]
-        raise _Refused(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _location, num_items = pid[:5]
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
-            raise ValueError(f"unknown persistent id {pid!r}")
-        if len(pid) > 5 and pid[5] is not None:
-            raise ValueError("it holds views of storages, a form that torch left in 2017; save it again")
-        return self._storages.setdefault(key, _Storage(key, storage_type.dtype, num_items))
-
-    # REDUCE and BUILD can call or change what is already there, and are narrowed; the other operations that build
-    # objects are refused.
-
-    def load_reduce(self) -> None:
-        # find_class allows only these names, but a storage type or dtype could be called too.
-        arguments = self.stack.pop()
-        function = self.stack[-1]
-        if not any(function is known for known in ALLOWED.values()):
-            raise _Refused(f"a call of {function!r}")
-        self.stack[-1] = function(*arguments)
-
-    def load_build(self) -> None:
-        self.stack.pop()  # state dicts carry attributes (`_metadata`) that say nothing of weights
-        if not isinstance(self.stack[-1], collections.OrderedDict):
-            raise _Refused(f"changing {type(self.stack[-1]).__name__} objects")
-
-    def load_other_object(self) -> None:
-        raise _Refused("objects of other classes")
-
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
-        **pickle._Unpickler.dispatch,
-        pickle.REDUCE[0]: load_reduce,
-        pickle.BUILD[0]: load_build,
-        **dict.fromkeys(OBJECT_CODES, load_other_object),
-    }
-
-
-@dataclass(frozen=True)
-class _StorageType:
-    """A class of torch's such as FloatStorage: only its dtype is of interest."""
-
-    dtype: DType
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: DType | None = None) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise ValueError("a tensor without a storage")
-    numbers = (offset, *shape, *stride)
-    if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(stride):
-        raise ValueError(f"a tensor with offset {offset}, shape {shape}, stride {stride}")
-    return _Tensor(storage, dtype or storage.dtype, offset, tuple(shape), tuple(stride))
-
-
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
-    return _tensor(storage, offset, shape, stride)
-
-
-def _rebuild_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
-) -> _Tensor:
-    if not isinstance(dtype, DType):
-        raise ValueError(f"a tensor of dtype {dtype!r}")
-    return _tensor(storage, offset, shape, stride, dtype)
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-}
-
-
 # --- from the pickled object to specs
 
 
-def _state_dict(found: Any) -> tuple[dict[str, _Tensor], tuple[str, ...], tuple[str, ...]]:
+def _state_dict(found: Any) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
     """Find the tensors by name, the keys that lead to them, and the other keys that hold tensors.
 
     A trainer's checkpoint holds the model some levels down, beside an optimizer, a loss, averaged weights (EMA).
@@ -323,7 +237,9 @@ def _state_dict(found: Any) -> tuple[dict[str, _Tensor], tuple[str, ...], tuple[
         found = found[inner[0]]
     tensors = _tensors(found) or _tensors(_flat(found))
     if not tensors:
-        kinds = list(found)[:8] if isinstance(found, dict) else type(found).__name__
+        keys = list(found)[:8] if isinstance(found, dict) else []
+        kinds: Any = [key if type(key) is str and len(key) < PICKLE_LINE else shown(key) for key in keys]
+        kinds = kinds if isinstance(found, dict) else type(found).__name__
         what = ", which is the state of an optimizer" if kinds == ["state", "param_groups"] else ""
         raise BadCheckpoint(
             f"it holds no state dict of tensors, at the top or under {', '.join(NESTED_KEYS)}; found {kinds}{what}"
@@ -356,24 +272,29 @@ def _flat(found: Any) -> dict[str, Any]:
     }
 
 
-def _tensors(found: Any) -> dict[str, _Tensor]:
+def _tensors(found: Any) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         return {}
-    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, _Tensor)}
+    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def _spec(name: str, tensor: _Tensor, file: str, places: dict[str, tuple[int, int]], size: int) -> WeightSpec:
+def _spec(name: str, tensor: Tensor, file: str, places: dict[str, tuple[int, int]], size: int) -> WeightSpec:
     """Check that a tensor lies within its storage and that within the file, and return the spec of its bytes."""
     place = places.get(tensor.storage.key)
     if place is None:
-        raise BadCheckpoint(f"{name!r}: its storage {tensor.storage.key!r} is not in the file")
+        raise BadCheckpoint(f"{shown(name)}: its storage {shown(tensor.storage.key)} is not in the file")
     start, storage_bytes = place
     item, numel = tensor.dtype.item_bytes, math.prod(tensor.shape)
+    if numel * item > max(storage_bytes, TINY):
+        raise BadCheckpoint(
+            f"{shown(name)}: {tensor.dtype} {list(tensor.shape)} in a storage of {storage_bytes} bytes, each of which"
+            " it would have many times; save it again as what it is"
+        )
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True)) if numel else -1
     span = (last + 1) * item
     if tensor.offset * item + span > storage_bytes or start + storage_bytes > size:
         raise BadCheckpoint(
-            f"{name!r}: {tensor.dtype} {list(tensor.shape)} at item {tensor.offset} leaves its storage of"
+            f"{shown(name)}: {tensor.dtype} {list(tensor.shape)} at item {tensor.offset} leaves its storage of"
             f" {storage_bytes} bytes, or that leaves the file of {size}; truncated? fetch it again"
         )
     stride = None if is_contiguous(tensor.shape, tensor.stride) else tensor.stride

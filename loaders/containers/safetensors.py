@@ -18,13 +18,14 @@ from typing import Any
 from loaders.containers.base import Checksum, Places
 from loaders.dtypes import DType, Shape, dtype_named
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import SAFETENSORS_HEADER, check_name, check_shape, check_tensors, read_json_text, shown
 from loaders.specs import OutputFile, Slot, StoredTensor, WeightSpec
 from loaders.storage.base import PinnedFiles
 
 # Bytes of the first read: the header's length, and for most shards the whole header, which saves a second request on a
 # remote store.
 FIRST = 1 << 16
-HEADER_LIMIT = 100_000_000  # bytes: MAX_HEADER_SIZE of safetensors' Rust code
+ABOUT = "__metadata__"  # the key of what a file says beside its tensors
 METADATA = {"format": "pt"}  # what transformers writes; before version 5 it refused files whose metadata lacks it
 
 
@@ -35,13 +36,15 @@ def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
         BadCheckpoint: truncated, overlapping, out of range, unknown dtype, absurd lengths, ...
     """
     header, data_start, data_size = _read_header(files, file)
-    header.pop("__metadata__", None)
+    header.pop(ABOUT, None)
+    check_tensors(len(header), file)
     specs = []
     for name, entry in header.items():
+        check_name(name, file)
         try:
             specs.append(_spec(name, entry, file, data_start, data_size))
         except BadCheckpoint as error:
-            raise BadCheckpoint(f"{file}: {name!r}: {error}") from None
+            raise BadCheckpoint(f"{file}: {shown(name)}: {error}") from None
     specs.sort(key=lambda spec: (spec.offset, spec.size))
     _check_cover(specs, file, data_start, data_size)
     return tuple(specs)
@@ -49,7 +52,7 @@ def read_specs(files: PinnedFiles, file: str) -> tuple[WeightSpec, ...]:
 
 def read_metadata(files: PinnedFiles, file: str) -> Mapping[str, Any]:
     """Return what a file's header says beside its tensors, such as the format; errors as `read_specs`."""
-    found = _read_header(files, file)[0].get("__metadata__")
+    found = _read_header(files, file)[0].get(ABOUT)
     return found if isinstance(found, dict) else {}
 
 
@@ -58,49 +61,39 @@ def _read_header(files: PinnedFiles, file: str) -> tuple[dict[str, Any], int, in
     size = files.entry(file).size
     first = files.read(file, 0, min(size, FIRST))
     length = int.from_bytes(first[:8], "little")
-    if size < 8 or length > min(HEADER_LIMIT, size - 8):
+    if size < 8 or length > min(SAFETENSORS_HEADER, size - 8):
         raise BadCheckpoint(
             f"{file}: header of {length} bytes in a file of {size}"
-            f" (at most {HEADER_LIMIT} allowed); not safetensors, or truncated: fetch it again"
+            f" (at most {SAFETENSORS_HEADER} allowed); not safetensors, or truncated: fetch it again"
         )
     raw = first[8 : 8 + length] if length <= len(first) - 8 else files.read(file, 8, 8 + length)
+    check_tensors(bytes(raw).count(b'"data_offsets"'), file)  # before a million of them are made
     try:
-        header = json.loads(bytes(raw), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = read_json_text(raw, twice=False)
+    except ValueError as error:
         raise BadCheckpoint(f"{file}: the header is not JSON ({error}); fetch the file again") from None
     if not isinstance(header, dict):
         raise BadCheckpoint(f"{file}: the header is not a JSON object; fetch the file again")
     return header, 8 + length, size - 8 - length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of JSON's pairs. Python would keep the last of equal names, another reader the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
-    return found
-
-
 def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> WeightSpec:
     try:
-        dtype, shape, (start, stop) = dtype_named(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        dtype, given, (start, stop) = dtype_named(entry["dtype"]), entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError, AttributeError):
-        raise BadCheckpoint(f"its header entry lacks dtype, shape or data_offsets: {str(entry)[:200]}") from None
+        raise BadCheckpoint(f"its header entry lacks dtype, shape or data_offsets: {shown(entry)}") from None
     if dtype.block > 1:
         raise BadCheckpoint(f"{dtype} is no dtype of safetensors; do not trust this file")
-    if not all(type(count) is int and count >= 0 for count in (*shape, start, stop)):
-        raise BadCheckpoint(f"shape {shape} and offsets {[start, stop]} must be whole numbers from 0")
-    if not start <= stop <= data_size:
+    shape = check_shape(given)
+    if not (type(start) is int and type(stop) is int and 0 <= start <= stop <= data_size):
         raise BadCheckpoint(
-            f"its bytes [{start}, {stop}) leave the {data_size} that the file holds; truncated? fetch it again"
+            f"its bytes [{shown(start)}, {shown(stop)}) leave the {data_size} that the file holds; truncated? fetch it"
+            " again"
         )
-    size = dtype.size(tuple(shape))
+    size = dtype.size(shape)
     if stop - start != size:
-        raise BadCheckpoint(f"{dtype} {shape} takes {size} bytes, its offsets hold {stop - start}")
-    return WeightSpec(
-        name=name, dtype=dtype, shape=_same(tuple(shape)), file=file, offset=data_start + start, size=size
-    )
+        raise BadCheckpoint(f"{dtype} {shown(shape)} takes {size} bytes, its offsets hold {stop - start}")
+    return WeightSpec(name=name, dtype=dtype, shape=_same(shape), file=file, offset=data_start + start, size=size)
 
 
 @lru_cache(maxsize=4096)
@@ -130,10 +123,15 @@ def lay_out(file: str, tensors: Iterable[StoredTensor], about: Any = None) -> Ou
     `about` is the file's `__metadata__`, by default what transformers writes.
 
     Raises:
-        BadSpec: safetensors has no such dtype.
+        BadSpec: safetensors has no such dtype, or no tensor of this name.
     """
     whole = {tensor.name: tensor.whole or tensor.spec for tensor in tensors}
     for name, spec in whole.items():
+        if own_name(file, name) == ABOUT:
+            raise BadSpec(
+                f"{setting('container')}: a tensor is called {name}, which in safetensors is no tensor's name; use"
+                " another container, or drop the tensor"
+            )
         if spec.dtype.block > 1:
             raise BadSpec(
                 f"{setting('container')}: {name} would be {spec.dtype}, which safetensors cannot hold; use gguf"
@@ -167,7 +165,7 @@ def header(tensors: dict[str, tuple[DType, tuple[int, ...], int]], about: Any = 
     `tensors` are (dtype, shape, offset among the data) by name.
     """
     said = json.dumps(METADATA if about is None else about, separators=(",", ":"), ensure_ascii=False)
-    entries = [f'"__metadata__":{said}']
+    entries = [f'"{ABOUT}":{said}']
     # Texts rather than dicts and lists, of which a model of many tensors would need several times as many.
     for name, (dtype, shape, offset) in tensors.items():
         sizes, stop = ",".join(map(str, shape)), offset + dtype.size(shape)

@@ -22,6 +22,7 @@ from loaders.layouts import compressed_tensors
 from loaders.layouts.base import Placed
 from loaders.layouts.engines import builds_own_class, wants_stacks
 from loaders.layouts.inside_names import may_be_linear, modules_within, skip_names, tied_entries
+from loaders.patterns import compiled
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.bitnet import Ternary
 from loaders.quantization.schemes.bitsandbytes_4bit import Bnb4
@@ -286,7 +287,8 @@ def is_skipped(module: str, patterns: Sequence[str]) -> bool:
     A pattern is a regular expression for the beginning of a name, up to a dot or the end, or the end of a name.
     """
     boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(re.match(rf"(?:{p}){boundary}", module) or module.endswith(p) for p in patterns)
+    where = "the list of modules that stay plain"
+    return any(module.endswith(p) or compiled(rf"(?:{p}){boundary}", where).match(module) for p in patterns)
 
 
 def _module(decision: Decision) -> str:

@@ -73,6 +73,11 @@ class HqqLayout:
         modules: dict[str, dict[str, Any]] = {}
         for each in placed:
             module, _, key = each.tensor.name.rpartition(".")
+            if not module:
+                raise BadSpec(
+                    f"{setting('layout')}: {each.tensor.name} is a parameter of the whole model, and hqq keeps those of"
+                    " modules alone; use another layout, or drop it by a rule"
+                )
             values = modules.setdefault(module, {})
             if isinstance(scheme := each.encoding.scheme, Hqq):
                 bias = values.pop("bias", None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loaders.checkpoints.name_patterns import compiled, fault_of
+from loaders.checkpoints.name_patterns import fault_of
 from loaders.errors import setting
 from loaders.layouts.compressed_tensors import LINEAR_ROLES, fails_for_experts, name_of
 from loaders.lint.base import Finding, Subject, doubt, fault, module, some
+from loaders.patterns import compiled
 from loaders.quantization.kernels.compressed_tensors.groups import BLOCK
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
@@ -29,7 +30,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     patterns = (name.removeprefix("re:") for name in ignore if name.startswith("re:"))
     broken = next(filter(None, (fault_of(pattern, "quantization_config.ignore") for pattern in patterns)), None)
     if broken is not None:
-        yield fault(BOTH, broken, "fails, or takes as long, since it matches every module with it", "mend it")
+        yield fault(BOTH, broken, "fails, or takes long, since it matches every module with it", "mend it")
         return
     tensors = [r for r in subject.sources.tensors if r.role in LINEAR_ROLES and len(r.shape) == 2]
     tensors = [r for r in tensors if r.decode is not None or r.name.endswith(".weight")]
@@ -55,7 +56,7 @@ def _targets(block: Mapping[str, Any]) -> Iterator[Finding]:
 def is_named(name: str, patterns: list[str]) -> bool:
     """Whether a module is in a list of exact names and, after "re:", regular expressions matched from the start."""
     return any(
-        compiled(each.removeprefix("re:"), "quantization_config.ignore").match(name) is not None
+        compiled(each.removeprefix("re:"), "quantization_config.ignore").match(name)
         if each.startswith("re:")
         else each == name
         for each in patterns

@@ -5,11 +5,11 @@ A user's rules come first. The engine's own follow: what its loader does and doe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from loaders.patterns import compiled
 from loaders.quantization.scheme import Scheme
 from loaders.tensors.encoding import Encoding
 from loaders.tensors.logical_tensor import LogicalTensor
@@ -44,7 +44,7 @@ class Rule:
             and (self.role is None or tensor.role in self.role)
             and (self.dtype is None or tensor.dtype.name in self.dtype)
             and (self.shape is None or _fits(self.shape, tensor.shape))
-            and (self.name is None or re.search(self.name, tensor.name) is not None)
+            and (self.name is None or compiled(self.name, self.label or "rules").search(tensor.name))
         )
 
     def __str__(self) -> str:

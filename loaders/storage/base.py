@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from loaders.storage.address import Address
 # Bytes that one request fetches when a header is parsed a few bytes at a time. Less would cost a remote store more
 # requests for one header; more would fetch weights that are not needed.
 BUFFER = 1 << 20
+LOOKS = 8  # files of a store that are looked at at once: nearly all of the time is latency
 Range = tuple[int, int]  # bytes [start, stop)
 # Bytes of the largest tensor that lint reads (a scale, a shape) while an output is not published.
 READ_BEFORE_PUBLISHING = 4096
@@ -329,6 +331,29 @@ class PinnedFiles:
         """Check that every pinned file is still the pinned version. Errors as `Store.check_unchanged`."""
         for entry in self._entries.values():
             self.store.check_unchanged(entry)
+
+    def pin(self, entries: Iterable[Entry]) -> None:
+        """Pin files to versions that were listed; those that are pinned stay so."""
+        for entry in entries:
+            self._entries.setdefault(entry.name, entry)
+
+    def look_again(self, names: Iterable[str]) -> None:
+        """Look whether files still are the pinned versions, at a store's own where a read needs no such look.
+
+        Raises:
+            BadCheckpoint: one is another version, or gone.
+        """
+        wanted = [self.entry(name) for name in names]
+        if self.store.is_local:
+            for entry in wanted:
+                self.store.check_unchanged(entry)
+            return
+        with ThreadPoolExecutor(LOOKS) as pool:
+            found = pool.map(lambda entry: self.store.find(entry.name), wanted)
+            for entry, now in zip(wanted, found, strict=True):
+                if now is None or (now.size, now.tag) != (entry.size, entry.tag):
+                    what = "it is gone" if now is None else f"{entry.size} bytes when it was read, {now.size} now"
+                    raise BadCheckpoint(f"{entry.name}: it changed while it was read: {what}; load it again")
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Read bytes [start, stop) of a file; errors as `Store.read`."""

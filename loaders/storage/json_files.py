@@ -7,32 +7,29 @@ from io import StringIO
 from typing import Any
 
 from loaders.errors import BadCheckpoint
+from loaders.limits import JSON_INDEX, JSON_VALUES, read_json_text
 from loaders.storage.base import PinnedFiles
 
-# The most bytes of JSON that are read. An index of a million tensors has about a tenth of it, and a hostile file cannot
-# take more memory than this.
-INDEX_LIMIT = 1 << 30
 
-
-def read_json(files: PinnedFiles, name: str, limit: int = INDEX_LIMIT) -> dict[str, Any]:
+def read_json(files: PinnedFiles, name: str, limit: int = JSON_INDEX, values: int = JSON_VALUES) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
     Raises:
-        BadCheckpoint: the file is missing, longer than `limit` bytes, not JSON, or not an object.
+        BadCheckpoint: the file is missing, longer than `limit` bytes, not JSON of `values` values at most, or no
+            object.
     """
-    return json_object(files.read_all(name, limit), name)
+    return json_object(files.read_all(name, limit), name, values)
 
 
-def json_object(raw: bytes, name: str) -> dict[str, Any]:
+def json_object(raw: bytes, name: str, values: int = JSON_VALUES) -> dict[str, Any]:
     """Parse a JSON object; `name` is the file's, for messages.
 
     Raises:
         BadCheckpoint: the bytes are not JSON, or not an object.
     """
     try:
-        found = json.loads(raw)
-    # A hostile file can nest deeper than Python's parser recurses.
-    except (ValueError, RecursionError) as error:
+        found = read_json_text(raw, values)
+    except ValueError as error:
         raise BadCheckpoint(f"{name}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise BadCheckpoint(f"{name}: expected a JSON object, found {type(found).__name__}")

@@ -13,6 +13,7 @@ from loaders.architectures.family import Family
 from loaders.architectures.stacks import Stack
 from loaders.dtypes import Shape, row_major
 from loaders.errors import BadCheckpoint
+from loaders.limits import check_tensors
 from loaders.tensors.logical_tensor import LogicalTensor, Window
 
 
@@ -28,8 +29,12 @@ def cut_all(tensors: Sequence[LogicalTensor], family: Family) -> Iterator[Logica
             match = stack.pattern.search(tensor.name)
             if match and (is_transposed := stack.transposed(tensor.shape)) is not None:
                 told[match["experts"]] = is_transposed
+    count = 0
     for tensor in tensors:
-        yield from cut(tensor, family, told)
+        for each in cut(tensor, family, told):
+            count += 1
+            check_tensors(count, "its experts, one by one")
+            yield each
 
 
 def cut(tensor: LogicalTensor, family: Family, told: Mapping[str, bool]) -> Iterator[LogicalTensor]:
@@ -66,6 +71,9 @@ def _experts(tensor: LogicalTensor, stack: Stack, match: re.Match[str]) -> Itera
     outer = tensor.window or Window(0, row_major(shape))
     # Dimension `outputs` is 1 or 2 of a stack of matrices, so that 3 - outputs is the dimension of inputs.
     rows = shape[outputs] // len(parts)
+    check_tensors(shape[0] * len(parts), f"{tensor.name} of shape {list(shape)}")
+    # Not str.format, for which a name in the file could have braces of its own.
+    experts, rest = match["experts"], stack.name.removeprefix(r"\g<experts>")
     for expert in range(shape[0]):
         for index, part in enumerate(parts):
             first, step = (index, len(parts)) if stack.is_interleaved else (index * rows, 1)
@@ -74,5 +82,5 @@ def _experts(tensor: LogicalTensor, stack: Stack, match: re.Match[str]) -> Itera
             size: Shape = (rows,)
             if not stack.is_bias:
                 stride, size = (*stride, outer.stride[3 - outputs]), (*size, shape[3 - outputs])
-            name = match.expand(stack.name).format(expert=expert, part=part)
+            name = experts + rest.replace("{expert}", str(expert)).replace("{part}", part)
             yield replace(tensor, name=name, shape=size, window=Window(offset, stride), whole=tensor.whole or shape)

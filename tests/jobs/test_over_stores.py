@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import jobs.execution.unit
+import jobs.orchestration.job
 from jobs.execution.cluster import LocalCluster
 from jobs.output.card_block import without_blocks
 from jobs.output.leftovers import find_leftovers
@@ -161,6 +162,25 @@ def test_a_source_that_changes_under_the_job_fails_it_by_name(
     assert changed[0] in ran.err
     assert "it changed while it was read" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_source_that_changes_when_all_units_are_done_is_not_published(
+    model: Path, place: Place, weightmill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = fill(place, model, "model"), place.address / "out"
+    honest, name = jobs.orchestration.job.make_report, next(model.glob("*.safetensors")).name
+
+    def late(*arguments: Any) -> Any:
+        data = bytearray((model / name).read_bytes())
+        data[-1] ^= 1
+        place.put(f"model/{name}", bytes(data))
+        return honest(*arguments)
+
+    monkeypatch.setattr(jobs.orchestration.job, "make_report", late)
+    ran = weightmill("run", *given(source, out))
+    assert ran.status == 1
+    assert f"{name}: it changed while it was read" in ran.err
+    assert open_store(out).absence() is not None
 
 
 def test_an_output_is_replaced_only_when_asked(model: Path, place: Place, weightmill: Any) -> None:

@@ -151,7 +151,7 @@ def test_a_run_keeps_its_secrets(
         assert leaks_at(bucket) == []
         assert leaks("processes", b"\n".join(watch.found)) == []
         assert cluster == "local" or any(b"ray::" in each for each in watch.found)
-        assert cluster == "local" or list(ray.glob("ray/session_*/logs/*"))
+        assert cluster == "local" or list(ray.glob("ray-*/*/session_*/logs/*"))
         assert leaks_in(ray) == []
     finally:
         shutil.rmtree(ray)

@@ -13,6 +13,7 @@ from typing import Any
 from loaders.architectures.family import text_config
 from loaders.containers.gguf import MetadataValue, float32, text, uint32
 from loaders.dtypes import shortest_decimal
+from loaders.limits import CONFIG_VALUES, JSON_CONFIG
 from loaders.storage.base import PinnedFiles
 from loaders.storage.json_files import read_json
 
@@ -41,7 +42,7 @@ def read_generation(files: PinnedFiles) -> dict[str, Any]:
     Raises:
         BadCheckpoint: it is not a JSON object.
     """
-    return read_json(files, FILE) if files.find(FILE) is not None else {}
+    return read_json(files, FILE, JSON_CONFIG, CONFIG_VALUES) if files.find(FILE) is not None else {}
 
 
 def sampling_metadata(generation: Mapping[str, Any]) -> dict[str, MetadataValue]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from loaders.lint.base import Finding, doubt, fault
 from loaders.lint.engines.base import FEW, Answer, PlannedTensor, Question, Unanswerable, patterns
+from loaders.patterns import compiled
 from loaders.words import model_type_said
 
 # Keys of config.json, at any depth, that name code, or what was stored before.
@@ -187,7 +188,7 @@ def _class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
 def skipped(modules: Iterable[str], listed: Sequence[str]) -> set[str]:
     """Return the modules that a skip list leaves alone: `should_convert_module` of transformers, compiled once."""
     boundary = r"(?:(?<=\.)|(?=\.|$))"
-    found = [(re.compile(rf"(?:{pattern}){boundary}"), pattern) for pattern in listed]
+    found = [(compiled(rf"(?:{pattern}){boundary}", "a list of modules"), pattern) for pattern in listed]
     return {m for m in modules if any(p.match(m) or m.endswith(text) for p, text in found)}
 
 
@@ -213,7 +214,7 @@ def _targeted(model: Model, block: Mapping[str, Any]) -> set[str]:
 
 def _matcher(listed: Sequence[str]) -> Any:
     exact = {each for each in listed if not each.startswith("re:")}
-    found = [re.compile(each.removeprefix("re:")) for each in listed if each.startswith("re:")]
+    found = [compiled(each.removeprefix("re:"), "a list of modules") for each in listed if each.startswith("re:")]
     return lambda name: name in exact or any(pattern.match(name) for pattern in found)
 
 

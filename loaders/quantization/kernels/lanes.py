@@ -26,6 +26,8 @@ from numba import njit
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
+from loaders.quantization.kernels.kept import keep
+
 CACHE_LINE = 64  # bytes, on x86 and most ARM CPUs; where lines are longer, `prefetch` asks for some twice
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
@@ -40,11 +42,8 @@ def kernel(function: Callable[..., Any]) -> Any:
     It releases the interpreter's lock, so that threads run side by side. A division by zero gives an infinity, as in C,
     where Python would raise.
     """
-    made: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
-    # numba's disk cache watches the function's own file, and code of other files is compiled into it. numba 0.68 has no
-    # way to say so but this.
-    index = made._cache._cache_file
-    index._source_stamp = (index._source_stamp, kernels_digest())
+    made: Any = njit(nogil=True, error_model="numpy")(function)
+    keep(made, [kernels_digest()])
     return made
 
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.checkpoints.name_patterns import compiled
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
+from loaders.patterns import compiled
 from loaders.quantization.read_only.deepseek_fp8 import Fp8Blocks
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.specs import TensorSpec, WeightSpec

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.checkpoints.name_patterns import compiled
 from loaders.dtypes import DType
 from loaders.errors import BadCheckpoint
+from loaders.patterns import compiled
 from loaders.quantization.read_only.awq_gptq import Awq, Gptq
 from loaders.specs import TensorSpec, WeightSpec
 from loaders.tensors.logical_tensor import LogicalTensor

@@ -6,7 +6,6 @@ Other tensors of a module's quantization, such as input_scale, go along with its
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,9 +13,9 @@ import numpy as np
 
 from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.checkpoints.name_patterns import compiled
 from loaders.dtypes import DTYPES, DType, Shape
 from loaders.errors import BadCheckpoint
+from loaders.patterns import Pattern, compiled
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.compressed_tensors_fp4 import CompressedMxfp4, CompressedNvfp4
 from loaders.quantization.schemes.compressed_tensors_fp8_block import Fp8Block
@@ -104,7 +103,7 @@ class _Groups:
         if not isinstance(groups, Mapping) or not groups:
             raise BadCheckpoint("config.json: quantization_config has no config_groups; fetch it again")
         self._exact: dict[str, Mapping[str, Any]] = {}
-        self._patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+        self._patterns: list[tuple[Pattern, Mapping[str, Any]]] = []
         self._classes: list[Mapping[str, Any]] = []
         for name, group in groups.items():
             if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,20 +102,6 @@ def test_what_no_machine_offers_is_refused(threads: int, gpus: int, offers: dict
         return
     with pytest.raises(BadSpec, match=said):
         cluster.check([task])
-
-
-@pytest.mark.quick
-@pytest.mark.skipif(sys.platform != "linux", reason="Ray takes TMPDIR on Linux alone")
-@pytest.mark.parametrize(("folder", "goes"), [("/tmp/" + 38 * "x", True), ("/tmp/" + 33 * "x", False)])
-def test_a_long_path_of_temporary_files_is_not_rays(
-    folder: str, goes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", "")
-    monkeypatch.delenv("RAY_TMPDIR")
-    monkeypatch.setenv("TMPDIR", folder)
-    ray_cluster._keep_sockets_short()
-    assert os.environ.get("RAY_TMPDIR") == ("/tmp" if goes else None)
-    assert ("Ray's files go to /tmp" in capsys.readouterr().err) == goes
 
 
 @pytest.mark.slow

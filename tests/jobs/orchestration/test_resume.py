@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import jobs.execution.unit
-from jobs.output.journal import Journal
+from jobs.output.journal import Journal, record_from
 from jobs.planning.plan import FORMAT
 from tests.failing import fail_at
 from tests.journals import find_journals
@@ -121,11 +121,35 @@ def test_a_journal_of_another_version_is_refused_with_a_sentence(source: Path, t
     ran = weightmill("run", *given)
     assert ran.status == 2
     assert f"is of format {FORMAT + 1}, this weightmill writes {FORMAT}" in ran.err
-    (journal.destination.root / "job.json").unlink()
-    (journal.destination.root / "records" / "unit-00001.json").write_text(json.dumps({"format": FORMAT + 1}))
-    ran = weightmill("run", *given)
-    assert ran.status == 1
-    assert f"a record of format {FORMAT + 1}" in ran.err
+
+
+@pytest.mark.quick
+def test_a_damaged_record_is_no_record(
+    source: Path, tmp_path: Path, weightmill: Any, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.orchestration.job.complete", no)
+        assert weightmill("run", *arguments(source, out)).status == 130
+    [root] = find_journals(tmp_path)
+    first, second, third, *_ = sorted((root / "records").iterdir())
+    raw = first.read_bytes()
+    assert record_from(raw) is not None
+    for at in range(len(raw)):
+        assert record_from(raw[:at] + bytes([raw[at] ^ 1 << (at % 8)]) + raw[at + 1 :]) is None, at
+    first.write_bytes(raw[:200] + bytes([raw[200] ^ 1]) + raw[201:])
+    second.write_bytes(b"")
+    third.write_bytes(json.dumps({"format": FORMAT + 1}).encode())
+    ran = fail_at(monkeypatch, -1)
+    said = weightmill("run", *arguments(source, out))
+    assert said.status == 0, said.err
+    assert sorted(ran) == [path.stem for path in (first, second, third)]
+    for path in (first, second, third):
+        assert f"{path}: it is damaged, or of another version; {path.stem} is done again" in said.err
+    assert comparable(out) == undisturbed
 
 
 def test_errors_that_may_pass_are_tried_again(
@@ -265,5 +289,5 @@ def test_killed_at_thirty_moments_the_output_is_the_same_and_no_finished_unit_ru
 def finished_files(journal: Path) -> dict[str, int]:
     """Files that the records of a job's journal name, and when they were written."""
     names = [file["name"] for record in (journal / "records").glob("*.json")
-             for file in json.loads(record.read_text())["files"]]  # fmt: skip
+             for file in json.loads(record.read_text())["record"]["files"]]  # fmt: skip
     return {n: (journal / "files" / n).stat().st_mtime_ns for n in names if (journal / "files" / n).exists()}

@@ -11,16 +11,81 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs.output.report import Report
 from loaders.containers.safetensors import read_specs
+from loaders.errors import BadCheckpoint, BadSpec
 from tests.making import write_checkpoint
 from tests.reading import files_of
 
 
+def forge(out: Path, change: Callable[[Any], Any]) -> None:
+    """Change the report of an output, with its own hashes."""
+    path = out / "weightmill.json"
+    report = json.loads(path.read_text())
+    change(report)
+    for part in (report, report["run"]):
+        part.pop("xxh3")
+    path.write_bytes(Report.from_json(json.dumps(report)).to_bytes())
+
+
+FORGED = {
+    "a tensor's role": lambda r: r["tensors"][3].update(role="other"),
+    "a tensor's action": lambda r: r["tensors"][0].update(action="drop"),
+    "a tensor's dtype": lambda r: r["tensors"][0].update(dtype="F64"),
+    "a tensor's shape": lambda r: r["tensors"][0].update(shape=[1, 2]),
+    "a tensor's name": lambda r: r["tensors"][0].update(name="other"),
+    "a tensor less": lambda r: r["tensors"].pop(),
+    "a stored name": lambda r: r["tensors"][0].update(stored={"other": next(iter(r["tensors"][0]["stored"].values()))}),
+    "a stored dtype": lambda r: next(iter(r["tensors"][0]["stored"].values())).update(dtype="F64"),
+    "a stored size": lambda r: next(iter(r["tensors"][0]["stored"].values())).update(bytes=3),
+    "a size": lambda r: r["tensors"][1].update(output_bytes=5),
+    "a total": lambda r: r["totals"].update(ratio=99.0),
+    "a file's name": lambda r: r["files"][0].update(name="other.safetensors"),
+    "a file's size": lambda r: r["files"][0].update(bytes=3),
+    "a file less": lambda r: r["files"].clear(),
+    "a file of the source": lambda r: r["source"]["files"][0].update(bytes=3),
+}  # fmt: skip
+
+
+@pytest.mark.quick
+def test_a_forged_report_is_found_and_ends_in_no_traceback(out: Path, weightmill: Any) -> None:
+    raw = (out / "weightmill.json").read_bytes()
+    for what, change in FORGED.items():
+        (out / "weightmill.json").write_bytes(raw)
+        forge(out, change)
+        ran = weightmill("verify", f"output.path={out}")
+        assert ran.status == 1, what
+        assert "weightmill.json" in ran.out + ran.err, what
+        assert "Traceback" not in ran.out + ran.err, what
+
+
+@pytest.mark.quick
+def test_any_flipped_bit_of_a_report_is_noticed(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    out = tmp_path / "out"
+    assert weightmill("run", f"model.path={source}", f"output.path={out}", "tracking=none").status == 0
+    raw = (out / "weightmill.json").read_bytes()
+    assert Report.from_json(raw).to_bytes() == raw
+    noticed = 0
+    for at in range(0, len(raw), max(1, len(raw) // 400)):
+        flipped = bytearray(raw)
+        flipped[at] ^= 1 << (at % 7)
+        if raw[at] in b" \n":  # it may become another space
+            continue
+        try:  # a last digit of a number may be of no matter
+            assert Report.from_json(bytes(flipped)).to_bytes() == raw, flipped[at - 20 : at + 20]
+        except (BadCheckpoint, BadSpec):
+            noticed += 1
+    assert noticed > 100
+    (out / "weightmill.json").write_bytes(raw.replace(b'"role": "', b'"role": "x', 1))
+    for verb in ("verify", "compare"):
+        ran = weightmill(verb, f"output.path={out}" if verb == "verify" else f"runs=[{out}]")
+        assert ran.status == 1
+        assert f"{out / 'weightmill.json'}: it is damaged" in " ".join(ran.err.split())
+
+
 def test_a_recorded_error_that_was_edited_is_found(source: Path, tmp_path: Path, weightmill: Any) -> None:
     assert weightmill("run", f"model.path={source}", f"output.path={tmp_path / 'out'}").status == 0
-    report = json.loads((tmp_path / "out" / "weightmill.json").read_text())
-    report["tensors"][3]["relative_error"] = 0.0123
-    (tmp_path / "out" / "weightmill.json").write_text(json.dumps(report))
+    forge(tmp_path / "out", lambda report: report["tensors"][3].update(relative_error=0.0123))
     ran = weightmill("verify", f"output.path={tmp_path / 'out'}")
     assert ran.status == 1
     assert "relative_error in weightmill.json is not what its sums give" in ran.out
@@ -104,10 +169,11 @@ def reseal(out: Path) -> None:
     """Make the report agree with damaged files, as whoever forges an output would."""
     import xxhash
 
-    report = json.loads((out / "weightmill.json").read_text())
-    for file in report["files"]:
-        file["xxh3"] = xxhash.xxh3_128_hexdigest((out / file["name"]).read_bytes())
-    (out / "weightmill.json").write_text(json.dumps(report))
+    def change(report: Any) -> None:
+        for file in report["files"]:
+            file["xxh3"] = xxhash.xxh3_128_hexdigest((out / file["name"]).read_bytes())
+
+    forge(out, change)
 
 
 @pytest.mark.parametrize("what", sorted(d for d in DAMAGE if "state" not in d and "table" not in d))

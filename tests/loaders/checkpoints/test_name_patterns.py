@@ -1,20 +1,18 @@
-"""Lists of module names in a config: each tool's spelling, and patterns that could take for ever."""
+"""Lists of module names in a config: each tool's spelling."""
 
 from __future__ import annotations
 
 import pytest
 
-from loaders.checkpoints.name_patterns import Named, compiled, is_quick
-from loaders.errors import BadCheckpoint
+from loaders.checkpoints.name_patterns import Named, fault_of, is_quick
 
 pytestmark = pytest.mark.quick
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)*b", "(?:.*)*b", "(a?){30}b", "((ab)*c)+", ".*.*.*.*.*.*b"])
-def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
+def test_patterns_on_which_an_engine_would_hang_are_known(pattern: str) -> None:
     assert not is_quick(pattern)
-    with pytest.raises(BadCheckpoint, match=r"here: the pattern .* could take very long"):
-        compiled(pattern, "here")
+    assert "could take very long" in (fault_of(pattern, "here") or "")
 
 
 @pytest.mark.parametrize(
@@ -22,7 +20,7 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern: str) -> None:
     [r".*mlp\.(gate|up|gate_up|down)_proj.*", r"^(?!.*visual).*$", r"model\.layers\.(?:[0-9]|1[0-9])\..*", "[+*]+x"],
 )
 def test_patterns_that_tools_write_are_taken(pattern: str) -> None:
-    assert is_quick(pattern)
+    assert fault_of(pattern, "here") is None
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,6 @@ def test_a_saved_head_is_no_longer_tied(tmp_path: Path) -> None:
         ({"lora_alpha": 10**400}, "lora_alpha: expected a number"),
         ({"r": 8}, "its rank is 4, and adapter_config.json says 8"),
         ({"rank_pattern": {"q_proj": 2}}, "its rank is 4, and adapter_config.json says 2"),
-        ({"alpha_pattern": {"(a+)+b": 1}}, r"could take for ever to match"),
         ({"alpha_pattern": {"q_proj(": 1}}, "is no regular expression"),
         ({"use_dora": True}, "says use_dora=true, and there is no lora_magnitude_vector"),
         ({"layers_to_transform": [1]}, "its layers_to_transform names only 1"),

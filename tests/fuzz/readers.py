@@ -1,0 +1,5 @@
+"""All readers, by name."""
+
+from tests.fuzz import own, pickled, tokenizers, weights
+
+READERS = {**weights.READERS, **pickled.READERS, **tokenizers.READERS, **own.READERS}

@@ -1,0 +1,70 @@
+"""Regular expressions of strangers: what Python's own engine finds, and an end for those that would take for ever."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loaders.errors import BadCheckpoint
+from loaders.limits import PATTERN
+from loaders.patterns import Pattern, compiled
+
+pytestmark = pytest.mark.quick
+
+NAME = "model.layers.10.mlp.experts.3.gate_proj"
+TEXTS = ("", "a", "aab", "foo", NAME, "a{x}", "a{e}", "[", "]b", ":]", "{}", "na\u00efve", "x\ny", "\u212a", "\u0663")
+WRITTEN = (
+    r".*mlp\.(gate|up|gate_up|down)_proj.*", r"^(?!.*visual).*$", r"model\.layers\.(?:[0-9]|1[0-9])\..*", "[+*]+x",
+    r"(?=(.+)proj)", r"a{,3}b", r"a{,}b", "a{x}", "a{e<=1}", "[[:alpha:]]+", r"[\[a]+", "[]a]+", "[^]a]+b", r"\Aa\Z",
+    ".*y$", "{}+", r"(a)\1+b", "(?i)FOO+", "(?i)k+", r"\d+", r"\w+$", "x{1001}", "(?x) a b+", r"[a&&b]+",
+    "y?$", r"[a||b~~c]+", r"(?:a|ab)(?:c|b)+", "(a)(b)?(?(2)x|y)+", r"\x61+", r"\u0061+", r"[\b]+", r"\101+",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", WRITTEN)
+@pytest.mark.filterwarnings("ignore:Possible nested set")
+@pytest.mark.filterwarnings("ignore:Possible set")
+def test_a_pattern_finds_what_python_s_engine_finds(pattern: str) -> None:
+    found = Pattern(pattern, "here")
+    for text in TEXTS:
+        for how in ("match", "search", "fullmatch"):
+            assert getattr(found, how)(text) == (getattr(re, how)(pattern, text) is not None), (text, how)
+
+
+@given(pattern=st.text("ab.*+?|()[]{}^$\\d,1:-", max_size=9), text=st.text("ab1-:{}[]", max_size=5))
+@pytest.mark.filterwarnings("ignore:Possible")
+def test_any_pattern_finds_what_python_s_engine_finds(pattern: str, text: str) -> None:
+    try:
+        wanted = re.search(pattern, text) is not None
+    except re.error:
+        with pytest.raises(BadCheckpoint, match="is no regular expression"):
+            Pattern(pattern, "here")
+        return
+    assert Pattern(pattern, "here").search(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(.+)+\!$", "(a|aa)*b", "(?:.*)*b", "((ab)*c)+", ".*.*.*.*.*.*b!", r"(\w+|\.)+!$"]
+)
+def test_patterns_that_python_never_ends_are_matched(pattern: str) -> None:
+    assert not compiled(pattern, "here").search("a" * 5000)
+
+
+@pytest.mark.parametrize("pattern", [r"(?:(?:a|aa)+)+(?<!b)!", r"(?:(?:a|aa|aaa)+)+(?<!x)!"])
+def test_what_no_engine_ends_is_given_up(pattern: str) -> None:
+    with pytest.raises(BadCheckpoint, match=r"here: the pattern .* takes too long to match; write it more simply"):
+        Pattern(pattern, "here").search("a" * 5000)
+
+
+def test_a_long_pattern_is_refused() -> None:
+    with pytest.raises(BadCheckpoint, match=f"at most {PATTERN}"):
+        compiled("a" * (PATTERN + 1), "here")
+
+
+@pytest.mark.parametrize("pattern", ["(", "a**", r"\p{L}", "(?P>x)", "(?u)(?i)(", "(" * 5000])
+def test_what_python_does_not_take_is_refused(pattern: str) -> None:
+    with pytest.raises(BadCheckpoint, match="here: .* is no regular expression"):
+        compiled(pattern, "here")
