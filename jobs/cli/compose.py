@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
+from jobs.cli.sweep_folders import SweepFolders
 from jobs.cli.validation import check, near, path_keys
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, io_errors
 from loaders.places import CONF
 from loaders.storage.address import without_secrets
 
@@ -328,12 +329,12 @@ def sweep(verb: str, request: Request, together: Together) -> None:
 
     if request.problems:
         raise BadSpec(request.problems)
-    made: set[Path] = set()
+    folders = SweepFolders()
 
     def begins(config: Any) -> None:
         HydraConfig.instance().set_config(config)
-        folder = Path(HydraConfig.get().sweep.dir).absolute()
-        made.update(each for each in (folder, *folder.parents) if not each.exists())
+        with io_errors("making", folder := Path(HydraConfig.get().sweep.dir).absolute()):
+            folders.begin(folder)
 
     def all_of(configs: Sequence[Any]) -> Sequence[Any]:
         jobs, searches = [], False
@@ -362,7 +363,7 @@ def sweep(verb: str, request: Request, together: Together) -> None:
         except (HydraException, OmegaConfBaseException) as error:
             raise BadSpec(_said_by_hydra(error)) from error
         finally:
-            _remove_empty(made)
+            folders.end()
 
 
 @cache
@@ -376,15 +377,6 @@ def _register_launcher() -> None:
     Plugins.instance().register(OnePass)
     node = {"_target_": f"{OnePass.__module__}.{OnePass.__name__}"}
     ConfigStore.instance().store(group="hydra/launcher", name="weightmill", node=node, provider="weightmill")
-
-
-def _remove_empty(folders: set[Path]) -> None:
-    """Remove the folders that Hydra makes for a sweep, which hold nothing but a copy of the request."""
-    for folder in sorted(folders, reverse=True):
-        # A folder that is not empty is the user's, and stays.
-        with suppress(OSError):
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            folder.rmdir()
 
 
 @contextmanager
