@@ -166,6 +166,33 @@ def test_no_file_is_about_more_than_one_thing() -> None:
         assert len(path.read_text().splitlines()) <= 420, f"{path}: split it"
 
 
+# --- code that comes with a checkpoint
+
+# What loads a model, a tokenizer or pickles from a folder, in transformers, tokenizers, mlx-lm, hqq and torch.
+METHODS = {"from_pretrained", "from_quantized", "from_config", "load_model", "load_tokenizer"}
+LOADING = {
+    "get_class_from_dynamic_module", "torch.load", "pickle.load", "pickle.loads", "Tokenizer.from_file", "mlx_lm.load",
+    "exec", "eval",
+}  # fmt: skip
+# Who may, with the reason.
+MAY_LOAD = {
+    "loaders/models/foreign.py": "it is the way for all others",
+    "jobs/benchmarks/train_demo.py": "it reads back what it has just saved",
+    "loaders/lint/engines/diffusers.py": "a class of diffusers itself, of a config without files",
+}
+
+
+def test_libraries_load_folders_in_one_way() -> None:
+    """A bare call would ask on standard input whether a checkpoint's code may run, or run it."""
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in LOADING or called.rpartition(".")[2] in METHODS:
+                found.add(str(path.relative_to(ROOT)))
+    assert found == {*MAY_LOAD}, "go through loaders/models/foreign.py"
+
+
 # --- where paths are opened
 
 OPENING = {
@@ -179,7 +206,9 @@ OPENS_PATHS = {
     "jobs/benchmarks/": "what is timed are this machine's files",
     "jobs/cli/compose.py": "conf/, and choices and rules that a person keeps in files",
     "jobs/cli/help.py": "conf/",
+    "jobs/cli/home.py": "a home and a temporary folder for libraries",
     "jobs/cli/verb.py": "/dev/null",
+    "jobs/execution/own_ray.py": "Ray's own folder and its logs",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
     "jobs/orchestration/compare.py": "a comparison, written for a person",
@@ -194,6 +223,7 @@ OPENS_PATHS = {
     "loaders/containers/writer.py": "parts, which are made here before their destination has them",
     "loaders/loading/cache.py": "the cache of loads, a folder of this machine",
     "loaders/models/evaluating.py": "logits that are kept here, and files for a library that reads folders",
+    "loaders/models/foreign.py": "configs in folders that libraries read",
     "loaders/models/hub_cache.py": "huggingface_hub's cache",
     "loaders/models/mlx_modules.py": "files for a library that reads folders",
     "loaders/models/sensitivity.py": "what was measured here",

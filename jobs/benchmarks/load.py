@@ -159,13 +159,15 @@ def _theirs(folder: Path, quant: str = "") -> list[Any]:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from loaders.models.foreign import model_from
+
     options: dict[str, Any] = {}
     if quant:
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type=ENGINES[quant], bnb_4bit_compute_dtype=torch.bfloat16
         )
     auto: Any = AutoModelForCausalLM
-    return _weights_of(auto.from_pretrained(str(folder), dtype="auto", device_map={"": "cpu"}, **options))
+    return _weights_of(model_from(auto, folder, dtype="auto", device_map={"": "cpu"}, **options))
 
 
 def _weights_of(model: Any) -> list[Any]:

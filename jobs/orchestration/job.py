@@ -89,8 +89,9 @@ class Job:
             raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
         # The run is opened before any work, so that MLflow shows a job that fails early, or is killed.
         self.run = open_job_run(
-            spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number
-        )
+            spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number,
+            is_published=self.is_whole,
+        )  # fmt: skip
         if self.is_whole:
             note(f"{journal.output} was published before the job was interrupted; finishing what is left")
             return

@@ -24,6 +24,7 @@ import numpy as np
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed, io_errors, setting
 from loaders.layouts.gguf.tokenizers.tokenizer_files import tokenizer_files
+from loaders.models.foreign import tokenizer_from
 from loaders.models.quality import Quality, scores, summed_up
 from loaders.models.runners import (
     ORIGINAL,
@@ -183,8 +184,6 @@ def required_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         BadSpec: there is none, or transformers cannot load it without running its code.
     """
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory(prefix="weightmill-tokenizer-") as made:
         root = checkpoint.folder(READS_FOLDERS)
         files = tokenizer_files(checkpoint) if checkpoint.container == "gguf" else {}
@@ -193,7 +192,7 @@ def required_tokenizer(checkpoint: Checkpoint) -> Any:
             for name, data in files.items():
                 (root / name).write_bytes(data)
         try:
-            return AutoTokenizer.from_pretrained(str(root), trust_remote_code=False, local_files_only=True)
+            return tokenizer_from(root)
         # transformers 5 has no error class of its own for this: a damaged or unknown tokenizer raises any of these.
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             said = " ".join(str(error).split())[:200]

@@ -16,6 +16,7 @@ from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_check
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
 from loaders.models.device_map import device_map_of, hold_to, place_of
+from loaders.models.foreign import generation_config_from, model_from, tokenizer_from
 from loaders.models.hub_cache import place_of_model
 from loaders.models.quantized_modules import module_maker, runs_here, unusable_4bit
 from loaders.models.sharding import is_alone, is_first
@@ -67,13 +68,11 @@ def load_model_and_tokenizer(
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """Load the tokenizer in a checkpoint's folder; None if the folder has no tokenizer files."""
-    from transformers import AutoTokenizer
-
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if all(checkpoint.source.find(name) is None for name in files):
         return None
     with small_files(checkpoint) as folder:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return tokenizer_from(folder)
 
 
 def check_expanded(base: Checkpoint, expanded: Checkpoint) -> None:
@@ -178,8 +177,8 @@ def from_transformers(checkpoint: Checkpoint, config: ModelLoadingConfig, device
         options["max_memory"] = config.limits
     auto: Any = AutoModelForCausalLM
     with BUILDING:
-        return auto.from_pretrained(
-            str(checkpoint.folder(READS_FOLDERS)), dtype=config.dtype or "auto", device_map={"": device}, **options
+        return model_from(
+            auto, checkpoint.folder(READS_FOLDERS), dtype=config.dtype or "auto", device_map={"": device}, **options
         ).eval()
 
 
@@ -285,8 +284,6 @@ def _encoding(weights: ModelWeights, parts: Parts, scheme: Scheme) -> Encoding:
 
 
 def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
-    from transformers import GenerationConfig
-
     if checkpoint.source.find("generation_config.json") is not None:
         with small_files(checkpoint) as folder:
-            model.generation_config = GenerationConfig.from_pretrained(str(folder))
+            model.generation_config = generation_config_from(folder)

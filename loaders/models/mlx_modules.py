@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from loaders.layouts.base import Placed
 from loaders.layouts.mlx import MlxLayout
 from loaders.layouts.rules import layout_rules
 from loaders.models.config import LoadingStrategy, ModelLoadingConfig
+from loaders.models.foreign import mlx_model_from, mlx_tokenizer_from
 from loaders.models.small_files import small_files
 from loaders.models.weights import ModelWeights
 from loaders.quantization.scheme import Scheme
@@ -52,37 +52,17 @@ def load(checkpoint: Checkpoint, config: ModelLoadingConfig) -> Models:
     is_lazy = config.strategy is LoadingStrategy.UNIFIED_MEMORY
     block = checkpoint.config.get("quantization")
     if isinstance(block, dict) and config.quantize is None and not config.decode and not config.llama_pro_blocks:
-        return _model(checkpoint.folder(READS_FOLDERS), is_lazy=is_lazy), _tokenizer(checkpoint)
+        return mlx_model_from(checkpoint.folder(READS_FOLDERS), is_lazy=is_lazy), _tokenizer(checkpoint)
     with tempfile.TemporaryDirectory(prefix="weightmill-mlx-") as made:
         convert(checkpoint, config, Path(made))
-        return _model(Path(made), is_lazy=False), _tokenizer(checkpoint)
-
-
-def mlx_lm_utils() -> Any:
-    """Import mlx_lm.utils without its change of the process's limit of open files.
-
-    mlx-lm 0.32 sets that limit to 2048, and the hard limit to 4096, when it is imported: this fails where fewer are
-    allowed, and where more are, it lowers the hard limit, which cannot be raised again.
-    """
-    import resource
-
-    honest = resource.setrlimit
-    resource.setrlimit = lambda *given: None
-    try:
-        return import_module("mlx_lm.utils")
-    finally:
-        resource.setrlimit = honest
-
-
-def _model(folder: Path, *, is_lazy: bool) -> Any:
-    return mlx_lm_utils().load_model(folder, lazy=is_lazy)[0]
+        return mlx_model_from(Path(made), is_lazy=False), _tokenizer(checkpoint)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
     if checkpoint.source.find("tokenizer_config.json") is None:
         return None
     with small_files(checkpoint) as folder:
-        return mlx_lm_utils().load_tokenizer(folder)
+        return mlx_tokenizer_from(folder)
 
 
 def convert(checkpoint: Checkpoint, config: ModelLoadingConfig, folder: Path) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from loaders.backends.machine import usable_cpus
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.models.foreign import hqq_model_from, mlx_model_from, model_from
 from loaders.quantization.scheme import Decoder
 from loaders.specs import TensorSpec
 
@@ -246,9 +247,9 @@ def _transformers(checkpoint: Checkpoint, device: str, dtype: str, window: int) 
 
     auto: Any = AutoModelForCausalLM
     with BUILDING:
-        model, about = auto.from_pretrained(
-            str(checkpoint.folder(READS_FOLDERS)), dtype=getattr(torch, dtype), device_map={"": device},
-            output_loading_info=True, trust_remote_code=False, local_files_only=True,
+        model, about = model_from(
+            auto, checkpoint.folder(READS_FOLDERS), dtype=getattr(torch, dtype), device_map={"": device},
+            output_loading_info=True,
         )  # fmt: skip
     unset = sorted({*about["missing_keys"], *(str(key) for key in about["mismatched_keys"])})
     if unset:
@@ -287,10 +288,7 @@ def _hqq(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
     from loaders.models.loading import load_model_and_tokenizer
 
     if checkpoint.files[0].name == "qmodel.pt":
-        hqq: Any = import_module("hqq.models.hf.base")
-        model = hqq.AutoHQQHFModel.from_quantized(
-            str(checkpoint.folder(READS_FOLDERS)), compute_dtype=getattr(torch, dtype), device=device
-        )
+        model = hqq_model_from(checkpoint.folder(READS_FOLDERS), getattr(torch, dtype), device)
     else:
         model, _ = load_model_and_tokenizer(checkpoint.folder(READS_FOLDERS), device, dtype=dtype)
     return _torch_runner(model.eval(), device), lambda: None
@@ -313,13 +311,11 @@ def _torch_runner(model: Any, device: str) -> Runner:
 def _mlx(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> Any:
     import mlx.core as mx
 
-    from loaders.models.mlx_modules import mlx_lm_utils
-
     untyped: Any = mx
     before = untyped.default_device()
     untyped.set_default_device(untyped.cpu if device == "cpu" else untyped.gpu)
     try:
-        model: Any = mlx_lm_utils().load_model(checkpoint.folder(READS_FOLDERS), lazy=False)[0]
+        model: Any = mlx_model_from(checkpoint.folder(READS_FOLDERS), is_lazy=False)
         # This converts scales too, which a wider float holds exactly.
         model.set_dtype(getattr(untyped, dtype))
     except BaseException:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.models.foreign import model_from, tokenizer_from
 from loaders.quantization.importance import Importance
 
 if TYPE_CHECKING:
@@ -41,19 +42,15 @@ def importances_of(
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError as error:
         raise BadSpec(f"{setting('calibration')}: needs {error.name}: pip install 'weightmill[models]'") from None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         auto: Any = AutoModelForCausalLM
-        model = auto.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        windows = (
-            _written(model, tokens, on_tokens)
-            if text is None
-            else _read(AutoTokenizer.from_pretrained(folder), text, tokens)
-        )
+        model = model_from(auto, folder, dtype=torch.float32).eval().requires_grad_(False)
+        windows = _written(model, tokens, on_tokens) if text is None else _read(tokenizer_from(folder), text, tokens)
     except (OSError, ValueError, KeyError) as error:
         raise BadCheckpoint(f"{setting('calibration')}: transformers cannot load {folder}: {error}") from None
     generator = torch.Generator().manual_seed(SEED)

@@ -22,6 +22,7 @@ from loaders.architectures.family import load_dtype
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, setting
 from loaders.layouts.hf import plain_config
+from loaders.models.foreign import check_config, model_of
 from loaders.models.weights import ModelWeights, Parts, torch_dtype
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.sources import Sources
@@ -81,12 +82,12 @@ def skeleton_of(
     wanted = getattr(torch, dtype) if dtype is not None else default_dtype(checkpoint, sources)
     options = {} if attention is None else {"attn_implementation": attention}
     with BUILDING, EmptyOnMeta():
-        model = auto.from_config(config, dtype=wanted, **options)
+        model = model_of(auto, config, dtype=wanted, **options)
     # Some models create a buffer with torch.empty and fill it. Such a model is built again with real tensors, which
     # takes memory and time for its parameters.
     if any(buffer.is_meta for buffer in model.buffers()):
         with BUILDING:
-            model = auto.from_config(config, dtype=wanted, **options)
+            model = model_of(auto, config, dtype=wanted, **options)
     if checkpoint.quantized_by in checkpoint.family.single_experts:
         with BUILDING:
             make_experts_single(model, checkpoint.quantized_by, wanted)
@@ -171,10 +172,12 @@ def model_config(checkpoint: Checkpoint) -> Any:
 
     Raises:
         BadSpec: transformers does not know the model_type.
+        BadCheckpoint: the config names code of the Hub.
     """
     from transformers import AutoConfig
 
     plain = plain_config(checkpoint.config)
+    check_config(plain, str(checkpoint.address))
     try:
         made = AutoConfig.for_model(str(plain.get("model_type")))
     except ValueError:

@@ -86,8 +86,10 @@ def _by_transformers(folder: Path, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from loaders.models.foreign import model_from
+
     auto: Any = AutoModelForCausalLM
-    return auto.from_pretrained(str(folder), dtype=torch.bfloat16).to(device).eval()
+    return model_from(auto, folder, dtype=torch.bfloat16).to(device).eval()
 
 
 def _reference(bench: Bench, quant: str) -> Any:
