@@ -2,8 +2,8 @@
 
     python -m tests.soak [minutes=60] [seed=0]
 
-Each turn runs a job, verifies its output, lints it, loads it, now and then lets one fail, and removes the output. In the
-second half of the time the process is to grow no more; the status is 1 if it does.
+Each turn runs a job, verifies its output, lints it, loads it, now and then lets one fail, and removes the output. In
+the second half of the time the process is to grow no more; the status is 1 if it does.
 """
 
 from __future__ import annotations
