@@ -177,8 +177,9 @@ OPENING_ALONE = {"open", "write_file", "hash_file"}
 # The other files that open local paths, each with the reason why these are no files of a checkpoint, output or journal.
 OPENS_PATHS = {
     "jobs/benchmarks/": "what is timed are this machine's files",
-    "jobs/cli/compose.py": "conf/, and choices and rules that a person keeps in files",
+    "jobs/cli/compose.py": "conf/, and choices that a person keeps in files",
     "jobs/cli/help.py": "conf/",
+    "jobs/cli/rules_file.py": "rules that a person keeps in a file",
     "jobs/cli/verb.py": "/dev/null",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
