@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from jobs.report.source_card import source_card
 from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
 from jobs.verification.logits import judged, pass_gate
+from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.lint import Finding, lint_at
 from loaders.quantization.gate import Gate
@@ -165,6 +166,8 @@ class Job:
         )
         if has_card:
             report = self._put_card(report)
+        headers = written_headers(planned.target.finals, report.tensors)
+        check_finished(planned.plan, report, journal.destination.files, headers)
         # A unit looks at its own files; those of units that were done before may have changed since.
         planned.plan.checkpoint.check_unchanged()
         check_adapters(planned.plan.sources.tensors)
@@ -265,7 +268,8 @@ class Job:
         self.outcome = error
         self.run.end("FAILED")
         if self._is_held:
-            self.planned.journal.leave_out()
+            with suppress(StorageError):  # such as the one that is the reason
+                self.planned.journal.leave_out()
 
     def stop(self, *, killed: bool) -> None:
         """End the job's run because the whole pass ends, by an interrupt (`killed`) or an error."""
