@@ -101,6 +101,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
             quantization_method topk_method scoring_func hidden_act mode""",
         ),
         *_rows(_any(_is_text, _is_block), "a text", "torch_dtype dtype"),
+        *_rows(lambda value: value in ("bitlinear", "autobitlinear"), "bitlinear or autobitlinear", "linear_class"),
         *_rows(
             _list(_is_text),
             "a list of texts",
