@@ -125,11 +125,14 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
         return override, None
     if bare in choices:
         return _choice(override, bare, value, choices[bare])
-    value = " ".join(value.split("\n"))
     if bare == "rules" and value.endswith((".yaml", ".yml")):
         return rules_of(value)
     if bare in request.verbatim and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
         value = quoted(value)
+    elif bare in request.verbatim and "\n" in value:
+        return "", f"{bare}: a path with a line break; give the file or folder another name"
+    else:
+        value = " ".join(value.split("\n"))
     return f"++{bare}={value}" if not key.startswith("~") else override, None
 
 
