@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.storage.base import OUR_REPORT
+from loaders.storage.hashes import unsealed
 from tests.jobs.test_over_stores import comparable
 from tests.kills.processes import SMALL_PART, Process
 from tests.kills.targets import Bucket, Folder, Target
@@ -216,7 +217,7 @@ class Campaign:
 
     def _check_run(self, name: str, done: Mapping[str, bytes]) -> None:
         """Check that a run did not upload what was done before."""
-        files = [row["name"] for record in done.values() for row in json.loads(record)["body"]["files"]]
+        files = [row["name"] for record in done.values() for row in unsealed(record)["files"]]
         for seen in self._proxy.seen:
             path = seen.target.partition("?")[0]
             is_upload = seen.method in ("PUT", "POST") and "/kept/" not in path and seen.received > 0
