@@ -92,7 +92,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
             "true or false",
             """tie_word_embeddings use_sliding_window mlp_bias attention_bias use_qk_norm use_double_wide_mlp no_bias
             norm_topk_prob is_encoder_decoder mamba_rms_norm mamba_norm_before_gate is_marlin_format desc_act
-            zero_point block_auto_adjust_ff_dim lm_head""",
+            zero_point block_auto_adjust_ff_dim""",
         ),
         *_rows(
             _is_text,
@@ -100,6 +100,8 @@ TYPES: dict[str, tuple[Check, str]] = dict(
             """model_type quant_method quant_algo checkpoint_format packing_format kv_cache_quant_algo
             quantization_method topk_method scoring_func hidden_act mode""",
         ),
+        # In MLX's blocks it is a module's name, with its settings.
+        *_rows(_any(_is_flag, _is_block), "true or false", "lm_head"),
         *_rows(_any(_is_text, _is_block), "a text", "torch_dtype dtype"),
         *_rows(lambda value: value in ("bitlinear", "autobitlinear"), "bitlinear or autobitlinear", "linear_class"),
         *_rows(
