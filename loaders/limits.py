@@ -46,9 +46,12 @@ JSON_INDEX = 256 << 20  # bytes of an index, of a tokenizer: a hundred bytes for
 JSON_REPORT = 1 << 30  # bytes of a report of weightmill's: some 1,500 for each of MOST_TENSORS
 JSON_VALUES = 8_000_000  # values in one file of JSON: 13 for each of MOST_TENSORS
 CONFIG_VALUES = 1_000_000  # values in a config.json
-CONFIG_LAYERS = 100_000  # of a model
+CONFIG_LAYERS = 10_000  # of a model
+CONFIG_NUMBER = 1 << 53  # the largest whole number that every reader of JSON takes
+CONFIG_DEPTH = 32  # objects in one another
 PATTERN = 20_000  # characters of a regular expression; some tools list every layer in one
 PATTERN_SECONDS = 1.0  # for which one pattern may be matched where no linear engine takes it
+RULE_VALUES = 10_000  # values in a file of rules, those of aliases counted each time
 TOKEN = 512  # letters of a token that is cut into pairs, for merges
 
 # --- messages

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+# Control characters but the tab and the line feed; what turns the direction of a line; and halves of characters, which
+# stand for bytes that are no UTF-8.
+UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str) -> str:
+    """Return a text in which what a terminal would obey, instead of showing it, stands as escapes."""
+    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def counted(number: int, one: str, many: str = "") -> str:

@@ -204,9 +204,11 @@ OPENING_ALONE = {"open", "write_file", "hash_file"}
 # The other files that open local paths, each with the reason why these are no files of a checkpoint, output or journal.
 OPENS_PATHS = {
     "jobs/benchmarks/": "what is timed are this machine's files",
-    "jobs/cli/compose.py": "conf/, and choices and rules that a person keeps in files",
+    "jobs/cli/compose.py": "conf/, and choices that a person keeps in files",
     "jobs/cli/help.py": "conf/",
     "jobs/cli/home.py": "a home and a temporary folder for libraries",
+    "jobs/cli/rules_file.py": "rules that a person keeps in a file",
+    "jobs/cli/sweep_folders.py": "folders of sweeps, which hold a copy of the request",
     "jobs/cli/verb.py": "/dev/null",
     "jobs/execution/own_ray.py": "Ray's own folder and its logs",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",

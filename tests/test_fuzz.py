@@ -21,7 +21,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 def test_damaged_input_is_read_or_refused_by_an_error_of_ours_within_limits(reader: str, worker: Worker) -> None:
     counts, found = worker.ask(reader, examples=READERS[reader].examples, seed=None)
     assert [f"{each.what}\n{each.trace}" for each in found] == []
-    assert counts["refused"] > 0
+    assert counts["inputs"] >= READERS[reader].examples // 2  # of those that differ
 
 
 @pytest.mark.parametrize("reader", sorted({kept.reader for kept in hostile.kept()}))

@@ -7,11 +7,10 @@ overrides are passed to it as additions (`++key=value`), and the model finds all
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,8 +19,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
+from jobs.cli.literals import quoted
+from jobs.cli.rules_file import rules_of
+from jobs.cli.sweep_folders import SweepFolders
 from jobs.cli.validation import check, near, path_keys
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, io_errors
 from loaders.places import CONF
 from loaders.storage.address import without_secrets
 
@@ -103,7 +105,7 @@ def _take_folders(verb: str, request: Request, given: Sequence[str]) -> None:
         request.folders = (*request.folders, folder.absolute())
         request.given.append(f"{FOLDER}{folder}")
     if request.folders:
-        paths = ",".join(_quoted(f"file://{folder}") for folder in request.folders)
+        paths = ",".join(quoted(f"file://{folder}") for folder in request.folders)
         request.overrides.append(f"hydra.searchpath=[{paths}]")
 
 
@@ -123,40 +125,15 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
         return override, None
     if bare in choices:
         return _choice(override, bare, value, choices[bare])
-    value = " ".join(value.split("\n"))
     if bare == "rules" and value.endswith((".yaml", ".yml")):
-        return _rules_of(value)
+        return rules_of(value)
     if bare in request.verbatim and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
-        value = _quoted(value)
+        value = quoted(value)
+    elif bare in request.verbatim and "\n" in value:
+        return "", f"{bare}: a path with a line break; give the file or folder another name"
+    else:
+        value = " ".join(value.split("\n"))
     return f"++{bare}={value}" if not key.startswith("~") else override, None
-
-
-def _rules_of(path: str) -> tuple[str, str | None]:
-    """Read a YAML file's list of rules and return it as an override, or the problem with it."""
-    try:
-        rules = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return "", f"rules: cannot read {path}: {' '.join(str(error).split())}"
-    if not isinstance(rules, list):
-        return "", f"rules: expected a list of rules in {path}, found {type(rules).__name__}"
-    return f"++rules={literal(rules)}", None
-
-
-def literal(value: Any) -> str:
-    """Write a value in the grammar of Hydra's overrides."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(literal, value)) + "]"
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    return _quoted(str(value))
-
-
-def _quoted(text: str) -> str:
-    """Quote a text for Hydra 1.3. A backslash is literal there, except in a run of them before a quote or the end."""
-    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
-    return f"'{escaped}'"
 
 
 def _grammar(override: str, prepared: str) -> str | None:
@@ -328,12 +305,12 @@ def sweep(verb: str, request: Request, together: Together) -> None:
 
     if request.problems:
         raise BadSpec(request.problems)
-    made: set[Path] = set()
+    folders = SweepFolders()
 
     def begins(config: Any) -> None:
         HydraConfig.instance().set_config(config)
-        folder = Path(HydraConfig.get().sweep.dir).absolute()
-        made.update(each for each in (folder, *folder.parents) if not each.exists())
+        with io_errors("making", folder := Path(HydraConfig.get().sweep.dir).absolute()):
+            folders.begin(folder)
 
     def all_of(configs: Sequence[Any]) -> Sequence[Any]:
         jobs, searches = [], False
@@ -362,7 +339,7 @@ def sweep(verb: str, request: Request, together: Together) -> None:
         except (HydraException, OmegaConfBaseException) as error:
             raise BadSpec(_said_by_hydra(error)) from error
         finally:
-            _remove_empty(made)
+            folders.end()
 
 
 @cache
@@ -376,15 +353,6 @@ def _register_launcher() -> None:
     Plugins.instance().register(OnePass)
     node = {"_target_": f"{OnePass.__module__}.{OnePass.__name__}"}
     ConfigStore.instance().store(group="hydra/launcher", name="weightmill", node=node, provider="weightmill")
-
-
-def _remove_empty(folders: set[Path]) -> None:
-    """Remove the folders that Hydra makes for a sweep, which hold nothing but a copy of the request."""
-    for folder in sorted(folders, reverse=True):
-        # A folder that is not empty is the user's, and stays.
-        with suppress(OSError):
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            folder.rmdir()
 
 
 @contextmanager

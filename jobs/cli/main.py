@@ -86,9 +86,15 @@ def completions(line: str) -> list[str]:
 
 def script() -> None:
     """Run the console script and end the process."""
+    from jobs.cli.early import watch
+
+    watch()
+    from jobs.cli.console import patient_streams
     from jobs.cli.verb import leave
 
-    leave(main())
+    with patient_streams():
+        status = main()
+    leave(status)
 
 
 if __name__ == "__main__":

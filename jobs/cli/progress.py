@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from jobs.cli.console import console
 from loaders.storage.traffic import moved_bytes
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ class Meter:
         self._lock = threading.Lock()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import (
                 BarColumn,
                 DownloadColumn,
@@ -58,7 +58,7 @@ class Meter:
             counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), Moved(""),
-                console=Console(stderr=True), transient=True,
+                console=console(sys.stderr), transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=self._total)
 

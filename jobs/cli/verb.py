@@ -9,18 +9,20 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
 from jobs.cli.compose import Request, compose, take_apart
+from jobs.cli.console import console, patient_streams
+from jobs.cli.early import imported, limit_of
 from jobs.cli.home import have_home, have_temporary_folder
 from jobs.spec.keys import KEYS
 from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
 from loaders.storage.address import without_secrets
 from loaders.storage.settings import use
+from loaders.words import UNSHOWN, shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -71,9 +73,13 @@ class Verb(Generic[S]):
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command and return the exit status."""
         given = list(sys.argv[1:] if arguments is None else arguments)
-        as_json = "format=json" in given
+        with patient_streams():
+            return self._checked(given, as_json="format=json" in given)
+
+    def _checked(self, given: list[str], *, as_json: bool) -> int:
         # Schedulers stop jobs by SIGTERM. It then raises KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        imported()
         try:
             have_home()
             with settings_called(KEYS):
@@ -84,17 +90,16 @@ class Verb(Generic[S]):
             return _complain(FAILED, [str(error)], as_json)
         except KeyboardInterrupt as error:
             return _complain(INTERRUPTED, [str(error) or "interrupted"], as_json)
-        except BrokenPipeError:
-            # The reader is gone (`| head`). Without another stdout, Python would fail again when it flushes at exit.
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-            return FAILED
-        except OSError as error:
-            return _complain(FAILED, [str(error)], as_json)
+        except (OSError, MemoryError, RuntimeError, ImportError) as error:
+            said = limit_of(error) or (str(error) if isinstance(error, OSError) else None)
+            if said is None:
+                raise
+            return _complain(FAILED, [said], as_json)
 
     def _named(self, given: list[str]) -> list[str]:
-        """Give arguments without "=" the names of the positional keys."""
+        """Give arguments that are values alone the names of the positional keys."""
         names = list(self.positional)
-        return [f"{names.pop(0)}={a}" if names and "=" not in a and not a.startswith(("-", "~")) else a for a in given]
+        return [f"{names.pop(0)}={a}" if names and _is_bare(a) else a for a in given]
 
     def _main(self, given: list[str], as_json: bool) -> int:
         request = take_apart(self.config or self.name, self.spec, given)
@@ -140,33 +145,39 @@ def reach_stores(spec: BaseModel) -> None:
         use(settings)
 
 
+def _is_bare(word: str) -> bool:
+    """Whether a word is a value without a key: it has no "=", or one in a path."""
+    if word.startswith(("-", "~")):
+        return False
+    key, equals, _ = word.partition("=")
+    return not equals or "/" in key.removeprefix("hydra/") or os.path.lexists(word)
+
+
 def note(text: str) -> None:
     """Print a note for the user on standard error."""
-    from rich.console import Console  # slow to import, for a program that asks for JSON, or a user for help
-    from rich.text import Text
-
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(without_secrets(text)))
+    console(sys.stderr).print(without_secrets(text), soft_wrap=True)
 
 
 def show(text: RenderableType) -> None:
     """Print something for people on standard error; standard output is only for the result."""
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False, width=_width(sys.stderr)).print(text)
+    console(sys.stderr).print(text)
 
 
 def say(said: Said, as_json: bool) -> int:
     """Print a verb's result on standard output, call its `then`, and return the exit status."""
     if as_json:
-        json.dump(said.document, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        _print_json(said.document)
     else:
-        from rich.console import Console
-
-        Console(highlight=False, width=_width(sys.stdout)).print(said.text, crop=False)
+        console(sys.stdout).print(said.text, crop=False)
     sys.stdout.flush()
     said.then()
     return said.status
+
+
+def _print_json(document: Any) -> None:
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    # In JSON such characters stand within quotes alone.
+    print(UNSHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def leave(status: int) -> NoReturn:
@@ -175,23 +186,18 @@ def leave(status: int) -> NoReturn:
     All work is done and synced. The shutdown would only take longer, and if the process were killed during it, a
     finished job would have the exit status of a failed one.
     """
-    # The reader has closed the pipe; the result was computed all the same.
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # The reader has closed the pipe, or the disk is full; the result was computed all the same.
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(status)
-
-
-def _width(stream: TextIO) -> int | None:
-    """Return None for a terminal, whose own width counts; elsewhere a width at which no table is folded."""
-    return None if stream.isatty() else 240
 
 
 def _complain(status: int, problems: Sequence[str], as_json: bool) -> int:
     # What a user typed may be quoted, and what libraries say.
-    problems = [without_secrets(problem) for problem in problems]
+    problems = [shown(without_secrets(problem)) for problem in problems]
     if as_json:
-        print(json.dumps({"status": "failed", "exit_status": status, "problems": problems}, indent=2))
+        _print_json({"status": "failed", "exit_status": status, "problems": problems})
     lead = {WRONG: "this cannot be done", INTERRUPTED: "stopped"}.get(status, "failed")
     if len(problems) == 1:
         print(f"weightmill: {lead}: {problems[0]}", file=sys.stderr)

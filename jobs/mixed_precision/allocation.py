@@ -19,6 +19,7 @@ from jobs.spec.job import JobSpec
 from loaders.architectures.family import natural_key
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadSpec
+from loaders.limits import MOST_NUMBERS
 from loaders.presets.auto import AutoQuant, Chosen
 from loaders.quantization.scheme import Scheme
 from loaders.quantization.schemes.compressed_tensors_int import PackedInt
@@ -234,7 +235,7 @@ def budget_bytes(choices: Choices) -> int:
     if quant.target_gb is not None:
         return int(quant.target_gb * GB)
     assert quant.target_bits is not None
-    return int(quant.target_bits * _parameters(choices) / 8)
+    return int(min(quant.target_bits * _parameters(choices) / 8, float(MOST_NUMBERS)))
 
 
 def counted_bytes(quant: AutoQuant, target: TargetPlan) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from jobs.report.source_card import source_card
 from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
 from jobs.verification.logits import judged, pass_gate
+from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.lint import Finding, lint_at
 from loaders.quantization.gate import Gate
@@ -89,8 +90,9 @@ class Job:
             raise BadSpec(f"output.path: {journal.output} exists; output.overwrite=true replaces it")
         # The run is opened before any work, so that MLflow shows a job that fails early, or is killed.
         self.run = open_job_run(
-            spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number
-        )
+            spec, journal, self.planned.plan.checkpoint.fingerprint, recorder, sweep=self.sweep, number=self.number,
+            is_published=self.is_whole,
+        )  # fmt: skip
         if self.is_whole:
             note(f"{journal.output} was published before the job was interrupted; finishing what is left")
             return
@@ -164,6 +166,8 @@ class Job:
         )
         if has_card:
             report = self._put_card(report)
+        headers = written_headers(planned.target.finals, report.tensors)
+        check_finished(planned.plan, report, journal.destination.files, headers)
         # A unit looks at its own files; those of units that were done before may have changed since.
         planned.plan.checkpoint.check_unchanged()
         check_adapters(planned.plan.sources.tensors)
@@ -264,7 +268,8 @@ class Job:
         self.outcome = error
         self.run.end("FAILED")
         if self._is_held:
-            self.planned.journal.leave_out()
+            with suppress(StorageError):  # such as the one that is the reason
+                self.planned.journal.leave_out()
 
     def stop(self, *, killed: bool) -> None:
         """End the job's run because the whole pass ends, by an interrupt (`killed`) or an error."""

@@ -10,7 +10,6 @@ published.json           the output's report, written just before publishing, an
 from __future__ import annotations
 
 import json
-import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from loaders.stats import ErrorSums, LoadStats
 from loaders.storage import destination_at
 from loaders.storage.address import Address
 from loaders.storage.base import Entry
-from loaders.storage.hashes import digest
+from loaders.storage.hashes import opened, sealed, unsealed
 
 LEFT_OUT = "failed"
 PENDING = "published.json"
@@ -92,8 +91,7 @@ class Record:
 
     def to_bytes(self) -> bytes:
         """Return the record as JSON, of the fields' values as they are: `asdict` would copy all of it."""
-        body = to_json(_fields(self), inf_nan_mode="constants")
-        return b'{"xxh3":"%s","record":%s}' % (digest(body).encode(), body)
+        return sealed(to_json(_fields(self), inf_nan_mode="constants"))
 
     @property
     def done(self) -> Done:
@@ -113,17 +111,13 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 RECORD = TypeAdapter(Record)
-# A record as it lies in its file: the hash of the rest comes first, so that a flipped bit anywhere is noticed.
-SEALED = re.compile(rb'\{"xxh3":"([0-9a-f]{16})","record":(.*)\}', re.DOTALL)
 
 
 def record_from(raw: bytes) -> Record | None:
     """Read a record; None if it is damaged, or of another version of weightmill: the unit is then done again."""
-    found = SEALED.fullmatch(raw)
-    if found is None or digest(found[2]) != found[1].decode():
-        return None
+    content = opened(raw)
     try:
-        return RECORD.validate_json(found[2], strict=True)
+        return None if content is None else RECORD.validate_json(content, strict=True)
     except ValidationError:
         return None
 
@@ -152,16 +146,16 @@ class Journal:
                 )
             self._check_version()
             self.destination.prepare(overwrite=overwrite)
-            self.destination.put("job.json", json.dumps({"format": FORMAT, **job}, indent=2).encode())
+            self.destination.put("job.json", sealed(json.dumps({"format": FORMAT, **job}).encode()))
             # What failed in an earlier sweep is tried again.
             self.destination.drop(LEFT_OUT)
             yield
 
     def _check_version(self) -> None:
         raw = self.destination.get("job.json")
-        # A job.json that does not parse has no version. It is replaced; units' records have versions of their own.
+        # A job.json that is damaged has no version. It is replaced; units' records are read by themselves.
         with suppress(ValueError, AttributeError):
-            found = FORMAT if raw is None else json.loads(raw).get("format")
+            found = FORMAT if raw is None else (unsealed(raw) or {}).get("format", FORMAT)
             if found != FORMAT:
                 raise BadSpec(
                     f"output.path: {self.destination.journal} is of format {found}, this weightmill writes {FORMAT};"

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from jobs.cli.compose import files_of, literal
+from jobs.cli.compose import files_of
+from jobs.cli.literals import literal
 from jobs.cli.validation import path_keys
 from jobs.spec.job import JobSpec
 from loaders.backends.devices import OTHER_BYTES

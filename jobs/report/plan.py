@@ -36,7 +36,7 @@ def plan_text(
         "",
         f"{spec.quant.name}, {counted(len(target.finals), 'file')}, {target.weight_bytes:,} bytes"
         + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
-        + f": {times(plan.source_bytes / target.tensor_bytes)},"
+        + f": {times(plan.source_bytes / max(1, target.tensor_bytes))},"
         f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits a weight",
     )
     head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
@@ -131,7 +131,7 @@ def plan_document(spec: JobSpec, plan: Plan, target: TargetPlan, notes: Sequence
             "tensor_bytes": target.tensor_bytes,
             "file_bytes": target.weight_bytes,
             "slack_bytes": target.slack_bytes,
-            "ratio": plan.source_bytes / target.tensor_bytes,
+            "ratio": plan.source_bytes / max(1, target.tensor_bytes),
             "bits_per_weight": target.tensor_bytes * 8 / max(1, plan.parameters),
             "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.slots)} for file in target.finals],
         },

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, field_validator
 
 from jobs.spec.base import Spec
 from loaders.storage.address import without_secrets
 
+# MLflow's own variables, which its other clients take as well.
+URI, NAME = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
+EXPERIMENT = "weightmill"
 STORE = re.compile(r"https?://.|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.|databricks|file:.|/")
 
 
@@ -19,14 +23,28 @@ class TrackingSpec(Spec):
     kind: Literal["mlflow", "none"]
     # Where a request is written down, it stands there without its password.
     uri: Annotated[str, PlainSerializer(without_secrets)] | None = Field(
-        default=None, description="a tracking server or database; sqlite in output.root by default"
+        default=None,
+        validate_default=True,
+        description="a tracking server or database; by default MLFLOW_TRACKING_URI, else sqlite in output.root",
     )
-    experiment: str = Field(default="weightmill", description="the MLflow experiment")
+    experiment: str = Field(
+        default="",
+        validate_default=True,
+        description=f"the MLflow experiment; by default MLFLOW_EXPERIMENT_NAME, else {EXPERIMENT}",
+    )
     price_per_hour: float | None = Field(default=None, ge=0, description="price of a machine, to estimate the cost")
 
     @field_validator("uri")
     @classmethod
     def _uri_is_a_store(cls, uri: str | None) -> str | None:
-        if uri is not None and not STORE.match(uri):
-            raise ValueError("expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db")
-        return uri
+        named = "" if uri is not None else os.environ.get(URI, "")
+        found = uri if uri is not None else named or None
+        if found is not None and not STORE.match(found):
+            said = f"the environment's {URI} is {without_secrets(named)!r}; " if named else ""
+            raise ValueError(f"{said}expected a store such as http://HOST:PORT or sqlite:////ABSOLUTE/PATH/mlflow.db")
+        return found
+
+    @field_validator("experiment", mode="before")
+    @classmethod
+    def _experiment_has_a_name(cls, experiment: Any) -> Any:
+        return (os.environ.get(NAME) or EXPERIMENT) if experiment in (None, "") else experiment

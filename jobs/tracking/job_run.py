@@ -28,8 +28,9 @@ CHOSEN = "quant.chosen."  # the mix, which lists every tensor: too long for para
 
 
 def open_job_run(
-    spec: JobSpec, journal: Journal, fingerprint: str, recorder: Recorder | None, *, sweep: str | None, number: int
-) -> Run:
+    spec: JobSpec, journal: Journal, fingerprint: str, recorder: Recorder | None, *, sweep: str | None, number: int,
+    is_published: bool = False,
+) -> Run:  # fmt: skip
     """Open a job's run: a new one, or the one that an interrupted attempt with the same key left.
 
     Raises:
@@ -46,7 +47,7 @@ def open_job_run(
         **sweep_tags(sweep, number),
     }
     root, name = spec.output.local_root, spec.output_address.name
-    return open_run(spec.tracking, root, name, params, tags, run_key(journal), recorder)
+    return open_run(spec.tracking, root, name, params, tags, run_key(journal), recorder, is_published=is_published)
 
 
 def run_key(journal: Journal) -> str:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from jobs.spec.addresses import check_reachable
 from jobs.tracking.run import first_line, mlflow_client
+from jobs.tracking.sqlite_store import SQLITE, file_of, is_missing
 from loaders.errors import StorageError
 from loaders.storage.address import without_secrets
 
 
 def lacks_file(uri: str) -> bool:
     """Whether an address is that of a sqlite file which does not exist; MLflow would create it."""
-    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file()
+    return uri.startswith(SQLITE) and is_missing(file_of(uri))
 
 
 class OpenedStore:

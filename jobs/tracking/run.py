@@ -1,7 +1,6 @@
 """MLflow runs, one for each job. This is the only file that imports mlflow, and only if tracking is enabled.
 
-Only the driver talks to MLflow. A new sqlite store is created under a lock, because two processes that create one at
-the same time leave it broken for good. Runs are opened and closed through the client, so that a job that failed or was
+Only the driver talks to MLflow. Runs are opened and closed through the client, so that a job that failed or was
 stopped is recorded as such; the module-level API would close it as finished when the process ends.
 """
 
@@ -16,19 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from jobs.spec.addresses import check_reachable
 from jobs.spec.tracking import TrackingSpec
+from jobs.tracking.sqlite_store import whole_store
 from loaders.errors import StorageError
 from loaders.storage.address import without_secrets
 
-LOCK_S = 120  # seconds to wait for another process that creates the store: migrating its schema takes a few
 # MLflow's own limits (mlflow/utils/validation.py, 3.17); beyond them it truncates a parameter or refuses a batch.
 LONGEST_PARAM = 6000
 METRICS_AT_ONCE = 1000
@@ -129,8 +126,7 @@ class Recorder:
         """Return the client, the store's address and the experiment's id; they are created at the first call."""
         uri = spec.uri or default_uri(root)
         if (uri, spec.experiment) not in self._stores:
-            with _store_lock(uri):
-                client = mlflow_client(uri)
+            with whole_store(uri, mlflow_client) as client:
                 self._stores[uri, spec.experiment] = client, _experiment(client, spec.experiment, uri, root)
         client, experiment = self._stores[uri, spec.experiment]
         return client, uri, experiment
@@ -174,9 +170,11 @@ class Recorder:
 
 def open_run(
     spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
-    recorder: Recorder | None = None,
+    recorder: Recorder | None = None, *, is_published: bool = False,
 ) -> Run:  # fmt: skip
     """Open a run: a new one, or the one with the same key that a stopped job left.
+
+    Of a job that has published its output, this is its newest run, however it ended; a finished one stays as it is.
 
     It returns at once, since importing mlflow and creating a store take seconds; errors are raised when the run is
     closed. The caller ensures that no two processes use a key at once. StorageError: the server does not answer.
@@ -185,7 +183,7 @@ def open_run(
         return NoRun()
     if spec.uri is not None and spec.uri.startswith("http"):
         check_reachable("tracking.uri", spec.uri, "tracking=none runs without")
-    return BackgroundRun(spec, root, name, params, tags, key, recorder)
+    return BackgroundRun(spec, root, name, params, tags, key, recorder, is_published=is_published)
 
 
 class BackgroundRun:
@@ -195,7 +193,7 @@ class BackgroundRun:
 
     def __init__(
         self, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str], key: str,
-        recorder: Recorder | None,
+        recorder: Recorder | None, *, is_published: bool = False,
     ) -> None:  # fmt: skip
         self._own = Recorder() if recorder is None else None
         self._recorder = recorder or self._own or Recorder()
@@ -203,7 +201,7 @@ class BackgroundRun:
         self._last: Future[None] | None = None
         began = time.time()
         self._opened: Future[MlflowRun] = self._recorder.pool.submit(
-            MlflowRun, self._recorder, spec, root, name, params, tags, key, began
+            MlflowRun, self._recorder, spec, root, name, params, tags, key, began, is_published=is_published
         )
 
     def check(self) -> None:
@@ -212,7 +210,7 @@ class BackgroundRun:
 
     def _later(self, method: str, *arguments: Any) -> None:
         def call() -> None:
-            if self._opened.exception() is None and not self._errors:
+            if self._opened.exception() is None and not self._errors and not self._opened.result().is_finished:
                 try:
                     getattr(self._opened.result(), method)(*arguments)
                 # Stores raise errors of many libraries, and none of them may end a job whose work goes well. The first
@@ -269,33 +267,36 @@ class MlflowRun:
 
     def __init__(
         self, recorder: Recorder, spec: TrackingSpec, root: Path, name: str, params: Mapping[str, Any],
-        tags: Mapping[str, str], key: str, began: float,
+        tags: Mapping[str, str], key: str, began: float, *, is_published: bool,
     ) -> None:  # fmt: skip
         self._began = began
         self._recorder = recorder
         self._client, self._uri, self._experiment = recorder.store(spec, root)
-        self._run = self._find(key, tags) or self._new(name, {**tags, "weightmill.key": key})
+        found = self._find(key, is_published=is_published)
+        self.is_finished = found is not None and found.info.status == "FINISHED"
+        self._run = self._new(name, {**tags, "weightmill.key": key}) if found is None else str(found.info.run_id)
         self.run_id = self._run
         shown = without_secrets(self._uri)
         page = f"{shown.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._run}?{TRAINING}"
         self.address = page if self._uri.startswith("http") else f"{shown} run {self._run}"
+        if self.is_finished:
+            return
+        if found is not None:
+            self._resume(tags)
         self._log_params(params)
         recorder.live(self._run, self._client)
 
-    def _find(self, key: str, tags: Mapping[str, str]) -> str | None:
-        """Find a run of this job that did not end, since its process was killed; it is set to RUNNING again."""
-        found = self._client.search_runs(
-            [self._experiment],
-            f"tags.`weightmill.key` = '{key}' and attributes.status != 'FINISHED' and attributes.status != 'FAILED'",
-            max_results=1,
-        )
-        if not found:
-            return None
-        run_id: str = found[0].info.run_id
-        self._client.update_run(run_id, status="RUNNING")
+    def _find(self, key: str, *, is_published: bool) -> Any | None:
+        """Find a run of this job that did not end, since its process was killed; of a published job, any run."""
+        left = "" if is_published else " and attributes.status != 'FINISHED' and attributes.status != 'FAILED'"
+        mine, newest = f"tags.`weightmill.key` = '{key}'{left}", ["attributes.start_time DESC"]
+        found = self._client.search_runs([self._experiment], mine, max_results=1, order_by=newest)
+        return found[0] if found else None
+
+    def _resume(self, tags: Mapping[str, str]) -> None:
+        self._client.update_run(self._run, status="RUNNING")
         for name, value in {**tags, **here(), "weightmill.resumed": "true"}.items():
-            self._client.set_tag(run_id, name, value)
-        return run_id
+            self._client.set_tag(self._run, name, value)
 
     def _new(self, name: str, tags: Mapping[str, str]) -> str:
         run = self._client.create_run(
@@ -394,18 +395,6 @@ def first_line(error: BaseException) -> str:
 def default_uri(root: Path) -> str:
     """Return the address of the sqlite store in the folder of outputs."""
     return f"sqlite:///{root / 'mlflow.db'}"
-
-
-def _store_lock(uri: str) -> AbstractContextManager[object]:
-    """Return the lock to hold while a sqlite file may have to be created; other stores need none."""
-    if not uri.startswith("sqlite:///"):
-        return nullcontext()
-    path = Path(uri.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    # In a read-only folder this raises at once; FileLock would wait until its timeout.
-    lock.touch()
-    return FileLock(lock, timeout=LOCK_S)
 
 
 def _experiment(client: Any, name: str, uri: str, root: Path) -> str:

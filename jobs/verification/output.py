@@ -20,17 +20,12 @@ from jobs.cli.verb import FAILED, Said
 from jobs.execution.choose import choose
 from jobs.execution.cluster import reach_source
 from jobs.execution.run_tasks import run_all
-from jobs.output.card_block import CARD, LIMIT, aux_digest
-from jobs.output.publish import files_of_others, indexes_of
+from jobs.output.card_block import CARD, LIMIT
 from jobs.output.report import (
     FileRange,
     Report,
     ReportedTensor,
-    StoredPart,
-    WeightFile,
     read_report,
-    tensor_errors,
-    totals_of,
 )  # fmt: skip
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Placement, Plan, Unit
@@ -42,18 +37,18 @@ from jobs.report.result import quality_text
 from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading
 from jobs.verification.logits import Judging, faults_of, judged, judging_of
+from jobs.verification.without_weights import list_faults, range_digest, report_faults
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
-from loaders.limits import JSON_REPORT
 from loaders.quantization.gate import Gate
-from loaders.specs import OutputFile, Slot, WeightSpec
+from loaders.specs import Slot, WeightSpec
 from loaders.storage import open_source, open_store
 from loaders.storage.address import Address
 from loaders.storage.atomic import write_file
 from loaders.storage.base import OUR_REPORT, PinnedFiles
-from loaders.storage.hashes import BLOCK, hash_stored
+from loaders.storage.hashes import BLOCK
 from loaders.strategies import WeightLoader
 from loaders.strategies.base import Expecting, TensorBytes, Use
 from loaders.tensors.encoding import TensorEncoder
@@ -145,7 +140,7 @@ class VerifyReport:
 def _file_faults(task: VerifyTask, name: str, written: FileRange) -> list[str]:
     """Check a file's hash; if it is wrong, name the tensors whose bytes changed, or else the file."""
     files = PinnedFiles(open_store(task.output))
-    if _digest(files, name, written) == written.xxh3:
+    if range_digest(files, name, written) == written.xxh3:
         return []
     digests = {part: each.xxh3 for row in task.recorded.values() for part, each in row.stored.items()}
     faults = []
@@ -156,14 +151,6 @@ def _file_faults(task: VerifyTask, name: str, written: FileRange) -> list[str]:
         if hasher.hexdigest() != digests[spec.name]:
             faults.append(f"{name}: {spec.name}: its bytes are not those that were written")
     return faults or [f"{name}: what stands around its tensors is not as it was written"]
-
-
-def _digest(files: PinnedFiles, name: str, written: FileRange) -> str | None:
-    """Return the xxh3-128 of a range of a file; None if the file is too short."""
-    entry = files.entry(name)
-    if entry.size < written.offset + written.bytes:
-        return None
-    return hash_stored(files.store, entry, written.offset, written.bytes)
 
 
 def verify_output(
@@ -188,7 +175,7 @@ def verify_output(
     if isinstance(verify, LogitsSpec):
         judging = judging_of(verify, plan, plan.targets[TARGET], output)
     written = open_checkpoint(pinned)
-    faults = _report_faults(plan, written, report) or _list_faults(plan, written, report)
+    faults = report_faults(plan, written, report) or list_faults(plan, written, report)
     checked = 0
     if not faults:
         cluster, _ = choose(cluster_spec)
@@ -261,113 +248,6 @@ def _plan_again(spec: JobSpec, report: Report) -> Plan:
             f" expected xxh3-128 {recorded.xxh3}, found {merged.digest}"
         )
     return plan
-
-
-def _report_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
-    """List what a report says that is not so, or does not say, of what the plan tells: names, dtypes, shapes, sizes.
-
-    It is looked at first: what follows takes tensors and files from the report by the plan's names.
-    """
-    recorded = {row.name: row for row in report.tensors}
-    placements = {p.name: p for unit in plan.units for p in unit.outputs[TARGET].placements}
-    faults = [f"{name}: not the same tensors are in the plan and in it" for name in sorted({*recorded} ^ {*placements})]
-    for name in recorded.keys() & placements.keys():
-        row, placement = recorded[name], placements[name]
-        tensor, slots = placement.encoding.tensor, {slot.name: slot for slot in placement.slots.values()}
-        wanted = (tensor.role, placement.encoding.action, tensor.dtype.name, tensor.shape, tensor.source_bytes)
-        if (row.role, row.action, row.dtype, row.shape, row.source_bytes) != wanted:
-            faults.append(f"{name}: it does not say of the tensor what its source has")
-        is_said = row.stored.keys() == slots.keys() and all(_is_said(part, slots[n]) for n, part in row.stored.items())
-        if not is_said or row.output_bytes != sum(part.bytes for part in row.stored.values()):
-            faults.append(f"{name}: it does not say what is stored for the tensor")
-    if len(report.tensors) > len(recorded):
-        faults.append("it has a tensor twice")
-    if not faults and report.totals != totals_of(report.tensors):
-        faults.append("its totals are not those of its tensors")
-    ranges = {each.name for file in report.files for each in file.ranges}
-    finals = {file.name for file in plan.targets[TARGET].finals}
-    parts = {file.name for unit in plan.units for file in unit.outputs[TARGET].files}
-    sizes = {file.name: file.bytes for file in report.files}
-    if sizes.keys() != finals or not parts <= ranges or len(sizes) < len(report.files):
-        faults.append("it does not name the weight files that the plan has")
-    files = written.source
-    faults += [
-        f"{name}: it says {size} bytes, the file has {entry.size}"
-        for name, size in sizes.items()
-        if name in finals and (entry := files.find(name)) is not None and entry.size != size
-    ]
-    made_from = [(file.name, file.bytes) for file in report.source.files]
-    if made_from != [(entry.name, entry.size) for entry in plan.checkpoint.files]:
-        faults.append("it does not name the files of the source")
-    return [f"{OUR_REPORT}: {fault}" for fault in faults]
-
-
-def _is_said(part: StoredPart, slot: Slot) -> bool:
-    if slot.is_bound:
-        return part.dtype == slot.dtype.name and part.bytes <= slot.size
-    return (part.dtype, part.shape, part.bytes) == (slot.dtype.name, slot.shape, slot.size)
-
-
-def _list_faults(plan: Plan, written: Checkpoint, report: Report) -> list[str]:
-    """List the faults that show without reading weights: in names, shapes, dtypes, index, report, auxiliary files."""
-    wanted = {slot.name: slot for file in plan.targets[TARGET].files for slot in file.slots}
-    found = {spec.name: spec for spec in written.weights}
-    files = written.source
-    faults = [f"{name}: missing from the output" for name in sorted(set(wanted) - set(found))]
-    places = {(spec.file, spec.offset, spec.size) for name, spec in found.items() if name in wanted}
-    for name in sorted(set(found) - set(wanted)):
-        # A tied tensor may have a second name for the same bytes.
-        if (found[name].file, found[name].offset, found[name].size) not in places:
-            faults.append(f"{name}: in the output, but not planned")
-    for name in sorted(set(wanted) & set(found)):
-        slot, spec = wanted[name], found[name]
-        fits = spec.size <= slot.size if slot.is_bound else spec.shape == slot.shape
-        if spec.dtype != slot.dtype or not fits:
-            found_is = f"{spec.dtype} {list(spec.shape)} in {spec.file}"
-            faults.append(f"{name}: expected {slot.dtype} {list(slot.shape)}, found {found_is}")
-    for name, digest in report.aux.items():
-        entry = files.find(name)
-        if entry is None:
-            faults.append(f"{name}: missing from the output")
-        elif aux_digest(files.store, entry) != digest:
-            faults.append(f"{name}: it is not as it was written")
-    faults += [f"{name}: weightmill did not write it" for name in files_of_others(written.address)]
-    for row in report.tensors:
-        shown = tensor_errors(row.sums)
-        wrong = [key for key, value in shown.items() if getattr(row, key) != value]
-        faults += [f"{row.name}: {key} in {OUR_REPORT} is not what its sums give" for key in wrong]
-    target = plan.targets[TARGET]
-    faults += [fault for file in target.finals for fault in _size_faults(files, file)]
-    faults += [fault for file in report.files for fault in _tail_faults(files, file)]
-    sizes = dict.fromkeys((file.name for file in target.files), 0)
-    for spec in found.values():
-        sizes[spec.file] = sizes.get(spec.file, 0) + spec.size
-    for named, index in indexes_of(plan, target, sum(spec.size for spec in found.values()), sizes).items():
-        if files.find(named) is not None and files.read_all(named, JSON_REPORT) != index:
-            faults.append(f"{named}: it does not say what the files hold")
-    return faults
-
-
-def _tail_faults(files: PinnedFiles, file: WeightFile) -> list[str]:
-    """Check the bytes after the last piece of a file that several units wrote."""
-    tail = next((piece for piece in file.ranges if piece.name == f"{file.name}.tail"), None)
-    if tail is None or files.find(file.name) is None:
-        return []
-    is_same = _digest(files, file.name, tail) == tail.xxh3
-    return [] if is_same else [f"{file.name}: what follows its tensors is not as it was written"]
-
-
-def _size_faults(files: PinnedFiles, file: OutputFile) -> list[str]:
-    """Check the size and the header of a file whose container plans both to the byte (packed and GGUF)."""
-    if file.container != "packed" and not isinstance(file.about, bytes):
-        return []
-    entry, head = files.find(file.name), file.about or b""
-    if entry is None:
-        return [f"{file.name}: missing from the output"]
-    is_there = entry.size >= len(head) and bytes(files.read(file.name, 0, len(head))) == head
-    found = [] if is_there else [f"{file.name}: its header is not the one that was planned"]
-    fits = entry.size == file.size
-    return found if fits else [*found, f"{file.name}: expected {file.size} bytes, found {entry.size}"]
 
 
 def _tasks(

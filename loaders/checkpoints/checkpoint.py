@@ -20,6 +20,7 @@ from loaders.architectures.family import Family, family_of
 from loaders.architectures.mlx import keeps_published_tensors, model_of
 from loaders.checkpoints import pipeline
 from loaders.checkpoints.aux_files import INDEX_SUFFIX, find_aux, is_weights
+from loaders.checkpoints.config_types import check_config
 from loaders.checkpoints.derived_config import gguf_config, packed_checkpoint, read_config
 from loaders.checkpoints.quantized_by import METHOD_FILES, Declaration, declaration
 from loaders.checkpoints.tensor_names import adapter_notes, is_adapter, single, unwrapped
@@ -92,14 +93,19 @@ class Checkpoint:
         """
         if self.components:
             return next((each.declaration for each in self.components.values() if each.declaration is not None), None)
-        read = lambda name: read_json(self.source, name, JSON_CONFIG)  # noqa: E731
-        found = declaration(self.container, self.config, self.weights, self.aux, read)
+        found = declaration(self.container, self.config, self.weights, self.aux, self._described)
         model = model_of(self.config)
         if found is None and self.container == "safetensors" and (model is None or not keeps_published_tensors(model)):
             # mlx-lm gives weights names and values of its own even where it does not quantize them.
             first = self.files[0].name
             if safetensors.read_metadata(self.source, first).get("format") == "mlx":
                 return Declaration("mlx", f"the metadata of {first}")
+        return found
+
+    def _described(self, name: str) -> dict[str, Any]:
+        """Read a file that describes a quantization."""
+        found = read_json(self.source, name, JSON_CONFIG)
+        check_config(found, name)
         return found
 
     @property

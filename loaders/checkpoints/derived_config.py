@@ -10,6 +10,7 @@ import numpy as np
 
 from loaders.architectures.gguf_config import FACTORS, config_of
 from loaders.architectures.mlx import packed_expert_name
+from loaders.checkpoints.config_types import check_config
 from loaders.containers import gguf, packed
 from loaders.errors import BadCheckpoint
 from loaders.limits import CONFIG_VALUES, JSON_CONFIG
@@ -70,6 +71,7 @@ def packed_checkpoint(files: PinnedFiles) -> tuple[list[str], tuple[WeightSpec, 
     found = packed.read(files, lambda layer, expert, part: packed_expert_name(own, layer, expert, part))
     listed = found.manifest.get("config")
     config = own or (listed if isinstance(listed, dict) else {})
+    check_config(config, packed.MANIFEST)
     # The names of expert tensors depend on the model type. Without a config.json it is known only from the manifest,
     # which the first pass read; the second pass gives the experts their right names.
     if not own and config:
@@ -106,5 +108,9 @@ def _word_bits(found: packed.Packed, name: str) -> int | None:
 
 
 def read_config(files: PinnedFiles) -> dict[str, Any]:
-    """Read config.json; an empty dict if there is none. Errors as `read_json`."""
-    return read_json(files, "config.json", JSON_CONFIG, CONFIG_VALUES) if files.find("config.json") is not None else {}
+    """Read config.json; an empty dict if there is none. Errors as `read_json` and `check_config`."""
+    if files.find("config.json") is None:
+        return {}
+    found = read_json(files, "config.json", JSON_CONFIG, CONFIG_VALUES)
+    check_config(found, "config.json")
+    return found

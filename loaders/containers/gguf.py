@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from loaders.containers.base import Checksum, Places
+from loaders.containers.gguf_types import check_metadata
 from loaders.dtypes import DTYPES, DType
 from loaders.errors import BadCheckpoint, BadSpec
 from loaders.limits import (
@@ -162,6 +163,7 @@ class _Header:
             if not key or key in metadata:
                 raise BadCheckpoint(f"metadata key {shown(key)} is empty or appears twice")
             metadata[key] = self._entry(key)
+        check_metadata(plain(metadata))
         alignment = metadata.get(ALIGNMENT_KEY, uint32(ALIGNMENT))
         step = alignment.value
         if alignment.type != 4 or alignment.is_array or step < 1 or step & (step - 1):

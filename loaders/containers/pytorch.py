@@ -104,7 +104,7 @@ def _read(files: PinnedFiles, file: str, use: Callable[[Any, dict[str, tuple[int
         # What Python's pickle and zipfile raise for damaged files. The unpickler runs nothing but what is listed in
         # this file, so that none of these hides a fault elsewhere.
         except (
-            pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, TypeError,
+            pickle.UnpicklingError, OSError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, TypeError,
             AttributeError, struct.error, MemoryError, RecursionError, OverflowError, NotImplementedError, RuntimeError,
         ) as error:  # fmt: skip
             raise BadCheckpoint(

@@ -20,9 +20,9 @@ from loaders.errors import BadCheckpoint, StorageError, io_errors
 from loaders.storage.atomic import atomic_writer, file_lock, write_file
 from loaders.storage.base import PinnedFiles
 from loaders.storage.folder import Folder
-from loaders.storage.hashes import hash_file, text_digest
+from loaders.storage.hashes import digest, hash_file, sealed, text_digest, unsealed
 
-FORMAT = 1  # of the entries' files; one of another format counts as missing
+FORMAT = 2  # of the entries' files; one of another format counts as missing
 ALIGN = 64  # bytes: the data begin at a multiple of it, so that no part is misaligned in a map of the file
 
 
@@ -80,13 +80,15 @@ class WeightCache:
 
         data, about = self._paths(key)
         try:
-            said = json.loads(about.read_text())
-            if said["format"] != FORMAT or data.stat().st_size != said["bytes"]:
+            said = unsealed(about.read_bytes())
+            if said is None or said["format"] != FORMAT or data.stat().st_size != said["bytes"]:
                 return None
             whole = map_file(data, private=True)
             specs = read_specs(PinnedFiles(Folder(self.folder)), data.name)
         # Whatever is wrong with an entry, the caller makes it anew, which costs time but is always right.
-        except (OSError, ValueError, KeyError, TypeError, BadCheckpoint, StorageError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, BadCheckpoint, StorageError):
+            return None
+        if digest(whole[: said["header"]]) != said["head"]:  # names and places; the caller checks what it needs of them
             return None
         parts = {spec.name: whole[spec.offset : spec.offset + spec.size] for spec in specs}
         return CachedParts(parts, said["about"])
@@ -112,8 +114,11 @@ class WeightCache:
             for name in order:
                 file.write(np.ascontiguousarray(parts[name]).reshape(-1).view(np.uint8).data)
         # The description comes last: an entry without one, left by a crash, counts as missing.
-        document = {"format": FORMAT, "bytes": 8 + len(raw) + at, "about": dict(about)}
-        write_file(said, json.dumps(document).encode())
+        head = len(raw).to_bytes(8, "little") + raw
+        document = {
+            "format": FORMAT, "bytes": len(head) + at, "header": len(head), "head": digest(head), "about": dict(about),
+        }  # fmt: skip
+        write_file(said, sealed(json.dumps(document).encode()))
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:

@@ -365,7 +365,7 @@ def _from_cache(key: str, items: Sequence[WantedTensor]) -> MadeTensors | None:
         }
         errors = {name: sums_of(each) for name, each in entry.about["errors"].items()}
     # A damaged or foreign entry is made anew.
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         return None
     return MadeTensors(parts, errors)
 

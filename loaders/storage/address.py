@@ -117,7 +117,8 @@ class Address:
     @property
     def real(self) -> Address:
         """The address with symbolic links resolved; a URL has none and stays as it is."""
-        return Address(str(self.path.resolve())) if self.is_local else self
+        # Not Path.resolve, which raises for a link to itself.
+        return Address(os.path.realpath(self.path)) if self.is_local else self
 
     def __truediv__(self, name: str) -> Address:
         if self.is_local:

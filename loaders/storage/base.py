@@ -338,11 +338,7 @@ class PinnedFiles:
             self._entries.setdefault(entry.name, entry)
 
     def look_again(self, names: Iterable[str]) -> None:
-        """Look whether files still are the pinned versions, at a store's own where a read needs no such look.
-
-        Raises:
-            BadCheckpoint: one is another version, or gone.
-        """
+        """Look whether files still are the pinned versions. Raises BadCheckpoint if one is another, or gone."""
         wanted = [self.entry(name) for name in names]
         if self.store.is_local:
             for entry in wanted:

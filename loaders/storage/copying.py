@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 from collections.abc import Iterator
 
 from loaders.errors import io_errors
@@ -11,9 +11,12 @@ from loaders.storage.base import Destination, Entry, PinnedFiles
 from loaders.storage.hashes import BLOCK
 from loaders.storage.settings import MB, current
 
+PLAIN = 0o666  # the rights of a file that came from a store that knows none
+
 
 def copy_into(destination: Destination, files: PinnedFiles, name: str) -> None:
-    """Copy a file into an output's finished files, byte for byte; from a local folder to another, with its mode bits.
+    """Copy a file into an output's finished files, byte for byte; from a local folder with those of its rights that the
+    umask gives, and no setuid.
 
     On its way to a store it lies in scratch, unless it is larger than the setting `scratch_mb`: then it is streamed.
 
@@ -27,15 +30,16 @@ def copy_into(destination: Destination, files: PinnedFiles, name: str) -> None:
         return
     # The folder of scratch files has no sub-folders.
     part = destination.scratch(name.replace("/", "%"))
-    with io_errors("copying", part), part.open("xb") as copy:
-        for block in _blocks(files, entry):
-            copy.write(block)
-        copy.flush()
-        os.fsync(copy.fileno())
     source = files.store.local_path(name)
-    if source is not None:
-        with io_errors("copying", part):
-            shutil.copymode(source, part)
+    with io_errors("copying", part):
+        wanted = PLAIN if source is None else source.stat().st_mode
+        # What it is made with, less the umask, is the most that it may have. The owner reads it, whatever it was.
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777), "wb") as copy:
+            for block in _blocks(files, entry):
+                copy.write(block)
+            copy.flush()
+            os.fchmod(copy.fileno(), os.fstat(copy.fileno()).st_mode & wanted & 0o777 | stat.S_IRUSR)
+            os.fsync(copy.fileno())
     destination.keep(part, f"files/{name}")
 
 

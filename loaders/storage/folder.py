@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from loaders.errors import BadCheckpoint, io_errors
+from loaders.errors import BadCheckpoint, StorageError, io_errors
 from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range
 
@@ -52,7 +52,7 @@ class Folder:
             )
 
     def _walk(self, every: bool) -> Iterator[str]:
-        for folder, folders, names in os.walk(self.path):
+        for folder, folders, names in os.walk(self.path, onerror=_refuse):
             if not every:
                 folders[:] = [name for name in folders if name not in SKIPPED]
             # os.walk does not follow linked folders, which could lead out of the checkpoint or in a circle. They are
@@ -92,11 +92,17 @@ class Folder:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\0" in name:
             raise BadCheckpoint(f"{name!r} leads out of {self.path}; do not trust what names it")
+        check_name(name)
         return self.path / name
 
     def check_inside(self, name: str) -> None:
         """Check a file as `Store.check_inside`. Links of the Hub's cache, from snapshots/ to blobs/, are accepted."""
         path = self.path / name
+        check_name(name)
+        if path.exists() and not may(path, os.R_OK):
+            raise StorageError(
+                f"reading {path}: Permission denied; check who owns it, or move it out of the checkpoint"
+            )
         if not path.is_symlink():
             return
         if path.is_dir():
@@ -140,3 +146,29 @@ class Folder:
 
     def local_path(self, name: str) -> Path | None:
         return self.path / name
+
+
+def may(path: Path, rights: int) -> bool:
+    """Whether this process has rights (os.R_OK, ...) to a path, as the user who it acts for."""
+    return os.access(path, rights, effective_ids=os.access in os.supports_effective_ids)
+
+
+def check_name(name: str) -> None:
+    """Check that a file's name can be written down: reports, indexes and stores have UTF-8.
+
+    Raises:
+        BadCheckpoint: it cannot.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        said = name.encode(errors="backslashreplace").decode()
+        raise BadCheckpoint(f"{said}: the name is no UTF-8; give the file another, or move it away") from None
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be read is no empty one."""
+    if isinstance(error, FileNotFoundError):  # it went away meanwhile
+        return
+    with io_errors("looking into", error.filename):
+        raise error

@@ -28,6 +28,7 @@ from loaders.storage.atomic import allocate, exclusive, holder, sync_folder, wri
 from loaders.storage.base import Abandoned, Entry, Range
 from loaders.storage.folder import Folder
 from loaders.storage.hashes import BLOCK, hash_file
+from loaders.storage.ownership import make_own
 
 SUFFIX = ".weightmill"
 AREAS = ("files", "parts", "pieces", "records")
@@ -57,9 +58,8 @@ class FolderDestination:
         return Folder(self.root / "files")
 
     def prepare(self, *, overwrite: bool) -> None:
+        make_own(self.root, AREAS)
         with io_errors("making", self.root):
-            for area in AREAS:
-                (self.root / area).mkdir(parents=True, exist_ok=True)
             # Only the driver that holds the lock comes here, so what is in parts/ is from attempts that were killed.
             for path in (self.root / "parts").iterdir():
                 path.unlink()
@@ -69,8 +69,7 @@ class FolderDestination:
 
     @contextmanager
     def claim(self) -> Iterator[str | None]:
-        with io_errors("making", self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+        make_own(self.root)
         with exclusive(self.root / "lock") as is_held:
             yield None if is_held else holder(self.root / "lock")
 
@@ -182,7 +181,7 @@ class FolderDestination:
             # The newest goes last, which says how far the job had come: a kill in between must not take it away alone,
             # or a published output would look like another's.
             for path in sorted(self.root.iterdir(), key=lambda path: (path.is_file(), path.lstat().st_mtime_ns)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if _is_folder(path) else path.unlink()
             shutil.rmtree(self.root)
 
 
@@ -229,7 +228,11 @@ def abandoned_in(folder: Path, name: str | None = None) -> tuple[Abandoned, ...]
     if not folder.is_dir():
         return ()
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{12}}{re.escape(SUFFIX)}")
-    return tuple(left_in(p) for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name) and p.is_dir())
+    return tuple(left_in(p) for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name) and _is_folder(p))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def left_in(path: Path) -> Abandoned:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,6 +22,27 @@ BLOCK = 4 << 20
 def digest(data: bytes | np.ndarray) -> str:
     """Return the xxh3-64 of bytes or of a contiguous array, as 16 hex digits."""
     return xxhash.xxh3_64_hexdigest(data if isinstance(data, bytes) else data.data)
+
+
+# JSON with a hash before it, so that a flipped bit anywhere is noticed: a record, a cache entry, the request of a job.
+SEALED = re.compile(rb'\{"xxh3":"([0-9a-f]{16})","content":(.*)\}', re.DOTALL)
+
+
+def sealed(content: bytes) -> bytes:
+    """Return JSON with its hash, as JSON."""
+    return b'{"xxh3":"%s","content":%s}' % (digest(content).encode(), content)
+
+
+def opened(raw: bytes) -> bytes | None:
+    """Return the JSON that was sealed; None if it is damaged, or was never sealed."""
+    found = SEALED.fullmatch(raw)
+    return found[2] if found is not None and digest(found[2]) == found[1].decode() else None
+
+
+def unsealed(raw: bytes) -> Any:
+    """Return the values of JSON that was sealed; None if it is damaged, or was never sealed."""
+    content = opened(raw)
+    return None if content is None else json.loads(content)
 
 
 def text_digest(text: str) -> str:

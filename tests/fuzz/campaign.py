@@ -175,6 +175,7 @@ def _guide(reader: str, seconds: float, seed: int, folder: Path) -> Path:
         "-m", "tests.fuzz.guided", reader, str(folder), f"{seconds:.0f}", str(seed + 1), errors=place / ERRORS
     )
     process.communicate()
+    assert process.returncode == 0, (place / ERRORS).read_text()[-2000:]
     return place
 
 

@@ -179,8 +179,8 @@ def read_command(_: Path, words: Sequence[str]) -> None:
 
 
 READERS = {
-    "report": Reader(report_cases(), read_report, 30),
-    "journal": Reader(journal_cases(), read_journal, 60),
-    "cache": Reader(cache_cases(), read_cache, 40),
-    "command": Reader(command_cases(), read_command, 40),
+    "report": Reader(report_cases(), read_report, 15),
+    "journal": Reader(journal_cases(), read_journal, 30),
+    "cache": Reader(cache_cases(), read_cache, 20),
+    "command": Reader(command_cases(), read_command, 15),
 }

@@ -331,8 +331,8 @@ def read_names(folder: Path, words: tuple[str, ...]) -> None:
 
 READERS = {
     "safetensors": Reader(safetensors_cases(), read_file, 150),
-    "index": Reader(index_cases(), whole.read),
-    "config": Reader(config_cases(), whole.read, 100),
+    "index": Reader(index_cases(), whole.read, 40),
+    "config": Reader(config_cases(), whole.read, 50),
     "gguf": Reader(gguf_cases(), whole.read),
     "gguf_metadata": Reader(gguf_metadata_cases(), whole.read),
     "packed": Reader(packed_cases(), whole.read),

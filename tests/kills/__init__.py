@@ -1,1 +1,1 @@
-"""Kills of a job from store to store, again and again: see campaign.py."""
+"""Kills of jobs, again and again: from store to store in campaign.py, in folders in folders.py."""

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.storage.base import OUR_REPORT
+from loaders.storage.hashes import unsealed
 from tests.jobs.test_over_stores import comparable
 from tests.kills.processes import SMALL_PART, Process
 from tests.kills.targets import Bucket, Folder, Target
@@ -63,7 +64,7 @@ class Options:
         source, to = given.pop("from", "s3"), given.pop("to", "s3")
         numbers = {name: int(given.pop(name)) for name in ("kills", "seed") if name in given}
         if {source, to} - {"s3", "folder"} or source == to == "folder":
-            raise SystemExit(f"from={source} to={to}: s3 and folder are known, and one of both is to be s3")
+            raise SystemExit(f"from={source} to={to}: s3 and folder are known")
         return Options(source=source, to=to, **numbers, **given)  # type: ignore[arg-type]
 
 
@@ -216,7 +217,7 @@ class Campaign:
 
     def _check_run(self, name: str, done: Mapping[str, bytes]) -> None:
         """Check that a run did not upload what was done before."""
-        files = [row["name"] for record in done.values() for row in json.loads(record)["files"]]
+        files = [row["name"] for record in done.values() for row in unsealed(record)["files"]]
         for seen in self._proxy.seen:
             path = seen.target.partition("?")[0]
             is_upload = seen.method in ("PUT", "POST") and "/kept/" not in path and seen.received > 0

@@ -30,6 +30,7 @@ from loaders.storage.hub.client import hub
 from loaders.storage.hub.files import files_of
 from loaders.storage.hub.finished import FinishedFiles
 from loaders.storage.hub.store import HIDDEN, HubStore, Place
+from loaders.storage.ownership import make_own
 from loaders.storage.settings import current
 from loaders.storage.user_cache import default_folder
 
@@ -105,8 +106,7 @@ class HubDestination:
             self._inner.drop(name)
 
     def scratch(self, name: str) -> Path:
-        with io_errors("making", self._scratch):
-            self._scratch.mkdir(parents=True, exist_ok=True)
+        make_own(self._scratch)
         return self._scratch / name
 
     def keep(self, part: Path, name: str, large: Sequence[Range] = ()) -> Entry:

@@ -35,6 +35,7 @@ from loaders.storage.objects.client import ObjectClient, client_of
 from loaders.storage.objects.leftovers import abort, remove_journal, uploads_below
 from loaders.storage.objects.store import HIDDEN, ObjectStore, found_at, read_object
 from loaders.storage.objects.upload import file_blocks, size_of, upload
+from loaders.storage.ownership import make_own
 from loaders.storage.settings import current
 from loaders.storage.with_staged import WithStaged
 
@@ -125,8 +126,7 @@ class ObjectDestination:
 
     def scratch(self, name: str) -> Path:
         folder = scratch_folder(current().scratch, self._name)
-        with io_errors("making", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_own(folder)
         return folder / name
 
     def keep(self, part: Path, name: str, large: Sequence[Range] = ()) -> Entry:

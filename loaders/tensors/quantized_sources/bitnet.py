@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint
@@ -27,6 +28,8 @@ def _tensor(checkpoint: Checkpoint, by_name: Mapping[str, WeightSpec], name: str
     packed = part(by_name, name, name)
     if len(packed.shape) != 2:
         raise BadCheckpoint(f"{name}: expected packed ternary rows, found shape {list(packed.shape)}")
-    linear_class = checkpoint.config["quantization_config"].get("linear_class", "bitlinear")
+    # Of a config that has none, the weights alone say the method.
+    block = checkpoint.config.get("quantization_config") or {}
+    linear_class: Any = block.get("linear_class") or "bitlinear"
     shape = (packed.shape[0] * 4, packed.shape[1])
     return decoded(by_name, TensorSpec(name, by_name[name + "_scale"].dtype, shape), Ternary(linear_class))

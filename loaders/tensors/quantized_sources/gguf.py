@@ -15,6 +15,7 @@ from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.containers import gguf
 from loaders.dtypes import DTYPES
 from loaders.errors import BadCheckpoint, BadSpec, setting
+from loaders.limits import check_tensors
 from loaders.quantization.read_only.ggml import GgmlScaled, check_readable
 from loaders.quantization.schemes.ggml import Ggml
 from loaders.specs import RowOrder, WeightSpec
@@ -47,6 +48,8 @@ def find(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     for spec in checkpoint.weights:
         if spec.name == FACTORS:  # it follows from the rope scaling, which is in the config
             continue
+        if not spec.shape:
+            raise BadCheckpoint(f"{spec.name}: a single number, expected a vector, a matrix or a stack; fetch it again")
         module, _, end = spec.name.rpartition(".")
         if end in SCALES and f"{module}.weight" in by_name:
             continue
@@ -108,6 +111,7 @@ def _parts(name: str, spec: WeightSpec) -> list[tuple[str, WeightSpec]]:
     if len(spec.shape) != 3:
         raise BadCheckpoint(f"{spec.name}: expected stacked experts, found shape {list(spec.shape)}")
     count, *shape = spec.shape
+    check_tensors(count, spec.name)
     size = spec.size // max(1, count)
     return [
         (

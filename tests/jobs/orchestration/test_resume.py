@@ -14,6 +14,7 @@ import pytest
 import jobs.execution.unit
 from jobs.output.journal import Journal, record_from
 from jobs.planning.plan import FORMAT
+from loaders.storage.hashes import sealed
 from tests.failing import fail_at
 from tests.journals import find_journals
 from tests.making import snapshot, write_checkpoint
@@ -117,10 +118,23 @@ def test_a_journal_of_another_version_is_refused_with_a_sentence(source: Path, t
     journal = plan_job(compose("run", JobSpec, take_apart("run", JobSpec, given))).journal
     with journal.hold({}, overwrite=False):
         pass
-    (journal.destination.root / "job.json").write_text(json.dumps({"format": FORMAT + 1}))
+    (journal.destination.root / "job.json").write_bytes(sealed(json.dumps({"format": FORMAT + 1}).encode()))
     ran = weightmill("run", *given)
     assert ran.status == 2
     assert f"is of format {FORMAT + 1}, this weightmill writes {FORMAT}" in ran.err
+
+
+def test_a_request_that_is_damaged_has_no_version(source: Path, tmp_path: Path, weightmill: Any) -> None:
+    def no(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.orchestration.job.complete", no)
+        assert weightmill("run", *arguments(source, tmp_path / "out")).status == 130
+    [root] = find_journals(tmp_path)
+    path = root / "job.json"
+    path.write_bytes(path.read_bytes().replace(b'"format"', b'"formau"', 1))
+    assert weightmill("run", *arguments(source, tmp_path / "out")).status == 0
 
 
 @pytest.mark.quick
@@ -289,5 +303,5 @@ def test_killed_at_thirty_moments_the_output_is_the_same_and_no_finished_unit_ru
 def finished_files(journal: Path) -> dict[str, int]:
     """Files that the records of a job's journal name, and when they were written."""
     names = [file["name"] for record in (journal / "records").glob("*.json")
-             for file in json.loads(record.read_text())["record"]["files"]]  # fmt: skip
+             for file in json.loads(record.read_text())["content"]["files"]]  # fmt: skip
     return {n: (journal / "files" / n).stat().st_mtime_ns for n in names if (journal / "files" / n).exists()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sqlite3
@@ -28,6 +29,20 @@ def test_a_sweep_names_its_jobs_sums_up_and_leaves_no_folder(tmp_path: Path, sou
     assert ran.status == 0, ran.err
     assert "2 jobs:" in ran.out
     assert not (tmp_path / "o" / ".sweeps").exists()
+
+
+def test_a_sweep_removes_the_folders_of_those_that_were_killed_and_of_no_others(
+    tmp_path: Path, source: Path, weightmill: Any
+) -> None:
+    sweeps = tmp_path / "o" / ".sweeps"
+    for name, file in (("killed", "multirun.yaml"), ("alive", "multirun.yaml"), ("of_a_user", "notes.txt")):
+        (sweeps / name).mkdir(parents=True)
+        (sweeps / name / file).touch()
+    alive = os.open(sweeps / "alive", os.O_RDONLY)
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    weightmill("run", "-m", f"model.path={source}", f"output.root={tmp_path / 'o'}", "quant=nf4,ternary")
+    os.close(alive)
+    assert {path.name for path in sweeps.iterdir()} == {"alive", "of_a_user"}
 
 
 REPORT = "weightmill.json"

@@ -273,7 +273,7 @@ def test_a_scale_a_row_and_rows_that_end_within_a_word_are_read(tmp_path: Path, 
             lambda block: block.update(ignore=["lm_head", "re:("]),
             "quantization_config.ignore: '(' is no regular expression",
         ),
-        (lambda block: block.update(ignore=[3]), "quantization_config.ignore is no list of names"),
+        (lambda block: block.update(ignore=[3]), "expected a list of texts as quantization_config.ignore"),
     ],
 )
 def test_lint_finds_a_config_that_misleads_the_engine(change: Any, what: str, quantized: Any, weightmill: Any) -> None:

@@ -63,7 +63,7 @@ def test_sizes_that_stop_bitsandbytes_on_some_cpus_are_doubted(
     [
         (skip([]), "1 linear layer is stored plain and not in llm_int8_skip_modules: lm_head"),
         (skip(["lm_head", "up_proj"]), "2 quantized layers are skipped by llm_int8_skip_modules"),
-        (skip("lm_head"), "llm_int8_skip_modules is no list of names"),  # type: ignore[arg-type]
+        (skip("lm_head"), "list of texts as quantization_config.llm_int8_skip_modules"),  # type: ignore[arg-type]
         (skip(["lm_head", "(a+)+b"]), "'(a+)+b' could take very long"),
         (lambda config: config.pop("model_type"), "config.json has no model_type"),
         (lambda config: config.update(model_type="", _class_name="XModel"), "it is a part of a pipeline of diffusers"),
@@ -117,7 +117,11 @@ def test_experts_quantized_one_by_one(tmp_path: Path, weightmill: Any) -> None:
             lambda c: c["quantization_config"]["ignore"].append("re:.*up_proj"),
             "2 quantized layers are in ignore",
         ),
-        ("w8a8", lambda c: c["quantization_config"].update(ignore="lm_head"), "ignore is no list"),
+        (
+            "w8a8",
+            lambda c: c["quantization_config"].update(ignore="lm_head"),
+            "list of texts as quantization_config.ignore",
+        ),
         ("w8a8", lambda c: c["quantization_config"]["ignore"].append("re:(a+)+b"), "'(a+)+b' could take very long"),
         ("w8a8", lambda c: c["quantization_config"]["ignore"].append("re:(a"), "'(a' is no regular expression"),
         ("mlx_int4", lambda c: c.pop("quantization"), "has quantization_config and no quantization"),

@@ -19,6 +19,7 @@ from loaders.layouts.gguf.tokenizers.pre_tokenizers import IGNORES_MERGES, form_
 from loaders.layouts.gguf.tokenizers.sentencepiece import SPACE
 from loaders.layouts.gguf.tokenizers.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from loaders.layouts.gguf.tokenizers.special_tokens import KEYS, ROLES
+from loaders.limits import TOKEN
 
 # other names under which llama.cpp splits text in the same way (src/llama-vocab.cpp)
 SAME = {
@@ -124,10 +125,10 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Mapping[str, int], t
 
 
 def _merges(vocabulary: Mapping[str, int], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return all ways to make a token of two others, the token of the greatest score first: SentencePiece's order."""
+    """Return all ways to make a token of two others, the greatest score first: SentencePiece's order."""
     found = []
     for token, number in vocabulary.items():
-        if types[number] != NORMAL:
+        if types[number] != NORMAL or len(token) > TOKEN:
             continue
         for at in range(1, len(token)):
             left, right = token[:at], token[at:]
