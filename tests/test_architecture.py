@@ -206,7 +206,6 @@ OPENS_PATHS = {
     "jobs/cli/console.py": "/dev/null",
     "jobs/cli/help.py": "conf/",
     "jobs/cli/home.py": "a home and a temporary folder for libraries",
-    "jobs/cli/verb.py": "whether a bare word is a path",
     "jobs/execution/own_ray.py": "Ray's own folder and its logs",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
