@@ -216,7 +216,7 @@ class Campaign:
 
     def _check_run(self, name: str, done: Mapping[str, bytes]) -> None:
         """Check that a run did not upload what was done before."""
-        files = [row["name"] for record in done.values() for row in json.loads(record)["files"]]
+        files = [row["name"] for record in done.values() for row in json.loads(record)["content"]["files"]]
         for seen in self._proxy.seen:
             path = seen.target.partition("?")[0]
             is_upload = seen.method in ("PUT", "POST") and "/kept/" not in path and seen.received > 0
