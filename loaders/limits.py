@@ -33,7 +33,7 @@ PICKLE_BYTES = 256 << 20  # of data.pkl, which has a few hundred bytes a tensor
 PICKLE_LINE = 1024  # bytes of a line in it: names of torch, and numbers
 PICKLE_ARGUMENTS = 16  # of a call
 # Operations: each tensor takes some sixty. A legacy file does not say how many tensors it has.
-PICKLE_OPS, PICKLE_OPS_PER_MEMBER, PICKLE_LEGACY_OPS = 1 << 19, 256, 1 << 20
+PICKLE_OPS, PICKLE_OPS_PER_MEMBER, PICKLE_LEGACY_OPS = 1 << 18, 256, 1 << 20
 ZIP_DIRECTORY = 256 << 20  # bytes of a zip's directory: MOST_MEMBERS of some 100 bytes
 ZIP_MEMBERS = 2 * MOST_TENSORS  # a storage for each tensor, and files beside them
 PACKED_EXPERTS = 65_536  # of a layer

@@ -38,6 +38,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import PinnedFiles
 from loaders.strategies import Reader, WeightLoader
 from loaders.strategies.base import by_warmth, cached_share
+from loaders.strategies.reading.cut_maps import end_by_name
 from loaders.tensors.encoding import Encoding, TensorEncoder
 from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.merged import check_adapters
@@ -147,6 +148,7 @@ def run_unit(
     attempt = uuid.uuid4().hex[:12]
     specs = [spec for tensor in unit.tensors for _, spec in tensor.stored]
     runs: dict[str, TargetRun] = {}
+    end_by_name()
     with (
         PeakMemory() as memory,
         task.strategy.open(files, specs) as reader,

@@ -51,6 +51,7 @@ from loaders.storage.base import OUR_REPORT, PinnedFiles
 from loaders.storage.hashes import BLOCK
 from loaders.strategies import WeightLoader
 from loaders.strategies.base import Expecting, TensorBytes, Use
+from loaders.strategies.reading.cut_maps import end_by_name
 from loaders.tensors.encoding import TensorEncoder
 from loaders.tensors.uses import Uses
 from loaders.tensors.views import StoredRoles
@@ -87,6 +88,7 @@ class VerifyTask:
         faults = [fault for name, written in self.files for fault in _file_faults(self, name, written)]
         is_as_written = not faults
         sources = [spec for tensor in self.unit.tensors for _, spec in tensor.stored]
+        end_by_name()
         with (
             self.strategy.open(PinnedFiles(open_source(self.source), self.unit.sources), sources) as source,
             self.output_strategy.open(PinnedFiles(open_store(self.output)), list(self.weights.values())) as written,

@@ -111,6 +111,7 @@ def read_config(files: PinnedFiles) -> dict[str, Any]:
     """Read config.json; an empty dict if there is none. Errors as `read_json` and `check_config`."""
     if files.find("config.json") is None:
         return {}
+    files.store.check_inside("config.json")  # before a word of what it links to could be said
     found = read_json(files, "config.json", JSON_CONFIG, CONFIG_VALUES)
     check_config(found, "config.json")
     return found

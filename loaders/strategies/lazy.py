@@ -14,6 +14,7 @@ from loaders.errors import io_errors
 from loaders.specs import WeightSpec
 from loaders.storage.base import PinnedFiles
 from loaders.strategies.base import PieceReader, TensorBytes, WeightLoader, cut_short, local_root
+from loaders.strategies.reading.cut_maps import name_map
 
 # MAP_NORESERVE, which Python's mmap does not name: without it, Linux counts all of a private writable map as memory
 # that may be needed, and may refuse to map a file larger than that.
@@ -32,7 +33,9 @@ def map_file(path: Path, *, private: bool = False) -> np.ndarray:
     with io_errors("mapping", path), path.open("rb") as file:
         if path.stat().st_size == 0:
             return np.empty(0, np.uint8)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        found = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    name_map(found, path)
+    return found
 
 
 def map_privately(path: Path, start: int, stop: int) -> np.ndarray:
@@ -49,7 +52,9 @@ def map_privately(path: Path, start: int, stop: int) -> np.ndarray:
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
             offset=first,
         )
-        return np.frombuffer(made, np.uint8)[start - first :]
+        found = np.frombuffer(made, np.uint8)[start - first :]
+    name_map(found, path)
+    return found
 
 
 class MappedFiles:
@@ -79,7 +84,9 @@ class MappedFiles:
 class LazyLoader(WeightLoader):
     """The strategy `lazy`: files are mapped, and the kernel reads ahead.
 
-    Torch tensors lie in private maps, so that writing to one copies the page and leaves the file alone.
+    A file that is cut short while it is mapped ends the process (SIGBUS), which no handler of Python's can catch: for
+    files that others may write to, `read` is the strategy. Torch tensors lie in private maps, so that writing to one
+    copies the page and leaves the file alone.
     """
 
     name = "lazy"
