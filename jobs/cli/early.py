@@ -16,6 +16,7 @@ INTERRUPTED = 130
 LIMITS = (
     "can't start new thread", "failed to map segment", "Cannot allocate memory", "cannot allocate memory",
     "Too many open files", "cannot create thread", "pthread_create", "Resource temporarily unavailable",
+    "error return without exception set",  # what Python makes of compiled code that gets no memory
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def limit_of(error: BaseException) -> str | None:
     """Return in a line which limit of this process an error comes of; None if it comes of none."""
     said = " ".join(str(error).split())
     is_limit = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ImportError | OSError) and any(each in said for each in LIMITS)
+        isinstance(error, RuntimeError | ImportError | OSError | SystemError) and any(each in said for each in LIMITS)
     )
     if not is_limit:
         return None

@@ -90,7 +90,7 @@ class Verb(Generic[S]):
             return _complain(FAILED, [str(error)], as_json)
         except KeyboardInterrupt as error:
             return _complain(INTERRUPTED, [str(error) or "interrupted"], as_json)
-        except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        except (OSError, MemoryError, RuntimeError, ImportError, SystemError) as error:
             said = limit_of(error) or (str(error) if isinstance(error, OSError) else None)
             if said is None:
                 raise
