@@ -205,7 +205,7 @@ class RunReport(Part):
     nodes: tuple[str, ...]
     python: str
     request: dict[str, Any]
-    xxh3: str = ""  # of all of these
+    xxh3: str = ""  # of the whole file, where these digits are zeros; older reports have none
 
 
 class WorstTensor(Part):
@@ -283,24 +283,17 @@ class Report(Part):
     versions: dict[str, str]
     quality: dict[str, Any] | None = None
     damage: Damage | None = None
-    xxh3: str = ""  # of the report without `run`; that has one of its own. Older reports have none
     run: RunReport
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; keys that do not apply are left out."""
-        sealed = self._sealed()
-        return sealed.model_dump(mode="json", exclude=sealed._left_out())
+        return self.model_dump(mode="json", exclude=self._left_out())
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the file, made at once: as Python's objects they would take several times the memory."""
-        sealed = self._sealed()
-        return sealed.model_dump_json(indent=2, exclude=sealed._left_out()).encode() + b"\n"
-
-    def _sealed(self) -> Report:
-        """Return the report with its hashes."""
-        run = self.run.model_copy(update={"xxh3": digest(self.run.model_dump_json(exclude={"xxh3"}).encode())})
-        found = digest(self.model_dump_json(exclude={"xxh3", "run"}).encode())
-        return self.model_copy(update={"xxh3": found, "run": run})
+        blank = self.model_copy(update={"run": self.run.model_copy(update={"xxh3": BLANK})})
+        raw = blank.model_dump_json(indent=2, exclude=self._left_out()).encode() + b"\n"
+        return _with_hash(raw, digest(raw))
 
     def _left_out(self) -> dict[str, Any]:
         """Return the keys that do not apply, as pydantic wants them."""
@@ -309,7 +302,7 @@ class Report(Part):
         return {**found, "files": files} if files else found
 
     @staticmethod
-    def from_json(raw: bytes | str, where: str = OUR_REPORT) -> Report:
+    def from_json(raw: bytes, where: str = OUR_REPORT) -> Report:
         """Parse the content of a report file; `where` is its path, for messages.
 
         Raises:
@@ -332,10 +325,18 @@ class Report(Part):
             fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = shown(".".join(map(str, fault["loc"]))).strip("'")
             raise BadCheckpoint(f"{where}: not a report of this version ({place}: {fault['msg']})") from None
-        sealed = report._sealed()
-        if report.xxh3 not in ("", sealed.xxh3) or report.run.xxh3 not in ("", sealed.run.xxh3):
+        if report.run.xxh3 and digest(_with_hash(raw, BLANK)) != report.run.xxh3:
             raise BadCheckpoint(f"{where}: it is damaged: it is not what was written; fetch it again")
         return report
+
+
+BLANK = "0" * 16
+
+
+def _with_hash(raw: bytes, found: str) -> bytes:
+    """Return a report's bytes with another hash: the last text of its kind, as `run` is last and its hash the last."""
+    before, key, after = raw.rpartition(b'"xxh3": "')
+    return before + key + found.encode() + after[len(BLANK) :]
 
 
 def read_report(output: Address) -> Report:

@@ -23,9 +23,8 @@ def forge(out: Path, change: Callable[[Any], Any]) -> None:
     path = out / "weightmill.json"
     report = json.loads(path.read_text())
     change(report)
-    for part in (report, report["run"]):
-        part.pop("xxh3")
-    path.write_bytes(Report.from_json(json.dumps(report)).to_bytes())
+    report["run"].pop("xxh3")
+    path.write_bytes(Report.from_json(json.dumps(report).encode()).to_bytes())
 
 
 FORGED = {
@@ -65,17 +64,11 @@ def test_any_flipped_bit_of_a_report_is_noticed(source: Path, tmp_path: Path, we
     assert weightmill("run", f"model.path={source}", f"output.path={out}", "tracking=none").status == 0
     raw = (out / "weightmill.json").read_bytes()
     assert Report.from_json(raw).to_bytes() == raw
-    noticed = 0
     for at in range(0, len(raw), max(1, len(raw) // 400)):
         flipped = bytearray(raw)
         flipped[at] ^= 1 << (at % 7)
-        if raw[at] in b" \n":  # it may become another space
-            continue
-        try:  # a last digit of a number may be of no matter
-            assert Report.from_json(bytes(flipped)).to_bytes() == raw, flipped[at - 20 : at + 20]
-        except (BadCheckpoint, BadSpec):
-            noticed += 1
-    assert noticed > 100
+        with pytest.raises((BadCheckpoint, BadSpec)):
+            Report.from_json(bytes(flipped))
     (out / "weightmill.json").write_bytes(raw.replace(b'"role": "', b'"role": "x', 1))
     for verb in ("verify", "compare"):
         ran = weightmill(verb, f"output.path={out}" if verb == "verify" else f"runs=[{out}]")
