@@ -209,7 +209,7 @@ OPENS_PATHS = {
     "jobs/cli/home.py": "a home and a temporary folder for libraries",
     "jobs/cli/rules_file.py": "rules that a person keeps in a file",
     "jobs/cli/sweep_folders.py": "folders of sweeps, which hold a copy of the request",
-    "jobs/cli/verb.py": "/dev/null",
+    "jobs/cli/console.py": "/dev/null, in the place of a listener that has gone",
     "jobs/execution/own_ray.py": "Ray's own folder and its logs",
     "jobs/mixed_precision/candidate_errors.py": "what was measured here, for the next budget",
     "jobs/mixed_precision/search.py": "a calibration text of a person's",
