@@ -40,7 +40,7 @@ def main(reader: str, folder: Path, seconds: int, seed: int) -> None:
             (place / "counts.json").write_text(json.dumps(trial.tally.counts))
             os._exit(0)
 
-    limits = ["-rss_limit_mb=0", "-timeout=3600", "-max_len=4096", "-verbosity=0"]
+    limits = [f"-artifact_prefix={place}/", "-rss_limit_mb=0", "-timeout=3600", "-max_len=4096", "-verbosity=0"]
     atheris.Setup(["fuzz", str(place / "corpus"), f"-seed={seed}", *limits], try_bytes)
     atheris.Fuzz()
 

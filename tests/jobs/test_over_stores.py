@@ -48,9 +48,8 @@ def given(source: Address | Path, out: Address | Path, preset: str = "nf4") -> l
 
 
 def comparable(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], Any]:
-    """An output without its times and the place of its source, of which its card's blocks and its hash tell as well."""
+    """An output without its times and the place of its source, of which its card's blocks tell as well."""
     report = json.loads(files[REPORT])
-    report.pop("xxh3", None)
     del report["run"], report["source"]["path"], report["job"]["model"]["path"]
     return {name: without_blocks(data) for name, data in files.items() if name != REPORT}, report
 
