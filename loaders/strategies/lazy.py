@@ -34,7 +34,7 @@ def map_file(path: Path, *, private: bool = False) -> np.ndarray:
         if path.stat().st_size == 0:
             return np.empty(0, np.uint8)
         found = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    name_map(found, path)
+    name_map(found.ctypes.data, found.nbytes, path)
     return found
 
 
@@ -53,7 +53,7 @@ def map_privately(path: Path, start: int, stop: int) -> np.ndarray:
             offset=first,
         )
         found = np.frombuffer(made, np.uint8)[start - first :]
-    name_map(found, path)
+    name_map(found.ctypes.data, found.nbytes, path)
     return found
 
 

@@ -28,9 +28,9 @@ _texts: dict[Path, np.ndarray] = {}
 _lock, _rows = threading.Lock(), itertools.cycle(range(MOST))
 
 
-def name_map(mapped: np.ndarray, path: Path) -> None:
-    """Remember which file lies at which addresses, for `end_by_name`; what lay there before has gone."""
-    start, stop = mapped.ctypes.data, mapped.ctypes.data + mapped.nbytes
+def name_map(start: int, size: int, path: Path) -> None:
+    """Remember that a file lies at `size` bytes from an address on, for `end_by_name`; what lay there has gone."""
+    stop = start + size
     with _lock:
         if path not in _texts:
             said = (
