@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_a_file_that_is_cut_while_it_is_mapped_is_named(
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 1, ran.stderr
-    assert "it was cut short while it was read" in ran.stderr
+    # A thread that maps the file after it was cut sees that by its length.
+    assert re.search("it (was cut short|changed) while it was read", ran.stderr)
     assert any(
         path.name in ran.stderr.rsplit("weightmill: failed:", 1)[1] for path in (*kept, tmp_path / "out" / "model")
     )
