@@ -68,7 +68,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
             """hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size n_embd n_head
             max_position_embeddings max_window_layers num_local_experts num_experts num_experts_per_tok n_routed_experts
             moe_intermediate_size shared_expert_intermediate_size n_group topk_group n_shared_experts v_head_dim
-            qk_rope_head_dim qk_nope_head_dim kv_lora_rank q_lora_rank sliding_window sliding_window_pattern
+            qk_rope_head_dim qk_nope_head_dim kv_lora_rank q_lora_rank sliding_window
             num_attention_groups num_kv_shared_layers swa_num_key_value_heads linear_value_head_dim
             linear_num_value_heads linear_num_key_heads linear_key_head_dim linear_conv_kernel_dim mamba_d_state
             mamba_d_ssm mamba_n_groups mamba_n_heads mamba_d_head mamba_d_conv type_vocab_size decoder_sparse_step
@@ -77,7 +77,8 @@ TYPES: dict[str, tuple[Check, str]] = dict(
             block_multiple_of moe_num_shared_experts hc_mult num_nextn_predict_layers bits w_bit num_bits q_group_size
             bos_token_id eos_token_id pad_token_id unk_token_id eod_token_id""",
         ),
-        *_rows(_each(_any(_is_whole, _is_text)), "a whole number", "group_size"),
+        # EXAONE's patterns are letters, one for each layer of a turn.
+        *_rows(_each(_any(_is_whole, _is_text)), "a whole number", "group_size sliding_window_pattern"),
         *_rows(
             _each(_is_number),
             "a number",
@@ -126,6 +127,13 @@ TYPES: dict[str, tuple[Check, str]] = dict(
 )
 
 
+# Blocks in which keys mean what they do at the top, and those of quantizations, whose inner blocks are theirs, too.
+PARTS, QUANTIZATIONS = (
+    ("rope_scaling", "rope_parameters"),
+    ("quantization", "quantization_config", "compression_config"),
+)
+
+
 def check_config(config: Mapping[str, Any], file: str) -> None:
     """Check the types of what a config says, of its parts and of the block of its quantization.
 
@@ -135,7 +143,7 @@ def check_config(config: Mapping[str, Any], file: str) -> None:
     _check(config, file, "", CONFIG_DEPTH)
 
 
-def _check(block: Mapping[str, Any], file: str, within: str, levels: int) -> None:
+def _check(block: Mapping[str, Any], file: str, within: str, levels: int, is_quantization: bool = False) -> None:
     if not levels:
         raise BadCheckpoint(f"{file}: objects in one another deeper than {CONFIG_DEPTH} are not read")
     for key, value in block.items():
@@ -144,6 +152,9 @@ def _check(block: Mapping[str, Any], file: str, within: str, levels: int) -> Non
             raise BadCheckpoint(
                 f"{file}: expected {row[1]} as {within}{key}, found {shown(value)}; correct it, or fetch the file again"
             )
-        for inner in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(inner, Mapping):
-                _check(inner, file, f"{within}{shown(key)[1:-1]}."[:SHOWN_CHARACTERS], levels - 1)
+        # Elsewhere keys are words of the model's own: labels may be called "ignore".
+        inside = is_quantization or key in QUANTIZATIONS
+        if inside or key in PARTS or key.endswith("_config"):
+            for inner in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(inner, Mapping):
+                    _check(inner, file, f"{within}{shown(key)[1:-1]}."[:SHOWN_CHARACTERS], levels - 1, inside)

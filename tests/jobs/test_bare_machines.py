@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,12 +61,14 @@ NO_WRITING = "mount --bind {0} {0} && mount -o remount,bind,ro / && mount -t tmp
 
 @pytest.mark.slow
 def test_a_machine_that_is_read_only_but_for_the_output_runs_a_job(place: Path) -> None:
+    # Alembic, which makes MLflow's store, asks access(2), for which the right to read everything does not count.
+    is_open = all(each.stat().st_mode & stat.S_IXOTH for each in Path(sys.prefix).resolve().parents)
     ran = as_nobody(
-        "-m", "jobs.run", f"output.root={place}", cwd=Path("/"), environment={"HOME": "/root"},
-        mounts=NO_WRITING.format(place),
+        "-m", "jobs.run", f"output.root={place}", *([] if is_open else ["tracking=none"]), cwd=Path("/"),
+        environment={"HOME": "/root"}, mounts=NO_WRITING.format(place),
     )  # fmt: skip
     check(ran)
-    assert {each.name for each in place.iterdir()} >= {"demo-nf4", "mlflow.db"}
+    assert {each.name for each in place.iterdir()} >= ({"demo-nf4", "mlflow.db"} if is_open else {"demo-nf4"})
 
 
 def test_without_any_folder_for_kernels_they_are_compiled_all_the_same(place: Path) -> None:

@@ -157,7 +157,7 @@ def test_eight_bit_floats(form: str, tmp_path: Path, work: ThreadedWork) -> None
             r"packing_format 'auto_round:marlin' is not decoded; auto_round",
         ),
         ({"packing_format": "auto_round:llm_compressor_nvfp4_e5m3"}, r"'auto_round:llm_compressor_nvfp4_e5m3' is not"),
-        ({"packing_format": ["a"]}, r"packing_format: expected a word, found \['a'\]"),
+        ({"packing_format": ["a"]}, "expected a text as quantization_config.packing_format, found a list of 1"),
         ({**GPTQ, "bits": 2}, r"q_proj.weight: the settings say 2 bits, but its shapes are those of 4"),
         ({**GPTQ, "group_size": 64}, r"expected I32 \[2, 8\] for .* groups of 64"),
         ({**GPTQ, "data_type": "mx_int4"}, r"data_type 'mx_int4' is not decoded as gptq; int is"),
@@ -167,7 +167,7 @@ def test_eight_bit_floats(form: str, tmp_path: Path, work: ThreadedWork) -> None
             {**GPTQ, "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}},
             r"up_proj: AutoRound's extra_config says how it is quantized, but it is stored plain",
         ),
-        ({**GPTQ, "extra_config": ["a"]}, r"extra_config: expected modules with settings, found \['a'\]"),
+        ({**GPTQ, "extra_config": ["a"]}, "expected an object as quantization_config.extra_config, found a list of 1"),
         ({**GPTQ, "block_name_to_quantize": "transformer.h"}, r"names 'transformer.h', where nothing is stored"),
     ],
 )
