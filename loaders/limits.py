@@ -32,6 +32,7 @@ GGUF_HEADER = 512 << 20  # bytes of all of the metadata
 PICKLE_BYTES = 256 << 20  # of data.pkl, which has a few hundred bytes a tensor
 PICKLE_LINE = 1024  # bytes of a line in it: names of torch, and numbers
 PICKLE_ARGUMENTS = 16  # of a call
+PICKLE_KEY = (1 << 31) - 1  # the largest whole number as a key of a dict: those of optimizers count parameters
 # Operations: each tensor takes some sixty. A legacy file does not say how many tensors it has.
 PICKLE_OPS, PICKLE_OPS_PER_MEMBER, PICKLE_LEGACY_OPS = 1 << 18, 256, 1 << 20
 ZIP_DIRECTORY = 256 << 20  # bytes of a zip's directory: MOST_MEMBERS of some 100 bytes

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import IO, Any, ClassVar
 
 from loaders.dtypes import BY_TORCH_NAME, DTYPES, DType, Shape
-from loaders.limits import MOST_NUMBERS, PICKLE_ARGUMENTS, PICKLE_LINE, check_shape, shown
+from loaders.limits import MOST_NUMBERS, PICKLE_ARGUMENTS, PICKLE_KEY, PICKLE_LINE, check_shape, shown
 
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -99,13 +99,14 @@ class _Unpickler(pickle._Unpickler):
     """Python's own pickle machine with a closed list of names.
 
     The one in C cannot be narrowed operation by operation, and can be made to allocate memory at will. A tuple can hold
-    itself twice, and that again, so that to hash, compare or print it takes for ever: keys are texts or whole numbers,
-    and no value is printed.
+    itself twice, and that again, so that to hash, compare or print it takes for ever: keys are texts or small whole
+    numbers, and no value is printed. The hashes of large numbers can be made equal, which those of texts cannot.
     """
 
     def __init__(self, stream: _Bounded, storages: dict[str, Storage]) -> None:
         super().__init__(stream, encoding="utf-8")
         self.stack: list[Any]
+        self.memo: dict[int, Any]
         self._storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
@@ -148,6 +149,16 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(self.stack[-1], collections.OrderedDict):
             raise Refused(f"changing {type(self.stack[-1]).__name__} objects")
 
+    def load_frame(self) -> None:
+        """Read past a frame's length: Python's machine would take all of it in one read, past all counts and bounds."""
+        self.read(8)
+
+    def load_put(self) -> None:
+        index = int(self.readline())
+        if not 0 <= index <= PICKLE_KEY:
+            raise ValueError(f"a place in its memo that is {shown(index)}")
+        self.memo[index] = self.stack[-1]
+
     def load_setitem(self) -> None:
         _check_keys(self.stack[-2:-1])
         self._as_python(pickle.SETITEM)
@@ -170,6 +181,8 @@ class _Unpickler(pickle._Unpickler):
         **pickle._Unpickler.dispatch,
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
+        pickle.FRAME[0]: load_frame,
+        pickle.PUT[0]: load_put,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,
@@ -178,10 +191,12 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Raises ValueError if a key is neither text, bytes, nor a number."""
+    """Raises ValueError if a key is neither text, bytes, nor a whole number up to PICKLE_KEY."""
     for key in keys:
-        if type(key) not in (str, bytes, int, bool, float, type(None)):
+        if type(key) not in (str, bytes, int, bool, type(None)):
             raise ValueError(f"a key that is a {type(key).__name__}")
+        if type(key) is int and abs(key) > PICKLE_KEY:
+            raise ValueError(f"a key that is {shown(key)}, at most {PICKLE_KEY} is read")
 
 
 @dataclass(frozen=True)

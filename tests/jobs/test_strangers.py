@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from loaders.containers.gguf_types import check_metadata
+from loaders.containers.pytorch_unpickle import unpickle
 from loaders.errors import BadCheckpoint
 from tests.making import weights, write_checkpoint
 
@@ -113,3 +117,21 @@ def test_a_long_token_makes_no_merges() -> None:
 
     tokens = {"a": 0, "aa": 1, "a" * 400_000: 2}
     assert _merges(tokens, [NORMAL] * 3, [0.0] * 3) == [("a", "a")]
+
+
+PICKLES = {
+    "a frame, which Python reads at once": b"\x80\x04\x95" + struct.pack("<Q", (2 << 20) + 1) + b"]" * (2 << 20) + b".",
+    "keys of one hash": b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (k * ((1 << 61) - 1)).to_bytes(10, "little") + b"N" for k in (1, 2)) + b"u.",
+    "places in the memo of one hash": b"\x80\x02]p" + str((1 << 61) - 1).encode() + b"\n.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_chooses_neither_time_nor_memory(name: str) -> None:
+    with pytest.raises(ValueError, match="more operations than|a key that is 23058|a place in its memo"):
+        unpickle(io.BytesIO(PICKLES[name]), len(PICKLES[name]), 1 << 18)
+
+
+def test_a_pickle_in_frames_is_read() -> None:
+    made = pickle.dumps({"a": [1] * 1000, 7: "b" * 100_000}, protocol=4)
+    assert unpickle(io.BytesIO(made), len(made), 1 << 18) == {"a": [1] * 1000, 7: "b" * 100_000}
