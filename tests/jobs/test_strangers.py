@@ -119,10 +119,13 @@ def test_a_long_token_makes_no_merges() -> None:
     assert _merges(tokens, [NORMAL] * 3, [0.0] * 3) == [("a", "a")]
 
 
+SAME_HASH = (1 << 61) - 1  # and its multiples: all have the hash 0
 PICKLES = {
     "a frame, which Python reads at once": b"\x80\x04\x95" + struct.pack("<Q", (2 << 20) + 1) + b"]" * (2 << 20) + b".",
-    "keys of one hash": b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (k * ((1 << 61) - 1)).to_bytes(10, "little") + b"N" for k in (1, 2)) + b"u.",
-    "places in the memo of one hash": b"\x80\x02]p" + str((1 << 61) - 1).encode() + b"\n.",
+    "keys of one hash": b"\x80\x02}("
+    + b"".join(b"\x8a\x0a" + (k * SAME_HASH).to_bytes(10, "little") + b"N" for k in (1, 2))
+    + b"u.",
+    "places in the memo of one hash": b"\x80\x02]p" + str(SAME_HASH).encode() + b"\n.",
 }  # fmt: skip
 
 
