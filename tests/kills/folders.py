@@ -88,8 +88,7 @@ class FolderCampaign:
         self._check(folder, found)
         if missing := self._wanted.keys() - found.keys():
             self._found(folder, f"no output {sorted(missing)}")
-        # .sweeps of a killed sweep is removed by the next one that has work to do.
-        if left := [path for path in hidden(folder) if path.name != ".sweeps"]:
+        if left := hidden(folder):
             self._found(folder, f"left: {[path.name for path in left]}")
         if "was published before" in ran.err:
             return
