@@ -58,6 +58,11 @@ def _stop(number: int, frame: Any) -> None:
 def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     found = limit_of(error)
     if found is None:
-        sys.__excepthook__(kind, error, trace)
+        import traceback
+
+        from loaders.storage.address import without_secrets
+
+        # What failed may quote an address.
+        print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
     else:
         print(f"weightmill: failed: {found}", file=sys.stderr)

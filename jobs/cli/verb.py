@@ -177,7 +177,8 @@ def say(said: Said, as_json: bool) -> int:
 def _print_json(document: Any) -> None:
     text = json.dumps(document, indent=2, ensure_ascii=False)
     # In JSON such characters stand within quotes alone.
-    print(UNSHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    # Half a character is none in JSON: many readers refuse its escape, so that is shown as text.
+    print(UNSHOWN.sub(lambda found: ("\\\\u" if found[0] >= "\ud800" else "\\u") + f"{ord(found[0]):04x}", text))
 
 
 def leave(status: int) -> NoReturn:

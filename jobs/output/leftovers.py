@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.output.journal import LOGITS
-from loaders.errors import BadSpec
+from loaders.errors import BadSpec, StorageError
 from loaders.storage import StoreKind, kind_of, open_store
 from loaders.storage.address import Address
 from loaders.storage.base import Abandoned
@@ -37,11 +37,17 @@ def remove(found: Sequence[Abandoned]) -> None:
     """Remove the leftovers that no process holds.
 
     Raises:
-        StorageError: one cannot be removed.
+        StorageError: some cannot be removed; the others are.
     """
+    failures = []
     for leftover in found:
         if not leftover.is_held:
-            _writable(leftover.address).discard(leftover.address)
+            try:
+                _writable(leftover.address).discard(leftover.address)
+            except StorageError as error:
+                failures.append(str(error))
+    if failures:
+        raise StorageError("\n".join(failures))
 
 
 def leftover_document(leftover: Abandoned, *, will_remove: bool) -> dict[str, Any]:

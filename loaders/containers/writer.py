@@ -56,7 +56,7 @@ class ShardWriter:
         self._waiting: dict[int, bytes] = {}  # small pieces by their first byte in the file
         self._waiting_bytes = 0
         self._small_bytes = 0  # of small tensors that are finished and not yet being written out
-        flags = os.O_RDWR if self._is_in_place else os.O_CREAT | os.O_EXCL | os.O_RDWR
+        flags = os.O_RDWR | (os.O_NOFOLLOW if self._is_in_place else os.O_CREAT | os.O_EXCL)
         with io_errors("creating", path):
             self._descriptor = os.open(path, flags, 0o666)
         if self._is_in_place:

@@ -17,17 +17,21 @@ SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(models|runs):/")
 # A URL but for a slash that was forgotten, or that pathlib took away, or a scheme in capitals: s3:/BUCKET, S3://BUCKET.
 SLIP = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):/+(.*)", re.DOTALL)
 HIDDEN = "***"  # what stands for a secret where an address is shown
-URL = re.compile(r"\b([a-z][a-z0-9+.\-]*://)([^\s/?#]*@)?([^\s?#]*)(\?[^\s#]*)?")
+URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.\-]*://)([^\s/?#]*@)?([^\s?#;]*)(;[^\s?#]*)?(\?[^\s#]*)?(#[^\s]*=[^\s]*)?")
+# A user and password where a host is expected, wherever that is in a text, and however its slashes were written; what
+# follows the colon is no port.
+LOGIN = re.compile(r"([/\\]{2,}|\b[A-Za-z][A-Za-z0-9+.\-]+:[/\\]+)[^\s/\\:@]*:(?!\d+[/\\])[^\s@]*@")
 
 
 def without_secrets(text: str) -> str:
-    """Return a text, such as a library's message, without users, passwords and queries of the URLs in it."""
+    """Return a text, such as a library's message, without users, passwords, parameters and queries of URLs in it."""
 
     def shown(found: re.Match[str]) -> str:
-        scheme, user, where, query = found.groups()
-        return f"{scheme}{HIDDEN + '@' if user else ''}{where}{'?' + HIDDEN if query else ''}"
+        scheme, user, where, *hidden = found.groups()
+        kept = "".join(f"{part[0]}{HIDDEN}" for part in hidden if part)
+        return f"{scheme}{HIDDEN + '@' if user else ''}{where}{kept}"
 
-    return URL.sub(shown, text)
+    return LOGIN.sub(rf"\g<1>{HIDDEN}@", URL.sub(shown, text))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,6 +56,7 @@ class Address:
         text = os.fspath(where)
         if not text:
             raise BadSpec("expected a path, found an empty one")
+        _check_login(text)
         if text.startswith(f"{LOCAL}://"):
             text = text.removeprefix(f"{LOCAL}://")
         elif SCHEME.match(text) is None and (slip := SLIP.match(text)) is not None:
@@ -133,8 +138,9 @@ class Address:
             return self.text
         parts = urlsplit(self.text)
         user, _, host = parts.netloc.rpartition("@")
-        netloc = f"{HIDDEN}@{host}" if user else host
-        return urlunsplit(parts._replace(netloc=netloc, query=HIDDEN if parts.query else "", fragment=""))
+        netloc, (path, parameters, _) = f"{HIDDEN}@{host}" if user else host, parts.path.partition(";")
+        path = f"{path};{HIDDEN}" if parameters else path
+        return urlunsplit(parts._replace(netloc=netloc, path=path, query=HIDDEN if parts.query else "", fragment=""))
 
     def __str__(self) -> str:
         return self.shown
@@ -144,3 +150,17 @@ class Address:
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+
+def _check_login(text: str) -> None:
+    """Check that what looks like a user and password stands where a URL has them, and nowhere is taken for a path."""
+    found = SCHEME.match(text)
+    is_url = found is not None and found[1] != LOCAL
+    rest = text.split("://", 1)[-1] if is_url else text
+    if found is not None and not is_url and "@" in urlsplit(text).netloc:
+        raise BadSpec(f"{found[0]} has no user and password; give file:///PATH")
+    if LOGIN.search(rest) is not None and (is_url or SLIP.match(text) is None):
+        raise BadSpec(
+            f"expected a path or a URL, as https://{HIDDEN}@HOST/PATH; found a user and password within it, which is"
+            " not shown: look for a blank before it, for slashes, or for a second URL"
+        )

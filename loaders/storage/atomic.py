@@ -18,6 +18,8 @@ from typing import IO, Any
 
 from loaders.errors import StorageError, io_errors
 
+TEMPORARY = ".tmp"
+
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
     """Fsync a folder, so that renames inside it survive a power loss: fsync of the file alone does not cover them."""
@@ -55,7 +57,7 @@ def _temporary(path: Path) -> Path:
 
     Processes, and threads of one, that write the same file at once do not write into one temporary file.
     """
-    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
 
 
 def allocate(descriptor: int, size: int) -> None:
@@ -72,15 +74,42 @@ def allocate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
+def open_own(path: Path, flags: int) -> int:
+    """Open or make a file where nobody but weightmill has one; returns the descriptor.
+
+    Raises:
+        OSError: ..., or it is a link, which is not followed, or no file; what is there is not changed.
+    """
+    try:
+        # Without O_NONBLOCK a FIFO would be waited for.
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):  # what systems say of links and such
+            raise _planted(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _planted(path)
+    return descriptor
+
+
+def _planted(path: Path) -> OSError:
+    said = "a link, or no file, where weightmill has a file of its own; remove it, or choose another path"
+    return OSError(errno.EEXIST, said, os.fspath(path))
+
+
 @contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
     """Try to take a lock file without waiting; yields False if another process holds it.
 
     The file's text names its last holder. The lock is a flock: the kernel drops it when the process ends, however it
     ends. On a network filesystem it may exclude processes of the same host only.
+
+    Raises:
+        StorageError: it cannot be opened, or is a link, or no file.
     """
     with io_errors("locking", path):
-        file = path.open("a+")
+        file = os.fdopen(open_own(path, os.O_RDWR | os.O_APPEND), "a+")
     with file:
         with io_errors("locking", path):
             is_held = _lock(file)

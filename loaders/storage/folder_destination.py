@@ -24,14 +24,17 @@ from pathlib import Path
 
 from loaders.errors import BadSpec, StorageError, io_errors
 from loaders.storage.address import Address
-from loaders.storage.atomic import allocate, exclusive, holder, sync_folder, write_file
+from loaders.storage.atomic import TEMPORARY, allocate, exclusive, holder, open_own, sync_folder, write_file
 from loaders.storage.base import Abandoned, Entry, Range
 from loaders.storage.folder import Folder
 from loaders.storage.hashes import BLOCK, hash_file
-from loaders.storage.ownership import make_own
+from loaders.storage.ownership import check_planted, make_own
 
 SUFFIX = ".weightmill"
 AREAS = ("files", "parts", "pieces", "records")
+# All that a journal has: see jobs/output/journal.py; `replaced` is an output that was to be exchanged.
+FOLDERS = {*AREAS, "replaced"}
+FILES = {"lock", "job.json", "failed", "published.json"}
 # Arguments of renameat2(2), which Python's os module does not offer: swap the two names in one step, and take relative
 # paths from the current folder.
 RENAME_EXCHANGE = 2
@@ -59,6 +62,7 @@ class FolderDestination:
 
     def prepare(self, *, overwrite: bool) -> None:
         make_own(self.root, AREAS)
+        check_planted(self.root)
         with io_errors("making", self.root):
             # Only the driver that holds the lock comes here, so what is in parts/ is from attempts that were killed.
             for path in (self.root / "parts").iterdir():
@@ -110,7 +114,7 @@ class FolderDestination:
         path = self.root / name
         if size is not None:
             with io_errors(f"taking {size} bytes for", path):
-                descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+                descriptor = open_own(path, os.O_RDWR)
                 try:
                     allocate(descriptor, size)
                 finally:
@@ -127,7 +131,7 @@ class FolderDestination:
     ) -> None:
         target = self.root / name
         with io_errors("joining", target):
-            descriptor = os.open(target, os.O_CREAT | os.O_RDWR, 0o666)
+            descriptor = open_own(target, os.O_RDWR)
             try:
                 for start, piece in pieces:
                     _move_in(self.root / piece, descriptor, start)
@@ -228,7 +232,21 @@ def abandoned_in(folder: Path, name: str | None = None) -> tuple[Abandoned, ...]
     if not folder.is_dir():
         return ()
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{12}}{re.escape(SUFFIX)}")
-    return tuple(left_in(p) for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name) and _is_folder(p))
+    return tuple(left_in(p) for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name) and _is_journal(p))
+
+
+def _is_journal(path: Path) -> bool:
+    """Whether a path that has the name of a journal is one: a folder with nothing else in it."""
+    try:
+        return _is_folder(path) and all(_is_of_a_journal(each) for each in path.iterdir())
+    # It is another user's, or went away meanwhile.
+    except OSError:
+        return False
+
+
+def _is_of_a_journal(path: Path) -> bool:
+    is_file = stat.S_ISREG(path.lstat().st_mode)
+    return (path.name in FOLDERS and _is_folder(path)) or (is_file and (path.name in FILES or path.suffix == TEMPORARY))
 
 
 def _is_folder(path: Path) -> bool:
@@ -248,15 +266,15 @@ def left_in(path: Path) -> Abandoned:
 
 
 def _status(path: Path) -> os.stat_result:
-    """Return what stat says of a path; of one that went away meanwhile, zeros."""
+    """Return what stat says of a path itself; of one that cannot be seen, or went away meanwhile, zeros."""
     try:
-        return path.stat()
-    except FileNotFoundError:
+        return path.lstat()
+    except OSError:
         return os.stat_result((0,) * 10)
 
 
 def _is_held(journal: Path) -> bool:
-    if not (journal / "lock").exists():
+    if not os.path.lexists(journal / "lock"):
         return False
     try:
         with exclusive(journal / "lock") as was_free:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -177,6 +178,100 @@ def test_a_filesystem_that_writes_down_other_users_is_used(tmp_path: Path, monke
     make_own(tmp_path / "journal", ["files"])
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
     make_own(tmp_path / "journal", ["files"])
-    monkeypatch.setattr(ownership, "_user_at", lambda folder: NOBODY)
+    monkeypatch.setattr(ownership, "_made_in", lambda folder: os.stat_result((0o40700, 0, 0, 0, NOBODY, *[0] * 5)))
     with pytest.raises(BadSpec, match="is not trusted"):
         make_own(tmp_path / "journal", ["files"])
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o772])
+def test_a_journal_that_others_may_write_is_refused(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    journal.chmod(mode)
+    with pytest.raises(BadSpec, match="journal: others may write to it; what is in it is not trusted: remove it, or"):
+        make_own(journal, ["files"])
+    # As on a filesystem that has one mode for everything.
+    monkeypatch.setattr(ownership, "_made_in", lambda folder: os.stat_result((0o40777, *[0] * 9)))
+    make_own(journal, ["files"])
+
+
+def test_nobody_else_reaches_into_a_journal(tmp_path: Path, umask: Callable[[int], None]) -> None:
+    umask(0)
+    make_own(tmp_path / "journal", ["files"])
+    make_own(tmp_path / "journal", ["files"])
+    assert stat.S_IMODE((tmp_path / "journal").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "journal" / "files").stat().st_mode) == 0o777  # it becomes the output
+
+
+PLANTED = ("lock", "job.json", "files/qmodel.pt", "files/sub", "records/unit-00001.json", "parts/x", "replaced")
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("what", ["link", "fifo"])
+def test_no_link_within_a_journal_is_followed(name: str, what: str, journal: FolderDestination, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    with journal.claim():
+        journal.prepare(overwrite=False)
+    planted = journal.root / name
+    planted.unlink(missing_ok=True)
+    planted.symlink_to(victim) if what == "link" else os.mkfifo(planted)
+    said = "a link, or no file, where weightmill|neither a file nor a folder, where weightmill"
+    with pytest.raises((BadSpec, StorageError), match=said), journal.claim():
+        journal.prepare(overwrite=False)
+    with pytest.raises(StorageError):
+        journal.shared(name, 100)
+    assert victim.read_text() == "precious"
+    journal.forget()
+    assert victim.read_text() == "precious"
+
+
+# --- what `clean` takes for a journal
+
+
+@pytest.mark.parametrize("plant", ["file", "link", "fifo", "lock", "linked area", "other"])
+def test_clean_removes_nothing_that_has_only_the_name_of_a_journal(plant: str, tmp_path: Path, weightmill: Run) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("precious")
+    folder = tmp_path / "outputs"
+    named, left = (folder / f".{name}.0123456789ab.weightmill" for name in ("named", "left"))
+    (left / "records").mkdir(parents=True)
+    if plant == "file":
+        named.write_text("")
+    elif plant == "link":
+        named.symlink_to(victim)
+    elif plant == "fifo":
+        os.mkfifo(named)
+    else:
+        named.mkdir()
+        if plant == "lock":
+            os.mkfifo(named / "lock")
+        elif plant == "linked area":
+            (named / "files").symlink_to(victim)
+        else:
+            (named / "photos").mkdir()
+    ran = weightmill("clean", f"output.root={folder}")
+    assert ran.status == 0, ran.err
+    assert os.path.lexists(named)
+    assert not left.exists()
+    assert (victim / "precious").exists()
+
+
+def test_clean_goes_on_past_what_it_cannot_remove(
+    tmp_path: Path, weightmill: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / f".{name}.0123456789ab.weightmill").mkdir()
+    honest = shutil.rmtree
+
+    def rmtree(path: Any, *given: Any, **how: Any) -> None:
+        if ".a." in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        honest(path, *given, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    ran = weightmill("clean", f"output.root={tmp_path}")
+    assert ran.status == 1
+    assert ".a.0123456789ab.weightmill: Permission denied" in ran.err
+    assert [path.name[:3] for path in tmp_path.glob(".*.weightmill")] == [".a."]
