@@ -154,7 +154,8 @@ def _check_stacks(placed: Sequence[Placed], model: MlxModel, checkpoint: Checkpo
         if stack is not None:
             stacks.setdefault(stack[0], []).append((stack[1], each))
     for name, found in stacks.items():
-        if sorted(index for index, _ in found) != list(range(count or 0)):
+        # The count is the config's, and may be any number: it is compared before a list of so many is made.
+        if len(found) != (count or 0) or sorted(index for index, _ in found) != list(range(len(found))):
             if count is None:
                 key = model.experts.count if model.experts else ""
                 raise BadSpec(
