@@ -105,6 +105,8 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, stream: _Bounded, storages: dict[str, Storage]) -> None:
         super().__init__(stream, encoding="utf-8")
+        self.read: Callable[[int], bytes]
+        self.readline: Callable[[], bytes]
         self.stack: list[Any]
         self.memo: dict[int, Any]
         self._storages = storages
