@@ -153,10 +153,10 @@ class _Unpickler(pickle._Unpickler):
 
     def load_frame(self) -> None:
         """Read past a frame's length: Python's machine would take all of it in one read, past all counts and bounds."""
-        self.read(8)  # type: ignore[attr-defined]  # which `load` sets
+        self.read(8)
 
     def load_put(self) -> None:
-        index = int(self.readline())  # type: ignore[attr-defined]
+        index = int(self.readline())
         if not 0 <= index <= PICKLE_KEY:
             raise ValueError(f"a place in its memo that is {shown(index)}")
         self.memo[index] = self.stack[-1]
