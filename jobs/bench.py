@@ -169,6 +169,7 @@ def act(spec: BenchSpec) -> Said:
 
 VERB = Verb(
     name="bench",
+    is_said=False,
     summary="Time kernels and loading beside installed libraries, planning, whole jobs, a sweep, a GPU, quant=auto.",
     spec=BenchSpec,
     act=act,

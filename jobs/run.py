@@ -24,6 +24,7 @@ def sweep(config: str, request: Request) -> Said:
 
 VERB = Verb(
     name="run",
+    is_said=False,
     summary="Quantize a checkpoint: read, encode, measure, verify, publish, track.",
     spec=JobSpec,
     act=act,

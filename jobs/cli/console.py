@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -40,11 +40,13 @@ def console(stream: TextIO) -> Console:
 class Patient:
     """A text stream that goes on in silence once nobody takes what is written to it.
 
-    Where an encoding has no such characters, they are written as escapes.
+    `lost` says why, unless it is a listener that has left, who wants no more. Where an encoding has no such characters,
+    they are written as escapes.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, lost: str = "") -> None:
         self._stream = stream
+        self.lost = lost
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -52,22 +54,24 @@ class Patient:
         try:
             return self._stream.write(text)
         # The listener is gone, its disk is full, or the stream is closed.
-        except (OSError, ValueError):
-            self._leave()
+        except (OSError, ValueError) as error:
+            self._leave(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except (OSError, ValueError):
-            self._leave()
+        except (OSError, ValueError) as error:
+            self._leave(error)
 
     def isatty(self) -> bool:
         with suppress(ValueError):
             return self._stream.isatty()
         return False
 
-    def _leave(self) -> None:
+    def _leave(self, error: OSError | ValueError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            self.lost = self.lost or getattr(error, "strerror", None) or str(error)
         self._stream = open(os.devnull, "w")  # noqa: PTH123, SIM115  # for the rest of the process
 
     def __getattr__(self, name: str) -> Any:
@@ -75,30 +79,45 @@ class Patient:
 
 
 @contextmanager
-def patient_streams() -> Iterator[None]:
-    """Within the block, standard output and standard error are there, and writing to them raises nothing."""
-    _have_descriptors()
+def patient_streams() -> Iterator[Callable[[], str]]:
+    """Within the block, standard output and standard error are there, and writing to them raises nothing.
+
+    What it gives says why standard output did not take what was printed until then; "" if it did.
+    """
+    closed = _have_descriptors()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_patient(stream, number) for stream, number in zip(before, (1, 2), strict=True))
+    output, errors = (_patient(stream, number, closed) for stream, number in zip(before, (1, 2), strict=True))
+    sys.stdout, sys.stderr = output, errors
+
+    def lost() -> str:
+        output.flush()
+        return str(getattr(output, "lost", ""))
+
     try:
-        yield
+        yield lost
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
 
 
-def _patient(stream: TextIO | None, number: int) -> TextIO:
+def _patient(stream: TextIO | None, number: int, closed: Collection[int]) -> TextIO:
     # Python has no stream for a descriptor that was closed when it started.
-    made: Any = Patient(stream or open(number, "w", closefd=False))  # noqa: SIM115
+    made: Any = Patient(stream or open(number, "w", closefd=False), "it is closed" if number in closed else "")  # noqa: SIM115
     return made  # type: ignore[no-any-return]
 
 
-def _have_descriptors() -> None:
-    """Open descriptors 0, 1 and 2 on nothing where they are closed: a file of such a number would be printed to."""
+def _have_descriptors() -> list[int]:
+    """Open descriptors 0, 1 and 2 on nothing where they are closed: a file of such a number would be printed to.
+
+    Returns those that were closed.
+    """
+    closed = []
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             # The lowest free number is taken, which is this one.
             os.open(os.devnull, os.O_RDWR)
+            closed.append(number)
+    return closed

@@ -54,6 +54,7 @@ class Verb(Generic[S]):
     """A command. `positional` lists the keys that arguments without "=" set, in order.
 
     `located` replaces addresses of sources that no store knows by those that one does, and tells the user about it.
+    `is_said` says that what it prints is all that it does.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Verb(Generic[S]):
     positional: tuple[str, ...] = ()
     sweep: Callable[[str, Request], Said] | None = None
     config: str = ""
+    is_said: bool = True
     located: Callable[[S, Callable[[str], None]], S] = lambda spec, tell: spec
 
     @property
@@ -73,8 +75,12 @@ class Verb(Generic[S]):
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command and return the exit status."""
         given = list(sys.argv[1:] if arguments is None else arguments)
-        with patient_streams():
-            return self._checked(given, as_json="format=json" in given)
+        with patient_streams() as lost:
+            status = self._checked(given, as_json="format=json" in given)
+            # Jobs, and whatever else leaves something behind, have done their work.
+            if self.is_said and not status and (reason := lost()):
+                return _complain(FAILED, [f"standard output: {reason}; what was to be printed is lost"], as_json=False)
+            return status
 
     def _checked(self, given: list[str], *, as_json: bool) -> int:
         # Schedulers stop jobs by SIGTERM. It then raises KeyboardInterrupt like Ctrl-C, so that `finally` blocks run.

@@ -13,6 +13,7 @@ from typing import Any
 from loaders.errors import BadCheckpoint
 from loaders.limits import CONFIG_DEPTH, CONFIG_LAYERS, CONFIG_NUMBER, SHOWN_CHARACTERS, shown
 
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # what engines, and GGUF's metadata, hold of a number
 Check = Callable[[Any], bool]
 
 
@@ -21,7 +22,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (type(value) is float and not math.isnan(value))
+    return _is_whole(value) or (type(value) is float and (math.isinf(value) or abs(value) <= FLOAT32_MAX))
 
 
 def _is_flag(value: Any) -> bool:
@@ -81,7 +82,7 @@ TYPES: dict[str, tuple[Check, str]] = dict(
         *_rows(_each(_any(_is_whole, _is_text)), "a whole number", "group_size sliding_window_pattern"),
         *_rows(
             _each(_is_number),
-            "a number",
+            "a number that float32 holds",
             """rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps layernorm_epsilon rope_theta swa_rope_theta
             rope_local_base_freq partial_rotary_factor rotary_pct swiglu_limit query_pre_attn_scalar
             attn_logit_softcapping final_logit_softcapping routed_scaling_factor embedding_multiplier

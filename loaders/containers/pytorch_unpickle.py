@@ -105,6 +105,8 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, stream: _Bounded, storages: dict[str, Storage]) -> None:
         super().__init__(stream, encoding="utf-8")
+        self.read: Callable[[int], bytes]
+        self.readline: Callable[[], bytes]
         self.stack: list[Any]
         self.memo: dict[int, Any]
         self._storages = storages
@@ -151,10 +153,10 @@ class _Unpickler(pickle._Unpickler):
 
     def load_frame(self) -> None:
         """Read past a frame's length: Python's machine would take all of it in one read, past all counts and bounds."""
-        self.read(8)  # type: ignore[attr-defined]  # which `load` sets
+        self.read(8)
 
     def load_put(self) -> None:
-        index = int(self.readline())  # type: ignore[attr-defined]
+        index = int(self.readline())
         if not 0 <= index <= PICKLE_KEY:
             raise ValueError(f"a place in its memo that is {shown(index)}")
         self.memo[index] = self.stack[-1]

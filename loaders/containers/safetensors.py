@@ -85,7 +85,12 @@ def _spec(name: str, entry: Any, file: str, data_start: int, data_size: int) -> 
     if dtype.block > 1:
         raise BadCheckpoint(f"{dtype} is no dtype of safetensors; do not trust this file")
     shape = check_shape(given)
-    if not (type(start) is int and type(stop) is int and 0 <= start <= stop <= data_size):
+    if type(start) is not int or type(stop) is not int:
+        raise BadCheckpoint(
+            f"expected two whole numbers as its data_offsets, found {shown(start)} and {shown(stop)}; do not trust this"
+            " file"
+        )
+    if not 0 <= start <= stop <= data_size:
         raise BadCheckpoint(
             f"its bytes [{shown(start)}, {shown(stop)}) leave the {data_size} that the file holds; truncated? fetch it"
             " again"

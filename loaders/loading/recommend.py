@@ -206,9 +206,14 @@ def _kept(config: Mapping[str, Any], layers: int, device: Backend) -> tuple[int,
             return layers * (rank + rotary), f"{layers} layers x ({rank} + {rotary})"
         said = f"{layers} layers x {heads} heads x ({plain} + {rotary} + {value})"
         return layers * heads * (plain + rotary + value), said
-    head = int(text_config(config, "head_dim") or int(text_config(config, "hidden_size")) // heads)
-    width = int(text_config(config, "num_key_value_heads") or heads) * head
+    head = _largest(text_config(config, "head_dim")) or int(text_config(config, "hidden_size")) // heads
+    width = (_largest(text_config(config, "num_key_value_heads")) or heads) * head
     return 2 * layers * width, f"2 x {layers} layers x {width}"
+
+
+def _largest(value: Any) -> int:
+    """Return a size, or the largest where a list has one for each layer; 0 if there is none."""
+    return max((int(each) for each in (value if isinstance(value, list | tuple) else [value]) if each), default=0)
 
 
 def _candidate(

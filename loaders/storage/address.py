@@ -161,6 +161,6 @@ def _check_login(text: str) -> None:
         raise BadSpec(f"{found[0]} has no user and password; give file:///PATH")
     if LOGIN.search(rest) is not None and (is_url or SLIP.match(text) is None):
         raise BadSpec(
-            f"expected a path or a URL, as https://{HIDDEN}@HOST/PATH; found a user and password within it, which is"
+            f"expected a path or a URL, as https://{HIDDEN}@HOST/PATH; found a user and password within it, which are"
             " not shown: look for a blank before it, for slashes, or for a second URL"
         )

@@ -14,6 +14,7 @@ import pytest
 
 from loaders.containers.gguf_types import check_metadata
 from loaders.containers.pytorch_unpickle import unpickle
+from loaders.containers.safetensors import _spec
 from loaders.errors import BadCheckpoint
 from tests.making import weights, write_checkpoint
 
@@ -54,6 +55,7 @@ def test_a_tensor_without_numbers_is_a_job_like_another(quant: str, tmp_path: Pa
 
 CONFIGS = {
     "model_type": ["llama"], "num_hidden_layers": "1", "architectures": True, "torch_dtype": [1], "hidden_size": 1e400,
+    "rms_norm_eps": 1e308,
     "tie_word_embeddings": "no", "layer_types": [1], "text_config": 5, "quantization_config": {"config_groups": "x"},
     "rope_theta": {"a": 1}, "vocab_size": 1 << 70, "eos_token_id": {"a": 1},
 }  # fmt: skip
@@ -119,13 +121,10 @@ def test_a_long_token_makes_no_merges() -> None:
     assert _merges(tokens, [NORMAL] * 3, [0.0] * 3) == [("a", "a")]
 
 
-SAME_HASH = (1 << 61) - 1  # and its multiples: all have the hash 0
 PICKLES = {
     "a frame, which Python reads at once": b"\x80\x04\x95" + struct.pack("<Q", (2 << 20) + 1) + b"]" * (2 << 20) + b".",
-    "keys of one hash": b"\x80\x02}("
-    + b"".join(b"\x8a\x0a" + (k * SAME_HASH).to_bytes(10, "little") + b"N" for k in (1, 2))
-    + b"u.",
-    "places in the memo of one hash": b"\x80\x02]p" + str(SAME_HASH).encode() + b"\n.",
+    "keys of one hash": b"\x80\x02}(\x8a\x0a" + ((1 << 61) - 1).to_bytes(10, "little") + b"Nu.",
+    "places in the memo of one hash": b"\x80\x02]p" + str((1 << 61) - 1).encode() + b"\n.",
 }  # fmt: skip
 
 
@@ -138,3 +137,24 @@ def test_a_pickle_chooses_neither_time_nor_memory(name: str) -> None:
 def test_a_pickle_in_frames_is_read() -> None:
     made = pickle.dumps({"a": [1] * 1000, 7: "b" * 100_000}, protocol=4)
     assert unpickle(io.BytesIO(made), len(made), 1 << 18) == {"a": [1] * 1000, 7: "b" * 100_000}
+
+
+def test_offsets_of_another_type_are_named() -> None:
+    with pytest.raises(BadCheckpoint, match="expected two whole numbers as its data_offsets, found '0' and '1'"):
+        _spec("a", {"dtype": "F32", "shape": [1], "data_offsets": {"0": 0, "1": 4}}, "a.safetensors", 8, 4)
+
+
+def test_heads_of_a_layer_each_are_recommended_for(source: Path, weightmill: Any) -> None:
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": [16, 8], "num_key_value_heads": [2]}))
+    ran = weightmill("recommend", f"model.path={source}")
+    assert ran.status == 0, ran.err
+
+
+def test_experts_that_only_the_config_counts_are_refused(tmp_path: Path, weightmill: Any) -> None:
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    source = write_checkpoint(tmp_path / "source", {name: weights(np.ones((1, 1), np.float32), "BF16")})
+    (source / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 10**9}))
+    ran = weightmill("plan", f"model.path={source}", f"output.path={tmp_path / 'out'}", "quant=mlx_int4", "lint=warn")
+    assert ran.status == 2
+    assert "stacks 1000000000 experts, of which 1 are to be written" in ran.err

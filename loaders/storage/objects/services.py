@@ -50,7 +50,14 @@ def place_of(address: Address) -> tuple[str, str]:
     Raises:
         BadSpec: the address names no bucket, or holds what does not belong there.
     """
-    parts = urlsplit(address.text)
+    try:
+        parts = urlsplit(address.text)
+        segments = unquote(parts.path).strip("/").split("/")
+    except ValueError as error:
+        raise BadSpec(f"{address}: expected {address.scheme}://HOST/PATH ({error})") from None
+    # Stores' libraries take none of these for a key, and what servers make of them differs.
+    if len(segments) > 1 and any(segment in ("", ".", "..") for segment in segments):
+        raise BadSpec(f"{address}: expected a path without empty parts, . and .., between slashes")
     if address.scheme in ("http", "https"):
         if not parts.hostname:
             raise BadSpec(f"{address}: expected {address.scheme}://HOST/PATH")

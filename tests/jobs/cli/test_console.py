@@ -184,3 +184,17 @@ def test_a_limit_of_threads_is_one_line(tmp_path: Path) -> None:
 )
 def test_limits_are_told_from_bugs(error: Exception, is_limit: bool) -> None:
     assert (limit_of(error) is not None) == is_limit
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("form", ["", "format=json"])
+def test_what_could_not_be_printed_is_said_by_a_verb_that_only_prints(where: str, form: str, tmp_path: Path) -> None:
+    ran = shell(f"{sys.executable} -m jobs.inspect {ROOT / 'jobs' / 'demo'} {form} {where}", tmp_path)
+    assert ran.returncode == 1
+    assert ran.stderr.count("weightmill: failed: standard output: ") == 1
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_listener_who_leaves_has_what_he_wanted(tmp_path: Path) -> None:
+    ran = shell(f"set -o pipefail; {sys.executable} -m jobs.inspect {ROOT / 'jobs' / 'demo'} | true", tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
