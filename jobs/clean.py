@@ -67,6 +67,7 @@ VERB = Verb(
         ("output.path=OUT", "what was left of one output"),
         ("output.root=hf://OWNER", "of outputs on the Hub, whose journals are in your cache, or in output.journal"),
     ),
+    positional=("output.path",),
 )
 main = VERB.main
 

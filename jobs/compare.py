@@ -54,6 +54,7 @@ VERB = Verb(
         ("sweep=all 'filter=metrics.`size/bits_per_weight` < 5'", "the small ones"),
         ("tracking.uri=http://HOST:5000", "on a server"),
     ),
+    gathered="runs",
 )
 main = VERB.main
 

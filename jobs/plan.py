@@ -68,6 +68,7 @@ VERB = Verb(
         ("model.path=DIR quant=nf4 check=engine", "and ask the engine's own class whether it would load that"),
         ("model.path=DIR quant=nf4 format=json", "for a program"),
     ),
+    positional=("model.path",),
     config="run",
 )
 main = VERB.main

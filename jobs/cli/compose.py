@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from jobs.cli.literals import quoted
+from jobs.cli.literals import quoted, verbatim
 from jobs.cli.rules_file import rules_of
 from jobs.cli.sweep_folders import SweepFolders
 from jobs.cli.validation import check, near, path_keys
@@ -31,6 +31,7 @@ FOLDER = "--config-dir="  # the name of the flag in Hydra
 # Settings whose values, like those of paths, are taken as they are typed: commands and filters hold characters that
 # Hydra's grammar would parse.
 VERBATIM = ("peer", "filter")
+KEYWORDS = ("null", "self", "demo://")  # what is no path where a path may stand, even if one of that name exists
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -127,7 +128,9 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
         return _choice(override, bare, value, choices[bare])
     if bare == "rules" and value.endswith((".yaml", ".yml")):
         return rules_of(value)
-    if bare in request.verbatim and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
+    if bare in request.verbatim and bare not in VERBATIM and value not in KEYWORDS and os.path.lexists(value):
+        value = quoted(verbatim(os.path.abspath(value)))
+    elif bare in request.verbatim and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
         value = quoted(value)
     elif bare in request.verbatim and "\n" in value:
         return "", f"{bare}: a path with a line break; give the file or folder another name"
