@@ -122,8 +122,9 @@ class Sweep:
         for job in composed:
             values = deepcopy(job.values)
             output = values.get("output")
-            if job.suffix and isinstance(output, dict) and output.get("path") is None:
-                values["output"] = {**output, "suffix": job.suffix}
+            if isinstance(output, dict) and output.get("path") is None:
+                named, suffix = [*job.named, *self.request.typed_for(values)], output.get("suffix", "") + job.suffix
+                values["output"] = {**output, "suffix": suffix, "named": named}
             try:
                 spec = check(JobSpec, deepcopy(values), tell=notes.setdefault)
                 use(spec.store_settings)
