@@ -29,5 +29,5 @@ def bare_value(word: str, verb: str, spec: type[BaseModel], *, only_paths: bool 
 
 
 def _is_setting(key: str, verb: str, spec: type[BaseModel]) -> bool:
-    first = key.split(".")[0].split("/")[0]
+    first = key.split(".", maxsplit=1)[0].split("/", maxsplit=1)[0]
     return first == "hydra" or key in choices_of(verb) or key in {name for name, _ in fields_of(spec)}
