@@ -71,7 +71,7 @@ class HubStore:
 
     @cached_property
     def _is_cached(self) -> bool:
-        """Whether the cache alone is read: HF_HUB_OFFLINE is set, or it has the revision and the Hub is out of reach."""
+        """Whether the cache alone is read: HF_HUB_OFFLINE, or it has the revision and the Hub is out of reach."""
         repo, revision, where = self._given.repo, self._given.revision, self._given.address
         if is_offline() or cached_commit(repo, revision or "main") is None:
             return is_offline()
