@@ -7,11 +7,14 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from jobs.cli.verb import Said
+from jobs.cli.verb import Said, note
 from jobs.orchestration.earlier import check_passed
 from jobs.orchestration.preflight import Planned
 from jobs.output.report import Report
+from jobs.report.metrics import quality_metrics
 from jobs.report.result import quality_text
+from jobs.tracking.job_run import run_key
+from jobs.tracking.run import Recorder
 
 
 def settled(planned: Planned) -> Report:
@@ -38,6 +41,18 @@ def notes_of(planned: Planned) -> list[str]:
         return []
     left = "only judges it" if planned.judging is not None else "does nothing"
     return [f"done already: the output is there, made by the same request from the same source; run {left}"]
+
+
+def track(planned: Planned, report: Report) -> None:
+    """Log what judging found to the finished run of the job that made the output, if there is one."""
+    spec = planned.spec
+    if planned.judging is None or spec.tracking.kind == "none":
+        return
+    recorder, key, found = Recorder(), run_key(planned.journal), quality_metrics(report.quality)
+    done = recorder.adopt(spec.tracking, spec.output.local_root, key, {}, found)
+    recorder.close()
+    if (error := done.exception()) is not None:
+        note(f"the numbers are in the output's report, but not in MLflow: {(str(error).splitlines() or [''])[0]}")
 
 
 def said(planned: Planned, report: Report) -> Said:

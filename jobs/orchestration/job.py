@@ -6,6 +6,7 @@ source_pass.py runs the units of one job, or of several jobs over the same sourc
 from __future__ import annotations
 
 import platform
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -295,7 +296,7 @@ class Job:
         done, units = len(resume(self.planned)), len(self.planned.plan.units)
         return (
             f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
-            f" python -m jobs.clean output.path={self.planned.journal.output} forgets them"
+            f" python -m jobs.clean {shlex.quote(str(self.planned.journal.output))} forgets them"
         )
 
 

@@ -62,7 +62,9 @@ def run_job(spec: JobSpec) -> Said:
     spec = mixed(spec, again=again)
     planned = plan_job(spec, again=again)
     if planned.done is not None:
-        return already.said(planned, already.settled(planned))
+        report = already.settled(planned)
+        already.track(planned, report)
+        return already.said(planned, report)
     with engine_check.asking([planned]) as [asked]:
         show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
         planned = asked.settled()

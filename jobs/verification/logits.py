@@ -6,6 +6,7 @@ logits are kept in a folder next to the outputs, so that jobs of one source eval
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -208,5 +209,5 @@ def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Address) -> 
     if faults := faults_of(spec, quality):
         raise VerifyFailed(
             f"not published: {'; '.join(faults)}. Its files are kept: a wider limit publishes them as they are,"
-            f" python -m jobs.clean output.path={output} removes them"
+            f" python -m jobs.clean {shlex.quote(str(output))} removes them"
         )
