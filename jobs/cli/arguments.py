@@ -13,13 +13,13 @@ from jobs.cli.validation import fields_of
 def bare_value(word: str, verb: str, spec: type[BaseModel], *, only_paths: bool = False) -> str | None:
     """Return what an argument without a key means: a path that exists, made absolute, or the word itself.
 
-    None for options, and for settings of the verb, even where a folder has that name: ./NAME is the folder. With
-    `only_paths`, words that have the form of a name are none either.
+    None for options and settings. With `only_paths`, of a verb that needs no path, settings are settings even where a
+    folder has that name (./NAME is the folder), and words without a slash that do not exist are none either.
     """
     if word.startswith("-"):
         return None
     key, equals, _ = word.partition("=")
-    if equals and "/" not in key and _is_setting(key.lstrip("+~"), verb, spec):
+    if only_paths and equals and "/" not in key and _is_setting(key.lstrip("+~"), verb, spec):
         return None
     if os.path.lexists(word):
         return os.path.abspath(word)

@@ -205,7 +205,7 @@ def test_an_output_is_replaced_only_when_asked_and_wholly(model: Path, mine: Hub
     assert weightmill("run", *given(model, "hf://me/out")).status == 0
     ran = weightmill("run", *given(model, "hf://me/out"), "quant=gguf_q8_0")
     assert ran.status == 2
-    assert "exists; output.overwrite=true replaces it" in ran.err
+    assert "exists, made by another request: quant was nf4, now gguf_q8_0; output.overwrite=true replaces" in ran.err
     ran = weightmill("run", *given(model, "hf://me/out"), "quant=gguf_q8_0", "output.overwrite=true")
     assert ran.status == 0, ran.err
     assert not any(name.endswith(".safetensors") for name in published(mine, "me/out"))
