@@ -52,7 +52,7 @@ def made_before(spec: JobSpec, plan: Plan, journal: Journal) -> Report | str | N
         return f"no longer whole: {_some(lost)}"
     if report.run.key != journal.key:
         made = report.versions.get("weightmill", "another version")
-        return f"made in another way than this weightmill would (by {made}, or on another backend)"
+        return f"made in another way than now (by weightmill {made}, on another backend, or of an adapter written anew)"
     return report
 
 
@@ -60,7 +60,8 @@ def _other_request(report: Report, spec: JobSpec) -> Iterator[str]:
     """Yield what an output was asked for and is not now, a setting each."""
 
     def parts(request: Mapping[str, Any]) -> dict[str, Any]:
-        form = {key: request.get("output", {}).get(key) for key in FORM}
+        output = request.get("output")
+        form = {key: output.get(key) for key in FORM} if isinstance(output, Mapping) else None
         return {**{key: request.get(key) for key in OF_THE_RESULT}, "output": form}
 
     return _differences(parts({**report.run.request, **report.job}), parts(spec.resolved()))
@@ -85,7 +86,9 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], place: str
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _changed_source(report: Report, plan: Plan) -> Iterator[str]:
@@ -135,7 +138,18 @@ def check_passed(report: Report, spec: JobSpec, plan: Plan, output: Address) -> 
 
     Raises:
         VerifyFailed: a tensor, a finding of lint, or its quality if it was judged as is asked, exceeds a limit.
+        BadCheckpoint: its report is none.
     """
+    try:
+        faults = _faults(report, spec, plan)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{output / OUR_REPORT}: not a report of this version ({error!r})") from None
+    if faults:
+        more = f" (the first of {len(faults)})" if len(faults) > 1 else ""
+        raise VerifyFailed(f"{output} is there, and does not pass: {faults[0]}{more}")
+
+
+def _faults(report: Report, spec: JobSpec, plan: Plan) -> list[str]:
     recorded, verify, faults = report.job["verify"], spec.verify, list[str]()
     if any(recorded.get(key) != getattr(verify, key) for key in ("allow_nonfinite", "max_relative_error")):
         gate = Gate(verify.allow_nonfinite, verify.max_relative_error)
@@ -147,9 +161,7 @@ def check_passed(report: Report, spec: JobSpec, plan: Plan, output: Address) -> 
         faults += [f"{f.what}; {f.engine}: {f.happens}; {f.remedy} (lint=warn lets it pass)" for f in fatal]
     if verify.kind != "strict" and report.quality is not None and not lacks_judging(report, spec):
         faults += faults_of(verify, report.quality)
-    if faults:
-        more = f" (the first of {len(faults)})" if len(faults) > 1 else ""
-        raise VerifyFailed(f"{output} is there, and does not pass: {faults[0]}{more}")
+    return faults
 
 
 def lacks_judging(report: Report, spec: JobSpec) -> bool:

@@ -39,7 +39,7 @@ def check_place(spec: JobSpec, output: Address) -> None:
 def check_free(spec: JobSpec, output: Address, why: str | None = None) -> None:
     """Check that nothing exists at the output's address, or that it may be replaced.
 
-    `why` completes "it exists, ..." with what is known of it.
+    `why` completes "it exists, ..." with what is known of it: that another job made it, whatever that one left.
 
     Raises:
         BadSpec: something exists that may not be replaced.
@@ -47,7 +47,7 @@ def check_free(spec: JobSpec, output: Address, why: str | None = None) -> None:
     is_there = open_store(output).is_taken()
     if is_there and spec.output.overwrite:
         check_replaceable(output)
-    elif is_there and not _left_over(output):
+    elif is_there and (why is not None or not _left_over(output)):
         what = f"exists, {why}" if why else "exists"
         raise BadSpec(f"output.path: {output} {what}; output.overwrite=true replaces it, or choose another path")
 

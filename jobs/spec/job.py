@@ -186,7 +186,9 @@ class OutputSpec(Spec):
     """conf/output: what is written, and where."""
 
     root: Location = Field(description="the folder of outputs without a path, and, if local, of the tracking store")
-    path: Location | None = Field(description="the output's folder; root / model-quant by default")
+    path: Location | None = Field(
+        description="the output's folder; root / model-quant by default, with what differs from the preset"
+    )
     layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed", "diffusers"] = Field(
         description="the consumer whose tensor names and config are written; auto: the scheme's engine"
     )

@@ -116,7 +116,7 @@ def asked(verify: Mapping[str, Any]) -> dict[str, Any]:
     gates = ("allow_nonfinite", "max_relative_error")
     found = {key: value for key, value in verify.items() if key not in gates and not key.startswith(("max_", "min_"))}
     text = found.get("text")
-    if text is not None:
+    if isinstance(text, str):
         with suppress(OSError):  # which evaluating it says
             found["text"] = digest(Path(text).read_bytes())
     return found

@@ -67,7 +67,7 @@ def test_where_it_runs_and_is_tracked_is_another_matter(model: Path, weightmill:
 OTHERS = {
     "quant.storage_dtype=bfloat16": "quant.storage_dtype was uint8, now bfloat16",
     "quant=fp4": "quant was nf4, now fp4",
-    "unit_mb=5": "unit_mb was 1000.0, now 5.0",
+    "unit_mb=5": "unit_mb was 1000, now 5",
     "output.card=false": "output.card was true, now false",
     "rules=[{name: lm_head, action: keep}]": "rules were others",
     "model.name=other": "model.name was null, now other",
