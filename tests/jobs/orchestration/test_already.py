@@ -216,6 +216,22 @@ def test_overwriting_is_never_advised_to_who_asked_for_it(model: Path, weightmil
             assert "output.overwrite=true replaces it" not in ran.err
 
 
+def test_a_report_that_is_none_does_not_pass(model: Path, weightmill: Any) -> None:
+    out = Path(weightmill("run", model, "format=json").document["output"])
+    report = json.loads((out / REPORT).read_text())
+    report["run"]["xxh3"] = ""
+    for change in ({"job": {}}, {"job": {**report["job"], "verify": []}}, {"quality": {"asked": 1}}):
+        (out / REPORT).write_text(json.dumps({**report, **change}))
+        for setting in ("verify.max_relative_error=0.5", "verify=logits"):
+            ran = weightmill("run", model, setting)
+            assert ran.status in (0, 1, 2)
+            assert "Traceback" not in ran.err
+    (out / REPORT).write_text(json.dumps({**report, "format": 1}))
+    ran = weightmill("run", model)
+    assert ran.status == 2
+    assert "is of format 1, this weightmill reads" in ran.err
+
+
 # --- what it must pass
 
 
