@@ -16,6 +16,7 @@ from jobs.planning.plan import Plan
 from jobs.planning.targets import TARGET
 from jobs.report.document import adapter_of
 from jobs.spec.job import JobSpec
+from jobs.spec.names import PLACE
 from jobs.verification.logits import asked, faults_of
 from loaders.checkpoints.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, BadSpec, VerifyFailed
@@ -25,10 +26,9 @@ from loaders.storage.address import Address
 from loaders.storage.base import OUR_REPORT
 from loaders.storage.hashes import hash_stored
 
-# The parts of a request that decide what is made; of `output`, its form and not its place. What the backend changes is
-# in the key.
+# The parts of a request that decide what is made; of `output`, all but its place. What the backend changes is in the
+# key.
 OF_THE_RESULT = ("model", "source", "transform", "quant", "unit_mb", "rules", "mtp")
-FORM = ("layout", "container", "split", "card")
 SHOWN = 3  # differences that a message names before it counts the rest
 
 
@@ -61,7 +61,7 @@ def _other_request(report: Report, spec: JobSpec) -> Iterator[str]:
 
     def parts(request: Mapping[str, Any]) -> dict[str, Any]:
         output = request.get("output")
-        form = {key: output.get(key) for key in FORM} if isinstance(output, Mapping) else None
+        form = {key: value for key, value in output.items() if key not in PLACE} if isinstance(output, Mapping) else {}
         return {**{key: request.get(key) for key in OF_THE_RESULT}, "output": form}
 
     return _differences(parts({**report.run.request, **report.job}), parts(spec.resolved()))

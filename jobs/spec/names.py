@@ -9,7 +9,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from loaders.presets.naming import joined, words_of
+from loaders.presets.naming import joined, word_of, words_of
 from loaders.storage.hashes import text_digest
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # The container that conf/output gives to a layout needs no word.
 USUAL = {"hf": "safetensors", "hqq": "pytorch", "mlx": "safetensors", "gguf": "gguf", "packed": "packed",
          "diffusers": "safetensors"}  # fmt: skip
+
+# Settings of output that say where it goes and not what it is; a card is not the model.
+PLACE = ("root", "path", "overwrite", "suffix", "named", "private", "branch", "commit_message", "journal")
+OWN_WORDS = (*PLACE, "layout", "container", "split", "card")
 
 
 def output_name(spec: JobSpec) -> str:
@@ -36,5 +40,7 @@ def _words(spec: JobSpec) -> list[str]:
     words += [] if is_named else [output.layout]
     words += [] if output.container in ("auto", USUAL.get(output.layout)) else [output.container]
     words += ["split"] if output.split else []
+    forms = {key: field.default for key, field in type(output).model_fields.items() if key not in OWN_WORDS}
+    words += [word_of(key, value) for key, default in forms.items() if (value := getattr(output, key)) != default]
     words += [f"mtp-{spec.mtp}"] if spec.mtp != "auto" else []
     return words + ([f"rules-{text_digest(json.dumps(rules))[:6]}"] if rules else [])
