@@ -64,9 +64,10 @@ VERB = Verb(
     examples=(
         ("", "in output.root"),
         ("dry_run=true", "only list"),
-        ("output.path=OUT", "what was left of one output"),
+        ("OUT", "what was left of one output; the same as output.path=OUT"),
         ("output.root=hf://OWNER", "of outputs on the Hub, whose journals are in your cache, or in output.journal"),
     ),
+    positional=("output.path",),
 )
 main = VERB.main
 

@@ -50,10 +50,11 @@ VERB = Verb(
     examples=(
         ("", "the last sweep"),
         ("sweep=all tracking.experiment=NAME", "every run of an experiment"),
-        ("runs='[weightmill/demo-nf4,weightmill/demo-fp4]'", "these outputs, tracked or not"),
+        ("weightmill/demo-nf4 weightmill/demo-fp4", "these outputs, tracked or not; the same as runs=[...]"),
         ("sweep=all 'filter=metrics.`size/bits_per_weight` < 5'", "the small ones"),
         ("tracking.uri=http://HOST:5000", "on a server"),
     ),
+    gathered="runs",
 )
 main = VERB.main
 

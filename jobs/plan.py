@@ -27,7 +27,7 @@ def act(spec: PlanSpec) -> Said:
     """Plan the job."""
     from rich.console import Group, RenderableType
 
-    from jobs.orchestration import engine_check, needs, preflight
+    from jobs.orchestration import already, engine_check, needs, preflight
     from jobs.report import plan
     from jobs.report.result import findings_text
     from loaders.presets.auto import AutoQuant
@@ -43,12 +43,13 @@ def act(spec: PlanSpec) -> Said:
             return Said({"status": "planned", "to_be_measured": str(mix)}, mix)
         job = found
         said = [mix, ""]
-    planned = preflight.plan_job(job)
+    planned = preflight.plan_job(job, again=not job.output.overwrite)
     answer, about = engine_check.asked_for(planned, is_wanted=spec.check == "engine")
-    notes = [*needs.notes_of(planned), *about]
+    notes = [*already.notes_of(planned), *needs.notes_of(planned), *about]
     status = FAILED if answer.faults and spec.lint == "fail" else DONE
     if spec.format == "json":  # only then is the document made, which of a large model is as large as its plan
         document = plan.plan_document(job, planned.plan, planned.target, notes)
+        document["already"] = planned.done is not None
         document["findings"] = [asdict(finding) for finding in answer.findings]
         return Said(document, "", status)
     text = plan.plan_text(job, planned.plan, planned.target, notes, all_tensors=spec.tensors == "all")
@@ -68,6 +69,7 @@ VERB = Verb(
         ("model.path=DIR quant=nf4 check=engine", "and ask the engine's own class whether it would load that"),
         ("model.path=DIR quant=nf4 format=json", "for a program"),
     ),
+    positional=("model.path",),
     config="run",
 )
 main = VERB.main

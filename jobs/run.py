@@ -43,6 +43,7 @@ VERB = Verb(
         ("-m model.path=DIR quant=nf4,fp4 quant.group_size=64,128", "a sweep: four jobs, one pass over DIR"),
         ("-m experiment=four_bit_shootout model.path=DIR", "the sweep that a preset describes"),
     ),
+    positional=("model.path",),
     sweep=sweep,
 )
 main = VERB.main

@@ -19,18 +19,26 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from jobs.cli.literals import quoted
+from jobs.cli.literals import quoted, verbatim
 from jobs.cli.rules_file import rules_of
 from jobs.cli.sweep_folders import SweepFolders
 from jobs.cli.validation import check, near, path_keys
 from loaders.errors import BadSpec, io_errors
 from loaders.places import CONF
+from loaders.presets.catalog import preset_values
+from loaders.presets.naming import joined
 from loaders.storage.address import without_secrets
 
+# What the default name of an output says in any case.
+IN_NAMES = ("model", "model.path", "model.name", "quant", "transform", "transform.num_blocks", "mtp", "rules",
+            "source", "output", "output.layout", "output.split")  # fmt: skip
 FOLDER = "--config-dir="  # the name of the flag in Hydra
 # Settings whose values, like those of paths, are taken as they are typed: commands and filters hold characters that
 # Hydra's grammar would parse.
 VERBATIM = ("peer", "filter")
+# What is in Hydra's grammar already: quoted, resolved from others, null; of what is no path, lists, too.
+WRITTEN = (r"""(['"]).*\1|\$\{.*|null""", r"""['"\[{].*|\$\{.*|null""")
+KEYWORDS = ("null", "self", "demo://")  # what is no path where a path may stand, even if one of that name exists
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -64,6 +72,13 @@ class Request:
 
         parsed = OverridesParser.create().parse_overrides(self.overrides)
         return {override.key_or_group for override in parsed if override.is_sweep_override() == is_swept}
+
+    def typed_for(self, values: dict[str, Any]) -> list[str]:
+        """The settings of quant that were typed, for a preset of the user's own: its file is not known later."""
+        quant = values.get("quant")
+        if not isinstance(quant, dict) or preset_values(str(quant.get("name"))) is not None:
+            return []
+        return sorted(key for key in self.fixed if key.startswith("quant."))
 
     @property
     def wants_help(self) -> bool:
@@ -127,7 +142,9 @@ def _prepared(verb: str, override: str, request: Request) -> tuple[str, str | No
         return _choice(override, bare, value, choices[bare])
     if bare == "rules" and value.endswith((".yaml", ".yml")):
         return rules_of(value)
-    if bare in request.verbatim and not is_sweep and not re.match(r"""['"\[{]|\$\{|null$""", value):
+    if bare in request.verbatim and bare not in VERBATIM and value not in KEYWORDS and os.path.lexists(value):
+        value = quoted(verbatim(os.path.abspath(value)))
+    elif bare in request.verbatim and not is_sweep and not re.fullmatch(WRITTEN[bare in VERBATIM], value, re.DOTALL):
         value = quoted(value)
     elif bare in request.verbatim and "\n" in value:
         return "", f"{bare}: a path with a line break; give the file or folder another name"
@@ -200,7 +217,10 @@ def compose(verb: str, spec: type[S], request: Request) -> S:
         for word in values:
             _set(config, word)
         problems += _sweep_left_out(config, request)
-        return check(spec, plain(config), problems, _note)
+        values = plain(config)
+        if isinstance(output := values.get("output"), dict) and (typed := request.typed_for(values)):
+            output.setdefault("named", typed)
+        return check(spec, values, problems, _note)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadSpec([*problems, _said_by_hydra(error)]) from error
 
@@ -272,13 +292,18 @@ class Composed:
     varied: dict[str, str]
 
     @property
-    def suffix(self) -> str:
-        """The varied values for the output's name, such as "-group_size=128-double_quant=true".
+    def named(self) -> list[str]:
+        """The varied settings of quant, which are in the output's name even where they are as in the preset."""
+        return [key for key in self.varied if key.startswith("quant.")]
 
-        model and quant are left out, since they are in the name already.
+    @property
+    def suffix(self) -> str:
+        """The other varied values for the output's name, such as "-max_relative_error-0.5".
+
+        What the name has without that is left out.
         """
-        named = {k: without_secrets(v) for k, v in self.varied.items() if k not in ("model", "quant", "model.path")}
-        return "".join(f"-{k.split('.')[-1]}={re.sub(r'[^A-Za-z0-9_.+]+', '_', v)}" for k, v in named.items())
+        others = [key for key in self.varied if key not in IN_NAMES and key not in self.named]
+        return joined(f"{key.split('.')[-1]}-{without_secrets(self.varied[key])}" for key in others)
 
     @property
     def name(self) -> str:

@@ -105,7 +105,7 @@ def _words(annotation: Any) -> list[str]:
 def _leaves(spec: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in spec.model_fields.items():
         inner = at_field(field.annotation)
-        if name in ("kind", "suffix") or (prefix == "quant." and name == "name"):
+        if name in ("kind", "suffix", "named") or (prefix == "quant." and name == "name"):
             continue
         if not inner or name == "rules":
             yield prefix + name, (field.description or "") + _values(field.annotation)

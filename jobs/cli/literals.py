@@ -22,3 +22,8 @@ def quoted(text: str) -> str:
     """Quote a text for Hydra 1.3. A backslash is literal there, except in a run of them before a quote or the end."""
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
+
+
+def verbatim(text: str) -> str:
+    """Return a text for OmegaConf, which resolves ${...} in texts, that stands for the text itself."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)

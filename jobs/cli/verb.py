@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
+from jobs.cli.arguments import bare_value
 from jobs.cli.compose import Request, compose, take_apart
 from jobs.cli.console import console, patient_streams
 from jobs.cli.early import imported, limit_of
 from jobs.cli.home import have_home, have_temporary_folder
+from jobs.cli.literals import literal, verbatim
 from jobs.spec.keys import KEYS
 from jobs.spec.store import StoreSpec
 from loaders.errors import BadSpec, WeightmillError, settings_called
@@ -51,7 +53,8 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Verb(Generic[S]):
-    """A command. `positional` lists the keys that arguments without "=" set, in order.
+    """A command. `positional` lists the keys that paths without a key set, in order; `gathered` is the key of a list,
+    which all further ones are put into.
 
     `located` replaces addresses of sources that no store knows by those that one does, and tells the user about it.
     `is_said` says that what it prints is all that it does.
@@ -63,6 +66,7 @@ class Verb(Generic[S]):
     act: Callable[[S], Said]
     examples: tuple[tuple[str, str], ...]
     positional: tuple[str, ...] = ()
+    gathered: str | None = None
     sweep: Callable[[str, Request], Said] | None = None
     config: str = ""
     is_said: bool = True
@@ -104,8 +108,16 @@ class Verb(Generic[S]):
 
     def _named(self, given: list[str]) -> list[str]:
         """Give arguments that are values alone the names of the positional keys."""
-        names = list(self.positional)
-        return [f"{names.pop(0)}={a}" if names and _is_bare(a) else a for a in given]
+        names, gathered, found = list(self.positional), list[str](), list[str]()
+        for word in given:
+            value = bare_value(word, self.config or self.name, self.spec, only_paths=self.can_sweep)
+            if value is not None and names:
+                found.append(f"{names.pop(0)}={value}")
+            elif value is not None and self.gathered is not None:
+                gathered.append(value)
+            else:
+                found.append(word)
+        return [*found, f"{self.gathered}={literal([verbatim(value) for value in gathered])}"] if gathered else found
 
     def _main(self, given: list[str], as_json: bool) -> int:
         request = take_apart(self.config or self.name, self.spec, given)
@@ -149,14 +161,6 @@ def reach_stores(spec: BaseModel) -> None:
         settings = store.settings
     if settings is not None:
         use(settings)
-
-
-def _is_bare(word: str) -> bool:
-    """Whether a word is a value without a key: it has no "=", or one in a path."""
-    if word.startswith(("-", "~")):
-        return False
-    key, equals, _ = word.partition("=")
-    return not equals or "/" in key.removeprefix("hydra/") or os.path.lexists(word)
 
 
 def note(text: str) -> None:

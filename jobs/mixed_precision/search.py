@@ -32,13 +32,14 @@ from jobs.mixed_precision.allocation import (
     rules_of,
 )
 from jobs.mixed_precision.candidate_errors import Loss, Measurements, MeasuringTask, of_all, tensors_in
-from jobs.output.destination import check_output
+from jobs.output.destination import check_ours, check_output, check_place
+from jobs.output.report import read_report
 from jobs.report import tables
 from jobs.spec.job import JobSpec
 from jobs.spec.strategy import reading
 from loaders.backends import check_backend
 from loaders.checkpoints.checkpoint import READS_FOLDERS, Checkpoint, open_checkpoint
-from loaders.errors import BadSpec, io_errors
+from loaders.errors import BadCheckpoint, BadSpec, io_errors
 from loaders.presets.auto import AutoQuant
 from loaders.quantization.importance import Importance
 from loaders.storage.hashes import text_digest
@@ -59,7 +60,12 @@ def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
     """
     if not isinstance(spec.quant, AutoQuant) or spec.quant.chosen is not None:
         return spec
-    if not again:
+    if again:
+        check_place(spec, spec.output_address)
+        check_ours(spec, spec.output_address)
+        if (known := _chosen_before(spec, spec.quant)) is not None:
+            return known
+    else:
         check_output(spec)
     choices = _choices(spec, spec.quant)
     check_budget(choices)
@@ -72,9 +78,27 @@ def mixed(spec: JobSpec, *, again: bool = False) -> JobSpec:
     return found.spec
 
 
+def _chosen_before(spec: JobSpec, quant: AutoQuant) -> JobSpec | None:
+    """Return the job with the mix of the output that is there already, if it was asked for in the same words.
+
+    Whether its source is still the same, planning finds out. The mix of a text follows from what is in it now.
+    """
+    if spec.output.overwrite or quant.calibration not in (None, "self"):
+        return None
+    try:
+        before = read_report(spec.output_address).job["quant"]
+        found = AutoQuant.model_validate(before, strict=False)
+    except (BadSpec, BadCheckpoint, KeyError, ValueError):
+        return None
+    is_same = found.chosen is not None and found.model_copy(update={"chosen": None}) == quant
+    return spec.model_copy(update={"quant": found}) if is_same else None
+
+
 def known_mix(spec: JobSpec) -> tuple[JobSpec | None, RenderableType]:
     """Return, for a plan, the job with its mix and the text of the mix; or None and what would be measured first."""
     assert isinstance(spec.quant, AutoQuant)
+    if (known := _chosen_before(spec, spec.quant)) is not None:
+        return known, f"the mix is that of {spec.output_address}, which was asked for in the same words"
     choices = _choices(spec, spec.quant)
     check_budget(choices)
     measurements = Measurements(_folder(spec), _weighting(spec.quant, choices.checkpoint))

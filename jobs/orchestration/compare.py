@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,13 @@ def compare(
         StorageError: the tracking store cannot be read.
     """
     folders = [run for run in runs if _is_output(run)]
+    if no_outputs := [run for run in runs if run not in folders and os.path.lexists(run)]:
+        raise BadSpec(f"runs: expected an output of weightmill at {no_outputs[0]}, found no {OUR_REPORT} there")
     named = [run for run in runs if run not in folders]
     title, candidates, page = "runs", [_of_folder(Address.of(folder)) for folder in folders], None
     if named or not runs:
-        store = Store(tracking, Path(root))
+        with _named_so(named):
+            store = Store(tracking, Path(root))
         title, found = _find(store, sweep, named, where) if not runs else (title, store.named(named, where))
         if len(found) > MANY:
             note(f"reading {counted(len(found), 'run and its table', 'runs and their tables')}")
@@ -55,6 +59,17 @@ def compare(
         known = sorted({name for c in candidates for name in c.metrics if name.startswith(("error", "quality"))})
         raise BadSpec(f"error: no run has {error!r}; known: {', '.join(known)}")
     return _said(title, candidates, error, Path(path) if path else Path(root) / "comparisons" / title, page)
+
+
+@contextmanager
+def _named_so(named: Sequence[str]) -> Iterator[None]:
+    """Say of a store of runs that is not there what it was wanted for: an address may have a slip."""
+    try:
+        yield
+    except BadSpec as error:
+        if not named:
+            raise
+        raise BadSpec(f"runs: no output at {named[0]}, and no runs to find that name among: {error}") from None
 
 
 def _find(store: Store, sweep: str, named: Sequence[str], where: str) -> tuple[str, list[Tracked]]:

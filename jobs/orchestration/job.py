@@ -6,6 +6,7 @@ source_pass.py runs the units of one job, or of several jobs over the same sourc
 from __future__ import annotations
 
 import platform
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -32,7 +33,7 @@ from jobs.report.plan import plan_document
 from jobs.report.source_card import source_card
 from jobs.tracking.job_run import open_job_run, track_job
 from jobs.tracking.run import NoRun, Recorder, Run
-from jobs.verification.logits import judged, pass_gate
+from jobs.verification.logits import asked, judged, pass_gate
 from jobs.verification.without_weights import check_finished
 from loaders.errors import BadCheckpoint, BadSpec, StorageError, VerifyFailed, WeightmillError
 from loaders.lint import Finding, lint_at
@@ -203,11 +204,10 @@ class Job:
         if judging is None:
             return None
         try:
-            quality = judged(
-                judging, journal.destination.files, journal.output.name, journal.destination, digests
-            ).to_json()
+            found = judged(judging, journal.destination.files, journal.output.name, journal.destination, digests)
         except BadCheckpoint as error:
             raise VerifyFailed(f"not published: {error}") from error
+        quality = {**found.to_json(), "asked": asked(judging.spec.model_dump())}
         try:
             pass_gate(judging.spec, quality, journal.output)
         except VerifyFailed:
@@ -296,7 +296,7 @@ class Job:
         done, units = len(resume(self.planned)), len(self.planned.plan.units)
         return (
             f"interrupted; {done} of {units} units are done and kept: the same command goes on from there,"
-            f" python -m jobs.clean output.path={self.planned.journal.output} forgets them"
+            f" python -m jobs.clean {shlex.quote(str(self.planned.journal.output))} forgets them"
         )
 
 
@@ -355,7 +355,7 @@ def _said(planned: Planned, report: Report, address: str | None, untracked: str)
     output = planned.journal.output
 
     def document() -> dict[str, Any]:
-        return {"status": "done", "output": str(output), "tracked": address, **report.to_json()}
+        return {"status": "done", "already": False, "output": str(output), "tracked": address, **report.to_json()}
 
     lines = [Text(f"output: {output}", style="bold green")]
     lines += [Text(f"run: {address}")] if address else []

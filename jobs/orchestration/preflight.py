@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from jobs.execution.choose import is_local
 from jobs.execution.cluster import LocalCluster
-from jobs.output.destination import check_free, check_place
+from jobs.orchestration.earlier import check_passed, lacks_judging, made_before
+from jobs.output.destination import check_free, check_ours, check_place
 from jobs.output.journal import Journal
-from jobs.output.publish import is_published
-from jobs.output.report import Report, read_report
+from jobs.output.report import Report
 from jobs.planning.build import make_plan
 from jobs.planning.plan import Plan, TargetPlan
 from jobs.planning.targets import TARGET, target_of
 from jobs.planning.work_key import work_key
-from jobs.report.document import job_document
 from jobs.spec.job import JobSpec, LogitsSpec
 from jobs.spec.strategy import reading
 from jobs.verification.logits import Judging, judging_of
@@ -26,11 +24,8 @@ from loaders.backends import check_backend, may_differ
 from loaders.backends.fastest import fastest
 from loaders.backends.memory import no_collection
 from loaders.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from loaders.errors import BadCheckpoint, BadSpec
 from loaders.lint import Finding
-from loaders.storage import open_store
 from loaders.storage.address import Address
-from loaders.storage.base import OUR_REPORT
 from loaders.strategies import WeightLoader
 
 LEVELS = 6  # of the key of a job: its work, an assembly of it, the assembly's fields, and in them each file
@@ -43,7 +38,7 @@ class Planned:
     spec: JobSpec
     plan: Plan
     journal: Journal
-    done: Report | None = None  # the report of an earlier run of this very job, if the job need not run again
+    done: Report | None = None  # the report of an earlier run of this very job, if it need not run again, but be judged
     judging: Judging | None = None  # the planned evaluation, with verify=logits
     findings: tuple[Finding, ...] = ()  # what the engine's own code found, where it was asked
 
@@ -78,10 +73,13 @@ def plan_job(
     Raises:
         BadSpec: the job cannot be done; all faults of one kind at once.
         BadCheckpoint: the source is damaged.
+        VerifyFailed: the output that is accepted does not pass what is asked for now.
     """
     output = spec.output_address
     check_place(spec, output)
-    if not again:
+    if again:
+        check_ours(spec, output)
+    else:
         check_free(spec, output)
     target = target_of(spec)
     # Raises BadSpec now if the backend does not exist, and not in the first unit.
@@ -97,11 +95,14 @@ def plan_job(
     key = work_key(units, made.config, made.assembly, made.made, *backend, levels=LEVELS)
     planned = Planned(spec=spec, plan=plan, journal=Journal(output, key))
     _ = planned.strategy  # the property raises BadSpec for a strategy that cannot read this source
-    if again and (done := _done_before(planned)) is not None:
-        return replace(planned, done=done)
-    if again:
-        check_free(spec, output)
-    if isinstance(spec.verify, LogitsSpec):
+    found = made_before(spec, plan, planned.journal) if again else None
+    if isinstance(found, Report):
+        check_passed(found, spec, plan, output)
+        planned = replace(planned, done=found)
+    elif again:
+        check_free(spec, output, found)
+    is_wanted = planned.done is None or lacks_judging(planned.done, spec)
+    if is_wanted and isinstance(spec.verify, LogitsSpec):
         return replace(planned, judging=judging_of(spec.verify, plan, made, output))
     return planned
 
@@ -124,35 +125,3 @@ def backend_of(spec: JobSpec, target: TargetPlan) -> tuple[str, str]:
             sizes[decision.tensor.dtype.name] += decision.tensor.source_bytes
     [(dtype, _)] = sizes.most_common(1) or [("BF16", 0)]
     return fastest(spec.quant.scheme, dtype, sizes.total(), LocalCluster(spec.cluster).threads)
-
-
-def _done_before(planned: Planned) -> Report | None:
-    """Return the report of the existing output, if this very job made it from this very source; else None.
-
-    Raises:
-        BadSpec: it did, but under other verification than is requested now.
-    """
-    output = planned.journal.output
-    if open_store(output).find(OUR_REPORT) is None or is_published(planned.journal):
-        return None
-    try:
-        found = read_report(output)
-    except (BadSpec, BadCheckpoint):
-        # A report of another version, or a damaged one. `check_free` then says that the address is taken.
-        return None
-    wanted = job_document(planned.spec)
-    is_made = found.run.key == planned.journal.key and {**found.job, "verify": wanted["verify"]} == wanted
-    is_verified = is_made and _gate(found.job["verify"], wanted["verify"]) == wanted["verify"]
-    if is_made and not is_verified:
-        raise BadSpec(
-            f"output.path: {output} is there, verified in another way; python -m jobs.verify"
-            f" output.path={output} verify={planned.spec.verify.kind} ... judges it, output.overwrite=true redoes it"
-        )
-    return found if is_made else None
-
-
-def _gate(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a passed gate that is comparable with the wanted one: verify=logits includes verify=strict."""
-    if wanted["kind"] == "strict":
-        return {**{key: found[key] for key in wanted if key in found}, "kind": "strict"}
-    return found

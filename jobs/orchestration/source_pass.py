@@ -19,7 +19,7 @@ from jobs.execution.merge import job_of, merge
 from jobs.execution.run_tasks import run_tasks
 from jobs.execution.unit import UnitReport, UnitTask
 from jobs.mixed_precision.search import mixed
-from jobs.orchestration import engine_check
+from jobs.orchestration import already, engine_check
 from jobs.orchestration.job import Job, Pass
 from jobs.orchestration.needs import check_space, notes_of
 from jobs.orchestration.preflight import Planned, plan_job
@@ -52,14 +52,19 @@ class Read:
 
 
 def run_job(spec: JobSpec) -> Said:
-    """Run a job, or what is left of it.
+    """Run a job, or what is left of it. If its output is there already, that is the result.
 
     Raises:
         WeightmillError: the job failed; its finished units stay for the next attempt.
         KeyboardInterrupt: likewise.
     """
-    spec = mixed(spec)
-    planned = plan_job(spec)
+    again = not spec.output.overwrite
+    spec = mixed(spec, again=again)
+    planned = plan_job(spec, again=again)
+    if planned.done is not None:
+        report = already.settled(planned)
+        already.track(planned, report)
+        return already.said(planned, report)
     with engine_check.asking([planned]) as [asked]:
         show(plan.plan_text(spec, planned.plan, planned.target, notes_of(planned), all_tensors=False))
         planned = asked.settled()

@@ -21,6 +21,7 @@ from rich.text import Text
 from jobs.cli.compose import Composed, Request, sweep
 from jobs.cli.validation import check
 from jobs.cli.verb import DONE, FAILED, WRONG, Said, note
+from jobs.orchestration import already
 from jobs.orchestration.job import Job
 from jobs.orchestration.preflight import Planned
 from jobs.orchestration.refusals import Refused, refusal
@@ -29,7 +30,7 @@ from jobs.output.report import Report
 from jobs.report import tables
 from jobs.report.comparison import ERROR, KL, ComparedJob, Comparison, compared_job, to_json, whole
 from jobs.report.document import job_document
-from jobs.report.metrics import metrics
+from jobs.report.metrics import metrics, quality_metrics
 from jobs.spec.job import JobSpec
 from jobs.tracking.job_run import run_key, sweep_tags
 from jobs.tracking.run import Recorder, compare_page
@@ -122,8 +123,9 @@ class Sweep:
         for job in composed:
             values = deepcopy(job.values)
             output = values.get("output")
-            if job.suffix and isinstance(output, dict) and output.get("path") is None:
-                values["output"] = {**output, "suffix": job.suffix}
+            if isinstance(output, dict) and output.get("path") is None:
+                named, suffix = [*job.named, *self.request.typed_for(values)], output.get("suffix", "") + job.suffix
+                values["output"] = {**output, "suffix": suffix, "named": named}
             try:
                 spec = check(JobSpec, deepcopy(values), tell=notes.setdefault)
                 use(spec.store_settings)
@@ -149,15 +151,18 @@ class Sweep:
         old = {n: p for n, p in planned.items() if p.done is not None}
         adopted: dict[int, Future[str | None]] = {}
         for number, plan in old.items():
-            assert plan.done is not None
-            self.outcomes[number] = Said(
-                {"status": "done", "output": str(plan.journal.output), **plan.done.to_json()}, ""
-            )
-            self._reports[number] = plan.done
+            try:
+                report = already.settled(plan)
+            except WeightmillError as error:
+                self.outcomes[number] = error
+                continue
+            self.outcomes[number] = already.said(plan, report)
+            self._reports[number] = report
             tracking, root = plan.spec.tracking, plan.spec.output.local_root
             if tracking.kind == "mlflow":
+                judged = {} if plan.judging is None else quality_metrics(report.quality)
                 tags = sweep_tags(self.id, number)
-                adopted[number] = self._recorder.adopt(tracking, root, run_key(plan.journal), tags)
+                adopted[number] = self._recorder.adopt(tracking, root, run_key(plan.journal), tags, judged)
         jobs = [Job(number, plan, self.id) for number, plan in planned.items() if number not in old]
         groups = passes(jobs)
         note(

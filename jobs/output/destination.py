@@ -36,8 +36,10 @@ def check_place(spec: JobSpec, output: Address) -> None:
         raise BadSpec(f"output.path: {output} lies within another output, {around}; choose another path")
 
 
-def check_free(spec: JobSpec, output: Address) -> None:
+def check_free(spec: JobSpec, output: Address, why: str | None = None) -> None:
     """Check that nothing exists at the output's address, or that it may be replaced.
+
+    `why` completes "it exists, ..." with what is known of it: that another job made it, whatever that one left.
 
     Raises:
         BadSpec: something exists that may not be replaced.
@@ -45,8 +47,19 @@ def check_free(spec: JobSpec, output: Address) -> None:
     is_there = open_store(output).is_taken()
     if is_there and spec.output.overwrite:
         check_replaceable(output)
-    elif is_there and not _left_over(output):
-        raise BadSpec(f"output.path: {output} exists; output.overwrite=true replaces it, or choose another path")
+    elif is_there and (why is not None or not _left_over(output)):
+        what = f"exists, {why}" if why else "exists"
+        raise BadSpec(f"output.path: {output} {what}; output.overwrite=true replaces it, or choose another path")
+
+
+def check_ours(spec: JobSpec, output: Address) -> None:
+    """Check that what exists at the output's address, if anything does, is an output of weightmill, or may be replaced.
+
+    Raises:
+        BadSpec: it is something else.
+    """
+    if open_store(output).find(OUR_REPORT) is None:
+        check_free(spec, output)
 
 
 def _left_over(output: Address) -> bool:

@@ -31,9 +31,10 @@ from loaders.words import counted
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The files of a complete output: the xxh3-128 of each auxiliary file by name, and the weight files."""
+    """The files of a complete output: the xxh3-128 and the bytes of each auxiliary file by name; the weight files."""
 
     aux: dict[str, str]
+    aux_bytes: dict[str, int]
     weights: tuple[WeightFile, ...]
 
 
@@ -77,10 +78,12 @@ def complete(
     for name, data in signs.items():
         destination.stage(name, data)
     names, files = (*copied, *made, *signs), destination.files
-    found = {name: files.find(name) for name in names}
-    if missing := [name for name, entry in found.items() if entry is None]:
+    found = {name: entry for name in names if (entry := files.find(name)) is not None}
+    if missing := [name for name in names if name not in found]:
         raise VerifyFailed(f"{missing[0]}: it is gone from {destination.journal}; run the same command again")
-    return Completed({n: aux_digest(files, entry) for n, entry in found.items() if entry is not None}, tuple(weights))
+    digests = {name: aux_digest(files, entry) for name, entry in found.items()}
+    sizes = {name: entry.size for name, entry in sorted(found.items()) if name != CARD}
+    return Completed(digests, sizes, tuple(weights))
 
 
 def put_card(journal: Journal, report: Report, card: bytes) -> Report:
@@ -160,7 +163,7 @@ def publish(journal: Journal, report: Report, *, overwrite: bool) -> None:
     try:
         journal.destination.publish(overwrite=overwrite)
     except BadSpec as error:
-        raise BadSpec(f"output.path: {error}; output.overwrite=true replaces it") from None
+        raise BadSpec(f"output.path: {error}{'' if overwrite else '; output.overwrite=true replaces it'}") from None
 
 
 def is_published(journal: Journal) -> bool:

@@ -171,6 +171,18 @@ class LintFinding(Part):
     loads_in: str = ""
 
 
+class SourceTag(Part):
+    """The version of a file that the output was made of: the store's tag (a time, an ETag, a hash), and its bytes.
+
+    xxh3: the xxh3-128 of a file without weights in a folder, whose tag is only a time.
+    """
+
+    name: str
+    bytes: int
+    tag: str
+    xxh3: str | None = None
+
+
 class RunReport(Part):
     """The time, place and speed of a job's run.
 
@@ -205,6 +217,7 @@ class RunReport(Part):
     nodes: tuple[str, ...]
     python: str
     request: dict[str, Any]
+    tags: tuple[SourceTag, ...] = ()
     xxh3: str = ""  # of the whole file, where these digits are zeros; older reports have none
 
 
@@ -276,6 +289,7 @@ class Report(Part):
     totals: Totals
     files: tuple[WeightFile, ...]
     aux: dict[str, str]
+    aux_bytes: dict[str, int] = {}  # but of the card, which may be edited
     tied: tuple[TiedPair, ...]
     warnings: tuple[str, ...]
     lint: tuple[LintFinding, ...]

@@ -17,6 +17,7 @@ from jobs.output.report import (
     ReportedSource,
     ReportedTensor,
     RunReport,
+    SourceTag,
     TiedPair,
     totals_of,
 )
@@ -25,6 +26,8 @@ from jobs.report.loading import loading_of
 from jobs.report.metrics import damage_of
 from jobs.spec.job import JobSpec
 from loaders.lint import Finding
+from loaders.storage.base import Entry
+from loaders.storage.hashes import hash_stored
 
 VERSIONS = ("weightmill", "numpy", "numba", "xxhash")  # the packages that determine the output's bytes
 # Parts of a request that do not change the result: two jobs that differ only in these make the same output.
@@ -51,6 +54,7 @@ def make_report(
         totals=totals,
         files=completed.weights,
         aux=dict(sorted(completed.aux.items())),
+        aux_bytes=completed.aux_bytes,
         tied=tuple(TiedPair(kept=kept, tied=tied) for kept, tied in plan.sources.tied),
         warnings=(*plan.checkpoint.notes, *plan.sources.notes, *target.warnings, *_let_pass(tensors)),
         lint=tuple(LintFinding(**asdict(finding)) for finding in found),
@@ -58,7 +62,7 @@ def make_report(
         versions=versions(),
         quality=None if quality is None else dict(quality),
         damage=damage_of(tensors, totals, loading_of(plan, target).engine, quality),
-        run=RunReport(**about, request=spec.resolved()),
+        run=RunReport(**about, request=spec.resolved(), tags=tags_of(plan)),
     )
 
 
@@ -91,6 +95,19 @@ def source_of(plan: Plan) -> ReportedSource:
         family=checkpoint.family.name,
         files=tuple(NamedFile(name=tag.name, bytes=tag.size) for tag in checkpoint.files),
     )
+
+
+def tags_of(plan: Plan) -> tuple[SourceTag, ...]:
+    """Describe the versions of the files that an output is made of."""
+    checkpoint = plan.checkpoint
+    weights = {entry.name for entry in checkpoint.files}
+
+    def tag(entry: Entry) -> SourceTag:
+        is_time = checkpoint.source.store.is_local and entry.name not in weights
+        digest = hash_stored(checkpoint.source.store, entry) if is_time else None
+        return SourceTag(name=entry.name, bytes=entry.size, tag=entry.tag, xxh3=digest)
+
+    return tuple(map(tag, checkpoint.made_of))
 
 
 def adapter_of(plan: Plan) -> ReportedAdapter | None:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from jobs.spec.base import FloatName, Format, LocalPath, Location, Source, Spec
+from jobs.spec.names import output_name
 from jobs.spec.store import StoreSpec
 from jobs.spec.strategy import StrategySpec
 from jobs.spec.tracking import TrackingSpec
@@ -185,7 +186,9 @@ class OutputSpec(Spec):
     """conf/output: what is written, and where."""
 
     root: Location = Field(description="the folder of outputs without a path, and, if local, of the tracking store")
-    path: Location | None = Field(description="the output's folder; root / model-quant by default")
+    path: Location | None = Field(
+        description="the output's folder; root / model-quant by default, with what differs from the preset"
+    )
     layout: Literal["auto", "hf", "hqq", "mlx", "gguf", "packed", "diffusers"] = Field(
         description="the consumer whose tensor names and config are written; auto: the scheme's engine"
     )
@@ -200,6 +203,9 @@ class OutputSpec(Spec):
         description="replace an earlier output of weightmill at this path; a sweep keeps what the same job made before"
     )
     suffix: str = Field(default="", description="added to the default name; a sweep sets it")
+    named: tuple[str, ...] = Field(
+        default=(), description="settings of quant that are in the default name in any case; a sweep sets it"
+    )
     private: bool = Field(default=False, description="hf://: a repository is made private; a public one refused")
     branch: str | None = Field(default=None, min_length=1, description="hf://: the branch to commit to; null: main")
     commit_message: str | None = Field(default=None, min_length=1, description="hf://: the title of the commit")
@@ -383,8 +389,7 @@ class JobSpec(Spec):
         branch = "" if self.output.branch is None else f"@{quote(self.output.branch, safe='')}"
         if self.output.path is not None:
             return Address.of(f"{self.output.path.rstrip('/')}{branch}" if branch else self.output.path)
-        name = f"{self.model_name}{self.transform.label}-{self.quant.name}{self.output.suffix}"
-        return Address.of(self.output.root) / f"{name}{branch}"
+        return Address.of(self.output.root) / f"{output_name(self)}{branch}"
 
     @property
     def store_settings(self) -> StoreSettings:

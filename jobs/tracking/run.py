@@ -151,14 +151,18 @@ class Recorder:
                 with suppress(Exception):
                     client.set_tag(run, HEARTBEAT, str(int(time.time())))
 
-    def adopt(self, spec: TrackingSpec, root: Path, key: str, tags: Mapping[str, str]) -> Future[str | None]:
-        """Add tags to the finished run with a key; the future's result is its id, None if there is no such run."""
+    def adopt(
+        self, spec: TrackingSpec, root: Path, key: str, tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> Future[str | None]:
+        """Add tags and metrics to the finished run with a key; the future's result is its id, None if there is none."""
 
         def call() -> str | None:
             client, _, experiment = self.store(spec, root)
             found = client.search_runs([experiment], f"tags.`weightmill.key` = '{key}'", max_results=1)
             for name, value in tags.items() if found else ():
                 client.set_tag(found[0].info.run_id, name, value)
+            for name, number in metrics.items() if found else ():
+                client.log_metric(found[0].info.run_id, name, number)
             return str(found[0].info.run_id) if found else None
 
         return self.pool.submit(call)

@@ -6,7 +6,9 @@ logits are kept in a folder next to the outputs, so that jobs of one source eval
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from loaders.checkpoints.checkpoint import READS_FOLDERS, open_checkpoint
 from loaders.errors import BadSpec, StorageError, VerifyFailed, setting
 from loaders.storage.address import Address
 from loaders.storage.base import Destination, Store
-from loaders.storage.hashes import text_digest
+from loaders.storage.hashes import digest, text_digest
 from loaders.storage.json_files import json_bytes, json_object
 from loaders.storage.local import free_bytes
 
@@ -107,6 +109,17 @@ def _planned(spec: LogitsSpec, plan: Plan, target: TargetPlan, output: Address) 
             " there; take fewer tokens, or make room"
         )
     return Judging(spec, reference, engine, folder, need)
+
+
+def asked(verify: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the numbers of an evaluation, from its settings: the text by its digest, and no limits."""
+    gates = ("allow_nonfinite", "max_relative_error")
+    found = {key: value for key, value in verify.items() if key not in gates and not key.startswith(("max_", "min_"))}
+    text = found.get("text")
+    if isinstance(text, str):
+        with suppress(OSError):  # which evaluating it says
+            found["text"] = digest(Path(text).read_bytes())
+    return found
 
 
 def _changed(text: str | None) -> int:
@@ -196,5 +209,5 @@ def pass_gate(spec: LogitsSpec, quality: Mapping[str, Any], output: Address) -> 
     if faults := faults_of(spec, quality):
         raise VerifyFailed(
             f"not published: {'; '.join(faults)}. Its files are kept: a wider limit publishes them as they are,"
-            f" python -m jobs.clean output.path={output} removes them"
+            f" python -m jobs.clean {shlex.quote(str(output))} removes them"
         )

@@ -36,7 +36,7 @@ from jobs.report.metrics import damage_of
 from jobs.report.result import quality_text
 from jobs.spec.job import ClusterSpec, JobSpec, LogitsSpec, VerifySpec
 from jobs.spec.strategy import StrategySpec, reading
-from jobs.verification.logits import Judging, faults_of, judged, judging_of
+from jobs.verification.logits import Judging, asked, faults_of, judged, judging_of
 from jobs.verification.without_weights import list_faults, range_digest, report_faults
 from loaders.backends import kernels_of
 from loaders.backends.threads import Crew, ThreadedWork
@@ -192,13 +192,28 @@ def verify_output(
 
 
 def _judge(judging: Judging, output: Address, report: Report, plan: Plan, faults: list[str]) -> dict[str, Any] | None:
-    """Evaluate an output by its logits, add faults to `faults`, and write the numbers into its report and its card."""
+    """Evaluate an output as `judge_published`; returns its quality, and adds faults to `faults`."""
     try:
-        quality = judged(judging, open_store(output), output.name).to_json()
+        quality = judge_published(judging, output, report, plan).quality
     except (BadCheckpoint, VerifyFailed) as error:
         faults.append(str(error))
         return None
+    assert quality is not None
     faults += faults_of(judging.spec, quality)
+    return quality
+
+
+def judge_published(judging: Judging, output: Address, report: Report, plan: Plan) -> Report:
+    """Evaluate a published output in its engine; returns its report with the numbers, which it and its card have then.
+
+    Raises:
+        BadCheckpoint: its engine cannot load it, or its original.
+        VerifyFailed: it computes NaN or infinities.
+    """
+    quality = {
+        **judged(judging, open_store(output), output.name).to_json(),
+        "asked": asked(judging.spec.model_dump()),
+    }
     target = plan.targets[TARGET]
     damage = damage_of(report.tensors, report.totals, loading_of(plan, target).engine, quality)
     report = report.model_copy(update={"quality": quality, "damage": damage})
@@ -206,7 +221,7 @@ def _judge(judging: Judging, output: Address, report: Report, plan: Plan, faults
     if report.run.request["output"].get("card", False):
         write_file(output.path / CARD, updated(files.read_all(CARD, LIMIT), report, plan, target, output))
     write_file(output.path / OUR_REPORT, report.to_bytes())
-    return quality
+    return report
 
 
 def _recorded_spec(report: Report, source: str | None, verify: VerifySpec | None) -> JobSpec:

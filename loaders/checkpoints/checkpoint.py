@@ -120,16 +120,22 @@ class Checkpoint:
         specs = [(w.name, w.dtype.name, w.shape, w.file, w.offset, w.size, w.stride) for w in self.weights]
         return text_digest(json.dumps([sizes, specs]))
 
+    @property
+    def made_of(self) -> tuple[Entry, ...]:
+        """The files that an output is made of: weights, their indexes, and auxiliary files."""
+        pinned = self.source.entries
+        indexes = (name for name in pinned if name.endswith(INDEX_SUFFIX) and is_weights(name))
+        names = dict.fromkeys([*(entry.name for entry in self.files), *self.aux, *indexes])
+        return tuple(self.source.entry(name) for name in names)
+
     def check_unchanged(self) -> None:
-        """Look once more at all files that an output is made of: weights, their indexes, and auxiliary files.
+        """Look once more at all files that an output is made of.
 
         Raises:
             BadCheckpoint: one is another version than the one that was opened.
             StorageError: one is gone.
         """
-        pinned = self.source.entries
-        indexes = (name for name in pinned if name.endswith(INDEX_SUFFIX) and is_weights(name))
-        self.source.look_again(dict.fromkeys([*(entry.name for entry in self.files), *self.aux, *indexes]))
+        self.source.look_again(entry.name for entry in self.made_of)
 
     @property
     def size(self) -> int:

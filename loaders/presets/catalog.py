@@ -47,6 +47,11 @@ def _problem(name: str, fault: Any) -> str:
     return f"quantize: {where}{': ' if where else ''}{fault['msg']}"
 
 
+def preset_values(name: str) -> dict[str, Any] | None:
+    """Return the values of the preset of a name, `auto` included; None if it is none of weightmill's."""
+    return dict(_values(name)) if (FOLDER / f"{name}.yaml").is_file() else None
+
+
 @cache
 def _values(name: str) -> dict[str, Any]:
     """Read a preset's file over those that its `defaults` name, as Hydra 1.3 composes them.

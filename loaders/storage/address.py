@@ -16,6 +16,10 @@ IN_MLFLOW = ("models", "runs")  # schemes of what MLflow knows the address of
 SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(models|runs):/")
 # A URL but for a slash that was forgotten, or that pathlib took away, or a scheme in capitals: s3:/BUCKET, S3://BUCKET.
 SLIP = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):/+(.*)", re.DOTALL)
+WEIGHTS = re.compile(r"(?:-\d{5}-of-\d{5})?\.(?:gguf|safetensors|bin|pth?)$")
+USUAL = ("model", "pytorch_model", "consolidated", "diffusion_pytorch_model")  # names of weight files, and of no model
+# A commit in the Hub's cache, whose folder is named by its hash.
+IN_CACHE = re.compile(r"/models--(?:.+?--)?(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
 HIDDEN = "***"  # what stands for a secret where an address is shown
 URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.\-]*://)([^\s/?#]*@)?([^\s?#;]*)(;[^\s?#]+)?(\?[^\s#]*)?(#[^\s]*=[^\s]*)?")
 # A user and password where a host is expected, wherever that is in a text, and however its slashes were written; what
@@ -94,9 +98,17 @@ class Address:
 
     @property
     def title(self) -> str:
-        """What is there is called so: `name` without a revision of the Hub, and without the suffix of a weight file."""
+        """What is there is called so: `name` without a revision of the Hub, and without the suffix of a weight file.
+
+        A file, or shard, with the usual name, and a snapshot in the Hub's cache, is called as what it is of.
+        """
         name = self.name.partition("@")[0] if self.scheme == "hf" else self.name
-        return re.sub(r"\.(?:gguf|safetensors|bin|pth?)$", "", name)
+        stem = WEIGHTS.sub("", name)
+        if stem != name and stem in USUAL and self.parent.title:
+            return self.parent.title
+        if self.is_local and (cached := IN_CACHE.search(self.text)) is not None:
+            return cached["name"]
+        return stem
 
     @property
     def parent(self) -> Address:

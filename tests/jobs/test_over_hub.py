@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def test_an_output_is_replaced_only_when_asked_and_wholly(model: Path, mine: Hub
     assert weightmill("run", *given(model, "hf://me/out")).status == 0
     ran = weightmill("run", *given(model, "hf://me/out"), "quant=gguf_q8_0")
     assert ran.status == 2
-    assert "exists; output.overwrite=true replaces it" in ran.err
+    assert "exists, made by another request: quant was nf4, now gguf_q8_0; output.overwrite=true replaces" in ran.err
     ran = weightmill("run", *given(model, "hf://me/out"), "quant=gguf_q8_0", "output.overwrite=true")
     assert ran.status == 0, ran.err
     assert not any(name.endswith(".safetensors") for name in published(mine, "me/out"))
@@ -370,6 +371,36 @@ def test_without_a_network_the_cache_is_enough(
     assert ran.status == 0, ran.err
     assert weightmill("verify", f"output.path={tmp_path / 'out'}").status == 0
     assert len(hub.asked) == asked
+
+
+def test_what_the_cache_has_is_read_where_the_hub_is_out_of_reach(
+    model: Path, hub: Hub, weightmill: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    import loaders
+    from loaders.storage.hub import client
+
+    commit = hub.put(REPO, snapshot(model))
+    folder = Path(huggingface_hub.snapshot_download(REPO, endpoint=hub.url, cache_dir=constants.HF_HUB_CACHE))
+    with socket.socket() as closed:  # a port at which nobody listens
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(client, "REACH_S", 0.0)
+        ran = weightmill("run", REPO, "quant=nf4", "format=json")
+        assert ran.status == 0, ran.err
+        assert ran.document["source"]["path"] == f"hf://{REPO}@{commit}"
+        assert Path(ran.document["output"]).name == "model-nf4"
+        assert weightmill("run", REPO, "quant=nf4", "format=json").document["already"] is True
+        assert "is out of reach; what its cache has is read" in caplog.text
+        for where in (REPO, f"hf://{REPO}@{commit}", folder):
+            found, _ = loaders.load_weights(where)
+            assert found.keys() == loaders.load_weights(model)[0].keys()
+        monkeypatch.setattr("loaders.storage.patience.UNREACHED_S", 0.0)
+        assert "no connection to the Hub" in weightmill("plan", "org/missing").err
+    ran = weightmill("plan", folder, "quant=fp4", "format=json")
+    assert Path(ran.document["output"]["path"]).name == "model-fp4"
 
 
 def test_the_library_reads_the_hub(model: Path, hub: Hub) -> None:

@@ -187,9 +187,11 @@ def test_an_output_is_replaced_only_when_asked(model: Path, place: Place, weight
     out = place.address / "out"
     assert weightmill("run", *given(model, out)).status == 0
     before = contents(out)
+    ran = weightmill("run", *given(model, out), "format=json")
+    assert (ran.status, ran.document["already"]) == (0, True)
     ran = weightmill("run", *given(model, out), "quant=fp4")
     assert ran.status == 2
-    assert "exists; output.overwrite=true replaces it" in ran.err
+    assert "exists, made by another request: quant was nf4, now fp4; output.overwrite=true replaces it" in ran.err
     assert contents(out) == before
     ran = weightmill("run", *given(model, out), "quant=ternary", "output.overwrite=true")
     assert ran.status == 0, ran.err

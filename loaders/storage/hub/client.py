@@ -5,6 +5,7 @@ huggingface_hub finds the token, and its session (proxies, certificates, HF_HUB_
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,9 +20,11 @@ from loaders.storage.patience import Passing, patiently
 from loaders.storage.settings import current
 from loaders.storage.traffic import Traffic, traffic
 
+log = logging.getLogger("weightmill")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PASSING = (408, 429, 500, 502, 503, 504)
 BUSY = (429, 503)
+REACH_S = 2.0  # seconds to try for a connection where the cache would do
 UNREACHED = "check the network and HF_ENDPOINT, or fetch the model elsewhere and give its folder"
 LOG_IN = "log in (hf auth login), or set HF_TOKEN"
 T = TypeVar("T")
@@ -49,6 +52,7 @@ class HubClient:
     def __init__(self, endpoint: str, headers: Mapping[str, str]) -> None:
         self.endpoint = endpoint
         self.headers = dict(headers)
+        self._is_out_of_reach = False
 
     @property
     def shown(self) -> str:
@@ -65,10 +69,24 @@ class HubClient:
 
     # --- what the Hub says
 
-    def ask(self, where: str, method: str, path: str, *, also: Collection[int] = (), **sent: Any) -> Any:
+    def is_out_of_reach(self, where: str, path: str) -> bool:
+        """Whether the Hub never answered this process, nor a request now; it is asked no more than once in vain."""
+        if not self.traffic.was_reached and not self._is_out_of_reach:
+            try:
+                self.ask(where, "GET", path, patience_s=REACH_S)
+            except (StorageError, BadSpec):
+                self._is_out_of_reach = not self.traffic.was_reached
+            if self._is_out_of_reach:
+                log.warning("%s: the Hub at %s is out of reach; what its cache has is read", where, self.shown)
+        return self._is_out_of_reach
+
+    def ask(
+        self, where: str, method: str, path: str, *, also: Collection[int] = (), patience_s: float | None = None,
+        **sent: Any,
+    ) -> Any:  # fmt: skip
         """Send a request until it does not fail in passing, and return the answer.
 
-        `where` begins messages; answers of a status in `also` are returned, too.
+        `where` begins messages; answers of a status in `also` are returned, too. `patience_s`: None is the settings'.
 
         Raises:
             NotThere: there is no such repository, revision or file, or not for this account.
@@ -83,11 +101,11 @@ class HubClient:
                 self.check(where, answer)
             return answer
 
-        return self.patient(where, once)
+        return self.patient(where, once, patience_s)
 
-    def patient(self, where: str, call: Callable[[], T]) -> T:
+    def patient(self, where: str, call: Callable[[], T], patience_s: float | None = None) -> T:
         """Call as `patiently` does, whose errors say what to do if the Hub never answered."""
-        return patiently(where, call, self.traffic, if_unreached=UNREACHED)
+        return patiently(where, call, self.traffic, patience_s=patience_s, if_unreached=UNREACHED)
 
     def value(self, where: str, answer: Any) -> Any:
         """Return the JSON of an answer.
@@ -160,11 +178,15 @@ class HubClient:
 
     def info(self, repo: str, revision: str | None, where: str) -> Mapping[str, Any]:
         """Return what the Hub says of a repository; `sha` is the commit of the revision, by default of `main`."""
-        path = f"/api/models/{repo}/revision/{quote(revision or 'main', safe='')}"
-        found = self.value(where, self.ask(where, "GET", path))
+        found = self.value(where, self.ask(where, "GET", about(repo, revision)))
         if not isinstance(found, dict) or not COMMIT.fullmatch(str(found.get("sha"))):
             raise StorageError(f"{where}: the Hub at {self.shown} does not say which commit that is")
         return found
+
+
+def about(repo: str, revision: str | None) -> str:
+    """Return the path under which the Hub tells of a repository's revision, by default `main`."""
+    return f"/api/models/{repo}/revision/{quote(revision or 'main', safe='')}"
 
 
 def _pause_s(headers: Mapping[str, str]) -> float | None:

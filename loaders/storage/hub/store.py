@@ -2,7 +2,7 @@
 
 A branch or tag is resolved to its commit when the store is opened, and the store's address names that commit, so that
 what reads on by the address reads the same files, whatever happens to the branch. Files that huggingface_hub's cache
-has are read there; if it has all of them, the store is local.
+has are read there; if it has all of them, the store is local. What it has is read without a network, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loaders.storage.address import Address
 from loaders.storage.base import Entry, Range
 from loaders.storage.folder import Folder
 from loaders.storage.hub.cache import cached_commit, cached_file, cached_tree, snapshot
-from loaders.storage.hub.client import COMMIT, Closed, NotThere, hub, is_offline
+from loaders.storage.hub.client import COMMIT, Closed, NotThere, about, hub, is_offline
 from loaders.storage.hub.files import HubFile, files_of
 
 SCHEME = "hf"
@@ -70,6 +70,14 @@ class HubStore:
         self._hub = hub()
 
     @cached_property
+    def _is_cached(self) -> bool:
+        """Whether the cache alone is read: HF_HUB_OFFLINE, or it has the revision and the Hub is out of reach."""
+        repo, revision, where = self._given.repo, self._given.revision, self._given.address
+        if is_offline() or cached_commit(repo, revision or "main") is None:
+            return is_offline()
+        return self._hub.is_out_of_reach(str(where), about(repo, revision))
+
+    @cached_property
     def _commit(self) -> str:
         """The commit that the address names.
 
@@ -79,7 +87,7 @@ class HubStore:
         repo, revision = self._given.repo, self._given.revision
         if revision is not None and COMMIT.fullmatch(revision):
             return revision
-        if not is_offline():
+        if not self._is_cached:
             return str(self._hub.info(repo, revision, str(self._given.address))["sha"])
         found = cached_commit(repo, revision or "main")
         if found is None:
@@ -93,7 +101,7 @@ class HubStore:
     @cached_property
     def _tree(self) -> Mapping[str, HubFile]:
         """All files of the commit by their paths."""
-        read = cached_tree if is_offline() else files_of(self._hub).tree
+        read = cached_tree if self._is_cached else files_of(self._hub).tree
         return read(self._given.repo, self._commit)
 
     @property
@@ -173,8 +181,9 @@ class HubStore:
         if (path := cached_file(file)) is not None:
             folder = Folder(path.parent)
             return folder.read(folder.entry_of(path.name), start, stop)
-        if is_offline():
-            raise StorageError(f"{file.shown}: it is not in the Hub's cache, and HF_HUB_OFFLINE is set: unset it")
+        if self._is_cached:
+            why = "HF_HUB_OFFLINE is set: unset it" if is_offline() else "the Hub is out of reach: check the network"
+            raise StorageError(f"{file.shown}: it is not in the Hub's cache, and {why}")
         return files_of(self._hub).read(file, start, stop)
 
     def read_ranges(self, entry: Entry, ranges: Sequence[Range]) -> Iterator[memoryview]:

@@ -93,7 +93,7 @@ def test_a_path_with_a_line_break_is_that_path(source: Path, tmp_path: Path, wei
     assert ran.status == 0, ran.err
     assert (out / "config.json").exists()
     assert not (tmp_path / "a b").exists()
-    ran = weightmill("run", "-m", f"model.path={source}", f"output.path={out}", "quant=none,nf4")
+    ran = weightmill("run", "-m", f"model.path={source}", f"output.path={tmp_path}/c\nd", "quant=none,nf4")
     assert ran.status == 2
     assert "output.path: a path with a line break; give the file or folder another name" in ran.err
 

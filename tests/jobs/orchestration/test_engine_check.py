@@ -173,6 +173,12 @@ def test_a_fault_that_the_output_would_inherit_stops_the_job_before_its_work(tmp
     assert ran.status == 2
     assert "there is no lm_head.weight" in ran.err
     assert weightmill("run", *arguments, "lint=warn").status == 0
+    assert "done already" in weightmill("run", *arguments, "lint=warn").out
+    ran = weightmill("run", *arguments)  # it was let pass before, and is not now
+    assert ran.status == 1
+    assert "is there, and does not pass: " in ran.err
+    assert "lm_head.weight" in ran.err
+    assert "(lint=warn lets it pass)" in ran.err
 
 
 @pytest.mark.engine

@@ -228,7 +228,7 @@ def test_a_sweep_runs_every_job_and_names_what_varies(source: Path, weightmill: 
     ran = weightmill("run", "-m", f"model.path={source}", "quant=nf4,fp4", "quant.group_size=64,128")
     assert ran.status == 0, ran.err
     names = sorted(p.name for p in (Path.cwd() / "weightmill").iterdir() if not p.name.startswith("."))
-    assert names == [f"source-{q}-group_size={g}" for q in ("fp4", "nf4") for g in (128, 64)]
+    assert names == [f"source-{q}-g{g}" for q in ("fp4", "nf4") for g in (128, 64)]
 
 
 def test_a_rule_that_matches_nothing_stops_the_job_before_it_starts(

@@ -111,7 +111,8 @@ def test_a_sweep_that_was_done_is_not_done_again(source: Path, tmp_path: Path, w
     os.utime(next(source.glob("*.safetensors")))  # another source, as far as one can tell
     again = weightmill("run", "-m", *given(source, tmp_path / "o", "quant=nf4,fp4"))
     assert again.status == 2
-    assert "exists; output.overwrite=true replaces it" in again.err
+    assert "exists, made from another version of the source: model-0000" in again.err
+    assert "was written anew since; output.overwrite=true replaces it" in again.err
 
 
 def test_killed_in_the_middle_only_what_is_missing_is_done(source: Path, tmp_path: Path, weightmill: Any) -> None:

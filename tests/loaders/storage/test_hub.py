@@ -306,3 +306,27 @@ def test_addresses_of_the_hub() -> None:
     assert address.parent == address
     assert address.parents == ()
     assert (address / "b").parent == address
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("/m/llama", "llama"),
+        ("/m/llama/model.safetensors", "llama"),
+        ("/m/llama/model-00002-of-00003.safetensors", "llama"),
+        ("/m/llama/pytorch_model.bin", "llama"),
+        ("/m/llama/Llama-8B-Q8_0.gguf", "Llama-8B-Q8_0"),
+        ("/m/llama/Llama-8B-Q8_0-00001-of-00002.gguf", "Llama-8B-Q8_0"),
+        (f"/c/hub/models--org--name-1.5/snapshots/{'0a' * 20}", "name-1.5"),
+        (f"/c/hub/models--org--name-1.5/snapshots/{'0a' * 20}/model.safetensors", "name-1.5"),
+        (f"/c/hub/models--gpt2/snapshots/{'0a' * 20}", "gpt2"),
+        ("/c/models--org--name/snapshots/mine", "mine"),
+        ("hf://org/name@main", "name"),
+        (f"hf://org/name@{'0a' * 20}/model.safetensors", "name"),
+        ("s3://bucket/models/name", "name"),
+        ("s3://bucket/models/name/model.safetensors", "name"),
+        ("/model", "model"),
+    ],
+)
+def test_a_model_has_its_name_and_not_that_of_its_file_or_commit(text: str, title: str) -> None:
+    assert Address.of(text).title == title
