@@ -8,7 +8,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Location, Spec
+from jobs.spec.base import Columns, Format, Location, Spec
 from jobs.spec.store import StoreSpec
 from loaders.storage.address import Address
 from loaders.storage.settings import StoreSettings
@@ -31,6 +31,7 @@ class CleanSpec(Spec):
     dry_run: bool = Field(description="only list")
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
     @property
     def store_settings(self) -> StoreSettings:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Format, Source, Spec
+from jobs.spec.base import Columns, Format, Source, Spec
 from jobs.spec.store import StoreSpec
 from jobs.tracking.sources import located
 
@@ -21,6 +21,7 @@ class DiffSpec(Spec):
     tensors: Literal["different", "all"] = Field(description="which tensors to list")
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
 
 def act(spec: DiffSpec) -> Said:

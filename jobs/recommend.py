@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from jobs.cli.verb import FAILED, Said, Verb
-from jobs.spec.base import Format, LocalPath, Spec
+from jobs.spec.base import Columns, Format, LocalPath, Spec
 from jobs.spec.job import BackendSpec, ModelSpec, SourceSpec
 from jobs.spec.store import StoreSpec
 from jobs.tracking.sources import located
@@ -46,6 +46,7 @@ class RecommendSpec(Spec):
     )
     store: StoreSpec = Field(default_factory=StoreSpec)
     format: Format = Field(description="text, or json: one document on standard output")
+    columns: Columns = "fit"
 
 
 def act(spec: RecommendSpec) -> Said:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from jobs.cli.compose import Request, compose, take_apart
-from jobs.cli.console import console, patient_streams
+from jobs.cli.console import ALL_COLUMNS, console, patient_streams
 from jobs.cli.early import imported, limit_of
 from jobs.cli.home import have_home, have_temporary_folder
 from jobs.spec.keys import KEYS
@@ -75,6 +75,7 @@ class Verb(Generic[S]):
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command and return the exit status."""
         given = list(sys.argv[1:] if arguments is None else arguments)
+        ALL_COLUMNS.set("columns=all" in given)
         with patient_streams() as lost:
             status = self._checked(given, as_json="format=json" in given)
             # Jobs, and whatever else leaves something behind, have done their work.

@@ -28,7 +28,8 @@ from loaders.lint import Finding
 
 VERSIONS = ("weightmill", "numpy", "numba", "xxhash")  # the packages that determine the output's bytes
 # Parts of a request that do not change the result: two jobs that differ only in these make the same output.
-NOT_OF_THE_RESULT = ("output", "strategy", "store", "cluster", "tracking", "lint", "objective", "format")
+NOT_OF_THE_RESULT = ("output", "strategy", "store", "cluster", "tracking", "lint", "objective", "format",
+                     "columns")  # fmt: skip
 
 
 def make_report(
