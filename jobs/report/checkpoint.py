@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 from jobs.report.tables import size, table
 from loaders.architectures.diffusers import class_of
 from loaders.checkpoints.checkpoint import Checkpoint
-from loaders.tensors.logical_tensor import LogicalTensor
 from loaders.tensors.quantized_sources.consistency import stale
 from loaders.tensors.sources import Sources
 from loaders.words import counted
@@ -41,7 +40,7 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
                 "role": r.role,
                 "dtype": r.dtype.name,
                 "shape": list(r.shape),
-                "stored_as": _stored_as(r),
+                "stored_as": r.stored_as,
                 "parameters": r.spec.numel,
                 "bytes": r.source_bytes,
                 "file": r.stored[0][1].file,
@@ -50,13 +49,6 @@ def checkpoint_document(checkpoint: Checkpoint, sources: Sources) -> dict[str, A
             for r in sources.tensors
         ],
     }
-
-
-def _stored_as(tensor: LogicalTensor) -> str:
-    """Return the kind of a quantized tensor, which of llama.cpp is its type, or else the dtype."""
-    if tensor.decode is None or tensor.decode.kind == "ggml":
-        return tensor.stored[0][1].dtype.name
-    return tensor.decode.kind
 
 
 def _component(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def _effort(run: RunReport) -> Iterator[str]:
     before = f", {run.units_resumed} of them done before" if run.units_resumed else ""
     yield f"{run.wall_s:.2f} s, {run.throughput_gbps:.3g} GB/s, {counted(run.units, 'unit')}{before}"
     phases = ("read", "encode", "measure", "write", *(["upload"] if run.upload_s else []))
-    yield f"seconds of all threads: {', '.join(f'{phase} {getattr(run, f"{phase}_s"):.2f}' for phase in phases)}"
+    spent = ", ".join(f"{phase} {getattr(run, f'{phase}_s'):.2f}" for phase in phases)
+    yield f"seconds of all threads: {spent}"
     seen = run.peak_working_set_bytes
     beside = "" if seen is None else f"; kubectl top would show {size(seen)}: all of this container, with cached files"
     yield f"peak memory: {size(run.peak_anonymous_bytes)}, libraries included{beside}"

@@ -64,7 +64,7 @@ class Table:
             yield Text(f"in all rows: {', '.join(same)}")
         rows = self.rows
         if self._names and sum(self._widths(rows, shown).values()) + GAP * (len(shown) - 1) > width:
-            rows, ends = self._shortened()
+            rows, ends = self._shortened(shown)
             yield from (Text(line) for line in ends)
         widths, keys = self._widths(rows, shown), shown[: self.keys]
         left = shown[self.keys :]
@@ -85,18 +85,18 @@ class Table:
         said = [f"{self.columns[c]} {self.rows[0][c]}".strip() for c in same if str(self.rows[0][c])]
         return [c for c in range(len(self.columns)) if c not in same], said
 
-    def _shortened(self) -> tuple[list[list[Cell]], list[str]]:
+    def _shortened(self, shown: Sequence[int]) -> tuple[list[list[Cell]], list[str]]:
         """Return the rows without what all names of a column begin and end with, and lines that say it."""
         rows, said = [list(row) for row in self.rows], list[str]()
-        for title in dict.fromkeys(title for title in self.columns if title in self._names):
-            columns = [c for c, each in enumerate(self.columns) if each == title]
+        for title in dict.fromkeys(self.columns[c] for c in shown if self.columns[c] in self._names):
+            columns = [c for c in shown if self.columns[c] == title]
             begin, end = common_ends([str(row[c]) for row in rows for c in columns if str(row[c])])
             if not begin and not end:
                 continue
             for row in rows:
                 for c in columns:
                     row[c] = _cut(row[c], len(begin), len(end))
-            said.append(f"{title}: {begin}...{end}")
+            said.append(" ".join([f"{title}:", begin, "...", end]).rstrip())
         return rows, said
 
     def _widths(self, rows: Sequence[Sequence[Cell]], columns: Sequence[int]) -> dict[int, int]:
@@ -131,6 +131,10 @@ class Table:
         if spare < 0:  # only names are folded
             names = columns[self.keys - 1]
             taken[names] = max(NAMES, taken[names] + spare)
+        for column in columns:  # titles are wrapped only where they must
+            more = min(max(0, cell_len(self.columns[column]) - taken[column]), max(0, spare))
+            whole = taken[column] + more >= cell_len(self.columns[column])
+            taken[column], spare = (taken[column] + more, spare - more) if whole else (taken[column], spare)
         prose = [c for c in columns if self.columns[c] in self._prose]
         for at, column in enumerate(sorted(prose, key=lambda c: widths[c])):
             more = min(widths[column] - taken[column], max(0, spare) // (len(prose) - at))
