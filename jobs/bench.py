@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.cli.verb import Said, Verb
-from jobs.spec.base import Calibration, Columns, Format, LocalPath, Spec
+from jobs.spec.base import Calibration, Format, LocalPath, Spec
 from jobs.spec.tracking import TrackingSpec
 
 QUANTS = ("nf4", "mlx_int4", "w4a16", "fp8_dynamic")
@@ -99,7 +99,6 @@ class BenchSpec(Spec):
     output: BenchOutput
     tracking: TrackingSpec
     format: Format = Field(description="text, or json: one document on standard output")
-    columns: Columns = "fit"
 
 
 def act(spec: BenchSpec) -> Said:

@@ -60,8 +60,8 @@ def act(spec: CleanSpec) -> Said:
 VERB = Verb(
     name="clean",
     is_said=False,
-    summary="List what interrupted jobs left beside their outputs; delete=true deletes it, and they can then no longer be"
-    " resumed. The originals' logits that verify=logits keeps there go, too; they are computed again when needed.",
+    summary="List what interrupted jobs left beside their outputs; delete=true deletes it, and they can then no longer"
+    " be resumed. The originals' logits that verify=logits keeps there go, too; they are computed again when needed.",
     spec=CleanSpec,
     act=act,
     examples=(

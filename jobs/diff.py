@@ -33,8 +33,8 @@ def act(spec: DiffSpec) -> Said:
 
 VERB = Verb(
     name="diff",
-    summary="Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded. Exit status 1 if"
-    " they differ.",
+    summary="Compare two checkpoints tensor by tensor: equal, or how far apart. Quantized ones are decoded. Exit status"
+    " 1 if they differ.",
     spec=DiffSpec,
     act=act,
     located=located,

@@ -87,7 +87,9 @@ def act(spec: RecommendSpec) -> Said:
         "measured": measured,
     }
     take += shown
-    return Said(document, Group(*steps[:-1], "", fitting, *others, "", steps[-1], *take), FAILED if found.scheme is None else 0)
+    return Said(
+        document, Group(*steps[:-1], "", fitting, *others, "", steps[-1], *take), FAILED if found.scheme is None else 0
+    )
 
 
 def by_measured_errors(spec: RecommendSpec, found: Recommendation) -> tuple[list[dict[str, Any]] | None, list[Any]]:

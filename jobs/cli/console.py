@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
 NO_TERMINAL = 240  # columns, at which hardly a table has to leave some out
-ALL_COLUMNS: ContextVar[bool] = ContextVar("all columns of tables are shown, below each other", default=False)
+# Whether tables show all columns, in parts below each other; None where that cannot be asked for.
+ALL_COLUMNS: ContextVar[bool | None] = ContextVar("ALL_COLUMNS", default=None)
 
 
 def console(stream: TextIO) -> Console:

@@ -72,10 +72,16 @@ class Verb(Generic[S]):
     def can_sweep(self) -> bool:
         return self.sweep is not None
 
+    @property
+    def _has_columns(self) -> bool:
+        """Whether it has the setting `columns` of tables; to bench the word means those of a matrix."""
+        field = self.spec.model_fields.get("columns")
+        return field is not None and field.default == "fit"
+
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command and return the exit status."""
         given = list(sys.argv[1:] if arguments is None else arguments)
-        ALL_COLUMNS.set("columns=all" in given)
+        ALL_COLUMNS.set("columns=all" in given if self._has_columns else None)
         with patient_streams() as lost:
             status = self._checked(given, as_json="format=json" in given)
             # Jobs, and whatever else leaves something behind, have done their work.

@@ -26,19 +26,14 @@ def plan_text(
     checkpoint = plan.checkpoint
     head = Grid.grid(padding=(0, 2))
     head.add_row("source", f"{checkpoint.address}")
-    head.add_row(
-        "",
-        f"{checkpoint.family.name} family, {checkpoint.container}, {counted(len(checkpoint.files), 'file')},"
-        f" {counted(len(plan.sources.tensors), 'tensor')}, {plan.parameters:,} parameters, {size(plan.source_bytes)}",
-    )
+    files, tensors = counted(len(checkpoint.files), "file"), counted(len(plan.sources.tensors), "tensor")
+    head.add_row("", f"{checkpoint.family.name} family, {checkpoint.container}, {files}, {tensors}")
+    head.add_row("", f"{plan.parameters:,} parameters, {size(plan.source_bytes)}")
     head.add_row("output", str(spec.output_address))
-    head.add_row(
-        "",
-        f"{spec.quant.name}, {counted(len(target.finals), 'file')}, {target.weight_bytes:,} bytes"
-        + (f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else "")
-        + f": {times(plan.source_bytes / max(1, target.tensor_bytes))},"
-        f" {target.tensor_bytes * 8 / max(1, plan.parameters):.2f} bits per weight",
-    )
+    slack = f" (at most {target.slack_bytes} fewer)" if target.slack_bytes else ""
+    head.add_row("", f"{spec.quant.name}, {counted(len(target.finals), 'file')}, {target.weight_bytes:,} bytes{slack}")
+    bits = target.tensor_bytes * 8 / max(1, plan.parameters)
+    head.add_row("", f"{times(plan.source_bytes / max(1, target.tensor_bytes))}, {bits:.2f} bits per weight")
     head.add_row("units", f"{len(plan.units)} of up to {size(max(unit.source_bytes for unit in plan.units))}")
     for note in notes:
         head.add_row("", note)

@@ -27,7 +27,9 @@ def result_text(report: Report) -> RenderableType:
     shown = table("", "before", "after", "", right=("before", "after"))
     shown.add_row("weights", size(total.source_bytes), size(total.output_bytes), times(total.ratio))
     before = total.source_bytes * 8 / max(1, total.parameters)
-    shown.add_row("bits per weight", f"{before:.2f}", f"{total.bits_per_weight:.2f}", f"{total.parameters:,} parameters")
+    shown.add_row(
+        "bits per weight", f"{before:.2f}", f"{total.bits_per_weight:.2f}", f"{total.parameters:,} parameters"
+    )
     parts: list[RenderableType] = [shown]
     if changed:
         parts.append(
@@ -59,8 +61,8 @@ def _effort(run: RunReport) -> Iterator[str]:
     spent = ", ".join(f"{phase} {getattr(run, f'{phase}_s'):.2f}" for phase in phases)
     yield f"seconds of all threads: {spent}"
     seen = run.peak_working_set_bytes
-    beside = "" if seen is None else f"; kubectl top would show {size(seen)}: all of this container, with cached files"
-    yield f"peak memory: {size(run.peak_anonymous_bytes)}, libraries included{beside}"
+    beside = "" if seen is None else f"; kubectl top would show {size(seen)}, with cached files"
+    yield f"peak memory: {size(run.peak_anonymous_bytes)}{beside}"
 
 
 def quality_text(quality: Mapping[str, Any]) -> RenderableType:

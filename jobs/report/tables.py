@@ -20,7 +20,7 @@ from loaders.words import size
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Table", "number", "size", "table", "times", "wants_all_columns"]
+__all__ = ["Table", "number", "size", "table", "times"]
 
 GAP = 2  # spaces between columns
 NAMES = 8  # the least width of folded names
@@ -32,6 +32,8 @@ Cell = str | Text
 
 class Table:
     """A table that fits what it is printed on. Columns stand in the order of their importance.
+
+    Of a console that has `all_columns` set, the columns that do not fit follow in further parts.
 
     keys: how many of the first columns stay, the last of which has names that may be folded. right: titles of the
     columns of numbers. prose: of sentences, which are wrapped. names: of names, whose common beginning and end may be
@@ -58,7 +60,7 @@ class Table:
         self.rows.append([*cells, *[""] * (len(self.columns) - len(cells))])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width, every = options.max_width, wants_all_columns(console)
+        width, every = options.max_width, getattr(console, "all_columns", None)
         shown, same = self._varying() if self._once and len(self.rows) > 1 else (list(range(len(self.columns))), [])
         if same:
             yield Text(f"in all rows: {', '.join(same)}")
@@ -76,7 +78,8 @@ class Table:
                 return
             if not every:
                 names = ", ".join(dict.fromkeys(self.columns[c] for c in left if self.columns[c]))
-                yield Text(f"for more columns ({names}): a wider terminal, or columns=all", style="dim")
+                how = "a wider terminal" + ("" if every is None else ", or columns=all")
+                yield Text(f"for more columns ({names}): {how}", style="dim")
                 return
 
     def _varying(self) -> tuple[list[int], list[str]]:
@@ -144,7 +147,9 @@ class Table:
             justify = "right" if self.columns[column] in self._right else "left"
             grid.add_column(self.columns[column], justify=justify, overflow="fold", width=taken[column])
         for row in rows:
-            grid.add_row(*(_folded(row[c], taken[c]) if self.columns[c] not in self._prose else row[c] for c in columns))
+            grid.add_row(
+                *(_folded(row[c], taken[c]) if self.columns[c] not in self._prose else row[c] for c in columns)
+            )
         return grid
 
 
@@ -158,11 +163,6 @@ def table(
 ) -> Table:
     """Return an empty table with these columns, the most important first; see `Table`."""
     return Table(columns, keys=keys, right=right, prose=prose, names=names, once=once)
-
-
-def wants_all_columns(console: Console) -> bool:
-    """Whether columns=all was given for what is printed here."""
-    return bool(getattr(console, "all_columns", False))
 
 
 def common_ends(names: Sequence[str]) -> tuple[str, str]:

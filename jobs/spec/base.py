@@ -15,4 +15,3 @@ Columns = Annotated[
     Literal["fit", "all"],
     Field(description="of tables: what fits the terminal, or all, in parts below each other"),
 ]
-

@@ -162,7 +162,9 @@ def _text(document: dict[str, Any]) -> RenderableType:
     lines.append(f"{counted(count, 'tensor')}: {document['equal']} equal, {document['different']} different")
     if total["parameters"] and total["relative_error"] != 0:
         said = zip(("relative error", "SQNR dB", "max error", "cosine"), _cells(total), strict=True)
-        lines.append(f"over all {total['parameters']:,} weights: {', '.join(f'{what} {value}' for what, value in said)}")
+        lines.append(
+            f"over all {total['parameters']:,} weights: {', '.join(f'{what} {value}' for what, value in said)}"
+        )
     for side in ("a", "b"):
         names = document[f"only_in_{side}"]
         if names:
