@@ -176,9 +176,9 @@ class RunReport(Part):
     """The time, place and speed of a job's run.
 
     Seconds by phase are the job's own, summed over threads. `wall_s`, `throughput_gbps` and `peak_anonymous_bytes` are
-    those of the pass, which `jobs_in_pass` jobs shared. So is `peak_working_set_bytes`, the memory that Kubernetes counts:
-    of all in the container, with the cached files in use; None where no container counts it. `bound_by` is what took longest of a job with a source or an
-    output that is not local: "fetch", "encode" or "upload".
+    those of the pass, which `jobs_in_pass` jobs shared. So is `peak_working_set_bytes`, the memory that Kubernetes
+    counts, of all in the container, with the cached files in use; None where no container counts it. `bound_by` is what
+    took longest of a job with a source or an output that is not local: "fetch", "encode" or "upload".
     """
 
     key: str

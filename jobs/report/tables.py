@@ -6,16 +6,15 @@ all rows, which is said once above; then columns are left out from the right, th
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
 from rich.table import Table as Grid
 from rich.text import Text
 
-from loaders.words import size
+from loaders.words import shown, size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -56,20 +55,21 @@ class Table:
         self._right, self._prose, self._names, self._once = set(right), set(prose), set(names), once
 
     def add_row(self, *cells: Cell) -> None:
-        """Add a row; cells that are not given are empty."""
-        self.rows.append([*cells, *[""] * (len(self.columns) - len(cells))])
+        """Add a row; cells that are not given are empty. What a terminal would obey takes its place as an escape."""
+        said = [shown(cell) if isinstance(cell, str) else cell for cell in cells]
+        self.rows.append([*said, *[""] * (len(self.columns) - len(said))])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, every = options.max_width, getattr(console, "all_columns", None)
-        shown, same = self._varying() if self._once and len(self.rows) > 1 else (list(range(len(self.columns))), [])
+        visible, same = self._varying() if self._once and len(self.rows) > 1 else (list(range(len(self.columns))), [])
         if same:
             yield Text(f"in all rows: {', '.join(same)}")
         rows = self.rows
-        if self._names and sum(self._widths(rows, shown).values()) + GAP * (len(shown) - 1) > width:
-            rows, ends = self._shortened(shown)
+        if self._names and sum(self._widths(rows, visible).values()) + GAP * (len(visible) - 1) > width:
+            rows, ends = self._shortened(visible)
             yield from (Text(line) for line in ends)
-        widths, keys = self._widths(rows, shown), shown[: self.keys]
-        left = shown[self.keys :]
+        widths, keys = self._widths(rows, visible), visible[: self.keys]
+        left = visible[self.keys :]
         while True:
             taken = self._fitting(keys, left, widths, width)
             yield self._grid(rows, [*keys, *taken], widths, width)
@@ -88,16 +88,16 @@ class Table:
         said = [f"{self.columns[c]} {self.rows[0][c]}".strip() for c in same if str(self.rows[0][c])]
         return [c for c in range(len(self.columns)) if c not in same], said
 
-    def _shortened(self, shown: Sequence[int]) -> tuple[list[list[Cell]], list[str]]:
+    def _shortened(self, columns: Sequence[int]) -> tuple[list[list[Cell]], list[str]]:
         """Return the rows without what all names of a column begin and end with, and lines that say it."""
         rows, said = [list(row) for row in self.rows], list[str]()
-        for title in dict.fromkeys(self.columns[c] for c in shown if self.columns[c] in self._names):
-            columns = [c for c in shown if self.columns[c] == title]
-            begin, end = common_ends([str(row[c]) for row in rows for c in columns if str(row[c])])
+        for title in dict.fromkeys(self.columns[c] for c in columns if self.columns[c] in self._names):
+            same = [c for c in columns if self.columns[c] == title]
+            begin, end = common_ends([str(row[c]) for row in rows for c in same if str(row[c])])
             if not begin and not end:
                 continue
             for row in rows:
-                for c in columns:
+                for c in same:
                     row[c] = _cut(row[c], len(begin), len(end))
             said.append(" ".join([f"{title}:", begin, "...", end]).rstrip())
         return rows, said
@@ -144,7 +144,8 @@ class Table:
             taken[column], spare = taken[column] + more, spare - more
         grid = Grid(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
         for column in columns:
-            justify = "right" if self.columns[column] in self._right else "left"
+            is_right = self.columns[column] in self._right
+            justify: Literal["right", "left"] = "right" if is_right else "left"
             grid.add_column(self.columns[column], justify=justify, overflow="fold", width=taken[column])
         for row in rows:
             grid.add_row(
@@ -169,14 +170,21 @@ def common_ends(names: Sequence[str]) -> tuple[str, str]:
     """Return what all names begin with and what they end with, in whole parts; of each name something is left."""
     if len(names) < 2:
         return "", ""
-    found = ENDS.match(os.path.commonprefix(names))
+    found = ENDS.match(_beginning(names))
     begin = found[0] if found else ""
     rests = [name[len(begin) :] for name in names]
     # From behind, an end begins where a part of a name begins.
-    turned = os.path.commonprefix([rest[::-1] for rest in rests])
+    turned = _beginning([rest[::-1] for rest in rests])
     while turned and (len(turned) >= min(map(len, rests)) or turned[-1] not in "-._/:=, "):
         turned = turned[:-1]
     return begin, turned[::-1]
+
+
+def _beginning(texts: Sequence[str]) -> str:
+    """Return the characters that all texts begin with."""
+    least, most = min(texts), max(texts)  # whatever these share, those between them share
+    same = next((at for at, (x, y) in enumerate(zip(least, most, strict=False)) if x != y), len(least))
+    return least[:same]
 
 
 def _cut(cell: Cell, begin: int, end: int) -> Cell:

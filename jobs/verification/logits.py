@@ -1,7 +1,8 @@
 """verify=logits: the logits of a job's output, compared with those of its original before the output is published.
 
 Whatever can be wrong is found while planning: the text, the tokenizer, the engines, the free space. The original's
-logits are kept in a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean delete=true` removes them.
+logits are kept in a folder next to the outputs, so that jobs of one source evaluate it once; `jobs.clean delete=true`
+removes them.
 """
 
 from __future__ import annotations
