@@ -21,11 +21,11 @@ def leftovers_text(
     if not rows:
         return f"nothing abandoned in {place}"
     numbers = ("size", "hours ago", "units done")
-    shown = table("folder", "status", *numbers, right=numbers, names=("folder",))
+    shown = table("folder", "status", *numbers, right=numbers)
     for row in rows:
         hours, units = f"{row['age_s'] / 3600:.1f}", str(row["units_done"])
-        shown.add_row(row["path"], row["status"], size(row["bytes"]), hours, units)
+        shown.add_row(row["path"].removeprefix(f"{place}/"), row["status"], size(row["bytes"]), hours, units)
     more = [f"nothing was deleted; delete=true deletes {size(deletable)}"] if deletable else []
     if of_the_hub:
         more.append(f"{of_the_hub} of outputs on the Hub: output.root=hf://OWNER delete=true deletes them")
-    return Group(shown, *more)
+    return Group(f"in {place}:", shown, *more)

@@ -24,7 +24,7 @@ __all__ = ["Table", "number", "size", "table", "times"]
 GAP = 2  # spaces between columns
 NAMES = 8  # the least width of folded names
 PROSE = 24  # the least width of a column of sentences
-ENDS = re.compile(r".*[-._/:=, ]", re.DOTALL)  # a beginning of names that ends where a part of a name ends
+SEPARATORS = "-./:=, "  # between the parts of names
 PARTS = re.compile(r"[^-._/]*[-._/]*")
 Cell = str | Text
 
@@ -170,14 +170,14 @@ def common_ends(names: Sequence[str]) -> tuple[str, str]:
     """Return what all names begin with and what they end with, in whole parts; of each name something is left."""
     if len(names) < 2:
         return "", ""
-    found = ENDS.match(_beginning(names))
-    begin = found[0] if found else ""
-    rests = [name[len(begin) :] for name in names]
-    # From behind, an end begins where a part of a name begins.
-    turned = _beginning([rest[::-1] for rest in rests])
-    while turned and (len(turned) >= min(map(len, rests)) or turned[-1] not in "-._/:=, "):
-        turned = turned[:-1]
-    return begin, turned[::-1]
+    begin = _beginning(names)
+    while begin and (begin[-1] not in SEPARATORS or len(begin) == min(map(len, names))):
+        begin = begin[:-1]
+    turned = [name[len(begin) :][::-1] for name in names]
+    end = _beginning(turned)
+    while end and (end[-1] not in SEPARATORS or len(end) == min(map(len, turned))):
+        end = end[:-1]
+    return begin, end[::-1]
 
 
 def _beginning(texts: Sequence[str]) -> str:

@@ -36,5 +36,10 @@ def test_clean_lists_and_removes_what_no_process_holds(source: Path, tmp_path: P
         assert [row["status"] for row in found] == ["in use", "removed"]
         assert held.destination.root.exists()
         assert not left.destination.root.exists()
-    assert weightmill("clean").status == 0
+    listed = weightmill("clean")
+    assert listed.status == 0
+    assert "nothing was deleted; delete=true deletes 64 B" in listed.out
+    assert held.destination.root.exists()
+    assert weightmill("clean", "delete=true").status == 0
+    assert not held.destination.root.exists()
     assert "nothing abandoned" in weightmill("clean").out
