@@ -99,7 +99,7 @@ class Table:
             for row in rows:
                 for c in same:
                     row[c] = _cut(row[c], len(begin), len(end))
-            said.append(" ".join([f"{title}:", begin, "...", end]).rstrip())
+            said.append(" ".join(filter(None, [f"{title}:", begin, "...", end])))
         return rows, said
 
     def _widths(self, rows: Sequence[Sequence[Cell]], columns: Sequence[int]) -> dict[int, int]:
