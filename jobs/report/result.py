@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from jobs.output.report import LintFinding, Report, RunReport
@@ -86,13 +87,15 @@ def _interval(quality: Mapping[str, Any], name: str) -> str:
 
 
 def findings_text(found: Sequence[Finding | LintFinding]) -> RenderableType:
-    """Render findings as a table: what it is, what will happen in which engine, what to do."""
+    """Render findings: what it is, what will happen in which engine, what to do."""
     if not found:
         return Text("no findings: nothing was found that its engine would stumble over", style="green")
-    shown = table("", "what", "what will happen", "what to do")
-    for finding in found:
-        style = "red" if finding.level == "fault" else "yellow"
-        shown.add_row(
-            Text(finding.level, style=style), finding.what, f"{finding.engine}: {finding.happens}", finding.remedy
-        )
-    return shown
+    return Group(*(_finding(finding) for finding in found))
+
+
+def _finding(finding: Finding | LintFinding) -> RenderableType:
+    """Render a finding as a few lines, which fit any terminal better than columns of sentences."""
+    level, style = ("fault", "red") if finding.level == "fault" else ("warning", "yellow")
+    lines = (f"{finding.engine}: {finding.happens}", f"what to do: {finding.remedy}")
+    head = Text.assemble((f"{level}: ", style), finding.what)
+    return Group(head, *(Padding(Text(line), (0, 0, 0, 4)) for line in lines))

@@ -58,7 +58,7 @@ def memory_cgroup(cgroups: Path = CGROUP, own: Path = OWN_CGROUP) -> Path | None
 
     In a container the path of its cgroup may lead nowhere, and then the root that it sees is the container's own.
     """
-    with suppress(OSError, UnicodeDecodeError):
+    with suppress(OSError, ValueError):
         for line in sorted(own.read_text().splitlines()):
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):

@@ -126,6 +126,14 @@ def test_the_ends_of_jobs_sweeps_and_benchmarks_fit(made: Path, monkeypatch: pyt
             assert numbers_of(said) <= numbers_of(whole)
 
 
+def test_memory_is_shown_as_kubectl_top_would_show_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = read_report(Address.of(made / "outputs" / "a-source-nf4"))
+    for seen, said in ((123_456_789, "; kubectl top would show 123.46 MB, with cached files\n"), (None, " MB\n")):
+        run = report.run.model_copy(update={"peak_anonymous_bytes": 42_000_000, "peak_working_set_bytes": seen})
+        text = printed(result_text(report.model_copy(update={"run": run})), 80, monkeypatch)
+        assert f"peak memory: 42.00{' MB' if seen else ''}{said}" in text
+
+
 def test_on_a_terminal_its_width_counts(tmp_path: Path) -> None:
     source = make_source(tmp_path / "a-source")
     said = {}
